@@ -1,0 +1,217 @@
+"""The LightningModule: a Hugging Face model with its loss, metrics, optimizer and learning-rate schedule."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import transformers
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import PretrainedConfig, PreTrainedModel
+
+from billhook.assets import model_path
+from billhook.schedules import Step, check_step, resolve_step
+
+Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
+Decay = Literal["cosine", "linear", "constant"]
+AUTO_CLASSES: dict[str, Any] = {
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
+    "masked-lm": transformers.AutoModelForMaskedLM,
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "image-classification": transformers.AutoModelForImageClassification,
+}
+
+
+class TransformerModule(pl.LightningModule):
+    """A Hugging Face model in training: loss from the model, token-weighted perplexity or accuracy, AdamW, warm-up and decay.
+
+    Logs `train_loss`, `val_loss`, and `val_perplexity` or `val_accuracy` (`test_...` likewise).
+
+    Args:
+        model: `"tiny"` (the embedded Llama), a hub name, a folder, a `config.json` file or a config (random weights), or a
+            ready `PreTrainedModel`.
+        task: What the model is to do; it chooses the class and the metric.
+        lr: The highest learning rate.
+        weight_decay: AdamW's weight decay; never on biases and norms (parameters with one dimension).
+        warmup: Steps (int) or fraction of training (float) over which the learning rate rises from 0.
+        decay: How the learning rate falls to 0 after that, or stays.
+        num_labels: Classes, for the classification tasks; by default the checkpoint's.
+        dtype: The dtype of the weights. `"auto"` takes the checkpoint's own.
+        attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`, ...; by default what transformers chooses.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        gguf_file: The name of a GGUF file in the folder or repository `model`; its weights are dequantised.
+        trust_remote_code: Run the modelling code that a repository brings. Off unless asked.
+
+    Raises:
+        ValueError: If a number is out of range, or the model's name leads nowhere.
+    """
+
+    def __init__(
+        self,
+        model: str | PretrainedConfig | PreTrainedModel = "tiny",
+        task: Task = "causal-lm",
+        lr: float = 3e-4,
+        weight_decay: float = 0.01,
+        warmup: Step = 0.0,
+        decay: Decay = "cosine",
+        num_labels: int | None = None,
+        dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        gguf_file: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if task not in AUTO_CLASSES:
+            raise ValueError(f"task={task!r} must be one of {', '.join(AUTO_CLASSES)}")
+        if lr <= 0:
+            raise ValueError(f"lr={lr} must be above 0")
+        check_step(warmup, "warmup")
+        self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
+        self.task, self.lr, self.weight_decay, self.warmup, self.decay = task, lr, weight_decay, warmup, decay
+        if isinstance(model, PreTrainedModel):
+            self.model = model
+        else:
+            options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+            self.model = load_model(model, task, options, num_labels, gguf_file)
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        classes = self.model.config.num_labels
+        self.metrics = nn.ModuleDict({f"{stage}_metric": _metric(task, classes) for stage in ("val", "test")})
+        self.metric_name = "accuracy" if task.endswith("classification") else "perplexity"
+        self.model.train()
+
+    @property
+    def example_input_array(self) -> dict[str, Tensor] | None:  # type: ignore[override]
+        """A batch of one example, for tracing and summaries."""
+        if self.model.main_input_name != "input_ids":
+            return None
+        batch = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=self.device)}
+        if self.task == "seq2seq-lm":
+            batch["decoder_input_ids"] = batch["input_ids"]
+        return batch
+
+    def forward(self, **batch: Tensor) -> Any:  # noqa: ANN401 - a ModelOutput whose class depends on the model
+        """The model's own output for a batch of its own arguments."""
+        return self.model(**batch)
+
+    def generate(self, **arguments: Any) -> Tensor:  # noqa: ANN401 - transformers' own arguments
+        """Token ids from `model.generate` with the same arguments."""
+        generated: Tensor = self.model.generate(**arguments)  # type: ignore[operator]
+        return generated
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The model's loss."""
+        loss: Tensor = self(**batch).loss
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs `val_loss` and the task's metric."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs `test_loss` and the task's metric."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Classes, generated ids (sequence to sequence), or logits (the other language models)."""
+        if self.task == "seq2seq-lm":
+            return self.generate(**{k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")})
+        logits: Tensor = self(**batch).logits
+        return logits.argmax(-1) if self.task.endswith("classification") else logits
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+        output, labels = self(**batch), batch["labels"]
+        metric = self.metrics[f"{stage}_metric"]
+        if isinstance(metric, TokenPerplexity):
+            # a causal model predicts each label but the first
+            predicted = labels[:, 1:] if self.task == "causal-lm" else labels
+            weight = (predicted != -100).sum()
+            metric.update(output.loss, weight)
+        else:
+            weight = torch.tensor(len(labels))
+            metric.update(output.logits, labels)
+        self.log(f"{stage}_loss", output.loss, batch_size=int(weight), sync_dist=True)
+        self.log(f"{stage}_{self.metric_name}", metric, prog_bar=True, batch_size=int(weight))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW (fused where it can be) with warm-up and decay by optimizer step."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        # under float16 the scaler and gradient clipping both want to unscale: the fused step leaves no room for that
+        fused = "16-mixed" != self.trainer.precision and all(p.device.type in ("cpu", "cuda") for p in trained)
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, fused=fused)
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            if self.decay != "constant" or isinstance(self.warmup, float):
+                raise ValueError(
+                    f"decay={self.decay!r} and warmup={self.warmup} need the length of training: set max_steps, "
+                    "or use decay='constant' with warmup as a number of steps"
+                )
+            total = self.warmup
+        kind = {"constant": "constant_with_warmup"}.get(self.decay, self.decay)
+        warmup = resolve_step(self.warmup, int(total), "warmup")
+        scheduler = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+
+class TokenPerplexity(MeanMetric):
+    """exp of the mean loss per token, whatever the number of tokens in each batch.
+
+    `update(loss, tokens)` takes a batch's mean loss and the number of tokens that it is the mean of.
+    """
+
+    full_state_update = False
+
+    def compute(self) -> Tensor:
+        """exp(sum of losses / number of tokens)."""
+        return torch.exp(super().compute())
+
+
+def load_model(
+    model: str | PretrainedConfig,
+    task: str,
+    options: dict[str, Any],
+    num_labels: int | None = None,
+    gguf_file: str | None = None,
+) -> PreTrainedModel:
+    """The model that a name, a folder, a config.json or a config means (see `TransformerModule`)."""
+    options = {k: v for k, v in options.items() if v is not None}
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    auto = AUTO_CLASSES[task]
+    if isinstance(model, str) and model.endswith(".json"):
+        if not Path(model).is_file():
+            raise ValueError(f"model: there is no config file '{model}'")
+        model = transformers.AutoConfig.from_pretrained(model)
+    if isinstance(model, PretrainedConfig):
+        for name, value in labels.items():
+            setattr(model, name, value)
+        from_config: PreTrainedModel = auto.from_config(model, **options)
+        return from_config
+    name = model_path(model)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file() and gguf_file is None:
+        raise ValueError(f"model: the folder '{model}' has no config.json, so it is not a Hugging Face checkpoint")
+    loaded: PreTrainedModel = auto.from_pretrained(name, gguf_file=gguf_file, **options, **labels)
+    return loaded if gguf_file is None else _plain(loaded)
+
+
+def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
+    """A copy that no longer says it was quantised: a model loaded from GGUF refuses to be saved."""
+    config = loaded.config
+    del config.quantization_config
+    plain = type(loaded)(config)
+    plain.load_state_dict(loaded.state_dict())
+    return plain.to(loaded.dtype)
+
+
+def _metric(task: str, num_labels: int) -> Metric:
+    if task.endswith("classification"):
+        return MulticlassAccuracy(num_classes=num_labels, average="micro")
+    return TokenPerplexity()

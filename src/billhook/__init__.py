@@ -1,0 +1,32 @@
+"""Prune and convert Hugging Face transformers inside a PyTorch Lightning fit."""
+
+from billhook.callbacks import Export, KVHeadConversion, Report
+from billhook.checkpoint import load, save
+from billhook.data import ClassificationDataModule, Seq2SeqDataModule, TextDataModule
+from billhook.module import TransformerModule
+from billhook.report import summary
+from billhook.schedules import Constant, Cosine, Cubic, Exponential, Linear, MultiStep, Schedule
+from billhook.structure.kv_heads import convert_kv_heads
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "ClassificationDataModule",
+    "Constant",
+    "Cosine",
+    "Cubic",
+    "Exponential",
+    "Export",
+    "KVHeadConversion",
+    "Linear",
+    "MultiStep",
+    "Report",
+    "Schedule",
+    "Seq2SeqDataModule",
+    "TextDataModule",
+    "TransformerModule",
+    "convert_kv_heads",
+    "load",
+    "save",
+    "summary",
+]

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import lightning.pytorch as pl
@@ -26,7 +26,7 @@ FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parqu
 ROWS_AT_ONCE = 10_000
 
 Batch = dict[str, Any]
-Rows = datasets.Dataset | datasets.IterableDataset
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 class DatasetModule(pl.LightningDataModule):
@@ -62,6 +62,7 @@ class DatasetModule(pl.LightningDataModule):
         self.splits: dict[str, Rows] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train_loader: ResumableLoader | None = None
+        self._resume: dict[str, int] | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -105,7 +106,17 @@ class DatasetModule(pl.LightningDataModule):
         if "train" not in self.splits:
             raise ValueError(f"data has no split 'train'; it has {sorted(self.splits)}")
         self._train_loader = self._loader("train", shuffle=True)
+        if self._resume is not None:
+            self._train_loader.load_state_dict(self._resume)
         return self._train_loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training loader is (Lightning restores a loader's own state too late for a schedule that asks its length)."""
+        return {} if self._train_loader is None else {"train": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there in the next fit."""
+        self._resume = state_dict.get("train")
 
     def val_dataloader(self) -> list[ResumableLoader]:
         """Batches of the split `validation`, in order; none where the data has no such split."""
@@ -394,9 +405,7 @@ def _classify(
     return {**encoded, "labels": rows[label_column]}
 
 
-def _translate(
-    rows: Batch, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, str], lengths: tuple[int, int]
-) -> Batch:
+def _translate(rows: Batch, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, str], lengths: tuple[int, int]) -> Batch:
     encoded = tokenizer(rows[columns[0]], truncation=True, max_length=lengths[0])
     target = tokenizer(text_target=rows[columns[1]], truncation=True, max_length=lengths[1])
     return {**encoded, "labels": target["input_ids"]}

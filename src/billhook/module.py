@@ -1,18 +1,21 @@
 """The LightningModule: a Hugging Face model with its loss, metrics, optimizer and learning-rate schedule."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
 import transformers
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.assets import model_path
+from billhook.run import training_steps
 from billhook.schedules import Step, check_step, resolve_step
+from billhook.structure.shape import load_shape, save_shape
 
 Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
 Decay = Literal["cosine", "linear", "constant"]
@@ -25,7 +28,25 @@ AUTO_CLASSES: dict[str, Any] = {
 }
 
 
-class TransformerModule(pl.LightningModule):
+class ShapeInCheckpoint:
+    """For a LightningModule that holds a Hugging Face model: its checkpoints carry the shape, and loading them restores it.
+
+    Callbacks that change shapes do this for any module in a fit; with this class before `LightningModule` among the bases,
+    `load_from_checkpoint` does it too.
+    """
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the shape."""
+        assert isinstance(self, nn.Module)
+        save_shape(self, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the shape before weights are loaded."""
+        assert isinstance(self, nn.Module)
+        load_shape(self, checkpoint)
+
+
+class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
     """A Hugging Face model in training: loss from the model, token-weighted perplexity or accuracy, AdamW, warm-up and decay.
 
     Logs `train_loss`, `val_loss`, and `val_perplexity` or `val_accuracy` (`test_...` likewise).
@@ -75,24 +96,26 @@ class TransformerModule(pl.LightningModule):
         if isinstance(model, PreTrainedModel):
             self.model = model
         else:
-            options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+            options = {
+                "dtype": dtype,
+                "attn_implementation": attn_implementation,
+                "trust_remote_code": trust_remote_code,
+            }
             self.model = load_model(model, task, options, num_labels, gguf_file)
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
         classes = self.model.config.num_labels
         self.metrics = nn.ModuleDict({f"{stage}_metric": _metric(task, classes) for stage in ("val", "test")})
         self.metric_name = "accuracy" if task.endswith("classification") else "perplexity"
         self.model.train()
+        self.example_input_array = self._example()
 
-    @property
-    def example_input_array(self) -> dict[str, Tensor] | None:  # type: ignore[override]
+    def _example(self) -> dict[str, Tensor] | None:
         """A batch of one example, for tracing and summaries."""
         if self.model.main_input_name != "input_ids":
             return None
-        batch = {"input_ids": torch.zeros(1, 8, dtype=torch.long, device=self.device)}
-        if self.task == "seq2seq-lm":
-            batch["decoder_input_ids"] = batch["input_ids"]
-        return batch
+        ids = torch.zeros(1, 8, dtype=torch.long)
+        return {"input_ids": ids} | ({"decoder_input_ids": ids} if self.task == "seq2seq-lm" else {})
 
     def forward(self, **batch: Tensor) -> Any:  # noqa: ANN401 - a ModelOutput whose class depends on the model
         """The model's own output for a batch of its own arguments."""
@@ -126,7 +149,7 @@ class TransformerModule(pl.LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         output, labels = self(**batch), batch["labels"]
-        metric = self.metrics[f"{stage}_metric"]
+        metric = cast(Metric, self.metrics[f"{stage}_metric"])
         if isinstance(metric, TokenPerplexity):
             # a causal model predicts each label but the first
             predicted = labels[:, 1:] if self.task == "causal-lm" else labels
@@ -138,7 +161,7 @@ class TransformerModule(pl.LightningModule):
         self.log(f"{stage}_loss", output.loss, batch_size=int(weight), sync_dist=True)
         self.log(f"{stage}_{self.metric_name}", metric, prog_bar=True, batch_size=int(weight))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW (fused where it can be) with warm-up and decay by optimizer step."""
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
@@ -146,19 +169,19 @@ class TransformerModule(pl.LightningModule):
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         # under float16 the scaler and gradient clipping both want to unscale: the fused step leaves no room for that
-        fused = "16-mixed" != self.trainer.precision and all(p.device.type in ("cpu", "cuda") for p in trained)
+        fused = self.trainer.precision != "16-mixed" and all(p.device.type in ("cpu", "cuda") for p in trained)
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, fused=fused)
-        total = self.trainer.estimated_stepping_batches
-        if total == float("inf"):
-            if self.decay != "constant" or isinstance(self.warmup, float):
+        total = training_steps(self.trainer)
+        if total is None:
+            if self.decay != "constant" or (isinstance(self.warmup, float) and self.warmup > 0):
                 raise ValueError(
                     f"decay={self.decay!r} and warmup={self.warmup} need the length of training: set max_steps, "
                     "or use decay='constant' with warmup as a number of steps"
                 )
-            total = self.warmup
+            total = int(self.warmup)
         kind = {"constant": "constant_with_warmup"}.get(self.decay, self.decay)
-        warmup = resolve_step(self.warmup, int(total), "warmup")
-        scheduler = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=int(total))
+        warmup = resolve_step(self.warmup, total, "warmup")
+        scheduler = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
 
@@ -206,12 +229,12 @@ def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
     """A copy that no longer says it was quantised: a model loaded from GGUF refuses to be saved."""
     config = loaded.config
     del config.quantization_config
-    plain = type(loaded)(config)
+    plain: PreTrainedModel = type(loaded)._from_config(config, dtype=loaded.dtype)  # type: ignore[no-untyped-call]
     plain.load_state_dict(loaded.state_dict())
-    return plain.to(loaded.dtype)
+    return plain
 
 
-def _metric(task: str, num_labels: int) -> Metric:
+def _metric(task: str, num_labels: int | None) -> Metric:
     if task.endswith("classification"):
-        return MulticlassAccuracy(num_classes=num_labels, average="micro")
+        return MulticlassAccuracy(num_classes=num_labels or 2, average="micro")
     return TokenPerplexity()

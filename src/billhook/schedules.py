@@ -210,7 +210,9 @@ class Exponential(Ramp):
         super().__post_init__()
         for name in ("initial", "final"):
             if getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be below 1: it is the fraction removed, and some must be left")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must be below 1: it is the fraction removed, and some must be left"
+                )
 
     def at(self, progress: float) -> float:
         """The value when the ramp has come `progress` (0..1) of its way."""
@@ -241,7 +243,9 @@ class MultiStep(Schedule):
 
     def __post_init__(self) -> None:
         if len(self.values) != len(self.steps) or not self.values:
-            raise ValueError(f"values and steps must have the same length of at least 1, got {len(self.values)} and {len(self.steps)}")
+            raise ValueError(
+                f"values and steps must have the same length of at least 1, got {len(self.values)} and {len(self.steps)}"
+            )
         for step in self.steps:
             check_step(step, "steps")
         self._check_order()

@@ -1,0 +1,7 @@
+"""When things happen: Lightning callbacks, one a file, no maths."""
+
+from billhook.callbacks.export import Export
+from billhook.callbacks.kv_heads import KVHeadConversion
+from billhook.callbacks.report import Report
+
+__all__ = ["Export", "KVHeadConversion", "Report"]

@@ -1,0 +1,78 @@
+"""Multi-head to grouped-query to multi-query attention, at given steps of a fit."""
+
+import lightning.pytorch as pl
+from torch import nn
+from torch.optim import Optimizer
+
+from billhook.callbacks.shape_event import At, ShapeCallback
+from billhook.run import callbacks_of
+from billhook.structure.kv_heads import Method, check_kv_heads, convert_kv_heads, kv_heads_of, plan_kv_heads
+
+
+class KVHeadConversion(ShapeCallback):
+    """Fewer key/value heads at given steps of a fit; training then goes on (uptraining; GQA, 2305.13245, section 2.1).
+
+    Optimizer state follows, checkpoints carry the shape, and a resumed run ends as the straight run does.
+
+    Args:
+        num_key_value_heads: KV heads after the conversion, 1 for multi-query attention; a list for several stages, as in
+            `[4, 2, 1]`. Each divides both the KV heads before it and the query heads.
+        at: When: a step (int), a fraction of training (float in 0..1), or `"start"` (before the optimizer exists); a list, one
+            per stage.
+        method: How a group of heads becomes one: `"mean"` (the paper's), `"first"`, or `"random"` (drawn anew).
+        seed: For `"random"`.
+        measure_batches: Validation batches on which the model is measured before and after each stage; by default as many
+            as validation takes, 0 for none.
+
+    Raises:
+        ValueError: If a number of heads, a step or the method is not legal, or the model cannot be converted; before training.
+    """
+
+    def __init__(
+        self,
+        num_key_value_heads: int | list[int],
+        at: At | list[At] = "start",
+        method: Method = "mean",
+        seed: int = 0,
+        measure_batches: int | None = None,
+    ) -> None:
+        super().__init__(at if isinstance(at, list) else [at], measure_batches)
+        heads = num_key_value_heads if isinstance(num_key_value_heads, list) else [num_key_value_heads]
+        if len(heads) != len(self.at):
+            raise ValueError(f"num_key_value_heads={heads} and at={self.at} must have the same length")
+        for before, after in zip([heads[0] * 2, *heads], heads, strict=False):
+            check_kv_heads(after, before, before, method)
+        self.heads, self.method, self.seed = heads, method, seed
+
+    @property
+    def state_key(self) -> str:
+        """Under which checkpoints keep this callback's state."""
+        return self._generate_state_key(num_key_value_heads=self.heads)
+
+    def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
+        """Refuses a model, or a number of heads, that cannot be converted."""
+        for callback in callbacks_of(trainer, KVHeadConversion):
+            if callback.state_key == self.state_key and callback is not self:
+                raise ValueError(f"two KVHeadConversion lead to num_key_value_heads={self.heads}: one is enough")
+        first = next((heads for stage, heads in enumerate(self.heads) if not self.is_done(model, stage)), None)
+        if first is not None:
+            plan_kv_heads(model, first, self.method)
+        elif (now := kv_heads_of(model)) < self.heads[-1]:
+            check_kv_heads(self.heads[-1], now, now, self.method)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses stages, also of several callbacks together, that do not lead to ever fewer heads."""
+        super().on_fit_start(trainer, pl_module)
+        stages = sorted(pair for c in callbacks_of(trainer, KVHeadConversion) for pair in zip(c._steps, c.heads, strict=False))
+        if any(later >= earlier for (_, earlier), (_, later) in zip(stages, stages[1:], strict=False)):
+            told = ", ".join(f"{heads} at step {max(step, 0)}" for step, heads in stages)
+            raise ValueError(f"num_key_value_heads: each stage must have fewer KV heads than the one before, got {told}")
+
+    def is_done(self, model: nn.Module, stage: int) -> bool:
+        """Whether the model has as few KV heads as a stage leads to."""
+        return kv_heads_of(model) <= self.heads[stage]
+
+    def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
+        """Converts, and says from how many heads to how many."""
+        plan = convert_kv_heads(model, self.heads[stage], self.method, optimizers, self.seed)
+        return f"{plan.before} -> {plan.after} KV heads ({plan.method})"

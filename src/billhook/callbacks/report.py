@@ -1,0 +1,93 @@
+"""The run as one table and one picture."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning_utilities.core.rank_zero import rank_zero_only
+
+from billhook.callbacks.export import Export
+from billhook.callbacks.measure import measure
+from billhook.callbacks.shape_event import Event, ShapeCallback
+from billhook.checkpoint import WAYS
+from billhook.report import Stage, plot, summary, table
+from billhook.run import callbacks_of
+
+
+class Report(Callback):
+    """Prints what the model was before, right after each change, and at the end; draws validation over steps.
+
+    Put it last, after `Export`, to have it say where the checkpoint is.
+
+    Args:
+        plot_file: Where the picture goes (PNG); none is drawn where the run has no validation.
+        metric: The logged validation figure to draw; the first of `val_perplexity`, `val_accuracy`, `val_loss` by default.
+        measure_batches: Validation batches for the figures at the end; by default as many as validation takes.
+    """
+
+    def __init__(
+        self, plot_file: str = "outputs/report.png", metric: str | None = None, measure_batches: int | None = None
+    ) -> None:
+        self.plot_file, self.metric, self.measure_batches = plot_file, metric, measure_batches
+        self.history: list[list[float]] = []
+        self.first: Event | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measures the model before training, where no conversion at this very step does it."""
+        if self.first is None:
+            numbers = summary(pl_module).numbers() | measure(trainer, pl_module, self.measure_batches)
+            self.first = {"step": trainer.global_step, "after": numbers}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the figure that validation gave."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit" and (name := self._name(trainer.callback_metrics)):
+            self.history.append([trainer.global_step, float(trainer.callback_metrics[name])])
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measures once more, prints the table and draws the picture."""
+        last = summary(pl_module).numbers() | measure(trainer, pl_module, self.measure_batches)
+        self._report(trainer, last)
+
+    @rank_zero_only
+    def _report(self, trainer: pl.Trainer, last: dict[str, Any]) -> None:
+        events = [event for callback in callbacks_of(trainer, ShapeCallback) for event in callback.events]
+        events.sort(key=lambda event: event["step"])
+        stages = [_stage("dense", events[0], "before")] if events else []
+        if self.first is not None and (not events or not set(events[0]["before"]) >= set(self.first["after"])):
+            stages = [_stage("at the start", self.first, "after")]
+        stages += [_stage(f"after {event['what']}", event, "after") for event in events]
+        stages.append(Stage("after uptraining" if events else "at the end", trainer.global_step, last))
+        notes = []
+        for callback in callbacks_of(trainer, Export):
+            if callback.saved is not None:
+                notes += [("checkpoint", callback.saved.folder), ("saved as", WAYS[callback.saved.way])]
+                notes += [("reloaded", f"largest difference of logits {callback.saved.difference:.3g}")]
+        if name := self._name(last):
+            Path(self.plot_file).parent.mkdir(parents=True, exist_ok=True)
+            marks = [(e["step"], e["what"], e["before"].get(name), e["after"].get(name)) for e in events]
+            plot(self._points(name, last, trainer.global_step), marks, name, self.plot_file)
+            notes.append(("plot", self.plot_file))
+        print(f"\n{table(stages, notes)}\n")
+
+    def _points(self, name: str, last: dict[str, Any], step: int) -> list[tuple[int, float]]:
+        points = {int(s): value for s, value in self.history} | {step: float(last[name])}
+        if self.first is not None and name in self.first["after"]:
+            points.setdefault(self.first["step"], self.first["after"][name])
+        return sorted(points.items())
+
+    def _name(self, figures: dict[str, Any]) -> str | None:
+        names = [self.metric] if self.metric else ["val_perplexity", "val_accuracy", "val_loss"]
+        return next((name for name in names if name in figures), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The figures so far."""
+        return {"history": self.history, "first": self.first}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the figures of the run that is resumed."""
+        self.history, self.first = state_dict["history"], state_dict["first"]
+
+
+def _stage(name: str, event: Event, when: str) -> Stage:
+    return Stage(name, event["step"], event[when])

@@ -1,0 +1,205 @@
+"""What callbacks share that change tensor shapes in the middle of a fit: when, on what, and how the training goes on."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from billhook.callbacks.measure import measure
+from billhook.report import summary
+from billhook.run import callbacks_of, is_trial, training_steps
+from billhook.schedules import Step, check_step, resolve_step
+from billhook.structure.shape import find_transformer, load_shape, save_shape, shape_of
+
+At = Step | Literal["start"]
+Event = dict[str, Any]
+_HELD = "_billhook_shape"
+
+
+class ShapeCallback(Callback, ABC):
+    """Changes tensor shapes in one or more stages, each at its step; model, optimizers and checkpoints follow.
+
+    Args:
+        at: When each stage happens: a step (int), a fraction of training (float in 0..1), or `"start"` (before the optimizer
+            exists).
+        measure_batches: Validation batches on which the model is measured before and after each stage; by default as many
+            as validation takes, 0 for none.
+    """
+
+    def __init__(self, at: list[At], measure_batches: int | None = None) -> None:
+        for moment in at:
+            if moment != "start":
+                if isinstance(moment, str):
+                    raise ValueError(
+                        f"at={moment!r} must be 'start', an int (a step) or a float in 0..1 (a fraction of training)"
+                    )
+                check_step(moment, "at")
+        if measure_batches is not None and measure_batches < 0:
+            raise ValueError(f"measure_batches={measure_batches} must be at least 0")
+        self.at, self.measure_batches = at, measure_batches
+        self.events: list[Event] = []
+        self._steps: list[int] = []
+        self._last_step = 0
+
+    @abstractmethod
+    def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
+        """Raises `ValueError` if a stage that is not yet done cannot be."""
+
+    @abstractmethod
+    def is_done(self, model: nn.Module, stage: int) -> bool:
+        """Whether the model already has the shape that a stage, or a later one, leads to."""
+
+    @abstractmethod
+    def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
+        """Carries out a stage and returns a phrase that says what was done."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Makes checkpoints carry the shape; checks all stages; carries out those at the start."""
+        _hold_shape(pl_module)
+        if stage != "fit":
+            return
+        _check_trainer(trainer, type(self).__name__, all(moment == "start" for moment in self.at))
+        self.check(pl_module, trainer)
+        if trainer.max_steps > 0:
+            self.steps(trainer.max_steps, trainer)
+        for index, moment in enumerate(self.at):
+            if moment == "start" and not self.is_done(pl_module, index):
+                self._record(trainer, {}, pl_module, index, [])
+
+    def steps(self, total_steps: int, trainer: pl.Trainer) -> list[int]:
+        """The step of each stage, -1 for the start.
+
+        Raises:
+            ValueError: If one lies past the end of training, or two fall on one step.
+        """
+        steps = [-1 if moment == "start" else resolve_step(moment, total_steps, "at") for moment in self._clamped(trainer)]
+        if not is_trial(trainer) and len(set(steps)) < len(steps):
+            raise ValueError(f"at={self.at}: two stages fall on one step ({steps} of {total_steps} steps)")
+        return steps
+
+    def _clamped(self, trainer: pl.Trainer) -> list[At]:
+        # a fast_dev_run is there to try everything out in a step or two
+        limit = trainer.max_steps if is_trial(trainer) else None
+        return [min(m, limit) if limit is not None and isinstance(m, int) else m for m in self.at]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Turns fractions of training into steps, and checks the stages of all callbacks of this kind together."""
+        total = training_steps(trainer)
+        if total is None:
+            if any(isinstance(moment, float) for moment in self.at):
+                raise ValueError(f"at={self.at} has a fraction of training, but nothing bounds the training: set max_steps")
+            total = max((m for m in self.at if isinstance(m, int)), default=0)
+        self._steps = self.steps(total, trainer)
+        if is_trial(trainer):
+            return
+        taken = [step for callback in callbacks_of(trainer, type(self)) for step in callback._steps]
+        if len(set(taken)) < len(taken):
+            raise ValueError(f"two {type(self).__name__} fall on one step: their steps are {sorted(taken)}")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Carries out what is due before the first step (after a resume: what the checkpoint had not yet)."""
+        self._run(trainer, pl_module, after=-2)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+        """Carries out what is due at the step that has just been taken."""
+        if trainer.global_step != self._last_step:
+            self._run(trainer, pl_module, after=self._last_step)
+
+    def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, after: int) -> None:
+        self._last_step = trainer.global_step
+        for index, step in sorted(enumerate(self._steps), key=lambda pair: pair[1]):
+            if after < step <= trainer.global_step and not self.is_done(pl_module, index):
+                self._happen(trainer, pl_module, index)
+
+    def _happen(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int) -> None:
+        limit = self.measure_batches
+        before = {} if limit == 0 else measure(trainer, pl_module, limit)
+        wrapped = isinstance(trainer.strategy.model, DistributedDataParallel)
+        if wrapped:
+            # DDP holds hooks on the old parameters: drop it first, wrap again after
+            trainer.strategy.model = trainer.strategy.lightning_module
+        event = self._record(trainer, before, pl_module, stage, trainer.optimizers)
+        if wrapped:
+            assert isinstance(trainer.strategy, DDPStrategy)
+            trainer.strategy.configure_ddp()
+        event["after"] |= {} if limit == 0 else measure(trainer, pl_module, limit)
+        _log(trainer, event)
+
+    def _record(
+        self, trainer: pl.Trainer, metrics: dict[str, float], model: nn.Module, stage: int, optimizers: list[Optimizer]
+    ) -> Event:
+        before = summary(model).numbers() | metrics
+        what = self.change(model, stage, optimizers)
+        event: Event = {"step": trainer.global_step, "what": what, "before": before, "after": summary(model).numbers()}
+        self.events.append(event)
+        rank_zero_info(f"billhook, step {event['step']}: {what}")
+        return event
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has happened so far; the shape itself is in the LightningModule's part of the checkpoint."""
+        return {"events": self.events}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what had happened."""
+        self.events = state_dict["events"]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves the LightningModule as it was found."""
+        _release_shape(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves the LightningModule as it was found (Lightning does not call `teardown` then)."""
+        _release_shape(pl_module)
+
+
+def _hold_shape(pl_module: pl.LightningModule) -> None:
+    """Wraps the module's checkpoint hooks, once for all callbacks: its own hook is the last one before weights are loaded."""
+    if _HELD in pl_module.__dict__:
+        return
+    load, save, found = (
+        pl_module.on_load_checkpoint,
+        pl_module.on_save_checkpoint,
+        shape_of(find_transformer(pl_module)),
+    )
+
+    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+        load_shape(pl_module, checkpoint, otherwise=found)
+        load(checkpoint)
+
+    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+        save_shape(pl_module, checkpoint)
+        save(checkpoint)
+
+    pl_module.__dict__[_HELD] = True
+    pl_module.__dict__["on_load_checkpoint"] = on_load_checkpoint
+    pl_module.__dict__["on_save_checkpoint"] = on_save_checkpoint
+
+
+def _release_shape(pl_module: pl.LightningModule) -> None:
+    if pl_module.__dict__.pop(_HELD, False):
+        del pl_module.__dict__["on_load_checkpoint"], pl_module.__dict__["on_save_checkpoint"]
+
+
+def _check_trainer(trainer: pl.Trainer, name: str, at_start: bool) -> None:
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        raise ValueError(
+            f"{name} changes shapes, which works on one device and under DDP; the strategy is "
+            f"{type(trainer.strategy).__name__}. Convert first (billhook on one device), then train the result."
+        )
+    averaging = [type(c).__name__ for c in callbacks_of(trainer, Callback) if hasattr(c, "_average_model")]
+    if averaging and not at_start:
+        raise ValueError(f"{name} changes shapes in the middle of the fit, which {averaging[0]} cannot follow: use at='start'")
+
+
+def _log(trainer: pl.Trainer, event: Event) -> None:
+    numbers = {k: v for k, v in event["after"].items() if k in ("params", "kv_cache_bytes")}
+    measured = [k for k in event["after"] if k not in numbers and k in event["before"]]
+    numbers |= {f"{k}_{when}": event[when][k] for k in measured for when in ("before", "after")}
+    for logger in trainer.loggers:
+        logger.log_metrics({k: float(v) for k, v in numbers.items() if v is not None}, step=event["step"])

@@ -1,0 +1,218 @@
+"""What a model is and what was done to it: a summary, the table before and after, and the plot over steps."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from billhook.structure.shape import find_transformer
+
+CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model weighs.
+
+    Attributes:
+        model: The model's class.
+        params: Parameters; tied ones count once.
+        zeros: Parameters that are exactly zero.
+        bytes: Bytes of all parameters.
+        query_heads: Query heads of a layer, where the config says one number.
+        kv_heads: Key/value heads of a layer, where the config says one number.
+        kv_cache_bytes: Bytes that the key/value cache grows by with each token, in the dtype of the weights.
+        flops: Floating-point operations of the forward pass, per token, at `context` tokens.
+        context: Tokens for which `flops` holds.
+    """
+
+    model: str
+    params: int
+    zeros: int
+    bytes: int
+    query_heads: int | None
+    kv_heads: int | None
+    kv_cache_bytes: int | None
+    flops: int | None
+    context: int
+
+    def numbers(self) -> dict[str, Any]:
+        """What changes when a model is pruned or converted."""
+        return {key: getattr(self, key) for key in ("params", "zeros", "kv_cache_bytes", "flops")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            ("model", self.model),
+            ("parameters", f"{self.params:,}"),
+            ("zeros", f"{self.zeros:,} ({self.zeros / max(self.params, 1):.1%})"),
+            ("size of the weights", f"{self.bytes / 1e6:,.1f} MB"),
+            ("query heads / KV heads", f"{self.query_heads or '?'} / {self.kv_heads or '?'}"),
+            ("KV cache per token", "unknown" if self.kv_cache_bytes is None else f"{self.kv_cache_bytes:,} bytes"),
+            (f"forward FLOPs per token at {self.context}", "unknown" if self.flops is None else f"{self.flops:,}"),
+        ]
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def summary(model: nn.Module) -> Summary:
+    """What a model weighs: parameters, zeros, KV-cache bytes per token and FLOPs, the last two from a run on meta tensors.
+
+    Args:
+        model: A Hugging Face model, or a module that holds one.
+    """
+    model = find_transformer(model)
+    parameters = list(model.parameters())
+    config = model.config.get_text_config(decoder=True)
+    context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
+    cache, flops = _run_on_meta(model, context)
+    heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
+    heads[1] = heads[1] or heads[0]
+    return Summary(
+        model=type(model).__name__,
+        params=sum(p.numel() for p in parameters),
+        zeros=sum(int((p == 0).sum()) for p in parameters if not p.is_meta),
+        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        query_heads=heads[0] if isinstance(heads[0], int) else None,
+        kv_heads=heads[1] if isinstance(heads[1], int) else None,
+        kv_cache_bytes=cache,
+        flops=flops,
+        context=context,
+    )
+
+
+def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int | None]:
+    """KV-cache bytes per token and FLOPs per token; None where the model cannot run on meta or has no such cache."""
+    if model.main_input_name != "input_ids":
+        return None, None
+    try:
+        shadow = _to_meta(model)
+        short, _ = _forward(shadow, context // 2)
+        long, flops = _forward(shadow, context)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError):
+        return None, None  # code that depends on values, or other inputs than token ids
+    grown = (long - short) // (context - context // 2)
+    return grown or None, flops // context
+
+
+@torch.no_grad()
+def _forward(shadow: PreTrainedModel, length: int) -> tuple[int, int]:
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if shadow.config.is_encoder_decoder else {})
+    cached = {"use_cache": True} if hasattr(shadow.config.get_text_config(decoder=True), "use_cache") else {}
+    with FlopCounterMode(display=False) as counter:
+        output = shadow(**inputs, **cached)
+    cache = output.get("cache") if "cache" in output else output.get("past_key_values")
+    held = {id(t): t for layer in getattr(cache, "layers", []) for t in vars(layer).values() if isinstance(t, Tensor)}
+    return sum(t.numel() * t.element_size() for t in held.values()), counter.get_total_flops()
+
+
+def _to_meta(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy on the meta device; nothing is copied but what the modules are."""
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in tensors}
+    memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in model.parameters()}
+    shadow = copy.deepcopy(model, memo)
+    shadow.train(False)
+    return shadow
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table: what the model was at some point of the run.
+
+    Attributes:
+        name: What the point is called.
+        step: The optimizer step.
+        numbers: Measured values by name.
+    """
+
+    name: str
+    step: int
+    numbers: dict[str, float | None]
+
+
+def table(stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = ()) -> str:
+    """The stages as rows, their numbers as columns, and notes below."""
+    columns = {
+        "perplexity": "val_perplexity",
+        "accuracy": "val_accuracy",
+        "loss": "val_loss",
+        "parameters": "params",
+        "KV-cache bytes/token": "kv_cache_bytes",
+    }
+    shown = {head: key for head, key in columns.items() if any(stage.numbers.get(key) is not None for stage in stages)}
+    if "perplexity" in shown or "accuracy" in shown:
+        shown.pop("loss", None)
+    rows = [["", "step", *shown]]
+    rows += [[stage.name, str(stage.step), *(_number(stage.numbers.get(key)) for key in shown.values())] for stage in stages]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    label_width = max((len(label) for label, _ in notes), default=0)
+    return "\n".join([*lines, *([""] if notes else []), *(f"{label:<{label_width}}  {text}" for label, text in notes)])
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def plot(
+    history: Sequence[tuple[int, float]],
+    events: Sequence[tuple[int, str, float | None, float | None]],
+    name: str,
+    path: str | Path,
+) -> None:
+    """Draws a validation figure over optimizer steps, with the events marked, as a PNG.
+
+    Args:
+        history: Pairs of step and value.
+        events: Step, what happened, and the value right before and right after.
+        name: What the figure is called.
+        path: Where the PNG goes.
+    """
+    from matplotlib.figure import Figure  # slow to import, and needed once
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    points = sorted(
+        [(step, 1, value) for step, value in history]
+        + [(step, 0, before) for step, _, before, _ in events if before is not None]
+        + [(step, 2, after) for step, _, _, after in events if after is not None]
+    )
+    steps, values = [p[0] for p in points], [p[2] for p in points]
+    axes.plot(steps, values, marker="o", markersize=3.5, linewidth=1.6, color="#1f5f8b")
+    if values and max(values) > 5 * min(values) > 0:
+        axes.set_yscale("log")
+    for step, what, _, after in events:
+        axes.axvline(step, color="#b03a2e", linestyle="--", linewidth=1)
+        axes.annotate(what, (step, 0.97), xycoords=("data", "axes fraction"), xytext=(5, 0), textcoords="offset points",
+                      rotation=90, va="top", fontsize=8, color="#b03a2e")  # fmt: skip
+        if after is not None:
+            _label(axes, step, after)
+    for index in {0, len(points) - 1} if points else set():
+        _label(axes, steps[index], values[index])
+    axes.set(xlabel="optimizer step", ylabel=name.replace("val_", "validation ").replace("_", " "))
+    axes.grid(alpha=0.25, which="both")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+def _label(axes: Any, step: int, value: float) -> None:  # noqa: ANN401 - matplotlib has no types
+    text = f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+    axes.annotate(text, (step, value), xytext=(6, 5), textcoords="offset points", fontsize=8)

@@ -1,0 +1,24 @@
+"""What a trainer says of its run."""
+
+from typing import TypeVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+CallbackT = TypeVar("CallbackT", bound=Callback)
+
+
+def training_steps(trainer: pl.Trainer) -> int | None:
+    """Optimizer steps from the start of training to its end; None where nothing bounds it."""
+    steps = trainer.estimated_stepping_batches
+    return None if steps == float("inf") or steps < 0 else int(steps)
+
+
+def callbacks_of(trainer: pl.Trainer, kind: type[CallbackT]) -> list[CallbackT]:
+    """The callbacks of one kind, in the trainer's order."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+
+
+def is_trial(trainer: pl.Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, a step or two to try everything out."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

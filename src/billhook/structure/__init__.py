@@ -1,0 +1,1 @@
+"""Tensors become smaller, or are pooled."""

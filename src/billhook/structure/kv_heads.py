@@ -1,0 +1,227 @@
+"""Fewer key/value heads: multi-head to grouped-query to multi-query attention (GQA, 2305.13245, section 2.1; MQA, 1911.02150).
+
+With `before` KV heads turned into `after`, each new head takes the place of a group of `before / after` consecutive old ones:
+query head h reads KV head h // (query heads / KV heads), so consecutive heads are the ones whose queries will share.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from transformers import PretrainedConfig, PreTrainedModel
+
+from billhook.structure.shape import Shape, build_on_meta, find_transformer, set_shape, shape_of
+from billhook.structure.surgery import Change, replace_parameters
+
+Method = Literal["mean", "first", "random"]
+FIELD = "num_key_value_heads"
+
+
+@dataclass(frozen=True)
+class KVHeadPlan:
+    """What a conversion will do, as plain data.
+
+    Attributes:
+        before: KV heads now.
+        after: KV heads then.
+        method: How a group of heads becomes one.
+        parameters: The parameters that shrink, each with the dimension that holds its heads.
+        shape: The shape of the model then: what the model's own class builds from the changed config.
+    """
+
+    before: int
+    after: int
+    method: Method
+    parameters: dict[str, int]
+    shape: Shape
+
+
+def pool_heads(tensor: Tensor, before: int, after: int, method: Literal["mean", "first"] = "mean", dim: int = 0) -> Tensor:
+    """One head for each group of `before / after` consecutive heads along a dimension.
+
+    Args:
+        tensor: The heads one after the other along `dim`, `[..., before * width, ...]`.
+        before: Heads in `tensor`.
+        after: Heads in the result; divides `before`.
+        method: `"mean"`: W_group = 1/G * sum over the group of W_head (GQA, section 2.1), summed in float32 at least;
+            `"first"`: the first head of the group.
+        dim: The dimension that holds the heads.
+
+    Returns:
+        `[..., after * width, ...]`, in the dtype of `tensor`.
+
+    >>> pool_heads(torch.tensor([0.0, 1.0, 2.0, 5.0]), before=4, after=2)
+    tensor([0.5000, 3.5000])
+    """
+    groups: Tensor = tensor.unflatten(dim, (after, before // after, -1))  # type: ignore[no-untyped-call]
+    if method == "first":
+        return groups.select(dim + 1, 0).flatten(dim, dim + 1)
+    accumulate = torch.promote_types(tensor.dtype, torch.float32)
+    return groups.to(accumulate).mean(dim + 1).to(tensor.dtype).flatten(dim, dim + 1)
+
+
+def kv_heads_of(model: nn.Module) -> int:
+    """The number of KV heads that the config of a Hugging Face model states.
+
+    Raises:
+        ValueError: If the config has no such field, or another number for each layer.
+    """
+    return _heads(find_transformer(model))[0]
+
+
+def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int, method: str = "mean") -> None:
+    """Refuses a number of KV heads, or a method, that cannot be.
+
+    Raises:
+        ValueError: With the argument, what came and what is legal.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method={method!r} must be one of {', '.join(get_args(Method))}")
+    legal = [n for n in range(1, before) if before % n == 0 and query_heads % n == 0]
+    if num_key_value_heads not in legal:
+        reason = "which must be fewer than there are, and divide both them and the query heads"
+        raise ValueError(
+            f"num_key_value_heads={num_key_value_heads}, {reason}: with {before} KV heads and {query_heads} query heads, "
+            f"legal is {', '.join(map(str, legal)) or 'nothing: one KV head is all there is'}"
+        )
+
+
+def plan_kv_heads(model: nn.Module, num_key_value_heads: int, method: Method = "mean") -> KVHeadPlan:
+    """Finds what a conversion changes, and checks it against what the model's own class builds from the changed config.
+
+    No names of architectures or projections are needed: the parameters whose size follows the config field are those that
+    hold KV heads (projections, their biases, and norms over all heads).
+
+    Args:
+        model: A Hugging Face model, or a module that holds one.
+        num_key_value_heads: KV heads then.
+        method: See `convert_kv_heads`.
+
+    Raises:
+        ValueError: If the number or method is not legal, or the model cannot be converted; the message says what it lacks.
+    """
+    model = find_transformer(model)
+    before, query_heads = _heads(model)
+    check_kv_heads(num_key_value_heads, before, query_heads, method)
+    _check_plain(model)
+    config = copy.deepcopy(model.config)
+    setattr(config.get_text_config(decoder=True), FIELD, num_key_value_heads)
+    now, then = shape_of(model), shape_of(build_on_meta(model, config))
+    _check_same_names(model, now, then)
+    sizes = {name: (size, then.tensors[name]) for name, size in now.tensors.items() if size != then.tensors[name]}
+    tied = {name for name, _ in model.named_parameters()}
+    dims = {name: _head_dim(name, *size, before, num_key_value_heads) for name, size in sizes.items() if name in tied}
+    if not dims:
+        raise ValueError(f"{type(model).__name__}: no parameter follows the config field {FIELD}")
+    return KVHeadPlan(before, num_key_value_heads, method, dims, then)
+
+
+def convert_kv_heads(
+    model: nn.Module,
+    num_key_value_heads: int,
+    method: Method = "mean",
+    optimizers: Iterable[Optimizer] = (),
+    seed: int = 0,
+) -> KVHeadPlan:
+    """Turns multi-head attention into grouped-query, or with one KV head multi-query, attention, in place.
+
+    Args:
+        model: A Hugging Face model, or a module that holds one, whose config has `num_key_value_heads`.
+        num_key_value_heads: KV heads then; divides both the KV heads now and the query heads.
+        method: `"mean"`: the mean of the group's heads (the paper's choice); `"first"`: the group's first head; `"random"`:
+            drawn anew as the model initialises (both the paper's ablation, section 3.3).
+        optimizers: Optimizers that train the model. Their state follows: first moments are pooled like the weights; second
+            moments are pooled and multiplied by G^2 for groups of G heads. The gradient of a pooled head is the sum of its
+            heads' gradients, and (g_1 + ... + g_G)^2 <= G * (g_1^2 + ... + g_G^2) = G^2 * mean(g_i^2), so that no step is larger
+            than Adam would have made it. With `"random"` the state of what is drawn anew starts at zero.
+        seed: For `"random"`.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        ValueError: As `plan_kv_heads`; then nothing has changed.
+    """
+    plan = plan_kv_heads(model, num_key_value_heads, method)
+    model = find_transformer(model)
+    generator = torch.Generator().manual_seed(seed)
+    std = float(getattr(model.config.get_text_config(decoder=True), "initializer_range", 0.02))
+    changes = {}
+    for name, dim in plan.parameters.items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        drawn = method == "random" and isinstance(owner, nn.Linear)
+        changes[name] = _draw(plan, name, std, generator) if drawn else _pool(plan, dim)
+    replace_parameters(model, changes, optimizers)
+    set_shape(model, plan.shape)
+    return plan
+
+
+def _pool(plan: KVHeadPlan, dim: int) -> Change:
+    how: Literal["mean", "first"] = "first" if plan.method == "first" else "mean"
+    scale = (plan.before // plan.after) ** 2
+
+    def state(key: str, value: Tensor) -> Tensor:
+        pooled = pool_heads(value, plan.before, plan.after, how, dim)
+        return pooled * scale if key.endswith("_sq") else pooled
+
+    return Change(lambda weight: pool_heads(weight, plan.before, plan.after, how, dim), state)
+
+
+def _draw(plan: KVHeadPlan, name: str, std: float, generator: torch.Generator) -> Change:
+    size = plan.shape.tensors[name]
+    drawn = torch.randn(size, generator=generator) * std if len(size) > 1 else torch.zeros(size)
+    return Change(lambda weight: drawn.to(weight), lambda _, value: value.new_zeros(size))
+
+
+def _heads(model: PreTrainedModel) -> tuple[int, int]:
+    config = model.config.get_text_config(decoder=True)
+    before, query_heads = getattr(config, FIELD, None), getattr(config, "num_attention_heads", None)
+    if not isinstance(before, int) or not isinstance(query_heads, int):
+        lacks = "another number for each layer in" if isinstance(before, list | tuple) else "no such number in"
+        raise ValueError(
+            f"{type(model).__name__} cannot be told to use fewer KV heads: {FIELD} has {lacks} its config "
+            f"({type(config).__name__})"
+        )
+    return before, query_heads
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(f"{name} is quantised ({parameter.dtype}): convert the model before it is quantised")
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"{name} is sharded over devices: convert the model before it is sharded (at='start')")
+
+
+def _check_same_names(model: PreTrainedModel, now: Shape, then: Shape) -> None:
+    if unknown := sorted(now.tensors.keys() ^ then.tensors.keys()):
+        adapters = any("lora_" in name or ".base_layer." in name for name in unknown)
+        hint = "merge the adapters first" if adapters else "this class cannot be converted"
+        raise ValueError(
+            f"{unknown[0]} and {len(unknown) - 1} more tensors are not the same in this model and in what "
+            f"{type(model).__name__} builds from its config: {hint}"
+        )
+
+
+def _head_dim(name: str, old: tuple[int, ...], new: tuple[int, ...], before: int, after: int) -> int:
+    """The dimension along which whole KV heads, and nothing else, lie."""
+    differing = [d for d, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+    if len(differing) == 1 and math.prod(old) * after == math.prod(new) * before:
+        return differing[0]
+    raise ValueError(
+        f"{name} goes from {list(old)} to {list(new)} with {before} to {after} KV heads, so it holds more than KV heads "
+        "(queries, keys and values in one matrix): separate key and value projections are needed"
+    )
+
+
+def config_of(model: nn.Module) -> PretrainedConfig:
+    """The config that states a model's KV heads: its text config, where it has several."""
+    config: Any = find_transformer(model).config.get_text_config(decoder=True)
+    assert isinstance(config, PretrainedConfig)
+    return config

@@ -1,0 +1,174 @@
+"""The shape of a model, absolute: the sizes of its tensors, and the whole numbers in its modules and config that go with them.
+
+A checkpoint carries it, so that a model of any other shape can take the checkpoint's shape before the weights are loaded.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+KEY = "billhook"
+"""Where Lightning checkpoints keep the shape."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of tensors by name, and whole numbers by `module.attribute` and by config field.
+
+    Attributes:
+        tensors: The sizes of what `state_dict` holds.
+        attributes: The whole-number attributes of the modules that hold parameters.
+        config: The whole-number fields of the config, nested configs with dots.
+    """
+
+    tensors: dict[str, tuple[int, ...]]
+    attributes: dict[str, int]
+    config: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As lists, dicts and numbers, which any checkpoint format can hold."""
+        return {
+            "tensors": {name: list(size) for name, size in self.tensors.items()},
+            "attributes": dict(self.attributes),
+            "config": dict(self.config),
+        }
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Self:
+        """What `to_dict` made."""
+        tensors = {str(name): tuple(int(n) for n in size) for name, size in plain["tensors"].items()}
+        numbers = [{str(k): int(v) for k, v in plain[key].items()} for key in ("attributes", "config")]
+        return cls(tensors, *numbers)
+
+
+def shape_of(model: nn.Module) -> Shape:
+    """The shape that a model has now."""
+    tensors = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
+    attributes = {name: getattr(module, attr) for name, module, attr in _numbers(model)}
+    config = {name: getattr(owner, field) for name, owner, field in _fields(getattr(model, "config", None))}
+    return Shape(tensors, attributes, config)
+
+
+def set_shape(model: nn.Module, shape: Shape) -> None:
+    """Gives a model another shape; tensors whose size changes are new and hold nothing meaningful until weights are loaded.
+
+    Raises:
+        ValueError: If the shape is of a model with other tensors.
+    """
+    state = _state(model)
+    if state.keys() != shape.tensors.keys():
+        missing, extra = sorted(state.keys() - shape.tensors.keys()), sorted(shape.tensors.keys() - state.keys())
+        raise ValueError(
+            f"the checkpoint holds another model than the run: it lacks {_some(missing)} of {type(model).__name__}, "
+            f"and has {_some(extra)}, which {type(model).__name__} lacks"
+        )
+    renewed: dict[int, Tensor] = {}  # tied parameters stay tied
+    for name, old in state.items():
+        if tuple(old.shape) != shape.tensors[name]:
+            if id(old) not in renewed:
+                renewed[id(old)] = _like(old, shape.tensors[name])
+            owner, _, attr = name.rpartition(".")
+            setattr(model.get_submodule(owner), attr, renewed[id(old)])
+    for name, module, attr in list(_numbers(model)):
+        setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
+    for name, owner_config, field in list(_fields(getattr(model, "config", None))):
+        if name in shape.config and shape.config[name] != getattr(owner_config, field):
+            setattr(owner_config, field, shape.config[name])
+
+
+def save_shape(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Puts the shape, class and config of the Hugging Face model in a module into a Lightning checkpoint of that module."""
+    name, model = locate_transformer(module)
+    checkpoint[KEY] = {
+        "version": 1,
+        "class": type(model).__name__,
+        "config": model.config.to_json_string(use_diff=False),
+        "name_or_path": model.config.name_or_path or None,
+        "prefix": f"{name}." if name else "",
+        "shape": shape_of(model).to_dict(),
+    }
+
+
+def load_shape(module: nn.Module, checkpoint: Mapping[str, Any], otherwise: Shape | None = None) -> None:
+    """Gives the Hugging Face model in a module the shape that a Lightning checkpoint holds, before weights are loaded.
+
+    Args:
+        module: The module that the checkpoint is of.
+        checkpoint: The Lightning checkpoint.
+        otherwise: The shape to take where the checkpoint says nothing of shapes; by default the model stays as it is.
+
+    Raises:
+        ValueError: If the checkpoint holds another model.
+    """
+    held = checkpoint.get(KEY)
+    shape = otherwise if held is None else Shape.from_dict(held["shape"])
+    if shape is not None:
+        set_shape(find_transformer(module), shape)
+
+
+def find_transformer(module: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model in a module: the module itself, or what it holds (in its attribute `model`, if it has one).
+
+    Raises:
+        ValueError: If there is none, or more than one side by side.
+    """
+    return locate_transformer(module)[1]
+
+
+def locate_transformer(module: nn.Module) -> tuple[str, PreTrainedModel]:
+    """The Hugging Face model in a module, as `find_transformer` finds it, and its name there."""
+    if isinstance(module, PreTrainedModel):
+        return "", module
+    if (inner := module._modules.get("model")) is not None:
+        name, model = locate_transformer(inner)
+        return f"model.{name}".rstrip("."), model
+    found: dict[str, PreTrainedModel] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, PreTrainedModel) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = child
+    if len(found) != 1:
+        many = f"more than one Hugging Face model: {', '.join(found)}" if found else "no Hugging Face model (PreTrainedModel)"
+        raise ValueError(f"{type(module).__name__} holds {many}")
+    return next(iter(found.items()))
+
+
+def build_on_meta(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """What the model's own class builds from a config, without memory."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return type(model)(config)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.state_dict(keep_vars=True))
+
+
+def _like(old: Tensor, size: tuple[int, ...]) -> Tensor:
+    new = torch.empty(size, dtype=old.dtype, device=old.device)
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _numbers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for name, module in model.named_modules():
+        if next(module.parameters(), None) is not None:
+            for attr, value in vars(module).items():
+                if type(value) is int and not attr.startswith("_"):
+                    yield f"{name}.{attr}", module, attr
+
+
+def _fields(config: object, prefix: str = "") -> Iterator[tuple[str, PretrainedConfig, str]]:
+    if not isinstance(config, PretrainedConfig):
+        return
+    for field, value in vars(config).items():
+        if type(value) is int and not field.startswith("_"):
+            yield f"{prefix}{field}", config, field
+        elif isinstance(value, PretrainedConfig):
+            yield from _fields(value, f"{prefix}{field}.")
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) or "nothing"
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

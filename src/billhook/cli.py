@@ -1,21 +1,31 @@
-"""The `billhook` command: LightningCLI with what this package brings, and two commands for checkpoints."""
+"""The `billhook` command: LightningCLI with what this package brings, and commands for checkpoints."""
 
+import argparse
+import difflib
+import inspect
+import pkgutil
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-from jsonargparse import auto_cli
-from lightning.pytorch.cli import LightningCLI
+from jsonargparse import DefaultHelpFormatter, auto_cli
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import billhook
-from billhook.callbacks import Export  # noqa: F401 - short class names work for what is imported
+import billhook  # short class names in YAML work for what is imported
 from billhook.export import export
 from billhook.report import summary as summarise
 
-DESCRIPTION = "Prune and convert Hugging Face transformers inside a Lightning fit."
-EPILOG = "Other commands: `billhook export CKPT OUT`, a Lightning checkpoint to a Hugging Face folder; `billhook summary MODEL`."
+DESCRIPTION = """Prune and convert Hugging Face transformers inside a Lightning fit.
+
+  billhook fit --config examples/quickstart.yaml      train, with what the callbacks in the config do on the way
+  billhook export last.ckpt OUT                       a Lightning checkpoint to a Hugging Face folder, verified
+  billhook summary MODEL                              parameters, zeros, heads, KV-cache bytes per token, FLOPs
+
+What a callback, model or data module takes: `billhook fit --trainer.callbacks.help KVHeadConversion`,
+`billhook fit --model.help TransformerModule`, `billhook fit --data.help TextDataModule`."""
 
 
 def summary(model: str) -> None:
@@ -30,21 +40,71 @@ def summary(model: str) -> None:
 COMMANDS: dict[str, Callable[..., Any]] = {"export": export, "summary": summary}
 
 
+class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written."""
+
+
+class _Parser(LightningArgumentParser):
+    """Says what was wrong and what is legal, instead of the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {message}\n{_legal(message)}")
+        self.exit(2)
+
+
+def _legal(message: str) -> str:
+    """The arguments of the classes that a message says were given an unknown one."""
+    unknown = re.findall(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message)
+    unknown += [("lightning.pytorch.Trainer", name) for name in re.findall(r"not accept option 'trainer\.(\w+)", message)]
+    lines = []
+    for path, name in unknown:
+        legal = list(inspect.signature(pkgutil.resolve_name(path)).parameters)
+        near = [f"'{close}'?" for close in difflib.get_close_matches(name, legal, n=1)]
+        lines.append(
+            f"{path} has no '{name}'. {' '.join(['Did you mean', *near]) if near else ''} It takes: {', '.join(legal)}\n"
+        )
+    return "".join(lines)
+
+
+class BillhookCLI(LightningCLI):
+    """LightningCLI in which model and data are billhook's own unless a config names others."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Makes `model: {model: ...}` and `data: {data: ...}` enough."""
+        parser.set_defaults(
+            {
+                "model": {"class_path": "billhook.TransformerModule"},
+                "data": {"class_path": "billhook.TextDataModule"},
+            }
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command; `billhook --help` lists them."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    # batches come from memory: more processes would not help
+    """Runs a command; `billhook --help` lists them.
+
+    Args:
+        arguments: What stands behind `billhook` on the command line; by default what really does.
+    """
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    # batches come from memory, where more processes would not help; the other is between Lightning and torch
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    if arguments and arguments[0] in COMMANDS:
-        auto_cli(COMMANDS[arguments[0]], args=arguments[1:], prog=f"billhook {arguments[0]}", as_positional=True)
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
+    if given and given[0] in COMMANDS:
+        try:
+            auto_cli(COMMANDS[given[0]], args=given[1:], prog=f"billhook {given[0]}", as_positional=True)
+        except (ValueError, OSError) as error:
+            sys.exit(f"billhook {given[0]}: {error}")
         return
-    LightningCLI(
+    BillhookCLI(
         pl.LightningModule,
         pl.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "billhook", "description": DESCRIPTION, "epilog": EPILOG},
-        args=arguments,
+        parser_kwargs={"prog": "billhook", "description": DESCRIPTION, "formatter_class": _Help},
+        parser_class=_Parser,
+        args=arguments,  # type: ignore[arg-type]
     )

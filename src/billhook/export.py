@@ -1,16 +1,29 @@
 """From a Lightning checkpoint to a Hugging Face folder, without the training script."""
 
+import copy
 import json
+import re
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from torch import Tensor
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.assets import model_path
-from billhook.checkpoint import WAYS, Saved, check_target, model_class, save
-from billhook.structure.shape import KEY, load_shape
+from billhook.checkpoint import WAYS, Saved, check_target, logits_of, make_probe, model_class, save
+from billhook.structure.shape import KEY, Shape, load_shape, shape_of
+
+IGNORED = {
+    *("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+}
+"""Config fields with which transformers would fetch code, or that say how and not what to compute."""
+REPEATED = re.compile("(layers?|depths?|blocks|experts)$")
+"""Config fields that say how often something is built."""
 
 
 def export(ckpt: str, out: str, tokenizer: str | None = None) -> None:
@@ -34,9 +47,9 @@ def export_checkpoint(ckpt: str | Path, out: str | Path, tokenizer: str | None =
     check_target(out)
     checkpoint = read_checkpoint(ckpt)
     model = build_model(checkpoint, str(ckpt))
-    name = tokenizer or checkpoint[KEY]["name_or_path"]
-    found = AutoTokenizer.from_pretrained(model_path(name)) if name else None
-    return save(model, out, found, {"exported_from": str(ckpt), "steps": int(checkpoint.get("global_step", 0))})
+    steps = checkpoint.get("global_step", 0)
+    record = {"exported_from": str(ckpt), "steps": steps if isinstance(steps, int) else None}
+    return save(model, out, _find_tokenizer(tokenizer, checkpoint[KEY]["name_or_path"], model), record)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -51,32 +64,88 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"'{path}' cannot be read as a Lightning checkpoint: {error}") from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"'{path}' is not a Lightning checkpoint: it has no state_dict")
-    if not isinstance(checkpoint.get(KEY), dict) or not checkpoint[KEY].get("config"):
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ValueError(f"'{path}' is not a Lightning checkpoint: it has no state_dict of tensors")
+    if not (held := checkpoint.get(KEY)):
         raise ValueError(f"'{path}' was not written with a billhook callback or module: it does not say what model it holds")
-    return checkpoint
+    kinds = {"class": str, "config": str, "prefix": str, "shape": dict, "name_or_path": str | None}
+    wrong = [k for k, kind in kinds.items() if not isinstance(held, dict) or k not in held or not isinstance(held[k], kind)]
+    if wrong:
+        raise ValueError(f"'{path}' does not say what model it holds as billhook writes it: {wrong[0]} is missing or wrong")
+    return cast(dict[str, Any], checkpoint)
 
 
 def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
     """The Hugging Face model that a Lightning checkpoint holds.
 
+    It is built on meta tensors first, and takes memory only when its sizes are those of the tensors in the checkpoint.
+
     Raises:
-        ValueError: If its class is unknown, or its weights are not where that class has them.
+        ValueError: If its class is unknown, its weights are not where that class has them, or it cannot be built or run.
     """
-    held = checkpoint[KEY]
-    fields = json.loads(held["config"])
-    if "model_type" not in fields:
-        raise ValueError(f"the config in '{name}' has no model_type")
-    fields["architectures"] = [held["class"]]
-    config: PretrainedConfig = transformers.AutoConfig.for_model(**fields)
-    model = model_class(config, name)(config)
-    load_shape(model, checkpoint)
-    wanted, prefix = model.state_dict().keys(), held["prefix"]
+    held, prefix = checkpoint[KEY], checkpoint[KEY]["prefix"]
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    if missing := sorted(wanted - state.keys()):
-        raise ValueError(f"'{name}' holds no {missing[0]} (and {len(missing) - 1} more) of {held['class']}")
-    dtype = state[next(iter(wanted))].dtype
-    model.to(dtype).load_state_dict({key: state[key] for key in wanted})
-    model.train(False)
+    try:
+        fields = _harmless(json.loads(held["config"]), limit=1000 + len(state))
+        config = transformers.AutoConfig.for_model(**{**fields, "architectures": [held["class"]]})
+        kind = model_class(config, name)
+        if not isinstance(config, kind.config_class or PretrainedConfig):
+            raise ValueError(f"a {held['class']} is not built from a {type(config).__name__}")
+        with torch.random.fork_rng(devices=[]):
+            with torch.device("meta"):
+                _check_sizes(kind(copy.deepcopy(config)), checkpoint, state)
+            dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
+            model: PreTrainedModel = kind._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+        load_shape(model, checkpoint)
+        model.load_state_dict({key: state[key] for key in model.state_dict()})
+        model.train(False)
+        with torch.no_grad():
+            logits_of(model, make_probe(config, model.main_input_name))
+    except Exception as error:
+        raise ValueError(f"'{name}' holds no {held['class'][:80]} that can be built: {error}") from error
     return model
+
+
+def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
+    """The fields of a config without those that make transformers fetch code or choose kernels.
+
+    Raises:
+        ValueError: If there are more layers than `limit`; even empty ones take memory.
+    """
+    if isinstance(fields, list):
+        return [_harmless(value, limit) for value in fields]
+    if not isinstance(fields, dict):
+        return fields
+    for key, value in fields.items():
+        counts = value if isinstance(value, list) else [value]
+        if REPEATED.search(key) and any(isinstance(count, int) and count > limit for count in counts):
+            raise ValueError(f"{key}={value} is more than there are tensors")
+    return {key: _harmless(value, limit) for key, value in fields.items() if key not in IGNORED and not key.startswith("__")}
+
+
+def _check_sizes(shadow: PreTrainedModel, checkpoint: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Gives a model on meta tensors the shape in the checkpoint, and compares it with config and tensors there."""
+    said, numbers = Shape.from_dict(checkpoint[KEY]["shape"]), shape_of(shadow).config
+    if differing := [k for k, v in numbers.items() if said.config.get(k, v) != v]:
+        raise ValueError(f"config and shape do not agree on {differing[0]}")
+    if wrong := [k for k, size in said.tensors.items() if k not in state or tuple(state[k].shape) != size]:
+        raise ValueError(f"{wrong[0]} (and {len(wrong) - 1} more) is not there, or of another size than is said")
+    load_shape(shadow, checkpoint)
+    held = sum(tensor.numel() for tensor in state.values())
+    if sum(buffer.numel() for buffer in shadow.buffers()) > max(10 * held, 10**8):
+        raise ValueError("what the config asks for is far larger than what the checkpoint holds")
+
+
+def _find_tokenizer(asked: str | None, started_from: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    name = asked or (started_from if model.main_input_name == "input_ids" else None)
+    if not name:
+        return None
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if asked:
+            raise ValueError(f"tokenizer: none can be read from '{asked}': {error}") from error
+        warnings.warn(f"no tokenizer is saved along, since none can be read from '{name}'; name one", stacklevel=3)
+        return None
+    return found

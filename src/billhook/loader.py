@@ -1,17 +1,17 @@
-"""A DataLoader that a checkpoint can hold: after a resume it goes on with the batch that would have come next."""
+"""A DataLoader that can start in the middle of a pass over the data, and so go on where a checkpoint was saved."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
+import datasets
 from torch.utils.data import DataLoader, DistributedSampler
 
 
 class EpochSampler(DistributedSampler[int]):
     """An order that depends on seed and epoch alone, split over ranks; it can start in the middle once.
 
-    It is a `DistributedSampler` also on one device, since that is the one kind that Lightning leaves in place and tells
-    the epoch.
+    It is a `DistributedSampler` also on one device, since that is the one kind that Lightning leaves in place.
     """
 
     start = 0
@@ -22,33 +22,66 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader with `state_dict` and `load_state_dict`, which Lightning stores in its checkpoints.
+    """A DataLoader that counts its passes over the data (epochs) and can start in the middle of one.
 
-    Whoever takes batches from it counts them in `consumed`: a count of batches given out would be ahead by those that
-    Lightning prefetches.
+    It counts for itself, because Lightning tells the epoch to samplers only, not to streams, and takes a pass that
+    `max_steps` cut short for a whole one.
+
+    Args:
+        dataset: Examples by index or, without a sampler, a stream of them.
+        epoch: The pass to start with.
+        batch: The batch of that pass to start with.
+        seen: The batches of all passes before that one and in it.
+        count: How many batches of all passes have been used till now: an iterator of which none was used was no pass.
+            Without it each iteration is one.
+        **options: The arguments of `DataLoader`.
+
+    Raises:
+        ValueError: While iterating, if a stream gives no batch at all.
     """
 
-    consumed = 0
-    _resume: dict[str, int] | None = None
+    def __init__(
+        self,
+        dataset: Any,  # noqa: ANN401 - DataLoader's own type does not know streams from `datasets`
+        *,
+        epoch: int = 0,
+        batch: int = 0,
+        seen: int = 0,
+        count: Callable[[], int] | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(dataset, **options)
+        self.epoch, self.batch, self.seen, self.count = epoch, batch, seen, count
+        self.begun = False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # a generator, so that nothing is drawn before Lightning has told the sampler its epoch
-        resume, self._resume = self._resume, None
-        skip = resume["consumed"] if resume is not None and resume["epoch"] == self._epoch() else 0
-        self.consumed = skip
+        # Lightning makes an iterator too many, now and then, and a first one before it has restored its own counts
+        seen = self.seen if self.count is None else max(self.count(), self.seen)
+        if self.begun and (self.count is None or seen > self.seen):
+            self.epoch, self.batch = self.epoch + 1, 0
+        self.begun, self.seen = True, seen
         if isinstance(self.sampler, EpochSampler):
-            self.sampler.start = skip * (self.batch_size or 1)
-            skip = 0
-        yield from islice(super().__iter__(), skip, None)
+            self.sampler.set_epoch(self.epoch)
+            self.sampler.start = self.batch * (self.batch_size or 1)
+            yield from super().__iter__()
+        else:
+            yield from self._stream()
+
+    def _stream(self) -> Iterator[Any]:
+        rows: Any = self.dataset
+        streaming = isinstance(rows, datasets.IterableDataset)
+        if streaming:
+            rows.set_epoch(self.epoch)
+        given = -1
+        for given, batch in enumerate(super().__iter__()):
+            if given >= self.batch:
+                yield batch
+        if streaming and given < 0:
+            raise ValueError(f"batch_size={self.batch_size}: the stream ended before a single batch was full")
 
     def state_dict(self) -> dict[str, int]:
-        """Where it is: the epoch, and the batches of that epoch that are done."""
-        return {"epoch": self._epoch(), "consumed": self.consumed}
+        """Nothing: the data module saves the place, since Lightning restores a loader later than it asks its length."""
+        return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from `state` at the next iteration."""
-        self._resume = state
-
-    def _epoch(self) -> int:
-        owner = self.sampler if isinstance(self.sampler, EpochSampler) else self.dataset
-        return int(getattr(owner, "epoch", 0))
+        """Nothing to do: a loader is made with its place."""

@@ -8,7 +8,7 @@ import torch
 import transformers
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -103,7 +103,8 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             }
             self.model = load_model(model, task, options, num_labels, gguf_file)
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         classes = self.model.config.num_labels
         self.metrics = nn.ModuleDict({f"{stage}_metric": _metric(task, classes) for stage in ("val", "test")})
         self.metric_name = "accuracy" if task.endswith("classification") else "perplexity"
@@ -141,9 +142,12 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Classes, generated ids (sequence to sequence), or logits (the other language models)."""
+        """Classes; generated ids (sequence to sequence; up to the generation config's `max_new_tokens`, or 128); or logits."""
         if self.task == "seq2seq-lm":
-            return self.generate(**{k: v for k, v in batch.items() if k in ("input_ids", "attention_mask")})
+            length = getattr(self.model.generation_config, "max_new_tokens", None) or 128
+            return self.generate(
+                input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), max_new_tokens=length
+            )
         logits: Tensor = self(**batch).logits
         return logits.argmax(-1) if self.task.endswith("classification") else logits
 
@@ -180,22 +184,32 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
                 )
             total = int(self.warmup)
         kind = {"constant": "constant_with_warmup"}.get(self.decay, self.decay)
-        warmup = resolve_step(self.warmup, total, "warmup")
+        warmup = self.warmup if isinstance(self.warmup, int) else resolve_step(self.warmup, total, "warmup")
         scheduler = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
 
 
-class TokenPerplexity(MeanMetric):
-    """exp of the mean loss per token, whatever the number of tokens in each batch.
-
-    `update(loss, tokens)` takes a batch's mean loss and the number of tokens that it is the mean of.
-    """
+class TokenPerplexity(Metric):
+    """exp of the mean loss per token, whatever the number of tokens in each batch: exp(sum of losses / number of tokens)."""
 
     full_state_update = False
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, tokens: Tensor) -> None:
+        """Takes a batch's mean loss and the number of tokens that it is the mean of."""
+        # not in place: after trainer.validate the states are inference tensors, which a fit may not write into
+        self.total = self.total + loss.detach().float() * tokens
+        self.tokens = self.tokens + tokens
 
     def compute(self) -> Tensor:
         """exp(sum of losses / number of tokens)."""
-        return torch.exp(super().compute())
+        return torch.exp(self.total / self.tokens)
 
 
 def load_model(

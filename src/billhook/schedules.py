@@ -4,14 +4,15 @@ A schedule is a callable `step -> value`. Steps are optimizer steps. Where a sch
 step) or a `float` in 0..1 (that fraction of training); a schedule with fractions is bound to the length of training first:
 
 >>> ramp = Cubic(final=0.5, end=0.5, every=10).bind(total_steps=200)
->>> [round(ramp(step), 3) for step in (0, 9, 10, 50, 100, 199)]
-[0.0, 0.0, 0.136, 0.438, 0.5, 0.5]
+>>> [round(ramp(step), 3) for step in (0, 9, 20, 50, 100, 199)]
+[0.0, 0.0, 0.244, 0.438, 0.5, 0.5]
 """
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Self
 
 Step = int | float
@@ -144,7 +145,7 @@ class Ramp(Schedule):
         start, end = _bound(self.start, "start"), _bound(self.end, "end")
         if step >= end:
             return self.final
-        if step <= start:
+        if step < start + self.every:
             return self.initial
         return self.at((step - start) // self.every * self.every / (end - start))
 
@@ -171,7 +172,7 @@ class Linear(Ramp):
 class Cubic(Ramp):
     """Fast at first, then slower: final + (initial - final) (1 - t)^3 (Zhu & Gupta 2017, 1710.01878, eq. 1).
 
-    >>> Cubic(final=0.8, end=100)(50)
+    >>> round(Cubic(final=0.8, end=100)(50), 3)
     0.7
     """
 
@@ -230,7 +231,7 @@ class MultiStep(Schedule):
         initial: The value before the first step.
 
     Raises:
-        ValueError: If there is not one step per value, or the steps do not ascend.
+        ValueError: If there is not one step per value, a value is not finite, or the steps do not ascend.
 
     >>> stairs = MultiStep(values=[0.3, 0.6], steps=[10, 20])
     >>> stairs(9), stairs(10), stairs(25)
@@ -246,12 +247,12 @@ class MultiStep(Schedule):
             raise ValueError(
                 f"values and steps must have the same length of at least 1, got {len(self.values)} and {len(self.steps)}"
             )
-        for step in self.steps:
+        for step, value in zip(self.steps, self.values, strict=True):
             check_step(step, "steps")
-        self._check_order()
-
-    def _check_order(self) -> None:
-        if len({type(s) for s in self.steps}) == 1 and any(b <= a for a, b in zip(self.steps, self.steps[1:], strict=False)):
+            _check_finite(value, "values")
+        _check_finite(self.initial, "initial")
+        # equal steps are what fractions become in a training that is very short: the last one holds
+        if len({type(s) for s in self.steps}) == 1 and any(b < a for a, b in pairwise(self.steps)):
             raise ValueError(f"steps={self.steps} must ascend")
 
     def __call__(self, step: int) -> float:
@@ -268,8 +269,13 @@ def _check(schedule: Constant | Ramp) -> None:
     for field in fields(schedule):
         if field.name in ("start", "end"):
             check_step(getattr(schedule, field.name), field.name)
-        elif not math.isfinite(value := getattr(schedule, field.name)):
-            raise ValueError(f"{field.name}={value} is not a finite number")
+        else:
+            _check_finite(getattr(schedule, field.name), field.name)
+
+
+def _check_finite(value: float, name: str) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value} is not a finite number")
 
 
 def _bound(step: Step, name: str) -> int:

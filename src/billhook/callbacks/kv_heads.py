@@ -5,7 +5,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.callbacks.shape_event import At, ShapeCallback
-from billhook.run import callbacks_of
+from billhook.run import callbacks_of, is_trial
 from billhook.structure.kv_heads import Method, check_kv_heads, convert_kv_heads, kv_heads_of, plan_kv_heads
 
 
@@ -38,8 +38,8 @@ class KVHeadConversion(ShapeCallback):
     ) -> None:
         super().__init__(at if isinstance(at, list) else [at], measure_batches)
         heads = num_key_value_heads if isinstance(num_key_value_heads, list) else [num_key_value_heads]
-        if len(heads) != len(self.at):
-            raise ValueError(f"num_key_value_heads={heads} and at={self.at} must have the same length")
+        if len(heads) != len(self.at) or not heads:
+            raise ValueError(f"num_key_value_heads={heads} and at={self.at} must have the same length, one at least")
         for before, after in zip([heads[0] * 2, *heads], heads, strict=False):
             check_kv_heads(after, before, before, method)
         self.heads, self.method, self.seed = heads, method, seed
@@ -64,7 +64,7 @@ class KVHeadConversion(ShapeCallback):
         """Refuses stages, also of several callbacks together, that do not lead to ever fewer heads."""
         super().on_fit_start(trainer, pl_module)
         stages = sorted(pair for c in callbacks_of(trainer, KVHeadConversion) for pair in zip(c._steps, c.heads, strict=False))
-        if any(later >= earlier for (_, earlier), (_, later) in zip(stages, stages[1:], strict=False)):
+        if not is_trial(trainer) and any(later >= earlier for (_, earlier), (_, later) in zip(stages, stages[1:], strict=False)):
             told = ", ".join(f"{heads} at step {max(step, 0)}" for step, heads in stages)
             raise ValueError(f"num_key_value_heads: each stage must have fewer KV heads than the one before, got {told}")
 

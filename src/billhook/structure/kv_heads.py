@@ -183,10 +183,10 @@ def _heads(model: PreTrainedModel) -> tuple[int, int]:
     config = model.config.get_text_config(decoder=True)
     before, query_heads = getattr(config, FIELD, None), getattr(config, "num_attention_heads", None)
     if not isinstance(before, int) or not isinstance(query_heads, int):
-        lacks = "another number for each layer in" if isinstance(before, list | tuple) else "no such number in"
+        lacks = "says another number for each layer" if isinstance(before, list | tuple) else "has no such field"
         raise ValueError(
-            f"{type(model).__name__} cannot be told to use fewer KV heads: {FIELD} has {lacks} its config "
-            f"({type(config).__name__})"
+            f"{type(model).__name__} cannot be told to use fewer KV heads: {type(config).__name__}.{FIELD} is what would tell "
+            f"it, and its config {lacks}"
         )
     return before, query_heads
 

@@ -1,0 +1,258 @@
+import json
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from families import SMALL, llama, tokens
+from fits import data, module, same, trainer, weights
+from torch.utils.data import DataLoader
+from torchmetrics.text import Perplexity
+
+from billhook import ClassificationDataModule, Seq2SeqDataModule, TextDataModule, TransformerModule
+from billhook.module import TokenPerplexity
+
+BERT = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+T5 = {
+    "vocab_size": 2048,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 1,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+}
+VIT = {
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+def test_validation_perplexity_is_torchmetrics_own(files, tmp_path):
+    lit = module().eval()
+    said = trainer(tmp_path, []).validate(lit, data(files), verbose=False)[0]
+    metric, source = Perplexity(ignore_index=-100), data(files)
+    source.setup("validate")
+    for batch in source.val_dataloader()[0]:
+        metric.update(lit.model(batch["input_ids"]).logits[:, :-1].detach(), batch["labels"][:, 1:])
+    assert said["val_perplexity"] == pytest.approx(metric.compute().item(), rel=1e-4)
+    assert said["val_loss"] == pytest.approx(math.log(said["val_perplexity"]), rel=1e-4)
+
+
+def test_perplexity_weighs_tokens_not_batches():
+    metric = TokenPerplexity()
+    metric.update(torch.tensor(1.0), torch.tensor(30))
+    metric.update(torch.tensor(4.0), torch.tensor(10))
+    assert metric.compute().item() == pytest.approx(math.exp(1.75))
+
+
+def test_padding_does_not_count(tmp_path):
+    lit = TransformerModule(llama())
+    ids, labels = tokens(4), tokens(4)
+    labels[:2, 5:] = -100
+    whole = DataLoader([{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)], batch_size=4)
+    parts = DataLoader(whole.dataset, batch_size=2)
+    a, b = (trainer(tmp_path, []).validate(lit, loader, verbose=False)[0]["val_perplexity"] for loader in (whole, parts))
+    assert a == pytest.approx(b, rel=1e-5)
+
+
+def write_rows(folder, rows):
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")}
+
+
+class TestTasks:
+    """Each task learns a little by heart."""
+
+    def learns(self, folder, lit, source, metric, better):
+        before = trainer(folder, []).validate(lit, source, verbose=False)[0][metric]
+        trainer(folder, [], max_steps=30).fit(lit, source)
+        after = trainer(folder, []).validate(lit, source, verbose=False)[0][metric]
+        assert better(before, after), (before, after)
+
+    def test_causal_lm(self, files, tmp_path):
+        self.learns(tmp_path, module(), data(files), "val_perplexity", lambda before, after: after < 0.7 * before)
+
+    def test_masked_lm(self, files, tmp_path):
+        lit = TransformerModule(transformers.BertConfig(**BERT), task="masked-lm", lr=1e-2)
+        source = TextDataModule(files, "tiny", block_size=16, batch_size=4, mlm_probability=0.3)
+        source.tokenizer.mask_token = source.tokenizer.eos_token
+        self.learns(tmp_path, lit, source, "val_perplexity", lambda before, after: after < 0.7 * before)
+
+    def test_sequence_classification(self, tmp_path):
+        rows = [{"text": f"{word} {i}", "label": label} for i in range(8) for label, word in enumerate(("love", "sword", "king"))]
+        config = transformers.BertConfig(**BERT, pad_token_id=0)
+        lit = TransformerModule(config, task="sequence-classification", num_labels=3, lr=1e-2)
+        source = ClassificationDataModule(write_rows(tmp_path, rows), "tiny", batch_size=8)
+        self.learns(tmp_path, lit, source, "val_accuracy", lambda before, after: after > 0.95)
+
+    def test_seq2seq_lm(self, tmp_path):
+        rows = [{"source": f"to be {i}", "target": f"or not {i}"} for i in range(16)]
+        lit = TransformerModule(transformers.T5Config(**T5), task="seq2seq-lm", lr=1e-2)
+        source = Seq2SeqDataModule(write_rows(tmp_path, rows), "tiny", batch_size=8)
+        self.learns(tmp_path, lit, source, "val_perplexity", lambda before, after: after < 0.5 * before)
+        predicted = trainer(tmp_path, []).predict(lit, source)
+        assert predicted[0].shape[0] == 8
+
+    def test_image_classification(self, tmp_path):
+        lit = TransformerModule(transformers.ViTConfig(**VIT), task="image-classification", num_labels=2, lr=1e-2)
+        images = [{"pixel_values": torch.randn(3, 8, 8) + label, "labels": torch.tensor(label)} for label in (0, 1) * 8]
+        loader = DataLoader(images, batch_size=8)
+        trainer(tmp_path, [], max_steps=20).fit(lit, loader, loader)
+        assert trainer(tmp_path, []).validate(lit, loader, verbose=False)[0]["val_accuracy"] > 0.9
+
+
+class TestModel:
+    def test_tiny_beats_guessing_and_generates(self, tmp_path):
+        lit = TransformerModule("tiny")
+        assert lit.model.dtype == torch.float32
+        source = TextDataModule("tiny", batch_size=4)
+        said = trainer(tmp_path, [], limit_val_batches=4).validate(lit, source, verbose=False)[0]
+        assert said["val_perplexity"] < 80  # a unigram model has 446, a uniform guess 2048
+        ids = source.tokenizer("Enter ", return_tensors="pt")["input_ids"]
+        assert lit.generate(input_ids=ids, max_new_tokens=4, do_sample=False).shape == (1, ids.shape[1] + 4)
+
+    def test_folder_config_file_config_and_ready_model(self, tmp_path):
+        model = llama()
+        model.save_pretrained(tmp_path)
+        assert same(TransformerModule(str(tmp_path)).model.state_dict(), model.state_dict())
+        assert TransformerModule(model).model is model
+        for config in (str(tmp_path / "config.json"), model.config):
+            fresh = TransformerModule(config).model
+            assert fresh.num_parameters() == model.num_parameters()
+            assert not same(fresh.state_dict(), model.state_dict())
+
+    def test_dtype_attention_and_checkpointing(self):
+        lit = TransformerModule("tiny", dtype="bfloat16", attn_implementation="eager", gradient_checkpointing=True)
+        assert lit.model.dtype == torch.bfloat16
+        assert lit.model.config._attn_implementation == "eager"
+        assert TransformerModule("tiny", dtype="auto").model.dtype == torch.float16
+        plain = TransformerModule("tiny")
+        lit = TransformerModule("tiny", gradient_checkpointing=True)
+        ids = tokens()
+        for one in (plain, lit):
+            one(input_ids=ids, labels=ids).loss.backward()
+        for (name, p), q in zip(plain.named_parameters(), lit.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+    def test_gguf_becomes_really_plain(self, tmp_path):
+        gguf = pytest.importorskip("gguf")
+        write_gguf(gguf, tmp_path / "small.gguf", llama(vocab_size=8))
+        lit = TransformerModule(str(tmp_path), gguf_file="small.gguf")
+        lit.model.save_pretrained(tmp_path / "saved")
+        assert not hasattr(lit.model.config, "quantization_config")
+        assert same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict(), lit.model.state_dict())
+
+    def test_load_from_checkpoint_and_hyperparameters(self, files, tmp_path):
+        lit, run = module(), trainer(tmp_path, [], max_steps=2)
+        run.fit(lit, data(files))
+        run.save_checkpoint(tmp_path / "last.ckpt")
+        loaded = TransformerModule.load_from_checkpoint(tmp_path / "last.ckpt", model=llama(vocab_size=2048))
+        assert same(weights(loaded), weights(lit))
+        assert loaded.lr == 1e-2
+
+
+class TestOptimizer:
+    def made(self, files, folder, **options):
+        lit = TransformerModule(llama(vocab_size=2048, attention_bias=True), **{"lr": 1e-2, **options})
+        run = trainer(folder, [], max_steps=10)
+        run.fit(lit, data(files))
+        return lit, run
+
+    def test_no_decay_on_biases_and_norms(self, files, tmp_path):
+        lit, run = self.made(files, tmp_path, weight_decay=0.1)
+        groups = {g["weight_decay"]: {id(p) for p in g["params"]} for g in run.optimizers[0].param_groups}
+        flat = {id(p) for name, p in lit.named_parameters() if "norm" in name or name.endswith("bias")}
+        assert groups[0.0] == flat
+        assert groups[0.1] == {id(p) for p in lit.parameters()} - flat
+        assert run.optimizers[0].defaults["fused"]
+
+    @pytest.mark.parametrize(
+        ("decay", "expected"),
+        [
+            ("constant", lambda s: 1.0),
+            ("linear", lambda s: 1 - (s - 2) / 8),
+            ("cosine", lambda s: (1 + math.cos(math.pi * (s - 2) / 8)) / 2),
+        ],
+    )
+    @pytest.mark.parametrize("warmup", [2, 0.2])
+    def test_learning_rate(self, files, tmp_path, decay, expected, warmup):
+        rates = []
+
+        class Watch(pl.Callback):
+            def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+                rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        lit = TransformerModule(llama(vocab_size=2048), lr=0.01, decay=decay, warmup=warmup)
+        trainer(tmp_path, [Watch()], max_steps=10).fit(lit, data(files))
+        wanted = [0.01 * (s / 2 if s < 2 else expected(s)) for s in range(10)]
+        assert rates == pytest.approx(wanted)
+
+    def test_frozen_parameters_are_left_out(self, files, tmp_path):
+        lit = module()
+        lit.model.model.embed_tokens.requires_grad_(False)
+        run = trainer(tmp_path, [], max_steps=1)
+        run.fit(lit, data(files))
+        assert all(p.requires_grad for g in run.optimizers[0].param_groups for p in g["params"])
+
+    def test_endless_training_needs_a_length(self, files, tmp_path):
+        with pytest.raises(ValueError, match="decay='cosine' .* set max_steps"):
+            trainer(tmp_path, [], max_steps=-1, max_epochs=-1).fit(module(), data(files))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"task": "poetry"}, "task='poetry' must be one of causal-lm, seq2seq-lm"),
+        ({"lr": 0}, "lr=0 must be above 0"),
+        ({"warmup": 1.5}, "warmup=1.5"),
+        ({"model": "no/such/folder/config.json"}, "there is no config file"),
+    ],
+)
+def test_refused(options, match):
+    with pytest.raises(ValueError, match=match):
+        TransformerModule(**options)
+
+
+def test_a_folder_that_is_not_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="has no config.json, so it is not a Hugging Face checkpoint"):
+        TransformerModule(str(tmp_path))
+
+
+def write_gguf(gguf, path, model):
+    """The smallest llama in GGUF, with a tokenizer as the format wants it."""
+    c = model.config
+    out = gguf.GGUFWriter(path, "llama")
+    out.add_block_count(c.num_hidden_layers)
+    out.add_context_length(SMALL["max_position_embeddings"])
+    out.add_embedding_length(c.hidden_size)
+    out.add_feed_forward_length(c.intermediate_size)
+    out.add_head_count(c.num_attention_heads)
+    out.add_head_count_kv(c.num_key_value_heads)
+    out.add_layer_norm_rms_eps(c.rms_norm_eps)
+    out.add_rope_dimension_count(c.head_dim)
+    out.add_vocab_size(c.vocab_size)
+    out.add_tokenizer_model("llama")
+    out.add_token_list([f"t{i}" for i in range(c.vocab_size)])
+    out.add_token_scores([0.0] * c.vocab_size)
+    out.add_token_types([1] * c.vocab_size)
+    names = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}  # fmt: skip
+    for i, layer in enumerate(model.model.layers):
+        for theirs, ours in names.items():
+            out.add_tensor(f"blk.{i}.{ours}.weight", layer.get_submodule(theirs).weight.detach().numpy())
+    out.add_tensor("token_embd.weight", model.model.embed_tokens.weight.detach().numpy())
+    out.add_tensor("output_norm.weight", model.model.norm.weight.detach().numpy())
+    out.add_tensor("output.weight", model.lm_head.weight.detach().numpy())
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()

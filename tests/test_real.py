@@ -1,0 +1,55 @@
+"""On real models: `python get_models.py DIR` puts them into the folder that BILLHOOK_MODELS names."""
+
+import copy
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from billhook import convert_kv_heads, load, save, summary
+from billhook.structure.kv_heads import pool_heads
+
+MODELS = os.environ.get("BILLHOOK_MODELS", "")
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(
+        not Path(MODELS, "smollm2", "config.json").is_file(), reason="BILLHOOK_MODELS names no folder with smollm2"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return AutoModelForCausalLM.from_pretrained(Path(MODELS, "smollm2"), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    text = "A billhook is a traditional cutting tool used widely in agriculture and forestry for cutting smaller woody material."
+    return AutoTokenizer.from_pretrained(Path(MODELS, "smollm2"))(text, return_tensors="pt")
+
+
+@torch.no_grad()
+def test_smollm2_to_multi_query_equals_pooled_heads_repeated_and_survives_a_round_trip(smollm2, batch, tmp_path):
+    dense = smollm2(**batch).logits
+    reference, converted = copy.deepcopy(smollm2), copy.deepcopy(smollm2)
+    for layer in reference.model.layers:
+        for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+            projection.weight.copy_(pool_heads(projection.weight, 3, 1).repeat(3, 1))
+    convert_kv_heads(converted, 1)
+    logits = converted(**batch).logits
+    torch.testing.assert_close(logits, reference(**batch).logits, atol=5e-4, rtol=1e-4)
+    assert (logits - dense).abs().max() > 1  # mean-pooling does damage
+    assert summary(converted).kv_cache_bytes * 3 == summary(smollm2).kv_cache_bytes == 2 * 30 * 3 * 64 * 4
+    saved = save(converted, tmp_path / "mqa")
+    assert saved.difference == 0
+    assert torch.equal(load(tmp_path / "mqa")(**batch).logits, logits)
+
+
+def test_minilm_is_refused_and_weighed():
+    model = AutoModel.from_pretrained(Path(MODELS, "minilm"))
+    with pytest.raises(ValueError, match="BertModel cannot be told to use fewer KV heads"):
+        convert_kv_heads(model, 1)
+    assert summary(model).params == 22_713_216

@@ -1,6 +1,12 @@
+import atexit
 import os
-import warnings
+import shutil
+import tempfile
 
+# before datasets is imported: no hub, and a cache of the tests' own
+cache = tempfile.mkdtemp(prefix="billhook-tests-")
+atexit.register(shutil.rmtree, cache, ignore_errors=True)
+os.environ["HF_DATASETS_CACHE"] = cache
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -11,10 +17,13 @@ torch.set_num_threads(2)
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _alone():
+    """The same random numbers for each test, and nothing that a trainer leaves in the environment."""
     torch.manual_seed(0)
-    with warnings.catch_warnings():
-        yield
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 import billhook
 from billhook import checkpoint
-from billhook.checkpoint import RECORD, check_target, load, make_probe, save, verify
+from billhook.checkpoint import load, make_probe, save, verify
+from billhook.place import RECORD, check_target
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = SIZES | {"vocab_size": 50, "max_position_embeddings": 64}

@@ -10,6 +10,12 @@ from transformers import AutoTokenizer, LlamaConfig
 from billhook import ClassificationDataModule, Seq2SeqDataModule, TextDataModule, TransformerModule
 from billhook.assets import model_path
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated"),
+    pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),  # there is no validation
+]
+
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. " * 8
 
 
@@ -188,13 +194,11 @@ def test_the_tokenizer_beside_the_model(text):
     keep = Keep()
     module = TransformerModule("tiny")
     data = TextDataModule({"train": text}, block_size=16, batch_size=2)
-    with pytest.warns(UserWarning, match="does not have many workers"):
-        trainer(max_steps=0, callbacks=[keep]).fit(module, datamodule=data)
+    trainer(max_steps=1, callbacks=[keep]).fit(module, datamodule=data)
+    assert keep.vocabulary == module.model.config.vocab_size
     assert data.tokenizer.name_or_path == model_path("tiny")
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")
 def test_predicting(text):
     config = LlamaConfig(vocab_size=4096, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     data = TextDataModule({"test": text}, "tiny", block_size=16, batch_size=3)
@@ -213,7 +217,7 @@ def test_a_tokenizer_that_cannot_pad(table, tmp_path):
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "plain")
     data = ClassificationDataModule({"train": table}, str(tmp_path / "plain"), batch_size=2)
-    with pytest.raises(ValueError, match="tokenizer: it has neither a padding token nor an end-of-sequence token"):
+    with pytest.raises(ValueError, match="the tokenizer does not have a padding token"):
         batches(data)
 
 
@@ -229,7 +233,6 @@ def test_a_module_without_a_name_needs_a_tokenizer(text):
         (lambda: TextDataModule(batch_size=0), "batch_size=0 must be at least 1"),
         (lambda: TextDataModule(mlm_probability=1.0), r"mlm_probability=1.0 must be in \[0, 1\)"),
         (lambda: TextDataModule(mlm_probability=-0.1), "mlm_probability=-0.1 must be"),
-        (lambda: TextDataModule(num_workers=-1), "num_workers=-1 must be at least 0"),
         (lambda: ClassificationDataModule("x", text_columns=["a", "b", "c"]), r"text_columns=\['a', 'b', 'c'\]: one column"),
         (lambda: ClassificationDataModule("x", batch_size=0), "batch_size=0"),
         (lambda: ClassificationDataModule("x", max_length=0), "max_length=0 must be at least 1"),

@@ -203,13 +203,21 @@ HOSTILE = {
     "shape is huge": _shape("tensors", lm_head__weight=[2**40, 2**40]),
     "shape is of another": _shape("tensors", other__weight=[1]),
     "shape contradicts": _shape("config", num_hidden_layers=10**9),
-    "numbers are wrong": _shape("attributes", model__layers__0__self_attn__head_dim=3),
-    "numbers are huge": _shape("attributes", model__layers__0__self_attn__head_dim=2**60),
+    "shape lacks one": lambda held: held["shape"]["tensors"].pop("lm_head.weight"),
 }
 
 
+def test_a_config_far_larger_than_the_weights_takes_no_memory(good, tmp_path):
+    checkpoint = good | {KEY: copy.deepcopy(good[KEY])}
+    for change in (_config(hidden_size=2**17), _shape("config", hidden_size=2**17)):
+        change(checkpoint[KEY])
+    torch.save(checkpoint, tmp_path / "hostile.ckpt")
+    with pytest.raises(ValueError, match=r"weight is \(50, 131072\) by its config, \(50, 16\) by its shape"):
+        export_checkpoint(tmp_path / "hostile.ckpt", tmp_path / "out")
+
+
 @pytest.mark.parametrize("case", HOSTILE)
-def test_a_hostile_entry_is_refused(case, good, tmp_path, monkeypatch):
+def test_a_hostile_entry_is_refused(case, good, tmp_path):
     checkpoint = good | {KEY: copy.deepcopy(good[KEY])}
     HOSTILE[case](checkpoint[KEY])
     torch.save(checkpoint, tmp_path / "hostile.ckpt")
@@ -239,6 +247,7 @@ def test_what_would_fetch_code_is_not_looked_at(good, tmp_path, monkeypatch):
     }
     checkpoint = good | {KEY: copy.deepcopy(good[KEY]), "global_step": ["3"]}
     _config(**fields)(checkpoint[KEY])
+    _shape("attributes", model__layers__0__self_attn__head_dim=2**60)(checkpoint[KEY])  # follows from the config
     torch.save(checkpoint, "hostile.ckpt")
     export_checkpoint("hostile.ckpt", "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())

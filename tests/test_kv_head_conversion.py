@@ -7,7 +7,7 @@ from fits import data, module, same, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from billhook import KVHeadConversion, TransformerModule
+from billhook import KVHeadConversion, ShapeInCheckpoint, TransformerModule
 from billhook.structure.kv_heads import convert_kv_heads, kv_heads_of
 
 # the resumed runs do without the ModelCheckpoint of the straight one
@@ -171,6 +171,23 @@ def test_a_module_of_the_users_own(tmp_path):
     assert same(weights(again), weights(lit))
 
 
+class Mixed(ShapeInCheckpoint, Plain):
+    """The same with the mixin."""
+
+
+@pytest.mark.parametrize("kind", [Plain, Mixed])
+def test_load_from_checkpoint_of_the_users_own_module(tmp_path, kind):
+    lit, loader = kind(), DataLoader(tokens(8), batch_size=2)
+    run = trainer(tmp_path, [KVHeadConversion(2, at=1)], max_steps=2)
+    run.fit(lit, loader, {"a": loader, "b": loader} if kind is Mixed else loader)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    if kind is Mixed:
+        assert same(weights(Mixed.load_from_checkpoint(tmp_path / "last.ckpt")), weights(lit))
+    else:
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            Plain.load_from_checkpoint(tmp_path / "last.ckpt")
+
+
 def test_measuring_changes_nothing(files, tmp_path):
     plain, measured = module(), module()
     trainer(tmp_path, [KVHeadConversion(2, at=3, measure_batches=0)]).fit(plain, data(files))
@@ -265,6 +282,13 @@ class TestRefused:
     def test_arguments(self, arguments, match):
         with pytest.raises(ValueError, match=match):
             KVHeadConversion(**arguments)
+
+    def test_strategies_that_shard(self, files, tmp_path):
+        sharding = pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+        try:
+            self.refused(files, tmp_path, [KVHeadConversion(2)], "the strategy is ModelParallelStrategy", strategy=sharding)
+        finally:
+            torch.distributed.destroy_process_group()
 
     def test_averaged_weights(self, files, tmp_path):
         swa = pl.callbacks.StochasticWeightAveraging(1e-3)

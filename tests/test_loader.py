@@ -131,11 +131,17 @@ def test_resume(make, tmp_path, streaming, ask, num_workers, stop):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("stop", [5, 13, 18])
-def test_max_steps_stops_and_a_later_fit_goes_on(make, tmp_path, streaming, stop):
-    straight, _ = fit(make(streaming=streaming), max_epochs=-1, max_steps=39)
-    first, trainer = fit(make(streaming=streaming), max_epochs=-1, max_steps=stop)
+@pytest.mark.parametrize("max_epochs", [-1, 9])
+def test_max_steps_stops_and_a_later_fit_goes_on(make, tmp_path, streaming, stop, max_epochs):
+    def run(max_steps, ckpt_path=None):
+        # with max_epochs, the length of training is asked of a loader
+        module = Recorder(ask=max_epochs > 0)
+        return fit(make(streaming=streaming), module, ckpt_path, max_epochs=max_epochs, max_steps=max_steps)
+
+    straight, _ = run(39)
+    first, trainer = run(stop)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    second, _ = fit(make(streaming=streaming), ckpt_path=tmp_path / "a.ckpt", max_epochs=-1, max_steps=39)
+    second, _ = run(39, tmp_path / "a.ckpt")
     assert first.seen + second.seen == straight.seen
 
 
@@ -150,12 +156,28 @@ def test_resume_with_limit_train_batches(make, tmp_path, streaming, stop):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_resume_from_a_finished_fit(make, tmp_path, streaming):
-    straight, _ = fit(make(streaming=streaming))
-    first, trainer = fit(make(streaming=streaming), max_epochs=2)
+@pytest.mark.parametrize("ask", [False, True])
+def test_resume_from_a_finished_fit(make, tmp_path, streaming, ask):
+    straight, _ = fit(make(streaming=streaming), Recorder(ask))
+    first, trainer = fit(make(streaming=streaming), Recorder(ask), max_epochs=2)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
-    second, _ = fit(make(streaming=streaming), ckpt_path=tmp_path / "a.ckpt")
+    second, _ = fit(make(streaming=streaming), Recorder(ask), ckpt_path=tmp_path / "a.ckpt")
     assert first.seen + second.seen == straight.seen
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("stop", [13, 18])
+def test_a_resumed_fit_that_saves_before_its_first_batch(make, tmp_path, streaming, stop):
+    class SaveAtOnce(Callback):
+        def on_train_start(self, trainer, *_):
+            trainer.save_checkpoint(tmp_path / "b.ckpt")
+
+    straight, _ = fit(make(streaming=streaming), callbacks=[SaveAt(tmp_path / "a.ckpt", stop)])
+    fit(make(streaming=streaming), ckpt_path=tmp_path / "a.ckpt", callbacks=[SaveAtOnce()], limit_train_batches=13)
+    places = [torch.load(tmp_path / name, weights_only=False)["TextDataModule"] for name in ("a.ckpt", "b.ckpt")]
+    assert places[0] == places[1]
+    resumed, _ = fit(make(streaming=streaming), ckpt_path=tmp_path / "b.ckpt")
+    assert resumed.seen == straight.seen[stop:]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -144,8 +144,12 @@ class TestModel:
 
     def test_gguf_becomes_really_plain(self, tmp_path):
         gguf = pytest.importorskip("gguf")
-        write_gguf(gguf, tmp_path / "small.gguf", llama(vocab_size=8))
+        source = llama(vocab_size=8)
+        write_gguf(gguf, tmp_path / "small.gguf", source)
         lit = TransformerModule(str(tmp_path), gguf_file="small.gguf")
+        for name in ("mlp.down_proj", "self_attn.v_proj", "input_layernorm"):
+            layers = (model.model.layers[1].get_submodule(name).weight for model in (lit.model, source))
+            torch.testing.assert_close(*layers)
         lit.model.save_pretrained(tmp_path / "saved")
         assert not hasattr(lit.model.config, "quantization_config")
         assert same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict(), lit.model.state_dict())

@@ -10,7 +10,8 @@ import transformers
 from transformers import PreTrainedModel
 
 import billhook
-from billhook.report import Stage, plot, summary, table
+from billhook.plot import plot
+from billhook.report import Stage, summary, table
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
 HISTORY = [(0, 39.3), (20, 42.5), (40, 114), (60, 91), (80, 74), (100, 62), (240, 46.9)]
@@ -165,7 +166,7 @@ CASES = {
     "never finite": ([(0, math.nan), (1, math.inf)], [(1, "a", math.inf, -math.inf)]),
     "negative": ([(0, -1.0), (1, 0.0), (2, 5.0)], []),
     "huge": ([(0, 1.0), (1, 1e300)], [(1, "a name that is far too long for any picture " * 5, 1.0, 1e300)]),
-    "$names$": ([(0, 1.0)], [(0, "100 % of $x_1 _ \\frac", 1.0, 2.0)]),
+    "$names$": ([(0, 1.0)], [(0, "100 % of $x_1 _ \\frac$", 1.0, 2.0)]),
 }
 
 

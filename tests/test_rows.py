@@ -55,8 +55,7 @@ def write(folder, name, texts):
 
 
 def blocks(rows, tokenizer, block_size=4):
-    arguments = {"tokenizer": tokenizer, "block_size": block_size, "column": "text", "documents": not runs_on(rows)}
-    return map_rows(rows, pack, arguments, "train")
+    return map_rows(rows, pack, "train", tokenizer, block_size=block_size, column="text", documents=not runs_on(rows))
 
 
 def flat(rows):

@@ -3,7 +3,7 @@
 from billhook.callbacks import Export, KVHeadConversion, Report
 from billhook.checkpoint import load, save
 from billhook.data import ClassificationDataModule, Seq2SeqDataModule, TextDataModule
-from billhook.module import TransformerModule
+from billhook.module import ShapeInCheckpoint, TransformerModule
 from billhook.report import summary
 from billhook.schedules import Constant, Cosine, Cubic, Exponential, Linear, MultiStep, Schedule
 from billhook.structure.kv_heads import convert_kv_heads
@@ -23,6 +23,7 @@ __all__ = [
     "Report",
     "Schedule",
     "Seq2SeqDataModule",
+    "ShapeInCheckpoint",
     "TextDataModule",
     "TransformerModule",
     "convert_kv_heads",

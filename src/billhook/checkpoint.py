@@ -2,13 +2,8 @@
 
 import json
 import math
-import os
-import re
-import secrets
-import shutil
-import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.assets import model_path
+from billhook.place import RECORD, beside, check_target, move, repair, size
 from billhook.structure.shape import find_transformer
 
-RECORD = "billhook.json"
 Way = Literal["plain"]
 WAYS: dict[Way, str] = {"plain": "an ordinary Hugging Face checkpoint: plain from_pretrained loads it, without billhook"}
 
@@ -77,17 +72,17 @@ def save(
     target, model = Path(folder).resolve(), find_transformer(model)
     plain = _to_plain(record or {})
     probe = probe or make_probe(model.config, model.main_input_name)
-    _repair(target)
+    repair(target)
     check_target(folder)
-    with _beside(target) as draft, _untouched(model):
+    with beside(target) as draft, _untouched(model):
         model.save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         difference = verify(model, draft, probe)
-        saved = Saved(str(folder), "plain", difference, _size(draft) / 1e6)
+        saved = Saved(str(folder), "plain", difference, size(draft) / 1e6)
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "saved": asdict(saved), "files": files}, indent=1) + "\n")
-        _move(draft, target)
+        move(draft, target)
     return saved
 
 
@@ -133,33 +128,6 @@ def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         raise ValueError(f"the config of '{name}' names the class {names or None}, which transformers does not have")
     return found
-
-
-def check_target(folder: str | Path) -> None:
-    """Refuses a folder to save to that holds what billhook did not write, or that cannot be replaced.
-
-    Raises:
-        ValueError: If so.
-    """
-    path = Path(folder).resolve()
-    if path.is_mount():
-        raise ValueError(f"'{folder}' is a mount point, which cannot be replaced in one step: name a folder inside it")
-    if occupied := next((p for p in path.parents if p.exists() and not p.is_dir()), None):
-        raise ValueError(f"'{folder}' cannot be a folder: '{occupied}' is a file")
-    if path.exists() and (foreign := "a file" if not path.is_dir() else _foreign(path)):
-        raise ValueError(f"'{folder}' holds something that billhook did not write ({foreign}): name another folder")
-
-
-def _foreign(folder: Path) -> str | None:
-    names = {path.name for path in folder.iterdir()}
-    if names and RECORD not in names:
-        return f"{RECORD} is not there"
-    try:
-        record = json.loads((folder / RECORD).read_text()) if names else {}
-        added = sorted(names - set(record.get("files", names)))
-    except (ValueError, AttributeError, TypeError):
-        return f"{RECORD} is not as billhook writes it"
-    return ", ".join(added) or None
 
 
 @torch.no_grad()
@@ -263,69 +231,3 @@ def _to_plain(record: Mapping[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"record: {RECORD} holds plain data only (JSON): {error}") from error
     return plain
-
-
-@contextmanager
-def _beside(target: Path) -> Iterator[Path]:
-    """An empty folder beside the target, gone afterwards; those that a killed process left are cleared away first."""
-    missing = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    left = re.compile(rf"\.{re.escape(target.name)}\.draft-[0-9a-f]{{8}}")
-    for path in list(target.parent.iterdir()):
-        if left.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
-    draft = _draft_name(target)
-    draft.mkdir()
-    try:
-        yield draft
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-        with suppress(OSError):
-            for parent in missing if not target.exists() else ():
-                parent.rmdir()
-
-
-def _draft_name(target: Path, suffix: str | None = None) -> Path:
-    return target.with_name(f".{target.name}.draft-{suffix or secrets.token_hex(4)}")
-
-
-def _move(draft: Path, target: Path) -> None:
-    """Puts the draft, safely on disk, in the target's place; an older checkpoint there is complete until the new one stands."""
-    mode = stat.S_IMODE(draft.stat().st_mode)
-    for path in draft.rglob("*"):
-        if path.is_file():
-            path.chmod(mode & 0o666)  # as the umask has it, where safetensors writes 0600
-        _flush(path)
-    if target.is_dir():
-        draft.chmod(stat.S_IMODE(target.stat().st_mode))
-    _flush(draft)
-    try:
-        if target.is_dir() and any(target.iterdir()):
-            target.rename(_draft_name(target, "old"))
-        draft.rename(target)  # over nothing or an empty folder: one step
-        _flush(target.parent)
-    finally:
-        _repair(target)
-
-
-def _repair(target: Path) -> None:
-    """Where a move was cut off: puts the older checkpoint back if no new one stands, else clears it away."""
-    old = _draft_name(target, "old")
-    if not old.is_dir():
-        return
-    if target.is_dir() and any(target.iterdir()):
-        shutil.rmtree(old.rename(_draft_name(target)), ignore_errors=True)  # under a draft's name it is never put back
-    elif not target.exists() or target.is_dir():
-        old.rename(target)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from billhook.assets import model_path
-from billhook.loader import EpochSampler, ResumableLoader
+from billhook.loader import EpochSampler, ResumableLoader, batches_seen, place_of
 from billhook.rows import (
     SPLITS,
     Batch,
@@ -61,8 +61,7 @@ class DatasetModule(pl.LightningDataModule):
         streaming: bool = False,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1")
+        _at_least_one(batch_size=batch_size)
         self.data, self.tokenizer_name = data, tokenizer
         self.batch_size, self.seed, self.num_workers, self.streaming = batch_size, seed, num_workers, streaming
         self.splits: dict[str, Rows] = {}
@@ -119,16 +118,9 @@ class DatasetModule(pl.LightningDataModule):
         return self._loader("train", shuffle=True, **begin)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the training data: the epoch, the batches of it that are done, and those of all epochs."""
-        loader = None if self.trainer is None else self.trainer.train_dataloader
-        if self.trainer is None or not isinstance(loader, ResumableLoader):
-            return {}
-        place = {"epoch": loader.epoch, "batch": loader.batch, "seen": loader.seen}
-        if loader.begun:
-            progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
-            over = {"epoch": loader.epoch + 1, "batch": 0} if progress.is_last_batch else {"batch": progress.current.processed}
-            place |= {"seen": progress.total.processed} | over
-        return {"train": place}
+        """The place in the training data."""
+        place = None if self.trainer is None else place_of(self.trainer)
+        return {} if place is None else {"train": place}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there in the fit that has begun."""
@@ -165,7 +157,7 @@ class DatasetModule(pl.LightningDataModule):
             sampler = EpochSampler(rows, world, rank, shuffle=shuffle, seed=self.seed * 1_000_003, drop_last=shuffle)
         return ResumableLoader(
             rows,
-            count=None if trainer is None else lambda: _batches_seen(trainer),
+            count=None if trainer is None else lambda: batches_seen(trainer),
             **place,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -175,9 +167,10 @@ class DatasetModule(pl.LightningDataModule):
         )
 
 
-def _batches_seen(trainer: pl.Trainer) -> int:
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    return int(progress.total.processed)
+def _at_least_one(**arguments: int) -> None:
+    for name, value in arguments.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
 
 
 class TextDataModule(DatasetModule):
@@ -225,13 +218,8 @@ class TextDataModule(DatasetModule):
     def encode(self, rows: Rows, split: str) -> Rows:
         """Rows of text to rows of `block_size` token ids."""
         check_columns(rows, split, self.column)
-        arguments = {
-            "tokenizer": self.tokenizer,
-            "block_size": self.block_size,
-            "column": self.column,
-            "documents": not runs_on(rows),
-        }
-        blocks = map_rows(rows, pack, arguments, split)
+        arguments = {"block_size": self.block_size, "column": self.column, "documents": not runs_on(rows)}
+        blocks = map_rows(rows, pack, split, self.tokenizer, **arguments)
         if isinstance(blocks, datasets.Dataset) and len(blocks) == 0:
             raise ValueError(f"block_size={self.block_size} is longer than the whole text of the split '{split}'")
         return blocks
@@ -274,6 +262,7 @@ class ClassificationDataModule(DatasetModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(data, tokenizer, batch_size, seed, num_workers)
+        _at_least_one(max_length=max_length)
         self.text_columns, self.label_column, self.max_length = text_columns or ["text"], label_column, max_length
         if len(self.text_columns) > 2:
             raise ValueError(f"text_columns={self.text_columns}: one column, or two for pairs")
@@ -281,13 +270,8 @@ class ClassificationDataModule(DatasetModule):
     def encode(self, rows: Rows, split: str) -> Rows:
         """Rows of text and label to rows of token ids and labels."""
         check_columns(rows, split, *self.text_columns, self.label_column)
-        arguments = {
-            "tokenizer": self.tokenizer,
-            "text_columns": self.text_columns,
-            "label_column": self.label_column,
-            "max_length": self.max_length,
-        }
-        return map_rows(rows, classify, arguments, split)
+        arguments = {"text_columns": self.text_columns, "label_column": self.label_column, "max_length": self.max_length}
+        return map_rows(rows, classify, split, self.tokenizer, **arguments)
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Texts to a batch, padded to the longest."""
@@ -326,18 +310,15 @@ class Seq2SeqDataModule(DatasetModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__(data, tokenizer, batch_size, seed, num_workers)
+        _at_least_one(max_source_length=max_source_length, max_target_length=max_target_length)
         self.source_column, self.target_column = source_column, target_column
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
 
     def encode(self, rows: Rows, split: str) -> Rows:
         """Rows of source and target to rows of token ids."""
         check_columns(rows, split, self.source_column, self.target_column)
-        arguments = {
-            "tokenizer": self.tokenizer,
-            "columns": (self.source_column, self.target_column),
-            "lengths": (self.max_source_length, self.max_target_length),
-        }
-        return map_rows(rows, translate, arguments, split)
+        columns, lengths = (self.source_column, self.target_column), (self.max_source_length, self.max_target_length)
+        return map_rows(rows, translate, split, self.tokenizer, columns=columns, lengths=lengths)
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Pairs to a batch, padded to the longest; padded labels do not count in the loss."""

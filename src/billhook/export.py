@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.assets import model_path
-from billhook.checkpoint import WAYS, Saved, check_target, logits_of, make_probe, model_class, save
-from billhook.structure.shape import KEY, Shape, load_shape, shape_of
+from billhook.checkpoint import WAYS, Saved, logits_of, make_probe, model_class, save
+from billhook.place import check_target
+from billhook.structure.shape import KEY, Shape, shape_of
 
 IGNORED = {
     *("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config"),
@@ -94,10 +95,9 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
             raise ValueError(f"a {held['class']} is not built from a {type(config).__name__}")
         with torch.random.fork_rng(devices=[]):
             with torch.device("meta"):
-                _check_sizes(kind(copy.deepcopy(config)), checkpoint, state)
+                _check_sizes(kind(copy.deepcopy(config)), Shape.from_dict(held["shape"]), state)
             dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
             model: PreTrainedModel = kind._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-        load_shape(model, checkpoint)
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         model.train(False)
         with torch.no_grad():
@@ -124,17 +124,19 @@ def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
     return {key: _harmless(value, limit) for key, value in fields.items() if key not in IGNORED and not key.startswith("__")}
 
 
-def _check_sizes(shadow: PreTrainedModel, checkpoint: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Gives a model on meta tensors the shape in the checkpoint, and compares it with config and tensors there."""
-    said, numbers = Shape.from_dict(checkpoint[KEY]["shape"]), shape_of(shadow).config
-    if differing := [k for k, v in numbers.items() if said.config.get(k, v) != v]:
+def _check_sizes(shadow: PreTrainedModel, said: Shape, state: dict[str, Tensor]) -> None:
+    """Compares what the config builds, on meta tensors, with the shape and the tensors in the checkpoint."""
+    built = shape_of(shadow)
+    if differing := [k for k, v in built.config.items() if said.config.get(k, v) != v]:
         raise ValueError(f"config and shape do not agree on {differing[0]}")
-    if wrong := [k for k, size in said.tensors.items() if k not in state or tuple(state[k].shape) != size]:
-        raise ValueError(f"{wrong[0]} (and {len(wrong) - 1} more) is not there, or of another size than is said")
-    load_shape(shadow, checkpoint)
-    held = sum(tensor.numel() for tensor in state.values())
-    if sum(buffer.numel() for buffer in shadow.buffers()) > max(10 * held, 10**8):
-        raise ValueError("what the config asks for is far larger than what the checkpoint holds")
+    for name in [*built.tensors, *said.tensors]:
+        held = tuple(state[name].shape) if name in state else None
+        sizes = {"config": built.tensors.get(name), "shape": said.tensors.get(name), "weights": held}
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{size or 'not there'} by its {where}" for where, size in sizes.items())
+            raise ValueError(f"{name} is {told}")
+    if sum(buffer.numel() for buffer in shadow.buffers()) > 10**8 + 10 * sum(tensor.numel() for tensor in state.values()):
+        raise ValueError("the config asks for far more than the checkpoint holds")
 
 
 def _find_tokenizer(asked: str | None, started_from: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:

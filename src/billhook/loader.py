@@ -5,6 +5,7 @@ from itertools import islice
 from typing import Any
 
 import datasets
+import lightning.pytorch as pl
 from torch.utils.data import DataLoader, DistributedSampler
 
 
@@ -85,3 +86,22 @@ class ResumableLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Nothing to do: a loader is made with its place."""
+
+
+def batches_seen(trainer: pl.Trainer) -> int:
+    """How many training batches a trainer has used in all."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return int(progress.total.processed)
+
+
+def place_of(trainer: pl.Trainer) -> dict[str, int] | None:
+    """What to make a `ResumableLoader` with, so that it goes on where a trainer is; None if the trainer has no such loader."""
+    loader = trainer.train_dataloader
+    if not isinstance(loader, ResumableLoader):
+        return None
+    if not loader.begun or loader.seen == batches_seen(trainer):
+        return {"epoch": loader.epoch, "batch": loader.batch, "seen": loader.seen}
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    over = progress.is_last_batch
+    batch = 0 if over else int(progress.current.processed)
+    return {"epoch": loader.epoch + int(over), "batch": batch, "seen": batches_seen(trainer)}

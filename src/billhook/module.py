@@ -145,9 +145,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         """Classes; generated ids (sequence to sequence; up to the generation config's `max_new_tokens`, or 128); or logits."""
         if self.task == "seq2seq-lm":
             length = getattr(self.model.generation_config, "max_new_tokens", None) or 128
-            return self.generate(
-                input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), max_new_tokens=length
-            )
+            return self.generate(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), max_new_tokens=length)
         logits: Tensor = self(**batch).logits
         return logits.argmax(-1) if self.task.endswith("classification") else logits
 

@@ -116,26 +116,32 @@ def _column_names(rows: Rows) -> list[str]:
         raise _unreadable("the stream cannot be read", error) from error
 
 
-def map_rows(rows: Rows, function: Callable[..., Batch], arguments: dict[str, Any], split: str) -> Rows:
+def map_rows(
+    rows: Rows,
+    function: Callable[..., Batch],
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    **arguments: Any,  # noqa: ANN401
+) -> Rows:
     """`rows.map(function)`, cached under what the result depends on (a tokenizer's own hash changes with use).
 
     Args:
         rows: A split.
-        function: Takes many rows as lists by column, and `arguments`.
-        arguments: With a `tokenizer` among them.
+        function: Takes many rows as lists by column, the tokenizer and the arguments.
         split: What the progress bar calls the rows.
+        tokenizer: The tokenizer.
+        **arguments: What else the function needs.
     """
     options = {
         "batched": True,
         "batch_size": ROWS_AT_ONCE,
         "remove_columns": _column_names(rows),
-        "fn_kwargs": arguments,
+        "fn_kwargs": {"tokenizer": tokenizer, **arguments},
     }
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(function, **options)
-    plain = {name: value for name, value in arguments.items() if name != "tokenizer"}
     source = Path(__file__).read_text(encoding="utf-8")
-    parts = [rows._fingerprint, source, function.__name__, plain, _identity(arguments["tokenizer"])]
+    parts = [rows._fingerprint, source, function.__name__, arguments, _identity(tokenizer)]
     return rows.map(function, **options, new_fingerprint=Hasher.hash(parts), desc=f"Tokenising {split}")
 
 

@@ -1,13 +1,17 @@
 """The result of a fit as a Hugging Face checkpoint, verified."""
 
+import itertools
+from pathlib import Path
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from billhook.callbacks.shape_event import ShapeCallback
-from billhook.checkpoint import WAYS, Saved, check_target, save
+from billhook.checkpoint import WAYS, Saved, save
+from billhook.place import check_target
 from billhook.run import callbacks_of
 from billhook.structure.shape import find_transformer
 
@@ -48,13 +52,23 @@ class Export(Callback):
             events = [event for callback in callbacks_of(trainer, ShapeCallback) for event in callback.events]
             self.saved = save(
                 model,
-                self.folder,
+                self._free_folder(),
                 tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
                 {"steps": trainer.global_step, "events": events},
                 None if _has_default_probe(model.main_input_name) else self._probe,
             )
-            rank_zero_info(f"billhook: saved to {self.folder}, {WAYS[self.saved.way]}")
+            rank_zero_info(f"billhook: saved to {self.saved.folder}, {WAYS[self.saved.way]}")
         trainer.strategy.barrier("billhook export")
+
+    def _free_folder(self) -> str:
+        """The folder; or one beside it, where something has come to stand there in the meantime: the result is not lost."""
+        try:
+            check_target(self.folder)
+        except ValueError as error:
+            number = next(n for n in itertools.count(2) if not Path(f"{self.folder}-{n}").exists())
+            rank_zero_warn(f"{error}; it goes to '{self.folder}-{number}'")
+            return f"{self.folder}-{number}"
+        return self.folder
 
 
 def _has_default_probe(main_input_name: str) -> bool:

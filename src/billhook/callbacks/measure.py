@@ -30,6 +30,7 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | Non
     loaders = trainer.val_dataloaders
     if loaders is None:
         return {}
+    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders
     loaders = list(loaders) if isinstance(loaders, list | tuple) else [loaders]
     logged = _Logged()
     with _validating(trainer, pl_module, logged):

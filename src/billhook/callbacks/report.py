@@ -11,7 +11,8 @@ from billhook.callbacks.export import Export
 from billhook.callbacks.measure import measure
 from billhook.callbacks.shape_event import Event, ShapeCallback
 from billhook.checkpoint import WAYS
-from billhook.report import Stage, plot, summary, table
+from billhook.plot import plot
+from billhook.report import Stage, summary, table
 from billhook.run import callbacks_of
 
 
@@ -53,11 +54,7 @@ class Report(Callback):
     def _report(self, trainer: pl.Trainer, last: dict[str, Any]) -> None:
         events = [event for callback in callbacks_of(trainer, ShapeCallback) for event in callback.events]
         events.sort(key=lambda event: event["step"])
-        stages = [_stage("dense", events[0], "before")] if events else []
-        if self.first is not None and (not events or not set(events[0]["before"]) >= set(self.first["after"])):
-            stages = [_stage("at the start", self.first, "after")]
-        stages += [_stage(f"after {event['what']}", event, "after") for event in events]
-        stages.append(Stage("after uptraining" if events else "at the end", trainer.global_step, last))
+        stages = self._stages(events, Stage("after uptraining" if events else "at the end", trainer.global_step, last))
         notes = []
         for callback in callbacks_of(trainer, Export):
             if callback.saved is not None:
@@ -69,6 +66,20 @@ class Report(Callback):
             plot(self._points(name, last, trainer.global_step), marks, name, self.plot_file)
             notes.append(("plot", self.plot_file))
         print(f"\n{table(stages, notes)}\n")
+
+    def _stages(self, events: list[Event], last: Stage) -> list[Stage]:
+        first = self.first or {"step": 0, "after": {}}
+        if not events:
+            return [Stage("at the start", first["step"], first["after"]), last]
+        # what was measured before training is the dense model, unless a conversion came first
+        untouched = first["after"].get("params") == events[0]["before"]["params"]
+        dense = (
+            Stage("dense", first["step"], first["after"]) if untouched else Stage("dense", events[0]["step"], events[0]["before"])
+        )
+        after = [Stage(f"after {event['what']}", event["step"], event["after"]) for event in events]
+        if not untouched and events[-1]["after"]["params"] == first["after"].get("params"):
+            after[-1] = Stage(after[-1].name, after[-1].step, first["after"] | after[-1].numbers)
+        return [dense, *after, last]
 
     def _points(self, name: str, last: dict[str, Any], step: int) -> list[tuple[int, float]]:
         points = {int(s): value for s, value in self.history} | {step: float(last[name])}
@@ -87,7 +98,3 @@ class Report(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the figures of the run that is resumed."""
         self.history, self.first = state_dict["history"], state_dict["first"]
-
-
-def _stage(name: str, event: Event, when: str) -> Stage:
-    return Stage(name, event["step"], event[when])

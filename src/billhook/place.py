@@ -1,0 +1,108 @@
+"""Put a folder in its place in one step: written beside, flushed to disk, renamed; also if the process is killed."""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+RECORD = "billhook.json"
+"""The file that says that billhook wrote a folder, and what belongs to it."""
+
+
+def check_target(folder: str | Path) -> None:
+    """Refuses a folder to save to that holds what billhook did not write, or that cannot be replaced.
+
+    Raises:
+        ValueError: If so.
+    """
+    path = Path(folder).resolve()
+    if path.is_mount():
+        raise ValueError(f"'{folder}' is a mount point, which cannot be replaced in one step: name a folder inside it")
+    if occupied := next((p for p in path.parents if p.exists() and not p.is_dir()), None):
+        raise ValueError(f"'{folder}' cannot be a folder: '{occupied}' is a file")
+    if path.exists() and (foreign := "a file" if not path.is_dir() else _foreign(path)):
+        raise ValueError(f"'{folder}' holds something that billhook did not write ({foreign}): name another folder")
+
+
+def _foreign(folder: Path) -> str | None:
+    names = {path.name for path in folder.iterdir()}
+    if names and RECORD not in names:
+        return f"{RECORD} is not there"
+    try:
+        record = json.loads((folder / RECORD).read_text()) if names else {}
+        added = sorted(names - set(record.get("files", names)))
+    except (ValueError, AttributeError, TypeError):
+        return f"{RECORD} is not as billhook writes it"
+    return ", ".join(added) or None
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """An empty folder beside the target, gone afterwards; those that a killed process left are cleared away first."""
+    missing = [parent for parent in target.parents if not parent.exists()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    left = re.compile(rf"\.{re.escape(target.name)}\.draft-[0-9a-f]{{8}}")
+    for path in list(target.parent.iterdir()):
+        if left.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    draft = _draft_name(target)
+    draft.mkdir()
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        with suppress(OSError):
+            for parent in missing if not target.exists() else ():
+                parent.rmdir()
+
+
+def _draft_name(target: Path, suffix: str | None = None) -> Path:
+    return target.with_name(f".{target.name}.draft-{suffix or secrets.token_hex(4)}")
+
+
+def move(draft: Path, target: Path) -> None:
+    """Puts the draft, safely on disk, in the target's place; an older checkpoint there is complete until the new one stands."""
+    mode = stat.S_IMODE(draft.stat().st_mode)
+    for path in draft.rglob("*"):
+        if path.is_file():
+            path.chmod(mode & 0o666)  # as the umask has it, where safetensors writes 0600
+        _flush(path)
+    if target.is_dir():
+        draft.chmod(stat.S_IMODE(target.stat().st_mode))
+    _flush(draft)
+    try:
+        if target.is_dir() and any(target.iterdir()):
+            target.rename(_draft_name(target, "old"))
+        draft.rename(target)  # over nothing or an empty folder: one step
+        _flush(target.parent)
+    finally:
+        repair(target)
+
+
+def repair(target: Path) -> None:
+    """Where a move was cut off: puts the older checkpoint back if no new one stands, else clears it away."""
+    old = _draft_name(target, "old")
+    if not old.is_dir():
+        return
+    if target.is_dir() and any(target.iterdir()):
+        shutil.rmtree(old.rename(_draft_name(target)), ignore_errors=True)  # under a draft's name it is never put back
+    elif not target.exists() or target.is_dir():
+        old.rename(target)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def size(folder: Path) -> int:
+    """The bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

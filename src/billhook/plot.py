@@ -1,0 +1,118 @@
+"""A validation figure over the steps of a run, with what happened to the model marked, as a PNG."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+EVENT = "#b03a2e"
+CURVE: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, "color": "#1f5f8b"}
+
+
+def plot(
+    history: Sequence[tuple[int, float]],
+    events: Sequence[tuple[int, str, float | None, float | None]],
+    name: str,
+    path: str | Path,
+) -> None:
+    """Draws a validation figure over optimizer steps, with the events marked, as a PNG.
+
+    Args:
+        history: Pairs of step and value. Values that are not finite, or beyond 1e100, leave a gap.
+        events: Step, what happened, and the value right before and right after.
+        name: What the figure is called.
+        path: Where the PNG goes.
+    """
+    from matplotlib.figure import Figure  # slow to import, and needed once
+
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    before = [(step, 0, value) for step, _, value, _ in events if value is not None]
+    after = [(step, 2, value) for step, _, _, value in events if value is not None]
+    measured = {step for step, _, _ in before + after}
+    points = sorted([(step, 1, value) for step, value in history if step not in measured] + before + after)
+    curve = [(step, value if abs(value) < 1e100 else math.nan) for step, _, value in points]
+    (line,) = axes.plot(*zip(*curve, strict=True), **CURVE) if curve else axes.plot([], [])
+    finite = [value for _, value in curve if math.isfinite(value)]
+    if finite and min(finite) >= 1 and max(finite) > 5 * min(finite):
+        _log_scale(axes, max(finite) / min(finite))
+    if before and abs(before[0][2]) < 1e100:
+        axes.axhline(before[0][2], color="0.45", linestyle=(0, (6, 4)), linewidth=0.8, zorder=1)
+        axes.text(1.005, before[0][2], "dense", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.45")
+    axes.set(xlabel="optimizer step", ylabel=name.replace("val_", "validation ").replace("_", " "))
+    axes.margins(x=0.05, y=0.12)
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    _mark(axes, [(step, what) for step, what, _, _ in events])
+    wanted = [(step, value, "right") for step, _, value in after] + [(step, value, "left") for step, _, value in before]
+    _label(axes, line, [*((*point, "right") for point in [*curve[-1:], *curve[:1]]), *wanted])
+    figure.savefig(path)
+
+
+def _log_scale(axes: Any, span: float) -> None:  # noqa: ANN401 - matplotlib has no types
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 300 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _mark(axes: Any, events: Sequence[tuple[int, str]]) -> None:  # noqa: ANN401 - matplotlib has no types
+    """A line at each event, and its name above the axes, as low as the others leave room."""
+    axes.figure.draw_without_rendering()
+    texts = [
+        (step, axes.text(step, 1, f" {shorten(what, 60)} ", color=EVENT, fontsize=8, parse_math=False))
+        for step, what in sorted(events)
+    ]
+    right = [pair for pair in texts if pair[1].get_window_extent().x1 > axes.figure.bbox.x1]
+    taken: list[tuple[int, float, float]] = []
+    # from the inside out, so that no line has to cross another's name
+    for step, text in [*reversed([pair for pair in texts if pair not in right]), *right]:
+        text.set(transform=axes.get_xaxis_transform(), ha="right" if (step, text) in right else "left")
+        extent = text.get_window_extent()
+        rows = {row for row, x0, x1 in taken if x0 <= extent.x1 and extent.x0 <= x1}
+        row = next(row for row in range(len(taken) + 1) if row not in rows)
+        taken.append((row, extent.x0, extent.x1))
+        text.set_y(1.02 + 0.055 * row)
+        style = {"color": EVENT, "linestyle": ":", "linewidth": 0.9, "zorder": 1, "clip_on": False}
+        axes.plot([step, step], [0, 1.045 + 0.055 * row], transform=axes.get_xaxis_transform(), **style)
+
+
+def _label(axes: Any, curve: Any, points: Sequence[tuple[int, float, str]]) -> None:  # noqa: ANN401 - matplotlib has no types
+    """Writes values beside their points: where the least is in the way, and not where another value stands already."""
+    axes.figure.draw_without_rendering()
+    lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
+    lines.append(curve.get_path().transformed(axes.transData))  # counts twice
+    taken, seen = list[Any](), set[tuple[int, float]]()
+    for step, value, side in points:
+        if (step, value) in seen or not abs(value) < 1e100:
+            continue
+        seen.add((step, value))
+        text = axes.annotate(_short(value), (step, value), (6, 3), textcoords="offset points", fontsize=8)
+        sides = ["right", "left"] if side == "right" else ["left", "right"]
+        free = list[tuple[int, int, tuple[str, bool], Any]]()
+        for place in [(where, up) for up in (True, False) for where in sides]:
+            _put(text, *place)
+            extent = text.get_window_extent()
+            if not any(extent.padded(3).overlaps(other) for other in taken):
+                outside = extent.x0 < axes.bbox.x0 or extent.x1 > axes.bbox.x1 or extent.y0 < axes.bbox.y0
+                crossed = sum(line.intersects_bbox(extent.padded(2), filled=False) for line in lines)
+                free.append((crossed + 2 * outside, len(free), place, extent))
+        if not free:
+            text.remove()
+            continue
+        _, _, place, extent = min(free)
+        _put(text, *place)
+        taken.append(extent)
+
+
+def _put(text: Any, side: str, up: bool) -> None:  # noqa: ANN401 - matplotlib has no types
+    text.set(ha="left" if side == "right" else "right", va="bottom" if up else "top")
+    text.xyann = (6 if side == "right" else -6, 3 if up else -3)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:,.3g}"

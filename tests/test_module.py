@@ -86,9 +86,11 @@ class TestTasks:
         source.tokenizer.mask_token = source.tokenizer.eos_token
         self.learns(tmp_path, lit, source, "val_perplexity", lambda before, after: after < 0.7 * before)
 
-    def test_sequence_classification(self, tmp_path):
+    @pytest.mark.parametrize(
+        "config", [transformers.BertConfig(**BERT, pad_token_id=0), llama(vocab_size=2048, pad_token_id=None).config]
+    )
+    def test_sequence_classification(self, tmp_path, config):
         rows = [{"text": f"{word} {i}", "label": label} for i in range(8) for label, word in enumerate(("love", "sword", "king"))]
-        config = transformers.BertConfig(**BERT, pad_token_id=0)
         lit = TransformerModule(config, task="sequence-classification", num_labels=3, lr=1e-2)
         source = ClassificationDataModule(write_rows(tmp_path, rows), "tiny", batch_size=8)
         self.learns(tmp_path, lit, source, "val_accuracy", lambda before, after: after > 0.95)

@@ -118,6 +118,13 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         ids = torch.zeros(1, 8, dtype=torch.long)
         return {"input_ids": ids} | ({"decoder_input_ids": ids} if self.task == "seq2seq-lm" else {})
 
+    def setup(self, stage: str) -> None:
+        """Tells a classifier which token is padding, where only the tokenizer knows."""
+        config = self.model.config.get_text_config(decoder=True)
+        if self.task == "sequence-classification" and config.pad_token_id is None:
+            tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+            config.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+
     def forward(self, **batch: Tensor) -> Any:  # noqa: ANN401 - a ModelOutput whose class depends on the model
         """The model's own output for a batch of its own arguments."""
         return self.model(**batch)

@@ -1,0 +1,113 @@
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from families import build, llama, tokens
+from torch import nn
+
+from billhook.structure.kv_heads import convert_kv_heads
+from billhook.structure.shape import (
+    Shape,
+    build_on_meta,
+    find_transformer,
+    load_shape,
+    locate_transformer,
+    save_shape,
+    set_shape,
+    shape_of,
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2"])
+def test_a_shape_goes_both_ways_and_weights_of_it_then_load(family):
+    dense, other = build(family), build(family)
+    small = copy.deepcopy(dense)
+    convert_kv_heads(small, 1)
+    for target in (small, dense, small):
+        set_shape(other, shape_of(target))
+        other.load_state_dict(target.state_dict())
+        ids = tokens()
+        assert torch.equal(other(ids).logits, target(ids).logits)
+        assert shape_of(other) == shape_of(target)
+        assert other.config.num_key_value_heads == target.config.num_key_value_heads
+
+
+def test_it_is_plain_data():
+    shape = shape_of(llama())
+    assert Shape.from_dict(json.loads(json.dumps(shape.to_dict()))) == shape
+
+
+def test_tied_parameters_stay_tied():
+    model = llama(tie_word_embeddings=True)
+    wide = llama(tie_word_embeddings=True, hidden_size=64)
+    set_shape(model, shape_of(wide))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.shape == (64, 64)
+
+
+def test_a_tensor_of_the_right_size_is_left_alone():
+    model = llama()
+    before = {name: id(p) for name, p in model.named_parameters()}
+    set_shape(model, shape_of(model))
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+
+
+def test_another_model_is_refused_before_anything_changes():
+    model, before = llama(), shape_of(llama())
+    with pytest.raises(
+        ValueError, match="it lacks nothing of LlamaForCausalLM, and has model.layers.2.*, which LlamaForCausalLM lacks"
+    ):
+        set_shape(model, shape_of(llama(num_hidden_layers=3, hidden_size=64)))
+    assert shape_of(model) == before
+
+
+def test_what_the_class_builds_takes_no_memory_and_no_random_numbers():
+    model, state = llama(), torch.get_rng_state()
+    shadow = build_on_meta(model, model.config)
+    assert {p.device.type for p in shadow.parameters()} == {"meta"}
+    assert shape_of(shadow) == shape_of(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Holder(nn.Module):
+    def __init__(self, **modules):
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+
+def test_finding_the_model():
+    model, teacher = llama(), llama()
+    assert locate_transformer(model) == ("", model)
+    assert locate_transformer(Holder(net=Holder(inner=model))) == ("net.inner", model)
+    assert locate_transformer(Holder(teacher=teacher, model=model)) == ("model", model)
+    assert find_transformer(Holder(model=Holder(x=nn.Linear(1, 1), backbone=model))) is model
+    with pytest.raises(ValueError, match="Holder holds more than one Hugging Face model: a, b"):
+        find_transformer(Holder(a=model, b=teacher))
+    with pytest.raises(ValueError, match="Holder holds no Hugging Face model"):
+        find_transformer(Holder(a=nn.Linear(1, 1)))
+
+
+def test_a_composite_model_counts_as_one():
+    parts = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = transformers.BertConfig(**parts)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+        bert, transformers.BertConfig(**parts, is_decoder=True, add_cross_attention=True)
+    )
+    model = transformers.EncoderDecoderModel(config)
+    assert locate_transformer(Holder(net=model)) == ("net", model)
+
+
+def test_in_a_checkpoint():
+    small, lit, checkpoint = llama(), Holder(model=llama()), {}
+    convert_kv_heads(small, 2)
+    save_shape(Holder(net=small), checkpoint)
+    assert checkpoint["billhook"]["prefix"] == "net."
+    load_shape(lit, checkpoint)
+    assert shape_of(lit.model) == shape_of(small)
+    load_shape(lit, {})
+    assert shape_of(lit.model) == shape_of(small)
+    load_shape(lit, {}, otherwise=shape_of(llama()))
+    assert shape_of(lit.model) == shape_of(llama())

@@ -1,3 +1,5 @@
+import csv
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -197,6 +199,28 @@ def test_measuring_changes_nothing(files, tmp_path):
     assert callback.events[0]["after"]["val_perplexity"] > 1
 
 
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+def test_events_are_logged(files, tmp_path):
+    callback, logger = KVHeadConversion([2, 1], ["start", 3]), pl.loggers.CSVLogger(tmp_path)
+    trainer(tmp_path, [callback], logger=logger).fit(module(), data(files))
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("params")]
+    assert [(int(row["step"]), float(row["params"])) for row in rows] == [
+        (e["step"], e["after"]["params"]) for e in callback.events
+    ]
+    assert float(rows[1]["val_perplexity_after"]) == callback.events[1]["after"]["val_perplexity"]
+    assert float(rows[1]["val_perplexity_before"]) == callback.events[1]["before"]["val_perplexity"]
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_weights_are_averaged_after_a_conversion_at_the_start(tmp_path):
+    lit, loader = Plain(), DataLoader(tokens(8), batch_size=2)
+    callbacks = [KVHeadConversion(2), pl.callbacks.StochasticWeightAveraging(1e-3, swa_epoch_start=1)]
+    trainer(tmp_path, callbacks, max_steps=-1, max_epochs=3).fit(lit, loader, loader)
+    assert kv_heads_of(lit) == 2
+    assert lit.net(tokens()).logits.isfinite().all()
+
+
 def test_measured_is_what_validation_says(files, tmp_path):
     lit, callback = module(), KVHeadConversion(2, at=8)
     trainer(tmp_path, [callback]).fit(lit, data(files))
@@ -291,15 +315,11 @@ class TestRefused:
             torch.distributed.destroy_process_group()
 
     def test_averaged_weights(self, files, tmp_path):
+        epochs = {"max_steps": -1, "max_epochs": 2}
         swa = pl.callbacks.StochasticWeightAveraging(1e-3)
-        self.refused(
-            files,
-            tmp_path,
-            [KVHeadConversion(2, at=2), swa],
-            "StochasticWeightAveraging cannot follow",
-            max_steps=-1,
-            max_epochs=2,
-        )
+        self.refused(files, tmp_path, [KVHeadConversion(2, at=2), swa], "StochasticWeightAveraging cannot follow", **epochs)
+        swa = pl.callbacks.StochasticWeightAveraging(1e-3)
+        self.refused(files, tmp_path, [swa, KVHeadConversion(2)], "must stand before StochasticWeightAveraging", **epochs)
 
     def test_another_models_checkpoint(self, files, tmp_path):
         trainer(tmp_path, [KVHeadConversion(2), checkpoints(tmp_path)], max_steps=2).fit(module(num_hidden_layers=1), data(files))

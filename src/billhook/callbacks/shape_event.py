@@ -70,7 +70,7 @@ class ShapeCallback(Callback, ABC):
             self.steps(trainer.max_steps, trainer)
         for index, moment in enumerate(self.at):
             if moment == "start" and not self.is_done(pl_module, index):
-                self._record(trainer, {}, pl_module, index, [])
+                _log(trainer, self._record(trainer, {}, pl_module, index, []))
 
     def steps(self, total_steps: int, trainer: pl.Trainer) -> list[int]:
         """The step of each stage, -1 for the start.
@@ -162,11 +162,8 @@ def _hold_shape(pl_module: pl.LightningModule) -> None:
     """Wraps the module's checkpoint hooks, once for all callbacks: its own hook is the last one before weights are loaded."""
     if _HELD in pl_module.__dict__:
         return
-    load, save, found = (
-        pl_module.on_load_checkpoint,
-        pl_module.on_save_checkpoint,
-        shape_of(find_transformer(pl_module)),
-    )
+    load, save = pl_module.on_load_checkpoint, pl_module.on_save_checkpoint
+    found = shape_of(find_transformer(pl_module))
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         load_shape(pl_module, checkpoint, otherwise=found)
@@ -192,14 +189,18 @@ def _check_trainer(trainer: pl.Trainer, name: str, at_start: bool) -> None:
             f"{name} changes shapes, which works on one device and under DDP; the strategy is "
             f"{type(trainer.strategy).__name__}. Convert first (billhook on one device), then train the result."
         )
-    averaging = [type(c).__name__ for c in callbacks_of(trainer, Callback) if hasattr(c, "_average_model")]
+    averaging = [c for c in callbacks_of(trainer, Callback) if hasattr(c, "_average_model")]
     if averaging and not at_start:
-        raise ValueError(f"{name} changes shapes in the middle of the fit, which {averaging[0]} cannot follow: use at='start'")
+        other = type(averaging[0]).__name__
+        raise ValueError(f"{name} changes shapes in the middle of the fit, which {other} cannot follow: use at='start'")
+    if early := [type(c).__name__ for c in averaging if getattr(c, "_average_model", None) is not None]:
+        raise ValueError(f"{name} must stand before {early[0]} in the list of callbacks, which has already copied the model")
 
 
 def _log(trainer: pl.Trainer, event: Event) -> None:
-    numbers = {k: v for k, v in event["after"].items() if k in ("params", "kv_cache_bytes")}
-    measured = [k for k in event["after"] if k not in numbers and k in event["before"]]
-    numbers |= {f"{k}_{when}": event[when][k] for k in measured for when in ("before", "after")}
+    before, after = event["before"], event["after"]
+    numbers = {key: after[key] for key in ("params", "kv_cache_bytes")}
+    for key in sorted(before.keys() & after.keys() - {"params", "zeros", "kv_cache_bytes", "flops"}):
+        numbers |= {f"{key}_before": before[key], f"{key}_after": after[key]}
     for logger in trainer.loggers:
-        logger.log_metrics({k: float(v) for k, v in numbers.items() if v is not None}, step=event["step"])
+        logger.log_metrics({key: float(value) for key, value in numbers.items() if value is not None}, step=event["step"])

@@ -26,7 +26,7 @@ def main(steps: int, folder: str) -> None:
             bh.Report(f"{folder}/report.png"),
         ],
     )
-    trainer.fit(bh.TransformerModule("tiny", lr=1e-3, warmup=10), bh.TextDataModule("tiny"))
+    trainer.fit(bh.TransformerModule("tiny", lr=2e-3, warmup=10), bh.TextDataModule("tiny"))
 
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")
@@ -36,6 +36,6 @@ def main(steps: int, folder: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--folder", default="outputs/quickstart_python")
     main(**vars(parser.parse_args()))

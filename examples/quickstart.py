@@ -26,7 +26,7 @@ def main(steps: int, folder: str) -> None:
             bh.Report(f"{folder}/report.png"),
         ],
     )
-    trainer.fit(bh.TransformerModule("tiny", lr=2e-3, warmup=10), bh.TextDataModule("tiny"))
+    trainer.fit(bh.TransformerModule("tiny", lr=2e-3, warmup=40), bh.TextDataModule("tiny"))
 
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/model")
     tokenizer = AutoTokenizer.from_pretrained(f"{folder}/model")

@@ -103,3 +103,11 @@ def test_a_folder_that_fills_during_the_fit_does_not_cost_the_result(files, tmp_
     assert export.saved.folder == str(tmp_path / "model-2")
     assert (tmp_path / "model" / "thesis.txt").exists()
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model-2").config.num_key_value_heads == 4
+
+
+def test_the_line_called_dense_is_the_tables_dense(files, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr("billhook.callbacks.report.plot", lambda *arguments: drawn.append(arguments))
+    _, (_, _, report) = run(files, tmp_path, [KVHeadConversion(1, at=3)])
+    assert drawn[0][4] == report.first["after"]["val_perplexity"]
+    assert drawn[0][4] != drawn[0][1][0][2]  # three steps later it was another

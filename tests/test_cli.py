@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FRAGMENTS = sorted(ROOT.glob("callbacks/*.yaml"))
 QUICK = """
   --trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.limit_val_batches 1 --trainer.num_sanity_val_steps 0
-  --data.block_size 16 --data.batch_size 2
+  --trainer.default_root_dir . --data.block_size 16 --data.batch_size 2
 """
 # Lightning says so in each of these short runs
 pytestmark = [

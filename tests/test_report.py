@@ -174,7 +174,7 @@ CASES = {
 def test_plot_draws_whatever_a_run_gives(case, tmp_path):
     history, events = CASES[case]
     before = copy.deepcopy(CASES[case])
-    plot(history, events, "val_perplexity", tmp_path / "a.png")
+    plot(history, events, "val_perplexity", tmp_path / "a.png", history[0][1] if history else None)
     assert png_size(tmp_path / "a.png") == (1200, 675)
     assert before == CASES[case]
 
@@ -191,12 +191,12 @@ def drawn(monkeypatch, *arguments):
 
 
 def test_plot_says_the_values_in_plain_numbers(monkeypatch):
-    axes = drawn(monkeypatch, HISTORY, [EVENT], "val_perplexity", "a.png")
+    axes = drawn(monkeypatch, HISTORY, [EVENT], "val_perplexity", "a.png", 39.3)
     assert axes.get_yscale() == "log"
     assert axes.get_ylabel() == "validation perplexity"
     assert {"50", "100", "1,000"} <= {tick.get_text() for tick in axes.get_yticklabels()}
     assert {text.get_text().strip() for text in axes.texts} == {"39.3", "42.5", "1,139", "46.9", "dense", EVENT[1]}
-    assert any(list(line.get_ydata()) == [42.5, 42.5] for line in axes.lines)
+    assert any(list(line.get_ydata()) == [39.3, 39.3] for line in axes.lines)
     assert drawn(monkeypatch, [(0, 0.9), (1, 0.1)], [], "val_accuracy", "a.png").get_yscale() == "linear"
 
 

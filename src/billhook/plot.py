@@ -15,6 +15,7 @@ def plot(
     events: Sequence[tuple[int, str, float | None, float | None]],
     name: str,
     path: str | Path,
+    dense: float | None = None,
 ) -> None:
     """Draws a validation figure over optimizer steps, with the events marked, as a PNG.
 
@@ -23,6 +24,7 @@ def plot(
         events: Step, what happened, and the value right before and right after.
         name: What the figure is called.
         path: Where the PNG goes.
+        dense: The value of the model before anything happened, drawn as a line.
     """
     from matplotlib.figure import Figure  # slow to import, and needed once
 
@@ -37,9 +39,9 @@ def plot(
     finite = [value for _, value in curve if math.isfinite(value)]
     if finite and min(finite) >= 1 and max(finite) > 5 * min(finite):
         _log_scale(axes, max(finite) / min(finite))
-    if before and abs(before[0][2]) < 1e100:
-        axes.axhline(before[0][2], color="0.45", linestyle=(0, (6, 4)), linewidth=0.8, zorder=1)
-        axes.text(1.005, before[0][2], "dense", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.45")
+    if dense is not None and abs(dense) < 1e100:
+        axes.axhline(dense, color="0.45", linestyle=(0, (6, 4)), linewidth=0.8, zorder=1)
+        axes.text(1.005, dense, "dense", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.45")
     axes.set(xlabel="optimizer step", ylabel=name.replace("val_", "validation ").replace("_", " "))
     axes.margins(x=0.05, y=0.12)
     axes.locator_params(axis="x", integer=True)

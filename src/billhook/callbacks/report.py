@@ -63,7 +63,8 @@ class Report(Callback):
         if name := self._name(last):
             Path(self.plot_file).parent.mkdir(parents=True, exist_ok=True)
             marks = [(e["step"], e["what"], e["before"].get(name), e["after"].get(name)) for e in events]
-            plot(self._points(name, last, trainer.global_step), marks, name, self.plot_file)
+            dense = stages[0].numbers.get(name) if events else None
+            plot(self._points(name, last, trainer.global_step), marks, name, self.plot_file, dense)
             notes.append(("plot", self.plot_file))
         print(f"\n{table(stages, notes)}\n")
 

@@ -1,0 +1,25 @@
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+def test_quickstart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--steps", "20"])
+    runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
+    told = capsys.readouterr().out
+    for row in ("dense", "after 8 -> 4 KV heads (mean)", "after 4 -> 2 KV heads (mean)", "after 2 -> 1 KV heads (mean)"):
+        assert row in told
+    assert "MACBETH." in told
+
+
+def test_plot_schedules(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["plot_schedules.py", str(tmp_path / "schedules.png")])
+    runpy.run_path(str(ROOT / "examples" / "plot_schedules.py"), run_name="__main__")
+    assert (tmp_path / "schedules.png").read_bytes().startswith(b"\x89PNG")

@@ -2,11 +2,12 @@ import json
 
 import lightning.pytorch as pl
 import pytest
+import torch
 import transformers
 from fits import data, module, trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from billhook import Export, KVHeadConversion, Report
+from billhook import Export, KVHeadConversion, Report, TextDataModule, load
 
 
 def lines_of(out: str) -> dict[str, list[str]]:
@@ -111,3 +112,49 @@ def test_the_line_called_dense_is_the_tables_dense(files, tmp_path, monkeypatch,
     _, (_, _, report) = run(files, tmp_path, [KVHeadConversion(1, at=3)])
     assert drawn[0][4] == report.first["after"]["val_perplexity"]
     assert drawn[0][4] != drawn[0][1][0][2]  # three steps later it was another
+
+
+def test_a_trial_leaves_the_last_export_alone(files, tmp_path):
+    export = Export(str(tmp_path / "model"))
+    trainer(tmp_path, [export], max_steps=2).fit(module(), data(files))
+    trainer(tmp_path, [export], max_steps=-1, fast_dev_run=1).fit(module(), data(files))
+    assert json.loads((tmp_path / "model" / "billhook.json").read_text())["steps"] == 2
+    assert export.saved is None
+
+
+class Slashes(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = module().model
+
+    def training_step(self, batch, batch_idx):
+        return self.net(**batch).loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.net(**batch).loss)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_figures_of_any_name(files, tmp_path, capsys):
+    def fit(**options):
+        report = Report(str(tmp_path / "report.png"), **options)
+        trainer(tmp_path, [KVHeadConversion(2, at=1), report], max_steps=2).fit(Slashes(), data(files))
+        return capsys.readouterr().out
+
+    assert "val/loss" in fit()
+    assert (tmp_path / "report.png").exists()
+    with pytest.warns(UserWarning, match="metric='val/los' is not logged in validation.*val/loss"):
+        fit(metric="val/los")
+
+
+def test_the_tokenizer_beside_a_model_of_any_attribute(files, tmp_path):
+    class Lit(Slashes):
+        def __init__(self):
+            super().__init__()
+            self.net = load("tiny").float().train()
+
+    source = TextDataModule(files, block_size=16)
+    trainer(tmp_path, [], max_steps=1).fit(Lit(), source)
+    assert source.tokenizer.vocab_size == 2048

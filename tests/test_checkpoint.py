@@ -298,7 +298,7 @@ def test_verify_sees_one_changed_weight(tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0] += 1
     with pytest.raises(RuntimeError, match="other logits"):
-        verify(model, tmp_path / "a")
+        verify(model, tmp_path / "a", make_probe(model.config, "input_ids"))
 
 
 def test_infinite_logits_on_both_sides_are_equal(tmp_path):

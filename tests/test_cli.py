@@ -16,6 +16,8 @@ QUICK = """
 """
 # Lightning says so in each of these short runs
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:No seed found"),
+    pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
     # Lightning 2.6 calls what jsonargparse 4.53 calls deprecated
@@ -150,6 +152,11 @@ class TestRefused:
                 ["'mean', 'first', 'random'", "median"],
             ),
             ("{class_path: KVHeadConversion, init_args: {num_key_value_heads: four}}", ["num_key_value_heads", "four"]),
+            ("{class_path: KVHeadConversion, init_args: {num_key_value_heads: 4, at: 1.5}}", ["billhook fit: at=1.5 as a float"]),
+            (
+                "{class_path: KVHeadConversion, init_args: {num_key_value_heads: 3}}",
+                ["billhook fit: num_key_value_heads=3", "legal"],
+            ),
             ("{class_path: KVHeadConversion}", ["num_key_value_heads"]),
             ("{class_path: KVHeadConversions}", ["KVHeadConversions"]),
         ],
@@ -167,7 +174,9 @@ class TestRefused:
             ("fit --config wrong.yaml", ["max_stepz", "Did you mean 'max_steps'?"]),
             ("fit --model.lrr 1", ["lrr"]),
             ("fit --model.task poetry", ["poetry"]),
-            ("prunes", ["prunes"]),
+            ("prunes", ["prunes", "Other commands: export, summary"]),
+            ("", ["Other commands: export, summary"]),
+            ("fit --trainer.max_epochs 1 --model.model ./nowhere", ["'./nowhere' is not a folder with a Hugging Face checkpoint"]),
             ("export nowhere.ckpt out", ["'nowhere.ckpt' is not a file"]),
             ("summary ./nowhere", ["'./nowhere' is not a folder with a Hugging Face checkpoint"]),
             ("summary .", ["has no config.json, so it is not a Hugging Face checkpoint"]),

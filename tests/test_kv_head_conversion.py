@@ -7,6 +7,7 @@ import transformers
 from families import llama, tokens
 from fits import data, module, same, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from billhook import KVHeadConversion, ShapeInCheckpoint, TransformerModule
@@ -131,8 +132,10 @@ def test_a_dense_checkpoint_is_converted_when_the_resumed_run_starts(files, tmp_
     """The conversion was due before the step that the checkpoint is of, but the first run had none."""
     trainer(tmp_path, [checkpoints(tmp_path)], max_steps=4).fit(module(), data(files))
     lit, watch = module(seed=1), Heads()
-    trainer(tmp_path, [KVHeadConversion(2), watch]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
+    callback = KVHeadConversion(2)
+    trainer(tmp_path, [callback, watch]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
     assert watch.seen == [2] * 4
+    assert [event["step"] for event in callback.events] == [4]
 
 
 class Plain(pl.LightningModule):
@@ -188,6 +191,100 @@ def test_load_from_checkpoint_of_the_users_own_module(tmp_path, kind):
     else:
         with pytest.raises(RuntimeError, match="size mismatch"):
             Plain.load_from_checkpoint(tmp_path / "last.ckpt")
+
+
+class Fails(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == 3:
+            raise KeyError("three")
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("broken", [False, True])
+def test_checkpoints_saved_after_the_fit_or_after_an_error_resume_too(tmp_path, broken):
+    lit, loader = Plain(), DataLoader(tokens(16), batch_size=2)
+    run = trainer(tmp_path, [KVHeadConversion(2, at=2), *([Fails()] if broken else [])], max_steps=4)
+    if broken:
+        with pytest.raises(KeyError):
+            run.fit(lit, loader, loader)
+    else:
+        run.fit(lit, loader, loader)
+    assert "on_save_checkpoint" not in lit.__dict__
+    run.save_checkpoint(tmp_path / "late.ckpt")
+    again = Plain()
+    run = trainer(tmp_path, [KVHeadConversion(2, at=2)], max_steps=6)
+    run.fit(again, loader, loader, ckpt_path=tmp_path / "late.ckpt")
+    assert kv_heads_of(again) == 2
+
+
+def test_a_second_fit_starts_anew(files, tmp_path):
+    callback = KVHeadConversion(2, at=3)
+    for lit in (module(), module(seed=1)):
+        trainer(tmp_path, [callback]).fit(lit, data(files))
+        assert [event["step"] for event in callback.events] == [3]
+
+
+class Manual(Plain):
+    """Two optimizers, stepped by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch, labels=batch).loss
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        attention = [p for name, p in self.named_parameters() if "self_attn" in name]
+        others = [p for name, p in self.named_parameters() if "self_attn" not in name]
+        return [torch.optim.AdamW(attention, 1e-2), torch.optim.SGD(others, 1e-2)]
+
+
+def test_manual_optimization(tmp_path):
+    lit, watch, loader = Manual(), Heads(), DataLoader(tokens(16), batch_size=2)
+    run = trainer(tmp_path, [KVHeadConversion(2, at=0.5), watch], max_steps=12)
+    run.fit(lit, loader, loader)
+    assert watch.seen == [4] * 3 + [2] * 3  # two steps a batch
+    held = {id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in lit.parameters()}
+    with pytest.raises(ValueError, match="whose length is not known: set max_steps"):
+        trainer(tmp_path, [KVHeadConversion(1, at=0.5)], max_steps=-1, max_epochs=2).fit(Manual(), loader, loader)
+
+
+class Peculiar(Plain):
+    """Validates in as many ways as people do."""
+
+    def on_validation_start(self):
+        self.losses = []
+
+    def validation_step(self, *arguments):
+        batch = arguments[0]["a"] if isinstance(arguments[0], dict) else arguments[0]
+        loss = self.net(batch, labels=batch).loss
+        self.losses.append(loss)
+        self.log("val_loss", loss)
+        self.log("val_sum", loss, reduce_fx="sum")
+        self.log("val_max", loss, reduce_fx="max")
+
+    def on_validation_epoch_end(self):
+        self.log("val_end", torch.stack(self.losses).mean())
+
+
+@pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size` from an ambiguous collection")
+@pytest.mark.parametrize("kind", ["one", "list", "together"])
+def test_measured_is_what_validation_says_whatever_it_logs(tmp_path, kind):
+    train, ragged, other = (DataLoader(tokens(rows), batch_size=4) for rows in (8, 9, 5))
+    loaders = {"one": ragged, "list": [ragged, other], "together": CombinedLoader({"a": ragged, "b": other}, "max_size")}[kind]
+    lit, callback = Peculiar(), KVHeadConversion(2, at=2)
+    trainer(tmp_path, [callback], max_steps=2).fit(lit, train, loaders)
+    said = {k: v for result in trainer(tmp_path, []).validate(lit, loaders, verbose=False) for k, v in result.items()}
+    assert len(said) == (7 if kind == "list" else 4)
+    for name, value in said.items():
+        assert callback.events[0]["after"][name] == pytest.approx(value, rel=1e-5), name
 
 
 def test_measuring_changes_nothing(files, tmp_path):
@@ -286,8 +383,21 @@ class TestRefused:
     def test_a_fraction_of_endless_training(self, files, tmp_path):
         lit = TransformerModule(llama(vocab_size=2048), decay="constant", warmup=0)
         self.refused(
-            files, tmp_path, [KVHeadConversion(1, at=0.5)], "nothing bounds the training", lit, max_steps=-1, max_epochs=-1
+            files,
+            tmp_path,
+            [KVHeadConversion(1, at=0.5)],
+            "whose length is not known: set max_steps",
+            lit,
+            max_steps=-1,
+            max_epochs=-1,
         )
+
+    def test_later_stages_beside_the_start_need_a_length_that_is_known(self, files, tmp_path):
+        epochs = {"max_steps": -1, "max_epochs": 1}
+        self.refused(files, tmp_path, [KVHeadConversion([2, 1], ["start", 3])], "set max_steps alone, or give 0", **epochs)
+        callbacks = [KVHeadConversion(2), KVHeadConversion(1, at=0.5)]
+        self.refused(files, tmp_path, callbacks, "set max_steps alone, or give 0", **epochs)
+        self.refused(files, tmp_path, [KVHeadConversion(1), KVHeadConversion(2, at=4)], "fewer KV heads than the one before")
 
     @pytest.mark.parametrize(
         ("arguments", "match"),
@@ -296,9 +406,11 @@ class TestRefused:
             ({"num_key_value_heads": 2, "at": -1}, "at=-1 is negative"),
             ({"num_key_value_heads": 2, "at": "end"}, "at='end' must be 'start', an int"),
             ({"num_key_value_heads": [2, 1], "at": 3}, "must have the same length"),
-            ({"num_key_value_heads": [1, 2], "at": [1, 2]}, "num_key_value_heads=2"),
+            ({"num_key_value_heads": [1, 2], "at": [1, 2]}, "must have fewer heads than the one before"),
             ({"num_key_value_heads": [], "at": []}, "one at least"),
-            ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
+            ({"num_key_value_heads": [4, 3], "at": [1, 2]}, "and divide it"),
+            ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be a whole number"),
+            ({"num_key_value_heads": "4"}, "num_key_value_heads='4' must be a whole number"),
             ({"num_key_value_heads": 2, "method": "median"}, "method='median' must be one of mean, first, random"),
             ({"num_key_value_heads": 2, "measure_batches": -1}, "measure_batches=-1"),
         ],

@@ -105,6 +105,36 @@ def test_what_the_class_itself_would_build_is_what_comes_out():
     assert (attention.num_key_value_groups, attention.k_proj.out_features) == (4, 2 * 8)
 
 
+def test_what_a_user_set_by_hand_stays():
+    model = build("mistral")
+    model.model.layers[0].self_attn.sliding_window = 5
+    model.config.use_cache, model.config.num_beams_of_mine = False, 7
+    convert_kv_heads(model, 2)
+    assert model.model.layers[0].self_attn.sliding_window == 5
+    assert (model.config.use_cache, model.config.num_beams_of_mine) == (False, 7)
+
+
+def test_only_the_decoder_of_an_encoder_decoder_is_converted():
+    """As in the paper (section 3.1): encoder self-attention is never converted."""
+    part = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+    part |= {"head_dim": 8, "vocab_size": 64, "query_pre_attn_scalar": 8}
+    config = transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=64)
+    model = transformers.T5GemmaForConditionalGeneration(config).eval()
+    shapes = shape_of(model).tensors
+    plan = convert_kv_heads(model, 2)
+    assert len(plan.parameters) == 4  # keys and values of self- and cross-attention
+    assert all(".decoder." in name for name in plan.parameters)
+    ids = tokens()
+    assert model(input_ids=ids, decoder_input_ids=ids).logits.isfinite().all()
+    assert [n for n, size in shape_of(model).tensors.items() if size != shapes[n]] == list(plan.parameters)
+
+
 def test_pooling_is_done_in_float32():
     halves = torch.tensor([2048.0, 1.0, 1.0, 1.0], dtype=torch.float16)  # in float16, 2048 + 1 is 2048
     assert pool_heads(halves, 4, 1).item() == torch.tensor(2051 / 4).half().item()
@@ -163,6 +193,27 @@ class TestOptimizer:
         optimizer.step()
         assert not torch.equal(before, model.model.layers[1].self_attn.v_proj.weight)
 
+    @pytest.mark.parametrize(
+        ("kind", "key", "scale"),
+        [
+            (torch.optim.RMSprop, "square_avg", 4),
+            (torch.optim.Adadelta, "square_avg", 4),
+            (torch.optim.Adagrad, "sum", 4),
+            (torch.optim.Adamax, "exp_inf", 2),
+        ],
+    )
+    def test_what_other_optimizers_keep_of_squares_follows(self, kind, key, scale):
+        model, optimizer = self.trained(kind)
+        old = optimizer.state[model.model.layers[0].self_attn.k_proj.weight][key].clone()
+        convert_kv_heads(model, 2, optimizers=optimizer)
+        new = optimizer.state[model.model.layers[0].self_attn.k_proj.weight][key]
+        torch.testing.assert_close(new, scale * reference_pool(old, 4, 2))
+
+    def test_optimizers_may_come_from_a_generator(self):
+        model, optimizer = self.trained(torch.optim.AdamW)
+        convert_kv_heads(model, 2, optimizers=(o for o in [optimizer]))
+        assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in model.parameters()}
+
     def test_state_that_cannot_follow_is_dropped_with_a_warning(self):
         model, optimizer = self.trained(torch.optim.Adafactor)
         with pytest.warns(UserWarning, match="keeps '.*' of size .* starts anew"):
@@ -195,7 +246,7 @@ class TestOptimizer:
 class TestRefused:
     @pytest.mark.parametrize(
         ("heads", "legal"),
-        [(3, "legal is 1, 2"), (4, "legal is 1, 2"), (8, "legal is 1, 2"), (0, "legal is 1, 2"), (-1, "legal")],
+        [(3, "legal is 1, 2"), (4, "legal is 1, 2"), (8, "legal is 1, 2"), (6, "legal is 1, 2")],
     )
     def test_numbers_of_heads(self, heads, legal):
         model = llama()
@@ -211,6 +262,17 @@ class TestRefused:
     def test_one_head_is_all_there_is(self):
         with pytest.raises(ValueError, match="one KV head is all there is"):
             convert_kv_heads(llama(num_key_value_heads=1), 1)
+
+    @pytest.mark.parametrize("heads", [0, -1, True, "2", 2.0, None])
+    def test_what_is_no_number_of_heads(self, heads):
+        with pytest.raises(ValueError, match=f"num_key_value_heads={heads!r} must be a whole number, 1 at least"):
+            convert_kv_heads(llama(), heads)
+
+    def test_a_model_that_was_changed_by_hand(self):
+        model = llama()
+        model.model.layers[1].mlp.up_proj = nn.Linear(32, 40, bias=False)
+        with pytest.raises(ValueError, match="mlp.up_proj.weight .* is not as LlamaForCausalLM builds it"):
+            convert_kv_heads(model, 2)
 
     def test_unknown_method(self):
         with pytest.raises(ValueError, match="method='median' must be one of mean, first, random"):

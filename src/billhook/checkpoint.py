@@ -86,20 +86,19 @@ def save(
     return saved
 
 
-def load(folder: str | Path, dtype: str = "auto", trust_remote_code: bool = False) -> PreTrainedModel:
-    """Loads a checkpoint in the class that its config names.
+def load(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
+    """Loads a checkpoint in the class of transformers that its config names; no code that it brings is run.
 
     Args:
         folder: A folder, a hub name, or `"tiny"`.
         dtype: The dtype of the weights, `"auto"` for the checkpoint's own.
-        trust_remote_code: Run the modelling code that a repository brings.
 
     Raises:
         ValueError: If a folder is not a checkpoint, or its config names no class that transformers has.
     """
     name = model_path(str(folder))
     check_checkpoint(name)
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    config = transformers.AutoConfig.from_pretrained(name)
     model: PreTrainedModel = model_class(config, name).from_pretrained(name, dtype=dtype)
     return model
 
@@ -131,7 +130,7 @@ def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
 
 
 @torch.no_grad()
-def verify(model: PreTrainedModel, folder: Path, probe: Mapping[str, Tensor] | None = None) -> float:
+def verify(model: PreTrainedModel, folder: Path, probe: Mapping[str, Tensor]) -> float:
     """Reloads a folder in the model's class and compares logits.
 
     Returns:
@@ -142,7 +141,7 @@ def verify(model: PreTrainedModel, folder: Path, probe: Mapping[str, Tensor] | N
     """
     reloaded = type(model).from_pretrained(folder, dtype=model.dtype).to(cast(Any, model.device))
     reloaded.set_attn_implementation(model.config._attn_implementation)
-    inputs = {k: v.to(model.device) for k, v in (probe or make_probe(model.config, model.main_input_name)).items()}
+    inputs = {k: v.to(model.device) for k, v in probe.items()}
     with _evaluating(model), _evaluating(reloaded):
         expected, found = (logits_of(m, inputs) for m in (model, reloaded))
     finite = expected.isfinite()

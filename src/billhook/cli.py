@@ -6,8 +6,10 @@ import inspect
 import pkgutil
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -50,7 +52,8 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {message}\n{_legal(message)}")
+        others = f"Other commands: {', '.join(COMMANDS)}. `billhook --help` tells more.\n" if "subcommand" in message else ""
+        sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {message}\n{_legal(message)}{others}")
         self.exit(2)
 
 
@@ -91,12 +94,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # batches come from memory, where more processes would not help; the other is between Lightning and torch
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
-    if given and given[0] in COMMANDS:
-        try:
-            auto_cli(COMMANDS[given[0]], args=given[1:], prog=f"billhook {given[0]}", as_positional=True)
-        except (ValueError, OSError) as error:
-            sys.exit(f"billhook {given[0]}: {error}")
+    if given == ["--version"]:
+        print(billhook.__version__)
         return
+    command = given[0] if given else ""
+    try:
+        if command in COMMANDS:
+            auto_cli(COMMANDS[command], args=given[1:], prog=f"billhook {command}", as_positional=True)
+        else:
+            _lightning(arguments)
+    except (ValueError, OSError) as error:
+        if (refusal := _refusal(error)) is None and command not in COMMANDS:
+            raise
+        sys.exit(f"billhook {command}: {refusal or error}")
+
+
+def _refusal(error: BaseException | None) -> BaseException | None:
+    """The error, or what caused it, if billhook itself raised it: its message says all; a traceback would hide it."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, ValueError) and frames and Path(frames[-1].filename).is_relative_to(Path(__file__).parent):
+            return error
+        error = error.__cause__
+    return None
+
+
+def _lightning(arguments: Sequence[str] | None) -> None:
     BillhookCLI(
         pl.LightningModule,
         pl.LightningDataModule,

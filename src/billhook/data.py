@@ -32,6 +32,7 @@ from billhook.rows import (
     runs_on,
     translate,
 )
+from billhook.structure.shape import find_transformer
 
 
 class DatasetModule(pl.LightningDataModule):
@@ -80,11 +81,11 @@ class DatasetModule(pl.LightningDataModule):
         return self._tokenizer
 
     def _name_beside_model(self) -> str:
-        model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
-        name = str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+        module = getattr(self.trainer, "lightning_module", None)
+        name = None if module is None else find_transformer(module).config.name_or_path
         if not name:
             raise ValueError("tokenizer: there is no model in training that says where it came from; name a tokenizer")
-        return name
+        return str(name)
 
     def prepare_data(self) -> None:
         """Reads, tokenises and caches on one process, so that the others find it in the cache."""

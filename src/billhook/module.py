@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.assets import model_path
+from billhook.checkpoint import check_checkpoint
 from billhook.run import training_steps
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.structure.shape import load_shape, save_shape
@@ -238,8 +239,8 @@ def load_model(
         from_config: PreTrainedModel = auto.from_config(model, **options)
         return from_config
     name = model_path(model)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file() and gguf_file is None:
-        raise ValueError(f"model: the folder '{model}' has no config.json, so it is not a Hugging Face checkpoint")
+    if gguf_file is None:
+        check_checkpoint(name)
     loaded: PreTrainedModel = auto.from_pretrained(name, gguf_file=gguf_file, **options, **labels)
     return loaded if gguf_file is None else _plain(loaded)
 

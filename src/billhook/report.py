@@ -148,8 +148,8 @@ class Stage:
     numbers: dict[str, float | None]
 
 
-def table(stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = ()) -> str:
-    """The stages as rows, their numbers as columns, and notes below."""
+def table(stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric: str | None = None) -> str:
+    """The stages as rows, their numbers as columns (`metric` too, if it is none of the usual ones), and notes below."""
     columns = {
         "perplexity": "val_perplexity",
         "accuracy": "val_accuracy",
@@ -157,8 +157,10 @@ def table(stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = ()) -> str
         "parameters": "params",
         "KV-cache bytes/token": "kv_cache_bytes",
     }
+    if metric is not None and metric not in columns.values():
+        columns = {metric: metric} | columns
     shown = {head: key for head, key in columns.items() if any(stage.numbers.get(key) is not None for stage in stages)}
-    if "perplexity" in shown or "accuracy" in shown:
+    if next(iter(shown), None) not in ("loss", "parameters"):
         shown.pop("loss", None)
     rows = [["", "step", *shown]]
     rows += [[stage.name, str(stage.step), *(_number(stage.numbers.get(key)) for key in shown.values())] for stage in stages]

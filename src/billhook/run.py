@@ -10,6 +10,8 @@ CallbackT = TypeVar("CallbackT", bound=Callback)
 
 def training_steps(trainer: pl.Trainer) -> int | None:
     """Optimizer steps from the start of training to its end; None where nothing bounds it."""
+    if not trainer.lightning_module.automatic_optimization and trainer.max_epochs != -1:
+        return None  # how often the module steps its optimizers in a batch is its own affair
     steps = trainer.estimated_stepping_batches
     return None if steps == float("inf") or steps < 0 else int(steps)
 

@@ -12,12 +12,14 @@ from transformers import PreTrainedTokenizerBase
 from billhook.callbacks.shape_event import ShapeCallback
 from billhook.checkpoint import WAYS, Saved, save
 from billhook.place import check_target
-from billhook.run import callbacks_of
+from billhook.run import callbacks_of, is_trial
 from billhook.structure.shape import find_transformer
 
 
 class Export(Callback):
     """Saves the model as a Hugging Face checkpoint at the end of the fit: reloaded and compared before it is moved into place.
+
+    Nothing is saved in a `fast_dev_run`.
 
     Args:
         folder: Where to; new, empty, or an earlier export.
@@ -36,26 +38,30 @@ class Export(Callback):
         if stage == "fit":
             find_transformer(pl_module)
             check_target(self.folder)
+            self.saved = self._probe = None
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int) -> None:
-        """Keeps two examples of a batch to verify with, for models that read more than token ids or images."""
-        model = find_transformer(pl_module)
-        if self._probe is None and isinstance(batch, dict) and model.main_input_name in batch:
-            tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim > 0 and k != "labels"}
-            self._probe = {k: v[:2].detach().cpu().clone() for k, v in tensors.items()}
+        """Keeps an example of the first batch to verify with, for models that read neither token ids nor images."""
+        if self._probe is None:
+            name = find_transformer(pl_module).main_input_name
+            own = name not in ("input_ids", "pixel_values") and isinstance(batch, dict) and name in batch
+            tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim > 0} if own else {}  # type: ignore[attr-defined]
+            self._probe = {k: v[:1].detach().cpu().clone() for k, v in tensors.items() if k != "labels"}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves on one process; the others wait."""
+        if is_trial(trainer):
+            rank_zero_info(f"billhook: nothing is saved to {self.folder}, since this is a fast_dev_run")
+            return
         if trainer.is_global_zero:
-            model = find_transformer(pl_module)
             tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
             events = [event for callback in callbacks_of(trainer, ShapeCallback) for event in callback.events]
             self.saved = save(
-                model,
+                find_transformer(pl_module),
                 self._free_folder(),
                 tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
                 {"steps": trainer.global_step, "events": events},
-                None if _has_default_probe(model.main_input_name) else self._probe,
+                self._probe or None,
             )
             rank_zero_info(f"billhook: saved to {self.saved.folder}, {WAYS[self.saved.way]}")
         trainer.strategy.barrier("billhook export")
@@ -69,7 +75,3 @@ class Export(Callback):
             rank_zero_warn(f"{error}; it goes to '{self.folder}-{number}'")
             return f"{self.folder}-{number}"
         return self.folder
-
-
-def _has_default_probe(main_input_name: str) -> bool:
-    return main_input_name in ("input_ids", "pixel_values")

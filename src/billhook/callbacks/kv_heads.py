@@ -1,12 +1,14 @@
 """Multi-head to grouped-query to multi-query attention, at given steps of a fit."""
 
+import itertools
+
 import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
 from billhook.callbacks.shape_event import At, ShapeCallback
 from billhook.run import callbacks_of, is_trial
-from billhook.structure.kv_heads import Method, check_kv_heads, convert_kv_heads, kv_heads_of, plan_kv_heads
+from billhook.structure.kv_heads import Method, check_request, convert_kv_heads, kv_heads_of, plan_kv_heads
 
 
 class KVHeadConversion(ShapeCallback):
@@ -36,12 +38,14 @@ class KVHeadConversion(ShapeCallback):
         seed: int = 0,
         measure_batches: int | None = None,
     ) -> None:
-        super().__init__(at if isinstance(at, list) else [at], measure_batches)
-        heads = num_key_value_heads if isinstance(num_key_value_heads, list) else [num_key_value_heads]
+        super().__init__(list(at) if isinstance(at, list | tuple) else [at], measure_batches)
+        heads = [num_key_value_heads] if isinstance(num_key_value_heads, int | float | str) else list(num_key_value_heads)
         if len(heads) != len(self.at) or not heads:
             raise ValueError(f"num_key_value_heads={heads} and at={self.at} must have the same length, one at least")
-        for before, after in zip([heads[0] * 2, *heads], heads, strict=False):
-            check_kv_heads(after, before, before, method)
+        for number in heads:
+            check_request(number, method)
+        if any(before <= after or before % after for before, after in itertools.pairwise(heads)):
+            raise ValueError(f"num_key_value_heads={heads}: each stage must have fewer heads than the one before, and divide it")
         self.heads, self.method, self.seed = heads, method, seed
 
     @property
@@ -54,17 +58,16 @@ class KVHeadConversion(ShapeCallback):
         for callback in callbacks_of(trainer, KVHeadConversion):
             if callback.state_key == self.state_key and callback is not self:
                 raise ValueError(f"two KVHeadConversion lead to num_key_value_heads={self.heads}: one is enough")
-        first = next((heads for stage, heads in enumerate(self.heads) if not self.is_done(model, stage)), None)
-        if first is not None:
+        first = next((heads for stage, heads in enumerate(self.heads) if not self.is_done(model, stage)), self.heads[-1])
+        if first != kv_heads_of(model):
             plan_kv_heads(model, first, self.method)
-        elif (now := kv_heads_of(model)) < self.heads[-1]:
-            check_kv_heads(self.heads[-1], now, now, self.method)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check_together(self, trainer: pl.Trainer, total_steps: int) -> None:
         """Refuses stages, also of several callbacks together, that do not lead to ever fewer heads."""
-        super().on_fit_start(trainer, pl_module)
-        stages = sorted(pair for c in callbacks_of(trainer, KVHeadConversion) for pair in zip(c._steps, c.heads, strict=False))
-        if not is_trial(trainer) and any(later >= earlier for (_, earlier), (_, later) in zip(stages, stages[1:], strict=False)):
+        super().check_together(trainer, total_steps)
+        callbacks = callbacks_of(trainer, KVHeadConversion)
+        stages = sorted(pair for c in callbacks for pair in zip(c.steps(total_steps, trainer), c.heads, strict=True))
+        if not is_trial(trainer) and any(later >= earlier for (_, earlier), (_, later) in itertools.pairwise(stages)):
             told = ", ".join(f"{heads} at step {max(step, 0)}" for step, heads in stages)
             raise ValueError(f"num_key_value_heads: each stage must have fewer KV heads than the one before, got {told}")
 

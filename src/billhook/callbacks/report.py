@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning_utilities.core.rank_zero import rank_zero_only
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 from billhook.callbacks.export import Export
 from billhook.callbacks.measure import measure
@@ -23,7 +23,8 @@ class Report(Callback):
 
     Args:
         plot_file: Where the picture goes (PNG); none is drawn where the run has no validation.
-        metric: The logged validation figure to draw; the first of `val_perplexity`, `val_accuracy`, `val_loss` by default.
+        metric: The logged validation figure to draw; by default the first there is of `val_perplexity`, `val_accuracy`,
+            `val_loss` and all others that begin with `val`.
         measure_batches: Validation batches for the figures at the end; by default as many as validation takes.
     """
 
@@ -33,6 +34,11 @@ class Report(Callback):
         self.plot_file, self.metric, self.measure_batches = plot_file, metric, measure_batches
         self.history: list[list[float]] = []
         self.first: Event | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Starts anew."""
+        if stage == "fit":
+            self.history, self.first = [], None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures the model before training, where no conversion at this very step does it."""
@@ -66,7 +72,11 @@ class Report(Callback):
             dense = stages[0].numbers.get(name) if events else None
             plot(self._points(name, last, trainer.global_step), marks, name, self.plot_file, dense)
             notes.append(("plot", self.plot_file))
-        print(f"\n{table(stages, notes)}\n")
+        elif self.metric:
+            rank_zero_warn(
+                f"metric={self.metric!r} is not logged in validation, so nothing is drawn; logged is {', '.join(last)}"
+            )
+        print(f"\n{table(stages, notes, name)}\n")
 
     def _stages(self, events: list[Event], last: Stage) -> list[Stage]:
         first = self.first or {"step": 0, "after": {}}
@@ -89,8 +99,8 @@ class Report(Callback):
         return sorted(points.items())
 
     def _name(self, figures: dict[str, Any]) -> str | None:
-        names = [self.metric] if self.metric else ["val_perplexity", "val_accuracy", "val_loss"]
-        return next((name for name in names if name in figures), None)
+        known = ["val_perplexity", "val_accuracy", "val_loss", *sorted(name for name in figures if name.startswith("val"))]
+        return next((name for name in ([self.metric] if self.metric else known) if name in figures), None)
 
     def state_dict(self) -> dict[str, Any]:
         """The figures so far."""

@@ -64,10 +64,17 @@ class ShapeCallback(Callback, ABC):
         _hold_shape(pl_module)
         if stage != "fit":
             return
+        self.events, self._steps, self._last_step = [], [], 0
         _check_trainer(trainer, type(self).__name__, all(moment == "start" for moment in self.at))
         self.check(pl_module, trainer)
-        if trainer.max_steps > 0:
-            self.steps(trainer.max_steps, trainer)
+        others = [moment for callback in callbacks_of(trainer, type(self)) for moment in callback.at if moment != "start"]
+        if is_trial(trainer) or (trainer.max_steps > 0 and trainer.max_epochs in (-1, None)):
+            self.check_together(trainer, trainer.max_steps)
+        elif others and "start" in self.at:
+            raise ValueError(
+                f"at={self.at}: 'start' beside later stages ({others}) needs a length that is known at the start: "
+                "set max_steps alone, or give 0 in the place of 'start'"
+            )
         for index, moment in enumerate(self.at):
             if moment == "start" and not self.is_done(pl_module, index):
                 _log(trainer, self._record(trainer, {}, pl_module, index, []))
@@ -78,32 +85,39 @@ class ShapeCallback(Callback, ABC):
         Raises:
             ValueError: If one lies past the end of training, or two fall on one step.
         """
-        steps = [-1 if moment == "start" else resolve_step(moment, total_steps, "at") for moment in self._clamped(trainer)]
-        if not is_trial(trainer) and len(set(steps)) < len(steps):
+        # a fast_dev_run is there to try everything out in a step or two
+        trial = is_trial(trainer)
+        moments = [min(m, total_steps) if trial and isinstance(m, int) else m for m in self.at]
+        steps = [-1 if moment == "start" else resolve_step(moment, total_steps, "at") for moment in moments]
+        if not trial and len(set(steps)) < len(steps):
             raise ValueError(f"at={self.at}: two stages fall on one step ({steps} of {total_steps} steps)")
         return steps
 
-    def _clamped(self, trainer: pl.Trainer) -> list[At]:
-        # a fast_dev_run is there to try everything out in a step or two
-        limit = trainer.max_steps if is_trial(trainer) else None
-        return [min(m, limit) if limit is not None and isinstance(m, int) else m for m in self.at]
+    def check_together(self, trainer: pl.Trainer, total_steps: int) -> None:
+        """Checks the stages of all callbacks of this kind.
+
+        Raises:
+            ValueError: If two fall on one step.
+        """
+        taken = [step for callback in callbacks_of(trainer, type(self)) for step in callback.steps(total_steps, trainer)]
+        if not is_trial(trainer) and len(set(taken)) < len(taken):
+            raise ValueError(f"two {type(self).__name__} fall on one step: their steps are {sorted(taken)}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Turns fractions of training into steps, and checks the stages of all callbacks of this kind together."""
+        """Turns fractions of training into steps, and checks the stages."""
         total = training_steps(trainer)
         if total is None:
-            if any(isinstance(moment, float) for moment in self.at):
-                raise ValueError(f"at={self.at} has a fraction of training, but nothing bounds the training: set max_steps")
-            total = max((m for m in self.at if isinstance(m, int)), default=0)
+            moments = [moment for callback in callbacks_of(trainer, type(self)) for moment in callback.at]
+            if any(isinstance(moment, float) for moment in moments):
+                raise ValueError(f"at={self.at} has a fraction of training, whose length is not known: set max_steps")
+            total = max((m for m in moments if isinstance(m, int)), default=0)
+        self.check_together(trainer, total)
         self._steps = self.steps(total, trainer)
-        if is_trial(trainer):
-            return
-        taken = [step for callback in callbacks_of(trainer, type(self)) for step in callback._steps]
-        if len(set(taken)) < len(taken):
-            raise ValueError(f"two {type(self).__name__} fall on one step: their steps are {sorted(taken)}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Carries out what is due before the first step (after a resume: what the checkpoint had not yet)."""
+        if any(step == -1 and not self.is_done(pl_module, index) for index, step in enumerate(self._steps)):
+            self.events = []  # a checkpoint of a run without this callback undid what was done at the start
         self._run(trainer, pl_module, after=-2)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
@@ -140,6 +154,10 @@ class ShapeCallback(Callback, ABC):
         self.events.append(event)
         rank_zero_info(f"billhook, step {event['step']}: {what}")
         return event
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Puts the shape into checkpoints that are saved after the fit or after an error, too."""
+        save_shape(pl_module, checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """What has happened so far; the shape itself is in the LightningModule's part of the checkpoint."""

@@ -21,6 +21,8 @@ from billhook.structure.surgery import Change, replace_parameters
 
 Method = Literal["mean", "first", "random"]
 FIELD = "num_key_value_heads"
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+"""What Adam and AdamW, RMSprop and Adadelta, and Adagrad call the mean or sum of squared gradients."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,24 @@ def kv_heads_of(model: nn.Module) -> int:
     return _heads(find_transformer(model))[0]
 
 
-def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int, method: str = "mean") -> None:
-    """Refuses a number of KV heads, or a method, that cannot be.
+def check_request(num_key_value_heads: int, method: str) -> None:
+    """Refuses what no model could do.
 
     Raises:
-        ValueError: With the argument, what came and what is legal.
+        ValueError: If the number is not a whole one of at least 1, or there is no such method.
     """
+    if type(num_key_value_heads) is not int or num_key_value_heads < 1:
+        raise ValueError(f"num_key_value_heads={num_key_value_heads!r} must be a whole number, 1 at least")
     if method not in get_args(Method):
         raise ValueError(f"method={method!r} must be one of {', '.join(get_args(Method))}")
+
+
+def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int) -> None:
+    """Refuses a number of KV heads that a model with so many heads cannot have.
+
+    Raises:
+        ValueError: With what is legal.
+    """
     legal = [n for n in range(1, before) if before % n == 0 and query_heads % n == 0]
     if num_key_value_heads not in legal:
         reason = "which must be fewer than there are, and divide both them and the query heads"
@@ -106,17 +118,23 @@ def plan_kv_heads(model: nn.Module, num_key_value_heads: int, method: Method = "
     Raises:
         ValueError: If the number or method is not legal, or the model cannot be converted; the message says what it lacks.
     """
+    check_request(num_key_value_heads, method)
     model = find_transformer(model)
     before, query_heads = _heads(model)
-    check_kv_heads(num_key_value_heads, before, query_heads, method)
+    check_kv_heads(num_key_value_heads, before, query_heads)
     _check_plain(model)
-    config = copy.deepcopy(model.config)
-    setattr(config.get_text_config(decoder=True), FIELD, num_key_value_heads)
-    now, then = shape_of(model), shape_of(build_on_meta(model, config))
-    _check_same_names(model, now, then)
-    sizes = {name: (size, then.tensors[name]) for name, size in now.tensors.items() if size != then.tensors[name]}
-    tied = {name for name, _ in model.named_parameters()}
-    dims = {name: _head_dim(name, *size, before, num_key_value_heads) for name, size in sizes.items() if name in tied}
+    now, shapes = shape_of(model), []
+    for heads in (before, num_key_value_heads):
+        config = copy.deepcopy(model.config)
+        setattr(config.get_text_config(decoder=True), FIELD, heads)
+        shapes.append(shape_of(build_on_meta(model, config)))
+    _check_as_built(model, now, shapes[0])
+    then = _apply_difference(now, *shapes)
+    resized = {name for name, size in now.tensors.items() if size != then.tensors[name]}
+    names = [name for name, _ in model.named_parameters() if name in resized]
+    if kept := sorted(resized - {name for name, _ in model.named_parameters(remove_duplicate=False)}):
+        raise ValueError(f"{kept[0]} follows {FIELD} but is no parameter: it cannot be pooled")
+    dims = {name: _head_dim(name, now.tensors[name], then.tensors[name], before, num_key_value_heads) for name in names}
     if not dims:
         raise ValueError(f"{type(model).__name__}: no parameter follows the config field {FIELD}")
     return KVHeadPlan(before, num_key_value_heads, method, dims, then)
@@ -126,7 +144,7 @@ def convert_kv_heads(
     model: nn.Module,
     num_key_value_heads: int,
     method: Method = "mean",
-    optimizers: Iterable[Optimizer] = (),
+    optimizers: Optimizer | Iterable[Optimizer] = (),
     seed: int = 0,
 ) -> KVHeadPlan:
     """Turns multi-head attention into grouped-query, or with one KV head multi-query, attention, in place.
@@ -136,10 +154,11 @@ def convert_kv_heads(
         num_key_value_heads: KV heads then; divides both the KV heads now and the query heads.
         method: `"mean"`: the mean of the group's heads (the paper's choice); `"first"`: the group's first head; `"random"`:
             drawn anew as the model initialises (both the paper's ablation, section 3.3).
-        optimizers: Optimizers that train the model. Their state follows: first moments are pooled like the weights; second
-            moments are pooled and multiplied by G^2 for groups of G heads. The gradient of a pooled head is the sum of its
-            heads' gradients, and (g_1 + ... + g_G)^2 <= G * (g_1^2 + ... + g_G^2) = G^2 * mean(g_i^2), so that no step is larger
-            than Adam would have made it. With `"random"` the state of what is drawn anew starts at zero.
+        optimizers: The optimizer, or optimizers, that train the model. Their state follows: first moments are pooled like the
+            weights; second moments (of Adam, AdamW, RMSprop, Adadelta, Adagrad) are pooled and multiplied by G^2 for groups of
+            G heads. The gradient of a pooled head is the sum of its heads' gradients, and
+            (g_1 + ... + g_G)^2 <= G (g_1^2 + ... + g_G^2) = G^2 mean(g_i^2), so the step stays within the optimizer's bound.
+            With `"random"` the state of what is drawn anew starts at zero.
         seed: For `"random"`.
 
     Returns:
@@ -164,11 +183,11 @@ def convert_kv_heads(
 
 def _pool(plan: KVHeadPlan, dim: int) -> Change:
     how: Literal["mean", "first"] = "first" if plan.method == "first" else "mean"
-    scale = (plan.before // plan.after) ** 2
+    size = plan.before // plan.after
+    squares = dict.fromkeys(SECOND_MOMENTS, size**2) | {"exp_inf": size}
 
     def state(key: str, value: Tensor) -> Tensor:
-        pooled = pool_heads(value, plan.before, plan.after, how, dim)
-        return pooled * scale if key.endswith("_sq") else pooled
+        return pool_heads(value, plan.before, plan.after, how, dim) * squares.get(key, 1)
 
     return Change(lambda weight: pool_heads(weight, plan.before, plan.after, how, dim), state)
 
@@ -199,14 +218,25 @@ def _check_plain(model: PreTrainedModel) -> None:
             raise ValueError(f"{name} is sharded over devices: convert the model before it is sharded (at='start')")
 
 
-def _check_same_names(model: PreTrainedModel, now: Shape, then: Shape) -> None:
-    if unknown := sorted(now.tensors.keys() ^ then.tensors.keys()):
-        adapters = any("lora_" in name or ".base_layer." in name for name in unknown)
-        hint = "merge the adapters first" if adapters else "this class cannot be converted"
+def _check_as_built(model: PreTrainedModel, now: Shape, built: Shape) -> None:
+    """Refuses a model that is no longer what its class builds from its config."""
+    different = sorted(
+        name for name in now.tensors.keys() | built.tensors.keys() if now.tensors.get(name) != built.tensors.get(name)
+    )
+    if different:
+        adapters = any("lora_" in name or ".base_layer." in name for name in different)
+        hint = "merge the adapters first" if adapters else "such a model cannot be converted"
         raise ValueError(
-            f"{unknown[0]} and {len(unknown) - 1} more tensors are not the same in this model and in what "
-            f"{type(model).__name__} builds from its config: {hint}"
+            f"{different[0]} (and {len(different) - 1} more) is not as {type(model).__name__} builds it "
+            f"from the model's config: {hint}"
         )
+
+
+def _apply_difference(now: Shape, built: Shape, then: Shape) -> Shape:
+    """The shape now with what differs between the two that the class builds; what a user set by hand stays."""
+    attributes = {k: then.attributes[k] for k, v in built.attributes.items() if then.attributes.get(k, v) != v}
+    config = {k: then.config[k] for k, v in built.config.items() if then.config.get(k, v) != v}
+    return Shape(then.tensors, now.attributes | attributes, now.config | config)
 
 
 def _head_dim(name: str, old: tuple[int, ...], new: tuple[int, ...], before: int, after: int) -> int:

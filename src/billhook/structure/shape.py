@@ -131,7 +131,8 @@ def locate_transformer(module: nn.Module) -> tuple[str, PreTrainedModel]:
         if isinstance(child, PreTrainedModel) and not any(name.startswith(f"{outer}.") for outer in found):
             found[name] = child
     if len(found) != 1:
-        many = f"more than one Hugging Face model: {', '.join(found)}" if found else "no Hugging Face model (PreTrainedModel)"
+        several = f"more than one Hugging Face model: {', '.join(found)}; the one to work on must be its attribute `model`"
+        many = several if found else "no Hugging Face model (PreTrainedModel)"
         raise ValueError(f"{type(module).__name__} holds {many}")
     return next(iter(found.items()))
 

@@ -32,7 +32,7 @@ class _Swap:
 
 
 @torch.no_grad()
-def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimizers: Iterable[Optimizer] = ()) -> None:
+def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
     """Changes parameters by name, everywhere at once: model, param groups, optimizer state; gradients are cleared.
 
     Everything new is computed before anything is changed, so an error leaves model and optimizers as they were. Order in
@@ -42,7 +42,10 @@ def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimize
     Raises:
         ValueError: If a parameter's new values are not finite where the old were.
     """
-    swaps = [_prepare(model, name, change, list(optimizers)) for name, change in changes.items()]
+    if isinstance(optimizers, Optimizer):
+        optimizers = [optimizers]
+    trained_by = list(optimizers)
+    swaps = [_prepare(model, name, change, trained_by) for name, change in changes.items()]
     for swap in swaps:
         for module, attr in swap.places:
             setattr(module, attr, swap.new)

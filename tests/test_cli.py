@@ -17,6 +17,7 @@ QUICK = """
 # Lightning says so in each of these short runs
 pytestmark = [
     pytest.mark.filterwarnings("ignore:No seed found"),
+    pytest.mark.filterwarnings("ignore:`max_epochs` was not set"),
     pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),

@@ -90,6 +90,7 @@ def test_validate_test_predict_and_export(quick, capsys):
     for command in ("validate", "test"):
         billhook(f"{command} --model.model tiny --ckpt_path '{ckpt}' {quick} --trainer.logger false")
         assert "perplexity" in capsys.readouterr().out
+    billhook(f"predict --model.model tiny --ckpt_path '{ckpt}' {quick} --trainer.logger false --trainer.limit_predict_batches 1")
     billhook(f"export '{ckpt}' out")
     assert "plain from_pretrained loads it" in capsys.readouterr().out
     assert transformers.AutoModelForCausalLM.from_pretrained("out").config.num_key_value_heads == 4

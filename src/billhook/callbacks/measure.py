@@ -60,7 +60,7 @@ class _Logged:
     """Stands in for `LightningModule.log`: keeps what is logged as Lightning would, weighted by batch size."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}  # weighted sum, sum of weights, smallest, largest
+        self.sums: dict[str, Tensor] = {}  # weighted sum, sum of weights, smallest, largest, plain sum
         self.how: dict[str, str] = {}
         self.metrics: dict[str, Metric] = {}
         self.batch: Any = None

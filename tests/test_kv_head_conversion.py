@@ -368,7 +368,12 @@ class TestRefused:
 
     def test_callbacks_in_the_wrong_order(self, files, tmp_path):
         callbacks = [KVHeadConversion(1, at=2), KVHeadConversion(2, at=4)]
-        self.refused(files, tmp_path, callbacks, "fewer KV heads than the one before, got 1 at step 2, 2 at step 4")
+        self.refused(files, tmp_path, callbacks, "than the one before, and divide it; got 1 at step 2, 2 at step 4")
+
+    def test_callbacks_that_do_not_divide_one_another(self, files, tmp_path):
+        callbacks = [KVHeadConversion(6, at=2), KVHeadConversion(4, at=4)]
+        wide = module(num_attention_heads=12, num_key_value_heads=12, hidden_size=48)
+        self.refused(files, tmp_path, callbacks, "divide it; got 6 at step 2, 4 at step 4", wide)
 
     def test_more_heads_than_there_are(self, files, tmp_path):
         self.refused(files, tmp_path, [KVHeadConversion(8, at=2)], "num_key_value_heads=8, .* legal is 1, 2")

@@ -63,13 +63,16 @@ class KVHeadConversion(ShapeCallback):
             plan_kv_heads(model, first, self.method)
 
     def check_together(self, trainer: pl.Trainer, total_steps: int) -> None:
-        """Refuses stages, also of several callbacks together, that do not lead to ever fewer heads."""
+        """Refuses stages, also of several callbacks together, that do not lead to ever fewer heads, each dividing the last."""
         super().check_together(trainer, total_steps)
         callbacks = callbacks_of(trainer, KVHeadConversion)
         stages = sorted(pair for c in callbacks for pair in zip(c.steps(total_steps, trainer), c.heads, strict=True))
-        if not is_trial(trainer) and any(later >= earlier for (_, earlier), (_, later) in itertools.pairwise(stages)):
+        pairs = [(before, after) for (_, before), (_, after) in itertools.pairwise(stages)]
+        if not is_trial(trainer) and any(before <= after or before % after for before, after in pairs):
             told = ", ".join(f"{heads} at step {max(step, 0)}" for step, heads in stages)
-            raise ValueError(f"num_key_value_heads: each stage must have fewer KV heads than the one before, got {told}")
+            raise ValueError(
+                f"num_key_value_heads: each stage must have fewer KV heads than the one before, and divide it; got {told}"
+            )
 
     def is_done(self, model: nn.Module, stage: int) -> bool:
         """Whether the model has as few KV heads as a stage leads to."""

@@ -8,13 +8,13 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from billhook.structure.shape import Shape, build_on_meta, find_transformer, set_shape, shape_of
 from billhook.structure.surgery import Change, replace_parameters
@@ -215,7 +215,7 @@ def _check_plain(model: PreTrainedModel) -> None:
         if not parameter.is_floating_point():
             raise ValueError(f"{name} is quantised ({parameter.dtype}): convert the model before it is quantised")
         if isinstance(parameter, DTensor):
-            raise ValueError(f"{name} is sharded over devices: convert the model before it is sharded (at='start')")
+            raise ValueError(f"{name} is sharded over devices: convert the model before it is sharded")
 
 
 def _check_as_built(model: PreTrainedModel, now: Shape, built: Shape) -> None:
@@ -248,10 +248,3 @@ def _head_dim(name: str, old: tuple[int, ...], new: tuple[int, ...], before: int
         f"{name} goes from {list(old)} to {list(new)} with {before} to {after} KV heads, so it holds more than KV heads "
         "(queries, keys and values in one matrix): separate key and value projections are needed"
     )
-
-
-def config_of(model: nn.Module) -> PretrainedConfig:
-    """The config that states a model's KV heads: its text config, where it has several."""
-    config: Any = find_transformer(model).config.get_text_config(decoder=True)
-    assert isinstance(config, PretrainedConfig)
-    return config

@@ -6,7 +6,10 @@ from billhook.data import ClassificationDataModule, Seq2SeqDataModule, TextDataM
 from billhook.module import ShapeInCheckpoint, TransformerModule
 from billhook.report import summary
 from billhook.schedules import Constant, Cosine, Cubic, Exponential, Linear, MultiStep, Schedule
+from billhook.structure.coupling import Structure
+from billhook.structure.groups import Group
 from billhook.structure.kv_heads import convert_kv_heads
+from billhook.structure.trace import trace
 
 __version__ = "0.1.0.dev0"
 
@@ -17,6 +20,7 @@ __all__ = [
     "Cubic",
     "Exponential",
     "Export",
+    "Group",
     "KVHeadConversion",
     "Linear",
     "MultiStep",
@@ -24,10 +28,12 @@ __all__ = [
     "Schedule",
     "Seq2SeqDataModule",
     "ShapeInCheckpoint",
+    "Structure",
     "TextDataModule",
     "TransformerModule",
     "convert_kv_heads",
     "load",
     "save",
     "summary",
+    "trace",
 ]

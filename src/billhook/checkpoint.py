@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from billhook.assets import model_path
 from billhook.place import RECORD, beside, check_target, move, repair, size
+from billhook.structure.meta import check_checkpoint, model_class
 from billhook.structure.shape import find_transformer
 
 Way = Literal["plain"]
@@ -101,32 +102,6 @@ def load(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(name)
     model: PreTrainedModel = model_class(config, name).from_pretrained(name, dtype=dtype)
     return model
-
-
-def check_checkpoint(name: str) -> None:
-    """Refuses a path that is not a Hugging Face checkpoint; a hub name passes.
-
-    Raises:
-        ValueError: With what is missing.
-    """
-    path = Path(name)
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"the folder '{name}' has no config.json, so it is not a Hugging Face checkpoint")
-    if path.is_file() or (not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1)):
-        raise ValueError(f"'{name}' is not a folder with a Hugging Face checkpoint")
-
-
-def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
-    """The class that a config names.
-
-    Raises:
-        ValueError: If it names none, or one that transformers does not have.
-    """
-    names = config.architectures or []
-    found = getattr(transformers, names[0], None) if names else None
-    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
-        raise ValueError(f"the config of '{name}' names the class {names or None}, which transformers does not have")
-    return found
 
 
 @torch.no_grad()

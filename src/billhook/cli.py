@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import inspect
+import os
 import pkgutil
 import re
 import sys
@@ -18,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook  # short class names in YAML work for what is imported
 from billhook.export import export
+from billhook.inspection import inspect as inspect_model
 from billhook.report import summary as summarise
 
 DESCRIPTION = """Prune and convert Hugging Face transformers inside a Lightning fit.
@@ -25,6 +27,7 @@ DESCRIPTION = """Prune and convert Hugging Face transformers inside a Lightning 
   billhook fit --config examples/quickstart.yaml      train, with what the callbacks in the config do on the way
   billhook export last.ckpt OUT                       a Lightning checkpoint to a Hugging Face folder, verified
   billhook summary MODEL                              parameters, zeros, heads, KV-cache bytes per token, FLOPs
+  billhook inspect MODEL                              what belongs together in it; what can be pruned, converted, saved
 
 What a callback, model or data module takes: `billhook fit --trainer.callbacks.help KVHeadConversion`,
 `billhook fit --model.help TransformerModule`, `billhook fit --data.help TextDataModule`."""
@@ -39,7 +42,7 @@ def summary(model: str) -> None:
     print(summarise(billhook.load(model)))
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"export": export, "summary": summary}
+COMMANDS: dict[str, Callable[..., Any]] = {"export": export, "summary": summary, "inspect": inspect_model}
 
 
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -100,13 +103,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = given[0] if given else ""
     try:
         if command in COMMANDS:
-            auto_cli(COMMANDS[command], args=given[1:], prog=f"billhook {command}", as_positional=True)
+            function = COMMANDS[command]
+            auto_cli(function, args=_switches(function, given[1:]), prog=f"billhook {command}", as_positional=True)
         else:
             _lightning(arguments)
+    except BrokenPipeError:  # who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         if (refusal := _refusal(error)) is None and command not in COMMANDS:
             raise
         sys.exit(f"billhook {command}: {refusal or error}")
+
+
+def _switches(command: Callable[..., Any], given: list[str]) -> list[str]:
+    """`--json` alone means `--json true`."""
+    flags = {f"--{name}" for name, one in inspect.signature(command).parameters.items() if one.annotation is bool}
+    return [f"{argument}=true" if argument in flags else argument for argument in given]
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:

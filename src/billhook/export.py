@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.assets import model_path
-from billhook.checkpoint import WAYS, Saved, logits_of, make_probe, model_class, save
+from billhook.checkpoint import WAYS, Saved, logits_of, make_probe, save
 from billhook.place import check_target
+from billhook.structure.meta import model_class
 from billhook.structure.shape import KEY, Shape, shape_of
 
 IGNORED = {

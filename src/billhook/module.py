@@ -13,9 +13,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.assets import model_path
-from billhook.checkpoint import check_checkpoint
 from billhook.run import training_steps
 from billhook.schedules import Step, check_step, resolve_step
+from billhook.structure.meta import check_checkpoint
 from billhook.structure.shape import load_shape, save_shape
 
 Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]

@@ -1,6 +1,5 @@
 """What a model is and what was done to it: a summary, and the table before and after."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from billhook.structure.meta import to_meta
 from billhook.structure.shape import find_transformer
 
 CONTEXT = 512
@@ -94,7 +94,7 @@ def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int 
     if model.main_input_name != "input_ids":
         return None, None
     try:
-        shadow = _to_meta(model)
+        shadow = to_meta(model)
         short, _ = _forward(shadow, context // 2)
         long, flops = _forward(shadow, context)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError):
@@ -119,18 +119,6 @@ def _cached(output: Any) -> list[Tensor]:  # noqa: ANN401 - a ModelOutput whose 
     cache = fields.get("cache", fields.get("past_key_values"))
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
     return list({id(t): t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)}.values())
-
-
-def _to_meta(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy on the meta device; nothing is copied but what the modules are."""
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in tensors}
-    memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in model.parameters()}
-    hooks = [h for m in model.modules() for name, h in vars(m).items() if name.endswith("_hooks") and isinstance(h, dict)]
-    memo |= {id(h): type(h)() for h in hooks}  # what others hung on the model is neither copied nor called
-    shadow = copy.deepcopy(model, memo)
-    shadow.train(False)
-    return shadow
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,101 @@
+"""`billhook inspect`: what belongs together in a model, what can be pruned, converted and saved; no weights are read."""
+
+import json as json_format
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from billhook.structure.fields import FieldFinder
+from billhook.structure.groups import Group, Kind
+from billhook.structure.kv_heads import kv_heads_of, plan_kv_heads
+from billhook.structure.meta import from_name
+from billhook.structure.show import fold, kind_name
+from billhook.structure.trace import trace
+
+Choice = Literal["heads", "channels", "residual", "experts", "ranks", "dimensions", "tables", "fixed"]
+CHOICES: dict[Choice, tuple[Kind, ...]] = {
+    "heads": ("kv_head", "query_head", "head"),
+    "channels": ("channel",),
+    "residual": ("residual",),
+    "experts": ("expert",),
+    "ranks": ("rank",),
+    "dimensions": ("query_key", "value", "rotary", "state"),
+    "tables": ("vocab", "position", "label"),
+    "fixed": ("fixed",),
+}
+
+
+def inspect(model: str, group: Choice | None = None, json: bool = False) -> None:
+    """Prints what belongs together in a model: units, where they are, what can be pruned, converted and saved.
+
+    Only the config is read: no weights are downloaded.
+
+    Args:
+        model: A folder, a config.json, a hub name, or "tiny".
+        group: Only groups of this kind.
+        json: Print everything as JSON.
+
+    Raises:
+        ValueError: If the config is of no model that transformers has, or the model cannot be traced.
+    """
+    shadow = from_name(model)
+    structure = trace(shadow)
+    groups = [one for one in structure.groups if group is None or one.kind in CHOICES[group]]
+    saved = saving(shadow, groups)
+    converted = conversion(shadow)
+    if json:
+        numbers = {one.number: list(fields) for alike, fields in saved for one in alike}
+        plain = structure.to_json()
+        plain["groups"] = [one | {"config_fields": numbers.get(one["number"], [])} for one in plain["groups"] if _in(one, groups)]
+        print(json_format.dumps(plain | {"conversion": converted}, indent=1))
+        return
+    print(structure.show(groups))
+    print("\n".join(_saved_lines(saved)))
+    if group in (None, "heads"):
+        print(f"{'converted':<12} {converted['says']}")
+
+
+def _in(plain: dict[str, Any], groups: Sequence[Group]) -> bool:
+    return plain["number"] in {one.number for one in groups}
+
+
+def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[tuple[list[Group], tuple[str, ...]]]:
+    """For each kind of group that may be pruned, alike in all layers: the config fields that say how many units there are.
+
+    Where there are none, a model with fewer of them is no plain checkpoint of its family.
+    """
+    finder = FieldFinder(model)
+    alike: dict[tuple[Kind, int], list[Group]] = {}
+    for own in fold([group for group in groups if not group.reason]):
+        alike.setdefault((own[0].kind, own[0].size), []).extend(own)
+    found: list[tuple[list[Group], tuple[str, ...]]] = []
+    for own in alike.values():
+        parts = [own] if (fields := finder.find(own)) else fold(own)
+        found += [(part, fields or finder.find(part)) for part in parts]
+    return found
+
+
+def _saved_lines(saved: Sequence[tuple[list[Group], tuple[str, ...]]]) -> list[str]:
+    lines: dict[str, None] = {}
+    for alike, fields in saved:
+        says = f"plainly, by {' and '.join(fields)}" if fields else "with no field of the config: not as a plain checkpoint"
+        lines[f"{'saved':<12} fewer of {kind_name(alike[0])} ({alike[0].size}): {says}"] = None
+    return list(lines)
+
+
+def conversion(model: PreTrainedModel) -> dict[str, Any]:
+    """To how many KV heads a model can be converted, or why it cannot.
+
+    Returns:
+        `num_key_value_heads`: now, or None; `legal`: the numbers; `says`: a sentence.
+    """
+    try:
+        before = kv_heads_of(model)
+        legal = [n for n in range(1, before) if before % n == 0]
+        for number in legal:
+            plan_kv_heads(model, number)
+    except ValueError as error:
+        return {"num_key_value_heads": None, "legal": [], "says": f"no: {error}"}
+    says = f"{before} KV heads to {' or '.join(map(str, legal))}" if legal else "no: there is one KV head already"
+    return {"num_key_value_heads": before, "legal": legal, "says": says}

@@ -1,0 +1,159 @@
+"""Small example inputs with which a Hugging Face model's forward runs."""
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+__all__ = ["make_inputs"]
+
+
+def make_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, Any]:
+    """Make small random inputs on the CPU that fit a model's forward, the same ones each time.
+
+    Args:
+        model: A Hugging Face model, also one that PEFT wraps.
+        batch: How many examples.
+        length: How many tokens per example.
+
+    Returns:
+        The keyword arguments for the model.
+
+    Raises:
+        ValueError: A required input of the forward is one that cannot be guessed.
+    """
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    return _Maker(unwrap(), batch, length).inputs()
+
+
+class _Maker:
+    """Decides from a model's main input, its signature and its config which inputs there are and how large they must be."""
+
+    def __init__(self, model: nn.Module, batch: int, length: int) -> None:
+        self.model, self.batch, self.length = model, batch, length
+        self.config: Any = model.config
+        parameters = inspect.signature(model.forward).parameters
+        self.named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        self.generator = torch.Generator().manual_seed(0)
+
+    def inputs(self) -> dict[str, Any]:
+        wanted = self.wanted()
+        if unknown := sorted(wanted - _MAKERS.keys()):
+            raise ValueError(
+                f"cannot guess the inputs {', '.join(unknown)} of {type(self.model).__name__}: pass them as example_inputs"
+            )
+        made: dict[str, Any] = {name: _MAKERS[name](self) for name in self.named if name in wanted}
+        if "use_cache" in self.named:
+            made["use_cache"] = False
+        return made
+
+    def wanted(self) -> set[str]:
+        """The main input, those without a default, and those that a forward asks for although they have one."""
+        wanted = {name for name, parameter in self.named.items() if parameter.default is parameter.empty}
+        main = getattr(self.model, "main_input_name", "input_ids")
+        main = next((n for n in [main, *self.named] if n in self.named and n in _MAKERS and n != "decoder_input_ids"), main)
+        wanted.add(main)
+        if self.find("is_encoder_decoder"):
+            wanted.add("decoder_input_ids")
+        if main == "input_ids":  # the other half of a dual encoder, which unlike a decoder has no token in its place
+            wanted.update(["bbox"] if self.special("image") else ["bbox", "pixel_values"])
+            if self.find("audio_config", "speech_config") is not None and not self.special("audio"):
+                wanted.add("input_features")
+        if "spatial_shapes" in self.named:
+            wanted.update(["spatial_shapes", "pixel_attention_mask"])
+        optional = {"decoder_input_ids", "bbox", "pixel_values", "input_features"}
+        return {name for name in wanted if name in self.named or name not in optional}
+
+    def configs(self, config: PreTrainedConfig | None = None) -> Iterator[PreTrainedConfig]:
+        """The config and those nested in it."""
+        config = config or self.config
+        yield config
+        for name in config.sub_configs:
+            if (inner := getattr(config, name, None)) is not None:
+                yield from self.configs(inner)
+
+    def find(self, *names: str, default: int | None = None) -> Any:  # noqa: ANN401  (configs hold anything)
+        """The first of the names that is set in the config or in one nested in it."""
+        values = (getattr(config, name, None) for config in self.configs() for name in names)
+        return next((value for value in values if value is not None), default)
+
+    def special(self, kind: str = "") -> set[int]:
+        """The ids that the config reserves."""
+        found: set[int] = set()
+        for config in self.configs():
+            for name, value in vars(config).items():
+                if name.endswith(("token_id", "token_index", "token_ids")) and kind in name and value is not None:
+                    found.update(value if isinstance(value, list | tuple) else [value])
+        return found
+
+    def real(self, *shape: int) -> torch.Tensor:
+        return torch.randn(self.batch, *shape, generator=self.generator)
+
+    def ids(self, length: int) -> torch.Tensor:
+        size = getattr(self.config.get_text_config(), "vocab_size", None) or self.find("vocab_size", default=100)
+        allowed = torch.tensor(sorted(set(range(size)) - self.special()) or [0])
+        return allowed[torch.randint(len(allowed), (self.batch, length), generator=self.generator)]
+
+    def boxes(self) -> torch.Tensor:
+        size = int(self.find("max_2d_position_embeddings", default=1000))
+        corners = torch.randint(size // 2, (self.batch, self.length, 4), generator=self.generator)
+        corners[..., 2:] += corners[..., :2]
+        return corners
+
+    def image(self) -> torch.Tensor:
+        if "grid_thw" in self.named:
+            return self.patches()
+        if "spatial_shapes" in self.named:
+            return self.patches().view(self.batch, 16, -1)
+        size = self.find("image_size", "img_size", default=32)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels = self.find("num_channels", "in_channels", "in_chans", default=3)
+        frames = self.find("num_frames", "frames_per_clip") if self.find("vocab_size") is None else None
+        return self.real(*([frames] if frames else []), channels if isinstance(channels, int) else 3, height, width)
+
+    def patches(self) -> torch.Tensor:
+        """The flat patches of images, 4 x 4 of them in each."""
+        width = self.find("in_channels", "in_chans", "num_channels", default=3)
+        width *= self.find("temporal_patch_size", "patch_temporal", default=1)
+        return self.real(16, width * self.find("patch_size", default=14) ** 2).flatten(0, 1)
+
+    def grid(self) -> torch.Tensor:
+        return torch.tensor([[1, 4, 4]] * self.batch)
+
+    def wave(self) -> torch.Tensor:
+        """A raw waveform of 16 frames after the convolutions, or a spectrogram where there are none."""
+        kernels, bins = self.find("conv_kernel"), self.find("num_mel_bins")
+        if self.find("audio_channels", "codebook_size"):
+            return self.real(1, 2000)
+        if isinstance(kernels, list | tuple):
+            samples = 16
+            for kernel, stride in zip(reversed(kernels), reversed(self.find("conv_stride")), strict=True):
+                samples = (samples - 1) * stride + kernel
+            return self.real(samples)
+        return self.real(self.find("max_length", default=32), bins) if bins else self.real(2000)
+
+    def features(self) -> torch.Tensor:
+        """A spectrogram, its bins first where a convolution takes them as its channels."""
+        bins = self.find("num_mel_bins")
+        if any(isinstance(m, nn.Conv1d) and m.in_channels == bins for m in self.model.modules()):
+            return self.real(bins, 2 * self.find("max_source_positions", default=16))
+        bins = bins or self.find("input_feat_per_channel", "feature_projection_input_dim", "input_feat_size", default=80)
+        return self.real(32, bins)
+
+
+_MAKERS: dict[str, Callable[[_Maker], torch.Tensor]] = {
+    "input_ids": lambda maker: maker.ids(maker.length),
+    "decoder_input_ids": lambda maker: maker.ids(5),
+    "bbox": _Maker.boxes,
+    "pixel_values": _Maker.image,
+    "pixel_values_videos": _Maker.image,
+    "hidden_states": _Maker.patches,
+    "grid_thw": _Maker.grid,
+    "spatial_shapes": lambda maker: maker.grid()[:, 1:],
+    "pixel_attention_mask": lambda maker: torch.ones(maker.batch, 16, dtype=torch.long),
+    "input_values": _Maker.wave,
+    "input_features": _Maker.features,
+}

@@ -1,0 +1,353 @@
+"""The run itself: every op is done on meta tensors, small constants are computed, and the op's rule notes the axes."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from billhook.structure.axes import Axis, Irregular, leaves, mark, product
+from billhook.structure.rules import rule_for
+from billhook.structure.tape import Note, Tape, axes_of, broadcast, given, join, note, pay, put, tensors
+
+GET = torch._C.TensorBase.__getitem__
+SMALL = 4096  # entries of a constant that is worth computing
+FACTORIES = {"arange", "zeros", "ones", "full", "scalar_tensor", "linspace", "tril_indices", "triu_indices", "eye"}
+IRREGULAR = (Irregular, TypeError, LookupError, ValueError, AttributeError, ZeroDivisionError, AssertionError)
+
+
+class Op:
+    """What is the same for every call of an op.
+
+    Attributes:
+        name: Its name, without overload.
+        rule: Its rule, if it has one.
+        writes: The arguments that it writes to: place and name.
+        reshapes: Whether it changes the shape of its argument in place.
+        repeats: Whether its result is new memory whose shape, strides and dtype follow from those of its arguments.
+    """
+
+    __slots__ = ("name", "repeats", "reshapes", "rule", "writes")
+
+    def __init__(self, func: OpOverload) -> None:
+        schema = func._schema
+        self.name, self.rule = schema.name.removeprefix("aten::"), rule_for(func)
+        self.writes = [(i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
+        self.reshapes = torch.Tag.inplace_view in func.tags
+        plain = not any(a.alias_info for a in (*schema.arguments, *schema.returns))
+        one = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        self.repeats = plain and one and not random and self.name not in ("_to_copy", "empty")
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes on the tape what each op says of axes.
+
+    Args:
+        tape: Where facts go.
+        model: The model that runs, whose modules messages name.
+        everything: Whether code that asks which entries are not zero hears that all are, or that the first is.
+    """
+
+    def __init__(self, tape: Tape, model: nn.Module, everything: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape, self.model, self.everything = tape, model, everything
+        self.ops: dict[OpOverload, Op] = {}
+        self.results: dict[object, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        """Does an op, then notes what it says."""
+        kwargs = kwargs or {}
+        if (op := self.ops.get(func)) is None:
+            op = self.ops[func] = Op(func)
+        self.tape.op = name = op.name
+        if name == "_local_scalar_dense":
+            return self._read(args[0])
+        if name == "_to_copy" and args[0].is_meta and torch.device(kwargs.get("device") or "meta").type == "cpu":
+            return self._fetch(args[0], kwargs.get("dtype"))
+        for x in given(args, kwargs):
+            self._introduce(x)
+        if name == "nonzero" and not self.everything:
+            self._assume("nonzero: one entry is taken")
+            return _first_nonzero(args[0])
+        if name in EVERYTHING and (out := EVERYTHING[name](*args)) is not None:
+            self._assume(f"{name}: every entry is taken")
+            return out
+        seen = (_before(args[0]), *args[1:]) if op.reshapes else None
+        out, args, kwargs = self._do(func, op, args, kwargs)
+        args = seen or args
+        if not op.writes:
+            self._note(op, out, args, kwargs)
+            if isinstance(out, Tensor) and (value := _value(self.tape, func, name, out, args, kwargs)) is not None:
+                note(out).value = value
+            return out
+        written = [(x, axes_of(x), self.tape.value(x)) for x in _written(op, args, kwargs)]
+        self._note(op, out, args, kwargs)
+        value = _value(self.tape, func, name, out, args, kwargs) if isinstance(out, Tensor) else None
+        for x, axes, before in written:
+            for a, b in zip(axes, axes_of(x), strict=True):
+                join(a, b)
+            if before is not None and value is None:
+                self.tape.overwritten[before.untyped_storage()._cdata] = before
+        if value is not None:
+            note(out).value = value
+        return out
+
+    def _do(self, func: OpOverload, op: Op, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401
+        """The op's result on meta, what it was given, moved there if it was not; layers repeat, so results are remembered."""
+        key = _key(func, args, kwargs) if op.repeats else None
+        if key is not None and (known := self.results.get(key)) is not None:
+            shape, stride, dtype = known
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta"), args, kwargs
+        try:
+            out = func(*args, **kwargs)
+        except RuntimeError as error:
+            if "device" not in str(error):
+                raise
+            if any(not x.is_meta for x in _written(op, args, kwargs)):
+                reason = "a tensor on the CPU is written to; the code should make it on the device of its input"
+                raise NotImplementedError(reason) from error
+            args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
+            out = func(*args, **kwargs)
+        if key is not None and out.is_meta:
+            self.results[key] = (out.shape, out.stride(), out.dtype)
+        return out, args, kwargs
+
+    def _introduce(self, x: Tensor) -> None:
+        """A tensor that no op has made, no parameter and no input: a constant of the code's own, or a parameter in disguise."""
+        if (known := getattr(x, "_billhook", None)) is not None and len(known.axes) == x.dim():
+            return
+        own = self.tape.parameters.get(self.tape.storages.get(x.untyped_storage()._cdata, ""))
+        if own is not None and (own.shape, own.stride()) == (x.shape, x.stride()):
+            put(x, axes_of(own), [own], paid=True)
+            return
+        notes = {"const": "a tensor that is neither parameter, buffer nor input"}
+        put(x, [Axis(n, notes=notes) for n in x.shape], []).active = True
+
+    def _note(self, op: Op, out: Any, args: Any, kwargs: Any) -> None:  # noqa: ANN401
+        if op.rule is None:
+            self._give_up(f"no rule for the op {op.name}", out, args, kwargs)
+            return
+        try:
+            op.rule(self.tape, out, *args, **{key: value for key, value in kwargs.items() if key != "out"})
+        except IRREGULAR as error:
+            self._give_up(f"the op {op.name} is irregular here: {error}", out, args, kwargs)
+
+    def _give_up(self, reason: str, out: Any, args: Any, kwargs: Any) -> None:  # noqa: ANN401
+        """What an op touches that nobody understands may not be pruned."""
+        inputs = tensors((args, kwargs))
+        reason = f"{reason}, in {self._where()}"
+        self.tape.misses[reason] = self.tape.misses.get(reason, 0) + 1
+        for tensor in [*inputs, *tensors(out)]:
+            pay(note(tensor))
+            for axis in axes_of(tensor):
+                mark(axis, "opaque", reason)
+        for result in tensors(out):
+            if not any(result is tensor for tensor in inputs):
+                put(result, [Axis(n, notes={"opaque": reason}) for n in result.shape], inputs)
+
+    def _read(self, x: Tensor) -> Any:  # noqa: ANN401 - a Python number
+        """Code asks for a value: the known one, or what lets a condition be true."""
+        pay(note(x))
+        if (value := self.tape.value(x)) is not None:
+            return value.item()
+        self._assume("a value is asked for: taken as true, or 1")
+        return True if x.dtype == torch.bool else 1.0 if x.dtype.is_floating_point else 1
+
+    def _fetch(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Code wants the values in Python: the known ones, or ones."""
+        if (value := self.tape.value(x)) is None:
+            self._assume("values are fetched to the CPU: taken as ones")
+            value = torch.ones(x.shape, dtype=x.dtype)
+            for axis in axes_of(x):
+                mark(axis, "const", "the code asks for the values along it")
+        out = value.to(dtype or x.dtype, copy=True)
+        put(out, axes_of(x), [x], note(x).points)
+        return out
+
+    def _assume(self, what: str) -> None:
+        what = f"{what}, in {self._where()}"
+        self.tape.assumed[what] = self.tape.assumed.get(what, 0) + 1
+
+    def _where(self) -> str:
+        """The module at work and the line of its code."""
+        return where(self.model)
+
+
+def where(model: nn.Module) -> str:
+    """The innermost module of a model that is running, and the line of its code."""
+    frame, line = sys._getframe(), None
+    skipped = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    while frame is not None:
+        if line is None and not frame.f_code.co_filename.startswith(skipped):
+            line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and (name := _name(model, owner)) is not None:
+            return f"{name} ({line})" if line else name
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return line or "the model"
+
+
+def _name(model: nn.Module, module: nn.Module) -> str | None:
+    return next((name or type(model).__name__ for name, own in model.named_modules() if own is module), None)
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    """A tensor of the code's own, moved to meta with its values."""
+    if tensor.is_meta:
+        return tensor
+    moved = tensor.to("meta")
+    before = note(tensor)
+    new = Note(before.axes, before.active, before.points)
+    new.value = tensor if tensor.numel() <= SMALL else None
+    moved._billhook = new  # type: ignore[attr-defined]
+    return moved
+
+
+def _before(x: Tensor) -> Tensor:
+    """What a tensor is, before its own shape is changed."""
+    same = x.detach()
+    same._billhook = note(x)  # type: ignore[attr-defined]
+    return same
+
+
+def _written(op: Op, args: Any, kwargs: Any) -> list[Tensor]:  # noqa: ANN401
+    """The arguments that an op writes to."""
+    return tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in op.writes])
+
+
+def _key(func: OpOverload, args: Any, kwargs: Any) -> object:  # noqa: ANN401
+    """What the shape of an op's result follows from; None where that cannot be told."""
+    parts: list[object] = [func]
+    for x in (*args, *kwargs.items()):
+        if isinstance(x, Tensor):
+            if not x.is_meta:
+                return None
+            parts.append((x.shape, x.stride(), x.dtype))
+        elif isinstance(x, list | tuple):
+            inner = _key(func, x, {})
+            if inner is None:
+                return None
+            parts.append(inner)
+        else:
+            parts.append((type(x), x))
+    return tuple(parts)
+
+
+def _value(tape: Tape, func: OpOverload, name: str, out: Tensor, args: Any, kwargs: Any) -> Tensor | None:  # noqa: ANN401
+    """What a small result holds, where all that it is made from is known."""
+    known: list[bool] = []
+
+    def value_of(x: Any) -> Any:  # noqa: ANN401
+        if isinstance(x, Tensor):
+            found = tape.value(x)
+            known.append(found is not None)
+            return found
+        if isinstance(x, list | tuple):
+            return [value_of(one) for one in x]
+        return x
+
+    values = []
+    for x in args:
+        values.append(value_of(x))
+        if not all(known):
+            return None
+    if (not known and name not in FACTORIES) or out.numel() > SMALL:
+        return None
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    try:
+        result = func(*values, **{key: value_of(x) for key, x in kwargs.items()})
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+    return result if isinstance(result, Tensor) and all(known) and result.shape == out.shape else None
+
+
+def _all_nonzero(x: Tensor) -> Tensor:
+    """The places of all entries, as if none were zero: [entries, dimensions]."""
+    axes = axes_of(x)
+    places = torch.cartesian_prod(*(torch.arange(n) for n in x.shape)).reshape(-1, x.dim())
+    _in_order(x, "the code asks where along it something is")
+    out = places if places.numel() <= SMALL else places.to("meta")
+    put(out, [product(axes), Axis(x.dim())], [x], points=axes[0] if x.dim() == 1 else None).columns = tuple(axes)
+    return out
+
+
+def _first_nonzero(x: Tensor) -> Tensor:
+    """The place of the first entry, as if the others were zero: [1, dimensions]."""
+    out = torch.zeros(1, x.dim(), dtype=torch.int64)
+    put(out, [Axis(1), Axis(x.dim())], [x], points=axes_of(x)[0] if x.dim() == 1 else None).columns = tuple(axes_of(x))
+    return out
+
+
+def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
+    """x[mask] as if the mask held everywhere."""
+    broadcast(x.shape, [x, mask])
+    _in_order(x, "the code picks along it by a mask")
+    out = x.new_empty(x.numel())
+    put(out, [product(axes_of(x))], [x, mask], note(x).points)
+    return out
+
+
+def _all_indexed(x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
+    """x[..., mask] as if the mask held everywhere; None where nothing is masked."""
+    masks = [(d, i) for d, i in enumerate(indices) if i is not None and i.dtype == torch.bool]
+    if len(masks) != 1 or sum(i is not None for i in indices) != 1:
+        return None
+    d, mask = masks[0]
+    out = x.new_empty([*x.shape[:d], mask.numel(), *x.shape[d + mask.dim() :]])
+    axes = axes_of(x)
+    put(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
+    for axis, own in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
+        join(axis, own)
+    _in_order(mask, "the code picks along it by a mask")
+    return out
+
+
+def _in_order(x: Tensor, reason: str) -> None:
+    for axis in axes_of(x):
+        for leaf in leaves(axis):
+            if "data" not in leaf.notes:
+                mark(leaf, "const", reason)
+
+
+EVERYTHING: dict[str, Callable[..., Tensor | None]] = {
+    "nonzero": _all_nonzero,
+    "masked_select": _all_selected,
+    "index": _all_indexed,
+}
+
+
+@contextmanager
+def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator[None]:
+    """Notes on a tape all that is done meanwhile, without gradients and without torch's fused encoder layers.
+
+    Args:
+        tape: Where facts go.
+        model: The model that runs.
+        everything: Whether code that asks which entries are not zero hears that all are, or that the first is.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.Tensor.__getitem__ = _get  # type: ignore[method-assign, assignment]  # torch makes tensors of lists unseen
+    try:
+        with torch.no_grad(), Recorder(tape, model, everything):
+            yield
+    finally:
+        del torch.Tensor.__getitem__  # what it inherits is there again
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _get(x: Tensor, index: Any) -> Tensor:  # noqa: ANN401 - whatever a tensor can be indexed with
+    """Indexing in which lists of whole numbers have become tensors, with their values."""
+    if isinstance(index, tuple) and any(isinstance(one, list) for one in index):
+        index = tuple(torch.tensor(one) if isinstance(one, list) and one and type(one[0]) is int else one for one in index)
+    return GET(x, index)

@@ -1,0 +1,436 @@
+"""The axis algebra by itself, against maps that list for each position which indices of which leaves it is."""
+
+import itertools
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from billhook.structure.axes import (
+    Axis,
+    Irregular,
+    beside,
+    concat,
+    crossed,
+    cut,
+    factors,
+    find,
+    layout,
+    leaves,
+    mark,
+    notes_of,
+    product,
+    segments,
+    split,
+    unify,
+)
+
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
+many = settings(max_examples=150, deadline=2000, derandomize=True, database=None, suppress_health_check=SLOW)
+
+
+def places(axis):
+    """For each position its (leaf, index), outermost first; what has size 1 has no identity."""
+    axis = find(axis)
+    if axis.op == "leaf":
+        return [((axis, i),) if axis.size != 1 else () for i in range(axis.size)]
+    parts = [places(part) for part in axis.parts]
+    return sum(parts, []) if axis.op == "sum" else [sum(one, ()) for one in itertools.product(*parts)]
+
+
+def may_cut(axis, at):
+    """Whether a position is one between two segments, or one of a leaf, or one of the first factor of a product."""
+    axis = find(axis)
+    if at in (0, axis.size) or axis.op == "leaf":
+        return True
+    if axis.op == "product":
+        first, *inner = [part for part in axis.parts if part.size > 1]
+        width = axis.size // first.size
+        return at % width == 0 and may_cut(first, at // width)
+    for part in axis.parts:
+        if at <= part.size:
+            return may_cut(part, at)
+        at -= part.size
+    raise AssertionError
+
+
+@st.composite
+def grown(draw, size, pool, depth=3, ops=("leaf", "sum", "product")):
+    """An axis of a size; of each size there are three leaves at most, so that many stand in several places."""
+    divisors = [d for d in range(2, size) if size % d == 0]
+    op = draw(st.sampled_from([op for op in ops if op == "leaf" or (depth and (divisors if op == "product" else size > 1))]))
+    if op == "product":
+        outer = draw(st.sampled_from(divisors))
+        return product([draw(grown(outer, pool, depth - 1, ops)), draw(grown(size // outer, pool, depth - 1, ops))])
+    if op == "sum":
+        at = draw(st.integers(1, size - 1))
+        return concat([draw(grown(at, pool, depth - 1, ops)), draw(grown(size - at, pool, depth - 1, ops))])
+    key = (size, draw(st.integers(0, 2)))
+    return pool.setdefault(key, Axis(size, notes={f"flag {key}": "by name"}))
+
+
+class World:
+    """Axes that share leaves, what they were at first, and what must hold whatever is done to them."""
+
+    def __init__(self, draw, ops, sizes):
+        pool, size = {}, draw(st.sampled_from(sizes))
+        self.axes = [draw(grown(size, pool, ops=ops)) for _ in range(3)]
+        self.leaves = list(pool.values())
+        self.held = [*self.axes, *self.leaves]
+        self.text = f"{self.axes}"
+        self.first = [places(axis) for axis in self.axes]
+        self.atoms = [atom for leaf in self.leaves if leaf.size > 1 for (atom,) in places(leaf)]
+
+    def __repr__(self):
+        return self.text
+
+    def tried(self, operation, *args):
+        """What an operation gives, None if it is irregular; either way all that is held is what it was, said in newer leaves."""
+        before = [places(axis) for axis in self.held]
+        old = {leaf: dict(leaf.notes) for axis in self.held for leaf in leaves(axis)}
+        try:
+            result = operation(*args)
+        except Irregular:
+            result = None
+        became = {leaf: places(leaf) for leaf in old}
+        for axis, was in zip(self.held, before, strict=True):
+            assert places(axis) == [sum([became[leaf][i] for leaf, i in place], ()) for place in was]
+            assert len(places(axis)) == axis.size == find(axis).size
+        for leaf, notes in old.items():
+            assert all(notes.keys() <= now.notes.keys() for now in leaves(leaf) if now.size > 1)
+        return result
+
+    def hold(self, parts, joined):
+        self.held.append(joined(parts))
+        return self.held[-1]
+
+
+def worlds(ops=("leaf", "sum", "product"), sizes=(4, 6, 8, 12)):
+    return st.composite(lambda draw: World(draw, ops, sizes))()
+
+
+PAIRS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=3)
+
+
+@many
+@given(worlds(), PAIRS)
+def test_layout_crossed_and_beside_say_what_the_positions_say(world, pairs):
+    for i, j in pairs:
+        for axis in world.held:
+            at, seen = places(axis), [leaf for leaf in dict.fromkeys(leaves(axis)) if leaf.size > 1]
+            assert {leaf for place in at for leaf, _ in place} == set(seen)
+            for leaf in seen:
+                assert layout(axis, leaf).tolist() == [max([n for one, n in place if one is leaf], default=-1) for place in at]
+                assert layout(axis, leaf).dtype == np.int64
+                assert crossed(axis, leaf) == any(sum(one is leaf for one, _ in place) > 1 for place in at)
+                if not crossed(axis, leaf):
+                    there = [{one for one, _ in place} for place in at if any(one is leaf for one, _ in place)]
+                    others = {one for one in beside(axis, leaf) if one.size > 1}
+                    assert set.intersection(*there) - {leaf} <= others <= set.union(*there) - {leaf}
+            assert (layout(axis, Axis(5)) == -1).all()
+        world.tried(unify, world.axes[i], world.axes[j])
+
+
+@many
+@given(worlds(), st.data())
+def test_a_cut_gives_the_two_ends(world, data):
+    for _ in range(2):
+        axis = data.draw(st.sampled_from(world.held))
+        at = data.draw(st.integers(0, axis.size))
+        possible = may_cut(axis, at)
+        result = world.tried(cut, axis, at)
+        assert (result is not None) == possible
+        if result is not None:
+            low, high = (world.hold(part, concat) for part in result)
+            assert (low.size, high.size) == (at, axis.size - at)
+            assert places(low) + places(high) == places(axis)
+
+
+@many
+@given(worlds(), st.data())
+def test_a_split_takes_positions_by_quotient_and_remainder(world, data):
+    for _ in range(2):
+        axis = data.draw(st.sampled_from(world.held))
+        outer = data.draw(st.integers(1, axis.size + 1))
+        leaf = find(axis).op == "leaf"
+        result = world.tried(split, axis, outer)
+        if result is not None:
+            head, tail = (world.hold(part, product) for part in result)
+            assert (head.size, tail.size * outer) == (outer, axis.size)
+            heads, tails = places(head), places(tail)
+            assert places(axis) == [heads[p // tail.size] + tails[p % tail.size] for p in range(axis.size)]
+        assert (axis.size % outer == 0 and leaf) <= (result is not None) <= (axis.size % outer == 0)
+
+
+@many
+@given(worlds(), PAIRS)
+def test_unified_axes_are_the_same_and_stay_so(world, pairs):
+    done = []
+    for i, j in pairs:
+        a, b = world.axes[i], world.axes[j]
+        free = "leaf" in (find(a).op, find(b).op) or {find(part).op for part in [*segments(a), *segments(b)]} == {"leaf"}
+        result = world.tried(unify, a, b)
+        assert result is not None or not free
+        if result is not None:
+            done.append((a, b))
+            assert result is find(a) is find(b)
+            now = [places(axis) for axis in world.held]
+            assert unify(b, a) is result
+            assert [places(axis) for axis in world.held] == now
+        assert all(places(one) == places(other) for one, other in done)
+
+
+@many
+@given(worlds(), st.tuples(st.integers(0, 2), st.integers(0, 2)))
+def test_it_does_not_matter_which_axis_is_unified_with_which(world, pair):
+    a, b = (world.axes[i] for i in pair)
+    copies = {}
+
+    def copied(axis):
+        if axis not in copies:
+            copies[axis] = Axis(axis.size, axis.op, [copied(part) for part in axis.parts], axis.notes)
+        return copies[axis]
+
+    c, d = copied(a), copied(b)
+    others = [copied(axis) for axis in world.held]
+    one, other = world.tried(unify, a, b), None
+    try:
+        other = unify(d, c)
+    except Irregular:
+        assert one is None
+        return
+    assert one is not None
+    assert other is find(c)
+    numbers = [defaultdict(itertools.count().__next__) for _ in range(2)]  # leaves by the order in which they come
+    said = [
+        [[(numbers[n][leaf], i) for leaf, i in place] for axis in held for place in places(axis)]
+        for n, held in enumerate((world.held, others))
+    ]
+    assert said[0] == said[1]
+
+
+@many
+@given(worlds(ops=("leaf", "sum")), PAIRS)
+def test_sums_are_merged_where_positions_are_and_nowhere_else(world, pairs):
+    same = {atom: {atom} for atom in world.atoms}
+    for i, j in pairs:
+        assert world.tried(unify, world.axes[i], world.axes[j]) is not None
+        for left, right in zip(world.first[i], world.first[j], strict=True):
+            joined = set().union(*[same[atom] for atom in [*left, *right]])
+            same.update(dict.fromkeys(joined, joined))
+    now = {(leaf, i): place for leaf in world.leaves if leaf.size > 1 for i, place in enumerate(places(leaf))}
+    for one, other in itertools.combinations(world.atoms, 2):
+        if now[one]:
+            assert (now[one] == now[other]) == (other in same[one])
+
+
+@many
+@given(worlds(sizes=(4, 6)), PAIRS)
+def test_what_is_merged_had_to_be_even_where_it_fails_halfway(world, pairs):
+    """A position goes when one of its indices goes. Whatever may go such that unified positions go together, merged ones do."""
+    if len(world.atoms) > 12:
+        return
+    column = {atom: n for n, atom in enumerate(world.atoms)}
+    gone = (np.arange(2 ** len(column))[:, None] >> np.arange(len(column))) & 1 == 1
+    for leaf in world.leaves:
+        if leaf.size > 1:
+            gone = gone[~gone[:, [column[leaf, i] for i in range(leaf.size)]].all(1)]  # of each leaf something stays
+    for i, j in pairs:
+        world.tried(unify, world.axes[i], world.axes[j])
+        for left, right in zip(world.first[i], world.first[j], strict=True):
+            gone = gone[gone[:, [column[a] for a in left]].any(1) == gone[:, [column[a] for a in right]].any(1)]
+    now = {(leaf, i): place for leaf in world.leaves if leaf.size > 1 for i, place in enumerate(places(leaf))}
+    for atom, place in now.items():
+        if not place:  # only pieces of size 1, which stay
+            gone = gone[~gone[:, column[atom]]]
+    for one, other in itertools.combinations(world.atoms, 2):
+        if now[one] and now[one] == now[other]:
+            assert (gone[:, column[one]] == gone[:, column[other]]).all()
+
+
+def axes(*sizes):
+    return [Axis(n) for n in sizes]
+
+
+def found(parts):
+    return [find(part) for part in parts]
+
+
+def test_products_and_sums_are_flat():
+    a, b, c, one, none = axes(2, 3, 4, 1, 0)
+    assert factors(product([product([a, one]), product([b, product([c])])])) == [a, b, c]
+    assert segments(concat([concat([a, none]), concat([b, concat([c, one])])])) == [a, b, c, one]
+    assert product([one, a]) is a
+    assert concat([none, a]) is a
+    assert (product([]).size, concat([]).size, product([one, one]).size, concat([none]).size) == (1, 0, 1, 0)
+    assert leaves(product([a, concat([b, a])])) == [a, b, a]
+    assert repr(product([a, concat([b, c])])) == f"(a{a.number}:2 * (a{b.number}:3 + a{c.number}:4))"
+
+
+def test_notes_pass_to_pieces_and_to_what_is_unified():
+    a, b, c = axes(6, 2, 3)
+    mark(a, "const", "first")
+    mark(product([a, b]), "const", "second")
+    mark(c, "normed")
+    assert (a.notes, b.notes) == ({"const": "first"}, {"const": "second"})
+    low, _ = cut(a, 3)
+    assert low[0].notes == {"const": "first"}
+    unify(c, concat(low))
+    assert notes_of(c) == {"const": "first", "normed": ""}
+    assert all(find(leaf).notes.keys() >= {"const"} for leaf in leaves(a))
+    assert notes_of(concat([b, Axis(5)])) == {"const": "second"}
+
+
+def test_crossed_and_beside():
+    h, q, k, v, x = axes(4, 2, 2, 2, 3)
+    assert beside(product([h, concat([q, k, v])]), q) == {h}
+    assert beside(product([h, concat([q, k, v])]), h) == {q, k, v}
+    assert beside(concat([product([h, q]), q]), q) == set()
+    assert beside(concat([product([h, q]), product([x, h, q])]), q) == {h}
+    assert crossed(product([h, x, concat([h, q])]), h)
+    assert not crossed(concat([product([h, x]), h]), h)
+    assert layout(product([q, q]), q).tolist() == [0, 1, 1, 1]
+
+
+def test_sums_with_other_borders_are_cut_at_all_of_them():
+    a, b, c, d = axes(2, 5, 4, 3)
+    unify(concat([a, b]), concat([c, d]))
+    assert [leaf.size for leaf in leaves(c)] == [2, 2]
+    assert found(leaves(b)) == [leaves(c)[1], find(d)]
+    assert leaves(c)[0] is find(a)
+    q, k, x, y = axes(4, 4, 4, 4)
+    unify(concat([q, k]), concat([x, y]))
+    assert (find(q) is find(x), find(k) is find(y), find(q) is find(k)) == (True, True, False)
+
+
+def test_a_product_is_cut_where_a_sum_is_if_the_sum_cannot_be_split():
+    x, y, z, u, w, outer, inner = axes(4, 2, 4, 2, 2, 9, 4)
+    unify(concat([product([x, y, z]), u, w]), product([outer, inner]))
+    assert leaves(inner) == leaves(z) == found([u, w])
+    assert [leaf.size for leaf in leaves(outer)] == [4, 2, 1]
+
+
+def test_products_with_other_borders_are_split_or_irregular():
+    a, b, c, d = axes(2, 6, 4, 3)
+    unify(product([a, b]), product([c, d]))
+    assert [leaf.size for leaf in leaves(c)] == [2, 2]
+    assert found(leaves(b)) == [leaves(c)[1], find(d)]
+    e, f, g, h = axes(2, 3, 3, 2)
+    with pytest.raises(Irregular):
+        unify(product([e, f]), product([g, h]))
+    assert all(find(axis) is axis and axis.op == "leaf" for axis in (e, f, g, h))
+
+
+def test_a_failure_halfway_leaves_what_was_true():
+    a, b, c, d, e, f = axes(2, 2, 3, 2, 3, 2)
+    with pytest.raises(Irregular):
+        unify(product([a, b, c]), product([d, e, f]))
+    assert find(a) is find(d)
+    assert all(find(axis) is axis and axis.op == "leaf" for axis in (b, c, e, f))
+
+
+def test_gpt2_has_its_heads_in_q_k_and_v():
+    qkv, out = axes(24, 8)
+    (q,), rest = cut(qkv, 8)
+    (k,), (v,) = cut(concat(rest), 8)
+    heads, dims = zip(*[[product(part) for part in split(x, 4)] for x in (q, k, v)], strict=True)
+    unify(heads[0], heads[1])
+    unify(dims[0], dims[1])
+    unify(heads[1], heads[2])
+    unify(product([heads[2], dims[2]]), out)
+    h, d, w = find(heads[0]), find(dims[0]), find(dims[2])
+    assert set(leaves(qkv)) == {h, d, w}
+    assert layout(qkv, h).tolist() == [0, 0, 1, 1, 2, 2, 3, 3] * 3
+    assert layout(qkv, d).tolist() == [0, 1] * 8 + [-1] * 8
+    assert factors(out) == [h, w]
+    assert (beside(qkv, d), beside(qkv, h)) == ({h}, set())
+
+
+def test_neox_has_q_k_and_v_in_each_head():
+    qkv, out, bias = axes(24, 8, 24)
+    unify(bias, qkv)
+    h, rest = split(qkv, 4)
+    (q,), rest = cut(product(rest), 2)
+    (k,), (v,) = cut(concat(rest), 2)
+    unify(q, k)
+    unify(out, product([*h, v]))
+    assert layout(bias, find(h[0])).tolist() == np.repeat(range(4), 6).tolist()
+    assert layout(bias, find(q)).tolist() == [0, 1, 0, 1, -1, -1] * 4
+    assert factors(out) == found([h[0], v])
+
+
+def test_grouped_heads_have_their_queries_beside_a_key_and_a_value():
+    qkv = Axis(2 * (3 + 2) * 2)
+    kv, rest = split(qkv, 2)
+    slots, dims = split(product(rest), 5)
+    queries, others = cut(product(slots), 3)
+    key, value = cut(concat(others), 1)
+    g, d = find(queries[0]), find(dims[0])
+    assert (key[0].size, value[0].size, g.size, find(kv[0]).size) == (1, 1, 3, 2)
+    assert layout(qkv, g).tolist() == [0, 0, 1, 1, 2, 2, -1, -1, -1, -1] * 2
+    assert layout(qkv, d).tolist() == [0, 1] * 10
+    unify(product([*kv, *key, *dims]), keys := Axis(4))
+    assert factors(keys) == [find(kv[0]), d]
+
+
+def test_phi3_shares_its_heads_between_segments_of_other_sizes():
+    qkv, kv, g, d = axes(24, 2, 4, 2)
+    (q,), rest = cut(qkv, 16)
+    (k,), (v,) = cut(concat(rest), 4)
+    for x, heads in ((q, product([kv, g])), (k, kv), (v, kv)):
+        unify(product(split(x, heads.size)[0]), heads)
+    unify(product(split(q, 8)[1]), d)
+    unify(product(split(k, 2)[1]), d)
+    assert layout(qkv, find(kv)).tolist() == [0] * 8 + [1] * 8 + [0, 0, 1, 1] * 2
+    assert layout(qkv, find(g)).tolist() == np.tile(np.repeat(range(4), 2), 2).tolist() + [-1] * 8
+    assert layout(qkv, find(d)).tolist() == [0, 1] * 10 + [-1] * 4
+
+
+def test_a_sum_that_repeats_is_a_product_whose_outer_factor_has_no_units():
+    a, b, c, d, x = axes(3, 5, 3, 5, 2)
+    whole = concat([a, b, c, d])
+    head, tail = split(whole, 2)
+    assert (find(a) is find(c), find(b) is find(d), find(a) is find(b)) == (True, True, False)
+    unify(product(head), x)  # who drops an index of x must drop a and b, and others hold these
+    assert [leaf.size for leaf in leaves(x)] == [1, 1]
+    assert segments(product(tail)) == [find(a), find(b)]
+    e, y, z = axes(4, 2, 4)
+    unify(concat([e, e]), product([y, z]))
+    assert find(e) is find(z)
+    assert [leaf.size for leaf in leaves(y)] == [1, 1]
+
+
+def test_sizes_0_and_1_have_no_identity():
+    a, b, none, some = axes(1, 1, 0, 3)
+    unify(a, b)
+    unify(none, Axis(0))
+    assert find(a) is not find(b)
+    empty = product([none, some])
+    assert (empty.size, places(empty), layout(empty, some).tolist()) == (0, [], [])
+    assert [concat(part).size for part in cut(empty, 0)] == [0, 0]
+    assert product(split(some, 3)[0]) is some
+    for axis, outer in ((none, 2), (none, 0), (some, 0), (some, 2), (some, 6)):
+        with pytest.raises(Irregular, match="no outer part"):
+            split(axis, outer)
+
+
+def test_what_cannot_be_the_same():
+    a = Axis(4)
+    with pytest.raises(Irregular, match="different sizes"):
+        unify(a, Axis(5))
+    with pytest.raises(Irregular, match="is made of"):
+        unify(Axis(4, "product", [a, Axis(1)]), a)
+
+
+def test_thousands_of_pieces_are_no_matter():
+    long, first, last = axes(3000, 2, 2)
+    shifted = concat([first, long])
+    unify(shifted, concat([long, last]))
+    leaf = find(first)
+    assert set(leaves(long)) == {leaf}
+    assert layout(shifted, leaf).tolist() == [0, 1] * 1501
+    assert repr(shifted).count(":2") == 1501
+    assert not crossed(shifted, leaf)
+    assert beside(shifted, leaf) == set()

@@ -53,7 +53,8 @@ def answer(output: Any) -> Tensor:
     if getattr(output, "logits", None) is not None:
         return output.logits
     fields = list(output.values()) if isinstance(output, Mapping) else output
-    return next(v for v in tree_leaves(fields) if isinstance(v, Tensor) and v.is_floating_point())
+    tensors = [v for v in tree_leaves(fields) if isinstance(v, Tensor)]
+    return next((v for v in tensors if v.is_floating_point()), tensors[0].double())
 
 
 def permuted(tensor: Tensor, dim: int, index: np.ndarray, order: np.ndarray) -> Tensor:

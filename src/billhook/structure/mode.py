@@ -1,7 +1,7 @@
 """The run itself: every op is done on meta tensors, small constants are computed, and the op's rule notes the axes."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from billhook.structure.axes import Axis, Irregular, leaves, mark, product
+from billhook.structure.assumed import EVERYTHING, first_nonzero
+from billhook.structure.axes import Axis, Irregular, mark
 from billhook.structure.rules import rule_for
-from billhook.structure.tape import Note, Tape, axes_of, broadcast, given, join, note, pay, put, tensors
+from billhook.structure.tape import SMALL, Note, Tape, axes_of, given, join, note, pay, put, tensors
 
 GET = torch._C.TensorBase.__getitem__
-SMALL = 4096  # entries of a constant that is worth computing
 FACTORIES = {"arange", "zeros", "ones", "full", "scalar_tensor", "linspace", "tril_indices", "triu_indices", "eye"}
 IRREGULAR = (Irregular, TypeError, LookupError, ValueError, AttributeError, ZeroDivisionError, AssertionError)
 
@@ -75,7 +75,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._introduce(x)
         if name == "nonzero" and not self.everything:
             self._assume("nonzero: one entry is taken")
-            return _first_nonzero(args[0])
+            return first_nonzero(args[0])
         if name in EVERYTHING and (out := EVERYTHING[name](*args)) is not None:
             self._assume(f"{name}: every entry is taken")
             return out
@@ -269,61 +269,6 @@ def _value(tape: Tape, func: OpOverload, name: str, out: Tensor, args: Any, kwar
     except (RuntimeError, TypeError, NotImplementedError):
         return None
     return result if isinstance(result, Tensor) and all(known) and result.shape == out.shape else None
-
-
-def _all_nonzero(x: Tensor) -> Tensor:
-    """The places of all entries, as if none were zero: [entries, dimensions]."""
-    axes = axes_of(x)
-    places = torch.cartesian_prod(*(torch.arange(n) for n in x.shape)).reshape(-1, x.dim())
-    _in_order(x, "the code asks where along it something is")
-    out = places if places.numel() <= SMALL else places.to("meta")
-    put(out, [product(axes), Axis(x.dim())], [x], points=axes[0] if x.dim() == 1 else None).columns = tuple(axes)
-    return out
-
-
-def _first_nonzero(x: Tensor) -> Tensor:
-    """The place of the first entry, as if the others were zero: [1, dimensions]."""
-    out = torch.zeros(1, x.dim(), dtype=torch.int64)
-    put(out, [Axis(1), Axis(x.dim())], [x], points=axes_of(x)[0] if x.dim() == 1 else None).columns = tuple(axes_of(x))
-    return out
-
-
-def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
-    """x[mask] as if the mask held everywhere."""
-    broadcast(x.shape, [x, mask])
-    _in_order(x, "the code picks along it by a mask")
-    out = x.new_empty(x.numel())
-    put(out, [product(axes_of(x))], [x, mask], note(x).points)
-    return out
-
-
-def _all_indexed(x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
-    """x[..., mask] as if the mask held everywhere; None where nothing is masked."""
-    masks = [(d, i) for d, i in enumerate(indices) if i is not None and i.dtype == torch.bool]
-    if len(masks) != 1 or sum(i is not None for i in indices) != 1:
-        return None
-    d, mask = masks[0]
-    out = x.new_empty([*x.shape[:d], mask.numel(), *x.shape[d + mask.dim() :]])
-    axes = axes_of(x)
-    put(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
-    for axis, own in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
-        join(axis, own)
-    _in_order(mask, "the code picks along it by a mask")
-    return out
-
-
-def _in_order(x: Tensor, reason: str) -> None:
-    for axis in axes_of(x):
-        for leaf in leaves(axis):
-            if "data" not in leaf.notes:
-                mark(leaf, "const", reason)
-
-
-EVERYTHING: dict[str, Callable[..., Tensor | None]] = {
-    "nonzero": _all_nonzero,
-    "masked_select": _all_selected,
-    "index": _all_indexed,
-}
 
 
 @contextmanager

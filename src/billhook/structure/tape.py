@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from billhook.structure.axes import Axis, Irregular, find, leaves, mark, unify
 
 MANY = 8  # sources; a residual stream has more, and there nobody asks for them
+SMALL = 4096  # entries of a constant that is worth computing
 
 
 @dataclass(frozen=True)

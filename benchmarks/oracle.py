@@ -50,9 +50,9 @@ def randomise(model: nn.Module) -> None:
 
 def answer(output: Any) -> Tensor:
     """What a model says first."""
-    if getattr(output, "logits", None) is not None:
-        return output.logits
     fields = list(output.values()) if isinstance(output, Mapping) else output
+    if getattr(output, "logits", None) is not None:
+        fields = output.logits
     tensors = [v for v in tree_leaves(fields) if isinstance(v, Tensor)]
     return next((v for v in tensors if v.is_floating_point()), tensors[0].double())
 

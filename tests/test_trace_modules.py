@@ -299,6 +299,17 @@ EXACT = {
     "stripes": (line(lambda s, h: torch.stack((-h[..., 1::2], h[..., ::2]), -1).flatten(-2)), {6}),
     "outer product": (line(lambda s, h: (h[..., None] * s.w).flatten(2), n=4, w=P(3)), {4, 3}),
     "repeated": (line(lambda s, h: h.repeat(1, 1, 3), n=4), {4, 3}),
+    "cross entropy": (
+        Net(
+            lambda s, x: F.cross_entropy(s.r(s.a(x)).flatten(0, 1), x[..., 0].abs().clamp(0, 5).long().flatten()),
+            a=nn.Linear(8, 12),
+            r=nn.Linear(12, 6),
+        ),
+        {12},
+    ),
+    "distance": (Net(lambda s, x: F.mse_loss(s.a(x), s.r(x)), a=nn.Linear(8, 12), r=nn.Linear(8, 12)), {12}),
+    "rows by a mask": (line(lambda s, h: h.masked_scatter((h[..., :1] > 0).expand_as(h), s.w), w=P(14, 12)), {11}),
+    "entries by a mask": (line(lambda s, h: h.masked_scatter(h > 0, s.w), w=P(14, 12)), set()),
     "weight norm": (nn.Sequential(*(nn.utils.parametrizations.weight_norm(nn.Linear(*n)) for n in ((8, 12), (12, 3)))), {12}),
 }  # fmt: skip
 
@@ -313,6 +324,12 @@ def test_what_does_not_is_found(name):
 def test_grouped_and_transposed_convolutions(groups):
     parts = {"a": nn.Conv2d(3, 8, 1), "c": nn.Conv2d(8, 16, 3, groups=groups), "t": nn.ConvTranspose2d(16, 8, 3, groups=groups)}
     assert groups in {size for _, size, _ in free(asked(nn.Sequential(*parts.values(), nn.Conv2d(8, 2, 1)), IMAGE))}
+
+
+def test_images_read_at_places_of_a_grid():
+    grid = torch.rand(2, 5, 5, 2) * 2 - 1
+    model = Net(lambda s, x, g: s.b(F.grid_sample(s.a(x), g, align_corners=False)), a=nn.Conv2d(3, 12, 3), b=nn.Conv2d(12, 4, 1))
+    assert {size for _, size, _ in free(asked(model, IMAGE, grid))} == {12}
 
 
 def test_without_a_rule_an_op_is_opaque():

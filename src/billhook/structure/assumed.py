@@ -5,15 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from billhook.structure.axes import Axis, leaves, mark, product
-from billhook.structure.tape import SMALL, axes_of, broadcast, join, note, put
+from billhook.structure.axes import Axis, product
+from billhook.structure.tape import SMALL, axes_of, broadcast, join, keep_order, note, put
 
 
 def _all_nonzero(x: Tensor) -> Tensor:
     """The places of all entries, as if none were zero: [entries, dimensions]."""
     axes = axes_of(x)
     places = torch.cartesian_prod(*(torch.arange(n) for n in x.shape)).reshape(-1, x.dim())
-    _in_order(x, "the code asks where along it something is")
+    for axis in axes_of(x):
+        keep_order(axis, "the code asks where along it something is")
     out = places if places.numel() <= SMALL else places.to("meta")
     put(out, [product(axes), Axis(x.dim())], [x], points=axes[0] if x.dim() == 1 else None).columns = tuple(axes)
     return out
@@ -29,7 +30,8 @@ def first_nonzero(x: Tensor) -> Tensor:
 def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
     """x[mask] as if the mask held everywhere."""
     broadcast(x.shape, [x, mask])
-    _in_order(x, "the code picks along it by a mask")
+    for axis in axes_of(x):
+        keep_order(axis, "the code picks along it by a mask")
     out = x.new_empty(x.numel())
     put(out, [product(axes_of(x))], [x, mask], note(x).points)
     return out
@@ -46,15 +48,9 @@ def _all_indexed(x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
     put(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
     for axis, own in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
         join(axis, own)
-    _in_order(mask, "the code picks along it by a mask")
+    for axis in axes_of(mask):
+        keep_order(axis, "the code picks along it by a mask")
     return out
-
-
-def _in_order(x: Tensor, reason: str) -> None:
-    for axis in axes_of(x):
-        for leaf in leaves(axis):
-            if "data" not in leaf.notes:
-                mark(leaf, "const", reason)
 
 
 EVERYTHING: dict[str, Callable[..., Tensor | None]] = {

@@ -244,3 +244,10 @@ def spend(points: Axis | None, reason: str) -> None:
 def is_data(axis: Axis) -> bool:
     """Whether an axis is made of batch, sequence or image positions alone."""
     return all("data" in leaf.notes for leaf in leaves(axis))
+
+
+def keep_order(axis: Axis, reason: str) -> None:
+    """What of an axis is not data may not be reordered."""
+    for leaf in leaves(axis):
+        if "data" not in leaf.notes:
+            mark(leaf, "const", reason)

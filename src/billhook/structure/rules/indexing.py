@@ -10,7 +10,21 @@ from torch import Tensor
 from billhook.structure.axes import Axis, mark, product
 from billhook.structure.rules.contraction import stretches
 from billhook.structure.rules.movement import narrow, ranked
-from billhook.structure.tape import Note, Tape, axes_of, broadcast, is_data, join, move, note, pay, put, spend, tensors
+from billhook.structure.tape import (
+    Note,
+    Tape,
+    axes_of,
+    broadcast,
+    is_data,
+    join,
+    keep_order,
+    move,
+    note,
+    pay,
+    put,
+    spend,
+    tensors,
+)
 
 
 def point(index: Tensor, axis: Axis) -> None:
@@ -106,6 +120,29 @@ def index_put(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | Non
     put(out, axes_of(x), [x, values, *(i for i in picks if i.dtype == torch.bool)]).active = True
 
 
+def masked_scatter(tape: Tape, out: Tensor, x: Tensor, mask: Tensor, source: Tensor) -> None:
+    """What a mask says is overwritten by the source, entry after entry: whole rows, where the mask is the same along them."""
+    axes = broadcast(out.shape, [x, mask])
+    rows = mask.expand(out.shape).stride(-1) == 0 and source.shape[-1] == out.shape[-1]
+    for axis in axes_of(source)[: -1 if rows else None]:
+        keep_order(axis, "a mask says where they go, one after another")
+    if rows:
+        join(axes[-1], axes_of(source)[-1])
+    for axis in axes[: -1 if rows else None]:
+        keep_order(axis, "a mask says along it what is overwritten, in order")
+    put(out, axes, [x, mask, source]).active = True
+
+
+def nll_loss(tape: Tape, out: Sequence[Tensor], x: Tensor, target: Tensor, *args: Any) -> None:  # noqa: ANN401 - weights
+    """The losses of classes [n, classes, *places] that targets [n, *places] name, as one number or one a target."""
+    axes = list(axes_of(x))
+    point(target, axes.pop(-1 if x.dim() < 2 else 1))
+    for axis, other in zip(axes, axes_of(target), strict=True):
+        join(axis, other)
+    for result in out:
+        put(result, axes_of(target) if result.dim() else [], [x, target, *tensors(args)])
+
+
 def gather(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - sparse_grad
     """Along one dimension, the index that stands at each place."""
     _align(x, dim, index)
@@ -183,6 +220,8 @@ RULES: dict[str, Callable[..., None]] = {
     "view_as_real": as_real,
     "embedding": embedding,
     "index_select": index_select,
+    **dict.fromkeys(("masked_scatter", "masked_scatter_"), masked_scatter),
+    **dict.fromkeys(("nll_loss_forward", "nll_loss2d_forward"), nll_loss),
     "gather": gather,
     "topk": topk,
     "sort": sort,

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from billhook.structure.axes import Axis, mark, notes_of, product, split
 from billhook.structure.rules.elementwise import elementwise
 from billhook.structure.rules.movement import ranked
-from billhook.structure.tape import Tape, axes_of, join, put, tensors
+from billhook.structure.tape import Tape, axes_of, broadcast, join, put, tensors
 
 NORMS = {"mean", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm"}
 INDICES = {"max", "min", "median", "mode"}  # of those that also say where
@@ -29,6 +30,15 @@ def reduction(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Non
         for d in dims if indices else ():
             ranked(axes[d])
         put(result, kept, [x], points=product(axes[d] for d in sorted(dims)) if indices else None)
+
+
+def distance(tape: Tape, out: Tensor, x: Tensor, y: Tensor, *args: Any) -> None:  # noqa: ANN401 - how it is reduced, and more
+    """A loss between two tensors, entry by entry or as one number."""
+    axes = broadcast(np.broadcast_shapes(x.shape, y.shape), [x, y])
+    if out.dim() != len(axes):
+        for axis in axes:
+            mark(axis, "reduced", tape.op)
+    put(out, axes if out.dim() == len(axes) else [], [x, y])
 
 
 def _dims(op: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
@@ -123,6 +133,8 @@ RULES: dict[str, Callable[..., None]] = {
          "cudnn_batch_norm", "batch_norm"),
         batch_norm,
     ),
+    **dict.fromkeys(("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
+                     "binary_cross_entropy_with_logits"), distance),
     "native_group_norm": group_norm,
     "_weight_norm_interface": weight_norm,
     **dict.fromkeys(("cumsum", "cumprod", "logcumsumexp", "cumsum_", "_fft_r2c", "_fft_c2c", "_fft_c2r"), ordered(0)),

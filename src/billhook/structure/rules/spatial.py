@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from billhook.structure.axes import Axis, leaves, mark, notes_of, product, split
+from billhook.structure.axes import Axis, mark, notes_of, product, split
 from billhook.structure.rules.contraction import stretches
 from billhook.structure.rules.movement import narrow
-from billhook.structure.tape import Rows, Tape, axes_of, join, note, put, tensors
+from billhook.structure.tape import Rows, Tape, axes_of, join, keep_order, note, put, tensors
 
 
 def convolution(
@@ -29,7 +29,7 @@ def convolution(
     for axis in W[2:]:
         mark(axis, "fixed", "the window of a convolution")
     for axis in X[2:]:
-        _keep_order(axis, tape.op)
+        keep_order(axis, f"its order matters to {tape.op}")
     places = [
         X[d] if weight.shape[d] == 1 and X[d].size == out.shape[d] else Axis(out.shape[d], notes=_data(X[d]))
         for d in range(2, out.dim())
@@ -63,7 +63,7 @@ def places(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None: 
     for result in tensors(out):
         kept = result.dim() - (1 if "1d" in tape.op else 3 if "3d" in tape.op else 2)
         for axis in axes[kept:]:
-            _keep_order(axis, tape.op)
+            keep_order(axis, f"its order matters to {tape.op}")
         new = [axes[d] if d < kept or x.shape[d] == n else Axis(n, notes=_data(axes[d])) for d, n in enumerate(result.shape)]
         put(result, new, [x])
 
@@ -72,7 +72,7 @@ def windows(tape: Tape, out: Tensor, x: Tensor, kernel: Sequence[int], *args: An
     """im2col: every channel with every place of its window, for every place."""
     axes = axes_of(x)
     for axis in axes[-2:]:
-        _keep_order(axis, tape.op)
+        keep_order(axis, f"its order matters to {tape.op}")
     window = [Axis(k, notes={"fixed": "the window of im2col"}) for k in kernel]
     put(out, [*axes[:-3], product([axes[-3], *window]), Axis(out.shape[-1], notes=_data(axes[-1]))], [x])
 
@@ -82,23 +82,26 @@ def unwindows(tape: Tape, out: Tensor, x: Tensor, size: Sequence[int], kernel: S
     axes = axes_of(x)
     channels, window = split(axes[-2], out.shape[-3])
     mark(product(window), "fixed", "the window of col2im")
-    _keep_order(axes[-1], tape.op)
+    keep_order(axes[-1], f"its order matters to {tape.op}")
     put(out, [*axes[:-2], product(channels), *(Axis(n, notes=_data(axes[-1])) for n in size)], [x])
 
 
 def unfold(tape: Tape, out: Tensor, x: Tensor, dim: int, size: int, step: int) -> None:
     """Windows along one dimension: their places, and within them."""
     axes, dim = list(axes_of(x)), dim % x.dim()
-    _keep_order(axes[dim], tape.op)
+    keep_order(axes[dim], f"its order matters to {tape.op}")
     within = Axis(size, notes=_data(axes[dim]))
     axes[dim] = Axis(out.shape[dim], notes=_data(axes[dim]))
     put(out, [*axes, within], [x])
 
 
-def _keep_order(axis: Axis, op: str) -> None:
-    for leaf in leaves(axis):
-        if "data" not in leaf.notes:
-            mark(leaf, "const", f"its order matters to {op}")
+def grid_sampler(tape: Tape, out: Tensor, x: Tensor, grid: Tensor, *args: Any) -> None:  # noqa: ANN401 - how, and at edges
+    """[n, channels, *places] read at the places that a grid [n, *places, coordinates] names."""
+    axes, at = axes_of(x), axes_of(grid)
+    for axis in axes[2:]:
+        keep_order(axis, f"its order matters to {tape.op}")
+    mark(at[-1], "fixed", "coordinates")
+    put(out, [join(axes[0], at[0]), axes[1], *at[1:-1]], [x, grid])
 
 
 def glu(tape: Tape, out: Tensor, x: Tensor, dim: int = -1) -> None:
@@ -120,6 +123,7 @@ RULES: dict[str, Callable[..., None]] = {
     "col2im": unwindows,
     "unfold": unfold,
     "glu": glu,
+    **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d", "grid_sampler"), grid_sampler),
     **dict.fromkeys(
         ("max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d", "_adaptive_avg_pool2d",
          "adaptive_avg_pool1d", "adaptive_max_pool2d", "_adaptive_avg_pool3d", "upsample_bicubic2d", "upsample_bilinear2d",

@@ -1,0 +1,1 @@
+"""Weights become zero, shapes stay: scores, masks, and how much each layer gives."""

@@ -1,0 +1,134 @@
+"""What a walk over a model does for pruning: statistics of what each linear is given, and the pruned weights, kept aside."""
+
+from collections.abc import Callable, Mapping, Sequence
+from weakref import ReferenceType, ref
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from billhook.sparsity.criteria import Criterion
+from billhook.sparsity.linears import weight_of
+from billhook.sparsity.result import Pruned
+from billhook.sparsity.statistics import Statistics
+from billhook.sparsity.walk import Site
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all ranks, in place."""
+
+Progress = Callable[[int, int], None]
+"""Is told how many linears are done, and of how many."""
+
+
+class InputsDiffer(Exception):
+    """Two linears that read one and the same tensor in the first run do not in another."""
+
+
+class Calibration:
+    """Gathers what a criterion needs, and prunes each linear of a site when all runs have been there; the model stays as it is.
+
+    Args:
+        criterion: What prunes.
+        sparsities: Of each linear.
+        pattern: `"unstructured"` or `"N:M"`.
+        tokens: Of each run, which tokens count: bool, `[batch, length]`, one for each of its sequences that is padded.
+        reduce: How statistics are summed over ranks; None on one.
+        progress: Is told how many linears are done.
+        shared: Whether linears that read one and the same tensor share their statistics.
+
+    Attributes:
+        pruned: The results by linear.
+    """
+
+    def __init__(
+        self,
+        criterion: Criterion,
+        sparsities: Mapping[str, float],
+        pattern: str,
+        tokens: Sequence[Sequence[Tensor]],
+        reduce: Reduce | None = None,
+        progress: Progress | None = None,
+        shared: bool = True,
+    ) -> None:
+        self.criterion, self.sparsities, self.pattern = criterion, sparsities, pattern
+        self.tokens, self.reduce, self.progress, self.shared = tokens, reduce, progress, shared
+        self.pruned: dict[str, Pruned] = {}
+        self.statistics: dict[str, Statistics] = {}
+        self._first: dict[str, str] = {}  # linear -> the one whose statistics are its own
+        self._last: dict[int, tuple[ReferenceType[Tensor], int, str]] = {}  # run -> inputs, their version, who read them first
+        self._summed: set[str] = set()
+
+    def observe(self, name: str, inputs: Tensor, run: int) -> None:
+        """Adds what a linear is given."""
+        first = self._reader(inputs, run) or name
+        own = self._first.setdefault(name, first)
+        if own != name and own != first:
+            raise InputsDiffer(f"{name} and {own} read one tensor in the first run, but not in run {run}")
+        if own == name:
+            if name not in self.statistics:
+                empty = self.criterion.statistics(inputs.shape[-1], inputs.device)
+                assert empty is not None, "a walk is for criteria that need data"
+                self.statistics[name] = empty
+            self.statistics[name].add(inputs, self._counting(inputs, run))
+            self._last[run] = (ref(inputs), inputs._version, name)
+
+    def _reader(self, inputs: Tensor, run: int) -> str | None:
+        """Who else has just read the same tensor."""
+        last = self._last.get(run)
+        return last[2] if self.shared and last and last[0]() is inputs and last[1] == inputs._version else None
+
+    def _counting(self, inputs: Tensor, run: int) -> Tensor | None:
+        """Which tokens are not padding: the mask that fits."""
+        for keep in self.tokens[run]:
+            if keep.shape == inputs.shape[:-1] or (inputs.dim() == 2 and keep.numel() == len(inputs)):
+                return keep.reshape(inputs.shape[:-1]).to(inputs.device)
+        return None
+
+    def complete(self, site: Site) -> None:
+        """Prunes the linears of a site that were called."""
+        called = {name: linear for name, linear in site.linears.items() if name in self._first}
+        if self.reduce is not None:
+            for name in dict.fromkeys(self._first[name] for name in called):
+                for sums in self.statistics[name].tensors() if name not in self._summed else ():
+                    self.reduce(sums)
+                self._summed.add(name)
+        self.finish(called)
+        if self.progress is not None:
+            self.progress(len(self.pruned), len(self.sparsities))
+        if site.module not in called.values():
+            self._last.clear()
+        self.statistics = {name: self.statistics[name] for _, _, name in self._last.values()}
+
+    def finish(self, linears: Mapping[str, nn.Module]) -> None:
+        """Prunes linears whose statistics are complete.
+
+        Raises:
+            ValueError: As the criterion does, after the linear's name.
+        """
+        for name, linear in linears.items():
+            self.pruned[name] = prune_linear(
+                name, linear, self.criterion, self.statistics[self._first[name]], self.sparsities[name], self.pattern
+            )
+
+    def weights(self, site: Site) -> dict[str, Tensor]:
+        """What the linears of a site become, as they lie in memory."""
+        new = {}
+        for name, linear in site.linears.items():
+            if name in self.pruned:
+                weight = self.pruned[name].weight(weight_of(linear))
+                new[name] = weight.t() if isinstance(linear, Conv1D) else weight
+        return new
+
+
+def prune_linear(
+    name: str, linear: nn.Module, criterion: Criterion, statistics: Statistics | None, sparsity: float, pattern: str
+) -> Pruned:
+    """What a linear becomes; it is not changed.
+
+    Raises:
+        ValueError: As the criterion does, after the linear's name.
+    """
+    weight = weight_of(linear)
+    try:
+        return Pruned.of(weight, *criterion.prune(weight, statistics, sparsity, pattern))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -1,0 +1,98 @@
+"""Prunable linears: the matrices of a model that criteria are for, and how they lie in memory."""
+
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+PACKED = ("qweight", "weight_packed", "W_q")
+"""What quantised layers that are no `nn.Linear` call their weight (GPTQ and AWQ, compressed-tensors, HQQ)."""
+
+
+def prunable(module: nn.Module, output_embeddings: bool = False) -> dict[str, nn.Module]:
+    """The linear layers of a module tree, by name: `nn.Linear`, transformers' `Conv1D`, and what PEFT has put adapters on.
+
+    Left out are embeddings, the output embedding (what `get_output_embeddings` of a model in the tree returns, or a linear whose
+    weight is an embedding's), PEFT's own matrices, and modules that PEFT trains as a whole copy (`modules_to_save`).
+
+    Args:
+        module: A model, a LightningModule that holds one, or a part of one, such as a block.
+        output_embeddings: Whether the output embedding counts too.
+
+    Returns:
+        The layers in the order of the tree; a weight that several share comes once. Under an adapter it is the base layer, by
+        the name of the whole.
+
+    Raises:
+        ValueError: If the weight of one is quantised, sharded, or computed from other tensors; the message names it.
+
+    >>> list(prunable(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))))
+    ['1']
+    """
+    left_out = set() if output_embeddings else _output_embeddings(module)
+    found: dict[str, nn.Module] = {}
+    weights: set[int] = set()
+    for name, part in _walk(module, "", left_out):
+        if any(key in part._parameters or key in part._buffers for key in PACKED):
+            raise ValueError(f"{name} is quantised ({type(part).__name__}): prune the model before it is quantised")
+        if isinstance(part, nn.Linear | Conv1D) and id(part.weight) not in left_out | weights:
+            _check_plain(name, part)
+            weights.add(id(part.weight))
+            found[name] = part
+    return found
+
+
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight as `[out_features, in_features]`: a view without gradient of the layer's own memory."""
+    weight = linear.get_parameter("weight").detach()
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def inputs_of(linear: nn.Module, activations: Tensor) -> Tensor:
+    """What the layer reads as `[tokens, in_features]`: a view, where memory allows, without gradient.
+
+    Raises:
+        ValueError: If the last dimension is not `in_features`.
+    """
+    width = weight_of(linear).shape[1]
+    if activations.shape[-1] != width:
+        raise ValueError(f"activations of shape {list(activations.shape)} must end with {width} input features")
+    return activations.detach().reshape(-1, width)
+
+
+def _walk(module: nn.Module, name: str, left_out: set[int]) -> Iterator[tuple[str, nn.Module]]:
+    """Every module, and of what PEFT wraps only the base layer, under the name of the whole."""
+    if id(module) in left_out or isinstance(module, AuxiliaryTrainingWrapper):
+        return
+    if isinstance(module, BaseTunerLayer):
+        yield from _walk(BaseTunerLayer.get_base_layer(module), name, left_out)
+        return
+    yield name, module
+    for child_name, child in module.named_children():
+        yield from _walk(child, f"{name}.{child_name}" if name else child_name, left_out)
+
+
+def _output_embeddings(module: nn.Module) -> set[int]:
+    """The identities of output embeddings, of their weights, and of the weights of embeddings."""
+    identities = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
+    for part in module.modules():
+        get = getattr(part, "get_output_embeddings", None)
+        output = get() if callable(get) else None
+        if isinstance(output, nn.Module):
+            identities |= {id(output), *(id(parameter) for parameter in output.parameters())}
+    return identities
+
+
+def _check_plain(name: str, linear: nn.Module) -> None:
+    """Refuses a weight that is not simply a matrix of floating-point numbers."""
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        raise ValueError(f"the weight of {name} is no parameter but computed (a parametrization?): make it one first")
+    kind = f"{type(linear).__name__}, {type(weight.data).__name__} of {weight.dtype}"
+    if type(weight.data).__name__ == "DTensor":
+        raise ValueError(f"{name} is sharded over devices ({kind}): prune the model before it is sharded")
+    if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.itemsize < torch.bfloat16.itemsize:
+        raise ValueError(f"{name} is quantised ({kind}): prune the model before it is quantised")

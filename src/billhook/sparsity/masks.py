@@ -1,0 +1,266 @@
+"""Keep-masks from scores: bool, True = kept; the lowest scores go, by exact count.
+
+The mask is the one of a full stable ascending sort: of equal scores the lower column goes first. Nothing is sorted, though: what
+is looked for is only the lowest score that stays, in blocks of rows, so memory is that of the mask and of a few blocks. Scores of
+any floating dtype are compared as float32.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**24
+"""Scores in a block: what stays in a core's cache, and what keeps an accelerator busy."""
+
+MAX_PAIRED = 8
+"""The widest N:M group in which comparing every pair is faster than selection."""
+
+
+def parse_pattern(pattern: str) -> tuple[int, int] | None:
+    """(N, M) of a pattern in which N of every M weights are kept, None for `"unstructured"`.
+
+    Raises:
+        ValueError: If the pattern is neither `"unstructured"` nor `"N:M"` with 1 <= N < M.
+
+    >>> parse_pattern("2:4"), parse_pattern("unstructured")
+    ((2, 4), None)
+    """
+    if pattern == "unstructured":
+        return None
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", pattern) if isinstance(pattern, str) else None
+    if match is None or not 1 <= int(match[1]) < int(match[2]):
+        raise ValueError(f"pattern={pattern!r} must be 'unstructured' or 'N:M' with 1 <= N < M, where N of every M are kept")
+    return int(match[1]), int(match[2])
+
+
+def check_amount(sparsity: float | None, pattern: str = "unstructured") -> float:
+    """The fraction of weights that become zero.
+
+    Args:
+        sparsity: That fraction, in [0, 1). With a pattern N:M it may be None, or must say the same as the pattern.
+        pattern: `"unstructured"` or `"N:M"`.
+
+    Raises:
+        ValueError: If the pattern is malformed, the sparsity missing or outside [0, 1), or one contradicts the other.
+
+    >>> check_amount(0.7), check_amount(None, "2:4")
+    (0.7, 0.5)
+    """
+    kept = parse_pattern(pattern)
+    if sparsity is None and kept is None:
+        raise ValueError("sparsity=None with pattern='unstructured': say a fraction in [0, 1)")
+    if sparsity is not None and (isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1):
+        raise ValueError(f"sparsity={sparsity!r} must be a fraction of the weights in [0, 1)")
+    if kept is None:
+        return float(sparsity or 0)
+    implied = (kept[1] - kept[0]) / kept[1]
+    if sparsity is not None and not math.isclose(sparsity, implied, abs_tol=1e-3):
+        raise ValueError(f"sparsity={sparsity} contradicts pattern={pattern!r}, which is a sparsity of {implied:g}: say only one")
+    return implied
+
+
+def check_width(in_features: int, pattern: str) -> None:
+    """Refuses a pattern N:M for a weight whose number of input features M does not divide.
+
+    Raises:
+        ValueError: If so, or if the pattern is malformed.
+    """
+    kept = parse_pattern(pattern)
+    if kept is not None and in_features % kept[1]:
+        raise ValueError(f"pattern={pattern!r} needs a multiple of {kept[1]} input features, got {in_features}")
+
+
+def pruned_count(size: int, sparsity: float) -> int:
+    """How many of `size` weights go: int(size * sparsity), where a product that only rounding keeps from a whole number is it.
+
+    >>> pruned_count(10, 0.7), pruned_count(100, 0.29), int(100 * 0.29)
+    (7, 29, 28)
+    """
+    product = size * check_amount(sparsity)
+    whole = round(product)
+    return whole if whole < size and math.isclose(product, whole, rel_tol=1e-12) else int(product)
+
+
+def keep_rows(scores: Tensor, sparsity: float) -> Tensor:
+    """Compares within each row: int(columns * sparsity) of each row go.
+
+    Args:
+        scores: `[rows, columns]`, higher = more important.
+        sparsity: Fraction that goes, in [0, 1).
+
+    Returns:
+        The keep-mask, bool, of the size of the scores.
+
+    Raises:
+        ValueError: If a score is NaN, or the sparsity is outside [0, 1).
+
+    >>> keep_rows(torch.tensor([[3.0, 1.0, 1.0, 2.0], [0.0, 0.0, 0.0, 9.0]]), 0.5).int()
+    tensor([[1, 0, 0, 1],
+            [0, 0, 1, 1]], dtype=torch.int32)
+    """
+    count = pruned_count(scores.shape[1], sparsity)
+    keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    for rows, block in _blocks(scores):
+        _drop_lowest(block, count, keep[rows])
+    return keep
+
+
+def keep_layer(scores: Tensor, sparsity: float) -> Tensor:
+    """Compares within the whole matrix: int(numel * sparsity) go; of equal scores the one in the lower row, then column.
+
+    Args:
+        scores: Of any shape, higher = more important.
+        sparsity: Fraction that goes, in [0, 1).
+
+    Returns:
+        The keep-mask, bool, of the size of the scores.
+
+    Raises:
+        ValueError: As `keep_rows`.
+    """
+    return keep_global([scores], sparsity)[0]
+
+
+def keep_global(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+    """Compares across matrices: int(total numel * sparsity) go; of equal scores the one in the earlier matrix, row, column.
+
+    Args:
+        scores: One tensor a matrix, each of any shape and on any device, higher = more important.
+        sparsity: Fraction of all that goes, in [0, 1).
+
+    Returns:
+        The keep-masks, bool, each of the size and on the device of its scores.
+
+    Raises:
+        ValueError: As `keep_rows`.
+    """
+    count = pruned_count(sum(s.numel() for s in scores), sparsity)
+    lowest_kept, lower = _find(scores, count)
+    tied = count - lower
+    keeps = []
+    for one in scores:
+        keeps.append(torch.empty(one.shape, dtype=torch.bool, device=one.device))
+        for rows, block in _blocks(one):
+            keep = torch.ge(block, lowest_kept, out=keeps[-1][rows])
+            if tied:
+                ties = block == lowest_kept
+                keep &= ~(ties & (ties.flatten().cumsum(0).view_as(ties) <= tied))
+                tied -= min(tied, int(ties.sum()))
+    return keeps
+
+
+def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """Keeps the n highest of every m consecutive scores along the last dimension.
+
+    Args:
+        scores: `[rows, columns]`, higher = more important; m divides columns.
+        n: How many are kept of every m.
+        m: The size of a group.
+
+    Returns:
+        The keep-mask, bool, of the size of the scores.
+
+    Raises:
+        ValueError: If not 1 <= n < m, m does not divide the columns, or a score is NaN.
+
+    >>> keep_n_of_m(torch.tensor([[1.0, 4.0, 3.0, 2.0, 5.0, 5.0, 5.0, 5.0]]), 2, 4).int()
+    tensor([[0, 1, 1, 0, 0, 0, 1, 1]], dtype=torch.int32)
+    """
+    check_width(scores.shape[-1], f"{n}:{m}")
+    keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    for rows, block in _blocks(scores):
+        groups, kept = block.reshape(-1, m), keep[rows].view(-1, m)
+        if m <= MAX_PAIRED:
+            torch.ge(_ranks(groups.t().contiguous()).t(), m - n, out=kept)
+        else:
+            _drop_lowest(groups, m - n, kept)
+    return keep
+
+
+def sparsity_of(tensors: Iterable[Tensor]) -> float:
+    """The fraction of all elements that are zero (of keep-masks: that are pruned); 0 if there are none.
+
+    >>> sparsity_of([torch.tensor([0.0, 1.0]), torch.tensor([True, True])])
+    0.25
+    """
+    pairs = [(int(torch.count_nonzero(tensor)), tensor.numel()) for tensor in tensors]
+    nonzero, total = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
+    return 1 - nonzero / total if total else 0.0
+
+
+def _blocks(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Runs of rows in float32."""
+    if scores.numel() == 0:
+        return
+    size = CPU_BLOCK if scores.device.type == "cpu" else DEVICE_BLOCK
+    step = max(1, size * len(scores) // scores.numel())
+    for start in range(0, len(scores), step):
+        rows = slice(start, start + step)
+        block = scores.detach()[rows].float()
+        if block.amax().isnan():
+            raise ValueError(
+                f"a score is NaN (the first in row {start + int(block.isnan().reshape(len(block), -1).any(1).int().argmax())})"
+            )
+        yield rows, block
+
+
+def _drop_lowest(block: Tensor, count: int, keep: Tensor) -> None:
+    """Writes which scores of each row are not among its `count` lowest."""
+    if block.device.type == "cpu":
+        lowest_kept = torch.from_numpy(np.partition(block.numpy(), count, axis=1)[:, count : count + 1])
+    else:
+        lowest_kept = block.sort(dim=1).values[:, count : count + 1]
+    torch.ge(block, lowest_kept, out=keep)
+    tied = keep.sum(1, dtype=torch.int32) - (block.shape[1] - count)
+    rows = tied.nonzero().squeeze(1)
+    if len(rows):
+        ties = block[rows] == lowest_kept[rows]
+        keep[rows] &= ~(ties & (ties.cumsum(1, dtype=torch.int32) <= tied[rows, None]))
+
+
+def _find(scores: Sequence[Tensor], position: int) -> tuple[float, int]:
+    """The score at a position of all scores in ascending order, and how many are lower: a radix selection, 16 bits at a time."""
+    if not any(one.numel() for one in scores):
+        return 0.0, 0
+    high, lower = _digit_at(((keys >> 16) + 2**15 for keys in _keys(scores)), position)
+    within = (keys[keys >> 16 == high - 2**15] & 0xFFFF for keys in _keys(scores))
+    low, lower_within = _digit_at(within, position - lower)
+    key = torch.tensor((high - 2**15) * 2**16 + low, dtype=torch.int32)
+    return float(_flip(key).view(torch.float32)), lower + lower_within
+
+
+def _digit_at(digits: Iterable[Tensor], position: int) -> tuple[int, int]:
+    """The digit, in 0..2^16 - 1, at a position in ascending order, and how many are lower."""
+    counts = torch.zeros(2**16, dtype=torch.int64)
+    for some in digits:
+        counts += torch.bincount(some, minlength=2**16).cpu()
+    ends = counts.cumsum(0)
+    digit = int(torch.searchsorted(ends, position, right=True))
+    return digit, int(ends[digit] - counts[digit])
+
+
+def _keys(scores: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Integers in the order of the scores, block by block."""
+    for one in scores:
+        for _, block in _blocks(one):
+            yield _flip((block.flatten() + 0.0).view(torch.int32))  # + 0.0: -0.0 and 0.0 are equal scores
+
+
+def _flip(bits: Tensor) -> Tensor:
+    """Between the bits of a float32 and an int32 of the same order; its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _ranks(groups: Tensor) -> Tensor:
+    """The place of each score in its column in stable ascending order, uint8."""
+    ranks = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
+    for later in range(1, len(groups)):
+        for earlier in range(later):
+            goes_first = groups[earlier] <= groups[later]
+            ranks[later] += goes_first
+            ranks[earlier] += ~goes_first
+    return ranks

@@ -1,0 +1,111 @@
+"""What pruning comes to, planned but not yet done: one bit a weight, and the values that a criterion has changed."""
+
+import math
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from billhook.sparsity.criteria import Criterion
+from billhook.sparsity.linears import prunable, weight_of
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What becomes of one linear.
+
+    Attributes:
+        bits: The keep-mask, 8 weights a byte.
+        values: What is kept, where a criterion updates weights; None where the old values stay.
+    """
+
+    bits: np.ndarray
+    values: Tensor | None
+
+    @staticmethod
+    def of(old: Tensor, new: Tensor, keep: Tensor) -> "Pruned":
+        """From a weight `[out_features, in_features]`, what it becomes, and its keep-mask."""
+        changed = not torch.equal(new, old.masked_fill(~keep, 0))
+        return Pruned(np.packbits(keep.cpu().numpy()), new[keep] if changed else None)
+
+    def sparsity(self, size: int) -> float:
+        """The fraction of a weight of so many entries that goes."""
+        return 1 - int(np.bitwise_count(self.bits).sum()) / size if size else 0.0
+
+    def keep(self, like: Tensor) -> Tensor:
+        """The keep-mask, bool, of the size and on the device of a weight."""
+        bits = np.unpackbits(self.bits, count=like.numel()).view(np.bool_)
+        return torch.from_numpy(bits).view(like.shape).to(like.device)
+
+    def weight(self, old: Tensor) -> Tensor:
+        """What a weight becomes."""
+        keep = self.keep(old)
+        if self.values is None:
+            return old.masked_fill(~keep, 0)
+        return torch.zeros_like(old).masked_scatter_(keep, self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class Pruning:
+    """Which weights of a model become zero, and what a criterion makes of the others; `print` shows a table.
+
+    Attributes:
+        criterion: What chose them.
+        pattern: `"unstructured"` or `"N:M"`.
+        pruned: The results by linear.
+        shapes: Of each linear's weight, `[out_features, in_features]`.
+        uncalled: Linears that stay as they are, as no batch has called them.
+    """
+
+    criterion: Criterion
+    pattern: str
+    pruned: dict[str, Pruned]
+    shapes: dict[str, tuple[int, ...]]
+    uncalled: tuple[str, ...] = ()
+
+    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """The keep-masks, bool, each as its weight lies in memory.
+
+        Raises:
+            ValueError: If the model is not the one, or one of the same linears, that this was planned for.
+        """
+        linears = self._linears(model)
+        masks = {name: one.keep(weight_of(linears[name])) for name, one in self.pruned.items()}
+        return {name: m if m.shape == linears[name].get_parameter("weight").shape else m.t() for name, m in masks.items()}
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Changes the weights, in place.
+
+        Raises:
+            ValueError: If the model is not the one, or one of the same linears, that this was planned for.
+        """
+        linears = self._linears(model)
+        for name, one in self.pruned.items():
+            weight = weight_of(linears[name])
+            weight.copy_(one.weight(weight))
+
+    def _linears(self, model: nn.Module) -> dict[str, nn.Module]:
+        linears = prunable(model, output_embeddings=True)
+        found = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
+        if wrong := [name for name in self.pruned if found.get(name) != self.shapes[name]]:
+            raise ValueError(
+                f"this was planned for another model: {wrong[0]} is {self.shapes[wrong[0]]}, not {found.get(wrong[0])}"
+            )
+        return linears
+
+    def __str__(self) -> str:
+        alike: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
+        for name, one in self.pruned.items():
+            alike[re.sub(r"\b\d+\b", "*", name), self.shapes[name]].append(one.sparsity(math.prod(self.shapes[name])))
+        rows = [(name, len(own), shape, own) for (name, shape), own in alike.items()]
+        width = max([len(name) for name, *_ in rows], default=0)
+        lines = [f"{self.criterion}, {self.pattern}"]
+        for name, count, (out, into), own in rows:
+            spread = f"{min(own):.4f}" if max(own) - min(own) < 5e-5 else f"{min(own):.4f} to {max(own):.4f}"
+            lines.append(f"  {name:<{width}}  {count:>4} x [{out:>6,}, {into:>6,}]  sparsity {spread}")
+        lines += [f"  {name:<{width}}  not called by any batch: left as it is" for name in self.uncalled]
+        return "\n".join(lines)

@@ -1,0 +1,162 @@
+"""What the inputs of a linear layer were: sums over its tokens, in float32 whatever the inputs' dtype.
+
+Each sum is over tokens, so the sums of parts (batches, ranks) add up: `merge`, or an all-reduce of `tensors()`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Statistics(ABC):
+    """Sums over the tokens that a linear layer has read.
+
+    Args:
+        in_features: The width of its inputs.
+        device: Where the sums are kept, and where the inputs will be.
+
+    Attributes:
+        tokens: How many tokens were added, int64, no dimensions.
+    """
+
+    chunk: ClassVar[tuple[int, int]]
+    """How many input values are in float32 at a time: on the CPU, elsewhere."""
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.in_features = in_features
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
+        """Adds what the layer reads in one call.
+
+        Args:
+            inputs: `[..., in_features]`, of any floating dtype.
+            keep: Which tokens count, bool, `[...]`; False for padding, whose values do not matter, not even NaN. All if None.
+
+        Raises:
+            ValueError: If the width is not `in_features`, or `keep` is not bool or not of the inputs' shape.
+        """
+        if inputs.shape[-1] != self.in_features:
+            raise ValueError(f"inputs of shape {list(inputs.shape)} must end with {self.in_features} input features")
+        if keep is not None and (keep.dtype != torch.bool or keep.shape != inputs.shape[:-1]):
+            raise ValueError(
+                f"keep must be bool of shape {list(inputs.shape[:-1])} for inputs of shape {list(inputs.shape)}, "
+                f"got {keep.dtype} of shape {list(keep.shape)}"
+            )
+        if inputs.numel():
+            self._add(self._chunks(inputs.reshape(-1, self.in_features), None if keep is None else keep.reshape(-1, 1)))
+        self.tokens += inputs.shape[:-1].numel() if keep is None else keep.sum()
+
+    @property
+    @abstractmethod
+    def squares(self) -> Tensor:
+        """||X_j||^2, the squared L2 norm of each input feature over all tokens, float32, `[in_features]`."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """The sums themselves, not copies: what is summed over ranks, in place."""
+
+    def merge(self, other: "Statistics") -> None:
+        """Adds another's sums to these.
+
+        Raises:
+            ValueError: If the other is of another kind or width.
+        """
+        if type(other) is not type(self) or other.in_features != self.in_features:
+            raise ValueError(
+                f"{type(self).__name__} of {self.in_features} input features cannot take in {type(other).__name__} "
+                f"of {other.in_features}"
+            )
+        for own, others in zip(self.tensors(), other.tensors(), strict=True):
+            own += others.to(own.device)
+
+    def check(self) -> None:
+        """Refuses sums that mean nothing.
+
+        Raises:
+            ValueError: If no token was added, or a sum is NaN or infinite.
+        """
+        if not self.tokens:
+            raise ValueError("no inputs were seen: the layer did not run, or every token was padding")
+        bad = (~torch.isfinite(self.squares)).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"NaN, infinite or overflowing inputs in {len(bad)} of {self.in_features} input features, "
+                f"the first in feature {int(bad[0])}"
+            )
+
+    @abstractmethod
+    def _add(self, chunks: Iterator[Tensor]) -> None:
+        """Adds float32 inputs, `[tokens, in_features]` a chunk, in which tokens that do not count are zero."""
+
+    def _chunks(self, inputs: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
+        step = max(1, self.chunk[inputs.device.type != "cpu"] // self.in_features)
+        for start in range(0, len(inputs), step):
+            chunk = inputs[start : start + step].float()
+            yield chunk if keep is None else chunk.masked_fill(~keep[start : start + step], 0)
+
+
+class InputNorms(Statistics):
+    """The squared L2 norm of each input feature over all tokens, ||X_j||^2 = sum over tokens of x_j^2.
+
+    >>> norms = InputNorms(2)
+    >>> norms.add(torch.tensor([[[1.0, 2.0], [3.0, 0.0]]]))
+    >>> norms.squares, norms.tokens
+    (tensor([10.,  4.]), tensor(2))
+    """
+
+    chunk = (2**18, 2**24)
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(in_features, device)
+        self._squares = torch.zeros(in_features, device=device)
+
+    @property
+    def squares(self) -> Tensor:
+        """||X_j||^2, float32, `[in_features]`."""
+        return self._squares
+
+    def tensors(self) -> list[Tensor]:
+        """The sums of squares and the number of tokens."""
+        return [self._squares, self.tokens]
+
+    def _add(self, chunks: Iterator[Tensor]) -> None:
+        # one call's sum first: a long run of small additions to a large sum would round more
+        self._squares += torch.stack([chunk.square().sum(0) for chunk in chunks]).sum(0)
+
+
+class InputMoments(Statistics):
+    """The second moments of the inputs, X^T X = sum over tokens of x x^T.
+
+    Attributes:
+        products: These sums, float32, `[in_features, in_features]`.
+
+    >>> moments = InputMoments(2)
+    >>> moments.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> moments.products
+    tensor([[10.,  2.],
+            [ 2.,  4.]])
+    """
+
+    chunk = (2**23, 2**26)
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(in_features, device)
+        self.products = torch.zeros(in_features, in_features, device=device)
+
+    @property
+    def squares(self) -> Tensor:
+        """||X_j||^2, float32, `[in_features]`: the diagonal of the products."""
+        return self.products.diagonal()
+
+    def tensors(self) -> list[Tensor]:
+        """The sums of products and the number of tokens."""
+        return [self.products, self.tokens]
+
+    def _add(self, chunks: Iterator[Tensor]) -> None:
+        for chunk in chunks:
+            self.products.addmm_(chunk.t(), chunk)  # in place, so that autocast leaves it in float32

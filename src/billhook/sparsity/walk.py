@@ -1,0 +1,215 @@
+"""Runs a model on all batches side by side: each rests at every site until all have been there, and then all go on.
+
+A site is a module whose linears are pruned together: a block, one linear, or the whole model. Every run is the model's own
+forward, in a greenlet of its own, so that masks, rotary embeddings, states of an encoder and whatever else one block hands to the
+next are what the model makes of them; nothing is replayed.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from greenlet import greenlet
+from torch import Tensor, nn
+
+Sequential = Literal["block", "layer", "none"]
+
+
+@dataclass(eq=False)
+class Site:
+    """A module whose linears are pruned together.
+
+    Attributes:
+        module: The module.
+        linears: Its linears by name.
+        once: Whether each of them is called exactly once, as far as the first run has shown; None before that.
+    """
+
+    module: nn.Module
+    linears: dict[str, nn.Module]
+    once: bool | None = None
+
+
+class Visitor(Protocol):
+    """What is done on the way."""
+
+    def observe(self, name: str, inputs: Tensor, run: int) -> None:
+        """A run has called a linear of a site that is not complete."""
+
+    def complete(self, site: Site) -> None:
+        """All runs that come to a site have been there."""
+
+    def weights(self, site: Site) -> dict[str, Tensor]:
+        """What a complete site computes with from now on: linear -> weight."""
+
+
+class _Seen(BaseException):
+    """All linears of a site have been called; the rest of its forward would be for nothing."""
+
+
+def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: Sequential) -> list[Site]:
+    """Where runs rest: at blocks and at linears outside of them, at every linear, or nowhere but at the end.
+
+    Blocks are the elements of outermost module lists of which two or more hold linears.
+
+    Args:
+        model: The model.
+        linears: Those to prune, by name, in the order of the model's modules.
+        sequential: "block", "layer" or "none".
+    """
+    if sequential == "none":
+        return [Site(model, dict(linears))]
+    of: dict[nn.Module, Site] = {}
+    blocks = list(_blocks(model, set(linears.values()))) if sequential == "block" else []
+    owner = {module: block for block in blocks for module in block.modules()}
+    for name, linear in linears.items():
+        module = owner.get(linear, linear)
+        of.setdefault(module, Site(module, {})).linears[name] = linear
+    return list(of.values())
+
+
+def _blocks(module: nn.Module, linears: set[nn.Module]) -> Iterator[nn.Module]:
+    children = list(module.children())
+    holding = [child for child in children if not linears.isdisjoint(child.modules())]
+    runs = not any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in children)
+    if runs and isinstance(module, nn.ModuleList | nn.Sequential) and len(holding) > 1:
+        yield from children
+        return
+    for child in children:
+        yield from _blocks(child, linears)
+
+
+class Walk:
+    """The runs, side by side.
+
+    Args:
+        sites: Where they rest.
+        visitor: What is done there.
+    """
+
+    def __init__(self, sites: Sequence[Site], visitor: Visitor) -> None:
+        self.sites, self.visitor = list(sites), visitor
+        self.complete: set[Site] = set()
+        self._watched: Site | None = None
+        self._calls: list[str] = []
+        self._run = 0
+        self._ready: tuple[Site | None, dict[str, Tensor]] = (None, {})
+
+    def __call__(self, forwards: Iterable[Callable[[], object]]) -> list[str]:
+        """Goes all the way.
+
+        Args:
+            forwards: One forward each of the model.
+
+        Returns:
+            The linears that no run has called.
+        """
+        self._main = greenlet.getcurrent()
+        runs = [greenlet(forward) for forward in forwards]
+        order = {site: number for number, site in enumerate(self.sites)}
+        try:
+            with self._installed():
+                at = {run: self._resume(number, run) for number, run in enumerate(runs)}
+                while waiting := {run: site for run, site in at.items() if not run.dead}:
+                    here = min(waiting.values(), key=order.__getitem__)
+                    self.visitor.complete(here)
+                    torch.clear_autocast_cache()
+                    self.complete.add(here)
+                    self._ready = (None, {})
+                    if len(self.complete) == len(self.sites):
+                        break
+                    for number, run in enumerate(runs):
+                        if waiting.get(run) is here:
+                            at[run] = self._resume(number, run)
+        finally:
+            for run in runs:
+                run.throw()
+        return [name for site in self.sites if site not in self.complete for name in site.linears]
+
+    def _resume(self, number: int, run: greenlet) -> Site:
+        self._run = number
+        site: Site = run.switch()
+        return site
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        """Takes the place of the sites' forwards, and listens to linears."""
+        with ExitStack() as stack:
+            for site in self.sites:
+                own = vars(site.module)
+                before = own.get("forward")
+                own["forward"] = partial(self._visit, site, site.module.forward)
+                if before is None:
+                    stack.callback(own.pop, "forward")
+                else:
+                    stack.callback(own.__setitem__, "forward", before)
+                for name, linear in site.linears.items():
+                    hook = partial(self._listen, site, name)
+                    stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def _visit(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """A site's forward: the first time with the weights as they are, to see; then, when all have seen, with the new ones."""
+        if site not in self.complete:
+            self._see(site, forward, args, kwargs)
+            self._main.switch(site)
+        with self._pruned(site):
+            return forward(*args, **kwargs)
+
+    def _see(self, site: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ANN401
+        self._watched, self._calls = site, []
+        try:
+            if site.module in site.linears.values():
+                self._listen(site, next(iter(site.linears)), site.module, args, kwargs)
+            else:
+                forward(*args, **kwargs)
+        except _Seen:
+            pass
+        finally:
+            self._watched = None
+        if site.once is None:
+            site.once = sorted(self._calls) == sorted(site.linears)
+
+    def _listen(self, site: Site, name: str, linear: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
+        if self._watched is not site:
+            return
+        self.visitor.observe(name, args[0] if args else kwargs["input"], self._run)
+        self._calls.append(name)
+        if site.once and len(self._calls) == len(site.linears):
+            raise _Seen
+
+    @contextmanager
+    def _pruned(self, site: Site) -> Iterator[None]:
+        """The new weights in the place of the old ones, which come back."""
+        if self._ready[0] is not site:
+            self._ready = (site, self.visitor.weights(site))
+        old = {name: site.linears[name].get_parameter("weight") for name in self._ready[1]}
+        data = {name: weight.data for name, weight in old.items()}
+        try:
+            for name, weight in self._ready[1].items():
+                old[name].data = weight
+            yield
+        finally:
+            for name, weight in data.items():
+                old[name].data = weight
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients, key-value cache or compiled code; modes, random numbers, configs are as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    configs: dict[int, Any] = {id(m.config): m.config for m in modes if getattr(getattr(m, "config", None), "use_cache", False)}
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        model.eval()
+        with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for config in configs.values():
+            config.use_cache = True

@@ -1,11 +1,15 @@
 """Prune and convert Hugging Face transformers inside a PyTorch Lightning fit."""
 
-from billhook.callbacks import Export, KVHeadConversion, Report
+from billhook.callbacks import Export, KVHeadConversion, Report, WeightPruning
 from billhook.checkpoint import load, save
 from billhook.data import ClassificationDataModule, Seq2SeqDataModule, TextDataModule
 from billhook.module import ShapeInCheckpoint, TransformerModule
 from billhook.report import summary
 from billhook.schedules import Constant, Cosine, Cubic, Exponential, Linear, MultiStep, Schedule
+from billhook.sparsity.allocation import OWL, Allocation, ByPattern, Uniform
+from billhook.sparsity.criteria import RIA, Criterion, Magnitude, Random, SparseGPT, Wanda, WandaAlpha
+from billhook.sparsity.prune import plan_pruning, prune
+from billhook.sparsity.result import Pruning
 from billhook.structure.coupling import Structure
 from billhook.structure.groups import Group
 from billhook.structure.kv_heads import convert_kv_heads
@@ -14,25 +18,40 @@ from billhook.structure.trace import trace
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Allocation",
+    "ByPattern",
     "ClassificationDataModule",
     "Constant",
     "Cosine",
+    "Criterion",
     "Cubic",
     "Exponential",
     "Export",
     "Group",
     "KVHeadConversion",
     "Linear",
+    "Magnitude",
     "MultiStep",
+    "OWL",
+    "Pruning",
+    "RIA",
+    "Random",
     "Report",
     "Schedule",
     "Seq2SeqDataModule",
     "ShapeInCheckpoint",
+    "SparseGPT",
     "Structure",
     "TextDataModule",
     "TransformerModule",
+    "Uniform",
+    "Wanda",
+    "WandaAlpha",
+    "WeightPruning",
     "convert_kv_heads",
     "load",
+    "plan_pruning",
+    "prune",
     "save",
     "summary",
     "trace",

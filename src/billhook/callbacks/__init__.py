@@ -3,5 +3,6 @@
 from billhook.callbacks.export import Export
 from billhook.callbacks.kv_heads import KVHeadConversion
 from billhook.callbacks.report import Report
+from billhook.callbacks.weight_pruning import WeightPruning
 
-__all__ = ["Export", "KVHeadConversion", "Report"]
+__all__ = ["Export", "KVHeadConversion", "Report", "WeightPruning"]

@@ -77,7 +77,7 @@ class ShapeCallback(Callback, ABC):
             )
         for index, moment in enumerate(self.at):
             if moment == "start" and not self.is_done(pl_module, index):
-                _log(trainer, self._record(trainer, {}, pl_module, index, []))
+                log_event(trainer, self._record(trainer, {}, pl_module, index, []))
 
     def steps(self, total_steps: int, trainer: pl.Trainer) -> list[int]:
         """The step of each stage, -1 for the start.
@@ -143,7 +143,7 @@ class ShapeCallback(Callback, ABC):
             assert isinstance(trainer.strategy, DDPStrategy)
             trainer.strategy.configure_ddp()
         event["after"] |= {} if limit == 0 else measure(trainer, pl_module, limit)
-        _log(trainer, event)
+        log_event(trainer, event)
 
     def _record(
         self, trainer: pl.Trainer, metrics: dict[str, float], model: nn.Module, stage: int, optimizers: list[Optimizer]
@@ -215,9 +215,10 @@ def _check_trainer(trainer: pl.Trainer, name: str, at_start: bool) -> None:
         raise ValueError(f"{name} must stand before {early[0]} in the list of callbacks, which has already copied the model")
 
 
-def _log(trainer: pl.Trainer, event: Event) -> None:
+def log_event(trainer: pl.Trainer, event: Event) -> None:
+    """Gives every logger the figures of an event."""
     before, after = event["before"], event["after"]
-    numbers = {key: after[key] for key in ("params", "kv_cache_bytes")}
+    numbers = {key: after[key] for key in ("params", "kv_cache_bytes", "sparsity") if key in after}
     for key in sorted(before.keys() & after.keys() - {"params", "zeros", "kv_cache_bytes", "flops"}):
         numbers |= {f"{key}_before": before[key], f"{key}_after": after[key]}
     for logger in trainer.loggers:

@@ -1,0 +1,208 @@
+"""Weights become zero at given steps of a fit, and stay zero."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from billhook.callbacks.examples import calibration_batches, calibration_runs
+from billhook.callbacks.hold import Hold
+from billhook.callbacks.measure import measure
+from billhook.callbacks.shape_event import At, Event, log_event
+from billhook.report import summary
+from billhook.run import callbacks_of, is_trial, training_steps
+from billhook.schedules import Schedule, check_step, resolve_step
+from billhook.sparsity.allocation import Allocation
+from billhook.sparsity.criteria import Criterion, Wanda
+from billhook.sparsity.masks import check_amount, sparsity_of
+from billhook.sparsity.prune import needs_data, plan_pruning
+from billhook.sparsity.walk import Sequential
+from billhook.structure.shape import find_transformer
+
+
+class WeightPruning(Callback):
+    """Zeroes the least important weights at given steps of a fit, and holds them at zero while training goes on.
+
+    The sparsity is always of all weights, so that rounds do not compound. Masks are held through momentum, weight decay,
+    accumulation, mixed precision and weight averaging, saved in checkpoints (one bit a weight), and the same after a resume.
+
+    Args:
+        criterion: How important a weight is: `Wanda` (2306.11695; the default), `Magnitude`, `SparseGPT`, `RIA`, `Random`.
+        sparsity: Fraction of each linear's weights that become zero, in [0, 1); a schedule for rounds; None with a pattern N:M.
+        pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive inputs.
+        at: When, if `sparsity` is no schedule: a step (int), a fraction of training (float in 0..1), or `"start"`.
+        calibration: Batches that the criterion sees: what can be read again and again; by default drawn from the training data.
+        examples: How many training examples are drawn, on all devices together; the papers take 128.
+        seed: Which ones.
+        sequential: `"block"`, `"layer"` or `"none"`, as in `prune`.
+        allocation: How much each linear gives, as in `prune`.
+        skip: Glob patterns of linears to leave alone.
+        output_embeddings: Whether an untied output embedding is pruned too.
+        measure_batches: Validation batches on which the model is measured before and after each round; by default as many as
+            validation takes, 0 for none.
+
+    Raises:
+        ValueError: If an argument is not legal, two contradict each other, or a schedule goes down or leaves [0, 1).
+    """
+
+    def __init__(
+        self,
+        criterion: Criterion | None = None,
+        sparsity: float | Schedule | None = None,
+        pattern: str = "unstructured",
+        at: At = "start",
+        calibration: Iterable[Any] | None = None,
+        examples: int = 128,
+        seed: int = 0,
+        sequential: Sequential = "block",
+        allocation: Allocation | None = None,
+        skip: list[str] | None = None,
+        output_embeddings: bool = False,
+        measure_batches: int | None = None,
+    ) -> None:
+        if isinstance(sparsity, Schedule):
+            if at != "start":
+                raise ValueError(f"at={at!r}: the schedule says when; give it start and end instead")
+            if pattern != "unstructured":
+                raise ValueError(f"pattern={pattern!r} is a sparsity of its own, which a schedule contradicts: give at instead")
+        else:
+            check_amount(sparsity, pattern)
+        if at != "start":
+            check_step(at, "at")
+        if examples < 1:
+            raise ValueError(f"examples={examples} must be at least 1")
+        self.criterion = criterion or Wanda()
+        self.sparsity, self.pattern, self.at = sparsity, pattern, at
+        self.calibration, self.examples, self.seed = calibration, examples, seed
+        self.sequential, self.allocation, self.skip = sequential, allocation, list(skip or ())
+        self.output_embeddings, self.measure_batches = output_embeddings, measure_batches
+        self.events: list[Event] = []
+        self._rounds: dict[int, float | None] = {}
+        self._done = -1
+        self._hold = Hold()
+
+    @property
+    def state_key(self) -> str:
+        """Under which checkpoints keep this callback's state."""
+        return self._generate_state_key(criterion=repr(self.criterion), skip=self.skip)
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The keep-masks that are held, bool, by the name of the linear in the transformers model."""
+        return dict(self._hold.masks)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Checks the trainer."""
+        if stage == "fit" and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ValueError(
+                f"WeightPruning works on one device and under DDP; the strategy is {type(trainer.strategy).__name__}. "
+                "Prune first (bh.prune), then train the result."
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finds the rounds: from which step which sparsity holds."""
+        total = training_steps(trainer)
+        if isinstance(self.sparsity, Schedule):
+            if total is None:
+                raise ValueError("sparsity: a schedule needs the length of training, which is not known: set max_steps")
+            bound = self.sparsity.bind(total)
+            self._rounds = {step: bound(step) for step in self.sparsity.changes(total)}
+            _check_rounds(self._rounds)
+        else:
+            self._rounds = {self._moment(trainer, total): self.sparsity}
+
+    def _moment(self, trainer: pl.Trainer, total: int | None) -> int:
+        if self.at == "start":
+            return 0
+        if total is None and isinstance(self.at, float):
+            raise ValueError(f"at={self.at} is a fraction of training, whose length is not known: set max_steps")
+        at = min(self.at, total) if is_trial(trainer) and isinstance(self.at, int) and total is not None else self.at
+        return resolve_step(at, int(at) if total is None else total, "at")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Holds what a checkpoint held, and carries out what is due before the first step."""
+        self._hold.attach(find_transformer(pl_module), trainer.optimizers, _averaged(trainer))
+        self._run(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+        """Carries out what is due at the step that has just been taken."""
+        self._run(trainer, pl_module)
+
+    def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        due = [step for step in self._rounds if self._done < step <= trainer.global_step]
+        if due:
+            self._prune(trainer, pl_module, self._rounds[max(due)])
+            self._done = max(due)
+
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float | None) -> None:
+        limit = self.measure_batches
+        model = find_transformer(pl_module)
+        before = summary(model).numbers() | ({} if limit == 0 else measure(trainer, pl_module, limit))
+        batches: Iterable[Any] | None = None
+        if needs_data(self.criterion) or (self.allocation is not None and self.allocation.measures):
+            given = self.calibration
+            drawn = calibration_batches(trainer, self.examples, self.seed) if given is None else self._given(trainer, given)
+            batches = calibration_runs(pl_module, model, drawn)
+        with trainer.precision_plugin.forward_context():
+            pruning = plan_pruning(
+                model, self.criterion, batches, sparsity, self.pattern, self.sequential, self.allocation, self.skip,
+                self.output_embeddings, None if trainer.world_size == 1 else _Sum(trainer),
+            )  # fmt: skip
+        pruning.apply(model)
+        self._hold.hold(pruning.masks(model))
+        zeros = sparsity_of(self._hold.masks.values())
+        after = summary(model).numbers() | ({} if limit == 0 else measure(trainer, pl_module, limit)) | {"sparsity": zeros}
+        what = f"{type(self.criterion).__name__}, {self.pattern}: sparsity {zeros:.4f} in {len(self._hold.masks)} linears"
+        event: Event = {"step": trainer.global_step, "what": what, "before": before, "after": after}
+        self.events.append(event)
+        rank_zero_info(f"billhook, step {event['step']}: {what}")
+        log_event(trainer, event)
+
+    def _given(self, trainer: pl.Trainer, calibration: Iterable[Any]) -> list[Any]:
+        batches = list(calibration)[trainer.global_rank :: trainer.world_size]
+        return [trainer.strategy.batch_to_device(batch) for batch in batches]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has happened so far, and the masks."""
+        return {"events": self.events, "done": self._done, "masks": self._hold.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what had happened."""
+        self.events, self._done = state_dict["events"], state_dict["done"]
+        self._hold.load_state_dict(state_dict["masks"])
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lets go of the optimizers."""
+        self._hold.detach()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lets go of the optimizers (Lightning does not call `teardown` then)."""
+        self._hold.detach()
+
+
+class _Sum:
+    """Sums a tensor over all ranks, in place."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.trainer = trainer
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        summed: Tensor = self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
+        return tensor.copy_(summed)
+
+
+def _check_rounds(rounds: dict[int, float | None]) -> None:
+    values = [check_amount(value) for value in rounds.values()]
+    for lower, higher in zip(values[1:], values, strict=False):
+        if lower < higher:
+            raise ValueError(f"sparsity: the schedule goes down, from {higher:g} to {lower:g}: pruned weights do not come back")
+
+
+def _averaged(trainer: pl.Trainer) -> list[nn.Module]:
+    """The copies of the module that callbacks for weight averaging keep."""
+    found = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer, Callback)]
+    return [model for model in found if model is not None]

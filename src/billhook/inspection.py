@@ -2,7 +2,7 @@
 
 import json as json_format
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -10,11 +10,10 @@ from billhook.structure.fields import FieldFinder
 from billhook.structure.groups import Group, Kind
 from billhook.structure.kv_heads import kv_heads_of, plan_kv_heads
 from billhook.structure.meta import from_name
-from billhook.structure.show import fold, kind_name
+from billhook.structure.show import fold, kind_name, labelled
 from billhook.structure.trace import trace
 
-Choice = Literal["heads", "channels", "residual", "experts", "ranks", "dimensions", "tables", "fixed"]
-CHOICES: dict[Choice, tuple[Kind, ...]] = {
+CHOICES: dict[str, tuple[Kind, ...]] = {
     "heads": ("kv_head", "query_head", "head"),
     "channels": ("channel",),
     "residual": ("residual",),
@@ -26,19 +25,21 @@ CHOICES: dict[Choice, tuple[Kind, ...]] = {
 }
 
 
-def inspect(model: str, group: Choice | None = None, json: bool = False) -> None:
+def inspect(model: str, group: str | None = None, json: bool = False) -> None:
     """Prints what belongs together in a model: units, where they are, what can be pruned, converted and saved.
 
     Only the config is read: no weights are downloaded.
 
     Args:
         model: A folder, a config.json, a hub name, or "tiny".
-        group: Only groups of this kind.
+        group: Only units of this kind: heads, channels, residual, experts, ranks, dimensions, tables or fixed.
         json: Print everything as JSON.
 
     Raises:
-        ValueError: If the config is of no model that transformers has, or the model cannot be traced.
+        ValueError: If there is no such kind, the config is of no model that transformers has, or the model cannot be traced.
     """
+    if group is not None and group not in CHOICES:
+        raise ValueError(f"group={group} must be one of {', '.join(CHOICES)}")
     shadow = from_name(model)
     structure = trace(shadow)
     groups = [one for one in structure.groups if group is None or one.kind in CHOICES[group]]
@@ -51,9 +52,11 @@ def inspect(model: str, group: Choice | None = None, json: bool = False) -> None
         print(json_format.dumps(plain | {"conversion": converted}, indent=1))
         return
     print(structure.show(groups))
-    print("\n".join(_saved_lines(saved)))
+    lines = _saved_lines(saved)
     if group in (None, "heads"):
-        print(f"{'converted':<12} {converted['says']}")
+        lines.append(labelled("converted", converted["says"]))
+    if lines:
+        print("\n" + "\n".join(lines))
 
 
 def _in(plain: dict[str, Any], groups: Sequence[Group]) -> bool:
@@ -79,8 +82,9 @@ def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[tuple[list[G
 def _saved_lines(saved: Sequence[tuple[list[Group], tuple[str, ...]]]) -> list[str]:
     lines: dict[str, None] = {}
     for alike, fields in saved:
-        says = f"plainly, by {' and '.join(fields)}" if fields else "with no field of the config: not as a plain checkpoint"
-        lines[f"{'saved':<12} fewer of {kind_name(alike[0])} ({alike[0].size}): {says}"] = None
+        how = f"fewer make a plain checkpoint, by {', '.join(fields)}"
+        why = "fewer make no plain checkpoint: no field of the config counts them"
+        lines[labelled("saved", f"{kind_name(alike[0])} ({alike[0].size:,}): {how if fields else why}")] = None
     return list(lines)
 
 
@@ -97,5 +101,7 @@ def conversion(model: PreTrainedModel) -> dict[str, Any]:
             plan_kv_heads(model, number)
     except ValueError as error:
         return {"num_key_value_heads": None, "legal": [], "says": f"no: {error}"}
-    says = f"{before} KV heads to {' or '.join(map(str, legal))}" if legal else "no: there is one KV head already"
+    *most, last = map(str, legal or [0])
+    numbers = f"{', '.join(most)} or {last}" if most else last
+    says = f"{before} KV heads to {numbers}" if legal else "no: there is one KV head already"
     return {"num_key_value_heads": before, "legal": legal, "says": says}

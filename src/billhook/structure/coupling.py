@@ -1,6 +1,6 @@
 """What a run has shown of a model: its structure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import nn
 from billhook.structure import show
 from billhook.structure.axes import Axis, find
 from billhook.structure.groups import Group, Kind, find_groups, weigh
-from billhook.structure.kinds import find_contexts, find_idle, give_reason, mind_untouched, name_kinds
+from billhook.structure.kinds import find_contexts, find_idle, give_reason, mind_beside, mind_untouched, name_kinds
 from billhook.structure.roles import Attention, FeedForward, find_attention, find_feed_forward
 from billhook.structure.tape import Tape, note
 
@@ -69,8 +69,14 @@ class Structure:
         return show.table(self, groups)
 
 
-def couple(model: nn.Module, tape: Tape) -> Structure:
-    """What a run has shown, as groups with kinds, roles and reasons."""
+def couple(model: nn.Module, tape: Tape, beside: Mapping[str, tuple[int, ...]] | None = None) -> Structure:
+    """What a run has shown, as groups with kinds, roles and reasons.
+
+    Args:
+        model: The model that ran, on meta.
+        tape: What the run has shown.
+        beside: The shapes of parameters that stand beside the model and may belong to it.
+    """
     parameters = dict(model.named_parameters())
     used = {name: note(tensor, touch=False) for name, tensor in tape.parameters.items()}
     axes = {name: tuple(map(find, one.axes)) for name, one in used.items() if one.used and not one.active}
@@ -85,6 +91,7 @@ def couple(model: nn.Module, tape: Tape) -> Structure:
         give_reason(group)
         weigh(group, axes, sizes)
     mind_untouched(groups, untouched)
+    mind_beside(groups, beside or {})
     find_contexts(groups, axes)
     find_idle(groups, attention, axes)
     first = {id(parameter): name for name, parameter in parameters.items()}

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Sequence
+from functools import cached_property
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -37,26 +38,42 @@ class FieldFinder:
             groups: Groups of one size, of which all get as many units.
 
         Returns:
-            Names of fields, those of nested configs with dots; nothing if no fields do that.
+            Names of fields, those of nested configs with dots, also such as must be said since what they follow from changes;
+            nothing if no fields do that.
         """
         before = groups[0].size
         after = next(before // n for n in range(2, before + 1) if before % n == 0)
         wanted = _wanted(groups, before - after)
         said = {name: value // before * after for name, value in _numbers(self.model.config) if value and value % before == 0}
         unsaid = {name: after for name, value in _numbers(self.model.config) if value is None}
-        return self._find(said, wanted, groups, after) or self._find(unsaid, wanted, groups, after)
+        found = self._find(said, wanted, groups, after) or self._find(unsaid, wanted, groups, after)
+        return found or (self._find(said, wanted, groups, after, self._defaults) if self._defaults else ())
 
-    def _find(self, tried: dict[str, int], wanted: Places, groups: Sequence[Group], after: int) -> tuple[str, ...]:
+    @cached_property
+    def _defaults(self) -> dict[str, int]:
+        """What the class takes instead of fields that are left open, where parameters follow from it."""
+        found: dict[str, int] = {}
+        for name, value in _numbers(self.model.config):
+            if value is None and (changed := self._changed({name: 2})):
+                wide = {2 * self.now[place] // size for place, size in changed.items() if size}
+                if len(wide) == 1 and self._changed({name: min(wide)}) == {}:
+                    found[name] = min(wide)
+        return found
+
+    def _find(
+        self, tried: dict[str, int], wanted: Places, groups: Sequence[Group], after: int, also: dict[str, int] | None = None
+    ) -> tuple[str, ...]:
         fitting: dict[str, int] = {}
+        also = also or {}
         for name, value in tried.items():
-            changed = self._changed({name: value})
+            changed = self._changed({name: value} | also)
             if changed and changed.items() <= wanted.items():
                 fitting[name] = value
         for count in range(1, min(len(fitting), TOGETHER) + 1):
             for names in itertools.combinations(fitting, count):
-                values = {name: fitting[name] for name in names}
+                values = {name: fitting[name] for name in names} | also
                 if self._changed(values) == wanted and self._means(values, groups, after):
-                    return names
+                    return (*names, *also)
         return ()
 
     def _means(self, values: dict[str, int], groups: Sequence[Group], after: int) -> bool:

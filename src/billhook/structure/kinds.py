@@ -117,3 +117,11 @@ def mind_untouched(groups: Sequence[Group], untouched: Mapping[str, tuple[int, .
         name = next((name for name, shape in untouched.items() if group.size in shape), None)
         if plain and name is not None and not group.reason:
             group.reason = f"{name}, which the run never used, may have it too; example_inputs that make use of it would tell"
+
+
+def mind_beside(groups: Sequence[Group], beside: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses residual channels that a parameter outside of the model may write or read: one that is as wide."""
+    for group in groups:
+        name = next((name for name, shape in beside.items() if group.size in shape), None)
+        if group.kind == "residual" and name is not None and not group.reason:
+            group.reason = f"{name}, beside the model that was traced, may have it too; example_inputs for the whole would tell"

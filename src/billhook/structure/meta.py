@@ -2,17 +2,19 @@
 
 import copy
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from billhook.assets import model_path
+from billhook.structure.hooks import stand_ins
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -26,11 +28,28 @@ def to_meta(model: Module) -> Module:
     tensors = [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in tensors}
     memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in model.parameters()}
-    hooks = [h for m in model.modules() for name, h in vars(m).items() if name.endswith("_hooks") and isinstance(h, dict)]
-    memo |= {id(h): type(h)() for h in hooks}  # what others hung on the model is neither copied nor called
-    shadow = copy.deepcopy(model, memo)
+    memo |= stand_ins(model)
+    for module in model.modules():  # those that a hook or the code has computed from parameters
+        memo |= {id(t): t.detach().clone() for t in vars(module).values() if isinstance(t, Tensor) and t.grad_fn is not None}
+    try:
+        shadow = copy.deepcopy(model, dict(memo))
+    except (TypeError, ValueError, RuntimeError):
+        shadow = copy.deepcopy(model, memo | _not_copied(model, memo))
     shadow.train(False)
     return shadow
+
+
+def _not_copied(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """Attributes that cannot be copied, such as locks and files, by id: a shadow has the same ones."""
+    found = dict[int, Any]()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except Exception:  # whatever a class of somebody's own raises
+                    found[id(value)] = value
+    return found
 
 
 def check_checkpoint(name: str) -> None:
@@ -66,7 +85,8 @@ def from_config(config: PretrainedConfig) -> PreTrainedModel:
         ValueError: If transformers has no class for it, or the class does not accept it.
     """
     config = copy.deepcopy(config)
-    built = next((found for name in _candidates(config) if (found := getattr(transformers, name, None))), None)
+    classes = (getattr(transformers, name, None) for name in _candidates(config))
+    built = next((one for one in classes if isinstance(one, type) and issubclass(one, PreTrainedModel)), None)
     if built is None:
         raise ValueError(f"transformers has no model class for the config of type '{config.model_type}' ({config.architectures})")
     try:
@@ -80,24 +100,32 @@ def from_config(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def from_name(name: str) -> PreTrainedModel:
+def from_name(name: str | os.PathLike[str]) -> PreTrainedModel:
     """The model that a folder, a config.json, a hub name or "tiny" describes, on the meta device; no weights are read.
 
     Raises:
         ValueError: If there is no config, or it is of no family that transformers knows.
     """
-    name = model_path(name)
-    path = Path(name)
-    if not path.is_file():
+    name = model_path(os.fspath(name))
+    if not Path(name).is_file():
         check_checkpoint(name)
-        return from_config(transformers.AutoConfig.from_pretrained(name))
     try:
-        plain = json.loads(path.read_text())
-        kind = transformers.CONFIG_MAPPING[plain["model_type"]]
-    except (KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"'{name}' is not a config of a family that transformers knows: {reason}") from error
-    return from_config(kind.from_dict(plain))
+        config = _read_config(name)
+    except Exception as error:  # transformers raises all kinds
+        first = (str(error).strip().splitlines() or [""])[0]
+        unread = isinstance(error, OSError)
+        said = "has no config that can be read" if unread else "is not a config of a family that transformers knows"
+        raise ValueError(f"'{name}' {said}: {type(error).__name__}: {first}") from error
+    return from_config(config)
+
+
+def _read_config(name: str) -> PretrainedConfig:
+    if not Path(name).is_file():
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return config
+    plain = json.loads(Path(name).read_text())
+    kind: type[PretrainedConfig] = transformers.CONFIG_MAPPING[plain["model_type"]]
+    return kind.from_dict(plain)
 
 
 def _candidates(config: PretrainedConfig) -> Iterator[str]:

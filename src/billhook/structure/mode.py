@@ -124,8 +124,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if (known := getattr(x, "_billhook", None)) is not None and len(known.axes) == x.dim():
             return
         own = self.tape.parameters.get(self.tape.storages.get(x.untyped_storage()._cdata, ""))
-        if own is not None and (own.shape, own.stride()) == (x.shape, x.stride()):
-            put(x, axes_of(own), [own], paid=True)
+        if own is not None and (order := _order(own, x)) is not None:
+            put(x, [axes_of(own)[d] for d in order], [own], paid=True)
             return
         notes = {"const": "a tensor that is neither parameter, buffer nor input"}
         put(x, [Axis(n, notes=notes) for n in x.shape], []).active = True
@@ -210,6 +210,15 @@ def _to_meta(tensor: Tensor) -> Tensor:
     new.value = tensor if tensor.numel() <= SMALL else None
     moved._billhook = new  # type: ignore[attr-defined]
     return moved
+
+
+def _order(parameter: Tensor, x: Tensor) -> list[int] | None:
+    """Which dimensions of a parameter those of a tensor in its memory are; None if it is not all of it, perhaps transposed."""
+    there, here = (list(zip(t.shape, t.stride(), strict=True)) for t in (parameter, x))
+    if there == here:
+        return list(range(x.dim()))
+    order = [there.index(dim) for dim in here if dim in there]
+    return order if sorted(order) == list(range(parameter.dim())) == list(range(x.dim())) else None
 
 
 def _before(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +24,16 @@ LABELS: dict[Kind, str] = {
 }
 NAMES: dict[Kind, str] = {
     "kv_head": "KV head",
-    "query_head": "query head in its group",
-    "query_key": "query/key dimension",
-    "value": "value dimension",
+    "query_head": "query head per KV head",
+    "query_key": "query/key dimension, all heads",
+    "value": "value dimension, all heads",
     "residual": "residual channel",
     "rotary": "rotary frequency",
     "position": "position or type",
     "vocab": "token",
     "fixed": "fixed place",
 }
+WIDTH = 130  # columns; what is longer goes on below
 
 
 def tree(structure: "Structure", name: str) -> str:
@@ -56,17 +58,35 @@ def table(structure: "Structure", groups: Sequence[Group]) -> str:
     folded = fold(groups)
     free = [alike for alike in folded if not alike[0].reason]
     bound = [alike for alike in folded if alike[0].reason]
-    rows = [("unit", "units", "parameters", "bytes", "of one unit, in")]
+    rows = [("unit", "groups x units", "parameters", "bytes", "of each unit, in")]
     rows += [(kind_name(own[0]), _amount(own), f"{own[0].entries:,}", f"{own[0].bytes:,}", _where(own[0])) for own in free]
-    lines = [f"{structure.model}: {entries:,} parameters in {len(structure.shapes)} tensors", "", *_columns(rows)]
     notes = [("not pruned", f"{kind_name(own[0])} ({_amount(own)}, {_where(own[0], 2)}): {own[0].reason}") for own in bound]
-    if len(groups) < len(structure.groups):
-        return "\n".join([*lines, "", *(f"{label:<12} {text}" for label, text in notes)]).rstrip()
-    notes += [("tied", f"{alias} is {name}") for alias, name in structure.tied.items()]
+    if len(groups) == len(structure.groups):
+        notes = [*_roles(structure), *notes, *_warnings(structure)]
+    blocks = [
+        [f"{structure.model}: {entries:,} parameters in {len(structure.shapes)} tensors"],
+        _columns(rows) if free else [] if bound else ["no such units"],
+        [labelled(label, text) for label, text in notes],
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _warnings(structure: "Structure") -> list[tuple[str, str]]:
+    notes = [("tied", f"{alias} is {name}") for alias, name in structure.tied.items()]
     notes += [("never used", _some(structure.untouched))] if structure.untouched else []
     notes += [("opaque", f"{reason} ({times}x)") for reason, times in structure.opaque.items()]
-    notes += [("assumed", f"{what} ({times}x)") for what, times in structure.assumed.items()]
-    return "\n".join([*lines, "", *_roles(structure), *(f"{label:<12} {text}" for label, text in notes)]).rstrip()
+    return notes + [("assumed", f"{what} ({times}x)") for what, times in structure.assumed.items()]
+
+
+def labelled(label: str, text: str) -> str:
+    """A line under a table, with what it is about in front."""
+    return _wrapped(f"{label:<12} ", text)
+
+
+def _wrapped(start: str, text: str) -> str:
+    width = max(WIDTH - len(start), 40)
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+    return start + f"\n{' ' * len(start)}".join(lines)
 
 
 def pattern(name: str) -> str:
@@ -95,7 +115,9 @@ def _amount(alike: Sequence[Group]) -> str:
 def _where(group: Group, most: int = 4) -> str:
     """What all members are in, and the modules they are, by the shortest endings of their names that tell them apart."""
     names = list(dict.fromkeys(pattern(m.name).removesuffix(".weight").removesuffix(".bias") for m in group.members))
-    shared = f"{pattern(group.where + '.')[:-1]}: " if group.where and len(names) > 1 else ""
+    if len(names) == 1:
+        return names[0]
+    shared = f"{pattern(group.where + '.')[:-1]}: " if group.where else ""
     return shared + _some(_endings(names), most)
 
 
@@ -114,29 +136,29 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     lines = []
     for first, *middle, last in rows:
         numbers = [cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *numbers, last]))
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+        lines.append(_wrapped("  ".join([first.ljust(widths[0]), *numbers, ""]), last))
+    return [lines[0], "-" * max(len(line) for text in lines for line in text.splitlines()), *lines[1:]]
 
 
-def _roles(structure: "Structure") -> list[str]:
+def _roles(structure: "Structure") -> list[tuple[str, str]]:
     """Who is query, key, value and output, gate, up and down; layers that are alike on one line."""
-    counted: dict[str, int] = {}
+    counted: dict[tuple[str, str], int] = {}
     roles = [("attention", {"q": one.q, "k": one.k, "v": one.v, "o": one.o}) for one in structure.attention]
     roles += [("feed-forward", {"gate": one.gate, "up": one.up, "down": one.down}) for one in structure.feed_forward]
     for what, parts in roles:
-        line = _role_line(what, {role: own for role, own in parts.items() if own})
+        line = what, _role_line({role: own for role, own in parts.items() if own})
         counted[line] = counted.get(line, 0) + 1
-    return [f"{line}  ({times}x)" for line, times in counted.items()]
+    return [(what, f"{line} ({times}x)") for (what, line), times in counted.items()]
 
 
-def _role_line(what: str, roles: dict[str, tuple[Part, ...]]) -> str:
+def _role_line(roles: dict[str, tuple[Part, ...]]) -> str:
     names = list(dict.fromkeys(_plain(part) for parts in roles.values() for part in parts))
     ends = dict(zip(names, _endings(names), strict=True))
     shown = []
     for role, parts in roles.items():
         own = [ends[_plain(part)] + str(part).removeprefix(part.name) for part in parts]
-        shown.append(f"{role} {', '.join(own)}")
-    return f"{what:<12} " + "   ".join(shown)
+        shown.append(f"{role} = {', '.join(own)}")
+    return "; ".join(shown)
 
 
 def _plain(part: Part) -> str:

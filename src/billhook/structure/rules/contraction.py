@@ -159,6 +159,7 @@ RULES: dict[str, Callable[..., None]] = {
     "mv": mv,
     "addmv": addmv,
     "dot": dot,
+    "vdot": dot,
     "linear": linear,
     "linalg_solve_triangular": solve,
     **dict.fromkeys(

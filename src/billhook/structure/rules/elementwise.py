@@ -160,6 +160,15 @@ def constant(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noq
     put(out, [Axis(n, notes=notes) for n in out.shape], []).active = True
 
 
+def eye(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any overload
+    """Ones where both indices are the same: whoever permutes one axis in both dimensions changes nothing."""
+    if out.shape[0] != out.shape[1]:
+        return constant(tape, out)
+    axis = Axis(out.shape[0])
+    put(out, [axis, axis], []).active = True
+    return None
+
+
 def arange(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any overload
     """0, 1, 2 ...: numbers that point into the axis along which they stand; other progressions are constants."""
     start, step = (args[0], args[2] if len(args) > 2 else 1) if len(args) > 1 else (0, 1)
@@ -196,9 +205,10 @@ RULES: dict[str, Callable[..., None]] = {
         factory,
     ),
     **dict.fromkeys(("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"), like),
-    **dict.fromkeys(("linspace", "logspace", "lift_fresh", "eye", "hann_window", "tril_indices", "triu_indices"), constant),
+    **dict.fromkeys(("linspace", "logspace", "lift_fresh", "hann_window", "tril_indices", "triu_indices"), constant),
     **dict.fromkeys(("copy_", "copy"), copy),
     "arange": arange,
+    "eye": eye,
     "bucketize": compare,
     "isin": compare,
     "tril": triangle,

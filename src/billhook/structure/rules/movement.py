@@ -126,12 +126,12 @@ def slice_(
     if step == 1:
         axes[dim] = narrow(axes[dim], low, max(low, high))
     elif n % step or out.shape[dim] != n // step:
-        mark(axes[dim], "const", f"the code takes every {step}th of {n}, from {low} on")
+        mark(axes[dim], "const", f"the code takes one in {step} of {n}, from {low} on")
         axes[dim] = Axis(out.shape[dim], notes=notes_of(axes[dim]))
     else:
         outer, inner = split(axes[dim], n // step)
         axes[dim] = product(outer)
-        debts = ((product(inner), "fixed", f"the code takes every {step}th index by its number"),)
+        debts = ((product(inner), "fixed", f"the code takes one index in {step} by its number"),)
     move(out, axes, x, lambda t: torch.ops.aten.slice(t, dim, start, end, step)).debts += debts
 
 

@@ -1,0 +1,137 @@
+"""`billhook inspect`: what it prints, and whether that is true."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import transformers
+from small_configs import architectures, small_config
+
+import billhook as bh
+from billhook.cli import main
+from billhook.inspection import CHOICES, saving
+from billhook.structure.fields import FieldFinder
+from billhook.structure.meta import from_config
+from billhook.structure.show import WIDTH
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A config.json and no weights."""
+    options = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "dtype": "bfloat16"}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False}
+    transformers.LlamaForCausalLM.config_class(**options, **heads, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)
+    return tmp_path / "config.json"
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    main(["inspect", *map(str, arguments)])
+    return capsys.readouterr().out
+
+
+TABLE = """\
+LlamaForCausalLM: 59,184 parameters in 30 tensors
+
+unit                        groups x units  parameters  bytes  of each unit, in
+-----------------------------------------------------------------------------------------------------------------------
+KV head                              3 x 2       3,072  6,144  model.layers.*.self_attn: q_proj, k_proj, v_proj, o_proj
+query head per KV head               3 x 3       1,536  3,072  model.layers.*.self_attn: q_proj, o_proj
+channel                             3 x 80         144    288  model.layers.*.mlp: gate_proj, up_proj, down_proj
+residual channel                        48       1,233  2,466  embed_tokens, q_proj, k_proj, v_proj and 8 more
+value dimension, all heads           3 x 8         384    768  model.layers.*.self_attn: v_proj, o_proj
+
+attention    q = q_proj; k = k_proj; v = v_proj; o = o_proj (3x)
+feed-forward gate = gate_proj; up = up_proj; down = down_proj (3x)
+not pruned   rotary frequency (4, model: q_proj, k_proj and 1 more): a rotary frequency serves all heads of all layers, and the
+             code derives it from the width of a head
+not pruned   token (61, embed_tokens, lm_head): tokens belong to the tokenizer
+
+saved        KV head (2): fewer make a plain checkpoint, by num_attention_heads, num_key_value_heads
+saved        query head per KV head (3): fewer make a plain checkpoint, by num_attention_heads
+saved        channel (80): fewer make a plain checkpoint, by intermediate_size
+saved        residual channel (48): fewer make a plain checkpoint, by hidden_size
+saved        value dimension, all heads (8): fewer make no plain checkpoint: no field of the config counts them
+converted    2 KV heads to 1
+"""
+
+
+def test_the_table(capsys, config) -> None:
+    text = printed(capsys, config)
+    assert text == TABLE
+    assert printed(capsys, config.parent) == text  # the folder, without weights
+    assert max(map(len, text.splitlines())) <= WIDTH
+
+
+def test_counts_are_those_of_the_parameters(capsys, config) -> None:
+    plain = json.loads(printed(capsys, config, "--json"))
+    shapes = {name: tuple(one["shape"]) for name, one in plain["parameters"].items()}
+    model = transformers.LlamaForCausalLM(transformers.AutoConfig.from_pretrained(config.parent))
+    assert shapes == {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert sum(map(math.prod, shapes.values())) == 59184
+    residual = next(group for group in plain["groups"] if group["kind"] == "residual")
+    squares = sum(shape == (48, 48) for shape in shapes.values())  # q and o, which have 48 in one dimension for another reason
+    assert squares == 6
+    assert residual["parameters_per_unit"] == sum(math.prod(shape) // 48 for shape in shapes.values() if 48 in shape)
+    assert residual["bytes_per_unit"] == 2 * residual["parameters_per_unit"]  # bfloat16
+    assert residual["config_fields"] == ["hidden_size"]
+    assert plain["conversion"] == {"num_key_value_heads": 2, "legal": [1], "says": "2 KV heads to 1"}
+
+
+@pytest.mark.parametrize("group", CHOICES)
+def test_one_kind_of_units(capsys, config, group) -> None:
+    text = printed(capsys, config, "--group", group)
+    plain = json.loads(printed(capsys, config, "--group", group, "--json"))
+    assert {one["kind"] for one in plain["groups"]} <= set(CHOICES[group])
+    assert ("no such units" in text) == (not plain["groups"])
+    assert ("converted" in text) == (group == "heads")
+    assert "attention  " not in text
+
+
+def test_all_kinds_are_in_one_choice() -> None:
+    kinds = [kind for choice in CHOICES.values() for kind in choice]
+    assert sorted(kinds) == sorted(set(kinds))
+    assert {group.kind for group in bh.trace("tiny").groups} <= set(kinds)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["tiny", "--group", "wrong"], "billhook inspect: group=wrong must be one of heads, channels, residual"),
+        (["/nowhere/at/all"], "is not a folder with a Hugging Face checkpoint"),
+        (["tests"], "the folder 'tests' has no config.json"),
+        (["pyproject.toml"], "'pyproject.toml' is not a config of a family that transformers knows"),
+    ],
+)
+def test_refusals(arguments, said) -> None:
+    with pytest.raises(SystemExit, match=said):
+        main(["inspect", *arguments])
+
+
+def test_long_names_go_on_below(capsys, tmp_path) -> None:
+    _, _, config_class, _ = next(one for one in architectures() if one[1] == "t5")
+    small_config(config_class).save_pretrained(tmp_path)
+    text = printed(capsys, tmp_path)
+    assert max(map(len, text.splitlines())) <= WIDTH
+    assert "converted    no: T5ForConditionalGeneration cannot be told" in text
+
+
+def test_fields_that_must_be_said_since_what_they_follow_from_changes() -> None:
+    sizes = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1, "num_local_experts": 4}
+    config = transformers.MixtralConfig(**sizes, num_attention_heads=6, num_key_value_heads=2)  # no head_dim
+    model = from_config(config)
+    fields = {alike[0].kind: found for alike, found in saving(model, bh.trace(model).groups)}
+    assert fields["kv_head"] == ("num_attention_heads", "num_key_value_heads", "head_dim")
+    assert fields["residual"] == ("hidden_size", "head_dim")
+    assert fields["expert"] == ("num_local_experts",)
+    assert FieldFinder(model)._defaults == {"head_dim": 8}
+
+
+def test_who_reads_may_have_seen_enough(config) -> None:
+    code = f"from billhook.cli import main; main(['inspect', '{config}', '--json'])"
+    command = f'{sys.executable} -c "{code}" | head -n 1'
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True, env=os.environ)
+    assert (done.stdout, done.stderr) == ("{\n", "")

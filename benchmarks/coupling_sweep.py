@@ -38,6 +38,7 @@ class Result:
     true: int = 0
     flagged: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
+    trouble: str = ""
     seconds: float = 0.0
 
 
@@ -94,7 +95,7 @@ def ask(result, model, structure, inputs):
             else:
                 (result.flagged if group.reason else result.wrong).append(text)
         return
-    result.wrong.append(trouble)
+    result.trouble = trouble
 
 
 def _answer(model, inputs):
@@ -102,18 +103,20 @@ def _answer(model, inputs):
     return answer(model(**inputs))
 
 
-HEAD = "| auto class | clean | partly opaque | refused | not built | groups asked | true | flagged, not true | wrong |"
+COLUMNS = ("auto class", *NAMES, "groups asked", "true", "flagged, not true", "wrong", "not asked")
 
 
 def table(results):
     """The counts by auto class, and what was refused with its reason."""
-    lines = [HEAD, "|---|" + "---:|" * 8]
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
     by = collections.defaultdict(list)
     for result in results:
         by[result.auto].append(result)
     for auto, own in by.items():
         states = collections.Counter(result.state for result in own)
-        counts = [sum(n) for n in zip(*((r.groups, r.true, len(r.flagged), len(r.wrong)) for r in own), strict=True)]
+        counts = [
+            sum(n) for n in zip(*((r.groups, r.true, len(r.flagged), len(r.wrong), bool(r.trouble)) for r in own), strict=True)
+        ]
         lines.append(f"| {auto} | " + " | ".join(str(n) for n in [*(states[name] for name in NAMES), *counts]) + " |")
     return "\n".join(lines)
 
@@ -145,14 +148,14 @@ def main():
             result = Result(auto, model_type, "not built", str(error))
         signal.alarm(0)
         results.append(result)
-        if arguments.all or result.state != "clean" or result.wrong:
+        if arguments.all or result.state != "clean" or result.wrong or result.trouble:
             print(f"{auto[9:]:20} {model_type:28} {result.state:14} {result.true}/{result.groups} {result.reason}", flush=True)
-            for text in result.wrong:
-                print("      WRONG", text, flush=True)
+            for text in result.wrong + [result.trouble] * bool(result.trouble):
+                print("      WRONG" if text in result.wrong else "      NOT ASKED", text, flush=True)
     print(table(results))
     if arguments.out:
-        refused = [r for r in results if r.state != "clean"]
-        rows = "\n".join(f"| {r.auto} | {r.model_type} | {r.state} | {r.reason.replace('|', '/')} |" for r in refused)
+        told = [r for r in results if r.state != "clean" or r.trouble]
+        rows = "\n".join(f"| {r.auto} | {r.model_type} | {r.state} | {(r.reason + r.trouble).replace('|', '/')} |" for r in told)
         arguments.out.write_text(f"{table(results)}\n\n| auto class | model type | state | reason |\n|---|---|---|---|\n{rows}\n")
 
 

@@ -340,9 +340,9 @@ def cost(name, repetitions):
     work = {who: tool(name, who) for who in memory}
     for i in range(repetitions + 1):
         for who, do in work.items():
-            start = time.perf_counter()
+            start = time.process_time()
             do()
-            times[who] += [time.perf_counter() - start] if i else []
+            times[who] += [time.process_time() - start] if i else []
     ratio = median(b / a for a, b in zip(times["ours"], times["theirs"], strict=True))
     return [
         name,

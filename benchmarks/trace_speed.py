@@ -6,7 +6,7 @@ The forward is the plain one: no mode, no hooks, no gradients, no cache; its inp
 are those of `trace`. On meta it would raise where code asks for a value (masks: `if (packed == 0).all():`), so `__bool__` and
 `item` of tensors are replaced by functions that answer True and 1, as `trace` does: a handful of calls, no slower than answers.
 
-Forward and trace take turns; each time is the median, the ratio that of the pairs. The copy (`to_meta`), the grouping (`couple`)
+Forward and trace take turns; each time is CPU time, the median; the ratio is the median of the pairs. The copy (`to_meta`), the grouping (`couple`)
 and the run (all the rest) are timed inside `trace`. Memory is by how much a fresh process grows over its first trace, after one
 forward.
 """
@@ -87,9 +87,9 @@ def forward(model):
     """Seconds of one plain forward."""
     inputs = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in make_inputs(model).items()}
     with answering(), torch.no_grad():
-        start = time.perf_counter()
+        start = time.process_time()
         model(**inputs)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
 
 def stages(model):
@@ -100,17 +100,17 @@ def stages(model):
         inner = getattr(tracing, name)
 
         def outer(*args):
-            start = time.perf_counter()
+            start = time.process_time()
             result = inner(*args)
-            spent[name] = time.perf_counter() - start
+            spent[name] = time.process_time() - start
             return result
 
         return mock.patch.object(tracing, name, outer)
 
     with timed("to_meta"), timed("couple"):
-        start = time.perf_counter()
+        start = time.process_time()
         structure = tracing.trace(model)
-        return time.perf_counter() - start, spent["to_meta"], spent["couple"], structure
+        return time.process_time() - start, spent["to_meta"], spent["couple"], structure
 
 
 def resident(peak=False):

@@ -50,10 +50,10 @@ not pruned   rotary frequency (4, model: q_proj, k_proj and 1 more): a rotary fr
              code derives it from the width of a head
 not pruned   token (61, embed_tokens, lm_head): tokens belong to the tokenizer
 
-saved        KV head (2): fewer make a plain checkpoint, by num_attention_heads, num_key_value_heads
-saved        query head per KV head (3): fewer make a plain checkpoint, by num_attention_heads
-saved        channel (80): fewer make a plain checkpoint, by intermediate_size
-saved        residual channel (48): fewer make a plain checkpoint, by hidden_size
+saved        KV head (2): any fewer make a plain checkpoint, by num_attention_heads, num_key_value_heads
+saved        query head per KV head (3): any fewer make a plain checkpoint, by num_attention_heads
+saved        channel (80): any fewer make a plain checkpoint, by intermediate_size
+saved        residual channel (48): 42, 36, 30, 24 ... make a plain checkpoint, by hidden_size
 saved        value dimension, all heads (8): fewer make no plain checkpoint: no field of the config counts them
 converted    2 KV heads to 1
 """

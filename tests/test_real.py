@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from oracle import answer, check
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from billhook import convert_kv_heads, load, save, summary
+from billhook import convert_kv_heads, load, save, summary, trace
 from billhook.structure.kv_heads import pool_heads
+from billhook.structure.show import fold
 
 MODELS = os.environ.get("BILLHOOK_MODELS", "")
 pytestmark = [
@@ -53,3 +55,23 @@ def test_minilm_is_refused_and_weighed():
     with pytest.raises(ValueError, match="BertModel cannot be told to use fewer KV heads"):
         convert_kv_heads(model, 1)
     assert summary(model).params == 22_713_216
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "kinds"),
+    [
+        ("smollm2", AutoModelForCausalLM, {"kv_head", "query_head", "channel", "residual", "value"}),
+        ("minilm", AutoModel, {"head", "channel", "query_key", "value"}),
+    ],
+)
+def test_units_change_places_and_the_answer_stays(name, cls, kinds):
+    model = cls.from_pretrained(Path(MODELS, name), dtype=torch.float64).eval()
+    ids = AutoTokenizer.from_pretrained(Path(MODELS, name))("A billhook is a traditional cutting tool.", return_tensors="pt")
+    structure = trace(model)
+    groups = [own[0] for own in fold([group for group in structure.groups if not group.reason])]
+    assert {group.kind for group in groups} == kinds
+    for group in groups:
+        few = len(group.members) < 10  # the residual stream has hundreds
+        (finding,) = check(model, structure, lambda: answer(model(**ids)), [group], necessity=few)
+        assert finding.holds, f"{group.kind}: {finding.error:.1e}"
+        assert {member.name for member in finding.needless} <= set(group.idle)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook.structure.fields import FieldFinder
+from billhook.structure.fields import SHOWN, FieldFinder
 from billhook.structure.groups import Group, Kind
 from billhook.structure.kv_heads import kv_heads_of, plan_kv_heads
 from billhook.structure.meta import from_name
@@ -52,7 +52,7 @@ def inspect(model: str, group: str | None = None, json: bool = False) -> None:
         print(json_format.dumps(plain | {"conversion": converted}, indent=1))
         return
     print(structure.show(groups))
-    lines = _saved_lines(saved)
+    lines = _saved_lines(saved, FieldFinder(shadow))
     if group in (None, "heads"):
         lines.append(labelled("converted", converted["says"]))
     if lines:
@@ -79,13 +79,25 @@ def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[tuple[list[G
     return found
 
 
-def _saved_lines(saved: Sequence[tuple[list[Group], tuple[str, ...]]]) -> list[str]:
+def _saved_lines(saved: Sequence[tuple[list[Group], tuple[str, ...]]], finder: FieldFinder) -> list[str]:
     lines: dict[str, None] = {}
     for alike, fields in saved:
-        how = f"fewer make a plain checkpoint, by {', '.join(fields)}"
-        why = "fewer make no plain checkpoint: no field of the config counts them"
-        lines[labelled("saved", f"{kind_name(alike[0])} ({alike[0].size:,}): {how if fields else why}")] = None
+        size = alike[0].size
+        how = "fewer make no plain checkpoint: no field of the config counts them"
+        if fields:
+            how = f"{_numbers(size, finder.counts(size, fields))} make a plain checkpoint, by {', '.join(fields)}"
+        lines[labelled("saved", f"{kind_name(alike[0])} ({size:,}): {how}")] = None
     return list(lines)
+
+
+def _numbers(size: int, legal: Sequence[int]) -> str:
+    """In words: which numbers below a size are legal, of which the highest few are given."""
+    if list(legal) == list(range(size - 1, max(size - 1 - SHOWN, 0), -1)):
+        return "any fewer"
+    *most, last = [f"{number:,}" for number in legal] or ["none"]
+    if len(legal) == SHOWN and legal[-1] > 1:
+        return f"{', '.join([*most, last])} ..."
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def conversion(model: PreTrainedModel) -> dict[str, Any]:
@@ -101,7 +113,5 @@ def conversion(model: PreTrainedModel) -> dict[str, Any]:
             plan_kv_heads(model, number)
     except ValueError as error:
         return {"num_key_value_heads": None, "legal": [], "says": f"no: {error}"}
-    *most, last = map(str, legal or [0])
-    numbers = f"{', '.join(most)} or {last}" if most else last
-    says = f"{before} KV heads to {numbers}" if legal else "no: there is one KV head already"
+    says = f"{before} KV heads to {' or '.join(map(str, legal))}" if legal else "no: there is one KV head already"
     return {"num_key_value_heads": before, "legal": legal, "says": says}

@@ -14,6 +14,7 @@ from billhook.structure.shape import build_on_meta
 from billhook.structure.trace import trace
 
 TOGETHER = 3  # fields that must change at once, at most
+TRIED, SHOWN = 512, 4  # numbers of units, when it is asked which ones a config accepts
 
 Places = dict[tuple[str, int], int]
 """Sizes of dimensions of parameters: (parameter, dimension) -> size."""
@@ -48,6 +49,31 @@ class FieldFinder:
         unsaid = {name: after for name, value in _numbers(self.model.config) if value is None}
         found = self._find(said, wanted, groups, after) or self._find(unsaid, wanted, groups, after)
         return found or (self._find(said, wanted, groups, after, self._defaults) if self._defaults else ())
+
+    def counts(self, size: int, fields: Sequence[str]) -> tuple[int, ...]:
+        """How many units of `size` there may be by the class of the config, which may refuse some: the highest few below.
+
+        Args:
+            size: Units now.
+            fields: What `find` has found.
+        """
+        values = {name: value for name, value in _numbers(self.model.config) if name in fields}
+        found: list[int] = []
+        for count in range(size - 1, max(size - TRIED, 1) - 1, -1):
+            said = {name: self._defaults.get(name, count) if v is None else v // size * count for name, v in values.items()}
+            if self._accepted(said):
+                found.append(count)
+            if len(found) == SHOWN:
+                break
+        return tuple(found)
+
+    def _accepted(self, values: dict[str, int]) -> bool:
+        config = self._config(values)
+        try:
+            type(config).from_dict(config.to_dict())
+        except Exception:  # whatever a class of configs raises
+            return False
+        return True
 
     @cached_property
     def _defaults(self) -> dict[str, int]:

@@ -61,6 +61,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ops: dict[OpOverload, Op] = {}
         self.results: dict[object, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled on meta, so torch need not ask at every op whether it should be."""
+        return False
+
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         """Does an op, then notes what it says."""
         kwargs = kwargs or {}

@@ -28,7 +28,7 @@ class Part:
     positions: Indices
     size: int
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         whole = len(self.positions) == self.size
         return self.name if whole else f"{self.name}[{_ranges(self.positions)} of {self.size}]"
 

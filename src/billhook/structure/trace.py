@@ -109,6 +109,8 @@ def _subject(module: nn.Module, whole: bool) -> tuple[nn.Module, Shapes]:
         model: nn.Module = find_transformer(module)
     except ValueError as error:
         raise ValueError(f"model: {error}; or pass that one alone") from error
+    if model is module:
+        return model, {}
     model = next((child for child in module.modules() if _prompts(child) and model in child.modules()), model)
     inside = [child for child in module.modules() if isinstance(child, PreTrainedModel) or child is model]
     own = {id(parameter) for child in inside for parameter in child.parameters()}

@@ -6,9 +6,11 @@ from billhook.data import ClassificationDataModule, Seq2SeqDataModule, TextDataM
 from billhook.module import ShapeInCheckpoint, TransformerModule
 from billhook.report import summary
 from billhook.schedules import Constant, Cosine, Cubic, Exponential, Linear, MultiStep, Schedule
+from billhook.sparsity.adapters import Merged, mask_adapters, merge, unmask_adapters
 from billhook.sparsity.allocation import OWL, Allocation, ByPattern, Uniform
 from billhook.sparsity.criteria import RIA, Criterion, Magnitude, Random, SparseGPT, Wanda, WandaAlpha
 from billhook.sparsity.prune import plan_pruning, prune
+from billhook.sparsity.refit import Refit
 from billhook.sparsity.result import Pruning
 from billhook.structure.coupling import Structure
 from billhook.structure.groups import Group
@@ -31,11 +33,13 @@ __all__ = [
     "KVHeadConversion",
     "Linear",
     "Magnitude",
+    "Merged",
     "MultiStep",
     "OWL",
     "Pruning",
     "RIA",
     "Random",
+    "Refit",
     "Report",
     "Schedule",
     "Seq2SeqDataModule",
@@ -50,9 +54,12 @@ __all__ = [
     "WeightPruning",
     "convert_kv_heads",
     "load",
+    "mask_adapters",
+    "merge",
     "plan_pruning",
     "prune",
     "save",
     "summary",
     "trace",
+    "unmask_adapters",
 ]

@@ -1,0 +1,162 @@
+"""`billhook prune`: a checkpoint in, a pruned checkpoint out, with its perplexity before and after."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer, PreTrainedModel
+
+from billhook.assets import model_path
+from billhook.checkpoint import WAYS, load, save
+from billhook.data import TextDataModule
+from billhook.place import check_target
+from billhook.rows import Data, Rows
+from billhook.sparsity.allocation import Allocation
+from billhook.sparsity.calibration import Progress as Tell
+from billhook.sparsity.criteria import Criterion, Wanda
+from billhook.sparsity.masks import check_amount, sparsity_of
+from billhook.sparsity.prune import prune as prune_weights
+from billhook.sparsity.walk import Sequential
+
+LONGEST = 2048  # tokens of a calibration example, unless another length is asked for
+
+
+def prune(
+    model: str,
+    out: str,
+    criterion: Criterion | None = None,
+    sparsity: float | None = None,
+    pattern: str = "unstructured",
+    data: Data = "tiny",
+    column: str = "text",
+    length: int | None = None,
+    examples: int = 128,
+    evaluate: int = 64,
+    sequential: Sequential = "block",
+    allocation: Allocation | None = None,
+    skip: str | list[str] | None = None,
+    output_embeddings: bool = False,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Zeroes the least important weights of a language model and saves it, verified, with its perplexity before and after.
+
+    Args:
+        model: A folder, a hub name, or "tiny".
+        out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
+        criterion: `Wanda` (the default), `Magnitude`, `SparseGPT`, `RIA`, `WandaAlpha` or `Random`, or a class of your own.
+        sparsity: Fraction of each linear's weights that become zero, in [0, 1); not with a pattern N:M.
+        pattern: "unstructured", or "N:M": N are kept of every M consecutive inputs, as in 2:4.
+        data: Text to calibrate on (split train) and to measure on (split test, or else validation): "tiny", a hub name, a folder,
+            or files by split, as in '{train: a.txt, test: b.txt}'.
+        column: The column that holds the text.
+        length: Tokens of an example; by default 2048, or as many as the model reads.
+        examples: Calibration examples, drawn by `seed`; the papers take 128.
+        evaluate: Examples on which the perplexity is measured, the first ones; 0 for none.
+        sequential: What a layer's statistics are taken from. "block", the papers': the dense block, on the outputs of pruned
+            blocks before it. "layer": each linear on the outputs of all pruned ones before it, in one pass. "none": the dense
+            model.
+        allocation: How much each linear gives: `Uniform` (the default), `OWL` or `ByPattern`.
+        skip: A glob pattern of linears to leave alone, such as "*.down_proj", or a list of them.
+        output_embeddings: Whether an untied output embedding is pruned too.
+        seed: Which calibration examples.
+        dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
+        device: Where it is computed: "auto" takes an accelerator if there is one.
+
+    Raises:
+        ValueError: If an argument is not legal or two contradict each other; before anything is written.
+    """
+    check_amount(sparsity, pattern)
+    check_target(out)
+    if examples < 1 or evaluate < 0:
+        raise ValueError(f"examples={examples} must be at least 1, evaluate={evaluate} at least 0")
+    dense = load(model, dtype)
+    dense.to(_device(device))  # type: ignore[arg-type]
+    tokens = _length(dense, length)
+    tokenizer = AutoTokenizer.from_pretrained(model_path(model))
+    text = TextDataModule(data, model_path(model), block_size=tokens, column=column)
+    text.setup("fit")
+    if "train" not in text.splits:
+        raise ValueError(f"data: calibration needs a split 'train'; there is {', '.join(text.splits)}")
+    held_out = next((text.splits[split] for split in ("test", "validation") if split in text.splits), None)
+    before = perplexity(dense, held_out, evaluate)
+    with _bar() as tell:
+        pruning = prune_weights(
+            dense, criterion or Wanda(), _drawn(text.splits["train"], examples, seed), sparsity, pattern, sequential, allocation,
+            [skip] if isinstance(skip, str) else skip or (), output_embeddings, progress=tell,
+        )  # fmt: skip
+    after = perplexity(dense, held_out, evaluate)
+    zeros = sparsity_of(pruning.masks(dense).values())
+    record = {
+        "pruned": {"criterion": str(pruning.criterion), "pattern": pattern, "sparsity": zeros, "sequential": sequential},
+        "calibration": {"data": data, "examples": examples, "length": tokens, "seed": seed},
+        "perplexity": {"before": before, "after": after, "examples": evaluate},
+    }
+    saved = save(dense, out, tokenizer, record)
+    print(pruning)
+    if before is not None and after is not None:
+        print(f"perplexity {before:,.2f} before, {after:,.2f} after")
+    print(f"{saved.folder} ({saved.megabytes:.1f} MB): {WAYS[saved.way]}; largest difference of logits {saved.difference:.3g}")
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int) -> float | None:
+    """Exp of the mean negative log-likelihood of each next token of the first examples; None of a model that predicts none.
+
+    Args:
+        model: A causal language model.
+        rows: Rows of `input_ids`.
+        examples: At most so many of them.
+    """
+    if rows is None or not examples or "CausalLM" not in type(model).__name__ and "LMHead" not in type(model).__name__:
+        return None
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for ids in _blocks(rows, range(examples)):
+        ids = ids.to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        total += cross_entropy(logits, ids[0, 1:], reduction="none").double().sum().cpu()
+        count += ids.shape[1] - 1
+    return math.exp(total / count)
+
+
+def _drawn(rows: Rows, examples: int, seed: int) -> list[dict[str, Tensor]]:
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": ids} for ids in _blocks(rows, order[:examples].tolist())]
+
+
+def _blocks(rows: Any, numbers: Sequence[int]) -> Iterator[Tensor]:  # noqa: ANN401 - `datasets` types rows as a list too
+    for number in numbers:
+        if number < len(rows):
+            yield torch.tensor([rows[number]["input_ids"]])
+
+
+def _length(model: PreTrainedModel, asked: int | None) -> int:
+    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        return min(LONGEST, longest or LONGEST)
+    if asked < 2 or (longest and asked > longest):
+        raise ValueError(f"length={asked} must be in 2..{longest or 'any'}: the model reads no more tokens at once")
+    return asked
+
+
+def _device(asked: str) -> torch.device:
+    if asked != "auto":
+        return torch.device(asked)
+    found = torch.accelerator.current_accelerator()
+    return torch.device("cpu") if found is None else found
+
+
+@contextmanager
+def _bar() -> Iterator[Tell]:
+    """A progress bar that says how many linears are done."""
+    columns = ("pruning", BarColumn(), MofNCompleteColumn(), "linears", TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -6,9 +6,9 @@ The forward is the plain one: no mode, no hooks, no gradients, no cache; its inp
 are those of `trace`. On meta it would raise where code asks for a value (masks: `if (packed == 0).all():`), so `__bool__` and
 `item` of tensors are replaced by functions that answer True and 1, as `trace` does: a handful of calls, no slower than answers.
 
-Forward and trace take turns; each time is CPU time, the median; the ratio is the median of the pairs. The copy (`to_meta`), the grouping (`couple`)
-and the run (all the rest) are timed inside `trace`. Memory is by how much a fresh process grows over its first trace, after one
-forward.
+Forward and trace take turns; each time is CPU time, the median; the ratio is the median of the pairs. The copy (`to_meta`), the
+grouping (`couple`) and the run (all the rest) are timed inside `trace`. Memory is by how much a fresh process grows over its
+first trace, after one forward.
 """
 
 import argparse

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import textwrap
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from families import llama
 from fits import data, module, trainer
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from billhook import KVHeadConversion
+from billhook import KVHeadConversion, Linear, WeightPruning
 
 SCRIPT = textwrap.dedent("""
     import json, sys
@@ -37,10 +40,10 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
-@pytest.mark.parametrize(("heads", "at"), [(2, "start"), ([2, 1], [2, 4])])
-def test_two_processes_equal_one_on_the_same_global_batches(files, tmp_path, heads, at):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
+def run_script(folder, text, arguments):
+    """Runs a script as the first of two processes, which starts the other."""
+    script = folder / "run.py"
+    script.write_text(text)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -50,10 +53,15 @@ def test_two_processes_equal_one_on_the_same_global_batches(files, tmp_path, hea
         "PYTHONWARNINGS": "ignore",
         "OMP_NUM_THREADS": "1",
     }
-    arguments = json.dumps([files, str(tmp_path), heads, at])
-    done = subprocess.run([sys.executable, str(script), arguments], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(arguments)], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
+
+@pytest.mark.parametrize(("heads", "at"), [(2, "start"), ([2, 1], [2, 4])])
+def test_two_processes_equal_one_on_the_same_global_batches(files, tmp_path, heads, at):
+    run_script(tmp_path, SCRIPT, [files, str(tmp_path), heads, at])
     single, callback = module(), KVHeadConversion(heads, at)
     one = trainer(tmp_path, [callback], max_steps=6, val_check_interval=3, check_val_every_n_epoch=None, limit_val_batches=4)
     one.fit(single, data(files, batch_size=2))
@@ -66,3 +74,73 @@ def test_two_processes_equal_one_on_the_same_global_batches(files, tmp_path, hea
     for two, one_device in zip(events, callback.events, strict=True):
         for when in ("before", "after"):
             assert two[when] == pytest.approx(one_device[when], rel=2e-3)
+
+
+PRUNING = textwrap.dedent("""
+    import json, sys
+    import torch
+    from fits import data, module, trainer
+    from test_ddp import FitOfTuples, ramp
+    from billhook import WeightPruning
+
+    files, out, kind = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    lit = FitOfTuples() if kind == "tuples" else module()
+    callback = WeightPruning(sparsity=ramp(), examples=7, measure_batches=2)
+    run = trainer(out, [callback], max_steps=6, devices=2, strategy="ddp", accumulate_grad_batches=2,
+                  use_distributed_sampler=kind != "tuples")
+    run.fit(lit, None if kind == "tuples" else data(files, batch_size=1))
+    state = {name: value.detach() for name, value in lit.state_dict().items()}
+    gathered = [None, None]
+    torch.distributed.all_gather_object(gathered, [{n: v.tolist() for n, v in s.items()} for s in (state, callback.masks)])
+    assert gathered[0] == gathered[1], "the ranks differ"
+    if run.is_global_zero:
+        torch.save([state, callback.masks, callback.events], f"{out}/result.pt")
+""")
+
+
+def ramp():
+    return Linear(final=0.5, start=1, end=5, every=2)
+
+
+class FitOfTuples(pl.LightningModule):
+    """A user's own module, on batches that are tuples."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = llama().train()
+
+    def train_dataloader(self):
+        ids, ranks = torch.randint(3, 60, (24, 12), generator=torch.Generator().manual_seed(0)), self.trainer.world_size
+        sampler = DistributedSampler(ids, ranks, self.trainer.global_rank, shuffle=False) if ranks > 1 else None
+        return DataLoader(TensorDataset(ids), 2 // ranks, sampler=sampler)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch[0], labels=batch[0]).loss
+        self.log("loss", loss, sync_dist=True)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+@pytest.mark.parametrize("kind", ["tuples", "text"])
+def test_two_processes_prune_as_one_does(files, tmp_path, kind):
+    run_script(tmp_path, PRUNING, [files, str(tmp_path), kind])
+    state, masks, events = torch.load(tmp_path / "result.pt", weights_only=True)
+    single = FitOfTuples() if kind == "tuples" else module()
+    callback = WeightPruning(sparsity=ramp(), examples=7, measure_batches=2)
+    one = trainer(tmp_path, [callback], max_steps=6, accumulate_grad_batches=2)
+    one.fit(single, None if kind == "tuples" else data(files, batch_size=2))
+    assert [(e["step"], e["after"]["sparsity"]) for e in events] == [(e["step"], e["after"]["sparsity"]) for e in callback.events]
+    assert len(masks) == 14
+    for name, mask in callback.masks.items():
+        assert (mask == masks[name]).float().mean() >= 0.99, name
+    prefix = "net." if kind == "tuples" else "model."
+    for name, mask in masks.items():
+        both = mask & callback.masks[name]
+        values = [found[f"{prefix}{name}.weight"] for found in (state, single.state_dict())]
+        assert not values[0][~mask].any()
+        torch.testing.assert_close(values[0][both], values[1][both], atol=2e-3, rtol=1e-2)

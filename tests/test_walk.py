@@ -27,6 +27,7 @@ FAMILIES = [
     "mamba",
     "gpt_neox",
     "mixtral",
+    "xlm",
 ]
 ALL = list(architectures())
 UNCALLED = {

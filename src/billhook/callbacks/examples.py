@@ -1,65 +1,179 @@
-"""Training examples for calibration, drawn without touching the loader that training uses."""
+"""Training examples for calibration, drawn and understood without a trace in the training."""
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
 from billhook.sparsity.batches import Run, runs_of
 
 
-def calibration_batches(trainer: pl.Trainer, number: int, seed: int) -> list[Any]:
-    """This rank's share of some training examples, in batches, on its device; the same ones whenever they are asked for.
+@contextmanager
+def aside(pl_module: pl.LightningModule, seed: int) -> Iterator[None]:
+    """Leaves no trace of what happens within: random numbers are others, the same ones each time; nothing is logged.
+
+    Args:
+        pl_module: The module in training.
+        seed: Of the random numbers.
+    """
+    trained = {parameter: parameter.requires_grad for parameter in pl_module.parameters()}
+    pl_module.__dict__["log"] = _nothing
+    try:
+        with isolate_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        del pl_module.__dict__["log"]
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad = requires_grad
+
+
+def _nothing(*_: object, **__: object) -> None:
+    """Logs nothing."""
+
+
+def check_readable(trainer: pl.Trainer) -> None:
+    """Refuses training data that a calibration would use up.
+
+    Raises:
+        ValueError: If it can be read only once.
+    """
+    for loader in tree_leaves(trainer.train_dataloader):
+        source = loader.dataset if isinstance(loader, DataLoader) else loader
+        if isinstance(source, Iterator):
+            raise ValueError(
+                f"calibration=None takes examples from the training data, but {type(source).__name__} can be read only once: "
+                "give batches of their own"
+            )
+
+
+def training_examples(trainer: pl.Trainer, number: int) -> Iterator[Any]:
+    """This rank's share of some training examples, in batches as training has them.
 
     Args:
         trainer: The trainer, in the middle of a fit.
-        number: Examples on all ranks together; all there are, if there are fewer. Of a stream, the first ones.
-        seed: Which examples.
-
-    Raises:
-        ValueError: If the training data can be read only once.
+        number: Examples of each loader on all ranks together; all there are, if there are fewer. Of a stream, the first ones.
     """
-    loader = next(iter(tree_leaves(trainer.train_dataloader)))
-    with isolate_rng():
-        batches = list(_batches(loader, number, seed, trainer.global_rank, trainer.world_size))
-        return [trainer.strategy.batch_to_device(batch) for batch in batches]
+    loaders, structure = tree_flatten(trainer.train_dataloader)
+    columns = [_batches(loader, number, trainer.global_rank, trainer.world_size) for loader in loaders]
+    return (tree_unflatten(row, structure) for row in zip(*columns, strict=False))
 
 
-def _batches(loader: Any, number: int, seed: int, rank: int, ranks: int) -> Iterator[Any]:  # noqa: ANN401
+def _batches(loader: Any, number: int, rank: int, ranks: int) -> Iterator[Any]:  # noqa: ANN401
     if not isinstance(loader, DataLoader):
-        if iter(loader) is loader:
-            raise ValueError(f"calibration: a {type(loader).__name__} can be read only once; give batches of their own")
-        yield from islice(loader, rank, number, ranks)
+        for index, batch in enumerate(loader):
+            if index % ranks == rank:
+                yield batch
+            number -= _size(batch)
+            if number <= 0:
+                return
         return
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         examples: Iterator[Any] = islice(iter(loader.dataset), rank, number, ranks)
     else:
-        order = torch.randperm(len(loader.dataset), generator=torch.Generator().manual_seed(seed))
-        examples = (loader.dataset[index] for index in order[:number][rank::ranks].tolist())
-    if loader.batch_size is None:
+        indices = getattr(loader.sampler, "indices", range(len(loader.dataset)))  # those of a subset
+        order = torch.randperm(len(indices))[:number][rank::ranks]
+        examples = (loader.dataset[indices[place]] for place in order.tolist())
+    if loader.batch_sampler is None:
         yield from map(loader.collate_fn, examples)
         return
-    while chunk := list(islice(examples, loader.batch_size)):
+    while chunk := list(islice(examples, loader.batch_size or 1)):
         yield loader.collate_fn(chunk)
 
 
-def calibration_runs(pl_module: pl.LightningModule, model: nn.Module, batches: Iterable[Any]) -> list[Run]:
-    """A forward for each batch: of the model, where the batch is a dictionary that it understands, or else a training step."""
-    accepted = inspect.signature(model.forward).parameters
-    open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in accepted.values())
+def _size(batch: Any) -> int:  # noqa: ANN401
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
+
+
+def on_device(trainer: pl.Trainer, batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches as training moves and converts them."""
+    for batch in batches:
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+        yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def runs_as_in_training(pl_module: pl.LightningModule, model: nn.Module, batches: Iterable[Any]) -> list[Run]:
+    """A run for each batch: of the model on what `training_step` makes of it.
+
+    A dictionary of nothing but what the model's forward takes is given to the model at once. Of anything else it is seen what
+    `training_step` calls the model with. Where that does not call the model as a whole, the step itself is the run.
+
+    Args:
+        pl_module: The module in training.
+        model: The model in it.
+        batches: The batches.
+
+    Raises:
+        ValueError: If neither is possible.
+    """
+    names = list(inspect.signature(model.forward).parameters)
     runs: list[Run] = []
     for number, batch in enumerate(batches):
-        if isinstance(batch, Mapping) and any(key in accepted for key in batch):
-            known = {key: value for key, value in batch.items() if key in accepted or open_ended}
-            runs += runs_of(model, [known])
+        step = _step(pl_module, batch, number)
+        if isinstance(batch, Mapping) and set(batch) <= set(names):
+            runs += runs_of(model, [batch])
+        elif (call := _call(model, step, f"{type(pl_module).__name__} on batch {number}, a {type(batch).__name__}")) is not None:
+            runs += runs_of(model, [dict(zip(names, call.args, strict=False)) | call.kwargs])
+        elif pl_module.automatic_optimization:
+            runs.append(Run(step))
         else:
-            runs.append(Run(partial(pl_module.training_step, batch, number)))
+            raise ValueError(
+                f"calibration: training_step of {type(pl_module).__name__} steps its optimizers itself and does not call "
+                f"{type(model).__name__} as a whole: give batches that the model takes, as dictionaries"
+            )
     return runs
+
+
+def _step(pl_module: pl.LightningModule, batch: Any, number: int) -> Callable[[], object]:  # noqa: ANN401
+    parameters = inspect.signature(pl_module.training_step).parameters.values()
+    anything = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    return partial(pl_module.training_step, *((batch, number) if anything else (batch, number)[: len(parameters)]))
+
+
+class _Call(BaseException):
+    """The model has been called, and what with."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.args, self.kwargs = args, kwargs
+
+
+def _call(model: nn.Module, step: Callable[[], object], what: str) -> _Call | None:
+    """What a training step first calls the model with; None if it does not."""
+
+    def forward(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        raise _Call(args, kwargs)
+
+    own = vars(model)
+    before = own.get("forward")
+    own["forward"] = forward
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            step()
+    except _Call as call:
+        return call
+    except Exception as error:
+        raise ValueError(
+            f"calibration: training_step of {what} failed before it came to {type(model).__name__} ({error}): "
+            "give batches that the model takes, as dictionaries"
+        ) from error
+    finally:
+        del own["forward"]
+        if before is not None:
+            own["forward"] = before
+    return None

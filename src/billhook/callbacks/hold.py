@@ -1,6 +1,6 @@
 """Masks that are held: pruned weights are zero after every step of an optimizer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from billhook.sparsity.linears import prunable
-from billhook.structure.shape import find_transformer
 
 
 class Hold:
@@ -22,36 +21,62 @@ class Hold:
 
     def __init__(self) -> None:
         self.masks: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor] = {}
-        self._copies: list[dict[str, Tensor]] = []
+        self._models: list[nn.Module] = []
+        self._linears: list[dict[str, nn.Module]] = []
         self._hooks: list[RemovableHandle] = []
 
-    def attach(self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module]) -> None:
-        """Holds from now on: in the model after each step of these optimizers, and in averaged copies of it."""
-        self.detach()
-        self._weights = _weights(model)
-        self._copies = [_weights(find_transformer(copy)) for copy in copies]
-        self._hooks = [optimizer.register_step_post_hook(self._step) for optimizer in optimizers]
-        self.hold(self.masks)
+    def attach(self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = ()) -> None:
+        """Holds from now on: in the model after each step of these optimizers, and in averaged copies of it.
 
-    def hold(self, masks: dict[str, Tensor]) -> None:
-        """Takes other masks, and applies them."""
-        self.masks = {name: mask.to(self._weights[name].device) for name, mask in masks.items()}
-        for weights in (self._weights, *self._copies):
-            self._apply(weights)
+        Raises:
+            ValueError: If the masks are of another model.
+        """
+        self._let_go()
+        self._models = [model, *copies]
+        self.hold(self.masks)
+        self._hooks = [optimizer.register_step_post_hook(self._step) for optimizer in optimizers]
+
+    def hold(self, masks: Mapping[str, Tensor]) -> None:
+        """Takes other masks, and applies them.
+
+        Raises:
+            ValueError: If the masks are of another model.
+        """
+        linears = [prunable(model, output_embeddings=True) for model in self._models]
+        own = linears[0]
+        for name, mask in masks.items():
+            if name not in own or own[name].weight.shape != mask.shape:
+                raise ValueError(f"the masks are of another model: it has no {name} of shape {list(mask.shape)}")
+        self._linears = linears
+        self.masks = {name: mask.contiguous().to(own[name].get_parameter("weight").device) for name, mask in masks.items()}
+        self.apply()
+
+    def apply(self) -> None:
+        """Makes zero what the masks say, in the model and in its copies."""
+        for linears in self._linears if self.masks else ():
+            weights = [linears[name].get_parameter("weight").data for name in self.masks]
+            masks = [mask.to(weight.device) for mask, weight in zip(self.masks.values(), weights, strict=True)]
+            torch._foreach_mul_(weights, masks)
 
     def detach(self) -> None:
-        """Lets go of model and optimizers; the masks stay."""
+        """Applies the masks a last time and lets go of model and optimizers; the masks stay."""
+        self.apply()
+        self._let_go()
+
+    def clear(self) -> None:
+        """Forgets the masks."""
+        self.masks = {}
+
+    def _let_go(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._weights, self._copies = [], {}, []
+        self._hooks, self._models, self._linears = [], [], []
 
     def _step(self, *_: object) -> None:
-        self._apply(self._weights)
-
-    def _apply(self, weights: dict[str, Tensor]) -> None:
-        if self.masks:
-            torch._foreach_mul_([weights[name].data for name in self.masks], list(self.masks.values()))
+        linears = self._linears[0] if self.masks else {}
+        if linears:
+            weights = [linears[name].get_parameter("weight").data for name in self.masks]
+            torch._foreach_mul_(weights, list(self.masks.values()))
 
     def state_dict(self) -> dict[str, Any]:
         """The masks, one bit a weight."""
@@ -60,13 +85,9 @@ class Hold:
             for name, mask in self.masks.items()
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Masks that were saved."""
         self.masks = {}
         for name, saved in state.items():
             bits = np.unpackbits(saved["bits"].cpu().numpy(), count=int(np.prod(saved["shape"])))
             self.masks[name] = torch.from_numpy(bits.view(np.bool_)).view(saved["shape"])
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: linear.get_parameter("weight") for name, linear in prunable(model, output_embeddings=True).items()}

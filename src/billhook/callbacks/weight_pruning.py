@@ -1,25 +1,31 @@
 """Weights become zero at given steps of a fit, and stay zero."""
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from itertools import islice, pairwise
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from billhook.callbacks.examples import calibration_batches, calibration_runs
+from billhook.callbacks.examples import aside, check_readable, on_device, runs_as_in_training, training_examples
 from billhook.callbacks.hold import Hold
 from billhook.callbacks.measure import measure
-from billhook.callbacks.shape_event import At, Event, log_event
+from billhook.callbacks.shape_event import At, Event, ShapeCallback, log_event
 from billhook.report import summary
 from billhook.run import callbacks_of, is_trial, training_steps
 from billhook.schedules import Schedule, check_step, resolve_step
 from billhook.sparsity.allocation import Allocation
+from billhook.sparsity.batches import Run
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount, sparsity_of
-from billhook.sparsity.prune import needs_data, plan_pruning
+from billhook.sparsity.prune import check_pruning, needs_data, plan_pruning
+from billhook.sparsity.result import Pruning
 from billhook.sparsity.walk import Sequential
 from billhook.structure.shape import find_transformer
 
@@ -35,7 +41,9 @@ class WeightPruning(Callback):
         sparsity: Fraction of each linear's weights that become zero, in [0, 1); a schedule for rounds; None with a pattern N:M.
         pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive inputs.
         at: When, if `sparsity` is no schedule: a step (int), a fraction of training (float in 0..1), or `"start"`.
-        calibration: Batches that the criterion sees: what can be read again and again; by default drawn from the training data.
+        calibration: Batches that the criterion sees: what can be read again and again, such as a list or a DataLoader; each is
+            what the model's forward takes, as a dictionary, or what `training_step` takes. By default drawn from the training
+            data.
         examples: How many training examples are drawn, on all devices together; the papers take 128.
         seed: Which ones.
         sequential: `"block"`, `"layer"` or `"none"`, as in `prune`.
@@ -64,17 +72,13 @@ class WeightPruning(Callback):
         output_embeddings: bool = False,
         measure_batches: int | None = None,
     ) -> None:
-        if isinstance(sparsity, Schedule):
-            if at != "start":
-                raise ValueError(f"at={at!r}: the schedule says when; give it start and end instead")
-            if pattern != "unstructured":
-                raise ValueError(f"pattern={pattern!r} is a sparsity of its own, which a schedule contradicts: give at instead")
-        else:
-            check_amount(sparsity, pattern)
-        if at != "start":
-            check_step(at, "at")
+        _check_times(sparsity, pattern, at)
         if examples < 1:
             raise ValueError(f"examples={examples} must be at least 1")
+        if isinstance(calibration, Iterator):
+            raise ValueError(f"calibration={type(calibration).__name__} can be read only once: give a list or a DataLoader")
+        if measure_batches is not None and measure_batches < 0:
+            raise ValueError(f"measure_batches={measure_batches} must be at least 0")
         self.criterion = criterion or Wanda()
         self.sparsity, self.pattern, self.at = sparsity, pattern, at
         self.calibration, self.examples, self.seed = calibration, examples, seed
@@ -88,7 +92,7 @@ class WeightPruning(Callback):
     @property
     def state_key(self) -> str:
         """Under which checkpoints keep this callback's state."""
-        return self._generate_state_key(criterion=repr(self.criterion), skip=self.skip)
+        return self._generate_state_key(criterion=type(self.criterion).__qualname__, skip=self.skip)
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -96,24 +100,44 @@ class WeightPruning(Callback):
         return dict(self._hold.masks)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks the trainer."""
-        if stage == "fit" and not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        """Checks the trainer, and starts anew."""
+        if stage != "fit":
+            return
+        strategy = trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
             raise ValueError(
-                f"WeightPruning works on one device and under DDP; the strategy is {type(trainer.strategy).__name__}. "
+                f"WeightPruning works on one device and under DDP; the strategy is {type(strategy).__name__}. "
                 "Prune first (bh.prune), then train the result."
             )
+        if trainer.global_step == 0:
+            self.events, self._done = [], -1
+            self._hold.clear()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finds the rounds: from which step which sparsity holds."""
+        """Finds the rounds: from which step which sparsity holds; checks all that can be checked before training."""
         total = training_steps(trainer)
         if isinstance(self.sparsity, Schedule):
             if total is None:
                 raise ValueError("sparsity: a schedule needs the length of training, which is not known: set max_steps")
-            bound = self.sparsity.bind(total)
-            self._rounds = {step: bound(step) for step in self.sparsity.changes(total)}
-            _check_rounds(self._rounds)
+            self._rounds = _rounds(self.sparsity, total, is_trial(trainer))
         else:
             self._rounds = {self._moment(trainer, total): self.sparsity}
+        model = find_transformer(pl_module)
+        check_pruning(model, self.criterion, self.pattern, self.sequential, self.allocation, self.skip, self.output_embeddings)
+        self._check_shapes(trainer, total)
+
+    def _check_shapes(self, trainer: pl.Trainer, total: int | None) -> None:
+        """Refuses what changes shapes after the first mask exists."""
+        first, seen = min(self._rounds, default=sys.maxsize), False
+        for callback in callbacks_of(trainer, Callback):
+            seen |= callback is self
+            if isinstance(callback, ShapeCallback):
+                last = max(callback.steps(total or sys.maxsize, trainer))
+                if (last, seen) > (first, False):
+                    raise ValueError(
+                        f"{type(callback).__name__} changes shapes at step {last}, after WeightPruning has made masks at step "
+                        f"{first}: let it come first, at an earlier step or before it in the list of callbacks"
+                    )
 
     def _moment(self, trainer: pl.Trainer, total: int | None) -> int:
         if self.at == "start":
@@ -125,6 +149,8 @@ class WeightPruning(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Holds what a checkpoint held, and carries out what is due before the first step."""
+        if self._needs_data and self.calibration is None:
+            check_readable(trainer)
         self._hold.attach(find_transformer(pl_module), trainer.optimizers, _averaged(trainer))
         self._run(trainer, pl_module)
 
@@ -132,39 +158,57 @@ class WeightPruning(Callback):
         """Carries out what is due at the step that has just been taken."""
         self._run(trainer, pl_module)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Makes zero what other callbacks may have put in the place of the weights."""
+        self._hold.apply()
+        if late := [step for step in self._rounds if step > trainer.global_step]:
+            rank_zero_warn(
+                f"WeightPruning: training has ended at step {trainer.global_step}, before the pruning at "
+                f"{'step' if len(late) == 1 else f'{len(late)} steps up to'} {max(late)}"
+            )
+
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         due = [step for step in self._rounds if self._done < step <= trainer.global_step]
         if due:
-            self._prune(trainer, pl_module, self._rounds[max(due)])
-            self._done = max(due)
+            self._prune(trainer, pl_module, max(due))
 
-    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float | None) -> None:
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         limit = self.measure_batches
         model = find_transformer(pl_module)
         before = summary(model).numbers() | ({} if limit == 0 else measure(trainer, pl_module, limit))
-        batches: Iterable[Any] | None = None
-        if needs_data(self.criterion) or (self.allocation is not None and self.allocation.measures):
-            given = self.calibration
-            drawn = calibration_batches(trainer, self.examples, self.seed) if given is None else self._given(trainer, given)
-            batches = calibration_runs(pl_module, model, drawn)
-        with trainer.precision_plugin.forward_context():
-            pruning = plan_pruning(
-                model, self.criterion, batches, sparsity, self.pattern, self.sequential, self.allocation, self.skip,
-                self.output_embeddings, None if trainer.world_size == 1 else _Sum(trainer),
-            )  # fmt: skip
+        pruning = self._plan(trainer, pl_module, self._rounds[step])
+        masks = pruning.masks(model)
         pruning.apply(model)
-        self._hold.hold(pruning.masks(model))
-        zeros = sparsity_of(self._hold.masks.values())
+        self._hold.hold(masks)
+        self._done = step
+        zeros = sparsity_of(masks.values())
         after = summary(model).numbers() | ({} if limit == 0 else measure(trainer, pl_module, limit)) | {"sparsity": zeros}
-        what = f"{type(self.criterion).__name__}, {self.pattern}: sparsity {zeros:.4f} in {len(self._hold.masks)} linears"
+        what = f"{type(self.criterion).__name__}, {self.pattern}: sparsity {zeros:.4f} in {len(masks)} linears"
         event: Event = {"step": trainer.global_step, "what": what, "before": before, "after": after}
         self.events.append(event)
         rank_zero_info(f"billhook, step {event['step']}: {what}")
         log_event(trainer, event)
 
-    def _given(self, trainer: pl.Trainer, calibration: Iterable[Any]) -> list[Any]:
-        batches = list(calibration)[trainer.global_rank :: trainer.world_size]
-        return [trainer.strategy.batch_to_device(batch) for batch in batches]
+    @property
+    def _needs_data(self) -> bool:
+        return needs_data(self.criterion) or (self.allocation is not None and self.allocation.measures)
+
+    def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float | None) -> Pruning:
+        model = find_transformer(pl_module)
+        context = trainer.precision_plugin.forward_context() if self._needs_data else nullcontext()
+        with aside(pl_module, self.seed), context:
+            return plan_pruning(
+                model, self.criterion, self._runs(trainer, pl_module) if self._needs_data else None, sparsity, self.pattern,
+                self.sequential, self.allocation, self.skip, self.output_embeddings,
+                None if trainer.world_size == 1 else _Sum(trainer),
+            )  # fmt: skip
+
+    def _runs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Run]:
+        if self.calibration is None:
+            batches = training_examples(trainer, self.examples)
+        else:
+            batches = islice(self.calibration, trainer.global_rank, None, trainer.world_size)
+        return runs_as_in_training(pl_module, find_transformer(pl_module), on_device(trainer, batches))
 
     def state_dict(self) -> dict[str, Any]:
         """What has happened so far, and the masks."""
@@ -176,7 +220,7 @@ class WeightPruning(Callback):
         self._hold.load_state_dict(state_dict["masks"])
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Lets go of the optimizers."""
+        """Makes zero what other callbacks may have put in the place of the weights, and lets go of the optimizers."""
         self._hold.detach()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -191,18 +235,42 @@ class _Sum:
         self.trainer = trainer
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        summed: Tensor = self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
+        on_device = tensor.to(self.trainer.strategy.root_device, copy=True)
+        summed: Tensor = self.trainer.strategy.reduce(on_device, reduce_op="sum")
         return tensor.copy_(summed)
 
 
-def _check_rounds(rounds: dict[int, float | None]) -> None:
-    values = [check_amount(value) for value in rounds.values()]
-    for lower, higher in zip(values[1:], values, strict=False):
+def _check_times(sparsity: float | Schedule | None, pattern: str, at: At) -> None:
+    if not isinstance(sparsity, Schedule):
+        check_amount(sparsity, pattern)
+    elif at != "start":
+        raise ValueError(f"at={at!r}: the schedule says when; give it start and end instead")
+    elif pattern != "unstructured":
+        raise ValueError(f"pattern={pattern!r} is a sparsity of its own, which a schedule contradicts: give at instead")
+    if at != "start":
+        check_step(at, "at")
+
+
+def _rounds(schedule: Schedule, total: int, trial: bool) -> dict[int, float | None]:
+    """The sparsity from each step on; in a trial, which may be shorter than the schedule, only the last one."""
+    if trial:
+        rounds = {total: schedule.bind(sys.maxsize)(sys.maxsize)}
+    else:
+        bound = schedule.bind(total)
+        rounds = {step: bound(step) for step in schedule.changes(total)}
+    for value, step in zip(rounds.values(), rounds, strict=True):
+        try:
+            check_amount(value)
+        except ValueError as error:
+            raise ValueError(f"{error} (by the schedule, at step {step})") from None
+    for higher, lower in pairwise(rounds.values()):
         if lower < higher:
             raise ValueError(f"sparsity: the schedule goes down, from {higher:g} to {lower:g}: pruned weights do not come back")
+    return dict(rounds)
 
 
 def _averaged(trainer: pl.Trainer) -> list[nn.Module]:
-    """The copies of the module that callbacks for weight averaging keep."""
+    """The copies of the model that callbacks for weight averaging keep."""
     found = [getattr(callback, "_average_model", None) for callback in callbacks_of(trainer, Callback)]
-    return [model for model in found if model is not None]
+    modules = [copy.module if isinstance(copy, AveragedModel) else copy for copy in found if copy is not None]
+    return [find_transformer(module) for module in modules]

@@ -32,8 +32,12 @@ def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
         batches: Each is a dictionary, a tuple or list, or one tensor; or a run already.
 
     Raises:
-        ValueError: If a batch is none of these.
+        ValueError: If a batch is none of these, or the batches are no collection.
     """
+    if isinstance(batches, Mapping | Tensor):
+        raise ValueError(f"batches={type(batches).__name__} is one batch: give a list of them")
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"batches={batches!r} must be a collection of batches")
     return [batch if isinstance(batch, Run) else _run(model, batch, number) for number, batch in enumerate(batches)]
 
 
@@ -46,27 +50,35 @@ def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
         return Run(partial(model, *batch))
     if not isinstance(batch, dict):
         raise ValueError(f"batches: batch {number} is a {type(batch).__name__}, not a dictionary, a tuple or a tensor")
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        batch.pop("labels", None)  # no loss is asked for
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        if config is not None:
+            batch.pop("labels", None)  # no loss is asked for
         return Run(partial(model, **batch), _padded(batch.get("attention_mask")))
-    batch = _told_apart(batch)
+    batch = _told_apart(batch, getattr(config, "max_position_embeddings", None))
     decoded = batch.get("decoder_attention_mask")
     if decoded is None and isinstance(batch.get("labels"), Tensor):
         decoded = batch["labels"] != -100
     return Run(partial(model, **batch), _padded(batch.get("attention_mask")) + _padded(decoded))
 
 
-def _told_apart(batch: dict[str, Any]) -> dict[str, Any]:
-    """Tokens of encoder and decoder are told apart by length: where it is the same, the decoder gets one that does not count."""
+def _told_apart(batch: dict[str, Any], longest: int | None) -> dict[str, Any]:
+    """Tokens of encoder and decoder are told apart by length: where it is the same, the decoder gets one that does not count.
+
+    A decoder that is as long as it can be loses its last one instead.
+    """
     mask = batch.get("attention_mask")
-    decoded = next((batch[k] for k in ("decoder_input_ids", "labels") if isinstance(batch.get(k), Tensor)), None)
-    if not isinstance(mask, Tensor) or decoded is None or mask.shape != decoded.shape:
+    given = {key: batch[key] for key in ("decoder_input_ids", "labels") if isinstance(batch.get(key), Tensor)}
+    if not given or not isinstance(mask, Tensor) or mask.shape != next(iter(given.values())).shape:
         return batch
-    longer = {k: pad(batch[k], (0, 1), value=v) for k, v in (("decoder_input_ids", 0), ("labels", -100)) if k in batch}
-    before = batch.get("decoder_attention_mask")
-    if before is None:
-        before = batch["labels"] != -100 if "labels" in batch else torch.ones_like(decoded)
-    return batch | longer | {"decoder_attention_mask": pad(before.long(), (0, 1), value=0)}
+    counts = batch.get("decoder_attention_mask")
+    if counts is None:
+        counts = (batch["labels"] != -100).long() if "labels" in given else torch.ones_like(mask)
+    if mask.all() and counts.all():
+        return batch
+    more = -1 if longest is not None and mask.shape[1] >= longest else 1
+    given["decoder_attention_mask"] = counts
+    return batch | {key: pad(value, (0, more), value=-100 if key == "labels" else 0) for key, value in given.items()}
 
 
 def _padded(mask: Any) -> tuple[Tensor, ...]:  # noqa: ANN401

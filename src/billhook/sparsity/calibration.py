@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from weakref import ReferenceType, ref
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -10,17 +11,14 @@ from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.linears import weight_of
 from billhook.sparsity.result import Pruned
 from billhook.sparsity.statistics import Statistics
-from billhook.sparsity.walk import Site
-
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over all ranks, in place."""
+from billhook.sparsity.walk import Reduce, Site
 
 Progress = Callable[[int, int], None]
 """Is told how many linears are done, and of how many."""
 
 
 class InputsDiffer(Exception):
-    """Two linears that read one and the same tensor in the first run do not in another."""
+    """Two linears that read one and the same tensor in one run do not in another, of this rank or of another."""
 
 
 class Calibration:
@@ -55,21 +53,24 @@ class Calibration:
         self.statistics: dict[str, Statistics] = {}
         self._first: dict[str, str] = {}  # linear -> the one whose statistics are its own
         self._last: dict[int, tuple[ReferenceType[Tensor], int, str]] = {}  # run -> inputs, their version, who read them first
-        self._summed: set[str] = set()
+        self._complete: set[str] = set()
+        self._differ = False
 
     def observe(self, name: str, inputs: Tensor, run: int) -> None:
         """Adds what a linear is given."""
         first = self._reader(inputs, run) or name
         own = self._first.setdefault(name, first)
-        if own != name and own != first:
-            raise InputsDiffer(f"{name} and {own} read one tensor in the first run, but not in run {run}")
+        self._differ |= own not in (name, first)
         if own == name:
             if name not in self.statistics:
-                empty = self.criterion.statistics(inputs.shape[-1], inputs.device)
-                assert empty is not None, "a walk is for criteria that need data"
-                self.statistics[name] = empty
+                self.statistics[name] = self._empty(inputs.shape[-1], inputs.device)
             self.statistics[name].add(inputs, self._counting(inputs, run))
             self._last[run] = (ref(inputs), inputs._version, name)
+
+    def _empty(self, width: int, device: torch.device) -> Statistics:
+        empty = self.criterion.statistics(width, device)
+        assert empty is not None, "a walk is for criteria that need data"
+        return empty
 
     def _reader(self, inputs: Tensor, run: int) -> str | None:
         """Who else has just read the same tensor."""
@@ -84,19 +85,41 @@ class Calibration:
         return None
 
     def complete(self, site: Site) -> None:
-        """Prunes the linears of a site that were called."""
-        called = {name: linear for name, linear in site.linears.items() if name in self._first}
+        """Prunes the linears of a site that were given tokens.
+
+        Raises:
+            InputsDiffer: If linears that read one tensor in one run do not in another.
+        """
         if self.reduce is not None:
-            for name in dict.fromkeys(self._first[name] for name in called):
-                for sums in self.statistics[name].tensors() if name not in self._summed else ():
-                    self.reduce(sums)
-                self._summed.add(name)
-        self.finish(called)
+            self._sum(site, self.reduce)
+        if self._differ:
+            raise InputsDiffer
+        called = {name: linear for name, linear in site.linears.items() if name in self._first}
+        self.finish({name: linear for name, linear in called.items() if self.statistics[self._first[name]].tokens})
         if self.progress is not None:
             self.progress(len(self.pruned), len(self.sparsities))
-        if site.module not in called.values():
-            self._last.clear()
-        self.statistics = {name: self.statistics[name] for _, _, name in self._last.values()}
+        self._complete |= site.linears.keys()
+        if site.module not in called.values() or self.reduce is not None:
+            self._last = {run: last for run, last in self._last.items() if last[2] not in self._complete}
+        wanted = {last[2] for last in self._last.values()}
+        self.statistics = {name: one for name, one in self.statistics.items() if name in wanted or name not in self._complete}
+
+    def _sum(self, site: Site, reduce: Reduce) -> None:
+        """Sums statistics over ranks, when all have agreed on whose there are."""
+        names, device = list(site.linears), weight_of(next(iter(site.linears.values()))).device
+        place = {name: number for number, name in enumerate(names)}
+        who = [place[self._first[name]] if name in self._first else None for name in names]
+        rows = [[1, first, first * first] if first is not None else [0, 0, 0] for first in who]
+        said = reduce(torch.tensor([*rows, [int(self._differ), 0, 0]], dtype=torch.int64, device=device)).tolist()
+        self._differ = said[-1][0] > 0 or any(ranks * squares != total**2 for ranks, total, squares in said[:-1])
+        if self._differ:
+            return
+        self._first |= {name: names[total // ranks] for name, (ranks, total, _) in zip(names, said, strict=False) if ranks}
+        for name in dict.fromkeys(self._first[name] for name in names if name in self._first):
+            if name not in self.statistics:
+                self.statistics[name] = self._empty(weight_of(site.linears[name]).shape[1], device)
+            for sums in self.statistics[name].tensors():
+                reduce(sums)
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Prunes linears whose statistics are complete.

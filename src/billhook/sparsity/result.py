@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.linears import prunable, weight_of
@@ -74,7 +75,7 @@ class Pruning:
         """
         linears = self._linears(model)
         masks = {name: one.keep(weight_of(linears[name])) for name, one in self.pruned.items()}
-        return {name: m if m.shape == linears[name].get_parameter("weight").shape else m.t() for name, m in masks.items()}
+        return {name: mask.t() if isinstance(linears[name], Conv1D) else mask for name, mask in masks.items()}
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:

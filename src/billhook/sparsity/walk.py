@@ -5,6 +5,7 @@ forward, in a greenlet of its own, so that masks, rotary embeddings, states of a
 next are what the model makes of them; nothing is replayed.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,12 @@ from typing import Any, Literal, Protocol
 import torch
 from greenlet import greenlet
 from torch import Tensor, nn
+from transformers import Cache
 
 Sequential = Literal["block", "layer", "none"]
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all ranks, in place."""
 
 
 @dataclass(eq=False)
@@ -40,7 +45,7 @@ class Visitor(Protocol):
         """A run has called a linear of a site that is not complete."""
 
     def complete(self, site: Site) -> None:
-        """All runs that come to a site have been there."""
+        """All runs that come to a site, on any rank, have been there."""
 
     def weights(self, site: Site) -> dict[str, Tensor]:
         """What a complete site computes with from now on: linear -> weight."""
@@ -85,18 +90,23 @@ def _blocks(module: nn.Module, linears: set[nn.Module]) -> Iterator[nn.Module]:
 class Walk:
     """The runs, side by side.
 
+    The visitor is called without autocast and with float32 as the default dtype, whatever the runs or the caller have set.
+
     Args:
         sites: Where they rest.
         visitor: What is done there.
+        reduce: Sums over ranks, where each rank has runs of its own: all then complete the same sites in the same order, also
+            those that no run of their own comes to.
     """
 
-    def __init__(self, sites: Sequence[Site], visitor: Visitor) -> None:
-        self.sites, self.visitor = list(sites), visitor
+    def __init__(self, sites: Sequence[Site], visitor: Visitor, reduce: Reduce | None = None) -> None:
+        self.sites, self.visitor, self.reduce = list(sites), visitor, reduce
         self.complete: set[Site] = set()
         self._watched: Site | None = None
         self._calls: list[str] = []
         self._run = 0
         self._ready: tuple[Site | None, dict[str, Tensor]] = (None, {})
+        self._caller = Ambient.now()
 
     def __call__(self, forwards: Iterable[Callable[[], object]]) -> list[str]:
         """Goes all the way.
@@ -107,14 +117,12 @@ class Walk:
         Returns:
             The linears that no run has called.
         """
-        self._main = greenlet.getcurrent()
+        self._main, self._caller = greenlet.getcurrent(), Ambient.now()
         runs = [greenlet(forward) for forward in forwards]
-        order = {site: number for number, site in enumerate(self.sites)}
         try:
             with self._installed():
                 at = {run: self._resume(number, run) for number, run in enumerate(runs)}
-                while waiting := {run: site for run, site in at.items() if not run.dead}:
-                    here = min(waiting.values(), key=order.__getitem__)
+                while (here := self._next({at[run] for run in runs if not run.dead})) is not None:
                     self.visitor.complete(here)
                     torch.clear_autocast_cache()
                     self.complete.add(here)
@@ -122,16 +130,30 @@ class Walk:
                     if len(self.complete) == len(self.sites):
                         break
                     for number, run in enumerate(runs):
-                        if waiting.get(run) is here:
+                        if at[run] is here and not run.dead:
                             at[run] = self._resume(number, run)
         finally:
             for run in runs:
                 run.throw()
+            torch.clear_autocast_cache()
+            self._caller.restore()
         return [name for site in self.sites if site not in self.complete for name in site.linears]
+
+    def _next(self, waiting: set[Site]) -> Site | None:
+        """The first site at which a run waits, on any rank; None if all runs have ended."""
+        if self.reduce is None:
+            return next((site for site in self.sites if site in waiting), None)
+        flags = torch.tensor(
+            [float(site in waiting) for site in self.sites], device=next(self.sites[0].module.parameters()).device
+        )
+        first = self.reduce(flags).nonzero().flatten().tolist()
+        return self.sites[first[0]] if first else None
 
     def _resume(self, number: int, run: greenlet) -> Site:
         self._run = number
+        self._caller.restore()
         site: Site = run.switch()
+        Ambient().restore()
         return site
 
     @contextmanager
@@ -155,7 +177,9 @@ class Walk:
         """A site's forward: the first time with the weights as they are, to see; then, when all have seen, with the new ones."""
         if site not in self.complete:
             self._see(site, forward, args, kwargs)
+            own = Ambient.now()
             self._main.switch(site)
+            own.restore()
         with self._pruned(site):
             return forward(*args, **kwargs)
 
@@ -165,7 +189,7 @@ class Walk:
             if site.module in site.linears.values():
                 self._listen(site, next(iter(site.linears)), site.module, args, kwargs)
             else:
-                forward(*args, **kwargs)
+                forward(*map(_spare, args), **{name: _spare(value) for name, value in kwargs.items()})
         except _Seen:
             pass
         finally:
@@ -176,7 +200,12 @@ class Walk:
     def _listen(self, site: Site, name: str, linear: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
         if self._watched is not site:
             return
-        self.visitor.observe(name, args[0] if args else kwargs["input"], self._run)
+        own = Ambient.now()
+        Ambient().restore()
+        try:
+            self.visitor.observe(name, args[0] if args else kwargs["input"], self._run)
+        finally:
+            own.restore()
         self._calls.append(name)
         if site.once and len(self._calls) == len(site.linears):
             raise _Seen
@@ -197,16 +226,58 @@ class Walk:
                 old[name].data = weight
 
 
+def _spare(value: Any) -> Any:  # noqa: ANN401
+    """A key-value cache that may be written to, in the place of the one that the forward proper is to fill."""
+    return copy.deepcopy(value) if isinstance(value, Cache) else value
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """What torch keeps for a whole thread, although each run sets it for itself; by default, what arithmetic needs.
+
+    Attributes:
+        gradients: Whether gradients are recorded.
+        dtype: The default dtype.
+        autocast: For each kind of device, whether there is autocast, and to which dtype.
+    """
+
+    gradients: bool = False
+    dtype: torch.dtype = torch.float32
+    autocast: tuple[tuple[str, bool, torch.dtype | None], ...] = ()
+
+    @classmethod
+    def now(cls) -> "Ambient":
+        """What is set now."""
+        kinds = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _kinds()]
+        return cls(torch.is_grad_enabled(), torch.get_default_dtype(), tuple(kinds))
+
+    def restore(self) -> None:
+        """Sets it again."""
+        torch.set_grad_enabled(self.gradients)
+        torch.set_default_dtype(self.dtype)
+        for kind, enabled, dtype in self.autocast or [(kind, False, None) for kind in _kinds()]:
+            torch.set_autocast_enabled(kind, enabled)
+            if dtype is not None:
+                torch.set_autocast_dtype(kind, dtype)
+
+
+def _kinds() -> set[str]:
+    accelerator = torch.accelerator.current_accelerator()
+    return {"cpu"} if accelerator is None else {"cpu", accelerator.type}
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation without gradients, key-value cache or compiled code; modes, random numbers, configs are as before afterwards."""
     modes = {module: module.training for module in model.modules()}
     configs: dict[int, Any] = {id(m.config): m.config for m in modes if getattr(getattr(m, "config", None), "use_cache", False)}
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
     try:
         for config in configs.values():
             config.use_cache = False
         model.eval()
-        with torch.no_grad(), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in modes.items():

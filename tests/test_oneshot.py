@@ -94,3 +94,12 @@ def test_of_a_model_that_predicts_no_next_token_there_is_no_perplexity(tmp_path,
     said = capsys.readouterr().out
     assert "bert.encoder.layer.*.output.dense" in said
     assert "perplexity" not in said
+
+
+def test_offloaded_to_the_only_device_there_is_the_figures_are_the_same(tmp_path, data):
+    places = ["--offload", "--activations", str(tmp_path), "--device", "cpu"]
+    for out, more in (("plain", []), ("offloaded", places), ("said", [*places, "--offload", "true"])):
+        main(["prune", "tiny", str(tmp_path / out), "--sparsity", "0.5", *data, *SHORT, *more])
+    plain, *others = (json.loads((tmp_path / out / "billhook.json").read_text()) for out in ("plain", "offloaded", "said"))
+    assert all(other["perplexity"] == plain["perplexity"] for other in others)
+    assert {one.name for one in tmp_path.iterdir() if one.is_dir()} == {"plain", "offloaded", "said"}

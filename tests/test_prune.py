@@ -18,7 +18,8 @@ from billhook.sparsity.statistics import InputMoments, InputNorms
 from billhook.structure.inputs import make_inputs
 
 FAMILIES = ["llama", "gpt2", "t5", "bert", "mixtral", "vit", "falcon", "gpt_neox", "bart", "whisper", "mamba", "clip"]
-CRITERIA = bh.Criterion.__subclasses__() + bh.Wanda.__subclasses__()
+CRITERIA = [one for one in vars(bh).values() if isinstance(one, type) and issubclass(one, bh.Criterion)]
+CRITERIA.remove(bh.Criterion)
 
 
 def batches_of(model, number=3):
@@ -307,3 +308,46 @@ def test_skip_and_output_embeddings():
     assert (model.lm_head.weight == 0).float().mean() == 0.5
     assert model.model.layers[0].mlp.up_proj.weight.all()
     assert len(pruning.pruned) == 9
+
+
+@pytest.mark.parametrize("criterion", [bh.Magnitude(compares="global"), bh.Wanda(compares="global"), bh.RIA(compares="global")])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_weights_of_all_linears_compete(name, criterion):
+    model = family(name).eval()
+    batches, dense = batches_of(model), copy.deepcopy(model)
+    pruning = bh.prune(model, criterion, batches, 0.5, sequential="none")
+    linears, scores = prunable(dense), {}
+    seen = seen_by(dense, list(linears), batches)
+    for linear, module in linears.items():
+        norms = InputNorms(seen[linear][0].shape[-1])
+        for inputs in seen[linear]:
+            norms.add(inputs)
+        scores[linear] = criterion.score(weight_of(module), norms)
+    flat = torch.cat([one.flatten() for one in scores.values()])
+    keep = torch.ones(len(flat), dtype=torch.bool)
+    keep[flat.sort(stable=True).indices[: len(flat) // 2]] = False
+    expected = dict(zip(scores, keep.split([one.numel() for one in scores.values()]), strict=True))
+    shares = set()
+    for linear, module in prunable(model).items():
+        assert torch.equal(weight_of(module), weight_of(linears[linear]) * expected[linear].view(weight_of(module).shape)), linear
+        shares.add(pruning.pruned[linear].sparsity(module.weight.numel()))
+    assert len(shares) > 1, "each gives another share"
+
+
+@pytest.mark.parametrize(
+    ("criterion", "settings", "match"),
+    [
+        (bh.Wanda(compares="global"), {"sparsity": 0.5}, "sequential must be 'none', got 'block'"),
+        (bh.Magnitude(compares="global"), {"pattern": "2:4"}, "compares all layers, and pattern='2:4' within groups"),
+        (
+            bh.Magnitude(compares="global"),
+            {"sparsity": 0.5, "allocation": bh.OWL()},
+            "allocation=OWL.*, and criterion=Magnitude.* compares all",
+        ),
+    ],
+)
+def test_competing_with_all_and_something_else(criterion, settings, match):
+    with pytest.raises(ValueError, match=match):
+        bh.prune(llama(), criterion, [{"input_ids": tokens()}], **settings)
+    with pytest.raises(ValueError, match="one that compares all layers cannot be refitted"):
+        bh.Refit(bh.Wanda(compares="global"))

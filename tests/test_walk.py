@@ -10,7 +10,8 @@ from small_configs import architectures, build, small_config
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.sparsity.walk import Walk, find_sites, undisturbed
+from billhook.sparsity.ambient import undisturbed
+from billhook.sparsity.walk import Walk, find_sites
 from billhook.structure.inputs import make_inputs
 
 FAMILIES = [

@@ -6,9 +6,10 @@ from billhook.data import ClassificationDataModule, Seq2SeqDataModule, TextDataM
 from billhook.module import ShapeInCheckpoint, TransformerModule
 from billhook.report import summary
 from billhook.schedules import Constant, Cosine, Cubic, Exponential, Linear, MultiStep, Schedule
-from billhook.sparsity.adapters import Merged, mask_adapters, merge, unmask_adapters
+from billhook.sparsity.adapters import mask_adapters, unmask_adapters
 from billhook.sparsity.allocation import OWL, Allocation, ByPattern, Uniform
 from billhook.sparsity.criteria import RIA, Criterion, Magnitude, Random, SparseGPT, Wanda, WandaAlpha
+from billhook.sparsity.merge import Merged, merge
 from billhook.sparsity.prune import plan_pruning, prune
 from billhook.sparsity.refit import Refit
 from billhook.sparsity.result import Pruning

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -10,11 +11,13 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.assets import model_path
 from billhook.place import RECORD, beside, check_target, move, repair, size
+from billhook.sparsity.merge import has_adapters, merged_copy
 from billhook.structure.meta import check_checkpoint, model_class
 from billhook.structure.shape import find_transformer
 
@@ -31,12 +34,14 @@ class Saved:
         way: How it was saved: `"plain"`, as an ordinary Hugging Face checkpoint.
         difference: The largest difference between the logits of the model and of what was reloaded.
         megabytes: The size of the folder, in 10^6 bytes.
+        adapters: What has become of PEFT's adapters, in a line; None if there were none.
     """
 
     folder: str
     way: Way
     difference: float
     megabytes: float
+    adapters: str | None = None
 
 
 def save(
@@ -54,6 +59,10 @@ def save(
     it as `.NAME.draft-old`, which the next save puts back first. Where `folder` is a symbolic link, what it points to is
     replaced and the link stays. The model is left as it was: modes, gradients, config, and torch's random state too.
 
+    Of a model with PEFT's adapters attached, a copy is saved into whose weights they are merged as `merge` does it: in linears of
+    which 1 % or more is zero, every zero stays, and the others are merged in full. If that leaves something out of what the
+    adapters add, a warning says how much; under `mask_adapters` it is nothing. To keep other zeros, or none, merge first.
+
     Args:
         model: A Hugging Face model, or a module that holds one.
         folder: Where to; new, empty, or an earlier checkpoint of billhook's.
@@ -67,24 +76,47 @@ def save(
 
     Raises:
         ValueError: Before anything is written, if something that billhook did not write stands at `folder`, `record` is not
-            plain data, or a model that reads neither token ids nor images comes without `probe`.
+            plain data, a model that reads neither token ids nor images comes without `probe`, or adapters cannot be merged.
         RuntimeError: If the reloaded model computes other logits. Then nothing has been put at `folder`.
     """
-    target, model = Path(folder).resolve(), find_transformer(model)
-    plain = _to_plain(record or {})
+    target, plain = Path(folder).resolve(), _to_plain(record or {})
+    _check_no_prompts(model)
+    model = find_transformer(model)
     probe = probe or make_probe(model.config, model.main_input_name)
     repair(target)
     check_target(folder)
+    model, adapters = _merged(model)
     with beside(target) as draft, _untouched(model):
         model.save_pretrained(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         difference = verify(model, draft, probe)
-        saved = Saved(str(folder), "plain", difference, size(draft) / 1e6)
+        saved = Saved(str(folder), "plain", difference, size(draft) / 1e6, adapters)
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "saved": asdict(saved), "files": files}, indent=1) + "\n")
         move(draft, target)
     return saved
+
+
+def _check_no_prompts(module: nn.Module) -> None:
+    """Refuses what PEFT puts before a model's inputs, as no weights of the model can hold it."""
+    for part in module.modules():
+        config = part.active_peft_config if isinstance(part, PeftModel) else None
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"model: {type(config).__name__} puts prompts before the inputs, which a plain checkpoint cannot hold: "
+                "save them with PEFT, or the model without them (get_base_model())"
+            )
+
+
+def _merged(model: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
+    """The model, or if PEFT is in it a copy without adapters, and what became of them."""
+    if not has_adapters(model):
+        return model, None
+    result = merged_copy(model)
+    if result.lost:
+        warnings.warn(f"the checkpoint does not compute what the model does: {result}", stacklevel=3)
+    return cast(PreTrainedModel, result.model), str(result)
 
 
 def load(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:

@@ -121,7 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _switches(command: Callable[..., Any], given: list[str]) -> list[str]:
     """`--json` alone means `--json true`."""
     flags = {f"--{name}" for name, one in inspect.signature(command).parameters.items() if one.annotation is bool}
-    return [f"{argument}=true" if argument in flags else argument for argument in given]
+    following = [*given[1:], ""]
+    return [
+        f"{argument}=true" if argument in flags and value not in ("true", "false") else argument
+        for argument, value in zip(given, following, strict=True)
+    ]
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:

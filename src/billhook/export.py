@@ -88,6 +88,11 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
     """
     held, prefix = checkpoint[KEY], checkpoint[KEY]["prefix"]
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    if adapted := next((key for key in state if ".base_layer." in key), None):
+        raise ValueError(
+            f"'{name}' holds adapters beside the weights ({adapted}), but not how they are scaled: load it in the script that "
+            "wrote it, and save the model from there (bh.save, or the callback Export)"
+        )
     try:
         fields = _harmless(json.loads(held["config"]), limit=1000 + len(state))
         config = transformers.AutoConfig.for_model(**{**fields, "architectures": [held["class"]]})

@@ -20,9 +20,11 @@ from billhook.rows import Data, Rows
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.calibration import Progress as Tell
 from billhook.sparsity.criteria import Criterion, Wanda
+from billhook.sparsity.linears import prunable
 from billhook.sparsity.masks import check_amount, sparsity_of
+from billhook.sparsity.offload import offloaded
 from billhook.sparsity.prune import prune as prune_weights
-from billhook.sparsity.walk import Sequential
+from billhook.sparsity.walk import Sequential, find_sites
 
 LONGEST = 2048  # tokens of a calibration example, unless another length is asked for
 
@@ -45,6 +47,8 @@ def prune(
     seed: int = 0,
     dtype: str = "auto",
     device: str = "auto",
+    offload: bool = False,
+    activations: str | None = None,
 ) -> None:
     """Zeroes the least important weights of a language model and saves it, verified, with its perplexity before and after.
 
@@ -69,6 +73,8 @@ def prune(
         seed: Which calibration examples.
         dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
         device: Where it is computed: "auto" takes an accelerator if there is one.
+        offload: Whether the model stays in the CPU's memory, and its blocks go to the device one at a time.
+        activations: A folder in which what blocks hand on rests during calibration; by default memory.
 
     Raises:
         ValueError: If an argument is not legal or two contradict each other; before anything is written.
@@ -78,7 +84,9 @@ def prune(
     if examples < 1 or evaluate < 0:
         raise ValueError(f"examples={examples} must be at least 1, evaluate={evaluate} at least 0")
     dense = load(model, dtype)
-    dense.to(_device(device))  # type: ignore[arg-type]
+    there = _device(device)
+    if not offload:
+        dense.to(there)  # type: ignore[arg-type]
     tokens = _length(dense, length)
     tokenizer = AutoTokenizer.from_pretrained(model_path(model))
     text = TextDataModule(data, model_path(model), block_size=tokens, column=column)
@@ -86,13 +94,14 @@ def prune(
     if "train" not in text.splits:
         raise ValueError(f"data: calibration needs a split 'train'; there is {', '.join(text.splits)}")
     held_out = next((text.splits[split] for split in ("test", "validation") if split in text.splits), None)
-    before = perplexity(dense, held_out, evaluate)
+    place = there if offload else None
+    before = _perplexity(dense, held_out, evaluate, place)
     with _bar() as tell:
         pruning = prune_weights(
             dense, criterion or Wanda(), _drawn(text.splits["train"], examples, seed), sparsity, pattern, sequential, allocation,
-            [skip] if isinstance(skip, str) else skip or (), output_embeddings, progress=tell,
+            skip or (), output_embeddings, progress=tell, offload=place, activations=activations,
         )  # fmt: skip
-    after = perplexity(dense, held_out, evaluate)
+    after = _perplexity(dense, held_out, evaluate, place)
     zeros = sparsity_of(pruning.masks(dense).values())
     record = {
         "pruned": {"criterion": str(pruning.criterion), "pattern": pattern, "sparsity": zeros, "sequential": sequential},
@@ -124,6 +133,12 @@ def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int) -> floa
         total += cross_entropy(logits, ids[0, 1:], reduction="none").double().sum().cpu()
         count += ids.shape[1] - 1
     return math.exp(total / count)
+
+
+def _perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, offload: torch.device | None) -> float | None:
+    blocks = [] if offload is None else [site.module for site in find_sites(model, prunable(model), "block")]
+    with offloaded(blocks, offload or model.device):
+        return perplexity(model, rows, examples)
 
 
 def _drawn(rows: Rows, examples: int, seed: int) -> list[dict[str, Tensor]]:

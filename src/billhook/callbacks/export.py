@@ -63,7 +63,8 @@ class Export(Callback):
                 {"steps": trainer.global_step, "events": events},
                 self._probe or None,
             )
-            rank_zero_info(f"billhook: saved to {self.saved.folder}, {WAYS[self.saved.way]}")
+            adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
+            rank_zero_info(f"billhook: saved to {self.saved.folder}, {WAYS[self.saved.way]}{adapters}")
         trainer.strategy.barrier("billhook export")
 
     def _free_folder(self) -> str:

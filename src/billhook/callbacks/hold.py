@@ -1,6 +1,6 @@
 """Masks that are held: pruned weights are zero after every step of an optimizer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from billhook.sparsity.adapters import mask_adapters, unmask_adapters
 from billhook.sparsity.linears import prunable
 
 
@@ -23,16 +24,31 @@ class Hold:
         self.masks: dict[str, Tensor] = {}
         self._models: list[nn.Module] = []
         self._linears: list[dict[str, nn.Module]] = []
+        self._adapted: Collection[str] = ()
         self._hooks: list[RemovableHandle] = []
 
-    def attach(self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = ()) -> None:
+    def attach(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        copies: Sequence[nn.Module] = (),
+        adapted: Collection[str] = (),
+    ) -> None:
         """Holds from now on: in the model after each step of these optimizers, and in averaged copies of it.
+
+        Args:
+            model: The model in training.
+            optimizers: Those that step it.
+            copies: Averaged copies of it.
+            adapted: Linears whose adapters are masked too, and are not before there are masks.
 
         Raises:
             ValueError: If the masks are of another model.
         """
         self._let_go()
-        self._models = [model, *copies]
+        self._models, self._adapted = [model, *copies], adapted
+        for one in self._models if adapted else ():
+            unmask_adapters(one, adapted)
         self.hold(self.masks)
         self._hooks = [optimizer.register_step_post_hook(self._step) for optimizer in optimizers]
 
@@ -50,6 +66,9 @@ class Hold:
         self._linears = linears
         self.masks = {name: mask.contiguous().to(own[name].get_parameter("weight").device) for name, mask in masks.items()}
         self.apply()
+        own_masks = {name: self.masks[name] for name in self._adapted if name in self.masks}
+        for model in self._models if own_masks else ():
+            mask_adapters(model, own_masks)
 
     def apply(self) -> None:
         """Makes zero what the masks say, in the model and in its copies."""
@@ -73,10 +92,10 @@ class Hold:
         self._hooks, self._models, self._linears = [], [], []
 
     def _step(self, *_: object) -> None:
-        linears = self._linears[0] if self.masks else {}
-        if linears:
-            weights = [linears[name].get_parameter("weight").data for name in self.masks]
-            torch._foreach_mul_(weights, list(self.masks.values()))
+        own = {name: self._linears[0][name].get_parameter("weight") for name in self.masks} if self._linears else {}
+        moved = [name for name, weight in own.items() if weight.requires_grad or weight.grad is not None]
+        if moved:
+            torch._foreach_mul_([own[name].data for name in moved], [self.masks[name] for name in moved])
 
     def state_dict(self) -> dict[str, Any]:
         """The masks, one bit a weight."""

@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -16,15 +17,18 @@ from torch.optim.swa_utils import AveragedModel
 from billhook.callbacks.examples import aside, check_readable, on_device, runs_as_in_training, training_examples
 from billhook.callbacks.hold import Hold
 from billhook.callbacks.measure import measure
+from billhook.callbacks.rounds import check_times, find_rounds
 from billhook.callbacks.shape_event import At, Event, ShapeCallback, log_event
 from billhook.report import summary
 from billhook.run import callbacks_of, is_trial, training_steps
-from billhook.schedules import Schedule, check_step, resolve_step
+from billhook.schedules import Schedule
+from billhook.sparsity.adapters import mask_as_weights, plain_adapters
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.batches import Run
+from billhook.sparsity.checks import adapters_to_count, check_pruning, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
-from billhook.sparsity.masks import check_amount, sparsity_of
-from billhook.sparsity.prune import check_pruning, needs_data, plan_pruning
+from billhook.sparsity.masks import sparsity_of
+from billhook.sparsity.prune import plan_pruning
 from billhook.sparsity.result import Pruning
 from billhook.sparsity.walk import Sequential
 from billhook.structure.shape import find_transformer
@@ -52,6 +56,10 @@ class WeightPruning(Callback):
         output_embeddings: Whether an untied output embedding is pruned too.
         measure_batches: Validation batches on which the model is measured before and after each round; by default as many as
             validation takes, 0 for none.
+        count_adapters: Whether LoRA counts in the scores, as in `prune`.
+        mask_adapters: Whether LoRA acts only where weights are kept, from the first round on, so that `merge` leaves nothing of
+            it out. Layers stay so after the fit; `unmask_adapters` undoes it. With `trainer.validate`, `test` and `predict` it
+            acts where the weights that are loaded are not zero.
 
     Raises:
         ValueError: If an argument is not legal, two contradict each other, or a schedule goes down or leaves [0, 1).
@@ -71,8 +79,10 @@ class WeightPruning(Callback):
         skip: list[str] | None = None,
         output_embeddings: bool = False,
         measure_batches: int | None = None,
+        count_adapters: bool = False,
+        mask_adapters: bool = False,
     ) -> None:
-        _check_times(sparsity, pattern, at)
+        check_times(sparsity, pattern, at)
         if examples < 1:
             raise ValueError(f"examples={examples} must be at least 1")
         if isinstance(calibration, Iterator):
@@ -84,9 +94,11 @@ class WeightPruning(Callback):
         self.calibration, self.examples, self.seed = calibration, examples, seed
         self.sequential, self.allocation, self.skip = sequential, allocation, list(skip or ())
         self.output_embeddings, self.measure_batches = output_embeddings, measure_batches
+        self.count_adapters, self.mask_adapters = count_adapters, mask_adapters
         self.events: list[Event] = []
         self._rounds: dict[int, float | None] = {}
         self._done = -1
+        self._adapted: list[str] = []
         self._hold = Hold()
 
     @property
@@ -116,14 +128,14 @@ class WeightPruning(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the rounds: from which step which sparsity holds; checks all that can be checked before training."""
         total = training_steps(trainer)
-        if isinstance(self.sparsity, Schedule):
-            if total is None:
-                raise ValueError("sparsity: a schedule needs the length of training, which is not known: set max_steps")
-            self._rounds = _rounds(self.sparsity, total, is_trial(trainer))
-        else:
-            self._rounds = {self._moment(trainer, total): self.sparsity}
+        self._rounds = find_rounds(self.sparsity, self.at, total, is_trial(trainer))
         model = find_transformer(pl_module)
-        check_pruning(model, self.criterion, self.pattern, self.sequential, self.allocation, self.skip, self.output_embeddings)
+        linears = check_pruning(
+            model, self.criterion, self.pattern, self.sequential, self.allocation, self.skip, self.output_embeddings
+        )
+        if self.count_adapters:
+            adapters_to_count(model, self.criterion, linears)
+        self._adapted = list(plain_adapters(model, linears, "mask_adapters=True")) if self.mask_adapters else []
         self._check_shapes(trainer, total)
 
     def _check_shapes(self, trainer: pl.Trainer, total: int | None) -> None:
@@ -139,19 +151,11 @@ class WeightPruning(Callback):
                         f"{first}: let it come first, at an earlier step or before it in the list of callbacks"
                     )
 
-    def _moment(self, trainer: pl.Trainer, total: int | None) -> int:
-        if self.at == "start":
-            return 0
-        if total is None and isinstance(self.at, float):
-            raise ValueError(f"at={self.at} is a fraction of training, whose length is not known: set max_steps")
-        at = min(self.at, total) if is_trial(trainer) and isinstance(self.at, int) and total is not None else self.at
-        return resolve_step(at, int(at) if total is None else total, "at")
-
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Holds what a checkpoint held, and carries out what is due before the first step."""
         if self._needs_data and self.calibration is None:
             check_readable(trainer)
-        self._hold.attach(find_transformer(pl_module), trainer.optimizers, _averaged(trainer))
+        self._hold.attach(find_transformer(pl_module), trainer.optimizers, _averaged(trainer), self._adapted)
         self._run(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
@@ -166,6 +170,13 @@ class WeightPruning(Callback):
                 f"WeightPruning: training has ended at step {trainer.global_step}, before the pruning at "
                 f"{'step' if len(late) == 1 else f'{len(late)} steps up to'} {max(late)}"
             )
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Outside of a fit, masks LoRA as the weights say that have been loaded."""
+        if self.mask_adapters and trainer.state.fn != TrainerFn.FITTING:
+            mask_as_weights(find_transformer(pl_module))
+
+    on_test_start = on_predict_start = on_validation_start
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         due = [step for step in self._rounds if self._done < step <= trainer.global_step]
@@ -200,7 +211,7 @@ class WeightPruning(Callback):
             return plan_pruning(
                 model, self.criterion, self._runs(trainer, pl_module) if self._needs_data else None, sparsity, self.pattern,
                 self.sequential, self.allocation, self.skip, self.output_embeddings,
-                None if trainer.world_size == 1 else _Sum(trainer),
+                None if trainer.world_size == 1 else _Sum(trainer), count_adapters=self.count_adapters,
             )  # fmt: skip
 
     def _runs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Run]:
@@ -238,35 +249,6 @@ class _Sum:
         on_device = tensor.to(self.trainer.strategy.root_device, copy=True)
         summed: Tensor = self.trainer.strategy.reduce(on_device, reduce_op="sum")
         return tensor.copy_(summed)
-
-
-def _check_times(sparsity: float | Schedule | None, pattern: str, at: At) -> None:
-    if not isinstance(sparsity, Schedule):
-        check_amount(sparsity, pattern)
-    elif at != "start":
-        raise ValueError(f"at={at!r}: the schedule says when; give it start and end instead")
-    elif pattern != "unstructured":
-        raise ValueError(f"pattern={pattern!r} is a sparsity of its own, which a schedule contradicts: give at instead")
-    if at != "start":
-        check_step(at, "at")
-
-
-def _rounds(schedule: Schedule, total: int, trial: bool) -> dict[int, float | None]:
-    """The sparsity from each step on; in a trial, which may be shorter than the schedule, only the last one."""
-    if trial:
-        rounds = {total: schedule.bind(sys.maxsize)(sys.maxsize)}
-    else:
-        bound = schedule.bind(total)
-        rounds = {step: bound(step) for step in schedule.changes(total)}
-    for value, step in zip(rounds.values(), rounds, strict=True):
-        try:
-            check_amount(value)
-        except ValueError as error:
-            raise ValueError(f"{error} (by the schedule, at step {step})") from None
-    for higher, lower in pairwise(rounds.values()):
-        if lower < higher:
-            raise ValueError(f"sparsity: the schedule goes down, from {higher:g} to {lower:g}: pruned weights do not come back")
-    return dict(rounds)
 
 
 def _averaged(trainer: pl.Trainer) -> list[nn.Module]:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.sparsity.criteria import Criterion
+from billhook.sparsity.adapters import counted, product_of
+from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.linears import weight_of
+from billhook.sparsity.masks import keep_global
 from billhook.sparsity.result import Pruned
 from billhook.sparsity.statistics import Statistics
 from billhook.sparsity.walk import Reduce, Site
@@ -32,6 +34,7 @@ class Calibration:
         reduce: How statistics are summed over ranks; None on one.
         progress: Is told how many linears are done.
         shared: Whether linears that read one and the same tensor share their statistics.
+        adapters: The layers of LoRA that count, by linear: as if they were merged.
 
     Attributes:
         pruned: The results by linear.
@@ -46,9 +49,11 @@ class Calibration:
         reduce: Reduce | None = None,
         progress: Progress | None = None,
         shared: bool = True,
+        adapters: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.criterion, self.sparsities, self.pattern = criterion, sparsities, pattern
         self.tokens, self.reduce, self.progress, self.shared = tokens, reduce, progress, shared
+        self.adapters = adapters or {}
         self.pruned: dict[str, Pruned] = {}
         self.statistics: dict[str, Statistics] = {}
         self._first: dict[str, str] = {}  # linear -> the one whose statistics are its own
@@ -128,8 +133,9 @@ class Calibration:
             ValueError: As the criterion does, after the linear's name.
         """
         for name, linear in linears.items():
+            statistics, adapter = self.statistics[self._first[name]], self.adapters.get(name)
             self.pruned[name] = prune_linear(
-                name, linear, self.criterion, self.statistics[self._first[name]], self.sparsities[name], self.pattern
+                name, linear, self.criterion, statistics, self.sparsities[name], self.pattern, adapter
             )
 
     def weights(self, site: Site) -> dict[str, Tensor]:
@@ -138,20 +144,73 @@ class Calibration:
         for name, linear in site.linears.items():
             if name in self.pruned:
                 weight = self.pruned[name].weight(weight_of(linear))
+                if name in self.adapters:  # makes up for what the layer adds there, which merging will leave out
+                    added = product_of(self.adapters[name]).masked_fill_(self.pruned[name].keep(weight), 0)
+                    weight = weight - added.to(weight.dtype)
                 new[name] = weight.t() if isinstance(linear, Conv1D) else weight
         return new
 
 
-def prune_linear(
-    name: str, linear: nn.Module, criterion: Criterion, statistics: Statistics | None, sparsity: float, pattern: str
-) -> Pruned:
-    """What a linear becomes; it is not changed.
+class Together(Calibration):
+    """A calibration in which the weights of all linears compete with one another."""
+
+    def finish(self, linears: Mapping[str, nn.Module]) -> None:
+        """Prunes all linears at once."""
+        statistics = {name: self.statistics[self._first[name]] for name in linears}
+        sparsity = next(iter(self.sparsities.values()))
+        self.pruned = prune_together(linears, self.criterion, statistics, sparsity, self.adapters)
+
+
+def prune_together(
+    linears: Mapping[str, nn.Module],
+    criterion: Criterion,
+    statistics: Mapping[str, Statistics | None],
+    sparsity: float,
+    adapters: Mapping[str, nn.Module],
+) -> dict[str, Pruned]:
+    """What linears become whose weights compete with one another; they are not changed. All scores are in memory at once.
 
     Raises:
         ValueError: As the criterion does, after the linear's name.
     """
+    scores = []
+    for name, linear in linears.items():
+        weight = counted(weight_of(linear), adapters.get(name))
+        try:
+            check_finite(weight, "the weight")
+            scores.append(criterion.score(weight, statistics[name]))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    keeps = keep_global(scores, sparsity)
+    weights = {name: weight_of(linear) for name, linear in linears.items()}
+    return {
+        name: Pruned.of(weight, weight.masked_fill(~keep, 0), keep)
+        for (name, weight), keep in zip(weights.items(), keeps, strict=True)
+    }
+
+
+def prune_linear(
+    name: str,
+    linear: nn.Module,
+    criterion: Criterion,
+    statistics: Statistics | None,
+    sparsity: float,
+    pattern: str,
+    adapter: nn.Module | None = None,
+) -> Pruned:
+    """What a linear becomes; it is not changed.
+
+    Raises:
+        ValueError: As the criterion does, after the linear's name; and if it changes kept weights where an adapter counts.
+    """
     weight = weight_of(linear)
+    seen = counted(weight, adapter)
     try:
-        return Pruned.of(weight, *criterion.prune(weight, statistics, sparsity, pattern))
+        new, keep = criterion.prune(seen, statistics, sparsity, pattern)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    if adapter is None:
+        return Pruned.of(weight, new, keep)
+    if not torch.equal(new, seen.masked_fill(~keep, 0)):
+        raise ValueError(f"{name}: count_adapters=True, and {type(criterion).__name__} changes kept weights (`updates` is False)")
+    return Pruned.of(weight, weight.masked_fill(~keep, 0), keep)

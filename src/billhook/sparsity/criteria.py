@@ -7,7 +7,7 @@ prunes it. A weight that is zero has the lowest score by every criterion, so pru
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, get_args
+from typing import ClassVar, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_
 from billhook.sparsity.sparsegpt import MAX_DAMPING, inverse_factor, saliency, solve
 from billhook.sparsity.statistics import InputMoments, InputNorms, Statistics
 
-Comparison = Literal["row", "layer"]
-"""Which weights compete: those of one output (a row of the weight), or those of the whole layer."""
+Comparison = Literal["row", "layer", "global"]
+"""Which weights compete: those of one output (a row of the weight), those of the whole layer, or those of all layers."""
 
 
 ROWS = 256
@@ -31,13 +31,15 @@ class Criterion(ABC):
 
     Attributes:
         compares: Which weights compete; patterns N:M compare within each group of M instead.
+        updates: Whether pruning changes weights that it keeps, too.
     """
 
     compares: Comparison
+    updates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.compares not in get_args(Comparison):
-            raise ValueError(f"compares={self.compares!r} must be 'row' or 'layer'")
+            raise ValueError(f"compares={self.compares!r} must be one of {get_args(Comparison)}")
 
     def statistics(self, in_features: int, device: torch.device | str = "cpu") -> Statistics | None:
         """Empty statistics of what must be known of a layer's inputs; None if nothing."""
@@ -54,7 +56,7 @@ class Criterion(ABC):
     def prune(
         self, weight: Tensor, statistics: Statistics | None = None, sparsity: float | None = None, pattern: str = "unstructured"
     ) -> tuple[Tensor, Tensor]:
-        """Zeroes the lowest scores. The weight given is not changed.
+        """Zeroes the lowest scores of one layer. The weight given is not changed.
 
         Args:
             weight: `[out_features, in_features]`, of any floating dtype.
@@ -71,7 +73,7 @@ class Criterion(ABC):
         """
         sparsity, kept = check_amount(sparsity, pattern), parse_pattern(pattern)
         check_width(weight.shape[1], pattern)
-        _check_finite(weight, "the weight")
+        check_finite(weight, "the weight")
         scores = self.score(weight, statistics)
         if kept is not None:
             keep = keep_n_of_m(scores, *kept)
@@ -215,6 +217,7 @@ class SparseGPT(Criterion):
     damping: float = 0.01
     block_size: int = 128
     compares: Comparison = field(default="layer", init=False, repr=False)
+    updates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= MAX_DAMPING:
@@ -244,12 +247,12 @@ class SparseGPT(Criterion):
         if kept is not None and self.block_size % kept[1]:
             raise ValueError(f"block_size={self.block_size} must be a multiple of {kept[1]} for pattern={pattern!r}")
         check_width(weight.shape[1], pattern)
-        _check_finite(weight, "the weight")
+        check_finite(weight, "the weight")
         moments = _seen(statistics, weight, self, InputMoments)
         factor = inverse_factor(moments.products, self.damping)
         solved, keep = solve(_without_dead(weight, moments), factor, sparsity, kept, self.block_size)
         updated = solved.to(weight.dtype)
-        _check_finite(updated, f"the updated weight, as {weight.dtype},")
+        check_finite(updated, f"the updated weight, as {weight.dtype},")
         return updated, keep
 
 
@@ -266,7 +269,12 @@ def _seen(statistics: Statistics | None, weight: Tensor, criterion: Criterion, k
     return statistics
 
 
-def _check_finite(values: Tensor, what: str) -> None:
+def check_finite(values: Tensor, what: str) -> None:
+    """Refuses NaN and inf.
+
+    Raises:
+        ValueError: If there is any, with what the values are.
+    """
     lowest, highest = values.detach().aminmax()
     if not (torch.isfinite(lowest) and torch.isfinite(highest)):
         raise ValueError(f"{what} holds NaN or inf")

@@ -1,24 +1,26 @@
 """Pruning a model's weights in one shot: checked, planned while the model is as it was, then applied."""
 
-import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import Any, TypeVar, get_args
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from billhook.sparsity.adapters import counted
 from billhook.sparsity.allocation import Allocation, Uniform
+from billhook.sparsity.ambient import undisturbed
 from billhook.sparsity.batches import Run, runs_of
-from billhook.sparsity.calibration import Calibration, InputsDiffer, Progress, prune_linear
+from billhook.sparsity.calibration import Calibration, InputsDiffer, Progress, Together, prune_linear, prune_together
+from billhook.sparsity.checks import adapters_to_count, check_device, check_folder, check_pruning, needs_data, warn_of_others
 from billhook.sparsity.criteria import Criterion, Wanda
-from billhook.sparsity.linears import prunable, weight_of
-from billhook.sparsity.masks import check_amount, parse_pattern
+from billhook.sparsity.linears import weight_of
+from billhook.sparsity.masks import check_amount
+from billhook.sparsity.offload import Shelf, offloaded
 from billhook.sparsity.result import Pruned, Pruning
-from billhook.sparsity.walk import Reduce, Sequential, Site, Walk, find_sites, undisturbed
-
-CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
+from billhook.sparsity.walk import Reduce, Sequential, Site, Walk, find_sites
 
 Blocks = Sequence[Mapping[str, nn.Module]]
 C = TypeVar("C", bound=Calibration)
@@ -36,30 +38,49 @@ def plan_pruning(
     output_embeddings: bool = False,
     reduce: Reduce | None = None,
     progress: Progress | None = None,
+    offload: str | torch.device | None = None,
+    activations: str | None = None,
+    count_adapters: bool = False,
 ) -> Pruning:
     """Says what `prune` would do; the model stays as it is. See `prune`."""
     amount, allocation = check_amount(sparsity, pattern), allocation or Uniform()
+    device, folder = check_device(offload), check_folder(activations)
     linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings)
+    adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
     needing = [one for one in (criterion, allocation) if (one.measures if isinstance(one, Allocation) else needs_data(one))]
-    runs = _runs(model, batches, needing, reduce)
-    _warn_of_others(model, find_sites(model, linears, "block"))
-    sparsities = _sparsities(model, linears, amount, allocation, runs, reduce)
+    walks = _Walks(model, linears, _runs(model, batches, needing, reduce), reduce, device, folder, adapters)
+    warn_of_others(model, linears)
+    sparsities = _sparsities(walks, amount, allocation)
     shapes = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
     if not needs_data(criterion):
-        pruned: dict[str, Pruned] = {}
-        for name, linear in linears.items():
-            pruned[name] = prune_linear(name, linear, criterion, None, sparsities[name], pattern)
-            if progress is not None:
-                progress(len(pruned), len(linears))
-        return Pruning(criterion, pattern, pruned, shapes)
+        return Pruning(criterion, pattern, _at_once(walks, criterion, sparsities, pattern, progress), shapes)
 
     def calibration(shared: bool) -> Calibration:
-        tokens = [run.tokens for run in runs]
-        return Calibration(criterion, sparsities, pattern, tokens, reduce, progress, shared)
+        kind, tokens = Together if criterion.compares == "global" else Calibration, [run.tokens for run in walks.runs]
+        return kind(criterion, sparsities, pattern, tokens, reduce, progress, shared, adapters)
 
-    pruned = _walk(model, find_sites(model, linears, sequential), calibration, runs, reduce).pruned
+    pruned = walks(sequential, calibration).pruned
     uncalled = _uncalled(linears, pruned)
     return Pruning(criterion, pattern, pruned, shapes, uncalled)
+
+
+def _at_once(
+    walks: "_Walks",
+    criterion: Criterion,
+    sparsities: Mapping[str, float],
+    pattern: str,
+    progress: Progress | None,
+) -> dict[str, Pruned]:
+    """By a criterion that needs no data."""
+    if criterion.compares == "global":
+        statistics = dict.fromkeys(walks.linears)
+        return prune_together(walks.linears, criterion, statistics, next(iter(sparsities.values())), walks.adapters)
+    pruned: dict[str, Pruned] = {}
+    for name, linear in walks.linears.items():
+        pruned[name] = prune_linear(name, linear, criterion, None, sparsities[name], pattern, walks.adapters.get(name))
+        if progress is not None:
+            progress(len(pruned), len(walks.linears))
+    return pruned
 
 
 def prune(
@@ -74,6 +95,9 @@ def prune(
     output_embeddings: bool = False,
     reduce: Reduce | None = None,
     progress: Progress | None = None,
+    offload: str | torch.device | None = None,
+    activations: str | None = None,
+    count_adapters: bool = False,
 ) -> Pruning:
     """Zeroes the least important weights of a model's linear layers, in place and in one shot.
 
@@ -91,78 +115,31 @@ def prune(
             blocks before it. `"layer"`: each linear on the outputs of all pruned ones before it, in one pass. `"none"`: the dense
             model.
         allocation: How much each linear gives; the same by default.
-        skip: Glob patterns of linears to leave alone, such as `"*.down_proj"`.
+        skip: A glob pattern of linears to leave alone, such as `"*.down_proj"`, or several.
         output_embeddings: Whether the output embedding (`lm_head`) is pruned too, where it is not tied to an embedding.
         reduce: How a tensor is summed over ranks, in place, where each rank has batches of its own.
         progress: Is told how many linears are done, and of how many.
+        offload: A device, such as `"cuda"`, to which the blocks of a model go one at a time, and from which they come back; what
+            one hands to the next stays with the model. With `sequential="none"` they go there anew for each batch.
+        activations: A folder in which what blocks hand on rests, in files that are gone afterwards; by default memory.
+        count_adapters: Whether LoRA counts as if it were merged: a criterion that leaves kept weights as they are then sees
+            W + scale B A of the active adapters, in float32. What becomes zero is W, and what is zero comes first; the adapters
+            stay as they are, and `merge` keeps every zero.
 
     Returns:
         What was done; `print` shows it.
 
     Raises:
         ValueError: If an argument is not legal, two contradict each other, the criterion needs data and there is none, a linear
-            is quantised or of a width that M does not divide, or weights or statistics hold NaN or inf.
+            is quantised or of a width that M does not divide, or weights or statistics hold NaN or inf. With `count_adapters`,
+            also if the criterion updates weights, or there is no plain LoRA that is active and not merged.
     """
     pruning = plan_pruning(
-        model, criterion or Wanda(), batches, sparsity, pattern, sequential, allocation, skip, output_embeddings, reduce, progress
-    )
+        model, criterion or Wanda(), batches, sparsity, pattern, sequential, allocation, skip, output_embeddings, reduce,
+        progress, offload, activations, count_adapters,
+    )  # fmt: skip
     pruning.apply(model)
     return pruning
-
-
-def needs_data(criterion: Criterion) -> bool:
-    """Whether a criterion needs to see what a linear is given."""
-    return criterion.statistics(1, "meta") is not None
-
-
-def check_pruning(
-    model: nn.Module,
-    criterion: Criterion,
-    pattern: str = "unstructured",
-    sequential: Sequential = "block",
-    allocation: Allocation | None = None,
-    skip: Sequence[str] = (),
-    output_embeddings: bool = False,
-) -> dict[str, nn.Module]:
-    """Checks all that can be said of `prune` before there is data; the linears to prune by name. See `prune`."""
-    linears = _chosen(model, skip, output_embeddings)
-    _check(criterion, linears, pattern, sequential, allocation or Uniform())
-    return linears
-
-
-def _chosen(model: nn.Module, skip: Sequence[str], output_embeddings: bool) -> dict[str, nn.Module]:
-    if isinstance(skip, str):
-        raise ValueError(f"skip={skip!r} must be a list of patterns")
-    linears = prunable(model, output_embeddings)
-    if not linears:
-        raise ValueError(f"model: {type(model).__name__} has no linear layers to prune")
-    if empty := next((name for name, linear in linears.items() if weight_of(linear).is_meta), None):
-        raise ValueError(f"model: {empty} has no weights yet (it is on the meta device): load them first")
-    for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            raise ValueError(f"skip={pattern!r} matches none of the {len(linears)} linears, such as {list(linears)[:3]}")
-    chosen = {name: m for name, m in linears.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
-    if not chosen:
-        raise ValueError(f"skip={list(skip)} leaves none of the {len(linears)} linears")
-    return chosen
-
-
-def _check(criterion: Criterion, linears: Mapping[str, nn.Module], pattern: str, sequential: str, allocation: Allocation) -> None:
-    if not isinstance(criterion, Criterion):
-        raise ValueError(f"criterion={criterion!r} must be a Criterion, such as Wanda()")
-    if sequential not in get_args(Sequential):
-        raise ValueError(f"sequential={sequential!r} must be one of {get_args(Sequential)}")
-    kept = parse_pattern(pattern)
-    if kept is None:
-        return
-    if not isinstance(allocation, Uniform):
-        raise ValueError(
-            f"allocation={allocation} says how sparse each linear is, and pattern={pattern!r} says it for all: say one"
-        )
-    for name, linear in linears.items():
-        width = weight_of(linear).shape[1]
-        if width % kept[1]:
-            raise ValueError(f"pattern={pattern!r}: {name} has {width} inputs, which {kept[1]} does not divide; skip it")
 
 
 def _runs(
@@ -188,54 +165,59 @@ def _uncalled(linears: Iterable[str], pruned: Mapping[str, Pruned]) -> tuple[str
     return uncalled
 
 
-def _warn_of_others(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Names what holds matrices, but is no linear: of three dimensions, and no convolution, as experts in one tensor are."""
-    inside = {module for site in sites for module in site.module.modules()}
-    found = {}
-    for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False) if module in inside else ():
-            if parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, CONVOLUTIONS):
-                found[re.sub(r"\b\d+\b", "*", f"{name}.{own}")] = list(parameter.shape)
-    if found:
-        what = ", ".join(f"{name} {shape}" for name, shape in found.items())
-        warnings.warn(f"these hold several matrices each, but are no linear layers and stay as they are: {what}", stacklevel=3)
+@dataclass(frozen=True, eq=False)
+class _Walks:
+    """Walks over one model, all with the same runs."""
+
+    model: nn.Module
+    linears: Mapping[str, nn.Module]
+    runs: Sequence[Run]
+    reduce: Reduce | None
+    offload: torch.device | None
+    activations: str | None
+    adapters: Mapping[str, nn.Module]
+
+    def __call__(self, sequential: Sequential, calibration: Callable[[bool], C]) -> C:
+        """What a calibration, made anew if linears turn out to share inputs in some runs only, has become on the way."""
+        for shared in (True, False):
+            result = calibration(shared)
+            try:
+                self._walk(sequential, result)
+                break
+            except InputsDiffer:
+                if not shared:
+                    raise
+        return result
+
+    def _walk(self, sequential: Sequential, calibration: Calibration) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(undisturbed(self.model))
+            keep = None
+            if self.offload is not None:
+                stack.enter_context(offloaded([site.module for site in self.blocks()], self.offload))
+            if self.activations is not None:
+                keep = stack.enter_context(closing(Shelf(self.activations))).keep
+            sites = find_sites(self.model, self.linears, sequential, gates=self.offload is not None)
+            Walk(sites, calibration, self.reduce, keep)([run.forward for run in self.runs])
+
+    def blocks(self) -> list[Site]:
+        """The blocks, and the linears outside of them."""
+        return find_sites(self.model, self.linears, "block")
 
 
-def _walk(
-    model: nn.Module, sites: Sequence[Site], calibration: Callable[[bool], C], runs: Sequence[Run], reduce: Reduce | None
-) -> C:
-    for shared in (True, False):
-        result = calibration(shared)
-        try:
-            with undisturbed(model):
-                Walk(sites, result, reduce)([run.forward for run in runs])
-            break
-        except InputsDiffer:
-            if not shared:
-                raise
-    return result
-
-
-def _sparsities(
-    model: nn.Module,
-    linears: Mapping[str, nn.Module],
-    amount: float,
-    allocation: Allocation,
-    runs: Sequence[Run],
-    reduce: Reduce | None,
-) -> dict[str, float]:
+def _sparsities(walks: _Walks, amount: float, allocation: Allocation) -> dict[str, float]:
     """How much each linear gives; blocks that no batch comes to take no part in measuring."""
-    blocks: Blocks = [site.linears for site in find_sites(model, linears, "block")]
+    blocks: Blocks = [site.linears for site in walks.blocks()]
     measured: dict[int, float] = {}
     if allocation.measures:
 
         def calibration(shared: bool) -> _Measured:
-            return _Measured(blocks, allocation, [run.tokens for run in runs], reduce, None, shared)
+            return _Measured(blocks, allocation, [run.tokens for run in walks.runs], walks.reduce, None, shared, walks.adapters)
 
-        measured = _walk(model, find_sites(model, linears, "none"), calibration, runs, reduce).measured
+        measured = walks("none", calibration).measured
         blocks = [blocks[number] for number in measured]
     sizes = [{name: weight_of(linear).numel() for name, linear in block.items()} for block in blocks]
-    return dict.fromkeys(linears, amount) | (allocation.allocate(sizes, amount, list(measured.values())) if sizes else {})
+    return dict.fromkeys(walks.linears, amount) | (allocation.allocate(sizes, amount, list(measured.values())) if sizes else {})
 
 
 class _Measured(Calibration):
@@ -250,6 +232,7 @@ class _Measured(Calibration):
         """Measures the blocks by Wanda's scores."""
         for number, block in enumerate(self.blocks):
             called = {name: linear for name, linear in block.items() if name in linears}
-            scores = [self.criterion.score(weight_of(m), self.statistics[self._first[name]]) for name, m in called.items()]
+            seen = {name: counted(weight_of(linear), self.adapters.get(name)) for name, linear in called.items()}
+            scores = [self.criterion.score(weight, self.statistics[self._first[name]]) for name, weight in seen.items()]
             if scores:
                 self.measured[number] = self.allocation.measure(scores)

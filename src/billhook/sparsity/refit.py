@@ -1,6 +1,7 @@
 """After a mask is chosen: the least-squares weights on what it keeps, by conjugate gradients."""
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -62,19 +63,22 @@ class Refit(Criterion):
         damping: Ridge towards the old weights, as a share of the mean squared input.
 
     Raises:
-        ValueError: If there is not one step at least, or the damping is negative.
+        ValueError: If there is not one step at least, the damping is negative, or the criterion compares all layers.
     """
 
     criterion: Criterion = field(default_factory=Wanda)
     steps: int = 10
     damping: float = 0.01
     compares: Comparison = field(default="row", init=False, repr=False)
+    updates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps={self.steps!r} must be a whole number of at least 1")
         if not self.damping >= 0:
             raise ValueError(f"damping={self.damping} must be at least 0")
+        if self.criterion.compares == "global":
+            raise ValueError("criterion: one that compares all layers cannot be refitted, as that goes layer by layer")
         object.__setattr__(self, "compares", self.criterion.compares)
 
     def statistics(self, in_features: int, device: torch.device | str = "cpu") -> Statistics:

@@ -20,7 +20,7 @@ class Pruned:
 
     Attributes:
         bits: The keep-mask, 8 weights a byte.
-        values: What is kept, where a criterion updates weights; None where the old values stay.
+        values: What is kept, where a criterion updates weights, on the CPU; None where the old values stay.
     """
 
     bits: np.ndarray
@@ -30,7 +30,7 @@ class Pruned:
     def of(old: Tensor, new: Tensor, keep: Tensor) -> "Pruned":
         """From a weight `[out_features, in_features]`, what it becomes, and its keep-mask."""
         changed = not torch.equal(new, old.masked_fill(~keep, 0))
-        return Pruned(np.packbits(keep.cpu().numpy()), new[keep] if changed else None)
+        return Pruned(np.packbits(keep.cpu().numpy()), new[keep].cpu() if changed else None)
 
     def sparsity(self, size: int) -> float:
         """The fraction of a weight of so many entries that goes."""
@@ -46,7 +46,7 @@ class Pruned:
         keep = self.keep(old)
         if self.values is None:
             return old.masked_fill(~keep, 0)
-        return torch.zeros_like(old).masked_scatter_(keep, self.values)
+        return torch.zeros_like(old).masked_scatter_(keep, self.values.to(old.device))
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,6 +17,8 @@ from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import Cache
 
+from billhook.sparsity.ambient import Ambient
+
 Sequential = Literal["block", "layer", "none"]
 
 Reduce = Callable[[Tensor], Tensor]
@@ -25,11 +27,11 @@ Reduce = Callable[[Tensor], Tensor]
 
 @dataclass(eq=False)
 class Site:
-    """A module whose linears are pruned together.
+    """A module whose linears are pruned together, or one before which all runs wait for one another.
 
     Attributes:
         module: The module.
-        linears: Its linears by name.
+        linears: Its linears by name; of one that is only waited at, none.
         once: Whether each of them is called exactly once, as far as the first run has shown; None before that.
     """
 
@@ -45,7 +47,7 @@ class Visitor(Protocol):
         """A run has called a linear of a site that is not complete."""
 
     def complete(self, site: Site) -> None:
-        """All runs that come to a site, on any rank, have been there."""
+        """All runs that come to a site with linears, on any rank, have been there."""
 
     def weights(self, site: Site) -> dict[str, Tensor]:
         """What a complete site computes with from now on: linear -> weight."""
@@ -55,7 +57,7 @@ class _Seen(BaseException):
     """All linears of a site have been called; the rest of its forward would be for nothing."""
 
 
-def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: Sequential) -> list[Site]:
+def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: Sequential, gates: bool = False) -> list[Site]:
     """Where runs rest: at blocks and at linears outside of them, at every linear, or nowhere but at the end.
 
     Blocks are the elements of outermost module lists of which two or more hold linears.
@@ -64,14 +66,18 @@ def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: S
         model: The model.
         linears: Those to prune, by name, in the order of the model's modules.
         sequential: "block", "layer" or "none".
+        gates: Whether all runs leave a block before one enters the next, also where they rest within.
     """
     if sequential == "none":
         return [Site(model, dict(linears))]
     of: dict[nn.Module, Site] = {}
-    blocks = list(_blocks(model, set(linears.values()))) if sequential == "block" else []
+    blocks = list(_blocks(model, set(linears.values())))
     owner = {module: block for block in blocks for module in block.modules()}
     for name, linear in linears.items():
-        module = owner.get(linear, linear)
+        block = owner.get(linear, linear)
+        if gates:
+            of.setdefault(block, Site(block, {}))
+        module = block if sequential == "block" else linear
         of.setdefault(module, Site(module, {})).linears[name] = linear
     return list(of.values())
 
@@ -90,17 +96,25 @@ def _blocks(module: nn.Module, linears: set[nn.Module]) -> Iterator[nn.Module]:
 class Walk:
     """The runs, side by side.
 
-    The visitor is called without autocast and with float32 as the default dtype, whatever the runs or the caller have set.
+    The visitor is called without autocast, with float32 as the default dtype and its products in full, whatever the runs or the
+    caller have set.
 
     Args:
         sites: Where they rest.
         visitor: What is done there.
         reduce: Sums over ranks, where each rank has runs of its own: all then complete the same sites in the same order, also
             those that no run of their own comes to.
+        keep: Is told what a run keeps while it waits for others: the arguments of a site's forward.
     """
 
-    def __init__(self, sites: Sequence[Site], visitor: Visitor, reduce: Reduce | None = None) -> None:
-        self.sites, self.visitor, self.reduce = list(sites), visitor, reduce
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        visitor: Visitor,
+        reduce: Reduce | None = None,
+        keep: Callable[[object], None] | None = None,
+    ) -> None:
+        self.sites, self.visitor, self.reduce, self.keep = list(sites), visitor, reduce, keep
         self.complete: set[Site] = set()
         self._watched: Site | None = None
         self._calls: list[str] = []
@@ -121,17 +135,7 @@ class Walk:
         runs = [greenlet(forward) for forward in forwards]
         try:
             with self._installed():
-                at = {run: self._resume(number, run) for number, run in enumerate(runs)}
-                while (here := self._next({at[run] for run in runs if not run.dead})) is not None:
-                    self.visitor.complete(here)
-                    torch.clear_autocast_cache()
-                    self.complete.add(here)
-                    self._ready = (None, {})
-                    if len(self.complete) == len(self.sites):
-                        break
-                    for number, run in enumerate(runs):
-                        if at[run] is here and not run.dead:
-                            at[run] = self._resume(number, run)
+                self._go(runs)
         finally:
             for run in runs:
                 run.throw()
@@ -139,7 +143,23 @@ class Walk:
             self._caller.restore()
         return [name for site in self.sites if site not in self.complete for name in site.linears]
 
-    def _next(self, waiting: set[Site]) -> Site | None:
+    def _go(self, runs: Sequence[greenlet]) -> None:
+        at = {run: self._resume(number, run) for number, run in enumerate(runs)}
+        while (here := self._next(set(at.values()))) is not None:
+            arrived = [number for number, run in enumerate(runs) if at[run] is here]
+            for number in arrived if here.linears else ():
+                self._resume(number, runs[number])
+            if here.linears:
+                self.visitor.complete(here)
+                torch.clear_autocast_cache()
+            self.complete.add(here)
+            self._ready = (None, {})
+            if len(self.complete) == len(self.sites):
+                return
+            for number in arrived:
+                at[runs[number]] = self._resume(number, runs[number])
+
+    def _next(self, waiting: set[Site | None]) -> Site | None:
         """The first site at which a run waits, on any rank; None if all runs have ended."""
         if self.reduce is None:
             return next((site for site in self.sites if site in waiting), None)
@@ -149,12 +169,13 @@ class Walk:
         first = self.reduce(flags).nonzero().flatten().tolist()
         return self.sites[first[0]] if first else None
 
-    def _resume(self, number: int, run: greenlet) -> Site:
+    def _resume(self, number: int, run: greenlet) -> Site | None:
+        """Lets a run go on, to where it rests next; None if that is its end."""
         self._run = number
         self._caller.restore()
         site: Site = run.switch()
         Ambient().restore()
-        return site
+        return None if run.dead else site
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
@@ -174,12 +195,17 @@ class Walk:
             yield
 
     def _visit(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """A site's forward: the first time with the weights as they are, to see; then, when all have seen, with the new ones."""
+        """A site's forward: when all are here, with the weights as they are, to see; when all have seen, with the new ones."""
         if site not in self.complete:
-            self._see(site, forward, args, kwargs)
             own = Ambient.now()
+            if self.keep is not None:
+                self.keep((args, kwargs))
             self._main.switch(site)
             own.restore()
+            if site.linears:
+                self._see(site, forward, args, kwargs)
+                self._main.switch(site)
+                own.restore()
         with self._pruned(site):
             return forward(*args, **kwargs)
 
@@ -229,58 +255,3 @@ class Walk:
 def _spare(value: Any) -> Any:  # noqa: ANN401
     """A key-value cache that may be written to, in the place of the one that the forward proper is to fill."""
     return copy.deepcopy(value) if isinstance(value, Cache) else value
-
-
-@dataclass(frozen=True)
-class Ambient:
-    """What torch keeps for a whole thread, although each run sets it for itself; by default, what arithmetic needs.
-
-    Attributes:
-        gradients: Whether gradients are recorded.
-        dtype: The default dtype.
-        autocast: For each kind of device, whether there is autocast, and to which dtype.
-    """
-
-    gradients: bool = False
-    dtype: torch.dtype = torch.float32
-    autocast: tuple[tuple[str, bool, torch.dtype | None], ...] = ()
-
-    @classmethod
-    def now(cls) -> "Ambient":
-        """What is set now."""
-        kinds = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _kinds()]
-        return cls(torch.is_grad_enabled(), torch.get_default_dtype(), tuple(kinds))
-
-    def restore(self) -> None:
-        """Sets it again."""
-        torch.set_grad_enabled(self.gradients)
-        torch.set_default_dtype(self.dtype)
-        for kind, enabled, dtype in self.autocast or [(kind, False, None) for kind in _kinds()]:
-            torch.set_autocast_enabled(kind, enabled)
-            if dtype is not None:
-                torch.set_autocast_dtype(kind, dtype)
-
-
-def _kinds() -> set[str]:
-    accelerator = torch.accelerator.current_accelerator()
-    return {"cpu"} if accelerator is None else {"cpu", accelerator.type}
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients, key-value cache or compiled code; modes, random numbers, configs are as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    configs: dict[int, Any] = {id(m.config): m.config for m in modes if getattr(getattr(m, "config", None), "use_cache", False)}
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
-    kind = next((device.type for device in devices), "cuda")
-    try:
-        for config in configs.values():
-            config.use_cache = False
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for config in configs.values():
-            config.use_cache = True

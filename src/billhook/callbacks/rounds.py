@@ -1,0 +1,65 @@
+"""When weights become zero in a fit, and how many."""
+
+import sys
+from itertools import pairwise
+
+from billhook.callbacks.shape_event import At
+from billhook.schedules import Schedule, check_step, resolve_step
+from billhook.sparsity.masks import check_amount
+
+
+def check_times(sparsity: float | Schedule | None, pattern: str, at: At) -> None:
+    """Checks what can be said before the length of training is known.
+
+    Raises:
+        ValueError: If sparsity, pattern and time are not legal or contradict each other.
+    """
+    if not isinstance(sparsity, Schedule):
+        check_amount(sparsity, pattern)
+    elif at != "start":
+        raise ValueError(f"at={at!r}: the schedule says when; give it start and end instead")
+    elif pattern != "unstructured":
+        raise ValueError(f"pattern={pattern!r} is a sparsity of its own, which a schedule contradicts: give at instead")
+    if at != "start":
+        check_step(at, "at")
+
+
+def find_rounds(sparsity: float | Schedule | None, at: At, total: int | None, trial: bool) -> dict[int, float | None]:
+    """From which step which sparsity holds.
+
+    Args:
+        sparsity: Of each linear, or a schedule.
+        at: When, if it is no schedule.
+        total: Steps of training; None where that is not known.
+        trial: Whether it is a trial, which may be shorter than the schedule: then there is only the last round.
+
+    Raises:
+        ValueError: If the length must be known and is not, or a schedule goes down or leaves [0, 1).
+    """
+    if not isinstance(sparsity, Schedule):
+        return {_moment(at, total, trial): sparsity}
+    if total is None:
+        raise ValueError("sparsity: a schedule needs the length of training, which is not known: set max_steps")
+    if trial:
+        rounds = {total: sparsity.bind(sys.maxsize)(sys.maxsize)}
+    else:
+        bound = sparsity.bind(total)
+        rounds = {step: bound(step) for step in sparsity.changes(total)}
+    for step, value in rounds.items():
+        try:
+            check_amount(value)
+        except ValueError as error:
+            raise ValueError(f"{error} (by the schedule, at step {step})") from None
+    for higher, lower in pairwise(rounds.values()):
+        if lower < higher:
+            raise ValueError(f"sparsity: the schedule goes down, from {higher:g} to {lower:g}: pruned weights do not come back")
+    return dict(rounds)
+
+
+def _moment(at: At, total: int | None, trial: bool) -> int:
+    if at == "start":
+        return 0
+    if total is None and isinstance(at, float):
+        raise ValueError(f"at={at} is a fraction of training, whose length is not known: set max_steps")
+    moment = min(at, total) if trial and isinstance(at, int) and total is not None else at
+    return resolve_step(moment, int(moment) if total is None else total, "at")

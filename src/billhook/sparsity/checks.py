@@ -1,0 +1,132 @@
+"""What may be asked of pruning, and what may not: all that can be said before there is data."""
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import nn
+
+from billhook.sparsity.adapters import active_in, plain_adapters
+from billhook.sparsity.allocation import Allocation, Uniform
+from billhook.sparsity.criteria import Criterion
+from billhook.sparsity.linears import prunable, weight_of
+from billhook.sparsity.masks import parse_pattern
+from billhook.sparsity.walk import Sequential, find_sites
+
+CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
+
+
+def needs_data(criterion: Criterion) -> bool:
+    """Whether a criterion needs to see what a linear is given."""
+    return criterion.statistics(1, "meta") is not None
+
+
+def check_pruning(
+    model: nn.Module,
+    criterion: Criterion,
+    pattern: str = "unstructured",
+    sequential: Sequential = "block",
+    allocation: Allocation | None = None,
+    skip: Sequence[str] = (),
+    output_embeddings: bool = False,
+) -> dict[str, nn.Module]:
+    """Checks all that can be said of `prune` before there is data; the linears to prune by name. See `prune`."""
+    linears = _chosen(model, skip, output_embeddings)
+    _check(criterion, linears, pattern, sequential, allocation or Uniform())
+    return linears
+
+
+def adapters_to_count(model: nn.Module, criterion: Criterion, linears: Iterable[str]) -> dict[str, nn.Module]:
+    """The layers of LoRA on these linears, by linear, for a criterion that is to count them in.
+
+    Raises:
+        ValueError: If the criterion updates weights, or there is no plain LoRA that is active and not merged.
+    """
+    if criterion.updates:
+        raise ValueError(
+            f"count_adapters=True needs a criterion that leaves kept weights as they are, such as Wanda, and "
+            f"{type(criterion).__name__} changes them: merge the adapters first (bh.merge), or leave count_adapters off"
+        )
+    layers = plain_adapters(model, linears, "count_adapters=True")
+    if not any(active_in(layer) for layer in layers.values()):
+        raise ValueError(f"count_adapters=True: no adapter is active, such as that of {next(iter(layers))}: enable one")
+    return layers
+
+
+def _chosen(model: nn.Module, skip: Sequence[str], output_embeddings: bool) -> dict[str, nn.Module]:
+    skip = [skip] if isinstance(skip, str) else skip
+    linears = prunable(model, output_embeddings)
+    if not linears:
+        raise ValueError(f"model: {type(model).__name__} has no linear layers to prune")
+    if empty := next((name for name, linear in linears.items() if weight_of(linear).is_meta), None):
+        raise ValueError(f"model: {empty} has no weights yet (it is on the meta device): load them first")
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in linears):
+            raise ValueError(f"skip={pattern!r} matches none of the {len(linears)} linears, such as {list(linears)[:3]}")
+    chosen = {name: m for name, m in linears.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
+    if not chosen:
+        raise ValueError(f"skip={list(skip)} leaves none of the {len(linears)} linears")
+    return chosen
+
+
+def _check(criterion: Criterion, linears: Mapping[str, nn.Module], pattern: str, sequential: str, allocation: Allocation) -> None:
+    if not isinstance(criterion, Criterion):
+        raise ValueError(f"criterion={criterion!r} must be a Criterion, such as Wanda()")
+    if sequential not in get_args(Sequential):
+        raise ValueError(f"sequential={sequential!r} must be one of {get_args(Sequential)}")
+    kept = parse_pattern(pattern)
+    if criterion.compares == "global" and kept is not None:
+        raise ValueError(f"criterion={criterion} compares all layers, and pattern={pattern!r} within groups: ask for one")
+    if criterion.compares == "global" and needs_data(criterion) and sequential != "none":
+        raise ValueError(f"criterion={criterion} compares all layers at once: sequential must be 'none', got {sequential!r}")
+    if not isinstance(allocation, Uniform) and (kept is not None or criterion.compares == "global"):
+        other = f"criterion={criterion} compares all of them" if kept is None else f"pattern={pattern!r} says it for all"
+        raise ValueError(f"allocation={allocation} says how sparse each linear is, and {other}: ask for one")
+    if kept is None:
+        return
+    for name, linear in linears.items():
+        width = weight_of(linear).shape[1]
+        if width % kept[1]:
+            raise ValueError(f"pattern={pattern!r}: {name} has {width} inputs, which {kept[1]} does not divide; skip it")
+
+
+def warn_of_others(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+    """Names what holds matrices, but is no linear: of three dimensions, and no convolution, as experts in one tensor are."""
+    inside = {module for site in find_sites(model, linears, "block") for module in site.module.modules()}
+    found = {}
+    for name, module in model.named_modules():
+        for own, parameter in module.named_parameters(recurse=False) if module in inside else ():
+            if parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, CONVOLUTIONS):
+                found[re.sub(r"\b\d+\b", "*", f"{name}.{own}")] = list(parameter.shape)
+    if found:
+        what = ", ".join(f"{name} {shape}" for name, shape in found.items())
+        warnings.warn(f"these hold several matrices each, but are no linear layers and stay as they are: {what}", stacklevel=3)
+
+
+def check_device(offload: str | torch.device | None) -> torch.device | None:
+    """The device of that name.
+
+    Raises:
+        ValueError: If there is none here.
+    """
+    if offload is None:
+        return None
+    try:
+        return torch.empty(0, device=offload).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        raise ValueError(f"offload={str(offload)!r} is no device here: {str(error).splitlines()[0]}") from None
+
+
+def check_folder(activations: str | None) -> str | None:
+    """The folder of that name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if activations is not None and not Path(activations).is_dir():
+        raise ValueError(f"activations={activations!r} must be a folder that exists")
+    return activations

@@ -1,0 +1,102 @@
+"""A model that is larger than its device: blocks are there one at a time, and activations rest on disk."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+SMALL = 2**16
+"""Bytes of a tensor that is not worth a file."""
+
+
+@contextmanager
+def offloaded(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Blocks compute on a device: each is there from when it is called until another one is, and then back where it was.
+
+    What a block is given goes there with it, and what it returns comes back to where its first input was.
+
+    Args:
+        blocks: Modules of which none is within another.
+        device: Where they compute.
+    """
+    stay = _Stay(device)
+    before = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        vars(block)["forward"] = partial(stay.compute, block, block.forward)
+    try:
+        yield
+    finally:
+        for block, own in zip(blocks, before, strict=True):
+            del vars(block)["forward"]
+            if own is not None:
+                vars(block)["forward"] = own
+        stay.leave()
+
+
+class _Stay:
+    """Who is on the device now."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.block: nn.Module | None = None
+        self.homes: dict[Tensor, torch.device] = {}
+
+    def compute(self, block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """A block's forward, on the device."""
+        if block is not self.block:
+            self.leave()
+            self.block = block
+            self.homes = {tensor: tensor.device for tensor in (*block.parameters(), *block.buffers())}
+            for tensor in self.homes:
+                tensor.data = tensor.data.to(self.device)
+        home = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), self.device)
+        args, kwargs = tree_map_only(Tensor, lambda x: x.to(self.device), (args, kwargs))
+        return tree_map_only(Tensor, lambda x: x.to(home), forward(*args, **kwargs))
+
+    def leave(self) -> None:
+        """Brings the block back that is there."""
+        for tensor, home in self.homes.items():
+            tensor.data = tensor.data.to(home)
+        self.block, self.homes = None, {}
+
+
+class Shelf:
+    """Keeps tensors in files, mapped into memory: the system writes them out when it needs the room, and reads them back in.
+
+    Args:
+        folder: Where the files are made; they are gone when the shelf is closed.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="billhook_", dir=folder, ignore_cleanup_errors=True)
+        self._files = 0
+
+    def keep(self, kept: object) -> None:
+        """Moves what is in the memory of the CPU into files; whoever holds the same tensors now holds them there.
+
+        Args:
+            kept: Any structure of tensors and other things. Parameters and small tensors stay where they are.
+        """
+        for tensor in tree_leaves(kept):
+            if isinstance(tensor, Tensor) and _movable(tensor):
+                self._files += 1
+                path = Path(self._folder.name, str(self._files))
+                mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+                tensor.data = mapped.view(tensor.shape).copy_(tensor)
+                with suppress(OSError):  # where a file that is mapped cannot be removed, closing does it
+                    path.unlink()
+
+    def close(self) -> None:
+        """Removes the folder; what is still mapped stays readable."""
+        self._folder.cleanup()
+
+
+def _movable(tensor: Tensor) -> bool:
+    plain = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return plain and tensor.nbytes >= SMALL and tensor.untyped_storage().filename is None

@@ -7,9 +7,9 @@ Calibration is the first 32 windows of 512 tokens of TRAIN, perplexity that of t
 each, in float32, summed in float64. Every row is a fresh process and trains on the same batches of TRAIN in the same order, with
 AdamW, a warm-up of 10 % of the steps and cosine decay, all weights at one learning rate and adapters at another (LLM-Pruner's:
 r = 8, alpha = 16, dropout 0.05, on all linears). Gradual: Wanda in six rounds along a cubic schedule, over the first 60 % of the
-steps. Both learning rates were chosen with this script on text of TRAIN alone, its first nine tenths as TRAIN and the rest as
-TEST. Masked adapters are the same before and after they are merged, but for rounding (the largest difference of logits on the
-first window is printed), so only what is merged is measured. CPU seconds are those of one thread.
+steps. The learning rates are customary ones, not tuned; to tune them, cut TRAIN in two and give its parts as TRAIN and TEST.
+Masked adapters are the same before and after they are merged, but for rounding (the largest difference of logits on the first
+window is printed), so only what is merged is measured. CPU seconds are those of one thread.
 """
 
 import argparse

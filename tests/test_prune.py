@@ -351,3 +351,16 @@ def test_competing_with_all_and_something_else(criterion, settings, match):
         bh.prune(llama(), criterion, [{"input_ids": tokens()}], **settings)
     with pytest.raises(ValueError, match="one that compares all layers cannot be refitted"):
         bh.Refit(bh.Wanda(compares="global"))
+
+
+if torch.cuda.is_available():
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_two_of_four_is_what_sparse_kernels_take(dtype):
+        """Compressed and multiplied by the GPU's own kernels, a 2:4 weight gives what it gives as it is."""
+        linear = nn.Linear(128, 128, bias=False, dtype=dtype, device="cuda")
+        x = torch.randn(128, 128, dtype=dtype, device="cuda")
+        bh.prune(nn.ModuleDict({"linear": linear}), bh.Magnitude(), pattern="2:4")
+        expected = linear(x)
+        linear.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(linear.weight.detach()))
+        torch.testing.assert_close(linear(x), expected, atol=1e-2, rtol=1e-2)

@@ -10,6 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+TOKENS = 1024
+"""How many tokens are multiplied at a time."""
+
 
 class Statistics(ABC):
     """Sums over the tokens that a linear layer has read.
@@ -158,5 +161,8 @@ class InputMoments(Statistics):
         return [self.products, self.tokens]
 
     def _add(self, chunks: Iterator[Tensor]) -> None:
+        product = torch.empty_like(self.products)
         for chunk in chunks:
-            self.products.addmm_(chunk.t(), chunk)  # in place, so that autocast leaves it in float32
+            for some in torch.split(chunk, TOKENS):
+                torch.mm(some.t(), some, out=product)  # given where to, autocast leaves it in float32
+                self.products += product  # one sum first, as above: some kernels round after each token

@@ -75,7 +75,7 @@ class Hold:
         for linears in self._linears if self.masks else ():
             weights = [linears[name].get_parameter("weight").data for name in self.masks]
             masks = [mask.to(weight.device) for mask, weight in zip(self.masks.values(), weights, strict=True)]
-            torch._foreach_mul_(weights, masks)
+            _mask(weights, masks)
 
     def detach(self) -> None:
         """Applies the masks a last time and lets go of model and optimizers; the masks stay."""
@@ -95,7 +95,7 @@ class Hold:
         own = {name: self._linears[0][name].get_parameter("weight") for name in self.masks} if self._linears else {}
         moved = [name for name, weight in own.items() if weight.requires_grad or weight.grad is not None]
         if moved:
-            torch._foreach_mul_([own[name].data for name in moved], [self.masks[name] for name in moved])
+            _mask([own[name].data for name in moved], [self.masks[name] for name in moved])
 
     def state_dict(self) -> dict[str, Any]:
         """The masks, one bit a weight."""
@@ -110,3 +110,8 @@ class Hold:
         for name, saved in state.items():
             bits = np.unpackbits(saved["bits"].cpu().numpy(), count=int(np.prod(saved["shape"])))
             self.masks[name] = torch.from_numpy(bits.view(np.bool_)).view(saved["shape"])
+
+
+def _mask(weights: list[Tensor], masks: list[Tensor]) -> None:
+    """Multiplies by the masks, in place: read as the bytes 0 and 1, which takes a third of the time that bool does."""
+    torch._foreach_mul_(weights, [mask.view(torch.uint8) for mask in masks])

@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from families import llama, tokens
+from test_prune_batches import Forked
 from torch import nn
 
 import billhook as bh
@@ -113,15 +114,6 @@ def test_experts_that_not_every_rank_comes_to(sequential, routes):
     one = bh.plan_pruning(model, batches=batches, **options)
     for ranks in (2, 3):
         assert agree(planned(model, batches, ranks, **options), one.masks(model)) > 0.98
-
-
-class Forked(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Linear(16, 8), nn.Linear(16, 8)
-
-    def forward(self, x, y=None):
-        return self.one(x) + self.two(x if y is None else y)
 
 
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])

@@ -7,12 +7,12 @@ import threading
 import pytest
 import torch
 from small_configs import architectures, build, small_config
+from test_prune import batches_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.sparsity.ambient import undisturbed
 from billhook.sparsity.walk import Walk, find_sites
-from billhook.structure.inputs import make_inputs
 
 FAMILIES = [
     "llama",
@@ -44,17 +44,7 @@ def case(family):
     )
     model = build(small_config(config_class), model_class).eval()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and "lm_head" not in n}
-    batches = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        batch = {name: value for name, value in make_inputs(model).items() if isinstance(value, torch.Tensor)}
-        for name, value in batch.items():
-            if name.endswith("input_ids"):
-                batch[name] = torch.randint_like(value, 3, 20)
-            elif value.is_floating_point():
-                batch[name] = torch.randn_like(value)
-        batches.append(batch)
-    return model, linears, batches
+    return model, linears, batches_of(model)
 
 
 class Halve:

@@ -55,7 +55,8 @@ def prune(
     Args:
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        criterion: `Wanda` (the default), `Magnitude`, `SparseGPT`, `RIA`, `WandaAlpha` or `Random`, or a class of your own.
+        criterion: `Wanda` (the default), `Magnitude`, `SparseGPT`, `Refit`, `RIA`, `WandaAlpha` or `Random`, or a class of your
+            own.
         sparsity: Fraction of each linear's weights that become zero, in [0, 1); not with a pattern N:M.
         pattern: "unstructured", or "N:M": N are kept of every M consecutive inputs, as in 2:4.
         data: Text to calibrate on (split train) and to measure on (split test, or else validation): "tiny", a hub name, a folder,

@@ -5,8 +5,8 @@ by name, `--jobs` runs so many at once (and spoils the times a little).
 
 Calibration is the first 32 windows of 512 tokens of TRAIN, perplexity that of the first 64 windows of TEST, 511 predictions
 each, in float32. Every row is a fresh process: how much its memory grows at most while it prunes, the CPU seconds of that on one
-thread, and the same of one forward of the calibration windows through the decoder, without the output embedding, timed right
-afterwards.
+thread, and the same of one forward of the calibration windows through the decoder, without the output embedding: the mean of one
+right before and one right afterwards.
 """
 
 import argparse
@@ -63,6 +63,20 @@ def resident(peak=False):
     return int(status.split("VmHWM:" if peak else "VmRSS:")[1].split()[0]) / 1024
 
 
+def start_peak():
+    """Lets the peak start from now; megabytes of resident memory."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident()
+
+
+@torch.no_grad()
+def run(model, rows):
+    """A forward of all windows through the decoder."""
+    for ids in rows:
+        model.model(ids, use_cache=False)
+
+
 @torch.no_grad()
 def perplexity(model, rows):
     """Exp of the mean over all predictions, summed in float64."""
@@ -89,14 +103,12 @@ def measure(model, train, test, criterion, settings):
         return [perplexity(model, held_out), 0.0]
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # out of the file, so that reading it does not count
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before, pruning = resident(), []
-    batches = [{"input_ids": ids} for ids in calibration]
+    batches, pruning = [{"input_ids": ids} for ids in calibration], []
+    forward = timed(lambda: run(model, calibration))
+    before = start_peak()
     seconds = timed(lambda: pruning.append(bh.prune(model, criterion, batches, **settings)))
     grown = resident(peak=True) - before
-    with torch.no_grad():
-        forward = timed(lambda: [model.model(ids, use_cache=False) for ids in calibration])
+    forward = (forward + timed(lambda: run(model, calibration))) / 2
     zeros = sparsity_of(pruning[0].masks(model).values())
     return [perplexity(model, held_out), zeros, seconds, seconds / forward, grown]
 

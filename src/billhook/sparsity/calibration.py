@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.sparsity.adapters import counted, product_of
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.linears import weight_of
-from billhook.sparsity.masks import keep_global
+from billhook.sparsity.masks import keep_global, where_kept
 from billhook.sparsity.result import Pruned
 from billhook.sparsity.statistics import Statistics
 from billhook.sparsity.walk import Reduce, Site
@@ -145,7 +145,7 @@ class Calibration:
             if name in self.pruned:
                 weight = self.pruned[name].weight(weight_of(linear))
                 if name in self.adapters:  # makes up for what the layer adds there, which merging will leave out
-                    added = product_of(self.adapters[name]).masked_fill_(self.pruned[name].keep(weight), 0)
+                    added = where_kept(product_of(self.adapters[name]), ~self.pruned[name].keep(weight))
                     weight = weight - added.to(weight.dtype)
                 new[name] = weight.t() if isinstance(linear, Conv1D) else weight
         return new
@@ -184,7 +184,7 @@ def prune_together(
     keeps = keep_global(scores, sparsity)
     weights = {name: weight_of(linear) for name, linear in linears.items()}
     return {
-        name: Pruned.of(weight, weight.masked_fill(~keep, 0), keep)
+        name: Pruned.of(weight, where_kept(weight, keep), keep)
         for (name, weight), keep in zip(weights.items(), keeps, strict=True)
     }
 
@@ -211,6 +211,6 @@ def prune_linear(
         raise ValueError(f"{name}: {error}") from error
     if adapter is None:
         return Pruned.of(weight, new, keep)
-    if not torch.equal(new, seen.masked_fill(~keep, 0)):
+    if not torch.equal(new, where_kept(seen, keep)):
         raise ValueError(f"{name}: count_adapters=True, and {type(criterion).__name__} changes kept weights (`updates` is False)")
-    return Pruned.of(weight, weight.masked_fill(~keep, 0), keep)
+    return Pruned.of(weight, where_kept(weight, keep), keep)

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern
+from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern, where_kept
 from billhook.sparsity.sparsegpt import MAX_DAMPING, inverse_factor, saliency, solve
 from billhook.sparsity.statistics import InputMoments, InputNorms, Statistics
 
@@ -79,7 +79,7 @@ class Criterion(ABC):
             keep = keep_n_of_m(scores, *kept)
         else:
             keep = keep_rows(scores, sparsity) if self.compares == "row" else keep_layer(scores, sparsity)
-        return weight.detach().masked_fill(~keep, 0), keep
+        return where_kept(weight, keep), keep
 
 
 @dataclass(frozen=True)

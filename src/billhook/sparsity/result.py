@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.linears import prunable, weight_of
+from billhook.sparsity.masks import where_kept
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Pruned:
     @staticmethod
     def of(old: Tensor, new: Tensor, keep: Tensor) -> "Pruned":
         """From a weight `[out_features, in_features]`, what it becomes, and its keep-mask."""
-        changed = not torch.equal(new, old.masked_fill(~keep, 0))
+        changed = not torch.equal(new, where_kept(old, keep))
         return Pruned(np.packbits(keep.cpu().numpy()), new[keep].cpu() if changed else None)
 
     def sparsity(self, size: int) -> float:
@@ -45,7 +46,7 @@ class Pruned:
         """What a weight becomes."""
         keep = self.keep(old)
         if self.values is None:
-            return old.masked_fill(~keep, 0)
+            return where_kept(old, keep)
         return torch.zeros_like(old).masked_scatter_(keep, self.values.to(old.device))
 
 

@@ -112,7 +112,7 @@ class InputNorms(Statistics):
     (tensor([10.,  4.]), tensor(2))
     """
 
-    chunk = (2**18, 2**24)
+    chunk = (2**20, 2**24)
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         super().__init__(in_features, device)

@@ -13,6 +13,7 @@ from billhook.structure.axes import mark
 from billhook.structure.tape import axes_of, tensors
 
 PARTS = ("torch.nn.utils.", "transformers.")  # masks and norms of weights; how transformers collects hidden states
+GATES = "billhook.structure.gates"  # multiply by a number, which changes no shape: a shadow does without
 
 
 class StandIn:
@@ -47,7 +48,8 @@ def stand_ins(model: nn.Module) -> dict[int, Any]:
                 found[id(hooks)] = type(hooks)()
         for kind, before in (("_forward_pre_hooks", True), ("_forward_hooks", False)):
             own: dict[int, Callable[..., Any]] = vars(module).get(kind, {})
-            new = {key: hook if _is_part(hook) else StandIn(hook, module, before) for key, hook in own.items()}
+            counting = {key: hook for key, hook in own.items() if _function(hook).__module__ != GATES}
+            new = {key: hook if _is_part(hook) else StandIn(hook, module, before) for key, hook in counting.items()}
             found[id(own)] = OrderedDict(new)
     return found
 

@@ -1,0 +1,173 @@
+"""The heads of a model, as whoever reads them sees them: which positions of its input are which head."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from billhook.structure.axes import Axis, Indices, layout, leaves
+from billhook.structure.coupling import Structure
+from billhook.structure.groups import Group, Member
+from billhook.structure.roles import Attention
+from billhook.structure.shape import find_transformer
+from billhook.structure.trace import Inputs, trace
+
+Per = Literal["head", "kv_head"]
+"""What there is one number for: a query head, or a key/value head with the query heads that it serves."""
+
+Layer = int | str
+"""An attention: its name, or its place in the order in which they run, from 0; where each layer has one, that is the layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """The heads of one attention.
+
+    Attributes:
+        name: The innermost module that makes the queries and reads the heads.
+        readers: The modules that read the heads.
+        index: For each position of what they read, the query head that it belongs to: int64.
+        kv_of: For each query head, the KV head that serves it: int64.
+        query_leaves: The leaves of the axis that counts query heads.
+        kv_leaves: Those of them that count KV heads.
+        members: What holds query heads, within the attention.
+    """
+
+    name: str
+    readers: tuple[str, ...]
+    index: Indices
+    kv_of: Indices
+    query_leaves: tuple[Axis, ...]
+    kv_leaves: tuple[Axis, ...]
+    members: tuple[Member, ...]
+
+    def count(self, per: Per = "head") -> int:
+        """How many heads, or KV heads, there are."""
+        return len(self.kv_of) if per == "head" else int(self.kv_of.max()) + 1
+
+    def positions(self, per: Per = "head") -> Indices:
+        """For each position of what the readers read, the head, or KV head, that it belongs to: int64."""
+        return self.index if per == "head" else self.kv_of[self.index]
+
+    def of_member(self, member: Member) -> Indices:
+        """For each position of a member's dimension the query head that it belongs to, -1 if to none: int64."""
+        first = {tuple(key): number for number, key in enumerate(self._keys)}
+        return np.array([first.get(tuple(key), -1) for key in _keys(member.axis, self.query_leaves)])
+
+    @property
+    def _keys(self) -> Indices:
+        """For each query head, its number along every leaf."""
+        reader = next(member for member in self.members if member.reads)
+        keys = _keys(reader.axis, self.query_leaves)
+        return keys[[int(np.flatnonzero(self.index == head)[0]) for head in range(len(self.kv_of))]]
+
+
+def find_heads(model: nn.Module, structure: Structure | None = None, example_inputs: Inputs | None = None) -> dict[str, Heads]:
+    """The heads of every attention of a model, by the attention's name, in the order in which they run.
+
+    Args:
+        model: A Hugging Face model, a module that holds one, or with `example_inputs` any module.
+        structure: What `trace` has found of it; by default it is traced.
+        example_inputs: As in `trace`.
+
+    Raises:
+        ValueError: If it has no attention, or one whose heads no module of its own reads.
+    """
+    subject = model if example_inputs is not None else find_transformer(model)
+    structure = structure or trace(subject, example_inputs)
+    found: dict[str, Heads] = {}
+    seen: set[tuple[str, ...]] = set()
+    for attention in structure.attention:
+        heads = _heads(subject, structure, attention)
+        if heads.readers not in seen:
+            seen.add(heads.readers)
+            found[heads.name if heads.name not in found else heads.readers[0]] = heads
+    if not found:
+        raise ValueError(f"model: {type(subject).__name__} has no attention, so there are no heads")
+    return found
+
+
+def check_layers(heads: Mapping[str, Heads], chosen: Mapping[Layer, Iterable[int]], per: Per = "head") -> dict[str, list[int]]:
+    """Heads by the names of their attentions.
+
+    Raises:
+        ValueError: If there is no such attention or head; the message says which there are.
+    """
+    if per not in get_args(Per):
+        raise ValueError(f"per={per!r} must be one of {', '.join(get_args(Per))}")
+    names, named = list(heads), dict[str, list[int]]()
+    for layer, numbers in chosen.items():
+        known = layer in heads if isinstance(layer, str) else type(layer) is int and 0 <= layer < len(names)
+        if not known:
+            raise ValueError(
+                f"heads: there is no layer {layer!r}; there are 0 to {len(names) - 1}, in this order: {', '.join(names[:4])}"
+                + (", ..." if len(names) > 4 else "")
+            )
+        name = layer if isinstance(layer, str) else names[layer]
+        count = heads[name].count(per)
+        if wrong := [number for number in numbers if type(number) is not int or not 0 <= number < count]:
+            raise ValueError(f"heads: layer {layer!r} has no head {wrong[0]!r}; it has 0 to {count - 1}")
+        named[name] = sorted({*named.get(name, []), *numbers})
+    return named
+
+
+def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Heads:
+    name = _shared([part.name for part in (*attention.q, *attention.o)])
+    reader = attention.o[0]
+    axis = structure.axes[reader.name][reader.dim]
+    query = tuple(leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in attention.heads)
+    kinds = {group.leaf: group.kind for group in structure.groups}
+    kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head")
+    index, first = _number(_keys(axis, query))
+    kv_of, _ = _number(_keys(axis, kv)[first])
+    modules = tuple(dict.fromkeys(_reader(model, part.name) for part in attention.o))
+    return Heads(name, modules, index, kv_of, query, kv, tuple(_members(structure.groups, query, name)))
+
+
+def _keys(axis: Axis, along: Sequence[Axis]) -> Indices:
+    """For each position of an axis its number along some leaves, -1 along one that it has not: int64, `[size, leaves]`."""
+    if not along:
+        return np.zeros((axis.size, 1), dtype=np.int64)
+    return np.stack([layout(axis, leaf) for leaf in along], axis=1)
+
+
+def _number(keys: Indices) -> tuple[Indices, Indices]:
+    """Numbers different rows in the order in which they come first, and where that is."""
+    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    return np.argsort(order)[inverse.reshape(-1)], first[order]
+
+
+def _members(groups: Sequence[Group], query: Sequence[Axis], name: str) -> list[Member]:
+    """What holds every one of these leaves in one dimension, within a module."""
+    own = [member for group in groups if group.leaf in query for member in group.members]
+    unique = {(m.name, m.dim): m for m in own if m.name.startswith(f"{name}.") and not m.buffer}
+    return [member for member in unique.values() if set(query) <= set(leaves(member.axis))]
+
+
+def _shared(names: Sequence[str]) -> str:
+    parts = [name.split(".")[:-1] for name in names]
+    shared = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    return ".".join(shared)
+
+
+def _reader(model: nn.Module, parameter: str) -> str:
+    """The module that gets what a parameter reads: its own, or the layer of adapters around it.
+
+    Raises:
+        ValueError: If it has none that is called.
+    """
+    path = parameter.split(".")[:-1]
+    if len(path) > 1 and isinstance(model.get_submodule(".".join(path[:-1])), nn.MultiheadAttention):
+        raise ValueError(f"model: {parameter} is read by torch.nn.MultiheadAttention at once, so no gate can stand before it")
+    for end in range(len(path) - 1, max(len(path) - 4, 0), -1):
+        if isinstance(model.get_submodule(".".join(path[:end])), BaseTunerLayer):
+            return ".".join(path[:end])
+    return ".".join(path)

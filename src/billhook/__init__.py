@@ -14,13 +14,18 @@ from billhook.sparsity.prune import plan_pruning, prune
 from billhook.sparsity.refit import Refit
 from billhook.sparsity.result import Pruning
 from billhook.structure.coupling import Structure
+from billhook.structure.gates import HeadMask, head_gates, mask_heads
 from billhook.structure.groups import Group
+from billhook.structure.importance import Ablation, ActivationNorm, GateGradient, Importance, RandomHeads, Taylor, WeightNorm
 from billhook.structure.kv_heads import convert_kv_heads
+from billhook.structure.ranking import HeadAblation, ablate_heads, head_importance
 from billhook.structure.trace import trace
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "Ablation",
+    "ActivationNorm",
     "Allocation",
     "ByPattern",
     "ClassificationDataModule",
@@ -30,7 +35,11 @@ __all__ = [
     "Cubic",
     "Exponential",
     "Export",
+    "GateGradient",
     "Group",
+    "HeadAblation",
+    "HeadMask",
+    "Importance",
     "KVHeadConversion",
     "Linear",
     "Magnitude",
@@ -40,6 +49,7 @@ __all__ = [
     "Pruning",
     "RIA",
     "Random",
+    "RandomHeads",
     "Refit",
     "Report",
     "Schedule",
@@ -47,15 +57,21 @@ __all__ = [
     "ShapeInCheckpoint",
     "SparseGPT",
     "Structure",
+    "Taylor",
     "TextDataModule",
     "TransformerModule",
     "Uniform",
     "Wanda",
     "WandaAlpha",
+    "WeightNorm",
     "WeightPruning",
+    "ablate_heads",
     "convert_kv_heads",
+    "head_gates",
+    "head_importance",
     "load",
     "mask_adapters",
+    "mask_heads",
     "merge",
     "plan_pruning",
     "prune",

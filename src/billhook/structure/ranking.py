@@ -1,0 +1,227 @@
+"""Scores of heads from batches: which of them matter, and what a metric is without each."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from billhook.structure.heads import Heads, Per, check_layers, find_heads
+from billhook.structure.importance import GateGradient, Importance, Sums, ablating
+from billhook.structure.probes import Trial
+from billhook.structure.shape import find_transformer
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""From the model and a batch to one number, with a gradient."""
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all ranks, in place."""
+Mode = Literal["without", "only"]
+
+
+@dataclass(frozen=True)
+class HeadAblation:
+    """What a metric is when heads are masked, the paper's tables 1 to 3.
+
+    Attributes:
+        mode: `"without"` each head alone, or with it as the `"only"` one of its layer.
+        whole: The metric with all heads.
+        values: By attention, the metric for each of its heads: float64, `[heads]`.
+    """
+
+    mode: Mode
+    whole: float
+    values: dict[str, Tensor]
+
+    def __str__(self) -> str:
+        what = "without each head" if self.mode == "without" else "each head alone in its layer"
+        lines = [f"{what}: change of {self.whole:.4f}"]
+        width = max(map(len, self.values))
+        for name, values in self.values.items():
+            lines.append(f"  {name:<{width}} " + " ".join(f"{float(value - self.whole):+8.4f}" for value in values))
+        return "\n".join(lines)
+
+
+def head_importance(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    importance: Importance | None = None,
+    loss: Loss | None = None,
+    normalize: bool = True,
+    per: Per = "head",
+) -> dict[str, Tensor]:
+    """How much each head of a model matters; the model is as before afterwards, modes and random numbers too.
+
+    Args:
+        model: A Hugging Face model, also with LoRA attached, or a module that holds one.
+        batches: What the model's forward takes, as dictionaries, labels included; a causal language model's own inputs are its
+            labels where there are none. Padding (by `attention_mask`) does not count.
+        importance: `GateGradient()` (1905.10650; the default), `Taylor`, `WeightNorm`, `ActivationNorm`, `RandomHeads` or
+            `Ablation`.
+        loss: What of a batch is to be small; by default the loss that the model gives.
+        normalize: Whether the scores of each layer are divided by their L2 norm, as the paper does.
+        per: One score for each `"head"` (query head), or for each `"kv_head"` with the query heads that it serves.
+
+    Returns:
+        By the name of each attention, in the order in which they run: float32, `[heads]`, on the CPU.
+
+    Raises:
+        ValueError: If there are no heads, a batch gives no loss, or the loss does not depend on the heads of a layer.
+    """
+    importance = importance or GateGradient()
+    subject = find_transformer(model)
+    heads = find_heads(subject)
+    check_layers(heads, {}, per)
+    if importance.needs_data and batches is None:
+        raise ValueError(f"batches=None: {type(importance).__name__} needs batches")
+    trials = [
+        trial_of(subject, heads, batch, loss) for batch in (batches if importance.needs_data and batches is not None else ())
+    ]
+    with resting(subject):
+        return score(subject, heads, importance, trials, normalize, per)
+
+
+def score(
+    model: nn.Module,
+    heads: Mapping[str, Heads],
+    importance: Importance,
+    trials: list[Trial],
+    normalize: bool = True,
+    per: Per = "head",
+    reduce: Reduce | None = None,
+) -> dict[str, Tensor]:
+    """What `head_importance` does, of heads that have been found and batches that are ready.
+
+    Raises:
+        ValueError: As `head_importance`; also if a score is NaN or infinite.
+    """
+    if importance.needs_data and not trials:
+        raise ValueError(f"batches: {type(importance).__name__} needs at least one batch")
+    sums = importance.sums(model, heads, per, trials)
+    if reduce is not None:
+        sums = _reduced(sums, reduce if importance.needs_data else lambda tensor: tensor)
+    scores = {}
+    for name, total in sums.totals.items():
+        mean = total / sums.counts[name].clamp(min=1)
+        if not torch.isfinite(mean).all():
+            raise ValueError(
+                f"importance: a score of {name} is NaN or infinite: the loss, or the model, is not finite on a batch"
+            )
+        scores[name] = (mean / (mean.norm() + 1e-20) if normalize else mean).float()
+    return scores
+
+
+def ablate_heads(
+    model: nn.Module,
+    batches: Iterable[Any],
+    metric: Loss | None = None,
+    mode: Mode = "without",
+    per: Per = "head",
+) -> HeadAblation:
+    """A metric without each head alone, or with it as the only one of its layer (1905.10650, sections 3.2 and 3.3).
+
+    Args:
+        model: As in `head_importance`.
+        batches: As in `head_importance`; each is run once for every head.
+        metric: From model and batch to a number, such as accuracy; by default the loss. Its mean over the batches is taken.
+        mode: `"without"` or `"only"`.
+        per: Whether heads are query heads, or KV heads with the query heads that they serve.
+
+    Raises:
+        ValueError: If there are no heads or no batches, or `mode` or `per` are not legal.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode={mode!r} must be one of {', '.join(get_args(Mode))}")
+    subject = find_transformer(model)
+    heads = find_heads(subject)
+    check_layers(heads, {}, per)
+    trials = [trial_of(subject, heads, batch, metric) for batch in batches]
+    if not trials:
+        raise ValueError("batches: at least one is needed")
+    values = {name: torch.zeros(one.count(per), dtype=torch.float64) for name, one in heads.items()}
+    whole = 0.0
+    with resting(subject), ablating(subject, heads, per) as gates, torch.no_grad():
+        for trial in trials:
+            whole += float(trial.loss()) / len(trials)
+            for name, gate in gates.items():
+                for head in range(len(gate)):
+                    gate.fill_(1 if mode == "without" else 0)
+                    gate[head] = 0 if mode == "without" else 1
+                    values[name][head] += float(trial.loss()) / len(trials)
+                gate.fill_(1)
+    return HeadAblation(mode, whole, values)
+
+
+def trial_of(model: nn.Module, heads: Mapping[str, Heads], batch: Any, loss: Loss | None = None) -> Trial:  # noqa: ANN401
+    """A batch as `Importance` takes it, on the model's device."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    batch = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
+    return Trial(partial(loss or own_loss, model, batch), tokens_of(model, heads, batch))
+
+
+def own_loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
+    """The loss that a model gives; a causal language model predicts its inputs, where there are no labels.
+
+    Raises:
+        ValueError: If it gives none.
+    """
+    if not isinstance(batch, dict):
+        raise ValueError(
+            f"batches: a {type(batch).__name__} is no dictionary of what the model takes: give `loss` to make use of it"
+        )
+    config: Any = getattr(model, "config", None)
+    writes = getattr(model, "can_generate", lambda: False)() and not getattr(config, "is_encoder_decoder", False)
+    if "labels" not in batch and writes and "input_ids" in batch:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        batch = batch | {"labels": ids if mask is None else ids.masked_fill(mask == 0, -100)}
+    found: Tensor | None = getattr(model(**batch), "loss", None)
+    if found is None:
+        raise ValueError(f"batches: {type(model).__name__} gives no loss for {', '.join(batch)}: add labels, or give `loss`")
+    return found
+
+
+def tokens_of(model: nn.Module, heads: Mapping[str, Heads], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """For each attention, which of the tokens that ask count, where a batch says so: bool, `[batch, length]`."""
+    if not isinstance(batch, Mapping):
+        return {}
+    mask, later = batch.get("attention_mask"), batch.get("decoder_attention_mask")
+    if later is None and isinstance(batch.get("labels"), Tensor):
+        later = batch["labels"] != -100
+    decoder: Any = None
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        decoder = getattr(model, "get_decoder", lambda: None)()
+    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    masks = {name: later if model.get_submodule(one.readers[0]) in inside else mask for name, one in heads.items()}
+    return {name: one.bool() for name, one in masks.items() if isinstance(one, Tensor) and one.dim() == 2}
+
+
+@contextmanager
+def resting(model: nn.Module) -> Iterator[None]:
+    """Evaluation: no dropout, no key-value cache; modes, random numbers and configs are as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    configs: dict[int, Any] = {id(m.config): m.config for m in modes if getattr(getattr(m, "config", None), "use_cache", False)}
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        model.eval()
+        with torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for config in configs.values():
+            config.use_cache = True
+
+
+def _reduced(sums: Sums, reduce: Reduce) -> Sums:
+    """The sums of all ranks, in one exchange."""
+    packed = reduce(torch.cat([*sums.totals.values(), torch.stack(list(sums.counts.values()))]))
+    parts = torch.split(packed, [*(len(total) for total in sums.totals.values()), len(sums.counts)])
+    totals = dict(zip(sums.totals, parts[:-1], strict=True))
+    return Sums(totals, dict(zip(sums.counts, parts[-1], strict=True)))

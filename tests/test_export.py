@@ -9,12 +9,13 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
+from shaped import SHAPED, uneven_llama
 from torch import nn
 from torch.utils.data import DataLoader
 
 import billhook
 from billhook.export import export, export_checkpoint
-from billhook.structure.shape import KEY
+from billhook.structure.shape import KEY, save_shape, shape_of
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 IDS = torch.arange(24).view(2, 12)
@@ -109,6 +110,38 @@ def test_the_tokenizer_is_the_one_that_training_started_from(tmp_path, recwarn):
         export_checkpoint(tmp_path / "moved.ckpt", tmp_path / "moved")
 
 
+@pytest.mark.parametrize("family", SHAPED)
+def test_a_shape_that_the_class_does_not_build(family, tmp_path, capsys):
+    model = SHAPED[family]()
+    module = Own("model", model)
+    checkpoint = {"state_dict": module.state_dict()}
+    save_shape(module, checkpoint)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    export(str(tmp_path / "a.ckpt"), str(tmp_path / "out"))
+    assert "bh.load loads it, plain from_pretrained refuses it; largest difference of logits 0" in capsys.readouterr().out
+    again = billhook.load(tmp_path / "out")
+    assert shape_of(again) == shape_of(model)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_weights_of_another_shape_than_is_said_are_refused(tmp_path):
+    module = Own("model", uneven_llama())
+    checkpoint = {"state_dict": module.state_dict()}
+    save_shape(module, checkpoint)
+    name = "model.layers.1.mlp.down_proj.weight"
+    checkpoint["state_dict"][f"model.{name}"] = torch.ones(32, 4)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(
+        ValueError, match=rf"{name} is \(32, 48\) by its config, \(32, 20\) by its shape, \(32, 4\) by its weights"
+    ):
+        export_checkpoint(tmp_path / "a.ckpt", tmp_path / "out")
+    del checkpoint["state_dict"][f"model.{name}"]
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=rf"{name} .* not there by its weights"):
+        export_checkpoint(tmp_path / "a.ckpt", tmp_path / "out")
+
+
 def test_a_checkpoint_that_billhook_knows_nothing_of(tmp_path):
     path = fit(Own("model", build()), tmp_path, [])
     with pytest.raises(ValueError, match="was not written with a billhook callback or module"):
@@ -201,19 +234,23 @@ HOSTILE = {
     "shape is not a size": _shape("tensors", lm_head__weight=3),
     "shape is negative": _shape("tensors", lm_head__weight=[-50, 16]),
     "shape is huge": _shape("tensors", lm_head__weight=[2**40, 2**40]),
+    "shape has a dimension more": _shape("tensors", lm_head__weight=[50, 16, 1]),
+    "shape has fewer than the weights": _shape("tensors", model__layers__0__mlp__down_proj__weight=[16, 8]),
     "shape is of another": _shape("tensors", other__weight=[1]),
     "shape contradicts": _shape("config", num_hidden_layers=10**9),
     "shape lacks one": lambda held: held["shape"]["tensors"].pop("lm_head.weight"),
 }
 
 
-def test_a_config_far_larger_than_the_weights_takes_no_memory(good, tmp_path):
+def test_a_config_far_larger_than_the_weights_takes_no_memory(good, tmp_path, monkeypatch):
     checkpoint = good | {KEY: copy.deepcopy(good[KEY])}
     for change in (_config(hidden_size=2**17), _shape("config", hidden_size=2**17)):
         change(checkpoint[KEY])
     torch.save(checkpoint, tmp_path / "hostile.ckpt")
-    with pytest.raises(ValueError, match=r"weight is \(50, 131072\) by its config, \(50, 16\) by its shape"):
-        export_checkpoint(tmp_path / "hostile.ckpt", tmp_path / "out")
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_from_config", lambda *_, **__: pytest.fail("built by its config"))
+    saved = export_checkpoint(tmp_path / "hostile.ckpt", tmp_path / "out")
+    assert saved.way == "shaped"
+    assert saved.megabytes < 0.1
 
 
 @pytest.mark.parametrize("case", HOSTILE)

@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from families import build, llama, tokens
+from shaped import PLAIN, SHAPED
 from torch import nn
 
 from billhook.structure.kv_heads import convert_kv_heads
@@ -17,6 +18,7 @@ from billhook.structure.shape import (
     save_shape,
     set_shape,
     shape_of,
+    unbuilt_shape,
 )
 
 
@@ -32,6 +34,60 @@ def test_a_shape_goes_both_ways_and_weights_of_it_then_load(family):
         assert torch.equal(other(ids).logits, target(ids).logits)
         assert shape_of(other) == shape_of(target)
         assert other.config.num_key_value_heads == target.config.num_key_value_heads
+
+
+@pytest.mark.parametrize("family", SHAPED)
+def test_shapes_that_the_class_does_not_build_go_both_ways_in_a_checkpoint(family):
+    small, dense, other = SHAPED[family](), PLAIN[family](), PLAIN[family]()
+    for target in (small, dense, small):
+        checkpoint = {}
+        save_shape(Holder(net=target), checkpoint)
+        load_shape(Holder(model=other), json.loads(json.dumps(checkpoint)))
+        other.load_state_dict(target.state_dict())
+        ids = tokens()
+        assert torch.equal(other(ids).logits, target(ids).logits)
+        assert shape_of(other) == shape_of(target)
+
+
+def test_what_the_class_does_not_build():
+    for family in SHAPED:
+        nothing = unbuilt_shape(PLAIN[family]())
+        assert nothing == Shape({}, {}, {})
+    found = unbuilt_shape(SHAPED["llama"]())
+    mlp = "model.layers.1.mlp"
+    assert found.tensors == {
+        f"{mlp}.gate_proj.weight": (20, 32),
+        f"{mlp}.up_proj.weight": (20, 32),
+        f"{mlp}.down_proj.weight": (32, 20),
+    }
+    ends = ("gate_proj.out_features", "up_proj.out_features", "down_proj.in_features", "intermediate_size")
+    assert found.attributes == {f"{mlp}.{end}": 20 for end in ends}
+
+
+def test_what_the_class_builds_where_a_field_was_changed_after_building():
+    model = llama()
+    model.config.pad_token_id = 2
+    found = unbuilt_shape(model)
+    assert found.tensors == {}
+    assert found.attributes == {"model.padding_idx": 0, "model.embed_tokens.padding_idx": 0}
+
+
+@pytest.mark.parametrize("kind", [tuple, list, torch.Size])
+def test_the_size_that_a_norm_normalizes_follows_its_weight(kind):
+    models = [PLAIN["gpt2"](n_embd=width, n_head=width // 8) for width in (32, 16)]
+    models[0].transformer.ln_f.normalized_shape = kind((32,))
+    set_shape(models[0], shape_of(models[1]))
+    models[0].load_state_dict(models[1].state_dict())
+    ids = tokens()
+    assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+    assert models[0].transformer.ln_f.normalized_shape == kind((16,))
+
+
+def test_a_kernel_as_long_as_a_bias_stays():
+    convolution = nn.Conv1d(4, 3, 3)
+    set_shape(convolution, shape_of(nn.Conv1d(4, 5, 3)))
+    assert convolution.kernel_size == (3,)
+    assert convolution(torch.ones(1, 4, 6)).shape == (1, 5, 4)
 
 
 def test_it_is_plain_data():

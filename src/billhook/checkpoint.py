@@ -19,10 +19,15 @@ from billhook.assets import model_path
 from billhook.place import RECORD, beside, check_target, move, repair, size
 from billhook.sparsity.merge import has_adapters, merged_copy
 from billhook.structure.meta import check_checkpoint, model_class
-from billhook.structure.shape import find_transformer
+from billhook.structure.shape import KEY, find_transformer, unbuilt_shape
+from billhook.structure.shaped import load_as, to_entry
 
-Way = Literal["plain"]
-WAYS: dict[Way, str] = {"plain": "an ordinary Hugging Face checkpoint: plain from_pretrained loads it, without billhook"}
+Way = Literal["plain", "shaped"]
+WAYS: dict[Way, str] = {
+    "plain": "an ordinary Hugging Face checkpoint: plain from_pretrained loads it, without billhook",
+    "shaped": "a Hugging Face checkpoint of a shape that its class has no config fields for: bh.load loads it, plain "
+    "from_pretrained refuses it",
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class Saved:
 
     Attributes:
         folder: Where the checkpoint is.
-        way: How it was saved: `"plain"`, as an ordinary Hugging Face checkpoint.
+        way: How it was saved: `"plain"`, as an ordinary Hugging Face checkpoint, or `"shaped"`, as one that `load` loads.
         difference: The largest difference between the logits of the model and of what was reloaded.
         megabytes: The size of the folder, in 10^6 bytes.
         adapters: What has become of PEFT's adapters, in a line; None if there were none.
@@ -58,6 +63,10 @@ def save(
     renames do that; a process killed right between them leaves nothing at `folder` and the earlier checkpoint, complete, beside
     it as `.NAME.draft-old`, which the next save puts back first. Where `folder` is a symbolic link, what it points to is
     replaced and the link stays. The model is left as it was: modes, gradients, config, and torch's random state too.
+
+    Where the model's class builds tensors of other sizes from the model's config (heads are gone, say, for which the config has
+    no field, or layers differ), config.json says under `"billhook"` which sizes and whole-number attributes are others, and
+    `load` loads it. Plain `from_pretrained` refuses it with a RuntimeError, unless it is told to ignore mismatched sizes.
 
     Of a model with PEFT's adapters attached, a copy is saved into whose weights they are merged as `merge` does it: in linears of
     which 1 % or more is zero, every zero stays, and the others are merged in full. If that leaves something out of what the
@@ -87,15 +96,25 @@ def save(
     check_target(folder)
     model, adapters = _merged(model)
     with beside(target) as draft, _untouched(model):
-        model.save_pretrained(draft)
+        way = _write(model, draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         difference = verify(model, draft, probe)
-        saved = Saved(str(folder), "plain", difference, size(draft) / 1e6, adapters)
+        saved = Saved(str(folder), way, difference, size(draft) / 1e6, adapters)
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "saved": asdict(saved), "files": files}, indent=1) + "\n")
         move(draft, target)
     return saved
+
+
+def _write(model: PreTrainedModel, draft: Path) -> Way:
+    """Saves the model with what its class does not build said in its config; what the config said of that before is dropped."""
+    vars(model.config).pop(KEY, None)
+    shape = unbuilt_shape(model)
+    if shape.tensors:
+        setattr(model.config, KEY, to_entry(shape))
+    model.save_pretrained(draft)
+    return "shaped" if shape.tensors else "plain"
 
 
 def _check_no_prompts(module: nn.Module) -> None:
@@ -127,13 +146,13 @@ def load(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
         dtype: The dtype of the weights, `"auto"` for the checkpoint's own.
 
     Raises:
-        ValueError: If a folder is not a checkpoint, or its config names no class that transformers has.
+        ValueError: If a folder is not a checkpoint, its config names no class that transformers has, or what the config says
+            under `"billhook"` is not what `save` writes or not what the files hold.
     """
     name = model_path(str(folder))
     check_checkpoint(name)
     config = transformers.AutoConfig.from_pretrained(name)
-    model: PreTrainedModel = model_class(config, name).from_pretrained(name, dtype=dtype)
-    return model
+    return load_as(model_class(config, name), name, dtype)
 
 
 @torch.no_grad()
@@ -146,7 +165,7 @@ def verify(model: PreTrainedModel, folder: Path, probe: Mapping[str, Tensor]) ->
     Raises:
         RuntimeError: If it is above what the dtype's rounding explains, or the model computes no finite number.
     """
-    reloaded = type(model).from_pretrained(folder, dtype=model.dtype).to(cast(Any, model.device))
+    reloaded = load_as(type(model), str(folder), model.dtype).to(cast(Any, model.device))
     reloaded.set_attn_implementation(model.config._attn_implementation)
     inputs = {k: v.to(model.device) for k, v in probe.items()}
     with _evaluating(model), _evaluating(reloaded):

@@ -16,14 +16,16 @@ from billhook.assets import model_path
 from billhook.checkpoint import WAYS, Saved, logits_of, make_probe, save
 from billhook.place import check_target
 from billhook.structure.meta import model_class
-from billhook.structure.shape import KEY, Shape, shape_of
+from billhook.structure.shape import KEY, Shape, build_class_on_meta, shape_of
+from billhook.structure.shaped import build_shaped
 
 IGNORED = {
     *("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+    KEY,
 }
-"""Config fields with which transformers would fetch code, or that say how and not what to compute."""
+"""Config fields with which transformers would fetch code, or that say how and not what to compute, or of what shape it was."""
 REPEATED = re.compile("(layers?|depths?|blocks|experts)$")
 """Config fields that say how often something is built."""
 
@@ -81,7 +83,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
     """The Hugging Face model that a Lightning checkpoint holds.
 
-    It is built on meta tensors first, and takes memory only when its sizes are those of the tensors in the checkpoint.
+    It is built on meta tensors first, and takes memory only when its sizes are those of the tensors in the checkpoint. Where its
+    class builds other sizes from the config, it takes those that the checkpoint says and holds.
 
     Raises:
         ValueError: If its class is unknown, its weights are not where that class has them, or it cannot be built or run.
@@ -100,10 +103,14 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
         if not isinstance(config, kind.config_class or PretrainedConfig):
             raise ValueError(f"a {held['class']} is not built from a {type(config).__name__}")
         with torch.random.fork_rng(devices=[]):
-            with torch.device("meta"):
-                _check_sizes(kind(copy.deepcopy(config)), Shape.from_dict(held["shape"]), state)
+            shape = Shape.from_dict(held["shape"])
+            plain = _check_sizes(build_class_on_meta(kind, copy.deepcopy(config)), shape, state)
             dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
-            model: PreTrainedModel = kind._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = (
+                kind._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+                if plain
+                else build_shaped(kind, config, shape, state, dtype)
+            )
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         model.train(False)
         with torch.no_grad():
@@ -130,19 +137,27 @@ def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
     return {key: _harmless(value, limit) for key, value in fields.items() if key not in IGNORED and not key.startswith("__")}
 
 
-def _check_sizes(shadow: PreTrainedModel, said: Shape, state: dict[str, Tensor]) -> None:
-    """Compares what the config builds, on meta tensors, with the shape and the tensors in the checkpoint."""
+def _check_sizes(shadow: PreTrainedModel, said: Shape, state: dict[str, Tensor]) -> bool:
+    """Compares what the config builds, on meta tensors, with the shape and the tensors in the checkpoint.
+
+    Returns:
+        Whether the config builds that shape.
+
+    Raises:
+        ValueError: If shape and tensors are not the same, or of a model with other tensors.
+    """
     built = shape_of(shadow)
     if differing := [k for k, v in built.config.items() if said.config.get(k, v) != v]:
         raise ValueError(f"config and shape do not agree on {differing[0]}")
     for name in [*built.tensors, *said.tensors]:
         held = tuple(state[name].shape) if name in state else None
         sizes = {"config": built.tensors.get(name), "shape": said.tensors.get(name), "weights": held}
-        if len(set(sizes.values())) > 1:
+        if held != sizes["shape"] or len({None if size is None else len(size) for size in sizes.values()}) > 1:
             told = ", ".join(f"{size or 'not there'} by its {where}" for where, size in sizes.items())
             raise ValueError(f"{name} is {told}")
     if sum(buffer.numel() for buffer in shadow.buffers()) > 10**8 + 10 * sum(tensor.numel() for tensor in state.values()):
         raise ValueError("the config asks for far more than the checkpoint holds")
+    return built.tensors == said.tensors
 
 
 def _find_tokenizer(asked: str | None, started_from: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:

@@ -57,15 +57,18 @@ class FieldFinder:
             size: Units now.
             fields: What `find` has found.
         """
-        values = {name: value for name, value in _numbers(self.model.config) if name in fields}
         found: list[int] = []
         for count in range(size - 1, max(size - TRIED, 1) - 1, -1):
-            said = {name: self._defaults.get(name, count) if v is None else v // size * count for name, v in values.items()}
-            if self._accepted(said):
+            if self._accepted(self.values(size, fields, count)):
                 found.append(count)
             if len(found) == SHOWN:
                 break
         return tuple(found)
+
+    def values(self, size: int, fields: Sequence[str], count: int) -> dict[str, int]:
+        """What the fields are when there are `count` units instead of `size`."""
+        said = {name: value for name, value in _numbers(self.model.config) if name in fields}
+        return {name: self._defaults.get(name, count) if v is None else v // size * count for name, v in said.items()}
 
     def _accepted(self, values: dict[str, int]) -> bool:
         config = self._config(values)

@@ -3,16 +3,18 @@
 A checkpoint carries it, so that a model of any other shape can take the checkpoint's shape before the weights are loaded.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, initialization
 
 KEY = "billhook"
-"""Where Lightning checkpoints keep the shape."""
+"""Where Lightning checkpoints keep the shape, and config.json what the model's class does not build of it."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,21 @@ def shape_of(model: nn.Module) -> Shape:
     return Shape(tensors, attributes, config)
 
 
+def unbuilt_shape(model: PreTrainedModel) -> Shape:
+    """What of a model's shape its class does not build from its config; without tensors for a model that config.json describes.
+
+    The attributes alone may differ in such a model too, as when a field of the config was changed after building.
+    """
+    now, built = shape_of(model), shape_of(build_on_meta(model, copy.deepcopy(model.config)))
+    tensors = {name: size for name, size in now.tensors.items() if built.tensors.get(name, size) != size}
+    attributes = {name: value for name, value in now.attributes.items() if built.attributes.get(name, value) != value}
+    return Shape(tensors, attributes, {})
+
+
 def set_shape(model: nn.Module, shape: Shape) -> None:
     """Gives a model another shape; tensors whose size changes are new and hold nothing meaningful until weights are loaded.
+
+    What else a module says of a tensor's size follows it: `normalized_shape` of a `LayerNorm`.
 
     Raises:
         ValueError: If the shape is of a model with other tensors.
@@ -72,7 +87,7 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
             if id(old) not in renewed:
                 renewed[id(old)] = _like(old, shape.tensors[name])
             owner, _, attr = name.rpartition(".")
-            setattr(model.get_submodule(owner), attr, renewed[id(old)])
+            _put(model.get_submodule(owner), attr, renewed[id(old)])
     for name, module, attr in list(_numbers(model)):
         setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
     for name, owner_config, field in list(_fields(getattr(model, "config", None))):
@@ -139,8 +154,14 @@ def locate_transformer(module: nn.Module) -> tuple[str, PreTrainedModel]:
 
 def build_on_meta(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     """What the model's own class builds from a config, without memory."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return type(model)(config)
+    return build_class_on_meta(type(model), config)
+
+
+def build_class_on_meta(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """What a class builds from a config, without memory."""
+    safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)  # some classes read numbers off a linspace
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), safe():
+        return kind(config)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -150,6 +171,15 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 def _like(old: Tensor, size: tuple[int, ...]) -> Tensor:
     new = torch.empty(size, dtype=old.dtype, device=old.device)
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _put(module: nn.Module, attr: str, new: Tensor) -> None:
+    """Sets a tensor, and where it is the weight what the module keeps of its whole size."""
+    size = tuple(getattr(module, attr).shape)
+    for name, value in vars(module).items():
+        if attr == "weight" and isinstance(value, tuple | list) and tuple(value) == size:
+            setattr(module, name, type(value)(new.shape))
+    setattr(module, attr, new)
 
 
 def _numbers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:

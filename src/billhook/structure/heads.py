@@ -54,14 +54,14 @@ class Heads:
 
     def of_member(self, member: Member) -> Indices:
         """For each position of a member's dimension the query head that it belongs to, -1 if to none: int64."""
-        first = {tuple(key): number for number, key in enumerate(self._keys)}
-        return np.array([first.get(tuple(key), -1) for key in _keys(member.axis, self.query_leaves)])
+        first = {tuple(key): number for number, key in enumerate(self.keys)}
+        return np.array([first.get(tuple(key), -1) for key in along(member.axis, self.query_leaves)])
 
     @property
-    def _keys(self) -> Indices:
+    def keys(self) -> Indices:
         """For each query head, its number along every leaf."""
         reader = next(member for member in self.members if member.reads)
-        keys = _keys(reader.axis, self.query_leaves)
+        keys = along(reader.axis, self.query_leaves)
         return keys[[int(np.flatnonzero(self.index == head)[0]) for head in range(len(self.kv_of))]]
 
 
@@ -121,17 +121,17 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Head
     query = tuple(leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in attention.heads)
     kinds = {group.leaf: group.kind for group in structure.groups}
     kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head")
-    index, first = _number(_keys(axis, query))
-    kv_of, _ = _number(_keys(axis, kv)[first])
+    index, first = _number(along(axis, query))
+    kv_of, _ = _number(along(axis, kv)[first])
     modules = tuple(dict.fromkeys(_reader(model, part.name) for part in attention.o))
     return Heads(name, modules, index, kv_of, query, kv, tuple(_members(structure.groups, query, name)))
 
 
-def _keys(axis: Axis, along: Sequence[Axis]) -> Indices:
+def along(axis: Axis, own: Sequence[Axis]) -> Indices:
     """For each position of an axis its number along some leaves, -1 along one that it has not: int64, `[size, leaves]`."""
-    if not along:
+    if not own:
         return np.zeros((axis.size, 1), dtype=np.int64)
-    return np.stack([layout(axis, leaf) for leaf in along], axis=1)
+    return np.stack([layout(axis, leaf) for leaf in own], axis=1)
 
 
 def _number(keys: Indices) -> tuple[Indices, Indices]:

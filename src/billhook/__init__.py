@@ -16,6 +16,9 @@ from billhook.sparsity.result import Pruning
 from billhook.structure.coupling import Structure
 from billhook.structure.gates import HeadMask, head_gates, mask_heads
 from billhook.structure.groups import Group
+from billhook.structure.head_choice import choose_heads
+from billhook.structure.head_plan import HeadPlan, plan_heads
+from billhook.structure.head_removal import apply_heads, prune_heads
 from billhook.structure.importance import Ablation, ActivationNorm, GateGradient, Importance, RandomHeads, Taylor, WeightNorm
 from billhook.structure.kv_heads import convert_kv_heads
 from billhook.structure.ranking import HeadAblation, ablate_heads, head_importance
@@ -39,6 +42,7 @@ __all__ = [
     "Group",
     "HeadAblation",
     "HeadMask",
+    "HeadPlan",
     "Importance",
     "KVHeadConversion",
     "Linear",
@@ -66,6 +70,8 @@ __all__ = [
     "WeightNorm",
     "WeightPruning",
     "ablate_heads",
+    "apply_heads",
+    "choose_heads",
     "convert_kv_heads",
     "head_gates",
     "head_importance",
@@ -73,8 +79,10 @@ __all__ = [
     "mask_adapters",
     "mask_heads",
     "merge",
+    "plan_heads",
     "plan_pruning",
     "prune",
+    "prune_heads",
     "save",
     "summary",
     "trace",

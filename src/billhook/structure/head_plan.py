@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from billhook.structure.axes import Axis, Indices, leaves
+from billhook.structure.axes import Axis, Indices
 from billhook.structure.coupling import Structure
 from billhook.structure.groups import Group, Member
 from billhook.structure.heads import Heads, Layer, Per, along, check_layers, find_heads
@@ -138,7 +138,10 @@ def _check_allowed(structure: Structure, heads: Sequence[Heads]) -> None:
         if not one.query_leaves:
             raise ValueError(f"heads: {one.name} has one head, which cannot go")
         for leaf in one.query_leaves:
-            if (reason := by_leaf[leaf].reason if leaf in by_leaf else "no parameter has them") != "":
+            reason = by_leaf[leaf].reason if leaf in by_leaf else "no parameter has them"
+            if not reason and "normed" in leaf.notes:
+                reason = "a norm goes over all of them at once, so that without some it would give something else"
+            if reason:
                 raise ValueError(f"heads: those of {one.name} cannot be removed: {reason}; they can be masked (mask_heads)")
 
 
@@ -157,12 +160,15 @@ def _cuts(groups: Sequence[Group], heads: Mapping[str, Heads], gone: Mapping[str
 
 
 def _stays(member: Member, query: Sequence[Axis], keys: Indices, lost: set[tuple[int, ...]]) -> Indices:
-    """The positions that stay: all but those of which every head goes that they are of."""
-    own = [i for i, leaf in enumerate(query) if leaf in leaves(member.axis)]
-    left = {tuple(key[own]) for key in keys if tuple(key) not in lost}
-    here = {tuple(key[own]) for key in keys}
-    places = [tuple(place) for place in along(member.axis, [query[i] for i in own])]
-    return np.array([i for i, place in enumerate(places) if place in left or place not in here], dtype=np.int64)
+    """The positions that stay: all but those of which every head goes that they serve, as keys serve all heads of a group."""
+    stays = np.ones(member.axis.size, dtype=bool)
+    goes = np.array([tuple(key) in lost for key in keys])
+    places, inverse = np.unique(along(member.axis, query), axis=0, return_inverse=True)
+    for number, place in enumerate(places):
+        own = (keys[:, place >= 0] == place[place >= 0]).all(1)
+        if (place >= 0).any() and own.any() and goes[own].all():
+            stays[inverse.reshape(-1) == number] = False
+    return np.flatnonzero(stays)
 
 
 def _check_plain(model: PreTrainedModel) -> None:

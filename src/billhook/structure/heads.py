@@ -29,7 +29,7 @@ class Heads:
     Attributes:
         name: The innermost module that makes the queries and reads the heads.
         readers: The modules that read the heads.
-        index: For each position of what they read, the query head that it belongs to: int64.
+        index: For each position of what they read, the query head that it belongs to, -1 if to none: int64.
         kv_of: For each query head, the KV head that serves it: int64.
         query_leaves: The leaves of the axis that counts query heads.
         kv_leaves: Those of them that count KV heads.
@@ -49,8 +49,8 @@ class Heads:
         return len(self.kv_of) if per == "head" else int(self.kv_of.max()) + 1
 
     def positions(self, per: Per = "head") -> Indices:
-        """For each position of what the readers read, the head, or KV head, that it belongs to: int64."""
-        return self.index if per == "head" else self.kv_of[self.index]
+        """For each position of what the readers read, the head, or KV head, that it belongs to, -1 if to none: int64."""
+        return self.index if per == "head" else np.where(self.index < 0, -1, self.kv_of[self.index])
 
     def of_member(self, member: Member) -> Indices:
         """For each position of a member's dimension the query head that it belongs to, -1 if to none: int64."""
@@ -115,9 +115,10 @@ def check_layers(heads: Mapping[str, Heads], chosen: Mapping[Layer, Iterable[int
 
 
 def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Heads:
-    name = _shared([part.name for part in (*attention.q, *attention.o)])
-    reader = attention.o[0]
-    axis = structure.axes[reader.name][reader.dim]
+    axes = [structure.axes[part.name][part.dim] for part in attention.o]
+    held = [len(set(attention.heads) & set(leaves(axis))) for axis in axes]  # others read KV heads, or are another layer's
+    readers = [part for part, count in zip(attention.o, held, strict=True) if count == max(held)]
+    name, axis = _shared([part.name for part in (*attention.q, *readers)]), axes[held.index(max(held))]
     query = tuple(leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in attention.heads)
     kinds = {group.leaf: group.kind for group in structure.groups}
     kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head")

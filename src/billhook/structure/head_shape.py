@@ -1,0 +1,198 @@
+"""What a model's attributes and config are when heads are gone: as its class builds them, or found by trial on meta tensors."""
+
+import copy
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from billhook.structure.fields import FieldFinder
+from billhook.structure.head_plan import HeadPlan
+from billhook.structure.heads import find_heads
+from billhook.structure.meta import to_meta
+from billhook.structure.shape import Shape, build_on_meta, set_shape, shape_of
+from billhook.structure.show import pattern
+from billhook.structure.trace import trace
+
+TRIALS = 256
+"""How many assignments of whole-number attributes are tried, at most."""
+
+
+Fields = dict[str, int | None]
+"""Fields of a config, those of nested configs with dots, and their values."""
+
+
+def shapes_then(
+    model: PreTrainedModel, plan: HeadPlan, now: Shape, tensors: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[Shape, Fields]]:
+    """Shapes that the model might have then, the likeliest first: as its class builds it, or with attributes that are tried."""
+    fields = _fields(model, plan) if _build_shape(model, {}).tensors == now.tensors else {}
+    if fields and (built := _built(model, fields, now, tensors)) is not None:
+        yield built, fields
+        return
+    for changed in ({}, _heads_said(model, plan)):  # some code asks the config in the middle of a forward
+        for attributes in itertools.islice(_assignments(model, plan, now, tensors), TRIALS):
+            shape = Shape(tensors, now.attributes | attributes, now.config)
+            if _runs(model, plan, shape, changed):
+                yield shape, changed
+
+
+def _fields(model: PreTrainedModel, plan: HeadPlan) -> Fields:
+    """What the config's fields would be, if they can say it: the same number of heads everywhere."""
+    before, after = set(plan.before.values()), set(plan.after.values())
+    if len(before) != 1 or len(after) != 1:
+        return {}
+    (query, kv), (query_then, kv_then) = before.pop(), after.pop()
+    groups, finder = trace(model).groups, FieldFinder(model)
+    changes: dict[str, int | None] = {}
+    steps = ((("kv_head", "head"), kv, kv_then), (("query_head",), query // kv, query_then // kv_then))
+    for kinds, size, count in steps:
+        if count == size:
+            continue
+        own = [group for group in groups if group.kind in kinds and group.size == size]
+        found = finder.values(size, finder.find(own), count) if own else {}
+        if not found:
+            return {}
+        for name, value in found.items():
+            already = changes.get(name) if _field(model, name) is not None else None
+            changes[name] = value if already is None else already // size * count
+    return changes
+
+
+def _heads_said(model: PreTrainedModel, plan: HeadPlan) -> Fields:
+    """The fields of the config that are numbers of heads, as they would be then; none where layers differ."""
+    before, after = set(plan.before.values()), set(plan.after.values())
+    if len(before) != 1 or len(after) != 1:
+        return {}
+    becomes = dict(zip(before.pop(), after.pop(), strict=True))
+    return {f: becomes[v] for f, v in vars(model.config).items() if "head" in f and type(v) is int and v in becomes}
+
+
+def _built(model: PreTrainedModel, fields: Fields, now: Shape, tensors: dict[str, tuple[int, ...]]) -> Shape | None:
+    """What the model's class builds from a changed config, if it has these tensors."""
+    try:
+        usual, built = _build_shape(model, {}), _build_shape(model, fields)
+    except Exception:  # whatever a class of configs or models raises
+        return None
+    if built.tensors != tensors:
+        return None
+    attributes = {k: v for k, v in built.attributes.items() if usual.attributes.get(k, v) != v}
+    return Shape(tensors, now.attributes | attributes, now.config)
+
+
+def _build_shape(model: PreTrainedModel, fields: Fields) -> Shape:
+    """The shape of what the model's class builds from its config with some fields changed."""
+    config = copy.deepcopy(model.config)
+    for name, value in fields.items():
+        owner, field = _owner(config, name)
+        setattr(owner, field, value)
+    type(config).from_dict(config.to_dict())  # which refuses what its class does not allow
+    return shape_of(build_on_meta(model, config))
+
+
+def _owner(config: PretrainedConfig, name: str) -> tuple[Any, str]:
+    """The config that holds a field, and its name there."""
+    *owners, field = name.split(".")
+    owner: Any = config
+    for one in owners:
+        owner = getattr(owner, one)
+    return owner, field
+
+
+def _field(model: PreTrainedModel, name: str) -> int | None:
+    owner, field = _owner(model.config, name)
+    value: int | None = getattr(owner, field, None)
+    return value
+
+
+def set_fields(model: PreTrainedModel, fields: Fields) -> None:
+    """Changes fields of a model's config."""
+    for name, value in fields.items():
+        owner, field = _owner(model.config, name)
+        setattr(owner, field, value)
+
+
+def _assignments(
+    model: PreTrainedModel, plan: HeadPlan, now: Shape, tensors: dict[str, tuple[int, ...]]
+) -> Iterator[dict[str, int]]:
+    """Values of whole-number attributes in the attentions, the ones in which most of them follow first."""
+    certain, open_ = _candidates(model, plan, now, tensors)
+    kinds = sorted({pattern(name) for name in open_})
+    choices = sorted(itertools.product((True, False), repeat=len(kinds)), key=lambda one: -sum(one)) if len(kinds) < 12 else []
+    for chosen in choices:
+        follows = dict(zip(kinds, chosen, strict=True))
+        for which in range(max([len(values) for values in open_.values()], default=1)):
+            yield certain | {n: v[min(which, len(v) - 1)] for n, v in open_.items() if follows[pattern(n)]}
+
+
+def _candidates(
+    model: PreTrainedModel, plan: HeadPlan, now: Shape, tensors: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """Attributes that say the size of a tensor, and others in the attentions that may: with what they may become."""
+    certain: dict[str, int] = {}
+    places = {}
+    for name, module in model.named_modules():
+        layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        for attr, dim in _says(layer).items():
+            weight = next((n for n, p in model.named_parameters(remove_duplicate=False) if p is layer.weight), "")
+            if weight in tensors and hasattr(module, attr):
+                certain[f"{name}.{attr}"] = tensors[weight][dim]
+        places[name] = module
+    open_: dict[str, list[int]] = {}
+    for attention in plan.heads:
+        becomes = _becomes(plan, attention, now, tensors)
+        for key, value in now.attributes.items():
+            if key.startswith(f"{attention}.") and key not in certain and value in becomes:
+                open_[key] = becomes[value]
+    changed = {key: value for key, value in certain.items() if now.attributes.get(key) not in (None, value)}
+    return changed, open_
+
+
+def _says(module: nn.Module) -> dict[str, int]:
+    """Which attributes of a layer say the size of which dimension of its weight."""
+    if isinstance(module, nn.Linear):
+        return {"out_features": 0, "in_features": 1}
+    if isinstance(module, Conv1D):
+        return {"nx": 0, "nf": 1}
+    return {"num_embeddings": 0, "embedding_dim": 1} if isinstance(module, nn.Embedding) else {}
+
+
+def _becomes(plan: HeadPlan, attention: str, now: Shape, tensors: dict[str, tuple[int, ...]]) -> dict[int, list[int]]:
+    """What numbers of heads and widths become."""
+    (query, kv), (query_then, kv_then) = plan.before[attention], plan.after[attention]
+    pairs = [(query, query_then), (kv, kv_then), (query // kv, query_then // kv_then)]
+    for name, size in now.tensors.items():
+        if name.startswith(f"{attention}."):
+            pairs += zip(size, tensors[name], strict=True)
+            pairs += [(a // 3, b // 3) for a, b in zip(size, tensors[name], strict=True) if a % 3 == b % 3 == 0]
+    found: dict[int, list[int]] = {}
+    for old, new in pairs:
+        if old != new and new not in found.setdefault(old, []):
+            found[old].append(new)
+    return found
+
+
+def _runs(model: PreTrainedModel, plan: HeadPlan, shape: Shape, fields: Fields) -> bool:
+    """Whether the model's code runs with a shape, on meta tensors, and has the heads that are planned."""
+    shadow = to_meta(model)
+    set_shape(shadow, shape)
+    set_fields(shadow, fields)
+    try:
+        heads = find_heads(shadow)
+    except ValueError:
+        return False
+    return {name: (one.count(), one.count("kv_head")) for name, one in heads.items()} == plan.after
+
+
+def sizes_then(model: PreTrainedModel, plan: HeadPlan) -> dict[str, tuple[int, ...]]:
+    """The sizes of all tensors then, also of those that are the same under another name."""
+    first = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    sizes = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        own = first.get(id(tensor), name)
+        sizes[name] = tuple(len(plan.cuts.get((own, d), range(n))) for d, n in enumerate(tensor.shape))
+    return sizes

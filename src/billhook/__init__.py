@@ -1,6 +1,6 @@
 """Prune and convert Hugging Face transformers inside a PyTorch Lightning fit."""
 
-from billhook.callbacks import Export, KVHeadConversion, Report, WeightPruning
+from billhook.callbacks import Export, HeadPruning, KVHeadConversion, Report, WeightPruning
 from billhook.checkpoint import load, save
 from billhook.data import ClassificationDataModule, Seq2SeqDataModule, TextDataModule
 from billhook.module import ShapeInCheckpoint, TransformerModule
@@ -43,6 +43,7 @@ __all__ = [
     "HeadAblation",
     "HeadMask",
     "HeadPlan",
+    "HeadPruning",
     "Importance",
     "KVHeadConversion",
     "Linear",

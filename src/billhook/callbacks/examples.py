@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
 from billhook.sparsity.batches import Run, runs_of
+from billhook.structure.ranking import own_loss
 
 
 @contextmanager
@@ -143,6 +144,26 @@ def _step(pl_module: pl.LightningModule, batch: Any, number: int) -> Callable[[]
     parameters = inspect.signature(pl_module.training_step).parameters.values()
     anything = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
     return partial(pl_module.training_step, *((batch, number) if anything else (batch, number)[: len(parameters)]))
+
+
+def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Module, Any], Tensor]:
+    """The loss that `training_step` gives for a batch; of a module that steps its optimizers itself, the model's own loss.
+
+    Args:
+        pl_module: The module in training.
+        number: The batch's number.
+    """
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
+        if not pl_module.automatic_optimization:
+            return own_loss(model, batch)
+        given: Any = _step(pl_module, batch, number)()
+        found = given["loss"] if isinstance(given, Mapping) else given
+        if not isinstance(found, Tensor):
+            raise ValueError(f"training_step of {type(pl_module).__name__} gives no loss for batch {number}: {found!r}")
+        return found
+
+    return loss
 
 
 class _Call(BaseException):

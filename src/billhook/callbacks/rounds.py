@@ -1,4 +1,4 @@
-"""When weights become zero in a fit, and how many."""
+"""When something is pruned in a fit, and how much of it."""
 
 import sys
 from itertools import pairwise
@@ -24,35 +24,36 @@ def check_times(sparsity: float | Schedule | None, pattern: str, at: At) -> None
         check_step(at, "at")
 
 
-def find_rounds(sparsity: float | Schedule | None, at: At, total: int | None, trial: bool) -> dict[int, float | None]:
-    """From which step which sparsity holds.
+def find_rounds(
+    amount: float | Schedule | None, at: At, total: int | None, trial: bool, name: str = "sparsity"
+) -> dict[int, float | None]:
+    """From which step how much is pruned.
 
     Args:
-        sparsity: Of each linear, or a schedule.
+        amount: A fraction, or a schedule of it.
         at: When, if it is no schedule.
         total: Steps of training; None where that is not known.
         trial: Whether it is a trial, which may be shorter than the schedule: then there is only the last round.
+        name: What the amount is called.
 
     Raises:
         ValueError: If the length must be known and is not, or a schedule goes down or leaves [0, 1).
     """
-    if not isinstance(sparsity, Schedule):
-        return {_moment(at, total, trial): sparsity}
+    if not isinstance(amount, Schedule):
+        return {_moment(at, total, trial): amount}
     if total is None:
-        raise ValueError("sparsity: a schedule needs the length of training, which is not known: set max_steps")
+        raise ValueError(f"{name}: a schedule needs the length of training, which is not known: set max_steps")
     if trial:
-        rounds = {total: sparsity.bind(sys.maxsize)(sys.maxsize)}
+        rounds = {total: amount.bind(sys.maxsize)(sys.maxsize)}
     else:
-        bound = sparsity.bind(total)
-        rounds = {step: bound(step) for step in sparsity.changes(total)}
+        bound = amount.bind(total)
+        rounds = {step: bound(step) for step in amount.changes(total)}
     for step, value in rounds.items():
-        try:
-            check_amount(value)
-        except ValueError as error:
-            raise ValueError(f"{error} (by the schedule, at step {step})") from None
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value!r} must be a fraction in [0, 1) (by the schedule, at step {step})")
     for higher, lower in pairwise(rounds.values()):
         if lower < higher:
-            raise ValueError(f"sparsity: the schedule goes down, from {higher:g} to {lower:g}: pruned weights do not come back")
+            raise ValueError(f"{name}: the schedule goes down, from {higher:g} to {lower:g}: what is pruned does not come back")
     return dict(rounds)
 
 

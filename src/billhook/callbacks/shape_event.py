@@ -59,13 +59,18 @@ class ShapeCallback(Callback, ABC):
     def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
         """Carries out a stage and returns a phrase that says what was done."""
 
+    @property
+    def only_at_start(self) -> bool:
+        """Whether no shape changes in the middle of the fit."""
+        return all(moment == "start" for moment in self.at)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Makes checkpoints carry the shape; checks all stages; carries out those at the start."""
         _hold_shape(pl_module)
         if stage != "fit":
             return
         self.events, self._steps, self._last_step = [], [], 0
-        _check_trainer(trainer, type(self).__name__, all(moment == "start" for moment in self.at))
+        _check_trainer(trainer, type(self).__name__, self.only_at_start)
         self.check(pl_module, trainer)
         others = [moment for callback in callbacks_of(trainer, type(self)) for moment in callback.at if moment != "start"]
         if is_trial(trainer) or (trainer.max_steps > 0 and trainer.max_epochs in (-1, None)):
@@ -134,6 +139,12 @@ class ShapeCallback(Callback, ABC):
     def _happen(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int) -> None:
         limit = self.measure_batches
         before = {} if limit == 0 else measure(trainer, pl_module, limit)
+        event = self._reshape(trainer, pl_module, stage, before)
+        event["after"] |= {} if limit == 0 else measure(trainer, pl_module, limit)
+        log_event(trainer, event)
+
+    def _reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int, before: dict[str, float]) -> Event:
+        """Carries out a stage on model and optimizers, also where DDP has wrapped the model."""
         wrapped = isinstance(trainer.strategy.model, DistributedDataParallel)
         if wrapped:
             # DDP holds hooks on the old parameters: drop it first, wrap again after
@@ -142,8 +153,7 @@ class ShapeCallback(Callback, ABC):
         if wrapped:
             assert isinstance(trainer.strategy, DDPStrategy)
             trainer.strategy.configure_ddp()
-        event["after"] |= {} if limit == 0 else measure(trainer, pl_module, limit)
-        log_event(trainer, event)
+        return event
 
     def _record(
         self, trainer: pl.Trainer, metrics: dict[str, float], model: nn.Module, stage: int, optimizers: list[Optimizer]

@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from billhook.callbacks.examples import aside, check_readable, on_device, runs_as_in_training, training_examples
 from billhook.callbacks.hold import Hold
 from billhook.callbacks.measure import measure
+from billhook.callbacks.ranks import SumOverRanks
 from billhook.callbacks.rounds import check_times, find_rounds
 from billhook.callbacks.shape_event import At, Event, ShapeCallback, log_event
 from billhook.report import summary
@@ -144,7 +145,7 @@ class WeightPruning(Callback):
         for callback in callbacks_of(trainer, Callback):
             seen |= callback is self
             if isinstance(callback, ShapeCallback):
-                last = max(callback.steps(total or sys.maxsize, trainer))
+                last = max(callback.steps(total or sys.maxsize, trainer), default=-1)
                 if (last, seen) > (first, False):
                     raise ValueError(
                         f"{type(callback).__name__} changes shapes at step {last}, after WeightPruning has made masks at step "
@@ -211,7 +212,7 @@ class WeightPruning(Callback):
             return plan_pruning(
                 model, self.criterion, self._runs(trainer, pl_module) if self._needs_data else None, sparsity, self.pattern,
                 self.sequential, self.allocation, self.skip, self.output_embeddings,
-                None if trainer.world_size == 1 else _Sum(trainer), count_adapters=self.count_adapters,
+                None if trainer.world_size == 1 else SumOverRanks(trainer), count_adapters=self.count_adapters,
             )  # fmt: skip
 
     def _runs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Run]:
@@ -237,18 +238,6 @@ class WeightPruning(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lets go of the optimizers (Lightning does not call `teardown` then)."""
         self._hold.detach()
-
-
-class _Sum:
-    """Sums a tensor over all ranks, in place."""
-
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self.trainer = trainer
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        on_device = tensor.to(self.trainer.strategy.root_device, copy=True)
-        summed: Tensor = self.trainer.strategy.reduce(on_device, reduce_op="sum")
-        return tensor.copy_(summed)
 
 
 def _averaged(trainer: pl.Trainer) -> list[nn.Module]:

@@ -144,7 +144,6 @@ def _take(steps: Sequence[_Step], ratio: float, total: int, where: str) -> list[
             f"ratio={ratio}: {target} of {total} heads of {where} would go, and at most {most} may: {most / total:g}"
         )
     for step in steps:
-        if sum(one.size for one in taken) + step.size > target:
-            break
-        taken.append(step)
+        if sum(one.size for one in taken) + step.size <= target:
+            taken.append(step)
     return taken

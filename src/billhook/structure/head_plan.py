@@ -1,6 +1,6 @@
 """Which heads go, and all that goes with them: a plan, checked before anything changes."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from billhook.structure.axes import Axis, Indices
 from billhook.structure.coupling import Structure
 from billhook.structure.groups import Group, Member
-from billhook.structure.heads import Heads, Layer, Per, along, check_layers, find_heads
+from billhook.structure.heads import Chosen, Heads, Per, along, check_layers, find_heads
 from billhook.structure.shape import find_transformer
 from billhook.structure.trace import trace
 
@@ -56,9 +56,7 @@ class HeadPlan:
         return "\n".join(lines)
 
 
-def plan_heads(
-    model: nn.Module, heads: Mapping[Layer, Iterable[int]], per: Per = "head", structure: Structure | None = None
-) -> HeadPlan:
+def plan_heads(model: nn.Module, heads: Chosen, per: Per = "head", structure: Structure | None = None) -> HeadPlan:
     """Finds what goes with some heads: their queries, keys, values, outputs, biases, position biases and adapters.
 
     A KV head goes with the last of its query heads.

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -13,7 +14,7 @@ from billhook.structure.axes import Indices
 from billhook.structure.gates import Gate, place_mask
 from billhook.structure.head_plan import HeadPlan, plan_heads
 from billhook.structure.head_shape import set_fields, shapes_then, sizes_then
-from billhook.structure.heads import Heads, Layer, Per, find_heads
+from billhook.structure.heads import Chosen, Heads, Per, check_layers, find_heads
 from billhook.structure.inputs import make_inputs
 from billhook.structure.ranking import resting
 from billhook.structure.shape import Shape, find_transformer, set_shape, shape_of
@@ -22,7 +23,7 @@ from billhook.structure.surgery import Change, replace_parameters
 
 def prune_heads(
     model: nn.Module,
-    heads: Mapping[Layer, Iterable[int]],
+    heads: Chosen,
     optimizers: Optimizer | Iterable[Optimizer] = (),
     per: Per = "head",
 ) -> HeadPlan:
@@ -78,6 +79,30 @@ def apply_heads(plan: HeadPlan, model: nn.Module, optimizers: Optimizer | Iterab
         f"heads: the code of {type(subject).__name__} does not follow when heads are removed from its tensors; they can be "
         "masked (mask_heads)"
     )
+
+
+@torch.no_grad()
+def zero_heads(model: nn.Module, heads: Chosen, per: Per = "head") -> None:
+    """Makes zero the weights that read some heads, in place: the model computes what it does with them masked, without a mask.
+
+    Args:
+        model: As in `prune_heads`.
+        heads: The heads, as in `prune_heads`.
+        per: Whether heads are query heads, or KV heads with the query heads that they serve.
+
+    Raises:
+        ValueError: If there is no such layer or head.
+    """
+    subject = find_transformer(model)
+    found = find_heads(subject)
+    for name, numbers in check_layers(found, heads, per).items():
+        one = found[name]
+        gone = numbers if per == "head" else np.flatnonzero(np.isin(one.kv_of, numbers))
+        for member in one.members:
+            if member.reads:
+                positions = torch.from_numpy(np.flatnonzero(np.isin(one.of_member(member), gone)))
+                weight = subject.get_parameter(member.name)
+                weight.index_fill_(member.dim, positions.to(weight.device), 0)
 
 
 class _Different(Exception):

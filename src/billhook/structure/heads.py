@@ -21,6 +21,9 @@ Per = Literal["head", "kv_head"]
 Layer = int | str
 """An attention: its name, or its place in the order in which they run, from 0; where each layer has one, that is the layer."""
 
+Chosen = Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]] | Mapping[Layer, Iterable[int]]
+"""Heads by layer."""
+
 
 @dataclass(frozen=True, eq=False)
 class Heads:
@@ -74,7 +77,7 @@ def find_heads(model: nn.Module, structure: Structure | None = None, example_inp
         example_inputs: As in `trace`.
 
     Raises:
-        ValueError: If it has no attention, or one whose heads no module of its own reads.
+        ValueError: If it has no attention, or one whose heads no module of its own reads, or that cannot be told apart.
     """
     subject = model if example_inputs is not None else find_transformer(model)
     structure = structure or trace(subject, example_inputs)
@@ -90,7 +93,7 @@ def find_heads(model: nn.Module, structure: Structure | None = None, example_inp
     return found
 
 
-def check_layers(heads: Mapping[str, Heads], chosen: Mapping[Layer, Iterable[int]], per: Per = "head") -> dict[str, list[int]]:
+def check_layers(heads: Mapping[str, Heads], chosen: Chosen, per: Per = "head") -> dict[str, list[int]]:
     """Heads by the names of their attentions.
 
     Raises:
@@ -122,9 +125,15 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Head
     query = tuple(leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in attention.heads)
     kinds = {group.leaf: group.kind for group in structure.groups}
     kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head")
-    index, first = _number(along(axis, query))
-    kv_of, _ = _number(along(axis, kv)[first])
-    modules = tuple(dict.fromkeys(_reader(model, part.name) for part in attention.o))
+    keys = along(axis, query)
+    there = np.flatnonzero((keys >= 0).any(1))  # elsewhere stands what no head gives, as a convolution beside the attention
+    numbers, first = _number(keys[there])
+    if len(set(np.bincount(numbers).tolist())) > 1:
+        raise ValueError(f"model: the heads of {name} cannot be told apart: they would not be of one size")
+    index = np.full(axis.size, -1)
+    index[there] = numbers
+    kv_of, _ = _number(along(axis, kv)[there[first]])
+    modules = tuple(dict.fromkeys(_reader(model, part.name) for part in readers))
     return Heads(name, modules, index, kv_of, query, kv, tuple(_members(structure.groups, query, name)))
 
 

@@ -1,0 +1,315 @@
+"""Heads are masked, ranked again and removed at given steps of a fit (Michel et al., 1905.10650)."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from typing import Any, Literal, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from billhook.callbacks.examples import aside, check_readable, on_device, training_examples, training_loss
+from billhook.callbacks.measure import measure
+from billhook.callbacks.ranks import SumOverRanks
+from billhook.callbacks.rounds import find_rounds
+from billhook.callbacks.shape_event import At, ShapeCallback, log_event
+from billhook.report import summary
+from billhook.run import callbacks_of, is_trial, training_steps
+from billhook.schedules import Schedule, check_step
+from billhook.structure.gates import HeadMask, place_mask
+from billhook.structure.head_choice import Ranking, check_choice, choose
+from billhook.structure.head_plan import plan_heads
+from billhook.structure.head_removal import prune_heads, zero_heads
+from billhook.structure.heads import Heads, Per, find_heads
+from billhook.structure.importance import GateGradient, Importance
+from billhook.structure.ranking import resting, score, trial_of
+from billhook.structure.shape import find_transformer
+
+Remove = Literal["end", "rounds", "never"]
+
+
+class HeadPruning(ShapeCallback):
+    """Masks the least important attention heads at given steps of a fit, and removes them (1905.10650, section 4).
+
+    Scores are taken anew for each round, from training examples and the training loss. The ratio is always of the heads that
+    there were at first, so that rounds do not compound. Optimizer state follows, checkpoints carry masks and shape, and a
+    resumed run ends as the straight run does.
+
+    Args:
+        ratio: Fraction of the heads that go, in [0, 1), rounded down; a schedule for rounds.
+        at: When, if `ratio` is no schedule: a step (int), a fraction of training (float in 0..1), or `"start"`.
+        importance: How much a head matters: `GateGradient` (the paper's; the default), `Taylor`, `WeightNorm`, `ActivationNorm`,
+            `Ablation` or `RandomHeads`.
+        ranking: `"layer"`: as many heads go in each layer, so that plain `from_pretrained` loads the outcome where the config can
+            say it; `"global"`: the lowest of all layers, as in the paper.
+        per: Whether heads are query heads (`"head"`), or KV heads with the query heads that they serve (`"kv_head"`).
+        min_heads: How many stay in each layer, at least; 0 only where none is removed.
+        normalize: Whether the scores of each layer are divided by their L2 norm, as the paper does.
+        remove: When masked heads are removed from the tensors: `"end"` (after the last round), `"rounds"` (at once), or
+            `"never"`: they stay masked, and at the end of the fit the weights that read them become zero.
+        monitor: A value that validation logs. A round after which it is worse than `keep` times what it was at first is taken
+            back, and is the last one (the paper's loop).
+        keep: See `monitor`.
+        mode: Whether a higher value is better (`"max"`) or a lower one (`"min"`: at most 1 / `keep` times as high).
+        calibration: Batches that scores are taken from: what `training_step` takes, and can be read again and again. By default
+            drawn from the training data.
+        examples: How many training examples are drawn, on all devices together.
+        seed: Which ones.
+        measure_batches: Validation batches on which the model is measured before and after each round; by default as many as
+            validation takes, 0 for none.
+
+    Raises:
+        ValueError: If an argument is not legal, two contradict each other, or a schedule goes down or leaves [0, 1).
+    """
+
+    def __init__(
+        self,
+        ratio: float | Schedule,
+        at: At = "start",
+        importance: Importance | None = None,
+        ranking: Ranking = "layer",
+        per: Per = "head",
+        min_heads: int = 1,
+        normalize: bool = True,
+        remove: Remove = "end",
+        monitor: str | None = None,
+        keep: float = 0.9,
+        mode: Literal["max", "min"] = "max",
+        calibration: Iterable[Any] | None = None,
+        examples: int = 128,
+        seed: int = 0,
+        measure_batches: int | None = None,
+    ) -> None:
+        super().__init__([], measure_batches)
+        check_choice(0 if isinstance(ratio, Schedule) else ratio, ranking, min_heads, per)
+        if isinstance(ratio, Schedule) and at != "start":
+            raise ValueError(f"at={at!r}: the schedule says when; give it start and end instead")
+        if at != "start":
+            check_step(at, "at")
+        if remove not in get_args(Remove):
+            raise ValueError(f"remove={remove!r} must be one of {', '.join(get_args(Remove))}")
+        if min_heads < 1 and remove != "never":
+            raise ValueError(f"min_heads={min_heads}: where heads are removed, one at least stays in each layer")
+        if monitor is not None and (not 0 < keep <= 1 or mode not in ("max", "min") or measure_batches == 0):
+            raise ValueError(
+                f"monitor={monitor!r} needs keep={keep} in (0, 1], mode={mode!r} 'max' or 'min', and measure_batches"
+            )
+        if examples < 1:
+            raise ValueError(f"examples={examples} must be at least 1")
+        if isinstance(calibration, Iterator):
+            raise ValueError(f"calibration={type(calibration).__name__} can be read only once: give a list or a DataLoader")
+        self.ratio, self.moment, self.importance = ratio, at, importance or GateGradient()
+        self.ranking, self.per, self.min_heads, self.normalize, self.remove = ranking, per, min_heads, normalize, remove
+        self.monitor, self.keep, self.mode = monitor, keep, mode
+        self.calibration, self.examples, self.seed = calibration, examples, seed
+        self._rounds: dict[int, float | None] = {}
+        self._reset()
+
+    def _reset(self) -> None:
+        self.heads: dict[str, list[int]] = {}
+        self.scores: dict[str, Tensor] = {}
+        self._first: dict[str, int] = {}
+        self._start: float | None = None
+        self._done, self._stopped = -1, False
+        self._mask: HeadMask | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Under which checkpoints keep this callback's state."""
+        return self._generate_state_key(importance=type(self.importance).__qualname__, per=self.per)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Makes checkpoints carry the shape, checks the model, and starts anew."""
+        if stage == "fit" and trainer.global_step == 0:
+            self._unmask()
+            self._reset()
+        super().setup(trainer, pl_module, stage)
+
+    @property
+    def only_at_start(self) -> bool:
+        """Whether no shape changes in the middle of the fit."""
+        return self.remove == "never"
+
+    def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
+        """Refuses a model that has no heads, and a second callback of the same kind."""
+        find_heads(find_transformer(model))
+        others = [c for c in callbacks_of(trainer, HeadPruning) if c.state_key == self.state_key and c is not self]
+        if others:
+            raise ValueError(f"two HeadPruning by {type(self.importance).__name__}: one is enough, with a schedule")
+
+    def _check_ratio(self, model: nn.Module, ratio: float) -> None:
+        """Refuses a ratio that cannot be reached, and heads that cannot be removed."""
+        heads = find_heads(model)
+        flat = {name: torch.zeros(one.count(self.per)) for name, one in heads.items()}
+        chosen = choose(heads, flat, self._left(ratio, heads), self.ranking, self.min_heads, self.per, self._removes)
+        if ratio > 0 and not chosen and not self._first:
+            fewest = max(map(len, flat.values()))
+            raise ValueError(f"ratio={ratio} is not a single one of the {fewest} heads of a layer: at least {1 / fewest:.4g}")
+        if self._removes:
+            plan_heads(model, chosen, self.per)
+
+    def _left(self, ratio: float, heads: Mapping[str, Heads]) -> float:
+        """Which fraction of the heads that there are now comes to a fraction of those that there were at first."""
+        counts = [one.count(self.per) for one in heads.values()]
+        first = sum(self._first.values()) or sum(counts)
+        return max(0.0, (ratio * first - first + sum(counts)) / sum(counts))
+
+    def steps(self, total_steps: int, trainer: pl.Trainer) -> list[int]:
+        """The steps at which shapes change."""
+        rounds = find_rounds(self.ratio, self.moment, total_steps, is_trial(trainer), "ratio")
+        return {"end": sorted(rounds)[-1:], "rounds": sorted(rounds), "never": []}[self.remove]
+
+    def is_done(self, model: nn.Module, stage: int) -> bool:
+        """Never: rounds are counted, as a shape does not tell them."""
+        return False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finds the rounds: from which step which ratio holds."""
+        self._rounds = find_rounds(self.ratio, self.moment, training_steps(trainer), is_trial(trainer), "ratio")
+        if self._rounds and not self._stopped:
+            self._check_ratio(find_transformer(pl_module), max(ratio or 0.0 for ratio in self._rounds.values()))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Masks what a checkpoint says is masked, and carries out what is due before the first step."""
+        if self.importance.needs_data and self.calibration is None:
+            check_readable(trainer)
+        self._put_mask(pl_module, self.heads)
+        self._last_step = trainer.global_step
+        self._due(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+        """Carries out what is due at the step that has just been taken."""
+        if trainer.global_step != self._last_step:
+            self._last_step = trainer.global_step
+            self._due(trainer, pl_module)
+
+    def _due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        due = [step for step in self._rounds if self._done < step <= trainer.global_step]
+        if due and not self._stopped:
+            self._round(trainer, pl_module, max(due))
+
+    def _round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+        model, limit = find_transformer(pl_module), self.measure_batches
+        before = {} if limit == 0 else measure(trainer, pl_module, limit)
+        self._start = self._monitored(before) if self._start is None else self._start
+        earlier, numbers = self.heads, summary(model).numbers()
+        chosen = self._choose(trainer, pl_module, self._rounds[step] or 0.0)
+        self._put_mask(pl_module, chosen)
+        after = {} if limit == 0 else measure(trainer, pl_module, limit)
+        self._done, what = step, f"{sum(map(len, chosen.values()))} heads masked"
+        if self._worse(self._monitored(after)):
+            self._stopped = True
+            self._put_mask(pl_module, earlier)
+            what = f"{what}, taken back: {self.monitor} {self._monitored(after):g}, at first {self._start:g}"
+            after = before
+        last = self._stopped or step == max(self._rounds)
+        if self.heads and (self.remove == "rounds" or (self.remove == "end" and last)):
+            event = self._reshape(trainer, pl_module, 0, before)
+            event["after"] |= after
+        else:
+            event = {"step": trainer.global_step, "what": what, "before": numbers | before, "after": numbers | after}
+            self.events.append(event)
+            rank_zero_info(f"billhook, step {event['step']}: {what}")
+        log_event(trainer, event)
+
+    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ratio: float) -> dict[str, list[int]]:
+        """The heads of the model as it is that are to be masked, those that are already among them."""
+        model = find_transformer(pl_module)
+        heads = find_heads(model)
+        self._first = self._first or {name: one.count(self.per) for name, one in heads.items()}
+        with aside(pl_module, self.seed), resting(model), trainer.precision_plugin.forward_context():
+            trials = [trial_of(model, heads, *pair) for pair in self._batches(trainer, pl_module)]
+            reduce = None if trainer.world_size == 1 else SumOverRanks(trainer)
+            scores = score(model, heads, self.importance, trials, self.normalize, self.per, reduce)
+        self.scores = {name: one.clone() for name, one in scores.items()}
+        for name, own in self.heads.items():
+            scores[name][own] = -torch.inf
+        return choose(heads, scores, self._left(ratio, heads), self.ranking, self.min_heads, self.per, self._removes)
+
+    def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[tuple[Any, Any]]:
+        if not self.importance.needs_data:
+            return
+        if self.calibration is None:
+            batches: Iterable[Any] = training_examples(trainer, self.examples)
+        else:
+            batches = islice(self.calibration, trainer.global_rank, None, trainer.world_size)
+        for number, batch in enumerate(on_device(trainer, batches)):
+            yield batch, training_loss(pl_module, number)
+
+    @property
+    def _removes(self) -> bool:
+        return self.remove != "never"
+
+    def _monitored(self, values: dict[str, float]) -> float | None:
+        if self.monitor is None:
+            return None
+        if self.monitor not in values:
+            raise ValueError(f"monitor={self.monitor!r} is not logged by validation, which logs {', '.join(values) or 'nothing'}")
+        return values[self.monitor]
+
+    def _worse(self, value: float | None) -> bool:
+        if value is None or self._start is None:
+            return False
+        good = value >= self.keep * self._start if self.mode == "max" else value * self.keep <= self._start
+        return not good
+
+    def _put_mask(self, pl_module: pl.LightningModule, heads: dict[str, list[int]]) -> None:
+        self._unmask()
+        self.heads = heads
+        if heads:
+            model = find_transformer(pl_module)
+            self._mask = place_mask(model, find_heads(model), heads, self.per)
+
+    def _unmask(self) -> None:
+        if self._mask is not None:
+            self._mask.remove()
+        self._mask = None
+
+    def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
+        """Removes the heads that are masked, and says how many there are then."""
+        self._unmask()
+        plan = prune_heads(model, self.heads, optimizers, self.per)
+        self.heads = {}
+        before, after = (sum(query for query, _ in counts.values()) for counts in (plan.before, plan.after))
+        return f"{before} -> {after} attention heads ({type(self.importance).__name__})"
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Makes zero what reads heads that stay masked, so that whatever is saved computes the same."""
+        if self.heads:
+            zero_heads(find_transformer(pl_module), self.heads, self.per)
+        late = [step for step in self._rounds if step > max(trainer.global_step, self._done) and not self._stopped]
+        if late:
+            rank_zero_warn(f"HeadPruning: training has ended at step {trainer.global_step}, before the round at step {max(late)}")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Outside of a fit, masks what the checkpoint says is masked."""
+        if trainer.state.fn != TrainerFn.FITTING and self._mask is None:
+            self._put_mask(pl_module, self.heads)
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has happened so far, and which heads are masked."""
+        return {
+            "events": self.events, "done": self._done, "heads": self.heads, "scores": self.scores, "first": self._first,
+            "start": self._start, "stopped": self._stopped,
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what had happened."""
+        self.events, self._done, self.heads = state_dict["events"], state_dict["done"], state_dict["heads"]
+        self.scores, self._first = state_dict["scores"], state_dict["first"]
+        self._start, self._stopped = state_dict["start"], state_dict["stopped"]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves the LightningModule as it was found, but for what was pruned."""
+        self._unmask()
+        super().teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leaves the LightningModule as it was found (Lightning does not call `teardown` then)."""
+        self._unmask()
+        super().on_exception(trainer, pl_module, exception)

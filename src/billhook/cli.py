@@ -21,12 +21,14 @@ import billhook  # short class names in YAML work for what is imported
 from billhook.export import export
 from billhook.inspection import inspect as inspect_model
 from billhook.oneshot import prune
+from billhook.oneshot_heads import prune_heads
 from billhook.report import summary as summarise
 
 DESCRIPTION = """Prune and convert Hugging Face transformers inside a Lightning fit.
 
   billhook fit --config examples/quickstart.yaml      train, with what the callbacks in the config do on the way
   billhook prune MODEL OUT --sparsity 0.5             weights to zero in one shot (Wanda, magnitude, SparseGPT), saved, verified
+  billhook prune-heads MODEL OUT --ratio 0.3          attention heads removed (Michel et al.), saved, verified
   billhook export last.ckpt OUT                       a Lightning checkpoint to a Hugging Face folder, verified
   billhook summary MODEL                              parameters, zeros, heads, KV-cache bytes per token, FLOPs
   billhook inspect MODEL                              what belongs together in it; what can be pruned, converted, saved
@@ -44,7 +46,13 @@ def summary(model: str) -> None:
     print(summarise(billhook.load(model)))
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"export": export, "summary": summary, "inspect": inspect_model, "prune": prune}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "export": export,
+    "summary": summary,
+    "inspect": inspect_model,
+    "prune": prune,
+    "prune-heads": prune_heads,
+}
 
 
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):

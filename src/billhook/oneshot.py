@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -14,11 +14,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from billhook.assets import model_path
 from billhook.checkpoint import WAYS, load, save
-from billhook.data import TextDataModule
+from billhook.data import DatasetModule, TextDataModule
 from billhook.place import check_target
 from billhook.rows import Data, Rows
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.calibration import Progress as Tell
+from billhook.sparsity.checks import check_device, check_folder
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.linears import prunable
 from billhook.sparsity.masks import check_amount, sparsity_of
@@ -84,22 +85,19 @@ def prune(
     check_target(out)
     if examples < 1 or evaluate < 0:
         raise ValueError(f"examples={examples} must be at least 1, evaluate={evaluate} at least 0")
+    there, activations = device_of(device), check_folder(activations)
     dense = load(model, dtype)
-    there = _device(device)
     if not offload:
         dense.to(there)  # type: ignore[arg-type]
-    tokens = _length(dense, length)
+    tokens = length_of(dense, length)
     tokenizer = AutoTokenizer.from_pretrained(model_path(model))
     text = TextDataModule(data, model_path(model), block_size=tokens, column=column)
-    text.setup("fit")
-    if "train" not in text.splits:
-        raise ValueError(f"data: calibration needs a split 'train'; there is {', '.join(text.splits)}")
-    held_out = next((text.splits[split] for split in ("test", "validation") if split in text.splits), None)
+    train, held_out = splits_of(text)
     place = there if offload else None
     before = _perplexity(dense, held_out, evaluate, place)
     with _bar() as tell:
         pruning = prune_weights(
-            dense, criterion or Wanda(), _drawn(text.splits["train"], examples, seed), sparsity, pattern, sequential, allocation,
+            dense, criterion or Wanda(), _drawn(train, examples, seed), sparsity, pattern, sequential, allocation,
             skip or (), output_embeddings, progress=tell, offload=place, activations=activations,
         )  # fmt: skip
     after = _perplexity(dense, held_out, evaluate, place)
@@ -153,20 +151,41 @@ def _blocks(rows: Any, numbers: Sequence[int]) -> Iterator[Tensor]:  # noqa: ANN
             yield torch.tensor([rows[number]["input_ids"]])
 
 
-def _length(model: PreTrainedModel, asked: int | None) -> int:
-    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def splits_of(given: DatasetModule) -> tuple[Rows, Rows | None]:
+    """The rows to calibrate on, and those to measure on, if there are any.
+
+    Raises:
+        ValueError: If there are none to calibrate on.
+    """
+    given.setup("fit")
+    if "train" not in given.splits:
+        raise ValueError(f"data: calibration needs a split 'train'; there is {', '.join(given.splits)}")
+    return given.splits["train"], next((given.splits[name] for name in ("test", "validation") if name in given.splits), None)
+
+
+def length_of(model: PreTrainedModel, asked: int | None, longest: int = LONGEST) -> int:
+    """How many tokens an example has.
+
+    Raises:
+        ValueError: If the model does not read as many as are asked for.
+    """
+    most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if asked is None:
-        return min(LONGEST, longest or LONGEST)
-    if asked < 2 or (longest and asked > longest):
-        raise ValueError(f"length={asked} must be in 2..{longest or 'any'}: the model reads no more tokens at once")
+        return min(longest, most or longest)
+    if asked < 2 or (most and asked > most):
+        raise ValueError(f"length={asked} must be in 2..{most or 'any'}: the model reads no more tokens at once")
     return asked
 
 
-def _device(asked: str) -> torch.device:
-    if asked != "auto":
-        return torch.device(asked)
-    found = torch.accelerator.current_accelerator()
-    return torch.device("cpu") if found is None else found
+def device_of(asked: str) -> torch.device:
+    """The device of that name; of "auto", an accelerator if there is one.
+
+    Raises:
+        ValueError: If there is none of that name here.
+    """
+    if asked == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return cast(torch.device, check_device(asked, "device"))
 
 
 @contextmanager

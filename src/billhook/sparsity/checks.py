@@ -107,8 +107,8 @@ def warn_of_others(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
         warnings.warn(f"these hold several matrices each, but are no linear layers and stay as they are: {what}", stacklevel=3)
 
 
-def check_device(offload: str | torch.device | None) -> torch.device | None:
-    """The device of that name.
+def check_device(offload: str | torch.device | None, name: str = "offload") -> torch.device | None:
+    """The device that an argument of some name names.
 
     Raises:
         ValueError: If there is none here.
@@ -118,7 +118,7 @@ def check_device(offload: str | torch.device | None) -> torch.device | None:
     try:
         return torch.empty(0, device=offload).device
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        raise ValueError(f"offload={str(offload)!r} is no device here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{name}={str(offload)!r} is no device here: {str(error).splitlines()[0]}") from None
 
 
 def check_folder(activations: str | None) -> str | None:

@@ -1,0 +1,166 @@
+"""`billhook prune-heads`: a checkpoint in, one with fewer attention heads out, with its metric before and after."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from billhook.assets import model_path
+from billhook.checkpoint import WAYS, load, save
+from billhook.data import ClassificationDataModule, DatasetModule, TextDataModule
+from billhook.oneshot import device_of, length_of, perplexity, splits_of
+from billhook.place import check_target
+from billhook.rows import Data, Rows
+from billhook.structure.gates import place_mask
+from billhook.structure.head_choice import Ranking, check_choice, choose
+from billhook.structure.head_plan import plan_heads
+from billhook.structure.head_removal import prune_heads as remove_heads
+from billhook.structure.heads import Per, find_heads
+from billhook.structure.importance import GateGradient, Importance
+from billhook.structure.ranking import resting, score, trial_of
+
+
+def prune_heads(
+    model: str,
+    out: str,
+    ratio: float | None = None,
+    importance: Importance | None = None,
+    ranking: Ranking = "layer",
+    per: Per = "head",
+    min_heads: int = 1,
+    rounds: int = 1,
+    normalize: bool = True,
+    data: Data = "tiny",
+    column: str = "text",
+    label_column: str = "label",
+    length: int | None = None,
+    examples: int = 128,
+    batch_size: int = 8,
+    evaluate: int = 64,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Removes the least important attention heads of a language model or a text classifier and saves it, verified.
+
+    Args:
+        model: A folder, a hub name, or "tiny".
+        out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
+        ratio: Fraction of the heads that go, in [0, 1), rounded down.
+        importance: `GateGradient` (1905.10650; the default), `Taylor`, `WeightNorm`, `ActivationNorm`, `Ablation` or
+            `RandomHeads`, or a class of your own.
+        ranking: "layer": as many in each layer; "global": the lowest of all layers, as in the paper; then the layers differ.
+        per: Whether heads are query heads ("head"), or KV heads with the query heads that they serve ("kv_head").
+        min_heads: How many stay in each layer, at least.
+        rounds: In how many rounds, with scores taken anew in each.
+        normalize: Whether the scores of each layer are divided by their L2 norm, as the paper does.
+        data: What scores are taken from (split train) and the metric (split test, or else validation): "tiny", a hub name, a
+            folder, or files by split, as in '{train: a.txt, test: b.txt}'. Of a classifier, tables with a text and a label.
+        column: The column that holds the text.
+        label_column: The column that holds a classifier's labels, whole numbers from 0.
+        length: Tokens of an example; by default 512, or as many as the model reads.
+        examples: Examples that scores are taken from, drawn by `seed`.
+        batch_size: Examples in a batch.
+        evaluate: Examples on which the metric is taken, the first ones: perplexity, or accuracy; 0 for none.
+        seed: Which examples.
+        dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
+        device: Where it is computed: "auto" takes an accelerator if there is one.
+
+    Raises:
+        ValueError: If an argument is not legal, or the heads cannot be removed; before anything is written.
+    """
+    if ratio is None:
+        raise ValueError("ratio: say which fraction of the heads goes, in [0, 1)")
+    check_choice(ratio, ranking, min_heads, per)
+    check_target(out)
+    for name, value in {"rounds": rounds, "examples": examples, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    place = device_of(device)
+    dense = load(model, dtype)
+    dense.to(place)  # type: ignore[arg-type]
+    _check(dense, ratio, ranking, per, min_heads)
+    tokens = length_of(dense, length, longest=512)
+    classifies = "Classification" in type(dense).__name__
+    given: DatasetModule = (
+        ClassificationDataModule(data, model_path(model), [column], label_column, tokens, batch_size)
+        if classifies
+        else TextDataModule(data, model_path(model), block_size=tokens, column=column)
+    )
+    train, held_out = splits_of(given)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:examples].tolist()
+    name, measure = ("accuracy", _accuracy) if classifies else ("perplexity", _perplexity)
+    before = measure(dense, given, held_out, evaluate, batch_size)
+    batches = list(_batches(given, train, order, batch_size))
+    chosen = _chosen(dense, importance or GateGradient(), batches, ratio, rounds, ranking, per, min_heads, normalize)
+    plan = remove_heads(dense, chosen, per=per)
+    after = measure(dense, given, held_out, evaluate, batch_size)
+    record = {
+        "heads": plan.to_json()["heads"],
+        "importance": {"by": str(importance or GateGradient()), "ranking": ranking, "per": per, "rounds": rounds},
+        "calibration": {"data": data, "examples": len(order), "length": tokens, "batch_size": batch_size, "seed": seed},
+        name: {"before": before, "after": after, "examples": evaluate},
+    }
+    saved = save(dense, out, AutoTokenizer.from_pretrained(model_path(model)), record)
+    print(plan)
+    if before is not None and after is not None:
+        print(f"{name} {before:,.4g} before, {after:,.4g} after")
+    print(f"{saved.folder} ({saved.megabytes:.1f} MB): {WAYS[saved.way]}; largest difference of logits {saved.difference:.3g}")
+
+
+def _check(model: PreTrainedModel, ratio: float, ranking: Ranking, per: Per, min_heads: int) -> None:
+    """Refuses a ratio that no scores could lead to, and heads that cannot be removed."""
+    heads = find_heads(model)
+    flat = {name: torch.zeros(one.count(per)) for name, one in heads.items()}
+    chosen = choose(heads, flat, ratio, ranking, min_heads, per)
+    if not chosen:
+        raise ValueError(f"ratio={ratio} is not a single head of a layer, so that nothing would be removed")
+    plan_heads(model, chosen, per)
+
+
+def _chosen(
+    model: PreTrainedModel,
+    importance: Importance,
+    batches: Sequence[Any],
+    ratio: float,
+    rounds: int,
+    ranking: Ranking,
+    per: Per,
+    min_heads: int,
+    normalize: bool,
+) -> dict[str, list[int]]:
+    """The heads that go: in rounds, scored anew with those masked that have been chosen before."""
+    heads, gone = find_heads(model), dict[str, list[int]]()
+    trials = [trial_of(model, heads, batch) for batch in batches]
+    for number in range(1, rounds + 1):
+        with resting(model), place_mask(model, heads, gone, per):
+            scores = score(model, heads, importance, trials, normalize, per)
+        for name, own in gone.items():
+            scores[name][own] = -torch.inf
+        gone = choose(heads, scores, ratio * number / rounds, ranking, min_heads, per)
+    return gone
+
+
+def _batches(given: DatasetModule, rows: Any, numbers: Sequence[int], batch_size: int) -> Iterator[dict[str, Tensor]]:  # noqa: ANN401
+    collate = given.collate()
+    for start in range(0, len(numbers), batch_size):
+        yield dict(collate([rows[number] for number in numbers[start : start + batch_size]]))
+
+
+def _perplexity(model: PreTrainedModel, _: DatasetModule, rows: Rows | None, examples: int, __: int) -> float | None:
+    return perplexity(model, rows, examples)
+
+
+@torch.no_grad()
+def _accuracy(model: PreTrainedModel, given: DatasetModule, rows: Any, examples: int, batch_size: int) -> float | None:  # noqa: ANN401
+    """The share of the first examples whose label has the highest logit."""
+    if rows is None or not examples:
+        return None
+    numbers, right = range(min(examples, len(rows))), 0
+    for batch in _batches(given, rows, numbers, batch_size):
+        labels = batch.pop("labels")
+        logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
+        right += int((logits.argmax(-1).cpu() == labels).sum())
+    return right / len(numbers)

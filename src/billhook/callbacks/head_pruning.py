@@ -1,6 +1,6 @@
 """Heads are masked, ranked again and removed at given steps of a fit (Michel et al., 1905.10650)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -8,10 +8,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from billhook.callbacks.examples import aside, check_readable, on_device, training_examples, training_loss
+from billhook.callbacks.head_record import HeadRecord
 from billhook.callbacks.measure import measure
 from billhook.callbacks.ranks import SumOverRanks
 from billhook.callbacks.rounds import find_rounds
@@ -23,7 +24,7 @@ from billhook.structure.gates import HeadMask, place_mask
 from billhook.structure.head_choice import Ranking, check_choice, choose
 from billhook.structure.head_plan import plan_heads
 from billhook.structure.head_removal import prune_heads, zero_heads
-from billhook.structure.heads import Heads, Per, find_heads
+from billhook.structure.heads import Per, find_heads
 from billhook.structure.importance import GateGradient, Importance
 from billhook.structure.ranking import resting, score, trial_of
 from billhook.structure.shape import find_transformer
@@ -60,6 +61,8 @@ class HeadPruning(ShapeCallback):
         seed: Which ones.
         measure_batches: Validation batches on which the model is measured before and after each round; by default as many as
             validation takes, 0 for none.
+        plot_file: Where a picture of each round goes (PNG): importance, the heads that are left, and the metric. Loggers that
+            take figures, such as TensorBoard's, get it too.
 
     Raises:
         ValueError: If an argument is not legal, two contradict each other, or a schedule goes down or leaves [0, 1).
@@ -82,6 +85,7 @@ class HeadPruning(ShapeCallback):
         examples: int = 128,
         seed: int = 0,
         measure_batches: int | None = None,
+        plot_file: str | None = None,
     ) -> None:
         super().__init__([], measure_batches)
         check_choice(0 if isinstance(ratio, Schedule) else ratio, ranking, min_heads, per)
@@ -103,15 +107,14 @@ class HeadPruning(ShapeCallback):
             raise ValueError(f"calibration={type(calibration).__name__} can be read only once: give a list or a DataLoader")
         self.ratio, self.moment, self.importance = ratio, at, importance or GateGradient()
         self.ranking, self.per, self.min_heads, self.normalize, self.remove = ranking, per, min_heads, normalize, remove
-        self.monitor, self.keep, self.mode = monitor, keep, mode
+        self.monitor, self.keep, self.mode, self.plot_file = monitor, keep, mode, plot_file
         self.calibration, self.examples, self.seed = calibration, examples, seed
         self._rounds: dict[int, float | None] = {}
         self._reset()
 
     def _reset(self) -> None:
         self.heads: dict[str, list[int]] = {}
-        self.scores: dict[str, Tensor] = {}
-        self._first: dict[str, int] = {}
+        self.record = HeadRecord()
         self._start: float | None = None
         self._done, self._stopped = -1, False
         self._mask: HeadMask | None = None
@@ -144,18 +147,12 @@ class HeadPruning(ShapeCallback):
         """Refuses a ratio that cannot be reached, and heads that cannot be removed."""
         heads = find_heads(model)
         flat = {name: torch.zeros(one.count(self.per)) for name, one in heads.items()}
-        chosen = choose(heads, flat, self._left(ratio, heads), self.ranking, self.min_heads, self.per, self._removes)
-        if ratio > 0 and not chosen and not self._first:
+        chosen = choose(heads, flat, self.record.left(ratio), self.ranking, self.min_heads, self.per, self._removes)
+        if ratio > 0 and not chosen and not self.record.first:
             fewest = max(map(len, flat.values()))
             raise ValueError(f"ratio={ratio} is not a single one of the {fewest} heads of a layer: at least {1 / fewest:.4g}")
         if self._removes:
             plan_heads(model, chosen, self.per)
-
-    def _left(self, ratio: float, heads: Mapping[str, Heads]) -> float:
-        """Which fraction of the heads that there are now comes to a fraction of those that there were at first."""
-        counts = [one.count(self.per) for one in heads.values()]
-        first = sum(self._first.values()) or sum(counts)
-        return max(0.0, (ratio * first - first + sum(counts)) / sum(counts))
 
     def steps(self, total_steps: int, trainer: pl.Trainer) -> list[int]:
         """The steps at which shapes change."""
@@ -214,20 +211,22 @@ class HeadPruning(ShapeCallback):
             self.events.append(event)
             rank_zero_info(f"billhook, step {event['step']}: {what}")
         log_event(trainer, event)
+        metric = self.monitor or next(iter(before), "")
+        self.record.draw(trainer, self.heads, metric, before, event["after"], self.plot_file)
 
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ratio: float) -> dict[str, list[int]]:
         """The heads of the model as it is that are to be masked, those that are already among them."""
         model = find_transformer(pl_module)
         heads = find_heads(model)
-        self._first = self._first or {name: one.count(self.per) for name, one in heads.items()}
+        self.record.begin({name: one.count(self.per) for name, one in heads.items()})
         with aside(pl_module, self.seed), resting(model), trainer.precision_plugin.forward_context():
             trials = [trial_of(model, heads, *pair) for pair in self._batches(trainer, pl_module)]
             reduce = None if trainer.world_size == 1 else SumOverRanks(trainer)
             scores = score(model, heads, self.importance, trials, self.normalize, self.per, reduce)
-        self.scores = {name: one.clone() for name, one in scores.items()}
+        self.record.scored(scores)
         for name, own in self.heads.items():
             scores[name][own] = -torch.inf
-        return choose(heads, scores, self._left(ratio, heads), self.ranking, self.min_heads, self.per, self._removes)
+        return choose(heads, scores, self.record.left(ratio), self.ranking, self.min_heads, self.per, self._removes)
 
     def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[tuple[Any, Any]]:
         if not self.importance.needs_data:
@@ -256,7 +255,7 @@ class HeadPruning(ShapeCallback):
         good = value >= self.keep * self._start if self.mode == "max" else value * self.keep <= self._start
         return not good
 
-    def _put_mask(self, pl_module: pl.LightningModule, heads: dict[str, list[int]]) -> None:
+    def _put_mask(self, pl_module: nn.Module, heads: dict[str, list[int]]) -> None:
         self._unmask()
         self.heads = heads
         if heads:
@@ -270,8 +269,14 @@ class HeadPruning(ShapeCallback):
 
     def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
         """Removes the heads that are masked, and says how many there are then."""
+        gone = self.heads
         self._unmask()
-        plan = prune_heads(model, self.heads, optimizers, self.per)
+        try:
+            plan = prune_heads(model, gone, optimizers, self.per)
+        except BaseException:
+            self._put_mask(model, gone)
+            raise
+        self.record.removed(gone)
         self.heads = {}
         before, after = (sum(query for query, _ in counts.values()) for counts in (plan.before, plan.after))
         return f"{before} -> {after} attention heads ({type(self.importance).__name__})"
@@ -293,16 +298,14 @@ class HeadPruning(ShapeCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """What has happened so far, and which heads are masked."""
-        return {
-            "events": self.events, "done": self._done, "heads": self.heads, "scores": self.scores, "first": self._first,
-            "start": self._start, "stopped": self._stopped,
-        }  # fmt: skip
+        own = {"done": self._done, "heads": self.heads, "start": self._start, "stopped": self._stopped}
+        return {"events": self.events, "record": self.record.state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what had happened."""
         self.events, self._done, self.heads = state_dict["events"], state_dict["done"], state_dict["heads"]
-        self.scores, self._first = state_dict["scores"], state_dict["first"]
         self._start, self._stopped = state_dict["start"], state_dict["stopped"]
+        self.record.load_state_dict(state_dict["record"])
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves the LightningModule as it was found, but for what was pruned."""

@@ -1,0 +1,89 @@
+"""What has become of a model's heads in a fit, by the numbers that they had at first."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from billhook.plot_heads import plot_heads
+
+
+class HeadRecord:
+    """Heads by their first numbers, what their last scores were, and what a metric was at each share of heads gone.
+
+    Attributes:
+        first: By attention, how many heads there were at first.
+        numbers: By attention, the first numbers of the heads that there are now.
+        scores: By attention, the last scores: `[heads at first]`, NaN for those that had none.
+        curve: Pairs of the share of heads that has gone, and the metric.
+    """
+
+    def __init__(self) -> None:
+        self.first: dict[str, int] = {}
+        self.numbers: dict[str, list[int]] = {}
+        self.scores: dict[str, Tensor] = {}
+        self.curve: list[tuple[float, float]] = []
+
+    def begin(self, counts: Mapping[str, int]) -> None:
+        """Takes how many heads there are, where nothing is known yet."""
+        self.first = self.first or dict(counts)
+        self.numbers = self.numbers or {name: list(range(count)) for name, count in counts.items()}
+
+    def scored(self, scores: Mapping[str, Tensor]) -> None:
+        """Takes scores of the heads that there are now."""
+        self.scores = {name: torch.full([count], torch.nan) for name, count in self.first.items()}
+        for name, own in scores.items():
+            self.scores[name][self.numbers[name]] = own
+
+    def removed(self, heads: Mapping[str, Sequence[int]]) -> None:
+        """Takes which of the heads that there were are not there any more."""
+        for name, own in heads.items():
+            self.numbers[name] = [number for i, number in enumerate(self.numbers[name]) if i not in own]
+
+    def left(self, ratio: float) -> float:
+        """Which fraction of the heads that there are now comes to a fraction of those that there were at first."""
+        first, now = sum(self.first.values()), sum(map(len, self.numbers.values()))
+        return max(0.0, (ratio * first - first + now) / now) if now else ratio
+
+    def gone(self, masked: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """The first numbers of heads that are removed or masked."""
+        stay = {name: {n for i, n in enumerate(own) if i not in masked.get(name, ())} for name, own in self.numbers.items()}
+        return {name: sorted(set(range(count)) - stay[name]) for name, count in self.first.items()}
+
+    def draw(
+        self,
+        trainer: pl.Trainer,
+        masked: Mapping[str, Sequence[int]],
+        metric: str,
+        before: Mapping[str, float],
+        after: Mapping[str, float],
+        path: str | None,
+    ) -> None:
+        """Adds to the curve, and draws it beside the heads: to a file, and to loggers that take figures."""
+        gone = self.gone(masked)
+        if metric in before and not self.curve:
+            self.curve.append((0.0, before[metric]))
+        if metric in after:
+            self.curve.append((sum(map(len, gone.values())) / sum(self.first.values()), after[metric]))
+        boards: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+        boards = [board for board in boards if hasattr(board, "add_figure")]
+        if not trainer.is_global_zero or not (path or boards):
+            return
+        figure = plot_heads(self.scores, gone, self.curve, metric)
+        for board in boards:
+            board.add_figure("heads", figure, global_step=trainer.global_step, close=False)
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return {"first": self.first, "numbers": self.numbers, "scores": self.scores, "curve": self.curve}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what was saved."""
+        self.first, self.numbers, self.scores = dict(state["first"]), dict(state["numbers"]), dict(state["scores"])
+        self.curve = [(share, value) for share, value in state["curve"]]

@@ -1,0 +1,61 @@
+"""Which heads matter and which are left, layers x heads, beside what a metric is at each share of heads that has gone."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+GONE = "#b03a2e"
+
+
+def plot_heads(
+    importance: Mapping[str, Tensor],
+    gone: Mapping[str, Sequence[int]],
+    curve: Sequence[tuple[float, float]] = (),
+    name: str = "",
+) -> Any:  # noqa: ANN401 - matplotlib has no types
+    """Draws a heat map of heads, those that have gone crossed out, and the pruning curve.
+
+    Args:
+        importance: By attention, `[heads]`; NaN for heads that have no score, as they were removed before.
+        gone: By attention, the heads that have gone.
+        curve: Pairs of the share of heads that has gone, and the value of a metric.
+        name: What the metric is called.
+
+    Returns:
+        A matplotlib figure; `savefig` writes it.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure  # slow to import, and needed once
+
+    width = max(len(scores) for scores in importance.values())
+    table = np.full((len(importance), width), np.nan)
+    for row, scores in enumerate(importance.values()):
+        table[row, : len(scores)] = scores.numpy()
+    tall = min(max(3.2, 0.28 * len(table) + 1.2), 14)
+    figure = Figure(figsize=(9.5 if curve else 5, tall), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
+    shown = axes[0].imshow(table, aspect="auto", cmap="Blues", vmin=0)
+    figure.colorbar(shown, ax=axes[0], label="importance", shrink=0.8)
+    for row, layer in enumerate(importance):
+        if own := list(gone.get(layer, ())):
+            axes[0].plot(own, [row] * len(own), "x", color=GONE, markersize=4, markeredgewidth=1.2)
+    axes[0].set(
+        xlabel="head (x: gone)", title=f"{sum(map(len, gone.values()))} of {sum(map(len, importance.values()))} heads gone"
+    )
+    axes[0].set_yticks(range(len(table)), _short(list(importance)), fontsize=max(4, min(8, 200 // len(table))))
+    if curve:
+        axes[1].plot(*zip(*[(100 * share, value) for share, value in curve], strict=True), "o-", markersize=3.5, color="#1f5f8b")
+        axes[1].set(xlabel="heads gone, %", ylabel=name.replace("val_", "validation ").replace("_", " "))
+        axes[1].grid(alpha=0.25)
+        axes[1].spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names without what all begin and end with."""
+    split = [name.split(".") for name in names]
+    least = min(map(len, split)) - 1
+    start = next((i for i in range(least) if len({parts[i] for parts in split}) > 1), 0)
+    end = next((i for i in range(least - start) if len({parts[-1 - i] for parts in split}) > 1), 0)
+    return [".".join(parts[start : len(parts) - end]) for parts in split]

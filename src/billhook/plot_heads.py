@@ -57,5 +57,5 @@ def _short(names: Sequence[str]) -> list[str]:
     split = [name.split(".") for name in names]
     least = min(map(len, split)) - 1
     start = next((i for i in range(least) if len({parts[i] for parts in split}) > 1), 0)
-    end = next((i for i in range(least - start) if len({parts[-1 - i] for parts in split}) > 1), 0)
+    end = next((i for i in range(least - start) if len({parts[-1 - i] for parts in split}) > 1), least - start)
     return [".".join(parts[start : len(parts) - end]) for parts in split]

@@ -1,7 +1,8 @@
 """Gates on heads: each head's output is multiplied by a number before anything reads it (1905.10650, section 2.2, equation 1).
 
 MHAtt(x, q) = sum over h of gate_h Att_h(x, q): a gate of 1 leaves the model as it is, a gate of 0 takes the head out. A gate
-stands before the module that reads the heads, so that it does not matter how the attention is computed.
+stands before the module that reads the heads, so that it does not matter how the attention is computed. Code that torch.compile
+has made knows nothing of gates that come or go later, so it is made anew then.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from billhook.structure.heads import Heads, Layer, Per, check_layers, find_heads
+from billhook.structure.heads import Chosen, Heads, Per, check_layers, find_heads
 from billhook.structure.shape import find_transformer
 from billhook.structure.trace import Inputs
 
@@ -23,7 +24,7 @@ class Gate:
 
     Args:
         values: One number a head, float32.
-        index: For each position of the input, the head that it belongs to.
+        index: For each position of the input, the head that it belongs to, -1 if to none.
     """
 
     def __init__(self, values: Tensor, index: Tensor) -> None:
@@ -32,7 +33,8 @@ class Gate:
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """The inputs, gated."""
         inputs, *rest = args
-        gates = self.values.to(inputs.device)[self.index.to(inputs.device)]
+        values = torch.cat([self.values, self.values.new_ones(1)]).to(inputs.device)
+        gates = values[self.index.to(inputs.device)]
         return (inputs * gates.to(inputs.dtype), *rest)
 
 
@@ -48,8 +50,7 @@ class HeadMask:
 
     def remove(self) -> None:
         """Lets the heads act again; nothing of the mask is left on the model."""
-        for handle in self._handles:
-            handle.remove()
+        _take_away(self._handles)
         self._handles = []
 
     def __enter__(self) -> Self:
@@ -73,22 +74,22 @@ def head_gates(model: nn.Module, per: Per = "head", example_inputs: Inputs | Non
         gradients. They are no parameters of the model.
 
     Raises:
-        ValueError: If the model has no attention, or one whose heads no module of its own reads.
+        ValueError: If the model has no attention, or one whose heads no module of its own reads; or if `per` is
+            not legal.
     """
     heads = find_heads(model, example_inputs=example_inputs)
+    check_layers(heads, {}, per)
     subject = model if example_inputs is not None else find_transformer(model)
     gates = {name: torch.ones(one.count(per), device=_device(subject, one), requires_grad=True) for name, one in heads.items()}
     handles = place_gates(subject, heads, gates, per)
+    torch.compiler.reset()
     try:
         yield gates
     finally:
-        for handle in handles:
-            handle.remove()
+        _take_away(handles)
 
 
-def mask_heads(
-    model: nn.Module, heads: Mapping[Layer, Iterable[int]], per: Per = "head", example_inputs: Inputs | None = None
-) -> HeadMask:
+def mask_heads(model: nn.Module, heads: Chosen, per: Per = "head", example_inputs: Inputs | None = None) -> HeadMask:
     """Takes heads out of a model without changing its weights: their gates are 0.
 
     Args:
@@ -114,7 +115,9 @@ def place_mask(model: nn.Module, heads: Mapping[str, Heads], chosen: Mapping[str
     for name, numbers in chosen.items():
         gates[name] = torch.ones(heads[name].count(per), device=_device(model, heads[name]))
         gates[name][numbers] = 0
-    return HeadMask({name: list(numbers) for name, numbers in chosen.items()}, place_gates(model, heads, gates, per))
+    mask = HeadMask({name: list(numbers) for name, numbers in chosen.items()}, place_gates(model, heads, gates, per))
+    torch.compiler.reset()
+    return mask
 
 
 def place_gates(
@@ -137,6 +140,12 @@ def place_gates(
         for reader in heads[name].readers:
             handles.append(model.get_submodule(reader).register_forward_pre_hook(Gate(values, index)))
     return handles
+
+
+def _take_away(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    torch.compiler.reset()
 
 
 def _device(model: nn.Module, heads: Heads) -> torch.device:

@@ -94,7 +94,8 @@ def independent(name: str) -> str:
 def by_head(values: Tensor, heads: Heads, per: Per) -> Tensor:
     """Sums over the positions of each head: `[..., positions]` to `[..., heads]`."""
     index = torch.from_numpy(heads.positions(per)).to(values.device)
-    return values.new_zeros(*values.shape[:-1], heads.count(per)).index_add_(-1, index, values)
+    count = heads.count(per)
+    return values.new_zeros(*values.shape[:-1], count + 1).index_add_(-1, index % (count + 1), values)[..., :count]
 
 
 def counting(values: Tensor, tokens: Tensor | None) -> Tensor:

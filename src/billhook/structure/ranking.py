@@ -177,7 +177,9 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
     writes = getattr(model, "can_generate", lambda: False)() and not getattr(config, "is_encoder_decoder", False)
     if "labels" not in batch and writes and "input_ids" in batch:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
-        batch = batch | {"labels": ids if mask is None else ids.masked_fill(mask == 0, -100)}
+        if mask is not None:  # neither is padding predicted, nor does it predict
+            ids = ids.masked_fill((mask == 0) | (mask.roll(1, -1) == 0), -100)
+        batch = batch | {"labels": ids}
     found: Tensor | None = getattr(model(**batch), "loss", None)
     if found is None:
         raise ValueError(f"batches: {type(model).__name__} gives no loss for {', '.join(batch)}: add labels, or give `loss`")

@@ -11,7 +11,10 @@ from shaped import PLAIN, SHAPED, narrow, narrow_tied_llama, uneven_llama, uneve
 from transformers import PreTrainedModel
 
 from billhook.checkpoint import WAYS, load, save
+from billhook.inspection import inspect
+from billhook.structure.meta import from_name
 from billhook.structure.shape import KEY, set_shape, shape_of
+from billhook.structure.trace import trace
 
 MORE = SHAPED | {"tied": narrow_tied_llama, "mixtral": uneven_mixtral}
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -281,3 +284,50 @@ def test_attributes_take_no_memory(good, tmp_path):
     config[KEY]["shape"]["attributes"]["model.layers.0.self_attn.layer_idx"] = 2**60
     (folder / "config.json").write_text(json.dumps(config))
     assert load(folder).model.layers[0].self_attn.layer_idx == 2**60
+
+
+@pytest.mark.parametrize("family", MORE)
+def test_a_folder_is_described_as_it_is(family, tmp_path):
+    model = MORE[family]()
+    save(model, tmp_path / "a")
+    for name in (tmp_path / "a", tmp_path / "a" / "config.json"):
+        shadow = from_name(name)
+        assert type(shadow) is type(model)
+        assert shape_of(shadow).tensors == shape_of(model).tensors
+        assert shape_of(shadow).attributes == shape_of(model).attributes
+        assert KEY not in vars(shadow.config)
+        assert {tensor.device.type for tensor in shadow.parameters()} == {"meta"}
+    assert str(trace(tmp_path / "a")) == str(trace(model))
+
+
+def test_inspect_shows_it(tmp_path, capsys):
+    save(uneven_llama(), tmp_path / "a")
+    inspect(str(tmp_path / "a"), "channels", json=True)
+    assert sorted(group["size"] for group in json.loads(capsys.readouterr().out)["groups"]) == [20, 48]
+    inspect(str(tmp_path / "a"))
+    assert "20" in capsys.readouterr().out
+
+
+DESCRIBED = {case for case in HOSTILE if case not in ("size is another", "config asks for much", "config cannot be built")}
+
+
+@pytest.mark.parametrize("case", sorted(DESCRIBED))
+def test_a_hostile_config_is_not_described(case, good, tmp_path):
+    folder = shutil.copytree(good, tmp_path / "bad")
+    change, message = HOSTILE[case]
+    config = written(folder)
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    if case == "size is huge":
+        message = "which no memory holds"
+    with pytest.raises(ValueError, match=f"bad': config.json says under .{KEY}. what cannot be loaded: .*({message})"):
+        trace(folder)
+
+
+def test_a_config_that_disagrees_with_itself_does_not_run(good, tmp_path):
+    folder = shutil.copytree(good, tmp_path / "bad")
+    config = written(folder)
+    config[KEY]["shape"]["tensors"][DOWN] = [32, 24]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="does not run on meta tensors"):
+        trace(folder)

@@ -7,11 +7,14 @@ import torch
 import transformers
 from families import SMALL, llama, tokens
 from fits import data, module, same, trainer, weights
+from shaped import SHAPED, uneven_llama
 from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 
 from billhook import ClassificationDataModule, Seq2SeqDataModule, TextDataModule, TransformerModule
+from billhook.checkpoint import save
 from billhook.module import TokenPerplexity
+from billhook.structure.shape import shape_of
 
 BERT = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 T5 = {
@@ -130,6 +133,58 @@ class TestModel:
             fresh = TransformerModule(config).model
             assert fresh.num_parameters() == model.num_parameters()
             assert not same(fresh.state_dict(), model.state_dict())
+
+    @pytest.mark.parametrize("family", SHAPED)
+    def test_a_folder_of_a_shape_that_its_class_does_not_build(self, family, tmp_path):
+        model = SHAPED[family]()
+        assert save(model, tmp_path / "a").way == "shaped"
+        task = "masked-lm" if family == "bert" else "causal-lm"
+        lit = TransformerModule(str(tmp_path / "a"), task, dtype="bfloat16", attn_implementation="eager")
+        assert (type(lit.model), lit.model.dtype) == (type(model), torch.bfloat16)
+        assert lit.model.config._attn_implementation == "eager"
+        lit = TransformerModule(str(tmp_path / "a"), task)
+        assert lit.model.training
+        assert same(lit.model.state_dict(), model.state_dict())
+        assert shape_of(lit.model) == shape_of(model)
+        ids = tokens()
+        with torch.no_grad():
+            assert torch.equal(lit.eval()(input_ids=ids).logits, model(ids).logits)
+
+    @pytest.mark.parametrize("family", SHAPED)
+    def test_a_classifier_on_such_a_folder(self, family, tmp_path):
+        model = SHAPED[family]()
+        save(model, tmp_path / "a")
+        lit = TransformerModule(str(tmp_path / "a"), "sequence-classification", num_labels=3)
+        assert type(lit.model).__name__.endswith("ForSequenceClassification")
+        found, expected = (one.base_model.state_dict() for one in (lit.model, model))
+        assert same({name: found[name] for name in expected}, expected)
+        ids = tokens()
+        output = lit(input_ids=ids, labels=torch.tensor([0, 2]))
+        assert output.logits.shape == (2, 3)
+        output.loss.backward()
+        assert TransformerModule(str(tmp_path / "a"), "sequence-classification").model.num_labels == 2
+
+    @pytest.mark.parametrize("family", SHAPED)
+    def test_such_a_folder_of_a_model_without_a_head(self, family, tmp_path):
+        model = SHAPED[family]()
+        assert save(model.base_model, tmp_path / "a").way == "shaped"
+        lit = TransformerModule(str(tmp_path / "a"), "masked-lm" if family == "bert" else "causal-lm")
+        expected = model.base_model.state_dict()
+        assert type(lit.model) is type(model)
+        assert same({name: lit.model.base_model.state_dict()[name] for name in expected}, expected)
+        assert shape_of(lit.model.base_model).attributes.items() >= shape_of(model.base_model).attributes.items()
+
+    def test_such_a_folder_is_checked(self, tmp_path):
+        save(uneven_llama(), tmp_path / "a")
+        with pytest.raises(ValueError, match="task='masked-lm': transformers has no class for it of the family 'llama'"):
+            TransformerModule(str(tmp_path / "a"), "masked-lm")
+        config = json.loads((tmp_path / "a" / "config.json").read_text())
+        config["billhook"]["shape"]["tensors"]["lm_head.weight"] = [64, 8]
+        (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="lm_head.weight is said to be"):
+            TransformerModule(str(tmp_path / "a"))
+        with pytest.raises(ValueError, match="lm_head.weight is named, and LlamaForSequenceClassification has nothing"):
+            TransformerModule(str(tmp_path / "a"), "sequence-classification")
 
     def test_dtype_attention_and_checkpointing(self):
         lit = TransformerModule("tiny", dtype="bfloat16", attn_implementation="eager", gradient_checkpointing=True)

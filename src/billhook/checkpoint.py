@@ -18,13 +18,16 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from billhook.assets import model_path
 from billhook.place import RECORD, beside, check_target, move, repair, size
 from billhook.sparsity.merge import has_adapters, merged_copy
+from billhook.structure.equivalent import equivalents
 from billhook.structure.meta import check_checkpoint, model_class
 from billhook.structure.shape import KEY, find_transformer, unbuilt_shape
 from billhook.structure.shaped import load_as, to_entry
 
-Way = Literal["plain", "shaped"]
+Way = Literal["plain", "equivalent", "shaped"]
 WAYS: dict[Way, str] = {
     "plain": "an ordinary Hugging Face checkpoint: plain from_pretrained loads it, without billhook",
+    "equivalent": "an ordinary Hugging Face checkpoint of another family, which computes the same and has config fields for its "
+    "shape: plain from_pretrained loads it, without billhook",
     "shaped": "a Hugging Face checkpoint of a shape that its class has no config fields for: bh.load loads it, plain "
     "from_pretrained refuses it",
 }
@@ -36,10 +39,12 @@ class Saved:
 
     Attributes:
         folder: Where the checkpoint is.
-        way: How it was saved: `"plain"`, as an ordinary Hugging Face checkpoint, or `"shaped"`, as one that `load` loads.
+        way: How it was saved: `"plain"`, as an ordinary Hugging Face checkpoint; `"equivalent"`, as one of another family; or
+            `"shaped"`, as one that `load` loads.
         difference: The largest difference between the logits of the model and of what was reloaded.
         megabytes: The size of the folder, in 10^6 bytes.
         adapters: What has become of PEFT's adapters, in a line; None if there were none.
+        family: The model type of that other family, such as `"mistral"`; None if it is the model's own.
     """
 
     folder: str
@@ -47,6 +52,12 @@ class Saved:
     difference: float
     megabytes: float
     adapters: str | None = None
+    family: str | None = None
+
+    @property
+    def says(self) -> str:
+        """How it was saved, in words."""
+        return f"{WAYS[self.way]}; it is saved as {self.family}" if self.family else WAYS[self.way]
 
 
 def save(
@@ -64,9 +75,13 @@ def save(
     it as `.NAME.draft-old`, which the next save puts back first. Where `folder` is a symbolic link, what it points to is
     replaced and the link stays. The model is left as it was: modes, gradients, config, and torch's random state too.
 
-    Where the model's class builds tensors of other sizes from the model's config (heads are gone, say, for which the config has
-    no field, or layers differ), config.json says under `"billhook"` which sizes and whole-number attributes are others, and
-    `load` loads it. Plain `from_pretrained` refuses it with a RuntimeError, unless it is told to ignore mismatched sizes.
+    Where the model's class builds tensors of other sizes from the model's config, the first of these is taken that holds:
+
+    - its class builds them from a config with other numbers of heads and `head_dim` said: that config is written;
+    - a family that computes the same builds them: a Llama whose heads do not divide its width is saved as a Mistral. What is
+      reloaded must have the same tensors and give the same logits, bit for bit. The model itself stays what it is;
+    - else config.json says under `"billhook"` which sizes and whole-number attributes are others (layers differ, say), and `load`
+      loads it. Plain `from_pretrained` refuses it with a RuntimeError, unless it is told to ignore mismatched sizes.
 
     Of a model with PEFT's adapters attached, a copy is saved into whose weights they are merged as `merge` does it: in linears of
     which 1 % or more is zero, every zero stays, and the others are merged in full. If that leaves something out of what the
@@ -96,25 +111,43 @@ def save(
     check_target(folder)
     model, adapters = _merged(model)
     with beside(target) as draft, _untouched(model):
-        way = _write(model, draft)
+        way, family, difference = _write(model, draft, probe)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
-        difference = verify(model, draft, probe)
-        saved = Saved(str(folder), way, difference, size(draft) / 1e6, adapters)
+        saved = Saved(str(folder), way, difference, size(draft) / 1e6, adapters, family)
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "saved": asdict(saved), "files": files}, indent=1) + "\n")
         move(draft, target)
     return saved
 
 
-def _write(model: PreTrainedModel, draft: Path) -> Way:
-    """Saves the model with what its class does not build said in its config; what the config said of that before is dropped."""
+def _write(model: PreTrainedModel, draft: Path, probe: Mapping[str, Tensor]) -> tuple[Way, str | None, float]:
+    """Saves and verifies the model; what its config said before of a shape that its class does not build is dropped.
+
+    Returns:
+        The way, the family where it is another, and the largest difference of logits.
+    """
     vars(model.config).pop(KEY, None)
     shape = unbuilt_shape(model)
-    if shape.tensors:
-        setattr(model.config, KEY, to_entry(shape))
+    if not shape.tensors:
+        model.save_pretrained(draft)
+        return "plain", None, verify(model, draft, probe)
+    setattr(model.config, KEY, to_entry(shape))
     model.save_pretrained(draft)
-    return "shaped" if shape.tensors else "plain"
+    written = (draft / "config.json").read_bytes()
+    for kind, config in equivalents(model):
+        config.save_pretrained(draft)
+        if _computes_the_same(model, draft, probe, kind):
+            return ("plain", None, 0.0) if kind is type(model) else ("equivalent", config.model_type, 0.0)
+    (draft / "config.json").write_bytes(written)
+    return "shaped", None, verify(model, draft, probe)
+
+
+def _computes_the_same(model: PreTrainedModel, draft: Path, probe: Mapping[str, Tensor], kind: type[PreTrainedModel]) -> bool:
+    try:
+        return verify(model, draft, probe, kind) == 0
+    except RuntimeError:
+        return False
 
 
 def _check_no_prompts(module: nn.Module) -> None:
@@ -156,8 +189,8 @@ def load(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
 
 
 @torch.no_grad()
-def verify(model: PreTrainedModel, folder: Path, probe: Mapping[str, Tensor]) -> float:
-    """Reloads a folder in the model's class and compares logits.
+def verify(model: PreTrainedModel, folder: Path, probe: Mapping[str, Tensor], kind: type[PreTrainedModel] | None = None) -> float:
+    """Reloads a folder in a class, by default the model's, and compares logits.
 
     Returns:
         The largest absolute difference.
@@ -165,7 +198,7 @@ def verify(model: PreTrainedModel, folder: Path, probe: Mapping[str, Tensor]) ->
     Raises:
         RuntimeError: If it is above what the dtype's rounding explains, or the model computes no finite number.
     """
-    reloaded = load_as(type(model), str(folder), model.dtype).to(cast(Any, model.device))
+    reloaded = load_as(kind or type(model), str(folder), model.dtype).to(cast(Any, model.device))
     reloaded.set_attn_implementation(model.config._attn_implementation)
     inputs = {k: v.to(model.device) for k, v in probe.items()}
     with _evaluating(model), _evaluating(reloaded):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.assets import model_path
-from billhook.checkpoint import WAYS, Saved, logits_of, make_probe, save
+from billhook.checkpoint import Saved, logits_of, make_probe, save
 from billhook.place import check_target
 from billhook.structure.meta import model_class
 from billhook.structure.shape import KEY, Shape, build_class_on_meta, shape_of
@@ -39,7 +39,7 @@ def export(ckpt: str, out: str, tokenizer: str | None = None) -> None:
         tokenizer: The tokenizer to put beside the model, a name or folder; by default the one the training started from.
     """
     saved = export_checkpoint(ckpt, out, tokenizer)
-    print(f"{saved.folder} ({saved.megabytes:.1f} MB): {WAYS[saved.way]}; largest difference of logits {saved.difference:.3g}")
+    print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
 
 
 def export_checkpoint(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> Saved:

@@ -17,6 +17,7 @@ from billhook.run import training_steps
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.structure.meta import check_checkpoint
 from billhook.structure.shape import load_shape, save_shape
+from billhook.structure.shaped import load_shaped, says_shape
 
 Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
 Decay = Literal["cosine", "linear", "constant"]
@@ -53,8 +54,8 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
     Logs `train_loss`, `val_loss`, and `val_perplexity` or `val_accuracy` (`test_...` likewise).
 
     Args:
-        model: `"tiny"` (the embedded Llama), a hub name, a folder, a `config.json` file or a config (random weights), or a
-            ready `PreTrainedModel`.
+        model: `"tiny"` (the embedded Llama), a hub name, a folder (whatever `bh.save` wrote, too), a `config.json` file or a
+            config (random weights), or a ready `PreTrainedModel`.
         task: What the model is to do; it chooses the class and the metric.
         lr: The highest learning rate.
         weight_decay: AdamW's weight decay; never on biases and norms (parameters with one dimension).
@@ -241,8 +242,24 @@ def load_model(
     name = model_path(model)
     if gguf_file is None:
         check_checkpoint(name)
+        if says_shape(name):
+            kind = _class_for(auto, transformers.AutoConfig.from_pretrained(name), task)
+            return load_shaped(kind, name, options.get("dtype", "auto"), options.get("attn_implementation"), num_labels)
     loaded: PreTrainedModel = auto.from_pretrained(name, gguf_file=gguf_file, **options, **labels)
     return loaded if gguf_file is None else _plain(loaded)
+
+
+def _class_for(auto: Any, config: PretrainedConfig, task: str) -> type[PreTrainedModel]:  # noqa: ANN401 - an auto class
+    """The class that an auto class takes for a config: of several, the one that it names, or else the first.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    found = auto._model_mapping.get(type(config), ())
+    kinds: list[type[PreTrainedModel]] = list(found) if isinstance(found, tuple | list) else [found]
+    if not kinds:
+        raise ValueError(f"task={task!r}: transformers has no class for it of the family '{config.model_type}'")
+    return next((kind for kind in kinds if kind.__name__ in (config.architectures or ())), kinds[0])
 
 
 def _plain(loaded: PreTrainedModel) -> PreTrainedModel:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, PreTrainedModel
 
 from billhook.assets import model_path
-from billhook.checkpoint import WAYS, load, save
+from billhook.checkpoint import load, save
 from billhook.data import DatasetModule, TextDataModule
 from billhook.place import check_target
 from billhook.rows import Data, Rows
@@ -111,7 +111,7 @@ def prune(
     print(pruning)
     if before is not None and after is not None:
         print(f"perplexity {before:,.2f} before, {after:,.2f} after")
-    print(f"{saved.folder} ({saved.megabytes:.1f} MB): {WAYS[saved.way]}; largest difference of logits {saved.difference:.3g}")
+    print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
 
 
 @torch.no_grad()

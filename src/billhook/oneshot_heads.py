@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from billhook.assets import model_path
-from billhook.checkpoint import WAYS, load, save
+from billhook.checkpoint import load, save
 from billhook.data import ClassificationDataModule, DatasetModule, TextDataModule
 from billhook.oneshot import device_of, length_of, perplexity, splits_of
 from billhook.place import check_target
@@ -107,7 +107,7 @@ def prune_heads(
     print(plan)
     if before is not None and after is not None:
         print(f"{name} {before:,.4g} before, {after:,.4g} after")
-    print(f"{saved.folder} ({saved.megabytes:.1f} MB): {WAYS[saved.way]}; largest difference of logits {saved.difference:.3g}")
+    print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
 
 
 def _check(model: PreTrainedModel, ratio: float, ranking: Ranking, per: Per, min_heads: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from billhook.callbacks.shape_event import ShapeCallback
-from billhook.checkpoint import WAYS, Saved, save
+from billhook.checkpoint import Saved, save
 from billhook.place import check_target
 from billhook.run import callbacks_of, is_trial
 from billhook.structure.shape import find_transformer
@@ -64,7 +64,7 @@ class Export(Callback):
                 self._probe or None,
             )
             adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
-            rank_zero_info(f"billhook: saved to {self.saved.folder}, {WAYS[self.saved.way]}{adapters}")
+            rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.says}{adapters}")
         trainer.strategy.barrier("billhook export")
 
     def _free_folder(self) -> str:

@@ -10,7 +10,6 @@ from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 from billhook.callbacks.export import Export
 from billhook.callbacks.measure import measure
 from billhook.callbacks.shape_event import Event, ShapeCallback
-from billhook.checkpoint import WAYS
 from billhook.plot import plot
 from billhook.report import Stage, summary, table
 from billhook.run import callbacks_of
@@ -64,7 +63,7 @@ class Report(Callback):
         notes = []
         for callback in callbacks_of(trainer, Export):
             if callback.saved is not None:
-                notes += [("checkpoint", callback.saved.folder), ("saved as", WAYS[callback.saved.way])]
+                notes += [("checkpoint", callback.saved.folder), ("saved as", callback.saved.says)]
                 notes += [("reloaded", f"largest difference of logits {callback.saved.difference:.3g}")]
         if name := self._name(last):
             Path(self.plot_file).parent.mkdir(parents=True, exist_ok=True)

@@ -3,22 +3,26 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.structure.axes import Indices
+from billhook.structure.coupling import Structure
 from billhook.structure.gates import Gate, place_mask
-from billhook.structure.head_plan import HeadPlan, plan_heads
+from billhook.structure.head_plan import Cuts, HeadPlan, plan_heads
 from billhook.structure.head_shape import set_fields, shapes_then, sizes_then
 from billhook.structure.heads import Chosen, Heads, Per, check_layers, find_heads
 from billhook.structure.inputs import make_inputs
 from billhook.structure.ranking import resting
 from billhook.structure.shape import Shape, find_transformer, set_shape, shape_of
 from billhook.structure.surgery import Change, replace_parameters
+from billhook.structure.trace import trace
 
 
 def prune_heads(
@@ -29,8 +33,8 @@ def prune_heads(
 ) -> HeadPlan:
     """Removes heads from a model in place: it computes what it did with these heads masked, and is smaller.
 
-    Where the config of the model's class can say the new number of heads, it does, and plain `from_pretrained` loads what is
-    saved; otherwise `bh.save` says the shape beside it, and `bh.load` loads it.
+    Where the config of the model's class, or of a family that computes the same, can say the new number of heads, plain
+    `from_pretrained` loads what `bh.save` writes; otherwise the config says the shape beside it, and `bh.load` loads it.
 
     Args:
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
@@ -64,15 +68,16 @@ def apply_heads(plan: HeadPlan, model: nn.Module, optimizers: Optimizer | Iterab
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     if not plan.heads:
         return
-    now, heads = shape_of(subject), find_heads(subject)
-    _check_same(plan, subject, heads)
+    now, structure = shape_of(subject), trace(subject)
+    heads = find_heads(subject, structure)
+    _check_same(plan, subject, heads, structure)
     expected = _masked_answer(subject, heads, plan)
     tensors = sizes_then(subject, plan)
     for shape, fields in shapes_then(subject, plan, now, tensors):
         with _undone_unless_done(subject, now, optimizers):
             _cut(subject, plan, shape, optimizers)
             set_fields(subject, fields)
-            if _alike(expected, _answer(subject), min(1000 * torch.finfo(subject.dtype).eps, 0.05)):
+            if _alike(expected, _answer(subject, heads), _tolerance(subject)):
                 return
             raise _Different
     raise ValueError(
@@ -163,34 +168,53 @@ def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
 
 def _masked_answer(model: PreTrainedModel, heads: Mapping[str, Heads], plan: HeadPlan) -> list[Tensor]:
     with place_mask(model, heads, plan.heads):
-        return _answer(model)
+        return _answer(model, heads)
 
 
 @torch.no_grad()
-def _answer(model: PreTrainedModel) -> list[Tensor]:
-    """What the model gives for small random inputs."""
+def _answer(model: PreTrainedModel, heads: Mapping[str, Heads]) -> list[Tensor]:
+    """What the attentions and the model give for small random inputs."""
     device = next(model.parameters()).device
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in make_inputs(model).items()}
-    inputs = {k: v.to(model.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
-    with resting(model):
-        output = model(**inputs)
-    values = output.to_tuple() if hasattr(output, "to_tuple") else output
-    return [value.detach().double().cpu() for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+    given: list[Any] = []
+    readers = {reader: model.get_submodule(reader) for one in heads.values() for reader in one.readers}
+    hooks = [reader.register_forward_hook(lambda *told: given.append(told[-1])) for reader in readers.values()]
+    try:
+        with resting(model):
+            given.append(model(**inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    values = [value for value in tree_leaves(given) if isinstance(value, Tensor) and value.is_floating_point()]
+    return [value.detach().double().cpu() for value in values]
 
 
-def _alike(expected: list[Tensor], found: list[Tensor], eps: float) -> bool:
+def _alike(expected: list[Tensor], found: list[Tensor], tolerance: float) -> bool:
     """Whether outputs are the same but for rounding."""
     if [value.shape for value in expected] != [value.shape for value in found]:
         return False
-    near = [torch.allclose(a, b, rtol=0, atol=eps * max(1.0, float(a.abs().max())), equal_nan=True)
-            for a, b in zip(expected, found, strict=True)]  # fmt: skip
-    return all(near)
+    return all(_near(a, b, tolerance) for a, b in zip(expected, found, strict=True))
 
 
-def _check_same(plan: HeadPlan, model: PreTrainedModel, heads: Mapping[str, Heads]) -> None:
+def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    same = torch.isclose(a, b, rtol=0, atol=0, equal_nan=True)  # also what is not finite
+    return bool(torch.where(same, 0, a - b).norm() <= tolerance * a[a.isfinite()].norm())
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """How far outputs may be from each other, relative to their norm; parts of most models are in float32 at best."""
+    return min(1000 * max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32)), 0.05)
+
+
+def _check_same(plan: HeadPlan, model: PreTrainedModel, heads: Mapping[str, Heads], structure: Structure) -> None:
     counts = {name: (one.count(), one.count("kv_head")) for name, one in heads.items()}
-    if plan.model != type(model).__name__ or plan.before != counts:
+    same = plan.model == type(model).__name__ and plan.before == counts
+    if not same or not _same_cuts(plan.cuts, plan_heads(model, plan.heads, structure=structure).cuts):
         raise ValueError(f"plan: it was made for a {plan.model} with other heads than this {type(model).__name__} has")
     for name in {reader for one in heads.values() for reader in one.readers}:
         if any(isinstance(hook, Gate) for hook in model.get_submodule(name)._forward_pre_hooks.values()):
             raise ValueError(f"heads: a mask or gates stand before {name}: remove them first (mask.remove())")
+
+
+def _same_cuts(one: Cuts, other: Cuts) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(stays, other[place]) for place, stays in one.items())

@@ -29,6 +29,11 @@ def make_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, 
     return _Maker(unwrap(), batch, length).inputs()
 
 
+def is_float(value: object) -> bool:
+    """Whether something is a tensor of floating-point numbers."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 class _Maker:
     """Decides from a model's main input, its signature and its config which inputs there are and how large they must be."""
 
@@ -48,7 +53,8 @@ class _Maker:
         made: dict[str, Any] = {name: _MAKERS[name](self) for name in self.named if name in wanted}
         if "use_cache" in self.named:
             made["use_cache"] = False
-        return made
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        return {name: one.to(dtype) if is_float(one) else one for name, one in made.items()}
 
     def wanted(self) -> set[str]:
         """The main input, those without a default, and those that a forward asks for although they have one."""

@@ -15,6 +15,8 @@ from transformers.models.auto import modeling_auto
 
 from billhook.assets import model_path
 from billhook.structure.hooks import stand_ins
+from billhook.structure.shape import KEY
+from billhook.structure.shaped import take_said
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -103,8 +105,10 @@ def from_config(config: PretrainedConfig) -> PreTrainedModel:
 def from_name(name: str | os.PathLike[str]) -> PreTrainedModel:
     """The model that a folder, a config.json, a hub name or "tiny" describes, on the meta device; no weights are read.
 
+    It has the shape that the config says under `"billhook"`, if it says one.
+
     Raises:
-        ValueError: If there is no config, or it is of no family that transformers knows.
+        ValueError: If there is no config, it is of no family that transformers knows, or it says a shape that is not one of it.
     """
     name = model_path(os.fspath(name))
     if not Path(name).is_file():
@@ -116,7 +120,11 @@ def from_name(name: str | os.PathLike[str]) -> PreTrainedModel:
         unread = isinstance(error, OSError)
         said = "has no config that can be read" if unread else "is not a config of a family that transformers knows"
         raise ValueError(f"'{name}' {said}: {type(error).__name__}: {first}") from error
-    return from_config(config)
+    entry = vars(config).pop(KEY, None)
+    model = from_config(config)
+    if entry is not None:
+        take_said(model, entry, name)
+    return model
 
 
 def _read_config(name: str) -> PretrainedConfig:

@@ -1,7 +1,8 @@
 """Models of a shape that their class does not build from their config: config.json says the difference, the files prove it."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from math import prod
 from typing import Any, cast
@@ -17,6 +18,7 @@ from billhook.structure.shape import KEY, Shape, build_class_on_meta, set_shape,
 
 VERSION = 1
 DIMENSIONS = 8  # more than any layer's weight has
+LARGEST = 2**48  # numbers in one tensor: far more than memory holds, and few enough for torch to count their bytes
 Sizes = Mapping[str, tuple[int, ...]]
 
 
@@ -37,19 +39,72 @@ def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) ->
     Raises:
         ValueError: Before memory is taken, if that entry is not what billhook writes, or not what the files hold.
     """
-    entry = PretrainedConfig.get_config_dict(name)[0].get(KEY)
-    if entry is None:
-        plain: PreTrainedModel = kind.from_pretrained(name, dtype=dtype)
-        return plain
+    if says_shape(name):
+        return load_shaped(kind, name, dtype)
+    plain: PreTrainedModel = kind.from_pretrained(name, dtype=dtype)
+    return plain
+
+
+def says_shape(name: str) -> bool:
+    """Whether the config of a folder or a hub name says a shape under `"billhook"`; one that cannot be read does not."""
     try:
+        return PretrainedConfig.get_config_dict(name)[0].get(KEY) is not None
+    except OSError:
+        return False
+
+
+def load_shaped(
+    kind: type[PreTrainedModel],
+    name: str,
+    dtype: str | torch.dtype,
+    attention: str | None = None,
+    labels: int | None = None,
+) -> PreTrainedModel:
+    """Loads a checkpoint, whose config says a shape, in a class.
+
+    Args:
+        kind: The class; not always that of the model that was saved, which may have had another head.
+        name: A folder or a hub name.
+        dtype: The dtype of the weights, `"auto"` for the checkpoint's own.
+        attention: The implementation of attention, by default what transformers chooses.
+        labels: Classes of a classifier, by default the checkpoint's.
+
+    Raises:
+        ValueError: Before memory is taken, if that entry is not what billhook writes, or not what the files or the class hold.
+    """
+    entry = PretrainedConfig.get_config_dict(name)[0].get(KEY)
+    fields: dict[str, Any] = {} if labels is None else {"num_labels": labels}
+    with _said_by(name):
         shape = _from_entry(entry)
-        config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name)
+        config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name, **fields)
         vars(config).pop(KEY, None)
-        _check(_built(kind, config), shape, _file_sizes(name))
+        shadow = _built(kind, config)
+        shape, held = _named_as_in(shadow, shape, _file_sizes(name))
+        _check(shadow, shape, held)
+    model: PreTrainedModel = _with_tensors(kind, shape).from_pretrained(
+        name, config=config, dtype=dtype, use_safetensors=True, attn_implementation=attention
+    )
+    return _finish(model, kind, shape)
+
+
+def take_said(shadow: PreTrainedModel, entry: object, name: str) -> None:
+    """Gives a model on meta tensors the shape that an entry of a config says; no files are asked.
+
+    Raises:
+        ValueError: If the entry is not what billhook writes, or not of this model.
+    """
+    with _said_by(name):
+        shape = _from_entry(entry)
+        _check(shadow, shape, None)
+    set_shape(shadow, Shape(shape_of(shadow).tensors, shape.attributes, {}))
+
+
+@contextmanager
+def _said_by(name: str) -> Iterator[None]:
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"'{name}': config.json says under \"{KEY}\" what cannot be loaded: {error}") from error
-    model: PreTrainedModel = _with_tensors(kind, shape).from_pretrained(name, config=config, dtype=dtype, use_safetensors=True)
-    return _finish(model, kind, shape)
 
 
 def build_shaped(
@@ -108,8 +163,19 @@ def _built(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedM
         raise ValueError(f"{kind.__name__} does not accept its config: {type(error).__name__}: {error}") from error
 
 
-def _check(shadow: PreTrainedModel, said: Shape, held: Sizes) -> None:
-    """Compares what is said with what the class builds, on meta tensors, and with what the files hold.
+def _named_as_in(shadow: PreTrainedModel, said: Shape, held: Sizes) -> tuple[Shape, Sizes]:
+    """What is said and held, by the model's names where it has a head and what was saved had none, or the other way round."""
+    prefix, state, built = f"{shadow.base_model_prefix}.", shadow.state_dict(), shape_of(shadow)
+
+    def name(own: str, known: Container[str]) -> str:
+        return next((one for one in (own, prefix + own, own.removeprefix(prefix)) if one in known), own)
+
+    tensors, files = ({name(own, state): size for own, size in sizes.items()} for sizes in (said.tensors, held))
+    return Shape(tensors, {name(own, built.attributes): n for own, n in said.attributes.items()}, {}), files
+
+
+def _check(shadow: PreTrainedModel, said: Shape, held: Sizes | None) -> None:
+    """Compares what is said with what the class builds, on meta tensors, which take it, and with what the files hold if known.
 
     A tensor may be in the files under the name of one that it is tied to, or, where transformers changes the format as it loads,
     under no name of the model's; all such together may be no larger than what is there under no name of the model's.
@@ -128,15 +194,19 @@ def _check(shadow: PreTrainedModel, said: Shape, held: Sizes) -> None:
         if len(size) != len(usual := built.tensors[name]):
             raise ValueError(f"{name} is said to be {size}, and {type(shadow).__name__} has it with {len(usual)} dimensions")
         tied = names[id(state[name])]
-        known = {held[other] for other in tied if other in held}
+        known = {held[other] for other in tied if other in held} if held is not None else set()
         known |= {said.tensors.get(other, built.tensors[other]) for other in tied}
         if others := known - {size}:
             raise ValueError(f"{name} is said to be {size}, and is {others.pop()} in the files or where it is tied")
-        if not any(other in held for other in tied):
+        if held is None and prod(size) > LARGEST:
+            raise ValueError(f"{name} is said to be {size}, which no memory holds")
+        if held is not None and not any(other in held for other in tied):
             unnamed[id(state[name])] = prod(size)
-    if sum(unnamed.values()) > _numbers(size for name, size in held.items() if name not in state):
+    if held is not None and sum(unnamed.values()) > _numbers(size for name, size in held.items() if name not in state):
         raise ValueError(f"{names[next(iter(unnamed))][0]} is not in the files, nor anything that holds as many numbers")
     set_shape(shadow, Shape(built.tensors | said.tensors, {}, {}))
+    if held is None:
+        return
     asked = sum(tensor.numel() for tensor in chain(shadow.parameters(), shadow.buffers()))
     if asked > 10**8 + 10 * _numbers(held.values()):
         raise ValueError(f"the config asks for {asked} numbers, far more than the files hold")

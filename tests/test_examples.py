@@ -23,3 +23,12 @@ def test_plot_schedules(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plot_schedules.py", str(tmp_path / "schedules.png")])
     runpy.run_path(str(ROOT / "examples" / "plot_schedules.py"), run_name="__main__")
     assert (tmp_path / "schedules.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+def test_cross_attention(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cross_attention.py", "--steps", "3"])
+    runpy.run_path(str(ROOT / "examples" / "cross_attention.py"), run_name="__main__")
+    told = capsys.readouterr().out
+    assert all(kind in told for kind in ("encoder, self", "decoder, self", "decoder, cross"))

@@ -78,6 +78,8 @@ def prune_heads(
     for name, value in {"rounds": rounds, "examples": examples, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+    if evaluate < 0:
+        raise ValueError(f"evaluate={evaluate} must be at least 0")
     place = device_of(device)
     dense = load(model, dtype)
     dense.to(place)  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ def plot_heads(
     tall = min(max(3.2, 0.28 * len(table) + 1.2), 14)
     figure = Figure(figsize=(9.5 if curve else 5, tall), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
-    shown = axes[0].imshow(table, aspect="auto", cmap="Blues", vmin=0)
+    shown = axes[0].imshow(table, aspect="auto", cmap="Blues", vmin=np.nanmin(table, initial=0))
     figure.colorbar(shown, ax=axes[0], label="importance", shrink=0.8)
     for row, layer in enumerate(importance):
         if own := list(gone.get(layer, ())):

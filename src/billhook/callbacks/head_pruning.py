@@ -1,17 +1,21 @@
 """Heads are masked, ranked again and removed at given steps of a fit (Michel et al., 1905.10650)."""
 
+import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from functools import partial
+from itertools import islice, takewhile
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from billhook.callbacks.examples import aside, check_readable, on_device, training_examples, training_loss
+from billhook.callbacks.export import Export
 from billhook.callbacks.head_record import HeadRecord
 from billhook.callbacks.measure import measure
 from billhook.callbacks.ranks import SumOverRanks
@@ -142,17 +146,35 @@ class HeadPruning(ShapeCallback):
         others = [c for c in callbacks_of(trainer, HeadPruning) if c.state_key == self.state_key and c is not self]
         if others:
             raise ValueError(f"two HeadPruning by {type(self.importance).__name__}: one is enough, with a schedule")
+        earlier = takewhile(lambda callback: callback is not self, callbacks_of(trainer, Callback))
+        if self.remove == "never" and any(isinstance(callback, Export) for callback in earlier):
+            raise ValueError("HeadPruning must stand before Export in the list of callbacks: it makes weights zero at the end")
 
     def _check_ratio(self, model: nn.Module, ratio: float) -> None:
         """Refuses a ratio that cannot be reached, and heads that cannot be removed."""
         heads = find_heads(model)
         flat = {name: torch.zeros(one.count(self.per)) for name, one in heads.items()}
-        chosen = choose(heads, flat, self.record.left(ratio), self.ranking, self.min_heads, self.per, self._removes)
+        take = partial(choose, heads, flat, ranking=self.ranking, min_heads=self.min_heads, per=self.per, remove=self._removes)
+        chosen = take(self.record.left(ratio))
         if ratio > 0 and not chosen and not self.record.first:
-            fewest = max(map(len, flat.values()))
-            raise ValueError(f"ratio={ratio} is not a single one of the {fewest} heads of a layer: at least {1 / fewest:.4g}")
+            total = sum(map(len, flat.values()))
+            least = next((number / total for number in range(1, total) if take(number / total)), None)
+            raise ValueError(f"ratio={ratio} takes not a single head: " + (f"{least:.4g} does" if least else "no ratio does"))
         if self._removes:
             plan_heads(model, chosen, self.per)
+
+    def _check_others(self, trainer: pl.Trainer, total: int) -> None:
+        """Refuses what changes shapes between rounds, or where heads stay masked."""
+        first, last = min(self._rounds), max(self._rounds) if self._removes else sys.maxsize
+        seen = False
+        for callback in callbacks_of(trainer, ShapeCallback):
+            seen |= callback is self
+            steps = [] if callback is self else callback.steps(total, trainer)
+            if between := [step for step in steps if (first, False) < (step, seen) < (last, True)]:
+                raise ValueError(
+                    f"{type(callback).__name__} changes shapes at step {between[0]}, after HeadPruning has masked heads at step "
+                    f"{first}: let it come first, at an earlier step or before it in the list of callbacks"
+                )
 
     def steps(self, total_steps: int, trainer: pl.Trainer) -> list[int]:
         """The steps at which shapes change."""
@@ -165,7 +187,10 @@ class HeadPruning(ShapeCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the rounds: from which step which ratio holds."""
-        self._rounds = find_rounds(self.ratio, self.moment, training_steps(trainer), is_trial(trainer), "ratio")
+        total = training_steps(trainer)
+        self._rounds = find_rounds(self.ratio, self.moment, total, is_trial(trainer), "ratio")
+        if self._rounds:
+            self._check_others(trainer, total or sys.maxsize)
         if self._rounds and not self._stopped:
             self._check_ratio(find_transformer(pl_module), max(ratio or 0.0 for ratio in self._rounds.values()))
 
@@ -174,6 +199,8 @@ class HeadPruning(ShapeCallback):
         if self.importance.needs_data and self.calibration is None:
             check_readable(trainer)
         self._put_mask(pl_module, self.heads)
+        if self.monitor is not None:
+            self._monitored(measure(trainer, pl_module, 1))
         self._last_step = trainer.global_step
         self._due(trainer, pl_module)
 
@@ -206,6 +233,7 @@ class HeadPruning(ShapeCallback):
         if self.heads and (self.remove == "rounds" or (self.remove == "end" and last)):
             event = self._reshape(trainer, pl_module, 0, before)
             event["after"] |= after
+            event["what"] += f"; {what}" if self._stopped else ""
         else:
             event = {"step": trainer.global_step, "what": what, "before": numbers | before, "after": numbers | after}
             self.events.append(event)
@@ -252,8 +280,9 @@ class HeadPruning(ShapeCallback):
     def _worse(self, value: float | None) -> bool:
         if value is None or self._start is None:
             return False
-        good = value >= self.keep * self._start if self.mode == "max" else value * self.keep <= self._start
-        return not good
+        share = 1 - self.keep if self.mode == "max" else 1 / self.keep - 1
+        worse = self._start - value if self.mode == "max" else value - self._start
+        return not worse <= share * abs(self._start)  # NaN is worse, too
 
     def _put_mask(self, pl_module: nn.Module, heads: dict[str, list[int]]) -> None:
         self._unmask()
@@ -283,11 +312,14 @@ class HeadPruning(ShapeCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes zero what reads heads that stay masked, so that whatever is saved computes the same."""
-        if self.heads:
-            zero_heads(find_transformer(pl_module), self.heads, self.per)
+        self._zero(pl_module)
         late = [step for step in self._rounds if step > max(trainer.global_step, self._done) and not self._stopped]
         if late:
             rank_zero_warn(f"HeadPruning: training has ended at step {trainer.global_step}, before the round at step {max(late)}")
+
+    def _zero(self, pl_module: nn.Module) -> None:
+        if self._mask is not None:
+            zero_heads(find_transformer(pl_module), self.heads, self.per)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Outside of a fit, masks what the checkpoint says is masked."""
@@ -308,7 +340,9 @@ class HeadPruning(ShapeCallback):
         self.record.load_state_dict(state_dict["record"])
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the LightningModule as it was found, but for what was pruned."""
+        """Leaves the LightningModule as it was found, but for what was pruned, also if averaged weights have come in since."""
+        if stage == "fit":
+            self._zero(pl_module)
         self._unmask()
         super().teardown(trainer, pl_module, stage)
 

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,7 +15,6 @@ from billhook.structure.head_plan import HeadPlan
 from billhook.structure.heads import find_heads
 from billhook.structure.meta import to_meta
 from billhook.structure.shape import Shape, build_on_meta, set_shape, shape_of
-from billhook.structure.show import pattern
 from billhook.structure.trace import trace
 
 TRIALS = 256
@@ -119,37 +118,67 @@ def set_fields(model: PreTrainedModel, fields: Fields) -> None:
 def _assignments(
     model: PreTrainedModel, plan: HeadPlan, now: Shape, tensors: dict[str, tuple[int, ...]]
 ) -> Iterator[dict[str, int]]:
-    """Values of whole-number attributes in the attentions, the ones in which most of them follow first."""
-    certain, open_ = _candidates(model, plan, now, tensors)
-    kinds = sorted({pattern(name) for name in open_})
-    choices = sorted(itertools.product((True, False), repeat=len(kinds)), key=lambda one: -sum(one)) if len(kinds) < 12 else []
-    for chosen in choices:
-        follows = dict(zip(kinds, chosen, strict=True))
-        for which in range(max([len(values) for values in open_.values()], default=1)):
-            yield certain | {n: v[min(which, len(v) - 1)] for n, v in open_.items() if follows[pattern(n)]}
+    """Values of whole-number attributes, the likeliest first: of few attributes another meaning than that."""
+    certain = _certain(model, tensors)
+    options = _meanings(model, plan, now, tensors, certain)
+    for count in range(len(options) + 1):
+        for others in itertools.combinations(range(len(options)), count):
+            some = (own[1:] if number in others else own[:1] for number, own in enumerate(options))
+            for chosen in itertools.product(*some):
+                yield certain | {key: value for one in chosen for key, value in one.items()}
 
 
-def _candidates(
-    model: PreTrainedModel, plan: HeadPlan, now: Shape, tensors: dict[str, tuple[int, ...]]
-) -> tuple[dict[str, int], dict[str, list[int]]]:
-    """Attributes that say the size of a tensor, and others in the attentions that may: with what they may become."""
+def _certain(model: PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Attributes that say the size of a tensor."""
     certain: dict[str, int] = {}
-    places = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
         layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         for attr, dim in _says(layer).items():
-            weight = next((n for n, p in model.named_parameters(remove_duplicate=False) if p is layer.weight), "")
+            weight = names.get(id(layer.weight), "")
             if weight in tensors and hasattr(module, attr):
                 certain[f"{name}.{attr}"] = tensors[weight][dim]
-        places[name] = module
-    open_: dict[str, list[int]] = {}
-    for attention in plan.heads:
-        becomes = _becomes(plan, attention, now, tensors)
-        for key, value in now.attributes.items():
-            if key.startswith(f"{attention}.") and key not in certain and value in becomes:
-                open_[key] = becomes[value]
-    changed = {key: value for key, value in certain.items() if now.attributes.get(key) not in (None, value)}
-    return changed, open_
+    return certain
+
+
+def _meanings(
+    model: PreTrainedModel, plan: HeadPlan, now: Shape, tensors: dict[str, tuple[int, ...]], certain: Collection[str]
+) -> list[list[dict[str, int]]]:
+    """What the attributes of the attentions become, by what they may mean: the same wherever a class has them.
+
+    So the number of a layer is not taken for a number of heads, nor that for how many query heads a KV head serves.
+    """
+    numbers = {name: _numbers(plan, name, now, tensors) for name in plan.before}
+    places: dict[tuple[type, str], list[tuple[str, str]]] = {}
+    for name in numbers:
+        for key in now.attributes:
+            if key.startswith(f"{name}.") and key not in certain:
+                owner, _, attr = key.rpartition(".")
+                places.setdefault((type(model.get_submodule(owner)), attr), []).append((key, name))
+    found = []
+    for (_, attr), own in places.items():
+        means = [m for m in numbers[own[0][1]] if all(numbers[n].get(m, (0, 0))[0] == now.attributes[k] for k, n in own)]
+        ranks = {meaning: 0 if meaning.split()[-1] in attr else 1 if meaning.startswith(".") else 3 for meaning in means}
+        options = [(ranks[m], {key: numbers[name][m][1] for key, name in own}) for m in means]
+        options.append((2, {key: now.attributes[key] for key, _ in own}))
+        ranked = [values for _, values in sorted(options, key=lambda option: option[0])]
+        if any(values != ranked[0] for values in ranked):
+            found.append([values for place, values in enumerate(ranked) if values not in ranked[:place]])
+    return found
+
+
+def _numbers(plan: HeadPlan, attention: str, now: Shape, tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Numbers of heads, and sizes of tensors, before and then; the last word of a number of heads is one for its name."""
+    (query, kv), (query_then, kv_then) = plan.before[attention], plan.after[attention]
+    numbers = {"head": (query, query_then), "kv head": (kv, kv_then), "group": (query // kv, query_then // kv_then)}
+    for name, size in now.tensors.items():
+        if name.startswith(f"{attention}."):
+            for dim, (old, new) in enumerate(zip(size, tensors[name], strict=True)):
+                place = f"{name.removeprefix(attention)}[{dim}]"
+                numbers[place] = (old, new)
+                if old % 3 == new % 3 == 0:  # queries, keys and values in one
+                    numbers[f"{place} / 3"] = (old // 3, new // 3)
+    return numbers
 
 
 def _says(module: nn.Module) -> dict[str, int]:
@@ -161,21 +190,6 @@ def _says(module: nn.Module) -> dict[str, int]:
     return {"num_embeddings": 0, "embedding_dim": 1} if isinstance(module, nn.Embedding) else {}
 
 
-def _becomes(plan: HeadPlan, attention: str, now: Shape, tensors: dict[str, tuple[int, ...]]) -> dict[int, list[int]]:
-    """What numbers of heads and widths become."""
-    (query, kv), (query_then, kv_then) = plan.before[attention], plan.after[attention]
-    pairs = [(query, query_then), (kv, kv_then), (query // kv, query_then // kv_then)]
-    for name, size in now.tensors.items():
-        if name.startswith(f"{attention}."):
-            pairs += zip(size, tensors[name], strict=True)
-            pairs += [(a // 3, b // 3) for a, b in zip(size, tensors[name], strict=True) if a % 3 == b % 3 == 0]
-    found: dict[int, list[int]] = {}
-    for old, new in pairs:
-        if old != new and new not in found.setdefault(old, []):
-            found[old].append(new)
-    return found
-
-
 def _runs(model: PreTrainedModel, plan: HeadPlan, shape: Shape, fields: Fields) -> bool:
     """Whether the model's code runs with a shape, on meta tensors, and has the heads that are planned."""
     shadow = to_meta(model)
@@ -183,6 +197,10 @@ def _runs(model: PreTrainedModel, plan: HeadPlan, shape: Shape, fields: Fields) 
     set_fields(shadow, fields)
     try:
         heads = find_heads(shadow)
+        for module in shadow.modules():  # what a faster implementation does not ask for, others do
+            if isinstance(config := getattr(module, "config", None), PretrainedConfig):
+                config._attn_implementation = "eager"
+        trace(shadow)
     except ValueError:
         return False
     return {name: (one.count(), one.count("kv_head")) for name, one in heads.items()} == plan.after

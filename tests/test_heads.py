@@ -197,5 +197,6 @@ def test_what_is_not_there_is_refused_and_what_is_legal_is_said():
         pass
     assert not any("Gate" in repr(found) for found in hooks(model).values())
     assert check_layers(heads, {0: [3, 1, 3], "model.layers.0.self_attn": [2]}) == {"model.layers.0.self_attn": [1, 2, 3]}
+    assert check_layers(heads, {0: (head for head in (1, 2))}) == {"model.layers.0.self_attn": [1, 2]}  # read once
     with pytest.raises(ValueError, match=r"decoder\.block\.0\.layer\.1\.EncDecAttention, \.\.\.$"):
         bh.mask_heads(small("t5").model, {6: [0]})

@@ -119,7 +119,7 @@ def _steps(
     heads: Mapping[str, Heads], own: Sequence[str], importance: Mapping[str, Tensor], per: Per, remove: bool, min_heads: int
 ) -> list[_Step]:
     """What may go one after the other, the least important first, in attentions that lose heads together."""
-    score = torch.stack([importance[name].double() for name in own]).mean(0)
+    score = torch.stack([importance[name].detach().double().cpu() for name in own]).mean(0)
     one = heads[own[0]]
     size = one.count(per)
     if remove and per == "head" and one.count("kv_head") < size:  # the lowest of each KV head, then the next of each

@@ -80,9 +80,9 @@ def plan_heads(model: nn.Module, heads: Chosen, per: Per = "head", structure: St
     if per == "kv_head":
         chosen = {name: np.flatnonzero(np.isin(found[name].kv_of, own)).tolist() for name, own in chosen.items()}
     gone = {name: own for name, own in chosen.items() if own}
+    _check_allowed(structure, [found[name] for name in gone])
     after = {name: _left(name, one, gone.get(name, [])) for name, one in found.items()}
     _check_together(found, gone)
-    _check_allowed(structure, [found[name] for name in gone])
     cuts = _cuts(structure.groups, {name: found[name] for name in gone}, gone)
     shapes = dict(structure.shapes)
     then = {name: [len(cuts.get((name, d), range(size))) for d, size in enumerate(shape)] for name, shape in shapes.items()}

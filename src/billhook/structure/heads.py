@@ -102,7 +102,8 @@ def check_layers(heads: Mapping[str, Heads], chosen: Chosen, per: Per = "head") 
     if per not in get_args(Per):
         raise ValueError(f"per={per!r} must be one of {', '.join(get_args(Per))}")
     names, named = list(heads), dict[str, list[int]]()
-    for layer, numbers in chosen.items():
+    for layer, given in chosen.items():
+        numbers = list(given)
         known = layer in heads if isinstance(layer, str) else type(layer) is int and 0 <= layer < len(names)
         if not known:
             raise ValueError(

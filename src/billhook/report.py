@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
+from billhook.structure.heads import find_heads
 from billhook.structure.meta import to_meta
-from billhook.structure.shape import find_transformer
+from billhook.structure.shape import find_transformer, unbuilt_shape
 
 CONTEXT = 512
 
@@ -24,8 +25,8 @@ class Summary:
         params: Parameters; tied ones count once.
         zeros: Parameters that are exactly zero.
         bytes: Bytes of all parameters.
-        query_heads: Query heads of a layer, where the config says one number.
-        kv_heads: Key/value heads of a layer, where the config says one number.
+        query_heads: Query heads of a layer, where all layers have the same number.
+        kv_heads: Key/value heads of a layer, where all layers have the same number.
         kv_cache_bytes: Bytes that the key/value cache grows by with each token, in the dtype of the weights.
         flops: Floating-point operations of the forward pass, per token, at `context` tokens.
         context: Tokens for which `flops` holds.
@@ -74,19 +75,31 @@ def summary(model: nn.Module) -> Summary:
     config = model.config.get_text_config(decoder=True)
     context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
     cache, flops = _run_on_meta(model, context)
-    heads = [getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
-    heads[1] = heads[1] or heads[0]
+    query_heads, kv_heads = _heads(model, config)
     return Summary(
         model=type(model).__name__,
         params=sum(p.numel() for p in parameters),
         zeros=sum(int((p == 0).sum()) for p in parameters if not p.is_meta),
         bytes=sum(p.numel() * p.element_size() for p in parameters),
-        query_heads=heads[0] if isinstance(heads[0], int) else None,
-        kv_heads=heads[1] if isinstance(heads[1], int) else None,
+        query_heads=query_heads,
+        kv_heads=kv_heads,
         kv_cache_bytes=cache,
         flops=flops,
         context=context,
     )
+
+
+def _heads(model: PreTrainedModel, config: PretrainedConfig) -> tuple[int | None, int | None]:
+    """Query heads and KV heads, as the config says; of a model that has another shape than that, as it has them."""
+    if unbuilt_shape(model).tensors:
+        try:
+            counts = {(one.count(), one.count("kv_head")) for one in find_heads(model).values()}
+        except ValueError:
+            counts = set()
+        return counts.pop() if len(counts) == 1 else (None, None)
+    query, kv = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    kv = kv or query
+    return query if isinstance(query, int) else None, kv if isinstance(kv, int) else None
 
 
 def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int | None]:

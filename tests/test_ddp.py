@@ -14,7 +14,7 @@ from families import llama
 from fits import data, module, trainer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from billhook import KVHeadConversion, Linear, WeightPruning
+from billhook import HeadPruning, KVHeadConversion, Linear, MultiStep, Taylor, WeightPruning
 
 SCRIPT = textwrap.dedent("""
     import json, sys
@@ -107,10 +107,10 @@ def ramp():
 class FitOfTuples(pl.LightningModule):
     """A user's own module, on batches that are tuples."""
 
-    def __init__(self):
+    def __init__(self, kv_heads=4):
         super().__init__()
         torch.manual_seed(0)
-        self.net = llama().train()
+        self.net = llama(num_key_value_heads=kv_heads).train()
 
     def train_dataloader(self):
         ids, ranks = torch.randint(3, 60, (24, 12), generator=torch.Generator().manual_seed(0)), self.trainer.world_size
@@ -144,3 +144,47 @@ def test_two_processes_prune_as_one_does(files, tmp_path, kind):
         values = [found[f"{prefix}{name}.weight"] for found in (state, single.state_dict())]
         assert not values[0][~mask].any()
         torch.testing.assert_close(values[0][both], values[1][both], atol=2e-3, rtol=1e-2)
+
+
+HEADS = textwrap.dedent("""
+    import json, sys
+    import torch
+    from fits import trainer
+    from test_ddp import FitOfTuples, head_pruning
+
+    out, remove, given = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    lit, callback = FitOfTuples(8), head_pruning(remove, given)
+    run = trainer(out, [callback], max_steps=6, devices=2, strategy="ddp", use_distributed_sampler=False)
+    run.fit(lit)
+    state = {name: value.detach() for name, value in lit.state_dict().items()}
+    record = callback.record.state_dict()
+    gathered = [None, None]
+    mine = [{n: v.tolist() for n, v in s.items()} for s in (state, record["scores"])] + [record["numbers"], callback.heads]
+    torch.distributed.all_gather_object(gathered, repr(mine))
+    assert gathered[0] == gathered[1], "the ranks differ"
+    if run.is_global_zero:
+        torch.save([state, record, callback.heads, callback.events], f"{out}/result.pt")
+""")
+
+
+def head_pruning(remove, given):
+    """With batches of the user's own, two to a process, or ten examples of the training data."""
+    ids = torch.randint(3, 60, (4, 2, 12), generator=torch.Generator().manual_seed(1))
+    options = {"calibration": [(one,) for one in ids], "importance": Taylor(elementwise=True)} if given else {"examples": 10}
+    return HeadPruning(MultiStep([0.25, 0.5], [2, 4]), remove=remove, measure_batches=0, **options)
+
+
+@pytest.mark.parametrize(("remove", "given"), [("rounds", False), ("end", True)])
+def test_two_processes_prune_the_heads_that_one_does(tmp_path, remove, given):
+    run_script(tmp_path, HEADS, [str(tmp_path), remove, given])
+    state, record, heads, events = torch.load(tmp_path / "result.pt", weights_only=True)
+    single, callback = FitOfTuples(8), head_pruning(remove, given)
+    trainer(tmp_path, [callback], max_steps=6).fit(single)
+    assert events == callback.events
+    assert heads == callback.heads
+    assert record["numbers"] == callback.record.numbers
+    for name, scores in callback.record.scores.items():
+        torch.testing.assert_close(record["scores"][name], scores, rtol=1e-3, atol=1e-5, equal_nan=True)
+    for name, value in single.state_dict().items():
+        torch.testing.assert_close(state[name], value, atol=2e-4, rtol=1e-3)

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from billhook.assets import model_path
 from billhook.checkpoint import Saved, logits_of, make_probe, save
 from billhook.place import check_target
+from billhook.structure.head_removal import zero_heads
+from billhook.structure.heads import Per
 from billhook.structure.meta import model_class
 from billhook.structure.shape import KEY, Shape, build_class_on_meta, shape_of
 from billhook.structure.shaped import build_shaped
@@ -51,9 +53,24 @@ def export_checkpoint(ckpt: str | Path, out: str | Path, tokenizer: str | None =
     check_target(out)
     checkpoint = read_checkpoint(ckpt)
     model = build_model(checkpoint, str(ckpt))
+    _zero_masked(model, checkpoint[KEY].get("masked_heads"), str(ckpt))
     steps = checkpoint.get("global_step", 0)
     record = {"exported_from": str(ckpt), "steps": steps if isinstance(steps, int) else None}
     return save(model, out, _find_tokenizer(tokenizer, checkpoint[KEY]["name_or_path"], model), record)
+
+
+def _zero_masked(model: PreTrainedModel, masked: Any, name: str) -> None:  # noqa: ANN401 - what a file holds
+    """Makes zero the weights that read heads which were masked in training.
+
+    Raises:
+        ValueError: If the model has no such heads.
+    """
+    if masked is None:
+        return
+    heads = masked.get("heads") if isinstance(masked, dict) else None
+    if not isinstance(heads, dict) or not all(isinstance(own, list) for own in heads.values()):
+        raise ValueError(f"'{name}' does not say which heads are masked as billhook writes it")
+    zero_heads(model, heads, cast(Per, masked.get("per")))  # which is checked there
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -155,8 +155,13 @@ def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Mo
     """
 
     def loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
+        if not pl_module.automatic_optimization and isinstance(batch, Mapping):
+            return own_loss(model, dict(batch))
         if not pl_module.automatic_optimization:
-            return own_loss(model, batch)
+            raise ValueError(
+                f"calibration: training_step of {type(pl_module).__name__} steps its optimizers itself: give batches that the "
+                f"model takes, as dictionaries, not as {type(batch).__name__}"
+            )
         given: Any = _step(pl_module, batch, number)()
         found = given["loss"] if isinstance(given, Mapping) else given
         if not isinstance(found, Tensor):

@@ -31,7 +31,7 @@ from billhook.structure.head_removal import prune_heads, zero_heads
 from billhook.structure.heads import Per, find_heads
 from billhook.structure.importance import GateGradient, Importance
 from billhook.structure.ranking import resting, score, trial_of
-from billhook.structure.shape import find_transformer
+from billhook.structure.shape import KEY, find_transformer
 
 Remove = Literal["end", "rounds", "never"]
 
@@ -327,6 +327,12 @@ class HeadPruning(ShapeCallback):
             self._put_mask(pl_module, self.heads)
 
     on_test_start = on_predict_start = on_validation_start
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Puts shape and masks where `billhook export` finds them."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self.heads:
+            checkpoint[KEY]["masked_heads"] = {"per": self.per, "heads": self.heads}
 
     def state_dict(self) -> dict[str, Any]:
         """What has happened so far, and which heads are masked."""

@@ -69,7 +69,9 @@ class ShapeCallback(Callback, ABC):
         _hold_shape(pl_module)
         if stage != "fit":
             return
-        self.events, self._steps, self._last_step = [], [], 0
+        self._steps, self._last_step = [], 0
+        if trainer.global_step == 0:  # otherwise the fit before goes on
+            self.events = []
         _check_trainer(trainer, type(self).__name__, self.only_at_start)
         self.check(pl_module, trainer)
         others = [moment for callback in callbacks_of(trainer, type(self)) for moment in callback.at if moment != "start"]

@@ -851,7 +851,7 @@ def test_a_checkpoint_in_which_heads_are_masked_is_exported_as_it_computes(files
     ids = tokens()
     assert torch.equal(bh.load(tmp_path / "out")(ids).logits, transformer(lit).eval()(ids).logits)
     hostile = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
-    hostile["billhook"]["masked_heads"]["heads"] = {LAYERS[0]: [99]}
+    hostile["billhook_masked_heads"]["heads"] = {LAYERS[0]: [99]}
     torch.save(hostile, tmp_path / "hostile.ckpt")
     with pytest.raises(ValueError, match="has no head 99"):
         export_checkpoint(tmp_path / "hostile.ckpt", tmp_path / "other")

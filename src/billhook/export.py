@@ -28,6 +28,8 @@ IGNORED = {
     KEY,
 }
 """Config fields with which transformers would fetch code, or that say how and not what to compute, or of what shape it was."""
+MASKED = "billhook_masked_heads"
+"""Where Lightning checkpoints keep which heads are masked."""
 REPEATED = re.compile("(layers?|depths?|blocks|experts)$")
 """Config fields that say how often something is built."""
 
@@ -53,7 +55,7 @@ def export_checkpoint(ckpt: str | Path, out: str | Path, tokenizer: str | None =
     check_target(out)
     checkpoint = read_checkpoint(ckpt)
     model = build_model(checkpoint, str(ckpt))
-    _zero_masked(model, checkpoint[KEY].get("masked_heads"), str(ckpt))
+    _zero_masked(model, checkpoint.get(MASKED), str(ckpt))
     steps = checkpoint.get("global_step", 0)
     record = {"exported_from": str(ckpt), "steps": steps if isinstance(steps, int) else None}
     return save(model, out, _find_tokenizer(tokenizer, checkpoint[KEY]["name_or_path"], model), record)

@@ -21,6 +21,7 @@ from billhook.callbacks.measure import measure
 from billhook.callbacks.ranks import SumOverRanks
 from billhook.callbacks.rounds import find_rounds
 from billhook.callbacks.shape_event import At, ShapeCallback, log_event
+from billhook.export import MASKED
 from billhook.report import summary
 from billhook.run import callbacks_of, is_trial, training_steps
 from billhook.schedules import Schedule, check_step
@@ -31,7 +32,7 @@ from billhook.structure.head_removal import prune_heads, zero_heads
 from billhook.structure.heads import Per, find_heads
 from billhook.structure.importance import GateGradient, Importance
 from billhook.structure.ranking import resting, score, trial_of
-from billhook.structure.shape import KEY, find_transformer
+from billhook.structure.shape import find_transformer
 
 Remove = Literal["end", "rounds", "never"]
 
@@ -332,7 +333,7 @@ class HeadPruning(ShapeCallback):
         """Puts shape and masks where `billhook export` finds them."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self.heads:
-            checkpoint[KEY]["masked_heads"] = {"per": self.per, "heads": self.heads}
+            checkpoint[MASKED] = {"per": self.per, "heads": self.heads}
 
     def state_dict(self) -> dict[str, Any]:
         """What has happened so far, and which heads are masked."""

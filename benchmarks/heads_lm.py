@@ -21,16 +21,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import billhook as bh
 
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)
+SHARES = (0.1, 0.2, 0.3, 0.5)
 METHODS = {
     "gate gradient, each token": bh.GateGradient(),
     "gate gradient, each example": bh.GateGradient("example"),
-    "gate gradient, each batch": bh.GateGradient("batch"),
     "Taylor": bh.Taylor(),
     "activation norm": bh.ActivationNorm(),
     "weight norm": bh.WeightNorm(),
-    "random, seed 0": bh.RandomHeads(0),
-    "random, seed 1": bh.RandomHeads(1),
+    "random": bh.RandomHeads(),
 }
 SHAPES = [(1, 64), (1, 512), (16, 64)]
 

@@ -12,6 +12,7 @@ from billhook.checkpoint import load, save
 from billhook.data import ClassificationDataModule, DatasetModule, TextDataModule
 from billhook.oneshot import device_of, length_of, perplexity, splits_of
 from billhook.place import check_target
+from billhook.resting import resting
 from billhook.rows import Data, Rows
 from billhook.structure.gates import place_mask
 from billhook.structure.head_choice import Ranking, check_choice, choose
@@ -19,7 +20,7 @@ from billhook.structure.head_plan import plan_heads
 from billhook.structure.head_removal import prune_heads as remove_heads
 from billhook.structure.heads import Per, find_heads
 from billhook.structure.importance import GateGradient, Importance
-from billhook.structure.ranking import resting, score, trial_of
+from billhook.structure.ranking import score, trial_of
 
 
 def prune_heads(

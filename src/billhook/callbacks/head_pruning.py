@@ -23,6 +23,7 @@ from billhook.callbacks.rounds import find_rounds
 from billhook.callbacks.shape_event import At, ShapeCallback, log_event
 from billhook.export import MASKED
 from billhook.report import summary
+from billhook.resting import resting
 from billhook.run import callbacks_of, is_trial, training_steps
 from billhook.schedules import Schedule, check_step
 from billhook.structure.gates import HeadMask, place_mask
@@ -31,7 +32,7 @@ from billhook.structure.head_plan import plan_heads
 from billhook.structure.head_removal import prune_heads, zero_heads
 from billhook.structure.heads import Per, find_heads
 from billhook.structure.importance import GateGradient, Importance
-from billhook.structure.ranking import resting, score, trial_of
+from billhook.structure.ranking import score, trial_of
 from billhook.structure.shape import find_transformer
 
 Remove = Literal["end", "rounds", "never"]

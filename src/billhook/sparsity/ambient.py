@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
+
+from billhook.resting import resting
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,5 @@ def _kinds() -> set[str]:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation without gradients, key-value cache or compiled code; modes, random numbers, configs are as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    configs: dict[int, Any] = {id(m.config): m.config for m in modes if getattr(getattr(m, "config", None), "use_cache", False)}
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
-    kind = next((device.type for device in devices), "cuda")
-    try:
-        for config in configs.values():
-            config.use_cache = False
-        model.eval()
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for config in configs.values():
-            config.use_cache = True
+    with resting(model), torch.no_grad():
+        yield

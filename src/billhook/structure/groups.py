@@ -88,13 +88,7 @@ class Group:
     @property
     def where(self) -> str:
         """The innermost module that holds all members."""
-        paths = [member.name.split(".")[:-1] for member in self.members]
-        shared = []
-        for parts in zip(*paths, strict=False):
-            if len(set(parts)) > 1:
-                break
-            shared.append(parts[0])
-        return ".".join(shared)
+        return innermost([member.name for member in self.members])
 
     def index(self, member: Member) -> Indices:
         """For each position of a member's dimension the unit that it belongs to, -1 if to none: int64 of shape (size,)."""
@@ -103,6 +97,16 @@ class Group:
     def positions(self, member: Member, units: Sequence[int]) -> Indices:
         """The positions of a member's dimension that belong to some units, ascending: int64."""
         return np.flatnonzero(np.isin(self.index(member), units))
+
+
+def innermost(names: Sequence[str]) -> str:
+    """The innermost module that holds all these parameters."""
+    shared = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return ".".join(shared)
 
 
 def find_groups(axes: Mapping[str, Sequence[Axis]], tape: Tape, parameters: frozenset[str]) -> list[Group]:

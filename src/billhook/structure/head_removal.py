@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
+from billhook.resting import resting
 from billhook.structure.axes import Indices
 from billhook.structure.coupling import Structure
 from billhook.structure.gates import Gate, place_mask
@@ -19,7 +20,6 @@ from billhook.structure.head_plan import Cuts, HeadPlan, plan_heads
 from billhook.structure.head_shape import set_fields, shapes_then, sizes_then
 from billhook.structure.heads import Chosen, Heads, Per, check_layers, find_heads
 from billhook.structure.inputs import make_inputs
-from billhook.structure.ranking import resting
 from billhook.structure.shape import Shape, find_transformer, set_shape, shape_of
 from billhook.structure.surgery import Change, replace_parameters
 from billhook.structure.trace import trace

@@ -10,7 +10,7 @@ from torch import nn
 
 from billhook.structure.axes import Axis, Indices, layout, leaves
 from billhook.structure.coupling import Structure
-from billhook.structure.groups import Group, Member
+from billhook.structure.groups import Group, Member, innermost
 from billhook.structure.roles import Attention
 from billhook.structure.shape import find_transformer
 from billhook.structure.trace import Inputs, trace
@@ -35,7 +35,6 @@ class Heads:
         index: For each position of what they read, the query head that it belongs to, -1 if to none: int64.
         kv_of: For each query head, the KV head that serves it: int64.
         query_leaves: The leaves of the axis that counts query heads.
-        kv_leaves: Those of them that count KV heads.
         members: What holds query heads, within the attention.
     """
 
@@ -44,7 +43,6 @@ class Heads:
     index: Indices
     kv_of: Indices
     query_leaves: tuple[Axis, ...]
-    kv_leaves: tuple[Axis, ...]
     members: tuple[Member, ...]
 
     def count(self, per: Per = "head") -> int:
@@ -122,7 +120,7 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Head
     axes = [structure.axes[part.name][part.dim] for part in attention.o]
     held = [len(set(attention.heads) & set(leaves(axis))) for axis in axes]  # others read KV heads, or are another layer's
     readers = [part for part, count in zip(attention.o, held, strict=True) if count == max(held)]
-    name, axis = _shared([part.name for part in (*attention.q, *readers)]), axes[held.index(max(held))]
+    name, axis = innermost([part.name for part in (*attention.q, *readers)]), axes[held.index(max(held))]
     query = tuple(leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in attention.heads)
     kinds = {group.leaf: group.kind for group in structure.groups}
     kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head")
@@ -135,7 +133,7 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Head
     index[there] = numbers
     kv_of, _ = _number(along(axis, kv)[there[first]])
     modules = tuple(dict.fromkeys(_reader(model, part.name) for part in readers))
-    return Heads(name, modules, index, kv_of, query, kv, tuple(_members(structure.groups, query, name)))
+    return Heads(name, modules, index, kv_of, query, tuple(_members(structure.groups, query, name)))
 
 
 def along(axis: Axis, own: Sequence[Axis]) -> Indices:
@@ -157,16 +155,6 @@ def _members(groups: Sequence[Group], query: Sequence[Axis], name: str) -> list[
     own = [member for group in groups if group.leaf in query for member in group.members]
     unique = {(m.name, m.dim): m for m in own if m.name.startswith(f"{name}.") and not m.buffer}
     return [member for member in unique.values() if set(query) <= set(leaves(member.axis))]
-
-
-def _shared(names: Sequence[str]) -> str:
-    parts = [name.split(".")[:-1] for name in names]
-    shared = []
-    for level in zip(*parts, strict=False):
-        if len(set(level)) > 1:
-            break
-        shared.append(level[0])
-    return ".".join(shared)
 
 
 def _reader(model: nn.Module, parameter: str) -> str:

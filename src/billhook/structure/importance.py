@@ -46,7 +46,6 @@ class Importance(ABC):
     """How much a head matters; the higher, the longer it stays."""
 
     needs_data: ClassVar[bool] = True
-    needs_loss: ClassVar[bool] = True
 
     @abstractmethod
     def sums(self, model: nn.Module, heads: Mapping[str, Heads], per: Per, trials: Sequence[Trial]) -> Sums:
@@ -134,7 +133,6 @@ class WeightNorm(Importance):
     """The L2 norm of a head's own parameters: the rows that make it and the columns that read it; needs no data."""
 
     needs_data: ClassVar[bool] = False
-    needs_loss: ClassVar[bool] = False
 
     def sums(self, model: nn.Module, heads: Mapping[str, Heads], per: Per, trials: Sequence[Trial]) -> Sums:
         """See `Importance.sums`."""
@@ -148,8 +146,6 @@ class WeightNorm(Importance):
 @dataclass(frozen=True)
 class ActivationNorm(Importance):
     """The mean over tokens of the L2 norm of what a head gives (2407.14679, section 2.2, summed over tokens); needs no loss."""
-
-    needs_loss: ClassVar[bool] = False
 
     def sums(self, model: nn.Module, heads: Mapping[str, Heads], per: Per, trials: Sequence[Trial]) -> Sums:
         """See `Importance.sums`."""
@@ -182,7 +178,6 @@ class RandomHeads(Importance):
     """
 
     needs_data: ClassVar[bool] = False
-    needs_loss: ClassVar[bool] = False
     seed: int = 0
 
     def sums(self, model: nn.Module, heads: Mapping[str, Heads], per: Per, trials: Sequence[Trial]) -> Sums:

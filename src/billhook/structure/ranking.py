@@ -1,7 +1,6 @@
 """Scores of heads from batches: which of them matter, and what a metric is without each."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from billhook.resting import resting
 from billhook.structure.heads import Heads, Per, check_layers, find_heads
 from billhook.structure.importance import GateGradient, Importance, Sums, ablating
 from billhook.structure.probes import Trial
@@ -199,26 +199,6 @@ def tokens_of(model: nn.Module, heads: Mapping[str, Heads], batch: Any) -> dict[
     inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
     masks = {name: later if model.get_submodule(one.readers[0]) in inside else mask for name, one in heads.items()}
     return {name: one.bool() for name, one in masks.items() if isinstance(one, Tensor) and one.dim() == 2}
-
-
-@contextmanager
-def resting(model: nn.Module) -> Iterator[None]:
-    """Evaluation: no dropout, no key-value cache; modes, random numbers and configs are as before afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    configs: dict[int, Any] = {id(m.config): m.config for m in modes if getattr(getattr(m, "config", None), "use_cache", False)}
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
-    kind = next((device.type for device in devices), "cuda")
-    try:
-        for config in configs.values():
-            config.use_cache = False
-        model.eval()
-        with torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for config in configs.values():
-            config.use_cache = True
 
 
 def _reduced(sums: Sums, reduce: Reduce) -> Sums:

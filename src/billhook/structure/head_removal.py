@@ -48,8 +48,10 @@ def prune_heads(
     Raises:
         ValueError: As `plan_heads`, or if the model's code does not follow; then nothing has changed.
     """
-    plan = plan_heads(model, heads, per)
-    apply_heads(plan, model, optimizers)
+    subject = find_transformer(model)
+    structure = trace(subject)
+    plan = plan_heads(subject, heads, per, structure)
+    _carry_out(plan, subject, find_heads(subject, structure), optimizers)
     return plan
 
 
@@ -65,13 +67,22 @@ def apply_heads(plan: HeadPlan, model: nn.Module, optimizers: Optimizer | Iterab
         ValueError: If the plan is not of this model, or the model's code does not follow.
     """
     subject = find_transformer(model)
+    if not plan.heads:
+        return
+    structure = trace(subject)
+    heads = find_heads(subject, structure)
+    _check_same(plan, subject, heads, structure)
+    _carry_out(plan, subject, heads, optimizers)
+
+
+def _carry_out(
+    plan: HeadPlan, subject: PreTrainedModel, heads: Mapping[str, Heads], optimizers: Optimizer | Iterable[Optimizer]
+) -> None:
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     if not plan.heads:
         return
-    now, structure = shape_of(subject), trace(subject)
-    heads = find_heads(subject, structure)
-    _check_same(plan, subject, heads, structure)
-    expected = _masked_answer(subject, heads, plan)
+    _check_free(subject, heads)
+    now, expected = shape_of(subject), _masked_answer(subject, heads, plan)
     tensors = sizes_then(subject, plan)
     for shape, fields in shapes_then(subject, plan, now, tensors):
         with _undone_unless_done(subject, now, optimizers):
@@ -211,6 +222,9 @@ def _check_same(plan: HeadPlan, model: PreTrainedModel, heads: Mapping[str, Head
     same = plan.model == type(model).__name__ and plan.before == counts
     if not same or not _same_cuts(plan.cuts, plan_heads(model, plan.heads, structure=structure).cuts):
         raise ValueError(f"plan: it was made for a {plan.model} with other heads than this {type(model).__name__} has")
+
+
+def _check_free(model: PreTrainedModel, heads: Mapping[str, Heads]) -> None:
     for name in {reader for one in heads.values() for reader in one.readers}:
         if any(isinstance(hook, Gate) for hook in model.get_submodule(name)._forward_pre_hooks.values()):
             raise ValueError(f"heads: a mask or gates stand before {name}: remove them first (mask.remove())")

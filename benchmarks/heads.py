@@ -43,8 +43,8 @@ SCORES = {
     "Taylor": bh.Taylor(),
     "activation norm": bh.ActivationNorm(),
     "weight norm": bh.WeightNorm(),
-    "random, seed 0": bh.RandomHeads(0),
-    "random, seed 1": bh.RandomHeads(1),
+    "random, seed 0": bh.RandomUnits(0),
+    "random, seed 1": bh.RandomUnits(1),
 }
 COLORS = dict(zip(SCORES, ("#1f5f8b", "#b03a2e", "#3d8b5f", "#c98a1b", "#7d5ba6", "0.6", "0.6"), strict=True))
 TAG = re.compile(r"<([a-z][^<>@/]*)>\s*")

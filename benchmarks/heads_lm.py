@@ -28,7 +28,7 @@ METHODS = {
     "Taylor": bh.Taylor(),
     "activation norm": bh.ActivationNorm(),
     "weight norm": bh.WeightNorm(),
-    "random": bh.RandomHeads(),
+    "random": bh.RandomUnits(),
 }
 SHAPES = [(1, 64), (1, 512), (16, 64)]
 

@@ -144,7 +144,7 @@ def test_of_a_model():
     plan = bh.prune_heads(model, chosen)
     assert plan.after == dict.fromkeys(BERT, (2, 2))
     model = build("qwen3")
-    importance = bh.head_importance(model, importance=bh.RandomHeads(3))
+    importance = bh.head_importance(model, importance=bh.RandomUnits(3))
     chosen = bh.choose_heads(model, importance, 0.5, "global")
     assert sum(map(len, chosen.values())) == 8
     assert sum(query for query, _ in bh.plan_heads(model, chosen).after.values()) == 8

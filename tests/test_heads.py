@@ -98,14 +98,14 @@ def test_names_and_order_are_those_of_the_run():
 def test_members_are_the_rows_of_queries_and_the_columns_that_are_read():
     heads = small("llama").heads["model.layers.0.self_attn"]  # 6 query heads of 16, 2 KV heads
     blocks = [position // 16 for position in range(96)]
-    assert {m.name.split(".")[-2]: m.dim for m in heads.members} == {"q_proj": 0, "o_proj": 1}
-    assert all(heads.of_member(member).tolist() == blocks for member in heads.members)
+    assert {m.name.split(".")[-2]: m.dim for m in heads.held_by()} == {"q_proj": 0, "o_proj": 1}
+    assert all(heads.of_member(member).tolist() == blocks for member in heads.held_by())
     heads = small("gpt2").heads["transformer.h.0.attn"]  # 6 heads of 8, queries, keys and values in one matrix
     blocks = [position // 8 for position in range(48)]
-    found = {m.name.removeprefix("transformer.h.0.attn."): (m.dim, heads.of_member(m).tolist()) for m in heads.members}
+    found = {m.name.removeprefix("transformer.h.0.attn."): (m.dim, heads.of_member(m).tolist()) for m in heads.held_by()}
     assert found == {"c_attn.weight": (1, blocks * 3), "c_attn.bias": (0, blocks * 3), "c_proj.weight": (0, blocks)}
     heads = small("phi3").heads["model.layers.0.self_attn"]  # keys and values are those of KV heads
-    fused = next(member for member in heads.members if "qkv" in member.name)
+    fused = next(member for member in heads.held_by() if "qkv" in member.name)
     assert heads.of_member(fused).tolist() == blocks + [-1] * 32
 
 

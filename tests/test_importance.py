@@ -15,7 +15,7 @@ from billhook.structure.heads import find_heads
 from billhook.structure.ranking import score, trial_of
 
 CONFIG = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
-EVERY = [bh.GateGradient(), bh.Taylor(), bh.WeightNorm(), bh.ActivationNorm(), bh.RandomHeads(), bh.Ablation()]
+EVERY = [bh.GateGradient(), bh.Taylor(), bh.WeightNorm(), bh.ActivationNorm(), bh.RandomUnits(), bh.Ablation()]
 
 
 def loud(model):
@@ -271,10 +271,10 @@ def test_ablation_by_hand(per):
 
 def test_random_heads_depend_on_the_seed_alone():
     model = BUILD["llama"]()
-    one, same, other = (scores(model, "llama", None, bh.RandomHeads(seed)) for seed in (1, 1, 2))
+    one, same, other = (scores(model, "llama", None, bh.RandomUnits(seed)) for seed in (1, 1, 2))
     torch.manual_seed(5)
     assert torch.equal(one, same)
-    assert torch.equal(one, scores(model, "llama", [{"input_ids": tokens()}], bh.RandomHeads(1)))
+    assert torch.equal(one, scores(model, "llama", [{"input_ids": tokens()}], bh.RandomUnits(1)))
     assert not torch.equal(one, other)
     assert 0 <= float(one.min()) < float(one.max()) < 1
     assert not torch.equal(one[0], one[1])

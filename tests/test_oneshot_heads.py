@@ -146,9 +146,9 @@ def test_rounds(small, files, tmp_path, ranking, per, importance):
 def test_settings(small, files, tmp_path):
     """Those that are not the default's, one after the other into one folder."""
     run = [small, tmp_path / "out", "--ratio", "0.4", *option(files), *SHORT]
-    record = prune(*run, "--importance", "RandomHeads", "--importance.seed", "5", "--evaluate", "0", "--normalize", "false")
+    record = prune(*run, "--importance", "RandomUnits", "--importance.seed", "5", "--evaluate", "0", "--normalize", "false")
     assert record["perplexity"] == {"before": None, "after": None, "examples": 0}
-    scores = bh.head_importance(bh.load(small), importance=bh.RandomHeads(5), normalize=False)
+    scores = bh.head_importance(bh.load(small), importance=bh.RandomUnits(5), normalize=False)
     assert record["heads"] == bh.choose_heads(bh.load(small), scores, 0.4)
     record = prune(*run, "--ranking", "global", "--min_heads", "4", "--importance", "WeightNorm", "--dtype", "bfloat16")
     model = bh.load(tmp_path / "out")

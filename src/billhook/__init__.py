@@ -19,7 +19,7 @@ from billhook.structure.groups import Group
 from billhook.structure.head_choice import choose_heads
 from billhook.structure.head_plan import HeadPlan, plan_heads
 from billhook.structure.head_removal import apply_heads, prune_heads
-from billhook.structure.importance import Ablation, ActivationNorm, GateGradient, Importance, RandomHeads, Taylor, WeightNorm
+from billhook.structure.importance import Ablation, ActivationNorm, GateGradient, Importance, RandomUnits, Taylor, WeightNorm
 from billhook.structure.kv_heads import convert_kv_heads
 from billhook.structure.ranking import HeadAblation, ablate_heads, head_importance
 from billhook.structure.trace import trace
@@ -54,7 +54,7 @@ __all__ = [
     "Pruning",
     "RIA",
     "Random",
-    "RandomHeads",
+    "RandomUnits",
     "Refit",
     "Report",
     "Schedule",

@@ -16,10 +16,10 @@ from billhook.assets import model_path
 from billhook.checkpoint import Saved, logits_of, make_probe, save
 from billhook.place import check_target
 from billhook.structure.head_removal import zero_heads
-from billhook.structure.heads import Per
 from billhook.structure.meta import model_class
 from billhook.structure.shape import KEY, Shape, build_class_on_meta, shape_of
 from billhook.structure.shaped import build_shaped
+from billhook.structure.units import Per
 
 IGNORED = {
     *("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config"),

@@ -18,9 +18,10 @@ from billhook.structure.gates import place_mask
 from billhook.structure.head_choice import Ranking, check_choice, choose
 from billhook.structure.head_plan import plan_heads
 from billhook.structure.head_removal import prune_heads as remove_heads
-from billhook.structure.heads import Per, find_heads
+from billhook.structure.heads import find_heads
 from billhook.structure.importance import GateGradient, Importance
 from billhook.structure.ranking import score, trial_of
+from billhook.structure.units import Per
 
 
 def prune_heads(
@@ -51,7 +52,7 @@ def prune_heads(
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
         ratio: Fraction of the heads that go, in [0, 1), rounded down.
         importance: `GateGradient` (1905.10650; the default), `Taylor`, `WeightNorm`, `ActivationNorm`, `Ablation` or
-            `RandomHeads`, or a class of your own.
+            `RandomUnits`, or a class of your own.
         ranking: "layer": as many in each layer; "global": the lowest of all layers, as in the paper; then the layers differ.
         per: Whether heads are query heads ("head"), or KV heads with the query heads that they serve ("kv_head").
         min_heads: How many stay in each layer, at least.

@@ -30,10 +30,11 @@ from billhook.structure.gates import HeadMask, place_mask
 from billhook.structure.head_choice import Ranking, check_choice, choose
 from billhook.structure.head_plan import plan_heads
 from billhook.structure.head_removal import prune_heads, zero_heads
-from billhook.structure.heads import Per, find_heads
+from billhook.structure.heads import find_heads
 from billhook.structure.importance import GateGradient, Importance
 from billhook.structure.ranking import score, trial_of
 from billhook.structure.shape import find_transformer
+from billhook.structure.units import Per
 
 Remove = Literal["end", "rounds", "never"]
 
@@ -49,7 +50,7 @@ class HeadPruning(ShapeCallback):
         ratio: Fraction of the heads that go, in [0, 1), rounded down; a schedule for rounds.
         at: When, if `ratio` is no schedule: a step (int), a fraction of training (float in 0..1), or `"start"`.
         importance: How much a head matters: `GateGradient` (the paper's; the default), `Taylor`, `WeightNorm`, `ActivationNorm`,
-            `Ablation` or `RandomHeads`.
+            `Ablation` or `RandomUnits`.
         ranking: `"layer"`: as many heads go in each layer, so that plain `from_pretrained` loads the outcome where the config can
             say it; `"global"`: the lowest of all layers, as in the paper.
         per: Whether heads are query heads (`"head"`), or KV heads with the query heads that they serve (`"kv_head"`).

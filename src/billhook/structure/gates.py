@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from billhook.structure.heads import Chosen, Heads, Per, check_layers, find_heads
+from billhook.structure.heads import Chosen, check_layers, find_heads
 from billhook.structure.shape import find_transformer
 from billhook.structure.trace import Inputs
+from billhook.structure.units import Per, Units
 
 
 class Gate:
@@ -109,7 +110,7 @@ def mask_heads(model: nn.Module, heads: Chosen, per: Per = "head", example_input
     return place_mask(subject, found, check_layers(found, heads, per), per)
 
 
-def place_mask(model: nn.Module, heads: Mapping[str, Heads], chosen: Mapping[str, list[int]], per: Per = "head") -> HeadMask:
+def place_mask(model: nn.Module, heads: Mapping[str, Units], chosen: Mapping[str, list[int]], per: Per = "head") -> HeadMask:
     """What `mask_heads` does, of heads that have been found and checked."""
     gates = {}
     for name, numbers in chosen.items():
@@ -121,7 +122,7 @@ def place_mask(model: nn.Module, heads: Mapping[str, Heads], chosen: Mapping[str
 
 
 def place_gates(
-    model: nn.Module, heads: Mapping[str, Heads], gates: Mapping[str, Tensor], per: Per = "head"
+    model: nn.Module, heads: Mapping[str, Units], gates: Mapping[str, Tensor], per: Per = "head"
 ) -> list[RemovableHandle]:
     """Puts gates before whatever reads the heads.
 
@@ -148,6 +149,6 @@ def _take_away(handles: Iterable[RemovableHandle]) -> None:
     torch.compiler.reset()
 
 
-def _device(model: nn.Module, heads: Heads) -> torch.device:
+def _device(model: nn.Module, heads: Units) -> torch.device:
     device = next(model.get_submodule(heads.readers[0]).parameters()).device
     return torch.device("cpu") if device.type == "meta" else device

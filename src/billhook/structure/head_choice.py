@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from billhook.structure.head_plan import coupled
-from billhook.structure.heads import Heads, Per, find_heads
+from billhook.structure.heads import find_heads
 from billhook.structure.shape import find_transformer
+from billhook.structure.units import Per, Units
 
 Ranking = Literal["layer", "global"]
 
@@ -78,7 +79,7 @@ def check_choice(ratio: float, ranking: str, min_heads: int, per: str) -> None:
 
 
 def choose(
-    heads: Mapping[str, Heads],
+    heads: Mapping[str, Units],
     importance: Mapping[str, Tensor],
     ratio: float,
     ranking: Ranking = "layer",
@@ -116,7 +117,7 @@ def choose(
 
 
 def _steps(
-    heads: Mapping[str, Heads], own: Sequence[str], importance: Mapping[str, Tensor], per: Per, remove: bool, min_heads: int
+    heads: Mapping[str, Units], own: Sequence[str], importance: Mapping[str, Tensor], per: Per, remove: bool, min_heads: int
 ) -> list[_Step]:
     """What may go one after the other, the least important first, in attentions that lose heads together."""
     score = torch.stack([importance[name].detach().double().cpu() for name in own]).mean(0)

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from billhook.structure.axes import Axis, Indices
 from billhook.structure.coupling import Structure
 from billhook.structure.groups import Group, Member
-from billhook.structure.heads import Chosen, Heads, Per, along, check_layers, find_heads
+from billhook.structure.heads import Chosen, check_layers, find_heads
 from billhook.structure.shape import find_transformer
 from billhook.structure.trace import trace
+from billhook.structure.units import Per, Units, along
 
 Cuts = dict[tuple[str, int], Indices]
 """(tensor, dimension) -> the positions that stay, ascending: int64."""
@@ -91,11 +92,11 @@ def plan_heads(model: nn.Module, heads: Chosen, per: Per = "head", structure: St
     return HeadPlan(type(subject).__name__, gone, before, after, cuts, sizes)
 
 
-def coupled(heads: Mapping[str, Heads]) -> list[list[str]]:
+def coupled(heads: Mapping[str, Units]) -> list[list[str]]:
     """Attentions that must lose the same heads, as one position bias serves them all; each name once."""
     sets: list[list[str]] = []
     for name, one in heads.items():
-        near = next((own for own in sets if set(heads[own[0]].query_leaves) & set(one.query_leaves)), None)
+        near = next((own for own in sets if set(heads[own[0]].leaves) & set(one.leaves)), None)
         if near is None:
             sets.append([name])
         else:
@@ -103,7 +104,7 @@ def coupled(heads: Mapping[str, Heads]) -> list[list[str]]:
     return sets
 
 
-def _left(name: str, heads: Heads, gone: Sequence[int]) -> tuple[int, int]:
+def _left(name: str, heads: Units, gone: Sequence[int]) -> tuple[int, int]:
     """How many query heads and KV heads an attention has left."""
     rest = np.delete(heads.kv_of, list(gone))
     if not len(rest):
@@ -121,7 +122,7 @@ def _left(name: str, heads: Heads, gone: Sequence[int]) -> tuple[int, int]:
     return len(rest), len(serving)
 
 
-def _check_together(heads: Mapping[str, Heads], gone: Mapping[str, list[int]]) -> None:
+def _check_together(heads: Mapping[str, Units], gone: Mapping[str, list[int]]) -> None:
     for own in coupled(heads):
         if len({tuple(gone.get(name, [])) for name in own}) > 1:
             raise ValueError(
@@ -130,12 +131,12 @@ def _check_together(heads: Mapping[str, Heads], gone: Mapping[str, list[int]]) -
             )
 
 
-def _check_allowed(structure: Structure, heads: Sequence[Heads]) -> None:
+def _check_allowed(structure: Structure, heads: Sequence[Units]) -> None:
     by_leaf = {group.leaf: group for group in structure.groups}
     for one in heads:
-        if not one.query_leaves:
+        if not one.leaves:
             raise ValueError(f"heads: {one.name} has one head, which cannot go")
-        for leaf in one.query_leaves:
+        for leaf in one.leaves:
             reason = by_leaf[leaf].reason if leaf in by_leaf else "no parameter has them"
             if not reason and "normed" in leaf.notes:
                 reason = "a norm goes over all of them at once, so that without some it would give something else"
@@ -143,14 +144,14 @@ def _check_allowed(structure: Structure, heads: Sequence[Heads]) -> None:
                 raise ValueError(f"heads: those of {one.name} cannot be removed: {reason}; they can be masked (mask_heads)")
 
 
-def _cuts(groups: Sequence[Group], heads: Mapping[str, Heads], gone: Mapping[str, list[int]]) -> Cuts:
+def _cuts(groups: Sequence[Group], heads: Mapping[str, Units], gone: Mapping[str, list[int]]) -> Cuts:
     cuts: Cuts = {}
     for name, one in heads.items():
         keys = one.keys
         lost = {tuple(keys[head]) for head in gone[name]}
-        members = {(m.name, m.dim): m for group in groups if group.leaf in one.query_leaves for m in group.members}
+        members = {(m.name, m.dim): m for group in groups if group.leaf in one.leaves for m in group.members}
         for place, member in members.items():
-            stays = _stays(member, one.query_leaves, keys, lost)
+            stays = _stays(member, one.leaves, keys, lost)
             if place in cuts and not np.array_equal(cuts[place], stays):
                 raise ValueError(f"heads: {member.name} would lose different heads for {name} than for another layer")
             cuts[place] = stays

@@ -18,11 +18,12 @@ from billhook.structure.coupling import Structure
 from billhook.structure.gates import Gate, place_mask
 from billhook.structure.head_plan import Cuts, HeadPlan, plan_heads
 from billhook.structure.head_shape import set_fields, shapes_then, sizes_then
-from billhook.structure.heads import Chosen, Heads, Per, check_layers, find_heads
+from billhook.structure.heads import Chosen, check_layers, find_heads
 from billhook.structure.inputs import make_inputs
 from billhook.structure.shape import Shape, find_transformer, set_shape, shape_of
 from billhook.structure.surgery import Change, replace_parameters
 from billhook.structure.trace import trace
+from billhook.structure.units import Per, Units
 
 
 def prune_heads(
@@ -76,7 +77,7 @@ def apply_heads(plan: HeadPlan, model: nn.Module, optimizers: Optimizer | Iterab
 
 
 def _carry_out(
-    plan: HeadPlan, subject: PreTrainedModel, heads: Mapping[str, Heads], optimizers: Optimizer | Iterable[Optimizer]
+    plan: HeadPlan, subject: PreTrainedModel, heads: Mapping[str, Units], optimizers: Optimizer | Iterable[Optimizer]
 ) -> None:
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     if not plan.heads:
@@ -114,7 +115,7 @@ def zero_heads(model: nn.Module, heads: Chosen, per: Per = "head") -> None:
     for name, numbers in check_layers(found, heads, per).items():
         one = found[name]
         gone = numbers if per == "head" else np.flatnonzero(np.isin(one.kv_of, numbers))
-        for member in one.members:
+        for member in one.held_by():
             if member.reads:
                 positions = torch.from_numpy(np.flatnonzero(np.isin(one.of_member(member), gone)))
                 weight = subject.get_parameter(member.name)
@@ -177,13 +178,13 @@ def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
     return [model.config, *(c for c in vars(model.config).values() if isinstance(c, PretrainedConfig))]
 
 
-def _masked_answer(model: PreTrainedModel, heads: Mapping[str, Heads], plan: HeadPlan) -> list[Tensor]:
+def _masked_answer(model: PreTrainedModel, heads: Mapping[str, Units], plan: HeadPlan) -> list[Tensor]:
     with place_mask(model, heads, plan.heads):
         return _answer(model, heads)
 
 
 @torch.no_grad()
-def _answer(model: PreTrainedModel, heads: Mapping[str, Heads]) -> list[Tensor]:
+def _answer(model: PreTrainedModel, heads: Mapping[str, Units]) -> list[Tensor]:
     """What the attentions and the model give for small random inputs."""
     device = next(model.parameters()).device
     inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in make_inputs(model).items()}
@@ -217,14 +218,14 @@ def _tolerance(model: PreTrainedModel) -> float:
     return min(1000 * max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32)), 0.05)
 
 
-def _check_same(plan: HeadPlan, model: PreTrainedModel, heads: Mapping[str, Heads], structure: Structure) -> None:
+def _check_same(plan: HeadPlan, model: PreTrainedModel, heads: Mapping[str, Units], structure: Structure) -> None:
     counts = {name: (one.count(), one.count("kv_head")) for name, one in heads.items()}
     same = plan.model == type(model).__name__ and plan.before == counts
     if not same or not _same_cuts(plan.cuts, plan_heads(model, plan.heads, structure=structure).cuts):
         raise ValueError(f"plan: it was made for a {plan.model} with other heads than this {type(model).__name__} has")
 
 
-def _check_free(model: PreTrainedModel, heads: Mapping[str, Heads]) -> None:
+def _check_free(model: PreTrainedModel, heads: Mapping[str, Units]) -> None:
     for name in {reader for one in heads.values() for reader in one.readers}:
         if any(isinstance(hook, Gate) for hook in model.get_submodule(name)._forward_pre_hooks.values()):
             raise ValueError(f"heads: a mask or gates stand before {name}: remove them first (mask.remove())")

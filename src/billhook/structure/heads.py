@@ -1,22 +1,19 @@
 """The heads of a model, as whoever reads them sees them: which positions of its input are which head."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from billhook.structure.axes import Axis, Indices, layout, leaves
+from billhook.structure.axes import Axis, Indices, leaves
 from billhook.structure.coupling import Structure
 from billhook.structure.groups import Group, Member, innermost
 from billhook.structure.roles import Attention
 from billhook.structure.shape import find_transformer
 from billhook.structure.trace import Inputs, trace
-
-Per = Literal["head", "kv_head"]
-"""What there is one number for: a query head, or a key/value head with the query heads that it serves."""
+from billhook.structure.units import Per, Units, along
 
 Layer = int | str
 """An attention: its name, or its place in the order in which they run, from 0; where each layer has one, that is the layer."""
@@ -25,48 +22,7 @@ Chosen = Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]] | Mapping[Lay
 """Heads by layer."""
 
 
-@dataclass(frozen=True, eq=False)
-class Heads:
-    """The heads of one attention.
-
-    Attributes:
-        name: The innermost module that makes the queries and reads the heads.
-        readers: The modules that read the heads.
-        index: For each position of what they read, the query head that it belongs to, -1 if to none: int64.
-        kv_of: For each query head, the KV head that serves it: int64.
-        query_leaves: The leaves of the axis that counts query heads.
-        members: What holds query heads, within the attention.
-    """
-
-    name: str
-    readers: tuple[str, ...]
-    index: Indices
-    kv_of: Indices
-    query_leaves: tuple[Axis, ...]
-    members: tuple[Member, ...]
-
-    def count(self, per: Per = "head") -> int:
-        """How many heads, or KV heads, there are."""
-        return len(self.kv_of) if per == "head" else int(self.kv_of.max()) + 1
-
-    def positions(self, per: Per = "head") -> Indices:
-        """For each position of what the readers read, the head, or KV head, that it belongs to, -1 if to none: int64."""
-        return self.index if per == "head" else np.where(self.index < 0, -1, self.kv_of[self.index])
-
-    def of_member(self, member: Member) -> Indices:
-        """For each position of a member's dimension the query head that it belongs to, -1 if to none: int64."""
-        first = {tuple(key): number for number, key in enumerate(self.keys)}
-        return np.array([first.get(tuple(key), -1) for key in along(member.axis, self.query_leaves)])
-
-    @property
-    def keys(self) -> Indices:
-        """For each query head, its number along every leaf."""
-        reader = next(member for member in self.members if member.reads)
-        keys = along(reader.axis, self.query_leaves)
-        return keys[[int(np.flatnonzero(self.index == head)[0]) for head in range(len(self.kv_of))]]
-
-
-def find_heads(model: nn.Module, structure: Structure | None = None, example_inputs: Inputs | None = None) -> dict[str, Heads]:
+def find_heads(model: nn.Module, structure: Structure | None = None, example_inputs: Inputs | None = None) -> dict[str, Units]:
     """The heads of every attention of a model, by the attention's name, in the order in which they run.
 
     Args:
@@ -79,7 +35,7 @@ def find_heads(model: nn.Module, structure: Structure | None = None, example_inp
     """
     subject = model if example_inputs is not None else find_transformer(model)
     structure = structure or trace(subject, example_inputs)
-    found: dict[str, Heads] = {}
+    found: dict[str, Units] = {}
     seen: set[tuple[str, ...]] = set()
     for attention in structure.attention:
         heads = _heads(subject, structure, attention)
@@ -91,7 +47,7 @@ def find_heads(model: nn.Module, structure: Structure | None = None, example_inp
     return found
 
 
-def check_layers(heads: Mapping[str, Heads], chosen: Chosen, per: Per = "head") -> dict[str, list[int]]:
+def check_layers(heads: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> dict[str, list[int]]:
     """Heads by the names of their attentions.
 
     Raises:
@@ -116,7 +72,7 @@ def check_layers(heads: Mapping[str, Heads], chosen: Chosen, per: Per = "head") 
     return named
 
 
-def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Heads:
+def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Units:
     axes = [structure.axes[part.name][part.dim] for part in attention.o]
     held = [len(set(attention.heads) & set(leaves(axis))) for axis in axes]  # others read KV heads, or are another layer's
     readers = [part for part, count in zip(attention.o, held, strict=True) if count == max(held)]
@@ -133,14 +89,8 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Head
     index[there] = numbers
     kv_of, _ = _number(along(axis, kv)[there[first]])
     modules = tuple(dict.fromkeys(_reader(model, part.name) for part in readers))
-    return Heads(name, modules, index, kv_of, query, tuple(_members(structure.groups, query, name)))
-
-
-def along(axis: Axis, own: Sequence[Axis]) -> Indices:
-    """For each position of an axis its number along some leaves, -1 along one that it has not: int64, `[size, leaves]`."""
-    if not own:
-        return np.zeros((axis.size, 1), dtype=np.int64)
-    return np.stack([layout(axis, leaf) for leaf in own], axis=1)
+    members = tuple(_members(structure.groups, query, name))
+    return Units("head", name, modules, index, kv_of, query, kv, members)
 
 
 def _number(keys: Indices) -> tuple[Indices, Indices]:
@@ -151,10 +101,9 @@ def _number(keys: Indices) -> tuple[Indices, Indices]:
 
 
 def _members(groups: Sequence[Group], query: Sequence[Axis], name: str) -> list[Member]:
-    """What holds every one of these leaves in one dimension, within a module."""
+    """What holds one of these leaves, within a module."""
     own = [member for group in groups if group.leaf in query for member in group.members]
-    unique = {(m.name, m.dim): m for m in own if m.name.startswith(f"{name}.") and not m.buffer}
-    return [member for member in unique.values() if set(query) <= set(leaves(member.axis))]
+    return list({(m.name, m.dim): m for m in own if m.name.startswith(f"{name}.") and not m.buffer}.values())
 
 
 def _reader(model: nn.Module, parameter: str) -> str:

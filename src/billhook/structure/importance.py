@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from billhook.structure.gates import place_gates
-from billhook.structure.heads import Heads, Per
 from billhook.structure.probes import Trial, by_head, counted, counting, independent, products_of, scalar
+from billhook.structure.units import Per, Units
 
 Each = Literal["token", "example", "batch"]
 
@@ -30,7 +30,7 @@ class Sums:
     counts: dict[str, Tensor]
 
     @classmethod
-    def zero(cls, heads: Mapping[str, Heads], per: Per) -> "Sums":
+    def zero(cls, heads: Mapping[str, Units], per: Per) -> "Sums":
         """Nothing yet."""
         totals = {name: torch.zeros(one.count(per), dtype=torch.float64) for name, one in heads.items()}
         return cls(totals, {name: torch.zeros((), dtype=torch.float64) for name in heads})
@@ -48,7 +48,7 @@ class Importance(ABC):
     needs_data: ClassVar[bool] = True
 
     @abstractmethod
-    def sums(self, model: nn.Module, heads: Mapping[str, Heads], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, heads: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
         """The sums over batches.
 
         Args:
@@ -83,7 +83,7 @@ class GateGradient(Importance):
         if self.each not in get_args(Each):
             raise ValueError(f"each={self.each!r} must be one of {', '.join(get_args(Each))}")
 
-    def sums(self, model: nn.Module, heads: Mapping[str, Heads], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, heads: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
         """See `Importance.sums`."""
         sums = Sums.zero(heads, per)
         for trial in trials:
@@ -111,18 +111,18 @@ class Taylor(Importance):
 
     elementwise: bool = False
 
-    def sums(self, model: nn.Module, heads: Mapping[str, Heads], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, heads: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
         """See `Importance.sums`."""
-        sums, names = Sums.zero(heads, per), _names(heads)
+        sums, names = Sums.zero(heads, per), _names(heads, per)
         with _trained(model, names) as parameters:
             for trial in trials:
                 with torch.enable_grad():
                     gradients = torch.autograd.grad(scalar(trial.loss()), list(parameters.values()), allow_unused=True)
                 found = dict(zip(parameters, gradients, strict=True))
                 for name, one in heads.items():
-                    if all(found[member.name] is None for member in one.members):
+                    if all(found[member.name] is None for member in one.held_by(per)):
                         raise ValueError(independent(name))
-                    products = {m.name: _product(parameters[m.name], found[m.name], self.elementwise) for m in one.members}
+                    products = {m.name: _product(parameters[m.name], found[m.name], self.elementwise) for m in one.held_by(per)}
                     total = _over_members(one, per, products)
                     sums.add(name, total if self.elementwise else total.abs(), 1)
         return sums
@@ -134,11 +134,11 @@ class WeightNorm(Importance):
 
     needs_data: ClassVar[bool] = False
 
-    def sums(self, model: nn.Module, heads: Mapping[str, Heads], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, heads: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
         """See `Importance.sums`."""
         sums = Sums.zero(heads, per)
         for name, one in heads.items():
-            squares = {m.name: model.get_parameter(m.name).detach().double().square() for m in one.members}
+            squares = {m.name: model.get_parameter(m.name).detach().double().square() for m in one.held_by(per)}
             sums.add(name, _over_members(one, per, squares).sqrt(), 1)
         return sums
 
@@ -147,7 +147,7 @@ class WeightNorm(Importance):
 class ActivationNorm(Importance):
     """The mean over tokens of the L2 norm of what a head gives (2407.14679, section 2.2, summed over tokens); needs no loss."""
 
-    def sums(self, model: nn.Module, heads: Mapping[str, Heads], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, heads: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
         """See `Importance.sums`."""
         sums = Sums.zero(heads, per)
         for trial in trials:
@@ -164,13 +164,13 @@ class ActivationNorm(Importance):
         return sums
 
     @staticmethod
-    def _note(sums: Sums, name: str, heads: Heads, per: Per, tokens: Tensor | None, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def _note(sums: Sums, name: str, heads: Units, per: Per, tokens: Tensor | None, _: nn.Module, args: tuple[Any, ...]) -> None:
         norms = counting(by_head(args[0].detach().float().square(), heads, per).sqrt(), tokens)
         sums.add(name, norms.flatten(0, -2).sum(0), counted(norms, tokens))
 
 
 @dataclass(frozen=True)
-class RandomHeads(Importance):
+class RandomUnits(Importance):
     """Random scores, the baseline: uniform in [0, 1), the same ones for the same seed; needs no data.
 
     Args:
@@ -180,7 +180,7 @@ class RandomHeads(Importance):
     needs_data: ClassVar[bool] = False
     seed: int = 0
 
-    def sums(self, model: nn.Module, heads: Mapping[str, Heads], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, heads: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
         """See `Importance.sums`."""
         sums, generator = Sums.zero(heads, per), torch.Generator().manual_seed(self.seed)
         for name, one in heads.items():
@@ -192,7 +192,7 @@ class RandomHeads(Importance):
 class Ablation(Importance):
     """How much higher the loss is without the head, all others being there (1905.10650, section 3.2): one forward a head."""
 
-    def sums(self, model: nn.Module, heads: Mapping[str, Heads], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, heads: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
         """See `Importance.sums`."""
         sums = Sums.zero(heads, per)
         with ablating(model, heads, per) as gates, torch.no_grad():
@@ -205,7 +205,7 @@ class Ablation(Importance):
 
 
 @contextmanager
-def ablating(model: nn.Module, heads: Mapping[str, Heads], per: Per) -> Iterator[dict[str, Tensor]]:
+def ablating(model: nn.Module, heads: Mapping[str, Units], per: Per) -> Iterator[dict[str, Tensor]]:
     """Gates that are to be set by hand, all 1."""
     gates = {name: torch.ones(one.count(per)) for name, one in heads.items()}
     handles = place_gates(model, heads, gates, per)
@@ -224,8 +224,8 @@ def _without(trial: Trial, gate: Tensor, head: int) -> float:
         gate[head] = 1
 
 
-def _names(heads: Mapping[str, Heads]) -> list[str]:
-    return list(dict.fromkeys(member.name for one in heads.values() for member in one.members))
+def _names(heads: Mapping[str, Units], per: Per) -> list[str]:
+    return list(dict.fromkeys(member.name for one in heads.values() for member in one.held_by(per)))
 
 
 @contextmanager
@@ -247,12 +247,11 @@ def _product(weight: Tensor, gradient: Tensor | None, elementwise: bool) -> Tens
     return product.abs() if elementwise else product
 
 
-def _over_members(heads: Heads, per: Per, values: Mapping[str, Tensor]) -> Tensor:
+def _over_members(heads: Units, per: Per, values: Mapping[str, Tensor]) -> Tensor:
     """Sums something over the parameters of each head: float64, `[heads]`."""
     total = torch.zeros(heads.count(per), dtype=torch.float64)
-    for member in heads.members:
-        query = torch.from_numpy(heads.of_member(member))
-        of = torch.where(query < 0, -1, torch.from_numpy(heads.kv_of)[query] if per == "kv_head" else query)
+    for member in heads.held_by(per):
+        of = torch.from_numpy(heads.of_member(member, per))
         along = values[member.name].movedim(member.dim, 0)
         along = along.reshape(len(along), -1).sum(1)
         total.index_add_(0, of[of >= 0], along.cpu()[of >= 0])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from billhook.structure.heads import Heads, Per
+from billhook.structure.units import Per, Units
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +24,7 @@ class Trial:
     tokens: Mapping[str, Tensor]
 
 
-def products_of(model: nn.Module, heads: Mapping[str, Heads], per: Per, trial: Trial) -> dict[str, Tensor]:
+def products_of(model: nn.Module, heads: Mapping[str, Units], per: Per, trial: Trial) -> dict[str, Tensor]:
     """Att_h^T dL / d Att_h of every token: by attention, float32, `[..., heads]`; zero for tokens that do not count.
 
     An attention that runs several times in a forward, as where layers share weights, has one gate: its products add up.
@@ -91,7 +91,7 @@ def independent(name: str) -> str:
     return f"loss: it does not depend on the heads of {name}; score the other layers, or use a loss that it has a part in"
 
 
-def by_head(values: Tensor, heads: Heads, per: Per) -> Tensor:
+def by_head(values: Tensor, heads: Units, per: Per) -> Tensor:
     """Sums over the positions of each head: `[..., positions]` to `[..., heads]`."""
     index = torch.from_numpy(heads.positions(per)).to(values.device)
     count = heads.count(per)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from billhook.resting import resting
-from billhook.structure.heads import Heads, Per, check_layers, find_heads
+from billhook.structure.heads import check_layers, find_heads
 from billhook.structure.importance import GateGradient, Importance, Sums, ablating
 from billhook.structure.probes import Trial
 from billhook.structure.shape import find_transformer
+from billhook.structure.units import Per, Units
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """From the model and a batch to one number, with a gradient."""
@@ -59,7 +60,7 @@ def head_importance(
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
         batches: What the model's forward takes, as dictionaries, labels included; a causal language model's own inputs are its
             labels where there are none. Padding (by `attention_mask`) does not count.
-        importance: `GateGradient()` (1905.10650; the default), `Taylor`, `WeightNorm`, `ActivationNorm`, `RandomHeads` or
+        importance: `GateGradient()` (1905.10650; the default), `Taylor`, `WeightNorm`, `ActivationNorm`, `RandomUnits` or
             `Ablation`.
         loss: What of a batch is to be small; by default the loss that the model gives.
         normalize: Whether the scores of each layer are divided by their L2 norm, as the paper does.
@@ -86,7 +87,7 @@ def head_importance(
 
 def score(
     model: nn.Module,
-    heads: Mapping[str, Heads],
+    heads: Mapping[str, Units],
     importance: Importance,
     trials: list[Trial],
     normalize: bool = True,
@@ -155,7 +156,7 @@ def ablate_heads(
     return HeadAblation(mode, whole, values)
 
 
-def trial_of(model: nn.Module, heads: Mapping[str, Heads], batch: Any, loss: Loss | None = None) -> Trial:  # noqa: ANN401
+def trial_of(model: nn.Module, heads: Mapping[str, Units], batch: Any, loss: Loss | None = None) -> Trial:  # noqa: ANN401
     """A batch as `Importance` takes it, on the model's device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batch = dict(batch) if isinstance(batch, Mapping) else batch
@@ -186,7 +187,7 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
     return found
 
 
-def tokens_of(model: nn.Module, heads: Mapping[str, Heads], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def tokens_of(model: nn.Module, heads: Mapping[str, Units], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
     """For each attention, which of the tokens that ask count, where a batch says so: bool, `[batch, length]`."""
     if not isinstance(batch, Mapping):
         return {}

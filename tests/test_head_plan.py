@@ -35,7 +35,7 @@ def refused(model, heads, match, **options):
 
 def test_a_plan_says_what_stays():
     plan = bh.plan_heads(llama(), {0: [1, 2, 5, 7], LAYERS[1]: [6, 7]})
-    assert plan.heads == {LAYERS[0]: [1, 2, 5, 7], LAYERS[1]: [6, 7]}
+    assert plan.units == {LAYERS[0]: [1, 2, 5, 7], LAYERS[1]: [6, 7]}
     assert plan.before == dict.fromkeys(LAYERS, (8, 4))
     assert plan.after == {LAYERS[0]: (4, 4), LAYERS[1]: (6, 3)}
     query = [head * 4 + i for head in (0, 3, 4, 6) for i in range(4)]
@@ -54,7 +54,7 @@ def test_its_parameters_are_those_that_are_left():
         heads = list(find_heads(model))
         plan = bh.plan_heads(model, {heads[-1]: [0, 1], heads[-1 if len(heads) == 2 else -3]: [0, 1]})
         assert plan.parameters[0] == model.num_parameters()
-        bh.apply_heads(plan, model)
+        bh.apply(plan, model)
         assert plan.parameters[1] == model.num_parameters()
 
 
@@ -73,18 +73,18 @@ def test_as_plain_data_and_back():
     model = llama()
     plan = bh.plan_heads(model, {1: [2, 3, 0, 1, 1], 0: []})
     plain = json.loads(json.dumps(plan.to_json()))
-    assert plain == {"model": "LlamaForCausalLM", "heads": {LAYERS[1]: [0, 1, 2, 3]}}
-    again = bh.plan_heads(model, plain["heads"])
+    assert (plain["model"], plain["units"]) == ("LlamaForCausalLM", {LAYERS[1]: [0, 1, 2, 3]})
+    again = bh.plan_heads(model, plain["units"])
     assert str(again) == str(plan)
     assert {key: stays.tolist() for key, stays in again.cuts.items()} == {key: s.tolist() for key, s in plan.cuts.items()}
-    bh.apply_heads(again, model)
+    bh.apply(again, model)
     assert plan.after == {name: (one.count(), one.count("kv_head")) for name, one in find_heads(model).items()}
 
 
 def test_kv_heads_are_their_query_heads():
     model = llama()
     one, other = bh.plan_heads(model, {0: [1, 3], 1: [0]}, per="kv_head"), bh.plan_heads(model, {0: [2, 3, 6, 7], 1: [0, 1]})
-    assert one.heads == other.heads
+    assert one.units == other.units
     assert one.cuts.keys() == other.cuts.keys()
     assert all((one.cuts[key] == other.cuts[key]).all() for key in one.cuts)
     mixed = bh.plan_heads(model, {0: [0, 1, 2, 4, 7]})  # a whole KV head, and one of two from each of the others
@@ -97,7 +97,7 @@ def test_nothing_changes_by_a_plan_and_an_empty_plan_is_none():
     bh.plan_heads(model, {0: [0, 1]})
     for heads in ({}, {0: []}, {0: [], LAYERS[1]: ()}):
         plan = bh.prune_heads(model, heads)
-        assert (plan.heads, plan.cuts) == ({}, {})
+        assert (plan.units, plan.cuts) == ({}, {})
         assert plan.before == plan.after
         assert plan.parameters[0] == plan.parameters[1]
     assert {name: id(p) for name, p in model.named_parameters()} == weights
@@ -177,7 +177,7 @@ class TestRefused:
         weight = model.model.layers[1].mlp.up_proj.weight
         model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
         name = "model.layers.1.mlp.up_proj.weight"
-        refused(model, {0: [0, 1]}, rf"{name} is quantised \(torch.int8\): remove heads before the model is quantised")
+        refused(model, {0: [0, 1]}, rf"{name} is quantised \(torch.int8\): remove units before the model is quantised")
 
     def test_a_plan_of_another_model(self):
         model = llama()
@@ -187,19 +187,19 @@ class TestRefused:
             before = {name: id(tensor) for name, tensor in other.named_parameters()}
             shape, own = shape_of(other), type(other).__name__
             with pytest.raises(
-                ValueError, match=f"plan: it was made for a LlamaForCausalLM with other heads than this {own} has"
+                ValueError, match=f"plan: it was made for a LlamaForCausalLM with other units than this {own} has"
             ):
-                bh.apply_heads(plan, other)
+                bh.apply(plan, other)
             assert {name: id(tensor) for name, tensor in other.named_parameters()} == before
             assert shape_of(other) == shape
-        bh.apply_heads(plan, model)
-        with pytest.raises(ValueError, match="plan: it was made for a LlamaForCausalLM with other heads"):
-            bh.apply_heads(plan, model)  # it is another one now
-        bh.apply_heads(bh.plan_heads(llama(), {0: [0, 1]}), llama(intermediate_size=20))  # what it is of is the heads
+        bh.apply(plan, model)
+        with pytest.raises(ValueError, match="plan: it was made for a LlamaForCausalLM with other units"):
+            bh.apply(plan, model)  # it is another one now
+        bh.apply(bh.plan_heads(llama(), {0: [0, 1]}), llama(intermediate_size=20))  # what it is of is the heads
 
     def test_heads_that_are_masked(self):
         model = llama()
-        match = r"heads: a mask or gates stand before model.layers.1.self_attn.o_proj: remove them first \(mask.remove\(\)\)"
+        match = r"units: a mask or gates stand before model.layers.1.self_attn.o_proj: remove them first \(mask.remove\(\)\)"
         mask = bh.mask_heads(model, {1: [1]})
         with pytest.raises(ValueError, match=match):
             bh.prune_heads(model, {0: [0, 1]})

@@ -19,8 +19,8 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import billhook as bh
-from billhook.structure import head_removal
-from billhook.structure.head_plan import coupled
+from billhook.structure import removal
+from billhook.structure.plan import coupled
 from billhook.structure.heads import find_heads
 from billhook.structure.inputs import make_inputs
 from billhook.structure.shape import shape_of
@@ -502,7 +502,7 @@ class TestNothingIsHalfDone:
     def test_an_error_in_the_middle(self, where, call, monkeypatch):
         model, optimizer = self.trained(llama())
         before = self.everything(model, optimizer)
-        real, calls = getattr(head_removal, where), []
+        real, calls = getattr(removal, where), []
 
         def fails(*args):
             calls.append(args)
@@ -510,7 +510,7 @@ class TestNothingIsHalfDone:
                 raise KeyError("in the middle")
             return real(*args)
 
-        monkeypatch.setattr(head_removal, where, fails)
+        monkeypatch.setattr(removal, where, fails)
         with pytest.raises(KeyError, match="in the middle"):
             bh.prune_heads(model, self.CHOSEN["llama"], optimizer)
         assert self.everything(model, optimizer) == before
@@ -520,7 +520,7 @@ class TestNothingIsHalfDone:
     def test_code_that_does_not_follow(self, name, monkeypatch):
         model, optimizer = self.trained({"llama": llama, "gpt2": gpt2}[name]())
         before = self.everything(model, optimizer)
-        monkeypatch.setattr(head_removal, "_alike", lambda *_: False)
+        monkeypatch.setattr(removal, "_alike", lambda *_: False)
         with pytest.raises(ValueError, match="does not follow"):
             bh.prune_heads(model, self.CHOSEN[name], optimizer)
         assert self.everything(model, optimizer) == before
@@ -622,7 +622,7 @@ class TestCodeOfSomebodysOwn:
         model = self.own()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         before = TestNothingIsHalfDone.everything(model, optimizer)
-        monkeypatch.setattr(head_removal, "_alike", lambda *_: False)
+        monkeypatch.setattr(removal, "_alike", lambda *_: False)
         with pytest.raises(ValueError, match="the code of OwnModel does not follow"):
             bh.prune_heads(model, {0: [0, 1]}, optimizer)
         assert TestNothingIsHalfDone.everything(model, optimizer) == before

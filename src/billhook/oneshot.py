@@ -25,7 +25,7 @@ from billhook.sparsity.linears import prunable
 from billhook.sparsity.masks import check_amount, sparsity_of
 from billhook.sparsity.offload import offloaded
 from billhook.sparsity.prune import prune as prune_weights
-from billhook.sparsity.walk import Sequential, find_sites
+from billhook.walk import Sequential, find_sites
 
 LONGEST = 2048  # tokens of a calibration example, unless another length is asked for
 

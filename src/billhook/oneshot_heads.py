@@ -102,7 +102,7 @@ def prune_heads(
     plan = remove_heads(dense, chosen, per=per)
     after = measure(dense, given, held_out, evaluate, batch_size)
     record = {
-        "heads": plan.to_json()["heads"],
+        "heads": plan.to_json()["units"],
         "importance": {"by": str(importance or GateGradient()), "ranking": ranking, "per": per, "rounds": rounds},
         "calibration": {"data": data, "examples": len(order), "length": tokens, "batch_size": batch_size, "seed": seed},
         name: {"before": before, "after": after, "examples": evaluate},

@@ -31,8 +31,8 @@ from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import sparsity_of
 from billhook.sparsity.prune import plan_pruning
 from billhook.sparsity.result import Pruning
-from billhook.sparsity.walk import Sequential
 from billhook.structure.shape import find_transformer
+from billhook.walk import Sequential
 
 
 class WeightPruning(Callback):

@@ -13,7 +13,7 @@ from billhook.sparsity.linears import weight_of
 from billhook.sparsity.masks import keep_global, where_kept
 from billhook.sparsity.result import Pruned
 from billhook.sparsity.statistics import Statistics
-from billhook.sparsity.walk import Reduce, Site
+from billhook.walk import Reduce, Site
 
 Progress = Callable[[int, int], None]
 """Is told how many linears are done, and of how many."""

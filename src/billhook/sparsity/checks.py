@@ -15,7 +15,7 @@ from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.linears import prunable, weight_of
 from billhook.sparsity.masks import parse_pattern
-from billhook.sparsity.walk import Sequential, find_sites
+from billhook.walk import Sequential, find_sites
 
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from billhook.ambient import undisturbed
 from billhook.sparsity.adapters import counted
 from billhook.sparsity.allocation import Allocation, Uniform
-from billhook.sparsity.ambient import undisturbed
 from billhook.sparsity.batches import Run, runs_of
 from billhook.sparsity.calibration import Calibration, InputsDiffer, Progress, Together, prune_linear, prune_together
 from billhook.sparsity.checks import adapters_to_count, check_device, check_folder, check_pruning, needs_data, warn_of_others
@@ -20,7 +20,7 @@ from billhook.sparsity.linears import weight_of
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.offload import Shelf, offloaded
 from billhook.sparsity.result import Pruned, Pruning
-from billhook.sparsity.walk import Reduce, Sequential, Site, Walk, find_sites
+from billhook.walk import Reduce, Sequential, Site, Walk, find_sites
 
 Blocks = Sequence[Mapping[str, nn.Module]]
 C = TypeVar("C", bound=Calibration)

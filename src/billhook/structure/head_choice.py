@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from billhook.structure.head_plan import coupled
 from billhook.structure.heads import find_heads
+from billhook.structure.plan import coupled
 from billhook.structure.shape import find_transformer
 from billhook.structure.units import Per, Units
 

@@ -1,4 +1,4 @@
-"""What a model's attributes and config are when heads are gone: as its class builds them, or found by trial on meta tensors."""
+"""What a model's attributes and config are when units are gone: as its class builds them, or found by trial on meta tensors."""
 
 import copy
 import itertools
@@ -10,12 +10,15 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.structure.channels import find_units
+from billhook.structure.coupling import Structure
 from billhook.structure.fields import FieldFinder
-from billhook.structure.head_plan import HeadPlan
-from billhook.structure.heads import find_heads
+from billhook.structure.groups import Kind
 from billhook.structure.meta import to_meta
+from billhook.structure.plan import Plan, counts
 from billhook.structure.shape import Shape, build_on_meta, set_shape, shape_of
 from billhook.structure.trace import trace
+from billhook.structure.units import UnitKind
 
 TRIALS = 256
 """How many assignments of whole-number attributes are tried, at most."""
@@ -26,10 +29,10 @@ Fields = dict[str, int | None]
 
 
 def shapes_then(
-    model: PreTrainedModel, plan: HeadPlan, now: Shape, tensors: dict[str, tuple[int, ...]]
+    model: PreTrainedModel, structure: Structure, plan: Plan, now: Shape, tensors: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[Shape, Fields]]:
     """Shapes that the model might have then, the likeliest first: as its class builds it, or with attributes that are tried."""
-    fields = _fields(model, plan) if _build_shape(model, {}).tensors == now.tensors else {}
+    fields = _fields(model, structure, plan) if _build_shape(model, {}).tensors == now.tensors else {}
     if fields and (built := _built(model, fields, now, tensors)) is not None:
         yield built, fields
         return
@@ -40,31 +43,49 @@ def shapes_then(
                 yield shape, changed
 
 
-def _fields(model: PreTrainedModel, plan: HeadPlan) -> Fields:
-    """What the config's fields would be, if they can say it: the same number of heads everywhere."""
-    before, after = set(plan.before.values()), set(plan.after.values())
-    if len(before) != 1 or len(after) != 1:
-        return {}
-    (query, kv), (query_then, kv_then) = before.pop(), after.pop()
-    groups, finder = trace(model).groups, FieldFinder(model)
+def _fields(model: PreTrainedModel, structure: Structure, plan: Plan) -> Fields:
+    """What the config's fields would be, if they can say it: as many units of a kind everywhere."""
+    leaves = {leaf for one in find_units(model, _kinds(plan), structure).values() for leaf in one.leaves}
+    groups, finder = [group for group in structure.groups if group.leaf in leaves], FieldFinder(model)
     changes: dict[str, int | None] = {}
-    steps = ((("kv_head", "head"), kv, kv_then), (("query_head",), query // kv, query_then // kv_then))
-    for kinds, size, count in steps:
-        if count == size:
-            continue
-        own = [group for group in groups if group.kind in kinds and group.size == size]
-        found = finder.values(size, finder.find(own), count) if own else {}
-        if not found:
+    for kind in _kinds(plan):
+        steps = _steps(plan, kind)
+        if steps is None:
             return {}
-        for name, value in found.items():
-            already = changes.get(name) if _field(model, name) is not None else None
-            changes[name] = value if already is None else already // size * count
+        for kinds, size, count in steps:
+            if count == size:
+                continue
+            own = [group for group in groups if group.kind in kinds and group.size == size]
+            found = finder.values(size, finder.find(own), count) if own else {}
+            if not found:
+                return {}
+            for name, value in found.items():
+                already = changes.get(name) if _field(model, name) is not None else None
+                changes[name] = value if already is None else already // size * count
     return changes
 
 
-def _heads_said(model: PreTrainedModel, plan: HeadPlan) -> Fields:
+def _kinds(plan: Plan) -> list[UnitKind]:
+    return list(dict.fromkeys(plan.kinds.values()))
+
+
+def _steps(plan: Plan, kind: UnitKind) -> list[tuple[tuple[Kind, ...], int, int]] | None:
+    """How many units there are of the kinds of groups that a kind of unit is made of, and then; None where layers differ."""
+    places = [name for name, own in plan.kinds.items() if own == kind]
+    before, after = ({numbers[name] for name in places} for numbers in (plan.before, plan.after))
+    if len(before) != 1 or len(after) != 1:
+        return None if before != after else []
+    if kind != "head":
+        return [((kind,), before.pop()[0], after.pop()[0])]
+    (query, kv), (query_then, kv_then) = before.pop(), after.pop()
+    return [(("kv_head", "head"), kv, kv_then), (("query_head",), query // kv, query_then // kv_then)]
+
+
+def _heads_said(model: PreTrainedModel, plan: Plan) -> Fields:
     """The fields of the config that are numbers of heads, as they would be then; none where layers differ."""
-    before, after = set(plan.before.values()), set(plan.after.values())
+    before, after = (
+        {numbers[name] for name, kind in plan.kinds.items() if kind == "head"} for numbers in (plan.before, plan.after)
+    )
     if len(before) != 1 or len(after) != 1:
         return {}
     becomes = dict(zip(before.pop(), after.pop(), strict=True))
@@ -115,9 +136,7 @@ def set_fields(model: PreTrainedModel, fields: Fields) -> None:
         setattr(owner, field, value)
 
 
-def _assignments(
-    model: PreTrainedModel, plan: HeadPlan, now: Shape, tensors: dict[str, tuple[int, ...]]
-) -> Iterator[dict[str, int]]:
+def _assignments(model: PreTrainedModel, plan: Plan, now: Shape, tensors: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
     """Values of whole-number attributes, the likeliest first: of few attributes another meaning than that."""
     certain = _certain(model, tensors)
     options = _meanings(model, plan, now, tensors, certain)
@@ -142,19 +161,20 @@ def _certain(model: PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dic
 
 
 def _meanings(
-    model: PreTrainedModel, plan: HeadPlan, now: Shape, tensors: dict[str, tuple[int, ...]], certain: Collection[str]
+    model: PreTrainedModel, plan: Plan, now: Shape, tensors: dict[str, tuple[int, ...]], certain: Collection[str]
 ) -> list[list[dict[str, int]]]:
-    """What the attributes of the attentions become, by what they may mean: the same wherever a class has them.
+    """What the attributes of the places become, by what they may mean: the same wherever a class has them.
 
     So the number of a layer is not taken for a number of heads, nor that for how many query heads a KV head serves.
     """
     numbers = {name: _numbers(plan, name, now, tensors) for name in plan.before}
     places: dict[tuple[type, str], list[tuple[str, str]]] = {}
-    for name in numbers:
-        for key in now.attributes:
-            if key.startswith(f"{name}.") and key not in certain:
-                owner, _, attr = key.rpartition(".")
-                places.setdefault((type(model.get_submodule(owner)), attr), []).append((key, name))
+    for key in now.attributes:
+        inside = [name for name in numbers if key.startswith(_prefix(name))]
+        if inside and key not in certain:
+            owner, _, attr = key.rpartition(".")
+            name = max(inside, key=lambda name: len(_prefix(name)))
+            places.setdefault((type(model.get_submodule(owner)), attr), []).append((key, name))
     found = []
     for (_, attr), own in places.items():
         means = [m for m in numbers[own[0][1]] if all(numbers[n].get(m, (0, 0))[0] == now.attributes[k] for k, n in own)]
@@ -167,17 +187,26 @@ def _meanings(
     return found
 
 
-def _numbers(plan: HeadPlan, attention: str, now: Shape, tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    """Numbers of heads, and sizes of tensors, before and then; the last word of a number of heads is one for its name."""
-    (query, kv), (query_then, kv_then) = plan.before[attention], plan.after[attention]
-    numbers = {"head": (query, query_then), "kv head": (kv, kv_then), "group": (query // kv, query_then // kv_then)}
+def _prefix(place: str) -> str:
+    """What the names of all that is in a place start with; what comes after a space is its kind."""
+    module = place.partition(" ")[0]
+    return f"{module}." if module else ""
+
+
+def _numbers(plan: Plan, place: str, now: Shape, tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Numbers of units, and sizes of tensors, before and then; the last word of a number of units is one for its name."""
+    before, after = plan.before[place], plan.after[place]
+    numbers: dict[str, tuple[int, int]] = {plan.kinds[place]: (before[0], after[0])}
+    if plan.kinds[place] == "head":
+        numbers |= {"kv head": (before[1], after[1]), "group": (before[0] // before[1], after[0] // after[1])}
+    prefix = _prefix(place)
     for name, size in now.tensors.items():
-        if name.startswith(f"{attention}."):
+        if name.startswith(prefix):
             for dim, (old, new) in enumerate(zip(size, tensors[name], strict=True)):
-                place = f"{name.removeprefix(attention)}[{dim}]"
-                numbers[place] = (old, new)
+                where = f".{name.removeprefix(prefix)}[{dim}]"
+                numbers[where] = (old, new)
                 if old % 3 == new % 3 == 0:  # queries, keys and values in one
-                    numbers[f"{place} / 3"] = (old // 3, new // 3)
+                    numbers[f"{where} / 3"] = (old // 3, new // 3)
     return numbers
 
 
@@ -190,23 +219,23 @@ def _says(module: nn.Module) -> dict[str, int]:
     return {"num_embeddings": 0, "embedding_dim": 1} if isinstance(module, nn.Embedding) else {}
 
 
-def _runs(model: PreTrainedModel, plan: HeadPlan, shape: Shape, fields: Fields) -> bool:
-    """Whether the model's code runs with a shape, on meta tensors, and has the heads that are planned."""
+def _runs(model: PreTrainedModel, plan: Plan, shape: Shape, fields: Fields) -> bool:
+    """Whether the model's code runs with a shape, on meta tensors, and has the units that are planned."""
     shadow = to_meta(model)
     set_shape(shadow, shape)
     set_fields(shadow, fields)
     try:
-        heads = find_heads(shadow)
+        units = find_units(shadow, _kinds(plan))
         for module in shadow.modules():  # what a faster implementation does not ask for, others do
             if isinstance(config := getattr(module, "config", None), PretrainedConfig):
                 config._attn_implementation = "eager"
         trace(shadow)
     except ValueError:
         return False
-    return {name: (one.count(), one.count("kv_head")) for name, one in heads.items()} == plan.after
+    return {name: counts(one) for name, one in units.items()} == plan.after
 
 
-def sizes_then(model: PreTrainedModel, plan: HeadPlan) -> dict[str, tuple[int, ...]]:
+def sizes_then(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[int, ...]]:
     """The sizes of all tensors then, also of those that are the same under another name."""
     first = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     sizes = {}

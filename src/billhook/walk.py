@@ -17,7 +17,7 @@ from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import Cache
 
-from billhook.sparsity.ambient import Ambient
+from billhook.ambient import Ambient
 
 Sequential = Literal["block", "layer", "none"]
 

@@ -1,0 +1,214 @@
+"""Units are removed: tensors, optimizer state, attributes and config follow, and the outcome is compared with the mask."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig, PreTrainedModel
+
+from billhook.resting import resting
+from billhook.structure.axes import Indices
+from billhook.structure.channels import find_units
+from billhook.structure.coupling import Structure
+from billhook.structure.gates import Gate
+from billhook.structure.inputs import make_inputs
+from billhook.structure.plan import PLURAL, Cuts, Plan, check_made_for, plan_found
+from billhook.structure.plan_shape import set_fields, shapes_then, sizes_then
+from billhook.structure.shape import Shape, find_transformer, set_shape, shape_of
+from billhook.structure.surgery import Change, replace_parameters
+from billhook.structure.trace import trace
+from billhook.structure.units import Units
+
+
+def apply(plan: Plan, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
+    """Carries out a plan, in place; the model and the optimizers are as before if that fails.
+
+    What goes of heads and feed-forward channels is first compared with the model in which it is masked: the outcome computes the
+    same. Where residual channels or experts go, it must run and have the planned units.
+
+    Args:
+        plan: What was made of the model as it is.
+        model: The model.
+        optimizers: The optimizer, or optimizers, that train the model; their state follows.
+
+    Raises:
+        ValueError: If the plan is not of this model, or the model's code does not follow.
+    """
+    subject = find_transformer(model)
+    if not plan.units:
+        return
+    structure = trace(subject)
+    found = find_units(subject, dict.fromkeys(plan.kinds.values()), structure)
+    check_made_for(plan.model, plan.before, subject, found)
+    if not _same_cuts(plan.cuts, plan_found(subject, structure, found, plan.units).cuts):
+        own = type(subject).__name__
+        raise ValueError(f"plan: it was made for a {plan.model} with other units than this {own} has (its tensors hold others)")
+    carry_out(plan, subject, structure, found, optimizers)
+
+
+def carry_out(
+    plan: Plan,
+    subject: PreTrainedModel,
+    structure: Structure,
+    found: Mapping[str, Units],
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+) -> None:
+    """What `apply` does, of a plan that has just been made of units that have just been found."""
+    optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    if not plan.units:
+        return
+    _check_free(subject, found)
+    exact = all(found[name].kind in ("head", "channel") for name in plan.units) and subject.device.type != "meta"
+    readers = {reader for one in found.values() for reader in one.readers if one.kind in ("head", "channel")}
+    now, expected = shape_of(subject), _zeroed_answer(subject, found, plan, readers) if exact else None
+    tensors = sizes_then(subject, plan)
+    for shape, fields in shapes_then(subject, structure, plan, now, tensors):
+        with _undone_unless_done(subject, now, optimizers):
+            _cut(subject, plan, shape, optimizers)
+            set_fields(subject, fields)
+            if expected is None or _alike(expected, _answer(subject, readers), _tolerance(subject)):
+                return
+            raise _Different
+    what = " or ".join(dict.fromkeys(PLURAL[plan.kinds[name]] for name in plan.units))
+    raise ValueError(
+        f"{what}: the code of {type(subject).__name__} does not follow when {what} are removed from its tensors"
+        + ("; they can be masked (mask_heads)" if what == "heads" else "")
+    )
+
+
+@torch.no_grad()
+def zero_units(model: nn.Module, found: Mapping[str, Units], gone: Mapping[str, Sequence[int]]) -> None:
+    """Makes zero the weights that read some units, in place: the model computes what it does with them masked."""
+    for weight, dim, positions in _reading(model, found, gone):
+        weight.index_fill_(dim, positions, 0)
+
+
+def _reading(
+    model: nn.Module, found: Mapping[str, Units], gone: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
+    """What reads some units: the parameters, which of their dimensions, and the positions along it."""
+    for name, numbers in gone.items():
+        for member in found[name].held_by():
+            if member.reads:
+                weight = model.get_parameter(member.name)
+                positions = np.flatnonzero(np.isin(found[name].of_member(member), numbers))
+                yield weight, member.dim, torch.from_numpy(positions).to(weight.device)
+
+
+class _Different(Exception):
+    """The model computes something else than with the units masked."""
+
+
+def _cut(model: PreTrainedModel, plan: Plan, shape: Shape, optimizers: list[Optimizer]) -> None:
+    names = dict.fromkeys(name for name, _ in plan.cuts)
+    parameters = dict(model.named_parameters())
+    cuts = {name: partial(_smaller, {d: stays for (own, d), stays in plan.cuts.items() if own == name}) for name in names}
+    buffers = {name: cut(model.get_buffer(name)) for name, cut in cuts.items() if name not in parameters}
+    changes = {name: Change(cut, partial(_smaller_state, cut)) for name, cut in cuts.items() if name in parameters}
+    replace_parameters(model, changes, optimizers)
+    for name, buffer in buffers.items():
+        owner, _, attr = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attr] = buffer
+    set_shape(model, shape)
+
+
+def _smaller(stays: Mapping[int, Indices], tensor: Tensor) -> Tensor:
+    for dim, positions in stays.items():
+        tensor = tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
+    return tensor
+
+
+def _smaller_state(cut: Callable[[Tensor], Tensor], _: str, state: Tensor) -> Tensor:
+    return cut(state)
+
+
+@contextmanager
+def _undone_unless_done(model: PreTrainedModel, now: Shape, optimizers: list[Optimizer]) -> Iterator[None]:
+    """Puts back model and optimizers, unless what happens within returns."""
+    tensors = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    groups = [(group, list(group["params"])) for optimizer in optimizers for group in optimizer.param_groups]
+    states = [(optimizer, dict(optimizer.state)) for optimizer in optimizers]
+    configs = [(config, dict(vars(config))) for config in {id(c): c for c in _configs(model)}.values()]
+    try:
+        yield
+    except BaseException as error:
+        for module, parameters, buffers in tensors:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        for group, params in groups:
+            group["params"][:] = params
+        for optimizer, state in states:
+            optimizer.state.clear()
+            optimizer.state.update(state)
+        set_shape(model, now)
+        for config, fields in configs:
+            vars(config).update(fields)
+        if not isinstance(error, _Different):
+            raise
+
+
+def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
+    return [model.config, *(c for c in vars(model.config).values() if isinstance(c, PretrainedConfig))]
+
+
+@torch.no_grad()
+def _zeroed_answer(model: PreTrainedModel, found: Mapping[str, Units], plan: Plan, readers: Iterable[str]) -> list[Tensor]:
+    """What the model gives without some units, whose reading weights are zero for that long."""
+    kept = [(weight, dim, at, weight.index_select(dim, at)) for weight, dim, at in _reading(model, found, plan.units)]
+    try:
+        zero_units(model, found, plan.units)
+        return _answer(model, readers)
+    finally:
+        for weight, dim, at, values in reversed(kept):
+            weight.index_copy_(dim, at, values)
+
+
+@torch.no_grad()
+def _answer(model: PreTrainedModel, readers: Iterable[str]) -> list[Tensor]:
+    """What the readers of units and the model give for small random inputs."""
+    device = next(model.parameters()).device
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in make_inputs(model).items()}
+    given: list[Any] = []
+    modules = [model.get_submodule(reader) for reader in sorted(readers)]
+    hooks = [module.register_forward_hook(lambda *told: given.append(told[-1])) for module in modules]
+    try:
+        with resting(model):
+            given.append(model(**inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    values = [value for value in tree_leaves(given) if isinstance(value, Tensor) and value.is_floating_point()]
+    return [value.detach().double().cpu() for value in values]
+
+
+def _alike(expected: list[Tensor], found: list[Tensor], tolerance: float) -> bool:
+    """Whether outputs are the same but for rounding."""
+    if [value.shape for value in expected] != [value.shape for value in found]:
+        return False
+    return all(_near(a, b, tolerance) for a, b in zip(expected, found, strict=True))
+
+
+def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    same = torch.isclose(a, b, rtol=0, atol=0, equal_nan=True)  # also what is not finite
+    return bool(torch.where(same, 0, a - b).norm() <= tolerance * a[a.isfinite()].norm())
+
+
+def _tolerance(model: PreTrainedModel) -> float:
+    """How far outputs may be from each other, relative to their norm; parts of most models are in float32 at best."""
+    return min(1000 * max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32)), 0.05)
+
+
+def _check_free(model: PreTrainedModel, units: Mapping[str, Units]) -> None:
+    for name in {reader for one in units.values() for reader in one.readers}:
+        if any(isinstance(hook, Gate) for hook in model.get_submodule(name)._forward_pre_hooks.values()):
+            raise ValueError(f"units: a mask or gates stand before {name}: remove them first (mask.remove())")
+
+
+def _same_cuts(one: Cuts, other: Cuts) -> bool:
+    return one.keys() == other.keys() and all(np.array_equal(stays, other[place]) for place, stays in one.items())

@@ -15,7 +15,8 @@ from billhook.place import check_target
 from billhook.resting import resting
 from billhook.rows import Data, Rows
 from billhook.structure.gates import place_mask
-from billhook.structure.head_choice import Ranking, check_choice, choose
+from billhook.structure.amount import Ranking
+from billhook.structure.head_choice import check_choice, choose
 from billhook.structure.head_plan import plan_heads
 from billhook.structure.head_removal import prune_heads as remove_heads
 from billhook.structure.heads import find_heads

@@ -4,16 +4,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from billhook.structure.figures import figures_of
 from billhook.structure.heads import find_heads
-from billhook.structure.meta import to_meta
 from billhook.structure.shape import find_transformer, unbuilt_shape
-
-CONTEXT = 512
 
 
 @dataclass(frozen=True)
@@ -71,21 +67,19 @@ def summary(model: nn.Module) -> Summary:
         model: A Hugging Face model, or a module that holds one.
     """
     model = find_transformer(model)
-    parameters = list(model.parameters())
     config = model.config.get_text_config(decoder=True)
-    context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
-    cache, flops = _run_on_meta(model, context)
+    figures = figures_of(model)
     query_heads, kv_heads = _heads(model, config)
     return Summary(
         model=type(model).__name__,
-        params=sum(p.numel() for p in parameters),
-        zeros=sum(int((p == 0).sum()) for p in parameters if not p.is_meta),
-        bytes=sum(p.numel() * p.element_size() for p in parameters),
+        params=figures.params,
+        zeros=sum(int((p == 0).sum()) for p in model.parameters() if not p.is_meta),
+        bytes=figures.bytes,
         query_heads=query_heads,
         kv_heads=kv_heads,
-        kv_cache_bytes=cache,
-        flops=flops,
-        context=context,
+        kv_cache_bytes=figures.kv_cache_bytes,
+        flops=figures.flops,
+        context=figures.context,
     )
 
 
@@ -100,38 +94,6 @@ def _heads(model: PreTrainedModel, config: PretrainedConfig) -> tuple[int | None
     query, kv = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
     kv = kv or query
     return query if isinstance(query, int) else None, kv if isinstance(kv, int) else None
-
-
-def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int | None]:
-    """KV-cache bytes per token and FLOPs per token; None where the model cannot run on meta or has no such cache."""
-    if model.main_input_name != "input_ids":
-        return None, None
-    try:
-        shadow = to_meta(model)
-        short, _ = _forward(shadow, context // 2)
-        long, flops = _forward(shadow, context)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError):
-        return None, None  # code that depends on values, or other inputs than token ids
-    grown = (long - short) // (context - context // 2)
-    return grown or None, flops // context
-
-
-@torch.no_grad()
-def _forward(shadow: PreTrainedModel, length: int) -> tuple[int, int]:
-    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if shadow.config.is_encoder_decoder else {})
-    cached = {"use_cache": True} if hasattr(shadow.config.get_text_config(decoder=True), "use_cache") else {}
-    with FlopCounterMode(display=False) as counter:
-        output = shadow(**inputs, **cached)
-    return sum(t.numel() * t.element_size() for t in _cached(output)), counter.get_total_flops()
-
-
-def _cached(output: Any) -> list[Tensor]:  # noqa: ANN401 - a ModelOutput whose class depends on the model
-    """What a decoder keeps of the tokens it has seen; an encoder's memory, which does not grow, is not among it."""
-    fields = dict(output.items())  # asking the output itself for an older name logs a deprecation
-    cache = fields.get("cache", fields.get("past_key_values"))
-    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
-    return list({id(t): t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)}.values())
 
 
 @dataclass(frozen=True)

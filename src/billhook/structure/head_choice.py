@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from statistics import fmean
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from billhook.structure.amount import Ranking
 from billhook.structure.heads import find_heads
-from billhook.structure.plan import coupled
+from billhook.structure.plan import PLURAL, coupled
 from billhook.structure.shape import find_transformer
 from billhook.structure.units import Per, Units
-
-Ranking = Literal["layer", "global"]
 
 
 @dataclass(frozen=True)
@@ -95,20 +95,21 @@ def choose(
     check_choice(ratio, ranking, min_heads, per)
     if remove and min_heads < 1:
         raise ValueError(f"min_heads={min_heads}: where heads are removed, one at least stays in each layer")
+    what = PLURAL[next((one.kind for one in heads.values()), "head")]
     for name, one in heads.items():
         if name not in importance or len(importance[name]) != one.count(per):
-            raise ValueError(f"importance: a score for each of the {one.count(per)} heads of {name} is needed (per={per!r})")
+            raise ValueError(f"importance: a score for each of the {one.count(per)} {what} of {name} is needed (per={per!r})")
         if importance[name].isnan().any():
             raise ValueError(f"importance: a score of {name} is NaN")
     sets = coupled(heads) if remove else [[name] for name in heads]
     steps = [_steps(heads, own, importance, per, remove, min_heads) for own in sets]
     totals = [sum(heads[name].count(per) for name in own) for own in sets]
     if ranking == "layer":
-        taken = [_take(one, ratio, total, f"{own[0]}") for one, total, own in zip(steps, totals, sets, strict=True)]
+        taken = [_take(one, ratio, total, own[0], what) for one, total, own in zip(steps, totals, sets, strict=True)]
         flat = [step for own in taken for step in own]
     else:
         every = sorted((step for own in steps for step in own), key=lambda step: step.score)
-        flat = _take(every, ratio, sum(totals), "all layers")
+        flat = _take(every, ratio, sum(totals), "all layers", what)
     gone: dict[str, list[int]] = {}
     for step in flat:
         for name, numbers in step.heads.items():
@@ -132,19 +133,21 @@ def _steps(
     else:
         units = [[int(head)] for head in np.argsort(score.numpy(), kind="stable")]
     stay = -(-min_heads // len(units[0]))
-    steps = [_Step(float(score[unit].mean()), dict.fromkeys(own, unit), len(unit) * len(own)) for unit in units]
+    values = score.tolist()
+    steps = [_Step(fmean(values[one] for one in unit), dict.fromkeys(own, unit), len(unit) * len(own)) for unit in units]
     return steps[: max(len(steps) - stay, 0)]
 
 
-def _take(steps: Sequence[_Step], ratio: float, total: int, where: str) -> list[_Step]:
-    """The first steps that come to at most this part of the heads."""
-    target, taken = int(ratio * total + 1e-9), list[_Step]()
+def _take(steps: Sequence[_Step], ratio: float, total: int, where: str, what: str) -> list[_Step]:
+    """The first steps that come to at most this part of the units."""
+    target, taken, size = int(ratio * total + 1e-9), list[_Step](), 0
     most = sum(step.size for step in steps)
     if target > most:
         raise ValueError(
-            f"ratio={ratio}: {target} of {total} heads of {where} would go, and at most {most} may: {most / total:g}"
+            f"ratio={ratio}: {target} of {total} {what} of {where} would go, and at most {most} may: {most / total:g}"
         )
     for step in steps:
-        if sum(one.size for one in taken) + step.size <= target:
+        if size + step.size <= target:
             taken.append(step)
+            size += step.size
     return taken

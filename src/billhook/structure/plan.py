@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from billhook.structure.axes import Indices
 from billhook.structure.channels import find_units
 from billhook.structure.coupling import Structure
+from billhook.structure.figures import Figures
 from billhook.structure.groups import Member
 from billhook.structure.shape import find_transformer
+from billhook.structure.show import pattern
 from billhook.structure.trace import trace
 from billhook.structure.units import UnitKind, Units, along
 
@@ -41,6 +43,7 @@ class Plan:
         after: By place, how many there are then.
         cuts: What stays of each tensor.
         parameters: How many parameters there are, before and then.
+        costs: What the model costs, before and then, if that was asked.
     """
 
     model: str
@@ -50,6 +53,7 @@ class Plan:
     after: dict[str, tuple[int, ...]]
     cuts: Cuts
     parameters: tuple[int, int]
+    costs: tuple[Figures, Figures] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `plan_from_json` makes a plan of it."""
@@ -63,9 +67,17 @@ class Plan:
     def __str__(self) -> str:
         before, after = self.parameters
         lines = [f"{self.model}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"]
-        width = max(map(len, self.before))
+        for label, field in {"FLOPs a token": "flops", "KV-cache bytes a token": "kv_cache_bytes", "bytes": "bytes"}.items():
+            now, then = [getattr(cost, field) for cost in self.costs] if self.costs else (None, None)
+            if now and then:
+                lines.append(f"  {now:,} -> {then:,} {label} ({1 - then / now:.1%} fewer)")
+        rows: dict[tuple[str, str], list[str]] = {}
         for name, kind in self.kinds.items():
-            lines.append(f"  {name:<{width}}  {_change(kind, self.before[name], self.after[name], self.units.get(name, []))}")
+            change = _change(kind, self.before[name], self.after[name], self.units.get(name, []))
+            rows.setdefault((name if kind == "head" else pattern(name), change), []).append(name)
+        width = max(len(name) for name, _ in rows)
+        for (name, change), places in rows.items():
+            lines.append(f"  {name:<{width}}  {change}" + (f" in each of {len(places)}" if len(places) > 1 else ""))
         return "\n".join(lines)
 
 

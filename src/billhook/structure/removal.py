@@ -110,7 +110,7 @@ def _cut(model: PreTrainedModel, plan: Plan, shape: Shape, optimizers: list[Opti
     parameters = dict(model.named_parameters())
     cuts = {name: partial(_smaller, {d: stays for (own, d), stays in plan.cuts.items() if own == name}) for name in names}
     buffers = {name: cut(model.get_buffer(name)) for name, cut in cuts.items() if name not in parameters}
-    changes = {name: Change(cut, partial(_smaller_state, cut)) for name, cut in cuts.items() if name in parameters}
+    changes = {name: Change(cut, partial(_smaller_state, cut), cut) for name, cut in cuts.items() if name in parameters}
     replace_parameters(model, changes, optimizers)
     for name, buffer in buffers.items():
         owner, _, attr = name.rpartition(".")

@@ -17,10 +17,12 @@ class Change:
         weight: From the old values to the new.
         state: From an optimizer's state tensor of the old size to the new, by the name that the optimizer gives it
             (`exp_avg`, `momentum_buffer`, ...). State of any other size is dropped, with a warning.
+        gradient: From the old gradient to the new; by default there is none afterwards.
     """
 
     weight: Callable[[Tensor], Tensor]
     state: Callable[[str, Tensor], Tensor]
+    gradient: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class _Swap:
 
 @torch.no_grad()
 def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
-    """Changes parameters by name, everywhere at once: model, param groups, optimizer state; gradients are cleared.
+    """Changes parameters by name, everywhere at once: model, param groups, optimizer state, gradients.
 
     Everything new is computed before anything is changed, so an error leaves model and optimizers as they were. Order in
     the param groups stays, so optimizer state in a checkpoint still finds its parameter. A parameter under several names
@@ -61,9 +63,11 @@ def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimize
 def _prepare(model: nn.Module, name: str, change: Change, optimizers: list[Optimizer]) -> _Swap:
     old = model.get_parameter(name)
     values = change.weight(old.detach())
-    if not torch.isfinite(values).all() and torch.isfinite(old).all():
+    if not values.is_meta and not torch.isfinite(values).all() and torch.isfinite(old).all():
         raise ValueError(f"{name}: the new values are not finite")
     new = nn.Parameter(values.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
+    if old.grad is not None and change.gradient is not None:
+        new.grad = change.gradient(old.grad).to(new.dtype).contiguous()
     places = [(m, attr) for m in model.modules() for attr, p in m._parameters.items() if p is old]
     states = [(o, _new_state(o, name, old, change)) for o in optimizers]
     return _Swap(places, old, new, states)

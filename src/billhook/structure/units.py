@@ -85,6 +85,8 @@ def match(keys: Indices, units: Indices) -> Indices:
     >>> match(np.array([[0, 1], [1, 0], [-1, 0]]), np.array([[1, 0], [0, 1]])).tolist()
     [1, 0, -1]
     """
+    if units.shape[1] == 1 and np.array_equal(units[:, 0], np.arange(len(units))):
+        return np.where(keys[:, 0] < len(units), keys[:, 0], -1)
     _, inverse = np.unique(np.concatenate([units, keys]), axis=0, return_inverse=True)
     inverse = inverse.reshape(-1)
     number = np.full(inverse.max() + 1, -1)

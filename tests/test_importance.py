@@ -15,7 +15,10 @@ from billhook.structure.heads import find_heads
 from billhook.structure.ranking import score, trial_of
 
 CONFIG = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
-EVERY = [bh.GateGradient(), bh.Taylor(), bh.WeightNorm(), bh.ActivationNorm(), bh.RandomUnits(), bh.Ablation()]
+EVERY = [
+    *(bh.GateGradient(), bh.Taylor("unit"), bh.Taylor(), bh.Taylor("mixed"), bh.WeightNorm(), bh.WeightNorm(1)),
+    *(bh.ActivationNorm(), bh.OutputNorm(), bh.RandomUnits(), bh.Ablation()),
+]
 
 
 def loud(model):
@@ -148,8 +151,8 @@ def test_gate_gradient_of_tokens_is_that_of_a_gate_at_each_token(family, side):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("importance", [*map(bh.GateGradient, ("token", "example", "batch")), bh.Taylor(), bh.ActivationNorm(),
-                                        bh.Ablation()], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("importance", [*map(bh.GateGradient, ("token", "example", "batch")), bh.Taylor(), bh.Taylor("mixed"),
+                                        bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()], ids=repr)  # fmt: skip
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_what_stands_under_the_mask_does_not_matter(family, importance, side):
     model = BUILD[family]()
@@ -163,7 +166,7 @@ def test_longer_padding_changes_nothing():
     model, ids = BUILD["gpt2"](), tokens(2, 6)
     more = torch.cat([ids, torch.zeros(2, 4, dtype=torch.long)], dim=1)
     mask = torch.tensor([[1] * 6 + [0] * 4] * 2)
-    for importance in (bh.GateGradient(), bh.ActivationNorm(), bh.Taylor(), bh.Ablation()):
+    for importance in (bh.GateGradient(), bh.ActivationNorm(), bh.OutputNorm(), bh.Taylor(), bh.Taylor("second"), bh.Ablation()):
         expected = scores(model, "gpt2", [{"input_ids": ids}], importance)
         near(scores(model, "gpt2", [{"input_ids": more, "attention_mask": mask}], importance), expected, 1e-5)
 
@@ -196,46 +199,49 @@ def by_rows(tensor, heads):
     return tensor.reshape(heads, -1)
 
 
-@pytest.mark.parametrize("elementwise", [False, True])
+@pytest.mark.parametrize("p", [1, 2])
 @pytest.mark.parametrize("per", ["head", "kv_head"])
-def test_taylor_and_norm_by_hand_for_grouped_queries(elementwise, per):
-    model = BUILD["llama"]()  # 8 query heads of 4, served by 4 KV heads
-    batches = [{"input_ids": tokens()}, {"input_ids": tokens(3, 5)}]
-
-    def parts(products):
-        """Rows of queries and columns of outputs; rows of keys and values belong to KV heads, which no query head owns."""
-        heads = torch.cat([by_rows(products["q_proj"], 8), by_rows(products["o_proj"].T, 8)], dim=1)
-        return heads if per == "head" else by_rows(heads, 4)
-
-    total = torch.zeros(2, 8 if per == "head" else 4, dtype=torch.float64)
-    for batch in batches:
-        named = {(i, n): model.model.layers[i].self_attn.get_submodule(n).weight for i in (0, 1) for n in ("q_proj", "o_proj")}
-        gradients = torch.autograd.grad(model(**batch, labels=batch["input_ids"]).loss, list(named.values()))
-        products = {key: w.detach() * g for (key, w), g in zip(named.items(), gradients, strict=True)}
-        for i in (0, 1):
-            own = parts({name: product for (layer, name), product in products.items() if layer == i})
-            total[i] += own.abs().sum(1) if elementwise else own.sum(1).abs()
-    near(scores(model, "llama", batches, bh.Taylor(elementwise), per=per), total / 2, 1e-5)
-    expected = [parts({n: layer.self_attn.get_submodule(n).weight.detach() for n in ("q_proj", "o_proj")}).norm(dim=1)
-                for layer in model.model.layers]  # fmt: skip
-    near(scores(model, "llama", None, bh.WeightNorm(), per=per), torch.stack(expected), 1e-6)
+def test_weight_norm_by_hand_for_grouped_queries(p, per):
+    model, expected = BUILD["llama"](), []  # 8 query heads of 4, served by 4 KV heads
+    for layer in model.model.layers:
+        own = {name: layer.self_attn.get_submodule(f"{name}_proj").weight.detach() for name in "qkvo"}
+        if per == "head":
+            rows = [by_rows(own["q"], 8), by_rows(own["o"].T, 8)]
+        else:
+            rows = [by_rows(one, 4) for one in (own["q"], own["k"], own["v"], own["o"].T)]
+        expected.append(torch.cat(rows, dim=1).norm(p=p, dim=1))
+    near(scores(model, "llama", None, bh.WeightNorm(p), per=per), torch.stack(expected), 1e-6)
 
 
-@pytest.mark.parametrize("elementwise", [False, True])
-def test_taylor_and_norm_by_hand_with_keys_and_values_of_ones_own(elementwise):
-    model = BUILD["bert"]()
-    batch = padded(labels=True)
-    total, norms = [], []
+@pytest.mark.parametrize("p", [1, 2])
+def test_weight_norm_by_hand_with_biases(p):
+    model, norms = BUILD["bert"](), []
     for layer in model.bert.encoder.layer:
-        made = [p for n in ("query", "key", "value") for p in layer.attention.self.get_submodule(n).parameters()]
+        made = [one for n in ("query", "key", "value") for one in layer.attention.self.get_submodule(n).parameters()]
         read = layer.attention.output.dense.weight
-        *gradients, last = torch.autograd.grad(model(**batch).loss, [*made, read])
-        rows = [by_rows(w.detach() * g, 4) for w, g in zip(made, gradients, strict=True)]
-        own = torch.cat([*rows, by_rows((read.detach() * last).T, 4)], dim=1)
-        total.append(own.abs().sum(1) if elementwise else own.sum(1).abs())
-        norms.append(torch.cat([*(by_rows(w.detach(), 4) for w in made), by_rows(read.detach().T, 4)], dim=1).norm(dim=1))
-    near(scores(model, "bert", [batch], bh.Taylor(elementwise)), torch.stack(total), 1e-5)
-    near(scores(model, "bert", None, bh.WeightNorm()), torch.stack(norms), 1e-6)
+        norms.append(torch.cat([*(by_rows(w.detach(), 4) for w in made), by_rows(read.detach().T, 4)], dim=1).norm(p=p, dim=1))
+    near(scores(model, "bert", None, bh.WeightNorm(p)), torch.stack(norms), 1e-6)
+
+
+@pytest.mark.parametrize("per", ["head", "kv_head"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_output_norm_is_how_far_outputs_move_without_a_head(family, per):
+    model, batches = BUILD[family](), [padded(labels=True), padded(rows=2, length=6, labels=True)]
+    heads = {"head": READERS[family][2], "kv_head": 4}[per]
+    expected, count = torch.zeros(2, heads, dtype=torch.float64), sum(int(batch["attention_mask"].sum()) for batch in batches)
+    for layer in (0, 1):
+        reader, seen = model.get_submodule(READERS[family][1].format(layer)), []
+        handle = reader.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].detach()))
+        for batch in batches:
+            model(**batch)
+        handle.remove()
+        for batch, given in zip(batches, seen, strict=True):
+            for head in range(heads):
+                without = given.unflatten(-1, (heads, -1)).clone()
+                without[..., head, :] = 0
+                moved = reader(given) - reader(without.flatten(-2))
+                expected[layer, head] += moved[batch["attention_mask"].bool()].square().sum().detach()
+    near(scores(model, family, batches, bh.OutputNorm(), per=per), (expected / count).sqrt(), 1e-5)
 
 
 @pytest.mark.parametrize("per", ["head", "kv_head"])
@@ -360,7 +366,7 @@ def test_a_loss_that_asks_nothing_of_a_layer_names_it(importance):
         return model(**batch, output_hidden_states=True).hidden_states[1].square().mean()
 
     for loss, layer in ((first, 1), (lambda model, _: model.model.embed_tokens.weight.sum(), 0)):
-        with pytest.raises(ValueError, match=rf"loss: it does not depend on the heads of model\.layers\.{layer}\.self_attn;"):
+        with pytest.raises(ValueError, match=rf"loss: it does not depend on the units of model\.layers\.{layer}\.self_attn;"):
             bh.head_importance(model, batches, importance, loss)
 
 
@@ -368,15 +374,18 @@ def test_what_is_no_loss_is_refused():
     model, batches = llama(), [{"input_ids": tokens()}]
     for loss, said in (
         (lambda model, batch: model(**batch).logits, r"loss: one number is needed, not a tensor of shape \[2, 12, 64\]"),
-        (lambda model, batch: model(**batch).logits.mean().detach(), "loss: it depends on no gate"),
-        (lambda model, batch: model(**batch).logits.mean() * math.nan, "a score of model.layers.0.self_attn is NaN or infinite"),
+        (lambda model, batch: model(**batch).logits.mean().detach(), "loss: it depends on no unit"),
+        (
+            lambda model, batch: model(**batch).logits.mean() * math.nan,
+            r"batches: batch 0 \(counted from 0\) gives model.layers.1.self_attn\S* a gradient that is NaN or infinite",
+        ),
     ):
         for importance in (bh.GateGradient(), bh.Taylor()):
             with pytest.raises(ValueError, match=said):
                 bh.head_importance(model, batches, importance, loss)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0] = math.inf
-    for importance in (bh.GateGradient(), bh.Taylor(), bh.Ablation()):
+        model.model.layers[0].mlp.up_proj.weight[0] = math.inf
+    for importance in (bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()):
         with pytest.raises(ValueError, match="is NaN or infinite: the loss, or the model, is not finite on a batch"):
             bh.head_importance(model, batches, importance)
 
@@ -395,6 +404,8 @@ def test_batches_that_do_not_do_are_refused():
         bh.head_importance(model, [tokens()])
     with pytest.raises(ValueError, match="each='x' must be one of token, example, batch"):
         bh.GateGradient("x")
+    with pytest.raises(ValueError, match="p=3 must be 1 or 2"):
+        bh.WeightNorm(3)
     ids = tokens()  # with a loss of one's own, a batch may be anything
     found = bh.head_importance(model, [ids], loss=lambda model, ids: model(ids, labels=ids).loss)
     torch.testing.assert_close(found, bh.head_importance(model, [{"input_ids": ids}]))
@@ -420,7 +431,7 @@ def test_tokens_of_a_decoder_are_those_with_labels():
         near(found[f"model.{name}"], gradient[asked].abs().mean(0), 1e-4)
 
 
-@pytest.mark.parametrize("importance", [*EVERY, bh.GateGradient("example"), bh.Taylor(elementwise=True)], ids=repr)
+@pytest.mark.parametrize("importance", [*EVERY, bh.GateGradient("example"), bh.Taylor("second")], ids=repr)
 def test_ranks_add_up(importance):
     model, batches = BUILD["llama"](), [padded(), padded(rows=2, length=6), padded(rows=4, length=5)]
     heads = find_heads(model)
@@ -445,7 +456,7 @@ def test_adapters_and_half_precision():
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], r=2, init_lora_weights=False)
     model, batches = peft.get_peft_model(loud(llama()), config).eval(), [{"input_ids": tokens()}]
     merged = copy.deepcopy(model).merge_and_unload()
-    for importance in (bh.GateGradient(), bh.GateGradient("batch"), bh.ActivationNorm(), bh.Ablation()):
+    for importance in (bh.GateGradient(), bh.GateGradient("batch"), bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()):
         found, expected = (list(bh.head_importance(one, batches, importance).values()) for one in (model, merged))
         torch.testing.assert_close(found, expected)
     model = build("llama")

@@ -171,6 +171,25 @@ def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Mo
     return loss
 
 
+def scoring_batches(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Iterable[Any] | None, number: int
+) -> Iterator[tuple[Any, Callable[[nn.Module, Any], Tensor]]]:
+    """This rank's batches to score from, with the loss of each.
+
+    Args:
+        trainer: The trainer, in the middle of a fit.
+        pl_module: The module in training.
+        calibration: The batches of all ranks; None for training examples.
+        number: How many of these, on all ranks together.
+    """
+    if calibration is None:
+        batches: Iterable[Any] = training_examples(trainer, number)
+    else:
+        batches = islice(calibration, trainer.global_rank, None, trainer.world_size)
+    for index, batch in enumerate(on_device(trainer, batches)):
+        yield batch, training_loss(pl_module, index)
+
+
 class _Call(BaseException):
     """The model has been called, and what with."""
 

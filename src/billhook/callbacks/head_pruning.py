@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.examples import aside, check_readable, on_device, training_examples, training_loss
+from billhook.callbacks.examples import aside, check_readable, scoring_batches
 from billhook.callbacks.export import Export
 from billhook.callbacks.head_record import HeadRecord
 from billhook.callbacks.measure import measure
@@ -26,8 +26,9 @@ from billhook.report import summary
 from billhook.resting import resting
 from billhook.run import callbacks_of, is_trial, training_steps
 from billhook.schedules import Schedule, check_step
+from billhook.structure.amount import Ranking
 from billhook.structure.gates import HeadMask, place_mask
-from billhook.structure.head_choice import Ranking, check_choice, choose
+from billhook.structure.head_choice import check_choice, choose
 from billhook.structure.head_plan import plan_heads
 from billhook.structure.head_removal import prune_heads, zero_heads
 from billhook.structure.heads import find_heads
@@ -251,23 +252,15 @@ class HeadPruning(ShapeCallback):
         heads = find_heads(model)
         self.record.begin({name: one.count(self.per) for name, one in heads.items()})
         with aside(pl_module, self.seed), resting(model), trainer.precision_plugin.forward_context():
-            trials = [trial_of(model, heads, *pair) for pair in self._batches(trainer, pl_module)]
+            needed = self.importance.needs_data
+            pairs = scoring_batches(trainer, pl_module, self.calibration, self.examples) if needed else ()
+            trials = [trial_of(model, heads, *pair) for pair in pairs]
             reduce = None if trainer.world_size == 1 else SumOverRanks(trainer)
             scores = score(model, heads, self.importance, trials, self.normalize, self.per, reduce)
         self.record.scored(scores)
         for name, own in self.heads.items():
             scores[name][own] = -torch.inf
         return choose(heads, scores, self.record.left(ratio), self.ranking, self.min_heads, self.per, self._removes)
-
-    def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[tuple[Any, Any]]:
-        if not self.importance.needs_data:
-            return
-        if self.calibration is None:
-            batches: Iterable[Any] = training_examples(trainer, self.examples)
-        else:
-            batches = islice(self.calibration, trainer.global_rank, None, trainer.world_size)
-        for number, batch in enumerate(on_device(trainer, batches)):
-            yield batch, training_loss(pl_module, number)
 
     @property
     def _removes(self) -> bool:

@@ -55,6 +55,12 @@ class Plan:
     parameters: tuple[int, int]
     costs: tuple[Figures, Figures] | None = None
 
+    @property
+    def told(self) -> str:
+        """How many units of each kind go, in words."""
+        gone = {kind: [len(own) for name, own in self.units.items() if self.kinds[name] == kind] for kind in self.kinds.values()}
+        return ", ".join(f"{sum(own):,} {PLURAL[kind]} of {len(own)} places" for kind, own in gone.items() if own)
+
     def to_json(self) -> dict[str, Any]:
         """As plain data; `plan_from_json` makes a plan of it."""
         return {

@@ -1,4 +1,4 @@
-"""Scores of heads from batches: which of them matter, and what a metric is without each."""
+"""Scores of units from batches: which of them matter, and what a metric is without each head."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -7,11 +7,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from billhook.resting import resting
+from billhook.structure.ablation import ablating
 from billhook.structure.heads import check_layers, find_heads
-from billhook.structure.importance import GateGradient, Importance, Sums, ablating
+from billhook.structure.importance import GateGradient, Importance, Sums
 from billhook.structure.probes import Trial
 from billhook.structure.shape import find_transformer
 from billhook.structure.units import Per, Units
@@ -60,8 +61,8 @@ def head_importance(
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
         batches: What the model's forward takes, as dictionaries, labels included; a causal language model's own inputs are its
             labels where there are none. Padding (by `attention_mask`) does not count.
-        importance: `GateGradient()` (1905.10650; the default), `Taylor`, `WeightNorm`, `ActivationNorm`, `RandomUnits` or
-            `Ablation`.
+        importance: `GateGradient()` (1905.10650; the default), `Taylor`, `WeightNorm`, `ActivationNorm`, `OutputNorm`,
+            `RandomUnits` or `Ablation`.
         loss: What of a batch is to be small; by default the loss that the model gives.
         normalize: Whether the scores of each layer are divided by their L2 norm, as the paper does.
         per: One score for each `"head"` (query head), or for each `"kv_head"` with the query heads that it serves.
@@ -70,43 +71,79 @@ def head_importance(
         By the name of each attention, in the order in which they run: float32, `[heads]`, on the CPU.
 
     Raises:
-        ValueError: If there are no heads, a batch gives no loss, or the loss does not depend on the heads of a layer.
+        ValueError: If there are no heads, or as `unit_importance`.
+    """
+    heads = find_heads(find_transformer(model))
+    check_layers(heads, {}, per)
+    return unit_importance(model, heads, batches, importance, loss, normalize, per)
+
+
+def unit_importance(
+    model: nn.Module,
+    units: Mapping[str, Units],
+    batches: Iterable[Any] | None = None,
+    importance: Importance | None = None,
+    loss: Loss | None = None,
+    normalize: bool = True,
+    per: Per = "head",
+) -> dict[str, Tensor]:
+    """How much each unit of some places matters; the model is as before afterwards, modes and random numbers too.
+
+    Args:
+        model: As in `head_importance`.
+        units: The units, by place, as `find_units` gives them; those whose scores are compared should be of one kind.
+        batches: As in `head_importance`.
+        importance: `GateGradient()` (the default), `Taylor`, `WeightNorm`, `ActivationNorm`, `OutputNorm`, `RandomUnits` or
+            `Ablation`. Of experts nothing reads, so that only `Taylor`, `WeightNorm` and `RandomUnits` tell of them.
+        loss: As in `head_importance`.
+        normalize: Whether the scores of each place are divided by their L2 norm.
+        per: Of heads, as in `head_importance`; of other units it says nothing.
+
+    Returns:
+        By place: float32, `[units]`, on the CPU.
+
+    Raises:
+        ValueError: If the importance cannot tell of such units, a batch gives no loss, the loss does not depend on a place, or
+            a gradient or a score is NaN or infinite.
     """
     importance = importance or GateGradient()
     subject = find_transformer(model)
-    heads = find_heads(subject)
-    check_layers(heads, {}, per)
     if importance.needs_data and batches is None:
         raise ValueError(f"batches=None: {type(importance).__name__} needs batches")
-    trials = [
-        trial_of(subject, heads, batch, loss) for batch in (batches if importance.needs_data and batches is not None else ())
-    ]
+    given = batches if importance.needs_data and batches is not None else ()
+    trials = [trial_of(subject, units, batch, loss) for batch in given]
     with resting(subject):
-        return score(subject, heads, importance, trials, normalize, per)
+        return score(subject, units, importance, trials, normalize, per)
 
 
 def score(
     model: nn.Module,
-    heads: Mapping[str, Units],
+    units: Mapping[str, Units],
     importance: Importance,
     trials: list[Trial],
     normalize: bool = True,
     per: Per = "head",
     reduce: Reduce | None = None,
 ) -> dict[str, Tensor]:
-    """What `head_importance` does, of heads that have been found and batches that are ready.
+    """What `unit_importance` does, of batches that are ready.
 
     Raises:
-        ValueError: As `head_importance`; also if a score is NaN or infinite.
+        ValueError: As `unit_importance`.
     """
     if importance.needs_data and not trials:
         raise ValueError(f"batches: {type(importance).__name__} needs at least one batch")
-    sums = importance.sums(model, heads, per, trials)
-    if reduce is not None:
-        sums = _reduced(sums, reduce if importance.needs_data else lambda tensor: tensor)
+    reduce = reduce if importance.needs_data else None
+    try:
+        sums = importance.sums(model, units, per, trials)
+    except Exception:
+        if reduce is not None:  # the other ranks wait for these, and are to fail too
+            nothing = Sums.zero(units, per)
+            _reduced(Sums({name: total + torch.nan for name, total in nothing.totals.items()}, nothing.counts), reduce)
+        raise
+    sums = sums if reduce is None else _reduced(sums, reduce)
     scores = {}
     for name, total in sums.totals.items():
-        mean = total / sums.counts[name].clamp(min=1)
+        mean = importance.of_mean(total / sums.counts[name].clamp(min=1))
         if not torch.isfinite(mean).all():
             raise ValueError(
                 f"importance: a score of {name} is NaN or infinite: the loss, or the model, is not finite on a batch"
@@ -156,12 +193,37 @@ def ablate_heads(
     return HeadAblation(mode, whole, values)
 
 
-def trial_of(model: nn.Module, heads: Mapping[str, Units], batch: Any, loss: Loss | None = None) -> Trial:  # noqa: ANN401
+def trial_of(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss | None = None) -> Trial:  # noqa: ANN401
     """A batch as `Importance` takes it, on the model's device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     batch = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
-    return Trial(partial(loss or own_loss, model, batch), tokens_of(model, heads, batch))
+    run = partial(loss or own_loss, model)
+    return Trial(partial(run, batch), tokens_of(model, units, batch), lambda: [partial(run, one) for one in examples_of(batch)])
+
+
+def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
+    """The examples of a batch, each a batch of one: slices of its tensors along their first dimension.
+
+    A tensor that has one entry there, as positions may, goes with each of them.
+
+    Raises:
+        ValueError: If its tensors do not agree on how many there are.
+    """
+    shapes = [tuple(one.shape) for one in tree_leaves(batch) if isinstance(one, Tensor)]
+    counts = {shape[0] if shape else 0 for shape in shapes}
+    count = max(counts, default=0)
+    if not count or counts - {1, count}:
+        raise ValueError(
+            "batches: a batch with tensors of shapes "
+            f"{', '.join(map(str, shapes)) or 'none'} cannot be taken apart into its examples along the first dimension, which "
+            "order='second' and 'mixed' need"
+        )
+
+    def take(number: int, tensor: Tensor) -> Tensor:
+        return tensor if len(tensor) == 1 else tensor[number : number + 1]
+
+    return [tree_map_only(Tensor, partial(take, number), batch) for number in range(count)]
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
@@ -187,8 +249,8 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
     return found
 
 
-def tokens_of(model: nn.Module, heads: Mapping[str, Units], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
-    """For each attention, which of the tokens that ask count, where a batch says so: bool, `[batch, length]`."""
+def tokens_of(model: nn.Module, units: Mapping[str, Units], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """For each reader, which of the tokens that it reads count, where a batch says so: bool, `[batch, length]`."""
     if not isinstance(batch, Mapping):
         return {}
     mask, later = batch.get("attention_mask"), batch.get("decoder_attention_mask")
@@ -198,8 +260,10 @@ def tokens_of(model: nn.Module, heads: Mapping[str, Units], batch: Any) -> dict[
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         decoder = getattr(model, "get_decoder", lambda: None)()
     inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
-    masks = {name: later if model.get_submodule(one.readers[0]) in inside else mask for name, one in heads.items()}
-    return {name: one.bool() for name, one in masks.items() if isinstance(one, Tensor) and one.dim() == 2}
+    first, second = (one.bool() if isinstance(one, Tensor) and one.dim() == 2 else None for one in (mask, later))
+    readers = [reader for one in units.values() for reader in one.readers]
+    masks = {reader: second if model.get_submodule(reader) in inside else first for reader in readers}
+    return {reader: one for reader, one in masks.items() if one is not None}
 
 
 def _reduced(sums: Sums, reduce: Reduce) -> Sums:

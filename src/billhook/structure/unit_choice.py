@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from billhook.structure.amount import RATIOS, Amount
 from billhook.structure.channels import of_kind
 from billhook.structure.head_choice import choose
+from billhook.structure.layers import block_of, find_blocks
 from billhook.structure.plan import coupled
 from billhook.structure.units import Per, Units
 
@@ -76,3 +77,18 @@ def most(units: Mapping[str, Units], name: str, amount: Amount, protected: froze
     own = free(of_kind(units, kind), protected)
     counts = [one.count(per) for one in own.values()]
     return min((max(count - amount.min_units, 0) / count for count in counts), default=0.0)
+
+
+def protected_places(model: nn.Module, units: Mapping[str, Units], amount: Amount) -> frozenset[str]:
+    """The places in the first and last blocks of a stack."""
+    if not amount.first and not amount.last:
+        return frozenset()
+    stacks = find_blocks(model)
+    found = set[str]()
+    for name, one in units.items():
+        where = block_of(one.name, stacks)
+        if one.kind != "residual" and where is not None:
+            stack, place = where
+            if place < amount.first or place >= len(stacks[stack]) - amount.last:
+                found.add(name)
+    return frozenset(found)

@@ -1,0 +1,77 @@
+"""Gradients that are made use of as they come and then dropped, so that there is never more than one."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+
+def scalar(loss: Tensor) -> Tensor:
+    """A loss that can be differentiated.
+
+    Raises:
+        ValueError: If it is more than one number, or has no gradient.
+    """
+    if loss.numel() != 1:
+        raise ValueError(f"loss: one number is needed, not a tensor of shape {list(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError("loss: it depends on no unit, as it has no gradient (was it detached, or computed without gradients?)")
+    return loss.reshape(())
+
+
+def independent(name: str) -> str:
+    """Says that the loss does not depend on a place."""
+    return f"loss: it does not depend on the units of {name}; score the other places, or use a loss that it has a part in"
+
+
+@contextmanager
+def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """Parameters by name, which need gradients for now; `grad` stays as it is.
+
+    Raises:
+        ValueError: If one cannot have a gradient.
+    """
+    parameters = {name: model.get_parameter(name) for name in names}
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point():
+            raise ValueError(f"model: {name} is quantised ({parameter.dtype}) and has no gradient: GateGradient needs none of it")
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield parameters
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])
+
+
+def stream(loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter], use: Callable[[str, Tensor], None]) -> None:
+    """Runs a loss, and its gradients with no more memory than the largest of them.
+
+    A parameter that the loss uses several times has the sum of its gradients. Nothing is added to `grad`, so that neither
+    optimizers nor wrappers that wait for it notice.
+
+    Args:
+        loss: Runs the model and gives one number.
+        parameters: Those whose gradients are wanted; they need gradients.
+        use: Gets each name and gradient; those on which the loss does not depend do not come.
+
+    Raises:
+        ValueError: As `scalar`.
+    """
+
+    def note(name: str, gradient: Tensor) -> Tensor:
+        use(name, gradient)
+        return gradient.new_zeros(()).expand_as(gradient)  # this is what autograd keeps
+
+    handles = []
+    try:
+        for name, parameter in parameters.items():
+            handles.append(parameter.register_hook(partial(note, name)))  # type: ignore[no-untyped-call]
+        with torch.enable_grad():
+            torch.autograd.grad(scalar(loss()), list(parameters.values()), allow_unused=True)
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -62,8 +62,8 @@ class Halve:
             if name in self.sums:
                 self.new[name] = halved(linear, self.sums[name])
 
-    def weights(self, site):
-        return {name: self.new[name] for name in site.linears if name in self.new}
+    def parameters(self, site):
+        return {name: {"weight": self.new[name]} for name in site.linears if name in self.new}
 
 
 def halved(linear, sums):

@@ -1,8 +1,10 @@
 """Prune and convert Hugging Face transformers inside a PyTorch Lightning fit."""
 
-from billhook.callbacks import Export, HeadPruning, KVHeadConversion, Report, WeightPruning
+from billhook.callbacks import DepthPruning, Export, HeadPruning, KVHeadConversion, Report, StructuredPruning, WeightPruning
 from billhook.checkpoint import load, save
 from billhook.data import ClassificationDataModule, Seq2SeqDataModule, TextDataModule
+from billhook.distillation import Distillation
+from billhook.lora import LoRA
 from billhook.module import ShapeInCheckpoint, TransformerModule
 from billhook.report import summary
 from billhook.schedules import Constant, Cosine, Cubic, Exponential, Linear, MultiStep, Schedule
@@ -13,16 +15,27 @@ from billhook.sparsity.merge import Merged, merge
 from billhook.sparsity.prune import plan_pruning, prune
 from billhook.sparsity.refit import Refit
 from billhook.sparsity.result import Pruning
+from billhook.structure.ablation import Ablation
+from billhook.structure.activations import ActivationNorm, OutputNorm
+from billhook.structure.block_ranking import block_importance, greedy_blocks
+from billhook.structure.channels import find_units
 from billhook.structure.coupling import Structure
 from billhook.structure.gates import HeadMask, head_gates, mask_heads
 from billhook.structure.groups import Group
 from billhook.structure.head_choice import choose_heads
-from billhook.structure.head_plan import HeadPlan, plan_heads
-from billhook.structure.head_removal import apply_heads, prune_heads
-from billhook.structure.importance import Ablation, ActivationNorm, GateGradient, Importance, RandomUnits, Taylor, WeightNorm
+from billhook.structure.head_plan import plan_heads
+from billhook.structure.head_removal import prune_heads
+from billhook.structure.importance import GateGradient, Importance, RandomUnits, WeightNorm
 from billhook.structure.kv_heads import convert_kv_heads
-from billhook.structure.ranking import HeadAblation, ablate_heads, head_importance
+from billhook.structure.layer_removal import BlockPlan, apply_blocks, plan_blocks, prune_blocks
+from billhook.structure.layers import find_blocks
+from billhook.structure.plan import Plan, plan_from_json, plan_units
+from billhook.structure.planning import plan
+from billhook.structure.ranking import HeadAblation, ablate_heads, head_importance, unit_importance
+from billhook.structure.removal import apply
+from billhook.structure.taylor import Taylor
 from billhook.structure.trace import trace
+from billhook.structure.units import Units
 
 __version__ = "0.1.0.dev0"
 
@@ -30,27 +43,32 @@ __all__ = [
     "Ablation",
     "ActivationNorm",
     "Allocation",
+    "BlockPlan",
     "ByPattern",
     "ClassificationDataModule",
     "Constant",
     "Cosine",
     "Criterion",
     "Cubic",
+    "DepthPruning",
+    "Distillation",
     "Exponential",
     "Export",
     "GateGradient",
     "Group",
     "HeadAblation",
     "HeadMask",
-    "HeadPlan",
+    "Plan",
     "HeadPruning",
     "Importance",
     "KVHeadConversion",
     "Linear",
+    "LoRA",
     "Magnitude",
     "Merged",
     "MultiStep",
     "OWL",
+    "OutputNorm",
     "Pruning",
     "RIA",
     "Random",
@@ -62,30 +80,43 @@ __all__ = [
     "ShapeInCheckpoint",
     "SparseGPT",
     "Structure",
+    "StructuredPruning",
     "Taylor",
     "TextDataModule",
     "TransformerModule",
     "Uniform",
+    "Units",
     "Wanda",
     "WandaAlpha",
     "WeightNorm",
     "WeightPruning",
     "ablate_heads",
-    "apply_heads",
+    "apply_blocks",
+    "apply",
+    "block_importance",
     "choose_heads",
     "convert_kv_heads",
+    "find_units",
+    "find_blocks",
+    "greedy_blocks",
     "head_gates",
     "head_importance",
     "load",
     "mask_adapters",
     "mask_heads",
     "merge",
+    "plan_from_json",
+    "plan",
+    "plan_blocks",
     "plan_heads",
     "plan_pruning",
+    "plan_units",
     "prune",
+    "prune_blocks",
     "prune_heads",
     "save",
     "summary",
     "trace",
+    "unit_importance",
     "unmask_adapters",
 ]

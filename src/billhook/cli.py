@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import inspect
+import json
 import os
 import pkgutil
 import re
@@ -18,10 +19,12 @@ from jsonargparse import DefaultHelpFormatter, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook  # short class names in YAML work for what is imported
+from billhook.evaluation import evaluate
 from billhook.export import export
 from billhook.inspection import inspect as inspect_model
 from billhook.oneshot import prune
 from billhook.oneshot_heads import prune_heads
+from billhook.oneshot_structure import prune_structure
 from billhook.report import summary as summarise
 
 DESCRIPTION = """Prune and convert Hugging Face transformers inside a Lightning fit.
@@ -29,9 +32,11 @@ DESCRIPTION = """Prune and convert Hugging Face transformers inside a Lightning 
   billhook fit --config examples/quickstart.yaml      train, with what the callbacks in the config do on the way
   billhook prune MODEL OUT --sparsity 0.5             weights to zero in one shot (Wanda, magnitude, SparseGPT), saved, verified
   billhook prune-heads MODEL OUT --ratio 0.3          attention heads removed (Michel et al.), saved, verified
+  billhook prune-structure MODEL OUT --params 0.8     heads, channels, hidden size, experts removed (LLM-Pruner), saved, verified
   billhook export last.ckpt OUT                       a Lightning checkpoint to a Hugging Face folder, verified
   billhook summary MODEL                              parameters, zeros, heads, KV-cache bytes per token, FLOPs
   billhook inspect MODEL                              what belongs together in it; what can be pruned, converted, saved
+  billhook evaluate MODEL [MODEL ...] --data Q.jsonl  zero-shot accuracy, perplexity, lm-eval's tasks: side by side
 
 What a callback, model or data module takes: `billhook fit --trainer.callbacks.help KVHeadConversion`,
 `billhook fit --model.help TransformerModule`, `billhook fit --data.help TextDataModule`."""
@@ -50,8 +55,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": export,
     "summary": summary,
     "inspect": inspect_model,
+    "evaluate": evaluate,
     "prune": prune,
     "prune-heads": prune_heads,
+    "prune-structure": prune_structure,
 }
 
 
@@ -114,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if command in COMMANDS:
             function = COMMANDS[command]
-            auto_cli(function, args=_switches(function, given[1:]), prog=f"billhook {command}", as_positional=True)
+            auto_cli(
+                function, args=_lists(function, _switches(function, given[1:])), prog=f"billhook {command}", as_positional=True
+            )
         else:
             _lightning(arguments)
     except BrokenPipeError:  # who reads has seen enough
@@ -134,6 +143,23 @@ def _switches(command: Callable[..., Any], given: list[str]) -> list[str]:
         f"{argument}=true" if argument in flags and value not in ("true", "false") else argument
         for argument, value in zip(given, following, strict=True)
     ]
+
+
+def _lists(command: Callable[..., Any], given: list[str]) -> list[str]:
+    """Values in a row are a list where the command takes one: `evaluate before after --data a.jsonl b.jsonl`."""
+    parameters = inspect.signature(command).parameters
+    lists = [f"--{name}" for name, one in parameters.items() if one.annotation in (list[str], list[str] | None)]
+    runs = [[f"--{next(iter(parameters))}"]]  # what stands before all options is the first argument's
+    for argument in given:
+        if argument.startswith("-"):
+            runs.append(argument.split("=", 1) if argument.partition("=")[0] in lists else [argument])
+        else:
+            runs[-1].append(argument)
+    joined = [
+        [option, json.dumps(values)] if option in lists and values and not values[0].startswith("[") else [option, *values]
+        for option, *values in runs
+    ]
+    return [argument for run in joined for argument in run][1:]
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:

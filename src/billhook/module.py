@@ -1,33 +1,31 @@
 """The LightningModule: a Hugging Face model with its loss, metrics, optimizer and learning-rate schedule."""
 
-from pathlib import Path
+import copy
+from dataclasses import asdict
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
 import transformers
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from peft import LoraConfig
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.assets import model_path
+from billhook.distillation import Distillation, Teacher, check_teacher
+from billhook.lora import LoRA, attach, from_plain, save_adapters, to_plain
+from billhook.noise import Noise
+from billhook.pretrained import AUTO_CLASSES, Task, load_model
 from billhook.run import training_steps
 from billhook.schedules import Step, check_step, resolve_step
-from billhook.structure.meta import check_checkpoint
-from billhook.structure.shape import load_shape, save_shape
-from billhook.structure.shaped import load_shaped, says_shape
+from billhook.structure.shape import find_transformer, load_shape, save_shape
 
-Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
 Decay = Literal["cosine", "linear", "constant"]
-AUTO_CLASSES: dict[str, Any] = {
-    "causal-lm": transformers.AutoModelForCausalLM,
-    "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
-    "masked-lm": transformers.AutoModelForMaskedLM,
-    "sequence-classification": transformers.AutoModelForSequenceClassification,
-    "image-classification": transformers.AutoModelForImageClassification,
-}
+TEACHER, NOISE = "billhook_teacher", "billhook_noise"
+"""Where Lightning checkpoints keep the checksum of the teacher's weights, and the state of random numbers."""
 
 
 class ShapeInCheckpoint:
@@ -38,9 +36,10 @@ class ShapeInCheckpoint:
     """
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the shape."""
+        """Adds the shape, and how LoRA is scaled."""
         assert isinstance(self, nn.Module)
         save_shape(self, checkpoint)
+        save_adapters(find_transformer(self), checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the shape before weights are loaded."""
@@ -52,6 +51,12 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
     """A Hugging Face model in training: loss from the model, token-weighted perplexity or accuracy, AdamW, warm-up and decay.
 
     Logs `train_loss`, `val_loss`, and `val_perplexity` or `val_accuracy` (`test_...` likewise).
+
+    After pruning, three ways bring quality back. Full training (`lora=None`) is for where there is memory for gradients and
+    AdamW's state, 12 bytes a weight in float32, and enough text. `lora` trains a few weights beside frozen ones, for little
+    memory or text. Either it is on when callbacks remove units in the same fit, and is cut too, or it is put on a folder that was
+    cut before (`billhook prune-heads MODEL OUT`, then `model: OUT`), as the paper does and as `KVHeadConversion` needs, which
+    pools no adapters. `Export` writes merged weights in both cases. `distillation` goes with any of it.
 
     Args:
         model: `"tiny"` (the embedded Llama), a hub name, a folder (whatever `bh.save` wrote, too), a `config.json` file or a
@@ -67,9 +72,18 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass to save memory.
         gguf_file: The name of a GGUF file in the folder or repository `model`; its weights are dequantised.
         trust_remote_code: Run the modelling code that a repository brings. Off unless asked.
+        lora: Freeze the model and train LoRA on its linears: `{}` for the defaults of LLM-Pruner (r 8, alpha 16, dropout 0.05,
+            all linears; the paper's `lr` is 1e-4), `{r: 16}` and so on for others, or PEFT's own `peft.LoraConfig` by
+            `class_path`. The head of a classifier trains in full beside it.
+        distillation: Learn from a teacher too, by (1 - weight) CE + weight T^2 KL(teacher || student) + hidden MSE, as
+            `Distillation` says: `{}` for temperature T 2, weight 0.5, hidden 0 and as teacher the model as it is now, before it
+            is cut; `{teacher: FOLDER, weight: 0.9}` and so on for others, as a model needs that is cut already. It costs a
+            forward pass of the teacher in each step and its weights in memory. `train_loss` is then the sum, `train_kl` the KL in
+            it; validation stays as it is.
 
     Raises:
-        ValueError: If a number is out of range, or the model's name leads nowhere.
+        ValueError: If a number is out of range, the model's name leads nowhere, it has adapters already and `lora` is given,
+            or the teacher has another vocabulary; on resuming, if the teacher is not the one that the run started with.
     """
 
     def __init__(
@@ -86,6 +100,8 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         gradient_checkpointing: bool = False,
         gguf_file: str | None = None,
         trust_remote_code: bool = False,
+        lora: LoRA | LoraConfig | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
         if task not in AUTO_CLASSES:
@@ -94,16 +110,16 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             raise ValueError(f"lr={lr} must be above 0")
         check_step(warmup, "warmup")
         self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
+        lora, distillation = self._plain_hyperparameters(lora, distillation)
         self.task, self.lr, self.weight_decay, self.warmup, self.decay = task, lr, weight_decay, warmup, decay
-        if isinstance(model, PreTrainedModel):
-            self.model = model
-        else:
-            options = {
-                "dtype": dtype,
-                "attn_implementation": attn_implementation,
-                "trust_remote_code": trust_remote_code,
-            }
-            self.model = load_model(model, task, options, num_labels, gguf_file)
+        options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        if not isinstance(model, PreTrainedModel):
+            model = load_model(model, task, options, num_labels, gguf_file)
+        self.model = model
+        self.noise = Noise()
+        self.teacher = None if distillation is None else self._teacher(distillation, options)
+        if lora is not None:
+            attach(self.model, lora, classifies=task.endswith("classification"))
         if gradient_checkpointing:
             enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
@@ -112,6 +128,46 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self.metric_name = "accuracy" if task.endswith("classification") else "perplexity"
         self.model.train()
         self.example_input_array = self._example()
+
+    def _plain_hyperparameters(
+        self, lora: LoRA | LoraConfig | None, distillation: Distillation | None
+    ) -> tuple[LoRA | LoraConfig | None, Distillation | None]:
+        """Makes plain data of what checkpoints hold of them, which no class is needed to load, and of such data what it means."""
+        if isinstance(held := self.hparams.get("lora"), LoRA | LoraConfig):
+            self.hparams["lora"] = to_plain(held)
+        if isinstance(held := self.hparams.get("distillation"), Distillation):
+            self.hparams["distillation"] = asdict(held)
+        lora = from_plain(lora) if isinstance(lora, dict) else lora
+        return lora, Distillation(**distillation) if isinstance(distillation, dict) else distillation
+
+    def _teacher(self, distillation: Distillation, options: dict[str, Any]) -> Teacher:
+        """The teacher: a copy of the model as it is now, or another one."""
+        if distillation.teacher is None:
+            model = copy.deepcopy(self.model)
+        else:
+            classifies = self.task.endswith("classification")
+            model = load_model(distillation.teacher, self.task, options)
+            check_teacher(self.model, model, distillation, classifies)
+        return Teacher(model, distillation, causal=self.task == "causal-lm")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the shape, how LoRA is scaled, where dropout is, and which teacher there is."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[NOISE] = self.noise.state_dict()
+        if self.teacher is not None:
+            checkpoint[TEACHER] = self.teacher.fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on with another teacher; takes the shape before weights are loaded."""
+        resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if resuming and self.teacher is not None and checkpoint.get(TEACHER) not in (None, self.teacher.fingerprint):
+            raise ValueError(
+                f"distillation: teacher={self.teacher.settings.teacher!r} has other weights than the teacher with which the run "
+                "of the checkpoint started: make the module of the same model as then, or name the teacher"
+            )
+        super().on_load_checkpoint(checkpoint)
+        if resuming:
+            self.noise.load_state_dict(checkpoint.get(NOISE, {}))
 
     def _example(self) -> dict[str, Tensor] | None:
         """A batch of one example, for tracing and summaries."""
@@ -122,10 +178,11 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Tells a classifier which token is padding, where only the tokenizer knows."""
-        config = self.model.config.get_text_config(decoder=True)
-        if self.task == "sequence-classification" and config.pad_token_id is None:
-            tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-            config.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+        tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        for model in [self.model] + ([] if self.teacher is None else [self.teacher.model]):
+            config = model.config.get_text_config(decoder=True)
+            if self.task == "sequence-classification" and config.pad_token_id is None:
+                config.pad_token_id = getattr(tokenizer, "pad_token_id", None)
 
     def forward(self, **batch: Tensor) -> Any:  # noqa: ANN401 - a ModelOutput whose class depends on the model
         """The model's own output for a batch of its own arguments."""
@@ -137,8 +194,14 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         return generated
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The model's loss."""
-        loss: Tensor = self(**batch).loss
+        """The model's loss; with a teacher, the sum of `Distillation`."""
+        with self.noise.drawn(self.device):
+            output = self(**batch, **({} if self.teacher is None else self.teacher.asks))
+        loss: Tensor = output.loss
+        if self.teacher is not None:
+            self.teacher.follow(self.model)
+            loss, divergence = self.teacher.loss(output, batch)
+            self.log("train_kl", divergence)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
@@ -217,58 +280,6 @@ class TokenPerplexity(Metric):
     def compute(self) -> Tensor:
         """exp(sum of losses / number of tokens)."""
         return torch.exp(self.total / self.tokens)
-
-
-def load_model(
-    model: str | PretrainedConfig,
-    task: str,
-    options: dict[str, Any],
-    num_labels: int | None = None,
-    gguf_file: str | None = None,
-) -> PreTrainedModel:
-    """The model that a name, a folder, a config.json or a config means (see `TransformerModule`)."""
-    options = {k: v for k, v in options.items() if v is not None}
-    labels = {} if num_labels is None else {"num_labels": num_labels}
-    auto = AUTO_CLASSES[task]
-    if isinstance(model, str) and model.endswith(".json"):
-        if not Path(model).is_file():
-            raise ValueError(f"model: there is no config file '{model}'")
-        model = transformers.AutoConfig.from_pretrained(model)
-    if isinstance(model, PretrainedConfig):
-        for name, value in labels.items():
-            setattr(model, name, value)
-        from_config: PreTrainedModel = auto.from_config(model, **options)
-        return from_config
-    name = model_path(model)
-    if gguf_file is None:
-        check_checkpoint(name)
-        if says_shape(name):
-            kind = _class_for(auto, transformers.AutoConfig.from_pretrained(name), task)
-            return load_shaped(kind, name, options.get("dtype", "auto"), options.get("attn_implementation"), num_labels)
-    loaded: PreTrainedModel = auto.from_pretrained(name, gguf_file=gguf_file, **options, **labels)
-    return loaded if gguf_file is None else _plain(loaded)
-
-
-def _class_for(auto: Any, config: PretrainedConfig, task: str) -> type[PreTrainedModel]:  # noqa: ANN401 - an auto class
-    """The class that an auto class takes for a config: of several, the one that it names, or else the first.
-
-    Raises:
-        ValueError: If it has none.
-    """
-    found = auto._model_mapping.get(type(config), ())
-    kinds: list[type[PreTrainedModel]] = list(found) if isinstance(found, tuple | list) else [found]
-    if not kinds:
-        raise ValueError(f"task={task!r}: transformers has no class for it of the family '{config.model_type}'")
-    return next((kind for kind in kinds if kind.__name__ in (config.architectures or ())), kinds[0])
-
-
-def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
-    """A copy that no longer says it was quantised: a model loaded from GGUF refuses to be saved."""
-    config = loaded.config
-    del config.quantization_config
-    plain: PreTrainedModel = type(loaded)._from_config(config, dtype=loaded.dtype)  # type: ignore[no-untyped-call]
-    plain.load_state_dict(loaded.state_dict())
-    return plain
 
 
 def _metric(task: str, num_labels: int | None) -> Metric:

@@ -1,21 +1,20 @@
 """`billhook prune-heads`: a checkpoint in, one with fewer attention heads out, with its metric before and after."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from billhook.assets import model_path
 from billhook.checkpoint import load, save
-from billhook.data import ClassificationDataModule, DatasetModule, TextDataModule
-from billhook.oneshot import device_of, length_of, perplexity, splits_of
+from billhook.material import Material
+from billhook.oneshot import device_of
 from billhook.place import check_target
 from billhook.resting import resting
-from billhook.rows import Data, Rows
-from billhook.structure.gates import place_mask
+from billhook.rows import Data
 from billhook.structure.amount import Ranking
+from billhook.structure.gates import place_mask
 from billhook.structure.head_choice import check_choice, choose
 from billhook.structure.head_plan import plan_heads
 from billhook.structure.head_removal import prune_heads as remove_heads
@@ -87,31 +86,22 @@ def prune_heads(
     dense = load(model, dtype)
     dense.to(place)  # type: ignore[arg-type]
     _check(dense, ratio, ranking, per, min_heads)
-    tokens = length_of(dense, length, longest=512)
-    classifies = "Classification" in type(dense).__name__
-    given: DatasetModule = (
-        ClassificationDataModule(data, model_path(model), [column], label_column, tokens, batch_size)
-        if classifies
-        else TextDataModule(data, model_path(model), block_size=tokens, column=column)
-    )
-    train, held_out = splits_of(given)
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:examples].tolist()
-    name, measure = ("accuracy", _accuracy) if classifies else ("perplexity", _perplexity)
-    before = measure(dense, given, held_out, evaluate, batch_size)
-    batches = list(_batches(given, train, order, batch_size))
+    given = Material(dense, model, data, column, label_column, length, batch_size)
+    before = given.measure(dense, evaluate)
+    batches = given.batches(examples, seed)
     chosen = _chosen(dense, importance or GateGradient(), batches, ratio, rounds, ranking, per, min_heads, normalize)
     plan = remove_heads(dense, chosen, per=per)
-    after = measure(dense, given, held_out, evaluate, batch_size)
+    after = given.measure(dense, evaluate)
     record = {
         "heads": plan.to_json()["units"],
         "importance": {"by": str(importance or GateGradient()), "ranking": ranking, "per": per, "rounds": rounds},
-        "calibration": {"data": data, "examples": len(order), "length": tokens, "batch_size": batch_size, "seed": seed},
-        name: {"before": before, "after": after, "examples": evaluate},
+        "calibration": given.said(examples, seed),
+        given.metric: {"before": before, "after": after, "examples": evaluate},
     }
     saved = save(dense, out, AutoTokenizer.from_pretrained(model_path(model)), record)
     print(plan)
     if before is not None and after is not None:
-        print(f"{name} {before:,.4g} before, {after:,.4g} after")
+        print(f"{given.metric} {before:,.4g} before, {after:,.4g} after")
     print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
 
 
@@ -146,26 +136,3 @@ def _chosen(
             scores[name][own] = -torch.inf
         gone = choose(heads, scores, ratio * number / rounds, ranking, min_heads, per)
     return gone
-
-
-def _batches(given: DatasetModule, rows: Any, numbers: Sequence[int], batch_size: int) -> Iterator[dict[str, Tensor]]:  # noqa: ANN401
-    collate = given.collate()
-    for start in range(0, len(numbers), batch_size):
-        yield dict(collate([rows[number] for number in numbers[start : start + batch_size]]))
-
-
-def _perplexity(model: PreTrainedModel, _: DatasetModule, rows: Rows | None, examples: int, __: int) -> float | None:
-    return perplexity(model, rows, examples)
-
-
-@torch.no_grad()
-def _accuracy(model: PreTrainedModel, given: DatasetModule, rows: Any, examples: int, batch_size: int) -> float | None:  # noqa: ANN401
-    """The share of the first examples whose label has the highest logit."""
-    if rows is None or not examples:
-        return None
-    numbers, right = range(min(examples, len(rows))), 0
-    for batch in _batches(given, rows, numbers, batch_size):
-        labels = batch.pop("labels")
-        logits = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).logits
-        right += int((logits.argmax(-1).cpu() == labels).sum())
-    return right / len(numbers)

@@ -49,8 +49,8 @@ class Visitor(Protocol):
     def complete(self, site: Site) -> None:
         """All runs that come to a site with linears, on any rank, have been there."""
 
-    def weights(self, site: Site) -> dict[str, Tensor]:
-        """What a complete site computes with from now on: linear -> weight."""
+    def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
+        """What a complete site computes with from now on: linear -> its parameters that are new, by their name in it."""
 
 
 class _Seen(BaseException):
@@ -119,7 +119,7 @@ class Walk:
         self._watched: Site | None = None
         self._calls: list[str] = []
         self._run = 0
-        self._ready: tuple[Site | None, dict[str, Tensor]] = (None, {})
+        self._ready: tuple[Site | None, dict[str, dict[str, Tensor]]] = (None, {})
         self._caller = Ambient.now()
 
     def __call__(self, forwards: Iterable[Callable[[], object]]) -> list[str]:
@@ -238,18 +238,29 @@ class Walk:
 
     @contextmanager
     def _pruned(self, site: Site) -> Iterator[None]:
-        """The new weights in the place of the old ones, which come back."""
+        """The new parameters in the place of the old ones, which come back."""
         if self._ready[0] is not site:
-            self._ready = (site, self.visitor.weights(site))
-        old = {name: site.linears[name].get_parameter("weight") for name in self._ready[1]}
-        data = {name: weight.data for name, weight in old.items()}
-        try:
-            for name, weight in self._ready[1].items():
-                old[name].data = weight
+            self._ready = (site, self.visitor.parameters(site))
+        with replaced({site.linears[name]: new for name, new in self._ready[1].items()}):
             yield
-        finally:
-            for name, weight in data.items():
-                old[name].data = weight
+
+
+@contextmanager
+def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
+    """Other values in the place of modules' own parameters, which come back.
+
+    Args:
+        new: By module, its parameters that are to be others, by their name in it.
+    """
+    pairs = [(module.get_parameter(name), value) for module, own in new.items() for name, value in own.items()]
+    old = [parameter.data for parameter, _ in pairs]
+    try:
+        for parameter, value in pairs:
+            parameter.data = value
+        yield
+    finally:
+        for (parameter, _), value in zip(pairs, old, strict=True):
+            parameter.data = value
 
 
 def _spare(value: Any) -> Any:  # noqa: ANN401

@@ -1,9 +1,11 @@
 """When things happen: Lightning callbacks, one a file, no maths."""
 
+from billhook.callbacks.depth_pruning import DepthPruning
 from billhook.callbacks.export import Export
 from billhook.callbacks.head_pruning import HeadPruning
 from billhook.callbacks.kv_heads import KVHeadConversion
 from billhook.callbacks.report import Report
+from billhook.callbacks.structured_pruning import StructuredPruning
 from billhook.callbacks.weight_pruning import WeightPruning
 
-__all__ = ["Export", "HeadPruning", "KVHeadConversion", "Report", "WeightPruning"]
+__all__ = ["DepthPruning", "Export", "HeadPruning", "KVHeadConversion", "Report", "StructuredPruning", "WeightPruning"]

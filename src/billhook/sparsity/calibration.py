@@ -138,8 +138,8 @@ class Calibration:
                 name, linear, self.criterion, statistics, self.sparsities[name], self.pattern, adapter
             )
 
-    def weights(self, site: Site) -> dict[str, Tensor]:
-        """What the linears of a site become, as they lie in memory."""
+    def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
+        """What the weights of a site's linears become, as they lie in memory."""
         new = {}
         for name, linear in site.linears.items():
             if name in self.pruned:
@@ -147,7 +147,7 @@ class Calibration:
                 if name in self.adapters:  # makes up for what the layer adds there, which merging will leave out
                     added = where_kept(product_of(self.adapters[name]), ~self.pruned[name].keep(weight))
                     weight = weight - added.to(weight.dtype)
-                new[name] = weight.t() if isinstance(linear, Conv1D) else weight
+                new[name] = {"weight": weight.t() if isinstance(linear, Conv1D) else weight}
         return new
 
 

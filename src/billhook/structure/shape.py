@@ -1,4 +1,4 @@
-"""The shape of a model, absolute: the sizes of its tensors, and the whole numbers in its modules and config that go with them.
+"""The shape of a model, absolute: the sizes of its tensors, its blocks, and what modules and config say that goes with them.
 
 A checkpoint carries it, so that a model of any other shape can take the checkpoint's shape before the weights are loaded.
 """
@@ -6,12 +6,14 @@ A checkpoint carries it, so that a model of any other shape can take the checkpo
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, initialization
+
+from billhook.structure.stacks import first_of, keep, numbers_of, snapshot, taken_out
 
 KEY = "billhook"
 """Where Lightning checkpoints keep the shape, and config.json what the model's class does not build of it."""
@@ -25,11 +27,15 @@ class Shape:
         tensors: The sizes of what `state_dict` holds.
         attributes: The whole-number attributes of the modules that hold parameters.
         config: The whole-number fields of the config, nested configs with dots.
+        lists: The fields of the config that are lists of plain values, such as one for each block.
+        blocks: By the module lists from which blocks were removed: how many there were at first, and which of them are there.
     """
 
     tensors: dict[str, tuple[int, ...]]
     attributes: dict[str, int]
     config: dict[str, int]
+    lists: dict[str, list[Any]] = field(default_factory=dict)
+    blocks: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """As lists, dicts and numbers, which any checkpoint format can hold."""
@@ -37,22 +43,29 @@ class Shape:
             "tensors": {name: list(size) for name, size in self.tensors.items()},
             "attributes": dict(self.attributes),
             "config": dict(self.config),
+            "lists": {name: list(values) for name, values in self.lists.items()},
+            "blocks": {name: [first, list(there)] for name, (first, there) in self.blocks.items()},
         }
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:
-        """What `to_dict` made."""
+        """What `to_dict` made, also before it knew of lists and blocks."""
         tensors = {str(name): tuple(int(n) for n in size) for name, size in plain["tensors"].items()}
-        numbers = [{str(k): int(v) for k, v in plain[key].items()} for key in ("attributes", "config")]
-        return cls(tensors, *numbers)
+        attributes, config = ({str(k): int(v) for k, v in plain[key].items()} for key in ("attributes", "config"))
+        lists = {str(name): list(values) for name, values in plain.get("lists", {}).items()}
+        blocks = plain.get("blocks", {}).items()
+        there = {str(name): (int(first), tuple(int(n) for n in numbers)) for name, (first, numbers) in blocks}
+        return cls(tensors, attributes, config, lists, there)
 
 
 def shape_of(model: nn.Module) -> Shape:
     """The shape that a model has now."""
     tensors = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
     attributes = {name: getattr(module, attr) for name, module, attr in _numbers(model)}
-    config = {name: getattr(owner, field) for name, owner, field in _fields(getattr(model, "config", None))}
-    return Shape(tensors, attributes, config)
+    fields = {name: vars(owner)[said] for name, owner, said in _fields(getattr(model, "config", None))}
+    config = {name: value for name, value in fields.items() if type(value) is int}
+    lists = {name: list(value) for name, value in fields.items() if isinstance(value, list)}
+    return Shape(tensors, attributes, config, lists, taken_out(model))
 
 
 def unbuilt_shape(model: PreTrainedModel) -> Shape:
@@ -69,18 +82,21 @@ def unbuilt_shape(model: PreTrainedModel) -> Shape:
 def set_shape(model: nn.Module, shape: Shape) -> None:
     """Gives a model another shape; tensors whose size changes are new and hold nothing meaningful until weights are loaded.
 
-    What else a module says of a tensor's size follows it: `normalized_shape` of a `LayerNorm`.
+    What else a module says of a tensor's size follows it: `normalized_shape` of a `LayerNorm`. Blocks that were removed by then
+    go, and those that were not yet removed come back.
 
     Raises:
         ValueError: If the shape is of a model with other tensors.
     """
+    restore = snapshot(model)
+    try:
+        for stack, numbers in list(_blocks_then(model, shape)):
+            keep(stack, numbers)
+        _check_names(model, shape)
+    except ValueError:
+        restore()
+        raise
     state = _state(model)
-    if state.keys() != shape.tensors.keys():
-        missing, extra = sorted(state.keys() - shape.tensors.keys()), sorted(shape.tensors.keys() - state.keys())
-        raise ValueError(
-            f"the checkpoint holds another model than the run: it lacks {_some(missing)} of {type(model).__name__}, "
-            f"and has {_some(extra)}, which {type(model).__name__} lacks"
-        )
     renewed: dict[int, Tensor] = {}  # tied parameters stay tied
     for name, old in state.items():
         if tuple(old.shape) != shape.tensors[name]:
@@ -90,9 +106,10 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
             _put(model.get_submodule(owner), attr, renewed[id(old)])
     for name, module, attr in list(_numbers(model)):
         setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
-    for name, owner_config, field in list(_fields(getattr(model, "config", None))):
-        if name in shape.config and shape.config[name] != getattr(owner_config, field):
-            setattr(owner_config, field, shape.config[name])
+    fields: dict[str, Any] = shape.config | shape.lists
+    for name, owner_config, said in list(_fields(getattr(model, "config", None))):
+        if name in fields and fields[name] != vars(owner_config)[said]:
+            setattr(owner_config, said, copy.copy(fields[name]))
 
 
 def save_shape(module: nn.Module, checkpoint: dict[str, Any]) -> None:
@@ -164,6 +181,16 @@ def build_class_on_meta(kind: type[PreTrainedModel], config: PretrainedConfig) -
         return kind(config)
 
 
+def _check_names(model: nn.Module, shape: Shape) -> None:
+    names = _state(model).keys()
+    if names != shape.tensors.keys():
+        missing, extra = sorted(names - shape.tensors.keys()), sorted(shape.tensors.keys() - names)
+        raise ValueError(
+            f"the checkpoint holds another model than the run: it lacks {_some(missing)} of {type(model).__name__}, "
+            f"and has {_some(extra)}, which {type(model).__name__} lacks"
+        )
+
+
 def _state(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.state_dict(keep_vars=True))
 
@@ -191,13 +218,39 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def _fields(config: object, prefix: str = "") -> Iterator[tuple[str, PretrainedConfig, str]]:
+    """The fields of a config that are whole numbers, or lists of plain values: name, owner, name there."""
     if not isinstance(config, PretrainedConfig):
         return
-    for field, value in vars(config).items():
-        if type(value) is int and not field.startswith("_"):
-            yield f"{prefix}{field}", config, field
-        elif isinstance(value, PretrainedConfig):
-            yield from _fields(value, f"{prefix}{field}.")
+    for said, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from _fields(value, f"{prefix}{said}.")
+        elif not said.startswith("_") and (type(value) is int or (isinstance(value, list) and _is_plain(value))):
+            yield f"{prefix}{said}", config, said
+
+
+def _is_plain(values: list[Any]) -> bool:
+    return all(value is None or isinstance(value, bool | int | float | str) for value in values)
+
+
+def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList, list[int]]]:
+    """The stacks whose blocks are others in a shape, and which these are; without a word on them all, or those that are there.
+
+    Raises:
+        ValueError: If there were others at first.
+    """
+    for name, stack in list(model.named_modules()):
+        if not isinstance(stack, nn.ModuleList):
+            continue
+        now, first = numbers_of(stack), first_of(stack)
+        held = {own.removeprefix(f"{name}.").partition(".")[0] for own in shape.tensors if own.startswith(f"{name}.")}
+        before, there = shape.blocks.get(name, (first, tuple(range(first)) if len(held) == first else tuple(now)))
+        if before != first:
+            raise ValueError(
+                f"the checkpoint holds another model than the run: {name} had {before} blocks at first, and has {first} in "
+                f"{type(model).__name__}"
+            )
+        if list(there) != now:
+            yield stack, list(there)
 
 
 def _some(names: list[str]) -> str:

@@ -1,0 +1,152 @@
+"""Multiple-choice questions, and how likely a language model finds each choice after the question."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LEGAL = 'a line is {"context": text, "choices": [text, text, ...], "label": which choice is right, from 0}, and no text is blank'
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question.
+
+    Attributes:
+        file: Where it stands.
+        line: On which line there, from 1.
+        context: What the model reads.
+        choices: What may follow it, after a space.
+        label: Which of them is right, from 0.
+    """
+
+    file: str
+    line: int
+    context: str
+    choices: tuple[str, ...]
+    label: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A question with one of its choices, as tokens.
+
+    Attributes:
+        ids: Tokens of the context and the choice.
+        scored: How many of them, the last ones, are the choice's.
+        cut: Whether the context was longer and lost its beginning.
+    """
+
+    ids: tuple[int, ...]
+    scored: int
+    cut: bool
+
+
+def read_questions(file: str, limit: int | None = None) -> list[Question]:
+    """Questions from JSON Lines: `{"context": "Question: ... Answer:", "choices": ["one", "two"], "label": 1}`.
+
+    Args:
+        file: The file; blank lines and further keys do not count.
+        limit: At most so many, the first ones; None for all.
+
+    Raises:
+        ValueError: If there is no such file, it holds no question, or a line is none: with its number and what is legal.
+    """
+    path, questions = Path(file), list[Question]()
+    if not path.is_file():
+        raise ValueError(f"data: there is no file '{file}'")
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if line.strip() and (limit is None or len(questions) < limit):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"data: {file}, line {number} is not JSON ({error}); {LEGAL}") from error
+            questions.append(_question(row, file, number))
+    if not questions:
+        raise ValueError(f"data: {file} holds no question; {LEGAL}")
+    return questions
+
+
+def _question(row: object, file: str, number: int) -> Question:
+    match row:
+        case {"context": str(context), "choices": [_, _, *_] as choices, "label": int(label)} if (
+            type(label) is int
+            and 0 <= label < len(choices)
+            and all(isinstance(text, str) and text.strip() for text in (context, *choices))
+        ):
+            return Question(file, number, context, tuple(choices), label)
+    raise ValueError(f"data: {file}, line {number} is {str(row)[:120]}; {LEGAL}")
+
+
+def encode(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[Row]]:
+    """The rows of each question, one for each choice.
+
+    Context, space and choice are encoded as one text, as lm-eval does it, for a space belongs to the token behind it in most
+    vocabularies; spaces that end the context go with the choice. The choice's tokens are those behind the ones that the context
+    alone begins with too: so a token that joins the end of a context with a choice is the choice's. A token for the beginning
+    stands in front if the tokenizer puts one there.
+
+    Args:
+        questions: Questions.
+        tokenizer: The model's tokenizer.
+        length: Tokens that the model reads; longer contexts lose their beginning. (The last token is never read, only scored.)
+
+    Raises:
+        ValueError: If a choice has no token of its own, or more than `length`.
+    """
+    start = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+
+    def ids_of(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids if ids[:1] == start else start + ids
+
+    found = []
+    for question in questions:
+        context = question.context.rstrip()
+        gap, before, rows = question.context[len(context) :] + " ", ids_of(context), list[Row]()
+        for number, choice in enumerate(question.choices):
+            ids = ids_of(context + gap + choice)
+            shared = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
+            scored = len(ids) - shared
+            if not shared or not 0 < scored <= length:
+                raise ValueError(
+                    f"data: {question.file}, line {question.line}: choice {number} has {scored} tokens after {shared} of the "
+                    f"context; it must have 1 to length={length}, after one at least"
+                )
+            rows.append(Row(tuple(ids[-length - 1 :]), scored, len(ids) > length + 1))
+        found.append(rows)
+    return found
+
+
+def batches(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
+    """Rows in batches, the longest first and equal ones once: what is alike has exactly the same likelihood."""
+    distinct = sorted(dict.fromkeys(rows), key=lambda row: -len(row.ids))
+    return [distinct[i : i + batch_size] for i in range(0, len(distinct), batch_size)]
+
+
+@torch.no_grad()
+def log_likelihoods(model: PreTrainedModel, batch: Sequence[Row]) -> list[float]:
+    """The sum of the log-probabilities of each row's scored tokens, in nats.
+
+    The rows are padded on the right and the padding is masked: then positions begin with 0 in every model, and no token that
+    counts sees the padding.
+
+    Args:
+        model: A causal language model in eval mode.
+        batch: Rows that are computed together.
+    """
+    read = [torch.tensor(row.ids[:-1]) for row in batch]
+    ids, mask = pad_sequence(read, batch_first=True), pad_sequence([torch.ones_like(one) for one in read], batch_first=True)
+    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
+    return [_sum(one[: len(row.ids) - 1], row) for one, row in zip(logits, batch, strict=True)]
+
+
+def _sum(logits: Tensor, row: Row) -> float:
+    chances = logits[-row.scored :].log_softmax(-1, dtype=torch.float32)
+    tokens = torch.tensor(row.ids[-row.scored :], device=logits.device)
+    return float(chances.gather(-1, tokens[:, None]).cpu().double().sum())

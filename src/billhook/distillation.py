@@ -1,0 +1,251 @@
+"""Distillation: a model in training also learns from what another one, the teacher, computes for the same batch."""
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+CHUNK = 2**22
+"""How many logits are in work at once: 16 MB in float32."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Learning from a teacher (Hinton et al., 1503.02531): (1 - weight) CE + weight T^2 KL(p || q) + hidden MSE.
+
+    p = softmax(teacher's logits / T) and q = softmax(student's logits / T); KL is the mean over the tokens that count, which are
+    those whose label is not -100, each against the logits that predict it (examples, for classification). CE is the model's own
+    loss on the labels. MSE is between the hidden states behind blocks, at tokens that are no padding; where the student has
+    fewer blocks, its block i of n is held against the teacher's block round(i N / n) of N.
+
+    It costs a forward pass of the teacher in each step, and its weights in memory (no gradients, no optimizer state). On
+    SmolLM2-135M, 2 x 128 tokens, float32, CPU: COSTS.
+
+    Args:
+        teacher: The model to learn from, a name or folder like the student's, with the same vocabulary. By default a frozen copy
+            of the student as it is when the module is made, before any callback cuts it.
+        temperature: T, above 0; both distributions are softer above 1.
+        weight: Share of the teacher in the loss on logits, in [0, 1]; 0 leaves it to the labels.
+        hidden: Weight of the MSE between hidden states, at least 0; 0 leaves it out. Both must be equally wide.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    teacher: str | None = None
+    temperature: float = 2.0
+    weight: float = 0.5
+    hidden: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} must be above 0")
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"weight={self.weight} must be in [0, 1]")
+        if not self.hidden >= 0:
+            raise ValueError(f"hidden={self.hidden} must be at least 0")
+        if self.weight == self.hidden == 0:
+            raise ValueError("weight=0 and hidden=0 leave nothing to learn from a teacher: leave distillation out")
+
+
+class Teacher:
+    """A frozen model and what is learnt from it. It is no part of any module: not trained, saved, nor found in one.
+
+    Copies of the module that has it, deep ones too, share it.
+
+    Args:
+        model: The model, which is frozen and put in eval mode.
+        settings: What is learnt.
+        causal: Whether logits predict the label one further, as causal language models do.
+    """
+
+    def __init__(self, model: PreTrainedModel, settings: Distillation, causal: bool) -> None:
+        self.model = model.requires_grad_(False).train(False)
+        self.settings, self.causal = settings, causal
+        self.fingerprint = fingerprint(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    @property
+    def asks(self) -> dict[str, bool]:
+        """What student and teacher are called with beside the batch."""
+        return {"output_hidden_states": True} if self.settings.hidden else {}
+
+    def loss(self, output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - a ModelOutput
+        """The loss on a batch, and the KL in it, in nats per token.
+
+        Args:
+            output: The student's, with its loss on the labels.
+            batch: What it was computed from, with `labels`.
+
+        Raises:
+            ValueError: If logits or hidden states of the two are not equally wide.
+        """
+        said = self._output(batch)
+        counted = counted_in(batch["labels"], output.logits, self.causal)
+        divergence = kl_divergence(output.logits, said.logits, counted, self.settings.temperature)
+        weight, squared = self.settings.weight, self.settings.temperature**2
+        loss = (1 - weight) * output.loss + weight * squared * divergence
+        if self.settings.hidden:
+            loss = loss + self.settings.hidden * hidden_error(output, said, batch)
+        return loss, divergence.detach()
+
+    def follow(self, student: PreTrainedModel) -> None:
+        """Goes to the device and the dtype that the student has now."""
+        if (self.model.device, self.model.dtype) != (student.device, student.dtype):
+            self.model.to(student.device, student.dtype)
+
+    @torch.no_grad()
+    def _output(self, batch: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if self.model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+            shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+            made = {"labels": batch["labels"]} if shift is None else {"decoder_input_ids": shift(labels=batch["labels"])}
+            inputs |= made  # without the first, some models make none
+        return self.model(**inputs, **self.asks)
+
+
+def counted_in(labels: Tensor, logits: Tensor, causal: bool) -> Tensor:
+    """Which logits count, bool, `[*, tokens]` or `[examples]`.
+
+    Args:
+        labels: `[*, tokens]`, where -100 does not count, or `[examples]`.
+        logits: `[*, tokens, vocabulary]` or `[examples, classes]`.
+        causal: Whether logits predict the label one further.
+    """
+    if logits.ndim == 2:
+        return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+    return (pad(labels[:, 1:], (0, 1), value=-100) if causal else labels) != -100
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
+    """KL(softmax(teacher / T) || softmax(student / T)): the mean over what counts, in float32 or better; 0 if nothing does.
+
+    The gradient is found with the value and kept in the memory of the teacher's logits, which are overwritten: no other tensor of
+    their size is made in the forward pass, and one, the gradient itself, in the backward pass. Beside them no more than 4 million
+    logits are in work at once.
+
+    Args:
+        student: Logits, `[..., classes]`.
+        teacher: Logits of the same shape, without gradient; overwritten.
+        counted: Which count, bool, `[...]`.
+        temperature: T.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"distillation: the logits of student {list(student.shape)} and teacher {list(teacher.shape)} must have one shape"
+        )
+    rows = counted.flatten().nonzero().squeeze(1)
+    divergence: Tensor = _Divergence.apply(student.flatten(0, -2), teacher.flatten(0, -2), rows, temperature)  # type: ignore[no-untyped-call]
+    return divergence
+
+
+class _Divergence(torch.autograd.Function):
+    """The mean over rows of KL, and dKL / dstudent = (q - p) / (T rows)."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor, temperature: float) -> Tensor:  # noqa: ANN401
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        total = torch.zeros((), dtype=dtype, device=student.device)
+        for chunk in _chunks(rows, student):
+            log_p, log_q = (torch.log_softmax(logits[chunk].to(dtype) / temperature, -1) for logits in (teacher, student))
+            p = log_p.exp()
+            total += torch.where(p > 0, p * (log_p - log_q), 0).sum()
+            teacher[chunk] = (log_q.exp() - p).to(teacher.dtype)
+        ctx.save_for_backward(teacher, rows)
+        ctx.temperature, ctx.dtype = temperature, student.dtype
+        return total / max(1, len(rows))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+        slopes, rows = ctx.saved_tensors
+        gradient = torch.zeros_like(slopes, dtype=ctx.dtype)
+        scale = upstream / (ctx.temperature * max(1, len(rows)))
+        for chunk in _chunks(rows, slopes):
+            # scaled before it is rounded to half: loss scaling comes from upstream
+            gradient[chunk] = (slopes[chunk].to(upstream.dtype) * scale).to(ctx.dtype)
+        return gradient, None, None, None
+
+
+def _chunks(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(rows, max(1, CHUNK // max(1, logits.shape[-1])))
+
+
+def hidden_error(student: Any, teacher: Any, batch: Mapping[str, Tensor]) -> Tensor:  # noqa: ANN401
+    """The mean squared error between hidden states behind blocks, mean over the student's blocks.
+
+    Args:
+        student: The student's output, with hidden states.
+        teacher: The teacher's.
+        batch: What they were computed from; its `attention_mask`, or -100 in a decoder's `labels`, says what is padding.
+
+    Raises:
+        ValueError: If they are not equally wide.
+    """
+    mask = batch.get("attention_mask")
+    kept = {"hidden_states": mask, "encoder_hidden_states": mask, "decoder_hidden_states": batch["labels"] != -100}
+    errors = []
+    for name, keep in kept.items():
+        ours, theirs = (list(getattr(output, name, None) or ())[1:] for output in (student, teacher))  # without the embeddings
+        for block, state in enumerate(ours, start=1):
+            errors.append(_squared_error(state, theirs[round(block * len(theirs) / len(ours)) - 1], keep))
+    if not errors:
+        raise ValueError("distillation: hidden must be 0 for a model that gives no hidden states")
+    return torch.stack(errors).mean()
+
+
+def _squared_error(ours: Tensor, theirs: Tensor, keep: Tensor | None) -> Tensor:
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"distillation: hidden states of the student {list(ours.shape)} and the teacher {list(theirs.shape)} must have one "
+            "shape: use hidden=0 where the hidden size is pruned"
+        )
+    difference = ours.to(torch.promote_types(ours.dtype, torch.float32)) - theirs
+    return (difference if keep is None or keep.shape != ours.shape[:-1] else difference[keep.bool()]).square().mean()
+
+
+def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: Distillation, classifies: bool) -> None:
+    """Refuses a teacher that says something else than the student by its logits, or reads something else.
+
+    Raises:
+        ValueError: If vocabularies or classes differ, or hidden sizes where hidden states are compared.
+    """
+    one, other = student.config.get_text_config(), teacher.config.get_text_config()
+    told = f"distillation: teacher={settings.teacher!r}"
+    fields = ["num_labels"] * classifies + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden)
+    for field in fields:
+        ours, theirs = (getattr(config, field, None) for config in (one, other))
+        if ours != theirs:
+            raise ValueError(f"{told} has {field}={theirs}, the student {ours}: they must be the same")
+    ours, theirs = (_vocabulary(model.config) for model in (student, teacher))
+    if ours and theirs and ours != theirs:
+        raise ValueError(f"{told} has a tokenizer that gives other tokens other numbers than the student's: it must be the same")
+
+
+def _vocabulary(config: PretrainedConfig) -> dict[str, int] | None:
+    """Token ids by token, if a tokenizer is beside the model."""
+    try:
+        vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(config.name_or_path, trust_remote_code=False).get_vocab()
+    except Exception:  # there is none, or of a kind that cannot be read here: then the sizes must do
+        return None
+    return vocabulary
+
+
+def fingerprint(model: nn.Module) -> int:
+    """A checksum (CRC-32) of all weights and buffers as they lie in memory, which tells whether two models are the same."""
+    checksum = 0
+    for tensor in [*model.parameters(), *model.buffers()]:
+        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        checksum = zlib.crc32(plain.numpy().data, checksum)
+    return checksum

@@ -1,0 +1,126 @@
+"""`billhook prune-structure`: a checkpoint in, a smaller one out, without its least important coupled structures."""
+
+from transformers import AutoTokenizer
+
+from billhook.assets import model_path
+from billhook.checkpoint import load, save
+from billhook.material import Material
+from billhook.oneshot import device_of
+from billhook.place import check_target
+from billhook.rows import Data
+from billhook.structure.amount import Amount, Ranking
+from billhook.structure.importance import Importance
+from billhook.structure.planning import Request
+from billhook.structure.progress import First
+from billhook.structure.removal import apply
+from billhook.structure.taylor import Taylor
+
+
+def prune_structure(
+    model: str,
+    out: str,
+    params: int | float | None = None,
+    flops: int | float | None = None,
+    kv_cache_bytes: int | float | None = None,
+    bytes: int | float | None = None,
+    heads: float | None = None,
+    kv_heads: float | None = None,
+    channels: float | None = None,
+    residual: float | None = None,
+    experts: float | None = None,
+    importance: Importance | None = None,
+    ranking: Ranking = "layer",
+    first: int = 0,
+    last: int = 0,
+    round_to: int = 1,
+    normalize: bool = False,
+    rounds: int = 1,
+    dry_run: bool = False,
+    data: Data = "tiny",
+    column: str = "text",
+    label_column: str = "label",
+    length: int | None = None,
+    examples: int = 128,
+    batch_size: int = 8,
+    evaluate: int = 64,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> None:
+    """Removes the least important coupled structures of a language model or a text classifier and saves it, verified.
+
+    What belongs together is found by itself, on any architecture. What goes is printed before it goes.
+
+    Args:
+        model: A folder, a hub name, or "tiny".
+        out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
+        params: Target: parameters that are left at most, a number (107000000) or a fraction (0.8). KV heads and channels go for
+            it in equal ratios, unless theirs is given.
+        flops: Target: operations of the forward pass, per token.
+        kv_cache_bytes: Target: bytes that the key/value cache takes for each token; KV heads go for it.
+        bytes: Target: bytes of all parameters.
+        heads: Fraction of the query heads that go, as many of each KV head, in [0, 1).
+        kv_heads: Fraction of the KV heads that go, with the query heads that they serve.
+        channels: Fraction of the channels of feed-forward blocks.
+        residual: Fraction of the channels of the residual stream (the hidden size).
+        experts: Fraction of the experts.
+        importance: `Taylor` (LLM-Pruner, 2305.11627; the default), `OutputNorm`, `GateGradient`, `WeightNorm`, `ActivationNorm`
+            or `RandomUnits`, or a class of your own.
+        ranking: "layer": as many go in each layer; "global": the lowest of all layers; then the layers differ.
+        first: Blocks at the beginning that keep their heads, channels and experts; then the layers differ.
+        last: Blocks at the end that do.
+        round_to: The number of channels that stay is a multiple of it.
+        normalize: Whether the scores of each place are divided by their L2 norm.
+        rounds: In how many rounds, with scores taken anew in each.
+        dry_run: Print the plan and write nothing.
+        data: What scores are taken from (split train) and the metric (split test, or else validation): "tiny", a hub name, a
+            folder, or files by split, as in '{train: a.txt, test: b.txt}'. Of a classifier, tables with a text and a label.
+        column: The column that holds the text.
+        label_column: The column that holds a classifier's labels, whole numbers from 0.
+        length: Tokens of an example; by default 512, or as many as the model reads.
+        examples: Examples that scores are taken from, drawn by `seed`.
+        batch_size: Examples in a batch.
+        evaluate: Examples on which the metric is taken, the first ones: perplexity, or accuracy; 0 for none.
+        seed: Which examples.
+        dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
+        device: Where it is computed: "auto" takes an accelerator if there is one.
+
+    Raises:
+        ValueError: If an argument is not legal, or the model cannot give what is asked; before anything is written.
+    """
+    amount = Amount(
+        heads, kv_heads, channels, residual, experts, params, flops, kv_cache_bytes, bytes, ranking, first, last, round_to
+    )
+    for name, value in {"rounds": rounds, "examples": examples, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if evaluate < 0:
+        raise ValueError(f"evaluate={evaluate} must be at least 0")
+    check_target(out)
+    dense, importance = load(model, dtype), importance or Taylor()
+    dense.to(device_of(device))  # type: ignore[arg-type]
+    Request(dense, amount)
+    given = Material(dense, model, data, column, label_column, length, batch_size)
+    batches = given.batches(examples, seed)
+    before = None if dry_run else given.measure(dense, evaluate)
+    plans, start = [], First.of(dense, amount)
+    for number in range(1, rounds + 1):
+        if (due := start.part(dense, amount, number / rounds)) is not None:
+            request = Request(dense, due)
+            plan = request.plan(request.scores(importance, [(batch, None) for batch in batches], normalize))
+            print(plan)
+            if dry_run:
+                return
+            apply(plan, dense)
+            plans.append(plan.to_json())
+    after = given.measure(dense, evaluate)
+    record = {
+        "plans": plans,
+        "importance": {"by": str(importance), "ranking": ranking, "rounds": rounds},
+        "calibration": given.said(examples, seed),
+        given.metric: {"before": before, "after": after, "examples": evaluate},
+    }
+    saved = save(dense, out, AutoTokenizer.from_pretrained(model_path(model)), record)
+    if before is not None and after is not None:
+        print(f"{given.metric} {before:,.4g} before, {after:,.4g} after")
+    print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")

@@ -1,0 +1,97 @@
+"""Which blocks go, by how much they matter: the lowest at once, or one at a time."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Scores = dict[str, Tensor]
+"""By stack, how much each block matters: `[blocks]`."""
+
+
+@dataclass(frozen=True)
+class Quota:
+    """How many blocks of each stack go, and which may not.
+
+    Attributes:
+        count: How many go.
+        ratio: Instead of `count`, the fraction that goes, in [0, 1), rounded down.
+        first: So many first blocks stay.
+        last: So many last blocks stay.
+
+    Raises:
+        ValueError: If one is not legal.
+    """
+
+    count: int | None = None
+    ratio: float | None = None
+    first: int = 0
+    last: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.count is None) == (self.ratio is None):
+            raise ValueError(f"count={self.count}, ratio={self.ratio}: give one of them")
+        if self.ratio is not None and not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio={self.ratio!r} must be in [0, 1)")
+        for name, value in {"count": self.count or 0, "first": self.first, "last": self.last}.items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name}={value!r} must be a whole number, 0 or more")
+
+    def of(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """How many blocks go, by stack.
+
+        Args:
+            sizes: How many there are, by stack.
+
+        Raises:
+            ValueError: If so many cannot go; the message says how many can.
+        """
+        numbers: dict[str, int] = {}
+        for name, size in sizes.items():
+            free = max(size - max(self.first + self.last, 1), 0)
+            numbers[name] = int((self.ratio or 0) * size + 1e-9) if self.count is None else self.count
+            if numbers[name] > free:
+                asked = f"ratio={self.ratio}" if self.count is None else f"count={self.count}"
+                raise ValueError(
+                    f"{asked} takes {numbers[name]} of the {size} blocks of {name}; with first={self.first} and last={self.last} "
+                    f"protected, 0 to {free} can go"
+                )
+        return numbers
+
+
+def choose_lowest(importance: Mapping[str, Tensor], quota: Quota) -> dict[str, list[int]]:
+    """The least important blocks of each stack; of equal ones the later.
+
+    Raises:
+        ValueError: If so many cannot go.
+    """
+    numbers = quota.of({name: len(scores) for name, scores in importance.items()})
+    return {name: _lowest(importance[name], number, quota) for name, number in numbers.items()}
+
+
+def choose_greedily(
+    rank: Callable[[Mapping[str, list[int]]], Scores], sizes: Mapping[str, int], quota: Quota
+) -> dict[str, list[int]]:
+    """Chooses the least important block of each stack, ranks again without it, and so on; in the order of choice.
+
+    Args:
+        rank: Scores of all blocks when some are gone, which have infinite ones.
+        sizes: How many blocks each stack has.
+        quota: How many go.
+
+    Raises:
+        ValueError: If so many cannot go.
+    """
+    numbers = quota.of(sizes)
+    gone: dict[str, list[int]] = {name: [] for name in sizes}
+    while any(len(gone[name]) < number for name, number in numbers.items()):
+        scores = rank(gone)
+        for name, number in numbers.items():
+            if len(gone[name]) < number:
+                gone[name] += _lowest(scores[name], 1, quota)
+    return gone
+
+
+def _lowest(scores: Tensor, count: int, quota: Quota) -> list[int]:
+    free = range(quota.first, len(scores) - quota.last)
+    return sorted(free, key=lambda place: (float(scores[place]), -place))[:count]

@@ -1,0 +1,92 @@
+"""Which blocks of a module list are there: some are taken out, and come back, empty, for a checkpoint that has them."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+_GONE = "_billhook_gone"  # on a module list: by the numbers that they had at first, the blocks that are gone, without weights
+
+
+def numbers_of(stack: nn.ModuleList) -> list[int]:
+    """The numbers that the blocks of a stack had before any was taken out."""
+    return [number for number in range(first_of(stack)) if number not in _gone_of(stack)]
+
+
+def first_of(stack: nn.ModuleList) -> int:
+    """How many blocks a stack had before any was taken out."""
+    return len(stack) + len(_gone_of(stack))
+
+
+def taken_out(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """By the names of stacks from which blocks were taken out: how many there were at first, and which of them are there."""
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return {name: (first_of(stack), tuple(numbers_of(stack))) for name, stack in stacks.items() if _gone_of(stack)}
+
+
+def keep(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
+    """Leaves these blocks in a stack, by the numbers that they had at first; those that were gone come back, without weights.
+
+    Raises:
+        ValueError: If one that was gone cannot come back.
+    """
+    there, gone = dict(zip(numbers_of(stack), stack, strict=True)), dict(_gone_of(stack))
+    tensor = next(stack.parameters(), None)
+    device = torch.device("cpu") if tensor is None else tensor.device
+    back = {number: _filled(gone.pop(number), number, device) for number in numbers if number not in there}
+    gone |= {number: _emptied(block) for number, block in there.items() if number not in numbers}
+    for block in back.values():
+        block.train(stack.training)
+    _set(stack, {str(place): (there | back)[number] for place, number in enumerate(numbers)}, gone)
+
+
+def snapshot(model: nn.Module) -> Callable[[], None]:
+    """What puts the blocks back that are in a model's stacks now."""
+    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    held = [(stack, dict(stack._modules), _gone_of(stack)) for stack in stacks]
+
+    def restore() -> None:
+        for stack, blocks, gone in held:
+            _set(stack, blocks, gone)
+
+    return restore
+
+
+def _gone_of(stack: nn.ModuleList) -> dict[int, nn.Module | None]:
+    found: dict[int, nn.Module | None] = vars(stack).get(_GONE, {})
+    return found
+
+
+def _set(stack: nn.ModuleList, blocks: Mapping[str, nn.Module], gone: dict[int, nn.Module | None]) -> None:
+    stack._modules.clear()
+    stack._modules.update(blocks)
+    vars(stack)[_GONE] = gone
+    if not gone:
+        del vars(stack)[_GONE]
+
+
+def _emptied(block: nn.Module) -> nn.Module | None:
+    """A copy whose parameters take no memory; None if something in it cannot be copied."""
+    memo: dict[int, Any] = {}
+    for module in block.modules():
+        memo |= {id(config): config for config in vars(module).values() if isinstance(config, PretrainedConfig)}
+    for parameter in block.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    try:
+        return copy.deepcopy(block, memo)
+    except Exception:  # whatever a class of somebody's own raises
+        return None
+
+
+def _filled(block: nn.Module | None, number: int, device: torch.device) -> nn.Module:
+    """A block with memory in the place of its parameters; what stands there means nothing."""
+    if block is None:
+        raise ValueError(f"block {number}, which was removed, cannot come back: load the checkpoint into a model built anew")
+    new = copy.deepcopy(block, {id(c): c for m in block.modules() for c in vars(m).values() if isinstance(c, PretrainedConfig)})
+    made = {p: nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in new.parameters()}
+    for module in new.modules():
+        module._parameters.update({name: made[p] for name, p in module._parameters.items() if p is not None})
+    return new

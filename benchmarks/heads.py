@@ -40,7 +40,7 @@ TOKEN, EXAMPLE = "gate gradient, each token", "gate gradient, each example"
 SCORES = {
     TOKEN: bh.GateGradient("token"),
     EXAMPLE: bh.GateGradient("example"),
-    "Taylor": bh.Taylor(),
+    "Taylor": bh.Taylor("unit"),
     "activation norm": bh.ActivationNorm(),
     "weight norm": bh.WeightNorm(),
     "random, seed 0": bh.RandomUnits(0),

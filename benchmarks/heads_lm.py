@@ -25,7 +25,7 @@ SHARES = (0.1, 0.2, 0.3, 0.5)
 METHODS = {
     "gate gradient, each token": bh.GateGradient(),
     "gate gradient, each example": bh.GateGradient("example"),
-    "Taylor": bh.Taylor(),
+    "Taylor": bh.Taylor("unit"),
     "activation norm": bh.ActivationNorm(),
     "weight norm": bh.WeightNorm(),
     "random": bh.RandomUnits(),

@@ -171,7 +171,7 @@ HEADS = textwrap.dedent("""
 def head_pruning(remove, given):
     """With batches of the user's own, two to a process, or ten examples of the training data."""
     ids = torch.randint(3, 60, (4, 2, 12), generator=torch.Generator().manual_seed(1))
-    options = {"calibration": [(one,) for one in ids], "importance": Taylor(elementwise=True)} if given else {"examples": 10}
+    options = {"calibration": [(one,) for one in ids], "importance": Taylor("first")} if given else {"examples": 10}
     return HeadPruning(MultiStep([0.25, 0.5], [2, 4]), remove=remove, measure_batches=0, **options)
 
 

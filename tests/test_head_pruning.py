@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the c
 LAYERS = [f"model.layers.{layer}.self_attn" for layer in (0, 1)]
 IMPORTANCE = [
     *(bh.GateGradient(each) for each in ("token", "example", "batch")),
-    *(bh.Taylor(), bh.Taylor(elementwise=True), bh.WeightNorm(), bh.ActivationNorm(), bh.RandomUnits(3), bh.Ablation()),
+    *(bh.Taylor("unit"), bh.Taylor("first"), bh.WeightNorm(), bh.ActivationNorm(), bh.RandomUnits(3), bh.Ablation()),
 ]
 
 

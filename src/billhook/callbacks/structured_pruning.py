@@ -224,7 +224,7 @@ class StructuredPruning(ShapeCallback):
         """Warns if training has ended before all events."""
         if late := [step for step in self._moments if step > max(trainer.global_step, self._done)]:
             rank_zero_warn(
-                f"StructuredPruning: training has ended at step {trainer.global_step}, before the event at {max(late)}"
+                f"StructuredPruning: training has ended at step {trainer.global_step}, before the event at step {max(late)}"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""`billhook prune-structure`: from the shell to a smaller checkpoint."""
+
+import copy
+import json
+
+import fits
+import pytest
+import torch
+import transformers
+from test_oneshot_heads import blocks, drawn, option, perplexity, tokenizer
+
+import billhook as bh
+from billhook.cli import main
+
+SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
+
+
+def prune(model, out, *arguments):
+    main(["prune-structure", str(model), str(out), *arguments])
+    return json.loads((out / "billhook.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A Llama with four KV heads and 48 channels in each of two layers, beside the tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("small")
+    fits.llama(vocab_size=2048).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_ratios(small, files, tmp_path, capsys):
+    record = prune(small, tmp_path / "out", "--kv_heads", "0.5", "--channels", "0.25", *SHORT, *option(files))
+    dense, rows = bh.load(small), blocks(files["train"])
+    plan = bh.plan(dense, bh.Taylor(), drawn(rows, 4), kv_heads=0.5, channels=0.25)
+    assert record["plans"] == [plan.to_json()]
+    held_out = blocks(files["validation"])[:5]
+    before = perplexity(dense, held_out)
+    bh.apply(plan, dense)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (again.config.intermediate_size, again.config.num_key_value_heads) == (36, 2)
+    with torch.no_grad():
+        assert torch.equal(again(rows[:2]).logits, dense(rows[:2]).logits)
+    assert record["perplexity"]["before"] == pytest.approx(before, rel=1e-4)
+    assert record["perplexity"]["after"] == pytest.approx(perplexity(dense, held_out), rel=1e-4)
+    said = capsys.readouterr().out
+    assert str(plan) in said
+    assert "perplexity" in said
+
+
+def test_a_target_in_rounds(small, files, tmp_path):
+    record = prune(small, tmp_path / "out", "--params", "0.95", "--rounds", "2", "--ranking", "global", *SHORT, *option(files))
+    dense, again = bh.load(small), bh.load(tmp_path / "out")
+    assert len(record["plans"]) == 2
+    first = bh.plan_from_json(dense, record["plans"][0])
+    whole = bh.summary(dense).params
+    assert 0.97 * whole < first.parameters[1] <= 0.975 * whole
+    replayed = copy.deepcopy(dense)
+    bh.apply(first, replayed)
+    bh.apply(bh.plan_from_json(replayed, record["plans"][1]), replayed)
+    assert bh.summary(again).params == bh.summary(replayed).params <= 0.95 * whole
+    with torch.no_grad():
+        ids = blocks(files["train"])[:2]
+        assert torch.equal(again(ids).logits, replayed(ids).logits)
+
+
+def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):
+    main(["prune-structure", str(small), str(tmp_path / "out"), "--channels", "0.5", "--dry_run", *SHORT, *option(files)])
+    assert "48 -> 24 channels in each of 2" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ([], "nothing is asked for: give a ratio"),
+        (["--channels", "1.5"], r"channels=1.5 must be a fraction of these units in \[0, 1\)"),
+        (["--params", "10"], "params=10: 10 cannot be reached; with what may go"),
+        (["--channels", "0.5", "--rounds", "0"], "rounds=0 must be at least 1"),
+        (["--channels", "0.5", "--evaluate", "-1"], "evaluate=-1 must be at least 0"),
+    ],
+)
+def test_refused_before_anything_is_written(small, tmp_path, arguments, match):
+    with pytest.raises(SystemExit, match=match):
+        main(["prune-structure", str(small), str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()

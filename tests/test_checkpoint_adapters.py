@@ -16,7 +16,9 @@ from test_weight_pruning_lora import injected
 
 import billhook as bh
 from billhook.export import export_checkpoint
+from billhook.lora import ADAPTERS
 from billhook.sparsity.linears import prunable
+from billhook.sparsity.merge import merged_copy
 
 LOSSY = pytest.mark.filterwarnings("ignore:the checkpoint does not compute what the model does")
 
@@ -183,11 +185,27 @@ def test_without_adapters_nothing_is_said(files, tmp_path, caplog):
     assert caplog.text.rstrip().endswith("without billhook")
 
 
-def test_a_lightning_checkpoint_with_adapters_is_refused(files, tmp_path):
+def test_a_lightning_checkpoint_with_adapters_is_exported_merged(files, tmp_path):
+    lit = injected()
     trainer(tmp_path, [bh.WeightPruning(bh.Magnitude(), 0.5, measure_batches=0), checkpoints(tmp_path)], max_steps=1).fit(
-        injected(), data(files)
+        lit, data(files)
     )
+    export_checkpoint(tmp_path / "step=1.ckpt", tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    expected = merged_copy(lit.model.eval()).model
+    assert not [name for name, _ in again.named_parameters() if "lora" in name]
+    for name, parameter in again.named_parameters():
+        torch.testing.assert_close(parameter, expected.get_parameter(name), atol=1e-6, rtol=1e-5)
+
+
+def test_adapters_of_which_a_checkpoint_does_not_say_how_they_are_scaled_are_refused(files, tmp_path):
+    lit = injected()
+    trainer(tmp_path, [checkpoints(tmp_path)], max_steps=1).fit(lit, data(files))
+    held = torch.load(tmp_path / "step=1.ckpt", weights_only=True)
+    own = {key: value for key, value in held.items() if key != ADAPTERS}
+    assert len(own) < len(held)
+    torch.save(own, tmp_path / "without.ckpt")
     with pytest.raises(
         ValueError, match=r"holds adapters beside the weights \(.*base_layer.weight\), but not how they are scaled"
     ):
-        export_checkpoint(tmp_path / "step=1.ckpt", tmp_path / "out")
+        export_checkpoint(tmp_path / "without.ckpt", tmp_path / "out")

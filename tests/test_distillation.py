@@ -2,6 +2,7 @@
 
 import copy
 import re
+from types import SimpleNamespace
 
 import fits
 import pytest
@@ -172,6 +173,17 @@ def test_the_loss_by_hand(task):
             torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
 
 
+def test_a_model_that_makes_its_decoders_inputs_in_no_other_way_than_from_labels():
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16, "vocab_size": 2048}
+    config = transformers.M2M100Config(**sizes)
+    assert not hasattr(transformers.M2M100ForConditionalGeneration, "prepare_decoder_input_ids_from_labels")
+    lit = distilled("seq2seq-lm", build=lambda: transformers.M2M100ForConditionalGeneration(config), weight=1.0, temperature=1.0)
+    batch, counted = example("seq2seq-lm")
+    expected = naive(lit.model(**batch).logits, lit.teacher.model(**batch).logits, 1.0)[counted].mean()
+    assert lit.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 class TestHidden:
     def test_by_hand(self):
         lit = distilled(weight=0.0, hidden=2.0)
@@ -276,6 +288,13 @@ class TestTheTeacher:
         plain = bh.TransformerModule(copy.deepcopy(lit.model))
         said = [trainer(tmp_path, []).validate(one, data(files), verbose=False)[0] for one in (lit, plain)]
         assert said[0] == said[1]
+
+    def test_it_is_told_which_token_is_padding(self):
+        config = llama(pad_token_id=None, num_labels=3).config
+        lit = bh.TransformerModule(config, "sequence-classification", distillation=Distillation())
+        lit._trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=7)))
+        lit.setup("fit")
+        assert [model.config.pad_token_id for model in (lit.model, lit.teacher.model)] == [7, 7]
 
     def test_a_fingerprint_tells_models_apart(self):
         model = llama()

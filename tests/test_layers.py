@@ -13,7 +13,7 @@ from small_configs import small_config
 from torch import nn
 
 import billhook as bh
-from billhook.structure import layer_removal
+from billhook.structure import block_removal
 from billhook.structure.inputs import make_inputs
 from billhook.structure.layers import block_of, find_blocks, skipping
 from billhook.structure.shape import load_shape, save_shape, set_shape, shape_of
@@ -306,6 +306,7 @@ REMOVED = {
     "gpt2": (lambda: gpt2(n_layer=4), {"transformer.h": [1, 2]}),
     "bert": (lambda: bert(num_hidden_layers=4), {"bert.encoder.layer": [0]}),
     "t5": (t5, {"encoder.block": [2], "decoder.block": [1, 3]}),
+    "lists of two stacks": (lambda: other("T5GemmaForConditionalGeneration"), {"model.encoder.layers": [0]}),
     "vit": (lambda: other("ViTForImageClassification", num_hidden_layers=3), {"vit.layers": [1]}),
     "swin": (lambda: other("SwinForImageClassification"), {"swin.encoder.layers.2.blocks": [1]}),
     "a list of those without experts": (
@@ -476,14 +477,14 @@ class TestRefused:
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         before, config = everything(model, optimizer), model.config
-        real, blocks = layer_removal.answer, list(model.model.layers)
+        real, blocks = block_removal.answer, list(model.model.layers)
 
         def failing(subject):
             if len(subject.model.layers) < 4:
                 raise KeyboardInterrupt
             return real(subject)
 
-        monkeypatch.setattr(layer_removal, "answer", failing)
+        monkeypatch.setattr(block_removal, "answer", failing)
         with pytest.raises(KeyboardInterrupt):
             bh.prune_blocks(model, [0, 1], optimizer)
         assert everything(model, optimizer) == before

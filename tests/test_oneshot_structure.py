@@ -15,6 +15,9 @@ from billhook.cli import main
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
 
 
+OFF = ["--repair", "null"]
+
+
 def prune(model, out, *arguments):
     main(["prune-structure", str(model), str(out), *arguments])
     return json.loads((out / "billhook.json").read_text())
@@ -31,7 +34,7 @@ def small(tmp_path_factory):
 
 
 def test_ratios(small, files, tmp_path, capsys):
-    record = prune(small, tmp_path / "out", "--kv_heads", "0.5", "--channels", "0.25", *SHORT, *option(files))
+    record = prune(small, tmp_path / "out", "--kv_heads", "0.5", "--channels", "0.25", *OFF, *SHORT, *option(files))
     dense, rows = bh.load(small), blocks(files["train"])
     plan = bh.plan(dense, bh.Taylor(), drawn(rows, 4), kv_heads=0.5, channels=0.25)
     assert record["plans"] == [plan.to_json()]
@@ -50,7 +53,9 @@ def test_ratios(small, files, tmp_path, capsys):
 
 
 def test_a_target_in_rounds(small, files, tmp_path):
-    record = prune(small, tmp_path / "out", "--params", "0.95", "--rounds", "2", "--ranking", "global", *SHORT, *option(files))
+    record = prune(
+        small, tmp_path / "out", "--params", "0.95", "--rounds", "2", "--ranking", "global", *OFF, *SHORT, *option(files)
+    )
     dense, again = bh.load(small), bh.load(tmp_path / "out")
     assert len(record["plans"]) == 2
     first = bh.plan_from_json(dense, record["plans"][0])
@@ -63,6 +68,22 @@ def test_a_target_in_rounds(small, files, tmp_path):
     with torch.no_grad():
         ids = blocks(files["train"])[:2]
         assert torch.equal(again(ids).logits, replayed(ids).logits)
+
+
+def test_what_stays_makes_up_for_what_goes(small, files, tmp_path):
+    """By default, and better than not, on text that it has not seen."""
+    arguments = ["--channels", "0.5", "--length", "16", "--examples", "24", "--evaluate", "8", *option(files)]
+    repaired, not_repaired = prune(small, tmp_path / "one", *arguments), prune(small, tmp_path / "other", *arguments, *OFF)
+    assert repaired["importance"]["repair"].startswith("Repair(")
+    assert not_repaired["importance"]["repair"] is None
+    dense, rows = bh.load(small), blocks(files["train"])
+    batches = drawn(rows, 8, 24)
+    plan = bh.plan(dense, bh.Taylor(), batches, channels=0.5)
+    weights = bh.repair(plan, dense, batches)
+    assert set(weights) == {f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)}
+    bh.apply(plan, dense, weights=weights)
+    with torch.no_grad():
+        assert torch.equal(bh.load(tmp_path / "one")(rows[:2]).logits, dense(rows[:2]).logits)
 
 
 def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):

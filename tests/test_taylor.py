@@ -309,9 +309,7 @@ def test_experts_and_their_router():
         mlp = model.get_submodule(place)
         weights = (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj)
         norms = sum(weight.detach().flatten(1).square().sum(1) for weight in weights).sqrt()
-        torch.testing.assert_close(
-            bh.unit_importance(model, units, None, bh.WeightNorm(), normalize=False)[place], norms
-        )
+        torch.testing.assert_close(bh.unit_importance(model, units, None, bh.WeightNorm(), normalize=False)[place], norms)
     for importance in (bh.GateGradient(), bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()):
         with pytest.raises(ValueError, match=r"of model.layers.0.mlp \(experts\) .* Taylor, WeightNorm and RandomUnits work"):
             bh.unit_importance(model, units, BATCHES, importance, own_loss)

@@ -17,7 +17,9 @@ from billhook.sparsity.refit import Refit
 from billhook.sparsity.result import Pruning
 from billhook.structure.ablation import Ablation
 from billhook.structure.activations import ActivationNorm, OutputNorm
+from billhook.structure.block_plan import BlockPlan, plan_blocks
 from billhook.structure.block_ranking import block_importance, greedy_blocks
+from billhook.structure.block_removal import apply_blocks, prune_blocks
 from billhook.structure.channels import find_units
 from billhook.structure.coupling import Structure
 from billhook.structure.gates import HeadMask, head_gates, mask_heads
@@ -27,12 +29,13 @@ from billhook.structure.head_plan import plan_heads
 from billhook.structure.head_removal import prune_heads
 from billhook.structure.importance import GateGradient, Importance, RandomUnits, WeightNorm
 from billhook.structure.kv_heads import convert_kv_heads
-from billhook.structure.layer_removal import BlockPlan, apply_blocks, plan_blocks, prune_blocks
 from billhook.structure.layers import find_blocks
 from billhook.structure.plan import Plan, plan_from_json, plan_units
+from billhook.structure.plan_repair import repair
 from billhook.structure.planning import plan
 from billhook.structure.ranking import HeadAblation, ablate_heads, head_importance, unit_importance
 from billhook.structure.removal import apply
+from billhook.structure.repair import Repair
 from billhook.structure.taylor import Taylor
 from billhook.structure.trace import trace
 from billhook.structure.units import Units
@@ -74,6 +77,7 @@ __all__ = [
     "Random",
     "RandomUnits",
     "Refit",
+    "Repair",
     "Report",
     "Schedule",
     "Seq2SeqDataModule",
@@ -114,6 +118,7 @@ __all__ = [
     "prune",
     "prune_blocks",
     "prune_heads",
+    "repair",
     "save",
     "summary",
     "trace",

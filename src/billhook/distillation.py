@@ -24,15 +24,18 @@ class Distillation:
     loss on the labels. MSE is between the hidden states behind blocks, at tokens that are no padding; where the student has
     fewer blocks, its block i of n is held against the teacher's block round(i N / n) of N.
 
-    It costs a forward pass of the teacher in each step, and its weights in memory (no gradients, no optimizer state). On
-    SmolLM2-135M, 2 x 128 tokens, float32, CPU: COSTS.
+    It costs a forward pass of the teacher in each step, and in memory its weights (no gradients, no optimizer state), the logits
+    of the batch once in the forward pass and once more in the backward pass. With SmolLM2-135M in float32 on a CPU, a step on
+    2 x 128 tokens takes 1.33 times the time of full training without a teacher (LoRA alone 0.80, LoRA with a teacher 1.26), and
+    memory peaks at 3.9 instead of 3.5 GiB (LoRA: 2.4 instead of 1.8).
 
     Args:
         teacher: The model to learn from, a name or folder like the student's, with the same vocabulary. By default a frozen copy
             of the student as it is when the module is made, before any callback cuts it.
         temperature: T, above 0; both distributions are softer above 1.
         weight: Share of the teacher in the loss on logits, in [0, 1]; 0 leaves it to the labels.
-        hidden: Weight of the MSE between hidden states, at least 0; 0 leaves it out. Both must be equally wide.
+        hidden: Weight of the MSE between hidden states, at least 0; 0 leaves it out. Both must be equally wide. The MSE has the
+            scale of the model's own states, which may be large at a few places: begin small.
 
     Raises:
         ValueError: If a number is out of range.

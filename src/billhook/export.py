@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 
 from billhook.assets import model_path
 from billhook.checkpoint import Saved, logits_of, make_probe, save
+from billhook.lora import put_back, without_adapters
 from billhook.place import check_target
 from billhook.structure.head_removal import zero_heads
 from billhook.structure.meta import model_class
@@ -54,7 +55,8 @@ def export_checkpoint(ckpt: str | Path, out: str | Path, tokenizer: str | None =
     """
     check_target(out)
     checkpoint = read_checkpoint(ckpt)
-    model = build_model(checkpoint, str(ckpt))
+    model = build_model(without_adapters(checkpoint, str(ckpt)), str(ckpt))
+    put_back(model, checkpoint, str(ckpt))
     _zero_masked(model, checkpoint.get(MASKED), str(ckpt))
     steps = checkpoint.get("global_step", 0)
     record = {"exported_from": str(ckpt), "steps": steps if isinstance(steps, int) else None}

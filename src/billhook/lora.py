@@ -30,8 +30,8 @@ class LoRA:
         r: Rank of what is added: A is `[r, in_features]`, B `[out_features, r]`, zero at first.
         alpha: What is added is scaled by alpha / r.
         dropout: Share of the inputs of A that are zero in training.
-        target: `"all-linear"` (every linear but the output embedding and the head of a classifier), or the linears by the ends
-            of their names, such as `[q_proj, v_proj]`.
+        target: `"all-linear"` (every linear but the output embedding and the head of a classifier; experts whose weights are one
+            tensor are no linears), or the linears by the ends of their names, such as `[q_proj, v_proj]`.
 
     Raises:
         ValueError: If a number is out of range, or `target` is empty.

@@ -10,10 +10,14 @@ from billhook.place import check_target
 from billhook.rows import Data
 from billhook.structure.amount import Amount, Ranking
 from billhook.structure.importance import Importance
+from billhook.structure.plan_repair import repair as repair_weights
 from billhook.structure.planning import Request
 from billhook.structure.progress import First
 from billhook.structure.removal import apply
+from billhook.structure.repair import Repair
 from billhook.structure.taylor import Taylor
+
+REPAIR = Repair()
 
 
 def prune_structure(
@@ -35,6 +39,7 @@ def prune_structure(
     round_to: int = 1,
     normalize: bool = False,
     rounds: int = 1,
+    repair: Repair | None = REPAIR,
     dry_run: bool = False,
     data: Data = "tiny",
     column: str = "text",
@@ -72,6 +77,7 @@ def prune_structure(
         round_to: The number of channels that stay is a multiple of it.
         normalize: Whether the scores of each place are divided by their L2 norm.
         rounds: In how many rounds, with scores taken anew in each.
+        repair: How the linears that read what goes make up for it, by least squares on the examples; null: they do not.
         dry_run: Print the plan and write nothing.
         data: What scores are taken from (split train) and the metric (split test, or else validation): "tiny", a hub name, a
             folder, or files by split, as in '{train: a.txt, test: b.txt}'. Of a classifier, tables with a text and a label.
@@ -111,12 +117,12 @@ def prune_structure(
             print(plan)
             if dry_run:
                 return
-            apply(plan, dense)
+            apply(plan, dense, weights=repair_weights(plan, dense, batches, repair) if repair else None)
             plans.append(plan.to_json())
     after = given.measure(dense, evaluate)
     record = {
         "plans": plans,
-        "importance": {"by": str(importance), "ranking": ranking, "rounds": rounds},
+        "importance": {"by": str(importance), "ranking": ranking, "rounds": rounds, "repair": str(repair) if repair else None},
         "calibration": given.said(examples, seed),
         given.metric: {"before": before, "after": after, "examples": evaluate},
     }

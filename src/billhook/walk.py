@@ -6,8 +6,8 @@ next are what the model makes of them; nothing is replayed.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -105,6 +105,7 @@ class Walk:
         reduce: Sums over ranks, where each rank has runs of its own: all then complete the same sites in the same order, also
             those that no run of their own comes to.
         keep: Is told what a run keeps while it waits for others: the arguments of a site's forward.
+        untouched: The numbers of runs that go all the way with the old parameters, for comparison.
     """
 
     def __init__(
@@ -113,8 +114,10 @@ class Walk:
         visitor: Visitor,
         reduce: Reduce | None = None,
         keep: Callable[[object], None] | None = None,
+        untouched: Collection[int] = (),
     ) -> None:
         self.sites, self.visitor, self.reduce, self.keep = list(sites), visitor, reduce, keep
+        self.untouched = untouched
         self.complete: set[Site] = set()
         self._watched: Site | None = None
         self._calls: list[str] = []
@@ -206,7 +209,7 @@ class Walk:
                 self._see(site, forward, args, kwargs)
                 self._main.switch(site)
                 own.restore()
-        with self._pruned(site):
+        with nullcontext() if self._run in self.untouched else self._pruned(site):
             return forward(*args, **kwargs)
 
     def _see(self, site: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ANN401

@@ -13,10 +13,10 @@ from billhook.callbacks.examples import aside, check_readable, on_device, traini
 from billhook.callbacks.ranks import SumOverRanks
 from billhook.callbacks.shape_event import At, ShapeCallback
 from billhook.resting import resting
-from billhook.run import callbacks_of
 from billhook.structure.block_choice import Quota, choose_greedily, choose_lowest
+from billhook.structure.block_plan import BlockPlan, plan_blocks
 from billhook.structure.block_ranking import By, block_trial, check_by, score_blocks, sizes_of
-from billhook.structure.layer_removal import BlockPlan, apply_blocks, plan_blocks
+from billhook.structure.block_removal import apply_blocks
 from billhook.structure.layers import find_blocks
 from billhook.structure.shape import find_transformer
 
@@ -84,10 +84,7 @@ class DepthPruning(ShapeCallback):
         super().setup(trainer, pl_module, stage)
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
-        """Refuses a model that has no blocks, and a second callback of the same kind."""
-        others = [c for c in callbacks_of(trainer, DepthPruning) if c.state_key == self.state_key and c is not self]
-        if others:
-            raise ValueError(f"two DepthPruning by {self.by}: one is enough")
+        """Refuses a model that has no blocks."""
         find_blocks(model)
 
     def is_done(self, model: nn.Module, stage: int) -> bool:

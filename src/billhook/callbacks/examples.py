@@ -19,6 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from billhook.sparsity.batches import Run, runs_of
 from billhook.structure.ranking import own_loss
 
+Pair = tuple[Any, Callable[[nn.Module, Any], Tensor]]
+"""A batch, and from the model and it to the loss."""
+
 
 @contextmanager
 def aside(pl_module: pl.LightningModule, seed: int) -> Iterator[None]:
@@ -173,7 +176,7 @@ def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Mo
 
 def scoring_batches(
     trainer: pl.Trainer, pl_module: pl.LightningModule, calibration: Iterable[Any] | None, number: int
-) -> Iterator[tuple[Any, Callable[[nn.Module, Any], Tensor]]]:
+) -> Iterator[Pair]:
     """This rank's batches to score from, with the loss of each.
 
     Args:

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.examples import aside, check_readable, scoring_batches
+from billhook.callbacks.examples import Pair, aside, check_readable, scoring_batches
 from billhook.callbacks.measure import measure
 from billhook.callbacks.ranks import SumOverRanks
 from billhook.callbacks.shape_event import At, ShapeCallback, log_event
@@ -19,9 +19,12 @@ from billhook.schedules import Schedule, check_step, resolve_step
 from billhook.structure.amount import Amount, Ranking
 from billhook.structure.importance import Importance
 from billhook.structure.plan import Plan
+from billhook.structure.plan_repair import Weights, repair_of
 from billhook.structure.planning import Request
 from billhook.structure.progress import First, first_from
+from billhook.structure.ranking import trial_of
 from billhook.structure.removal import apply
+from billhook.structure.repair import Repair
 from billhook.structure.shape import find_transformer
 from billhook.structure.taylor import Taylor
 
@@ -53,6 +56,8 @@ class StructuredPruning(ShapeCallback):
         first: Blocks at the beginning of each stack that keep their heads, channels and experts.
         last: Blocks at the end that do.
         round_to: The number of channels that stay is a multiple of it.
+        repair: How the linears that read what goes make up for it: least squares on the examples (see `Repair`); by default they
+            keep their weights, as in the paper.
         normalize: Whether the scores of each place are divided by their L2 norm.
         calibration: Batches that scores are taken from: what `training_step` takes, and can be read again and again. By default
             drawn from the training data.
@@ -83,6 +88,7 @@ class StructuredPruning(ShapeCallback):
         first: int = 0,
         last: int = 0,
         round_to: int = 1,
+        repair: Repair | None = None,
         normalize: bool = False,
         calibration: Iterable[Any] | None = None,
         examples: int = 128,
@@ -102,7 +108,7 @@ class StructuredPruning(ShapeCallback):
         if isinstance(calibration, Iterator):
             raise ValueError(f"calibration={type(calibration).__name__} can be read only once: give a list or a DataLoader")
         self.moment, self.rounds, self.importance, self.normalize = at, rounds, importance or Taylor(), normalize
-        self.calibration, self.examples, self.seed = calibration, examples, seed
+        self.repair, self.calibration, self.examples, self.seed = repair, calibration, examples, seed
         self._moments: dict[int, float] = {}
         self._reset()
 
@@ -110,6 +116,7 @@ class StructuredPruning(ShapeCallback):
         self._first: First | None = None
         self._done = -1
         self._plan: Plan | None = None
+        self._weights: Weights | None = None
 
     @property
     def state_key(self) -> str:
@@ -168,7 +175,7 @@ class StructuredPruning(ShapeCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Carries out what is due before the first step."""
-        if self.importance.needs_data and self.calibration is None:
+        if (self.importance.needs_data or self.repair is not None) and self.calibration is None:
             check_readable(trainer)
         self._last_step = trainer.global_step
         self._carry_out(trainer, pl_module)
@@ -193,7 +200,7 @@ class StructuredPruning(ShapeCallback):
             self._plan = self._planned(trainer, pl_module, share)
             if self._plan is not None:
                 self._reshape(trainer, pl_module, 0, metrics if len(self.events) == before else {})
-        self._done, self._plan = step, None
+        self._done, self._plan, self._weights = step, None, None
         for event in self.events[before:][-1:]:
             event["after"] |= {} if limit == 0 else measure(trainer, pl_module, limit)
         for event in self.events[before:]:
@@ -208,15 +215,21 @@ class StructuredPruning(ShapeCallback):
             return None
         request = Request(model, amount)
         with aside(pl_module, self.seed), trainer.precision_plugin.forward_context():
-            needed = self.importance.needs_data
-            pairs = scoring_batches(trainer, pl_module, self.calibration, self.examples) if needed else None
             reduce = None if trainer.world_size == 1 else SumOverRanks(trainer)
-            return request.plan(request.scores(self.importance, pairs, self.normalize, reduce))
+            pairs = list(self._pairs(trainer, pl_module))
+            plan = request.plan(request.scores(self.importance, pairs, self.normalize, reduce))
+            trials = [trial_of(model, request.units, *pair) for pair in pairs]
+            self._weights = repair_of(plan, model, request.units, trials, self.repair, reduce) if self.repair else None
+            return plan
+
+    def _pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterable[Pair]:
+        needed = self.importance.needs_data or self.repair is not None
+        return scoring_batches(trainer, pl_module, self.calibration, self.examples) if needed else ()
 
     def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, and says how much that is."""
         assert self._plan is not None
-        apply(self._plan, find_transformer(model), optimizers)
+        apply(self._plan, find_transformer(model), optimizers, self._weights)
         before, after = self._plan.parameters
         return f"{before:,} -> {after:,} parameters ({self._plan.told}; {type(self.importance).__name__})"
 

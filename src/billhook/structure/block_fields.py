@@ -66,15 +66,19 @@ def find_then(model: PreTrainedModel, stacks: Mapping[str, int], gone: Gone) -> 
         ValueError: If the config cannot say it: the message says which tensor or attribute would be another.
     """
     finder = _Finder(model, dict(stacks), gone)
-    lists = finder.lists()
-    counts = finder.counts(lists)
     reasons = list[str]()
-    for fields in (*counts, *(counts[0] | more for more in finder.others(counts[0]))):
-        reason, numbers = finder.compare(finder.build(lists | fields))
-        if not reason:
-            return Then(lists | fields, numbers)
+    for lists in finder.lists():
+        counts, reason = finder.counts(lists)
         reasons.append(reason)
-    raise ValueError(finder.unsaid(reasons[0]))
+        for fields in (*counts, *(counts[0] | more for more in finder.others(counts))):
+            reason, numbers = finder.compare(finder.build(lists | fields))
+            if not reason:
+                return Then(lists | fields, numbers)
+            reasons.append(reason)
+    raise ValueError(
+        f"blocks: the config of {type(model).__name__} cannot say that {finder.told} go: "
+        + next(filter(None, reasons), "no field of it says how many there are")
+    )
 
 
 class _Finder:
@@ -91,8 +95,8 @@ class _Finder:
     def build(self, fields: Fields) -> Built | None:
         """What the class builds from the config with some fields changed, as it is read back; None if it does not accept it."""
         config = copy.deepcopy(self.model.config)
-        set_fields(config, fields)
         try:
+            set_fields(config, fields)
             shadow = build_on_meta(self.model, type(config).from_dict(config.to_dict()))
         except Exception:  # whatever a class of configs or models raises
             return None
@@ -106,17 +110,24 @@ class _Finder:
         gone = self.gone[stack]
         return None if place in gone else f"{stack}.{place - sum(number < place for number in gone)}.{rest}"
 
-    def lists(self) -> Fields:
-        """The lists with a value for each block, without those of blocks that go."""
+    def lists(self) -> Iterator[Fields]:
+        """The lists with a value for each block, without those of blocks that go: all of them, then fewer.
+
+        Where two stacks are as deep as each other, some are not of the one from which blocks go.
+        """
         found: Fields = {}
         for (name, value), (stack, gone) in itertools.product(self.fields.items(), self.gone.items()):
             long = isinstance(value, list | tuple) and len(value) == self.stacks[stack]
             if long and self.build({name: value[:-1]}) != self.now:
                 found[name] = type(value)(one for number, one in enumerate(value) if number not in gone)
-        return found
+        for number in range(len(found), -1, -1):
+            yield from map(dict, itertools.combinations(found.items(), number))
 
-    def counts(self, lists: Fields) -> list[Fields]:
-        """Fields that say how many blocks there are, and what they become: of several such, those with the fewest."""
+    def counts(self, lists: Fields) -> tuple[list[Fields], str]:
+        """Fields that say how many blocks there are, and what they become: of several such, those with the fewest.
+
+        Where there are none, what else would change, in words.
+        """
         options = [
             (name, lower)
             for (name, value), (stack, gone) in itertools.product(self.fields.items(), self.gone.items())
@@ -127,15 +138,17 @@ class _Finder:
             chosen = [dict(fields) for fields in itertools.combinations(options, number) if len(dict(fields)) == number]
             built = [(fields, made) for fields in chosen if (made := self.build(lists | fields)) and self._as_many(made)]
             if fitting := [fields for fields, made in built if not self._different(made, outside=True)]:
-                return fitting
+                return fitting, ""
             reason = reason or next((self._different(made, outside=True) for _, made in built), "")
-        raise ValueError(self.unsaid(reason or "no field of it says how many there are"))
+        return [], reason
 
-    def others(self, counts: Fields) -> Iterator[Fields]:
-        """One more field that may speak of single blocks: a number of first ones, or their numbers."""
+    def others(self, counts: Sequence[Fields]) -> Iterator[Fields]:
+        """One more field that may speak of single blocks, if any say how many there are: a number of first ones, or numbers."""
+        if not counts:
+            return
         for (name, value), (stack, gone) in itertools.product(self.fields.items(), self.gone.items()):
             left = [number for number in range(self.stacks[stack]) if number not in gone]
-            if type(value) is int and name not in counts and 0 < value <= self.stacks[stack]:
+            if type(value) is int and name not in counts[0] and 0 < value <= self.stacks[stack]:
                 yield {name: value - sum(number < value for number in gone)}
             elif isinstance(value, list | tuple) and value and all(type(v) is int and 0 <= v < self.stacks[stack] for v in value):
                 yield {name: type(value)(left.index(number) for number in value if number in left)}
@@ -155,10 +168,6 @@ class _Finder:
             elif self._stack_of(name) is not None:
                 return f"its class then builds {new} = {made!r}, and what comes to that place has {value!r}", {}
         return "", numbers
-
-    def unsaid(self, reason: str) -> str:
-        """The message that the config cannot say it."""
-        return f"blocks: the config of {type(self.model).__name__} cannot say that {self.told} go: {reason}"
 
     def _as_many(self, built: Built) -> bool:
         return all(_count(built.tensors, stack) == self.stacks[stack] - len(gone) for stack, gone in self.gone.items())

@@ -89,10 +89,9 @@ def _at(model: nn.Module, path: Sequence[str]) -> nn.Module:
 
 
 def _in_block(model: nn.Module, name: str) -> bool:
-    """Whether a module is within one of several that stand in a list."""
+    """Whether a module is within one that stands in a list."""
     path = name.split(".")
-    above = [_at(model, path[:end]) for end in range(len(path))]
-    return any(isinstance(module, nn.ModuleList) and len(module) > 1 for module in above)
+    return any(isinstance(_at(model, path[:end]), nn.ModuleList) for end in range(len(path)))
 
 
 def _convolved(model: nn.Module, group: Group) -> bool:

@@ -31,6 +31,7 @@ class FieldFinder:
         self.model = model
         self.now = _places(model)
         self._built: dict[tuple[tuple[str, int], ...], Places | None] = {}
+        self._found: dict[tuple[int, ...], tuple[str, ...]] = {}
 
     def find(self, groups: Sequence[Group]) -> tuple[str, ...]:
         """The fields that, changed together, give all these groups fewer units and change nothing else.
@@ -42,6 +43,12 @@ class FieldFinder:
             Names of fields, those of nested configs with dots, also such as must be said since what they follow from changes;
             nothing if no fields do that.
         """
+        key = tuple(group.number for group in groups)
+        if key not in self._found:
+            self._found[key] = self._find_new(groups)
+        return self._found[key]
+
+    def _find_new(self, groups: Sequence[Group]) -> tuple[str, ...]:
         before = groups[0].size
         after = next(before // n for n in range(2, before + 1) if before % n == 0)
         wanted = _wanted(groups, before - after)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.structure.meta import to_meta
 
@@ -48,22 +48,25 @@ def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int 
         return None, None
     try:
         shadow = to_meta(model)
-        short, _ = _forward(shadow, context // 2)
-        long, flops = _forward(shadow, context)
+        shadow.config.pad_token_id = None  # code that looks for padding asks for values
+        for config in {id(c): c for m in shadow.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)}.values():
+            config._experts_implementation = "batched_mm"
+        short = _forward(shadow, context // 2)
+        with FlopCounterMode(display=False) as counter:
+            long = _forward(shadow, context)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError):
         return None, None  # code that depends on values, or other inputs than token ids
     grown = (long - short) // (context - context // 2)
-    return grown or None, flops // context
+    return grown or None, counter.get_total_flops() // context
 
 
 @torch.no_grad()
-def _forward(shadow: PreTrainedModel, length: int) -> tuple[int, int]:
+def _forward(shadow: PreTrainedModel, length: int) -> int:
+    """Bytes of the key/value cache after some tokens; 0 without one."""
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if shadow.config.is_encoder_decoder else {})
     cached = {"use_cache": True} if hasattr(shadow.config.get_text_config(decoder=True), "use_cache") else {}
-    with FlopCounterMode(display=False) as counter:
-        output = shadow(**inputs, **cached)
-    return sum(t.numel() * t.element_size() for t in _cached(output)), counter.get_total_flops()
+    return sum(t.numel() * t.element_size() for t in _cached(shadow(**inputs, **cached)))
 
 
 def _cached(output: Any) -> list[Tensor]:  # noqa: ANN401 - a ModelOutput whose class depends on the model

@@ -6,6 +6,7 @@ towards zero, chosen on held-out data.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,108 +16,139 @@ CHUNK = 1024
 
 
 class Moments:
-    """First and second moments of what a linear is given, float64.
+    """First and second moments of what a linear is given, and of what it owes beside its own output, float64.
 
     Args:
+        out_features: The width of its outputs.
         in_features: The width of its inputs.
         device: Where the sums are kept, and where the inputs will be.
 
     Attributes:
         tokens: How many tokens were added, `[]`.
-        sums: The sum of their inputs, `[in_features]`.
-        products: The sum of their outer products, `[in_features, in_features]`.
+        sums: The sum of their inputs x, `[in_features]`.
+        products: The sum of x x^T, `[in_features, in_features]`.
+        owed_sums: The sum of what is owed, d, `[out_features]`.
+        owed_products: The sum of d x^T, `[out_features, in_features]`.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, out_features: int, in_features: int, device: torch.device | str = "cpu") -> None:
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
-        self.sums = torch.zeros(in_features, dtype=torch.float64, device=device)
-        self.products = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self.sums, self.owed_sums = self.tokens.new_zeros(in_features), self.tokens.new_zeros(out_features)
+        self.products = self.tokens.new_zeros(in_features, in_features)
+        self.owed_products = self.tokens.new_zeros(out_features, in_features)
 
-    def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
+    def add(self, inputs: Tensor, owed: Tensor | None = None, keep: Tensor | None = None) -> None:
         """Adds what a linear is given in one call.
 
         Args:
             inputs: `[..., in_features]`, of any floating dtype; multiplied in float32, float64 as it is.
+            owed: What is to be added to its own outputs, `[..., out_features]`; nothing if None.
             keep: Which tokens count, bool, `[...]`; all if None.
         """
-        inputs = inputs.detach()
-        for chunk in torch.split(inputs.reshape(-1, len(self.sums)) if keep is None else inputs[keep], CHUNK):
-            wide = chunk if chunk.dtype == torch.float64 else chunk.float()
-            self.tokens += len(wide)
-            self.sums += wide.sum(0, dtype=torch.float64)
-            self.products += wide.t() @ wide
+        for chunk in torch.split(_flat(inputs, keep), CHUNK):
+            self.tokens += len(chunk)
+            self.sums += chunk.sum(0, dtype=torch.float64)
+            self.products += wide(chunk).t() @ wide(chunk)
+        if owed is not None:
+            for chunk, due in zip(torch.split(_flat(inputs, keep), CHUNK), torch.split(_flat(owed, keep), CHUNK), strict=True):
+                self.owed_sums += due.sum(0, dtype=torch.float64)
+                self.owed_products += wide(due).t() @ wide(chunk)
 
     def tensors(self) -> list[Tensor]:
         """The sums themselves, not copies: what is summed over ranks, in place."""
-        return [self.tokens, self.sums, self.products]
+        return [self.tokens, self.sums, self.products, self.owed_sums, self.owed_products]
 
     def merged(self, other: "Moments") -> "Moments":
         """The moments of both."""
-        both = Moments(len(self.sums), self.sums.device)
+        both = Moments(*self.owed_products.shape, self.tokens.device)
         for sums, one, two in zip(both.tensors(), self.tensors(), other.tensors(), strict=True):
             torch.add(one, two, out=sums)
         return both
 
     @property
-    def mean(self) -> Tensor:
-        """The mean of the inputs, `[in_features]`."""
-        return self.sums / self.tokens
+    def centre(self) -> tuple[Tensor, Tensor]:
+        """The means of x and d, `[in_features]` and `[out_features]`."""
+        return self.sums / self.tokens, self.owed_sums / self.tokens
 
-    def about(self, centre: Tensor | None = None) -> Tensor:
-        """The mean of (x - c) (x - c)^T, `[in_features, in_features]`.
+    def about(self, centre: tuple[Tensor, Tensor] | None = None) -> "Second":
+        """The means of (x - c) (x - c)^T and of (d - e) (x - c)^T.
 
         Args:
-            centre: c, `[in_features]`; zero if None.
+            centre: c and e, `[in_features]` and `[out_features]`; zero if None.
         """
-        second = self.products / self.tokens
-        if centre is None:
-            return second
-        crossed = torch.outer(self.mean, centre)
-        return second.sub_(crossed).sub_(crossed.t()).add_(torch.outer(centre, centre))
+        inputs, owed = self.products / self.tokens, self.owed_products / self.tokens
+        if centre is not None:
+            (c, e), (x, d) = centre, self.centre
+            inputs = inputs - torch.outer(x, c) - torch.outer(c, x) + torch.outer(c, c)
+            owed = owed - torch.outer(d, c) - torch.outer(e, x) + torch.outer(e, c)
+        return Second(inputs, owed)
 
 
-def refit(weight: Tensor, keep: Tensor, second: Tensor, ridge: float) -> Tensor:
-    """The weights that give a linear's outputs best from the inputs that stay, W' = argmin E ||(W - W') x||^2 + ridge.
+class Second(NamedTuple):
+    """Second moments.
 
-    With S what stays, R what goes, H the second moments and D the diagonal of H_SS:
-    W'_S = W_S + W_R H_RS (H_SS + ridge D)^-1, W'_R = 0, the minimum of E ||W x - W'_S x_S||^2 + ridge ||(W'_S - W_S) D^1/2||^2.
+    Attributes:
+        inputs: H, the mean of x x^T, `[in_features, in_features]`.
+        owed: The mean of d x^T, `[out_features, in_features]`.
+    """
+
+    inputs: Tensor
+    owed: Tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32; float64 as it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _flat(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    return tensor.detach().reshape(-1, tensor.shape[-1]) if keep is None else tensor.detach()[keep]
+
+
+def refit(weight: Tensor, keep: Tensor, second: Second, ridge: float) -> Tensor:
+    """The weights that do best from the inputs that stay, W' = argmin E ||W x + d - W' x||^2 + ridge.
+
+    With S what stays, R what goes, H the second moments of the inputs and D the diagonal of H_SS:
+    W'_S = W_S + (W_R H_RS + E d x_S^T) (H_SS + ridge D)^-1, W'_R = 0, the minimum of
+    E ||W x + d - W'_S x_S||^2 + ridge ||(W'_S - W_S) D^1/2||^2.
 
     Args:
         weight: W, `[out_features, in_features]`.
         keep: Which inputs stay, bool, `[in_features]`.
-        second: H, the second moments of the inputs; about their mean where a bias makes up for that. float64,
-            `[in_features, in_features]`.
+        second: The second moments, float64; about the means where a bias makes up for those.
         ridge: How strongly W'_S is held at W_S; infinity leaves it there.
 
     Returns:
         W', float64.
     """
     new = torch.where(keep, weight.double(), 0)
-    if ridge == math.inf or not second.diagonal()[keep].any():
+    if ridge == math.inf or not second.inputs.diagonal()[keep].any():
         return new
-    inner = second[keep][:, keep]
+    inner = second.inputs[keep][:, keep]
     diagonal = inner.diagonal()
     inner.diagonal().add_(ridge * diagonal + torch.finfo(torch.float64).eps * diagonal.sum())
-    lost = weight[:, ~keep].double() @ second[~keep][:, keep]
+    lost = weight[:, ~keep].double() @ second.inputs[~keep][:, keep] + second.owed[:, keep]
     new[:, keep] += torch.cholesky_solve(lost.t(), torch.linalg.cholesky(inner)).t()
     return new
 
 
-def choose_ridge(weight: Tensor, keep: Tensor, second: Tensor, held_out: Tensor, ridges: Sequence[float]) -> float:
-    """The ridge with which the refit errs least on held-out data, tr((W - W') H (W - W')^T); infinity if none helps.
+def choose_ridge(weight: Tensor, keep: Tensor, second: Second, held_out: Second, ridges: Sequence[float]) -> float:
+    """The ridge with which the refit errs least on held-out data; infinity if none helps.
+
+    With M = W - W' it errs by E ||M x + d||^2 = tr(M H M^T) + 2 tr(M (E d x^T)^T) + what no ridge changes.
 
     Args:
         weight: As in `refit`.
         keep: As in `refit`.
         second: As in `refit`.
-        held_out: H, the second moments of held-out inputs, about the same centre.
+        held_out: The second moments of held-out data, about the same means.
         ridges: The candidates.
     """
     errors = {}
-    for ridge in (*ridges, math.inf):
+    for ridge in (math.inf, *ridges):
         missing = weight.double() - refit(weight, keep, second, ridge)
-        errors[ridge] = float(((missing @ held_out) * missing).sum())
-    return min(reversed(errors), key=lambda ridge: errors[ridge])
+        errors[ridge] = float(((missing @ held_out.inputs + 2 * held_out.owed) * missing).sum())
+    return min(errors, key=lambda ridge: errors[ridge])
 
 
 def refit_linear(
@@ -124,21 +156,24 @@ def refit_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """A linear's new weight and bias: the ridge from held-out data, and then a refit on all.
 
-    A bias makes up for the mean of what is missing, b' = b + (W - W') E x, and the weight is then for the rest.
+    A bias makes up for the mean of what is missing, b' = b + (W - W') E x + E d, and the weight then for the rest.
 
     Args:
         weight: `[out_features, in_features]`.
         bias: `[out_features]`, or None.
         keep: Which inputs stay, bool, `[in_features]`.
-        fit: Moments of the inputs.
-        held_out: Moments of other inputs.
+        fit: Moments of some data.
+        held_out: Moments of other data.
         ridges: The candidates.
 
     Returns:
         Both, float64.
     """
-    centre = None if bias is None else fit.mean
+    centre = None if bias is None else fit.centre
     ridge = choose_ridge(weight, keep, fit.about(centre), held_out.about(centre), ridges)
     both = fit.merged(held_out)
-    new = refit(weight, keep, both.about(None if bias is None else both.mean), ridge)
-    return new, None if bias is None else bias.double() + (weight.double() - new) @ both.mean
+    new = refit(weight, keep, both.about(None if bias is None else both.centre), ridge)
+    if bias is None:
+        return new, None
+    mean, owed = both.centre
+    return new, bias.double() + (weight.double() - new) @ mean + owed

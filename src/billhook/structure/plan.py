@@ -80,7 +80,8 @@ class Plan:
         rows: dict[tuple[str, str], list[str]] = {}
         for name, kind in self.kinds.items():
             change = _change(kind, self.before[name], self.after[name], self.units.get(name, []))
-            rows.setdefault((name if kind == "head" else pattern(name), change), []).append(name)
+            shown = name if kind == "head" else pattern(name).strip() or "the whole"
+            rows.setdefault((shown, change), []).append(name)
         width = max(len(name) for name, _ in rows)
         for (name, change), places in rows.items():
             lines.append(f"  {name:<{width}}  {change}" + (f" in each of {len(places)}" if len(places) > 1 else ""))
@@ -218,6 +219,11 @@ def _left(name: str, units: Units, gone: Sequence[int]) -> tuple[int, ...]:
     what = PLURAL[units.kind]
     if not len(rest):
         raise ValueError(f"{what}: {name} would be left without {what}; at least one of its {units.count()} must stay")
+    if len(rest) < (taken := max((int(leaf.notes.get("taken", 0)) for leaf in units.leaves), default=0)):
+        raise ValueError(
+            f"{what}: {name} would be left with {len(rest)} of {units.count()} {what}, and each token takes {taken}: "
+            f"at least {taken} must stay"
+        )
     if units.kind != "head":
         return (len(rest),)
     serving = np.unique(rest, return_counts=True)[1]

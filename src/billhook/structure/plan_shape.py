@@ -29,11 +29,20 @@ Fields = dict[str, int | None]
 
 
 def shapes_then(
-    model: PreTrainedModel, structure: Structure, plan: Plan, now: Shape, tensors: dict[str, tuple[int, ...]]
+    model: PreTrainedModel,
+    structure: Structure,
+    plan: Plan,
+    now: Shape,
+    tensors: dict[str, tuple[int, ...]],
+    finder: FieldFinder | None = None,
 ) -> Iterator[tuple[Shape, Fields]]:
-    """Shapes that the model might have then, the likeliest first: as its class builds it, or with attributes that are tried."""
-    fields = _fields(model, structure, plan) if _build_shape(model, {}).tensors == now.tensors else {}
-    if fields and (built := _built(model, fields, now, tensors)) is not None:
+    """Shapes that the model might have then, the likeliest first: as its class builds it, or with attributes that are tried.
+
+    `finder` is one of the model, or of one like it, that remembers what it has built.
+    """
+    usual = _build_shape(model, {})
+    fields = _fields(model, structure, plan, finder or FieldFinder(model)) if usual.tensors == now.tensors else {}
+    if fields and (built := _built(model, fields, usual, now, tensors)) is not None:
         yield built, fields
         return
     for changed in ({}, _heads_said(model, plan)):  # some code asks the config in the middle of a forward
@@ -43,10 +52,10 @@ def shapes_then(
                 yield shape, changed
 
 
-def _fields(model: PreTrainedModel, structure: Structure, plan: Plan) -> Fields:
+def _fields(model: PreTrainedModel, structure: Structure, plan: Plan, finder: FieldFinder) -> Fields:
     """What the config's fields would be, if they can say it: as many units of a kind everywhere."""
     leaves = {leaf for one in find_units(model, _kinds(plan), structure).values() for leaf in one.leaves}
-    groups, finder = [group for group in structure.groups if group.leaf in leaves], FieldFinder(model)
+    groups = [group for group in structure.groups if group.leaf in leaves]
     changes: dict[str, int | None] = {}
     for kind in _kinds(plan):
         steps = _steps(plan, kind)
@@ -92,10 +101,12 @@ def _heads_said(model: PreTrainedModel, plan: Plan) -> Fields:
     return {f: becomes[v] for f, v in vars(model.config).items() if "head" in f and type(v) is int and v in becomes}
 
 
-def _built(model: PreTrainedModel, fields: Fields, now: Shape, tensors: dict[str, tuple[int, ...]]) -> Shape | None:
+def _built(
+    model: PreTrainedModel, fields: Fields, usual: Shape, now: Shape, tensors: dict[str, tuple[int, ...]]
+) -> Shape | None:
     """What the model's class builds from a changed config, if it has these tensors."""
     try:
-        usual, built = _build_shape(model, {}), _build_shape(model, fields)
+        built = _build_shape(model, fields)
     except Exception:  # whatever a class of configs or models raises
         return None
     if built.tensors != tensors:
@@ -168,15 +179,16 @@ def _meanings(
     So the number of a layer is not taken for a number of heads, nor that for how many query heads a KV head serves.
     """
     numbers = {name: _numbers(plan, name, now, tensors) for name in plan.before}
-    places: dict[tuple[type, str], list[tuple[str, str]]] = {}
+    alone = {name: _alone(model, name) for name in numbers}
+    places: dict[tuple[type, str, UnitKind], list[tuple[str, str]]] = {}
     for key in now.attributes:
-        inside = [name for name in numbers if key.startswith(_prefix(name))]
+        inside = [name for name in numbers if key.startswith(alone[name])]
         if inside and key not in certain:
             owner, _, attr = key.rpartition(".")
-            name = max(inside, key=lambda name: len(_prefix(name)))
-            places.setdefault((type(model.get_submodule(owner)), attr), []).append((key, name))
+            name = max(inside, key=lambda name: len(alone[name]))
+            places.setdefault((type(model.get_submodule(owner)), attr, plan.kinds[name]), []).append((key, name))
     found = []
-    for (_, attr), own in places.items():
+    for (_, attr, _), own in places.items():
         means = [m for m in numbers[own[0][1]] if all(numbers[n].get(m, (0, 0))[0] == now.attributes[k] for k, n in own)]
         ranks = {meaning: 0 if meaning.split()[-1] in attr else 1 if meaning.startswith(".") else 3 for meaning in means}
         options = [(ranks[m], {key: numbers[name][m][1] for key, name in own}) for m in means]
@@ -191,6 +203,17 @@ def _prefix(place: str) -> str:
     """What the names of all that is in a place start with; what comes after a space is its kind."""
     module = place.partition(" ")[0]
     return f"{module}." if module else ""
+
+
+def _alone(model: PreTrainedModel, place: str) -> str:
+    """What the names start with of all that is in the outermost module that holds a place and no parameter beside it."""
+    prefix = _prefix(place)
+    while "." in prefix[:-1]:
+        outer = prefix[:-1].rpartition(".")[0]
+        if not all(name.startswith(prefix) for name, _ in model.get_submodule(outer).named_parameters(outer)):
+            break
+        prefix = f"{outer}."
+    return prefix
 
 
 def _numbers(plan: Plan, place: str, now: Shape, tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
@@ -232,7 +255,8 @@ def _runs(model: PreTrainedModel, plan: Plan, shape: Shape, fields: Fields) -> b
         trace(shadow)
     except ValueError:
         return False
-    return {name: counts(one) for name, one in units.items()} == plan.after
+    expected = {name: left for name, left in plan.after.items() if name in units or max(left) > 1}  # one alone is no group
+    return {name: counts(one) for name, one in units.items()} == expected
 
 
 def sizes_then(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from billhook.resting import resting
 from billhook.structure.amount import RATIOS, Amount, Ranking
 from billhook.structure.channels import find_units, of_kind
 from billhook.structure.coupling import Structure
+from billhook.structure.fields import FieldFinder
 from billhook.structure.figures import Figures, figures_of
 from billhook.structure.importance import Importance
 from billhook.structure.meta import to_meta
@@ -113,6 +114,8 @@ class Request:
         self.per: Per = "head" if "heads" in amount.asked else "kv_head"
         self._protected = protected_places(model, self.units, amount)
         self._ratios: dict[str, float] | None = None
+        self._finder = FieldFinder(model)
+        self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Figures] = {}
         self._chosen(self._flat())
 
     def scores(
@@ -244,10 +247,13 @@ class Request:
         return value
 
     def _costs(self, found: Plan) -> Figures:
-        """What the model costs when a plan has been carried out, on meta tensors."""
-        shadow = to_meta(self.model)
-        carry_out(found, shadow, self.structure, self.units)
-        return figures_of(shadow)
+        """What the model costs when a plan has been carried out, on meta tensors; how many units go decides it, not which."""
+        left = tuple(found.after.items())
+        if left not in self._known:
+            shadow = to_meta(self.model)
+            carry_out(found, shadow, self.structure, self.units, finder=self._finder)
+            self._known[left] = figures_of(shadow)
+        return self._known[left]
 
 
 def lowest(count: int, cost: Callable[[int], int], limit: int) -> int | None:

@@ -16,9 +16,11 @@ from billhook.resting import resting
 from billhook.structure.axes import Indices
 from billhook.structure.channels import find_units
 from billhook.structure.coupling import Structure
+from billhook.structure.fields import FieldFinder
 from billhook.structure.gates import Gate
 from billhook.structure.inputs import make_inputs
 from billhook.structure.plan import PLURAL, Cuts, Plan, check_made_for, plan_found
+from billhook.structure.plan_repair import Weights, taken_over
 from billhook.structure.plan_shape import set_fields, shapes_then, sizes_then
 from billhook.structure.shape import Shape, find_transformer, set_shape, shape_of
 from billhook.structure.surgery import Change, replace_parameters
@@ -26,7 +28,12 @@ from billhook.structure.trace import trace
 from billhook.structure.units import Units
 
 
-def apply(plan: Plan, model: nn.Module, optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
+def apply(
+    plan: Plan,
+    model: nn.Module,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+    weights: Weights | None = None,
+) -> None:
     """Carries out a plan, in place; the model and the optimizers are as before if that fails.
 
     What goes of heads and feed-forward channels is first compared with the model in which it is masked: the outcome computes the
@@ -36,6 +43,7 @@ def apply(plan: Plan, model: nn.Module, optimizers: Optimizer | Iterable[Optimiz
         plan: What was made of the model as it is.
         model: The model.
         optimizers: The optimizer, or optimizers, that train the model; their state follows.
+        weights: What `repair` made of the linears that read what goes; by default they keep their weights.
 
     Raises:
         ValueError: If the plan is not of this model, or the model's code does not follow.
@@ -49,7 +57,8 @@ def apply(plan: Plan, model: nn.Module, optimizers: Optimizer | Iterable[Optimiz
     if not _same_cuts(plan.cuts, plan_found(subject, structure, found, plan.units).cuts):
         own = type(subject).__name__
         raise ValueError(f"plan: it was made for a {plan.model} with other units than this {own} has (its tensors hold others)")
-    carry_out(plan, subject, structure, found, optimizers)
+    with taken_over(subject, weights):
+        carry_out(plan, subject, structure, found, optimizers)
 
 
 def carry_out(
@@ -58,26 +67,35 @@ def carry_out(
     structure: Structure,
     found: Mapping[str, Units],
     optimizers: Optimizer | Iterable[Optimizer] = (),
+    finder: FieldFinder | None = None,
 ) -> None:
-    """What `apply` does, of a plan that has just been made of units that have just been found."""
+    """What `apply` does, of a plan that has just been made of units that have just been found.
+
+    `finder` is one of the model, or of one like it, that remembers what it has built.
+    """
     optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     if not plan.units:
         return
     _check_free(subject, found)
-    exact = all(found[name].kind in ("head", "channel") for name in plan.units) and subject.device.type != "meta"
+    exact, real = all(found[name].kind in ("head", "channel") for name in plan.units), subject.device.type != "meta"
     readers = {reader for one in found.values() for reader in one.readers if one.kind in ("head", "channel")}
-    now, expected = shape_of(subject), _zeroed_answer(subject, found, plan, readers) if exact else None
+    now, expected = shape_of(subject), _zeroed_answer(subject, found, plan, readers) if exact and real else None
     tensors = sizes_then(subject, plan)
-    for shape, fields in shapes_then(subject, structure, plan, now, tensors):
-        with _undone_unless_done(subject, now, optimizers):
-            _cut(subject, plan, shape, optimizers)
-            set_fields(subject, fields)
-            if expected is None or _alike(expected, _answer(subject, readers), _tolerance(subject)):
-                return
-            raise _Different
+    why = ""
+    for shape, fields in shapes_then(subject, structure, plan, now, tensors, finder):
+        try:
+            with _undone_unless_done(subject, now, optimizers):
+                _cut(subject, plan, shape, optimizers)
+                set_fields(subject, fields)
+                if real:
+                    _check_answer(subject, readers, expected)
+            return
+        except _Different as different:
+            why = str(different)
     what = " or ".join(dict.fromkeys(PLURAL[plan.kinds[name]] for name in plan.units))
     raise ValueError(
         f"{what}: the code of {type(subject).__name__} does not follow when {what} are removed from its tensors"
+        + (f" ({why})" if why else "")
         + ("; they can be masked (mask_heads)" if what == "heads" else "")
     )
 
@@ -102,7 +120,18 @@ def _reading(
 
 
 class _Different(Exception):
-    """The model computes something else than with the units masked."""
+    """The model computes something else than with the units masked, or nothing."""
+
+
+def _check_answer(model: PreTrainedModel, readers: Iterable[str], expected: list[Tensor] | None) -> None:
+    try:
+        found = _answer(model, readers)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # such as a kernel that takes multiples of something
+        raise _Different(str(error).partition("\n")[0]) from error
+    if expected is not None and not _alike(expected, found, _tolerance(model)):
+        raise _Different
 
 
 def _cut(model: PreTrainedModel, plan: Plan, shape: Shape, optimizers: list[Optimizer]) -> None:
@@ -111,11 +140,23 @@ def _cut(model: PreTrainedModel, plan: Plan, shape: Shape, optimizers: list[Opti
     cuts = {name: partial(_smaller, {d: stays for (own, d), stays in plan.cuts.items() if own == name}) for name in names}
     buffers = {name: cut(model.get_buffer(name)) for name, cut in cuts.items() if name not in parameters}
     changes = {name: Change(cut, partial(_smaller_state, cut), cut) for name, cut in cuts.items() if name in parameters}
+    said = list(_sizes_said(model))
     replace_parameters(model, changes, optimizers)
+    for module, attr in said:
+        setattr(module, attr, type(getattr(module, attr))(module.get_parameter("weight").shape))
     for name, buffer in buffers.items():
         owner, _, attr = name.rpartition(".")
         model.get_submodule(owner)._buffers[attr] = buffer
     set_shape(model, shape)
+
+
+def _sizes_said(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Where a module keeps the whole size of its weight, as a norm does."""
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        for attr, value in vars(module).items():
+            if weight is not None and isinstance(value, tuple | list) and tuple(value) == tuple(weight.shape):
+                yield module, attr
 
 
 def _smaller(stays: Mapping[int, Indices], tensor: Tensor) -> Tensor:
@@ -131,13 +172,14 @@ def _smaller_state(cut: Callable[[Tensor], Tensor], _: str, state: Tensor) -> Te
 @contextmanager
 def _undone_unless_done(model: PreTrainedModel, now: Shape, optimizers: list[Optimizer]) -> Iterator[None]:
     """Puts back model and optimizers, unless what happens within returns."""
+    said = [(m, {k: v for k, v in vars(m).items() if isinstance(v, tuple | list)}) for m in model.modules()]
     tensors = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     groups = [(group, list(group["params"])) for optimizer in optimizers for group in optimizer.param_groups]
     states = [(optimizer, dict(optimizer.state)) for optimizer in optimizers]
     configs = [(config, dict(vars(config))) for config in {id(c): c for c in _configs(model)}.values()]
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         for module, parameters, buffers in tensors:
             module._parameters.update(parameters)
             module._buffers.update(buffers)
@@ -147,10 +189,11 @@ def _undone_unless_done(model: PreTrainedModel, now: Shape, optimizers: list[Opt
             optimizer.state.clear()
             optimizer.state.update(state)
         set_shape(model, now)
+        for module, sizes in said:
+            vars(module).update(sizes)
         for config, fields in configs:
             vars(config).update(fields)
-        if not isinstance(error, _Different):
-            raise
+        raise
 
 
 def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:

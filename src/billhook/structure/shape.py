@@ -224,12 +224,13 @@ def _fields(config: object, prefix: str = "") -> Iterator[tuple[str, PretrainedC
     for said, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
             yield from _fields(value, f"{prefix}{said}.")
-        elif not said.startswith("_") and (type(value) is int or (isinstance(value, list) and _is_plain(value))):
+        elif not said.startswith("_") and (type(value) is int or (isinstance(value, list) and _is_plain(said, value))):
             yield f"{prefix}{said}", config, said
 
 
-def _is_plain(values: list[Any]) -> bool:
-    return all(value is None or isinstance(value, bool | int | float | str) for value in values)
+def _is_plain(said: str, values: list[Any]) -> bool:
+    """Whether a list can go with a shape; `architectures` is the class, and only there once a model has been saved."""
+    return said != "architectures" and all(value is None or isinstance(value, bool | int | float | str) for value in values)
 
 
 def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList, list[int]]]:

@@ -178,6 +178,7 @@ def index_add(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, sourc
 
 def topk(tape: Tape, out: Sequence[Tensor], x: Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
     """The largest values, and the indices where they stood."""
+    mark(axes_of(x)[dim], "taken", str(k))
     _rank(out, x, dim)
 
 

@@ -92,6 +92,19 @@ def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_blocks_and_then_what_is_within(small, files, tmp_path):
+    record = prune(small, tmp_path / "out", "--blocks", "1", "--channels", "0.5", *SHORT, *option(files))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (again.config.num_hidden_layers, again.config.intermediate_size) == (1, 24)
+    dense, batches = bh.load(small), drawn(blocks(files["train"]), 4)
+    scores = bh.block_importance(dense, batches)
+    (gone,) = record["plans"][0]["blocks"]["model.layers"]
+    assert gone == int(scores["model.layers"].argmin())
+    assert record["plans"][1]["before"] == {"model.layers.0.mlp": [48]}
+    alone = prune(small, tmp_path / "alone", "--blocks", "1", "--first", "1", *SHORT, *option(files))
+    assert alone["plans"][0]["blocks"] == {"model.layers": [1]}
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -99,6 +112,7 @@ def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):
         (["--channels", "1.5"], r"channels=1.5 must be a fraction of these units in \[0, 1\)"),
         (["--params", "10"], "params=10: 10 cannot be reached; with what may go"),
         (["--channels", "0.5", "--rounds", "0"], "rounds=0 must be at least 1"),
+        (["--blocks", "-1"], "blocks=-1 must be at least 0"),
         (["--channels", "0.5", "--evaluate", "-1"], "evaluate=-1 must be at least 0"),
     ],
 )

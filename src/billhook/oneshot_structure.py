@@ -1,6 +1,10 @@
 """`billhook prune-structure`: a checkpoint in, a smaller one out, without its least important coupled structures."""
 
-from transformers import AutoTokenizer
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
 
 from billhook.assets import model_path
 from billhook.checkpoint import load, save
@@ -9,7 +13,11 @@ from billhook.oneshot import device_of
 from billhook.place import check_target
 from billhook.rows import Data
 from billhook.structure.amount import Amount, Ranking
+from billhook.structure.block_plan import BlockPlan, plan_blocks
+from billhook.structure.block_ranking import By, block_importance
+from billhook.structure.block_removal import apply_blocks
 from billhook.structure.importance import Importance
+from billhook.structure.plan import Plan
 from billhook.structure.plan_repair import repair as repair_weights
 from billhook.structure.planning import Request
 from billhook.structure.progress import First
@@ -32,6 +40,8 @@ def prune_structure(
     channels: float | None = None,
     residual: float | None = None,
     experts: float | None = None,
+    blocks: int = 0,
+    by: By = "influence",
     importance: Importance | None = None,
     ranking: Ranking = "layer",
     first: int = 0,
@@ -69,6 +79,8 @@ def prune_structure(
         channels: Fraction of the channels of feed-forward blocks.
         residual: Fraction of the channels of the residual stream (the hidden size).
         experts: Fraction of the experts.
+        blocks: How many whole blocks go of each stack, before anything else.
+        by: What a block is worth: "influence" (ShortGPT, 2403.03853) or "loss", one forward a block.
         importance: `Taylor` (LLM-Pruner, 2305.11627; the default), `OutputNorm`, `GateGradient`, `WeightNorm`, `ActivationNorm`
             or `RandomUnits`, or a class of your own.
         ranking: "layer": as many go in each layer; "global": the lowest of all layers; then the layers differ.
@@ -78,7 +90,7 @@ def prune_structure(
         normalize: Whether the scores of each place are divided by their L2 norm.
         rounds: In how many rounds, with scores taken anew in each.
         repair: How the linears that read what goes make up for it, by least squares on the examples; null: they do not.
-        dry_run: Print the plan and write nothing.
+        dry_run: Print the first plan and write nothing.
         data: What scores are taken from (split train) and the metric (split test, or else validation): "tiny", a hub name, a
             folder, or files by split, as in '{train: a.txt, test: b.txt}'. Of a classifier, tables with a text and a label.
         column: The column that holds the text.
@@ -94,9 +106,12 @@ def prune_structure(
     Raises:
         ValueError: If an argument is not legal, or the model cannot give what is asked; before anything is written.
     """
-    amount = Amount(
-        heads, kv_heads, channels, residual, experts, params, flops, kv_cache_bytes, bytes, ranking, first, last, round_to
-    )
+    ratios = (heads, kv_heads, channels, residual, experts)
+    asked = any(given is not None for given in (*ratios, params, flops, kv_cache_bytes, bytes))
+    how = (ranking, first, last, round_to)
+    amount = Amount(*ratios, params, flops, kv_cache_bytes, bytes, *how) if asked or not blocks else None
+    if blocks < 0:
+        raise ValueError(f"blocks={blocks} must be at least 0")
     for name, value in {"rounds": rounds, "examples": examples, "batch_size": batch_size}.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
@@ -105,20 +120,21 @@ def prune_structure(
     check_target(out)
     dense, importance = load(model, dtype), importance or Taylor()
     dense.to(device_of(device))  # type: ignore[arg-type]
-    Request(dense, amount)
+    if amount is not None:
+        Request(dense, amount)
     given = Material(dense, model, data, column, label_column, length, batch_size)
     batches = given.batches(examples, seed)
     before = None if dry_run else given.measure(dense, evaluate)
-    plans, start = [], First.of(dense, amount)
-    for number in range(1, rounds + 1):
-        if (due := start.part(dense, amount, number / rounds)) is not None:
-            request = Request(dense, due)
-            plan = request.plan(request.scores(importance, [(batch, None) for batch in batches], normalize))
-            print(plan)
-            if dry_run:
-                return
+    plans: list[dict[str, Any]] = []
+    for plan in _plans(dense, batches, amount, blocks, by, (first, last), importance, normalize, rounds):
+        print(plan)
+        if dry_run:
+            return
+        if isinstance(plan, BlockPlan):
+            apply_blocks(plan, dense)
+        else:
             apply(plan, dense, weights=repair_weights(plan, dense, batches, repair) if repair else None)
-            plans.append(plan.to_json())
+        plans.append(plan.to_json())
     after = given.measure(dense, evaluate)
     record = {
         "plans": plans,
@@ -130,3 +146,26 @@ def prune_structure(
     if before is not None and after is not None:
         print(f"{given.metric} {before:,.4g} before, {after:,.4g} after")
     print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
+
+
+def _plans(
+    model: PreTrainedModel,
+    batches: list[dict[str, Tensor]],
+    amount: Amount | None,
+    blocks: int,
+    by: By,
+    protected: tuple[int, int],
+    importance: Importance,
+    normalize: bool,
+    rounds: int,
+) -> Iterator[BlockPlan | Plan]:
+    """What goes, one plan after the other, each of the model as it is when the one before has been carried out."""
+    if blocks:
+        yield plan_blocks(model, None, blocks, None, block_importance(model, batches, by), *protected)
+    if amount is None:
+        return
+    start = First.of(model, amount)
+    for number in range(1, rounds + 1):
+        if (due := start.part(model, amount, number / rounds)) is not None:
+            request = Request(model, due)
+            yield request.plan(request.scores(importance, [(batch, None) for batch in batches], normalize))

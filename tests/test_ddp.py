@@ -14,7 +14,16 @@ from families import llama
 from fits import data, module, trainer
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from billhook import HeadPruning, KVHeadConversion, Linear, MultiStep, Taylor, WeightPruning
+from billhook import (
+    HeadPruning,
+    KVHeadConversion,
+    Linear,
+    MultiStep,
+    Repair,
+    StructuredPruning,
+    Taylor,
+    WeightPruning,
+)  # fmt: skip
 
 SCRIPT = textwrap.dedent("""
     import json, sys
@@ -188,3 +197,41 @@ def test_two_processes_prune_the_heads_that_one_does(tmp_path, remove, given):
         torch.testing.assert_close(record["scores"][name], scores, rtol=1e-3, atol=1e-5, equal_nan=True)
     for name, value in single.state_dict().items():
         torch.testing.assert_close(state[name], value, atol=2e-4, rtol=1e-3)
+
+
+STRUCTURE = textwrap.dedent("""
+    import json, sys
+    import torch
+    from fits import trainer
+    from test_ddp import FitOfTuples, structured_pruning
+
+    (out,) = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    lit, callback = FitOfTuples(), structured_pruning()
+    run = trainer(out, [callback], max_steps=6, devices=2, strategy="ddp", use_distributed_sampler=False)
+    run.fit(lit)
+    state = {name: value.detach() for name, value in lit.state_dict().items()}
+    gathered = [None, None]
+    torch.distributed.all_gather_object(gathered, repr([{n: v.tolist() for n, v in state.items()}, callback.events]))
+    assert gathered[0] == gathered[1], "the ranks differ"
+    if run.is_global_zero:
+        torch.save([state, callback.events], f"{out}/result.pt")
+""")
+
+
+def structured_pruning():
+    """In two events, on batches of the user's own, and repaired: two to a process in the first half, all of them summed."""
+    ids = torch.randint(3, 60, (8, 4, 12), generator=torch.Generator().manual_seed(1))
+    options = {"calibration": [(one,) for one in ids], "importance": Taylor("first"), "repair": Repair(), "measure_batches": 0}
+    return StructuredPruning(channels=0.5, kv_heads=0.5, at=MultiStep([0.5, 1.0], [2, 4]), **options)
+
+
+def test_two_processes_cut_and_repair_what_one_does(tmp_path):
+    run_script(tmp_path, STRUCTURE, [str(tmp_path)])
+    state, events = torch.load(tmp_path / "result.pt", weights_only=True)
+    single, callback = FitOfTuples(), structured_pruning()
+    trainer(tmp_path, [callback], max_steps=6).fit(single)
+    assert events == callback.events
+    assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in single.state_dict().items()}
+    for name, value in single.state_dict().items():  # other batches choose the ridge, and training goes on
+        assert (state[name] - value).norm() <= 0.1 * value.norm(), name

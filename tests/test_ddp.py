@@ -220,8 +220,8 @@ STRUCTURE = textwrap.dedent("""
 
 
 def structured_pruning():
-    """In two events, on batches of the user's own, and repaired: two to a process in the first half, all of them summed."""
-    ids = torch.randint(3, 60, (8, 4, 12), generator=torch.Generator().manual_seed(1))
+    """In two events, on batches of the user's own, of which one process chooses the ridge on those that two do."""
+    ids = torch.randint(3, 60, (6, 4, 12), generator=torch.Generator().manual_seed(1))[[0, 1, 2, 3, 2, 4, 4, 5]]
     options = {"calibration": [(one,) for one in ids], "importance": Taylor("first"), "repair": Repair(), "measure_batches": 0}
     return StructuredPruning(channels=0.5, kv_heads=0.5, at=MultiStep([0.5, 1.0], [2, 4]), **options)
 
@@ -233,5 +233,5 @@ def test_two_processes_cut_and_repair_what_one_does(tmp_path):
     trainer(tmp_path, [callback], max_steps=6).fit(single)
     assert events == callback.events
     assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in single.state_dict().items()}
-    for name, value in single.state_dict().items():  # other batches choose the ridge, and training goes on
-        assert (state[name] - value).norm() <= 0.1 * value.norm(), name
+    for name, value in single.state_dict().items():
+        torch.testing.assert_close(state[name], value, atol=2e-3, rtol=1e-2)

@@ -37,8 +37,9 @@ RECIPES = {
     "LLM-Pruner, vector": (bh.Taylor("vector"), False),
     "LLM-Pruner, element 1st": (bh.Taylor("first"), False),
     "LLM-Pruner, mixed": (bh.Taylor("mixed"), False),
-    "billhook, no repair": (bh.GateGradient(), False),
-    "billhook": (bh.GateGradient(), True),
+    "billhook, no repair": (bh.OutputNorm(), False),
+    "billhook": (bh.OutputNorm(), True),
+    "billhook, GateGradient": (bh.GateGradient(), True),
 }
 ROWS = ["dense", *(f"{cut}: {recipe}" for cut in CUTS for recipe in RECIPES)]
 HEADER = "| cut | recipe | parameters kept | perplexity | after training | MiB | CPU s |"
@@ -63,7 +64,7 @@ def peak():
 
 def cut(model, ids, ratios, importance, repairs, examples):
     """Plans and removes; returns the plan."""
-    theirs = not isinstance(importance, bh.GateGradient)
+    theirs = isinstance(importance, bh.Taylor)
     rows = ids[: 10 * 64].view(1, 10, 64) if theirs else ids[: examples * 512].view(-1, 1, 512)
     batches = [{"input_ids": row} for row in rows]
     plan = bh.plan(model, importance, batches, **ratios, **PROTECTED)

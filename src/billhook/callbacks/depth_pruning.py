@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.examples import aside, check_readable, on_device, training_examples, training_loss
+from billhook.callbacks.examples import aside, check_readable, scoring_batches
 from billhook.callbacks.ranks import SumOverRanks
 from billhook.callbacks.shape_event import At, ShapeCallback
 from billhook.resting import resting
@@ -122,17 +121,10 @@ class DepthPruning(ShapeCallback):
         stacks = find_blocks(model)
         reduce = None if trainer.world_size == 1 else SumOverRanks(trainer)
         with aside(pl_module, self.seed), resting(model), trainer.precision_plugin.forward_context():
-            trials = [block_trial(model, stacks, *pair) for pair in self._batches(trainer, pl_module)]
+            pairs = scoring_batches(trainer, pl_module, self.calibration, self.examples)
+            trials = [block_trial(model, stacks, *pair) for pair in pairs]
             rank = partial(score_blocks, stacks, trials, self.by, reduce=reduce)
             return choose_greedily(rank, sizes_of(stacks), self.quota) if self.greedy else choose_lowest(rank({}), self.quota)
-
-    def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[tuple[Any, Any]]:
-        if self.calibration is None:
-            batches: Iterable[Any] = training_examples(trainer, self.examples)
-        else:
-            batches = islice(self.calibration, trainer.global_rank, None, trainer.world_size)
-        for number, batch in enumerate(on_device(trainer, batches)):
-            yield batch, training_loss(pl_module, number)
 
     def state_dict(self) -> dict[str, Any]:
         """What has happened so far; which blocks are there is in the LightningModule's part of the checkpoint."""

@@ -38,8 +38,9 @@ RECIPES = {
     "LLM-Pruner, element 1st": (bh.Taylor("first"), False),
     "LLM-Pruner, mixed": (bh.Taylor("mixed"), False),
     "billhook, no repair": (bh.OutputNorm(), False),
-    "billhook": (bh.OutputNorm(), True),
+    "billhook, OutputNorm": (bh.OutputNorm(), True),
     "billhook, GateGradient": (bh.GateGradient(), True),
+    "billhook": (bh.OBS(), True),
 }
 ROWS = ["dense", *(f"{cut}: {recipe}" for cut in CUTS for recipe in RECIPES)]
 HEADER = "| cut | recipe | parameters kept | perplexity | after training | MiB | CPU s |"
@@ -155,7 +156,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "train", "test"):
         parser.add_argument(name)
-    parser.add_argument("--examples", type=int, default=32)
+    parser.add_argument("--examples", type=int, default=40)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--rounds", type=int, default=7, help="of timing")

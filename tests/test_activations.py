@@ -154,14 +154,14 @@ def test_sums_over_positions_and_outputs_without_a_unit(index):
     """Also where the units stand anywhere, or are of different sizes."""
     import numpy as np
 
-    from billhook.structure.activations import _gram, _table
+    from billhook.structure.activations import gram_of, table_of
     from billhook.structure.units import Units
 
     count, width = max(index) + 1, len(index)
     units = Units("head", "x", ("y",), np.array(index), np.arange(count), (), (), ())
     values, reader = torch.randn(2, 5, width), torch.nn.Linear(width, 7)
-    found, (table, there) = by_unit(values, units, "head"), _table(units, "head")
-    gram = _gram(reader, table, there, width)
+    found, (table, there) = by_unit(values, units, "head"), table_of(units, "head")
+    gram = gram_of(reader, table, there, width)
     for unit in range(count):
         own = [position for position, one in enumerate(index) if one == unit]
         torch.testing.assert_close(found[..., unit], values[..., own].sum(-1))

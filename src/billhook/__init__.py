@@ -36,6 +36,7 @@ from billhook.structure.planning import plan
 from billhook.structure.ranking import HeadAblation, ablate_heads, head_importance, unit_importance
 from billhook.structure.removal import apply
 from billhook.structure.repair import Repair
+from billhook.structure.surgeon import OBS
 from billhook.structure.taylor import Taylor
 from billhook.structure.trace import trace
 from billhook.structure.units import Units
@@ -70,6 +71,7 @@ __all__ = [
     "Magnitude",
     "Merged",
     "MultiStep",
+    "OBS",
     "OWL",
     "OutputNorm",
     "Pruning",

@@ -31,7 +31,7 @@ class ActivationNorm(Importance):
         check_read(units, type(self).__name__)
         sums = Sums.zero(units, per)
         for trial in trials:
-            _watch(model, units, trial, partial(self._note, sums, units, per, {}))
+            watch(model, units, trial, partial(self._note, sums, units, per, {}))
         return sums
 
     @staticmethod
@@ -71,11 +71,11 @@ class OutputNorm(Importance):
         check_read(units, type(self).__name__)
         sums, tables, grams = Sums.zero(units, per), dict[str, Tensor](), dict[tuple[str, str], Tensor]()
         for name, one in units.items():
-            tables[name], there = _table(one, per)
+            tables[name], there = table_of(one, per)
             for reader, module in reading(model, one).items():
-                grams[name, reader] = _gram(module, tables[name], there, len(one.index))
+                grams[name, reader] = gram_of(module, tables[name], there, len(one.index))
         for trial in trials:
-            _watch(model, units, trial, partial(self._note, sums, tables, grams))
+            watch(model, units, trial, partial(self._note, sums, tables, grams))
         return sums
 
     @staticmethod
@@ -102,7 +102,7 @@ class OutputNorm(Importance):
         return mean.clamp(min=0).sqrt()
 
 
-def _watch(model: nn.Module, units: Mapping[str, Units], trial: Trial, note: Callable[..., None]) -> None:
+def watch(model: nn.Module, units: Mapping[str, Units], trial: Trial, note: Callable[..., None]) -> None:
     """Runs a batch, and gives `note` the place, the reader, its input and which tokens count, whenever a reader runs."""
 
     def see(name: str, reader: str, _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -120,7 +120,7 @@ def _watch(model: nn.Module, units: Mapping[str, Units], trial: Trial, note: Cal
             handle.remove()
 
 
-def _table(units: Units, per: Per) -> tuple[Tensor, Tensor]:
+def table_of(units: Units, per: Per) -> tuple[Tensor, Tensor]:
     """The positions of each unit, `[units, size]`, int64; and which of them are there, as some may have fewer: bool."""
     positions = units.positions(per)
     there = np.flatnonzero(positions >= 0)
@@ -132,7 +132,7 @@ def _table(units: Units, per: Per) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _gram(reader: nn.Module, table: Tensor, there: Tensor, width: int) -> Tensor:
+def gram_of(reader: nn.Module, table: Tensor, there: Tensor, width: int) -> Tensor:
     """W_u^T W_u of each unit: float32, `[units, size, size]`."""
     like = next((one for one in reader.parameters() if one.is_floating_point()), torch.zeros(()))
     each = torch.eye(width, dtype=like.dtype, device=like.device)

@@ -60,7 +60,8 @@ class Moments:
 
     def merged(self, other: "Moments") -> "Moments":
         """The moments of both."""
-        both = Moments(*self.owed_products.shape, self.tokens.device)
+        rows, columns = self.owed_products.shape
+        both = Moments(rows, columns, self.tokens.device)
         for sums, one, two in zip(both.tensors(), self.tensors(), other.tensors(), strict=True):
             torch.add(one, two, out=sums)
         return both

@@ -101,7 +101,8 @@ class Refits:
     def _of(self, name: str) -> tuple[Moments, Moments]:
         if name not in self._moments:
             weight, _ = self._old[name]
-            self._moments[name] = Moments(*weight.shape, weight.device), Moments(*weight.shape, weight.device)
+            rows, columns = weight.shape
+            self._moments[name] = Moments(rows, columns, weight.device), Moments(rows, columns, weight.device)
         return self._moments[name]
 
     def _refit(self, name: str) -> None:

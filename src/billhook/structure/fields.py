@@ -73,9 +73,10 @@ class FieldFinder:
         return tuple(found)
 
     def values(self, size: int, fields: Sequence[str], count: int) -> dict[str, int]:
-        """What the fields are when there are `count` units instead of `size`."""
+        """What the fields are when there are `count` units instead of `size`; what is open beside others keeps its default."""
         said = {name: value for name, value in _numbers(self.model.config) if name in fields}
-        return {name: self._defaults.get(name, count) if v is None else v // size * count for name, v in said.items()}
+        beside = {} if all(value is None for value in said.values()) else self._defaults
+        return {name: beside.get(name, count) if v is None else v // size * count for name, v in said.items()}
 
     def _accepted(self, values: dict[str, int]) -> bool:
         config = self._config(values)

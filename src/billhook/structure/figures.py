@@ -49,7 +49,9 @@ def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int 
     try:
         shadow = to_meta(model)
         shadow.config.pad_token_id = None  # code that looks for padding asks for values
-        for config in {id(c): c for m in shadow.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)}.values():
+        for config in {
+            id(c): c for m in shadow.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)
+        }.values():
             config._experts_implementation = "batched_mm"
         short = _forward(shadow, context // 2)
         with FlopCounterMode(display=False) as counter:

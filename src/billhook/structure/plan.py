@@ -80,7 +80,7 @@ class Plan:
         rows: dict[tuple[str, str], list[str]] = {}
         for name, kind in self.kinds.items():
             change = _change(kind, self.before[name], self.after[name], self.units.get(name, []))
-            shown = name if kind == "head" else pattern(name).strip() or "the whole"
+            shown = name if kind == "head" else pattern(f"{name}.").strip(". ") or "the model"
             rows.setdefault((shown, change), []).append(name)
         width = max(len(name) for name, _ in rows)
         for (name, change), places in rows.items():
@@ -216,7 +216,7 @@ def _checked(found: Mapping[str, Units], units: Mapping[str, Iterable[int]]) -> 
 def _left(name: str, units: Units, gone: Sequence[int]) -> tuple[int, ...]:
     """How many units a place has left."""
     rest = np.delete(units.kv_of, list(gone))
-    what = PLURAL[units.kind]
+    what, name = PLURAL[units.kind], name or "the model"
     if not len(rest):
         raise ValueError(f"{what}: {name} would be left without {what}; at least one of its {units.count()} must stay")
     if len(rest) < (taken := max((int(leaf.notes.get("taken", 0)) for leaf in units.leaves), default=0)):
@@ -260,7 +260,7 @@ def _check_allowed(structure: Structure, units: Sequence[Units]) -> None:
                 reason = "a norm goes over all of them at once, so that without some it would give something else"
             if reason:
                 masked = "; they can be masked (mask_heads)" if one.kind == "head" else ""
-                raise ValueError(f"{what}: those of {one.name} cannot be removed: {reason}{masked}")
+                raise ValueError(f"{what}: those of {one.name or 'the model'} cannot be removed: {reason}{masked}")
 
 
 def _cuts(structure: Structure, units: Mapping[str, Units], gone: Mapping[str, list[int]]) -> Cuts:

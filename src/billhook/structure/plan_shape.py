@@ -101,9 +101,7 @@ def _heads_said(model: PreTrainedModel, plan: Plan) -> Fields:
     return {f: becomes[v] for f, v in vars(model.config).items() if "head" in f and type(v) is int and v in becomes}
 
 
-def _built(
-    model: PreTrainedModel, fields: Fields, usual: Shape, now: Shape, tensors: dict[str, tuple[int, ...]]
-) -> Shape | None:
+def _built(model: PreTrainedModel, fields: Fields, usual: Shape, now: Shape, tensors: dict[str, tuple[int, ...]]) -> Shape | None:
     """What the model's class builds from a changed config, if it has these tensors."""
     try:
         built = _build_shape(model, fields)
@@ -164,7 +162,10 @@ def _certain(model: PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dic
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
         layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        for attr, dim in _says(layer).items():
+        says = _says(layer)
+        if isinstance(module, BaseTunerLayer):
+            says = dict(zip(("in_features", "out_features"), says.values(), strict=False))
+        for attr, dim in says.items():
             weight = names.get(id(layer.weight), "")
             if weight in tensors and hasattr(module, attr):
                 certain[f"{name}.{attr}"] = tensors[weight][dim]
@@ -234,9 +235,9 @@ def _numbers(plan: Plan, place: str, now: Shape, tensors: dict[str, tuple[int, .
 
 
 def _says(module: nn.Module) -> dict[str, int]:
-    """Which attributes of a layer say the size of which dimension of its weight."""
+    """Which attributes of a layer say the size of which dimension of its weight: what it takes, and what it gives."""
     if isinstance(module, nn.Linear):
-        return {"out_features": 0, "in_features": 1}
+        return {"in_features": 1, "out_features": 0}
     if isinstance(module, Conv1D):
         return {"nx": 0, "nf": 1}
     return {"num_embeddings": 0, "embedding_dim": 1} if isinstance(module, nn.Embedding) else {}

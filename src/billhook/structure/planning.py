@@ -171,7 +171,8 @@ class Request:
             self._ratios = self._found_ratios(scores)
         found = self._planned(scores, self._ratios)
         if not found.units:
-            raise ValueError(f"{_said(self._ratios)} is not a single unit of a place, so that nothing would be removed")
+            rounded = f" (round_to={self.amount.round_to})" if self.amount.round_to > 1 else ""
+            raise ValueError(f"{_said(self._ratios)}{rounded} is not a single unit of a place, so that nothing would be removed")
         return found
 
     def _found_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from billhook.structure.amount import RATIOS, Amount
 from billhook.structure.channels import find_units, of_kind
 from billhook.structure.figures import figures_of
-from billhook.structure.unit_choice import free, protected_places
+from billhook.structure.unit_choice import choose_units, free, protected_places
+from billhook.structure.units import Per, Units
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class First:
     def of(cls, model: PreTrainedModel, amount: Amount) -> "First":
         """What a model is now."""
         figure = getattr(figures_of(model), amount.target) if amount.target else None
-        return cls(_counts(model, amount), figure)
+        units = _units(model, amount)
+        return cls(_counts(units, amount, protected_places(model, units, amount)), figure)
 
     def part(self, model: PreTrainedModel, amount: Amount, progress: float) -> Amount | None:
         """What is due of an amount, in terms of the model as it is; None if nothing is.
@@ -37,12 +40,17 @@ class First:
             model: The model, of which some may have gone already.
             amount: The whole amount.
             progress: How much of it is due, in 0..1.
+
+        Returns:
+            What is due in ratios of what is left. Parts add up to the whole where the places of a kind have as many units each;
+            else a place may have lost one more or less.
         """
-        now, changes = _counts(model, amount), dict[str, Any]()
+        units = _units(model, amount)
+        protected, changes = protected_places(model, units, amount), dict[str, Any]()
+        now = _counts(units, amount, protected)
         for name, ratio in amount.ratios.items():
             first, left = sum(self.counts[name].values()), sum(now[name].values())
-            due = max(0.0, progress * ratio * first - (first - left)) / left
-            changes[name] = due if due * max(now[name].values(), default=0) > 1 - 1e-9 or amount.ranking == "global" else 0.0
+            changes[name] = max(0.0, progress * ratio * first - (first - left)) / left
         if amount.target is not None and self.figure is not None:
             asked = getattr(amount, amount.target)
             goal = int(asked * self.figure) if isinstance(asked, float) else int(asked)
@@ -52,12 +60,18 @@ class First:
             changes[amount.target] = limit
         elif not any(changes.values()):
             return None
-        return replace(amount, **changes)
+        due = replace(amount, **changes)
+        per: Per = "head" if "heads" in amount.asked else "kv_head"
+        flat = {name: torch.zeros(one.count(per)) for name, one in units.items()}
+        return due if amount.target is not None or choose_units(units, flat, due, due.ratios, protected) else None
 
 
-def _counts(model: PreTrainedModel, amount: Amount) -> dict[str, dict[str, int]]:
-    units = find_units(model, dict.fromkeys(kind for kind, _ in amount.asked.values()))
-    protected, found = protected_places(model, units, amount), dict[str, dict[str, int]]()
+def _units(model: PreTrainedModel, amount: Amount) -> dict[str, Units]:
+    return find_units(model, dict.fromkeys(kind for kind, _ in amount.asked.values()))
+
+
+def _counts(units: Mapping[str, Units], amount: Amount, protected: frozenset[str]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
     for name in amount.ratios:
         kind, per = RATIOS[name]
         found[name] = {place: one.count(per) for place, one in free(of_kind(units, kind), protected).items()}

@@ -20,9 +20,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import billhook as bh
 from billhook.structure import removal
-from billhook.structure.plan import coupled
 from billhook.structure.heads import find_heads
 from billhook.structure.inputs import make_inputs
+from billhook.structure.plan import coupled
 from billhook.structure.shape import shape_of
 
 NONE = ("mamba", "recurrent_gemma", "convnext", "resnet")  # without attention
@@ -520,7 +520,7 @@ class TestNothingIsHalfDone:
     def test_code_that_does_not_follow(self, name, monkeypatch):
         model, optimizer = self.trained({"llama": llama, "gpt2": gpt2}[name]())
         before = self.everything(model, optimizer)
-        monkeypatch.setattr(removal, "_alike", lambda *_: False)
+        monkeypatch.setattr(removal, "alike", lambda *_: False)
         with pytest.raises(ValueError, match="does not follow"):
             bh.prune_heads(model, self.CHOSEN[name], optimizer)
         assert self.everything(model, optimizer) == before
@@ -622,7 +622,7 @@ class TestCodeOfSomebodysOwn:
         model = self.own()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         before = TestNothingIsHalfDone.everything(model, optimizer)
-        monkeypatch.setattr(removal, "_alike", lambda *_: False)
+        monkeypatch.setattr(removal, "alike", lambda *_: False)
         with pytest.raises(ValueError, match="the code of OwnModel does not follow"):
             bh.prune_heads(model, {0: [0, 1]}, optimizer)
         assert TestNothingIsHalfDone.everything(model, optimizer) == before

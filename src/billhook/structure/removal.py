@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.resting import resting
+from billhook.structure.answer import alike, small_inputs, tolerance
 from billhook.structure.axes import Indices
 from billhook.structure.channels import find_units
 from billhook.structure.coupling import Structure
 from billhook.structure.fields import FieldFinder
 from billhook.structure.gates import Gate
-from billhook.structure.inputs import make_inputs
 from billhook.structure.plan import PLURAL, Cuts, Plan, check_made_for, plan_found
 from billhook.structure.plan_repair import Weights, taken_over
 from billhook.structure.plan_shape import set_fields, shapes_then, sizes_then
@@ -130,7 +130,7 @@ def _check_answer(model: PreTrainedModel, readers: Iterable[str], expected: list
         raise
     except RuntimeError as error:  # such as a kernel that takes multiples of something
         raise _Different(str(error).partition("\n")[0]) from error
-    if expected is not None and not _alike(expected, found, _tolerance(model)):
+    if expected is not None and not alike(expected, found, tolerance(model)):
         raise _Different
 
 
@@ -215,36 +215,17 @@ def _zeroed_answer(model: PreTrainedModel, found: Mapping[str, Units], plan: Pla
 @torch.no_grad()
 def _answer(model: PreTrainedModel, readers: Iterable[str]) -> list[Tensor]:
     """What the readers of units and the model give for small random inputs."""
-    device = next(model.parameters()).device
-    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in make_inputs(model).items()}
     given: list[Any] = []
     modules = [model.get_submodule(reader) for reader in sorted(readers)]
     hooks = [module.register_forward_hook(lambda *told: given.append(told[-1])) for module in modules]
     try:
         with resting(model):
-            given.append(model(**inputs))
+            given.append(model(**small_inputs(model)))
     finally:
         for hook in hooks:
             hook.remove()
     values = [value for value in tree_leaves(given) if isinstance(value, Tensor) and value.is_floating_point()]
     return [value.detach().double().cpu() for value in values]
-
-
-def _alike(expected: list[Tensor], found: list[Tensor], tolerance: float) -> bool:
-    """Whether outputs are the same but for rounding."""
-    if [value.shape for value in expected] != [value.shape for value in found]:
-        return False
-    return all(_near(a, b, tolerance) for a, b in zip(expected, found, strict=True))
-
-
-def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    same = torch.isclose(a, b, rtol=0, atol=0, equal_nan=True)  # also what is not finite
-    return bool(torch.where(same, 0, a - b).norm() <= tolerance * a[a.isfinite()].norm())
-
-
-def _tolerance(model: PreTrainedModel) -> float:
-    """How far outputs may be from each other, relative to their norm; parts of most models are in float32 at best."""
-    return min(1000 * max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32)), 0.05)
 
 
 def _check_free(model: PreTrainedModel, units: Mapping[str, Units]) -> None:

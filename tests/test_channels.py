@@ -201,3 +201,10 @@ class TestWhichOnes:
         found = find_units(model, ["channel", "residual"])
         assert [one.count() for one in found.values()] == [24, 24, 24]
         model(tokens())
+
+
+def test_a_module_that_stands_in_several_places_reads_once():
+    model = build("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    (one,) = find_units(model, ["channel"]).values()
+    assert one.readers == ("model.layers.0.mlp.down_proj",)

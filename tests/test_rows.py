@@ -305,8 +305,8 @@ def test_files_that_are_refused(tmp_path, monkeypatch, data, message, streaming)
         ("a.json", b"[]"),
         ("a.jsonl", b"no json\n"),
         ("a.parquet", b"no parquet"),
-        ("a.txt.gz", gzip.compress(b"")),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.txt.gz", gzip.compress(b"", mtime=0)),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("a.txt", b"\xff\xfe\xff"),
     ],
 )

@@ -17,6 +17,7 @@ from billhook.sparsity.refit import Refit
 from billhook.sparsity.result import Pruning
 from billhook.structure.ablation import Ablation
 from billhook.structure.activations import ActivationNorm, OutputNorm
+from billhook.structure.amount import Amount
 from billhook.structure.block_plan import BlockPlan, plan_blocks
 from billhook.structure.block_ranking import block_importance, greedy_blocks
 from billhook.structure.block_removal import apply_blocks, prune_blocks
@@ -47,6 +48,7 @@ __all__ = [
     "Ablation",
     "ActivationNorm",
     "Allocation",
+    "Amount",
     "BlockPlan",
     "ByPattern",
     "ClassificationDataModule",

@@ -81,8 +81,8 @@ def prune_structure(
         experts: Fraction of the experts.
         blocks: How many whole blocks go of each stack, before anything else.
         by: What a block is worth: "influence" (ShortGPT, 2403.03853) or "loss", one forward a block.
-        importance: `Taylor` (LLM-Pruner, 2305.11627; the default), `OutputNorm`, `GateGradient`, `WeightNorm`, `ActivationNorm`
-            or `RandomUnits`, or a class of your own.
+        importance: `Taylor` (LLM-Pruner, 2305.11627; the default), `OBS`, `OutputNorm`, `GateGradient`, `WeightNorm`,
+            `ActivationNorm` or `RandomUnits`, or a class of your own.
         ranking: "layer": as many go in each layer; "global": the lowest of all layers; then the layers differ.
         first: Blocks at the beginning that keep their heads, channels and experts; then the layers differ.
         last: Blocks at the end that do.

@@ -50,7 +50,7 @@ class StructuredPruning(ShapeCallback):
         at: When: a step (int), a fraction of training (float in 0..1), `"start"` (before the first step), or a schedule that
             rises to 1: how much of the amount has gone at which step.
         rounds: In how many rounds each event takes place; scores are taken anew in each.
-        importance: What a unit is worth: `Taylor` (the paper's; the default), `OutputNorm`, `GateGradient`, `WeightNorm`,
+        importance: What a unit is worth: `Taylor` (the paper's; the default), `OBS`, `OutputNorm`, `GateGradient`, `WeightNorm`,
             `ActivationNorm` or `RandomUnits`.
         ranking: `"layer"`: as many go in each layer; `"global"`: the lowest of all layers.
         first: Blocks at the beginning of each stack that keep their heads, channels and experts.

@@ -7,14 +7,14 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cosine_similarity
 
 from billhook.resting import resting
 from billhook.structure.block_choice import Quota, Scores, choose_greedily
 from billhook.structure.layers import Chosen, check_blocks, find_blocks, hidden_states, returned_states, skipping
 from billhook.structure.probes import Trial
-from billhook.structure.ranking import Loss, Reduce, trial_of
+from billhook.structure.ranking import Loss, Reduce, tokens_of, trial_of
 from billhook.structure.shape import find_transformer
 
 By = Literal["influence", "loss"]
@@ -128,19 +128,7 @@ def score_blocks(
 
 def block_trial(model: nn.Module, stacks: Stacks, batch: Any, loss: Loss | None = None) -> Trial:  # noqa: ANN401
     """A batch, on the model's device: its loss, and for each stack which tokens count where the batch says so."""
-    trial = trial_of(model, {}, batch, loss)
-    if not isinstance(batch, Mapping):
-        return trial
-    mask, later = batch.get("attention_mask"), batch.get("decoder_attention_mask")
-    if later is None and isinstance(batch.get("labels"), Tensor):
-        later = batch["labels"] != -100
-    decoder: Any = None
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        decoder = getattr(model, "get_decoder", lambda: None)()
-    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
-    masks = {name: later if stack in inside else mask for name, stack in stacks.items()}
-    tokens = {name: own.bool() for name, own in masks.items() if isinstance(own, Tensor) and own.dim() == 2}
-    return replace(trial, tokens=tokens)
+    return replace(trial_of(model, {}, batch, loss), tokens=tokens_of(model, stacks, batch))
 
 
 def check_by(by: str) -> None:

@@ -54,8 +54,8 @@ def plan(
 
     Args:
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
-        importance: What a unit is worth: `Taylor()` (the paper's; the default), `OutputNorm`, `GateGradient`, `WeightNorm`,
-            `ActivationNorm` or `RandomUnits`.
+        importance: What a unit is worth: `Taylor()` (the paper's; the default), `OBS`, `OutputNorm`, `GateGradient`,
+            `WeightNorm`, `ActivationNorm` or `RandomUnits`.
         batches: What the model's forward takes, as dictionaries, labels included; a causal language model's own inputs are its
             labels where there are none. Padding (by `attention_mask`) does not count.
         heads: See `Amount`, as for all up to `min_units`.

@@ -199,7 +199,8 @@ def trial_of(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Los
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     batch = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
     run = partial(loss or own_loss, model)
-    return Trial(partial(run, batch), tokens_of(model, units, batch), lambda: [partial(run, one) for one in examples_of(batch)])
+    readers = {reader: model.get_submodule(reader) for one in units.values() for reader in one.readers}
+    return Trial(partial(run, batch), tokens_of(model, readers, batch), lambda: [partial(run, one) for one in examples_of(batch)])
 
 
 def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
@@ -249,8 +250,8 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
     return found
 
 
-def tokens_of(model: nn.Module, units: Mapping[str, Units], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
-    """For each reader, which of the tokens that it reads count, where a batch says so: bool, `[batch, length]`."""
+def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """For each of some modules, which of the tokens that it reads count, where a batch says so: bool, `[batch, length]`."""
     if not isinstance(batch, Mapping):
         return {}
     mask, later = batch.get("attention_mask"), batch.get("decoder_attention_mask")
@@ -261,9 +262,8 @@ def tokens_of(model: nn.Module, units: Mapping[str, Units], batch: Any) -> dict[
         decoder = getattr(model, "get_decoder", lambda: None)()
     inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
     first, second = (one.bool() if isinstance(one, Tensor) and one.dim() == 2 else None for one in (mask, later))
-    readers = [reader for one in units.values() for reader in one.readers]
-    masks = {reader: second if model.get_submodule(reader) in inside else first for reader in readers}
-    return {reader: one for reader, one in masks.items() if one is not None}
+    masks = {name: second if module in inside else first for name, module in modules.items()}
+    return {name: one for name, one in masks.items() if one is not None}
 
 
 def _reduced(sums: Sums, reduce: Reduce) -> Sums:

@@ -19,6 +19,7 @@ from jsonargparse import DefaultHelpFormatter, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook  # short class names in YAML work for what is imported
+from billhook.bench import bench
 from billhook.evaluation import evaluate
 from billhook.export import export
 from billhook.inspection import inspect as inspect_model
@@ -37,6 +38,7 @@ DESCRIPTION = """Prune and convert Hugging Face transformers inside a Lightning 
   billhook summary MODEL                              parameters, zeros, heads, KV-cache bytes per token, FLOPs
   billhook inspect MODEL                              what belongs together in it; what can be pruned, converted, saved
   billhook evaluate MODEL [MODEL ...] --data Q.jsonl  zero-shot accuracy, perplexity, lm-eval's tasks: side by side
+  billhook bench MODEL [MODEL ...] --plot P.png       prefill and decoding: tokens/s, memory, KV cache; speed-up beside the ideal
 
 What a callback, model or data module takes: `billhook fit --trainer.callbacks.help KVHeadConversion`,
 `billhook fit --model.help TransformerModule`, `billhook fit --data.help TextDataModule`."""
@@ -56,6 +58,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "summary": summary,
     "inspect": inspect_model,
     "evaluate": evaluate,
+    "bench": bench,
     "prune": prune,
     "prune-heads": prune_heads,
     "prune-structure": prune_structure,

@@ -50,7 +50,8 @@ def callbacks_in(path: str) -> list[str]:
 
 @pytest.mark.parametrize("fragment", FRAGMENTS, ids=lambda path: path.stem)
 def test_every_fragment_runs(fragment, quick, capsys):
-    line = f"fit --config {ROOT}/examples/base.yaml --config {fragment} --trainer.max_steps 2 --trainer.val_check_interval 1"
+    length = "fast_dev_run 2" if fragment.stem == "uptraining" else "max_steps 2 --trainer.val_check_interval 1"
+    line = f"fit --config {ROOT}/examples/base.yaml --config {fragment} --trainer.{length}"
     billhook(f"{line} --trainer.logger false --trainer.enable_checkpointing false {quick}")
     used = {c["class_path"].rpartition(".")[2] for c in yaml.safe_load(fragment.read_text())["trainer"]["callbacks+"]}
     assert used <= set(callbacks_in("config.yaml"))

@@ -5,13 +5,14 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
-from families import SMALL, llama, tokens
+from families import SMALL, build, llama, tokens
 from fits import data, module, same, trainer, weights
+from lightning.pytorch.callbacks import ModelCheckpoint
 from shaped import SHAPED, uneven_llama
 from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 
-from billhook import ClassificationDataModule, Seq2SeqDataModule, TextDataModule, TransformerModule
+from billhook import ClassificationDataModule, KVHeadConversion, LoRA, Seq2SeqDataModule, TextDataModule, TransformerModule
 from billhook.checkpoint import save
 from billhook.module import TokenPerplexity
 from billhook.structure.shape import shape_of
@@ -266,6 +267,117 @@ class TestOptimizer:
     def test_endless_training_needs_a_length(self, files, tmp_path):
         with pytest.raises(ValueError, match="decay='cosine' .* set max_steps"):
             trainer(tmp_path, [], max_steps=-1, max_epochs=-1).fit(module(), data(files))
+
+
+def trained(lit):
+    return {name for name, parameter in lit.model.named_parameters() if parameter.requires_grad}
+
+
+def fitted(folder, files, lit, callbacks=(), ckpt_path=None, max_steps=6):
+    keep = ModelCheckpoint(folder / ("resumed" if ckpt_path else "run"), filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    run = trainer(folder, [*callbacks, keep], max_steps=max_steps, limit_val_batches=0)
+    run.fit(lit, data(files), ckpt_path=ckpt_path)
+    return run
+
+
+@pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+class TestTrainable:
+    """Attention alone, or some names alone, in training."""
+
+    def made(self, seed=0, trainable="attention", **changes):
+        torch.manual_seed(seed)
+        return TransformerModule(llama(vocab_size=2048, **changes), lr=1e-2, warmup=2, trainable=trainable)
+
+    @pytest.mark.parametrize(
+        ("family", "part"),
+        [("llama", ".self_attn."), ("qwen3", ".self_attn."), ("phi", ".self_attn."), ("mixtral", ".self_attn.")],
+    )
+    def test_attention_of_decoders(self, family, part):
+        lit = TransformerModule(build(family), trainable="attention")
+        assert trained(lit) == {name for name, _ in lit.model.named_parameters() if part in name}
+
+    @pytest.mark.parametrize(
+        ("config", "task", "parts"),
+        [
+            (transformers.BertConfig(**BERT), "masked-lm", (".attention.",)),
+            (transformers.BertConfig(**BERT, pad_token_id=0), "sequence-classification", (".attention.", "classifier.")),
+            (transformers.T5Config(**T5), "seq2seq-lm", ("SelfAttention.", "EncDecAttention.")),
+            (transformers.ViTConfig(**VIT), "image-classification", (".attention.", "classifier.")),
+            (transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64), "causal-lm", (".attn.",)),
+        ],
+        ids=["bert", "classifier", "t5", "vit", "gpt2"],
+    )
+    def test_attention_of_others_and_the_head_of_a_classifier(self, config, task, parts):
+        lit = TransformerModule(config, task, trainable="attention")
+        assert trained(lit) == {name for name, _ in lit.model.named_parameters() if any(part in name for part in parts)}
+
+    def test_names(self):
+        lit = self.made(trainable=["*.k_proj.*", "*layers.0*v_proj*"])
+        wanted = {f"model.layers.{i}.self_attn.{part}_proj.weight" for i, part in ((0, "k"), (0, "v"), (1, "k"))}
+        assert trained(lit) == wanted
+        lit = self.made(trainable=["lm_head.*"], tie_word_embeddings=True)
+        assert trained(lit) == {"model.embed_tokens.weight"}
+
+    def test_what_a_ready_model_has_frozen_stays_so(self):
+        model = llama()
+        model.model.layers[0].requires_grad_(False)
+        lit = TransformerModule(model, trainable="attention")
+        assert all(name.startswith("model.layers.1.self_attn.") for name in trained(lit))
+        assert len(trained(lit)) == 4
+
+    @pytest.mark.parametrize("at", ["start", 3])
+    def test_the_optimizer_knows_nothing_else_through_a_conversion(self, files, tmp_path, at):
+        lit = self.made()
+        names, before = trained(lit), weights(lit)
+        run = fitted(tmp_path, files, lit, [KVHeadConversion(1, at=at, measure_batches=0)])
+        assert trained(lit) == names
+        held = {name: parameter for name, parameter in lit.model.named_parameters() if name in names}
+        optimizer = run.optimizers[0]
+        assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in held.values()}
+        assert {id(p) for p in optimizer.state} == {id(p) for p in held.values()}
+        for name, value in weights(lit).items():
+            own = name.removeprefix("model.")
+            assert (own in names) != (value.shape == before[name].shape and torch.equal(value, before[name])), name
+        assert lit.model.model.layers[0].self_attn.k_proj.weight.shape[0] == 4  # one head of 4
+
+    @pytest.mark.parametrize("step", [2, 4])
+    @pytest.mark.parametrize("trainable", ["attention", ["*.mlp.*", "*.v_proj.*"]], ids=["attention", "names"])
+    def test_resumed_ends_as_the_straight_run(self, files, tmp_path, step, trainable):
+        conversion = lambda: [KVHeadConversion(1, at=3, measure_batches=0)]  # noqa: E731
+        straight, lit = self.made(trainable=trainable), self.made(seed=1, trainable=trainable)
+        fitted(tmp_path, files, straight, conversion())
+        kept = {name: value for name, value in weights(lit).items() if name.removeprefix("model.") not in trained(lit)}
+        fitted(tmp_path, files, lit, conversion(), ckpt_path=str(tmp_path / "run" / f"step={step}.ckpt"))
+        assert same(weights(lit), weights(straight))
+        assert not same(kept, {name: weights(lit)[name] for name in kept})  # those came from the checkpoint, too
+
+    def test_checkpoints_say_so(self, files, tmp_path):
+        lit = self.made()
+        fitted(tmp_path, files, lit, max_steps=2)
+        loaded = TransformerModule.load_from_checkpoint(tmp_path / "run" / "step=2.ckpt", model=llama(vocab_size=2048))
+        assert trained(loaded) == trained(lit)
+        assert torch.load(tmp_path / "run" / "step=2.ckpt")["hyper_parameters"]["trainable"] == "attention"
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"trainable": "heads"}, "trainable='heads' must be 'all', 'attention' or patterns"),
+            ({"trainable": []}, r"trainable=\[\] must be"),
+            (
+                {"trainable": ["*.k_proj.*", "*.key.*"]},
+                r"trainable='\*.key.\*' matches none of the .*'model.embed_tokens.weight'",
+            ),
+            ({"trainable": "attention", "lora": LoRA()}, "trainable='attention' and lora: with LoRA the adapters train"),
+            ({"model": transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=64)}, "has no attention"),
+        ],
+        ids=["word", "nothing", "no match", "lora", "no attention"],
+    )
+    def test_refused(self, options, match):
+        model = llama()
+        with pytest.raises(ValueError, match=match):
+            TransformerModule(**{"model": model, "trainable": "attention"} | options)
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,15 @@
 """Prune and convert Hugging Face transformers inside a PyTorch Lightning fit."""
 
-from billhook.callbacks import DepthPruning, Export, HeadPruning, KVHeadConversion, Report, StructuredPruning, WeightPruning
+from billhook.callbacks import (
+    DepthPruning,
+    Export,
+    HeadPruning,
+    KVHeadConversion,
+    Report,
+    StructuredPruning,
+    Uptraining,
+    WeightPruning,
+)
 from billhook.checkpoint import load, save
 from billhook.data import ClassificationDataModule, Seq2SeqDataModule, TextDataModule
 from billhook.distillation import Distillation
@@ -15,6 +24,7 @@ from billhook.sparsity.merge import Merged, merge
 from billhook.sparsity.prune import plan_pruning, prune
 from billhook.sparsity.refit import Refit
 from billhook.sparsity.result import Pruning
+from billhook.speed import measure_speed
 from billhook.structure.ablation import Ablation
 from billhook.structure.activations import ActivationNorm, OutputNorm
 from billhook.structure.amount import Amount
@@ -23,6 +33,7 @@ from billhook.structure.block_ranking import block_importance, greedy_blocks
 from billhook.structure.block_removal import apply_blocks, prune_blocks
 from billhook.structure.channels import find_units
 from billhook.structure.coupling import Structure
+from billhook.structure.equal_parameters import equal_parameters
 from billhook.structure.gates import HeadMask, head_gates, mask_heads
 from billhook.structure.groups import Group
 from billhook.structure.head_choice import choose_heads
@@ -94,6 +105,7 @@ __all__ = [
     "TransformerModule",
     "Uniform",
     "Units",
+    "Uptraining",
     "Wanda",
     "WandaAlpha",
     "WeightNorm",
@@ -104,6 +116,7 @@ __all__ = [
     "block_importance",
     "choose_heads",
     "convert_kv_heads",
+    "equal_parameters",
     "find_units",
     "find_blocks",
     "greedy_blocks",
@@ -112,6 +125,7 @@ __all__ = [
     "load",
     "mask_adapters",
     "mask_heads",
+    "measure_speed",
     "merge",
     "plan_from_json",
     "plan",

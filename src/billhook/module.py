@@ -22,6 +22,7 @@ from billhook.pretrained import AUTO_CLASSES, Task, load_model
 from billhook.run import training_steps
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.structure.shape import find_transformer, load_shape, save_shape
+from billhook.structure.trainable import Trainable, check_trainable, freeze_others
 
 Decay = Literal["cosine", "linear", "constant"]
 TEACHER, NOISE = "billhook_teacher", "billhook_noise"
@@ -80,10 +81,15 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             is cut; `{teacher: FOLDER, weight: 0.9}` and so on for others, as a model needs that is cut already. It costs a
             forward pass of the teacher in each step and its weights in memory. `train_loss` is then the sum, `train_kl` the KL in
             it; validation stays as it is.
+        trainable: Which parameters train: `"all"` (those that a ready model has not frozen), `"attention"` (its projections, with
+            biases and norms within, of whatever family, and the head of a classifier), or those whose names in the model match
+            one of some glob patterns, as in `["*.k_proj.*", "*.v_proj.*"]`. The others are frozen: they get no gradient and no
+            optimizer state. Not with `lora`, which says itself what trains.
 
     Raises:
         ValueError: If a number is out of range, the model's name leads nowhere, it has adapters already and `lora` is given,
-            or the teacher has another vocabulary; on resuming, if the teacher is not the one that the run started with.
+            `trainable` matches nothing or stands beside `lora`, or the teacher has another vocabulary; on resuming, if the
+            teacher is not the one that the run started with.
     """
 
     def __init__(
@@ -102,6 +108,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         trust_remote_code: bool = False,
         lora: LoRA | LoraConfig | None = None,
         distillation: Distillation | None = None,
+        trainable: Trainable = "all",
     ) -> None:
         super().__init__()
         if task not in AUTO_CLASSES:
@@ -109,6 +116,9 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         if lr <= 0:
             raise ValueError(f"lr={lr} must be above 0")
         check_step(warmup, "warmup")
+        check_trainable(trainable)
+        if lora is not None and trainable != "all":
+            raise ValueError(f"trainable={trainable!r} and lora: with LoRA the adapters train and nothing else; leave one out")
         self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
         lora, distillation = self._plain_hyperparameters(lora, distillation)
         self.task, self.lr, self.weight_decay, self.warmup, self.decay = task, lr, weight_decay, warmup, decay
@@ -120,6 +130,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self.teacher = None if distillation is None else self._teacher(distillation, options)
         if lora is not None:
             attach(self.model, lora, classifies=task.endswith("classification"))
+        freeze_others(self.model, trainable, classifies=task.endswith("classification"))
         if gradient_checkpointing:
             enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
             enable({"use_reentrant": False})

@@ -6,6 +6,16 @@ from billhook.callbacks.head_pruning import HeadPruning
 from billhook.callbacks.kv_heads import KVHeadConversion
 from billhook.callbacks.report import Report
 from billhook.callbacks.structured_pruning import StructuredPruning
+from billhook.callbacks.uptraining import Uptraining
 from billhook.callbacks.weight_pruning import WeightPruning
 
-__all__ = ["DepthPruning", "Export", "HeadPruning", "KVHeadConversion", "Report", "StructuredPruning", "WeightPruning"]
+__all__ = [
+    "DepthPruning",
+    "Export",
+    "HeadPruning",
+    "KVHeadConversion",
+    "Report",
+    "StructuredPruning",
+    "Uptraining",
+    "WeightPruning",
+]

@@ -201,10 +201,10 @@ def _width(value):
 
 
 HOSTILE = {
-    "entry is text": (_entry("text"), "the version is 'text', and 1 is the one"),
+    "entry is text": (_entry("text"), "the version is 'text', and 1 and 2 are those"),
     "entry is a list": (_entry([1]), "the version is"),
     "entry is empty": (_entry({}), "the version is 'None'"),
-    "version is later": (lambda config: config[KEY].update(version=2), "the version is '2'"),
+    "version is later": (lambda config: config[KEY].update(version=3), "the version is '3'"),
     "shape is missing": (lambda config: config[KEY].pop("shape"), "tensors is 'None', and must be a mapping"),
     "shape is a list": (lambda config: config[KEY].update(shape=[1]), "tensors is 'None', and must be a mapping"),
     "tensors are a list": (_shape("tensors", [1]), "tensors is '.1.', and must be a mapping"),

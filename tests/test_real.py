@@ -10,7 +10,7 @@ from oracle import answer, check
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from billhook import convert_kv_heads, load, save, summary, trace
-from billhook.structure.kv_heads import pool_heads
+from billhook.structure.kv_heads import kv_heads_of, pool_heads
 from billhook.structure.show import fold
 
 MODELS = os.environ.get("BILLHOOK_MODELS", "")
@@ -50,11 +50,16 @@ def test_smollm2_to_multi_query_equals_pooled_heads_repeated_and_survives_a_roun
     assert torch.equal(load(tmp_path / "mqa")(**batch).logits, logits)
 
 
-def test_minilm_is_refused_and_weighed():
-    model = AutoModel.from_pretrained(Path(MODELS, "minilm"))
-    with pytest.raises(ValueError, match="BertModel cannot be told to use fewer KV heads"):
-        convert_kv_heads(model, 1)
+def test_minilm_is_converted_in_place_and_loads_again(tmp_path):
+    model = AutoModel.from_pretrained(Path(MODELS, "minilm")).eval()
     assert summary(model).params == 22_713_216
+    plan = convert_kv_heads(model, 1)
+    assert (plan.way, plan.before, kv_heads_of(model), summary(model).kv_heads) == ("groups", 12, 1, 1)
+    assert summary(model).params == 22_713_216 - 6 * 2 * (384 + 1) * 11 * 32
+    ids = torch.arange(1000, 1012)[None]
+    expected = model(ids).last_hidden_state
+    assert save(model, tmp_path / "mqa").difference == 0
+    assert torch.equal(load(tmp_path / "mqa")(ids).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ import pytest
 import torch
 import transformers
 from families import build, llama, tokens
+from kv_zoo import build as build_kv
 from shaped import PLAIN, SHAPED
 from torch import nn
 
+from billhook.structure.handed import Handing
 from billhook.structure.kv_heads import convert_kv_heads
 from billhook.structure.shape import (
     Shape,
@@ -93,6 +95,45 @@ def test_a_kernel_as_long_as_a_bias_stays():
 def test_it_is_plain_data():
     shape = shape_of(llama())
     assert Shape.from_dict(json.loads(json.dumps(shape.to_dict()))) == shape
+
+
+def test_a_part_of_a_shape_leaves_the_rest():
+    model = build_kv("gpt2")
+    convert_kv_heads(model, 2)
+    whole = shape_of(model)
+    part = Shape({"transformer.wte.weight": (64, 16)}, {"transformer.embed_dim": 16}, {})
+    over = part.over(whole)
+    assert (over.handed, over.config, over.lists, over.blocks) == (whole.handed, whole.config, whole.lists, whole.blocks)
+    assert over.tensors == whole.tensors | part.tensors
+    set_shape(model, Shape(whole.tensors, whole.attributes, {}))
+    assert shape_of(model) == whole
+    set_shape(model, Shape(whole.tensors, whole.attributes, {}, handed={}))
+    assert shape_of(model).handed == {}
+
+
+def test_a_shape_from_before_linears_handed_out_heads_is_of_plain_ones():
+    old = shape_of(llama()).to_dict()
+    del old["handed"]
+    assert Shape.from_dict(old) == shape_of(llama())
+
+
+def test_the_flag_of_multi_query_attention_is_part_of_a_shape():
+    dense, small = build_kv("gpt_bigcode"), build_kv("gpt_bigcode", multi_query=True)
+    held = Shape.from_dict(json.loads(json.dumps(shape_of(small).to_dict())))
+    assert (held.config["multi_query"], held.attributes["transformer.h.0.attn.multi_query"]) == (True, True)
+    set_shape(dense, held)
+    dense.load_state_dict(small.state_dict())
+    assert dense.config.multi_query is True
+    ids = tokens()
+    assert torch.equal(dense(ids).logits, small(ids).logits)
+
+
+def test_a_name_that_is_no_linear_is_refused_before_anything_changes():
+    model = build_kv("gpt2")
+    before = shape_of(model)
+    with pytest.raises(ValueError, match="transformer.ln_f is no linear in GPT2LMHeadModel"):
+        set_shape(model, Shape(before.tensors, before.attributes, {}, handed={"transformer.ln_f": Handing(1, ((0, 1, 2, 2),))}))
+    assert shape_of(model) == before
 
 
 def test_tied_parameters_stay_tied():

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from billhook.assets import model_path
 from billhook.place import RECORD, beside, check_target, move, repair, size
 from billhook.sparsity.merge import has_adapters, merged_copy
-from billhook.structure.equivalent import equivalents
+from billhook.structure.equivalent import equivalents, rendered
 from billhook.structure.meta import check_checkpoint, model_class
 from billhook.structure.shape import KEY, find_transformer, unbuilt_shape
 from billhook.structure.shaped import load_as, to_entry
@@ -78,10 +78,12 @@ def save(
     Where the model's class builds tensors of other sizes from the model's config, the first of these is taken that holds:
 
     - its class builds them from a config with other numbers of heads and `head_dim` said: that config is written;
-    - a family that computes the same builds them: a Llama whose heads do not divide its width is saved as a Mistral. What is
-      reloaded must have the same tensors and give the same logits, bit for bit. The model itself stays what it is;
-    - else config.json says under `"billhook"` which sizes and whole-number attributes are others (layers differ, say), and `load`
-      loads it. Plain `from_pretrained` refuses it with a RuntimeError, unless it is told to ignore mismatched sizes.
+    - a family that computes the same builds them: a Llama whose heads do not divide its width is saved as a Mistral, a GPT-2 with
+      one KV head as a GPTBigCode. What is reloaded must have the same tensors and give the same logits, bit for bit; where
+      linears are transposed, but for rounding. The model itself stays what it is;
+    - else config.json says under `"billhook"` which sizes and whole-number attributes are others (layers differ, say), and which
+      linears store fewer heads than they hand out, and `load` loads it. Plain `from_pretrained` refuses it with
+      a RuntimeError, unless it is told to ignore mismatched sizes.
 
     Of a model with PEFT's adapters attached, a copy is saved into whose weights they are merged as `merge` does it: in linears of
     which 1 % or more is zero, every zero stays, and the others are merged in full. If that leaves something out of what the
@@ -136,18 +138,23 @@ def _write(model: PreTrainedModel, draft: Path, probe: Mapping[str, Tensor]) -> 
     model.save_pretrained(draft)
     written = (draft / "config.json").read_bytes()
     for kind, config in equivalents(model):
-        config.save_pretrained(draft)
-        if _computes_the_same(model, draft, probe, kind):
-            return ("plain", None, 0.0) if kind is type(model) else ("equivalent", config.model_type, 0.0)
+        other = rendered(model, kind, config)
+        (other or config).save_pretrained(draft)
+        difference = _difference(model, draft, probe, kind)
+        if difference == 0 or (difference is not None and other is not None):  # transposed linears round otherwise
+            return ("plain", None, 0.0) if kind is type(model) else ("equivalent", config.model_type, difference)
+        if other is not None:
+            model.save_pretrained(draft)
     (draft / "config.json").write_bytes(written)
     return "shaped", None, verify(model, draft, probe)
 
 
-def _computes_the_same(model: PreTrainedModel, draft: Path, probe: Mapping[str, Tensor], kind: type[PreTrainedModel]) -> bool:
+def _difference(model: PreTrainedModel, draft: Path, probe: Mapping[str, Tensor], kind: type[PreTrainedModel]) -> float | None:
+    """The largest difference of logits; None if it is more than rounding."""
     try:
-        return verify(model, draft, probe, kind) == 0
+        return verify(model, draft, probe, kind)
     except RuntimeError:
-        return False
+        return None
 
 
 def _check_no_prompts(module: nn.Module) -> None:

@@ -5,11 +5,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.structure.figures import figures_of
-from billhook.structure.heads import find_heads
-from billhook.structure.shape import find_transformer, unbuilt_shape
+from billhook.structure.figures import figures_of, heads_of
+from billhook.structure.shape import find_transformer
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,8 @@ def summary(model: nn.Module) -> Summary:
         model: A Hugging Face model, or a module that holds one.
     """
     model = find_transformer(model)
-    config = model.config.get_text_config(decoder=True)
     figures = figures_of(model)
-    query_heads, kv_heads = _heads(model, config)
+    query_heads, kv_heads = heads_of(model)
     return Summary(
         model=type(model).__name__,
         params=figures.params,
@@ -81,19 +78,6 @@ def summary(model: nn.Module) -> Summary:
         flops=figures.flops,
         context=figures.context,
     )
-
-
-def _heads(model: PreTrainedModel, config: PretrainedConfig) -> tuple[int | None, int | None]:
-    """Query heads and KV heads, as the config says; of a model that has another shape than that, as it has them."""
-    if unbuilt_shape(model).tensors:
-        try:
-            counts = {(one.count(), one.count("kv_head")) for one in find_heads(model).values()}
-        except ValueError:
-            counts = set()
-        return counts.pop() if len(counts) == 1 else (None, None)
-    query, kv = (getattr(config, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-    kv = kv or query
-    return query if isinstance(query, int) else None, kv if isinstance(kv, int) else None
 
 
 @dataclass(frozen=True)

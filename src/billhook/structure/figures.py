@@ -8,9 +8,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from billhook.structure.kv_config import FIELD, FIELDS
+from billhook.structure.kv_layout import find_kv
+from billhook.structure.kv_scope import in_scope
 from billhook.structure.meta import to_meta
+from billhook.structure.shape import FLAG, unbuilt_shape
 
 CONTEXT = 512
+CANNOT_RUN = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
+"""What comes of code that depends on values, or on other inputs than token ids."""
 
 
 @dataclass(frozen=True)
@@ -42,24 +48,56 @@ def figures_of(model: PreTrainedModel) -> Figures:
     return Figures(params, size, cache, flops, context)
 
 
+def kv_cache_bytes(model: PreTrainedModel) -> int | None:
+    """Bytes that transformers' key/value cache holds of one token; None without one, or where the code does not run on meta."""
+    if model.main_input_name != "input_ids":
+        return None
+    try:
+        return _forward(_shadow(model), 1) or None
+    except CANNOT_RUN:
+        return None
+
+
+def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:
+    """Query heads and KV heads of a layer: as the config says, or where it does not, as the code of the model shows.
+
+    None where layers differ (those of an encoder apart), or heads cannot be told apart.
+    """
+    config = model.config.get_text_config(decoder=True)
+    query = getattr(config, "num_attention_heads", None)
+    kv = getattr(config, FIELD, None) or query
+    unsaid = kv == query and any(hasattr(config, name) for name in (*FIELDS[1:], FLAG))
+    if not unsaid and not unbuilt_shape(model).tensors:
+        return query if isinstance(query, int) else None, kv if isinstance(kv, int) else None
+    try:
+        found = find_kv(model)
+    except ValueError:
+        return None, None
+    counts = {(found[name].queries, found[name].heads) for name in in_scope(model, found, encoder=False)}
+    return counts.pop() if len(counts) == 1 else (None, None)
+
+
 def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int | None]:
     """KV-cache bytes per token and FLOPs per token; None where the model cannot run on meta or has no such cache."""
     if model.main_input_name != "input_ids":
         return None, None
     try:
-        shadow = to_meta(model)
-        shadow.config.pad_token_id = None  # code that looks for padding asks for values
-        for config in {
-            id(c): c for m in shadow.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)
-        }.values():
-            config._experts_implementation = "batched_mm"
+        shadow = _shadow(model)
         short = _forward(shadow, context // 2)
         with FlopCounterMode(display=False) as counter:
             long = _forward(shadow, context)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError):
-        return None, None  # code that depends on values, or other inputs than token ids
+    except CANNOT_RUN:
+        return None, None
     grown = (long - short) // (context - context // 2)
     return grown or None, counter.get_total_flops() // context
+
+
+def _shadow(model: PreTrainedModel) -> PreTrainedModel:
+    shadow = to_meta(model)
+    shadow.config.pad_token_id = None  # code that looks for padding asks for values
+    for config in {id(c): c for m in shadow.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)}.values():
+        config._experts_implementation = "batched_mm"
+    return shadow
 
 
 @torch.no_grad()

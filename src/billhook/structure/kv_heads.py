@@ -4,25 +4,50 @@ With `before` KV heads turned into `after`, each new head takes the place of a g
 query head h reads KV head h // (query heads / KV heads), so consecutive heads are the ones whose queries will share.
 """
 
-import copy
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from billhook.structure.shape import Shape, build_on_meta, find_transformer, set_shape, shape_of
+from billhook.structure.figures import kv_cache_bytes
+from billhook.structure.kv_config import cut_by_config
+from billhook.structure.kv_layout import find_kv
+from billhook.structure.kv_proof import Way, prove
+from billhook.structure.kv_scope import (
+    check_each,
+    check_kv_heads,
+    check_plain,
+    choose,
+    hands_out,
+    in_scope,
+    inside_encoder,
+    said_heads,
+)
+from billhook.structure.meta import to_meta
+from billhook.structure.pooling import Pooled, drawing, pool_heads, pooling, std_of, taking
+from billhook.structure.shape import Shape, find_transformer, set_shape, shape_of
 from billhook.structure.surgery import Change, replace_parameters
 
+__all__ = [
+    "KVHeadPlan",
+    "Method",
+    "Pooled",
+    "apply_kv_heads",
+    "check_kv_heads",
+    "check_request",
+    "convert_kv_heads",
+    "kv_heads_by_layer",
+    "kv_heads_of",
+    "plan_kv_heads",
+    "pool_heads",
+]
+
 Method = Literal["mean", "first", "random"]
-FIELD = "num_key_value_heads"
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-"""What Adam and AdamW, RMSprop and Adadelta, and Adagrad call the mean or sum of squared gradients."""
 
 
 @dataclass(frozen=True)
@@ -30,51 +55,55 @@ class KVHeadPlan:
     """What a conversion will do, as plain data.
 
     Attributes:
-        before: KV heads now.
+        before: KV heads now; of layers that differ, the most.
         after: KV heads then.
         method: How a group of heads becomes one.
-        parameters: The parameters that shrink, each with the dimension that holds its heads.
-        shape: The shape of the model then: what the model's own class builds from the changed config.
+        parameters: The parameters that shrink, and how.
+        shape: The shape of the model then.
+        way: How the model comes to have fewer: `"config"`, as its class builds it from a changed config; `"groups"`, as its code
+            reads however many heads keys and values have, and attentions are told `num_key_value_groups`; `"handed"`, by linears
+            that store few heads and hand out many.
+        saves_cache: Whether the key/value cache of transformers, where there is one, shrinks too; with `"handed"` only parameters
+            are saved, and so it is of Falcon, whose code repeats heads before it keeps them.
+        layers: The names of the attentions that are converted.
     """
 
     before: int
     after: int
     method: Method
-    parameters: dict[str, int]
+    parameters: dict[str, Pooled]
     shape: Shape
-
-
-def pool_heads(tensor: Tensor, before: int, after: int, method: Literal["mean", "first"] = "mean", dim: int = 0) -> Tensor:
-    """One head for each group of `before / after` consecutive heads along a dimension.
-
-    Args:
-        tensor: The heads one after the other along `dim`, `[..., before * width, ...]`.
-        before: Heads in `tensor`.
-        after: Heads in the result; divides `before`.
-        method: `"mean"`: W_group = 1/G * sum over the group of W_head (GQA, section 2.1), summed in float32 at least;
-            `"first"`: the first head of the group.
-        dim: The dimension that holds the heads.
-
-    Returns:
-        `[..., after * width, ...]`, in the dtype of `tensor`.
-
-    >>> pool_heads(torch.tensor([0.0, 1.0, 2.0, 5.0]), before=4, after=2)
-    tensor([0.5000, 3.5000])
-    """
-    groups: Tensor = tensor.unflatten(dim, (after, before // after, -1))  # type: ignore[no-untyped-call]
-    if method == "first":
-        return groups.select(dim + 1, 0).flatten(dim, dim + 1)
-    accumulate = torch.promote_types(tensor.dtype, torch.float32)
-    return groups.to(accumulate).mean(dim + 1).to(tensor.dtype).flatten(dim, dim + 1)
+    way: Way
+    saves_cache: bool
+    layers: tuple[str, ...]
 
 
 def kv_heads_of(model: nn.Module) -> int:
-    """The number of KV heads that the config of a Hugging Face model states.
+    """The number of KV heads of a Hugging Face model: as its config states it, or else as its code shows.
+
+    Where layers differ it is the most; of an encoder-decoder whose config has no such field, those of the decoder count.
 
     Raises:
-        ValueError: If the config has no such field, or another number for each layer.
+        ValueError: If the config has another number for each layer, or the model has no attention.
     """
-    return _heads(find_transformer(model))[0]
+    model = find_transformer(model)
+    said = said_heads(model)
+    if said is not None and not shape_of(model).handed:
+        return said
+    found = find_kv(model)
+    return max(found[name].heads for name in in_scope(model, found, encoder=False))
+
+
+def kv_heads_by_layer(model: nn.Module) -> dict[str, int]:
+    """The number of KV heads that every attention has, by its name, in the order in which they run; as the tensors have it.
+
+    Args:
+        model: A Hugging Face model, or a module that holds one.
+
+    Raises:
+        ValueError: If it has no attention, or its heads cannot be told apart.
+    """
+    return {name: one.heads for name, one in find_kv(find_transformer(model)).items()}
 
 
 def check_request(num_key_value_heads: int, method: str) -> None:
@@ -89,55 +118,53 @@ def check_request(num_key_value_heads: int, method: str) -> None:
         raise ValueError(f"method={method!r} must be one of {', '.join(get_args(Method))}")
 
 
-def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int) -> None:
-    """Refuses a number of KV heads that a model with so many heads cannot have.
+def plan_kv_heads(
+    model: nn.Module,
+    num_key_value_heads: int,
+    method: Method = "mean",
+    layers: Collection[int | str] | None = None,
+    encoder: bool = False,
+) -> KVHeadPlan:
+    """Finds what a conversion changes, and proves that the model's own code then computes what it should.
 
-    Raises:
-        ValueError: With what is legal.
-    """
-    legal = [n for n in range(1, before) if before % n == 0 and query_heads % n == 0]
-    if num_key_value_heads not in legal:
-        reason = "which must be fewer than there are, and divide both them and the query heads"
-        raise ValueError(
-            f"num_key_value_heads={num_key_value_heads}, {reason}: with {before} KV heads and {query_heads} query heads, "
-            f"legal is {', '.join(map(str, legal)) or 'nothing: one KV head is all there is'}"
-        )
-
-
-def plan_kv_heads(model: nn.Module, num_key_value_heads: int, method: Method = "mean") -> KVHeadPlan:
-    """Finds what a conversion changes, and checks it against what the model's own class builds from the changed config.
-
-    No names of architectures or projections are needed: the parameters whose size follows the config field are those that
-    hold KV heads (projections, their biases, and norms over all heads).
+    No names of architectures or projections are needed. The first of three ways is taken that holds: the model's class builds it
+    from a changed config, also where queries, keys and values are one matrix; or the code reads however many heads keys and
+    values have; or linears store few heads and hand out many. The last two are proved on a small copy of the model against the
+    dense class with heads pooled and repeated: at several lengths and batches, padded, and with a cache.
 
     Args:
         model: A Hugging Face model, or a module that holds one.
         num_key_value_heads: KV heads then.
         method: See `convert_kv_heads`.
+        layers: See there.
+        encoder: See there.
 
     Raises:
-        ValueError: If the number or method is not legal, or the model cannot be converted; the message says what it lacks.
+        ValueError: If the number, method or layers are not legal, or the model cannot be converted; it says what is missing.
     """
     check_request(num_key_value_heads, method)
-    model = find_transformer(model)
-    before, query_heads = _heads(model)
-    check_kv_heads(num_key_value_heads, before, query_heads)
-    _check_plain(model)
-    now, shapes = shape_of(model), []
-    for heads in (before, num_key_value_heads):
-        config = copy.deepcopy(model.config)
-        setattr(config.get_text_config(decoder=True), FIELD, heads)
-        shapes.append(shape_of(build_on_meta(model, config)))
-    _check_as_built(model, now, shapes[0])
-    then = _apply_difference(now, *shapes)
-    resized = {name for name, size in now.tensors.items() if size != then.tensors[name]}
-    names = [name for name, _ in model.named_parameters() if name in resized]
-    if kept := sorted(resized - {name for name, _ in model.named_parameters(remove_duplicate=False)}):
-        raise ValueError(f"{kept[0]} follows {FIELD} but is no parameter: it cannot be pooled")
-    dims = {name: _head_dim(name, now.tensors[name], then.tensors[name], before, num_key_value_heads) for name in names}
-    if not dims:
-        raise ValueError(f"{type(model).__name__}: no parameter follows the config field {FIELD}")
-    return KVHeadPlan(before, num_key_value_heads, method, dims, then)
+    model, heads = find_transformer(model), num_key_value_heads
+    check_plain(model)
+    said = said_heads(model) if layers is None and not shape_of(model).handed else None
+    if said is not None:
+        check_kv_heads(heads, said, getattr(model.config.get_text_config(decoder=True), "num_attention_heads", said))
+    found = find_kv(model)
+    chosen = choose(model, found, heads, layers, encoder)
+    if said is None:
+        check_each(found, chosen, heads)
+    inside = encoder or any(name in inside_encoder(model, found) for name in chosen)
+    handed = any(hands_out(model, found[name]) for name in chosen)
+    built = None if handed else cut_by_config(model, found, chosen, heads, inside, every=layers is not None)
+    if built is not None:
+        chosen, (parameters, shape) = built
+        way: Way = "config"
+        saves = _saves_cache(model, shape)
+    else:
+        check_each(found, chosen, heads)
+        way, (parameters, shape) = prove(model, found, chosen, heads)
+        saves = way == "groups"
+    before = max(found[name].heads for name in chosen)
+    return KVHeadPlan(before, heads, method, parameters, shape, way, saves, tuple(chosen))
 
 
 def convert_kv_heads(
@@ -146,11 +173,13 @@ def convert_kv_heads(
     method: Method = "mean",
     optimizers: Optimizer | Iterable[Optimizer] = (),
     seed: int = 0,
+    layers: Collection[int | str] | None = None,
+    encoder: bool = False,
 ) -> KVHeadPlan:
     """Turns multi-head attention into grouped-query, or with one KV head multi-query, attention, in place.
 
     Args:
-        model: A Hugging Face model, or a module that holds one, whose config has `num_key_value_heads`.
+        model: A Hugging Face model, or a module that holds one.
         num_key_value_heads: KV heads then; divides both the KV heads now and the query heads.
         method: `"mean"`: the mean of the group's heads (the paper's choice); `"first"`: the group's first head; `"random"`:
             drawn anew as the model initialises (both the paper's ablation, section 3.3).
@@ -160,6 +189,10 @@ def convert_kv_heads(
             (g_1 + ... + g_G)^2 <= G (g_1^2 + ... + g_G^2) = G^2 mean(g_i^2), so the step stays within the optimizer's bound.
             With `"random"` the state of what is drawn anew starts at zero.
         seed: For `"random"`.
+        layers: The attentions to convert, by name or by their place in the order in which they run, from 0; by default all that
+            have more KV heads. While layers differ the config keeps its number, and says the new one once all have it.
+        encoder: Whether the self-attention of an encoder-decoder's encoder is converted too; as in the paper (section 3.1) it is
+            not. A model that is an encoder only is converted all the same.
 
     Returns:
         The plan that was carried out.
@@ -167,84 +200,69 @@ def convert_kv_heads(
     Raises:
         ValueError: As `plan_kv_heads`; then nothing has changed.
     """
-    plan = plan_kv_heads(model, num_key_value_heads, method)
-    model = find_transformer(model)
-    generator = torch.Generator().manual_seed(seed)
-    std = float(getattr(model.config.get_text_config(decoder=True), "initializer_range", 0.02))
-    changes = {}
-    for name, dim in plan.parameters.items():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        drawn = method == "random" and isinstance(owner, nn.Linear)
-        changes[name] = _draw(plan, name, std, generator) if drawn else _pool(plan, dim)
-    replace_parameters(model, changes, optimizers)
-    set_shape(model, plan.shape)
+    plan = plan_kv_heads(model, num_key_value_heads, method, layers, encoder)
+    apply_kv_heads(plan, model, optimizers, seed)
     return plan
 
 
-def _pool(plan: KVHeadPlan, dim: int) -> Change:
-    how: Literal["mean", "first"] = "first" if plan.method == "first" else "mean"
-    size = plan.before // plan.after
-    squares = dict.fromkeys(SECOND_MOMENTS, size**2) | {"exp_inf": size}
+def apply_kv_heads(
+    plan: KVHeadPlan,
+    model: nn.Module,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+    seed: int = 0,
+    weights: Mapping[str, Tensor] | None = None,
+    anew: Collection[str] = (),
+) -> None:
+    """Carries out a plan, in place; the model and the optimizers are as before if that fails.
 
-    def state(key: str, value: Tensor) -> Tensor:
-        return pool_heads(value, plan.before, plan.after, how, dim) * squares.get(key, 1)
+    Args:
+        plan: What was made of the model as it is.
+        model: The model.
+        optimizers: See `convert_kv_heads`.
+        seed: For `"random"`.
+        weights: New values, in the old sizes, of any parameters, from which the conversion starts; also of some that do not
+            shrink, as queries and outputs, whose optimizer state stays.
+        anew: The parameters whose optimizer state means nothing any more, as they are in another basis: it starts anew.
 
-    return Change(lambda weight: pool_heads(weight, plan.before, plan.after, how, dim), state)
-
-
-def _draw(plan: KVHeadPlan, name: str, std: float, generator: torch.Generator) -> Change:
-    size = plan.shape.tensors[name]
-    drawn = torch.randn(size, generator=generator) * std if len(size) > 1 else torch.zeros(size)
-    return Change(lambda weight: drawn.to(weight), lambda _, value: value.new_zeros(size))
-
-
-def _heads(model: PreTrainedModel) -> tuple[int, int]:
-    config = model.config.get_text_config(decoder=True)
-    before, query_heads = getattr(config, FIELD, None), getattr(config, "num_attention_heads", None)
-    if not isinstance(before, int) or not isinstance(query_heads, int):
-        lacks = "says another number for each layer" if isinstance(before, list | tuple) else "has no such field"
-        raise ValueError(
-            f"{type(model).__name__} cannot be told to use fewer KV heads: {type(config).__name__}.{FIELD} is what would tell "
-            f"it, and its config {lacks}"
-        )
-    return before, query_heads
-
-
-def _check_plain(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise ValueError(f"{name} is quantised ({parameter.dtype}): convert the model before it is quantised")
-        if isinstance(parameter, DTensor):
-            raise ValueError(f"{name} is sharded over devices: convert the model before it is sharded")
+    Raises:
+        ValueError: If the plan is not of this model, or `weights` are not of its parameters.
+    """
+    model = find_transformer(model)
+    _check_made_for(plan, model, weights or {})
+    generator = torch.Generator().manual_seed(seed)
+    changes: dict[str, Change] = {name: taking(values) for name, values in (weights or {}).items()}
+    for name, pooled in plan.parameters.items():
+        changes[name] = _change(plan, model, name, pooled, generator, (weights or {}).get(name))
+    changes |= {name: replace(changes[name], state=None) for name in changes.keys() & set(anew)}
+    replace_parameters(model, changes, optimizers)
+    set_shape(model, plan.shape)
 
 
-def _check_as_built(model: PreTrainedModel, now: Shape, built: Shape) -> None:
-    """Refuses a model that is no longer what its class builds from its config."""
-    different = sorted(
-        name for name in now.tensors.keys() | built.tensors.keys() if now.tensors.get(name) != built.tensors.get(name)
-    )
-    if different:
-        adapters = any("lora_" in name or ".base_layer." in name for name in different)
-        hint = "merge the adapters first" if adapters else "such a model cannot be converted"
-        raise ValueError(
-            f"{different[0]} (and {len(different) - 1} more) is not as {type(model).__name__} builds it "
-            f"from the model's config: {hint}"
-        )
+def _saves_cache(model: PreTrainedModel, shape: Shape) -> bool:
+    shadow = to_meta(model)
+    set_shape(shadow, shape)
+    before, after = kv_cache_bytes(model), kv_cache_bytes(shadow)
+    return before is None or after is None or after < before
 
 
-def _apply_difference(now: Shape, built: Shape, then: Shape) -> Shape:
-    """The shape now with what differs between the two that the class builds; what a user set by hand stays."""
-    attributes = {k: then.attributes[k] for k, v in built.attributes.items() if then.attributes.get(k, v) != v}
-    config = {k: then.config[k] for k, v in built.config.items() if then.config.get(k, v) != v}
-    return Shape(then.tensors, now.attributes | attributes, now.config | config)
+def _change(
+    plan: KVHeadPlan, model: PreTrainedModel, name: str, pooled: Pooled, generator: torch.Generator, values: Tensor | None
+) -> Change:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if plan.method == "random" and isinstance(owner, nn.Linear | Conv1D):
+        size = plan.shape.tensors[name]
+        std = std_of(model.config.get_text_config(decoder=True), size, pooled.dim)
+        return drawing(pooled, size, std, generator, values)
+    return pooling(pooled, "first" if plan.method == "first" else "mean", values)
 
 
-def _head_dim(name: str, old: tuple[int, ...], new: tuple[int, ...], before: int, after: int) -> int:
-    """The dimension along which whole KV heads, and nothing else, lie."""
-    differing = [d for d, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
-    if len(differing) == 1 and math.prod(old) * after == math.prod(new) * before:
-        return differing[0]
-    raise ValueError(
-        f"{name} goes from {list(old)} to {list(new)} with {before} to {after} KV heads, so it holds more than KV heads "
-        "(queries, keys and values in one matrix): separate key and value projections are needed"
-    )
+def _check_made_for(plan: KVHeadPlan, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, pooled in plan.parameters.items():
+        if name not in sizes or sizes[name][pooled.dim] != len(pooled.index):
+            raise ValueError(f"plan: it was made for another model: {name} is {list(sizes.get(name, ())) or 'not there'}")
+    for name, values in weights.items():
+        if sizes.get(name) != tuple(values.shape):
+            raise ValueError(f"weights: {name} is {list(values.shape)}, and must be {list(sizes.get(name, ())) or 'a parameter'}")
+    if plan.shape.tensors.keys() != shape_of(model).tensors.keys():
+        raise ValueError(f"plan: it was made for another model than this {type(model).__name__}")

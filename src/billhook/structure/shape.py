@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 
+from billhook.structure.handed import Handing, can_hand, hand, handing_of
 from billhook.structure.stacks import first_of, keep, numbers_of, snapshot, taken_out
 
 KEY = "billhook"
 """Where Lightning checkpoints keep the shape, and config.json what the model's class does not build of it."""
+
+GROUPS = "num_key_value_groups"
+"""The attribute of an attention, its class's or given to it, with which transformers reads fewer KV heads than query heads."""
+
+FLAG = "multi_query"
+"""What says of some families, in config and attention, that there is one KV head: the only flags that are part of a shape."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class Shape:
         config: The whole-number fields of the config, nested configs with dots.
         lists: The fields of the config that are lists of plain values, such as one for each block.
         blocks: By the module lists from which blocks were removed: how many there were at first, and which of them are there.
+        handed: The linears that store fewer heads than they hand out; None where a shape says nothing of them.
     """
 
     tensors: dict[str, tuple[int, ...]]
@@ -36,6 +44,18 @@ class Shape:
     config: dict[str, int]
     lists: dict[str, list[Any]] = field(default_factory=dict)
     blocks: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    handed: dict[str, Handing] | None = None
+
+    def over(self, whole: "Shape") -> "Shape":
+        """A whole shape with what this one says in the place of what that one says."""
+        return Shape(
+            whole.tensors | self.tensors,
+            whole.attributes | self.attributes,
+            whole.config | self.config,
+            whole.lists | self.lists,
+            whole.blocks | self.blocks,
+            whole.handed if self.handed is None else self.handed,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As lists, dicts and numbers, which any checkpoint format can hold."""
@@ -45,17 +65,19 @@ class Shape:
             "config": dict(self.config),
             "lists": {name: list(values) for name, values in self.lists.items()},
             "blocks": {name: [first, list(there)] for name, (first, there) in self.blocks.items()},
+            "handed": {name: handing.to_list() for name, handing in (self.handed or {}).items()},
         }
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:
-        """What `to_dict` made, also before it knew of lists and blocks."""
+        """What `to_dict` made, also before it knew of lists, blocks and linears that hand out heads."""
         tensors = {str(name): tuple(int(n) for n in size) for name, size in plain["tensors"].items()}
-        attributes, config = ({str(k): int(v) for k, v in plain[key].items()} for key in ("attributes", "config"))
+        attributes, config = ({str(k): _whole(v) for k, v in plain[key].items()} for key in ("attributes", "config"))
         lists = {str(name): list(values) for name, values in plain.get("lists", {}).items()}
         blocks = plain.get("blocks", {}).items()
         there = {str(name): (int(first), tuple(int(n) for n in numbers)) for name, (first, numbers) in blocks}
-        return cls(tensors, attributes, config, lists, there)
+        handed = {str(name): Handing.from_list(one) for name, one in plain.get("handed", {}).items()}
+        return cls(tensors, attributes, config, lists, there, handed)
 
 
 def shape_of(model: nn.Module) -> Shape:
@@ -63,9 +85,10 @@ def shape_of(model: nn.Module) -> Shape:
     tensors = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
     attributes = {name: getattr(module, attr) for name, module, attr in _numbers(model)}
     fields = {name: vars(owner)[said] for name, owner, said in _fields(getattr(model, "config", None))}
-    config = {name: value for name, value in fields.items() if type(value) is int}
+    config = {name: value for name, value in fields.items() if isinstance(value, int)}
     lists = {name: list(value) for name, value in fields.items() if isinstance(value, list)}
-    return Shape(tensors, attributes, config, lists, taken_out(model))
+    handed = {name: handing for name, module in model.named_modules() if (handing := handing_of(module)) is not None}
+    return Shape(tensors, attributes, config, lists, taken_out(model), handed)
 
 
 def unbuilt_shape(model: PreTrainedModel) -> Shape:
@@ -75,15 +98,16 @@ def unbuilt_shape(model: PreTrainedModel) -> Shape:
     """
     now, built = shape_of(model), shape_of(build_on_meta(model, copy.deepcopy(model.config)))
     tensors = {name: size for name, size in now.tensors.items() if built.tensors.get(name, size) != size}
-    attributes = {name: value for name, value in now.attributes.items() if built.attributes.get(name, value) != value}
-    return Shape(tensors, attributes, {})
+    given = {name for name in now.attributes.keys() - built.attributes if name.endswith(f".{GROUPS}")}
+    attributes = {n: value for n, value in now.attributes.items() if n in given or built.attributes.get(n, value) != value}
+    return Shape(tensors, attributes, {}, handed=now.handed or None)
 
 
 def set_shape(model: nn.Module, shape: Shape) -> None:
     """Gives a model another shape; tensors whose size changes are new and hold nothing meaningful until weights are loaded.
 
     What else a module says of a tensor's size follows it: `normalized_shape` of a `LayerNorm`. Blocks that were removed by then
-    go, and those that were not yet removed come back.
+    go, and those that were not yet removed come back; so it is with what attentions and linears are told of fewer KV heads.
 
     Raises:
         ValueError: If the shape is of a model with other tensors.
@@ -104,6 +128,8 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
                 renewed[id(old)] = _like(old, shape.tensors[name])
             owner, _, attr = name.rpartition(".")
             _put(model.get_submodule(owner), attr, renewed[id(old)])
+    _set_handed(model, shape.handed)
+    _set_groups(model, shape)
     for name, module, attr in list(_numbers(model)):
         setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
     fields: dict[str, Any] = shape.config | shape.lists
@@ -181,6 +207,24 @@ def build_class_on_meta(kind: type[PreTrainedModel], config: PretrainedConfig) -
         return kind(config)
 
 
+def _set_handed(model: nn.Module, handed: Mapping[str, Handing] | None) -> None:
+    for name, module in list(model.named_modules()) if handed is not None else ():
+        said = (handed or {}).get(name)
+        if said != handing_of(module):
+            hand(module, said)
+
+
+def _set_groups(model: nn.Module, shape: Shape) -> None:
+    """Gives attentions the attribute that others of their class lack; a whole shape that lacks it takes it from them."""
+    whole = shape.handed is not None
+    for name, module in model.named_modules():
+        said = shape.attributes.get(f"{name}.{GROUPS}")
+        if said is not None:
+            setattr(module, GROUPS, said)
+        elif whole and type(vars(module).get(GROUPS)) is int and next(module.parameters(), None) is not None:
+            delattr(module, GROUPS)
+
+
 def _check_names(model: nn.Module, shape: Shape) -> None:
     names = _state(model).keys()
     if names != shape.tensors.keys():
@@ -189,6 +233,9 @@ def _check_names(model: nn.Module, shape: Shape) -> None:
             f"the checkpoint holds another model than the run: it lacks {_some(missing)} of {type(model).__name__}, "
             f"and has {_some(extra)}, which {type(model).__name__} lacks"
         )
+    for name in shape.handed or {}:
+        if not can_hand(dict(model.named_modules()).get(name, model)):
+            raise ValueError(f"the checkpoint holds another model than the run: {name} is no linear in {type(model).__name__}")
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -213,7 +260,7 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for name, module in model.named_modules():
         if next(module.parameters(), None) is not None:
             for attr, value in vars(module).items():
-                if type(value) is int and not attr.startswith("_"):
+                if (type(value) is int or (attr == FLAG and type(value) is bool)) and not attr.startswith("_"):
                     yield f"{name}.{attr}", module, attr
 
 
@@ -224,7 +271,9 @@ def _fields(config: object, prefix: str = "") -> Iterator[tuple[str, PretrainedC
     for said, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
             yield from _fields(value, f"{prefix}{said}.")
-        elif not said.startswith("_") and (type(value) is int or (isinstance(value, list) and _is_plain(said, value))):
+        elif not said.startswith("_") and (
+            type(value) is int or (said == FLAG and type(value) is bool) or (isinstance(value, list) and _is_plain(said, value))
+        ):
             yield f"{prefix}{said}", config, said
 
 
@@ -252,6 +301,10 @@ def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList
             )
         if list(there) != now:
             yield stack, list(there)
+
+
+def _whole(value: Any) -> int:  # noqa: ANN401 - what a checkpoint holds
+    return value if isinstance(value, bool) else int(value)
 
 
 def _some(names: list[str]) -> str:

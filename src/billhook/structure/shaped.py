@@ -9,14 +9,17 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from billhook.structure.shape import KEY, Shape, build_class_on_meta, set_shape, shape_of
+from billhook.structure.handed import Handing, can_hand
+from billhook.structure.shape import FLAG, GROUPS, KEY, Shape, build_class_on_meta, set_shape, shape_of
 
-VERSION = 1
+VERSIONS = (1, 2)
+"""What is written: the first where nothing is said of linears that hand out heads, as billhook did before it knew of them."""
 DIMENSIONS = 8  # more than any layer's weight has
 LARGEST = 2**48  # numbers in one tensor: far more than memory holds, and few enough for torch to count their bytes
 Sizes = Mapping[str, tuple[int, ...]]
@@ -25,7 +28,8 @@ Sizes = Mapping[str, tuple[int, ...]]
 def to_entry(shape: Shape) -> dict[str, Any]:
     """What config.json says of a shape under `"billhook"`."""
     plain = shape.to_dict()
-    return {"version": VERSION, "shape": {part: plain[part] for part in ("tensors", "attributes")}}
+    parts = ("tensors", "attributes", "handed") if shape.handed else ("tensors", "attributes")
+    return {"version": VERSIONS[len(parts) - 2], "shape": {part: plain[part] for part in parts}}
 
 
 def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) -> PreTrainedModel:
@@ -96,7 +100,7 @@ def take_said(shadow: PreTrainedModel, entry: object, name: str) -> None:
     with _said_by(name):
         shape = _from_entry(entry)
         _check(shadow, shape, None)
-    set_shape(shadow, Shape(shape_of(shadow).tensors, shape.attributes, {}))
+    set_shape(shadow, Shape({}, shape.attributes, {}, handed=shape.handed).over(shape_of(shadow)))
 
 
 @contextmanager
@@ -120,7 +124,7 @@ def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedM
 
     def build(self: PreTrainedModel, config: PretrainedConfig, *args: object, **options: object) -> None:
         kind.__init__(self, config, *args, **options)
-        set_shape(self, Shape(shape_of(self).tensors | shape.tensors, {}, {}))
+        set_shape(self, Shape(shape.tensors, {}, {}).over(shape_of(self)))
 
     return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__, "__doc__": kind.__doc__})
 
@@ -128,7 +132,7 @@ def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedM
 def _finish(model: PreTrainedModel, kind: type[PreTrainedModel], shape: Shape) -> PreTrainedModel:
     """Sets the attributes, now that nothing is initialized by them any more, and gives the model back its class."""
     model.__class__ = kind
-    set_shape(model, Shape(shape_of(model).tensors, shape.attributes, {}))
+    set_shape(model, Shape({}, shape.attributes, {}, handed=shape.handed).over(shape_of(model)))
     return model
 
 
@@ -138,9 +142,10 @@ def _from_entry(entry: object) -> Shape:
     Raises:
         ValueError: If it is not as `to_entry` makes it.
     """
-    if not isinstance(entry, dict) or entry.get("version") != VERSION:
+    if not isinstance(entry, dict) or entry.get("version") not in VERSIONS:
         came = entry.get("version") if isinstance(entry, dict) else entry
-        raise ValueError(f"the version is {str(came)[:80]!r}, and {VERSION} is the one that this billhook knows")
+        known = " and ".join(map(str, VERSIONS))
+        raise ValueError(f"the version is {str(came)[:80]!r}, and {known} are those that this billhook knows")
     shape = entry.get("shape")
     parts = [shape.get(part) if isinstance(shape, dict) else None for part in ("tensors", "attributes")]
     for part, said in zip(("tensors", "attributes"), parts, strict=True):
@@ -151,9 +156,14 @@ def _from_entry(entry: object) -> Shape:
         if not isinstance(size, list) or len(size) > DIMENSIONS or not all(type(n) is int and n > 0 for n in size):
             raise ValueError(f"the size of {name[:200]} is {str(size)[:80]}, and must be a short list of whole numbers above 0")
     for name, value in attributes.items():
-        if type(value) is not int or abs(value) >= 2**63:
+        flag = name.endswith(f".{FLAG}") and type(value) is bool
+        if not flag and (type(value) is not int or abs(value) >= 2**63):
             raise ValueError(f"{name[:200]} is {str(value)[:80]!r}, and must be a whole number of 64 bits")
-    return Shape({name: tuple(size) for name, size in tensors.items()}, attributes, {})
+    handed = cast(dict[str, Any], shape).get("handed", {})
+    if not isinstance(handed, dict):
+        raise ValueError(f"shape.handed is {str(handed)[:80]!r}, and must be a mapping")
+    given = {name: Handing.from_list(one) for name, one in handed.items()}
+    return Shape({name: tuple(size) for name, size in tensors.items()}, attributes, {}, handed=given or None)
 
 
 def _built(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
@@ -171,7 +181,10 @@ def _named_as_in(shadow: PreTrainedModel, said: Shape, held: Sizes) -> tuple[Sha
         return next((one for one in (own, prefix + own, own.removeprefix(prefix)) if one in known), own)
 
     tensors, files = ({name(own, state): size for own, size in sizes.items()} for sizes in (said.tensors, held))
-    return Shape(tensors, {name(own, built.attributes): n for own, n in said.attributes.items()}, {}), files
+    modules = dict(shadow.named_modules())
+    attributes = built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
+    handed = None if said.handed is None else {name(own, modules): one for own, one in said.handed.items()}
+    return Shape(tensors, {name(own, attributes): n for own, n in said.attributes.items()}, {}, handed=handed), files
 
 
 def _check(shadow: PreTrainedModel, said: Shape, held: Sizes | None) -> None:
@@ -184,8 +197,14 @@ def _check(shadow: PreTrainedModel, said: Shape, held: Sizes | None) -> None:
         ValueError: If they do not agree.
     """
     state, built = shadow.state_dict(keep_vars=True), shape_of(shadow)
-    if unknown := next(iter([*(said.tensors.keys() - built.tensors), *(said.attributes.keys() - built.attributes)]), None):
+    modules = dict(shadow.named_modules())
+    attributes = built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
+    handed = said.handed or {}
+    named = (said.tensors.keys() - built.tensors, said.attributes.keys() - attributes, handed.keys() - modules)
+    if unknown := next(iter([name for names in named for name in names]), None):
         raise ValueError(f"{unknown[:200]} is named, and {type(shadow).__name__} has nothing of that name")
+    for name, handing in handed.items():
+        _check_handed(modules[name], name, handing, said.tensors)
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
@@ -204,12 +223,26 @@ def _check(shadow: PreTrainedModel, said: Shape, held: Sizes | None) -> None:
             unnamed[id(state[name])] = prod(size)
     if held is not None and sum(unnamed.values()) > _numbers(size for name, size in held.items() if name not in state):
         raise ValueError(f"{names[next(iter(unnamed))][0]} is not in the files, nor anything that holds as many numbers")
-    set_shape(shadow, Shape(built.tensors | said.tensors, {}, {}))
+    set_shape(shadow, Shape(said.tensors, {}, {}).over(built))
     if held is None:
         return
     asked = sum(tensor.numel() for tensor in chain(shadow.parameters(), shadow.buffers()))
     if asked > 10**8 + 10 * _numbers(held.values()):
         raise ValueError(f"the config asks for {asked} numbers, far more than the files hold")
+
+
+def _check_handed(module: nn.Module, name: str, handing: Handing, tensors: Sizes) -> None:
+    """Compares how a linear is said to hand out heads with what it has and is asked for."""
+    if not can_hand(module):
+        raise ValueError(f"{name[:200]} is said to hand out heads, and is no linear")
+    weight = cast(Tensor, module.weight)
+    dim = 1 if isinstance(module, Conv1D) else 0
+    stored = tensors.get(f"{name}.weight", tuple(weight.shape))[dim]
+    if (handing.stored, handing.given) != (stored, weight.shape[dim]):
+        raise ValueError(
+            f"{name[:200]} is said to hand out {handing.given} outputs of {handing.stored}, and {weight.shape[dim]} of {stored} "
+            "are asked for"
+        )
 
 
 def _numbers(sizes: Iterable[tuple[int, ...]]) -> int:

@@ -1,6 +1,7 @@
 """Repair against torch.linalg.lstsq and a plain loop over whole runs; it helps on text it has not seen, and changes no model."""
 
 import copy
+import math
 
 import pyarrow.parquet as pq
 import pytest
@@ -55,11 +56,12 @@ def kept(width, gone, seed=1):
     return torch.ones(width, dtype=torch.bool).index_fill_(0, torch.randperm(width)[:gone], False)
 
 
-def by_lstsq(weight, keep, x, ridge, owed=0.0):
+def by_lstsq(weight, keep, x, ridge, owed=0.0, counts=None):
     """Stacks the ridge under the data, and solves that."""
-    scale = x[:, keep].square().mean(0).sqrt() * ridge**0.5 * len(x) ** 0.5
-    left = torch.cat([x[:, keep], torch.diag(scale)])
-    right = torch.cat([x @ weight.t() + owed, (weight[:, keep] * scale).t()])
+    target, each = x @ weight.t() + owed, torch.ones(len(x), 1).double() if counts is None else counts[:, None]
+    scale = ((x[:, keep].square() * each).sum(0) * ridge).sqrt()
+    left = torch.cat([x[:, keep] * each.sqrt(), torch.diag(scale)])
+    right = torch.cat([target * each.sqrt(), (weight[:, keep] * scale).t()])
     new = torch.zeros_like(weight)
     new[:, keep] = torch.linalg.lstsq(left, right).solution.t()
     return new
@@ -100,6 +102,34 @@ def test_moments_of_parts_and_padding_are_those_of_the_whole():
     both = moments(x[:50], owed=x[:50, :10]).merged(moments(x[50:], owed=x[50:, :10]))
     torch.testing.assert_close(both.about().inputs, x.t() @ x / len(x))
     torch.testing.assert_close(both.about().owed, x[:, :10].t() @ x / len(x))
+
+
+def test_a_token_that_counts_twice_is_one_that_is_there_twice():
+    x, owed, counts = inputs(tokens=60), torch.randn(60, 10).double(), torch.randint(0, 4, (60,))
+    found = Moments(10, 24)
+    found.add(x, owed, weights=counts.double())
+    expected = moments(x.repeat_interleave(counts, 0), owed=owed.repeat_interleave(counts, 0))
+    for one, other in zip(found.tensors(), expected.tensors(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_token_that_is_owed_a_thousand_times_as_much_does_not_decide_alone():
+    """The refit is near that without the token, where plain least squares is far from it."""
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=1).double()
+    name, batches = "model.layers.0.self_attn.o_proj", [{"input_ids": tokens(6, 40)} for _ in range(4)]
+    others, masks = other_parameters(model, ("v_proj",)), {name: torch.ones(32, dtype=torch.bool)}
+
+    def found():
+        (own,) = repaired(model, masks, trials(model, batches), Repair(ridges=[0.01]), given=others).values()
+        return own[0]
+
+    without, start = found(), model.get_submodule(name).weight.detach().clone()
+    value = model.model.layers[0].self_attn.v_proj
+    hook = value.register_forward_hook(lambda _, args, out: out + 1e3 * (args[0].sum(-1, keepdim=True) > 9.0) * out.roll(1, -1))
+    large = found()
+    hook.remove()
+    assert (large - without).norm() < (without - start).norm()
 
 
 def test_the_ridge_is_the_one_that_errs_least_on_held_out_data():
@@ -165,6 +195,15 @@ def given(model, name, batches):
     return [torch.cat(calls) for calls in seen], len(seen[0])
 
 
+def outputs(model, name, batch):
+    """What a linear gives in a whole run."""
+    seen = []
+    hook = model.get_submodule(name).register_forward_hook(lambda _, args, output: seen.append(output.detach().flatten(0, -2)))
+    model(**batch)
+    hook.remove()
+    return torch.cat(seen)
+
+
 def streams(model, name, batches):
     """Of a block of Llama or GPT-2, the residual stream before and after what a linear adds to it, by batch."""
     block = model.get_submodule(name.rsplit(".", 2)[0])
@@ -183,9 +222,10 @@ def streams(model, name, batches):
     return (seen["start"], seen["middle"]) if "attn" in name else (seen["middle"], seen["end"])
 
 
-def slowly(model, masks, batches, repair):
-    """The same, from whole runs of a model in which all linears before have their new weights."""
+def slowly(model, masks, batches, repair, others=None):
+    """The same, from whole runs of a model in which all linears before have their new weights, and some others from the start."""
     whole, model, order, result = model, copy.deepcopy(model), [], {}
+    put(model, {name: (own["weight"], own.get("bias")) for name, own in (others or {}).items()})
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: name in order or order.append(name))
         for name in masks
@@ -200,10 +240,20 @@ def slowly(model, masks, batches, repair):
         old = matrix(linear, linear.weight.detach())
         fit, held_out = Moments(*old.shape), Moments(*old.shape)
         target, start = (streams(whole, name, batches)[1], streams(model, name, batches)[0]) if repair.catch_up else (None, None)
+        dues, squares = [], []
         for number, one in enumerate(x):
             own = one @ old.t() + (0 if linear.bias is None else linear.bias.detach())
             owed = target[number] - start[number] - own if repair.catch_up else None
-            (held_out if number in choosing else fit).add(one, owed)
+            if others and not repair.catch_up:
+                owed = outputs(whole, name, batches[number]) - own
+            dues.append(owed)
+            lost = 0.0 if owed is None else owed + one[:, ~keep] @ old[:, ~keep].t()
+            squares.append(None if owed is None else lost.square().sum(-1))
+        some = [math.log(number) for one in squares if one is not None for number in one.tolist()]
+        usual = math.exp(sum(some) / len(some)) if some else 0.0
+        for number, (one, owed, square) in enumerate(zip(x, dues, squares, strict=True)):
+            weights = 2 * usual / (usual + square) if usual else None
+            (held_out if number in choosing else fit).add(one, owed, None, weights)
         new, bias = refit_linear(old, linear.bias, keep, fit, held_out, repair.ridges)
         result[name] = (matrix(linear, new), None if bias is None else bias.detach())
         put(model, {name: result[name]})
@@ -244,6 +294,97 @@ def test_linear_after_linear_on_what_the_repaired_ones_before_give(family, catch
     assert changed > len(masks) / 2
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any("forward" in vars(m) or m._forward_pre_hooks for m in model.modules())
+
+
+def other_parameters(model, ends, share=0.5):
+    """New parameters for linears of some names, not far from the old ones."""
+    generator = torch.Generator().manual_seed(9)
+    linears = {
+        name: module for name, module in model.named_modules() if name.endswith(ends) and isinstance(module, nn.Linear | Conv1D)
+    }
+    return {
+        name: {
+            one: value.detach() + share * value.std().detach() * torch.randn(value.shape, generator=generator).to(value)
+            for one, value in module.named_parameters()
+        }
+        for name, module in linears.items()
+    }
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_with_other_parameters_a_linear_makes_up_for_them_by_least_squares(bias):
+    """One layer: the linear behind the heads is to give what it gave, of what the heads now are."""
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=1, attention_bias=bias).double()
+    name = "model.layers.0.self_attn.o_proj"
+    batches, others = [{"input_ids": tokens(6, 40)} for _ in range(4)], other_parameters(model, ("v_proj", "k_proj", "o_proj"))
+    masks = {name: torch.ones(32, dtype=torch.bool)}
+    ((weight, shift),) = repaired(model, masks, trials(model, batches), Repair(False, ridges=[0.01]), given=others).values()
+    changed = copy.deepcopy(model)
+    put(changed, {linear: (own["weight"], own.get("bias")) for linear, own in others.items()})
+    (x,) = [torch.cat(given(changed, name, batches)[0])]
+    start, begin = others[name]["weight"], others[name].get("bias", torch.zeros(32).double())
+    owed = torch.cat([outputs(model, name, batch) for batch in batches]) - x @ start.t() - begin
+    square = owed.square().sum(1)
+    usual = square.log().mean().exp()
+    weights = 2 * usual / (usual + square)
+    mean = (weights / weights.sum()) @ torch.cat([x, owed], 1)
+    centre, due = mean.split(32) if bias else (torch.zeros(32).double(), torch.zeros(32).double())
+    expected = by_lstsq(start, masks[name], x - centre, 0.01, owed - due, weights)
+    torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-8)
+    assert (weight - start).abs().max() > 0.01
+    if bias:
+        torch.testing.assert_close(shift, begin + (start - expected) @ centre + due, rtol=1e-6, atol=1e-8)
+    before, after = (x @ (one - start).t() - owed for one in (start, weight))
+    shift = torch.zeros(32).double() if shift is None else shift - begin
+    assert (after + shift).norm() < 0.8 * before.norm()
+
+
+@pytest.mark.parametrize("catch_up", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_with_other_parameters_linear_after_linear_as_in_whole_runs(family, catch_up):
+    model, masks, batches = case(family)
+    masks = {name: torch.ones_like(keep) for name, keep in masks.items()}
+    others = other_parameters(model, ("v_proj", "q_proj", "layers.0.self_attn.o_proj") if family == "llama" else ("c_attn",), 0.2)
+    before = copy.deepcopy(model.state_dict())
+    found = repaired(model, masks, trials(model, batches), Repair(catch_up), given=others)
+    expected = slowly(model, masks, batches, Repair(catch_up), others)
+    assert found.keys() == masks.keys()
+    assert sum(not torch.equal(weight, model.get_submodule(name).weight) for name, (weight, _) in found.items()) >= 2
+    for name, (weight, bias) in found.items():
+        torch.testing.assert_close(weight, expected[name][0], rtol=1e-5, atol=1e-7)
+        if bias is not None:
+            torch.testing.assert_close(bias, expected[name][1], rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_with_the_models_own_parameters_given_nothing_is_owed():
+    model, masks, batches = case("llama")
+    masks = {name: torch.ones_like(keep) for name, keep in masks.items()}
+    own = {name: {"weight": model.get_submodule(name).weight.detach().clone()} for name in masks}
+    for name, (weight, _) in repaired(model, masks, trials(model, batches), given=own).items():
+        torch.testing.assert_close(weight, own[name]["weight"])
+
+
+def test_other_parameters_that_cannot_be_are_refused():
+    model, masks, batches = case("llama")
+    name, runs = "model.layers.0.self_attn.v_proj", trials(model, batches)
+    weight = model.get_submodule(name).weight.detach()
+    for wrong, message in (
+        ({"model.norm": {"weight": weight}}, r"given: 'model.norm' is no nn.Linear or Conv1D of the model"),
+        (
+            {name: {"weight": weight[:3]}},
+            r"given\['model.layers.0.self_attn.v_proj'\] must be {'weight': \[16, 32\]}, got {'weight': \[3, 32\]}",
+        ),
+        ({name: {"weight": weight, "bias": weight[:, 0]}}, r"must be {'weight': \[16, 32\]}, got {'weight': .*'bias': \[16\]}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            repaired(model, masks, runs, given=wrong)
+    model, masks, batches = case("albert")
+    with pytest.raises(
+        ValueError, match=r"repair: .* is called several times in a run, so it cannot be compared with the whole model"
+    ):
+        repaired(model, masks, trials(model, batches), given=other_parameters(model, "value"))
 
 
 def test_a_linear_that_is_called_in_every_layer_is_refitted_on_all_calls():
@@ -340,8 +481,10 @@ def test_half_precision_keeps_its_dtype(dtype):
     weight = model.get_submodule(first).weight.detach()
     (choosing,) = Repair().chooses(4)
     fit, held_out = Moments(*weight.shape), Moments(*weight.shape)
+    lost = [(one.float() @ (weight * ~masks[first]).float().t()).square().sum(1) for one in x]  # of inputs that go
+    usual = torch.cat(lost).log().mean().exp()
     for number, one in enumerate(x):
-        (held_out if number == choosing else fit).add(one)
+        (held_out if number == choosing else fit).add(one, None, None, 2 * usual / (usual + lost[number]))
     expected, _ = refit_linear(weight, None, masks[first], fit, held_out, Repair().ridges)
     torch.testing.assert_close(found[first][0], expected.to(dtype))
 

@@ -218,7 +218,7 @@ class Walk:
             if site.module in site.linears.values():
                 self._listen(site, next(iter(site.linears)), site.module, args, kwargs)
             else:
-                forward(*map(_spare, args), **{name: _spare(value) for name, value in kwargs.items()})
+                forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
         except _Seen:
             pass
         finally:
@@ -266,6 +266,6 @@ def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
             parameter.data = value
 
 
-def _spare(value: Any) -> Any:  # noqa: ANN401
+def spare(value: Any) -> Any:  # noqa: ANN401
     """A key-value cache that may be written to, in the place of the one that the forward proper is to fill."""
     return copy.deepcopy(value) if isinstance(value, Cache) else value

@@ -24,7 +24,7 @@ class Moments:
         device: Where the sums are kept, and where the inputs will be.
 
     Attributes:
-        tokens: How many tokens were added, `[]`.
+        tokens: How many tokens were added, each with its weight, `[]`.
         sums: The sum of their inputs x, `[in_features]`.
         products: The sum of x x^T, `[in_features, in_features]`.
         owed_sums: The sum of what is owed, d, `[out_features]`.
@@ -37,22 +37,30 @@ class Moments:
         self.products = self.tokens.new_zeros(in_features, in_features)
         self.owed_products = self.tokens.new_zeros(out_features, in_features)
 
-    def add(self, inputs: Tensor, owed: Tensor | None = None, keep: Tensor | None = None) -> None:
+    def add(
+        self, inputs: Tensor, owed: Tensor | None = None, keep: Tensor | None = None, weights: Tensor | None = None
+    ) -> None:
         """Adds what a linear is given in one call.
 
         Args:
             inputs: `[..., in_features]`, of any floating dtype; multiplied in float32, float64 as it is.
             owed: What is to be added to its own outputs, `[..., out_features]`; nothing if None.
             keep: Which tokens count, bool, `[...]`; all if None.
+            weights: How much each token counts, `[...]`; all one if None.
         """
-        for chunk in torch.split(_flat(inputs, keep), CHUNK):
-            self.tokens += len(chunk)
-            self.sums += chunk.sum(0, dtype=torch.float64)
-            self.products += wide(chunk).t() @ wide(chunk)
+        weights = torch.ones(inputs.shape[:-1], device=inputs.device) if weights is None else weights
+        each = torch.split(_flat(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32)), CHUNK)
+        chunks = torch.split(_flat(inputs, keep), CHUNK)
+        for chunk, share in zip(chunks, each, strict=True):
+            weighted = wide(chunk) * share
+            self.tokens += share.sum(dtype=torch.float64)
+            self.sums += weighted.sum(0, dtype=torch.float64)
+            self.products += weighted.t() @ wide(chunk)
         if owed is not None:
-            for chunk, due in zip(torch.split(_flat(inputs, keep), CHUNK), torch.split(_flat(owed, keep), CHUNK), strict=True):
-                self.owed_sums += due.sum(0, dtype=torch.float64)
-                self.owed_products += wide(due).t() @ wide(chunk)
+            for chunk, due, share in zip(chunks, torch.split(_flat(owed, keep), CHUNK), each, strict=True):
+                weighted = wide(due) * share
+                self.owed_sums += weighted.sum(0, dtype=torch.float64)
+                self.owed_products += weighted.t() @ wide(chunk)
 
     def tensors(self) -> list[Tensor]:
         """The sums themselves, not copies: what is summed over ranks, in place."""

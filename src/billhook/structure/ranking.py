@@ -195,12 +195,17 @@ def ablate_heads(
 
 def trial_of(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss | None = None) -> Trial:  # noqa: ANN401
     """A batch as `Importance` takes it, on the model's device."""
+    readers = {reader: model.get_submodule(reader) for one in units.values() for reader in one.readers}
+    return trial_for(model, readers, batch, loss)
+
+
+def trial_for(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Trial:  # noqa: ANN401
+    """The same, with the tokens that count for some modules."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     batch = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
     run = partial(loss or own_loss, model)
-    readers = {reader: model.get_submodule(reader) for one in units.values() for reader in one.readers}
-    return Trial(partial(run, batch), tokens_of(model, readers, batch), lambda: [partial(run, one) for one in examples_of(batch)])
+    return Trial(partial(run, batch), tokens_of(model, modules, batch), lambda: [partial(run, one) for one in examples_of(batch)])
 
 
 def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401

@@ -10,6 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from billhook.structure.least_squares import Moments, refit_linear, wide
 from billhook.walk import Reduce, Site
 
+Given = Mapping[str, Mapping[str, Tensor]]
+"""By linear, its parameters by their name in it, as they lie in memory."""
+
 
 class Refits:
     """Gathers what linears are given, and refits each when all runs have been there; the model stays as it is.
@@ -26,6 +29,8 @@ class Refits:
         ridges: Candidates for the ridge.
         choosing: The runs that choose it.
         reduce: Sums over ranks.
+        given: By linear, other parameters that it has from the start but in runs of the whole model, as they lie in memory; also
+            of ones that are not refitted.
     """
 
     def __init__(
@@ -37,10 +42,13 @@ class Refits:
         ridges: Sequence[float],
         choosing: Collection[int],
         reduce: Reduce | None = None,
+        given: Given | None = None,
     ) -> None:
         self._linears, self._before, self._tokens = linears, before, tokens
         self._ridges, self._choosing, self._reduce = ridges, choosing, reduce
-        self._old = {name: matrix_of(linears[name]) for name in {**kept, **before}}  # others may stand in the linears meanwhile
+        self._given = given or {}
+        self._whole = {name: matrix_of(linears[name]) for name in {**kept, **before}}  # others may stand in the linears meanwhile
+        self._old = {name: self._start(name) for name in self._whole}
         self._kept = {name: keep.to(self._old[name][0].device) for name, keep in kept.items()}
         self._moments: dict[str, tuple[Moments, Moments]] = {}
         self._inputs: dict[str, dict[int, Tensor]] = {}
@@ -57,8 +65,8 @@ class Refits:
         """Adds what a linear is given, or keeps it until it can be compared with the whole model's."""
         if name in self._before:
             self._inputs.setdefault(name, {})[run] = inputs.detach()
-        else:
-            self._add(name, inputs, None, run)
+        elif name in self._kept:
+            self._add(name, inputs, None, run, None)
 
     def complete(self, site: Site) -> None:
         """Refits the linears of a site.
@@ -70,9 +78,12 @@ class Refits:
             inputs = self._inputs.pop(name, {})
             owed = self._owed(name, inputs)
             if name in self._kept:
+                lost = {run: self._lost(name, inputs[run], due) for run, due in owed.items()}
+                typical = self._typical(name, lost)
                 for run in range(len(self._tokens)):
                     if run in inputs:
-                        self._add(name, inputs[run], owed.get(run), run)
+                        weights = None if typical is None or run not in lost else 2 * typical / (typical + lost[run])
+                        self._add(name, inputs[run], owed.get(run), run, weights)
                 self._refit(name)
             if self._after[name]:
                 self._short[name] = {run: due - self._gained(name, inputs[run]) for run, due in owed.items()}
@@ -83,20 +94,50 @@ class Refits:
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """What the linears of a site become, as they lie in memory."""
-        return {name: self.own(name) for name in site.linears if name in self._kept}
+        given = {name: dict(self._given[name]) for name in site.linears if name in self._given and name not in self._kept}
+        return given | {name: self.own(name) for name in site.linears if name in self._kept}
 
     def own(self, name: str) -> dict[str, Tensor]:
         """What a linear has become by now, as it lies in memory: with zeros for what goes at least."""
         weight, bias = self._old[name]
         return self._new.get(name) or self._as_it_lies(name, torch.where(self._kept[name], weight, 0), bias)
 
-    def _add(self, name: str, inputs: Tensor, owed: Tensor | None, run: int) -> None:
+    def _add(self, name: str, inputs: Tensor, owed: Tensor | None, run: int, weights: Tensor | None) -> None:
+        self._of(name)[run in self._choosing].add(inputs, owed, self._counting(name, inputs, run), weights)
+
+    def _counting(self, name: str, inputs: Tensor, run: int) -> Tensor | None:
+        """Which tokens count, if not all do: bool, `[batch, length]`."""
         keep = self._tokens[run].get(name)
-        if keep is not None and keep.numel() == inputs.shape[:-1].numel():
-            keep = keep.reshape(inputs.shape[:-1]).to(inputs.device)
-        else:
-            keep = None
-        self._of(name)[run in self._choosing].add(inputs, owed, keep)
+        if keep is None or keep.numel() != inputs.shape[:-1].numel():
+            return None
+        return keep.reshape(inputs.shape[:-1]).to(inputs.device)
+
+    def _lost(self, name: str, inputs: Tensor, owed: Tensor) -> Tensor:
+        """The square of what each token lacks without a refit, d and what the inputs that go gave: `[...]`, float64."""
+        gone, (weight, _) = ~self._kept[name], self._old[name]
+        return (wide(owed) + wide(inputs[..., gone]) @ wide(weight[:, gone]).t()).square().sum(-1, dtype=torch.float64)
+
+    def _typical(self, name: str, lost: Mapping[int, Tensor]) -> Tensor | None:
+        """The geometric mean m of the squares of what tokens lack, over all ranks; None if none lacks anything.
+
+        A few tokens carry numbers a thousand times as large as others, and would alone decide what a refit makes good; so a
+        token counts 2 m / (m + its own square): one that lacks as much as others once, and none without bound.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=self._old[name][0].device)
+        for run, squares in lost.items():
+            keep = self._counting(name, squares[..., None], run)
+            squares = squares.flatten() if keep is None else squares[keep]
+            sums += torch.stack([squares[squares > 0].log().sum(), (squares > 0).sum()])
+        total, count = sums if self._reduce is None else self._reduce(sums)
+        return (total / count).exp() if count else None
+
+    def _start(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias that a linear has before it is refitted."""
+        given, (weight, bias) = self._given.get(name), self._whole[name]
+        if given is None:
+            return weight, bias
+        new = given["weight"].t() if isinstance(self._linears[name], Conv1D) else given["weight"]
+        return new, None if bias is None else given["bias"]
 
     def _of(self, name: str) -> tuple[Moments, Moments]:
         if name not in self._moments:
@@ -124,7 +165,10 @@ class Refits:
         for run in range(len(self._tokens)):
             cut, whole = inputs.get(run), inputs.get(run + len(self._tokens))
             if cut is not None and whole is not None and cut.shape == whole.shape:
-                owed[run] = (wide(whole) - wide(cut)) @ wide(self._old[name][0]).t()
+                owed[run] = wide(whole) @ wide(self._whole[name][0]).t() - wide(cut) @ wide(self._old[name][0]).t()
+                (_, before), (_, bias) = self._whole[name], self._old[name]
+                if before is not None and bias is not None and bias is not before:
+                    owed[run] += wide(before) - wide(bias)
                 if run in short:
                     owed[run] += short[run]
         return owed

@@ -9,7 +9,7 @@ are is always among the candidates.
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.ambient import undisturbed
 from billhook.structure.probes import Trial
-from billhook.structure.refits import Refits, matrix_of
+from billhook.structure.refits import Given, Refits, matrix_of
 from billhook.structure.sums import agreed, followed, seen
 from billhook.walk import Reduce, Site, Walk, find_sites, replaced
 
@@ -59,6 +59,7 @@ def repaired(
     trials: Sequence[Trial],
     repair: Repair | None = None,
     reduce: Reduce | None = None,
+    given: Given | None = None,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """What linears become when some of their inputs go and they are refitted; the model stays as it is.
 
@@ -69,10 +70,12 @@ def repaired(
     Args:
         model: The model.
         kept: By the name of a linear (`nn.Linear` or `Conv1D`), which of its inputs stay: bool, `[in_features]`. One that keeps
-            all is refitted, too, where it can catch up.
+            all is refitted, too, where it can catch up, or other parameters are given.
         trials: The batches, two at least, of which some choose the ridge.
         repair: How; `Repair()` by default.
         reduce: Sums over ranks, where each has batches of its own.
+        given: By linear, other parameters that it is to have, refitted or not, as they lie in memory; with them each refitted
+            linear makes up for what it then falls short of in the whole model, which has its own.
 
     Returns:
         By linear, its weight, zero for what goes, and its bias, None where it has none: in its own dtype and layout. One that was
@@ -80,7 +83,8 @@ def repaired(
 
     Raises:
         ValueError: If a name is of no linear, a mask does not fit or keeps nothing, there are too few batches or tokens, or a
-            linear is given NaN or infinite inputs.
+            linear is given NaN or infinite inputs, or what is given is of no linear, of another size, or of one called more
+            than once in a run.
     """
     repair = repair or Repair()
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
@@ -91,12 +95,15 @@ def repaired(
         shown = agreed([seen(every, forward) for forward in forwards[:1]], list(every), device, reduce)
         often = {name: linear for name, linear in linears.items() if shown.calls[name] > 1}
         before = followed(shown, set(linears)) if repair.catch_up and not often else {}
+        if given is not None:  # each owes at least what it gave in the whole model
+            _check_given(given, every, shown.calls, often)
+            before = dict.fromkeys(linears) | before
         tokens, choosing = [trial.tokens for trial in trials], repair.chooses(len(trials))
-        refits = Refits(every, kept, before, tokens, repair.ridges, choosing, reduce)
+        refits = Refits(every, kept, before, tokens, repair.ridges, choosing, reduce, given)
         if often:
             with replaced({linear: refits.own(name) for name, linear in linears.items()}):
                 Walk([Site(model, often)], refits, reduce)(forwards)
-        if once := {name: every[name] for name in every if name in before or (name in linears and name not in often)}:
+        if once := {name: every[name] for name in every if name in {*before, *(given or {}), *linears} - often.keys()}:
             whole = range(len(trials), 2 * len(trials)) if before else ()
             with replaced({linear: refits.own(name) for name, linear in often.items()}):
                 Walk(find_sites(model, once, "layer"), refits, reduce, untouched=whole)(forwards * (2 if before else 1))
@@ -119,6 +126,18 @@ def _check(model: nn.Module, kept: Mapping[str, Tensor], every: Mapping[str, nn.
     if not kept:
         raise ValueError("kept: no linear is named")
     return {name: linear for name, linear in every.items() if name in kept}
+
+
+def _check_given(given: Given, every: Mapping[str, nn.Module], calls: Mapping[str, int], often: Collection[str]) -> None:
+    if unknown := [name for name in given if name not in every]:
+        raise ValueError(f"given: {unknown[0]!r} is no nn.Linear or Conv1D of the model")
+    for name, own in given.items():
+        sizes = {one: list(parameter.shape) for one, parameter in every[name].named_parameters()}
+        found = {one: list(value.shape) for one, value in own.items()}
+        if found != sizes:
+            raise ValueError(f"given[{name!r}] must be {sizes}, got {found}")
+    if several := [*often, *(name for name in given if calls[name] > 1)]:
+        raise ValueError(f"repair: {several[0]} is called several times in a run, so it cannot be compared with the whole model")
 
 
 def _check_batches(runs: int, repair: Repair, device: torch.device, reduce: Reduce | None) -> None:

@@ -64,3 +64,22 @@ def test_values_that_are_not_finite_are_refused_before_anything_changes():
 def test_an_unknown_name_is_refused():
     with pytest.raises(AttributeError, match="nothing"):
         replace_parameters(nn.Linear(2, 2), {"nothing": HALF})
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_an_optimizer_may_start_anew_for_a_parameter(kind):
+    """Its next step is that of one which is made then."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    model, optimizer = trained(kind)
+    replace_parameters(model, {name: Change(lambda w: w * 2, None)}, [optimizer])
+    new = model.get_parameter(name)
+    model.zero_grad()
+    model(tokens(), labels=tokens()).loss.backward()
+    start = new.detach().clone()
+    optimizer.step()
+    after = new.detach().clone()
+    with torch.no_grad():
+        new.copy_(start)
+    kind([new], lr=1e-2).step()
+    assert torch.equal(new, after)
+    assert not torch.equal(new, start)

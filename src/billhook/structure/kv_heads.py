@@ -6,7 +6,7 @@ query head h reads KV head h // (query heads / KV heads), so consecutive heads a
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.structure.figures import kv_cache_bytes
+from billhook.structure.kv_approach import changed
 from billhook.structure.kv_config import cut_by_config
 from billhook.structure.kv_layout import find_kv
 from billhook.structure.kv_proof import Way, prove
+from billhook.structure.kv_ready import Grouping, ready_weights
 from billhook.structure.kv_scope import (
     check_each,
     check_kv_heads,
@@ -28,8 +30,10 @@ from billhook.structure.kv_scope import (
     inside_encoder,
     said_heads,
 )
+from billhook.structure.kv_start import Start
 from billhook.structure.meta import to_meta
 from billhook.structure.pooling import Pooled, drawing, pool_heads, pooling, std_of, taking
+from billhook.structure.repair import Repair
 from billhook.structure.shape import Shape, find_transformer, set_shape, shape_of
 from billhook.structure.surgery import Change, replace_parameters
 
@@ -48,6 +52,10 @@ __all__ = [
 ]
 
 Method = Literal["mean", "first", "random"]
+"""How the heads of a group are pooled."""
+
+Prepared = Literal["aligned", "svd", "auto"]
+"""How they are made equal before they are pooled."""
 
 
 @dataclass(frozen=True)
@@ -170,39 +178,79 @@ def plan_kv_heads(
 def convert_kv_heads(
     model: nn.Module,
     num_key_value_heads: int,
-    method: Method = "mean",
+    method: Method | Prepared = "mean",
     optimizers: Optimizer | Iterable[Optimizer] = (),
     seed: int = 0,
     layers: Collection[int | str] | None = None,
     encoder: bool = False,
+    batches: Iterable[Any] = (),
+    grouping: Grouping = "consecutive",
+    repair: Repair | None = None,
 ) -> KVHeadPlan:
     """Turns multi-head attention into grouped-query, or with one KV head multi-query, attention, in place.
 
     Args:
         model: A Hugging Face model, or a module that holds one.
         num_key_value_heads: KV heads then; divides both the KV heads now and the query heads.
-        method: `"mean"`: the mean of the group's heads (the paper's choice); `"first"`: the group's first head; `"random"`:
-            drawn anew as the model initialises (both the paper's ablation, section 3.3).
+        method: How a group of heads becomes one.
+
+            - `"mean"`: their mean (the paper's choice); `"first"`: the first of them; `"random"`: drawn anew as the model
+              initialises (both the paper's ablation, section 3.3).
+            - `"aligned"`: each head is turned so that all of the group agree as far as turns can make them, and queries and
+              outputs are turned along, which changes nothing; then their mean. Without batches, the weights alone tell how.
+            - `"svd"`: the one head, and what each query head and output makes of it, with which least is lost on the batches.
+            - `"auto"`: what does best on held-out batches, also of which heads share a group.
+
+            Where code stands between projection and product (a norm of keys, a gate), what it does not let pass is averaged.
         optimizers: The optimizer, or optimizers, that train the model. Their state follows: first moments are pooled like the
             weights; second moments (of Adam, AdamW, RMSprop, Adadelta, Adagrad) are pooled and multiplied by G^2 for groups of
             G heads. The gradient of a pooled head is the sum of its heads' gradients, and
             (g_1 + ... + g_G)^2 <= G (g_1^2 + ... + g_G^2) = G^2 mean(g_i^2), so the step stays within the optimizer's bound.
-            With `"random"` the state of what is drawn anew starts at zero.
+            With `"random"` the state of what is drawn anew starts at zero. Of what is in another basis afterwards, or refitted,
+            they start anew.
         seed: For `"random"`.
         layers: The attentions to convert, by name or by their place in the order in which they run, from 0; by default all that
             have more KV heads. While layers differ the config keeps its number, and says the new one once all have it.
         encoder: Whether the self-attention of an encoder-decoder's encoder is converted too; as in the paper (section 3.1) it is
             not. A model that is an encoder only is converted all the same.
+        batches: For `"svd"`, `"auto"`, `"aligned"` and `repair`, as dictionaries of what the model's forward takes; some
+            thousand tokens. `"auto"` and `repair` hold some of them out.
+        grouping: Which heads share a group: `"consecutive"`, those that stand beside each other, or `"similar"`, those that one
+            head renders best; query heads then change places along with them.
+        repair: If given, the linears that read the heads, and those of feed-forwards, are refitted to make up for what is lost.
 
     Returns:
         The plan that was carried out.
 
     Raises:
-        ValueError: As `plan_kv_heads`; then nothing has changed.
+        ValueError: As `plan_kv_heads`, or if batches are missing, or a method does not suit the model; then nothing has changed.
     """
-    plan = plan_kv_heads(model, num_key_value_heads, method, layers, encoder)
-    apply_kv_heads(plan, model, optimizers, seed)
+    check_method(method, grouping, repair)
+    pooling: Method = "mean" if method in get_args(Prepared) else cast(Method, method)
+    plan = plan_kv_heads(model, num_key_value_heads, pooling, layers, encoder)
+    weights: dict[str, Tensor] = {}
+    if method in get_args(Prepared) or grouping != "consecutive" or repair is not None:
+        start = cast(Start | Literal["auto"], method)
+        groups, pairs = dict.fromkeys(plan.layers, plan.after), [(batch, None) for batch in batches]
+        weights, _ = ready_weights(find_transformer(model), groups, start, pairs, grouping, repair)
+    apply_kv_heads(plan, model, optimizers, seed, weights, changed(find_transformer(model), weights))
     return plan
+
+
+def check_method(method: str, grouping: str, repair: Repair | None) -> None:
+    """Refuses a method or grouping that there is not, and what cannot go together.
+
+    Raises:
+        ValueError: With what is legal.
+    """
+    for name, value, legal in (
+        ("method", method, (*get_args(Method), *get_args(Prepared))),
+        ("grouping", grouping, get_args(Grouping)),
+    ):
+        if value not in legal:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(legal)}")
+    if method in ("first", "random") and (grouping != "consecutive" or repair is not None):
+        raise ValueError(f"method={method!r} is the paper's ablation: it takes neither grouping='similar' nor repair")
 
 
 def apply_kv_heads(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Adagrad, Optimizer
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,13 @@ class Change:
     Attributes:
         weight: From the old values to the new.
         state: From an optimizer's state tensor of the old size to the new, by the name that the optimizer gives it
-            (`exp_avg`, `momentum_buffer`, ...). State of any other size is dropped, with a warning.
+            (`exp_avg`, `momentum_buffer`, ...). State of any other size is dropped, with a warning. None where the state means
+            nothing for the new values: then the optimizer starts anew for the parameter, its count of steps too.
         gradient: From the old gradient to the new; by default there is none afterwards.
     """
 
     weight: Callable[[Tensor], Tensor]
-    state: Callable[[str, Tensor], Tensor]
+    state: Callable[[str, Tensor], Tensor] | None
     gradient: Callable[[Tensor], Tensor] | None = None
 
 
@@ -69,15 +70,23 @@ def _prepare(model: nn.Module, name: str, change: Change, optimizers: list[Optim
     if old.grad is not None and change.gradient is not None:
         new.grad = change.gradient(old.grad).to(new.dtype).contiguous()
     places = [(m, attr) for m in model.modules() for attr, p in m._parameters.items() if p is old]
-    states = [(o, _new_state(o, name, old, change)) for o in optimizers]
+    states = [(o, fresh(o, new) if change.state is None else _new_state(o, name, old, change.state)) for o in optimizers]
     return _Swap(places, old, new, states)
 
 
-def _new_state(optimizer: Optimizer, name: str, old: nn.Parameter, change: Change) -> dict[str, object]:
+def fresh(optimizer: Optimizer, parameter: Tensor) -> dict[str, object]:
+    """What an optimizer keeps of a parameter before its first step: nothing, but of Adagrad, which begins when it is made."""
+    if not isinstance(optimizer, Adagrad):
+        return {}
+    first = optimizer.defaults["initial_accumulator_value"]
+    return {"step": torch.tensor(0.0), "sum": torch.full_like(parameter.detach(), first, memory_format=torch.preserve_format)}
+
+
+def _new_state(optimizer: Optimizer, name: str, old: nn.Parameter, follow: Callable[[str, Tensor], Tensor]) -> dict[str, object]:
     state: dict[str, object] = {}
     for key, value in optimizer.state.get(old, {}).items():
         if isinstance(value, Tensor) and value.shape == old.shape:
-            state[key] = change.state(key, value).contiguous()
+            state[key] = follow(key, value).contiguous()
         elif isinstance(value, Tensor) and value.ndim > 0:
             warnings.warn(
                 f"{type(optimizer).__name__} keeps '{key}' of size {tuple(value.shape)} for {name} of size "

@@ -34,9 +34,9 @@ ROWS = {
     "svd": {"method": "svd"},
     "aligned, similar": {"method": "aligned", "grouping": "similar"},
     "svd, similar": {"method": "svd", "grouping": "similar"},
-    "mean, repaired": {"method": "mean", "repair": bh.Repair()},
-    "svd, repaired": {"method": "svd", "repair": bh.Repair()},
-    "auto": {"method": "auto", "repair": bh.Repair()},
+    "mean, repaired": {"method": "mean", "repair": bh.Repair(ridges=(3.0, 10.0, 30.0, 100.0))},
+    "svd, repaired": {"method": "svd", "repair": bh.Repair(ridges=(3.0, 10.0, 30.0, 100.0))},
+    "auto": {"method": "auto"},
 }
 
 
@@ -100,7 +100,7 @@ def arguments():
     parser.add_argument("--test", default=text_files()["validation"])
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--examples", type=int, default=8, help="windows that the methods see")
+    parser.add_argument("--examples", type=int, default=24, help="windows that the methods see")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)

@@ -1,7 +1,9 @@
 """Short fits of small models on a little text."""
 
+from functools import cache
 from pathlib import Path
 
+import datasets
 import lightning.pytorch as pl
 import torch
 from families import llama
@@ -22,7 +24,18 @@ def write_text(folder: Path) -> dict[str, str]:
 
 
 def data(files: dict[str, str], **options: object) -> TextDataModule:
-    return TextDataModule(files, tokenizer="tiny", **{"block_size": 16, "batch_size": 2, **options})
+    """Its text is made into blocks once for all fits."""
+    module = TextDataModule(files, tokenizer="tiny", **{"block_size": 16, "batch_size": 2, **options})
+    if not {"column", "streaming"} & options.keys():
+        module.splits = dict(_blocks(module.block_size, **files))
+    return module
+
+
+@cache
+def _blocks(block_size: int, **files: str) -> dict[str, datasets.Dataset]:
+    module = TextDataModule(files, tokenizer="tiny", block_size=block_size)
+    module.setup("fit")
+    return module.splits
 
 
 def module(seed: int = 0, lr: float = 1e-2, **changes: object) -> TransformerModule:

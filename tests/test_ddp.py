@@ -1,20 +1,25 @@
-"""Two processes on the CPU, each started as a user would: a script under the DDP strategy."""
+"""Two processes on the CPU, started as a user would: a script under the DDP strategy, which fits one trainer after another."""
 
 import json
 import os
 import socket
 import subprocess
 import sys
-import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from families import llama
 from fits import data, module, trainer
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from billhook import (
+    DepthPruning,
     HeadPruning,
     KVHeadConversion,
     Linear,
@@ -25,92 +30,13 @@ from billhook import (
     WeightPruning,
 )  # fmt: skip
 
-SCRIPT = textwrap.dedent("""
-    import json, sys
-    import lightning.pytorch as pl
-    import torch
-    from fits import data, module, trainer
-    from billhook import KVHeadConversion
-
-    files, out, heads, at = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    lit = module()
-    callback = KVHeadConversion(heads, at)
-    options = dict(devices=2, strategy="ddp", val_check_interval=3, check_val_every_n_epoch=None, limit_val_batches=4)
-    run = trainer(out, [callback], max_steps=6, **options)
-    run.fit(lit, data(files, batch_size=1))
-    state = {name: value.detach() for name, value in lit.state_dict().items()}
-    gathered = [None, None]
-    torch.distributed.all_gather_object(gathered, {n: v.tolist() for n, v in state.items()})
-    assert gathered[0] == gathered[1], "the ranks differ"
-    if run.is_global_zero:
-        torch.save(state, f"{out}/state.pt")
-        json.dump(callback.events, open(f"{out}/events.json", "w"))
-""")
-
-
-def run_script(folder, text, arguments):
-    """Runs a script as the first of two processes, which starts the other."""
-    script = folder / "run.py"
-    script.write_text(text)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {
-        "MASTER_PORT": port,
-        "PYTHONPATH": os.path.dirname(__file__),
-        "PYTHONWARNINGS": "ignore",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(arguments)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize(("heads", "at"), [(2, "start"), ([2, 1], [2, 4])])
-def test_two_processes_equal_one_on_the_same_global_batches(files, tmp_path, heads, at):
-    run_script(tmp_path, SCRIPT, [files, str(tmp_path), heads, at])
-    single, callback = module(), KVHeadConversion(heads, at)
-    one = trainer(tmp_path, [callback], max_steps=6, val_check_interval=3, check_val_every_n_epoch=None, limit_val_batches=4)
-    one.fit(single, data(files, batch_size=2))
-    for name, value in torch.load(tmp_path / "state.pt", weights_only=True).items():
-        torch.testing.assert_close(
-            value, single.state_dict()[name], atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
-        )
-    events = json.loads((tmp_path / "events.json").read_text())
-    assert [e["step"] for e in events] == [e["step"] for e in callback.events]
-    for two, one_device in zip(events, callback.events, strict=True):
-        for when in ("before", "after"):
-            assert two[when] == pytest.approx(one_device[when], rel=2e-3)
-
-
-PRUNING = textwrap.dedent("""
-    import json, sys
-    import torch
-    from fits import data, module, trainer
-    from test_ddp import FitOfTuples, ramp
-    from billhook import WeightPruning
-
-    files, out, kind = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    lit = FitOfTuples() if kind == "tuples" else module()
-    callback = WeightPruning(sparsity=ramp(), examples=7, measure_batches=2)
-    run = trainer(out, [callback], max_steps=6, devices=2, strategy="ddp", accumulate_grad_batches=2,
-                  use_distributed_sampler=kind != "tuples")
-    run.fit(lit, None if kind == "tuples" else data(files, batch_size=1))
-    state = {name: value.detach() for name, value in lit.state_dict().items()}
-    gathered = [None, None]
-    torch.distributed.all_gather_object(gathered, [{n: v.tolist() for n, v in s.items()} for s in (state, callback.masks)])
-    assert gathered[0] == gathered[1], "the ranks differ"
-    if run.is_global_zero:
-        torch.save([state, callback.masks, callback.events], f"{out}/result.pt")
-""")
-
-
-def ramp():
-    return Linear(final=0.5, start=1, end=5, every=2)
+# two processes take seconds to start, so they start once for all; as any user's, they do not order sets of strings alike
+SCRIPT = """
+import os
+os.environ["PYTHONHASHSEED"] = "4"  # the second's; the first has 3
+from test_ddp import fit_all
+fit_all()
+"""
 
 
 class FitOfTuples(pl.LightningModule):
@@ -135,103 +61,185 @@ class FitOfTuples(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-@pytest.mark.parametrize("kind", ["tuples", "text"])
-def test_two_processes_prune_as_one_does(files, tmp_path, kind):
-    run_script(tmp_path, PRUNING, [files, str(tmp_path), kind])
-    state, masks, events = torch.load(tmp_path / "result.pt", weights_only=True)
-    single = FitOfTuples() if kind == "tuples" else module()
-    callback = WeightPruning(sparsity=ramp(), examples=7, measure_batches=2)
-    one = trainer(tmp_path, [callback], max_steps=6, accumulate_grad_batches=2)
-    one.fit(single, None if kind == "tuples" else data(files, batch_size=2))
-    assert [(e["step"], e["after"]["sparsity"]) for e in events] == [(e["step"], e["after"]["sparsity"]) for e in callback.events]
-    assert len(masks) == 14
-    for name, mask in callback.masks.items():
-        assert (mask == masks[name]).float().mean() >= 0.99, name
-    prefix = "net." if kind == "tuples" else "model."
-    for name, mask in masks.items():
-        both = mask & callback.masks[name]
-        values = [found[f"{prefix}{name}.weight"] for found in (state, single.state_dict())]
-        assert not values[0][~mask].any()
-        torch.testing.assert_close(values[0][both], values[1][both], atol=2e-3, rtol=1e-2)
+@dataclass(frozen=True)
+class Fit:
+    """What is done by one process, and by two on the same global batches: of the text, or of the module's own."""
+
+    module: Callable[[], pl.LightningModule]
+    callback: Callable[[], Any]
+    told: Callable[[Any], Any]  # of the callback, the same on both
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 6
+
+    def run(self, folder: Path, files: dict[str, str], ranks: int = 1) -> tuple[pl.Trainer, dict[str, torch.Tensor], Any]:
+        torch.manual_seed(0)
+        lit, callback = self.module(), self.callback()
+        text = not isinstance(lit, FitOfTuples)
+        two = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": text} if ranks == 2 else {}
+        run = trainer(folder, [callback], max_steps=self.steps, **self.options, **two)
+        run.fit(lit, data(files, batch_size=2 // ranks) if text else None)
+        return run, {name: value.detach() for name, value in lit.state_dict().items()}, self.told(callback)
 
 
-HEADS = textwrap.dedent("""
-    import json, sys
-    import torch
-    from fits import trainer
-    from test_ddp import FitOfTuples, head_pruning
+def conversion(heads, at):
+    options = {"val_check_interval": 3, "check_val_every_n_epoch": None, "limit_val_batches": 4}
+    return Fit(module, lambda: KVHeadConversion(heads, at), lambda one: one.events, options)
 
-    out, remove, given = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    lit, callback = FitOfTuples(8), head_pruning(remove, given)
-    run = trainer(out, [callback], max_steps=6, devices=2, strategy="ddp", use_distributed_sampler=False)
-    run.fit(lit)
-    state = {name: value.detach() for name, value in lit.state_dict().items()}
-    record = callback.record.state_dict()
-    gathered = [None, None]
-    mine = [{n: v.tolist() for n, v in s.items()} for s in (state, record["scores"])] + [record["numbers"], callback.heads]
-    torch.distributed.all_gather_object(gathered, repr(mine))
-    assert gathered[0] == gathered[1], "the ranks differ"
-    if run.is_global_zero:
-        torch.save([state, record, callback.heads, callback.events], f"{out}/result.pt")
-""")
+
+def weight_pruning(module):
+    ramp = Linear(final=0.5, start=1, end=5, every=2)
+    return Fit(
+        module,
+        lambda: WeightPruning(sparsity=ramp, examples=7, measure_batches=2),
+        lambda one: [one.masks, one.events],
+        {"accumulate_grad_batches": 2},
+    )
 
 
 def head_pruning(remove, given):
     """With batches of the user's own, two to a process, or ten examples of the training data."""
     ids = torch.randint(3, 60, (4, 2, 12), generator=torch.Generator().manual_seed(1))
     options = {"calibration": [(one,) for one in ids], "importance": Taylor("first")} if given else {"examples": 10}
-    return HeadPruning(MultiStep([0.25, 0.5], [2, 4]), remove=remove, measure_batches=0, **options)
-
-
-@pytest.mark.parametrize(("remove", "given"), [("rounds", False), ("end", True)])
-def test_two_processes_prune_the_heads_that_one_does(tmp_path, remove, given):
-    run_script(tmp_path, HEADS, [str(tmp_path), remove, given])
-    state, record, heads, events = torch.load(tmp_path / "result.pt", weights_only=True)
-    single, callback = FitOfTuples(8), head_pruning(remove, given)
-    trainer(tmp_path, [callback], max_steps=6).fit(single)
-    assert events == callback.events
-    assert heads == callback.heads
-    assert record["numbers"] == callback.record.numbers
-    for name, scores in callback.record.scores.items():
-        torch.testing.assert_close(record["scores"][name], scores, rtol=1e-3, atol=1e-5, equal_nan=True)
-    for name, value in single.state_dict().items():
-        torch.testing.assert_close(state[name], value, atol=2e-4, rtol=1e-3)
-
-
-STRUCTURE = textwrap.dedent("""
-    import json, sys
-    import torch
-    from fits import trainer
-    from test_ddp import FitOfTuples, structured_pruning
-
-    (out,) = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    lit, callback = FitOfTuples(), structured_pruning()
-    run = trainer(out, [callback], max_steps=6, devices=2, strategy="ddp", use_distributed_sampler=False)
-    run.fit(lit)
-    state = {name: value.detach() for name, value in lit.state_dict().items()}
-    gathered = [None, None]
-    torch.distributed.all_gather_object(gathered, repr([{n: v.tolist() for n, v in state.items()}, callback.events]))
-    assert gathered[0] == gathered[1], "the ranks differ"
-    if run.is_global_zero:
-        torch.save([state, callback.events], f"{out}/result.pt")
-""")
+    return Fit(
+        lambda: FitOfTuples(8),
+        lambda: HeadPruning(MultiStep([0.25, 0.5], [2, 4]), remove=remove, measure_batches=0, **options),
+        lambda one: [one.record.state_dict(), one.heads, one.events],
+    )
 
 
 def structured_pruning():
     """In two events, on batches of the user's own, of which one process chooses the ridge on those that two do."""
     ids = torch.randint(3, 60, (6, 4, 12), generator=torch.Generator().manual_seed(1))[[0, 1, 2, 3, 2, 4, 4, 5]]
     options = {"calibration": [(one,) for one in ids], "importance": Taylor("first"), "repair": Repair(), "measure_batches": 0}
-    return StructuredPruning(channels=0.5, kv_heads=0.5, at=MultiStep([0.5, 1.0], [2, 4]), **options)
+    return Fit(
+        FitOfTuples,
+        lambda: StructuredPruning(channels=0.5, kv_heads=0.5, at=MultiStep([0.5, 1.0], [2, 4]), **options),
+        lambda one: one.events,
+    )
 
 
-def test_two_processes_cut_and_repair_what_one_does(tmp_path):
-    run_script(tmp_path, STRUCTURE, [str(tmp_path)])
-    state, events = torch.load(tmp_path / "result.pt", weights_only=True)
-    single, callback = FitOfTuples(), structured_pruning()
-    trainer(tmp_path, [callback], max_steps=6).fit(single)
-    assert events == callback.events
-    assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in single.state_dict().items()}
-    for name, value in single.state_dict().items():
+def depth_pruning():
+    options = {"at": 2, "by": "influence", "examples": 8, "greedy": True, "measure_batches": 0}
+    four = {"num_hidden_layers": 4}
+    return Fit(lambda: module(**four), lambda: DepthPruning(2, **options), lambda one: one.plan.blocks, steps=4)
+
+
+FITS = {
+    "convert at the start": conversion(2, "start"),
+    "convert in stages": conversion([2, 1], [2, 4]),
+    "weights, tuples": weight_pruning(FitOfTuples),
+    "weights, text": weight_pruning(module),
+    "heads in rounds": head_pruning("rounds", given=False),
+    "heads at the end": head_pruning("end", given=True),
+    "structure": structured_pruning(),
+    "depth": depth_pruning(),
+}
+
+
+def fit_all() -> None:
+    """What each of the two processes runs: all fits, and whether the outcome is the same on both."""
+    files, out = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    for name, one in FITS.items():
+        run, *result = one.run(Path(out), files, ranks=2)
+        gathered = [None, None]
+        torch.distributed.all_gather_object(gathered, repr(tree_map_only(torch.Tensor, torch.Tensor.tolist, result)))
+        if run.is_global_zero:
+            torch.save([gathered[0] == gathered[1], *result], Path(out, f"{name}.pt"))
+
+
+def run_script(folder, text, arguments):
+    """Runs a script as the first of two processes, which starts the other."""
+    script = folder / "run.py"
+    script.write_text(text)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | {
+        "MASTER_PORT": port,
+        "PYTHONPATH": os.path.dirname(__file__),
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONHASHSEED": "3",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, str(script), json.dumps(arguments)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def fitted(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run_script(folder, SCRIPT, [files, str(folder)])
+    return folder
+
+
+@pytest.fixture
+def of_two(fitted):
+    """The weights after a fit by two processes, and what its callback told."""
+
+    def read(name):
+        alike, state, told = torch.load(fitted / f"{name}.pt", weights_only=True)
+        assert alike, "the ranks differ"
+        return state, told
+
+    return read
+
+
+@pytest.mark.parametrize("name", ["convert at the start", "convert in stages"])
+def test_two_processes_equal_one_on_the_same_global_batches(of_two, files, tmp_path, name):
+    state, events = of_two(name)
+    _, single, events_of_one = FITS[name].run(tmp_path, files)
+    for own, value in state.items():
+        torch.testing.assert_close(value, single[own], atol=2e-4, rtol=1e-3, msg=lambda m, own=own: f"{own}: {m}")
+    assert [e["step"] for e in events] == [e["step"] for e in events_of_one]
+    for two, one_device in zip(events, events_of_one, strict=True):
+        for when in ("before", "after"):
+            assert two[when] == pytest.approx(one_device[when], rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["tuples", "text"])
+def test_two_processes_prune_as_one_does(of_two, files, tmp_path, kind):
+    state, (masks, events) = of_two(f"weights, {kind}")
+    _, single, (masks_of_one, events_of_one) = FITS[f"weights, {kind}"].run(tmp_path, files)
+    assert [(e["step"], e["after"]["sparsity"]) for e in events] == [(e["step"], e["after"]["sparsity"]) for e in events_of_one]
+    assert len(masks) == len(masks_of_one) == 14
+    for name, mask in masks_of_one.items():
+        assert (mask == masks[name]).float().mean() >= 0.99, name
+    prefix = "net." if kind == "tuples" else "model."
+    for name, mask in masks.items():
+        both = mask & masks_of_one[name]
+        values = [found[f"{prefix}{name}.weight"] for found in (state, single)]
+        assert not values[0][~mask].any()
+        torch.testing.assert_close(values[0][both], values[1][both], atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["heads in rounds", "heads at the end"])
+def test_two_processes_prune_the_heads_that_one_does(of_two, files, tmp_path, name):
+    state, (record, heads, events) = of_two(name)
+    _, single, (record_of_one, heads_of_one, events_of_one) = FITS[name].run(tmp_path, files)
+    assert events == events_of_one
+    assert heads == heads_of_one
+    assert record["numbers"] == record_of_one["numbers"]
+    for own, scores in record_of_one["scores"].items():
+        torch.testing.assert_close(record["scores"][own], scores, rtol=1e-3, atol=1e-5, equal_nan=True)
+    for own, value in single.items():
+        torch.testing.assert_close(state[own], value, atol=2e-4, rtol=1e-3)
+
+
+def test_two_processes_cut_and_repair_what_one_does(of_two, files, tmp_path):
+    state, events = of_two("structure")
+    _, single, events_of_one = FITS["structure"].run(tmp_path, files)
+    assert events == events_of_one
+    assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in single.items()}
+    for name, value in single.items():
         torch.testing.assert_close(state[name], value, atol=2e-3, rtol=1e-2)
+
+
+def test_two_processes_remove_the_blocks_that_one_does(of_two, files, tmp_path):
+    state, blocks = of_two("depth")
+    _, single, blocks_of_one = FITS["depth"].run(tmp_path, files)
+    assert blocks == blocks_of_one
+    for name, value in single.items():
+        torch.testing.assert_close(state[name], value, atol=2e-4, rtol=1e-3)

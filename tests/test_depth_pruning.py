@@ -8,7 +8,7 @@ import transformers
 from families import build, llama, tokens
 from fits import data, same, trainer, weights
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from test_ddp import FitOfTuples, run_script
+from test_ddp import FitOfTuples
 from test_layers import MIXED, influence, t5
 from test_weight_pruning import checkpoints
 from torch.utils.data import DataLoader
@@ -18,7 +18,10 @@ from billhook.export import export_checkpoint
 from billhook.structure.shape import find_transformer, shape_of
 
 # the resumed runs do without the ModelCheckpoint of the straight one
-pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
+    pytest.mark.usefixtures("traced_once"),
+]
 LAYERS = "model.layers"
 
 
@@ -268,38 +271,6 @@ class TestRefused:
             trainer(tmp_path, [pruning(1, calibration=loader)]).fit(lit, loader, loader)
         assert same(weights(lit), before)
         assert bare(lit)
-
-
-SCRIPT = """
-import json, sys
-import torch
-from fits import data, trainer
-from fits import module
-from billhook import DepthPruning
-
-files, out, by = json.loads(sys.argv[1])
-torch.set_num_threads(1)
-lit, callback = module(num_hidden_layers=4), DepthPruning(2, at=2, by=by, examples=8, greedy=True, measure_batches=0)
-run = trainer(out, [callback], max_steps=4, devices=2, strategy="ddp")
-run.fit(lit, data(files, batch_size=1))
-state = {name: value.detach() for name, value in lit.state_dict().items()}
-gathered = [None, None]
-torch.distributed.all_gather_object(gathered, repr([{n: v.tolist() for n, v in state.items()}, callback.plan.blocks]))
-assert gathered[0] == gathered[1], "the ranks differ"
-if run.is_global_zero:
-    torch.save([state, callback.plan.blocks], f"{out}/result.pt")
-"""
-
-
-@pytest.mark.parametrize("by", ["influence"])
-def test_two_processes_prune_as_one_does(files, tmp_path, by):
-    run_script(tmp_path, SCRIPT, [files, str(tmp_path), by])
-    state, blocks = torch.load(tmp_path / "result.pt", weights_only=True)
-    lit, callback = module(), pruning(2, at=2, by=by, examples=8, greedy=True)
-    trainer(tmp_path, [callback], max_steps=4).fit(lit, data(files, batch_size=2))
-    assert blocks == callback.plan.blocks
-    for name, value in lit.state_dict().items():
-        torch.testing.assert_close(state[name], value, atol=2e-4, rtol=1e-3)
 
 
 def test_a_users_own_module(tmp_path):

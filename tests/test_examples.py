@@ -1,8 +1,12 @@
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
+
+import billhook as bh
 
 ROOT = Path(__file__).parent.parent
 
@@ -10,8 +14,11 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 def test_quickstart(tmp_path, monkeypatch, capsys):
+    trainer, data = pl.Trainer, partial(bh.TextDataModule, block_size=32, batch_size=2)
+    monkeypatch.setattr(pl, "Trainer", lambda **options: trainer(**options | {"limit_val_batches": 1}))
+    monkeypatch.setattr(bh, "TextDataModule", data)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--steps", "20"])
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--steps", "10"])
     runpy.run_path(str(ROOT / "examples" / "quickstart.py"), run_name="__main__")
     told = capsys.readouterr().out
     for row in ("dense", "after 8 -> 4 KV heads (mean)", "after 4 -> 2 KV heads (mean)", "after 2 -> 1 KV heads (mean)"):

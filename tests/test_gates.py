@@ -15,6 +15,7 @@ import billhook as bh
 from billhook.structure.gates import place_gates, place_mask
 from billhook.structure.heads import find_heads
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 STEP = 2**-13  # parts of many models compute in float32, so that a smaller one would measure rounding
 
 

@@ -23,7 +23,10 @@ from billhook.structure.gates import Gate
 from billhook.structure.heads import find_heads
 
 # the resumed runs do without the ModelCheckpoint of the straight one
-pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
+    pytest.mark.usefixtures("traced_once"),
+]
 LAYERS = [f"model.layers.{layer}.self_attn" for layer in (0, 1)]
 IMPORTANCE = [
     *(bh.GateGradient(each) for each in ("token", "example", "batch")),

@@ -12,7 +12,10 @@ from torch.utils.data import DataLoader
 import billhook as bh
 
 # the resumed runs do without the ModelCheckpoint of the straight one
-pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
+    pytest.mark.usefixtures("traced_once"),
+]
 ROUNDS = bh.MultiStep([0.25, 0.5, 0.75], [2, 4, 6])
 SEEN = [16] * 2 + [12] * 2 + [8] * 2 + [4] * 2
 
@@ -53,9 +56,10 @@ def resumes(files, folder, callback, stops, build=module):
     return straight, whole, watch
 
 
-@pytest.mark.parametrize("remove", REMOVE)
-def test_resumed_equals_straight_through(files, tmp_path, remove):
-    _, _, watch = resumes(files, tmp_path, lambda: pruning(ROUNDS, remove=remove), [1, 2, 3, 6])
+@pytest.mark.parametrize(("remove", "stops"), [("never", [1, 3]), ("end", [2, 6]), ("rounds", [2, 3, 6])], ids=REMOVE)
+def test_resumed_equals_straight_through(files, tmp_path, remove, stops):
+    """Before the first round, at it, between rounds and at the last."""
+    _, _, watch = resumes(files, tmp_path, lambda: pruning(ROUNDS, remove=remove), stops)
     assert watch.seen == SEEN
 
 

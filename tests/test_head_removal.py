@@ -25,6 +25,7 @@ from billhook.structure.inputs import make_inputs
 from billhook.structure.plan import coupled
 from billhook.structure.shape import shape_of
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 NONE = ("mamba", "recurrent_gemma", "convnext", "resnet")  # without attention
 REFUSED = ("bloom", "mpt", "olmo2", "mamba2", "codegen")  # in test_head_plan
 REMOVABLE = [family for family in FAMILIES if family not in (*NONE, *REFUSED)]

@@ -14,6 +14,7 @@ import billhook as bh
 from billhook.structure.heads import find_heads
 from billhook.structure.ranking import score, trial_of
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 CONFIG = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
 EVERY = [
     *(bh.GateGradient(), bh.Taylor("unit"), bh.Taylor(), bh.Taylor("mixed"), bh.WeightNorm(), bh.WeightNorm(1)),

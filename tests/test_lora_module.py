@@ -25,7 +25,11 @@ from billhook.export import build_model, read_checkpoint
 from billhook.lora import ADAPTERS, put_back, without_adapters
 from billhook.sparsity.linears import prunable
 
-pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")]
+pytestmark = [
+    *quiet,
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
+    pytest.mark.usefixtures("traced_once"),
+]
 CLASSES = {"num_labels": 3}
 # what trains beside adapters
 HEAD = {

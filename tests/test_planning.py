@@ -18,6 +18,8 @@ from billhook.structure.planning import Request, lowest
 from billhook.structure.progress import First, first_from
 from billhook.structure.shape import shape_of
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 
 def lost(plan):
     return {name: plan.before[name][0] - plan.after[name][0] for name in plan.before}

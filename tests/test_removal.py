@@ -25,6 +25,7 @@ from billhook.structure.channels import find_units, of_kind
 from billhook.structure.heads import find_heads
 from billhook.structure.shape import shape_of
 
+pytestmark = pytest.mark.usefixtures("traced_once")
 NO_HEADS = ("mamba", "recurrent_gemma", "convnext", "resnet", "bloom", "mpt", "olmo2", "mamba2", "codegen")  # none, or they stay
 UNUSED = "which the run never used, may have it too"
 STAYS = {  # what cannot lose residual channels, and why

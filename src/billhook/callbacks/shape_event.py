@@ -1,6 +1,8 @@
 """What callbacks share that change tensor shapes in the middle of a fit: when, on what, and how the training goes on."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,7 +16,7 @@ from torch.optim import Optimizer
 from billhook.callbacks.measure import measure
 from billhook.report import summary
 from billhook.run import callbacks_of, is_trial, training_steps
-from billhook.schedules import Step, check_step, resolve_step
+from billhook.schedules import Schedule, Step, check_step, resolve_step
 from billhook.structure.shape import find_transformer, load_shape, save_shape, shape_of
 
 At = Step | Literal["start"]
@@ -27,14 +29,14 @@ class ShapeCallback(Callback, ABC):
 
     Args:
         at: When each stage happens: a step (int), a fraction of training (float in 0..1), or `"start"` (before the optimizer
-            exists).
+            exists); a schedule where a subclass says in its `steps` what that means.
         measure_batches: Validation batches on which the model is measured before and after each stage; by default as many
             as validation takes, 0 for none.
     """
 
-    def __init__(self, at: list[At], measure_batches: int | None = None) -> None:
+    def __init__(self, at: Sequence[At | Schedule], measure_batches: int | None = None) -> None:
         for moment in at:
-            if moment != "start":
+            if moment != "start" and not isinstance(moment, Schedule):
                 if isinstance(moment, str):
                     raise ValueError(
                         f"at={moment!r} must be 'start', an int (a step) or a float in 0..1 (a fraction of training)"
@@ -42,7 +44,7 @@ class ShapeCallback(Callback, ABC):
                 check_step(moment, "at")
         if measure_batches is not None and measure_batches < 0:
             raise ValueError(f"measure_batches={measure_batches} must be at least 0")
-        self.at, self.measure_batches = at, measure_batches
+        self.at, self.measure_batches = list(at), measure_batches
         self.events: list[Event] = []
         self._steps: list[int] = []
         self._last_step = 0
@@ -58,6 +60,11 @@ class ShapeCallback(Callback, ABC):
     @abstractmethod
     def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
         """Carries out a stage and returns a phrase that says what was done."""
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether it depends on the length of training when shapes change."""
+        return any(isinstance(moment, float | Schedule) for moment in self.at)
 
     @property
     def only_at_start(self) -> bool:
@@ -94,7 +101,7 @@ class ShapeCallback(Callback, ABC):
         """
         # a fast_dev_run is there to try everything out in a step or two
         trial = is_trial(trainer)
-        moments = [min(m, total_steps) if trial and isinstance(m, int) else m for m in self.at]
+        moments = [min(m, total_steps) if trial and isinstance(m, int) else m for m in self.at if not isinstance(m, Schedule)]
         steps = [-1 if moment == "start" else resolve_step(moment, total_steps, "at") for moment in moments]
         if not trial and len(set(steps)) < len(steps):
             raise ValueError(f"at={self.at}: two stages fall on one step ({steps} of {total_steps} steps)")
@@ -112,14 +119,23 @@ class ShapeCallback(Callback, ABC):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Turns fractions of training into steps, and checks the stages."""
-        total = training_steps(trainer)
-        if total is None:
-            moments = [moment for callback in callbacks_of(trainer, type(self)) for moment in callback.at]
-            if any(isinstance(moment, float) for moment in moments):
-                raise ValueError(f"at={self.at} has a fraction of training, whose length is not known: set max_steps")
-            total = max((m for m in moments if isinstance(m, int)), default=0)
+        total = self.length(trainer)
         self.check_together(trainer, total)
         self._steps = self.steps(total, trainer)
+
+    def length(self, trainer: pl.Trainer) -> int:
+        """Optimizer steps of the fit; where nothing bounds it, up to the last stage.
+
+        Raises:
+            ValueError: If a stage depends on the length, and it is not known.
+        """
+        total = training_steps(trainer)
+        if total is not None:
+            return total
+        callbacks = callbacks_of(trainer, type(self))
+        if any(callback.needs_length for callback in callbacks):
+            raise ValueError(f"at={self.at} is in terms of training, whose length is not known: set max_steps")
+        return max((m for callback in callbacks for m in callback.at if isinstance(m, int)), default=0)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Carries out what is due before the first step (after a resume: what the checkpoint had not yet)."""
@@ -147,15 +163,8 @@ class ShapeCallback(Callback, ABC):
 
     def _reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int, before: dict[str, float]) -> Event:
         """Carries out a stage on model and optimizers, also where DDP has wrapped the model."""
-        wrapped = isinstance(trainer.strategy.model, DistributedDataParallel)
-        if wrapped:
-            # DDP holds hooks on the old parameters: drop it first, wrap again after
-            trainer.strategy.model = trainer.strategy.lightning_module
-        event = self._record(trainer, before, pl_module, stage, trainer.optimizers)
-        if wrapped:
-            assert isinstance(trainer.strategy, DDPStrategy)
-            trainer.strategy.configure_ddp()
-        return event
+        with unwrapped(trainer):
+            return self._record(trainer, before, pl_module, stage, trainer.optimizers)
 
     def _record(
         self, trainer: pl.Trainer, metrics: dict[str, float], model: nn.Module, stage: int, optimizers: list[Optimizer]
@@ -186,6 +195,18 @@ class ShapeCallback(Callback, ABC):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves the LightningModule as it was found (Lightning does not call `teardown` then)."""
         _release_shape(pl_module)
+
+
+@contextmanager
+def unwrapped(trainer: pl.Trainer) -> Iterator[None]:
+    """Drops DDP, which holds hooks on parameters as they were, and wraps the model again after."""
+    wrapped = isinstance(trainer.strategy.model, DistributedDataParallel)
+    if wrapped:
+        trainer.strategy.model = trainer.strategy.lightning_module
+    yield
+    if wrapped:
+        assert isinstance(trainer.strategy, DDPStrategy)
+        trainer.strategy.configure_ddp()
 
 
 def _hold_shape(pl_module: pl.LightningModule) -> None:

@@ -37,9 +37,7 @@ class Moments:
         self.products = self.tokens.new_zeros(in_features, in_features)
         self.owed_products = self.tokens.new_zeros(out_features, in_features)
 
-    def add(
-        self, inputs: Tensor, owed: Tensor | None = None, keep: Tensor | None = None, weights: Tensor | None = None
-    ) -> None:
+    def add(self, inputs: Tensor, owed: Tensor | None = None, keep: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Adds what a linear is given in one call.
 
         Args:

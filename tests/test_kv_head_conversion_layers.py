@@ -133,10 +133,13 @@ class OfTwo(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_of_an_encoder_decoder_cross_attention_goes_before_the_self_attention_of_its_block(tmp_path):
-    lit, watch, callback = OfTwo(), Heads(), conversion(MultiStep([0.25, 1.0], [1, 2]), method="aligned")
+@pytest.mark.parametrize(
+    ("family", "names"), [("bart", ["self_attn", "encoder_attn"]), ("t5", ["SelfAttention", "EncDecAttention"])]
+)
+def test_of_an_encoder_decoder_cross_attention_goes_before_the_self_attention_of_its_block(family, names, tmp_path):
+    lit, watch, callback = OfTwo(family), Heads(), conversion(MultiStep([0.25, 1.0], [1, 2]), method="aligned")
     trainer(tmp_path, [callback, watch], max_steps=3).fit(lit, DataLoader(tokens(12), batch_size=2))
-    assert [name.rpartition(".")[2] for name in kv_heads_by_layer(lit)][2:] == ["self_attn", "encoder_attn"] * 2
+    assert [name.rpartition(".")[2] for name in kv_heads_by_layer(lit)][2:] == names * 2
     assert watch.seen == ["888888", "888882", "882222"]
 
 

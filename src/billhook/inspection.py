@@ -106,12 +106,18 @@ def conversion(model: PreTrainedModel) -> dict[str, Any]:
     Returns:
         `num_key_value_heads`: now, or None; `legal`: the numbers; `says`: a sentence.
     """
+    legal, refused = list[int](), "there is one KV head already"
     try:
         before = kv_heads_of(model)
-        legal = [n for n in range(1, before) if before % n == 0]
-        for number in legal:
-            plan_kv_heads(model, number)
     except ValueError as error:
         return {"num_key_value_heads": None, "legal": [], "says": f"no: {error}"}
-    says = f"{before} KV heads to {' or '.join(map(str, legal))}" if legal else "no: there is one KV head already"
+    for number in [n for n in range(1, before) if before % n == 0]:
+        try:
+            plan_kv_heads(model, number)
+            legal.append(number)
+        except ValueError as error:
+            refused = str(error)
+    if before > 1 and not legal:
+        return {"num_key_value_heads": None, "legal": [], "says": f"no: {refused}"}
+    says = f"{before} KV heads to {' or '.join(map(str, legal))}" if legal else f"no: {refused}"
     return {"num_key_value_heads": before, "legal": legal, "says": says}

@@ -8,13 +8,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.kv_preparation import Method, Preparation, method_of_pooling
+from billhook.callbacks.kv_preparation import Preparation, method_of_pooling
 from billhook.callbacks.kv_stages import Stage, check_order, shares_of, steps_over
 from billhook.callbacks.shape_event import At, ShapeCallback, unwrapped
 from billhook.run import callbacks_of, is_trial
 from billhook.schedules import Schedule, check_step
 from billhook.structure.kv_approach import approach, changed, take
-from billhook.structure.kv_heads import KVHeadPlan, apply_kv_heads, check_request, kv_heads_of, plan_kv_heads
+from billhook.structure.kv_heads import KVHeadPlan, Method, apply_kv_heads, check_request, kv_heads_of, plan_kv_heads
 from billhook.structure.kv_line import check_told_apart, heads_in_scope, next_in_line
 from billhook.structure.kv_ready import Grouping
 from billhook.structure.repair import Repair

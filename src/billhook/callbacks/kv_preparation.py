@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -13,14 +13,12 @@ from torch import Tensor, nn
 from billhook.callbacks.examples import Pair, aside, check_readable, scoring_batches
 from billhook.callbacks.ranks import SumOverRanks
 from billhook.structure.kv_approach import check_ready, turned_weights
-from billhook.structure.kv_heads import Method as Pooling
+from billhook.structure.kv_heads import Method, Pooling, check_method
 from billhook.structure.kv_ready import Grouping, Way, ready_weights
 from billhook.structure.kv_start import Start
 from billhook.structure.repair import Repair
 from billhook.structure.shape import find_transformer
 from billhook.walk import Reduce
-
-Method = Literal["mean", "first", "random", "aligned", "svd", "auto"]
 
 
 def method_of_pooling(method: Method) -> Pooling:
@@ -51,16 +49,11 @@ class Preparation:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, value, legal in (("method", self.method, Method), ("grouping", self.grouping, Grouping)):
-            if value not in get_args(legal):
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(get_args(legal))}")
+        check_method(self.method, self.grouping, self.repair)
         if type(self.examples) is not int or self.examples < 1:
             raise ValueError(f"examples={self.examples!r} must be a whole number of at least 1")
         if isinstance(self.calibration, Iterator):
             raise ValueError(f"calibration={type(self.calibration).__name__} can be read only once: give a list or a DataLoader")
-        if self.method in ("first", "random") and (self.grouping == "similar" or self.repair is not None):
-            other = "repair" if self.repair is not None else "grouping='similar'"
-            raise ValueError(f"{other} goes with method 'mean', 'aligned', 'svd' and 'auto', not with {self.method!r}")
 
     @property
     def turns(self) -> bool:

@@ -79,7 +79,9 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
     name, axis = innermost([part.name for part in (*attention.q, *readers)]), axes[held.index(max(held))]
     query = tuple(leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in attention.heads)
     kinds = {group.leaf: group.kind for group in structure.groups}
-    kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head")
+    made = {leaf for part in (*attention.k, *attention.v) for leaf in leaves(structure.axes[part.name][part.dim])}
+    own = made if made & set(query) else set(query)  # heads that other attentions count along may be fewer here
+    kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head" and leaf in own)
     keys = along(axis, query)
     there = np.flatnonzero((keys >= 0).any(1))  # elsewhere stands what no head gives, as a convolution beside the attention
     numbers, first = _number(keys[there])

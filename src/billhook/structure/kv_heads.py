@@ -41,6 +41,7 @@ __all__ = [
     "KVHeadPlan",
     "Method",
     "Pooled",
+    "Pooling",
     "apply_kv_heads",
     "check_kv_heads",
     "check_request",
@@ -51,11 +52,11 @@ __all__ = [
     "pool_heads",
 ]
 
-Method = Literal["mean", "first", "random"]
+Pooling = Literal["mean", "first", "random"]
 """How the heads of a group are pooled."""
 
-Prepared = Literal["aligned", "svd", "auto"]
-"""How they are made equal before they are pooled."""
+Method = Literal["mean", "first", "random", "aligned", "svd", "auto"]
+"""How they become one: pooled as they are, or made equal before."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class KVHeadPlan:
 
     before: int
     after: int
-    method: Method
+    method: Pooling
     parameters: dict[str, Pooled]
     shape: Shape
     way: Way
@@ -122,14 +123,14 @@ def check_request(num_key_value_heads: int, method: str) -> None:
     """
     if type(num_key_value_heads) is not int or num_key_value_heads < 1:
         raise ValueError(f"num_key_value_heads={num_key_value_heads!r} must be a whole number, 1 at least")
-    if method not in get_args(Method):
-        raise ValueError(f"method={method!r} must be one of {', '.join(get_args(Method))}")
+    if method not in get_args(Pooling):
+        raise ValueError(f"method={method!r} must be one of {', '.join(get_args(Pooling))}")
 
 
 def plan_kv_heads(
     model: nn.Module,
     num_key_value_heads: int,
-    method: Method = "mean",
+    method: Pooling = "mean",
     layers: Collection[int | str] | None = None,
     encoder: bool = False,
 ) -> KVHeadPlan:
@@ -178,7 +179,7 @@ def plan_kv_heads(
 def convert_kv_heads(
     model: nn.Module,
     num_key_value_heads: int,
-    method: Method | Prepared = "mean",
+    method: Method = "mean",
     optimizers: Optimizer | Iterable[Optimizer] = (),
     seed: int = 0,
     layers: Collection[int | str] | None = None,
@@ -226,10 +227,10 @@ def convert_kv_heads(
         ValueError: As `plan_kv_heads`, or if batches are missing, or a method does not suit the model; then nothing has changed.
     """
     check_method(method, grouping, repair)
-    pooling: Method = "mean" if method in get_args(Prepared) else cast(Method, method)
+    pooling: Pooling = "mean" if method in ("aligned", "svd", "auto") else cast(Pooling, method)
     plan = plan_kv_heads(model, num_key_value_heads, pooling, layers, encoder)
     weights: dict[str, Tensor] = {}
-    if method in get_args(Prepared) or grouping != "consecutive" or repair is not None:
+    if method != pooling or grouping != "consecutive" or repair is not None:
         start = cast(Start | Literal["auto"], method)
         groups, pairs = dict.fromkeys(plan.layers, plan.after), [(batch, None) for batch in batches]
         weights, _ = ready_weights(find_transformer(model), groups, start, pairs, grouping, repair)
@@ -243,14 +244,12 @@ def check_method(method: str, grouping: str, repair: Repair | None) -> None:
     Raises:
         ValueError: With what is legal.
     """
-    for name, value, legal in (
-        ("method", method, (*get_args(Method), *get_args(Prepared))),
-        ("grouping", grouping, get_args(Grouping)),
-    ):
+    for name, value, legal in (("method", method, get_args(Method)), ("grouping", grouping, get_args(Grouping))):
         if value not in legal:
             raise ValueError(f"{name}={value!r} must be one of {', '.join(legal)}")
-    if method in ("first", "random") and (grouping != "consecutive" or repair is not None):
-        raise ValueError(f"method={method!r} is the paper's ablation: it takes neither grouping='similar' nor repair")
+    if method in ("first", "random") and (grouping == "similar" or repair is not None):
+        other = "repair" if repair is not None else "grouping='similar'"
+        raise ValueError(f"{other} goes with method 'mean', 'aligned', 'svd' and 'auto', not with {method!r}")
 
 
 def apply_kv_heads(

@@ -146,7 +146,7 @@ class Request:
 
     def free(self) -> dict[str, Units]:
         """The places that may lose units."""
-        asked = {kind for kind, _ in self.amount.asked.values()}
+        asked = dict.fromkeys(kind for kind, _ in self.amount.asked.values())  # in one order on every rank
         return {name: one for kind in asked for name, one in free(of_kind(self.units, kind), self._protected).items()}
 
     def plan(self, scores: Mapping[str, Tensor]) -> Plan:

@@ -54,7 +54,7 @@ def test_every_fragment_runs(fragment, quick, capsys):
     line = f"fit --config {ROOT}/examples/base.yaml --config {fragment} --trainer.{length}"
     billhook(f"{line} --trainer.logger false --trainer.enable_checkpointing false {quick}")
     used = {c["class_path"].rpartition(".")[2] for c in yaml.safe_load(fragment.read_text())["trainer"]["callbacks+"]}
-    assert used <= set(callbacks_in("config.yaml"))
+    assert fragment.stem == "uptraining" or used <= set(callbacks_in("config.yaml"))  # a trial run writes no config
 
 
 def test_fragments_compose_in_the_order_given(quick, capsys):
@@ -123,7 +123,7 @@ class TestHelp:
         [
             (
                 "fit --trainer.callbacks.help KVHeadConversion",
-                ["Fewer key/value heads", "1 for multi-query attention", "{mean,first,random}"],
+                ["Fewer key/value heads", "1 for multi-query attention", "{mean,first,random,aligned,svd,auto}"],
             ),
             ("fit --model.help TransformerModule", ["token-weighted perplexity", "The highest learning rate", "GGUF"]),
             ("fit --data.help TextDataModule", ["packed into blocks", "Tokens in a block"]),

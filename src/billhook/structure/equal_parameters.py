@@ -7,11 +7,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.structure.block_fields import set_fields
 from billhook.structure.fields import FieldFinder
+from billhook.structure.kv_config import FIELD
 from billhook.structure.meta import from_config
 from billhook.structure.shape import KEY, build_class_on_meta
 from billhook.structure.trace import trace
-
-FIELD = "num_key_value_heads"
 
 
 def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multiple_of: int = 1) -> PretrainedConfig:

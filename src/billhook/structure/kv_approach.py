@@ -6,12 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from billhook.structure.kv_ready import Attentions, Grouping, Pair, Way
-from billhook.structure.kv_stacks import find_projections
+from billhook.structure.kv_ready import Grouping, Pair, Way, attentions_of
 from billhook.structure.kv_start import Start
 from billhook.structure.pooling import How, Pooled
 from billhook.structure.surgery import fresh
-from billhook.structure.trace import trace
 from billhook.walk import Reduce
 
 
@@ -76,13 +74,6 @@ def check_ready(model: nn.Module, groups: Mapping[str, int], start: Start | None
     attentions = attentions_of(model, groups)
     if start is not None:
         attentions.check(Way(start, grouping))
-
-
-def attentions_of(model: nn.Module, groups: Mapping[str, int]) -> Attentions:
-    """The attentions that are named, and what is known of them."""
-    structure = trace(model)
-    places = {name: place for name, place in find_projections(model, structure).items() if name in groups}
-    return Attentions(model, places, groups, structure)
 
 
 @torch.no_grad()

@@ -127,6 +127,13 @@ class Attentions:
         return float(total / count)
 
 
+def attentions_of(model: nn.Module, groups: Mapping[str, int]) -> Attentions:
+    """The attentions that are named, and what is known of them."""
+    structure = trace(model)
+    places = {name: place for name, place in find_projections(model, structure).items() if name in groups}
+    return Attentions(model, places, groups, structure)
+
+
 def best_way(
     attentions: Attentions, trials: Sequence[Trial], repair: Repair | None, reduce: Reduce | None = None
 ) -> tuple[Way, dict[Way, float]]:
@@ -202,9 +209,7 @@ def ready_weights(
     Raises:
         ValueError: If batches are missing, or the method does not suit the model.
     """
-    structure = trace(model)
-    places = {name: place for name, place in find_projections(model, structure).items() if name in groups}
-    attentions = Attentions(model, places, groups, structure)
+    attentions = attentions_of(model, groups)
     way = Way("mean" if method == "auto" else method, grouping)
     if method != "auto":
         attentions.check(way)

@@ -9,8 +9,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.callbacks.kv_preparation import Preparation, method_of_pooling
-from billhook.callbacks.kv_stages import Stage, check_order, shares_of, steps_over
+from billhook.callbacks.kv_stages import Stage, check_order, steps_over
 from billhook.callbacks.shape_event import At, ShapeCallback, unwrapped
+from billhook.callbacks.shares import shares_of
 from billhook.run import callbacks_of, is_trial
 from billhook.schedules import Schedule, check_step
 from billhook.structure.kv_approach import approach, changed, take
@@ -144,7 +145,8 @@ class KVHeadConversion(ShapeCallback):
         trial, (moment, *_) = is_trial(trainer), self.at
         over = steps_over(self.over, total_steps)
         if isinstance(moment, Schedule):
-            cuts = [(step, self.heads[0], share) for step, share in shares_of(moment, total_steps, trial).items()]
+            shares = shares_of(moment, total_steps, trial, "which share has been converted")
+            cuts = [(step, self.heads[0], share) for step, share in shares.items()]
         else:
             steps = super().steps(total_steps, trainer)
             cuts = [(step, heads, 1.0) for step, heads in zip(steps, self.heads, strict=True)]

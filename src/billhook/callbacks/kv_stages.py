@@ -1,10 +1,9 @@
 """When attentions have fewer KV heads, and when their heads begin to move."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from billhook.schedules import Schedule, resolve_step
+from billhook.schedules import resolve_step
 
 
 @dataclass(frozen=True)
@@ -27,29 +26,6 @@ class Stage:
     def begin(self) -> int:
         """The step after which heads begin to move."""
         return self.step - self.over
-
-
-def shares_of(schedule: Schedule, total: int, trial: bool) -> dict[int, float]:
-    """From which step on which share has been converted.
-
-    Args:
-        schedule: The share at each step.
-        total: Steps of training.
-        trial: Whether it is a trial, which may be shorter than the schedule: then there is only the end of it.
-
-    Raises:
-        ValueError: If the schedule falls, exceeds 1, or does not come to 1.
-    """
-    if total == sys.maxsize:
-        raise ValueError(f"at={schedule}: a schedule needs the length of training, which is not known: set max_steps")
-    bound = schedule.bind(sys.maxsize if trial else total)
-    shares = {total: bound(sys.maxsize)} if trial else {step: bound(step) for step in bound.changes(total)}
-    for (step, value), before in zip(shares.items(), [0.0, *shares.values()], strict=False):
-        if not before <= value <= 1:
-            raise ValueError(f"at={schedule}: it must rise to 1 at most, and is {value:g} at step {step} after {before:g}")
-    if max(shares.values(), default=0) < 1:
-        raise ValueError(f"at={schedule}: it says which share has been converted, and must rise to 1 before training ends")
-    return shares
 
 
 def steps_over(over: int | float, total: int) -> int:

@@ -14,6 +14,7 @@ from billhook.callbacks.examples import Pair, aside, check_readable, scoring_bat
 from billhook.callbacks.measure import measure
 from billhook.callbacks.ranks import SumOverRanks
 from billhook.callbacks.shape_event import At, ShapeCallback, log_event
+from billhook.callbacks.shares import shares_of
 from billhook.run import callbacks_of, is_trial, training_steps
 from billhook.schedules import Schedule, check_step, resolve_step
 from billhook.structure.amount import Amount, Ranking
@@ -156,14 +157,7 @@ class StructuredPruning(ShapeCallback):
             return {resolve_step(moment, sys.maxsize if total is None else total, "at"): 1.0}
         if total is None:
             raise ValueError("at: a schedule needs the length of training, which is not known: set max_steps")
-        bound = self.moment.bind(sys.maxsize if is_trial(trainer) else total)
-        moments = {total: bound(sys.maxsize)} if is_trial(trainer) else {step: bound(step) for step in bound.changes(total)}
-        for (step, value), before in zip(moments.items(), [0.0, *moments.values()], strict=False):
-            if not before <= value <= 1:
-                raise ValueError(f"at={self.moment}: it must rise to 1 at most, and is {value:g} at step {step} after {before:g}")
-        if not moments or max(moments.values()) < 1:
-            raise ValueError(f"at={self.moment}: it says how much has gone, and must rise to 1 before training ends")
-        return moments
+        return shares_of(self.moment, total, is_trial(trainer), "how much has gone")
 
     def is_done(self, model: nn.Module, stage: int) -> bool:
         """Never: events are counted, as a shape does not tell them."""

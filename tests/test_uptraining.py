@@ -61,12 +61,14 @@ def test_it_is_as_max_steps_would_be(files, tmp_path):
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
-@pytest.mark.parametrize("at", [0.5, "start"])
-def test_fractions_are_of_it_in_any_order(files, tmp_path, first, at):
-    conversion = KVHeadConversion(2, at=at, measure_batches=0)
+@pytest.mark.parametrize(
+    ("heads", "at", "steps"), [(2, 0.5, [4]), (2, "start", [0]), ([2, 1], ["start", 0.5], [0, 4])], ids=["half", "start", "both"]
+)
+def test_fractions_are_of_it_in_any_order(files, tmp_path, first, heads, at, steps):
+    conversion = KVHeadConversion(heads, at=at, measure_batches=0)
     callbacks = [conversion, Uptraining(pretraining_steps=160)]
     fitted(tmp_path, files, callbacks[::-1] if first else callbacks)
-    assert [event["step"] for event in conversion.events] == [4 if at == 0.5 else 0]
+    assert [event["step"] for event in conversion.events] == steps
 
 
 def blocks(kind):

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from billhook.callbacks.measure import measure
+from billhook.callbacks.uptraining import Uptraining
 from billhook.report import summary
 from billhook.run import callbacks_of, is_trial, training_steps
 from billhook.schedules import Schedule, Step, check_step, resolve_step
@@ -80,6 +81,8 @@ class ShapeCallback(Callback, ABC):
         if trainer.global_step == 0:  # otherwise the fit before goes on
             self.events = []
         _check_trainer(trainer, type(self).__name__, self.only_at_start)
+        for uptraining in callbacks_of(trainer, Uptraining):
+            uptraining.settle(trainer)  # also where it stands later in the list
         self.check(pl_module, trainer)
         others = [moment for callback in callbacks_of(trainer, type(self)) for moment in callback.at if moment != "start"]
         if is_trial(trainer) or (trainer.max_steps > 0 and trainer.max_epochs in (-1, None)):

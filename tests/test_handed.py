@@ -16,6 +16,7 @@ def test_what_is_handed_out():
     assert HANDING.index().tolist() == [0, 1, 2, 6, 7, 8, 3, 4, 5, 6, 7, 8]
     assert (HANDING.stored, HANDING.given, HANDING.heads) == (9, 12, 1)
     assert HANDING.hand_out(stored.expand(2, 5, 9)).shape == (2, 5, 12)
+    assert torch.equal(HANDING.take_back(HANDING.hand_out(stored)), stored)
 
 
 def test_fewer_heads():

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.sparsity.adapters import MaskedLora, active_in, check_plain, mask_as_weights, on_linears
 from billhook.sparsity.merge import has_adapters
+from billhook.structure.handed import handing_of
 from billhook.structure.shape import KEY
 
 ADAPTERS = "billhook_adapters"
@@ -30,8 +32,9 @@ class LoRA:
         r: Rank of what is added: A is `[r, in_features]`, B `[out_features, r]`, zero at first.
         alpha: What is added is scaled by alpha / r.
         dropout: Share of the inputs of A that are zero in training.
-        target: `"all-linear"` (every linear but the output embedding and the head of a classifier; experts whose weights are one
-            tensor are no linears), or the linears by the ends of their names, such as `[q_proj, v_proj]`.
+        target: `"all-linear"` (every linear but the output embedding, the head of a classifier and those that hand out KV
+            heads; experts whose weights are one tensor are no linears), or the linears by the ends of their names, such as
+            `[q_proj, v_proj]`.
 
     Raises:
         ValueError: If a number is out of range, or `target` is empty.
@@ -63,13 +66,15 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
             (under PEFT's own config: if its `modules_to_save` says so).
 
     Raises:
-        ValueError: If the model has adapters already, or `target` names no linear in it.
+        ValueError: If the model has adapters already, or `target` names no linear in it, or one that hands out KV heads.
     """
     if has_adapters(model):
         raise ValueError("lora: the model has adapters already: merge them first (bh.merge), or leave lora out")
     head = _head(model) if classifies and isinstance(lora, LoRA) else {}
+    config = _config(model, lora, head) if isinstance(lora, LoRA) else lora
+    _check_not_handed(model, config)
     try:
-        inject_adapter_in_model(_config(model, lora, head) if isinstance(lora, LoRA) else lora, model)
+        inject_adapter_in_model(config, model)
     except ValueError as error:
         raise ValueError(f"lora={lora}: {error}") from error
     for parameter in model.parameters():
@@ -77,6 +82,19 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
             parameter.data = parameter.data.float()
     for module in head.values():
         module.requires_grad_(True)
+
+
+def _handed(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if handing_of(module) is not None]
+
+
+def _check_not_handed(model: nn.Module, config: LoraConfig) -> None:
+    everything = config.target_modules == ALL and not config.exclude_modules
+    if named := [name for name in _handed(model) if everything or check_target_module_exists(config, name)]:
+        raise ValueError(
+            f"lora: {named[0]} stores few KV heads and hands out many, which PEFT's LoRA cannot do: leave it out of "
+            "target, or train it whole"
+        )
 
 
 def _head(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -87,6 +105,7 @@ def _head(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def _config(model: PreTrainedModel, lora: LoRA, head: Mapping[str, nn.Module]) -> LoraConfig:
     skipped = [f"{name}.{inner}".rstrip(".") for name, top in head.items() for inner, one in top.named_modules() if _linear(one)]
+    skipped += _handed(model) if lora.target == ALL else []
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number

@@ -59,6 +59,11 @@ class Handing:
         """For each output that is handed out, which stored one it is: int64."""
         return cast(Indices, self.hand_out(torch.arange(self.stored)).numpy())
 
+    def take_back(self, given: Tensor) -> Tensor:
+        """Stored outputs, of what was handed out of them: `[..., given]` to `[..., stored]`."""
+        _, first = np.unique(self.index(), return_index=True)
+        return given[..., torch.from_numpy(first).to(given.device)]
+
     def pooled(self, heads: int) -> Self:
         """Where the repeated heads become fewer, from the first on."""
         pieces, start = list[Piece](), 0

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.ambient import Ambient, undisturbed
+from billhook.structure.handed import handing_of
 from billhook.structure.kv_stacks import Projections, instead, moved_values
 from billhook.structure.probes import Trial
 from billhook.walk import Reduce, spare
@@ -134,9 +135,11 @@ class _Sums:
         size = self._size
         return [head // size * size + (head + shift) % size for head in range(self._place.kv_heads)]
 
-    def _projected(self, linear: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _projected(self, linear: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if not self._proper:
             return
+        if (handing := handing_of(module)) is not None:
+            output = handing.take_back(output)
         given, place = _plain(output, self._mask(linear, output)), self._place
         with _precisely():
             if linear == place.k.linear:

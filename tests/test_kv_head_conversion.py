@@ -442,3 +442,14 @@ class TestRefused:
         trainer(tmp_path, [KVHeadConversion(2), checkpoints(tmp_path)], max_steps=2).fit(module(num_hidden_layers=1), data(files))
         with pytest.raises(ValueError, match="the checkpoint holds another model than the run: it lacks model.layers.1"):
             trainer(tmp_path, [KVHeadConversion(2)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
+
+
+@pytest.mark.parametrize(("at", "told"), [([2, 6], "the stage at step 6"), ([5, 6], "the 2 stages up to that at step 6")])
+def test_training_that_ends_before_a_stage_says_so(files, tmp_path, at, told):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 3
+
+    callback = KVHeadConversion([2, 1], at=at, measure_batches=0)
+    with pytest.warns(UserWarning, match=f"training has ended at step 3, before {told}"):
+        trainer(tmp_path, [callback, Stop()]).fit(module(), data(files))

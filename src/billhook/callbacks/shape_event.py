@@ -8,12 +8,13 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from billhook.callbacks.measure import measure
+from billhook.callbacks.ranks import together
 from billhook.callbacks.uptraining import Uptraining
 from billhook.report import summary
 from billhook.run import callbacks_of, is_trial, training_steps
@@ -166,7 +167,7 @@ class ShapeCallback(Callback, ABC):
 
     def _reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int, before: dict[str, float]) -> Event:
         """Carries out a stage on model and optimizers, also where DDP has wrapped the model."""
-        with unwrapped(trainer):
+        with unwrapped(trainer), together(trainer, type(self).__name__):
             return self._record(trainer, before, pl_module, stage, trainer.optimizers)
 
     def _record(
@@ -178,6 +179,13 @@ class ShapeCallback(Callback, ABC):
         self.events.append(event)
         rank_zero_info(f"billhook, step {event['step']}: {what}")
         return event
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warns if training has ended before all stages."""
+        late = [step for i, step in enumerate(self._steps) if step > trainer.global_step and not self.is_done(pl_module, i)]
+        if late:
+            name, what = type(self).__name__, "stage" if len(late) == 1 else f"{len(late)} stages up to that"
+            rank_zero_warn(f"{name}: training has ended at step {trainer.global_step}, before the {what} at step {max(late)}")
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the shape into checkpoints that are saved after the fit or after an error, too."""

@@ -20,6 +20,8 @@ from billhook.structure.shape import Shape, build_on_meta, set_shape, shape_of
 from billhook.structure.trace import trace
 from billhook.structure.units import UnitKind
 
+GROUPS = ".num_key_value_groups"
+"""What attentions are told of heads that have become fewer in place; the eager code of such families does not ask."""
 TRIALS = 256
 """How many assignments of whole-number attributes are tried, at most."""
 
@@ -45,10 +47,11 @@ def shapes_then(
     if fields and (built := _built(model, fields, usual, now, tensors)) is not None:
         yield built, fields
         return
+    eager = all(usual.attributes.get(name) == value for name, value in now.attributes.items() if name.endswith(GROUPS))
     for changed in ({}, _heads_said(model, plan)):  # some code asks the config in the middle of a forward
         for attributes in itertools.islice(_assignments(model, plan, now, tensors), TRIALS):
             shape = Shape(tensors, now.attributes | attributes, now.config)
-            if _runs(model, plan, shape, changed):
+            if _runs(model, plan, shape, changed, eager):
                 yield shape, changed
 
 
@@ -243,14 +246,14 @@ def _says(module: nn.Module) -> dict[str, int]:
     return {"num_embeddings": 0, "embedding_dim": 1} if isinstance(module, nn.Embedding) else {}
 
 
-def _runs(model: PreTrainedModel, plan: Plan, shape: Shape, fields: Fields) -> bool:
+def _runs(model: PreTrainedModel, plan: Plan, shape: Shape, fields: Fields, eager: bool) -> bool:
     """Whether the model's code runs with a shape, on meta tensors, and has the units that are planned."""
     shadow = to_meta(model)
     set_shape(shadow, shape)
     set_fields(shadow, fields)
     try:
         units = find_units(shadow, _kinds(plan))
-        for module in shadow.modules():  # what a faster implementation does not ask for, others do
+        for module in shadow.modules() if eager else ():  # what a faster implementation does not ask for, others do
             if isinstance(config := getattr(module, "config", None), PretrainedConfig):
                 config._attn_implementation = "eager"
         trace(shadow)

@@ -1,4 +1,4 @@
-"""A model whose linears hand out heads goes on: LoRA, later stages, a teacher."""
+"""What a model with fewer KV heads goes through afterwards: LoRA, later stages, a teacher, pruning."""
 
 import pytest
 import torch
@@ -77,3 +77,19 @@ def test_the_dense_model_teaches_the_converted_one(files, tmp_path, method):
     assert not torch.equal(taught.model.lm_head.weight, alone.model.lm_head.weight)
     dense = build("opt", vocab_size=2048).state_dict()
     assert all(torch.equal(value, dense[name]) for name, value in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("units", [{"channels": 0.25}, {"heads": 0.5}], ids=str)
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_units_of_one_with_fewer_heads_in_place_are_removed(family, units, tmp_path):
+    model = build(family)
+    bh.convert_kv_heads(model, 2)
+    before = sum(p.numel() for p in model.parameters())
+    plan = bh.plan(model, importance=bh.WeightNorm(), **units)
+    bh.apply(plan, model)
+    assert sum(p.numel() for p in model.parameters()) == plan.parameters[1] < before
+    assert bh.save(model, tmp_path / "cut").way == "shaped"
+    inputs = {"input_ids": tokens()}
+    inputs |= {"decoder_input_ids": tokens()} if family == "t5" else {}
+    with torch.no_grad():
+        assert torch.equal(bh.load(tmp_path / "cut").eval()(**inputs).logits, model(**inputs).logits)

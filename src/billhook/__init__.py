@@ -14,8 +14,9 @@ from billhook.checkpoint import load, save
 from billhook.data import ClassificationDataModule, Seq2SeqDataModule, TextDataModule
 from billhook.distillation import Distillation
 from billhook.lora import LoRA
-from billhook.module import ShapeInCheckpoint, TransformerModule
+from billhook.module import TransformerModule
 from billhook.report import summary
+from billhook.resume import ShapeInCheckpoint, load_from_checkpoint
 from billhook.schedules import Constant, Cosine, Cubic, Exponential, Linear, MultiStep, Schedule
 from billhook.sparsity.adapters import mask_adapters, unmask_adapters
 from billhook.sparsity.allocation import OWL, Allocation, ByPattern, Uniform
@@ -123,6 +124,7 @@ __all__ = [
     "head_gates",
     "head_importance",
     "load",
+    "load_from_checkpoint",
     "mask_adapters",
     "mask_heads",
     "measure_speed",

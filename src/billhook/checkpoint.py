@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-import transformers
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -19,9 +18,9 @@ from billhook.assets import model_path
 from billhook.place import RECORD, beside, check_target, move, repair, size
 from billhook.sparsity.merge import has_adapters, merged_copy
 from billhook.structure.equivalent import equivalents, rendered
-from billhook.structure.meta import check_checkpoint, model_class
+from billhook.structure.meta import check_checkpoint, model_class, read_config
 from billhook.structure.shape import KEY, find_transformer, unbuilt_shape
-from billhook.structure.shaped import load_as, to_entry
+from billhook.structure.shaped import load_as, readable, to_entry
 
 Way = Literal["plain", "equivalent", "shaped"]
 WAYS: dict[Way, str] = {
@@ -102,12 +101,14 @@ def save(
 
     Raises:
         ValueError: Before anything is written, if something that billhook did not write stands at `folder`, `record` is not
-            plain data, a model that reads neither token ids nor images comes without `probe`, or adapters cannot be merged.
+            plain data, a model that reads neither token ids nor images comes without `probe`, a part of it is wrapped by
+            `torch.compile` (compiled in place is right), or adapters cannot be merged.
         RuntimeError: If the reloaded model computes other logits. Then nothing has been put at `folder`.
     """
     target, plain = Path(folder).resolve(), _to_plain(record or {})
     _check_no_prompts(model)
     model = find_transformer(model)
+    check_names(model)
     probe = probe or make_probe(model.config, model.main_input_name)
     repair(target)
     check_target(folder)
@@ -168,6 +169,20 @@ def _check_no_prompts(module: nn.Module) -> None:
             )
 
 
+def check_names(model: PreTrainedModel) -> None:
+    """Refuses a model in which weights have names that its class would not find.
+
+    Raises:
+        ValueError: If a part of it is wrapped by `torch.compile`.
+    """
+    for name, part in model.named_modules():
+        if "_orig_mod" in part._modules:
+            raise ValueError(
+                f"model: {name} is wrapped by torch.compile, which renames its weights, so that no checkpoint of it loads: "
+                "compile it in place, as in layer.compile()"
+            )
+
+
 def _merged(model: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
     """The model, or if PEFT is in it a copy without adapters, and what became of them."""
     if not has_adapters(model):
@@ -186,13 +201,14 @@ def load(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
         dtype: The dtype of the weights, `"auto"` for the checkpoint's own.
 
     Raises:
-        ValueError: If a folder is not a checkpoint, its config names no class that transformers has, or what the config says
-            under `"billhook"` is not what `save` writes or not what the files hold.
+        ValueError: If a folder is not a checkpoint, its config names no class that transformers has or asks for code, what the
+            config says under `"billhook"` is not what `save` writes or not what the files hold, or the files cannot be read.
     """
     name = model_path(str(folder))
     check_checkpoint(name)
-    config = transformers.AutoConfig.from_pretrained(name)
-    return load_as(model_class(config, name), name, dtype)
+    kind = model_class(read_config(name), name)
+    with readable(name):
+        return load_as(kind, name, dtype)
 
 
 @torch.no_grad()

@@ -132,8 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # who reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError) as error:
-        if (refusal := _refusal(error)) is None and command not in COMMANDS:
+    except (ValueError, OSError, RuntimeError) as error:
+        if (refusal := _refusal(error)) is None and (command not in COMMANDS or isinstance(error, RuntimeError)):
             raise
         sys.exit(f"billhook {command}: {refusal or error}")
 
@@ -169,7 +169,8 @@ def _refusal(error: BaseException | None) -> BaseException | None:
     """The error, or what caused it, if billhook itself raised it: its message says all; a traceback would hide it."""
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, ValueError) and frames and Path(frames[-1].filename).is_relative_to(Path(__file__).parent):
+        own = frames and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+        if own and isinstance(error, ValueError | RuntimeError):
             return error
         error = error.__cause__
     return None

@@ -9,14 +9,13 @@ import lightning.pytorch as pl
 from datasets.distributed import split_dataset_by_node
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import (
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
 )
 
-from billhook.assets import model_path
-from billhook.loader import EpochSampler, ResumableLoader, batches_seen, place_of
+from billhook.loader import EpochSampler, ResumableLoader, batches_seen, fit_place, place_of
+from billhook.pretrained import load_tokenizer
 from billhook.rows import (
     SPLITS,
     Batch,
@@ -74,7 +73,7 @@ class DatasetModule(pl.LightningDataModule):
         """The tokenizer, loaded when first asked for."""
         if self._tokenizer is None:
             name = self.tokenizer_name or self._name_beside_model()
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path(name))
+            tokenizer: PreTrainedTokenizerBase = load_tokenizer(name)
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
             self._tokenizer = tokenizer
@@ -123,11 +122,17 @@ class DatasetModule(pl.LightningDataModule):
         place = None if self.trainer is None else place_of(self.trainer)
         return {} if place is None else {"train": place}
 
+    def fit_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes the place in a checkpoint fit this batch size and number of devices, before it is loaded."""
+        place = checkpoint.get(type(self).__qualname__, {}).get("train", {})
+        if self.trainer is not None and "examples" in place:
+            fit_place(place, checkpoint, self.batch_size * self.trainer.world_size)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there in the fit that has begun."""
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
-        self._resume = state_dict.get("train", {})
+        self._resume = {name: value for name, value in state_dict.get("train", {}).items() if name != "examples"}
         # whoever asked for the length of training before this had a loader made that starts at the beginning
         self.trainer.fit_loop._combined_loader = None
 

@@ -12,15 +12,16 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.assets import model_path
 from billhook.checkpoint import load
 from billhook.choices import Question, Row, batches, encode, log_likelihoods, read_questions
 from billhook.data import TextDataModule
 from billhook.oneshot import LONGEST, device_of, perplexity
+from billhook.pretrained import load_tokenizer
 from billhook.rows import Rows
-from billhook.structure.meta import check_checkpoint, model_class
+from billhook.structure.meta import model_class, read_config
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,7 @@ def _length(models: Sequence[str], asked: int | None) -> int:
     longest = dict[str, int]()
     for name in models:
         path = model_path(name)
-        check_checkpoint(path)
-        config = AutoConfig.from_pretrained(path)
+        config = read_config(path)
         kind = model_class(config, path).__name__
         if "CausalLM" not in kind and "LMHead" not in kind:
             raise ValueError(f"models: '{name}' is a {kind}, which predicts no next token; a causal language model is needed")
@@ -152,7 +152,7 @@ def _length(models: Sequence[str], asked: int | None) -> int:
 
 
 def _work(name: str, questions: Sequence[list[Question]], text: str | None, column: str, length: int, tasks: list[str]) -> _Work:
-    tokenizer = AutoTokenizer.from_pretrained(model_path(name))
+    tokenizer = load_tokenizer(name)
     sets = {own[0].file: list(zip(own, encode(own, tokenizer, length), strict=True)) for own in questions}
     rows = None
     if text is not None:

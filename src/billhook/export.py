@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.assets import model_path
 from billhook.checkpoint import Saved, logits_of, make_probe, save
 from billhook.lora import put_back, without_adapters
 from billhook.place import check_target
+from billhook.pretrained import load_tokenizer
 from billhook.structure.head_removal import zero_heads
 from billhook.structure.meta import model_class
 from billhook.structure.shape import KEY, Shape, build_class_on_meta, shape_of
@@ -186,7 +186,7 @@ def _find_tokenizer(asked: str | None, started_from: str | None, model: PreTrain
     if not name:
         return None
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
+        found: PreTrainedTokenizerBase = load_tokenizer(name)
     except (OSError, ValueError) as error:
         if asked:
             raise ValueError(f"tokenizer: none can be read from '{asked}': {error}") from error

@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import lightning.pytorch as pl
+import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
 
@@ -51,7 +52,7 @@ class ResumableLoader(DataLoader[Any]):
         count: Callable[[], int] | None = None,
         **options: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(dataset, **options)
+        super().__init__(dataset, generator=torch.Generator(), **options)  # so that it draws none of torch's own random numbers
         self.epoch, self.batch, self.seen, self.count = epoch, batch, seen, count
         self.begun = False
 
@@ -61,6 +62,7 @@ class ResumableLoader(DataLoader[Any]):
         if self.begun and (self.count is None or seen > self.seen):
             self.epoch, self.batch = self.epoch + 1, 0
         self.begun, self.seen = True, seen
+        self.generator.manual_seed(self.epoch)
         if isinstance(self.sampler, EpochSampler):
             self.sampler.set_epoch(self.epoch)
             self.sampler.start = self.batch * (self.batch_size or 1)
@@ -99,9 +101,29 @@ def place_of(trainer: pl.Trainer) -> dict[str, int] | None:
     loader = trainer.train_dataloader
     if not isinstance(loader, ResumableLoader):
         return None
-    if not loader.begun or loader.seen == batches_seen(trainer):
-        return {"epoch": loader.epoch, "batch": loader.batch, "seen": loader.seen}
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    over = progress.is_last_batch
-    batch = 0 if over else int(progress.current.processed)
-    return {"epoch": loader.epoch + int(over), "batch": batch, "seen": batches_seen(trainer)}
+    if not loader.begun or loader.seen == batches_seen(trainer):
+        place = {"epoch": loader.epoch, "batch": loader.batch, "seen": loader.seen}
+    else:
+        over = progress.is_last_batch
+        batch = 0 if over else int(progress.current.processed)
+        place = {"epoch": loader.epoch + int(over), "batch": batch, "seen": batches_seen(trainer)}
+    return place | {"examples": place["batch"] * (loader.batch_size or 1) * trainer.world_size}
+
+
+def fit_place(place: dict[str, int], checkpoint: dict[str, Any], at_once: int) -> None:
+    """Makes a place, and how many batches of the epoch Lightning takes for used, fit another batch size or number of devices.
+
+    Examples that do not fill a batch then are seen again.
+
+    Args:
+        place: What `place_of` gave; it is changed.
+        checkpoint: The checkpoint that holds it; it is changed.
+        at_once: Examples in a batch now, on all devices together.
+    """
+    batch = place["examples"] // at_once
+    if batch == place["batch"]:
+        return
+    place["batch"] = batch
+    current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    current.update(ready=batch, started=batch, processed=batch, completed=batch - current["processed"] + current["completed"])

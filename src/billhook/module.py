@@ -1,14 +1,17 @@
 """The LightningModule: a Hugging Face model with its loss, metrics, optimizer and learning-rate schedule."""
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
 import transformers
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning_utilities.core.rank_zero import rank_zero_info
 from peft import LoraConfig
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -16,36 +19,20 @@ from torchmetrics.classification import MulticlassAccuracy
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.distillation import Distillation, Teacher, check_teacher
-from billhook.lora import LoRA, attach, from_plain, save_adapters, to_plain
+from billhook.loader import batches_seen
+from billhook.lora import LoRA, attach, from_plain, to_plain
 from billhook.noise import Noise
 from billhook.pretrained import AUTO_CLASSES, Task, load_model
+from billhook.resume import ShapeInCheckpoint
 from billhook.run import training_steps
 from billhook.schedules import Step, check_step, resolve_step
-from billhook.structure.shape import find_transformer, load_shape, save_shape
+from billhook.shards import is_sharded, shard
 from billhook.structure.trainable import Trainable, check_trainable, freeze_others
+from billhook.walk import blocks_of
 
 Decay = Literal["cosine", "linear", "constant"]
-TEACHER, NOISE = "billhook_teacher", "billhook_noise"
-"""Where Lightning checkpoints keep the checksum of the teacher's weights, and the state of random numbers."""
-
-
-class ShapeInCheckpoint:
-    """For a LightningModule that holds a Hugging Face model: its checkpoints carry the shape, and loading them restores it.
-
-    Callbacks that change shapes do this for any module in a fit; with this class before `LightningModule` among the bases,
-    `load_from_checkpoint` does it too.
-    """
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the shape, and how LoRA is scaled."""
-        assert isinstance(self, nn.Module)
-        save_shape(self, checkpoint)
-        save_adapters(find_transformer(self), checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the shape before weights are loaded."""
-        assert isinstance(self, nn.Module)
-        load_shape(self, checkpoint)
+TEACHER, NOISE, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
+"""Where Lightning checkpoints keep the checksum of the teacher's weights, the seed of random numbers, and the fit's length."""
 
 
 class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
@@ -127,6 +114,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             model = load_model(model, task, options, num_labels, gguf_file)
         self.model = model
         self.noise = Noise()
+        self._steps: int | None = None
         self.teacher = None if distillation is None else self._teacher(distillation, options)
         if lora is not None:
             attach(self.model, lora, classifies=task.endswith("classification"))
@@ -162,9 +150,9 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         return Teacher(model, distillation, causal=self.task == "causal-lm")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the shape, how LoRA is scaled, where dropout is, and which teacher there is."""
+        """Adds the shape, how LoRA is scaled, the seed of dropout, and which teacher there is."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[NOISE] = self.noise.state_dict()
+        checkpoint[NOISE], checkpoint[STEPS] = self.noise.state_dict(), self._steps
         if self.teacher is not None:
             checkpoint[TEACHER] = self.teacher.fingerprint
 
@@ -179,6 +167,13 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         super().on_load_checkpoint(checkpoint)
         if resuming:
             self.noise.load_state_dict(checkpoint.get(NOISE, {}))
+            self._steps = checkpoint.get(STEPS)
+
+    def configure_model(self) -> None:
+        """Shards blocks, and what is around them, over ranks, where `ModelParallelStrategy` (FSDP2) asks for it."""
+        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.model):
+            assert self.device_mesh is not None
+            shard(self.model, blocks_of(self.model), self.device_mesh["data_parallel"])
 
     def _example(self) -> dict[str, Tensor] | None:
         """A batch of one example, for tracing and summaries."""
@@ -206,7 +201,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The model's loss; with a teacher, the sum of `Distillation`."""
-        with self.noise.drawn(self.device):
+        with self._noise():
             output = self(**batch, **({} if self.teacher is None else self.teacher.asks))
         loss: Tensor = output.loss
         if self.teacher is not None:
@@ -215,6 +210,18 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             self.log("train_kl", divergence)
         self.log("train_loss", loss, prog_bar=True)
         return loss
+
+    def _noise(self) -> AbstractContextManager[None]:
+        """The random numbers of this step, which are the same in a resumed run."""
+        if self._trainer is None:
+            return nullcontext()
+        return self.noise.drawn(self.device, batches_seen(self.trainer), self.global_rank)
+
+    def on_train_start(self) -> None:
+        """Draws the seed of dropout, if no checkpoint has said it."""
+        if self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
+            self.noise = Noise()
+        self.noise.seed = self.trainer.strategy.broadcast(self.noise.draw())
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Logs `val_loss` and the task's metric."""
@@ -264,6 +271,16 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
                     "or use decay='constant' with warmup as a number of steps"
                 )
             total = int(self.warmup)
+        if (
+            self.trainer.ckpt_path
+            and self._steps not in (None, total)
+            and (self.decay != "constant" or isinstance(self.warmup, float))
+        ):
+            rank_zero_info(
+                f"billhook: the fit of the checkpoint was to take {self._steps} steps, and this one takes {total}: the learning "
+                "rate goes on as if it had been so from the start"
+            )
+        self._steps = total
         kind = {"constant": "constant_with_warmup"}.get(self.decay, self.decay)
         warmup = self.warmup if isinstance(self.warmup, int) else resolve_step(self.warmup, total, "warmup")
         scheduler = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)

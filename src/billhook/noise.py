@@ -1,38 +1,68 @@
-"""The random numbers of training steps (dropout): checkpoints hold them, so that a resumed run draws as the straight run does."""
+"""Random numbers: those of training steps (dropout), of their own for each; and those that are torch's, Python's and NumPy's."""
 
+import hashlib
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 
 class Noise:
-    """A stream of random numbers of its own: what is drawn elsewhere does not move it, nor the other way round."""
+    """Random numbers of each step, drawn anew from a seed, the number of the step and that of the process.
+
+    So what is drawn elsewhere does not change them, nor the other way round, and a resumed run draws as the straight run does.
+
+    Attributes:
+        seed: From where torch's own random numbers were at first; None before that.
+    """
 
     def __init__(self) -> None:
-        self._states: dict[str, Tensor] = {}
+        self.seed: int | None = None
+
+    def draw(self) -> int:
+        """The seed, drawn if there is none, without a change to torch's own random numbers."""
+        if self.seed is None:
+            with torch.random.fork_rng(devices=[]):
+                self.seed = int(torch.randint(2**62, ()))
+        return self.seed
 
     @contextmanager
-    def drawn(self, device: torch.device) -> Iterator[None]:
-        """Within, torch draws from the stream, on the CPU and this device; first from where torch's own is."""
+    def drawn(self, device: torch.device, step: int, rank: int) -> Iterator[None]:
+        """Within, torch draws from the numbers of a step, on the CPU and this device."""
         cuda = [device] if device.type == "cuda" else []
+        own = int.from_bytes(hashlib.blake2b(f"{self.draw()} {step} {rank}".encode(), digest_size=7).digest())
         with torch.random.fork_rng(devices=cuda):
-            if "cpu" in self._states:
-                torch.set_rng_state(self._states["cpu"])
-            if cuda and "cuda" in self._states:
-                torch.cuda.set_rng_state(self._states["cuda"], device)
-            try:
-                yield
-            finally:
-                self._states["cpu"] = torch.get_rng_state()
-                if cuda:
-                    self._states["cuda"] = torch.cuda.get_rng_state(device)
+            torch.default_generator.manual_seed(own)
+            for one in cuda:
+                with torch.cuda.device(one):
+                    torch.cuda.manual_seed(own)
+            yield
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Where the stream is."""
-        return dict(self._states)
+    def state_dict(self) -> dict[str, int]:
+        """The seed, once there is one."""
+        return {} if self.seed is None else {"seed": self.seed}
 
-    def load_state_dict(self, states: Mapping[str, Tensor]) -> None:
-        """Goes on from there."""
-        self._states = {kind: state.cpu() for kind, state in states.items()}
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Goes on with that seed."""
+        self.seed = state.get("seed")
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Where the random numbers of torch (on the CPU and a device), Python and NumPy are, as plain data and tensors."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    numpy = (name, torch.from_numpy(np.asarray(keys).astype("int64")), *rest)
+    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Goes on from there."""
+    torch.set_rng_state(state["torch"].cpu())
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype("uint32"), *rest))
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from billhook.assets import model_path
 from billhook.checkpoint import load, save
 from billhook.data import DatasetModule, TextDataModule
 from billhook.place import check_target
+from billhook.pretrained import load_tokenizer
 from billhook.rows import Data, Rows
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.calibration import Progress as Tell
@@ -90,7 +91,7 @@ def prune(
     if not offload:
         dense.to(there)  # type: ignore[arg-type]
     tokens = length_of(dense, length)
-    tokenizer = AutoTokenizer.from_pretrained(model_path(model))
+    tokenizer = load_tokenizer(model)
     text = TextDataModule(data, model_path(model), block_size=tokens, column=column)
     train, held_out = splits_of(text)
     place = there if offload else None

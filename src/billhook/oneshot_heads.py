@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from billhook.assets import model_path
 from billhook.checkpoint import load, save
 from billhook.material import Material
 from billhook.oneshot import device_of
 from billhook.place import check_target
+from billhook.pretrained import load_tokenizer
 from billhook.resting import resting
 from billhook.rows import Data
 from billhook.structure.amount import Ranking
@@ -98,7 +98,7 @@ def prune_heads(
         "calibration": given.said(examples, seed),
         given.metric: {"before": before, "after": after, "examples": evaluate},
     }
-    saved = save(dense, out, AutoTokenizer.from_pretrained(model_path(model)), record)
+    saved = save(dense, out, load_tokenizer(model), record)
     print(plan)
     if before is not None and after is not None:
         print(f"{given.metric} {before:,.4g} before, {after:,.4g} after")

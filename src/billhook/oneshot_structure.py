@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from billhook.assets import model_path
 from billhook.checkpoint import load, save
 from billhook.material import Material
 from billhook.oneshot import device_of
 from billhook.place import check_target
+from billhook.pretrained import load_tokenizer
 from billhook.rows import Data
 from billhook.structure.amount import Amount, Ranking
 from billhook.structure.block_plan import BlockPlan, plan_blocks
@@ -142,7 +142,7 @@ def prune_structure(
         "calibration": given.said(examples, seed),
         given.metric: {"before": before, "after": after, "examples": evaluate},
     }
-    saved = save(dense, out, AutoTokenizer.from_pretrained(model_path(model)), record)
+    saved = save(dense, out, load_tokenizer(model), record)
     if before is not None and after is not None:
         print(f"{given.metric} {before:,.4g} before, {after:,.4g} after")
     print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")

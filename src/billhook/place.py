@@ -25,6 +25,9 @@ def check_target(folder: str | Path) -> None:
         raise ValueError(f"'{folder}' is a mount point, which cannot be replaced in one step: name a folder inside it")
     if occupied := next((p for p in path.parents if p.exists() and not p.is_dir()), None):
         raise ValueError(f"'{folder}' cannot be a folder: '{occupied}' is a file")
+    aside = _draft_name(path, "old")
+    if aside.is_symlink() or aside.is_file():
+        raise ValueError(f"'{folder}' cannot be replaced in one step: '{aside}', where what stands there rests, is no folder")
     if path.exists() and (foreign := "a file" if not path.is_dir() else _foreign(path)):
         raise ValueError(f"'{folder}' holds something that billhook did not write ({foreign}): name another folder")
 
@@ -36,7 +39,7 @@ def _foreign(folder: Path) -> str | None:
     try:
         record = json.loads((folder / RECORD).read_text()) if names else {}
         added = sorted(names - set(record.get("files", names)))
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError):
         return f"{RECORD} is not as billhook writes it"
     return ", ".join(added) or None
 
@@ -75,11 +78,18 @@ def move(draft: Path, target: Path) -> None:
     if target.is_dir():
         draft.chmod(stat.S_IMODE(target.stat().st_mode))
     _flush(draft)
+    empty = target.is_dir() and not any(target.iterdir())
     try:
-        if target.is_dir() and any(target.iterdir()):
+        if target.is_dir() and not empty:
             target.rename(_draft_name(target, "old"))
         draft.rename(target)  # over nothing or an empty folder: one step
-        _flush(target.parent)
+        try:
+            _flush(target.parent)
+        except OSError:
+            target.rename(draft)
+            if empty:
+                target.mkdir()
+            raise
     finally:
         repair(target)
 
@@ -87,10 +97,11 @@ def move(draft: Path, target: Path) -> None:
 def repair(target: Path) -> None:
     """Where a move was cut off: puts the older checkpoint back if no new one stands, else clears it away."""
     old = _draft_name(target, "old")
-    if not old.is_dir():
+    if old.is_symlink() or not old.is_dir():
         return
     if target.is_dir() and any(target.iterdir()):
-        shutil.rmtree(old.rename(_draft_name(target)), ignore_errors=True)  # under a draft's name it is never put back
+        with suppress(OSError):  # the next save clears it away
+            shutil.rmtree(old.rename(_draft_name(target)), ignore_errors=True)  # under a draft's name it is never put back
     elif not target.exists() or target.is_dir():
         old.rename(target)
 

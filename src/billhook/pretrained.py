@@ -1,14 +1,14 @@
-"""The model that a name, a folder, a config.json or a config means, in the class that a task needs."""
+"""The model that a name, a folder, a config.json or a config means, in the class that a task needs; and its tokenizer."""
 
 from pathlib import Path
 from typing import Any, Literal
 
 import transformers
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.assets import model_path
-from billhook.structure.meta import check_checkpoint
-from billhook.structure.shaped import load_shaped, says_shape
+from billhook.structure.meta import check_checkpoint, read_config
+from billhook.structure.shaped import load_shaped, readable, says_shape
 
 Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
 AUTO_CLASSES: dict[str, Any] = {
@@ -34,20 +34,38 @@ def load_model(
     if isinstance(model, str) and model.endswith(".json"):
         if not Path(model).is_file():
             raise ValueError(f"model: there is no config file '{model}'")
-        model = transformers.AutoConfig.from_pretrained(model)
+        with readable(file := model):
+            return _built(auto, read_config(file), options, labels)
     if isinstance(model, PretrainedConfig):
-        for name, value in labels.items():
-            setattr(model, name, value)
-        from_config: PreTrainedModel = auto.from_config(model, **options)
-        return from_config
+        return _built(auto, model, options, labels)
     name = model_path(model)
-    if gguf_file is None:
-        check_checkpoint(name)
-        if says_shape(name):
-            kind = _class_for(auto, transformers.AutoConfig.from_pretrained(name), task)
-            return load_shaped(kind, name, options.get("dtype", "auto"), options.get("attn_implementation"), num_labels)
-    loaded: PreTrainedModel = auto.from_pretrained(name, gguf_file=gguf_file, **options, **labels)
+    with readable(name):
+        if gguf_file is None:
+            check_checkpoint(name)
+            config = None if options.get("trust_remote_code") else read_config(name)
+            if config is not None and says_shape(name):
+                kind = _class_for(auto, config, task)
+                return load_shaped(kind, name, options.get("dtype", "auto"), options.get("attn_implementation"), num_labels)
+        loaded: PreTrainedModel = auto.from_pretrained(name, gguf_file=gguf_file, **options, **labels)
     return loaded if gguf_file is None else _plain(loaded)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, a hub name or `"tiny"`; no code that it brings is run.
+
+    Raises:
+        ValueError: If the files are not those of a tokenizer, or it is one that brings code.
+    """
+    with readable(name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
+    return tokenizer
+
+
+def _built(auto: Any, config: PretrainedConfig, options: dict[str, Any], labels: dict[str, Any]) -> PreTrainedModel:  # noqa: ANN401
+    for name, value in labels.items():
+        setattr(config, name, value)
+    built: PreTrainedModel = auto.from_config(config, **options)
+    return built
 
 
 def _class_for(auto: Any, config: PretrainedConfig, task: str) -> type[PreTrainedModel]:  # noqa: ANN401 - an auto class

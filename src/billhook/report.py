@@ -1,11 +1,13 @@
 """What a model is and what was done to it: a summary, and the table before and after."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
+from billhook.shards import is_sharded, reshard, sizes_only, whole
 from billhook.structure.figures import figures_of, heads_of
 from billhook.structure.shape import find_transformer
 
@@ -61,16 +63,21 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """What a model weighs: parameters, zeros, KV-cache bytes per token and FLOPs, the last two from a run on meta tensors.
 
+    Where the model is sharded over ranks, all of them ask together.
+
     Args:
         model: A Hugging Face model, or a module that holds one.
     """
     model = find_transformer(model)
-    figures = figures_of(model)
-    query_heads, kv_heads = heads_of(model)
+    reshard(model)
+    zeros = sum(int(whole((p == 0).sum())) for p in model.parameters() if not p.is_meta)
+    with sizes_only(model) if is_sharded(model) else nullcontext():
+        figures, name = figures_of(model), type(model).__name__
+        query_heads, kv_heads = heads_of(model)
     return Summary(
-        model=type(model).__name__,
+        model=name,
         params=figures.params,
-        zeros=sum(int((p == 0).sum()) for p in model.parameters() if not p.is_meta),
+        zeros=zeros,
         bytes=figures.bytes,
         query_heads=query_heads,
         kv_heads=kv_heads,

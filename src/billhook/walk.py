@@ -7,7 +7,7 @@ next are what the model makes of them; nothing is replayed.
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -16,6 +16,7 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import Cache
+from transformers.pytorch_utils import Conv1D
 
 from billhook.ambient import Ambient
 
@@ -82,6 +83,11 @@ def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: S
     return list(of.values())
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model, as `find_sites` knows them, of all linear layers."""
+    return list(_blocks(model, {module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}))
+
+
 def _blocks(module: nn.Module, linears: set[nn.Module]) -> Iterator[nn.Module]:
     children = list(module.children())
     holding = [child for child in children if not linears.isdisjoint(child.modules())]
@@ -106,6 +112,7 @@ class Walk:
             those that no run of their own comes to.
         keep: Is told what a run keeps while it waits for others: the arguments of a site's forward.
         untouched: The numbers of runs that go all the way with the old parameters, for comparison.
+        around: What a site's module needs while runs are in it; by default nothing.
     """
 
     def __init__(
@@ -115,9 +122,10 @@ class Walk:
         reduce: Reduce | None = None,
         keep: Callable[[object], None] | None = None,
         untouched: Collection[int] = (),
+        around: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.sites, self.visitor, self.reduce, self.keep = list(sites), visitor, reduce, keep
-        self.untouched = untouched
+        self.untouched, self.around = untouched, around
         self.complete: set[Site] = set()
         self._watched: Site | None = None
         self._calls: list[str] = []
@@ -150,17 +158,19 @@ class Walk:
         at = {run: self._resume(number, run) for number, run in enumerate(runs)}
         while (here := self._next(set(at.values()))) is not None:
             arrived = [number for number, run in enumerate(runs) if at[run] is here]
-            for number in arrived if here.linears else ():
-                self._resume(number, runs[number])
             if here.linears:
+                with self.around(here.module):
+                    for number in arrived:
+                        self._resume(number, runs[number])
                 self.visitor.complete(here)
                 torch.clear_autocast_cache()
             self.complete.add(here)
             self._ready = (None, {})
             if len(self.complete) == len(self.sites):
                 return
-            for number in arrived:
-                at[runs[number]] = self._resume(number, runs[number])
+            with self.around(here.module):
+                for number in arrived:
+                    at[runs[number]] = self._resume(number, runs[number])
 
     def _next(self, waiting: set[Site | None]) -> Site | None:
         """The first site at which a run waits, on any rank; None if all runs have ended."""

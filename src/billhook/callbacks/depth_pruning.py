@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.callbacks.examples import aside, check_readable, scoring_batches
-from billhook.callbacks.ranks import SumOverRanks
+from billhook.callbacks.ranks import SumOverRanks, check_agreed
 from billhook.callbacks.shape_event import At, ShapeCallback
 from billhook.resting import resting
 from billhook.structure.block_choice import Quota, choose_greedily, choose_lowest
@@ -62,8 +62,8 @@ class DepthPruning(ShapeCallback):
     ) -> None:
         super().__init__([0 if at == "start" else at], measure_batches)
         check_by(by)
-        if examples < 1:
-            raise ValueError(f"examples={examples} must be at least 1")
+        if type(examples) is not int or examples < 1:
+            raise ValueError(f"examples={examples!r} must be at least 1")
         if isinstance(calibration, Iterator):
             raise ValueError(f"calibration={type(calibration).__name__} can be read only once: give a list or a DataLoader")
         self.quota, self.by, self.greedy = Quota(count, ratio, first, last), by, greedy
@@ -106,6 +106,7 @@ class DepthPruning(ShapeCallback):
         """Ranks the blocks, removes the least important, and says how many there were and are."""
         assert isinstance(model, pl.LightningModule)
         self.plan = plan_blocks(model, self._choose(model.trainer, model), first=self.quota.first, last=self.quota.last)
+        check_agreed(model.trainer, "DepthPruning", "the blocks that go", self.plan.blocks)
         apply_blocks(self.plan, model, optimizers)
         self._done = True
         before = sum(self.plan.before.values())

@@ -3,7 +3,7 @@
 import inspect
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
+from billhook.callbacks.by_hand import loss_by_hand
+from billhook.run import isolated
 from billhook.sparsity.batches import Run, runs_of
 from billhook.structure.ranking import own_loss
 
@@ -34,7 +36,7 @@ def aside(pl_module: pl.LightningModule, seed: int) -> Iterator[None]:
     trained = {parameter: parameter.requires_grad for parameter in pl_module.parameters()}
     pl_module.__dict__["log"] = _nothing
     try:
-        with isolate_rng(), torch.no_grad():
+        with isolated(), torch.no_grad():
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
@@ -150,7 +152,7 @@ def _step(pl_module: pl.LightningModule, batch: Any, number: int) -> Callable[[]
 
 
 def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Module, Any], Tensor]:
-    """The loss that `training_step` gives for a batch; of a module that steps its optimizers itself, the model's own loss.
+    """The loss that `training_step` gives for a batch; where it steps its optimizers itself, what it gives to `manual_backward`.
 
     Args:
         pl_module: The module in training.
@@ -158,13 +160,8 @@ def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Mo
     """
 
     def loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
-        if not pl_module.automatic_optimization and isinstance(batch, Mapping):
-            return own_loss(model, dict(batch))
         if not pl_module.automatic_optimization:
-            raise ValueError(
-                f"calibration: training_step of {type(pl_module).__name__} steps its optimizers itself: give batches that the "
-                f"model takes, as dictionaries, not as {type(batch).__name__}"
-            )
+            return _loss_by_hand(pl_module, model, batch, number)
         given: Any = _step(pl_module, batch, number)()
         found = given["loss"] if isinstance(given, Mapping) else given
         if not isinstance(found, Tensor):
@@ -172,6 +169,33 @@ def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Mo
         return found
 
     return loss
+
+
+def _loss_by_hand(pl_module: pl.LightningModule, model: nn.Module, batch: Any, number: int) -> Tensor:  # noqa: ANN401
+    """The loss of a module that steps its optimizers itself; of batches that only the model takes, the model's own."""
+    try:
+        found = loss_by_hand(pl_module, _step(pl_module, batch, number))
+        reason: object = "it gives nothing to manual_backward"
+    except Exception as error:
+        found, reason = None, error
+    if found is not None:
+        return found
+    try:
+        return own_loss(model, dict(batch) if isinstance(batch, Mapping) else batch)
+    except Exception as error:
+        raise ValueError(
+            f"calibration: training_step of {type(pl_module).__name__}, which steps its optimizers itself, has no loss for batch "
+            f"{number} ({reason}), and neither has {type(model).__name__} ({error})"
+        ) from error
+
+
+def gradient_precision(trainer: pl.Trainer) -> AbstractContextManager[object]:
+    """The precision of the fit, for gradients that are not scaled: where float16 would lose them, bfloat16 or float32."""
+    plugin = trainer.precision_plugin
+    if not isinstance(plugin, MixedPrecision) or plugin.precision != "16-mixed":
+        return plugin.forward_context()
+    able = trainer.strategy.root_device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(plugin.device, torch.bfloat16) if able else nullcontext()
 
 
 def scoring_batches(

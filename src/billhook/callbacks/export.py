@@ -7,12 +7,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from billhook.callbacks.ranks import together
 from billhook.callbacks.shape_event import ShapeCallback
-from billhook.checkpoint import Saved, save
+from billhook.checkpoint import Saved, check_names, save
 from billhook.place import check_target
 from billhook.run import callbacks_of, is_trial
+from billhook.shards import gathered, unsharded
 from billhook.structure.shape import find_transformer
 
 
@@ -34,11 +36,14 @@ class Export(Callback):
         self._probe: dict[str, Tensor] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks model and folder."""
+        """Checks the folder."""
         if stage == "fit":
-            find_transformer(pl_module)
             check_target(self.folder)
             self.saved = self._probe = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses a model whose checkpoint would not load, before training."""
+        check_names(find_transformer(pl_module))
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int) -> None:
         """Keeps an example of the first batch to verify with, for models that read neither token ids nor images."""
@@ -53,19 +58,23 @@ class Export(Callback):
         if is_trial(trainer):
             rank_zero_info(f"billhook: nothing is saved to {self.folder}, since this is a fast_dev_run")
             return
-        if trainer.is_global_zero:
-            tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-            events = [event for callback in callbacks_of(trainer, ShapeCallback) for event in callback.events]
-            self.saved = save(
-                find_transformer(pl_module),
-                self._free_folder(),
-                tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
-                {"steps": trainer.global_step, "events": events},
-                self._probe or None,
-            )
-            adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
-            rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.says}{adapters}")
-        trainer.strategy.barrier("billhook export")
+        model = find_transformer(pl_module)
+        with unsharded(model), gathered(model), together(trainer, "Export"):
+            if trainer.is_global_zero:
+                self._save(trainer, model)
+
+    def _save(self, trainer: pl.Trainer, model: PreTrainedModel) -> None:
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        events = [event for callback in callbacks_of(trainer, ShapeCallback) for event in callback.events]
+        self.saved = save(
+            model,
+            self._free_folder(),
+            tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
+            {"steps": trainer.global_step, "events": events},
+            self._probe or None,
+        )
+        adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
+        rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.says}{adapters}")
 
     def _free_folder(self) -> str:
         """The folder; or one beside it, where something has come to stand there in the meantime: the result is not lost."""

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
 from typing import Any, Literal, get_args
@@ -14,18 +15,19 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.examples import aside, check_readable, scoring_batches
+from billhook.callbacks.examples import aside, check_readable, gradient_precision, scoring_batches
 from billhook.callbacks.export import Export
 from billhook.callbacks.head_record import HeadRecord
 from billhook.callbacks.measure import measure
-from billhook.callbacks.ranks import SumOverRanks
-from billhook.callbacks.rounds import find_rounds
+from billhook.callbacks.ranks import SumOverRanks, check_agreed, together
+from billhook.callbacks.rounds import find_rounds, still_due
 from billhook.callbacks.shape_event import At, ShapeCallback, log_event
 from billhook.export import MASKED
 from billhook.report import summary
 from billhook.resting import resting
 from billhook.run import callbacks_of, is_trial, training_steps
 from billhook.schedules import Schedule, check_step
+from billhook.shards import gathered, unsharded
 from billhook.structure.amount import Ranking
 from billhook.structure.gates import HeadMask, place_mask
 from billhook.structure.head_choice import check_choice, choose
@@ -109,8 +111,8 @@ class HeadPruning(ShapeCallback):
             raise ValueError(
                 f"monitor={monitor!r} needs keep={keep} in (0, 1], mode={mode!r} 'max' or 'min', and measure_batches"
             )
-        if examples < 1:
-            raise ValueError(f"examples={examples} must be at least 1")
+        if type(examples) is not int or examples < 1:
+            raise ValueError(f"examples={examples!r} must be at least 1")
         if isinstance(calibration, Iterator):
             raise ValueError(f"calibration={type(calibration).__name__} can be read only once: give a list or a DataLoader")
         self.ratio, self.moment, self.importance = ratio, at, importance or GateGradient()
@@ -125,6 +127,7 @@ class HeadPruning(ShapeCallback):
         self.record = HeadRecord()
         self._start: float | None = None
         self._done, self._stopped = -1, False
+        self._asked: float | None = None
         self._mask: HeadMask | None = None
 
     @property
@@ -192,7 +195,8 @@ class HeadPruning(ShapeCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the rounds: from which step which ratio holds."""
         total = training_steps(trainer)
-        self._rounds = find_rounds(self.ratio, self.moment, total, is_trial(trainer), "ratio")
+        rounds = find_rounds(self.ratio, self.moment, total, is_trial(trainer), "ratio")
+        self._rounds = still_due(rounds, self._done, self._asked, lambda ratio: ratio or 0.0, "ratio")
         if self._rounds:
             self._check_others(trainer, total or sys.maxsize)
         if self._rounds and not self._stopped:
@@ -217,19 +221,37 @@ class HeadPruning(ShapeCallback):
     def _due(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         due = [step for step in self._rounds if self._done < step <= trainer.global_step]
         if due and not self._stopped:
-            self._round(trainer, pl_module, max(due))
+            with self._undone_by_errors(pl_module):
+                self._round(trainer, pl_module, max(due))
+
+    @contextmanager
+    def _undone_by_errors(self, pl_module: pl.LightningModule) -> Iterator[None]:
+        """Puts back the masks, and what is known of rounds, if an error is raised before anything has come of this one."""
+        heads, events = self.heads, len(self.events)
+        known = self._start, self._done, self._asked, self._stopped
+        try:
+            yield
+        except BaseException:
+            if len(self.events) == events:
+                self._start, self._done, self._asked, self._stopped = known
+                self._put_mask(pl_module, heads)
+            raise
 
     def _round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         model, limit = find_transformer(pl_module), self.measure_batches
         before = {} if limit == 0 else measure(trainer, pl_module, limit)
         self._start = self._monitored(before) if self._start is None else self._start
         earlier, numbers = self.heads, summary(model).numbers()
-        chosen = self._choose(trainer, pl_module, self._rounds[step] or 0.0)
+        with together(trainer, "HeadPruning"):
+            chosen = self._choose(trainer, pl_module, self._rounds[step] or 0.0)
+            check_agreed(trainer, "HeadPruning", "the heads that are masked", chosen)
         self._put_mask(pl_module, chosen)
         after = {} if limit == 0 else measure(trainer, pl_module, limit)
-        self._done, what = step, f"{sum(map(len, chosen.values()))} heads masked"
-        if self._worse(self._monitored(after)):
-            self._stopped = True
+        self._done, self._asked = step, self._rounds[step] or 0.0
+        what = f"{sum(map(len, chosen.values()))} heads masked"
+        self._stopped = self._worse(self._monitored(after))
+        check_agreed(trainer, "HeadPruning", f"whether monitor={self.monitor!r} is worse", self._stopped)
+        if self._stopped:
             self._put_mask(pl_module, earlier)
             what = f"{what}, taken back: {self.monitor} {self._monitored(after):g}, at first {self._start:g}"
             after = before
@@ -251,7 +273,8 @@ class HeadPruning(ShapeCallback):
         model = find_transformer(pl_module)
         heads = find_heads(model)
         self.record.begin({name: one.count(self.per) for name, one in heads.items()})
-        with aside(pl_module, self.seed), resting(model), trainer.precision_plugin.forward_context():
+        whole = unsharded(pl_module), gathered(pl_module)
+        with aside(pl_module, self.seed), resting(model), gradient_precision(trainer), whole[0], whole[1]:
             needed = self.importance.needs_data
             pairs = scoring_batches(trainer, pl_module, self.calibration, self.examples) if needed else ()
             trials = [trial_of(model, heads, *pair) for pair in pairs]
@@ -332,13 +355,13 @@ class HeadPruning(ShapeCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """What has happened so far, and which heads are masked."""
-        own = {"done": self._done, "heads": self.heads, "start": self._start, "stopped": self._stopped}
+        own = {"done": self._done, "asked": self._asked, "heads": self.heads, "start": self._start, "stopped": self._stopped}
         return {"events": self.events, "record": self.record.state_dict(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what had happened."""
         self.events, self._done, self.heads = state_dict["events"], state_dict["done"], state_dict["heads"]
-        self._start, self._stopped = state_dict["start"], state_dict["stopped"]
+        self._start, self._stopped, self._asked = state_dict["start"], state_dict["stopped"], state_dict.get("asked")
         self.record.load_state_dict(state_dict["record"])
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -1,6 +1,6 @@
 """Masks that are held: pruned weights are zero after every step of an optimizer."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from billhook.shards import local, reshard, sharded_as, whole
 from billhook.sparsity.adapters import mask_adapters, unmask_adapters
 from billhook.sparsity.linears import prunable
 
@@ -17,7 +18,7 @@ class Hold:
     """Keep-masks of a model's linears, one byte a weight, and the hooks that hold them.
 
     Attributes:
-        masks: By linear, bool, as the weights lie in memory.
+        masks: By linear, bool, as the weights lie in memory, and sharded as they are.
     """
 
     def __init__(self) -> None:
@@ -52,19 +53,32 @@ class Hold:
         self.hold(self.masks)
         self._hooks = [optimizer.register_step_post_hook(self._step) for optimizer in optimizers]
 
-    def hold(self, masks: Mapping[str, Tensor]) -> None:
+    def hold(self, masks: Mapping[str, Tensor], change: Callable[[], None] | None = None) -> None:
         """Takes other masks, and applies them.
+
+        Args:
+            masks: Keep-masks by linear.
+            change: A change of the weights that goes with them; if it fails, the masks before are held.
 
         Raises:
             ValueError: If the masks are of another model.
         """
+        for model in self._models:
+            reshard(model)
         linears = [prunable(model, output_embeddings=True) for model in self._models]
         own = linears[0]
         for name, mask in masks.items():
             if name not in own or own[name].weight.shape != mask.shape:
                 raise ValueError(f"the masks are of another model: it has no {name} of shape {list(mask.shape)}")
+        before = self._linears, self.masks
         self._linears = linears
-        self.masks = {name: mask.contiguous().to(own[name].get_parameter("weight").device) for name, mask in masks.items()}
+        self.masks = {name: sharded_as(mask, own[name].get_parameter("weight")).contiguous() for name, mask in masks.items()}
+        try:
+            if change is not None:
+                change()
+        except BaseException:
+            self._linears, self.masks = before
+            raise
         self.apply()
         own_masks = {name: self.masks[name] for name in self._adapted if name in self.masks}
         for model in self._models if own_masks else ():
@@ -72,10 +86,10 @@ class Hold:
 
     def apply(self) -> None:
         """Makes zero what the masks say, in the model and in its copies."""
-        for linears in self._linears if self.masks else ():
+        for model, linears in zip(self._models, self._linears, strict=False) if self.masks else ():
+            reshard(model)
             weights = [linears[name].get_parameter("weight").data for name in self.masks]
-            masks = [mask.to(weight.device) for mask, weight in zip(self.masks.values(), weights, strict=True)]
-            _mask(weights, masks)
+            _mask(weights, [mask.to(weight.device) for mask, weight in zip(self.masks.values(), weights, strict=True)])
 
     def detach(self) -> None:
         """Applies the masks a last time and lets go of model and optimizers; the masks stay."""
@@ -92,6 +106,8 @@ class Hold:
         self._hooks, self._models, self._linears = [], [], []
 
     def _step(self, *_: object) -> None:
+        for model in self._models[:1]:
+            reshard(model)
         own = {name: self._linears[0][name].get_parameter("weight") for name in self.masks} if self._linears else {}
         moved = [name for name, weight in own.items() if weight.requires_grad or weight.grad is not None]
         if moved:
@@ -100,7 +116,7 @@ class Hold:
     def state_dict(self) -> dict[str, Any]:
         """The masks, one bit a weight."""
         return {
-            name: {"shape": list(mask.shape), "bits": torch.from_numpy(np.packbits(mask.cpu().numpy()))}
+            name: {"shape": list(mask.shape), "bits": torch.from_numpy(np.packbits(whole(mask).cpu().numpy()))}
             for name, mask in self.masks.items()
         }
 
@@ -114,4 +130,4 @@ class Hold:
 
 def _mask(weights: list[Tensor], masks: list[Tensor]) -> None:
     """Multiplies by the masks, in place: read as the bytes 0 and 1, which takes a third of the time that bool does."""
-    torch._foreach_mul_(weights, [mask.view(torch.uint8) for mask in masks])
+    torch._foreach_mul_([local(weight) for weight in weights], [local(mask).view(torch.uint8) for mask in masks])

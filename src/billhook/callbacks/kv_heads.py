@@ -1,15 +1,17 @@
 """Multi-head to grouped-query to multi-query attention, at given steps of a fit."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from billhook.callbacks.kv_preparation import Preparation, method_of_pooling
 from billhook.callbacks.kv_stages import Stage, check_order, steps_over
+from billhook.callbacks.ranks import check_agreed, together
 from billhook.callbacks.shape_event import At, ShapeCallback, unwrapped
 from billhook.callbacks.shares import shares_of
 from billhook.run import callbacks_of, is_trial
@@ -64,6 +66,8 @@ class KVHeadConversion(ShapeCallback):
             give the batches that are needed; before training.
     """
 
+    keeps_what_it_did = False  # the shape says it
+
     def __init__(
         self,
         num_key_value_heads: int | list[int],
@@ -82,7 +86,7 @@ class KVHeadConversion(ShapeCallback):
         moments: list[At | Schedule] = [*at] if isinstance(at, list | tuple) else [at]
         _check_over(over, moments, self.preparation)
         super().__init__([0 if m == "start" and self.preparation.needed else m for m in moments], measure_batches)
-        heads = [num_key_value_heads] if isinstance(num_key_value_heads, int | float | str) else list(num_key_value_heads)
+        heads = list(num_key_value_heads) if isinstance(num_key_value_heads, list | tuple) else [num_key_value_heads]
         if len(heads) != len(self.at) or not heads:
             raise ValueError(f"num_key_value_heads={heads} and at={self.at} must have the same length, one at least")
         if len(heads) > 1 and any(isinstance(moment, Schedule) for moment in moments):
@@ -168,14 +172,21 @@ class KVHeadConversion(ShapeCallback):
         return not self._next(model, stage) if self._by_layer else self._most(model) <= self.heads[stage]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Turns fractions of training into steps, and checks the stages."""
+        """Turns fractions of training into steps, and checks the stages, also against a checkpoint that has been loaded."""
         super().on_fit_start(trainer, pl_module)
+        least = min(number for callback in callbacks_of(trainer, KVHeadConversion) for number in callback.heads)
+        if self._most(pl_module) < least:
+            raise ValueError(
+                f"num_key_value_heads={self.heads}: the checkpoint holds a model with {self._most(pl_module)} KV heads, which is "
+                f"fewer than the {least} that this run leads to"
+            )
         self._stages = self.stages(self.length(trainer), trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that there are batches, and carries out what is due before the first step."""
         if self._most(pl_module) > self.heads[-1]:
-            self.preparation.check_data(trainer, pl_module)
+            with together(trainer, "KVHeadConversion"):
+                self.preparation.check_data(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
 
     def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
@@ -187,13 +198,24 @@ class KVHeadConversion(ShapeCallback):
             told += f" in {len(plan.layers)} of {len(heads_in_scope(model, self.encoder))} attentions"
         moved = self.over and self._stages[stage].begin <= self._moved
         if moved or not own.needed:
+            self._check_agreed(model, plan, {}, optimizers)
             apply_kv_heads(plan, model, optimizers, own.seed)
             return f"{told} ({own.told}{f', over {self._stages[stage].over} steps' if moved else ''})"
         weights, how = own.weights(model.trainer, model, dict.fromkeys(plan.layers, plan.after))
         if not own.turns:  # what the mean pools is as it was
             weights = {name: values for name, values in weights.items() if name not in plan.parameters}
+        self._check_agreed(model, plan, weights, optimizers)
         apply_kv_heads(plan, model, optimizers, own.seed, weights, changed(find_transformer(model), weights))
         return f"{told} ({how})"
+
+    def _check_agreed(
+        self, model: pl.LightningModule, plan: KVHeadPlan, weights: Mapping[str, Tensor], optimizers: list[Optimizer]
+    ) -> None:
+        """Makes sure that ranks convert the same to the same; before DDP has the model, each may have weights of its own."""
+        module = find_transformer(model)
+        pooled = {name: [own.dim, np.asarray(own.index)] for name, own in plan.parameters.items()}
+        before = {name: module.get_parameter(name) for name in plan.parameters} if optimizers else {}
+        check_agreed(model.trainer, "KVHeadConversion", "what heads become", [pooled, before, weights])
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, after: int) -> None:
         super()._run(trainer, pl_module, after)
@@ -211,8 +233,10 @@ class KVHeadConversion(ShapeCallback):
             return
         if self.preparation.turns and stage not in self._turned:
             groups = dict.fromkeys(self._path.layers, self._path.after)
-            with unwrapped(trainer):
-                take(model, self.preparation.turned(trainer, pl_module, groups), trainer.optimizers)
+            with unwrapped(trainer), together(trainer, "KVHeadConversion"):
+                weights = self.preparation.turned(trainer, pl_module, groups)
+                check_agreed(trainer, "KVHeadConversion", "how heads are turned", weights)
+                take(model, weights, trainer.optimizers)
             self._turned.append(stage)
         share = min(1.0, stride / (self._stages[stage].step - step))
         approach(model, self._path.parameters, share, "first" if self.preparation.method == "first" else "mean")

@@ -10,9 +10,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torchmetrics import Metric
+
+from billhook.callbacks.ranks import check_agreed, together
+from billhook.run import isolated
 
 
 def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | None = None) -> dict[str, float]:
@@ -30,7 +32,7 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | Non
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
     logged = _Logged()
-    with _validating(trainer, pl_module, logged):
+    with together(trainer, "validation"), _validating(trainer, pl_module, logged):
         if trainer.enable_validation:
             loop.setup_data()
         if (batches := loop._combined_loader) is None:
@@ -94,6 +96,8 @@ class _Logged:
     def values(self, trainer: pl.Trainer) -> dict[str, float]:
         """Each value reduced over all batches and devices; what metrics compute, and then are reset."""
         values = {}
+        names = [*self.how.items(), *self.metrics]
+        check_agreed(trainer, "validation", "what is logged (nothing, where a rank has no batches)", names)
         if self.sums:
             packed = torch.stack(list(self.sums.values())).to(trainer.strategy.root_device)
             least, most, summed = packed[:, 2].clone(), packed[:, 3].clone(), packed[:, [0, 1, 4]].clone()
@@ -105,7 +109,6 @@ class _Logged:
                 values[name] = float(kinds.get(how, mean))
         for name, metric in self.metrics.items():
             values[name] = float(metric.compute())
-            metric.reset()
         return values
 
 
@@ -116,10 +119,12 @@ def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule, logged: _Log
     pl_module.eval()
     pl_module.__dict__["log"] = logged
     try:
-        with torch.no_grad(), isolate_rng():
+        with torch.no_grad(), isolated():
             yield
     finally:
         del pl_module.__dict__["log"]
+        for metric in logged.metrics.values():
+            metric.reset()
         for name, module in pl_module.named_modules():
             module.training = modes[name]
         trainer.state.stage = stage

@@ -1,7 +1,25 @@
-"""What the ranks of a fit know together."""
+"""What the ranks of a fit know together: sums, that all have decided alike, and that none of them has failed.
+
+Before each exchange the ranks meet: each says where it is, what it has decided, and whether it has failed. So one that has gone
+another way than the others, or has failed alone, stops all of them, and none waits for what never comes.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 from torch import Tensor
+
+LENGTH = 1024
+"""Bytes of what a rank says when ranks meet."""
+
+
+class RanksDiffer(RuntimeError):
+    """The ranks of a fit cannot go on together; it is raised on all of them, but where one has an error of its own."""
 
 
 class SumOverRanks:
@@ -15,7 +33,93 @@ class SumOverRanks:
         self.trainer = trainer
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The sum."""
+        """The sum.
+
+        Raises:
+            RanksDiffer: If a rank sums something else, or has failed.
+        """
+        _meet(self.trainer, f"a sum of {tensor.dtype} {list(tensor.shape)}")
         on_device = tensor.to(self.trainer.strategy.root_device, copy=True)
         summed: Tensor = self.trainer.strategy.reduce(on_device, reduce_op="sum")
         return tensor.copy_(summed)
+
+
+def check_agreed(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None:  # noqa: ANN401
+    """Makes sure that all ranks have decided the same, by a hash of it; on one rank it does nothing.
+
+    Args:
+        trainer: The trainer of the fit.
+        who: Whose decision it is, for the message.
+        what: What has been decided, for the message.
+        decided: The decision: tensors, arrays, numbers and strings, and lists and dictionaries of these.
+
+    Raises:
+        RanksDiffer: On every rank, if it is not.
+    """
+    if trainer.world_size > 1:
+        digest = hashlib.sha256()
+        _add(digest, decided)
+        _meet(trainer, f"{who}: {what}", digest.hexdigest())
+
+
+@contextmanager
+def together(trainer: pl.Trainer, who: str) -> Iterator[None]:
+    """Where one rank fails within, all do, and all end at the same time; not within another of its kind.
+
+    Args:
+        trainer: The trainer of the fit.
+        who: What happens within, for the message.
+
+    Raises:
+        RanksDiffer: On the ranks that have not failed, with what the others say.
+    """
+    try:
+        yield
+    except RanksDiffer:
+        raise
+    except Exception as error:
+        with suppress(RuntimeError):  # the error is this rank's own
+            _meet(trainer, who, failed=f"{type(error).__name__}: {error}")
+        raise
+    _meet(trainer, f"the end of {who}")
+
+
+def _meet(trainer: pl.Trainer, where: str, digest: str = "", failed: str = "") -> None:
+    """Tells all ranks where this one is, and hears where they are."""
+    if trainer.world_size == 1:
+        return
+    said = "\0".join((where, digest, failed)).encode()[:LENGTH].ljust(LENGTH, b"\0")
+    own = torch.frombuffer(bytearray(said), dtype=torch.uint8).to(trainer.strategy.root_device)
+    heard = trainer.strategy.all_gather(own).cpu().numpy()
+    ranks = [row.tobytes().decode(errors="ignore").split("\0")[:3] for row in heard]
+    step = f"step {trainer.global_step}, rank {trainer.global_rank} of {trainer.world_size}"
+    if errors := {rank: error for rank, (_, _, error) in enumerate(ranks) if error}:
+        told = "; ".join(f"rank {rank} ({error})" for rank, error in errors.items())
+        raise RanksDiffer(f"{step}: this rank stops, as another has failed: {told}")
+    if len({place for place, _, _ in ranks}) > 1:
+        told = "; ".join(f"rank {rank} is at {place}" for rank, (place, _, _) in enumerate(ranks))
+        raise RanksDiffer(f"{step}: the ranks have gone different ways: {told}")
+    if others := [str(rank) for rank, (_, other, _) in enumerate(ranks) if other != ranks[0][1]]:
+        raise RanksDiffer(
+            f"{step}: {where} must be the same on every rank, and on rank{'s' * (len(others) > 1)} {', '.join(others)} it is not "
+            "that of rank 0. Nothing of it has been done. Give all ranks the same arguments, seeds, weights and software; what a "
+            "criterion or a metric of your own makes of its rank's data must be summed over ranks"
+        )
+
+
+def _add(digest: Any, decided: Any) -> None:  # noqa: ANN401 - that of hashlib
+    """Adds something to a hash; dictionaries in any order are the same."""
+    if isinstance(decided, np.ndarray):
+        decided = torch.from_numpy(decided)
+    if isinstance(decided, Tensor):
+        plain = decided.detach().cpu().contiguous()
+        digest.update(f"tensor {plain.dtype} {list(plain.shape)}".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(decided, Mapping):
+        _add(digest, [[key, decided[key]] for key in sorted(decided)])
+    elif isinstance(decided, list | tuple):
+        digest.update(f"list of {len(decided)}".encode())
+        for one in decided:
+            _add(digest, one)
+    else:
+        digest.update(f"{type(decided).__name__} {decided!r};".encode())

@@ -1,7 +1,11 @@
 """When something is pruned in a fit, and how much of it."""
 
+import math
 import sys
+from collections.abc import Callable, Mapping
 from itertools import pairwise
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from billhook.callbacks.shape_event import At
 from billhook.schedules import Schedule, check_step, resolve_step
@@ -55,6 +59,28 @@ def find_rounds(
         if lower < higher:
             raise ValueError(f"{name}: the schedule goes down, from {higher:g} to {lower:g}: what is pruned does not come back")
     return dict(rounds)
+
+
+def still_due(
+    rounds: Mapping[int, float | None], done: int, asked: float | None, amount: Callable[[float | None], float], name: str
+) -> dict[int, float | None]:
+    """The rounds without those that would give back what is pruned, as may be where a resumed fit has another schedule or length.
+
+    Args:
+        rounds: All rounds of the fit.
+        done: The last step by which rounds have been carried out; -1 for none.
+        asked: How much was asked for by then; None where that is not known.
+        amount: What a round asks for, as a fraction.
+        name: What the amount is called.
+    """
+    before = max((amount(value) for step, value in rounds.items() if step <= done), default=0.0)
+    if done < 0 or asked is None or math.isclose(before, asked):
+        return dict(rounds)
+    rank_zero_warn(
+        f"{name}: the fit of the checkpoint had come to {asked:g} at step {done}, where this fit, by its arguments and length, "
+        f"comes to {before:g}: what is pruned stays so, and rounds that ask for less are left out"
+    )
+    return {step: value for step, value in rounds.items() if step <= done or amount(value) > asked}
 
 
 def _moment(at: At, total: int | None, trial: bool) -> int:

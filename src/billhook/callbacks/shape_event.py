@@ -3,27 +3,32 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from billhook.callbacks.carry import carry, put, release
+from billhook.callbacks.going_on import GoingOn
+from billhook.callbacks.made import forget, when_made
 from billhook.callbacks.measure import measure
 from billhook.callbacks.ranks import together
+from billhook.callbacks.strategies import check_shapes
 from billhook.callbacks.uptraining import Uptraining
 from billhook.report import summary
-from billhook.run import callbacks_of, is_trial, training_steps
+from billhook.run import callbacks_of, is_search, is_trial, training_steps
 from billhook.schedules import Schedule, Step, check_step, resolve_step
-from billhook.structure.shape import find_transformer, load_shape, save_shape, shape_of
 
 At = Step | Literal["start"]
 Event = dict[str, Any]
-_HELD = "_billhook_shape"
 
 
 class ShapeCallback(Callback, ABC):
@@ -34,7 +39,12 @@ class ShapeCallback(Callback, ABC):
             exists); a schedule where a subclass says in its `steps` what that means.
         measure_batches: Validation batches on which the model is measured before and after each stage; by default as many
             as validation takes, 0 for none.
+
+    Attributes:
+        keeps_what_it_did: Whether its state says what it has done, so that a run cannot go on with another in its place.
     """
+
+    keeps_what_it_did = True
 
     def __init__(self, at: Sequence[At | Schedule], measure_batches: int | None = None) -> None:
         for moment in at:
@@ -44,12 +54,13 @@ class ShapeCallback(Callback, ABC):
                         f"at={moment!r} must be 'start', an int (a step) or a float in 0..1 (a fraction of training)"
                     )
                 check_step(moment, "at")
-        if measure_batches is not None and measure_batches < 0:
-            raise ValueError(f"measure_batches={measure_batches} must be at least 0")
+        if measure_batches is not None and (type(measure_batches) is not int or measure_batches < 0):
+            raise ValueError(f"measure_batches={measure_batches!r} must be at least 0")
         self.at, self.measure_batches = list(at), measure_batches
         self.events: list[Event] = []
         self._steps: list[int] = []
         self._last_step = 0
+        self._released: GoingOn | None = None
 
     @abstractmethod
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
@@ -75,7 +86,10 @@ class ShapeCallback(Callback, ABC):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Makes checkpoints carry the shape; checks all stages; carries out those at the start."""
-        _hold_shape(pl_module)
+        if stage == "fit":
+            check_shapes(trainer, pl_module, type(self).__name__, self.only_at_start)
+        carry(pl_module)
+        self._released = None
         if stage != "fit":
             return
         self._steps, self._last_step = [], 0
@@ -84,6 +98,10 @@ class ShapeCallback(Callback, ABC):
         _check_trainer(trainer, type(self).__name__, self.only_at_start)
         for uptraining in callbacks_of(trainer, Uptraining):
             uptraining.settle(trainer)  # also where it stands later in the list
+        when_made(pl_module, partial(self._begin, trainer, pl_module))
+
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks all stages, and carries out those at the start."""
         self.check(pl_module, trainer)
         others = [moment for callback in callbacks_of(trainer, type(self)) for moment in callback.at if moment != "start"]
         if is_trial(trainer) or (trainer.max_steps > 0 and trainer.max_epochs in (-1, None)):
@@ -94,7 +112,7 @@ class ShapeCallback(Callback, ABC):
                 "set max_steps alone, or give 0 in the place of 'start'"
             )
         for index, moment in enumerate(self.at):
-            if moment == "start" and not self.is_done(pl_module, index):
+            if moment == "start" and not is_search(trainer) and not self.is_done(pl_module, index):
                 log_event(trainer, self._record(trainer, {}, pl_module, index, []))
 
     def steps(self, total_steps: int, trainer: pl.Trainer) -> list[int]:
@@ -168,15 +186,18 @@ class ShapeCallback(Callback, ABC):
     def _reshape(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int, before: dict[str, float]) -> Event:
         """Carries out a stage on model and optimizers, also where DDP has wrapped the model."""
         with unwrapped(trainer), together(trainer, type(self).__name__):
-            return self._record(trainer, before, pl_module, stage, trainer.optimizers)
+            event = self._record(trainer, before, pl_module, stage, trainer.optimizers)
+        torch.compiler.reset()  # of code made for old shapes there may be so much that torch makes no more
+        return event
 
     def _record(
         self, trainer: pl.Trainer, metrics: dict[str, float], model: nn.Module, stage: int, optimizers: list[Optimizer]
     ) -> Event:
         before = summary(model).numbers() | metrics
         what = self.change(model, stage, optimizers)
-        event: Event = {"step": trainer.global_step, "what": what, "before": before, "after": summary(model).numbers()}
-        self.events.append(event)
+        event: Event = {"step": trainer.global_step, "what": what, "before": before, "after": {}}
+        self.events.append(event)  # it has happened, whatever measuring comes to
+        event["after"] |= summary(model).numbers()
         rank_zero_info(f"billhook, step {event['step']}: {what}")
         return event
 
@@ -189,7 +210,7 @@ class ShapeCallback(Callback, ABC):
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Puts the shape into checkpoints that are saved after the fit or after an error, too."""
-        save_shape(pl_module, checkpoint)
+        put(trainer, pl_module, checkpoint, self._released)
 
     def state_dict(self) -> dict[str, Any]:
         """What has happened so far; the shape itself is in the LightningModule's part of the checkpoint."""
@@ -201,11 +222,13 @@ class ShapeCallback(Callback, ABC):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves the LightningModule as it was found."""
-        _release_shape(pl_module)
+        self._released = release(trainer, pl_module) or self._released
+        forget(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leaves the LightningModule as it was found (Lightning does not call `teardown` then)."""
-        _release_shape(pl_module)
+        self._released = release(trainer, pl_module) or self._released
+        forget(pl_module)
 
 
 @contextmanager
@@ -218,43 +241,25 @@ def unwrapped(trainer: pl.Trainer) -> Iterator[None]:
     if wrapped:
         assert isinstance(trainer.strategy, DDPStrategy)
         trainer.strategy.configure_ddp()
+        if isinstance(state := trainer.strategy._ddp_comm_state, PowerSGDState):
+            _begin_anew(state)
 
 
-def _hold_shape(pl_module: pl.LightningModule) -> None:
-    """Wraps the module's checkpoint hooks, once for all callbacks: its own hook is the last one before weights are loaded."""
-    if _HELD in pl_module.__dict__:
-        return
-    load, save = pl_module.on_load_checkpoint, pl_module.on_save_checkpoint
-    found = shape_of(find_transformer(pl_module))
-
-    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-        load_shape(pl_module, checkpoint, otherwise=found)
-        load(checkpoint)
-
-    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
-        save_shape(pl_module, checkpoint)
-        save(checkpoint)
-
-    pl_module.__dict__[_HELD] = True
-    pl_module.__dict__["on_load_checkpoint"] = on_load_checkpoint
-    pl_module.__dict__["on_save_checkpoint"] = on_save_checkpoint
-
-
-def _release_shape(pl_module: pl.LightningModule) -> None:
-    if pl_module.__dict__.pop(_HELD, False):
-        del pl_module.__dict__["on_load_checkpoint"], pl_module.__dict__["on_save_checkpoint"]
+def _begin_anew(state: PowerSGDState) -> None:
+    """Forgets what PowerSGD keeps of gradients by their place in DDP's buckets, which are others in the first two steps."""
+    state.iter = max(0, min(state.iter, state.start_powerSGD_iter - 2))
+    for kept in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+        kept.clear()
 
 
 def _check_trainer(trainer: pl.Trainer, name: str, at_start: bool) -> None:
-    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-        raise ValueError(
-            f"{name} changes shapes, which works on one device and under DDP; the strategy is "
-            f"{type(trainer.strategy).__name__}. Convert first (billhook on one device), then train the result."
-        )
     averaging = [c for c in callbacks_of(trainer, Callback) if hasattr(c, "_average_model")]
     if averaging and not at_start:
         other = type(averaging[0]).__name__
-        raise ValueError(f"{name} changes shapes in the middle of the fit, which {other} cannot follow: use at='start'")
+        raise ValueError(
+            f"{name} changes shapes when the fit is under way, which {other} cannot follow: prune or convert first and train the "
+            "result, or use KVHeadConversion(at='start') without calibration"
+        )
     if early := [type(c).__name__ for c in averaging if getattr(c, "_average_model", None) is not None]:
         raise ValueError(f"{name} must stand before {early[0]} in the list of callbacks, which has already copied the model")
 

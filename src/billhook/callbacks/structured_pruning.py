@@ -10,9 +10,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.examples import Pair, aside, check_readable, scoring_batches
+from billhook.callbacks.examples import Pair, aside, check_readable, gradient_precision, scoring_batches
 from billhook.callbacks.measure import measure
-from billhook.callbacks.ranks import SumOverRanks
+from billhook.callbacks.ranks import SumOverRanks, check_agreed, together
 from billhook.callbacks.shape_event import At, ShapeCallback, log_event
 from billhook.callbacks.shares import shares_of
 from billhook.run import callbacks_of, is_trial, training_steps
@@ -191,7 +191,10 @@ class StructuredPruning(ShapeCallback):
         before = len(self.events)
         for number in range(1, self.rounds + 1):
             share = earlier + (self._moments[step] - earlier) * number / self.rounds
-            self._plan = self._planned(trainer, pl_module, share)
+            with together(trainer, "StructuredPruning"):
+                self._plan = self._planned(trainer, pl_module, share)
+                decided = [None if self._plan is None else self._plan.to_json(), self._weights]
+                check_agreed(trainer, "StructuredPruning", "the plan of what goes", decided)
             if self._plan is not None:
                 self._reshape(trainer, pl_module, 0, metrics if len(self.events) == before else {})
         self._done, self._plan, self._weights = step, None, None
@@ -208,7 +211,7 @@ class StructuredPruning(ShapeCallback):
         if amount is None:
             return None
         request = Request(model, amount)
-        with aside(pl_module, self.seed), trainer.precision_plugin.forward_context():
+        with aside(pl_module, self.seed), gradient_precision(trainer):
             reduce = None if trainer.world_size == 1 else SumOverRanks(trainer)
             pairs = list(self._pairs(trainer, pl_module))
             plan = request.plan(request.scores(self.importance, pairs, self.normalize, reduce))

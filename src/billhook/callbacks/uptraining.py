@@ -9,14 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from billhook.callbacks.ranks import SumOverRanks
-from billhook.run import callbacks_of, is_trial
+from billhook.callbacks.ranks import SumOverRanks, together
+from billhook.run import callbacks_of, is_trial, isolated
 
 LIGHTNING_EPOCHS = 1000
 """What Lightning takes for `max_epochs` where neither that nor `max_steps` is given."""
@@ -93,7 +92,8 @@ class Uptraining(Callback):
         if self.pretraining_tokens is None:
             assert self.pretraining_steps is not None
             return math.ceil(alpha * int(self.pretraining_steps))
-        return math.ceil(alpha * int(self.pretraining_tokens) / _tokens_per_step(trainer))
+        with together(trainer, "Uptraining"):
+            return math.ceil(alpha * int(self.pretraining_tokens) / _tokens_per_step(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps the fit takes."""
@@ -143,7 +143,7 @@ def _untouched(loader: object) -> Iterator[None]:
     """Random numbers, those of a loader too, are as before afterwards."""
     held = [getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None))]
     states = [(one, one.get_state()) for one in held if isinstance(one, torch.Generator)]
-    with isolate_rng():
+    with isolated():
         yield
     for generator, state in states:
         generator.set_state(state)

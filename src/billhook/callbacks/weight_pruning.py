@@ -3,32 +3,36 @@
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from billhook.callbacks.carry import carry, put, release
 from billhook.callbacks.examples import aside, check_readable, on_device, runs_as_in_training, training_examples
+from billhook.callbacks.going_on import GoingOn
 from billhook.callbacks.hold import Hold
 from billhook.callbacks.measure import measure
-from billhook.callbacks.ranks import SumOverRanks
-from billhook.callbacks.rounds import check_times, find_rounds
+from billhook.callbacks.ranks import SumOverRanks, check_agreed, together
+from billhook.callbacks.rounds import check_times, find_rounds, still_due
 from billhook.callbacks.shape_event import At, Event, ShapeCallback, log_event
+from billhook.callbacks.strategies import check_masks
 from billhook.report import summary
 from billhook.run import callbacks_of, is_trial, training_steps
 from billhook.schedules import Schedule
+from billhook.shards import gathered, unsharded, whole
 from billhook.sparsity.adapters import mask_as_weights, plain_adapters
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.batches import Run
 from billhook.sparsity.checks import adapters_to_count, check_pruning, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
-from billhook.sparsity.masks import sparsity_of
+from billhook.sparsity.masks import check_amount
 from billhook.sparsity.prune import plan_pruning
 from billhook.sparsity.result import Pruning
 from billhook.structure.shape import find_transformer
@@ -66,6 +70,8 @@ class WeightPruning(Callback):
         ValueError: If an argument is not legal, two contradict each other, or a schedule goes down or leaves [0, 1).
     """
 
+    keeps_what_it_did = True
+
     def __init__(
         self,
         criterion: Criterion | None = None,
@@ -84,23 +90,28 @@ class WeightPruning(Callback):
         mask_adapters: bool = False,
     ) -> None:
         check_times(sparsity, pattern, at)
-        if examples < 1:
-            raise ValueError(f"examples={examples} must be at least 1")
+        if type(examples) is not int or examples < 1:
+            raise ValueError(f"examples={examples!r} must be at least 1")
         if isinstance(calibration, Iterator):
             raise ValueError(f"calibration={type(calibration).__name__} can be read only once: give a list or a DataLoader")
-        if measure_batches is not None and measure_batches < 0:
-            raise ValueError(f"measure_batches={measure_batches} must be at least 0")
+        if measure_batches is not None and (type(measure_batches) is not int or measure_batches < 0):
+            raise ValueError(f"measure_batches={measure_batches!r} must be at least 0")
         self.criterion = criterion or Wanda()
         self.sparsity, self.pattern, self.at = sparsity, pattern, at
         self.calibration, self.examples, self.seed = calibration, examples, seed
-        self.sequential, self.allocation, self.skip = sequential, allocation, list(skip or ())
+        patterns = [skip] if isinstance(skip, str) else skip or []
+        if not isinstance(patterns, list | tuple) or not all(isinstance(one, str) for one in patterns):
+            raise ValueError(f"skip={skip!r} must be glob patterns of linears, as in ['*.down_proj']")
+        self.sequential, self.allocation, self.skip = sequential, allocation, list(patterns)
         self.output_embeddings, self.measure_batches = output_embeddings, measure_batches
         self.count_adapters, self.mask_adapters = count_adapters, mask_adapters
         self.events: list[Event] = []
         self._rounds: dict[int, float | None] = {}
         self._done = -1
+        self._asked: float | None = None
         self._adapted: list[str] = []
         self._hold = Hold()
+        self._released: GoingOn | None = None
 
     @property
     def state_key(self) -> str:
@@ -109,27 +120,29 @@ class WeightPruning(Callback):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The keep-masks that are held, bool, by the name of the linear in the transformers model."""
-        return dict(self._hold.masks)
+        """The keep-masks that are held, bool, by the name of the linear in the transformers model.
+
+        Where the model is sharded they are gathered: all ranks ask for them together.
+        """
+        return {name: whole(mask) for name, mask in self._hold.masks.items()}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks the trainer, and starts anew."""
+        """Makes checkpoints carry the shape, checks the trainer, and starts anew."""
+        if stage == "fit":
+            check_masks(trainer, type(self).__name__, adapters=self.count_adapters or self.mask_adapters)
+        carry(pl_module)
+        self._released = None
         if stage != "fit":
             return
-        strategy = trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
-            raise ValueError(
-                f"WeightPruning works on one device and under DDP; the strategy is {type(strategy).__name__}. "
-                "Prune first (bh.prune), then train the result."
-            )
         if trainer.global_step == 0:
-            self.events, self._done = [], -1
+            self.events, self._done, self._asked = [], -1, None
             self._hold.clear()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the rounds: from which step which sparsity holds; checks all that can be checked before training."""
         total = training_steps(trainer)
-        self._rounds = find_rounds(self.sparsity, self.at, total, is_trial(trainer))
+        rounds = find_rounds(self.sparsity, self.at, total, is_trial(trainer))
+        self._rounds = still_due(rounds, self._done, self._asked, lambda amount: check_amount(amount, self.pattern), "sparsity")
         model = find_transformer(pl_module)
         linears = check_pruning(
             model, self.criterion, self.pattern, self.sequential, self.allocation, self.skip, self.output_embeddings
@@ -188,16 +201,17 @@ class WeightPruning(Callback):
         limit = self.measure_batches
         model = find_transformer(pl_module)
         before = summary(model).numbers() | ({} if limit == 0 else measure(trainer, pl_module, limit))
-        pruning = self._plan(trainer, pl_module, self._rounds[step])
-        masks = pruning.masks(model)
-        pruning.apply(model)
-        self._hold.hold(masks)
-        self._done = step
-        zeros = sparsity_of(masks.values())
-        after = summary(model).numbers() | ({} if limit == 0 else measure(trainer, pl_module, limit)) | {"sparsity": zeros}
-        what = f"{type(self.criterion).__name__}, {self.pattern}: sparsity {zeros:.4f} in {len(masks)} linears"
-        event: Event = {"step": trainer.global_step, "what": what, "before": before, "after": after}
-        self.events.append(event)
+        with together(trainer, "WeightPruning"):
+            pruning = self._plan(trainer, pl_module, self._rounds[step])
+            decided = {name: [one.bits, one.values] for name, one in pruning.pruned.items()}
+            check_agreed(trainer, "WeightPruning", "what becomes zero", decided)
+            masks, zeros = pruning.masks(model), pruning.sparsity
+            what = f"{type(self.criterion).__name__}, {self.pattern}: sparsity {zeros:.4f} in {len(masks)} linears"
+            event: Event = {"step": trainer.global_step, "what": what, "before": before, "after": {"sparsity": zeros}}
+            self._hold.hold(masks, partial(pruning.apply, model))
+        self._done, self._asked = step, check_amount(self._rounds[step], self.pattern)
+        self.events.append(event)  # it has happened, whatever measuring comes to
+        event["after"] |= summary(model).numbers() | ({} if limit == 0 else measure(trainer, pl_module, limit))
         rank_zero_info(f"billhook, step {event['step']}: {what}")
         log_event(trainer, event)
 
@@ -208,7 +222,7 @@ class WeightPruning(Callback):
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float | None) -> Pruning:
         model = find_transformer(pl_module)
         context = trainer.precision_plugin.forward_context() if self._needs_data else nullcontext()
-        with aside(pl_module, self.seed), context:
+        with aside(pl_module, self.seed), context, unsharded(pl_module), gathered(pl_module, but=[model]):
             return plan_pruning(
                 model, self.criterion, self._runs(trainer, pl_module) if self._needs_data else None, sparsity, self.pattern,
                 self.sequential, self.allocation, self.skip, self.output_embeddings,
@@ -222,22 +236,28 @@ class WeightPruning(Callback):
             batches = islice(self.calibration, trainer.global_rank, None, trainer.world_size)
         return runs_as_in_training(pl_module, find_transformer(pl_module), on_device(trainer, batches))
 
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Puts the shape into checkpoints that are saved after the fit or after an error, too."""
+        put(trainer, pl_module, checkpoint, self._released)
+
     def state_dict(self) -> dict[str, Any]:
         """What has happened so far, and the masks."""
-        return {"events": self.events, "done": self._done, "masks": self._hold.state_dict()}
+        return {"events": self.events, "done": self._done, "asked": self._asked, "masks": self._hold.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what had happened."""
-        self.events, self._done = state_dict["events"], state_dict["done"]
+        self.events, self._done, self._asked = state_dict["events"], state_dict["done"], state_dict.get("asked")
         self._hold.load_state_dict(state_dict["masks"])
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Makes zero what other callbacks may have put in the place of the weights, and lets go of the optimizers."""
         self._hold.detach()
+        self._released = release(trainer, pl_module) or self._released
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Lets go of the optimizers (Lightning does not call `teardown` then)."""
         self._hold.detach()
+        self._released = release(trainer, pl_module) or self._released
 
 
 def _averaged(trainer: pl.Trainer) -> list[nn.Module]:

@@ -1,12 +1,14 @@
 """What a walk over a model does for pruning: statistics of what each linear is given, and the pruned weights, kept aside."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from billhook.shards import whole
 from billhook.sparsity.adapters import counted, product_of
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.linears import weight_of
@@ -138,6 +140,9 @@ class Calibration:
                 name, linear, self.criterion, statistics, self.sparsities[name], self.pattern, adapter
             )
 
+    def close(self) -> None:
+        """All runs have been everywhere."""
+
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """What the weights of a site's linears become, as they lie in memory."""
         new = {}
@@ -152,13 +157,24 @@ class Calibration:
 
 
 class Together(Calibration):
-    """A calibration in which the weights of all linears compete with one another."""
+    """A calibration in which the weights of all linears compete with one another, when all statistics are complete."""
+
+    def __init__(self, *args: Any) -> None:  # noqa: ANN401 - those of a calibration
+        super().__init__(*args)
+        self._seen: dict[str, tuple[nn.Module, Statistics]] = {}
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
+        """Keeps their statistics."""
+        self._seen |= {name: (linear, self.statistics[self._first[name]]) for name, linear in linears.items()}
+
+    def close(self) -> None:
         """Prunes all linears at once."""
-        statistics = {name: self.statistics[self._first[name]] for name in linears}
+        linears = {name: linear for name, (linear, _) in self._seen.items()}
+        statistics = {name: own for name, (_, own) in self._seen.items()}
         sparsity = next(iter(self.sparsities.values()))
         self.pruned = prune_together(linears, self.criterion, statistics, sparsity, self.adapters)
+        if self.progress is not None:
+            self.progress(len(self.pruned), len(self.sparsities))
 
 
 def prune_together(
@@ -175,18 +191,15 @@ def prune_together(
     """
     scores = []
     for name, linear in linears.items():
-        weight = counted(weight_of(linear), adapters.get(name))
+        weight = counted(whole(weight_of(linear)), adapters.get(name))
         try:
             check_finite(weight, "the weight")
             scores.append(criterion.score(weight, statistics[name]))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     keeps = keep_global(scores, sparsity)
-    weights = {name: weight_of(linear) for name, linear in linears.items()}
-    return {
-        name: Pruned.of(weight, where_kept(weight, keep), keep)
-        for (name, weight), keep in zip(weights.items(), keeps, strict=True)
-    }
+    weights = ((name, whole(weight_of(linear))) for name, linear in linears.items())  # one at a time
+    return {name: Pruned.of(weight, where_kept(weight, keep), keep) for (name, weight), keep in zip(weights, keeps, strict=True)}
 
 
 def prune_linear(
@@ -203,7 +216,7 @@ def prune_linear(
     Raises:
         ValueError: As the criterion does, after the linear's name; and if it changes kept weights where an adapter counts.
     """
-    weight = weight_of(linear)
+    weight = whole(weight_of(linear))
     seen = counted(weight, adapter)
     try:
         new, keep = criterion.prune(seen, statistics, sparsity, pattern)

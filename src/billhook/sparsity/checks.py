@@ -15,7 +15,7 @@ from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.linears import prunable, weight_of
 from billhook.sparsity.masks import parse_pattern
-from billhook.walk import Sequential, find_sites
+from billhook.walk import Reduce, Sequential, find_sites
 
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 
@@ -92,6 +92,23 @@ def _check(criterion: Criterion, linears: Mapping[str, nn.Module], pattern: str,
         width = weight_of(linear).shape[1]
         if width % kept[1]:
             raise ValueError(f"pattern={pattern!r}: {name} has {width} inputs, which {kept[1]} does not divide; skip it")
+
+
+def check_sharded(
+    criterion: Criterion, allocation: Allocation, reduce: Reduce | None, offload: object, count_adapters: bool
+) -> None:
+    """Refuses what cannot be done to a model that is sharded over ranks.
+
+    Raises:
+        ValueError: With the reason, and the way out.
+    """
+    if offload is not None:
+        raise ValueError(f"offload={str(offload)!r}: the model is sharded, its blocks are gathered one at a time: leave it out")
+    if count_adapters:
+        raise ValueError("count_adapters=True: the model is sharded, and LoRA does not count then: merge the adapters first")
+    ranks = torch.distributed.get_world_size()
+    if reduce is None and ranks > 1 and (needs_data(criterion) or allocation.measures):
+        raise ValueError("reduce=None: the model is sharded, and each rank would prune by its own batches: say how ranks sum")
 
 
 def warn_of_others(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:

@@ -6,6 +6,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 PACKED = ("qweight", "weight_packed", "W_q")
@@ -27,7 +28,7 @@ def prunable(module: nn.Module, output_embeddings: bool = False) -> dict[str, nn
         the name of the whole.
 
     Raises:
-        ValueError: If the weight of one is quantised, sharded, or computed from other tensors; the message names it.
+        ValueError: If the weight of one is quantised or computed from other tensors; the message names it.
 
     >>> list(prunable(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))))
     ['1']
@@ -46,7 +47,7 @@ def prunable(module: nn.Module, output_embeddings: bool = False) -> dict[str, nn
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight as `[out_features, in_features]`: a view without gradient of the layer's own memory."""
+    """The weight as `[out_features, in_features]`: a view without gradient of the layer's own memory; it may be sharded."""
     weight = linear.get_parameter("weight").detach()
     return weight.t() if isinstance(linear, Conv1D) else weight
 
@@ -92,7 +93,5 @@ def _check_plain(name: str, linear: nn.Module) -> None:
     if weight is None:
         raise ValueError(f"the weight of {name} is no parameter but computed (a parametrization?): make it one first")
     kind = f"{type(linear).__name__}, {type(weight.data).__name__} of {weight.dtype}"
-    if type(weight.data).__name__ == "DTensor":
-        raise ValueError(f"{name} is sharded over devices ({kind}): prune the model before it is sharded")
-    if type(weight.data) is not Tensor or not weight.is_floating_point() or weight.itemsize < torch.bfloat16.itemsize:
+    if type(weight.data) not in (Tensor, DTensor) or not weight.is_floating_point() or weight.itemsize < torch.bfloat16.itemsize:
         raise ValueError(f"{name} is quantised ({kind}): prune the model before it is quantised")

@@ -10,11 +10,20 @@ import torch
 from torch import nn
 
 from billhook.ambient import undisturbed
+from billhook.shards import gathered, is_sharded, reshard, unsharded, whole
 from billhook.sparsity.adapters import counted
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.batches import Run, runs_of
 from billhook.sparsity.calibration import Calibration, InputsDiffer, Progress, Together, prune_linear, prune_together
-from billhook.sparsity.checks import adapters_to_count, check_device, check_folder, check_pruning, needs_data, warn_of_others
+from billhook.sparsity.checks import (
+    adapters_to_count,
+    check_device,
+    check_folder,
+    check_pruning,
+    check_sharded,
+    needs_data,
+    warn_of_others,
+)
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.linears import weight_of
 from billhook.sparsity.masks import check_amount
@@ -45,8 +54,11 @@ def plan_pruning(
     """Says what `prune` would do; the model stays as it is. See `prune`."""
     amount, allocation = check_amount(sparsity, pattern), allocation or Uniform()
     device, folder = check_device(offload), check_folder(activations)
+    reshard(model)
     linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings)
     adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
+    if is_sharded(model):
+        check_sharded(criterion, allocation, reduce, offload, count_adapters)
     needing = [one for one in (criterion, allocation) if (one.measures if isinstance(one, Allocation) else needs_data(one))]
     walks = _Walks(model, linears, _runs(model, batches, needing, reduce), reduce, device, folder, adapters)
     warn_of_others(model, linears)
@@ -183,6 +195,7 @@ class _Walks:
             result = calibration(shared)
             try:
                 self._walk(sequential, result)
+                result.close()
                 break
             except InputsDiffer:
                 if not shared:
@@ -197,8 +210,28 @@ class _Walks:
                 stack.enter_context(offloaded([site.module for site in self.blocks()], self.offload))
             if self.activations is not None:
                 keep = stack.enter_context(closing(Shelf(self.activations))).keep
+            forwards = [run.forward for run in self.runs]
+            if is_sharded(self.model):
+                self._walk_sharded(sequential, calibration, keep, forwards)
+                return
             sites = find_sites(self.model, self.linears, sequential, gates=self.offload is not None)
-            Walk(sites, calibration, self.reduce, keep)([run.forward for run in self.runs])
+            Walk(sites, calibration, self.reduce, keep)(forwards)
+
+    def _walk_sharded(
+        self,
+        sequential: Sequential,
+        calibration: Calibration,
+        keep: Callable[[object], None] | None,
+        forwards: Sequence[Callable[[], object]],
+    ) -> None:
+        """One block is gathered at a time, on all ranks together; with `"none"` the runs go through the dense blocks, too."""
+        blocks = [site.module for site in self.blocks()]
+        owner = {module: block for block in blocks for module in block.modules()}
+        sites = find_sites(self.model, self.linears, "block" if sequential == "none" else sequential, gates=True)
+        dense = range(len(forwards)) if sequential == "none" else ()
+        walk = Walk(sites, calibration, self.reduce, keep, dense, lambda module: gathered(owner[module]))
+        with unsharded(self.model), gathered(self.model, but=blocks):
+            walk(forwards)
 
     def blocks(self) -> list[Site]:
         """The blocks, and the linears outside of them."""
@@ -232,7 +265,7 @@ class _Measured(Calibration):
         """Measures the blocks by Wanda's scores."""
         for number, block in enumerate(self.blocks):
             called = {name: linear for name, linear in block.items() if name in linears}
-            seen = {name: counted(weight_of(linear), self.adapters.get(name)) for name, linear in called.items()}
+            seen = {name: counted(whole(weight_of(linear)), self.adapters.get(name)) for name, linear in called.items()}
             scores = [self.criterion.score(weight, self.statistics[self._first[name]]) for name, weight in seen.items()]
             if scores:
                 self.measured[number] = self.allocation.measure(scores)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from billhook.shards import local, reshard, sharded_as
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.linears import prunable, weight_of
 from billhook.sparsity.masks import where_kept
@@ -33,9 +34,14 @@ class Pruned:
         changed = not torch.equal(new, where_kept(old, keep))
         return Pruned(np.packbits(keep.cpu().numpy()), new[keep].cpu() if changed else None)
 
+    @property
+    def kept(self) -> int:
+        """How many weights stay."""
+        return int(np.bitwise_count(self.bits).sum())
+
     def sparsity(self, size: int) -> float:
         """The fraction of a weight of so many entries that goes."""
-        return 1 - int(np.bitwise_count(self.bits).sum()) / size if size else 0.0
+        return 1 - self.kept / size if size else 0.0
 
     def keep(self, like: Tensor) -> Tensor:
         """The keep-mask, bool, of the size and on the device of a weight."""
@@ -43,11 +49,12 @@ class Pruned:
         return torch.from_numpy(bits).view(like.shape).to(like.device)
 
     def weight(self, old: Tensor) -> Tensor:
-        """What a weight becomes."""
+        """What a weight becomes; of one that is sharded, this rank's part."""
         keep = self.keep(old)
         if self.values is None:
-            return where_kept(old, keep)
-        return torch.zeros_like(old).masked_scatter_(keep, self.values.to(old.device))
+            return where_kept(local(old), local(sharded_as(keep, old)))
+        new = torch.zeros(old.shape, dtype=old.dtype, device=old.device)
+        return local(sharded_as(new.masked_scatter_(keep, self.values.to(old)), old))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,29 +75,45 @@ class Pruning:
     shapes: dict[str, tuple[int, ...]]
     uncalled: tuple[str, ...] = ()
 
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights of all linears that goes."""
+        total = sum(math.prod(self.shapes[name]) for name in self.pruned)
+        return 1 - sum(one.kept for one in self.pruned.values()) / total if total else 0.0
+
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
-        """The keep-masks, bool, each as its weight lies in memory.
+        """The keep-masks, bool, each as its weight lies in memory, and sharded as it is.
 
         Raises:
             ValueError: If the model is not the one, or one of the same linears, that this was planned for.
         """
         linears = self._linears(model)
-        masks = {name: one.keep(weight_of(linears[name])) for name, one in self.pruned.items()}
+        weights = {name: weight_of(linears[name]) for name in self.pruned}
+        masks = {name: sharded_as(one.keep(weights[name]), weights[name]) for name, one in self.pruned.items()}
         return {name: mask.t() if isinstance(linears[name], Conv1D) else mask for name, mask in masks.items()}
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
-        """Changes the weights, in place.
+        """Changes the weights, in place; if that fails, nothing has changed. What goes rests in the CPU's memory for that long.
 
         Raises:
             ValueError: If the model is not the one, or one of the same linears, that this was planned for.
         """
         linears = self._linears(model)
-        for name, one in self.pruned.items():
-            weight = weight_of(linears[name])
-            weight.copy_(one.weight(weight))
+        gone: list[tuple[Tensor, Tensor, Tensor]] = []
+        try:
+            for name, one in self.pruned.items():
+                new, weight = one.weight(weight_of(linears[name])), local(weight_of(linears[name]))
+                changes = (new != weight).cpu()
+                gone.append((weight, changes, weight.cpu()[changes]))
+                weight.copy_(new)
+        except BaseException:
+            for weight, changes, values in gone:
+                weight.masked_scatter_(changes.to(weight.device), values.to(weight.device))
+            raise
 
     def _linears(self, model: nn.Module) -> dict[str, nn.Module]:
+        reshard(model)
         linears = prunable(model, output_embeddings=True)
         found = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
         if wrong := [name for name in self.pruned if found.get(name) != self.shapes[name]]:

@@ -75,7 +75,8 @@ class Amount:
             raise ValueError(f"nothing is asked for: give a ratio ({', '.join(RATIOS)}) or a target ({', '.join(TARGETS)})")
         for name in targets:
             value = getattr(self, name)
-            if isinstance(value, bool) or value <= 0 or (isinstance(value, float) and not value < 1):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or value <= 0 or (isinstance(value, float) and not value < 1):
                 raise ValueError(f"{name}={value!r} must be a whole number above 0, or a fraction in (0, 1) of what is there")
         if self.ranking not in get_args(Ranking):
             raise ValueError(f"ranking={self.ranking!r} must be one of {', '.join(get_args(Ranking))}")

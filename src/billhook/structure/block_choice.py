@@ -31,7 +31,7 @@ class Quota:
     def __post_init__(self) -> None:
         if (self.count is None) == (self.ratio is None):
             raise ValueError(f"count={self.count}, ratio={self.ratio}: give one of them")
-        if self.ratio is not None and not 0 <= self.ratio < 1:
+        if self.ratio is not None and (not isinstance(self.ratio, int | float) or not 0 <= self.ratio < 1):
             raise ValueError(f"ratio={self.ratio!r} must be in [0, 1)")
         for name, value in {"count": self.count or 0, "first": self.first, "last": self.last}.items():
             if type(value) is not int or value < 0:

@@ -45,10 +45,21 @@ class BlockPlan:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Self:
-        """What `to_json` made, also after it was written and read again."""
-        attributes = {name: (before, after) for name, (before, after) in plain["attributes"].items()}
-        before, after = plain["parameters"]
-        return cls(**{**plain, "attributes": attributes, "parameters": (before, after)})
+        """What `to_json` made, also after it was written and read again.
+
+        Raises:
+            ValueError: If it is nothing of the kind.
+        """
+        try:
+            attributes = {name: (before, after) for name, (before, after) in plain["attributes"].items()}
+            before, after = plain["parameters"]
+            plan = cls(**{**plain, "attributes": attributes, "parameters": (before, after)})
+            blocks = {name: [*map(int, own)] for name, own in plan.blocks.items()}
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
+            raise ValueError(f"plan: it is not as BlockPlan.to_json makes it ({type(error).__name__}: {error})") from error
+        if blocks != plan.blocks:
+            raise ValueError(f"plan: blocks is {str(plan.blocks)[:80]!r}, and must be lists of numbers by stack")
+        return plan
 
     def __str__(self) -> str:
         before, after = self.parameters

@@ -1,18 +1,17 @@
 """Blocks are removed: the stack, the optimizer's state, numbers and config follow, and the outcome is compared with the skip."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.structure.answer import alike, answer, tolerance
 from billhook.structure.block_fields import set_fields
 from billhook.structure.block_plan import BlockPlan, check_made_for, plan_blocks
 from billhook.structure.layers import Chosen, find_blocks, skipping
 from billhook.structure.shape import find_transformer
-from billhook.structure.stacks import keep, numbers_of, snapshot
+from billhook.structure.stacks import keep, numbers_of
+from billhook.structure.surgery import undone_by_errors
 
 
 def prune_blocks(model: nn.Module, blocks: Chosen, optimizers: Optimizer | Iterable[Optimizer] = ()) -> BlockPlan:
@@ -64,7 +63,7 @@ def _carry_out(plan: BlockPlan, model: nn.Module, optimizers: Optimizer | Iterab
         expected = answer(subject)
     if often := next((key for key, times in runs.items() if times > 1), None):
         raise ValueError(f"blocks: block {often[1]} of {often[0]} runs {runs[often]} times in a forward: its weights are shared")
-    with _undone_by_errors(subject, optimizers):
+    with undone_by_errors(subject, optimizers):
         trained = set(model.parameters())
         for name, gone in plan.blocks.items():
             keep(stacks[name], [own for place, own in enumerate(numbers_of(stacks[name])) if place not in gone])
@@ -87,30 +86,3 @@ def _forget(optimizers: Iterable[Optimizer], gone: set[nn.Parameter]) -> None:
             group["params"][:] = [parameter for parameter in group["params"] if parameter not in gone]
         for parameter in gone & optimizer.state.keys():
             del optimizer.state[parameter]
-
-
-@contextmanager
-def _undone_by_errors(model: PreTrainedModel, optimizers: list[Optimizer]) -> Iterator[None]:
-    """Puts back model and optimizers if an error is raised within."""
-    restore = snapshot(model)
-    numbers = [(vars(m), {name: value for name, value in vars(m).items() if type(value) is int}) for m in model.modules()]
-    configs = [(vars(config), dict(vars(config))) for config in _configs(model.config)]
-    groups = [(group, list(group["params"])) for optimizer in optimizers for group in optimizer.param_groups]
-    states = [(optimizer, dict(optimizer.state)) for optimizer in optimizers]
-    try:
-        yield
-    except BaseException:
-        restore()
-        for attributes, before in numbers + configs:
-            attributes.update(before)
-        for group, params in groups:
-            group["params"][:] = params
-        for optimizer, state in states:
-            optimizer.state.clear()
-            optimizer.state.update(state)
-        raise
-
-
-def _configs(config: PretrainedConfig) -> list[PretrainedConfig]:
-    nested = [own for value in vars(config).values() if isinstance(value, PretrainedConfig) for own in _configs(value)]
-    return [config, *nested]

@@ -54,16 +54,20 @@ class Alone:
 
     @contextmanager
     def wide(self) -> Iterator[Stacks]:
-        """All its numbers in float64, for a while; gives its weights."""
-        tensors = [one for one in (*self._module.parameters(), *self._module.buffers()) if one.is_floating_point()]
-        old = [one.data for one in tensors]
+        """All its numbers in float64, for a while; gives its weights.
+
+        Other tensors stand in the place of its own: a parameter whose dtype changes loses the hooks that DDP has on its gradient.
+        """
+        owners: list[dict[str, Any]] = [own for module in self._module.modules() for own in (module._parameters, module._buffers)]
+        held = [(own, name, one) for own in owners for name, one in own.items() if one is not None and one.is_floating_point()]
+        others = {id(one): _wide(one) for _, _, one in held}  # tied ones stay tied
         try:
-            for one in tensors:
-                one.data = one.data.double()
+            for own, name, one in held:
+                own[name] = others[id(one)]
             yield read(self._model, self._place)
         finally:
-            for one, data in zip(tensors, old, strict=True):
-                one.data = data
+            for own, name, one in held:
+                own[name] = one
 
     def __call__(self, stacks: Stacks) -> Tensor:
         """What the linear behind its heads gives, with these weights, `[calls * tokens, hidden]`."""
@@ -145,6 +149,11 @@ def _implementation(config: Any) -> str | None:  # noqa: ANN401
 def _given_noise(number: int, linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     noise = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
     return noise.to(args[0].device), *args[1:]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    wide = tensor.detach().double()
+    return nn.Parameter(wide, requires_grad=False) if isinstance(tensor, nn.Parameter) else wide
 
 
 def _widened(value: Any) -> Any:  # noqa: ANN401

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from billhook.structure.kv_ready import Grouping, Pair, Way, attentions_of
 from billhook.structure.kv_start import Start
 from billhook.structure.pooling import How, Pooled
-from billhook.structure.surgery import fresh
+from billhook.structure.surgery import fresh, undone_by_errors, values_kept
 from billhook.walk import Reduce
 
 
@@ -18,7 +18,7 @@ def approach(model: nn.Module, parameters: Mapping[str, Pooled], share: float, h
     """Moves every head towards what its group is pooled to, in place: W <- W + share (pool(W) - W).
 
     With shares 1/n, 1/(n - 1), ..., 1 the heads of a group are equal after n moves, whatever training does in between: each goes
-    an equal part of the way that is then left. Optimizer state stays.
+    an equal part of the way that is then left. Optimizer state stays. If anything fails, nothing has moved.
 
     Args:
         model: A Hugging Face model.
@@ -26,9 +26,10 @@ def approach(model: nn.Module, parameters: Mapping[str, Pooled], share: float, h
         share: The part of the way, in (0, 1].
         how: To the mean of a group, or to its first head.
     """
-    for name, pooled in parameters.items():
-        parameter = model.get_parameter(name)
-        parameter.lerp_(pooled.spread(pooled.pool(parameter, how)), share)
+    moving = {model.get_parameter(name): pooled for name, pooled in parameters.items()}
+    with values_kept(moving):
+        for parameter, pooled in moving.items():
+            parameter.lerp_(pooled.spread(pooled.pool(parameter, how)), share)
 
 
 def turned_weights(
@@ -85,19 +86,22 @@ def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[O
         weights: By parameter.
         optimizers: Those that train the model.
 
+    If anything fails, nothing has changed.
+
     Raises:
-        ValueError: If values are not finite; then nothing has changed.
+        ValueError: If values are not finite.
     """
     trained_by = list(optimizers)
     for name, values in weights.items():
         if not values.isfinite().all():
             raise ValueError(f"{name}: the new values are not finite")
-    for name in changed(model, weights):
-        parameter = model.get_parameter(name)
-        parameter.copy_(weights[name])
-        for optimizer in trained_by:
-            if optimizer.state.pop(parameter, None) is not None and (first := fresh(optimizer, parameter)):
-                optimizer.state[parameter] = first
+    new = {model.get_parameter(name): weights[name] for name in changed(model, weights)}
+    with undone_by_errors(model, trained_by), values_kept(new):
+        for parameter, values in new.items():
+            parameter.copy_(values)
+            for optimizer in trained_by:
+                if optimizer.state.pop(parameter, None) is not None and (first := fresh(optimizer, parameter)):
+                    optimizer.state[parameter] = first
 
 
 def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:

@@ -35,7 +35,7 @@ from billhook.structure.meta import to_meta
 from billhook.structure.pooling import Pooled, drawing, pool_heads, pooling, std_of, taking
 from billhook.structure.repair import Repair
 from billhook.structure.shape import Shape, find_transformer, set_shape, shape_of
-from billhook.structure.surgery import Change, replace_parameters
+from billhook.structure.surgery import Change, replace_parameters, undone_by_errors
 
 __all__ = [
     "KVHeadPlan",
@@ -281,8 +281,10 @@ def apply_kv_heads(
     for name, pooled in plan.parameters.items():
         changes[name] = _change(plan, model, name, pooled, generator, (weights or {}).get(name))
     changes |= {name: replace(changes[name], state=None) for name in changes.keys() & set(anew)}
-    replace_parameters(model, changes, optimizers)
-    set_shape(model, plan.shape)
+    trained_by = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    with undone_by_errors(model, trained_by):
+        replace_parameters(model, changes, trained_by)
+        set_shape(model, plan.shape)
 
 
 def _saves_cache(model: PreTrainedModel, shape: Shape) -> bool:

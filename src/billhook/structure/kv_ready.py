@@ -89,9 +89,9 @@ class Attentions:
         return trial_for(self.model, {name: self.model.get_submodule(name) for name in linears}, batch, loss)
 
     def moments(self, trials: Sequence[Trial], grouping: Grouping, reduce: Reduce | None = None) -> dict[str, Moments]:
-        """What data shows, or without any the weights."""
+        """What data shows, or without any, on all ranks, the weights."""
         groups = {name: 1 if grouping == "similar" else self.groups[name] for name in self.places}
-        if trials:
+        if any(_summed(self.model, [len(trials)], reduce)):
             return gather(self.model, self.places, groups, trials, reduce)
         return {name: weight_moments(read(self.model, place), groups[name]) for name, place in self.places.items()}
 

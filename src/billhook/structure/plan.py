@@ -148,11 +148,19 @@ def plan_from_json(model: nn.Module, plain: Mapping[str, Any]) -> Plan:
     parts = ("model", "kinds", "units", "before")
     if not isinstance(plain, Mapping) or not all(part in plain for part in parts):
         raise ValueError(f"plan: a mapping with {', '.join(parts)} is needed, as Plan.to_json makes it")
+    for part in parts[1:]:
+        said, kinds = plain[part], get_args(UnitKind)
+        if not isinstance(said, Mapping) or not all(one in kinds if part == "kinds" else _is_list(one) for one in said.values()):
+            raise ValueError(f"plan: {part} is {str(said)[:80]!r}, and must be as Plan.to_json makes it")
     subject = find_transformer(model)
     structure = trace(subject)
     found = find_units(subject, dict.fromkeys(plain["kinds"].values()), structure)
     check_made_for(plain["model"], {name: tuple(own) for name, own in plain["before"].items()}, subject, found)
     return plan_found(subject, structure, found, plain["units"])
+
+
+def _is_list(said: object) -> bool:
+    return isinstance(said, list | tuple) and all(type(number) is int for number in said)
 
 
 def check_made_for(kind: str, before: Mapping[str, tuple[int, ...]], model: nn.Module, found: Mapping[str, Units]) -> None:

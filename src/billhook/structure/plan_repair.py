@@ -16,6 +16,7 @@ from billhook.structure.probes import Trial
 from billhook.structure.ranking import trial_of
 from billhook.structure.repair import Repair, repaired
 from billhook.structure.shape import find_transformer
+from billhook.structure.surgery import values_kept
 from billhook.structure.units import Units
 from billhook.walk import Reduce
 
@@ -95,12 +96,7 @@ def taken_over(model: nn.Module, weights: Weights | None) -> Iterator[None]:
     places = [(model.get_submodule(name), own) for name, own in (weights or {}).items()]
     parts = [(linear._parameters[part], value) for linear, own in places for part, value in zip(PARTS, own, strict=True)]
     pairs = [(parameter, value) for parameter, value in parts if parameter is not None and value is not None]
-    old = [parameter.detach().clone() for parameter, _ in pairs]
-    try:
+    with values_kept(parameter for parameter, _ in pairs):
         for parameter, value in pairs:
             parameter.data.copy_(value)
         yield
-    except BaseException:
-        for (parameter, _), value in zip(pairs, old, strict=True):
-            parameter.data.copy_(value)
-        raise

@@ -130,17 +130,10 @@ def score(
     Raises:
         ValueError: As `unit_importance`.
     """
-    if importance.needs_data and not trials:
-        raise ValueError(f"batches: {type(importance).__name__} needs at least one batch")
-    reduce = reduce if importance.needs_data else None
-    try:
-        sums = importance.sums(model, units, per, trials)
-    except Exception:
-        if reduce is not None:  # the other ranks wait for these, and are to fail too
-            nothing = Sums.zero(units, per)
-            _reduced(Sums({name: total + torch.nan for name, total in nothing.totals.items()}, nothing.counts), reduce)
-        raise
-    sums = sums if reduce is None else _reduced(sums, reduce)
+    sums = importance.sums(model, units, per, trials)
+    sums = _reduced(sums, reduce) if importance.needs_data and reduce is not None else sums
+    if importance.needs_data and not any(sums.counts.values()):
+        raise ValueError(f"batches: {type(importance).__name__} needs at least one batch, with tokens that count")
     scores = {}
     for name, total in sums.totals.items():
         mean = importance.of_mean(total / sums.counts[name].clamp(min=1))

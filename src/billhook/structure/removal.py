@@ -1,7 +1,6 @@
 """Units are removed: tensors, optimizer state, attributes and config follow, and the outcome is compared with the mask."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from billhook.resting import resting
+from billhook.shards import local, reshard, sharded_as
 from billhook.structure.answer import alike, small_inputs, tolerance
 from billhook.structure.axes import Indices
 from billhook.structure.channels import find_units
@@ -23,7 +23,7 @@ from billhook.structure.plan import PLURAL, Cuts, Plan, check_made_for, plan_fou
 from billhook.structure.plan_repair import Weights, taken_over
 from billhook.structure.plan_shape import set_fields, shapes_then, sizes_then
 from billhook.structure.shape import Shape, find_transformer, set_shape, shape_of
-from billhook.structure.surgery import Change, replace_parameters
+from billhook.structure.surgery import Change, replace_parameters, undone_by_errors
 from billhook.structure.trace import trace
 from billhook.structure.units import Units
 
@@ -84,7 +84,7 @@ def carry_out(
     why = ""
     for shape, fields in shapes_then(subject, structure, plan, now, tensors, finder):
         try:
-            with _undone_unless_done(subject, now, optimizers):
+            with undone_by_errors(subject, optimizers):
                 _cut(subject, plan, shape, optimizers)
                 set_fields(subject, fields)
                 if real:
@@ -103,8 +103,10 @@ def carry_out(
 @torch.no_grad()
 def zero_units(model: nn.Module, found: Mapping[str, Units], gone: Mapping[str, Sequence[int]]) -> None:
     """Makes zero the weights that read some units, in place: the model computes what it does with them masked."""
+    reshard(model)
     for weight, dim, positions in _reading(model, found, gone):
-        weight.index_fill_(dim, positions, 0)
+        read = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device).index_fill_(dim, positions, True)
+        local(weight).masked_fill_(local(sharded_as(read, weight)), 0)
 
 
 def _reading(
@@ -167,37 +169,6 @@ def _smaller(stays: Mapping[int, Indices], tensor: Tensor) -> Tensor:
 
 def _smaller_state(cut: Callable[[Tensor], Tensor], _: str, state: Tensor) -> Tensor:
     return cut(state)
-
-
-@contextmanager
-def _undone_unless_done(model: PreTrainedModel, now: Shape, optimizers: list[Optimizer]) -> Iterator[None]:
-    """Puts back model and optimizers, unless what happens within returns."""
-    said = [(m, {k: v for k, v in vars(m).items() if isinstance(v, tuple | list)}) for m in model.modules()]
-    tensors = [(m, dict(m._parameters), dict(m._buffers)) for m in model.modules()]
-    groups = [(group, list(group["params"])) for optimizer in optimizers for group in optimizer.param_groups]
-    states = [(optimizer, dict(optimizer.state)) for optimizer in optimizers]
-    configs = [(config, dict(vars(config))) for config in {id(c): c for c in _configs(model)}.values()]
-    try:
-        yield
-    except BaseException:
-        for module, parameters, buffers in tensors:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
-        for group, params in groups:
-            group["params"][:] = params
-        for optimizer, state in states:
-            optimizer.state.clear()
-            optimizer.state.update(state)
-        set_shape(model, now)
-        for module, sizes in said:
-            vars(module).update(sizes)
-        for config, fields in configs:
-            vars(config).update(fields)
-        raise
-
-
-def _configs(model: PreTrainedModel) -> list[PretrainedConfig]:
-    return [model.config, *(c for c in vars(model.config).values() if isinstance(c, PretrainedConfig))]
 
 
 @torch.no_grad()

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 
+from billhook.shards import class_of
 from billhook.structure.handed import Handing, can_hand, hand, handing_of
+from billhook.structure.plain_shape import check_held, check_plain_shape
+from billhook.structure.same_model import check_same_model, told
 from billhook.structure.stacks import first_of, keep, numbers_of, snapshot, taken_out
+from billhook.structure.surgery import undone_by_errors
 
 KEY = "billhook"
 """Where Lightning checkpoints keep the shape, and config.json what the model's class does not build of it."""
@@ -70,7 +74,12 @@ class Shape:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:
-        """What `to_dict` made, also before it knew of lists, blocks and linears that hand out heads."""
+        """What `to_dict` made, also before it knew of lists, blocks and linears that hand out heads.
+
+        Raises:
+            ValueError: If it is nothing of the kind.
+        """
+        check_plain_shape(plain)
         tensors = {str(name): tuple(int(n) for n in size) for name, size in plain["tensors"].items()}
         attributes, config = ({str(k): _whole(v) for k, v in plain[key].items()} for key in ("attributes", "config"))
         lists = {str(name): list(values) for name, values in plain.get("lists", {}).items()}
@@ -143,7 +152,7 @@ def save_shape(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     name, model = locate_transformer(module)
     checkpoint[KEY] = {
         "version": 1,
-        "class": type(model).__name__,
+        "class": class_of(model).__name__,
         "config": model.config.to_json_string(use_diff=False),
         "name_or_path": model.config.name_or_path or None,
         "prefix": f"{name}." if name else "",
@@ -162,10 +171,20 @@ def load_shape(module: nn.Module, checkpoint: Mapping[str, Any], otherwise: Shap
     Raises:
         ValueError: If the checkpoint holds another model.
     """
-    held = checkpoint.get(KEY)
-    shape = otherwise if held is None else Shape.from_dict(held["shape"])
-    if shape is not None:
-        set_shape(find_transformer(module), shape)
+    model, held = find_transformer(module), checkpoint.get(KEY)
+    if held is None:
+        if otherwise is not None:
+            set_shape(model, otherwise)
+        return
+    check_held(held, checkpoint.get("state_dict"))
+    check_same_model(model, held)
+    try:
+        with undone_by_errors(model):
+            set_shape(model, Shape.from_dict(held["shape"]))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # configs raise all kinds
+        raise ValueError(f"{error}; {told(model, held)}") from None
 
 
 def find_transformer(module: nn.Module) -> PreTrainedModel:
@@ -190,9 +209,18 @@ def locate_transformer(module: nn.Module) -> tuple[str, PreTrainedModel]:
             found[name] = child
     if len(found) != 1:
         several = f"more than one Hugging Face model: {', '.join(found)}; the one to work on must be its attribute `model`"
-        many = several if found else "no Hugging Face model (PreTrainedModel)"
+        many = several if found else f"no Hugging Face model (PreTrainedModel){_hidden(module)}"
         raise ValueError(f"{type(module).__name__} holds {many}")
     return next(iter(found.items()))
+
+
+def _hidden(module: nn.Module) -> str:
+    """Where a model is that is no part of a module to torch, in words."""
+    for name, value in vars(module).items():
+        kept = value.values() if isinstance(value, dict) and name != "_modules" else value
+        if isinstance(kept, list | tuple | type({}.values())) and any(isinstance(one, PreTrainedModel) for one in kept):
+            return f" that torch sees: '{name}' has one in a {type(value).__name__}; make it an attribute of its own"
+    return ""
 
 
 def build_on_meta(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
@@ -233,9 +261,11 @@ def _check_names(model: nn.Module, shape: Shape) -> None:
             f"the checkpoint holds another model than the run: it lacks {_some(missing)} of {type(model).__name__}, "
             f"and has {_some(extra)}, which {type(model).__name__} lacks"
         )
-    for name in shape.handed or {}:
+    for name, handing in (shape.handed or {}).items():
         if not can_hand(dict(model.named_modules()).get(name, model)):
             raise ValueError(f"the checkpoint holds another model than the run: {name} is no linear in {type(model).__name__}")
+        if handing.stored not in shape.tensors.get(f"{name}.weight", (handing.stored,)):
+            raise ValueError(f"{name} is said to hand out heads of {handing.stored} stored outputs, which it does not store")
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -49,6 +49,22 @@ def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) ->
     return plain
 
 
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Names the checkpoint in what transformers, torch and safetensors raise within of files that are not as they should be.
+
+    Raises:
+        ValueError: In the place of all errors but those of memory, files and packages that are missing.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers raises all kinds
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"'{name}' cannot be loaded: {type(error).__name__}: {first}") from error
+
+
 def says_shape(name: str) -> bool:
     """Whether the config of a folder or a hub name says a shape under `"billhook"`; one that cannot be read does not."""
     try:

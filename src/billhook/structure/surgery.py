@@ -1,12 +1,15 @@
 """Put new parameters in the place of old ones, in a model and in the optimizers that train it."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
+from transformers import PretrainedConfig
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class _Swap:
 def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
     """Changes parameters by name, everywhere at once: model, param groups, optimizer state, gradients.
 
-    Everything new is computed before anything is changed, so an error leaves model and optimizers as they were. Order in
+    Everything new is computed before anything is changed, and an error leaves model and optimizers as they were. Order in
     the param groups stays, so optimizer state in a checkpoint still finds its parameter. A parameter under several names
     (tied) changes under all of them.
 
@@ -49,16 +52,72 @@ def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimize
         optimizers = [optimizers]
     trained_by = list(optimizers)
     swaps = [_prepare(model, name, change, trained_by) for name, change in changes.items()]
-    for swap in swaps:
-        for module, attr in swap.places:
-            setattr(module, attr, swap.new)
-        for optimizer, state in swap.states:
-            for group in optimizer.param_groups:
-                group["params"][:] = [swap.new if p is swap.old else p for p in group["params"]]
-            if swap.old in optimizer.state:
-                del optimizer.state[swap.old]
-                if state:
-                    optimizer.state[swap.new] = state
+    with undone_by_errors(model, trained_by):
+        for swap in swaps:
+            _carry_out(swap)
+
+
+def _carry_out(swap: _Swap) -> None:
+    for module, attr in swap.places:
+        setattr(module, attr, swap.new)
+    for optimizer, state in swap.states:
+        for group in optimizer.param_groups:
+            group["params"][:] = [swap.new if p is swap.old else p for p in group["params"]]
+        if swap.old in optimizer.state:
+            del optimizer.state[swap.old]
+            if state:
+                optimizer.state[swap.new] = state
+
+
+@contextmanager
+def undone_by_errors(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Iterator[None]:
+    """Puts back a model's modules and what they hold and say, its configs and its optimizers if an error is raised within.
+
+    What is written into tensors does not come back.
+    """
+    tables = ("_parameters", "_buffers", "_modules")
+    modules = [(m, type(m), dict(vars(m)), [(vars(m)[t], dict(vars(m)[t])) for t in tables]) for m in model.modules()]
+    mappings: list[tuple[Any, Any]] = [(vars(config), dict(vars(config))) for config in _configs(model)]
+    mappings += [(optimizer.state, dict(optimizer.state)) for optimizer in optimizers]
+    groups = [(group, list(group["params"])) for optimizer in optimizers for group in optimizer.param_groups]
+    try:
+        yield
+    except BaseException:
+        for module, kind, said, own in modules:
+            module.__class__ = kind
+            for now, before in [(vars(module), said), *own]:
+                now.clear()
+                now.update(before)
+        for now, before in mappings:
+            now.clear()
+            now.update(before)
+        for group, params in groups:
+            group["params"][:] = params
+        raise
+
+
+@contextmanager
+def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Puts back what stood in some tensors if an error is raised within; they are held twice for that long."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for tensor, values in kept:
+            tensor.data.copy_(values)
+        raise
+
+
+def _configs(model: nn.Module) -> list[PretrainedConfig]:
+    """All configs that modules have, and those within them, each once."""
+    found: dict[int, PretrainedConfig] = {}
+    ahead = [value for module in model.modules() for value in vars(module).values()]
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value, PretrainedConfig) and id(value) not in found:
+            found[id(value)] = value
+            ahead += vars(value).values()
+    return list(found.values())
 
 
 def _prepare(model: nn.Module, name: str, change: Change, optimizers: list[Optimizer]) -> _Swap:

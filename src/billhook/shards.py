@@ -1,0 +1,138 @@
+"""Models whose parameters are sharded over ranks by `torch.distributed.fsdp.fully_shard`: whole tensors, and shards of these.
+
+What gathers is collective: every rank calls it, in the same order.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether parameters of a module are shards, or were before a forward gathered them."""
+    return any(isinstance(part, FSDPModule) for part in module.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in module.parameters()
+    )
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+    """Shards a model over a mesh: its blocks, and as one what is around them."""
+    for one in (*blocks, model):
+        fully_shard(one, mesh=mesh)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, also where FSDP has put one of its own in the place of it."""
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+
+
+def reshard(module: nn.Module) -> None:
+    """Makes the parameters shards again that a forward has left gathered: only what is done to shards lasts."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor as a whole, without gradient: gathered, if it is sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    there: Any = tensor.detach().to(tensor.device_mesh.device_type)  # weights may rest on the CPU
+    full: Tensor = there.full_tensor()
+    return full
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, in the tensor's own memory; the tensor itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """A tensor that all ranks have, sharded and placed as another of its size is."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
+
+
+@contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """A module as it was before it was sharded, but for its parameters, which stay shards: see `gathered` and `sizes_only`.
+
+    What gathers parameters around forwards is away, as ranks may not run as many of them; so is what cannot be copied. Autocast
+    takes the place of a dtype in which FSDP would compute.
+    """
+    reshard(module)
+    parts: list[Any] = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    policies = (part._get_fsdp_state()._mp_policy.param_dtype for part in parts)
+    dtype = next((policy for policy in policies if policy is not None), None)
+    device = next((shard.device_mesh.device_type for shard in module.parameters() if isinstance(shard, DTensor)), "cpu")
+    kinds = {part: type(part) for part in parts}
+    states = {part: {key: value for key, value in vars(part).items() if type(key) is not str} for part in parts}
+    for part in parts:
+        part.__class__ = class_of(part)
+        for key in states[part]:
+            del vars(part)[key]
+    try:
+        with _unhooked(module), nullcontext() if dtype is None else torch.autocast(device, dtype):
+            yield
+    finally:
+        for part in parts:
+            part.__class__ = kinds[part]
+            vars(part).update(states[part])
+
+
+@contextmanager
+def _unhooked(module: nn.Module) -> Iterator[None]:
+    """Without what FSDP does before and after forwards; other hooks may come and go meanwhile."""
+    stores: list[Any] = [store for part in module.modules() for store in (part._forward_pre_hooks, part._forward_hooks)]
+    before = [dict(store) for store in stores]
+    fsdp = FSDPModule.__module__
+    taken = [[n for n, hook in store.items() if str(getattr(hook, "__module__", "")).startswith(fsdp)] for store in stores]
+    for store, numbers in zip(stores, taken, strict=True):
+        for number in numbers:
+            del store[number]
+    try:
+        yield
+    finally:
+        for store, earlier, numbers in zip(stores, before, taken, strict=True):
+            now = {number: hook for number, hook in earlier.items() if number in store or number in numbers} | dict(store)
+            store.clear()
+            store.update(now)
+
+
+def gathered(module: nn.Module, but: Iterable[nn.Module] = ()) -> AbstractContextManager[None]:
+    """Whole parameters in the place of shards, in a module and those within but for some; what is done to them is lost."""
+    out = {part for one in but for part in one.modules()}
+    return _replaced([part for part in module.modules() if part not in out], whole)
+
+
+@contextmanager
+def sizes_only(module: nn.Module) -> Iterator[None]:
+    """A sharded module as it was before, on the meta device but for its buffers."""
+    with unsharded(module), _replaced(module.modules(), lambda shard: torch.empty(shard.shape, dtype=shard.dtype, device="meta")):
+        yield
+
+
+@contextmanager
+def _replaced(parts: Iterable[nn.Module], new: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Other parameters in the place of shards; those that are tied stay so."""
+    owned = [(part, name, own) for part in parts for name, own in part._parameters.items() if own is not None]
+    held = [(part, name, own) for part, name, own in owned if isinstance(own, DTensor)]
+    others: dict[nn.Parameter, nn.Parameter] = {}
+    try:
+        for part, name, own in held:
+            if own not in others:
+                others[own] = nn.Parameter(new(own.detach()), own.requires_grad)
+            part._parameters[name] = others[own]
+        yield
+    finally:
+        for part, name, own in held:
+            part._parameters[name] = own

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,21 @@ fit_all()
 
 
 class FitOfTuples(pl.LightningModule):
-    """A user's own module, on batches that are tuples."""
+    """A user's own module, on batches that are tuples; one process reads examples that two would read again, or leave out."""
 
-    def __init__(self, kv_heads=4):
+    def __init__(self, kv_heads=4, examples=24, drop_last=False):
         super().__init__()
         torch.manual_seed(0)
         self.net = llama(num_key_value_heads=kv_heads).train()
+        self.examples, self.drop_last = examples, drop_last
 
     def train_dataloader(self):
-        ids, ranks = torch.randint(3, 60, (24, 12), generator=torch.Generator().manual_seed(0)), self.trainer.world_size
-        sampler = DistributedSampler(ids, ranks, self.trainer.global_rank, shuffle=False) if ranks > 1 else None
-        return DataLoader(TensorDataset(ids), 2 // ranks, sampler=sampler)
+        ids, ranks = draw(self.examples, 12), self.trainer.world_size
+        sampler = partial(DistributedSampler, ids, 2, shuffle=False, drop_last=self.drop_last)
+        if ranks == 2:
+            return DataLoader(TensorDataset(ids), 1, sampler=sampler(self.trainer.global_rank))
+        pairs = zip(sampler(0), sampler(1), strict=True)
+        return DataLoader(TensorDataset(ids[[number for pair in pairs for number in pair]]), 2)
 
     def training_step(self, batch, batch_idx):
         loss = self.net(batch[0], labels=batch[0]).loss
@@ -61,23 +66,29 @@ class FitOfTuples(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
+def draw(*size, seed=0):
+    return torch.randint(3, 60, size, generator=torch.Generator().manual_seed(seed))
+
+
 @dataclass(frozen=True)
 class Fit:
     """What is done by one process, and by two on the same global batches: of the text, or of the module's own."""
 
     module: Callable[[], pl.LightningModule]
-    callback: Callable[[], Any]
-    told: Callable[[Any], Any]  # of the callback, the same on both
+    callback: Callable[[], Any]  # or a list of them
+    told: Callable[[Any], Any]  # of the callbacks, the same on both
     options: dict[str, Any] = field(default_factory=dict)
     steps: int = 6
+    strategy: Callable[[], Any] = field(default=lambda: "ddp")
+    resumed: Path | None = None  # a checkpoint
 
     def run(self, folder: Path, files: dict[str, str], ranks: int = 1) -> tuple[pl.Trainer, dict[str, torch.Tensor], Any]:
         torch.manual_seed(0)
         lit, callback = self.module(), self.callback()
         text = not isinstance(lit, FitOfTuples)
-        two = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": text} if ranks == 2 else {}
-        run = trainer(folder, [callback], max_steps=self.steps, **self.options, **two)
-        run.fit(lit, data(files, batch_size=2 // ranks) if text else None)
+        two = {"devices": 2, "strategy": self.strategy(), "use_distributed_sampler": text} if ranks == 2 else {}
+        run = trainer(folder, callback if isinstance(callback, list) else [callback], self.steps, **self.options, **two)
+        run.fit(lit, data(files, batch_size=2 // ranks) if text else None, ckpt_path=self.resumed)
         return run, {name: value.detach() for name, value in lit.state_dict().items()}, self.told(callback)
 
 
@@ -98,7 +109,7 @@ def weight_pruning(module):
 
 def head_pruning(remove, given):
     """With batches of the user's own, two to a process, or ten examples of the training data."""
-    ids = torch.randint(3, 60, (4, 2, 12), generator=torch.Generator().manual_seed(1))
+    ids = draw(4, 2, 12, seed=1)
     options = {"calibration": [(one,) for one in ids], "importance": Taylor("first")} if given else {"examples": 10}
     return Fit(
         lambda: FitOfTuples(8),
@@ -109,7 +120,7 @@ def head_pruning(remove, given):
 
 def structured_pruning():
     """In two events, on batches of the user's own, of which one process chooses the ridge on those that two do."""
-    ids = torch.randint(3, 60, (6, 4, 12), generator=torch.Generator().manual_seed(1))[[0, 1, 2, 3, 2, 4, 4, 5]]
+    ids = draw(6, 4, 12, seed=1)[[0, 1, 2, 3, 2, 4, 4, 5]]
     options = {"calibration": [(one,) for one in ids], "importance": Taylor("first"), "repair": Repair(), "measure_batches": 0}
     return Fit(
         FitOfTuples,
@@ -136,11 +147,11 @@ FITS = {
 }
 
 
-def fit_all() -> None:
+def fit_all(fits: dict[str, Fit] = FITS) -> None:
     """What each of the two processes runs: all fits, and whether the outcome is the same on both."""
     files, out = json.loads(sys.argv[1])
     torch.set_num_threads(1)
-    for name, one in FITS.items():
+    for name, one in fits.items():
         run, *result = one.run(Path(out), files, ranks=2)
         gathered = [None, None]
         torch.distributed.all_gather_object(gathered, repr(tree_map_only(torch.Tensor, torch.Tensor.tolist, result)))
@@ -175,16 +186,16 @@ def fitted(files, tmp_path_factory):
     return folder
 
 
+def outcome(folder, name):
+    """The weights after a fit by two processes, and what its callback told."""
+    alike, state, told = torch.load(folder / f"{name}.pt", weights_only=True)
+    assert alike, "the ranks differ"
+    return state, told
+
+
 @pytest.fixture
 def of_two(fitted):
-    """The weights after a fit by two processes, and what its callback told."""
-
-    def read(name):
-        alike, state, told = torch.load(fitted / f"{name}.pt", weights_only=True)
-        assert alike, "the ranks differ"
-        return state, told
-
-    return read
+    return partial(outcome, fitted)
 
 
 @pytest.mark.parametrize("name", ["convert at the start", "convert in stages"])

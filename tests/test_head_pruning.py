@@ -796,14 +796,6 @@ class TestRefused:
     def test_no_batches(self, files, tmp_path):
         self.refused(files, tmp_path, [pruning(0.5, calibration=[])], "batches: GateGradient needs at least one batch")
 
-    def test_strategies_that_shard(self, files, tmp_path):
-        sharding = pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-        try:
-            match = "HeadPruning changes shapes, .* the strategy is ModelParallelStrategy"
-            self.refused(files, tmp_path, [pruning(0.5)], match, strategy=sharding)
-        finally:
-            torch.distributed.destroy_process_group()
-
 
 def bloom():
     torch.manual_seed(0)

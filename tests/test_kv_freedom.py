@@ -163,6 +163,7 @@ def test_the_model_stays_as_it_is(family):
     places = find_projections(model, trace(model))
     tensors = [(one, one.data, one.data_ptr(), one.dtype) for one in (*model.parameters(), *model.buffers())]
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    accumulators = [accumulator(one) for one in model.parameters()]  # where DDP waits for gradients
     with torch.autocast("cpu", torch.bfloat16):
         assert find_freedoms(model, places) == find_freedoms(model, places)
         assert torch.is_autocast_enabled("cpu")
@@ -172,6 +173,11 @@ def test_the_model_stays_as_it_is(family):
     assert all(one.data_ptr() == place and one.dtype == dtype for one, _, place, dtype in tensors)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(one.requires_grad and one.grad is None for one in model.parameters())
+    assert all(accumulator(one) is own for one, own in zip(model.parameters(), accumulators, strict=True))
+
+
+def accumulator(parameter):
+    return parameter.view_as(parameter).grad_fn.next_functions[0][0]
 
 
 def test_it_is_the_same_under_autocast_and_with_kernels_that_know_no_float64():

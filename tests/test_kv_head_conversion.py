@@ -424,13 +424,6 @@ class TestRefused:
         with pytest.raises(ValueError, match=match):
             KVHeadConversion(**arguments)
 
-    def test_strategies_that_shard(self, files, tmp_path):
-        sharding = pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-        try:
-            self.refused(files, tmp_path, [KVHeadConversion(2)], "the strategy is ModelParallelStrategy", strategy=sharding)
-        finally:
-            torch.distributed.destroy_process_group()
-
     def test_averaged_weights(self, files, tmp_path):
         epochs = {"max_steps": -1, "max_epochs": 2}
         swa = pl.callbacks.StochasticWeightAveraging(1e-3)

@@ -1,26 +1,21 @@
 """Two processes sum what their examples show, and convert as one does."""
 
-import json
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from test_ddp import Fit, FitOfTuples, run_script
-from torch.utils._pytree import tree_map_only
+from test_ddp import Fit, FitOfTuples, draw, outcome, run_script
 
 from billhook import KVHeadConversion, MultiStep
 
 SCRIPT = """
-from test_kv_head_conversion_ddp import fit_all
-fit_all()
+from test_ddp import fit_all
+from test_kv_head_conversion_ddp import FITS
+fit_all(FITS)
 """
 
 
 def fit(at, **options):
     """On batches of the user's own, two to a process."""
-    ids = torch.randint(3, 60, (4, 2, 12), generator=torch.Generator().manual_seed(1))
-    given = {"calibration": [(one,) for one in ids], "measure_batches": 0}
+    given = {"calibration": [(one,) for one in draw(4, 2, 12, seed=1)], "measure_batches": 0}
     return Fit(FitOfTuples, lambda: KVHeadConversion(2, at, **given | options), lambda one: one.events, steps=4)
 
 
@@ -30,29 +25,16 @@ FITS = {
 }
 
 
-def fit_all() -> None:
-    """What each of the two processes runs, and whether the outcome is the same on both."""
-    (out,) = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    for name, one in FITS.items():
-        run, *result = one.run(Path(out), {}, ranks=2)
-        gathered = [None, None]
-        torch.distributed.all_gather_object(gathered, repr(tree_map_only(torch.Tensor, torch.Tensor.tolist, result)))
-        if run.is_global_zero:
-            torch.save([gathered[0] == gathered[1], *result], Path(out, f"{name}.pt"))
-
-
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    run_script(folder, SCRIPT, [str(folder)])
+    run_script(folder, SCRIPT, [{}, str(folder)])
     return folder
 
 
 @pytest.mark.parametrize("name", FITS)
 def test_two_processes_convert_as_one_does(fitted, tmp_path, name):
-    alike, state, events = torch.load(fitted / f"{name}.pt", weights_only=True)
-    assert alike, "the ranks differ"
+    state, events = outcome(fitted, name)
     _, single, events_of_one = FITS[name].run(tmp_path, {})
     assert events == events_of_one
     for own, value in single.items():

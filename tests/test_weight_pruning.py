@@ -268,13 +268,6 @@ class TestRefused:
         with pytest.raises(ValueError, match=match):
             pruning(**options)
 
-    def test_strategies_that_shard(self, files, tmp_path):
-        sharding = pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-        try:
-            self.refused(files, tmp_path, [pruning(sparsity=0.5)], "strategy is ModelParallelStrategy", strategy=sharding)
-        finally:
-            torch.distributed.destroy_process_group()
-
     def test_deepspeed(self):
         class Trainer:
             strategy = object.__new__(pl.strategies.DeepSpeedStrategy)

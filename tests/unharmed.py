@@ -1,0 +1,82 @@
+"""All that an event that fails must leave as it was, and errors that are raised anywhere within one."""
+
+import random
+import sys
+from contextlib import contextmanager
+from inspect import CO_GENERATOR
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+import billhook
+
+SOURCE = str(Path(billhook.__file__).parent)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def everything(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, object]:
+    """What modules are, hold and say, values bit for bit, configs, optimizers with their state, and random numbers."""
+    state = {f"module {name}": _module(module) for name, module in model.named_modules(remove_duplicate=False)}
+    state |= {f"tensor {name}": _tensor(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    configs = {id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PretrainedConfig)}
+    state |= {f"config {key}": repr(sorted(vars(config).items(), key=str)) for key, config in configs.items()}
+    for number, one in enumerate(optimizers):
+        groups = [{k: [id(p) for p in v] if k == "params" else v for k, v in group.items()} for group in one.param_groups]
+        kept = {id(p): {k: _tensor(v) for k, v in own.items()} for p, own in one.state.items()}
+        state[f"optimizer {number}"] = (groups, kept)
+    state["random"] = (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
+    state["torch"] = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_autocast_enabled("cpu"))
+    return state
+
+
+def _module(module: nn.Module) -> tuple[object, ...]:
+    said = {name: value for name, value in vars(module).items() if name not in ("_parameters", "_buffers", "_modules", *HOOKS)}
+    plain = {name: value if isinstance(value, int | float | str | tuple | None) else id(value) for name, value in said.items()}
+    held = [[(name, id(own)) for name, own in table.items()] for table in (module._parameters, module._buffers, module._modules)]
+    hooks = [len(getattr(module, name)) for name in HOOKS]
+    return id(module), type(module), module.training, repr(plain), held, hooks
+
+
+def _tensor(value: object) -> object:
+    if not isinstance(value, Tensor):
+        return value
+    bits = repr((value.detach() + 0).tolist())  # -0 is 0, and NaN is NaN
+    gradient = None if value.grad is None or not value.is_leaf else (id(value.grad), repr(value.grad.tolist()))
+    return id(value), tuple(value.shape), value.dtype, value.requires_grad, bits, gradient
+
+
+def differing(one: dict[str, object], other: dict[str, object]) -> list[str]:
+    return [key for key in one.keys() | other.keys() if one.get(key) != other.get(key)]
+
+
+class Interrupt(BaseException):
+    """No `Exception`, as an interrupt from the keyboard: nothing may take it for an answer."""
+
+
+TRACING = ("structure/rules", "structure/mode", "structure/tape", "structure/axes", "structure/sums")
+
+
+@contextmanager
+def interrupted(at: int):
+    """Raises `Interrupt` at a call of one of billhook's functions within, those of tracing aside; gives how many there are."""
+    calls: list[object] = [0, ""]
+
+    def watch(frame, event, _):
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(SOURCE) or code.co_name[0] == "<" or code.co_flags & CO_GENERATOR:
+            return
+        if (own := code.co_filename[len(SOURCE) + 1 :]).startswith(TRACING):
+            return
+        calls[0] += 1
+        if calls[0] == at:
+            calls[1] = f"{own}: {code.co_qualname}"
+            raise Interrupt
+
+    sys.setprofile(watch)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)

@@ -99,6 +99,7 @@ class Stop(Callback):
         trainer.should_stop = trainer.global_step == 3
 
 
+@pytest.mark.filterwarnings("ignore:KVHeadConversion. training has ended")
 def test_to_turn_heads_towards_each_other_changes_nothing(files, tmp_path):
     """The first of a thousand moves is small, so what the model gives is as it was."""
     seen = Seen()

@@ -3,6 +3,7 @@ import copy
 import importlib
 import os
 import shutil
+import sys
 import tempfile
 
 # before datasets is imported: no hub, and a cache of the tests' own
@@ -26,6 +27,8 @@ def _alone():
     yield
     os.environ.clear()
     os.environ.update(before)
+    if "torch._dynamo.eval_frame" in sys.modules:
+        assert sys.modules["torch._dynamo.eval_frame"]._stance.stance == "default", "compiled code has been switched off"
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ class Ranks:
             thread.start()
         for thread in threads:
             thread.join()
+        torch.compiler.set_stance("default")  # of all threads; each has put back what it found, in any order
         if errors:
             raise next((e for e in errors.values() if not isinstance(e, threading.BrokenBarrierError)), errors[min(errors)])
         return [results[rank] for rank in sorted(results)]

@@ -171,6 +171,14 @@ FAIL = {
     "validation": replace(stop(lambda: [KVHeadConversion(2, at=1)], partial(Validated, fails=True)), options={}),
     "export": stop(lambda: [Full("unused")]),
 }
+
+
+def taught_apart():
+    torch.manual_seed(rank())
+    return bh.TransformerModule(llama(vocab_size=2048), distillation=bh.Distillation())
+
+
+TEACHERS = {"teachers": Fit(taught_apart, lambda: [KVHeadConversion(2, at=1, **NONE)], told, {"limit_val_batches": 0}, 3)}
 RESUMED = {
     "conversion": Fit(
         partial(FitOfTuples, examples=8),
@@ -211,7 +219,7 @@ def fit_two():
     """In each of two processes."""
     fit_all(FITS)
     (files, out), stopped = json.loads(sys.argv[1]), {}
-    for name, one in (DIFFER | FAIL).items():
+    for name, one in (DIFFER | FAIL | TEACHERS).items():
         callbacks = one.callback()
         with pytest.raises(Exception) as caught:  # noqa: PT011 - what it says is looked at later
             replace(one, callback=lambda own=callbacks: own).run(Path(out), files, ranks=2)
@@ -267,6 +275,12 @@ def test_where_one_fails_both_stop_and_say_why(stopped, name):
     assert other[0] == "RanksDiffer"
     failed = f"rank {0 if name == 'export' else 1} ({kind}: {message})"
     assert f"this rank stops, as another has failed: {failed}" in other[1]
+
+
+def test_ranks_learn_from_one_teacher(stopped):
+    for kind, message, _ in stopped["teachers"]:
+        assert kind == "ValueError"
+        assert message.startswith("distillation: the ranks have teachers with different weights")
 
 
 @pytest.mark.parametrize("name", RESUMED)

@@ -218,7 +218,15 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         return self.noise.drawn(self.device, batches_seen(self.trainer), self.global_rank)
 
     def on_train_start(self) -> None:
-        """Draws the seed of dropout, if no checkpoint has said it."""
+        """Draws the seed of dropout, if no checkpoint has said it; refuses teachers that differ over ranks."""
+        if self.teacher is not None:
+            own = torch.tensor(self.teacher.fingerprint, device=self.device)
+            prints = cast(Tensor, self.all_gather(own))
+            if len(prints.unique()) > 1:
+                raise ValueError(
+                    "distillation: the ranks have teachers with different weights: seed all ranks alike (seed_everything) where "
+                    "weights of the model are new, or name the teacher"
+                )
         if self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
             self.noise = Noise()
         self.noise.seed = self.trainer.strategy.broadcast(self.noise.draw())

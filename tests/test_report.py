@@ -211,6 +211,20 @@ def test_plot_labels_do_not_lie_on_each_other_or_on_the_curve(monkeypatch):
     assert all(axes.figure.bbox.x0 <= extent.x0 <= extent.x1 <= axes.figure.bbox.x1 for extent in extents)
 
 
+def test_plot_labels_stand_beside_their_own_points(monkeypatch):
+    """Two of almost one value, one just after the other."""
+    history = [(0, 38.3), (20, 228), (100, 58), (300, 42.6)]
+    axes = drawn(monkeypatch, history, [(10, "8 -> 1 KV heads (mean)", 38.8, 1270)], "val_perplexity", "a.png")
+    dots = {"38.3": (0, 38.3), "38.8": (10, 38.8), "1,270": (10, 1270), "42.6": (300, 42.6)}
+    places = {name: axes.transData.transform(dot) for name, dot in dots.items()}
+    for text in axes.texts:
+        if (name := text.get_text()) in dots:
+            extent = text.get_window_extent()
+            center = ((extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2)
+            assert min(places, key=lambda other: math.dist(places[other], center)) == name
+    assert {text.get_text() for text in axes.texts} >= dots.keys()
+
+
 def test_plot_touches_no_global_state(tmp_path):
     import sys
 

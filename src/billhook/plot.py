@@ -43,7 +43,7 @@ def plot(
         axes.axhline(dense, color="0.45", linestyle=(0, (6, 4)), linewidth=0.8, zorder=1)
         axes.text(1.005, dense, "dense", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.45")
     axes.set(xlabel="optimizer step", ylabel=name.replace("val_", "validation ").replace("_", " "))
-    axes.margins(x=0.05, y=0.12)
+    axes.margins(x=0.06, y=0.12)
     axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -84,11 +84,12 @@ def _mark(axes: Any, events: Sequence[tuple[int, str]]) -> None:  # noqa: ANN401
 
 
 def _label(axes: Any, curve: Any, points: Sequence[tuple[int, float, str]]) -> None:  # noqa: ANN401 - matplotlib has no types
-    """Writes values beside their points: where the least is in the way, and not where another value stands already."""
+    """Writes values beside their points: where the least is in the way, not nearer to others, nor where another value stands."""
     axes.figure.draw_without_rendering()
     lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
     lines.append(curve.get_path().transformed(axes.transData))  # counts twice
     taken, seen = list[Any](), set[tuple[int, float]]()
+    dots = {(step, value): axes.transData.transform((step, value)) for step, value, _ in points if abs(value) < 1e100}
     for step, value, side in points:
         if (step, value) in seen or not abs(value) < 1e100:
             continue
@@ -102,13 +103,19 @@ def _label(axes: Any, curve: Any, points: Sequence[tuple[int, float, str]]) -> N
             if not any(extent.padded(3).overlaps(other) for other in taken):
                 outside = extent.x0 < axes.bbox.x0 or extent.x1 > axes.bbox.x1 or extent.y0 < axes.bbox.y0
                 crossed = sum(line.intersects_bbox(extent.padded(2), filled=False) for line in lines)
-                free.append((crossed + 2 * outside, len(free), place, extent))
+                away = {dot: math.dist(place_of, _center(extent)) for dot, place_of in dots.items()}
+                taken_for_another = min(away, key=lambda dot: away[dot]) != (step, value)
+                free.append((crossed + 2 * outside + 2 * taken_for_another, len(free), place, extent))
         if not free:
             text.remove()
             continue
         _, _, place, extent = min(free)
         _put(text, *place)
         taken.append(extent)
+
+
+def _center(extent: Any) -> tuple[float, float]:  # noqa: ANN401 - matplotlib has no types
+    return (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
 
 
 def _put(text: Any, side: str, up: bool) -> None:  # noqa: ANN401 - matplotlib has no types

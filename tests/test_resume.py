@@ -70,6 +70,14 @@ def heads_then_kv_heads_then_weights(folder):
     ]
 
 
+def heads_then_weights_then_kv_heads(folder):
+    return [
+        bh.HeadPruning(TWICE["heads"], **FEW),
+        bh.WeightPruning(bh.Wanda(), bh.MultiStep([0.25, 0.5], [3, 6]), **FEW),
+        bh.KVHeadConversion(1, at=5, measure_batches=0),
+    ]
+
+
 def recorded(folder):
     own = [bh.Export(str(folder / "model")), bh.Report(str(folder / "report.png"), measure_batches=1)]
     return heads_then_kv_heads_then_weights(folder) + own
@@ -107,13 +115,14 @@ def turned_kv_heads_then_weights(folder):
     [
         (heads_then_kv_heads_then_weights, False, range(1, 8), {}),
         (heads_then_kv_heads_then_weights, False, (2, 4, 5), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+        (heads_then_weights_then_kv_heads, False, (2, 3, 4, 5, 6), {}),
         (recorded, False, (3,), {}),
         (heads_then_weights, True, (1, 2, 4, 5, 7), {}),
         (masked_heads_and_weights, False, (1, 3, 5), {}),
         (units_then_blocks_then_weights, False, (1, 2, 3, 5, 6), {}),
         (turned_kv_heads_then_weights, False, (1, 2, 3, 5), {}),
     ],
-    ids=["all", "accumulated", "recorded", "lora", "masked", "structure", "turned"],
+    ids=["all", "accumulated", "weights between", "recorded", "lora", "masked", "structure", "turned"],
 )
 def test_stopped_at_any_step(files, tmp_path, callbacks, lora, stops, options):
     """Weights, optimizer, schedules, loops, masks, shapes, events and random numbers are those of the straight run."""

@@ -10,6 +10,7 @@ from fits import data, same, trainer, weights
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import billhook as bh
+from billhook.lora import attach
 from billhook.sparsity.linears import prunable
 
 pytestmark = [
@@ -205,6 +206,48 @@ def test_shapes_change_before_the_first_mask(files, tmp_path):
         assert callback.masks["model.layers.0.self_attn.k_proj"].shape == (8, 32)
 
 
+def test_masks_follow_shapes_that_change_later(files, tmp_path):
+    """What is cut is cut from masks, blocks take theirs along, what is averaged is zero where all of it was."""
+    seen = {}
+
+    class Note(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen[trainer.global_step] = dict(callback.masks), weights(pl_module)
+
+    lit, callback = fits.module(num_hidden_layers=3), pruning(sparsity=0.5, at=1, criterion=bh.Magnitude())
+    changes = [
+        bh.DepthPruning(1, at=2, last=1, measure_batches=0, examples=4),
+        bh.StructuredPruning(channels=0.25, at=3, measure_batches=0, importance=bh.WeightNorm()),
+        bh.KVHeadConversion(2, at=4, measure_batches=0),
+    ]
+    trainer(tmp_path, [*changes, callback, Note()], max_steps=5).fit(lit, data(files))
+    (gone,) = changes[0].plan.blocks["model.layers"]
+    kept = [number for number in range(3) if number != gone]
+    for name, mask in seen[2][0].items():
+        block = int(name.split(".")[2])
+        assert torch.equal(mask, seen[1][0][name.replace(f".{block}.", f".{kept[block]}.", 1)])
+    for name, mask in seen[3][0].items():
+        before, now = seen[2][0][name], seen[3][1]
+        if "mlp" in name:
+            assert mask.shape != before.shape
+            assert torch.equal(mask, now[f"model.{name}.weight"] != 0)
+            assert abs(float(mask.float().mean()) - 0.5) < 0.05
+        else:
+            assert torch.equal(mask, before)
+    heads = seen[3][0]["model.layers.0.self_attn.k_proj"].view(2, 2, -1, 32)
+    assert torch.equal(seen[4][0]["model.layers.0.self_attn.k_proj"].view(2, -1, 32), heads.any(1))
+    for name, mask in callback.masks.items():
+        assert torch.equal(mask, seen[4][0][name])
+        assert not lit.model.get_submodule(name).weight[~mask].any()
+
+
+def test_a_later_round_masks_what_has_been_mixed_anew(files, tmp_path):
+    lit, callback = module(), pruning(sparsity=bh.MultiStep([0.5, 0.6], [1, 5]))
+    conversion = bh.KVHeadConversion(2, at=3, method="svd", measure_batches=0, examples=4)
+    trainer(tmp_path, [conversion, callback]).fit(lit, data(files))
+    assert zeros(lit) == pytest.approx((0.6, 0.6), abs=0.02)
+
+
 class TestRefused:
     """With a message that says what is legal, before anything has changed."""
 
@@ -216,9 +259,27 @@ class TestRefused:
         assert same(weights(lit), before)
 
     @pytest.mark.parametrize(("conversion", "at", "order"), [(5, 4, 1), (4, 4, -1), (0, "start", -1), (0.9, 0.5, 1)])
-    def test_shapes_that_change_after_the_first_mask(self, files, tmp_path, conversion, at, order):
-        callbacks = [bh.KVHeadConversion(2, at=conversion, measure_batches=0), pruning(sparsity=0.5, at=at)][::order]
-        self.refused(files, tmp_path, callbacks, "KVHeadConversion changes shapes at step .*, after WeightPruning has made masks")
+    def test_shapes_that_change_after_the_first_mask_of_a_pattern(self, files, tmp_path, conversion, at, order):
+        callbacks = [bh.KVHeadConversion(2, at=conversion, measure_batches=0), pruning(pattern="2:4", at=at)][::order]
+        match = "KVHeadConversion changes shapes at step .*, after WeightPruning has made masks .*pattern='2:4' is of inputs"
+        self.refused(files, tmp_path, callbacks, match)
+
+    @pytest.mark.parametrize(
+        ("options", "over", "match"), [({"mask_adapters": True}, 0, "masks LoRA by the shapes"), ({}, 2, "moves weights")]
+    )
+    def test_shapes_that_masks_cannot_follow(self, files, tmp_path, options, over, match):
+        callbacks = [
+            bh.KVHeadConversion(2, at=5, over=over, measure_batches=0),
+            pruning(sparsity=0.5, at=2, **options),
+        ]
+        lit = module()
+        if options:
+            attach(lit.model, bh.LoRA(r=2))
+            callbacks[0] = bh.StructuredPruning(channels=0.25, at=5, measure_batches=0, importance=bh.WeightNorm())
+        with pytest.raises(
+            ValueError, match=f"changes shapes at step 5, after WeightPruning has made masks at step 2, and.*{match}"
+        ):
+            trainer(tmp_path, callbacks).fit(lit, data(files))
 
     @pytest.mark.parametrize(
         ("options", "match"),

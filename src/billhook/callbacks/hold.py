@@ -25,6 +25,7 @@ class Hold:
         self.masks: dict[str, Tensor] = {}
         self._models: list[nn.Module] = []
         self._linears: list[dict[str, nn.Module]] = []
+        self._weights: dict[str, nn.Parameter] = {}
         self._adapted: Collection[str] = ()
         self._hooks: list[RemovableHandle] = []
 
@@ -79,10 +80,24 @@ class Hold:
         except BaseException:
             self._linears, self.masks = before
             raise
+        self._weights = {name: own[name].get_parameter("weight") for name in self.masks}
         self.apply()
         own_masks = {name: self.masks[name] for name in self._adapted if name in self.masks}
         for model in self._models if own_masks else ():
             mask_adapters(model, own_masks)
+
+    def follow(self) -> None:
+        """Takes the shape that the model has been given: of weights that are new, what is zero stays zero, and no more."""
+        if not self.masks or not self._models:
+            return
+        of, masks = {id(weight): self.masks[name] for name, weight in self._weights.items()}, dict[str, Tensor]()
+        for name, linear in prunable(self._models[0], output_embeddings=True).items():
+            weight = linear.get_parameter("weight")
+            if id(weight) in of:  # the same, perhaps in another place
+                masks[name] = of[id(weight)]
+            elif name in self.masks:
+                masks[name] = weight.detach() != 0
+        self.hold(masks)
 
     def apply(self) -> None:
         """Makes zero what the masks say, in the model and in its copies."""
@@ -103,7 +118,7 @@ class Hold:
     def _let_go(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._models, self._linears = [], [], []
+        self._hooks, self._models, self._linears, self._weights = [], [], [], {}
 
     def _step(self, *_: object) -> None:
         for model in self._models[:1]:

@@ -114,6 +114,11 @@ class KVHeadConversion(ShapeCallback):
         return super().needs_length or isinstance(self.over, float)
 
     @property
+    def moves(self) -> bool:  # type: ignore[override]
+        """Whether heads move before they are cut."""
+        return bool(self.over)
+
+    @property
     def _by_layer(self) -> bool:
         return isinstance(self.at[0], Schedule)
 

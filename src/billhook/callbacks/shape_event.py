@@ -31,6 +31,14 @@ At = Step | Literal["start"]
 Event = dict[str, Any]
 
 
+class FollowsShapes(Callback, ABC):
+    """Keeps something in the sizes of the model's tensors, and is told when these have changed in the middle of a fit."""
+
+    @abstractmethod
+    def follow(self) -> None:
+        """Takes the shape that the model has now."""
+
+
 class ShapeCallback(Callback, ABC):
     """Changes tensor shapes in one or more stages, each at its step; model, optimizers and checkpoints follow.
 
@@ -42,9 +50,11 @@ class ShapeCallback(Callback, ABC):
 
     Attributes:
         keeps_what_it_did: Whether its state says what it has done, so that a run cannot go on with another in its place.
+        moves: Whether it moves weights between its events, too.
     """
 
     keeps_what_it_did = True
+    moves = False
 
     def __init__(self, at: Sequence[At | Schedule], measure_batches: int | None = None) -> None:
         for moment in at:
@@ -187,6 +197,8 @@ class ShapeCallback(Callback, ABC):
         """Carries out a stage on model and optimizers, also where DDP has wrapped the model."""
         with unwrapped(trainer), together(trainer, type(self).__name__):
             event = self._record(trainer, before, pl_module, stage, trainer.optimizers)
+        for callback in callbacks_of(trainer, FollowsShapes):
+            callback.follow()
         torch.compiler.reset()  # of code made for old shapes there may be so much that torch makes no more
         return event
 

@@ -21,7 +21,7 @@ from billhook.callbacks.hold import Hold
 from billhook.callbacks.measure import measure
 from billhook.callbacks.ranks import SumOverRanks, check_agreed, together
 from billhook.callbacks.rounds import check_times, find_rounds, still_due
-from billhook.callbacks.shape_event import At, Event, ShapeCallback, log_event
+from billhook.callbacks.shape_event import At, Event, FollowsShapes, ShapeCallback, log_event
 from billhook.callbacks.strategies import check_masks
 from billhook.report import summary
 from billhook.run import callbacks_of, is_trial, training_steps
@@ -39,11 +39,13 @@ from billhook.structure.shape import find_transformer
 from billhook.walk import Sequential
 
 
-class WeightPruning(Callback):
+class WeightPruning(FollowsShapes):
     """Zeroes the least important weights at given steps of a fit, and holds them at zero while training goes on.
 
     The sparsity is always of all weights, so that rounds do not compound. Masks are held through momentum, weight decay,
     accumulation, mixed precision and weight averaging, saved in checkpoints (one bit a weight), and the same after a resume.
+    Where shapes change afterwards, masks follow: what is zero stays zero, what is averaged is zero where all of it was, and
+    weights that are mixed anew are masked again by a later round.
 
     Args:
         criterion: How important a weight is: `Wanda` (2306.11695; the default), `Magnitude`, `SparseGPT`, `RIA`, `Random`.
@@ -153,17 +155,30 @@ class WeightPruning(Callback):
         self._check_shapes(trainer, total)
 
     def _check_shapes(self, trainer: pl.Trainer, total: int | None) -> None:
-        """Refuses what changes shapes after the first mask exists."""
+        """Refuses what changes shapes after the first mask exists, where masks cannot follow."""
         first, seen = min(self._rounds, default=sys.maxsize), False
         for callback in callbacks_of(trainer, Callback):
             seen |= callback is self
             if isinstance(callback, ShapeCallback):
                 last = max(callback.steps(total or sys.maxsize, trainer), default=-1)
-                if (last, seen) > (first, False):
+                why = self._cannot_follow(callback)
+                if (last, seen) > (first, False) and why:
                     raise ValueError(
                         f"{type(callback).__name__} changes shapes at step {last}, after WeightPruning has made masks at step "
-                        f"{first}: let it come first, at an earlier step or before it in the list of callbacks"
+                        f"{first}, {why}: let it come first, at an earlier step or before it in the list of callbacks"
                     )
+
+    def _cannot_follow(self, callback: ShapeCallback) -> str:
+        """Why masks cannot follow what a callback does; nothing if they can."""
+        if self.pattern != "unstructured":
+            return f"and pattern={self.pattern!r} is of inputs that stand beside each other"
+        if self.mask_adapters:
+            return "and mask_adapters=True masks LoRA by the shapes of then"
+        return "and moves weights that masks hold" if callback.moves else ""
+
+    def follow(self) -> None:
+        """Takes the shape that the model has been given in the middle of the fit."""
+        self._hold.follow()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Holds what a checkpoint held, and carries out what is due before the first step."""

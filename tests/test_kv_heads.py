@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from families import EXTRA, build, llama, tokens
-from shaped import bert, uneven_llama
+from shaped import uneven_llama
 from torch import nn
 
 from billhook.structure.kv_heads import Pooled, convert_kv_heads, kv_heads_of, plan_kv_heads, pool_heads
@@ -287,18 +287,6 @@ class TestRefused:
     def test_not_a_hugging_face_model(self):
         with pytest.raises(ValueError, match="Linear holds no Hugging Face model"):
             convert_kv_heads(nn.Linear(2, 2), 1)
-
-    def test_adapters(self):
-        peft = pytest.importorskip("peft")
-        model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
-        with pytest.raises(ValueError, match="merge the adapters first"):
-            convert_kv_heads(model, 2)
-
-    def test_adapters_of_a_model_whose_config_knows_no_kv_heads(self):
-        peft = pytest.importorskip("peft")
-        model = peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["query", "value"]))
-        with pytest.raises(ValueError, match="merge the adapters first"):
-            convert_kv_heads(model, 2)
 
     def test_quantised(self):
         model = llama()

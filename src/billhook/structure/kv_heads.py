@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.structure.figures import kv_cache_bytes
+from billhook.structure.kv_adapters import MERGE, adapted, check_adapters, with_adapters, without_adapters
 from billhook.structure.kv_approach import changed
 from billhook.structure.kv_config import cut_by_config
 from billhook.structure.kv_layout import find_kv
@@ -139,7 +140,8 @@ def plan_kv_heads(
     No names of architectures or projections are needed. The first of three ways is taken that holds: the model's class builds it
     from a changed config, also where queries, keys and values are one matrix; or the code reads however many heads keys and
     values have; or linears store few heads and hand out many. The last two are proved on a small copy of the model against the
-    dense class with heads pooled and repeated: at several lengths and batches, padded, and with a cache.
+    dense class with heads pooled and repeated: at several lengths and batches, padded, and with a cache. Of LoRA, B is
+    pooled along with the linear.
 
     Args:
         model: A Hugging Face model, or a module that holds one.
@@ -154,6 +156,8 @@ def plan_kv_heads(
     check_request(num_key_value_heads, method)
     model, heads = find_transformer(model), num_key_value_heads
     check_plain(model)
+    if adapted(model):
+        return _plan_under_adapters(model, heads, method, layers, encoder)
     said = said_heads(model) if layers is None and not shape_of(model).handed else None
     if said is not None:
         check_kv_heads(heads, said, getattr(model.config.get_text_config(decoder=True), "num_attention_heads", said))
@@ -174,6 +178,17 @@ def plan_kv_heads(
         saves = way == "groups"
     before = max(found[name].heads for name in chosen)
     return KVHeadPlan(before, heads, method, parameters, shape, way, saves, tuple(chosen))
+
+
+def _plan_under_adapters(
+    model: PreTrainedModel, heads: int, method: Pooling, layers: Collection[int | str] | None, encoder: bool
+) -> KVHeadPlan:
+    check_adapters(model, method)
+    plan = plan_kv_heads(without_adapters(model), heads, method, layers, encoder)
+    if plan.way == "handed":
+        raise ValueError(f"linears of {type(model).__name__} would hand out few heads many times, which LoRA cannot do: {MERGE}")
+    parameters, shape = with_adapters(model, plan.parameters, plan.shape)
+    return replace(plan, parameters=parameters, shape=shape)
 
 
 def convert_kv_heads(

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.ambient import undisturbed
 from billhook.structure.coupling import Structure
+from billhook.structure.kv_adapters import MERGE, adapted
 from billhook.structure.kv_freedom import Freedoms, find_freedoms, in_order
 from billhook.structure.kv_grouping import moments_in_order, similar_order
 from billhook.structure.kv_moments import Moments, gather
@@ -128,7 +129,13 @@ class Attentions:
 
 
 def attentions_of(model: nn.Module, groups: Mapping[str, int]) -> Attentions:
-    """The attentions that are named, and what is known of them."""
+    """The attentions that are named, and what is known of them.
+
+    Raises:
+        ValueError: If heads are not made by one linear each, or there are adapters.
+    """
+    if adapted(model):
+        raise ValueError(f"with LoRA attached, heads stay in their bases, where 'mean' and 'first' can pool them: or {MERGE}")
     structure = trace(model)
     places = {name: place for name, place in find_projections(model, structure).items() if name in groups}
     return Attentions(model, places, groups, structure)

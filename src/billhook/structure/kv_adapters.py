@@ -1,0 +1,77 @@
+"""Fewer KV heads under LoRA: W + s B A pooled is W pooled + s (B pooled) A, so what is pooled of a linear is pooled of its B."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from billhook.structure.meta import to_meta
+from billhook.structure.pooling import Pooled
+from billhook.structure.shape import Shape, shape_of
+
+MERGE = "merge the adapters first (bh.merge)"
+
+
+def adapted(model: nn.Module) -> dict[str, Any]:
+    """The layers of a model that PEFT has put adapters on, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def check_adapters(model: nn.Module, method: str) -> None:
+    """Refuses adapters that cannot be pooled.
+
+    Raises:
+        ValueError: If they are not plain LoRA, or heads are drawn anew.
+    """
+    if method == "random":
+        raise ValueError(f"method='random': what is drawn anew says nothing of adapters: {MERGE}")
+    for name, layer in adapted(model).items():
+        own = {part.partition(".")[0] for part, _ in layer.named_parameters()} - {"base_layer"}
+        if not isinstance(layer, LoraLayer) or own - {"lora_A", "lora_B"}:
+            raise ValueError(f"{name} has adapters that are not plain LoRA ({', '.join(sorted(own))}): {MERGE}")
+
+
+def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it is beneath its adapters, on the meta device."""
+    shadow = to_meta(model)
+    for name, layer in adapted(shadow).items():
+        owner, _, attr = name.rpartition(".")
+        setattr(shadow.get_submodule(owner), attr, layer.get_base_layer())
+    return shadow
+
+
+def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shape: Shape) -> tuple[dict[str, Pooled], Shape]:
+    """What is pooled of a model, and its shape then, from the same of the model beneath its adapters.
+
+    Raises:
+        ValueError: If what the adapters of a layer read becomes less.
+    """
+    layers, now = adapted(model), shape_of(model)
+
+    def there(name: str) -> str:
+        owner, _, own = name.rpartition(".")
+        return f"{owner}.base_layer.{own}" if owner in layers else name
+
+    pooled = {there(name): own for name, own in parameters.items()}
+    tensors = {there(name): size for name, size in shape.tensors.items()}
+    attributes = {there(name): value for name, value in shape.attributes.items()}
+    for name, layer in layers.items():
+        own = parameters.get(f"{name}.weight")
+        if own is None:
+            continue
+        outputs = 1 if isinstance(layer.get_base_layer(), Conv1D) else 0
+        if own.dim != outputs:
+            raise ValueError(f"{name}.weight shrinks along what its adapters read: {MERGE}")
+        size = shape.tensors[f"{name}.weight"][outputs]
+        attributes[f"{name}.out_features"] = size
+        for adapter, second in layer.lora_B.items():
+            part = f"{name}.lora_B.{adapter}"
+            pooled[f"{part}.weight"] = Pooled(0, own.index)
+            tensors[f"{part}.weight"], attributes[f"{part}.out_features"] = (size, second.weight.shape[1]), size
+    attributes = {name: value for name, value in attributes.items() if name in now.attributes or name in shape.attributes}
+    return pooled, replace(now, tensors=now.tensors | tensors, attributes=now.attributes | attributes, config=shape.config)

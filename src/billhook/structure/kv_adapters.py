@@ -1,6 +1,6 @@
 """Fewer KV heads under LoRA: W + s B A pooled is W pooled + s (B pooled) A, so what is pooled of a linear is pooled of its B."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +45,12 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return shadow
 
 
+def beneath(name: str, layers: Collection[str]) -> str:
+    """What a tensor or attribute is called where adapters are on some layers."""
+    owner, _, own = name.rpartition(".")
+    return f"{owner}.base_layer.{own}" if owner in layers else name
+
+
 def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shape: Shape) -> tuple[dict[str, Pooled], Shape]:
     """What is pooled of a model, and its shape then, from the same of the model beneath its adapters.
 
@@ -53,13 +59,9 @@ def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shap
     """
     layers, now = adapted(model), shape_of(model)
 
-    def there(name: str) -> str:
-        owner, _, own = name.rpartition(".")
-        return f"{owner}.base_layer.{own}" if owner in layers else name
-
-    pooled = {there(name): own for name, own in parameters.items()}
-    tensors = {there(name): size for name, size in shape.tensors.items()}
-    attributes = {there(name): value for name, value in shape.attributes.items()}
+    pooled = {beneath(name, layers): own for name, own in parameters.items()}
+    tensors = {beneath(name, layers): size for name, size in shape.tensors.items()}
+    attributes = {beneath(name, layers): value for name, value in shape.attributes.items()}
     for name, layer in layers.items():
         own = parameters.get(f"{name}.weight")
         if own is None:

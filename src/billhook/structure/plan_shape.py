@@ -14,6 +14,7 @@ from billhook.structure.channels import find_units
 from billhook.structure.coupling import Structure
 from billhook.structure.fields import FieldFinder
 from billhook.structure.groups import Kind
+from billhook.structure.kv_adapters import adapted, beneath, without_adapters
 from billhook.structure.meta import to_meta
 from billhook.structure.plan import Plan, counts
 from billhook.structure.shape import Shape, build_on_meta, set_shape, shape_of
@@ -43,8 +44,12 @@ def shapes_then(
     `finder` is one of the model, or of one like it, that remembers what it has built.
     """
     usual = _build_shape(model, {})
-    fields = _fields(model, structure, plan, finder or FieldFinder(model)) if usual.tensors == now.tensors else {}
-    if fields and (built := _built(model, fields, usual, now, tensors)) is not None:
+    if adapted(model):
+        built, fields = _beneath_adapters(model, plan, usual, now, tensors)
+    else:
+        fields = _fields(model, structure, plan, finder or FieldFinder(model)) if usual.tensors == now.tensors else {}
+        built = _built(model, fields, usual, now, tensors) if fields else None
+    if built is not None:
         yield built, fields
         return
     eager = all(usual.attributes.get(name) == value for name, value in now.attributes.items() if name.endswith(GROUPS))
@@ -53,6 +58,21 @@ def shapes_then(
             shape = Shape(tensors, now.attributes | attributes, now.config)
             if _runs(model, plan, shape, changed, eager):
                 yield shape, changed
+
+
+def _beneath_adapters(
+    model: PreTrainedModel, plan: Plan, usual: Shape, now: Shape, tensors: dict[str, tuple[int, ...]]
+) -> tuple[Shape | None, Fields]:
+    """The same of a model with LoRA, from what its class builds beneath that."""
+    base, layers = without_adapters(model), adapted(model)
+    before = shape_of(base)
+    fields = _fields(base, trace(base), plan, FieldFinder(base)) if usual.tensors == before.tensors else {}
+    plain = {name.replace(".base_layer.", "."): size for name, size in tensors.items() if ".lora_" not in name}
+    built = _built(base, fields, usual, before, plain) if fields else None
+    if built is None:
+        return None, {}
+    attributes = {beneath(name, layers): value for name, value in built.attributes.items()} | _certain(model, tensors)
+    return Shape(tensors, now.attributes | attributes, now.config), fields
 
 
 def _fields(model: PreTrainedModel, structure: Structure, plan: Plan, finder: FieldFinder) -> Fields:

@@ -1,6 +1,6 @@
 """Whole blocks are ranked and removed at a given step of a fit (ShortGPT, 2403.03853)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.examples import aside, check_readable, scoring_batches
+from billhook.callbacks.examples import aside, check_readable, check_source, scoring_batches
 from billhook.callbacks.ranks import SumOverRanks, check_agreed
 from billhook.callbacks.shape_event import At, ShapeCallback
 from billhook.resting import resting
@@ -62,10 +62,7 @@ class DepthPruning(ShapeCallback):
     ) -> None:
         super().__init__([0 if at == "start" else at], measure_batches)
         check_by(by)
-        if type(examples) is not int or examples < 1:
-            raise ValueError(f"examples={examples!r} must be at least 1")
-        if isinstance(calibration, Iterator):
-            raise ValueError(f"calibration={type(calibration).__name__} can be read only once: give a list or a DataLoader")
+        check_source(examples, calibration)
         self.quota, self.by, self.greedy = Quota(count, ratio, first, last), by, greedy
         self.calibration, self.examples, self.seed = calibration, examples, seed
         self.plan: BlockPlan | None = None

@@ -51,6 +51,27 @@ def _nothing(*_: object, **__: object) -> None:
     """Logs nothing."""
 
 
+def check_source(examples: int, calibration: Iterable[Any] | None) -> None:
+    """Refuses less than one example, and batches that can be read only once.
+
+    Raises:
+        ValueError: With what is legal.
+    """
+    if type(examples) is not int or examples < 1:
+        raise ValueError(f"examples={examples!r} must be at least 1")
+    check_calibration(calibration)
+
+
+def check_calibration(calibration: Iterable[Any] | None) -> None:
+    """Refuses batches that can be read only once.
+
+    Raises:
+        ValueError: With what can be read again.
+    """
+    if isinstance(calibration, Iterator):
+        raise ValueError(f"calibration={type(calibration).__name__} can be read only once: give a list or a DataLoader")
+
+
 def check_readable(trainer: pl.Trainer) -> None:
     """Refuses training data that a calibration would use up.
 

@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.examples import aside, check_readable, gradient_precision, scoring_batches
+from billhook.callbacks.examples import aside, check_readable, check_source, gradient_precision, scoring_batches
 from billhook.callbacks.export import Export
 from billhook.callbacks.head_record import HeadRecord
 from billhook.callbacks.measure import measure
@@ -111,10 +111,7 @@ class HeadPruning(ShapeCallback):
             raise ValueError(
                 f"monitor={monitor!r} needs keep={keep} in (0, 1], mode={mode!r} 'max' or 'min', and measure_batches"
             )
-        if type(examples) is not int or examples < 1:
-            raise ValueError(f"examples={examples!r} must be at least 1")
-        if isinstance(calibration, Iterator):
-            raise ValueError(f"calibration={type(calibration).__name__} can be read only once: give a list or a DataLoader")
+        check_source(examples, calibration)
         self.ratio, self.moment, self.importance = ratio, at, importance or GateGradient()
         self.ranking, self.per, self.min_heads, self.normalize, self.remove = ranking, per, min_heads, normalize, remove
         self.monitor, self.keep, self.mode, self.plot_file = monitor, keep, mode, plot_file

@@ -96,6 +96,7 @@ class KVHeadConversion(ShapeCallback):
         if any(before <= after or before % after for before, after in zip(heads, heads[1:], strict=False)):
             raise ValueError(f"num_key_value_heads={heads}: each stage must have fewer heads than the one before, and divide it")
         self.heads, self.over, self.encoder = heads, over, encoder
+        self.moves = bool(over)
         self._stages: list[Stage] = []
         self._reset()
 
@@ -112,11 +113,6 @@ class KVHeadConversion(ShapeCallback):
     def needs_length(self) -> bool:
         """Whether it depends on the length of training when heads move or are cut."""
         return super().needs_length or isinstance(self.over, float)
-
-    @property
-    def moves(self) -> bool:  # type: ignore[override]
-        """Whether heads move before they are cut."""
-        return bool(self.over)
 
     @property
     def _by_layer(self) -> bool:

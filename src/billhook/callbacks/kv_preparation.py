@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from billhook.callbacks.examples import Pair, aside, check_readable, scoring_batches
+from billhook.callbacks.examples import Pair, aside, check_calibration, check_readable, scoring_batches
 from billhook.callbacks.ranks import SumOverRanks
 from billhook.structure.kv_approach import check_ready, turned_weights
 from billhook.structure.kv_heads import Method, Pooling, check_method
@@ -52,8 +52,7 @@ class Preparation:
         check_method(self.method, self.grouping, self.repair)
         if type(self.examples) is not int or self.examples < 1:
             raise ValueError(f"examples={self.examples!r} must be a whole number of at least 1")
-        if isinstance(self.calibration, Iterator):
-            raise ValueError(f"calibration={type(self.calibration).__name__} can be read only once: give a list or a DataLoader")
+        check_calibration(self.calibration)
 
     @property
     def turns(self) -> bool:

@@ -17,6 +17,16 @@ from billhook.callbacks.ranks import check_agreed, together
 from billhook.run import isolated
 
 
+def check_limit(measure_batches: int | None) -> None:
+    """Refuses what is no number of batches.
+
+    Raises:
+        ValueError: With what is legal.
+    """
+    if measure_batches is not None and (type(measure_batches) is not int or measure_batches < 0):
+        raise ValueError(f"measure_batches={measure_batches!r} must be at least 0")
+
+
 def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | None = None) -> dict[str, float]:
     """Runs the module's `validation_step` over the validation batches and returns what it logs, averaged.
 

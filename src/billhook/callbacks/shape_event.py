@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from billhook.callbacks.carry import carry, put, release
 from billhook.callbacks.going_on import GoingOn
 from billhook.callbacks.made import forget, when_made
-from billhook.callbacks.measure import measure
+from billhook.callbacks.measure import check_limit, measure
 from billhook.callbacks.ranks import together
 from billhook.callbacks.strategies import check_shapes
 from billhook.callbacks.uptraining import Uptraining
@@ -64,8 +64,7 @@ class ShapeCallback(Callback, ABC):
                         f"at={moment!r} must be 'start', an int (a step) or a float in 0..1 (a fraction of training)"
                     )
                 check_step(moment, "at")
-        if measure_batches is not None and (type(measure_batches) is not int or measure_batches < 0):
-            raise ValueError(f"measure_batches={measure_batches!r} must be at least 0")
+        check_limit(measure_batches)
         self.at, self.measure_batches = list(at), measure_batches
         self.events: list[Event] = []
         self._steps: list[int] = []

@@ -1,7 +1,7 @@
 """Coupled structures are ranked and removed at given steps of a fit, and training goes on (LLM-Pruner, 2305.11627)."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.examples import Pair, aside, check_readable, gradient_precision, scoring_batches
+from billhook.callbacks.examples import Pair, aside, check_calibration, check_readable, gradient_precision, scoring_batches
 from billhook.callbacks.measure import measure
 from billhook.callbacks.ranks import SumOverRanks, check_agreed, together
 from billhook.callbacks.shape_event import At, ShapeCallback, log_event
@@ -106,8 +106,7 @@ class StructuredPruning(ShapeCallback):
         for name, value in {"rounds": rounds, "examples": examples}.items():
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
-        if isinstance(calibration, Iterator):
-            raise ValueError(f"calibration={type(calibration).__name__} can be read only once: give a list or a DataLoader")
+        check_calibration(calibration)
         self.moment, self.rounds, self.importance, self.normalize = at, rounds, importance or Taylor(), normalize
         self.repair, self.calibration, self.examples, self.seed = repair, calibration, examples, seed
         self._moments: dict[int, float] = {}

@@ -1,7 +1,7 @@
 """Weights become zero at given steps of a fit, and stay zero."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from billhook.callbacks.carry import carry, put, release
-from billhook.callbacks.examples import aside, check_readable, on_device, runs_as_in_training, training_examples
+from billhook.callbacks.examples import aside, check_readable, check_source, on_device, runs_as_in_training, training_examples
 from billhook.callbacks.going_on import GoingOn
 from billhook.callbacks.hold import Hold
-from billhook.callbacks.measure import measure
+from billhook.callbacks.measure import check_limit, measure
 from billhook.callbacks.ranks import SumOverRanks, check_agreed, together
 from billhook.callbacks.rounds import check_times, find_rounds, still_due
 from billhook.callbacks.shape_event import At, Event, FollowsShapes, ShapeCallback, log_event
@@ -92,12 +92,8 @@ class WeightPruning(FollowsShapes):
         mask_adapters: bool = False,
     ) -> None:
         check_times(sparsity, pattern, at)
-        if type(examples) is not int or examples < 1:
-            raise ValueError(f"examples={examples!r} must be at least 1")
-        if isinstance(calibration, Iterator):
-            raise ValueError(f"calibration={type(calibration).__name__} can be read only once: give a list or a DataLoader")
-        if measure_batches is not None and (type(measure_batches) is not int or measure_batches < 0):
-            raise ValueError(f"measure_batches={measure_batches!r} must be at least 0")
+        check_source(examples, calibration)
+        check_limit(measure_batches)
         self.criterion = criterion or Wanda()
         self.sparsity, self.pattern, self.at = sparsity, pattern, at
         self.calibration, self.examples, self.seed = calibration, examples, seed

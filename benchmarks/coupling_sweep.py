@@ -18,8 +18,8 @@ import transformers
 from oracle import answer, check, randomise
 from small_configs import architectures, build, has_experts, small_config
 
-from billhook.structure.inputs import make_inputs
-from billhook.structure.trace import trace
+from billhook.running.inputs import make_inputs
+from billhook.tracing.trace import trace
 
 NAMES = ("clean", "partly opaque", "refused", "not built")
 NOT_PRUNED = ("vocab", "label", "fixed", "position")

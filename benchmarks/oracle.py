@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from billhook.structure.axes import crossed
-from billhook.structure.coupling import Structure
-from billhook.structure.groups import Group, Member
-from billhook.structure.show import pattern
+from billhook.tracing.axes import crossed
+from billhook.tracing.coupling import Structure
+from billhook.tracing.groups import Group, Member
+from billhook.tracing.show import pattern
 
 TOLERANCE = 1e-5  # relative; RMSNorm computes in float32 inside transformers, so not 1e-12
 ROUNDING = 30  # times the effect of changing every weight in its last float32 digit; some models magnify that

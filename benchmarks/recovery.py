@@ -31,7 +31,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import billhook as bh
-from billhook.sparsity.linears import prunable
+from billhook.model.linears import prunable
 from billhook.sparsity.masks import sparsity_of
 
 HALF, PAIRS, LAYER = {"sparsity": 0.5}, {"pattern": "2:4"}, {"sequential": "layer"}

@@ -40,8 +40,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from billhook.structure import trace as tracing
-from billhook.structure.inputs import make_inputs
+from billhook.running.inputs import make_inputs
+from billhook.tracing import trace as tracing
 
 QWEN3 = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_key_value_heads": 8, "vocab_size": 151936}
 T5 = {"d_model": 1024, "d_kv": 128, "d_ff": 16384, "num_layers": 24, "num_heads": 32}

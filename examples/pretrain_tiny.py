@@ -22,8 +22,8 @@ from lightning.pytorch.loggers import CSVLogger
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from billhook.data import TextDataModule
-from billhook.module import TransformerModule
+from billhook.training.data import TextDataModule
+from billhook.training.module import TransformerModule
 
 HELD_OUT = ("macbeth_gut", "as_you_like_it_gut")
 VOCAB = 2048

@@ -46,7 +46,7 @@ def structures():
 @pytest.fixture(autouse=True)
 def _figured_once(structures):
     """What models of one shape cost is found once: half of a short fit's time is otherwise spent on it."""
-    figures = importlib.import_module("billhook.structure.figures")
+    figures = importlib.import_module("billhook.model.figures")
     run = figures._run_on_meta
 
     def remembered(model, context):
@@ -65,7 +65,7 @@ def _figured_once(structures):
 @pytest.fixture
 def traced_once(structures):
     """Models alike in all that a trace looks at are traced once for all tests that use this: short fits do little else."""
-    module = importlib.import_module("billhook.structure.trace")
+    module = importlib.import_module("billhook.tracing.trace")
     trace = module._run
 
     def remembered(shadow, beside, example_inputs, everything):

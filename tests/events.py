@@ -9,8 +9,8 @@ from fits import trainer
 from torch.utils.data import DataLoader
 
 import billhook as bh
-from billhook.sparsity.linears import prunable
-from billhook.structure.shape import find_transformer
+from billhook.model.find import find_transformer
+from billhook.model.linears import prunable
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4}
 FEW = {"examples": 4, "measure_batches": 1}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.structure.kv_freedom import Freedom, Freedoms
-from billhook.structure.kv_stacks import Projections, Stacks, written
+from billhook.kv_heads.bases.freedom import Freedom, Freedoms
+from billhook.kv_heads.bases.stacks import Projections, Stacks, written
 
 
 def model_of(family: str, heads: int = 4, queries: int = 1, **changes: object) -> PreTrainedModel:

@@ -7,7 +7,7 @@ from families import build, llama, tokens
 from test_taylor import BUILD, own_loss
 
 import billhook as bh
-from billhook.structure.probes import by_unit
+from billhook.importance.probes import by_unit
 
 LAST = {
     "llama": "model.layers.{}.mlp.down_proj",
@@ -134,7 +134,7 @@ def test_readers_that_run_several_times():
 
 def test_few_products_are_held_at_a_time():
     """Those of a block are made use of before those of the block below come."""
-    from billhook.structure.probes import Products
+    from billhook.importance.probes import Products
 
     model, batch, order = llama(num_hidden_layers=4), {"input_ids": tokens(2, 6)}, []
     units = bh.find_units(model, ["channel"])
@@ -154,8 +154,8 @@ def test_sums_over_positions_and_outputs_without_a_unit(index):
     """Also where the units stand anywhere, or are of different sizes."""
     import numpy as np
 
-    from billhook.structure.activations import gram_of, table_of
-    from billhook.structure.units import Units
+    from billhook.importance.activations import gram_of, table_of
+    from billhook.units.units import Units
 
     count, width = max(index) + 1, len(index)
     units = Units("head", "x", ("y",), np.array(index), np.arange(count), (), (), ())

@@ -9,9 +9,9 @@ import transformers
 from families import llama
 
 import billhook as bh
-from billhook.sparsity.adapters import MaskedLora, mask_adapters, unmask_adapters
-from billhook.sparsity.linears import prunable
-from billhook.sparsity.merge import merge
+from billhook.adapters.masked import MaskedLora, mask_adapters, unmask_adapters
+from billhook.adapters.merge import merge
+from billhook.model.linears import prunable
 
 IDS = torch.arange(3, 35).view(2, 16)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from billhook.structure.axes import (
+from billhook.tracing.axes import (
     Axis,
     Irregular,
     beside,

@@ -9,10 +9,10 @@ from families import EXTRA, SMALL
 from shaped import uneven_llama
 
 import billhook as bh
-from billhook import bench as command
-from billhook.bench import table
-from billhook.cli import DESCRIPTION, main
-from billhook.speed import Row
+from billhook.cli import bench as command
+from billhook.cli.bench import table
+from billhook.cli.main import DESCRIPTION, main
+from billhook.report.speed import Row
 
 QUICK = ["--batch_sizes", "[1, 2]", "--contexts", "[8]", "--new_tokens", "2", "--rounds", "2", "--device", "cpu"]
 

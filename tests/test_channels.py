@@ -13,8 +13,8 @@ from test_head_removal import make
 from test_trace_oracles import FAMILIES
 
 import billhook as bh
-from billhook.structure.channels import find_units, of_kind
-from billhook.structure.trace import trace
+from billhook.tracing.trace import trace
+from billhook.units.channels import find_units, of_kind
 
 EVERY = [*FAMILIES, "T5ForConditionalGeneration", "BartForConditionalGeneration", "WhisperForConditionalGeneration"]
 DOWN = re.compile(

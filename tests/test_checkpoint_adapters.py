@@ -15,10 +15,10 @@ from test_weight_pruning import checkpoints
 from test_weight_pruning_lora import injected
 
 import billhook as bh
-from billhook.export import export_checkpoint
-from billhook.lora import ADAPTERS
-from billhook.sparsity.linears import prunable
-from billhook.sparsity.merge import merged_copy
+from billhook.adapters.lora import ADAPTERS
+from billhook.adapters.merge import merged_copy
+from billhook.checkpoints.export import export_checkpoint
+from billhook.model.linears import prunable
 
 LOSSY = pytest.mark.filterwarnings("ignore:the checkpoint does not compute what the model does")
 
@@ -26,7 +26,7 @@ LOSSY = pytest.mark.filterwarnings("ignore:the checkpoint does not compute what 
 def saved(model, folder):
     """Saves it, and checks that it has not changed and that transformers alone loads the result."""
     before, kinds = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
-    base = bh.checkpoint.find_transformer(model)
+    base = bh.checkpoints.save.find_transformer(model)
     config, computed = base.config.to_dict(), logits(base)
     result = bh.save(model, folder)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

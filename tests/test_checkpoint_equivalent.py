@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from billhook import TransformerModule
 from billhook.assets import model_path
-from billhook.checkpoint import WAYS, load, save
-from billhook.export import export
-from billhook.structure import equivalent
-from billhook.structure.equivalent import EQUIVALENT, Family
-from billhook.structure.head_removal import prune_heads
-from billhook.structure.shape import KEY, shape_of
+from billhook.checkpoints import equivalent
+from billhook.checkpoints.equivalent import EQUIVALENT, Family
+from billhook.checkpoints.export import export
+from billhook.checkpoints.save import WAYS, load, save
+from billhook.model.shape import KEY, shape_of
+from billhook.pruning.heads import prune_heads
 
 FOUR = {"num_attention_heads": 4, "num_key_value_heads": 4}
 LLAMA3 = {

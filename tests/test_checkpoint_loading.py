@@ -8,7 +8,7 @@ from fits import data, same, trainer, weights
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
-from billhook.structure.kv_heads import kv_heads_of
+from billhook.kv_heads.convert import kv_heads_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),

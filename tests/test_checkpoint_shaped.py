@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from shaped import PLAIN, SHAPED, narrow, narrow_tied_llama, uneven_llama, uneven_mixtral
 from transformers import PreTrainedModel
 
-from billhook.checkpoint import WAYS, load, save
-from billhook.inspection import inspect
-from billhook.structure.meta import from_name
-from billhook.structure.shape import KEY, set_shape, shape_of
-from billhook.structure.trace import trace
+from billhook.checkpoints.save import WAYS, load, save
+from billhook.cli.inspect import inspect
+from billhook.model.meta import from_name
+from billhook.model.shape import KEY, set_shape, shape_of
+from billhook.tracing.trace import trace
 
 MORE = SHAPED | {"tied": narrow_tied_llama, "mixtral": uneven_mixtral}
 DOWN = "model.layers.1.mlp.down_proj.weight"

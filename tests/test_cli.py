@@ -6,7 +6,7 @@ import transformers
 import yaml
 from fits import write_text
 
-from billhook.cli import main
+from billhook.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 FRAGMENTS = sorted(ROOT.glob("callbacks/*.yaml"))

@@ -12,7 +12,7 @@ from test_adapters import BUILD, lora, q_proj
 from torch import nn
 
 import billhook as bh
-from billhook.sparsity.linears import prunable, weight_of
+from billhook.model.linears import prunable, weight_of
 from billhook.sparsity.masks import sparsity_of
 
 PREFIX = "base_model.model."

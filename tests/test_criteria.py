@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from billhook.sparsity.criteria import RIA, Criterion, Magnitude, Random, SparseGPT, Wanda, WandaAlpha
+from billhook.sparsity.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaAlpha
 from billhook.sparsity.masks import pruned_count, sparsity_of
 from billhook.sparsity.refit import Refit
+from billhook.sparsity.sparsegpt import SparseGPT
 from billhook.sparsity.statistics import InputNorms
 
 OUT, IN = 24, 160

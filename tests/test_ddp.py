@@ -29,7 +29,7 @@ from billhook import (
     StructuredPruning,
     Taylor,
     WeightPruning,
-)  # fmt: skip
+)
 
 # two processes take seconds to start, so they start once for all; as any user's, they do not order sets of strings alike
 SCRIPT = """

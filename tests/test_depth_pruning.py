@@ -14,8 +14,9 @@ from test_weight_pruning import checkpoints
 from torch.utils.data import DataLoader
 
 import billhook as bh
-from billhook.export import export_checkpoint
-from billhook.structure.shape import find_transformer, shape_of
+from billhook.checkpoints.export import export_checkpoint
+from billhook.model.find import find_transformer
+from billhook.model.shape import shape_of
 
 # the resumed runs do without the ModelCheckpoint of the straight one
 pytestmark = [

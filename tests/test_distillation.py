@@ -5,6 +5,7 @@ import re
 from types import SimpleNamespace
 
 import fits
+import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
@@ -16,9 +17,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import billhook as bh
-from billhook import distillation
-from billhook.distillation import Distillation, fingerprint, kl_divergence
-from billhook.structure.shape import find_transformer
+from billhook.model.find import find_transformer
+from billhook.training import distillation
+from billhook.training.distillation import Distillation, fingerprint, kl_divergence
 
 # the resumed runs do without the ModelCheckpoint of the straight one
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
@@ -306,7 +307,7 @@ class TestTheTeacher:
         assert fingerprint(llama().bfloat16()) != first
 
 
-class Losses(bh.callbacks.shape_event.Callback):
+class Losses(pl.Callback):
     """The KL at each training step."""
 
     def __init__(self):

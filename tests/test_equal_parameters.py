@@ -4,7 +4,7 @@ import pytest
 import transformers
 from families import EXTRA, SMALL
 
-from billhook.structure.equal_parameters import equal_parameters
+from billhook.kv_heads.equal_parameters import equal_parameters
 
 MODULE = {
     "vocab_size": 64,

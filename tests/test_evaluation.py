@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, models, processors
 
 import billhook as bh
 from billhook.assets import model_path
-from billhook.choices import Question, batches, encode, log_likelihoods, read_questions
-from billhook.cli import main
-from billhook.evaluation import Figure, accuracies, difference, mean, table
+from billhook.cli.choices import Question, batches, encode, log_likelihoods, read_questions
+from billhook.cli.evaluate import Figure, accuracies, difference, mean, table
+from billhook.cli.main import main
 
 LINES = [
     {
@@ -218,7 +218,7 @@ def test_before_and_after_from_the_command_line(tmp_path, file, files, cut, toke
     ],
 )
 def test_refusals_come_before_any_model_is_loaded(file, arguments, message, monkeypatch):
-    monkeypatch.setattr("billhook.evaluation.load", None)
+    monkeypatch.setattr("billhook.cli.evaluate.load", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=message):
         main(["evaluate", "tiny", *(argument.replace("FILE", file) for argument in arguments)])

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import billhook
-from billhook.export import export, export_checkpoint
-from billhook.structure.shape import KEY, save_shape, shape_of
+from billhook.checkpoints.export import export, export_checkpoint
+from billhook.model.shape import KEY, save_shape, shape_of
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
 IDS = torch.arange(24).view(2, 12)

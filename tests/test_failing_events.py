@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from unharmed import HOOKS, Interrupt, differing, everything, interrupted
 
 import billhook as bh
-from billhook.structure import surgery
+from billhook.model import surgery
 
 pytestmark = [
     pytest.mark.usefixtures("traced_once"),

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 import billhook as bh
-from billhook.cli import main
-from billhook.export import export_checkpoint
-from billhook.place import RECORD
+from billhook.checkpoints.export import export_checkpoint
+from billhook.checkpoints.place import RECORD
+from billhook.cli.main import main
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
 FULL = OSError(errno.ENOSPC, "No space left on device")

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import billhook as bh
-from billhook.cli import main
-from billhook.structure.meta import from_name
+from billhook.cli.main import main
+from billhook.model.meta import from_name
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
 ANY = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
@@ -126,7 +126,7 @@ def test_records(folders, record):
     names = sorted(path.name for path in target.iterdir())
     (target / "billhook.json").write_text(json.dumps(record))
     with contextlib.suppress(ValueError):
-        bh.place.check_target(target)
+        bh.checkpoints.place.check_target(target)
     assert sorted(path.name for path in target.iterdir()) == names
 
 

@@ -12,8 +12,8 @@ from families import build, llama, tokens
 from test_heads import ATTENTIVE, SEQ2SEQ, hooks, small, weight_of
 
 import billhook as bh
-from billhook.structure.gates import place_gates, place_mask
-from billhook.structure.heads import find_heads
+from billhook.units.gates import place_gates, place_mask
+from billhook.units.heads import find_heads
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 STEP = 2**-13  # parts of many models compute in float32, so that a smaller one would measure rounding

@@ -6,7 +6,7 @@ import transformers
 from families import build, llama, tokens
 from shaped import gpt2
 
-from billhook.generation import Generation, generates
+from billhook.report.generation import Generation, generates
 
 KINDS = ["static", "reserved", "dynamic"]
 FAMILIES = ["llama", "mistral", "gemma2", "qwen3_moe"]  # of these, mistral and gemma2 attend over windows of 8

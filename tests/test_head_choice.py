@@ -9,8 +9,8 @@ from families import build, llama
 from shaped import bert
 
 import billhook as bh
-from billhook.structure.head_choice import choose
-from billhook.structure.heads import find_heads
+from billhook.pruning.choice import choose
+from billhook.units.heads import find_heads
 
 LAYERS = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
 BERT = ["bert.encoder.layer.0.attention", "bert.encoder.layer.1.attention"]  # of four heads each

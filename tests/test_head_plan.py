@@ -11,8 +11,8 @@ from small_configs import OVERRIDES, small_config
 from small_configs import build as small
 
 import billhook as bh
-from billhook.structure.heads import find_heads
-from billhook.structure.shape import shape_of
+from billhook.model.shape import shape_of
+from billhook.units.heads import find_heads
 
 LAYERS = ["model.layers.0.self_attn", "model.layers.1.self_attn"]  # of families.llama: 8 query heads of 4, 4 KV heads
 

@@ -18,9 +18,9 @@ from test_weight_pruning import checkpoints
 from torch.utils.data import DataLoader
 
 import billhook as bh
-from billhook.export import export_checkpoint
-from billhook.structure.gates import Gate
-from billhook.structure.heads import find_heads
+from billhook.checkpoints.export import export_checkpoint
+from billhook.units.gates import Gate
+from billhook.units.heads import find_heads
 
 # the resumed runs do without the ModelCheckpoint of the straight one
 pytestmark = [
@@ -44,7 +44,7 @@ def pruning(*args, **options):
 
 
 def transformer(lit):
-    return bh.checkpoint.find_transformer(lit)
+    return bh.checkpoints.save.find_transformer(lit)
 
 
 def gates(lit):

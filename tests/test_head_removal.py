@@ -19,11 +19,11 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import billhook as bh
-from billhook.structure import removal
-from billhook.structure.heads import find_heads
-from billhook.structure.inputs import make_inputs
-from billhook.structure.plan import coupled
-from billhook.structure.shape import shape_of
+from billhook.model.shape import shape_of
+from billhook.pruning import removal
+from billhook.pruning.plan import coupled
+from billhook.running.inputs import make_inputs
+from billhook.units.heads import find_heads
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 NONE = ("mamba", "recurrent_gemma", "convnext", "resnet")  # without attention

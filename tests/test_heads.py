@@ -13,9 +13,9 @@ from test_trace_oracles import FAMILIES
 from torch import nn
 
 import billhook as bh
-from billhook.structure.gates import place_mask
-from billhook.structure.heads import check_layers, find_heads
-from billhook.structure.inputs import make_inputs
+from billhook.running.inputs import make_inputs
+from billhook.units.gates import place_mask
+from billhook.units.heads import check_layers, find_heads
 
 WITHOUT = ("mamba", "recurrent_gemma", "convnext", "resnet")  # two layers of recurrent_gemma have none
 ATTENTIVE = [family for family in FAMILIES if family not in WITHOUT]

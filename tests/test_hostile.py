@@ -12,8 +12,8 @@ import transformers
 from families import llama
 
 import billhook as bh
-from billhook.export import export_checkpoint
-from billhook.place import RECORD
+from billhook.checkpoints.export import export_checkpoint
+from billhook.checkpoints.place import RECORD
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
 KEYS = "model.layers.0.self_attn.k_proj"

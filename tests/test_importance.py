@@ -11,8 +11,8 @@ from families import build, llama, tokens
 from test_heads import ATTENTIVE, SEQ2SEQ, hooks, small
 
 import billhook as bh
-from billhook.structure.heads import find_heads
-from billhook.structure.ranking import score, trial_of
+from billhook.importance.score import score, trial_of
+from billhook.units.heads import find_heads
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 CONFIG = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}

@@ -11,11 +11,11 @@ import transformers
 from small_configs import architectures, small_config
 
 import billhook as bh
-from billhook.cli import main
-from billhook.inspection import CHOICES, saving
-from billhook.structure.fields import FieldFinder
-from billhook.structure.meta import from_config
-from billhook.structure.show import WIDTH
+from billhook.cli.inspect import CHOICES, saving
+from billhook.cli.main import main
+from billhook.model.meta import from_config
+from billhook.tracing.show import WIDTH
+from billhook.units.fields import FieldFinder
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from kv_zoo import build
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
-from billhook.lora import LoRA, attach
-from billhook.structure.kv_heads import kv_heads_by_layer
+from billhook.adapters.lora import LoRA, attach
+from billhook.kv_heads.convert import kv_heads_by_layer
 
 
 def adapted(family, lora=None):

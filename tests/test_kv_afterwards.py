@@ -8,9 +8,9 @@ from kv_zoo import build
 from peft import LoraConfig
 
 import billhook as bh
-from billhook.lora import LoRA, attach
-from billhook.structure.handed import handing_of
-from billhook.structure.kv_heads import kv_heads_by_layer
+from billhook.adapters.lora import LoRA, attach
+from billhook.kv_heads.convert import kv_heads_by_layer
+from billhook.model.handed import handing_of
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@ import torch
 from families import build, tokens
 from kv_zoo import build as zoo
 
-from billhook.structure.kv_approach import approach, changed, check_ready, take, turned_weights
-from billhook.structure.kv_heads import plan_kv_heads
-from billhook.structure.kv_ready import Way
+from billhook.kv_heads.approach import approach
+from billhook.kv_heads.bases.ready import Way, check_ready, turned_weights
+from billhook.kv_heads.convert import plan_kv_heads
+from billhook.model.surgery import changed, take
 
 K = "model.layers.0.self_attn.k_proj.weight"
 

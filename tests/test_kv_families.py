@@ -10,22 +10,16 @@ import transformers
 from kv_zoo import ZOO, build, pooled_and_repeated
 from transformers import PreTrainedModel
 
-from billhook.checkpoint import load, save
-from billhook.export import build_model, read_checkpoint
-from billhook.structure import kv_proof
-from billhook.structure.figures import figures_of, heads_of
-from billhook.structure.inputs import make_inputs
-from billhook.structure.kv_heads import (
-    KVHeadPlan,
-    apply_kv_heads,
-    convert_kv_heads,
-    kv_heads_by_layer,
-    kv_heads_of,
-    plan_kv_heads,
-)
-from billhook.structure.kv_layout import find_kv
-from billhook.structure.kv_linears import cut_into_groups
-from billhook.structure.shape import GROUPS, Shape, load_shape, save_shape, set_shape, shape_of
+from billhook.checkpoints.export import build_model, read_checkpoint
+from billhook.checkpoints.save import load, save
+from billhook.kv_heads import proof as kv_proof
+from billhook.kv_heads.convert import KVHeadPlan, apply_kv_heads, convert_kv_heads, kv_heads_by_layer, kv_heads_of, plan_kv_heads
+from billhook.kv_heads.layout import find_kv
+from billhook.kv_heads.linears import cut_into_groups
+from billhook.kv_heads.scope import heads_of
+from billhook.model.figures import figures_of
+from billhook.model.shape import GROUPS, Shape, load_shape, save_shape, set_shape, shape_of
+from billhook.running.inputs import make_inputs
 
 WAYS = {
     "config": ["llama", "phi3", "falcon"],

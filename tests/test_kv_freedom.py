@@ -10,10 +10,10 @@ from families import llama
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from billhook.structure.kv_alone import Alone, see_calls
-from billhook.structure.kv_freedom import Block, Freedoms, find_freedoms
-from billhook.structure.kv_stacks import find_projections, instead, read, written
-from billhook.structure.trace import trace
+from billhook.kv_heads.bases.alone import Alone, see_calls
+from billhook.kv_heads.bases.freedom import Block, Freedoms, find_freedoms
+from billhook.kv_heads.bases.stacks import find_projections, instead, read, written
+from billhook.tracing.trace import trace
 
 
 def freedoms_of(model):

@@ -8,13 +8,13 @@ import torch
 from families import tokens
 from kv_planted import mixed, model_of, with_stacks
 
-from billhook.structure.kv_freedom import find_freedoms, in_order
-from billhook.structure.kv_grouping import moments_in_order, similar_order
-from billhook.structure.kv_moments import gather
-from billhook.structure.kv_stacks import find_projections, read
-from billhook.structure.kv_start import find_bases, weight_moments
-from billhook.structure.probes import Trial
-from billhook.structure.trace import trace
+from billhook.kv_heads.bases.bases import find_bases, weight_moments
+from billhook.kv_heads.bases.freedom import find_freedoms, in_order
+from billhook.kv_heads.bases.grouping import moments_in_order, similar_order
+from billhook.kv_heads.bases.moments import gather
+from billhook.kv_heads.bases.stacks import find_projections, read
+from billhook.running.trials import Trial
+from billhook.tracing.trace import trace
 
 
 def partitions(heads, groups):

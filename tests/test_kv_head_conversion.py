@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from billhook import KVHeadConversion, ShapeInCheckpoint, TransformerModule
-from billhook.structure.kv_heads import convert_kv_heads, kv_heads_of
+from billhook.kv_heads.convert import convert_kv_heads, kv_heads_of
 
 # the resumed runs do without the ModelCheckpoint of the straight one
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from billhook import Constant, Export, KVHeadConversion, Linear, MultiStep, Repair, Report, summary
-from billhook.structure.kv_heads import apply_kv_heads, kv_heads_by_layer, plan_kv_heads
-from billhook.structure.kv_ready import ready_weights
+from billhook.kv_heads.bases.ready import ready_weights
+from billhook.kv_heads.convert import apply_kv_heads, kv_heads_by_layer, plan_kv_heads
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 QUICK = {"examples": 4, "measure_batches": 0}

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import billhook as bh
 from billhook import KVHeadConversion, Repair
-from billhook.structure.kv_heads import convert_kv_heads, kv_heads_of, plan_kv_heads
-from billhook.structure.kv_ready import ready_weights
+from billhook.kv_heads.bases.ready import ready_weights
+from billhook.kv_heads.convert import convert_kv_heads, kv_heads_of, plan_kv_heads
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 QUICK = {"examples": 8, "measure_batches": 0}

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from billhook import KVHeadConversion, Magnitude, MultiStep, Repair, WeightPruning
-from billhook.structure.kv_heads import kv_heads_of
+from billhook.kv_heads.convert import kv_heads_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 K = "model.model.layers.0.self_attn.k_proj.weight"

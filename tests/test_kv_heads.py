@@ -7,8 +7,8 @@ from families import EXTRA, build, llama, tokens
 from shaped import uneven_llama
 from torch import nn
 
-from billhook.structure.kv_heads import Pooled, convert_kv_heads, kv_heads_of, plan_kv_heads, pool_heads
-from billhook.structure.shape import shape_of
+from billhook.kv_heads.convert import Pooled, convert_kv_heads, kv_heads_of, plan_kv_heads, pool_heads
+from billhook.model.shape import shape_of
 
 
 def reference_pool(weight, heads, groups, how=lambda group: sum(group) / len(group)):

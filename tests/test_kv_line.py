@@ -3,9 +3,9 @@ from dataclasses import replace
 import pytest
 from kv_zoo import build
 
-from billhook.structure.kv_heads import plan_kv_heads
-from billhook.structure.kv_line import check_told_apart, heads_in_scope, next_in_line
-from billhook.structure.shape import shape_of
+from billhook.kv_heads.convert import plan_kv_heads
+from billhook.kv_heads.line import check_told_apart, heads_in_scope, next_in_line
+from billhook.model.shape import shape_of
 
 
 def test_the_encoder_is_in_scope_on_request():

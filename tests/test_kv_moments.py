@@ -10,10 +10,10 @@ from kv_planted import model_of
 from test_prune_ranks import Ranks
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from billhook.structure.kv_moments import gather
-from billhook.structure.kv_stacks import find_projections
-from billhook.structure.probes import Trial
-from billhook.structure.trace import trace
+from billhook.kv_heads.bases.moments import gather
+from billhook.kv_heads.bases.stacks import find_projections
+from billhook.running.trials import Trial
+from billhook.tracing.trace import trace
 
 
 def case(family="llama", heads=4, queries=2, **changes):

@@ -12,12 +12,12 @@ from test_prune_ranks import Ranks
 from test_repair import embedded_text
 
 import billhook as bh
-from billhook.structure.kv_freedom import Freedoms
-from billhook.structure.kv_ready import Attentions, Way, best_way
-from billhook.structure.kv_stacks import find_projections, read
-from billhook.structure.probes import Trial
-from billhook.structure.repair import Repair
-from billhook.structure.trace import trace
+from billhook.kv_heads.bases.freedom import Freedoms
+from billhook.kv_heads.bases.ready import Attentions, Way, best_way
+from billhook.kv_heads.bases.stacks import find_projections, read
+from billhook.repairs.repair import Repair
+from billhook.running.trials import Trial
+from billhook.tracing.trace import trace
 
 WAYS = [Way("mean"), Way("aligned"), Way("svd"), Way("aligned", "similar"), Way("svd", "similar")]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from billhook.structure.kv_rendering import aligned, low_rank, mean
+from billhook.kv_heads.bases.rendering import aligned, low_rank, mean
 
 KINDS = {"real": torch.float64, "complex": torch.complex128}
 

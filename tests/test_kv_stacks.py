@@ -9,8 +9,8 @@ import pytest
 import torch
 from families import llama, tokens
 
-from billhook.structure.kv_stacks import Stacks, find_projections, instead, moved_values, read, written
-from billhook.structure.trace import trace
+from billhook.kv_heads.bases.stacks import Stacks, find_projections, instead, moved_values, read, written
+from billhook.tracing.trace import trace
 
 ZOO = (
     "phi3",

@@ -7,13 +7,13 @@ import torch
 from families import tokens
 from kv_planted import mixed, model_of, with_stacks
 
-from billhook.structure.kv_freedom import Block, Freedoms, find_freedoms
-from billhook.structure.kv_moments import gather
-from billhook.structure.kv_stacks import find_projections, read
-from billhook.structure.kv_start import find_bases, pooled, turned, weight_moments
-from billhook.structure.pooling import pool_heads
-from billhook.structure.probes import Trial
-from billhook.structure.trace import trace
+from billhook.kv_heads.bases.bases import find_bases, pooled, turned, weight_moments
+from billhook.kv_heads.bases.freedom import Block, Freedoms, find_freedoms
+from billhook.kv_heads.bases.moments import gather
+from billhook.kv_heads.bases.stacks import find_projections, read
+from billhook.kv_heads.pooling import pool_heads
+from billhook.running.trials import Trial
+from billhook.tracing.trace import trace
 
 ROTARY = ("llama", "mistral", "gemma2", "phi3", "phi", "gpt_neox", "gptj", "codegen", "cohere", "falcon", "smollm3", "modernbert")
 PLAIN = ("gpt2", "bert", "t5", "bart", "bloom", "opt", "vit", "albert", "whisper")

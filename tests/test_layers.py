@@ -13,10 +13,10 @@ from small_configs import small_config
 from torch import nn
 
 import billhook as bh
-from billhook.structure import block_removal
-from billhook.structure.inputs import make_inputs
-from billhook.structure.layers import block_of, find_blocks, skipping
-from billhook.structure.shape import load_shape, save_shape, set_shape, shape_of
+from billhook.model.shape import load_shape, save_shape, set_shape, shape_of
+from billhook.pruning import block_removal
+from billhook.running.inputs import make_inputs
+from billhook.units.blocks import block_of, find_blocks, skipping
 
 LAYERS = "model.layers"
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"], "sliding_window": 4}

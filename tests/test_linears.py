@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.sparsity.linears import inputs_of, prunable, weight_of
+from billhook.model.linears import inputs_of, prunable, weight_of
 
 SEVEN = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
 BERT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 32}

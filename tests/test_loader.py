@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaConfig
 
 from billhook.assets import model_path
-from billhook.data import TextDataModule
-from billhook.loader import EpochSampler, ResumableLoader
-from billhook.module import TransformerModule
+from billhook.training.data import TextDataModule
+from billhook.training.loader import EpochSampler, ResumableLoader
+from billhook.training.module import TransformerModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

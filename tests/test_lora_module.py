@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import lightning.pytorch as pl
 import peft
 import pytest
 import torch
@@ -20,10 +21,10 @@ from test_cli import pytestmark as quiet
 from test_module import BERT, T5, VIT
 
 import billhook as bh
-from billhook.cli import main
-from billhook.export import build_model, read_checkpoint
-from billhook.lora import ADAPTERS, put_back, without_adapters
-from billhook.sparsity.linears import prunable
+from billhook.adapters.lora import ADAPTERS, put_back, without_adapters
+from billhook.checkpoints.export import build_model, read_checkpoint
+from billhook.cli.main import main
+from billhook.model.linears import prunable
 
 pytestmark = [
     *quiet,
@@ -164,7 +165,7 @@ class TestAFit:
             assert same(weights(resumed), weights(straight)), stop
 
     def test_what_others_draw_does_not_change_dropout(self, files, tmp_path):
-        class Draws(bh.callbacks.shape_event.Callback):
+        class Draws(pl.Callback):
             def on_train_batch_end(self, *_):
                 torch.rand(3)
 

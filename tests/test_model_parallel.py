@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import billhook as bh
-from billhook.callbacks.measure import measure
-from billhook.export import export_checkpoint
-from billhook.shards import is_sharded, whole
-from billhook.sparsity.linears import prunable
+from billhook.checkpoints.export import export_checkpoint
+from billhook.fit.measure import measure
+from billhook.model.linears import prunable
+from billhook.running.shards import is_sharded, whole
 
 SCRIPT = """
 import os

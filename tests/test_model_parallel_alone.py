@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import billhook as bh
-from billhook.shards import is_sharded, whole
+from billhook.running.shards import is_sharded, whole
 
 
 class MadeLate(Own):

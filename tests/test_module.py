@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 
 from billhook import ClassificationDataModule, KVHeadConversion, LoRA, Seq2SeqDataModule, TextDataModule, TransformerModule
-from billhook.checkpoint import save
-from billhook.module import TokenPerplexity
-from billhook.structure.shape import shape_of
+from billhook.checkpoints.save import save
+from billhook.model.shape import shape_of
+from billhook.training.module import TokenPerplexity
 
 BERT = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 T5 = {

@@ -9,8 +9,8 @@ from test_prune import batches_of, family
 from torch import nn
 
 import billhook as bh
-from billhook.sparsity import offload
-from billhook.sparsity.offload import Shelf, offloaded
+from billhook.running import offload
+from billhook.running.offload import Shelf, offloaded
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

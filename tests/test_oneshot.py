@@ -9,7 +9,7 @@ import transformers
 from fits import write_text
 
 import billhook as bh
-from billhook.cli import main
+from billhook.cli.main import main
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]
 

@@ -12,8 +12,8 @@ import transformers
 from shaped import bert
 
 import billhook as bh
-from billhook.cli import main
-from billhook.structure.heads import find_heads
+from billhook.cli.main import main
+from billhook.units.heads import find_heads
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
 LABELS = 3

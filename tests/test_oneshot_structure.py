@@ -10,7 +10,7 @@ import transformers
 from test_oneshot_heads import blocks, drawn, option, perplexity, tokenizer
 
 import billhook as bh
-from billhook.cli import main
+from billhook.cli.main import main
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
 

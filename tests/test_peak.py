@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from billhook import peak
-from billhook.peak import Peak
+from billhook.report import peak
+from billhook.report.peak import Peak
 
 MEGA = 2**20
 CPU = torch.device("cpu")

@@ -14,8 +14,8 @@ from test_head_removal import make
 from torch import nn
 
 import billhook as bh
-from billhook.structure.channels import find_units
-from billhook.structure.shape import shape_of
+from billhook.model.shape import shape_of
+from billhook.units.channels import find_units
 
 MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]  # of families.llama: 48 channels each, 32 residual channels
 ATTENTIONS = ["model.layers.0.self_attn", "model.layers.1.self_attn"]

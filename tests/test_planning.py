@@ -11,12 +11,12 @@ from test_head_plan import t5
 from test_plan import ATTENTIONS, MLPS
 
 import billhook as bh
-from billhook.structure.amount import Amount
-from billhook.structure.channels import find_units, of_kind
-from billhook.structure.figures import figures_of
-from billhook.structure.planning import Request, lowest
-from billhook.structure.progress import First, first_from
-from billhook.structure.shape import shape_of
+from billhook.model.figures import figures_of
+from billhook.model.shape import shape_of
+from billhook.pruning.amount import Amount
+from billhook.pruning.progress import First, first_from
+from billhook.pruning.request import Request, lowest
+from billhook.units.channels import find_units, of_kind
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from billhook.plot_bench import plot_bench
-from billhook.speed import Row
+from billhook.report.plot_bench import plot_bench
+from billhook.report.speed import Row
 
 NAMES = ["dense", "mqa"]
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from test_head_pruning import module, pruning
 
 import billhook as bh
-from billhook.plot_heads import plot_heads
+from billhook.report.plot_heads import plot_heads
 
 
 def size_of(path):

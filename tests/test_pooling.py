@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from billhook.structure.pooling import Pooled, drawing, pool_heads, pooling, std_of
+from billhook.kv_heads.pooling import Pooled, drawing, pool_heads, pooling, std_of
 
 POOLED = Pooled(1, (0, 2, 1, 2, 2))
 

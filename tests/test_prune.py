@@ -13,9 +13,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
-from billhook.sparsity.linears import prunable, weight_of
+from billhook.model.linears import prunable, weight_of
+from billhook.running.inputs import make_inputs
 from billhook.sparsity.statistics import InputMoments, InputNorms
-from billhook.structure.inputs import make_inputs
 
 FAMILIES = ["llama", "gpt2", "t5", "bert", "mixtral", "vit", "falcon", "gpt_neox", "bart", "whisper", "mamba", "clip"]
 CRITERIA = [one for one in vars(bh).values() if isinstance(one, type) and issubclass(one, bh.Criterion)]

@@ -10,8 +10,8 @@ from oracle import answer, check
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from billhook import convert_kv_heads, load, save, summary, trace
-from billhook.structure.kv_heads import kv_heads_of, pool_heads
-from billhook.structure.show import fold
+from billhook.kv_heads.convert import kv_heads_of, pool_heads
+from billhook.tracing.show import fold
 
 MODELS = os.environ.get("BILLHOOK_MODELS", "")
 pytestmark = [

@@ -20,10 +20,10 @@ from test_head_removal import TestNothingIsHalfDone as _OfHeads
 from torch import nn
 
 import billhook as bh
-from billhook.structure import removal
-from billhook.structure.channels import find_units, of_kind
-from billhook.structure.heads import find_heads
-from billhook.structure.shape import shape_of
+from billhook.model.shape import shape_of
+from billhook.pruning import removal
+from billhook.units.channels import find_units, of_kind
+from billhook.units.heads import find_heads
 
 pytestmark = pytest.mark.usefixtures("traced_once")
 NO_HEADS = ("mamba", "recurrent_gemma", "convnext", "resnet", "bloom", "mpt", "olmo2", "mamba2", "codegen")  # none, or they stay

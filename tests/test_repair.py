@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
 from billhook.assets import model_path, text_files
-from billhook.structure.least_squares import Moments, choose_ridge, refit, refit_linear
-from billhook.structure.probes import Trial
-from billhook.structure.repair import Repair, repaired
+from billhook.repairs.least_squares import Moments, choose_ridge, refit, refit_linear
+from billhook.repairs.repair import Repair, repaired
+from billhook.running.trials import Trial
 
 GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}
 BERT = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}

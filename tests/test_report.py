@@ -10,8 +10,8 @@ import transformers
 from transformers import PreTrainedModel
 
 import billhook
-from billhook.plot import plot
-from billhook.report import Stage, summary, table
+from billhook.report.plot import plot
+from billhook.report.summary import Stage, summary, table
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
 HISTORY = [(0, 39.3), (20, 42.5), (40, 114), (60, 91), (80, 74), (100, 62), (240, 46.9)]

@@ -11,7 +11,17 @@ import torch
 from transformers import AutoTokenizer
 
 from billhook.assets import model_path
-from billhook.rows import SteadyMasking, blocks_to_batch, check_columns, classify, load_splits, map_rows, pack, runs_on, translate
+from billhook.training.rows import (
+    SteadyMasking,
+    blocks_to_batch,
+    check_columns,
+    classify,
+    load_splits,
+    map_rows,
+    pack,
+    runs_on,
+    translate,
+)
 
 DOCUMENTS = ["The first document, of some length.", "A second: shorter.", 'The "third",\nwith a line break & ümlauts.']
 

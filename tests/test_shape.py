@@ -9,19 +9,11 @@ from kv_zoo import build as build_kv
 from shaped import PLAIN, SHAPED
 from torch import nn
 
-from billhook.structure.handed import Handing
-from billhook.structure.kv_heads import convert_kv_heads
-from billhook.structure.shape import (
-    Shape,
-    build_on_meta,
-    find_transformer,
-    load_shape,
-    locate_transformer,
-    save_shape,
-    set_shape,
-    shape_of,
-    unbuilt_shape,
-)
+from billhook.kv_heads.convert import convert_kv_heads
+from billhook.model.build import build_on_meta
+from billhook.model.find import find_transformer, locate_transformer
+from billhook.model.handed import Handing
+from billhook.model.shape import Shape, load_shape, save_shape, set_shape, shape_of, unbuilt_shape
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2"])

@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_criteria import IN, OUT, make_inputs, seen, stable_sort_layer, stable_sort_rows
 
-from billhook.sparsity.criteria import Magnitude, SparseGPT, Wanda
+from billhook.sparsity.criteria import Magnitude, Wanda
 from billhook.sparsity.masks import pruned_count
-from billhook.sparsity.sparsegpt import inverse_factor
+from billhook.sparsity.sparsegpt import SparseGPT, inverse_factor
 from billhook.sparsity.statistics import InputMoments
 
 

@@ -7,9 +7,9 @@ import torch
 import transformers
 from families import build, llama
 
-from billhook import speed
-from billhook.generation import Generation
-from billhook.speed import Row, measure_speed, spread
+from billhook.report import speed
+from billhook.report.generation import Generation
+from billhook.report.speed import Row, measure_speed, spread
 
 CELLS = {"batch_sizes": [1, 3], "contexts": [8, 16], "new_tokens": 3, "rounds": 2}
 

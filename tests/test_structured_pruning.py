@@ -11,8 +11,8 @@ from fits import data, module, same, trainer, weights
 from test_weight_pruning import checkpoints
 
 import billhook as bh
-from billhook.export import export_checkpoint
-from billhook.structure.channels import find_units
+from billhook.checkpoints.export import export_checkpoint
+from billhook.units.channels import find_units
 
 # the resumed runs do without the ModelCheckpoint of the straight one
 pytestmark = [
@@ -27,7 +27,7 @@ def pruning(**options):
 
 def widths(lit):
     """Channels and KV heads of each layer, by the sizes of its tensors."""
-    layers = bh.checkpoint.find_transformer(lit).model.layers
+    layers = bh.checkpoints.save.find_transformer(lit).model.layers
     return [(layer.mlp.down_proj.weight.shape[1], layer.self_attn.k_proj.weight.shape[0] // 4) for layer in layers]
 
 

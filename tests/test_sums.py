@@ -9,7 +9,7 @@ from test_repair import BUILD
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.structure.sums import Linears, agreed, followed, seen
+from billhook.repairs.sums import Linears, agreed, followed, seen
 
 
 def shown_by(model, **batch):

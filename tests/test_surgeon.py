@@ -6,7 +6,7 @@ from families import build, tokens
 from shaped import bert
 
 import billhook as bh
-from billhook.structure.channels import find_units
+from billhook.units.channels import find_units
 
 
 def inputs_of(model, reader, batches):

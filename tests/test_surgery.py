@@ -3,7 +3,7 @@ import torch
 from families import llama, tokens
 from torch import nn
 
-from billhook.structure.surgery import Change, replace_parameters
+from billhook.model.surgery import Change, replace_parameters
 
 HALF = Change(lambda w: w[: len(w) // 2], lambda _, v: v[: len(v) // 2])
 

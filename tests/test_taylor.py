@@ -11,8 +11,8 @@ from families import build, llama, tokens
 from torch import nn
 
 import billhook as bh
-from billhook.structure.ranking import examples_of
-from billhook.structure.taylor import _shares
+from billhook.importance.taylor import _shares
+from billhook.running.trials import examples_of
 
 CONFIG = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
 GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2}

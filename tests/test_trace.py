@@ -12,7 +12,7 @@ from small_configs import architectures, build, has_experts, small_config
 from torch import nn
 
 import billhook as bh
-from billhook.structure.roles import Part
+from billhook.tracing.roles import Part
 
 
 def small(family: str, **changes: object) -> transformers.PreTrainedModel:

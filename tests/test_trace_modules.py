@@ -8,7 +8,7 @@ from oracle import answer, check, randomise
 from torch import nn
 from torch.nn import functional as F
 
-from billhook.structure.trace import trace
+from billhook.tracing.trace import trace
 
 
 class Net(nn.Module):

@@ -11,8 +11,8 @@ import transformers
 from small_configs import architectures, build, has_experts, small_config
 
 import billhook as bh
-from billhook.structure.inputs import make_inputs
-from billhook.structure.show import fold
+from billhook.running.inputs import make_inputs
+from billhook.tracing.show import fold
 
 NOT_ASKED = ("vocab", "position", "label", "fixed")  # indices that mean something to the tokenizer, to the task or to the code
 FAMILIES = [

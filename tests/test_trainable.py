@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
-from billhook.structure.trace import trace
-from billhook.structure.trainable import attention_parameters, freeze_others
+from billhook.tracing.trace import trace
+from billhook.training.trainable import attention_parameters, freeze_others
 
 
 class Flat(PreTrainedModel):

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.tuner import Tuner
 
 import billhook as bh
-from billhook.run import callbacks_of
+from billhook.fit.run import callbacks_of
 
 pytestmark = [
     pytest.mark.usefixtures("traced_once"),

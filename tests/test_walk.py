@@ -11,8 +11,8 @@ from test_prune import batches_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.ambient import undisturbed
-from billhook.walk import Walk, find_sites
+from billhook.running.undisturbed import undisturbed
+from billhook.running.walk import Walk, find_sites
 
 FAMILIES = [
     "llama",

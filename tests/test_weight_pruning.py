@@ -10,8 +10,8 @@ from fits import data, same, trainer, weights
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 import billhook as bh
-from billhook.lora import attach
-from billhook.sparsity.linears import prunable
+from billhook.adapters.lora import attach
+from billhook.model.linears import prunable
 
 pytestmark = [
     # the resumed runs do without the ModelCheckpoint of the straight one

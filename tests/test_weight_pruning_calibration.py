@@ -49,9 +49,9 @@ def test_a_round_that_prunes_nothing_leaves_no_trace(files, tmp_path, criterion)
 
 def spied(lit, callback, loaders, folder, monkeypatch, **options):
     """The batches that a round calibrates on, as the model is called with them."""
-    seen, runs_of = [], bh.callbacks.examples.runs_of
+    seen, runs_of = [], bh.fit.examples.runs_of
     with monkeypatch.context() as patch:
-        patch.setattr(bh.callbacks.examples, "runs_of", lambda model, batches: seen.extend(batches) or runs_of(model, batches))
+        patch.setattr(bh.fit.examples, "runs_of", lambda model, batches: seen.extend(batches) or runs_of(model, batches))
         trainer(folder, [callback], max_steps=options.pop("max_steps", 2), **options).fit(lit, loaders)
     return seen
 

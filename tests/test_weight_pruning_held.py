@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import billhook as bh
-from billhook.sparsity.linears import prunable
+from billhook.model.linears import prunable
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),

@@ -15,8 +15,8 @@ from test_weight_pruning import RAMP, ROUNDS, checkpoints, pruning
 from test_weight_pruning_held import EPOCHS, Plain, loader
 
 import billhook as bh
-from billhook.sparsity.adapters import MaskedLora
-from billhook.sparsity.linears import prunable
+from billhook.adapters.masked import MaskedLora
+from billhook.model.linears import prunable
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 
@@ -39,7 +39,7 @@ def injected(seed=0, **options):
 
 
 def transformer(lit):
-    return bh.checkpoint.find_transformer(lit)
+    return bh.checkpoints.save.find_transformer(lit)
 
 
 def layers_of(lit):

@@ -56,7 +56,7 @@ class Interrupt(BaseException):
     """No `Exception`, as an interrupt from the keyboard: nothing may take it for an answer."""
 
 
-TRACING = ("structure/rules", "structure/mode", "structure/tape", "structure/axes", "structure/sums")
+TRACING = ("tracing/rules", "tracing/mode", "tracing/tape", "tracing/axes", "repairs/sums")
 
 
 @contextmanager

@@ -1,5 +1,8 @@
 """Prune and convert Hugging Face transformers inside a PyTorch Lightning fit."""
 
+from billhook.adapters.lora import LoRA
+from billhook.adapters.masked import mask_adapters, unmask_adapters
+from billhook.adapters.merge import Merged, merge
 from billhook.callbacks import (
     DepthPruning,
     Export,
@@ -10,49 +13,49 @@ from billhook.callbacks import (
     Uptraining,
     WeightPruning,
 )
-from billhook.checkpoint import load, save
-from billhook.data import ClassificationDataModule, Seq2SeqDataModule, TextDataModule
-from billhook.distillation import Distillation
-from billhook.lora import LoRA
-from billhook.module import TransformerModule
-from billhook.report import summary
-from billhook.resume import ShapeInCheckpoint, load_from_checkpoint
+from billhook.checkpoints.save import load, save
+from billhook.fit.resume import ShapeInCheckpoint, load_from_checkpoint
+from billhook.importance.ablation import Ablation, HeadAblation, ablate_heads
+from billhook.importance.activations import ActivationNorm, OutputNorm
+from billhook.importance.base import Importance
+from billhook.importance.baselines import RandomUnits, WeightNorm
+from billhook.importance.blocks import block_importance
+from billhook.importance.gate_gradient import GateGradient
+from billhook.importance.obs import OBS
+from billhook.importance.score import head_importance, unit_importance
+from billhook.importance.taylor import Taylor
+from billhook.kv_heads.convert import convert_kv_heads
+from billhook.kv_heads.equal_parameters import equal_parameters
+from billhook.pruning.amount import Amount
+from billhook.pruning.block_choice import greedy_blocks
+from billhook.pruning.block_plan import BlockPlan, plan_blocks
+from billhook.pruning.block_removal import apply_blocks, prune_blocks
+from billhook.pruning.choice import choose_heads
+from billhook.pruning.heads import plan_heads, prune_heads
+from billhook.pruning.plan import Plan, plan_from_json, plan_units
+from billhook.pruning.removal import apply
+from billhook.pruning.repair import repair
+from billhook.pruning.request import plan
+from billhook.repairs.repair import Repair
+from billhook.report.speed import measure_speed
+from billhook.report.summary import summary
 from billhook.schedules import Constant, Cosine, Cubic, Exponential, Linear, MultiStep, Schedule
-from billhook.sparsity.adapters import mask_adapters, unmask_adapters
 from billhook.sparsity.allocation import OWL, Allocation, ByPattern, Uniform
-from billhook.sparsity.criteria import RIA, Criterion, Magnitude, Random, SparseGPT, Wanda, WandaAlpha
-from billhook.sparsity.merge import Merged, merge
+from billhook.sparsity.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaAlpha
 from billhook.sparsity.prune import plan_pruning, prune
 from billhook.sparsity.refit import Refit
 from billhook.sparsity.result import Pruning
-from billhook.speed import measure_speed
-from billhook.structure.ablation import Ablation
-from billhook.structure.activations import ActivationNorm, OutputNorm
-from billhook.structure.amount import Amount
-from billhook.structure.block_plan import BlockPlan, plan_blocks
-from billhook.structure.block_ranking import block_importance, greedy_blocks
-from billhook.structure.block_removal import apply_blocks, prune_blocks
-from billhook.structure.channels import find_units
-from billhook.structure.coupling import Structure
-from billhook.structure.equal_parameters import equal_parameters
-from billhook.structure.gates import HeadMask, head_gates, mask_heads
-from billhook.structure.groups import Group
-from billhook.structure.head_choice import choose_heads
-from billhook.structure.head_plan import plan_heads
-from billhook.structure.head_removal import prune_heads
-from billhook.structure.importance import GateGradient, Importance, RandomUnits, WeightNorm
-from billhook.structure.kv_heads import convert_kv_heads
-from billhook.structure.layers import find_blocks
-from billhook.structure.plan import Plan, plan_from_json, plan_units
-from billhook.structure.plan_repair import repair
-from billhook.structure.planning import plan
-from billhook.structure.ranking import HeadAblation, ablate_heads, head_importance, unit_importance
-from billhook.structure.removal import apply
-from billhook.structure.repair import Repair
-from billhook.structure.surgeon import OBS
-from billhook.structure.taylor import Taylor
-from billhook.structure.trace import trace
-from billhook.structure.units import Units
+from billhook.sparsity.sparsegpt import SparseGPT
+from billhook.tracing.coupling import Structure
+from billhook.tracing.groups import Group
+from billhook.tracing.trace import trace
+from billhook.training.data import ClassificationDataModule, Seq2SeqDataModule, TextDataModule
+from billhook.training.distillation import Distillation
+from billhook.training.module import TransformerModule
+from billhook.units.blocks import find_blocks
+from billhook.units.channels import find_units
+from billhook.units.gates import HeadMask, head_gates, mask_heads
+from billhook.units.units import Units
 
 __version__ = "0.1.0.dev0"
 

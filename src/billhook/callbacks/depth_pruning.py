@@ -8,16 +8,16 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.examples import aside, check_readable, check_source, scoring_batches
-from billhook.callbacks.ranks import SumOverRanks, check_agreed
-from billhook.callbacks.shape_event import At, ShapeCallback
-from billhook.resting import resting
-from billhook.structure.block_choice import Quota, choose_greedily, choose_lowest
-from billhook.structure.block_plan import BlockPlan, plan_blocks
-from billhook.structure.block_ranking import By, block_trial, check_by, score_blocks, sizes_of
-from billhook.structure.block_removal import apply_blocks
-from billhook.structure.layers import find_blocks
-from billhook.structure.shape import find_transformer
+from billhook.fit.event import At, ShapeCallback
+from billhook.fit.examples import aside, check_readable, check_source, scoring_batches
+from billhook.fit.ranks import SumOverRanks, check_agreed
+from billhook.importance.blocks import By, block_trial, check_by, score_blocks, sizes_of
+from billhook.model.find import find_transformer
+from billhook.pruning.block_choice import Quota, choose_greedily, choose_lowest
+from billhook.pruning.block_plan import BlockPlan, plan_blocks
+from billhook.pruning.block_removal import apply_blocks
+from billhook.running.undisturbed import resting
+from billhook.units.blocks import find_blocks
 
 
 class DepthPruning(ShapeCallback):

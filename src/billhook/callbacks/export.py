@@ -9,13 +9,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.callbacks.ranks import together
-from billhook.callbacks.shape_event import ShapeCallback
-from billhook.checkpoint import Saved, check_names, save
-from billhook.place import check_target
-from billhook.run import callbacks_of, is_trial
-from billhook.shards import gathered, unsharded
-from billhook.structure.shape import find_transformer
+from billhook.checkpoints.place import check_target
+from billhook.checkpoints.save import Saved, check_names, save
+from billhook.fit.event import ShapeCallback
+from billhook.fit.ranks import together
+from billhook.fit.run import callbacks_of, is_trial
+from billhook.model.find import find_transformer
+from billhook.running.shards import gathered, unsharded
 
 
 class Export(Callback):

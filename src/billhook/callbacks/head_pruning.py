@@ -15,29 +15,30 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.examples import aside, check_readable, check_source, gradient_precision, scoring_batches
 from billhook.callbacks.export import Export
 from billhook.callbacks.head_record import HeadRecord
-from billhook.callbacks.measure import measure
-from billhook.callbacks.ranks import SumOverRanks, check_agreed, together
-from billhook.callbacks.rounds import find_rounds, still_due
-from billhook.callbacks.shape_event import At, ShapeCallback, log_event
-from billhook.export import MASKED
-from billhook.report import summary
-from billhook.resting import resting
-from billhook.run import callbacks_of, is_trial, training_steps
+from billhook.checkpoints.export import MASKED
+from billhook.fit.event import At, ShapeCallback, log_event
+from billhook.fit.examples import aside, check_readable, check_source, gradient_precision, scoring_batches
+from billhook.fit.measure import measure
+from billhook.fit.ranks import SumOverRanks, check_agreed, together
+from billhook.fit.rounds import find_rounds, still_due
+from billhook.fit.run import callbacks_of, is_trial, training_steps
+from billhook.importance.base import Importance
+from billhook.importance.gate_gradient import GateGradient
+from billhook.importance.score import score, trial_of
+from billhook.model.find import find_transformer
+from billhook.pruning.amount import Ranking
+from billhook.pruning.choice import check_choice, choose
+from billhook.pruning.heads import plan_heads, prune_heads
+from billhook.report.summary import summary
+from billhook.running.shards import gathered, unsharded
+from billhook.running.undisturbed import resting
 from billhook.schedules import Schedule, check_step
-from billhook.shards import gathered, unsharded
-from billhook.structure.amount import Ranking
-from billhook.structure.gates import HeadMask, place_mask
-from billhook.structure.head_choice import check_choice, choose
-from billhook.structure.head_plan import plan_heads
-from billhook.structure.head_removal import prune_heads, zero_heads
-from billhook.structure.heads import find_heads
-from billhook.structure.importance import GateGradient, Importance
-from billhook.structure.ranking import score, trial_of
-from billhook.structure.shape import find_transformer
-from billhook.structure.units import Per
+from billhook.units.gates import HeadMask, place_mask
+from billhook.units.heads import find_heads
+from billhook.units.units import Per
+from billhook.units.zero import zero_heads
 
 Remove = Literal["end", "rounds", "never"]
 

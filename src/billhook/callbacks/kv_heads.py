@@ -11,17 +11,18 @@ from torch.optim import Optimizer
 
 from billhook.callbacks.kv_preparation import Preparation, method_of_pooling
 from billhook.callbacks.kv_stages import Stage, check_order, steps_over
-from billhook.callbacks.ranks import check_agreed, together
-from billhook.callbacks.shape_event import At, ShapeCallback, unwrapped
-from billhook.callbacks.shares import shares_of
-from billhook.run import callbacks_of, is_trial
+from billhook.fit.event import At, ShapeCallback, unwrapped
+from billhook.fit.ranks import check_agreed, together
+from billhook.fit.rounds import shares_of
+from billhook.fit.run import callbacks_of, is_trial
+from billhook.kv_heads.approach import approach
+from billhook.kv_heads.bases.ready import Grouping
+from billhook.kv_heads.convert import KVHeadPlan, Method, apply_kv_heads, check_request, kv_heads_of, plan_kv_heads
+from billhook.kv_heads.line import check_told_apart, heads_in_scope, next_in_line
+from billhook.model.find import find_transformer
+from billhook.model.surgery import changed, take
+from billhook.repairs.repair import Repair
 from billhook.schedules import Schedule, check_step
-from billhook.structure.kv_approach import approach, changed, take
-from billhook.structure.kv_heads import KVHeadPlan, Method, apply_kv_heads, check_request, kv_heads_of, plan_kv_heads
-from billhook.structure.kv_line import check_told_apart, heads_in_scope, next_in_line
-from billhook.structure.kv_ready import Grouping
-from billhook.structure.repair import Repair
-from billhook.structure.shape import find_transformer
 
 HINT = (
     "billhook: KV heads are mean-pooled, as in the paper. method='svd' starts far nearer to the dense model (SmolLM2-135M, 3 -> "

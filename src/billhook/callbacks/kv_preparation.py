@@ -10,15 +10,14 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from billhook.callbacks.examples import Pair, aside, check_calibration, check_readable, scoring_batches
-from billhook.callbacks.ranks import SumOverRanks
-from billhook.structure.kv_approach import check_ready, turned_weights
-from billhook.structure.kv_heads import Method, Pooling, check_method
-from billhook.structure.kv_ready import Grouping, Way, ready_weights
-from billhook.structure.kv_start import Start
-from billhook.structure.repair import Repair
-from billhook.structure.shape import find_transformer
-from billhook.walk import Reduce
+from billhook.fit.examples import Pair, aside, check_calibration, check_readable, scoring_batches
+from billhook.fit.ranks import SumOverRanks
+from billhook.kv_heads.bases.bases import Start
+from billhook.kv_heads.bases.ready import Grouping, Way, check_ready, ready_weights, turned_weights
+from billhook.kv_heads.convert import Method, Pooling, check_method
+from billhook.model.find import find_transformer
+from billhook.repairs.repair import Repair
+from billhook.running.walk import Reduce
 
 
 def method_of_pooling(method: Method) -> Pooling:

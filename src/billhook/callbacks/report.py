@@ -8,11 +8,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 from billhook.callbacks.export import Export
-from billhook.callbacks.measure import measure
-from billhook.callbacks.shape_event import Event, ShapeCallback
-from billhook.plot import plot
-from billhook.report import Stage, summary, table
-from billhook.run import callbacks_of
+from billhook.fit.event import Event, ShapeCallback
+from billhook.fit.measure import measure
+from billhook.fit.run import callbacks_of
+from billhook.report.plot import plot
+from billhook.report.summary import Stage, summary, table
 
 
 class Report(Callback):

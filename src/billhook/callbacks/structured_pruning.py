@@ -10,24 +10,24 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.examples import Pair, aside, check_calibration, check_readable, gradient_precision, scoring_batches
-from billhook.callbacks.measure import measure
-from billhook.callbacks.ranks import SumOverRanks, check_agreed, together
-from billhook.callbacks.shape_event import At, ShapeCallback, log_event
-from billhook.callbacks.shares import shares_of
-from billhook.run import callbacks_of, is_trial, training_steps
+from billhook.fit.event import At, ShapeCallback, log_event
+from billhook.fit.examples import Pair, aside, check_calibration, check_readable, gradient_precision, scoring_batches
+from billhook.fit.measure import measure
+from billhook.fit.ranks import SumOverRanks, check_agreed, together
+from billhook.fit.rounds import shares_of
+from billhook.fit.run import callbacks_of, is_trial, training_steps
+from billhook.importance.base import Importance
+from billhook.importance.score import trial_of
+from billhook.importance.taylor import Taylor
+from billhook.model.find import find_transformer
+from billhook.pruning.amount import Amount, Ranking
+from billhook.pruning.plan import Plan
+from billhook.pruning.progress import First, first_from
+from billhook.pruning.removal import apply
+from billhook.pruning.repair import Weights, repair_of
+from billhook.pruning.request import Request
+from billhook.repairs.repair import Repair
 from billhook.schedules import Schedule, check_step, resolve_step
-from billhook.structure.amount import Amount, Ranking
-from billhook.structure.importance import Importance
-from billhook.structure.plan import Plan
-from billhook.structure.plan_repair import Weights, repair_of
-from billhook.structure.planning import Request
-from billhook.structure.progress import First, first_from
-from billhook.structure.ranking import trial_of
-from billhook.structure.removal import apply
-from billhook.structure.repair import Repair
-from billhook.structure.shape import find_transformer
-from billhook.structure.taylor import Taylor
 
 
 class StructuredPruning(ShapeCallback):

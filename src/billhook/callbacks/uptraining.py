@@ -8,20 +8,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from billhook.callbacks.ranks import SumOverRanks, together
-from billhook.run import callbacks_of, is_trial, isolated
+from billhook.fit.event import SetsLength
+from billhook.fit.ranks import SumOverRanks, together
+from billhook.fit.run import callbacks_of, is_trial, isolated
 
 LIGHTNING_EPOCHS = 1000
 """What Lightning takes for `max_epochs` where neither that nor `max_steps` is given."""
 
 
-class Uptraining(Callback):
+class Uptraining(SetsLength):
     """Ends the fit after a fraction alpha of the steps that pretraining took (uptraining; GQA, 2305.13245, section 2.2).
 
     The length is set before optimizer and learning-rate schedule are made, in the place of the Trainer's `max_steps`; fractions

@@ -14,29 +14,29 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from billhook.callbacks.carry import carry, put, release
-from billhook.callbacks.examples import aside, check_readable, check_source, on_device, runs_as_in_training, training_examples
-from billhook.callbacks.going_on import GoingOn
-from billhook.callbacks.hold import Hold
-from billhook.callbacks.measure import check_limit, measure
-from billhook.callbacks.ranks import SumOverRanks, check_agreed, together
-from billhook.callbacks.rounds import check_times, find_rounds, still_due
-from billhook.callbacks.shape_event import At, Event, FollowsShapes, ShapeCallback, log_event
-from billhook.callbacks.strategies import check_masks
-from billhook.report import summary
-from billhook.run import callbacks_of, is_trial, training_steps
+from billhook.adapters.masked import mask_as_weights, plain_adapters
+from billhook.fit.carry import carry, put, release
+from billhook.fit.event import At, Event, FollowsShapes, ShapeCallback, log_event
+from billhook.fit.examples import aside, check_readable, check_source, on_device, runs_as_in_training, training_examples
+from billhook.fit.going_on import GoingOn
+from billhook.fit.measure import check_limit, measure
+from billhook.fit.ranks import SumOverRanks, check_agreed, together
+from billhook.fit.rounds import check_times, find_rounds, still_due
+from billhook.fit.run import callbacks_of, is_trial, training_steps
+from billhook.fit.strategies import check_masks
+from billhook.model.find import find_transformer
+from billhook.report.summary import summary
+from billhook.running.batches import Run
+from billhook.running.shards import gathered, unsharded, whole
+from billhook.running.walk import Sequential
 from billhook.schedules import Schedule
-from billhook.shards import gathered, unsharded, whole
-from billhook.sparsity.adapters import mask_as_weights, plain_adapters
 from billhook.sparsity.allocation import Allocation
-from billhook.sparsity.batches import Run
 from billhook.sparsity.checks import adapters_to_count, check_pruning, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
+from billhook.sparsity.hold import Hold
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.prune import plan_pruning
 from billhook.sparsity.result import Pruning
-from billhook.structure.shape import find_transformer
-from billhook.walk import Sequential
 
 
 class WeightPruning(FollowsShapes):

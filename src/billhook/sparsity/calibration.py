@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.shards import whole
-from billhook.sparsity.adapters import counted, product_of
+from billhook.adapters.masked import counted, product_of
+from billhook.model.linears import weight_of
+from billhook.running.shards import whole
+from billhook.running.walk import Reduce, Site
 from billhook.sparsity.criteria import Criterion, check_finite
-from billhook.sparsity.linears import weight_of
 from billhook.sparsity.masks import keep_global, where_kept
 from billhook.sparsity.result import Pruned
 from billhook.sparsity.statistics import Statistics
-from billhook.walk import Reduce, Site
 
 Progress = Callable[[int, int], None]
 """Is told how many linears are done, and of how many."""

@@ -10,12 +10,12 @@ from typing import get_args
 import torch
 from torch import nn
 
-from billhook.sparsity.adapters import active_in, plain_adapters
+from billhook.adapters.masked import active_in, plain_adapters
+from billhook.model.linears import prunable, weight_of
+from billhook.running.walk import Reduce, Sequential, find_sites
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
-from billhook.sparsity.linears import prunable, weight_of
 from billhook.sparsity.masks import parse_pattern
-from billhook.walk import Reduce, Sequential, find_sites
 
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 

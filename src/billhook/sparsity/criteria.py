@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern, where_kept
-from billhook.sparsity.sparsegpt import MAX_DAMPING, inverse_factor, saliency, solve
-from billhook.sparsity.statistics import InputMoments, InputNorms, Statistics
+from billhook.sparsity.statistics import InputNorms, Statistics
 
 Comparison = Literal["row", "layer", "global"]
 """Which weights compete: those of one output (a row of the weight), those of the whole layer, or those of all layers."""
@@ -196,66 +195,6 @@ class RIA(Criterion):
         return relative.mul_(norms**self.exponent)
 
 
-@dataclass(frozen=True)
-class SparseGPT(Criterion):
-    """Prunes column by column and updates the weights to the right, so that they make up for it (2301.00774, algorithm 1).
-
-    With H = X^T X + damping * mean(diag(X^T X)) I and H^-1 = U^T U, U upper triangular, the saliency of a weight is
-    W_ij^2 / U_jj^2, and pruning it adds -W_ij / U_jj * U_jk to each W_ik to its right. Unstructured, the lowest saliencies of
-    each block of columns go, by exact count; N:M, the lowest of each row's group. The weights of an input that was always zero
-    become zero, whether the mask keeps them or not.
-
-    Args:
-        damping: Share of the mean of the diagonal of X^T X that is added to it. Raised tenfold, up to 1, with a warning, while
-            that is not positive definite.
-        block_size: Columns whose mask is chosen at once; with N:M a multiple of M.
-
-    Raises:
-        ValueError: If the damping is outside (0, 1], or the block size below 1.
-    """
-
-    damping: float = 0.01
-    block_size: int = 128
-    compares: Comparison = field(default="layer", init=False, repr=False)
-    updates: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if not 0 < self.damping <= MAX_DAMPING:
-            raise ValueError(f"damping={self.damping} must be above 0 and at most {MAX_DAMPING:g}")
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size!r} must be a whole number of columns, at least 1")
-
-    def statistics(self, in_features: int, device: torch.device | str = "cpu") -> Statistics:
-        """Empty second moments of the inputs."""
-        return InputMoments(in_features, device)
-
-    def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """W_ij^2 / U_jj^2 of the weight as it is, before any update."""
-        moments = _seen(statistics, weight, self, InputMoments)
-        return saliency(_without_dead(weight, moments), inverse_factor(moments.products, self.damping))
-
-    def prune(
-        self, weight: Tensor, statistics: Statistics | None = None, sparsity: float | None = None, pattern: str = "unstructured"
-    ) -> tuple[Tensor, Tensor]:
-        """Zeroes the lowest saliencies and updates what is kept. See `Criterion.prune`.
-
-        Raises:
-            ValueError: As there; also if M does not divide the block size, X^T X cannot be inverted, or the updated weight does
-                not fit its dtype.
-        """
-        sparsity, kept = check_amount(sparsity, pattern), parse_pattern(pattern)
-        if kept is not None and self.block_size % kept[1]:
-            raise ValueError(f"block_size={self.block_size} must be a multiple of {kept[1]} for pattern={pattern!r}")
-        check_width(weight.shape[1], pattern)
-        check_finite(weight, "the weight")
-        moments = _seen(statistics, weight, self, InputMoments)
-        factor = inverse_factor(moments.products, self.damping)
-        solved, keep = solve(_without_dead(weight, moments), factor, sparsity, kept, self.block_size)
-        updated = solved.to(weight.dtype)
-        check_finite(updated, f"the updated weight, as {weight.dtype},")
-        return updated, keep
-
-
 def _seen(statistics: Statistics | None, weight: Tensor, criterion: Criterion, kind: type[S]) -> S:
     """The statistics, if they are what the criterion needs for this weight."""
     if not isinstance(statistics, kind):
@@ -278,10 +217,6 @@ def check_finite(values: Tensor, what: str) -> None:
     lowest, highest = values.detach().aminmax()
     if not (torch.isfinite(lowest) and torch.isfinite(highest)):
         raise ValueError(f"{what} holds NaN or inf")
-
-
-def _without_dead(weight: Tensor, statistics: Statistics) -> Tensor:
-    return weight.detach().float().masked_fill(statistics.squares == 0, 0)
 
 
 def _nonzero(sums: Tensor) -> Tensor:

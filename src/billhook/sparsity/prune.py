@@ -9,11 +9,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from billhook.ambient import undisturbed
-from billhook.shards import gathered, is_sharded, reshard, unsharded, whole
-from billhook.sparsity.adapters import counted
+from billhook.adapters.masked import counted
+from billhook.model.linears import weight_of
+from billhook.running.batches import Run, runs_of
+from billhook.running.offload import Shelf, offloaded
+from billhook.running.shards import gathered, is_sharded, reshard, unsharded, whole
+from billhook.running.undisturbed import undisturbed
+from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites
 from billhook.sparsity.allocation import Allocation, Uniform
-from billhook.sparsity.batches import Run, runs_of
 from billhook.sparsity.calibration import Calibration, InputsDiffer, Progress, Together, prune_linear, prune_together
 from billhook.sparsity.checks import (
     adapters_to_count,
@@ -25,11 +28,8 @@ from billhook.sparsity.checks import (
     warn_of_others,
 )
 from billhook.sparsity.criteria import Criterion, Wanda
-from billhook.sparsity.linears import weight_of
 from billhook.sparsity.masks import check_amount
-from billhook.sparsity.offload import Shelf, offloaded
 from billhook.sparsity.result import Pruned, Pruning
-from billhook.walk import Reduce, Sequential, Site, Walk, find_sites
 
 Blocks = Sequence[Mapping[str, nn.Module]]
 C = TypeVar("C", bound=Calibration)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.shards import local, reshard, sharded_as
+from billhook.model.linears import prunable, weight_of
+from billhook.running.shards import local, reshard, sharded_as
 from billhook.sparsity.criteria import Criterion
-from billhook.sparsity.linears import prunable, weight_of
 from billhook.sparsity.masks import where_kept
 
 

@@ -1,0 +1,1 @@
+"""Attaches, masks and merges LoRA adapters."""

@@ -1,0 +1,247 @@
+"""LoRA on pruned weights: what it adds to a weight, and masks under which it adds nothing where the weight is zero."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from billhook.model.linears import prunable, weight_of
+
+WRAPPED = "base_model.model."
+"""What PEFT puts before the names of the model that it wraps."""
+PRUNED = 0.01
+"""The share of zeros from which on a linear counts as pruned, if nobody says so: a few weights are zero by chance."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A keep-mask, bool, that copies of a layer have in common, as it is never changed, but replaced."""
+
+    keep: Tensor
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+class MaskedLora(LoraLinear):
+    """LoRA that adds nothing where a mask says so, in the forward and when it is merged. `mask_adapters` makes layers of it.
+
+    Attributes:
+        mask: Where it may add, as the weight lies in memory; no part of the state dict.
+    """
+
+    mask: Mask
+
+    @property
+    def keep(self) -> Tensor:
+        """The mask, bool."""
+        return self.mask.keep
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The product scale B A, masked; PEFT merges and unmerges this."""
+        product = super().get_delta_weight(adapter)
+        return torch.where(self.keep.to(product.device), product, 0)
+
+    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
+        """The base layer's output and what the active adapters add.
+
+        Raises:
+            ValueError: If each example is to have an adapter of its own.
+        """
+        if adapter_names is not None:
+            raise ValueError(f"adapter_names={adapter_names} must be None: a masked adapter is the same for the whole batch")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x)
+        if self.merged:
+            return result
+        dtype = result.dtype
+        for adapter in active_in(self):
+            product = self.get_delta_weight(adapter)
+            given = self.lora_dropout[adapter](x.to(product.dtype))
+            result = result + linear(given, product.t() if self.fan_in_fan_out else product)
+        return result.to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.mask = Mask(fn(self.keep))
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
+    """Makes LoRA act only where weights are not zero: x (W + (scale B A) * mask)^T, so that merging changes nothing.
+
+    It costs a second product of the weight's size in each forward. The layers become `MaskedLora`, also in copies of the model,
+    deep or pickled; the masks are no part of the state dict. `unmask_adapters` undoes it.
+
+    Args:
+        model: A model with LoRA attached, not merged.
+        masks: Keep-masks by linear, bool, as the weights lie in memory; what is zero stays without in any case, and linears
+            without a mask stay as they are. By default what is not zero now, in linears of which 1 % or more is zero.
+
+    Raises:
+        ValueError: If no adapters are attached, one is not plain LoRA on a linear layer or merged already, a mask is not bool or
+            of another shape, none fits, or there is none and no linear is pruned.
+    """
+    layers = adapted(model)
+    kept = fitting(layers, masks)
+    if not kept:
+        raise ValueError(f"masks=None: of no linear with adapters, such as {next(iter(layers))}, is 1 % zero: prune first")
+    check_plain({name: layers[name] for name in kept}, "model")
+    if masks is None:
+        unmask_adapters(model)
+    for name, keep in kept.items():
+        weight = layers[name].base_layer.weight
+        layers[name].__class__ = MaskedLora
+        layers[name].mask = Mask(keep.to(weight.device) & (weight.detach() != 0))
+
+
+def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> None:
+    """Undoes `mask_adapters`.
+
+    Args:
+        model: A model with adapters attached.
+        names: Of linears; all by default.
+
+    Raises:
+        ValueError: If no adapters are attached.
+    """
+    layers = adapted(model)
+    for name in layers if names is None else names:
+        if isinstance(layers[name], MaskedLora):
+            del layers[name].mask
+            layers[name].__class__ = LoraLinear
+
+
+def on_linears(model: nn.Module) -> dict[str, Any]:
+    """The layers that adapters on linears are, by the name of the linear."""
+    owners: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            owners.setdefault(id(BaseTunerLayer.get_base_layer(module)), module)
+    linears = prunable(model, output_embeddings=True) if owners else {}
+    return {name: owners[id(one)] for name, one in linears.items() if id(one) in owners}
+
+
+def adapted(model: nn.Module) -> dict[str, Any]:
+    """The layers that adapters on linears are, of which there must be some.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    layers = on_linears(model)
+    if not layers:
+        raise ValueError(f"model: no adapters are attached to the linears of this {type(model).__name__}")
+    return layers
+
+
+def mask_as_weights(model: nn.Module) -> None:
+    """Masks LoRA as the weights are now, also if none of them is pruned: `mask_adapters`, or else `unmask_adapters`.
+
+    Raises:
+        ValueError: As `mask_adapters`.
+    """
+    if fitting(adapted(model), None):
+        mask_adapters(model)
+    else:
+        unmask_adapters(model)
+
+
+def plain_adapters(model: nn.Module, linears: Iterable[str], asked: str) -> dict[str, Any]:
+    """The layers with plain LoRA on these linears, by linear.
+
+    Args:
+        model: The model.
+        linears: Names of linears.
+        asked: What they are asked for: the argument, with its value.
+
+    Raises:
+        ValueError: If there are none, or one is not plain LoRA or merged already.
+    """
+    try:
+        layers = adapted(model)
+    except ValueError as error:
+        raise ValueError(f"{asked} needs LoRA on the linears, and there is none: {error}") from None
+    own = {name: layers[name] for name in linears if name in layers}
+    if not own:
+        raise ValueError(f"{asked} needs LoRA on the linears that are pruned; it is only on others, such as {next(iter(layers))}")
+    check_plain(own, asked)
+    return own
+
+
+def check_plain(layers: Mapping[str, Any], asked: str) -> None:
+    """Refuses adapters whose product is not simply scale B A, or is in the weight already.
+
+    Args:
+        layers: The layers that adapters are on, by the name of their linear.
+        asked: What it is refused for: the argument, with its value.
+
+    Raises:
+        ValueError: If there is such an adapter.
+    """
+    for name, layer in layers.items():
+        kind = type(layer).__name__
+        if type(layer) in (LoraLinear, MaskedLora):
+            said = [type(one).__name__ for one in layer.lora_variant.values()]
+            said += ["a bias of its own"] * any(layer.lora_bias.values())
+            said += ["another forward in its place"] * ("forward" in vars(layer))
+            said += ["another adapter inside"] * (layer.base_layer is not layer.get_base_layer())
+            kind = f"LoRA with {', '.join(said)}" if said else ""
+        if kind:
+            raise ValueError(f"{asked}: the adapter of {name} must be plain LoRA without bias, got {kind}")
+        if layer.merged:
+            raise ValueError(f"{asked}: the adapters of {name} are merged already, and must not be: unmerge them first")
+
+
+def fitting(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The keep-masks of these layers' weights, by linear; what is not zero, of the pruned ones, where none are given.
+
+    Raises:
+        ValueError: If a mask is not bool or of another shape, or none fits.
+    """
+    weights = {name: layer.get_base_layer().weight.detach() for name, layer in layers.items()}
+    if masks is None:
+        kept = {name: weight != 0 for name, weight in weights.items()}
+        return {name: keep for name, keep in kept.items() if int((~keep).sum()) >= max(1, PRUNED * keep.numel())}
+    found = {name: masks.get(name, masks.get(name.removeprefix(WRAPPED))) for name in weights}
+    given = {name: mask for name, mask in found.items() if mask is not None}
+    if not given:
+        raise ValueError(f"masks: none is of a linear with adapters, such as {next(iter(weights))}")
+    for name, mask in given.items():
+        if mask.dtype != torch.bool or mask.shape != weights[name].shape:
+            wanted = list(weights[name].shape)
+            raise ValueError(f"masks: that of {name} must be bool of shape {wanted}, got {mask.dtype} {list(mask.shape)}")
+    return given
+
+
+def active_in(layer: Any) -> list[str]:  # noqa: ANN401 - PEFT does not type its layers
+    """The adapters with which a layer of LoRA computes now."""
+    return [] if layer.disable_adapters else [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
+
+
+@torch.no_grad()
+def product_of(layer: Any) -> Tensor:  # noqa: ANN401
+    """What plain LoRA adds to its weight now: scale B A of the active adapters, float32, `[out_features, in_features]`."""
+    weight = weight_of(layer.base_layer)
+    product = torch.zeros(weight.shape, device=weight.device)
+    for adapter in active_in(layer):
+        b, a = (one[adapter].weight.float().to(weight.device) for one in (layer.lora_B, layer.lora_A))
+        product.addmm_(b, a, alpha=layer.scaling[adapter])  # in place, so in float32 under autocast too
+    if isinstance(layer, MaskedLora):
+        keep = layer.keep.to(weight.device)
+        product.masked_fill_(~(keep.t() if layer.fan_in_fan_out else keep), 0)
+    return product
+
+
+def counted(weight: Tensor, layer: Any | None) -> Tensor:  # noqa: ANN401
+    """What a criterion sees of a weight: W, or W + scale B A in float32, and zero where W is, for what is pruned stays so.
+
+    Args:
+        weight: W, `[out_features, in_features]`.
+        layer: The layer of plain LoRA on it, if that counts.
+    """
+    return weight if layer is None else product_of(layer).add_(weight).masked_fill_(weight == 0, 0)

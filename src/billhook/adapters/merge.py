@@ -1,0 +1,171 @@
+"""Adapters go into the weights that they are on, so that every zero of a pruned weight stays."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from billhook.adapters.masked import adapted, fitting, on_linears
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge` did; `print` says it in a line.
+
+    Attributes:
+        model: The model without adapters.
+        error: How much of what the adapters add falls on zeros and was left out: its Frobenius norm as a share of the whole's,
+            by linear; 0 where the adapters were masked.
+        pruned: The linears whose zeros were kept; the others were merged in full.
+    """
+
+    model: nn.Module
+    error: dict[str, float]
+    pruned: tuple[str, ...]
+
+    @property
+    def lost(self) -> bool:
+        """Whether anything was left out."""
+        return any(self.error.values())
+
+    def __str__(self) -> str:
+        if not self.error:
+            return "no adapter on a linear was left to merge; what the others add is in the weights"
+        what = f"merged adapters of {len(self.error)} linears"
+        if not self.pruned:
+            return f"{what}, all in full, as none is pruned"
+        what += f", zeros kept{f' in {len(self.pruned)}' * (len(self.pruned) < len(self.error))}"
+        if not self.lost:
+            return f"{what}; nothing of what the adapters add was left out"
+        shares = {name: self.error[name] for name in self.pruned}
+        worst = max(shares, key=shares.__getitem__)
+        mean = sum(shares.values()) / len(shares)
+        what += f"; of what the adapters add there, {mean:.1%} was left out on average"
+        return f"{what}, {shares[worst]:.1%} at most ({worst})"
+
+
+@torch.no_grad()
+def merge(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Merged:
+    """Merges adapters into weights of which the zeros stay zero: W' = (W + scale B A) * mask.
+
+    What the adapters do at the zeros is lost, unless they were trained under `mask_adapters`.
+
+    Args:
+        model: A model with PEFT's adapters attached; its base weights are changed in place.
+        masks: Keep-masks by linear, bool, as the weights lie in memory; linears without one are merged in full. By default what
+            is not zero now, in linears of which 1 % or more is zero: fewer are zero by chance.
+
+    Raises:
+        ValueError: If no adapters are attached, they are merged already or cannot be, or a mask is not bool or of another shape,
+            or none fits.
+    """
+    layers = adapted(model)
+    if merged := next((name for name, layer in layers.items() if layer.merged), None):
+        raise ValueError(f"model: the adapters of {merged} are merged already, and which weights were zero is not known any more")
+    _check_alone(model)
+    kept = fitting(layers, masks)
+    error = {name: _merge(name, layer, kept.get(name)) for name, layer in layers.items()}
+    return Merged(_without_adapters(model), error, tuple(kept))
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether anything of PEFT's is in a model."""
+    return next(_places(model), None) is not None
+
+
+def merged_copy(model: nn.Module) -> Merged:
+    """What `merge` gives of a copy; the model is not changed. Adapters on no linear, or merged already, are only taken off.
+
+    Raises:
+        ValueError: As `merge`.
+    """
+    copied = copy.deepcopy(model)
+    if all(layer.merged for layer in on_linears(copied).values()):
+        _check_alone(copied)
+        return Merged(_without_adapters(copied), {}, ())
+    return merge(copied)
+
+
+def _check_alone(model: nn.Module) -> None:
+    """Refuses what merging would change in two places, or cannot know of."""
+    owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer) or module.merged:
+            continue
+        base: Any = BaseTunerLayer.get_base_layer(module)
+        if "forward" in vars(module) or getattr(module, "base_layer", base) is not base:
+            said = "another forward in its place" if "forward" in vars(module) else "another adapter inside"
+            raise ValueError(f"model: the adapter of {name} has {said}, so it cannot be merged alone")
+        if any(owners[id(parameter)] > 1 for parameter in base.parameters(recurse=False)):
+            raise ValueError(f"model: {name} has its weight in common with another module, which merging would change too")
+
+
+def _merge(name: str, layer: Any, keep: Tensor | None) -> float:  # noqa: ANN401 - PEFT does not type its layers
+    """Merges a layer; the share of what it adds that falls on zeros."""
+    weight = layer.get_base_layer().weight
+    before = weight.detach().clone()
+    _into(name, layer)
+    if keep is None:
+        return 0.0
+    added = (weight - before).float()
+    whole, lost = float(added.norm()), float(added.masked_fill(keep.to(added.device), 0).norm())
+    weight.masked_fill_(~keep.to(weight.device), 0)
+    return lost / whole if whole else 0.0
+
+
+def _into(name: str, layer: Any) -> None:  # noqa: ANN401
+    """Merges what is active and not merged yet."""
+    if layer.merged or layer.disable_adapters:
+        return
+    try:
+        layer.merge()
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"model: the adapters of {name} cannot be merged: {error}") from error
+
+
+def _without_adapters(model: nn.Module) -> nn.Module:
+    """The model that PEFT has wrapped or got into, with what is not merged yet merged in full, and without PEFT's layers."""
+    wrapped: Any = model
+    inner: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+    for parent, name, child in list(_places(inner)):
+        setattr(parent, name, _taken_off(name, child))
+    for module in inner.modules():
+        if getattr(module, "_hf_peft_config_loaded", False):
+            module._hf_peft_config_loaded = False
+        vars(module).pop("peft_config", None)
+    _untie(inner)
+    return inner  # type: ignore[no-any-return]
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Where PEFT's outermost layers are."""
+    for name, child in model.named_children():
+        if isinstance(child, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            yield model, name, child
+        else:
+            yield from _places(child)
+
+
+def _taken_off(name: str, child: Any) -> nn.Module:  # noqa: ANN401
+    """What is under a layer of PEFT's, changed as the layer changes it."""
+    if not isinstance(child, AuxiliaryTrainingWrapper):
+        _into(name, child)
+        return child.get_base_layer()  # type: ignore[no-any-return]
+    if child.disable_adapters:
+        return child.original_module  # type: ignore[no-any-return]
+    return child.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+
+
+def _untie(model: Any) -> None:  # noqa: ANN401
+    """Says in the config that the embeddings are two, where PEFT has trained a copy of one."""
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False):
+        one, other = (getattr(get(), "weight", None) for get in (model.get_input_embeddings, model.get_output_embeddings))
+        if one is not None and other is not None and one is not other:
+            model.config.tie_word_embeddings = False

@@ -1,0 +1,1 @@
+"""Saves Hugging Face folders and verifies them; turns Lightning checkpoints into them."""

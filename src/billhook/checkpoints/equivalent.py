@@ -1,0 +1,166 @@
+"""Configs that plain from_pretrained builds a model of an unusual shape from: its own class's, or an equivalent family's."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from billhook.model.build import build_class_on_meta
+from billhook.model.shape import KEY, Shape, shape_of
+
+ANY = object()
+"""For a field of a config that no code reads."""
+
+
+SUMMARY = tuple(f"summary_{what}" for what in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"))
+"""What GPT-2's config says of a head for two tasks at once."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family that computes what another one does, from tensors of the same names; linears of the one may be transposed.
+
+    Attributes:
+        name: What the names of its classes begin with.
+        adds: Its config fields that the other lacks: the values with which it computes the same, or the other's field as `=name`.
+        lacks: Config fields of the other that it lacks: the values at which the other computes the same.
+        tasks: What the names of its classes end with where those of the other end with something else.
+    """
+
+    name: str
+    adds: Mapping[str, object]
+    lacks: Mapping[str, object]
+    tasks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+EQUIVALENT = {
+    "Llama": (
+        Family(
+            "Mistral",
+            {"sliding_window": None},
+            {"attention_bias": False, "mlp_bias": False, "pretraining_tp": ANY},
+        ),
+        Family("SeedOss", {"attention_out_bias": "=attention_bias", "residual_dropout": 0.0}, {}),
+    ),
+    "GPT2": (  # with one KV head
+        Family(
+            "GPTBigCode",
+            {"multi_query": True, "attention_softmax_in_fp32": False, "scale_attention_softmax_in_fp32": False},
+            {
+                "scale_attn_by_inverse_layer_idx": False,
+                "reorder_and_upcast_attn": False,
+                **dict.fromkeys(SUMMARY, ANY),
+            },
+            {"LMHeadModel": "ForCausalLM"},
+        ),
+    ),
+}
+"""By what the names of a family's classes begin with: families that stand for it, the best known first."""
+
+COUNTED = {
+    "num_attention_heads": (".q_proj.weight", True),
+    "num_key_value_heads": (".k_proj.weight", True),
+    "intermediate_size": (".mlp.gate_proj.weight", False),
+}
+"""Config fields: the tensor of each layer that has as many rows, and whether each is of a head, that is `head_dim` rows."""
+
+NOT_COPIED = {"model_type", "auto_map"}
+"""What a config says of its own family."""
+
+Candidate = tuple[type[PreTrainedModel], PretrainedConfig]
+
+
+def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
+    """Classes, and configs from which they build exactly this model's tensors and whole-number attributes.
+
+    The model's own class comes first: many read the field `head_dim` that their config does not declare. What they compute is
+    still to be compared.
+    """
+    now, config = shape_of(model), model.config
+    counts = _counts(now, config)
+    if counts is None or config.get_text_config() is not config:
+        return
+    for kind, changes in _classes(type(model), config):
+        own = kind is type(model)
+        said = {name: value for name, value in config.to_dict().items() if name != KEY and (own or name not in NOT_COPIED)}
+        reads = type(config) if own else cast(type[PretrainedConfig], kind.config_class)
+        try:
+            known = counts if own else {name: count for name, count in counts.items() if name in _declared(reads)}
+            candidate = reads.from_dict(said | known | changes | {"architectures": [kind.__name__]})
+            built = shape_of(build_class_on_meta(kind, candidate))
+        except Exception:  # whatever a class of configs or models raises
+            continue
+        sizes = now.tensors if own else now.tensors | {name: now.tensors[name][::-1] for name in _transposed(model, kind)}
+        if built.tensors == sizes and all(built.attributes.get(k, v) == v for k, v in now.attributes.items()):
+            yield kind, candidate
+
+
+def rendered(model: PreTrainedModel, kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel | None:
+    """The model in a class that stands for its own, with its tensors, some transposed; None where all are as they are."""
+    turned = _transposed(model, kind)
+    if not turned:
+        return None
+    other = build_class_on_meta(kind, config)
+    state = {name: tensor.T.contiguous() if name in turned else tensor for name, tensor in model.state_dict().items()}
+    other.load_state_dict(state, assign=True)
+    other.tie_weights()
+    if model.can_generate():
+        other.generation_config = model.generation_config
+    return other
+
+
+def _transposed(model: PreTrainedModel, kind: type[PreTrainedModel]) -> list[str]:
+    """The weights that another class has transposed."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    return [f"{name}.weight" for name in linears] if kind is not type(model) else []
+
+
+def _classes(kind: type[PreTrainedModel], config: PretrainedConfig) -> Iterator[tuple[type[PreTrainedModel], dict[str, Any]]]:
+    """The class itself, and those that stand for it with this config: with the fields that they add."""
+    yield kind, {}
+    if getattr(transformers, kind.__name__, None) is not kind:
+        return
+    for start, families in EQUIVALENT.items():
+        task = kind.__name__.removeprefix(start)
+        for family in families if task[:1].isupper() and task != kind.__name__ else ():
+            other = getattr(transformers, family.name + family.tasks.get(task, task), None)
+            if other is not None and _says_all(family, config, cast(type[PretrainedConfig], other.config_class)):
+                yield other, {name: _value(value, config) for name, value in family.adds.items()}
+
+
+def _says_all(family: Family, config: PretrainedConfig, kind: type[PretrainedConfig]) -> bool:
+    """Whether a family's config, of the class `kind`, says all that this config says, and nothing besides."""
+    own, other = _declared(type(config)), _declared(kind)
+    known = own - other <= family.lacks.keys() and other - own <= family.adds.keys()
+    neutral = all(value is ANY or getattr(config, name, value) == value for name, value in family.lacks.items())
+    unsaid = all(getattr(config, name, value) == value for name, raw in family.adds.items() for value in [_value(raw, config)])
+    return known and neutral and unsaid
+
+
+def _declared(kind: type[PretrainedConfig]) -> set[str]:
+    return {field.name for field in fields(cast(Any, kind)) if not field.name.startswith("_")}
+
+
+def _value(value: object, config: PretrainedConfig) -> object:
+    return getattr(config, value.removeprefix("="), None) if isinstance(value, str) and value.startswith("=") else value
+
+
+def _counts(shape: Shape, config: PretrainedConfig) -> dict[str, int] | None:
+    """The config fields that the sizes of a model's tensors tell; None where layers differ, or say no number."""
+    sizes = {value for name, value in shape.attributes.items() if name.endswith(".head_dim")}
+    if len(sizes) != 1:
+        return None
+    found = {"head_dim": sizes.pop()}
+    for field, (suffix, per_head) in COUNTED.items():
+        rows = {size[0] for name, size in shape.tensors.items() if name.endswith(suffix)}
+        if not rows or not hasattr(config, field):
+            continue
+        unit = found["head_dim"] if per_head else 1
+        if len(rows) > 1 or min(rows) % unit:
+            return None
+        found[field] = min(rows) // unit
+    return found

@@ -1,0 +1,196 @@
+"""From a Lightning checkpoint to a Hugging Face folder, without the training script."""
+
+import copy
+import json
+import re
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from billhook.adapters.lora import put_back, without_adapters
+from billhook.checkpoints.place import check_target
+from billhook.checkpoints.pretrained import load_tokenizer
+from billhook.checkpoints.save import Saved, logits_of, make_probe, save
+from billhook.model.build import build_class_on_meta
+from billhook.model.meta import model_class
+from billhook.model.shape import KEY, Shape, shape_of
+from billhook.model.shaped import build_shaped
+from billhook.units.units import Per
+from billhook.units.zero import zero_heads
+
+IGNORED = {
+    *("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
+    *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+    KEY,
+}
+"""Config fields with which transformers would fetch code, or that say how and not what to compute, or of what shape it was."""
+MASKED = "billhook_masked_heads"
+"""Where Lightning checkpoints keep which heads are masked."""
+REPEATED = re.compile("(layers?|depths?|blocks|experts)$")
+"""Config fields that say how often something is built."""
+
+
+def export(ckpt: str, out: str, tokenizer: str | None = None) -> None:
+    """Turns a Lightning checkpoint that billhook's callbacks or module wrote into a Hugging Face folder, verified.
+
+    Args:
+        ckpt: The Lightning checkpoint, a .ckpt file.
+        out: The folder to write; new, empty, or an earlier export.
+        tokenizer: The tokenizer to put beside the model, a name or folder; by default the one the training started from.
+    """
+    saved = export_checkpoint(ckpt, out, tokenizer)
+    print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
+
+
+def export_checkpoint(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> Saved:
+    """What `export` does.
+
+    Raises:
+        ValueError: If the file is not a Lightning checkpoint that billhook can read, or `out` holds something else.
+    """
+    check_target(out)
+    checkpoint = read_checkpoint(ckpt)
+    model = build_model(without_adapters(checkpoint, str(ckpt)), str(ckpt))
+    put_back(model, checkpoint, str(ckpt))
+    _zero_masked(model, checkpoint.get(MASKED), str(ckpt))
+    steps = checkpoint.get("global_step", 0)
+    record = {"exported_from": str(ckpt), "steps": steps if isinstance(steps, int) else None}
+    return save(model, out, _find_tokenizer(tokenizer, checkpoint[KEY]["name_or_path"], model), record)
+
+
+def _zero_masked(model: PreTrainedModel, masked: Any, name: str) -> None:  # noqa: ANN401 - what a file holds
+    """Makes zero the weights that read heads which were masked in training.
+
+    Raises:
+        ValueError: If the model has no such heads.
+    """
+    if masked is None:
+        return
+    heads = masked.get("heads") if isinstance(masked, dict) else None
+    if not isinstance(heads, dict) or not all(isinstance(own, list) for own in heads.values()):
+        raise ValueError(f"'{name}' does not say which heads are masked as billhook writes it")
+    zero_heads(model, heads, cast(Per, masked.get("per")))  # which is checked there
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A Lightning checkpoint as data; nothing in it can run code.
+
+    Raises:
+        ValueError: If the file does not exist, is not such a checkpoint, or does not say what model it holds.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"'{path}' is not a file: a Lightning checkpoint (.ckpt) is needed")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"'{path}' cannot be read as a Lightning checkpoint: {error}") from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise ValueError(f"'{path}' is not a Lightning checkpoint: it has no state_dict of tensors")
+    if not (held := checkpoint.get(KEY)):
+        raise ValueError(f"'{path}' was not written with a billhook callback or module: it does not say what model it holds")
+    kinds = {"class": str, "config": str, "prefix": str, "shape": dict, "name_or_path": str | None}
+    wrong = [k for k, kind in kinds.items() if not isinstance(held, dict) or k not in held or not isinstance(held[k], kind)]
+    if wrong:
+        raise ValueError(f"'{path}' does not say what model it holds as billhook writes it: {wrong[0]} is missing or wrong")
+    return cast(dict[str, Any], checkpoint)
+
+
+def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
+    """The Hugging Face model that a Lightning checkpoint holds.
+
+    It is built on meta tensors first, and takes memory only when its sizes are those of the tensors in the checkpoint. Where its
+    class builds other sizes from the config, it takes those that the checkpoint says and holds.
+
+    Raises:
+        ValueError: If its class is unknown, its weights are not where that class has them, or it cannot be built or run.
+    """
+    held, prefix = checkpoint[KEY], checkpoint[KEY]["prefix"]
+    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
+    if adapted := next((key for key in state if ".base_layer." in key), None):
+        raise ValueError(
+            f"'{name}' holds adapters beside the weights ({adapted}), but not how they are scaled: load it in the script that "
+            "wrote it, and save the model from there (bh.save, or the callback Export)"
+        )
+    try:
+        fields = _harmless(json.loads(held["config"]), limit=1000 + len(state))
+        config = transformers.AutoConfig.for_model(**{**fields, "architectures": [held["class"]]})
+        kind = model_class(config, name)
+        if not isinstance(config, kind.config_class or PretrainedConfig):
+            raise ValueError(f"a {held['class']} is not built from a {type(config).__name__}")
+        with torch.random.fork_rng(devices=[]):
+            shape = Shape.from_dict(held["shape"])
+            plain = _check_sizes(build_class_on_meta(kind, copy.deepcopy(config)), shape, state)
+            dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
+            model: PreTrainedModel = (
+                kind._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+                if plain
+                else build_shaped(kind, config, shape, state, dtype)
+            )
+        model.load_state_dict({key: state[key] for key in model.state_dict()})
+        model.train(False)
+        with torch.no_grad():
+            logits_of(model, make_probe(config, model.main_input_name))
+    except Exception as error:
+        raise ValueError(f"'{name}' holds no {held['class'][:80]} that can be built: {error}") from error
+    return model
+
+
+def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
+    """The fields of a config without those that make transformers fetch code or choose kernels.
+
+    Raises:
+        ValueError: If there are more layers than `limit`; even empty ones take memory.
+    """
+    if isinstance(fields, list):
+        return [_harmless(value, limit) for value in fields]
+    if not isinstance(fields, dict):
+        return fields
+    for key, value in fields.items():
+        counts = value if isinstance(value, list) else [value]
+        if REPEATED.search(key) and any(isinstance(count, int) and count > limit for count in counts):
+            raise ValueError(f"{key}={value} is more than there are tensors")
+    return {key: _harmless(value, limit) for key, value in fields.items() if key not in IGNORED and not key.startswith("__")}
+
+
+def _check_sizes(shadow: PreTrainedModel, said: Shape, state: dict[str, Tensor]) -> bool:
+    """Compares what the config builds, on meta tensors, with the shape and the tensors in the checkpoint.
+
+    Returns:
+        Whether the config builds that shape.
+
+    Raises:
+        ValueError: If shape and tensors are not the same, or of a model with other tensors.
+    """
+    built = shape_of(shadow)
+    if differing := [k for k, v in built.config.items() if said.config.get(k, v) != v]:
+        raise ValueError(f"config and shape do not agree on {differing[0]}")
+    for name in [*built.tensors, *said.tensors]:
+        held = tuple(state[name].shape) if name in state else None
+        sizes = {"config": built.tensors.get(name), "shape": said.tensors.get(name), "weights": held}
+        if held != sizes["shape"] or len({None if size is None else len(size) for size in sizes.values()}) > 1:
+            told = ", ".join(f"{size or 'not there'} by its {where}" for where, size in sizes.items())
+            raise ValueError(f"{name} is {told}")
+    if sum(buffer.numel() for buffer in shadow.buffers()) > 10**8 + 10 * sum(tensor.numel() for tensor in state.values()):
+        raise ValueError("the config asks for far more than the checkpoint holds")
+    return built.tensors == said.tensors
+
+
+def _find_tokenizer(asked: str | None, started_from: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    name = asked or (started_from if model.main_input_name == "input_ids" else None)
+    if not name:
+        return None
+    try:
+        found: PreTrainedTokenizerBase = load_tokenizer(name)
+    except (OSError, ValueError) as error:
+        if asked:
+            raise ValueError(f"tokenizer: none can be read from '{asked}': {error}") from error
+        warnings.warn(f"no tokenizer is saved along, since none can be read from '{name}'; name one", stacklevel=3)
+        return None
+    return found

@@ -1,0 +1,90 @@
+"""The model that a name, a folder, a config.json or a config means, in the class that a task needs; and its tokenizer."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import transformers
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from billhook.assets import model_path
+from billhook.model.meta import check_checkpoint, read_config
+from billhook.model.shaped import load_shaped, readable, says_shape
+
+Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
+AUTO_CLASSES: dict[str, Any] = {
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
+    "masked-lm": transformers.AutoModelForMaskedLM,
+    "sequence-classification": transformers.AutoModelForSequenceClassification,
+    "image-classification": transformers.AutoModelForImageClassification,
+}
+
+
+def load_model(
+    model: str | PretrainedConfig,
+    task: str,
+    options: dict[str, Any],
+    num_labels: int | None = None,
+    gguf_file: str | None = None,
+) -> PreTrainedModel:
+    """The model that a name, a folder, a config.json or a config means (see `TransformerModule`)."""
+    options = {k: v for k, v in options.items() if v is not None}
+    labels = {} if num_labels is None else {"num_labels": num_labels}
+    auto = AUTO_CLASSES[task]
+    if isinstance(model, str) and model.endswith(".json"):
+        if not Path(model).is_file():
+            raise ValueError(f"model: there is no config file '{model}'")
+        with readable(file := model):
+            return _built(auto, read_config(file), options, labels)
+    if isinstance(model, PretrainedConfig):
+        return _built(auto, model, options, labels)
+    name = model_path(model)
+    with readable(name):
+        if gguf_file is None:
+            check_checkpoint(name)
+            config = None if options.get("trust_remote_code") else read_config(name)
+            if config is not None and says_shape(name):
+                kind = _class_for(auto, config, task)
+                return load_shaped(kind, name, options.get("dtype", "auto"), options.get("attn_implementation"), num_labels)
+        loaded: PreTrainedModel = auto.from_pretrained(name, gguf_file=gguf_file, **options, **labels)
+    return loaded if gguf_file is None else _plain(loaded)
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, a hub name or `"tiny"`; no code that it brings is run.
+
+    Raises:
+        ValueError: If the files are not those of a tokenizer, or it is one that brings code.
+    """
+    with readable(name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
+    return tokenizer
+
+
+def _built(auto: Any, config: PretrainedConfig, options: dict[str, Any], labels: dict[str, Any]) -> PreTrainedModel:  # noqa: ANN401
+    for name, value in labels.items():
+        setattr(config, name, value)
+    built: PreTrainedModel = auto.from_config(config, **options)
+    return built
+
+
+def _class_for(auto: Any, config: PretrainedConfig, task: str) -> type[PreTrainedModel]:  # noqa: ANN401 - an auto class
+    """The class that an auto class takes for a config: of several, the one that it names, or else the first.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    found = auto._model_mapping.get(type(config), ())
+    kinds: list[type[PreTrainedModel]] = list(found) if isinstance(found, tuple | list) else [found]
+    if not kinds:
+        raise ValueError(f"task={task!r}: transformers has no class for it of the family '{config.model_type}'")
+    return next((kind for kind in kinds if kind.__name__ in (config.architectures or ())), kinds[0])
+
+
+def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
+    """A copy that no longer says it was quantised: a model loaded from GGUF refuses to be saved."""
+    config = loaded.config
+    del config.quantization_config
+    plain: PreTrainedModel = type(loaded)._from_config(config, dtype=loaded.dtype)  # type: ignore[no-untyped-call]
+    plain.load_state_dict(loaded.state_dict())
+    return plain

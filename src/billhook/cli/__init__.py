@@ -1,0 +1,1 @@
+"""The `billhook` command, one file a subcommand."""

@@ -1,0 +1,233 @@
+"""`billhook bench`: how fast checkpoints read prompts and decode, side by side, and which share of the ideal they reach."""
+
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from json import dumps
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+from transformers import PreTrainedModel
+
+from billhook.checkpoints.save import load
+from billhook.cli.prune import device_of
+from billhook.model.meta import from_name
+from billhook.model.shape import unbuilt_shape
+from billhook.report.generation import CacheKind, generates
+from billhook.report.plot_bench import plot_bench
+from billhook.report.speed import Phase, Row, check_speed, measure_speed, spread
+from billhook.report.summary import Summary, summary
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def bench(
+    models: list[str],
+    batch_sizes: list[int] | None = None,
+    contexts: list[int] | None = None,
+    new_tokens: int = 16,
+    rounds: int = 5,
+    warmup: int = 1,
+    phases: list[Phase] | None = None,
+    cache: CacheKind = "static",
+    random: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | None = None,
+    seed: int = 0,
+    plot: str | None = None,
+    json: str | None = None,
+) -> None:
+    """Measures how fast models read prompts (prefill) and decode, side by side, and which share of the ideal they reach.
+
+    Models are measured in interleaved rounds, each round every model once, in turning order: what disturbs the machine disturbs
+    all of them. A speed-up is the median over rounds of the ratio to the first model in the same round; quartiles stand beside
+    medians. Prompts are random tokens without padding, what is decoded is greedy, and the logits of the last token alone are
+    computed.
+
+    The ideal speed-up of decoding is the ratio of the bytes that a step moves: all weights once (tables that are only looked up
+    apart) and the key/value cache of all sequences, as measured on the cache itself. It is reached where memory is what bounds a
+    step; GB/s tells how far from that the machine is. That of prefill is the ratio of floating-point operations, attention
+    counted as a whole square. Of a mixture all experts count as read. Where a model predicts no next token, the prefill alone is
+    measured.
+
+    Args:
+        models: Folders, hub names or "tiny"; first the one that the others are compared with: `bench dense converted ...`.
+        batch_sizes: Sequences at once, as in '[1, 16]' (the default).
+        contexts: Tokens of each prompt, as in '[512, 2048]' (the default).
+        new_tokens: Tokens that are decoded after the prompt, in each round.
+        rounds: How often each model is measured.
+        warmup: Rounds before these, which do not count.
+        phases: '[prefill, decode]' (the default), or one of them. For decoding alone, one prompt is read, and
+            its keys and values stand for all sequences.
+        cache: "static": all room is allocated once, and the query heads that share a KV head are one matrix: by far the fastest
+            for these on a CPU. "reserved": allocated once too, without a mask, `enable_gqa` on: for CUDA's kernels. "dynamic":
+            what `generate` does by default; it copies the cache at each step, which flatters the model with the smaller one.
+        random: Whether weights are random instead of read: a folder needs a config.json only.
+        dtype: Of the weights and the cache: "auto" (as saved), "float32", "bfloat16" or "float16".
+        device: Where it is computed: "auto" takes an accelerator if there is one.
+        threads: Of the CPU; by default torch's number.
+        seed: Of the prompts and the random weights.
+        plot: A file, ending in .png, for the picture.
+        json: A file, ending in .json, for the seconds of each round, the settings and the versions.
+
+    Raises:
+        ValueError: If an argument is not legal, before any weights are read.
+    """
+    sizes, lengths, wanted = batch_sizes or [1, 16], contexts or [512, 2048], phases or ["prefill", "decode"]
+    _check(dtype, threads, plot, json)
+    place, shadows = device_of(device), [from_name(name) for name in models]
+    check_speed(shadows, sizes, lengths, new_tokens, rounds, warmup, cache, wanted)
+    loaded = _randomised(models, shadows, dtype, seed) if random else [load(name, dtype) for name in models]
+    for one in loaded:
+        one.to(place)  # type: ignore[arg-type]
+    with _threads(threads) as used, Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=len(sizes) * len(lengths) * len(wanted) * len(models) * (warmup + rounds))
+        rows = measure_speed(
+            loaded, sizes, lengths, new_tokens, rounds, warmup, cache, wanted, seed, tell=lambda: bar.advance(task)
+        )  # fmt: skip
+    names, summaries, machine = _short(models), [summary(one) for one in loaded], _machine(place, used)
+    print(f"{machine}, {', '.join(sorted({_dtype(one) for one in loaded}))}, cache={cache}\n")
+    print(table(rows, names))
+    print("\n".join(_notes(rows, names, loaded, summaries)))
+    if plot is not None:
+        plot_bench(rows, names).savefig(plot)
+    if json is not None:
+        settings = {"new_tokens": new_tokens, "rounds": rounds, "warmup": warmup, "cache": cache, "random": random, "seed": seed}
+        about = [{"name": name, "dtype": _dtype(one)} for name, one in zip(models, loaded, strict=True)]
+        about = [mine | own.to_dict() for mine, own in zip(about, summaries, strict=True)]
+        record = {"versions": _versions(), "machine": machine, "settings": settings, "models": about}
+        Path(json).write_text(dumps(record | {"rows": [row.to_dict() for row in rows]}, indent=1, allow_nan=False) + "\n")
+
+
+@contextmanager
+def _threads(asked: int | None) -> Iterator[int]:
+    """Threads of the CPU within; gives how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(asked or before)
+    try:
+        yield asked or before
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check(dtype: str, threads: int | None, plot: str | None, json: str | None) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} must be one of {', '.join(DTYPES)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads} must be at least 1")
+    for name, file, suffix in (("plot", plot, ".png"), ("json", json, ".json")):
+        if file is not None and (Path(file).suffix != suffix or not Path(file).absolute().parent.is_dir()):
+            raise ValueError(f"{name}='{file}' must be a file that ends in {suffix}, in a folder that exists")
+
+
+def _randomised(models: Sequence[str], shadows: Sequence[PreTrainedModel], dtype: str, seed: int) -> list[PreTrainedModel]:
+    """Models of these shapes with random weights."""
+    for name, shadow in zip(models, shadows, strict=True):
+        if unbuilt_shape(shadow).tensors:
+            raise ValueError(f"random: '{name}' has a shape that its class does not build; measure it with its weights")
+    made = list[PreTrainedModel]()
+    with torch.random.fork_rng(devices=[]):
+        for shadow in shadows:
+            torch.manual_seed(seed)
+            model = type(shadow)(shadow.config)
+            nn.Module.to(model, dtype=shadow.dtype if dtype == "auto" else getattr(torch, dtype))
+            model.train(False)
+            made.append(model)
+    return made
+
+
+def table(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """A table of each phase, a line for each batch size, context and model.
+
+    Args:
+        rows: What `measure_speed` gives.
+        names: Of the models.
+    """
+    tables = []
+    for phase, time, rate in (("prefill", "ms", "GFLOP/s"), ("decode", "ms/token", "GB/s")):
+        own = [row for row in rows if row.phase == phase]
+        heads = [phase, "batch", "context", time, "(quartiles)", "tokens/s", "peak MB", "cache MB", rate]
+        lines = [heads + (["speed-up", "(quartiles)", "ideal", "reached"] if len(names) > 1 else [])]
+        lines += [[names[row.model], *_cells(row), *(_compared(row) if len(names) > 1 else [])] for row in own]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        shown = ["  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in lines]
+        if own:
+            tables.append("\n".join([shown[0], "-" * len(shown[0]), *shown[1:]]))
+    return "\n\n".join(tables)
+
+
+def _cells(row: Row) -> list[str]:
+    low, high = (1e3 * edge for edge in spread(row.seconds))
+    peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.1f}"
+    cells = [str(row.batch_size), f"{row.context:,}", f"{1e3 * row.median:,.2f}", f"({low:,.2f}-{high:,.2f})"]
+    cells += [f"{row.tokens_per_second:,.1f}", peak, f"{row.cache_bytes / 1e6:,.1f}"]
+    return [*cells, "-" if row.rate is None else f"{row.rate / 1e9:,.1f}"]
+
+
+def _compared(row: Row) -> list[str]:
+    if row.model == 0:
+        return [""] * 4
+    low, high = spread(row.ratios)
+    ideal = ["-", "-"] if row.ideal is None or row.share is None else [f"{row.ideal:.2f}", f"{row.share:.0%}"]
+    return [f"{row.speed_up:.2f}", f"({low:.2f}-{high:.2f})", *ideal]
+
+
+def _notes(
+    rows: Sequence[Row], names: Sequence[str], models: Sequence[PreTrainedModel], summaries: Sequence[Summary]
+) -> list[str]:
+    """What a table cannot say: the cache per token against what the shape predicts, and what was assumed or not measured."""
+    lines = [""]
+    cached = {row.model: row.cache_bytes_per_token for row in rows if row.cache_bytes}
+    for number, own in cached.items():
+        says = f"KV cache of {names[number]}: {own:,.0f} bytes per token and sequence measured"
+        predicted, heads = summaries[number].kv_cache_bytes, summaries[number].kv_heads
+        says += f", {predicted:,} predicted" if predicted else ""
+        says += f"; {heads} KV head{'s' if heads > 1 else ''}" if heads else ""
+        if number and cached.get(0):
+            first = summaries[0].kv_heads
+            says += f": {cached[0] / own:.2f} times less" + (
+                f", heads {first / heads:.2f} times fewer" if first and heads else ""
+            )
+        lines.append(says)
+    mute = [name for name, model in zip(names, models, strict=True) if not generates(model)]
+    if mute:
+        lines.append(f"prefill only: {', '.join(mute)} predicts no next token, so that decoding is not compared")
+    if any(row.peak_bytes is None for row in rows):
+        lines.append("peak MB: nothing counts it on this system")
+    elif models[0].device.type == "cpu":
+        lines.append("peak MB: weights, cache, and by how much the resident memory of the process rose beside")
+    mixed = [name for name, model in zip(names, models, strict=True) if _experts(model)]
+    if mixed:
+        lines.append(f"ideal: all experts of {', '.join(mixed)} count as read in each step")
+    return lines
+
+
+def _experts(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config()
+    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
+def _short(models: Sequence[str]) -> list[str]:
+    """The names' last parts, where these differ."""
+    last = [Path(name).name for name in models]
+    return last if len({*last}) == len(last) else list(models)
+
+
+def _dtype(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _machine(place: torch.device, threads: int) -> str:
+    if place.type == "cuda":
+        return torch.cuda.get_device_name(place)
+    return f"{place.type} ({platform.processor() or platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _versions() -> dict[str, str]:
+    names = ("billhook", "torch", "transformers")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}

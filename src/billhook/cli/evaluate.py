@@ -1,0 +1,271 @@
+"""`billhook evaluate`: checkpoints before and after, side by side: zero-shot accuracy, perplexity, lm-eval's tasks."""
+
+import math
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata, util
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from billhook.assets import model_path
+from billhook.checkpoints.pretrained import load_tokenizer
+from billhook.checkpoints.save import load
+from billhook.cli.choices import Question, Row, batches, encode, log_likelihoods, read_questions
+from billhook.cli.prune import LONGEST, device_of, perplexity
+from billhook.model.meta import model_class, read_config
+from billhook.training.data import TextDataModule
+from billhook.training.rows import Rows
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of one model.
+
+    Attributes:
+        of: What it was taken on: a set of questions, a text, or a task of lm-eval's.
+        measure: "acc", "acc_norm", "perplexity", or what lm-eval calls it.
+        value: The figure.
+        error: Its standard error, where there is one.
+        each: Of a set of questions: whether each was answered right, 1 or 0.
+    """
+
+    of: str
+    measure: str
+    value: float
+    error: float | None = None
+    each: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be measured of one model, with its own tokenizer."""
+
+    model: str
+    tokenizer: PreTrainedTokenizerBase
+    sets: dict[str, list[tuple[Question, list[Row]]]]
+    text: Rows | None
+    tasks: list[str]
+
+
+def evaluate(
+    models: list[str],
+    data: list[str] | None = None,
+    text: str | None = None,
+    tasks: list[str] | None = None,
+    limit: int | None = None,
+    length: int | None = None,
+    examples: int = 64,
+    batch_size: int = 8,
+    column: str = "text",
+    dtype: str = "auto",
+    device: str = "auto",
+    json: str | None = None,
+) -> None:
+    """Measures language models side by side: zero-shot accuracy on multiple-choice questions, perplexity, lm-eval's tasks.
+
+    An answer is the choice with the highest log-likelihood (acc), or the highest one per character (acc_norm), both as in
+    lm-eval; of equal ones the first counts. Standard errors are binomial,
+    sqrt(p (1 - p) / (n - 1)). What a later model differs by from the first has the standard error of the differences question
+    by question, as both answer the same questions: most often it is smaller than each model's own.
+
+    Args:
+        models: Folders, hub names or "tiny"; first the one that the others are compared with: `evaluate before after ...`.
+        data: Files of questions, JSON Lines: `{"context": "Question: ... Answer:", "choices": ["one", "two"], "label": 1}`. A
+            choice stands after the context and a space; its log-likelihood is the sum over its tokens (acc), for acc_norm divided
+            by its characters, as in lm-eval.
+        text: A file (.txt, .jsonl, .csv, .parquet) on which the perplexity is taken. Those of models with other tokenizers
+            cannot be compared.
+        tasks: Tasks of lm-eval's by name, as in `--tasks hellaswag,arc_easy`; `pip install 'billhook[eval]'` installs it. The
+            differences come without standard errors.
+        limit: Questions of each file, and of each of lm-eval's tasks: the first ones; by default all.
+        length: Tokens that the models read at once: longer contexts lose their beginning, and the text is cut into blocks of so
+            many. By default 2048, or as many as all of the models read.
+        examples: Blocks of the text, the first ones.
+        batch_size: Choices in a batch.
+        column: The column that holds the text.
+        dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
+        device: Where it is computed: "auto" takes an accelerator if there is one.
+        json: A file, ending in .json, for the figures, the likelihood of each choice, the settings and the versions.
+
+    Raises:
+        ValueError: If an argument is not legal, before any model is loaded; or a model computes no finite number.
+    """
+    _check({"limit": limit, "examples": examples, "batch_size": batch_size}, json)
+    if not models or not (data or text or tasks):
+        raise ValueError("models and one of data, text and tasks are needed: what is measured, and on what")
+    place, wanted = device_of(device), _tasks(tasks or [])
+    tokens = _length(models, length)
+    questions = [read_questions(file, limit) for file in data or []]
+    works = [_work(name, questions, text, column, tokens, wanted) for name in models]
+    results = []
+    for work in works:
+        began = time.perf_counter()
+        model = load(work.model, dtype)
+        model.to(place)  # type: ignore[arg-type]
+        figures, answers = _measure(model, work, tokens, examples, batch_size, limit)
+        cut = sum(row.cut for own in work.sets.values() for _, rows in own for row in rows)
+        about = {"model": work.model, "dtype": str(model.dtype), "cut": cut, "seconds": time.perf_counter() - began}
+        results.append((figures, about | {"answers": answers}))
+        del model
+    print(table(models, [figures for figures, _ in results]))
+    for _, about in results:
+        if about["cut"]:
+            print(f"{about['model']}: {about['cut']} choices had their context cut from the left, to length={tokens}")
+    if json is not None:
+        settings = {"data": data, "text": text, "tasks": wanted, "limit": limit, "length": tokens, "examples": examples}
+        settings |= {"batch_size": batch_size, "column": column, "dtype": dtype, "device": str(place)}
+        first = results[0][0]
+        of_models = [about | {"figures": _plain(figures, first)} for figures, about in results]
+        record = {"versions": _versions(wanted), "settings": settings, "models": of_models}
+        Path(json).write_text(dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def _check(counts: Mapping[str, int | None], json: str | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if json is not None and (Path(json).suffix != ".json" or not Path(json).absolute().parent.is_dir()):
+        raise ValueError(f"json='{json}' must be a file that ends in .json, in a folder that exists")
+
+
+def _length(models: Sequence[str], asked: int | None) -> int:
+    """Tokens that each of the models reads at once; refuses what predicts no next token."""
+    longest = dict[str, int]()
+    for name in models:
+        path = model_path(name)
+        config = read_config(path)
+        kind = model_class(config, path).__name__
+        if "CausalLM" not in kind and "LMHead" not in kind:
+            raise ValueError(f"models: '{name}' is a {kind}, which predicts no next token; a causal language model is needed")
+        longest[name] = getattr(config.get_text_config(), "max_position_embeddings", None) or asked or LONGEST
+    most = min(longest, key=longest.__getitem__)
+    if asked is not None and not 2 <= asked <= longest[most]:
+        raise ValueError(f"length={asked} must be in 2..{longest[most]}: '{most}' reads no more tokens at once")
+    return asked or min(LONGEST, longest[most])
+
+
+def _work(name: str, questions: Sequence[list[Question]], text: str | None, column: str, length: int, tasks: list[str]) -> _Work:
+    tokenizer = load_tokenizer(name)
+    sets = {own[0].file: list(zip(own, encode(own, tokenizer, length), strict=True)) for own in questions}
+    rows = None
+    if text is not None:
+        given = TextDataModule({"test": text}, model_path(name), block_size=length, column=column)
+        given.setup("test")
+        rows = given.splits["test"]
+    return _Work(name, tokenizer, sets, rows, tasks)
+
+
+def _measure(
+    model: PreTrainedModel, work: _Work, length: int, examples: int, batch_size: int, limit: int | None
+) -> tuple[list[Figure], dict[str, Any]]:
+    """All figures of a model, and the likelihoods of each file's choices."""
+    tasks = _harness(model, work, length, batch_size, limit) if work.tasks else []
+    rows = [row for own in work.sets.values() for _, choices in own for row in choices]
+    likelihoods = dict[Row, float]()
+    for batch in track(batches(rows, batch_size), work.model, console=Console(stderr=True), transient=True):
+        likelihoods |= zip(batch, log_likelihoods(model, batch), strict=True)
+    if not all(math.isfinite(value) for value in likelihoods.values()):
+        raise ValueError(f"models: '{work.model}' computes logits that are not finite; its weights have diverged")
+    figures, answers = list[Figure](), dict[str, Any]()
+    for file, own in work.sets.items():
+        found = [(question, [likelihoods[row] for row in choices]) for question, choices in own]
+        figures += (right := accuracies(f"{Path(file).stem} ({len(own)})", found))
+        each = zip(found, *(one.each or () for one in right), strict=True)
+        answers[file] = [
+            {"line": question.line, "label": question.label, "acc": plain, "acc_norm": norm, "log_likelihoods": sums}
+            for (question, sums), plain, norm in each
+        ]
+    if work.text is not None and (value := perplexity(model, work.text, examples)) is not None:
+        figures.append(Figure(f"text ({min(examples, len(work.text))} x {length})", "perplexity", value))
+    return figures + tasks, answers
+
+
+def accuracies(of: str, answers: Sequence[tuple[Question, Sequence[float]]]) -> list[Figure]:
+    """`acc` and `acc_norm` of questions with the log-likelihood of each of their choices."""
+    plain, norm = list[int](), list[int]()
+    for question, sums in answers:
+        per_character = [total / len(choice) for total, choice in zip(sums, question.choices, strict=True)]
+        for right, scores in ((plain, sums), (norm, per_character)):
+            right.append(int(max(range(len(scores)), key=scores.__getitem__) == question.label))
+    return [Figure(of, name, *mean(own), tuple(own)) for name, own in (("acc", plain), ("acc_norm", norm))]
+
+
+def mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and its standard error, s / sqrt(n); None for the error of a single value."""
+    count, middle = len(values), sum(values) / len(values)
+    return middle, math.sqrt(sum((value - middle) ** 2 for value in values) / (count - 1) / count) if count > 1 else None
+
+
+def difference(figure: Figure, first: Figure) -> tuple[float, float | None]:
+    """What a figure differs by from the first model's; its standard error is that of the differences question by question."""
+    if figure.each is None or first.each is None:
+        return figure.value - first.value, None
+    return mean([a - b for a, b in zip(figure.each, first.each, strict=True)])
+
+
+def table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> str:
+    """Figures as rows and models as columns, with what they differ by from the first.
+
+    Args:
+        models: Names.
+        figures: Of each model, the same ones in the same order.
+    """
+    rows = [["", "", *models]]
+    for first, *others in zip(*figures, strict=True):
+        cells = [f"{_shown(one.value, one.error)}  ({_shown(*difference(one, first), sign='+')})" for one in others]
+        rows.append([first.of, first.measure, _shown(first.value, first.error), *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    legend = ["", f"(difference to {models[0]}; ± standard error)" if len(models) > 1 else "(± standard error)"]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *legend])
+
+
+def _shown(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign},.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def _plain(figures: Sequence[Figure], first: Sequence[Figure]) -> list[dict[str, Any]]:
+    """Figures as JSON can hold them."""
+    found = []
+    for one, other in zip(figures, first, strict=True):
+        numbers = {"value": one.value, "error": one.error}
+        numbers |= zip(("difference", "difference_error"), difference(one, other), strict=True)
+        finite = {key: str(x) if x is not None and not math.isfinite(x) else x for key, x in numbers.items()}
+        found.append({"of": one.of, "measure": one.measure, **finite})
+    return found
+
+
+def _versions(tasks: Sequence[str]) -> dict[str, str]:
+    names = ["billhook", "torch", "transformers", "tokenizers", *(["lm_eval"] if tasks else [])]
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def _tasks(asked: Sequence[str]) -> list[str]:
+    """Names of tasks, also of several in a text; refused where lm-eval is not installed."""
+    names = [name.strip() for text in asked for name in text.split(",") if name.strip()]
+    if asked and util.find_spec("lm_eval") is None:
+        raise ValueError(f"tasks={','.join(asked)} are lm-eval's, which is not installed: pip install 'billhook[eval]'")
+    return names
+
+
+def _harness(model: PreTrainedModel, work: _Work, length: int, batch_size: int, limit: int | None) -> list[Figure]:
+    """What lm-eval finds on its tasks, each measure with the standard error that it states."""
+    wrapper = import_module("lm_eval.models.huggingface").HFLM
+    wrapped = wrapper(pretrained=model, tokenizer=work.tokenizer, batch_size=batch_size, max_length=length)
+    found = import_module("lm_eval").simple_evaluate(model=wrapped, tasks=work.tasks, limit=limit, log_samples=False)
+    figures = []
+    for task, measures in found["results"].items():
+        for key, value in measures.items():
+            name, _, way = key.partition(",")
+            if way and not name.endswith("_stderr") and isinstance(value, int | float):
+                error = measures.get(f"{name}_stderr,{way}")
+                error = float(error) if isinstance(error, int | float) else None
+                figures.append(Figure(task, name if way == "none" else f"{name} ({way})", float(value), error))
+    return figures

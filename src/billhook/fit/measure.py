@@ -1,0 +1,151 @@
+"""What the user's own validation says of the model as it is now, between two training steps."""
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor
+from torchmetrics import Metric
+
+from billhook.fit.ranks import check_agreed, together
+from billhook.fit.run import isolated
+
+
+def check_limit(measure_batches: int | None) -> None:
+    """Refuses what is no number of batches.
+
+    Raises:
+        ValueError: With what is legal.
+    """
+    if measure_batches is not None and (type(measure_batches) is not int or measure_batches < 0):
+        raise ValueError(f"measure_batches={measure_batches!r} must be at least 0")
+
+
+def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | None = None) -> dict[str, float]:
+    """Runs the module's `validation_step` over the validation batches and returns what it logs, averaged.
+
+    Loops, loggers, checkpoints, random numbers and train or eval mode are as before afterwards.
+
+    Args:
+        trainer: The trainer, in the middle of a fit.
+        pl_module: The module in training.
+        limit: At most so many batches of each loader; by default as many as validation takes.
+
+    Returns:
+        Values by name; empty where the run has no validation.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    logged = _Logged()
+    with together(trainer, "validation"), _validating(trainer, pl_module, logged):
+        if trainer.enable_validation:
+            loop.setup_data()
+        if (batches := loop._combined_loader) is None:
+            return {}
+        most = [count if limit is None else min(count, limit) for count in trainer.num_val_batches]
+        several = len(most) > 1 and batches._mode == "sequential"
+        limits, batches.limits = batches.limits, most
+        try:
+            _call(pl_module, "on_validation_start", "on_validation_epoch_start")
+            for batch, index, loader in batches:
+                logged.take(batch, f"/dataloader_idx_{loader}" if several else "")
+                _validation_step(trainer, pl_module, batch, index, loader if several else None)
+            logged.take(None, "")
+            _call(pl_module, "on_validation_epoch_end", "on_validation_end")
+        finally:
+            batches.limits = limits
+        return logged.values(trainer)
+
+
+def _call(pl_module: pl.LightningModule, *hooks: str) -> None:
+    """Calls hooks that take no arguments."""
+    for hook in hooks:
+        getattr(pl_module, hook)()
+
+
+class _Logged:
+    """Stands in for `LightningModule.log`: keeps what is logged as Lightning would, weighted by batch size."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}  # weighted sum, sum of weights, smallest, largest, plain sum
+        self.how: dict[str, str] = {}
+        self.metrics: dict[str, Metric] = {}
+        self.batch: Any = None
+        self.suffix = ""
+
+    def take(self, batch: Any, suffix: str) -> None:  # noqa: ANN401
+        """Sets of which batch, and of which loader, the next values are."""
+        self.batch, self.suffix = batch, suffix
+
+    def __call__(
+        self,
+        name: str,
+        value: Any,  # noqa: ANN401
+        *_: object,
+        batch_size: int | None = None,
+        reduce_fx: Any = "mean",  # noqa: ANN401
+        add_dataloader_idx: bool = True,
+        **__: object,
+    ) -> None:
+        name += self.suffix if add_dataloader_idx else ""
+        if isinstance(value, Metric):
+            self.metrics[name] = value
+            return
+        self.how[name] = getattr(reduce_fx, "__name__", str(reduce_fx))
+        one = float(value)
+        weight = float(batch_size or (1 if self.batch is None else extract_batch_size(self.batch)))
+        new = torch.tensor([one * weight, weight, one, one, one], dtype=torch.float64)
+        old = self.sums.get(name, torch.tensor([0, 0, math.inf, -math.inf, 0], dtype=torch.float64))
+        self.sums[name] = torch.stack([old[0] + new[0], old[1] + new[1], old[2].min(new[2]), old[3].max(new[3]), old[4] + one])
+
+    def values(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Each value reduced over all batches and devices; what metrics compute, and then are reset."""
+        values = {}
+        names = [*self.how.items(), *self.metrics]
+        check_agreed(trainer, "validation", "what is logged (nothing, where a rank has no batches)", names)
+        if self.sums:
+            packed = torch.stack(list(self.sums.values())).to(trainer.strategy.root_device)
+            least, most, summed = packed[:, 2].clone(), packed[:, 3].clone(), packed[:, [0, 1, 4]].clone()
+            reduced: Any = trainer.strategy.reduce(summed, reduce_op="sum")
+            least, most = (trainer.strategy.reduce(t, reduce_op=op) for t, op in ((least, "min"), (most, "max")))
+            for i, (name, how) in enumerate(self.how.items()):
+                mean = reduced[i, 0] / reduced[i, 1]
+                kinds = {"min": least[i], "max": most[i], "sum": reduced[i, 2]}
+                values[name] = float(kinds.get(how, mean))
+        for name, metric in self.metrics.items():
+            values[name] = float(metric.compute())
+        return values
+
+
+@contextmanager
+def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule, logged: _Logged) -> Iterator[None]:
+    stage, modes = trainer.state.stage, {name: m.training for name, m in pl_module.named_modules()}
+    trainer.state.stage = RunningStage.VALIDATING
+    pl_module.eval()
+    pl_module.__dict__["log"] = logged
+    try:
+        with torch.no_grad(), isolated():
+            yield
+    finally:
+        del pl_module.__dict__["log"]
+        for metric in logged.metrics.values():
+            metric.reset()
+        for name, module in pl_module.named_modules():
+            module.training = modes[name]
+        trainer.state.stage = stage
+
+
+def _validation_step(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int, loader: int | None) -> None:  # noqa: ANN401
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=loader or 0)
+    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=loader or 0)
+    parameters = inspect.signature(pl_module.validation_step).parameters.values()
+    anything = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    arguments = (batch, index) if loader is None else (batch, index, loader)
+    with trainer.precision_plugin.val_step_context():
+        pl_module.validation_step(*(arguments if anything else arguments[: len(parameters)]))

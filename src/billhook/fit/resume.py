@@ -1,0 +1,124 @@
+"""What Lightning checkpoints say of the shape of a module's model, and of callbacks that a run does not have."""
+
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+
+from billhook.adapters.lora import save_adapters
+from billhook.checkpoints.export import MASKED
+from billhook.fit.run import callbacks_of
+from billhook.model.find import find_transformer
+from billhook.model.shape import load_shape, save_shape
+from billhook.units.zero import zero_heads
+
+ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
+
+
+class ShapeInCheckpoint:
+    """For a LightningModule that holds a Hugging Face model: its checkpoints carry the shape, and loading them restores it.
+
+    Callbacks that change shapes do this for any module in a fit; with this class before `LightningModule` among the bases,
+    `load_from_checkpoint` does it too.
+    """
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the shape, and how LoRA is scaled."""
+        assert isinstance(self, nn.Module)
+        save_shape(self, checkpoint)
+        save_adapters(find_transformer(self), checkpoint)
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the shape before weights are loaded; heads that are masked in the checkpoint do nothing in the module, either."""
+        assert isinstance(self, nn.Module)
+        load_shape(self, checkpoint)
+        take_over(self, getattr(self, "_trainer", None), checkpoint)
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+
+
+def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **options: Any) -> ModuleT:  # noqa: ANN401
+    """`kind.load_from_checkpoint(checkpoint_path, **options)`, also where callbacks have changed the model's shape.
+
+    `TransformerModule`, and a class with `ShapeInCheckpoint` among its bases, can do it themselves; any other class of a
+    LightningModule that holds a Hugging Face model needs this. Heads that the checkpoint has masked do nothing in the module.
+
+    Args:
+        kind: The class of the module.
+        checkpoint_path: The checkpoint.
+        **options: What the class and Lightning's `load_from_checkpoint` take.
+
+    Returns:
+        A module of that class.
+
+    Raises:
+        ValueError: If the checkpoint holds another model than the class makes.
+    """
+    if issubclass(kind, ShapeInCheckpoint):
+        return kind.load_from_checkpoint(checkpoint_path, **options)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    shaped: Any = type(kind.__name__, (ShapeInCheckpoint, kind), names)
+    module = cast(ModuleT, shaped.load_from_checkpoint(checkpoint_path, **options))
+    module.__class__ = kind
+    return module
+
+
+def left_behind(trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The states of callbacks, by key, that no callback of a run takes over."""
+    taken = set() if trainer is None else {callback.state_key for callback in callbacks_of(trainer, Callback)}
+    return {key: state for key, state in (checkpoint.get("callbacks") or {}).items() if key not in taken}
+
+
+def check_callbacks(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Refuses to go on with a callback in the place of another of its kind, whose state would be lost.
+
+    Raises:
+        ValueError: With what the checkpoint holds and what the run has.
+    """
+    others, said = left_behind(trainer, checkpoint), checkpoint.get("callbacks") or {}
+    for callback in callbacks_of(trainer, Callback):
+        named = [key for key in others if key.startswith(f"{type(callback).__qualname__}{{")]
+        if getattr(callback, "keeps_what_it_did", False) and callback.state_key not in said and named:
+            raise ValueError(
+                f"the checkpoint is of a run with {', '.join(named)}, and this run has {callback.state_key} in its place, which "
+                "does not know what has been done: go on with the arguments of that run, or begin a new fit with the weights "
+                "alone (bh.load_from_checkpoint)"
+            )
+
+
+def take_over(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> None:
+    """What is to be done with a checkpoint before its weights are loaded, once the model has its shape."""
+    _take_masks(module, trainer, checkpoint)
+    fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
+    fit_checkpoint = getattr(trainer.datamodule, "fit_checkpoint", None) if fits else None  # type: ignore[union-attr]
+    if fit_checkpoint is not None:
+        fit_checkpoint(checkpoint)
+
+
+def _take_masks(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> None:
+    """Makes zero what reads heads that a checkpoint has masked, once its weights are loaded, if no callback masks them again.
+
+    Where training goes on without what held masks, it warns.
+    """
+    unheld, masked = left_behind(trainer, checkpoint), checkpoint.get(MASKED)
+    heads = [key for key, state in unheld.items() if isinstance(state, dict) and state.get("heads")]
+    weights = [key for key, state in unheld.items() if isinstance(state, dict) and state.get("masks")]
+    if masked and heads and trainer is not None and trainer.strategy.restore_checkpoint_after_setup:  # FSDP2 has loaded them
+        zero_heads(find_transformer(module), masked["heads"], masked["per"])
+    elif masked and heads:
+
+        def silence(*_: object) -> None:
+            hook.remove()
+            zero_heads(find_transformer(module), masked["heads"], masked["per"])
+
+        hook = module.register_load_state_dict_post_hook(silence)  # type: ignore[no-untyped-call]
+    if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        for key, what in [(key, "heads") for key in heads] + [(key, "weights") for key in weights]:
+            rank_zero_warn(
+                f"the checkpoint is of a run with {key}, which this run lacks: the {what} that it has masked are zero, and "
+                "nothing keeps them so when training goes on"
+            )

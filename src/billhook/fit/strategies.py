@@ -1,0 +1,106 @@
+"""Under which of Lightning's strategies callbacks work; what cannot be done is refused, with the reason and the way out."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from billhook.fit.run import callbacks_of
+from billhook.model.find import find_transformer
+from billhook.running.shards import is_sharded
+
+FIRST = "prune or convert first (billhook on one device), then train the result"
+
+
+def check_masks(trainer: pl.Trainer, name: str, adapters: bool) -> None:
+    """Refuses strategies under which weights cannot be masked in a fit.
+
+    Args:
+        trainer: The trainer.
+        name: Of the callback.
+        adapters: Whether LoRA counts or is masked, too.
+
+    Raises:
+        ValueError: With the reason, and the way out.
+    """
+    if not _shards(trainer, name):
+        return
+    if adapters:
+        raise ValueError(
+            f"{name} under ModelParallelStrategy: count_adapters and mask_adapters need weights that are not sharded: leave them "
+            f"out, or {FIRST}"
+        )
+    averaging = [type(one).__name__ for one in callbacks_of(trainer, Callback) if hasattr(one, "_average_model")]
+    if averaging:
+        raise ValueError(
+            f"{name} under ModelParallelStrategy cannot mask the copy that {averaging[0]} keeps: leave {averaging[0]} out"
+        )
+
+
+def check_shapes(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, at_start: bool) -> None:
+    """Refuses strategies under which shapes cannot change.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The module that is to be trained.
+        name: Of the callback.
+        at_start: Whether they change before the fit, in `setup`, and never in the middle of it.
+
+    Raises:
+        ValueError: With the reason, and the way out.
+    """
+    sharded = _shards(trainer, name)
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"{name} changes shapes, and processes that are forked or spawned (ddp_notebook, ddp_fork, ddp_spawn) give back "
+            f"nothing but weights, which the model they came from cannot take then: use strategy='ddp' in a script, or {FIRST}"
+        )
+    if not sharded:
+        return
+    if not at_start:
+        raise ValueError(
+            f"{name} changes shapes when the model is sharded already, and ModelParallelStrategy (FSDP2) silently reverts "
+            f"parameters that are replaced then: use KVHeadConversion(at='start') without calibration, or {FIRST}"
+        )
+    try:
+        model = find_transformer(pl_module)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: {error} when shapes change, which is before `configure_model`: make the model in `__init__` and only shard "
+            f"it in `configure_model`, or {FIRST}"
+        ) from None
+    if is_sharded(model):
+        raise ValueError(f"{name}: {type(pl_module).__name__} is sharded already, by an earlier fit: make it anew, or {FIRST}")
+
+
+def _shards(trainer: pl.Trainer, name: str) -> bool:
+    """Whether the fit is sharded, in the way that is known.
+
+    Raises:
+        ValueError: If it is sharded in another way, or the strategy is not known.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
+            raise ValueError(
+                f"{name} works where data is parallel, not where tensors are: tensor_parallel_size={size} must be 1, as in "
+                f"ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1); or {FIRST}"
+            )
+        return True
+    if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
+        return False
+    reason = ""
+    if isinstance(strategy, FSDPStrategy):
+        reason = ", which flattens the parameters of a layer into one (FSDP1)"
+    if isinstance(strategy, DeepSpeedStrategy):
+        reason = ", which keeps weights and optimizer states in an engine of its own"
+    raise ValueError(
+        f"{name} works on one device, under DDP, and under ModelParallelStrategy (FSDP2); the strategy is "
+        f"{type(strategy).__name__}{reason}. Use one of these, or {FIRST}"
+    )

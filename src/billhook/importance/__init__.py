@@ -1,0 +1,1 @@
+"""Scores how much a unit matters, one paper a file."""

@@ -1,0 +1,149 @@
+"""Importance from forward passes alone: what units give, and how far whoever reads them moves by it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import ReferenceType, ref
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from billhook.importance.base import Importance, Sums
+from billhook.importance.probes import by_unit, check_read, counted, counting, reading
+from billhook.running.trials import Trial
+from billhook.units.units import Per, Units
+
+
+@dataclass(frozen=True)
+class ActivationNorm(Importance):
+    """The mean over tokens of the L2 norm of what a unit gives (Minitron, 2407.14679, section 2.2); needs no loss.
+
+    Of a head it is the norm of its context vector, of a channel the absolute value. Of a residual channel it is what norms make
+    of it, over all norms; what several modules read at once counts once.
+
+    Raises:
+        ValueError: When it runs: if nothing reads the units alone.
+    """
+
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+        """See `Importance.sums`."""
+        check_read(units, type(self).__name__)
+        sums = Sums.zero(units, per)
+        for trial in trials:
+            watch(model, units, trial, partial(self._note, sums, units, per, {}))
+        return sums
+
+    @staticmethod
+    def _note(
+        sums: Sums,
+        units: Mapping[str, Units],
+        per: Per,
+        last: dict[str, ReferenceType[Tensor]],
+        name: str,
+        _: str,
+        inputs: Tensor,
+        tokens: Tensor | None,
+    ) -> None:
+        if name not in last or last[name]() is not inputs:
+            last[name] = ref(inputs)
+            norms = counting(by_unit(inputs.float().square(), units[name], per).sqrt(), tokens)
+            sums.add(name, norms.flatten(0, -2).sum(0), counted(norms, tokens))
+
+
+@dataclass(frozen=True)
+class OutputNorm(Importance):
+    """How far the output of whoever reads a unit moves without it: the root of the mean over tokens of |W_u a_u|^2.
+
+    a_u is what the unit gives and W_u the columns that read it. Of a channel this is |W_u| |a_u|, Wanda's product (2306.11695,
+    equation 1) for a column in place of a weight; of a head, whose positions move the output together, it comes from W_u^T W_u
+    and the sums of a_u a_u^T. It needs no loss and no gradient.
+
+    Costs: a forward for each batch; memory for the sums of one reader, and `[units, size, size]` numbers for each reader, with
+    `size` positions a unit (a head's width; 1 for a channel). W is found by giving a reader unit vectors, so that adapters count.
+
+    Raises:
+        ValueError: When it runs: if nothing reads the units alone.
+    """
+
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+        """See `Importance.sums`."""
+        check_read(units, type(self).__name__)
+        sums, tables, grams = Sums.zero(units, per), dict[str, Tensor](), dict[tuple[str, str], Tensor]()
+        for name, one in units.items():
+            tables[name], there = table_of(one, per)
+            for reader, module in reading(model, one).items():
+                grams[name, reader] = gram_of(module, tables[name], there, len(one.index))
+        for trial in trials:
+            watch(model, units, trial, partial(self._note, sums, tables, grams))
+        return sums
+
+    @staticmethod
+    def _note(
+        sums: Sums,
+        tables: Mapping[str, Tensor],
+        grams: Mapping[tuple[str, str], Tensor],
+        name: str,
+        reader: str,
+        inputs: Tensor,
+        tokens: Tensor | None,
+    ) -> None:
+        table = tables[name].to(inputs.device)
+        rows = counting(inputs.float(), tokens).flatten(0, -2)
+        if table.shape[1] == 1:
+            moments = rows.square().sum(0)[table][..., None]
+        else:
+            given = rows[:, table].transpose(0, 1)
+            moments = _square(given.mT)
+        sums.add(name, (moments * grams[name, reader]).sum((1, 2)), counted(inputs, tokens))
+
+    def of_mean(self, mean: Tensor) -> Tensor:
+        """See `Importance.of_mean`."""
+        return mean.clamp(min=0).sqrt()
+
+
+def watch(model: nn.Module, units: Mapping[str, Units], trial: Trial, note: Callable[..., None]) -> None:
+    """Runs a batch, and gives `note` the place, the reader, its input and which tokens count, whenever a reader runs."""
+
+    def see(name: str, reader: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        note(name, reader, args[0], trial.tokens.get(reader))
+
+    handles = []
+    for name, one in units.items():
+        for reader, module in reading(model, one).items():
+            handles.append(module.register_forward_pre_hook(partial(see, name, reader)))
+    try:
+        with torch.no_grad():
+            trial.loss()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def table_of(units: Units, per: Per) -> tuple[Tensor, Tensor]:
+    """The positions of each unit, `[units, size]`, int64; and which of them are there, as some may have fewer: bool."""
+    positions = units.positions(per)
+    there = np.flatnonzero(positions >= 0)
+    there = there[np.argsort(positions[there], kind="stable")]
+    sizes = np.bincount(positions[there], minlength=units.count(per))
+    table = np.full((len(sizes), sizes.max()), -1)
+    table[positions[there], np.arange(len(there)) - np.repeat(np.cumsum(sizes) - sizes, sizes)] = there
+    return torch.from_numpy(table.clip(0)), torch.from_numpy(table >= 0)
+
+
+@torch.no_grad()
+def gram_of(reader: nn.Module, table: Tensor, there: Tensor, width: int) -> Tensor:
+    """W_u^T W_u of each unit: float32, `[units, size, size]`."""
+    like = next((one for one in reader.parameters() if one.is_floating_point()), torch.zeros(()))
+    each = torch.eye(width, dtype=like.dtype, device=like.device)
+    with torch.autocast(like.device.type, enabled=False):
+        columns = (reader(each) - reader(torch.zeros_like(each[:1]))).float()[table.to(like.device)]
+    columns *= there.to(like.device)[..., None]
+    return _square(columns)
+
+
+def _square(rows: Tensor) -> Tensor:
+    """The products of rows with each other, in their own precision."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ rows.mT

@@ -1,0 +1,61 @@
+"""Weight norm and random numbers: what every importance is compared with."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from billhook.importance.base import Importance, Sums
+from billhook.importance.parts import parts_of
+from billhook.running.trials import Trial
+from billhook.units.units import Per, Units
+
+
+@dataclass(frozen=True)
+class WeightNorm(Importance):
+    """The norm of a unit's own parameters: the rows that make it and the columns that read it; needs no data.
+
+    LLM-Pruner's baselines L1 and L2 (2305.11627, section 4.1) rank in the same order.
+
+    Args:
+        p: 1 (the sum of |w|) or 2 (the root of the sum of w^2).
+
+    Raises:
+        ValueError: If `p` is another.
+    """
+
+    needs_data: ClassVar[bool] = False
+    p: Literal[1, 2] = 2
+
+    def __post_init__(self) -> None:
+        if self.p not in (1, 2):
+            raise ValueError(f"p={self.p!r} must be 1 or 2")
+
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+        """See `Importance.sums`."""
+        sums = Sums.zero(units, per)
+        for part in parts_of(model, units, per):
+            weight = model.get_parameter(part.name).detach().double()
+            sums.add(part.place, part.by_unit(part.along(weight.abs() if self.p == 1 else weight.square())), 0)
+        return Sums({name: total.pow(1 / self.p) for name, total in sums.totals.items()}, sums.counts)
+
+
+@dataclass(frozen=True)
+class RandomUnits(Importance):
+    """Random scores, the baseline: uniform in [0, 1), the same ones for the same seed; needs no data.
+
+    Args:
+        seed: Of the random numbers.
+    """
+
+    needs_data: ClassVar[bool] = False
+    seed: int = 0
+
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+        """See `Importance.sums`."""
+        sums, generator = Sums.zero(units, per), torch.Generator().manual_seed(self.seed)
+        for name, one in units.items():
+            sums.add(name, torch.rand(one.count(per), generator=generator), 1)
+        return sums

@@ -1,0 +1,100 @@
+"""What is lost without a unit when the others make up for it: the importance that goes with `Repair`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from billhook.importance.activations import gram_of, table_of, watch
+from billhook.importance.base import Importance, Sums
+from billhook.importance.probes import check_read, counted, counting
+from billhook.running.trials import Trial
+from billhook.units.units import Per, Units
+
+Moments = dict[tuple[str, str], tuple[Tensor, int]]
+"""(place, reader) -> the sum of x x^T of what it reads, and of how many tokens."""
+TOKENS = 1024
+"""How many tokens are multiplied at a time."""
+
+
+@dataclass(frozen=True)
+class OBS(Importance):
+    """How far the output of whoever reads a unit moves without it, when the columns of all other units are refitted.
+
+    The root of the mean over tokens of min |W x - W' x|^2 over all W' that do not read the unit, which is
+    tr(W_u^T W_u ([H^-1]_uu)^-1), H = sum of x x^T: the optimal brain surgeon's saliency (Hassibi & Stork, 1993), of a structure
+    as in ZipLM (2302.04089, equation 2). It needs no loss and no gradient.
+
+    Costs: a forward for each batch and pass; memory for a float32 matrix `[in_features, in_features]` of each reader of a pass,
+    and five in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds.
+
+    Args:
+        damping: Share of the mean of H's diagonal that is added to it.
+        passes: In how many passes over the batches, each for its share of the readers: the more, the less memory.
+
+    Raises:
+        ValueError: If an argument is not legal; when it runs, if nothing reads the units alone.
+    """
+
+    damping: float = 0.01
+    passes: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.damping > 0:
+            raise ValueError(f"damping={self.damping!r} must be above 0")
+        if type(self.passes) is not int or self.passes < 1:
+            raise ValueError(f"passes={self.passes!r} must be a whole number of at least 1")
+
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+        """See `Importance.sums`."""
+        check_read(units, type(self).__name__)
+        sums, names = Sums.zero(units, per), list(units)
+        for first in range(min(self.passes, len(names))):
+            own, moments = {name: units[name] for name in names[first :: self.passes]}, Moments()
+            for trial in trials:
+                watch(model, own, trial, partial(_note, moments))
+            for name, reader in list(moments):
+                products, tokens = moments.pop((name, reader))
+                table, there = table_of(units[name], per)
+                gram = gram_of(model.get_submodule(reader), table, there, len(products))
+                sums.add(name, errors_without(products, gram, table, there, self.damping), tokens)
+        return sums
+
+    def of_mean(self, mean: Tensor) -> Tensor:
+        """See `Importance.of_mean`."""
+        return mean.clamp(min=0).sqrt()
+
+
+def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor, damping: float) -> Tensor:
+    """tr(W_u^T W_u ([H^-1]_uu)^-1) of each unit u, H = X X^T + damping * mean(diag) I.
+
+    Args:
+        products: X X^T, `[in_features, in_features]`.
+        gram: W_u^T W_u, `[units, size, size]`, zero for positions that are not there.
+        table: The positions of each unit, `[units, size]`, int64.
+        there: Which of them are there, as some units may have fewer: bool.
+        damping: See above.
+
+    Returns:
+        float64, `[units]`.
+    """
+    h = products.double()
+    h.diagonal().add_((damping * h.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    table, there = table.to(h.device), there.to(h.device)
+    both = there[:, :, None] & there[:, None, :]
+    blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))
+    lost: Tensor = (gram.double() * torch.linalg.inv(blocks)).sum((1, 2))
+    return lost
+
+
+def _note(moments: Moments, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
+    rows = counting(inputs.detach().float(), tokens).flatten(0, -2)
+    empty = rows.new_zeros(rows.shape[1], rows.shape[1])
+    products, number = moments.setdefault((name, reader), (empty, 0))
+    with torch.autocast(rows.device.type, enabled=False):
+        for some in torch.split(rows, TOKENS):
+            products += some.t() @ some
+    moments[name, reader] = products, number + counted(inputs, tokens)

@@ -1,0 +1,58 @@
+"""Where units stand in parameters: sums of something of a parameter's shape over each unit."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from billhook.units.units import Per, Units
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A dimension of a parameter, along which the units of a place stand.
+
+    Attributes:
+        place: The place.
+        name: The parameter.
+        dim: The dimension.
+        units: For each position along it, the unit that it belongs to, `count` if to none: int64.
+        count: How many units there are.
+    """
+
+    place: str
+    name: str
+    dim: int
+    units: Tensor
+    count: int
+
+    def along(self, values: Tensor) -> Tensor:
+        """Sums something of the parameter's shape over all other dimensions: `[positions]`."""
+        others = [dim for dim in range(values.dim()) if dim != self.dim]
+        return values.sum(others) if others else values
+
+    def by_unit(self, positions: Tensor) -> Tensor:
+        """Sums something of the positions over those of each unit: float64, `[units]`, on the CPU."""
+        sums = torch.zeros(self.count + 1, dtype=torch.float64)
+        return sums.index_add_(0, self.units, positions.detach().double().cpu())[: self.count]
+
+
+def parts_of(model: nn.Module, units: Mapping[str, Units], per: Per) -> list[Part]:
+    """The parts of all places, in their order; a parameter under several names has its first one's.
+
+    Raises:
+        ValueError: If a place has none.
+    """
+    names: dict[int, str] = {}
+    parts: dict[tuple[str, str, int], Part] = {}
+    for place, one in units.items():
+        count = one.count(per)
+        for member in one.held_by(per):
+            if not member.buffer:
+                name = names.setdefault(id(model.get_parameter(member.name)), member.name)
+                of = torch.from_numpy(one.of_member(member, per) % (count + 1))
+                parts.setdefault((place, name, member.dim), Part(place, name, member.dim, of, count))
+        if not any(part.place == place for part in parts.values()):
+            raise ValueError(f"importance: no parameter of {place} has its units one by one")
+    return list(parts.values())

@@ -1,0 +1,172 @@
+"""What a batch shows of each unit: what its readers get, and the products of that with the loss's gradient."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from billhook.importance.gradients import independent, scalar
+from billhook.units.units import Per, Units
+
+
+def check_read(units: Mapping[str, Units], who: str) -> None:
+    """Refuses units that no module of its own reads, as experts.
+
+    Raises:
+        ValueError: With what works.
+    """
+    for name, one in units.items():
+        if not one.readers:
+            raise ValueError(
+                f"importance: {who} looks at what modules read, and the units of {name} ({one.kind}s) are read by none of their "
+                "own; Taylor, WeightNorm and RandomUnits work"
+            )
+
+
+@contextmanager
+def watching(model: nn.Module, units: Mapping[str, Units], note: Callable[[str, str, Tensor], None]) -> Iterator[None]:
+    """Gives `note` the place, the reader and its input whenever a reader runs; what several read in turn comes once."""
+    last = dict[str, Tensor]()
+    handles = []
+
+    def see(name: str, reader: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if last.get(name) is not args[0]:
+            last[name] = args[0]
+            note(name, reader, args[0].detach())
+
+    for name, one in units.items():
+        for reader in one.readers:
+            handles.append(model.get_submodule(reader).register_forward_pre_hook(partial(see, name, reader)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def reading(model: nn.Module, units: Units) -> dict[str, nn.Module]:
+    """The modules that read units, each once, though it may stand in several places of the model."""
+    named = {id(model.get_submodule(reader)): reader for reader in reversed(units.readers)}
+    return {reader: model.get_submodule(reader) for reader in units.readers if reader in named.values()}
+
+
+@dataclass(eq=False)
+class _Sum:
+    """Products of the same tokens, which add up.
+
+    Attributes:
+        name: The place.
+        tokens: Which of the tokens count, if not all do.
+        awaited: How many more are to come.
+        products: What has come.
+    """
+
+    name: str
+    tokens: Tensor | None
+    awaited: int = 0
+    products: Tensor | None = None
+
+
+class Products:
+    """Products of what units give with the loss's gradient by it, of every token, noted on the way back.
+
+    Several readers of a place, or one that runs several times, have one gate: their products add up where they are of the same
+    tokens. What is complete is passed on and dropped, so that few places are held at a time.
+
+    Args:
+        units: The units.
+        per: What there is one number for.
+        tokens: As in `Trial`.
+        use: Gets the place, the products of a batch (float32, `[..., units]`, zero for tokens that do not count), and how many
+            tokens count.
+    """
+
+    def __init__(
+        self, units: Mapping[str, Units], per: Per, tokens: Mapping[str, Tensor], use: Callable[[str, Tensor, int], None]
+    ) -> None:
+        self._units, self._per, self._tokens, self._use = units, per, tokens, use
+        self._sums = dict[Any, _Sum]()
+
+    def run(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
+        """Runs a loss and its gradient.
+
+        Raises:
+            ValueError: If the loss is none, or does not depend on a place.
+        """
+        probes = {name: torch.zeros((), requires_grad=True) for name in self._units}
+        handles = []
+        for name, one in self._units.items():
+            for reader, module in reading(model, one).items():
+                hook = partial(self._probe, name, self._tokens.get(reader), probes[name])
+                handles.append(module.register_forward_pre_hook(hook))
+        try:
+            with torch.enable_grad():
+                gradients = torch.autograd.grad(scalar(loss()), list(probes.values()), allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, gradient in zip(self._units, gradients, strict=True):
+            if gradient is None:
+                raise ValueError(independent(name))
+        for rest in self._sums.values():  # of these, something ran that the loss makes no use of
+            self._pass_on(rest)
+
+    def _probe(self, name: str, tokens: Tensor | None, probe: Tensor, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        own = self._sums.setdefault((name, args[0].shape[:-1], id(tokens)), _Sum(name, tokens))
+        own.awaited += 1
+        return (_Probe.apply(args[0], probe.to(args[0].device), partial(self._note, own)), *args[1:])  # type: ignore[no-untyped-call]
+
+    def _note(self, own: _Sum, values: Tensor) -> None:
+        products = counting(by_unit(values, self._units[own.name], self._per), own.tokens)
+        own.products = products if own.products is None else own.products + products
+        own.awaited -= 1
+        if not own.awaited:
+            self._pass_on(own)
+
+    def _pass_on(self, own: _Sum) -> None:
+        if own.products is not None:
+            self._use(own.name, own.products, counted(own.products, own.tokens))
+            own.products = None
+
+
+class _Probe(torch.autograd.Function):
+    """Passes its input on, and on the way back notes the product of the input with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, probe: Tensor, note: Callable[[Tensor], None]) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(inputs, probe)
+        ctx.note = note
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+        inputs, probe = ctx.saved_tensors
+        ctx.note(inputs.float() * gradients[0].float())
+        return gradients[0], torch.zeros_like(probe), None
+
+
+def by_unit(values: Tensor, units: Units, per: Per) -> Tensor:
+    """Sums over the positions of each unit: `[..., positions]` to `[..., units]`."""
+    positions, count = units.positions(per), units.count(per)
+    size = len(positions) // count
+    if np.array_equal(positions, np.repeat(np.arange(count), size)):
+        return values if size == 1 else values.reshape(*values.shape[:-1], count, size).sum(-1)
+    index = torch.from_numpy(positions % (count + 1)).to(values.device)
+    return values.new_zeros(*values.shape[:-1], count + 1).index_add_(-1, index, values)[..., :count]
+
+
+def counting(values: Tensor, tokens: Tensor | None) -> Tensor:
+    """Zero for tokens that do not count, if it is them that the values are of."""
+    if tokens is None or tokens.shape != values.shape[:-1]:
+        return values
+    return values.masked_fill(~tokens.to(values.device)[..., None], 0)
+
+
+def counted(values: Tensor, tokens: Tensor | None) -> int:
+    """How many tokens count."""
+    return values.shape[:-1].numel() if tokens is None or tokens.shape != values.shape[:-1] else int(tokens.sum())

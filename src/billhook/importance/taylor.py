@@ -1,0 +1,159 @@
+"""What a unit's parameters are worth by a Taylor expansion of the loss (LLM-Pruner, 2305.11627, section 3.2)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from billhook.importance.base import Importance, Sums
+from billhook.importance.gradients import independent, stream, trainable
+from billhook.importance.parts import Part, parts_of
+from billhook.running.trials import Trial
+from billhook.units.units import Per, Units
+
+Order = Literal["first", "second", "mixed", "vector", "unit"]
+Reduction = Literal["sum", "mean", "max", "product", "first", "last"]
+Scores = dict[tuple[str, str, int], Tensor]
+"""Of each part, by place, parameter and dimension: `[units]`."""
+
+
+@dataclass(frozen=True)
+class Taylor(Importance):
+    """How much the loss changes when a unit's parameters w become zero, by its gradient g (LLM-Pruner, 2305.11627).
+
+    A unit has the rows that make it and the columns that read it: of a head those of q and o (and of k and v, where it has its
+    own, or `per` is KV heads), of a channel those of gate, up and down. Each such matrix gives it a number; `reduce` makes one of
+    these. Scores of several batches are averaged; the authors take one batch, of 10 sequences of 64 tokens.
+
+    Costs: beside the model and the activations of a batch there is one gradient at a time, not one for each parameter.
+    `"first"`, `"vector"` and `"unit"` run a batch forward and back once; `"second"` once for each example; `"mixed"` both,
+    `passes` times, and keeps H of a share of the parameters meanwhile, in float32.
+
+    Args:
+        order: What a matrix gives a unit. `"first"`: sum of |w g| over its parameters (the authors' element-wise, first order).
+            `"second"`: sum of |w^2 H|, with H = 1/N sum over the N examples of a batch of the square of the gradient of each
+            alone (the diagonal of the Fisher matrix). `"mixed"`: sum of |w g - 1/2 w^2 H| (equation 5). `"vector"`: |sum of w g|
+            of each row or column, summed over those of a unit (equation 3). `"unit"`: |sum of w g| over all of a unit.
+        reduce: How the numbers that its matrices give a unit become one: `"sum"`, `"mean"`, `"max"`, `"product"`, or that of the
+            `"first"` or `"last"` matrix in the model's order (section 3.2 names sum, product, max and last). Queries, keys and
+            values in one matrix are one.
+        passes: Of `"mixed"`: into how many shares the parameters are divided, each with passes of its own over a batch.
+
+    Raises:
+        ValueError: If one of these is not legal. When it runs: if a gradient is NaN or infinite, the loss does not depend on a
+            place, or a batch cannot be taken apart into its examples.
+    """
+
+    order: Order = "first"
+    reduce: Reduction = "sum"
+    passes: int = 4
+
+    def __post_init__(self) -> None:
+        if self.order not in get_args(Order):
+            raise ValueError(f"order={self.order!r} must be one of {', '.join(get_args(Order))}")
+        if self.reduce not in get_args(Reduction):
+            raise ValueError(f"reduce={self.reduce!r} must be one of {', '.join(get_args(Reduction))}")
+        if self.order == "unit" and self.reduce != "sum":
+            raise ValueError(f"reduce={self.reduce!r} must be sum with order='unit', which sums over all of a unit")
+        if type(self.passes) is not int or self.passes < 1:
+            raise ValueError(f"passes={self.passes!r} must be a whole number, 1 at least")
+
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+        """See `Importance.sums`."""
+        sums, parts = Sums.zero(units, per), parts_of(model, units, per)
+        places = {name: [(part.place, part.name, part.dim) for part in parts if part.place == name] for name in units}
+        with trainable(model, [part.name for part in parts]) as parameters:
+            for number, trial in enumerate(trials):
+                scores: Scores = {}
+                for share in _shares(parameters, self.passes if self.order == "mixed" else 1):
+                    _Pass(self.order, share, parts, scores).run(trial, f"batch {number}")
+                for name, own in places.items():
+                    if not any(part in scores for part in own):
+                        raise ValueError(independent(name))
+                    zero = torch.zeros_like(sums.totals[name])
+                    sums.add(name, self._reduced(torch.stack([scores.get(part, zero) for part in own])), 1)
+        return sums
+
+    def _reduced(self, scores: Tensor) -> Tensor:
+        """One number a unit, from what each matrix gives."""
+        match self.reduce:
+            case "sum":
+                return scores.sum(0).abs() if self.order == "unit" else scores.sum(0)
+            case "mean":
+                return scores.mean(0)
+            case "max":
+                return scores.amax(0)
+            case "product":
+                return scores.prod(0)
+        return scores[0 if self.reduce == "first" else -1]
+
+
+class _Pass:
+    """Runs a batch, and makes scores of each gradient as it comes.
+
+    Args:
+        order: As in `Taylor`.
+        parameters: Those whose gradients are wanted.
+        parts: Where units stand in them.
+        scores: Where the scores go.
+    """
+
+    def __init__(self, order: Order, parameters: Mapping[str, nn.Parameter], parts: Sequence[Part], scores: Scores) -> None:
+        self._order, self._parameters, self._scores = order, parameters, scores
+        self._parts = {name: [part for part in parts if part.name == name] for name in parameters}
+        self._curvature = dict[str, Tensor]()
+
+    def run(self, trial: Trial, where: str) -> None:
+        """Runs it; `where` names the batch in messages."""
+        if self._order in ("second", "mixed"):
+            examples = trial.examples()
+            for number, example in enumerate(examples):
+                note = partial(self._squares, 1 / len(examples), f"example {number} of {where}")
+                stream(example, self._parameters, note)
+        if self._order != "second":
+            stream(trial.loss, self._parameters, partial(self._products, where))
+
+    def _squares(self, factor: float, where: str, name: str, gradient: Tensor) -> None:
+        squares = _full(gradient).square().mul_(factor)
+        if self._order == "second":
+            self._note(where, name, squares.mul_(self._weight(name).square()))
+        else:
+            self._curvature[name] = self._curvature[name].add_(squares) if name in self._curvature else squares
+
+    def _products(self, where: str, name: str, gradient: Tensor) -> None:
+        weight = self._weight(name)
+        products = weight * _full(gradient)
+        if self._order == "mixed" and name in self._curvature:
+            products -= self._curvature.pop(name).mul_(weight.square()).div_(2)
+        self._note(where, name, products)
+
+    def _note(self, where: str, name: str, products: Tensor) -> None:
+        """Adds what one parameter gives to the scores of its parts."""
+        values = products if self._order in ("vector", "unit") else products.abs_()
+        for part in self._parts[name]:
+            along = part.along(values)
+            if not along.isfinite().all():
+                raise ValueError(f"batches: {where} (counted from 0) gives {name} a gradient that is NaN or infinite")
+            found = part.by_unit(along.abs() if self._order == "vector" else along)
+            place = part.place, name, part.dim
+            self._scores[place] = self._scores[place] + found if place in self._scores else found
+
+    def _weight(self, name: str) -> Tensor:
+        return _full(self._parameters[name].detach())
+
+
+def _full(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _shares(parameters: Mapping[str, nn.Parameter], count: int) -> Iterator[dict[str, nn.Parameter]]:
+    """Divides parameters into at most so many shares of neighbours, none much larger than another."""
+    total = sum(parameter.numel() for parameter in parameters.values())
+    shares, before = dict[int, dict[str, nn.Parameter]](), 0
+    for name, parameter in parameters.items():
+        shares.setdefault((before + parameter.numel() // 2) * count // total, {})[name] = parameter
+        before += parameter.numel()
+    yield from shares.values()

@@ -1,0 +1,1 @@
+"""Turns multi-head attention into grouped-query and multi-query attention."""

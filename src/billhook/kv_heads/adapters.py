@@ -1,0 +1,55 @@
+"""Fewer KV heads under LoRA: W + s B A pooled is W pooled + s (B pooled) A, so what is pooled of a linear is pooled of its B."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from billhook.adapters.beneath import MERGE, adapted, beneath
+from billhook.kv_heads.pooling import Pooled
+from billhook.model.shape import Shape, shape_of
+
+
+def check_adapters(model: nn.Module, method: str) -> None:
+    """Refuses adapters that cannot be pooled.
+
+    Raises:
+        ValueError: If they are not plain LoRA, or heads are drawn anew.
+    """
+    if method == "random":
+        raise ValueError(f"method='random': what is drawn anew says nothing of adapters: {MERGE}")
+    for name, layer in adapted(model).items():
+        own = {part.partition(".")[0] for part, _ in layer.named_parameters()} - {"base_layer"}
+        if not isinstance(layer, LoraLayer) or own - {"lora_A", "lora_B"}:
+            raise ValueError(f"{name} has adapters that are not plain LoRA ({', '.join(sorted(own))}): {MERGE}")
+
+
+def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shape: Shape) -> tuple[dict[str, Pooled], Shape]:
+    """What is pooled of a model, and its shape then, from the same of the model beneath its adapters.
+
+    Raises:
+        ValueError: If what the adapters of a layer read becomes less.
+    """
+    layers, now = adapted(model), shape_of(model)
+
+    pooled = {beneath(name, layers): own for name, own in parameters.items()}
+    tensors = {beneath(name, layers): size for name, size in shape.tensors.items()}
+    attributes = {beneath(name, layers): value for name, value in shape.attributes.items()}
+    for name, layer in layers.items():
+        own = parameters.get(f"{name}.weight")
+        if own is None:
+            continue
+        outputs = 1 if isinstance(layer.get_base_layer(), Conv1D) else 0
+        if own.dim != outputs:
+            raise ValueError(f"{name}.weight shrinks along what its adapters read: {MERGE}")
+        size = shape.tensors[f"{name}.weight"][outputs]
+        attributes[f"{name}.out_features"] = size
+        for adapter, second in layer.lora_B.items():
+            part = f"{name}.lora_B.{adapter}"
+            pooled[f"{part}.weight"] = Pooled(0, own.index)
+            tensors[f"{part}.weight"], attributes[f"{part}.out_features"] = (size, second.weight.shape[1]), size
+    attributes = {name: value for name, value in attributes.items() if name in now.attributes or name in shape.attributes}
+    return pooled, replace(now, tensors=now.tensors | tensors, attributes=now.attributes | attributes, config=shape.config)

@@ -1,0 +1,165 @@
+"""One attention run by itself, on random numbers and in float64: it shows what its code does with its projections, no more.
+
+The model runs once, to see how it calls its attentions: with what masks, positions, rotary angles. Then each is called so again,
+as often as is asked, with other projections in the place of its own and random numbers in the place of what these would be
+given. In float64 what is the same differs by 1e-15, or by 1e-7 where the code computes scores in float32; so a rotary embedding
+still shows where it turns numbers by less than a millionth of a circle from one token to the next.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from billhook.kv_heads.bases.stacks import Projections, Stacks, instead, read, written
+from billhook.running.inputs import make_inputs
+
+LENGTH = 128
+"""How many tokens are shown: enough for slow turns to be seen."""
+
+FEW = 7
+"""How many, where a model does not say how many it can take."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a module is called with.
+
+    Attributes:
+        args: The arguments.
+        kwargs: Those that are named.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Alone:
+    """One attention.
+
+    Args:
+        model: The model that it is a part of.
+        place: Where it is.
+        call: What the model calls it with.
+    """
+
+    def __init__(self, model: nn.Module, place: Projections, call: Call) -> None:
+        self._model, self._place, self._call = model, place, call
+        self._module = model.get_submodule(place.name)
+
+    @contextmanager
+    def wide(self) -> Iterator[Stacks]:
+        """All its numbers in float64, for a while; gives its weights.
+
+        Other tensors stand in the place of its own: a parameter whose dtype changes loses the hooks that DDP has on its gradient.
+        """
+        owners: list[dict[str, Any]] = [own for module in self._module.modules() for own in (module._parameters, module._buffers)]
+        held = [(own, name, one) for own in owners for name, one in own.items() if one is not None and one.is_floating_point()]
+        others = {id(one): _wide(one) for _, _, one in held}  # tied ones stay tied
+        try:
+            for own, name, one in held:
+                own[name] = others[id(one)]
+            yield read(self._model, self._place)
+        finally:
+            for own, name, one in held:
+                own[name] = one
+
+    def __call__(self, stacks: Stacks) -> Tensor:
+        """What the linear behind its heads gives, with these weights, `[calls * tokens, hidden]`."""
+        found: list[Tensor] = []
+        place = self._place
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(stacks.k.device.type, enabled=False))
+            stack.enter_context(_WideNumbers())
+            stack.enter_context(instead(self._model, written(self._model, place, stacks)))
+            for number, linear in enumerate(dict.fromkeys((place.q.linear, place.k.linear, place.v.linear))):
+                hook = partial(_given_noise, number)
+                stack.callback(self._model.get_submodule(linear).register_forward_pre_hook(hook).remove)
+            reader = self._model.get_submodule(place.o.linear)
+            stack.callback(reader.register_forward_hook(lambda _, args, output: found.append(output.flatten(0, -2))).remove)
+            self._module(*map(_widened, self._call.args), **{name: _widened(one) for name, one in self._call.kwargs.items()})
+        return torch.cat(found)
+
+
+class _WideNumbers(TorchFunctionMode):
+    """A number becomes a tensor of float64: the least one of that dtype, which masks are made of, is too large for others."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        number = func in (torch.tensor, torch.full) and args and isinstance(args[-1], float)
+        return func(*args, **({"dtype": torch.float64} if number else {}) | (kwargs or {}))
+
+
+def see_calls(model: nn.Module, places: Mapping[str, Projections]) -> dict[str, Call]:
+    """What a model calls its attentions with, the first time each, when it is given random tokens.
+
+    Args:
+        model: A Hugging Face model.
+        places: Its attentions.
+
+    Raises:
+        ValueError: If one is not called as a module.
+    """
+    calls: dict[str, Call] = {}
+
+    def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(name, Call(args, kwargs))
+
+    device, inputs = next(model.parameters()).device, make_inputs(model, length=_length(model))
+    with ExitStack() as stack, torch.no_grad():
+        for name in places:
+            hook = partial(note, name)
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        model(**{name: one.to(device) if isinstance(one, Tensor) else one for name, one in inputs.items()})
+    for name in places:
+        if name not in calls:
+            raise ValueError(f"{name} is not called as a module, so what its heads do cannot be seen")
+    return calls
+
+
+@contextmanager
+def plainly(model: nn.Module) -> Iterator[None]:
+    """Attention by torch's own code, where the model's kernels know no float64; as before afterwards."""
+    configs: dict[int, Any] = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    others = [(one, said) for one in configs.values() if (said := _implementation(one)) not in (None, "eager", "sdpa")]
+    try:
+        for config, _ in others:
+            config._attn_implementation_internal = "sdpa"
+        yield
+    finally:
+        for config, said in others:
+            config._attn_implementation_internal = said
+
+
+def _length(model: nn.Module) -> int:
+    """Half of what the model is made for, as some lose places at the start; few, if it does not say."""
+    config: Any = model.config
+    said = [getattr(config.get_text_config(), name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return min([LENGTH, *(max(number // 2, 1) for number in said if type(number) is int)]) if any(said) else FEW
+
+
+def _implementation(config: Any) -> str | None:  # noqa: ANN401
+    return getattr(config, "_attn_implementation_internal", None)
+
+
+def _given_noise(number: int, linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    noise = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+    return noise.to(args[0].device), *args[1:]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    wide = tensor.detach().double()
+    return nn.Parameter(wide, requires_grad=False) if isinstance(tensor, nn.Parameter) else wide
+
+
+def _widened(value: Any) -> Any:  # noqa: ANN401
+    """The same in float64: a tensor, or one within tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        return type(value)(map(_widened, value))
+    return {name: _widened(one) for name, one in value.items()} if type(value) is dict else value

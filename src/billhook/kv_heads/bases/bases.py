@@ -1,0 +1,144 @@
+"""What the projections of an attention become before KV heads are pooled: such that the heads of a group are equal.
+
+Everything is done in the sizes that the model has: its own code runs the outcome, and to pool equal heads loses nothing more.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from billhook.kv_heads.bases.freedom import Block, Freedom, Freedoms
+from billhook.kv_heads.bases.moments import Moments
+from billhook.kv_heads.bases.rendering import Rendering, aligned, low_rank, mean
+from billhook.kv_heads.bases.stacks import Stacks
+
+Start = Literal["mean", "aligned", "svd"]
+Render = Callable[[Tensor, Tensor], Rendering]
+RENDERINGS: Mapping[Start, Render] = {"mean": mean, "aligned": aligned, "svd": low_rank}
+
+
+@dataclass(frozen=True, eq=False)
+class Bases:
+    """How heads are rendered by one for each group, in real numbers: head j is taken for B_j times its group's sum of P_i k_i.
+
+    Attributes:
+        basis: B, `[heads, width, width]`, float64.
+        shared: P, `[heads, width, width]`, float64.
+        groups: How many groups there are.
+        lost: The share that is lost of what the heads give, in the metric of what reads them: the sums over all heads of
+            E||S_j (k_j - B_j kbar)||^2 and of E||S_j k_j||^2, the one divided by the other.
+    """
+
+    basis: Tensor
+    shared: Tensor
+    groups: int
+    lost: float
+
+
+def weight_moments(stacks: Stacks, groups: int) -> Moments:
+    """Moments without data, as if all that the projections are given were independent and of one size."""
+
+    def crossed(stack: Tensor) -> Tensor:
+        grouped = _in_groups(stack, groups)
+        return torch.einsum("gian,gjbn->giajb", grouped, grouped)
+
+    queries = _in_groups(stacks.q, len(stacks.k))
+    return Moments(crossed(stacks.k), crossed(stacks.v), torch.einsum("jhan,jhbn->jab", queries, queries))
+
+
+def find_bases(stacks: Stacks, moments: Moments, freedoms: Freedoms, start: Start) -> tuple[Bases, Bases]:
+    """The renderings of the keys and of the values of an attention.
+
+    Args:
+        stacks: Its weights.
+        moments: What data shows of it.
+        freedoms: How its numbers may be mixed; those that may not are averaged.
+        start: How.
+    """
+    outputs = _in_groups(stacks.o, len(stacks.k))
+    readers = torch.einsum("jhoa,jhob->jab", outputs, outputs)
+    render = RENDERINGS[start]
+    return _bases(moments.queries, moments.keys, freedoms.keys, render), _bases(readers, moments.values, freedoms.values, render)
+
+
+def pooled(stacks: Stacks, keys: Bases, values: Bases) -> Stacks:
+    """The weights with each head in the place of which its group's rendering stands: k' = sum of P_i k_i, v' likewise."""
+    return _taken(stacks, keys, values, _shared(stacks.k, keys), _shared(stacks.v, values))
+
+
+def turned(stacks: Stacks, keys: Bases, values: Bases) -> Stacks:
+    """The weights with each head in its group's basis, and none pooled, so that the model computes what it did: k' = B_j^-1 k.
+
+    Raises:
+        torch.linalg.LinAlgError: If a basis has no inverse, as that of a head without any part in what its group shares may not.
+    """
+    return _taken(stacks, keys, values, torch.linalg.solve(keys.basis, stacks.k), torch.linalg.solve(values.basis, stacks.v))
+
+
+def _taken(stacks: Stacks, keys: Bases, values: Bases, k: Tensor, v: Tensor) -> Stacks:
+    """New keys and values, and who reads them: q' = B_j^T q, W_O' = W_O B_j."""
+    queries = len(stacks.q) // len(stacks.k)
+    q = keys.basis.mT.repeat_interleave(queries, 0) @ stacks.q
+    return Stacks(q, k, v, stacks.o @ values.basis.repeat_interleave(queries, 0))
+
+
+def _shared(stack: Tensor, own: Bases) -> Tensor:
+    summed = _in_groups(own.shared @ stack, own.groups).sum(1, keepdim=True)
+    return summed.expand(-1, len(stack) // own.groups, -1, -1).flatten(0, 1)
+
+
+def _bases(metric: Tensor, moments: Tensor, freedom: Freedom, render: Render) -> Bases:
+    """The renderings of all groups; numbers in no block are averaged."""
+    groups, size, width = moments.shape[:3]
+    metrics, found, lost, whole = _in_groups(metric, groups), [], 0.0, 0.0
+    for group in range(groups):
+        basis, shared = (torch.eye(width, dtype=torch.float64, device=metric.device).repeat(size, 1, 1) for _ in range(2))
+        shared /= size
+        for block in freedom:
+            one = render(*_of_block(metrics[group], moments[group], block))
+            _put(basis, block, one.basis)
+            _put(shared, block, one.shared)
+        found.append((basis, shared))
+        missing, there = _loss(metrics[group], moments[group], basis, shared)
+        lost, whole = lost + missing, whole + there
+    basis, shared = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return Bases(basis, shared, groups, lost / whole if whole else 0.0)
+
+
+def _loss(metric: Tensor, moments: Tensor, basis: Tensor, shared: Tensor) -> tuple[float, float]:
+    """The sum over heads of E||S_j (k_j - B_j kbar)||^2, and of E||S_j k_j||^2."""
+    crossed = torch.einsum("iab,ibjc->jac", shared, moments)  # E[kbar k_j^T]
+    own = torch.einsum("jac,jbc->ab", crossed, shared)
+    heads = torch.einsum("jajb->jab", moments)
+    through = basis @ crossed
+    error = heads - through - through.mT + basis @ own @ basis.mT
+    missing, there = (float((metric * one).sum()) for one in (error, heads))
+    return missing, there
+
+
+def _of_block(metric: Tensor, moments: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """A block's part of a metric and of moments; pairs as complex numbers: E[z_i conj(z_j)]."""
+    r, i = list(block.real), list(block.imaginary)
+    if not i:
+        return metric[:, r][:, :, r], moments[:, r][:, :, :, r]
+    square = metric[:, r, r] + metric[:, i, i]
+    real = moments[:, r][:, :, :, r] + moments[:, i][:, :, :, i]
+    imaginary = moments[:, i][:, :, :, r] - moments[:, r][:, :, :, i]
+    return torch.complex(square, torch.zeros_like(square))[:, :, None], torch.complex(real, imaginary)
+
+
+def _put(matrices: Tensor, block: Block, own: Tensor) -> None:
+    """Writes the matrices of a block; a complex number a + ib as [[a, -b], [b, a]]."""
+    r, i = torch.tensor(block.real), torch.tensor(block.imaginary, dtype=torch.int64)
+    if not len(i):
+        matrices[:, r[:, None], r] = own
+        return
+    matrices[:, r[:, None], r], matrices[:, i[:, None], i] = own.real, own.real
+    matrices[:, r[:, None], i], matrices[:, i[:, None], r] = -own.imag, own.imag
+
+
+def _in_groups(tensor: Tensor, groups: int) -> Tensor:
+    return tensor.reshape(groups, -1, *tensor.shape[1:])

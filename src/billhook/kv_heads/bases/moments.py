@@ -1,0 +1,214 @@
+"""What calibration data shows of the heads of each attention: how its keys, queries and values vary together.
+
+Keys and queries are seen where their projections give them, before any rotary embedding. Of values it matters what attention
+makes of them: head h is given a mean of v_j over what it attends to, and it is to be known what it would be given of the other
+heads of the group. So each attention runs once more for each of these, with their values in the place of its own: the model's own
+code, whatever its masks and scores are, and nothing but the attention runs again.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from billhook.kv_heads.bases.stacks import Projections, instead, moved_values
+from billhook.model.handed import handing_of
+from billhook.running.trials import Trial
+from billhook.running.undisturbed import Ambient, undisturbed
+from billhook.running.walk import Reduce, spare
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second moments of the heads of one attention, group by group, about zero, biases included: float64.
+
+    Attributes:
+        keys: E[k_i k_j^T], the mean over tokens, `[groups, heads, width, heads, width]`.
+        values: The same of values, as the query heads of the group are given them: with a_t what query head h attends to with,
+            E[u_i u_j^T], u_i = sum over t of a_t v_i,t, the mean over tokens and over the query heads h of the group.
+        queries: The sum of E[q q^T] over the query heads of each KV head, `[KV heads, width, width]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+
+
+def gather(
+    model: nn.Module,
+    places: Mapping[str, Projections],
+    groups: Mapping[str, int],
+    trials: Sequence[Trial],
+    reduce: Reduce | None = None,
+) -> dict[str, Moments]:
+    """Runs the model on all batches and sums up; the model stays as it is.
+
+    In groups of J heads each attention runs J times a batch, and the rest of the model once. What is held throughout are, of each
+    attention, float64 matrices of 2 G (J w)^2 + H w^2 numbers, for G groups and H = G J heads of width w: of Llama-7B (H = 32,
+    w = 128, 32 attentions) 1.2 GB for G = 8, and 8.7 GB for G = 1, which a choice of groups needs. Within an attention, it holds
+    what the query heads are given J times over, in float32, and a copy of the linear that makes values: of Llama-7B 0.13 GB for
+    G = 8 and 1.1 GB for G = 1 with 2048 tokens in a batch, and some of it once more while sums are made.
+
+    Args:
+        model: The model.
+        places: Its attentions.
+        groups: Into how many groups of consecutive KV heads each is divided.
+        trials: The batches, with the tokens that count by linear.
+        reduce: Sums over ranks.
+
+    Raises:
+        ValueError: If an attention is not called as a module, or is given NaN or infinite numbers.
+    """
+    sums = {name: _Sums(model, place, groups[name]) for name, place in places.items()}
+    with undisturbed(model), ExitStack() as stack:
+        for one in sums.values():
+            stack.enter_context(one.listening())
+        for trial in trials:
+            for one in sums.values():
+                one.masks = trial.tokens
+            trial.loss()
+    return {name: one.moments(reduce) for name, one in sums.items()}
+
+
+class _Enough(BaseException):
+    """What reads the heads has been reached; the rest of the attention would be for nothing."""
+
+
+class _Sums:
+    """Listens to one attention, and adds up.
+
+    Attributes:
+        masks: Which tokens of the batch count, by linear, where not all do.
+    """
+
+    def __init__(self, model: nn.Module, place: Projections, groups: int) -> None:
+        self._model, self._place, self._groups = model, place, groups
+        self._size = place.kv_heads // groups
+        device = model.get_submodule(place.k.linear).get_parameter("weight").device
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        keys, values = place.k.index.shape[1] * self._size, place.v.index.shape[1] * self._size
+        self._keys, self._values = zeros(groups, keys, keys), zeros(groups, values, values)
+        self._queries = zeros(place.kv_heads, place.k.index.shape[1], place.k.index.shape[1])
+        self._tokens = zeros(3)  # of which keys, values, queries were seen
+        self.masks: Mapping[str, Tensor] = {}
+        self._given: list[Tensor] | None = None  # to what reads the heads, once for each shift
+        self._proper = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the place of the attention's forward, and listens to its linears."""
+        place, module = self._place, self._model.get_submodule(self._place.name)
+        own = vars(module)
+        before = own.get("forward")
+        with ExitStack() as stack:
+            for linear in {place.q.linear, place.k.linear}:
+                hook = partial(self._projected, linear)
+                stack.callback(self._model.get_submodule(linear).register_forward_hook(hook).remove)
+            reader = self._model.get_submodule(place.o.linear)
+            stack.callback(reader.register_forward_pre_hook(self._attended).remove)
+            own["forward"] = partial(self._visit, module.forward)
+            if before is None:
+                stack.callback(own.pop, "forward")
+            else:
+                stack.callback(own.__setitem__, "forward", before)
+            yield
+
+    def _visit(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """The attention's forward: with the values of each of the others of the group, and then as it is."""
+        self._given = []
+        for shift in range(1, self._size):
+            others = moved_values(self._model, self._place, self._others(shift))
+            with instead(self._model, others), suppress(_Enough):
+                forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
+        self._proper = True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._proper, self._given = False, None
+
+    def _others(self, shift: int) -> list[int]:
+        """For each KV head the one that is so many places further in its group."""
+        size = self._size
+        return [head // size * size + (head + shift) % size for head in range(self._place.kv_heads)]
+
+    def _projected(self, linear: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if not self._proper:
+            return
+        if (handing := handing_of(module)) is not None:
+            output = handing.take_back(output)
+        given, place = _plain(output, self._mask(linear, output)), self._place
+        with _precisely():
+            if linear == place.k.linear:
+                keys = given[:, place.k.index.reshape(self._groups, -1)].transpose(0, 1)
+                self._keys += keys.mT @ keys
+                self._tokens[0] += len(given)
+            if linear == place.q.linear:
+                queries = (
+                    given[:, place.q.index.reshape(place.kv_heads, -1, self._queries.shape[1])].transpose(0, 1).flatten(1, 2)
+                )
+                self._queries += queries.mT @ queries
+                self._tokens[2] += len(given)
+
+    def _attended(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._given is None:
+            raise ValueError(f"{self._place.name} is not called as a module: its values cannot be seen")
+        place = self._place
+        given = _plain(args[0], self._mask(place.o.linear, args[0]))[
+            :, place.o.index.reshape(self._groups, self._size, place.queries, -1)
+        ]
+        self._given.append(given)
+        if not self._proper:
+            raise _Enough
+        if len(self._given) != self._size:
+            raise ValueError(f"{place.name} reads its heads several times in one call: what is of which values cannot be told")
+        shifts = [self._given[-1], *self._given[:-1]]  # the attention as it is comes last
+        with _precisely():
+            for own in range(self._size):  # the heads of the group whose query heads attend
+                values = [shifts[(other - own) % self._size][:, :, own] for other in range(self._size)]
+                each = torch.stack(values, 3)  # [tokens, groups, query heads, values of, width]
+                flat = each.transpose(0, 1).reshape(self._groups, -1, self._values.shape[1])
+                self._values += flat.mT @ flat
+                self._tokens[1] += flat.shape[1]
+        self._given = []
+
+    def _mask(self, linear: str, tokens: Tensor) -> Tensor | None:
+        mask = self.masks.get(linear)
+        return mask if mask is not None and mask.numel() == tokens.shape[:-1].numel() else None
+
+    def moments(self, reduce: Reduce | None) -> Moments:
+        """The means of what was added up."""
+        for sums in (self._keys, self._values, self._queries, self._tokens) if reduce is not None else ():
+            assert reduce is not None
+            reduce(sums)
+        counts = self._tokens.tolist()
+        if not all(counts):
+            raise ValueError(f"batches: {self._place.name} is not called, or no token counts")
+        keys, values, queries = self._keys / counts[0], self._values / counts[1], self._queries / counts[2]
+        if not all(bool(one.isfinite().all()) for one in (keys, values, queries)):
+            raise ValueError(f"batches: {self._place.name} gives NaN or infinite numbers")
+        return Moments(self._by_head(keys), self._by_head(values), queries)
+
+    def _by_head(self, moments: Tensor) -> Tensor:
+        width = moments.shape[1] // self._size
+        return moments.reshape(self._groups, self._size, width, self._size, width)
+
+
+def _plain(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """What counts, one token after the other, in float32 at least."""
+    tensor = tensor.detach().flatten(0, -2) if mask is None else tensor.detach()[mask.reshape(tensor.shape[:-1])]
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+@contextmanager
+def _precisely() -> Iterator[None]:
+    """Products in full, whatever the run has set."""
+    own = Ambient.now()
+    Ambient().restore()
+    try:
+        yield
+    finally:
+        own.restore()

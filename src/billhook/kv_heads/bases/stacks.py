@@ -1,0 +1,221 @@
+"""The queries, keys, values and outputs of one attention as stacks of heads, wherever they lie: in one linear or in several."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from billhook.model.handed import Indices
+from billhook.repairs.refits import matrix_of
+from billhook.running.walk import replaced
+from billhook.tracing.coupling import Structure
+from billhook.tracing.roles import Attention, Part
+from billhook.units.heads import find_heads
+from billhook.units.units import Per, Units
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Where the heads of one kind lie.
+
+    Attributes:
+        linear: The linear that makes them, or of outputs the one that reads them.
+        index: The positions of its outputs, or of its inputs, head by head: int64, `[heads, width]`.
+    """
+
+    linear: str
+    index: Indices
+
+
+@dataclass(frozen=True, eq=False)
+class Projections:
+    """Where the queries, keys, values and outputs of one attention lie.
+
+    Attributes:
+        name: The attention.
+        q: Queries, `[query heads, width of keys]`.
+        k: Keys, `[KV heads, width of keys]`.
+        v: Values, `[KV heads, width of values]`.
+        o: What reads the heads, `[query heads, width of values]`.
+    """
+
+    name: str
+    q: Rows
+    k: Rows
+    v: Rows
+    o: Rows
+
+    @property
+    def kv_heads(self) -> int:
+        """How many KV heads there are."""
+        return len(self.k.index)
+
+    @property
+    def queries(self) -> int:
+        """How many query heads read one KV head."""
+        return len(self.q.index) // self.kv_heads
+
+
+@dataclass(frozen=True, eq=False)
+class Stacks:
+    """The weights of one attention, head by head, each with its bias as a last column where it has one, float64.
+
+    Attributes:
+        q: `[query heads, width of keys, hidden]`.
+        k: `[KV heads, width of keys, hidden]`.
+        v: `[KV heads, width of values, hidden]`.
+        o: `[query heads, hidden, width of values]`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+
+
+def find_projections(model: nn.Module, structure: Structure) -> dict[str, Projections]:
+    """Where the projections of each attention lie, by the attention's name, in the order in which they run.
+
+    Args:
+        model: The model.
+        structure: What `trace` has found of it.
+
+    Raises:
+        ValueError: If heads are not made and read by one `nn.Linear` or `Conv1D` each.
+    """
+    found = find_heads(model, structure)
+    by_reader = {part.name.rpartition(".")[0]: attention for attention in structure.attention for part in attention.o}
+    return {name: _projections(model, units, by_reader[units.readers[0]]) for name, units in found.items()}
+
+
+def read(model: nn.Module, place: Projections) -> Stacks:
+    """The weights of an attention as stacks of heads."""
+    q, k, v = (_augmented(model, rows)[rows.index] for rows in (place.q, place.k, place.v))
+    o = matrix_of(model.get_submodule(place.o.linear))[0].double()
+    return Stacks(q, k, v, o[:, place.o.index].transpose(0, 1))
+
+
+def written(model: nn.Module, place: Projections, stacks: Stacks) -> dict[str, dict[str, Tensor]]:
+    """What the linears of an attention become: by linear, its parameters, in their own sizes and dtypes.
+
+    Args:
+        model: The model, which stays as it is.
+        place: Where they lie.
+        stacks: The new weights.
+    """
+    linears: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for rows, stack in ((place.q, stacks.q), (place.k, stacks.k), (place.v, stacks.v)):
+        weight, bias = linears.get(rows.linear) or _copy(model, rows.linear)
+        weight[rows.index] = stack[..., : weight.shape[1]]
+        if bias is not None:
+            bias[rows.index] = stack[..., -1]
+        linears[rows.linear] = weight, bias
+    weight, bias = linears.get(place.o.linear) or _copy(model, place.o.linear)
+    weight[:, place.o.index] = stacks.o.transpose(0, 1)
+    linears[place.o.linear] = weight, bias
+    return {name: _as_it_lies(model.get_submodule(name), *both) for name, both in linears.items()}
+
+
+def _projections(model: nn.Module, units: Units, attention: Attention) -> Projections:
+    kinds = (attention.q, attention.k, attention.v)
+    parts = [_one(units, kind, what) for kind, what in zip(kinds, ("queries", "keys", "values"), strict=True)]
+    if len(units.readers) != 1:
+        raise ValueError(f"{units.name}: its heads are read by {len(units.readers)} modules, not by one linear")
+    counted: tuple[Per, ...] = ("head", "kv_head", "kv_head")
+    q, k, v = (_rows(model, units, part, per) for part, per in zip(parts, counted, strict=True))
+    o = Rows(units.readers[0], _split(units.index, units.count(), units.name))
+    for rows in (q, k, v, o):
+        if not isinstance(model.get_submodule(rows.linear), nn.Linear | Conv1D):
+            raise ValueError(f"{rows.linear} is a {type(model.get_submodule(rows.linear)).__name__}, not an nn.Linear or Conv1D")
+    if not np.array_equal(units.kv_of, np.arange(len(units.kv_of)) // (len(units.kv_of) // units.count("kv_head"))):
+        raise ValueError(f"{units.name}: query heads that share a KV head do not lie beside each other")
+    if q.index.shape[1] != k.index.shape[1]:
+        raise ValueError(
+            f"{units.name}: {q.index.shape[1]} numbers of a query, {k.index.shape[1]} of a key come from its projections"
+        )
+    for (one, what), (other, and_what) in itertools.combinations(zip((q, k, v), ("queries", "keys", "values"), strict=True), 2):
+        if one.linear == other.linear and np.intersect1d(one.index, other.index).size:
+            raise ValueError(f"{units.name}: its {what} and {and_what} are the same outputs of {one.linear}")
+    return Projections(units.name, q, k, v, o)
+
+
+def _one(units: Units, parts: Sequence[Part], what: str) -> Part:
+    if len(parts) != 1:
+        made = " and ".join(part.name for part in parts)
+        raise ValueError(f"{units.name}: its {what} are made by {made}, not by one linear (with LoRA attached, merge it first)")
+    return parts[0]
+
+
+def _rows(model: nn.Module, units: Units, part: Part, per: Per) -> Rows:
+    member = next((m for m in units.members if m.name == part.name and not m.reads), None)
+    if member is None:
+        raise ValueError(f"{units.name}: {part.name} is not known to hold heads")
+    own = np.full(part.size, -1)
+    own[part.positions] = units.of_member(member, per)[part.positions]
+    return Rows(part.name.rpartition(".")[0], _split(own, units.count(per), part.name))
+
+
+def _split(number: Indices, count: int, what: str) -> Indices:
+    """The positions of each head, in their order."""
+    own = [np.flatnonzero(number == head) for head in range(count)]
+    if len({len(positions) for positions in own}) != 1 or not len(own[0]):
+        raise ValueError(f"{what}: its {count} heads are not of one width")
+    return np.stack(own)
+
+
+def _augmented(model: nn.Module, rows: Rows) -> Tensor:
+    weight, bias = matrix_of(model.get_submodule(rows.linear))
+    return weight.double() if bias is None else torch.cat([weight.double(), bias.double()[:, None]], 1)
+
+
+def _copy(model: nn.Module, linear: str) -> tuple[Tensor, Tensor | None]:
+    weight, bias = matrix_of(model.get_submodule(linear))
+    return weight.double().clone(), None if bias is None else bias.double().clone()
+
+
+def _as_it_lies(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    own = linear.get_parameter("weight")
+    laid = {"weight": (weight.t() if isinstance(linear, Conv1D) else weight).to(own).contiguous()}
+    return laid if bias is None else laid | {"bias": bias.to(linear.get_parameter("bias"))}
+
+
+def moved_values(model: nn.Module, place: Projections, order: Sequence[int]) -> dict[str, dict[str, Tensor]]:
+    """As `written`, with the values of other KV heads in the place of each, and all else as it is.
+
+    Args:
+        model: The model, which stays as it is.
+        place: Where they lie.
+        order: For each KV head, the one whose values it is given.
+    """
+    linear, to, source = model.get_submodule(place.v.linear), place.v.index, place.v.index[list(order)]
+    weight, bias = (None if one is None else one.clone() for one in matrix_of(linear))
+    assert weight is not None
+    for tensor in (weight,) if bias is None else (weight, bias):
+        tensor[to] = tensor[source]
+    return {place.v.linear: _as_it_lies(linear, weight, bias)}
+
+
+@contextmanager
+def instead(model: nn.Module, new: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+    """Other parameters in the place of linears' own, which come back; what autocast has kept of either is forgotten.
+
+    Args:
+        model: The model.
+        new: By linear, its parameters by their name in it.
+    """
+    torch.clear_autocast_cache()
+    try:
+        with replaced(modules_of(model, new)):
+            yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+def modules_of(model: nn.Module, new: Mapping[str, Mapping[str, Tensor]]) -> dict[nn.Module, Mapping[str, Tensor]]:
+    """The same by module."""
+    return {model.get_submodule(name): own for name, own in new.items()}

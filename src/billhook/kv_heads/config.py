@@ -1,0 +1,181 @@
+"""Fewer KV heads where a model's class builds them from a changed config: what follows, and which old position comes where."""
+
+import copy
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from billhook.kv_heads.layout import KVAttention, Rows, find_kv
+from billhook.kv_heads.pooling import Pooled
+from billhook.model.build import build_on_meta
+from billhook.model.meta import to_meta
+from billhook.model.shape import FLAG, Shape, set_shape, shape_of
+
+FIELD = "num_key_value_heads"
+FIELDS = (FIELD, "num_kv_heads")
+Cut = tuple[dict[str, Pooled], Shape]
+
+
+def cut_by_config(
+    model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int, encoder: bool, every: bool
+) -> tuple[list[str], Cut] | None:
+    """What a model with fewer KV heads is, where its class builds it.
+
+    Args:
+        model: The model.
+        found: Its attentions.
+        chosen: Those that are to have fewer KV heads.
+        heads: How many then.
+        encoder: Whether the encoder's config is told as well.
+        every: Whether all of the chosen must follow, or those that do are enough.
+
+    Returns:
+        The attentions that follow and are chosen, how parameters shrink, and the shape then; None if no field of the config is
+        followed.
+
+    Raises:
+        ValueError: If the model is not as its class builds it, or its code does not follow.
+    """
+    usual = shape_of(build_on_meta(model, copy.deepcopy(model.config)))
+    for config in _changed(model, heads, encoder):
+        try:
+            built = shape_of(build_on_meta(model, config))
+        except Exception:  # whatever a class of models raises
+            continue
+        resized = [name for name, size in usual.tensors.items() if built.tensors.get(name) != size]
+        follow = {name: _owner(name, found) for name in resized}
+        told = [name for name in chosen if name in follow.values()]
+        if not told or (every and len(told) < len(chosen)):
+            continue
+        check_as_built(model, shape_of(model), usual, set(resized))
+        if (lone := next((name for name, owner in follow.items() if owner is None), None)) is not None:
+            raise ValueError(f"{lone} follows the number of KV heads in the config, and stands in no attention")
+        then = _shape_then(shape_of(model), usual, built, follow, told, found, heads)
+        own = [name for name, owner in follow.items() if owner in told]
+        return told, (_matched(model, found, told, heads, then, own), then)
+    return None
+
+
+def _changed(model: PreTrainedModel, heads: int, encoder: bool) -> Iterator[PretrainedConfig]:
+    """The config, told in the ways that families have to say how many KV heads there are."""
+    ways: list[Callable[[PretrainedConfig], bool]] = [lambda own, f=field: _set(own, f, heads) for field in FIELDS]  # type: ignore[misc]
+    if heads == 1:
+        ways.append(lambda own: _set(own, FLAG, True) and (_set(own, FIELD, 1) or True))
+    for way in ways:
+        config = copy.deepcopy(model.config)
+        told = [way(config.get_text_config(decoder=True))]
+        if encoder:
+            told.append(way(config.get_text_config(encoder=True)))
+        if any(told):
+            yield config
+
+
+def _set(config: PretrainedConfig, field: str, value: int) -> bool:
+    """Sets a field that is there, and is of that kind."""
+    there = type(getattr(config, field, None)) is type(value)
+    if there:
+        setattr(config, field, value)
+    return there
+
+
+def _owner(name: str, found: Mapping[str, KVAttention]) -> str | None:
+    """The attention that a parameter belongs to."""
+    for own, one in found.items():
+        if name in one.rows:
+            return own
+    around = [own for own, one in found.items() if name.startswith(f"{one.units.name}.")]
+    return max(around, key=lambda own: len(found[own].units.name), default=None)
+
+
+def check_as_built(model: PreTrainedModel, now: Shape, built: Shape, but: Collection[str]) -> None:
+    """Refuses a model that in anything but some tensors is no longer what its class builds from its config.
+
+    Raises:
+        ValueError: With what is another.
+    """
+    names = now.tensors.keys() | built.tensors.keys()
+    different = sorted(name for name in names - set(but) if now.tensors.get(name) != built.tensors.get(name))
+    different += sorted(name for name in but if name not in now.tensors)
+    if different:
+        adapters = any("lora_" in name or ".base_layer." in name for name in now.tensors)
+        hint = "merge the adapters first" if adapters else "such a model cannot be converted"
+        raise ValueError(
+            f"{different[0]} (and {len(different) - 1} more) is not as {type(model).__name__} builds it "
+            f"from the model's config: {hint}"
+        )
+
+
+def _shape_then(
+    now: Shape,
+    usual: Shape,
+    built: Shape,
+    follow: Mapping[str, str | None],
+    told: Collection[str],
+    found: Mapping[str, KVAttention],
+    heads: int,
+) -> Shape:
+    """The shape now with what differs between the two that the class builds; what a user set by hand stays."""
+    complete = all(name in told or found[name].heads == heads for name in {own for own in follow.values() if own is not None})
+    tensors = {name: size for name, size in built.tensors.items() if follow.get(name) in told}
+    attributes = {name: value for name, value in built.attributes.items() if usual.attributes.get(name, value) != value}
+    if not complete:
+        attributes = {name: value for name, value in attributes.items() if _owner(name, found) in told}
+    config = {k: v for k, v in built.config.items() if usual.config.get(k, v) != v} if complete else {}
+    return Shape(tensors, attributes, config).over(now)
+
+
+def _matched(
+    model: PreTrainedModel,
+    found: Mapping[str, KVAttention],
+    told: Collection[str],
+    heads: int,
+    then: Shape,
+    names: Collection[str],
+) -> dict[str, Pooled]:
+    """Where every position of what shrinks comes, from what the model's own code does with it now and then.
+
+    Raises:
+        ValueError: If the code does not follow, or a position has no place.
+    """
+    shadow = to_meta(model)
+    set_shape(shadow, then)
+    try:
+        after = find_kv(shadow)
+    except ValueError as error:
+        raise ValueError(f"the code of {type(model).__name__} does not follow with {heads} KV heads: {error}") from error
+    expected = {name: heads if name in told else one.heads for name, one in found.items()}
+    if (numbers := {name: one.heads for name, one in after.items()}) != expected:
+        wrong = next(name for name in expected if numbers.get(name) != expected[name])
+        raise ValueError(
+            f"the code of {type(model).__name__} does not follow: {wrong} would have {numbers.get(wrong)} KV heads and not "
+            f"{expected[wrong]}" + ("; convert all layers at once" if len(told) < len(found) else "")
+        )
+    shapes = shape_of(model).tensors
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if kept := sorted(name for name in names if shapes[name] != then.tensors[name] and name not in parameters):
+        raise ValueError(f"{kept[0]} follows the number of KV heads but is no parameter: it cannot be pooled")
+    cuts = {}
+    for name, _ in model.named_parameters():
+        if name in names and shapes[name] != then.tensors[name]:
+            own = str(_owner(name, found))
+            cuts[name] = _match(name, found[own], after[own], shapes[name], then.tensors[name])
+    return cuts
+
+
+def _match(name: str, now: KVAttention, then: KVAttention, old: tuple[int, ...], new: tuple[int, ...]) -> Pooled:
+    dims = [d for d, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+    if len(dims) != 1:
+        raise ValueError(f"{name} goes from {list(old)} to {list(new)}, which is more than KV heads")
+    ours, theirs = (_rows_of(one, name, dims[0], size[dims[0]]) for one, size in ((now, old), (then, new)))
+    places = {key: place for place, key in enumerate(theirs.keys())}
+    keys = ours.keys(now.heads // then.heads)
+    wrong = set(keys) != set(places) or len(places) != new[dims[0]] or math.prod(old) == 0
+    if wrong or any(head < 0 for _, head, _ in keys):
+        raise ValueError(f"{name} goes from {list(old)} to {list(new)}, and it cannot be told which head is where")
+    return Pooled(dims[0], tuple(places[key] for key in keys))
+
+
+def _rows_of(attention: KVAttention, name: str, dim: int, size: int) -> Rows:
+    rows = attention.rows.get(name)
+    return rows if rows is not None and rows.dim == dim else attention.rows_beside(name, dim, size)

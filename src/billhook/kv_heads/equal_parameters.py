@@ -1,0 +1,123 @@
+"""A config with fewer KV heads and wider feed-forwards: another attention at equal parameters (MQA, 1911.02150, section 4)."""
+
+import copy
+from collections.abc import Iterator, Mapping
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from billhook.kv_heads.config import FIELD
+from billhook.model.build import build_class_on_meta
+from billhook.model.config_fields import set_fields
+from billhook.model.meta import from_config
+from billhook.model.shape import KEY
+from billhook.tracing.trace import trace
+from billhook.units.fields import FieldFinder
+
+
+def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multiple_of: int = 1) -> PretrainedConfig:
+    """A config with fewer KV heads whose feed-forwards are wider, so that a model of it has as many parameters as before.
+
+    The MQA paper compares models that are trained from scratch in this way (1911.02150, section 4: 8 KV heads and d_ff 4096
+    against 1 and 5440). With P(h, w) parameters at h KV heads and feed-forwards of width w, the new width is what is closest to
+
+        w' = w + (P(h, w) - P(h', w)) / (P(h, w + 1) - P(h, w)).
+
+    Parameters are counted on what the model's own class builds of the configs, without memory. Their number differs from before
+    by at most half of what `multiple_of` channels have in all feed-forwards together: `multiple_of` 3 d L / 2 with three matrices
+    of hidden size d in each of L layers.
+
+    Args:
+        config: The config of a family with `num_key_value_heads`; it is not changed. In a mixture of experts all experts become
+            wider: all parameters are as many as before, not those that a token meets. Where encoder and decoder have a config
+            each, both get as few KV heads, as in the paper.
+        num_key_value_heads: KV heads then: fewer than now, and a divisor of the query heads.
+        multiple_of: The new width is a multiple of this; 64 suits the kernels of GPUs.
+
+    Returns:
+        The new config.
+
+    Raises:
+        ValueError: If a number is not legal, the config has no such field, or its feed-forwards have several widths or none that
+            fields of the config say.
+    """
+    if not isinstance(config, PretrainedConfig):
+        raise ValueError(f"config: a config of transformers is needed, not {type(config).__name__}")
+    if type(multiple_of) is not int or multiple_of < 1:
+        raise ValueError(f"multiple_of={multiple_of!r} must be a whole number, 1 at least")
+    if vars(config).get(KEY) is not None:
+        raise ValueError(f"config: its layers have widths of their own ('{KEY}' in it says which), so no one field says them")
+    heads = dict.fromkeys(_head_fields(config, num_key_value_heads), num_key_value_heads)
+    model = from_config(config)
+    finder = FieldFinder(model)
+    now, fields = _feed_forward(model, finder)
+    params, fewer = _params(model, _with(config, {})), _params(model, _with(config, heads))
+    channel = (_params(model, _with(config, finder.values(now, fields, 2 * now))) - params) // now
+    if fewer >= params:
+        raise ValueError(f"num_key_value_heads={num_key_value_heads}: {type(model).__name__} has no fewer parameters with it")
+    low = (now + (params - fewer) // channel) // multiple_of * multiple_of
+    width = min((w for w in (low, low + multiple_of) if w), key=lambda w: abs(fewer + (w - now) * channel - params))
+    found = _with(config, heads | finder.values(now, fields, width))
+    if _params(model, found) != fewer + (width - now) * channel:
+        raise ValueError(f"config: the parameters of {type(model).__name__} do not grow evenly with {', '.join(fields)}")
+    return found
+
+
+def _head_fields(config: PretrainedConfig, number: int) -> list[str]:
+    """The fields that say how many KV heads there are: of encoder and decoder, or of the model of text.
+
+    Raises:
+        ValueError: If there is none, or the number is not legal for one.
+    """
+    text = config.get_text_config(decoder=True)
+    owners = dict(_configs(config))
+    if not config.is_encoder_decoder:
+        owners = {name: one for name, one in owners.items() if one is text}
+    held = {f"{name}{FIELD}": one for name, one in owners.items() if type(getattr(one, FIELD, None)) is int}
+    if not held:
+        raise ValueError(f"config: {type(config).__name__} has no {FIELD} that is one number, which would say how many KV heads")
+    for name, one in held.items():
+        before, query = getattr(one, FIELD), one.num_attention_heads
+        legal = [n for n in range(1, before) if query % n == 0]
+        if type(number) is not int or number not in legal:
+            raise ValueError(
+                f"num_key_value_heads={number!r} must be fewer than {name}={before} and divide the {query} query heads: "
+                f"legal is {', '.join(map(str, legal)) or 'nothing, one KV head is all there is'}"
+            )
+    return list(held)
+
+
+def _feed_forward(model: PreTrainedModel, finder: FieldFinder) -> tuple[int, tuple[str, ...]]:
+    """The width of all feed-forwards, and the fields of the config that say it.
+
+    Raises:
+        ValueError: If they have several widths, or no fields say it.
+    """
+    structure = trace(model)
+    channels = {one.channel for one in structure.feed_forward}
+    groups = [group for group in structure.groups if group.leaf in channels]
+    widths = sorted({group.size for group in groups})
+    if len(widths) != 1:
+        told = f"widths {', '.join(map(str, widths))}: it must be one" if widths else "no feed-forward that could become wider"
+        raise ValueError(f"config: {type(model).__name__} has {told}")
+    if not (fields := finder.find(groups)):
+        raise ValueError(f"config: no field of {type(model.config).__name__} says the width {widths[0]} of feed-forwards alone")
+    return widths[0], fields
+
+
+def _with(config: PretrainedConfig, fields: Mapping[str, int]) -> PretrainedConfig:
+    changed = copy.deepcopy(config)
+    set_fields(changed, dict(fields))
+    return changed
+
+
+def _params(model: PreTrainedModel, config: PretrainedConfig) -> int:
+    """Parameters of what a model's class builds from a config; tied ones count once."""
+    return sum(parameter.numel() for parameter in build_class_on_meta(type(model), config).parameters())
+
+
+def _configs(config: PretrainedConfig, prefix: str = "") -> Iterator[tuple[str, PretrainedConfig]]:
+    """A config and those nested in it, by what stands before their fields."""
+    yield prefix, config
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from _configs(value, f"{prefix}{name}.")

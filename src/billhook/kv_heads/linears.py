@@ -1,0 +1,107 @@
+"""Fewer KV heads where no config says so: keys and values shrink with a word to the attention, or linears hand out heads."""
+
+from collections.abc import Collection, Mapping
+
+import numpy as np
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from billhook.kv_heads.layout import KV, QUERY, KVAttention, Rows
+from billhook.kv_heads.pooling import Pooled
+from billhook.model.handed import Handing, can_hand, handing_of, regular
+from billhook.model.shape import GROUPS, Shape, shape_of
+
+Cut = tuple[dict[str, Pooled], Shape]
+
+
+def cut_into_groups(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Cut | None:
+    """Keys and values shrink, and the attention is told how many query heads share each: parameters and shape then.
+
+    Nothing is known yet of whether the code follows. None if keys and values are not made by linears of their own.
+    """
+    cuts, tensors, attributes = dict[str, Pooled](), dict[str, tuple[int, ...]](), dict[str, int]()
+    for name in chosen:
+        attention = found[name]
+        for parameter, rows in attention.rows.items():
+            module = model.get_submodule(parameter.rpartition(".")[0])
+            if rows.fused or handing_of(module) is not None or not can_hand(module):
+                return None
+            order = {key: place for place, key in enumerate(dict.fromkeys(rows.keys(attention.heads // heads)))}
+            _take(
+                model,
+                parameter,
+                Pooled(rows.dim, tuple(order[key] for key in rows.keys(attention.heads // heads))),
+                cuts,
+                tensors,
+            )
+        attributes[f"{attention.place}.{GROUPS}"] = attention.queries // heads
+    return cuts, Shape(tensors, attributes | _sizes(model, tensors), {}).over(shape_of(model))
+
+
+def cut_into_handed(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Cut:
+    """The linears that make keys and values store fewer heads and hand out as many as before: parameters and shape then.
+
+    Raises:
+        ValueError: If keys or values are not made by a linear, or their heads do not lie regularly.
+    """
+    cuts, tensors = dict[str, Pooled](), dict[str, tuple[int, ...]]()
+    shape = shape_of(model)
+    handed = dict(shape.handed or {})
+    for name in chosen:
+        for parameter, rows in found[name].rows.items():
+            owner, _, attr = parameter.rpartition(".")
+            module = model.get_submodule(owner)
+            if not can_hand(module) or attr not in ("weight", "bias"):
+                raise ValueError(f"{parameter} makes keys or values of {name}, and is not of a linear")
+            before = handing_of(module)
+            then = before.pooled(heads) if before is not None else _handing(parameter, rows, heads, found[name].heads)
+            _take(model, parameter, Pooled(rows.dim, _index(before, then)), cuts, tensors)
+            handed[owner] = then
+    said = Shape(tensors, _sizes(model, tensors), {}, handed=handed)
+    return cuts, said.over(shape)
+
+
+def _handing(parameter: str, rows: Rows, heads: int, before: int) -> Handing:
+    repeated = [bool(role & KV) for role in rows.role.tolist()]
+    mixed = any(role & KV and role & QUERY or role == 0 for role in rows.role.tolist())
+    uneven = (rows.head < 0).any() or any(
+        len(set(np.bincount(rows.head[rows.role == role]).tolist())) > 1 for role in set(rows.role.tolist())
+    )
+    handing = None if mixed or uneven else regular(rows.keys(), repeated, heads)
+    if handing is None:
+        raise ValueError(f"{parameter} does not hold its heads one after the other, so that {before} cannot become {heads} in it")
+    return handing
+
+
+def _index(before: Handing | None, then: Handing) -> tuple[int, ...]:
+    """Where each stored output of now comes; both hand out as many."""
+    given = then.index()
+    stored = np.arange(then.given) if before is None else before.index()
+    index = np.zeros(int(stored.max()) + 1, np.int64)
+    index[stored] = given
+    return tuple(index.tolist())
+
+
+def _take(
+    model: PreTrainedModel, name: str, pooled: Pooled, cuts: dict[str, Pooled], tensors: dict[str, tuple[int, ...]]
+) -> None:
+    """Notes how a parameter shrinks, under all of its names."""
+    parameter = model.get_parameter(name)
+    size = list(parameter.shape)
+    size[pooled.dim] = len(pooled.counts)
+    cuts[name] = pooled
+    tensors |= {own: tuple(size) for own, one in model.named_parameters(remove_duplicate=False) if one is parameter}
+
+
+def _sizes(model: PreTrainedModel, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """What linears say of how many outputs they store."""
+    said = dict[str, int]()
+    for name, size in tensors.items():
+        owner, _, attr = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if attr == "weight" and isinstance(module, Conv1D):
+            said[f"{owner}.nf"] = size[1]
+        elif attr == "weight" and isinstance(module, nn.Linear):
+            said[f"{owner}.out_features"] = size[0]
+    return said

@@ -1,0 +1,224 @@
+"""Proof by running: a small copy with fewer KV heads computes what the dense class does with heads pooled and repeated.
+
+Silent wrongness is the danger: code that views keys as `(batch, -1, heads, width)` folds time into heads where there are fewer,
+and runs at some lengths. So lengths, batches, padding and the cache are all tried.
+"""
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig, PreTrainedModel
+
+from billhook.kv_heads.config import check_as_built
+from billhook.kv_heads.layout import KVAttention, find_kv
+from billhook.kv_heads.linears import Cut, cut_into_groups, cut_into_handed
+from billhook.kv_heads.scope import check_kv_heads, in_scope, inside_encoder
+from billhook.model.build import build_on_meta
+from billhook.model.shape import set_shape, shape_of
+from billhook.model.surgery import Change, replace_parameters
+from billhook.running.answers import alike
+from billhook.running.inputs import make_inputs
+
+LAYERS = re.compile("(^|_)layers?$")
+TOLERANCE = 1e-3
+Way = Literal["config", "groups", "handed"]
+Inputs = dict[str, Any]
+
+
+def prove(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> tuple[Way, Cut]:
+    """The way that a small copy of the model shows to be right.
+
+    Raises:
+        ValueError: If there is none, or it needs another implementation of attention.
+    """
+    rows = {name for one in found.values() for name in one.rows}
+    check_as_built(model, shape_of(model), shape_of(build_on_meta(model, copy.deepcopy(model.config))), _every_name(model, rows))
+    small = small_copy(model)
+    attentions = find_kv(small)
+    own = in_scope(small, attentions, encoder=bool(inside_encoder(model, found) & set(chosen)))
+    before, queries = attentions[own[0]].heads, attentions[own[0]].queries
+    check_kv_heads(heads, before, queries)
+    implementation = _implementation(model)
+    apart = cut_into_groups(model, found, chosen, heads)
+    if apart is not None and (trial := cut_into_groups(small, attentions, own, heads)) is not None:
+        if find_difference(small, trial, queries // heads, implementation) is None:
+            return "groups", apart
+        if implementation == "eager" and _takes_sdpa(small) and find_difference(small, trial, queries // heads, "sdpa") is None:
+            raise ValueError(
+                f'{type(model).__name__} with attn_implementation="eager" cannot read {heads} KV heads, as that code repeats '
+                'none. Set another one first: model.set_attn_implementation("sdpa")'
+            )
+    handed = cut_into_handed(model, found, chosen, heads)
+    if (
+        why := find_difference(small, cut_into_handed(small, attentions, own, heads), queries // heads, implementation)
+    ) is not None:
+        raise ValueError(f"{type(model).__name__} cannot be converted: its code does not follow with {heads} KV heads ({why})")
+    return "handed", handed
+
+
+def _every_name(model: PreTrainedModel, names: Collection[str]) -> set[str]:
+    """Parameters under all of their names."""
+    own = {id(model.get_parameter(name)) for name in names}
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in own}
+
+
+def small_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that the class builds from the config with few layers, on the CPU, with random weights that make every part count.
+
+    Raises:
+        ValueError: If its class builds none.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        for config in (_few_layers(model.config), copy.deepcopy(model.config)):
+            try:
+                small: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+                break
+            except Exception as error:  # whatever a class of models raises
+                why = error
+        else:
+            raise ValueError(f"{type(model).__name__} cannot be built from its config, so nothing can be proved of it: {why}")
+        with torch.no_grad():
+            for parameter in small.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+                else:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    small.train(False)
+    return small
+
+
+def find_difference(dense: PreTrainedModel, cut: Cut, groups: int, implementation: str) -> str | None:
+    """Where a copy of a dense model with fewer KV heads computes something else than with heads pooled and repeated.
+
+    Args:
+        dense: A small model.
+        cut: How its parameters shrink, and its shape then.
+        groups: How many heads become one.
+        implementation: Of attention.
+
+    Returns:
+        The first case in which the outcome is another, or in which the code fails; None if it is the same everywhere.
+    """
+    reference, converted = (copy.deepcopy(dense, {id(one): one for one in dense.parameters()}) for _ in range(2))
+    pooled, shape = cut
+    spread = {n: Change(lambda old, p=p: p.spread(p.pool(old)), lambda _, v: v) for n, p in pooled.items()}  # type: ignore[misc]
+    shrunk = {n: Change(p.pool, lambda _, v: v) for n, p in pooled.items()}
+    replace_parameters(reference, spread)
+    replace_parameters(converted, shrunk)
+    set_shape(converted, shape)
+    for model in (reference, converted):
+        if model.config._attn_implementation != implementation:
+            model.set_attn_implementation(implementation)
+    proved = 0
+    for case, run in _cases(dense, groups):
+        try:
+            expected = run(reference)
+        except Exception:  # noqa: S112 - what the dense model cannot do is no case
+            continue
+        try:
+            found = run(converted)
+        except Exception as error:  # whatever its code raises
+            return f"{case}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if not alike(expected, found, TOLERANCE):
+            return f"{case}: another outcome"
+        proved += 1
+    return None if proved else "there are no inputs with which the dense model runs"
+
+
+def _few_layers(config: PretrainedConfig) -> PretrainedConfig:
+    few = copy.deepcopy(config)
+    for own in (few, *(one for one in vars(few).values() if isinstance(one, PretrainedConfig))):
+        for name, value in list(vars(own).items()):
+            if LAYERS.search(name) and type(value) is int and value > 2:
+                setattr(own, name, 2)
+    return few
+
+
+def _cases(model: PreTrainedModel, groups: int) -> Iterator[tuple[str, Callable[[PreTrainedModel], list[Tensor]]]]:
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2 * groups + 2
+    lengths = [n for n in dict.fromkeys([2 * groups + 1, groups, 1, 2, 3]) if n <= longest]
+    for place, length in enumerate(lengths):
+        batch, other = 1 + place % 3, lengths[-1 - place]
+        inputs = _inputs(model, batch, length, other)
+        yield f"{batch} x {length} tokens", lambda own, given=inputs: _outcome(own, given)  # type: ignore[misc]
+        if length == max(lengths) and _takes_mask(model):
+            masked = _inputs(model, 3, length, other)
+            for side in ("left", "right"):
+                given = masked | {"attention_mask": _mask(masked["input_ids"], side)}
+                yield f"3 x {length} tokens, padded {side}", lambda own, given=given: _outcome(own, given)  # type: ignore[misc]
+        if place < 2 and (cache := _cache(model)):
+            yield f"{batch} x {length} tokens, cached", lambda own, given=inputs, name=cache: _continued(own, given, name)  # type: ignore[misc]
+
+
+def _inputs(model: PreTrainedModel, batch: int, length: int, other: int) -> Inputs:
+    """Inputs of a length; of an encoder-decoder the encoder's are of another one."""
+    inputs = make_inputs(model, batch, length)
+    if "decoder_input_ids" in inputs:
+        inputs["decoder_input_ids"] = (
+            make_inputs(model, batch, length)["input_ids"] if "input_ids" in inputs else _ids(inputs, length)
+        )
+        if "input_ids" in inputs:
+            inputs["input_ids"] = make_inputs(model, batch, other)["input_ids"]
+    return inputs
+
+
+def _ids(inputs: Mapping[str, Any], length: int) -> Tensor:
+    ids: Tensor = inputs["decoder_input_ids"]
+    return ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
+
+
+def _takes_mask(model: PreTrainedModel) -> bool:
+    return model.main_input_name == "input_ids" and "attention_mask" in inspect.signature(model.forward).parameters
+
+
+def _mask(ids: Tensor, side: str) -> Tensor:
+    mask = torch.ones_like(ids)
+    if ids.shape[1] > 1:
+        mask[0, 0 if side == "left" else -1] = 0
+    return mask
+
+
+@torch.no_grad()
+def _outcome(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
+    """What a model gives, where it is not padded."""
+    fields = dict(model(**inputs, return_dict=True).items())
+    given = [one for name, one in fields.items() if name not in ("past_key_values", "cache", "loss") for one in tree_leaves(one)]
+    mask = inputs.get("attention_mask")
+    tensors = [one.double() for one in given if isinstance(one, Tensor) and one.is_floating_point()]
+    return [one[mask.bool()] if mask is not None and one.shape[:2] == mask.shape else one for one in tensors]
+
+
+def _cache(model: PreTrainedModel) -> str | None:
+    """What the forward calls the key/value cache that it takes."""
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in taken and "use_cache" in taken), None)
+
+
+@torch.no_grad()
+def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tensor]:
+    """What a model gives for a token, and for two, that follow what it has in its cache."""
+    told = model(**inputs | {"use_cache": True}, return_dict=True)
+    ids, given = ("decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"), list[Tensor]()
+    memory = {"encoder_outputs": (told.encoder_last_hidden_state,)} if "decoder_input_ids" in inputs else {}
+    for count in (1, 2):
+        new = inputs[ids].repeat(1, 2)[:, -count:]
+        told = model(**{ids: new, cache: told[cache], "use_cache": True}, **memory, return_dict=True)
+        given.append(told[0].double())
+    return given
+
+
+def _implementation(model: PreTrainedModel) -> str:
+    """That of the model where it runs on any machine, or what stands for it."""
+    own = str(model.config._attn_implementation)
+    return own if own in ("eager", "sdpa") else "sdpa"
+
+
+def _takes_sdpa(model: PreTrainedModel) -> bool:
+    return bool(getattr(type(model), "_supports_sdpa", False))

@@ -1,0 +1,135 @@
+"""Which attentions are to have fewer KV heads, and what no model could do."""
+
+from collections.abc import Collection, Mapping
+
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from billhook.kv_heads.config import FIELD, FIELDS
+from billhook.kv_heads.layout import KVAttention, find_kv
+from billhook.model.handed import handing_of
+from billhook.model.shape import FLAG, unbuilt_shape
+
+
+def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int) -> None:
+    """Refuses a number of KV heads that a model with so many heads cannot have.
+
+    Raises:
+        ValueError: With what is legal.
+    """
+    legal = [n for n in range(1, before) if before % n == 0 and query_heads % n == 0]
+    if num_key_value_heads not in legal:
+        reason = "which must be fewer than there are, and divide both them and the query heads"
+        raise ValueError(
+            f"num_key_value_heads={num_key_value_heads}, {reason}: with {before} KV heads and {query_heads} query heads, "
+            f"legal is {', '.join(map(str, legal)) or 'nothing: one KV head is all there is'}"
+        )
+
+
+def said_heads(model: PreTrainedModel) -> int | None:
+    """The number of KV heads in the config; None if it has no such field.
+
+    Raises:
+        ValueError: If it says another number for each layer.
+    """
+    config = model.config.get_text_config(decoder=True)
+    said = getattr(config, FIELD, None)
+    if isinstance(said, list | tuple):
+        raise ValueError(
+            f"{type(model).__name__} cannot be told to use fewer KV heads: {type(config).__name__}.{FIELD} is what would tell "
+            "it, and it says another number for each layer"
+        )
+    return said if isinstance(said, int) else None
+
+
+def inside_encoder(model: PreTrainedModel, found: Mapping[str, KVAttention]) -> set[str]:
+    """The attentions that stand in the encoder of an encoder-decoder."""
+    if not model.config.is_encoder_decoder:
+        return set()
+    inner = model.get_encoder()
+    prefix = next((name for name, module in model.named_modules() if module is inner), None)
+    return {name for name in found if prefix and name.startswith(f"{prefix}.")}
+
+
+def in_scope(model: PreTrainedModel, found: Mapping[str, KVAttention], encoder: bool) -> list[str]:
+    """The attentions that are converted by default: of an encoder-decoder those of the decoder, and with `encoder` all."""
+    left_out = set() if encoder else inside_encoder(model, found)
+    return [name for name in found if name not in left_out]
+
+
+def choose(
+    model: PreTrainedModel,
+    found: Mapping[str, KVAttention],
+    heads: int,
+    layers: Collection[int | str] | None,
+    encoder: bool,
+) -> list[str]:
+    """The attentions that are to have fewer KV heads, of those that have more.
+
+    Raises:
+        ValueError: If there is no such layer, or none has more.
+    """
+    names = list(found)
+    chosen = in_scope(model, found, encoder)
+    if layers is not None:
+        for layer in layers:
+            if layer not in found and not (type(layer) is int and 0 <= layer < len(names)):
+                shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+                raise ValueError(f"layers: there is no {layer!r}; there are 0 to {len(names) - 1}, in this order: {shown}")
+        wanted = {layer if isinstance(layer, str) else names[layer] for layer in layers}
+        chosen = [name for name in names if name in wanted]
+        if not chosen:
+            raise ValueError("layers is empty: at least one is needed")
+    if not chosen:
+        raise ValueError(f"model: {type(model).__name__} has attention in its encoder only: encoder=True would convert it")
+    more = [name for name in chosen if found[name].heads > heads]
+    if not more:
+        check_each(found, chosen[:1], heads)
+    return more
+
+
+def check_each(found: Mapping[str, KVAttention], names: Collection[str], heads: int) -> None:
+    """Refuses a number of KV heads that one of some attentions cannot have.
+
+    Raises:
+        ValueError: With what is legal.
+    """
+    for name in names:
+        check_kv_heads(heads, found[name].heads, found[name].queries)
+
+
+def hands_out(model: PreTrainedModel, attention: KVAttention) -> bool:
+    """Whether linears of an attention store fewer heads than they hand out."""
+    return any(handing_of(model.get_submodule(name.rpartition(".")[0])) is not None for name in attention.rows)
+
+
+def check_plain(model: PreTrainedModel) -> None:
+    """Refuses weights that cannot be pooled.
+
+    Raises:
+        ValueError: If one is quantised, or sharded over devices.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(f"{name} is quantised ({parameter.dtype}): convert the model before it is quantised")
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"{name} is sharded over devices: convert the model before it is sharded")
+
+
+def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:
+    """Query heads and KV heads of a layer: as the config says, or where it does not, as the code of the model shows.
+
+    None where layers differ (those of an encoder apart), or heads cannot be told apart.
+    """
+    config = model.config.get_text_config(decoder=True)
+    query = getattr(config, "num_attention_heads", None)
+    kv = getattr(config, FIELD, None) or query
+    unsaid = kv == query and any(hasattr(config, name) for name in (*FIELDS[1:], FLAG))
+    if not unsaid and not unbuilt_shape(model).tensors:
+        return query if isinstance(query, int) else None, kv if isinstance(kv, int) else None
+    try:
+        found = find_kv(model)
+    except ValueError:
+        return None, None
+    counts = {(found[name].queries, found[name].heads) for name in in_scope(model, found, encoder=False)}
+    return counts.pop() if len(counts) == 1 else (None, None)

@@ -1,0 +1,94 @@
+"""What a model of a shape costs: parameters, bytes, key/value cache, operations; the last two from a run on meta tensors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from billhook.model.meta import to_meta
+
+CONTEXT = 512
+CANNOT_RUN = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
+"""What comes of code that depends on values, or on other inputs than token ids."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a model costs.
+
+    Attributes:
+        params: Parameters; tied ones count once.
+        bytes: Bytes of all parameters.
+        kv_cache_bytes: Bytes that the key/value cache grows by with each token, in the dtype of the weights; None without one.
+        flops: Floating-point operations of the forward pass, per token, at `context` tokens; None where it does not run on meta.
+        context: Tokens for which `flops` holds.
+    """
+
+    params: int
+    bytes: int
+    kv_cache_bytes: int | None
+    flops: int | None
+    context: int
+
+
+def figures_of(model: PreTrainedModel) -> Figures:
+    """What a model costs; nothing of it is computed, so that it may stand on meta tensors itself."""
+    parameters = list(model.parameters())
+    config = model.config.get_text_config(decoder=True)
+    context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
+    cache, flops = _run_on_meta(model, context)
+    params, size = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
+    return Figures(params, size, cache, flops, context)
+
+
+def kv_cache_bytes(model: PreTrainedModel) -> int | None:
+    """Bytes that transformers' key/value cache holds of one token; None without one, or where the code does not run on meta."""
+    if model.main_input_name != "input_ids":
+        return None
+    try:
+        return _forward(_shadow(model), 1) or None
+    except CANNOT_RUN:
+        return None
+
+
+def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int | None]:
+    """KV-cache bytes per token and FLOPs per token; None where the model cannot run on meta or has no such cache."""
+    if model.main_input_name != "input_ids":
+        return None, None
+    try:
+        shadow = _shadow(model)
+        short = _forward(shadow, context // 2)
+        with FlopCounterMode(display=False) as counter:
+            long = _forward(shadow, context)
+    except CANNOT_RUN:
+        return None, None
+    grown = (long - short) // (context - context // 2)
+    return grown or None, counter.get_total_flops() // context
+
+
+def _shadow(model: PreTrainedModel) -> PreTrainedModel:
+    shadow = to_meta(model)
+    shadow.config.pad_token_id = None  # code that looks for padding asks for values
+    for config in {id(c): c for m in shadow.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)}.values():
+        config._experts_implementation = "batched_mm"
+    return shadow
+
+
+@torch.no_grad()
+def _forward(shadow: PreTrainedModel, length: int) -> int:
+    """Bytes of the key/value cache after some tokens; 0 without one."""
+    ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if shadow.config.is_encoder_decoder else {})
+    cached = {"use_cache": True} if hasattr(shadow.config.get_text_config(decoder=True), "use_cache") else {}
+    return sum(t.numel() * t.element_size() for t in _cached(shadow(**inputs, **cached)))
+
+
+def _cached(output: Any) -> list[Tensor]:  # noqa: ANN401 - a ModelOutput whose class depends on the model
+    """What a decoder keeps of the tokens it has seen; an encoder's memory, which does not grow, is not among it."""
+    fields = dict(output.items())  # asking the output itself for an older name logs a deprecation
+    cache = fields.get("cache", fields.get("past_key_values"))
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
+    return list({id(t): t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)}.values())

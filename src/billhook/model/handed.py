@@ -1,0 +1,173 @@
+"""Linears that store few heads and hand out many: what an attention's code reads is as ever, what is kept and trained is less."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+Indices = NDArray[np.int64]
+LARGEST = 2**31
+Piece = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Handing:
+    """How stored outputs are handed out: pieces of them, each head repeated, dealt in turn to so many blocks of outputs.
+
+    The queries, keys and values of a matrix that holds them one after the other are three pieces in one block; of one that holds
+    them head by head, three pieces in as many blocks as there are heads.
+
+    Attributes:
+        blocks: How many blocks of outputs there are, in each of which every piece has an equal part, in the order of the pieces.
+        pieces: For each piece its first stored output, the heads in it, how often each is handed out, and outputs in a head.
+    """
+
+    blocks: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def stored(self) -> int:
+        """How many outputs are stored."""
+        return max((start + heads * width for start, heads, _, width in self.pieces), default=0)
+
+    @property
+    def given(self) -> int:
+        """How many outputs are handed out."""
+        return sum(heads * repeats * width for _, heads, repeats, width in self.pieces)
+
+    @property
+    def heads(self) -> int:
+        """How many heads a piece whose heads are repeated has: the KV heads."""
+        return min(heads for _, heads, _, _ in self.pieces)
+
+    def hand_out(self, stored: Tensor) -> Tensor:
+        """Stored outputs as the code that asked for them expects them: `[..., stored]` to `[..., given]`."""
+        lead, parts = stored.shape[:-1], []
+        for start, heads, repeats, width in self.pieces:
+            part = stored.narrow(-1, start, heads * width)
+            if repeats > 1:
+                part = part.reshape(*lead, heads, 1, width).expand(*lead, heads, repeats, width)
+            parts.append(part.reshape(*lead, self.blocks, heads * repeats * width // self.blocks))
+        return (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).flatten(-2)
+
+    def index(self) -> Indices:
+        """For each output that is handed out, which stored one it is: int64."""
+        return cast(Indices, self.hand_out(torch.arange(self.stored)).numpy())
+
+    def take_back(self, given: Tensor) -> Tensor:
+        """Stored outputs, of what was handed out of them: `[..., given]` to `[..., stored]`."""
+        _, first = np.unique(self.index(), return_index=True)
+        return given[..., torch.from_numpy(first).to(given.device)]
+
+    def pooled(self, heads: int) -> Self:
+        """Where the repeated heads become fewer, from the first on."""
+        pieces, start = list[Piece](), 0
+        for _, own, repeats, width in self.pieces:
+            left = heads if repeats > 1 else own
+            pieces.append((start, left, own * repeats // left, width))
+            start += left * width
+        return type(self)(self.blocks, tuple(pieces))
+
+    def to_list(self) -> list[Any]:
+        """As plain lists and numbers."""
+        return [self.blocks, [list(piece) for piece in self.pieces]]
+
+    @classmethod
+    def from_list(cls, plain: object) -> Self:
+        """What `to_list` made.
+
+        Raises:
+            ValueError: If it is nothing of the kind.
+        """
+        wrong = ValueError(f"heads are handed out as {str(plain)[:80]}, which is not how billhook writes it")
+        if not isinstance(plain, list) or len(plain) != 2 or not isinstance(plain[1], list) or not 0 < len(plain[1]) <= 8:
+            raise wrong
+        blocks, pieces = plain
+        if any(not isinstance(piece, list) or len(piece) != 4 for piece in pieces):
+            raise wrong
+        numbers = [blocks, *(number for piece in pieces for number in piece)]
+        if any(type(number) is not int or not 0 <= number < LARGEST for number in numbers) or blocks == 0:
+            raise wrong
+        said, start = cls(blocks, tuple(cast(Piece, tuple(piece)) for piece in pieces)), 0
+        for first, heads, repeats, width in said.pieces:
+            if first != start or 0 in (heads, repeats, width) or heads * repeats * width % blocks:
+                raise wrong
+            start += heads * width
+        return said
+
+
+class HandedHeads(nn.Linear):
+    """A linear that stores few heads and hands out many, as `handing` says; its weight and bias keep their names."""
+
+    handing: Handing
+
+    def forward(self, input: Tensor) -> Tensor:
+        """All outputs: `[..., in]` to `[..., handing.given]`."""
+        return self.handing.hand_out(super().forward(input))
+
+
+class HandedConv1D(Conv1D):
+    """The same of the transposed linear of GPT-2."""
+
+    handing: Handing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All outputs: `[..., in]` to `[..., handing.given]`."""
+        return self.handing.hand_out(super().forward(x))  # type: ignore[no-untyped-call]
+
+
+def handing_of(module: nn.Module) -> Handing | None:
+    """How a module hands out heads; None if it gives what it stores."""
+    return module.handing if isinstance(module, HandedHeads | HandedConv1D) else None
+
+
+def can_hand(module: nn.Module) -> bool:
+    """Whether a module is a linear that `hand` can change."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def hand(module: nn.Module, handing: Handing | None) -> None:
+    """Makes a linear hand out heads, in place, or with None the plain linear that it was; its tensors are not touched."""
+    told: dict[str, Any] = vars(module)
+    if handing is None:
+        module.__class__ = told.pop("_billhook_was")
+        del told["handing"]
+        return
+    if handing_of(module) is None:
+        told["_billhook_was"] = type(module)
+        module.__class__ = HandedConv1D if isinstance(module, Conv1D) else HandedHeads
+    told["handing"] = handing
+
+
+def regular(keys: Sequence[tuple[int, int, int]], repeated: Sequence[bool], heads: int) -> Handing | None:
+    """How outputs are handed out if heads of some of them become fewer; None if they do not lie regularly.
+
+    Args:
+        keys: For each output its kind (such as query, key, value), its head and its place in the head.
+        repeated: Whether heads of that output's kind become fewer.
+        heads: How many there are then.
+    """
+    kinds = list(dict.fromkeys(kind for kind, _, _ in keys))
+    changes = sum(a[0] != b[0] for a, b in zip(keys, keys[1:], strict=False)) + 1
+    pieces, start, wanted = list[Piece](), 0, list[tuple[int, int, int]]()
+    for kind in kinds:
+        own = [(key, twice) for key, twice in zip(keys, repeated, strict=True) if key[0] == kind]
+        count = max(key[1] for key, _ in own) + 1
+        left = heads if own[0][1] else count
+        if len(own) % count or count % left:
+            return None
+        width = len(own) // count
+        pieces.append((start, left, count // left, width))
+        wanted += [(kind, head, rank) for head in range(left) for rank in range(width)]
+        start += left * width
+    if changes % len(kinds) or any(left * twice * width % (changes // len(kinds)) for _, left, twice, width in pieces):
+        return None
+    handing = Handing(changes // len(kinds), tuple(pieces))
+    sizes = {kind: piece[2] for kind, piece in zip(kinds, pieces, strict=True)}
+    given = [wanted[stored] for stored in np.asarray(handing.index())]
+    return handing if given == [(kind, head // sizes[kind], rank) for kind, head, rank in keys] else None

@@ -1,0 +1,196 @@
+"""Models without weights: from a config or a name, and the shadow of one that has weights."""
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from billhook.assets import model_path
+from billhook.model.hooks import stand_ins
+from billhook.model.shape import KEY
+from billhook.model.shaped import take_said
+from billhook.running.shards import is_sharded, sizes_only
+
+Module = TypeVar("Module", bound=nn.Module)
+
+MAPPINGS = [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in
+            ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_CLASSIFICATION", "CTC")]  # fmt: skip
+MAPPINGS.append("MODEL_MAPPING_NAMES")
+KERNELS = ("attn_implementation", "attn_implementation_internal", "experts_implementation", "experts_implementation_internal")
+BLOCKS, EXPERTS = ("layer", "layers", "depth", "depths", "blocks"), ("experts",)
+"""How fields of configs end that choose kernels, and that say how often something is built."""
+MOST = 10_000
+
+
+def to_meta(model: Module) -> Module:
+    """A copy on the meta device, in eval mode; nothing is copied but what the modules are."""
+    if is_sharded(model):
+        with sizes_only(model):
+            return to_meta(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in tensors}
+    memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in model.parameters()}
+    memo |= stand_ins(model)
+    for module in model.modules():  # those that a hook or the code has computed from parameters
+        memo |= {id(t): t.detach().clone() for t in vars(module).values() if isinstance(t, Tensor) and t.grad_fn is not None}
+    try:
+        shadow = copy.deepcopy(model, dict(memo))
+    except (TypeError, ValueError, RuntimeError):
+        shadow = copy.deepcopy(model, memo | _not_copied(model, memo))
+    shadow.train(False)
+    return shadow
+
+
+def _not_copied(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """Attributes that cannot be copied, such as locks and files, by id: a shadow has the same ones."""
+    found = dict[int, Any]()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except Exception:  # whatever a class of somebody's own raises
+                    found[id(value)] = value
+    return found
+
+
+def check_checkpoint(name: str) -> None:
+    """Refuses a path that is not a Hugging Face checkpoint; a hub name passes.
+
+    Raises:
+        ValueError: With what is missing.
+    """
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"the folder '{name}' has no config.json, so it is not a Hugging Face checkpoint")
+    if path.is_file() or (not path.exists() and (path.is_absolute() or name.startswith(".") or name.count("/") > 1)):
+        raise ValueError(f"'{name}' is not a folder with a Hugging Face checkpoint")
+
+
+def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
+    """The class that a config names.
+
+    Raises:
+        ValueError: If it names none, one that transformers does not have, or one that is built from other configs.
+    """
+    names: Any = config.architectures or []
+    first = names[0] if isinstance(names, list) and names else None
+    found = getattr(transformers, first, None) if isinstance(first, str) else None
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        raise ValueError(f"the config of '{name}' names the class {names or None}, which transformers does not have")
+    if found.config_class is None or not isinstance(config, found.config_class):
+        raise ValueError(f"the config of '{name}' is a {type(config).__name__}, from which no {found.__name__} is built")
+    return found
+
+
+def from_config(config: PretrainedConfig) -> PreTrainedModel:
+    """The class that a config names, or else the first that its family has for language modelling and so on, on the meta device.
+
+    Raises:
+        ValueError: If transformers has no class for it, or the class does not accept it.
+    """
+    config = copy.deepcopy(config)
+    classes = (getattr(transformers, name, None) for name in _candidates(config))
+    built = next((one for one in classes if isinstance(one, type) and issubclass(one, PreTrainedModel)), None)
+    if built is None:
+        raise ValueError(f"transformers has no model class for the config of type '{config.model_type}' ({config.architectures})")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model: PreTrainedModel = built(config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ZeroDivisionError) as error:
+        raise ValueError(f"{built.__name__} does not accept its config: {type(error).__name__}: {error}") from error
+    if isinstance(config.dtype, torch.dtype):
+        nn.Module.to(model, dtype=config.dtype)
+    model.train(False)
+    return model
+
+
+def from_name(name: str | os.PathLike[str]) -> PreTrainedModel:
+    """The model that a folder, a config.json, a hub name or "tiny" describes, on the meta device; no weights are read.
+
+    It has the shape that the config says under `"billhook"`, if it says one.
+
+    Raises:
+        ValueError: If there is no config, it is of no family that transformers knows, or it says a shape that is not one of it.
+    """
+    name = model_path(os.fspath(name))
+    config = read_config(name)
+    entry = vars(config).pop(KEY, None)
+    model = from_config(config)
+    if entry is not None:
+        take_said(model, entry, name)
+    return model
+
+
+def read_config(name: str) -> PretrainedConfig:
+    """The config of a folder, a config.json or a hub name; no code that it brings is run.
+
+    Raises:
+        ValueError: If there is none, it is of no family that transformers knows, or it asks for code, or for more blocks than any
+            model has.
+    """
+    if not Path(name).is_file():
+        check_checkpoint(name)
+    try:
+        file = Path(name).is_file()
+        refusal = _refusal(json.loads(Path(name).read_text()) if file else PretrainedConfig.get_config_dict(name)[0])
+        config = None if refusal else _read_config(name)
+    except Exception as error:  # transformers raises all kinds
+        first = (str(error).strip().splitlines() or [""])[0]
+        unread = isinstance(error, OSError)
+        said = "has no config that can be read" if unread else "is not a config of a family that transformers knows"
+        raise ValueError(f"'{name}' {said}: {type(error).__name__}: {first}") from error
+    if config is None:
+        raise ValueError(f"'{name}' {refusal}")
+    return config
+
+
+def _refusal(plain: object) -> str | None:
+    """What is wrong with what a config asks for, which is seen before a config is made of it."""
+    said = list(_said(plain))
+    kernels = [value for key, value in said if key.endswith(KERNELS) and isinstance(value, str) and "/" in value]
+    if kernels:
+        return f"asks for the kernel {kernels[0][:80]!r}, which is code from a hub; billhook does not run it"
+    blocks, experts = (
+        max((value for key, value in said if key.endswith(kind) and type(value) is int), default=1) for kind in (BLOCKS, EXPERTS)
+    )
+    if max(blocks, experts) > MOST or blocks * max(experts, 1) > 100 * MOST:
+        return f"asks for {blocks} blocks and {experts} experts, more than any model has"
+    return None
+
+
+def _said(plain: object, key: str = "") -> Iterator[tuple[str, Any]]:
+    """All that a config says, those within it too, by the names of fields."""
+    if isinstance(plain, Mapping):
+        for name, value in plain.items():
+            yield from _said(value, key if key.endswith(KERNELS) else str(name))  # a kernel for each part
+    elif isinstance(plain, list | tuple):
+        for value in plain:
+            yield from _said(value, key)
+    else:
+        yield key, plain
+
+
+def _read_config(name: str) -> PretrainedConfig:
+    if not Path(name).is_file():
+        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return config
+    plain = json.loads(Path(name).read_text())
+    kind: type[PretrainedConfig] = transformers.CONFIG_MAPPING[plain["model_type"]]
+    return kind.from_dict(plain)
+
+
+def _candidates(config: PretrainedConfig) -> Iterator[str]:
+    named: object = config.architectures
+    yield from (one for one in named if isinstance(one, str)) if isinstance(named, list) else ()
+    for mapping in MAPPINGS:
+        names = getattr(modeling_auto, mapping).get(config.model_type, ())
+        yield from (names,) if isinstance(names, str) else names

@@ -1,0 +1,294 @@
+"""The shape of a model, absolute: the sizes of its tensors, its blocks, and what modules and config say that goes with them.
+
+A checkpoint carries it, so that a model of any other shape can take the checkpoint's shape before the weights are loaded.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from billhook.model.build import build_on_meta
+from billhook.model.find import find_transformer, locate_transformer
+from billhook.model.handed import Handing, can_hand, hand, handing_of
+from billhook.model.shape_checks import check_held, check_plain_shape, check_same_model, told
+from billhook.model.stacks import first_of, keep, numbers_of, snapshot, taken_out
+from billhook.model.surgery import undone_by_errors
+from billhook.running.shards import class_of
+
+KEY = "billhook"
+"""Where Lightning checkpoints keep the shape, and config.json what the model's class does not build of it."""
+
+GROUPS = "num_key_value_groups"
+"""The attribute of an attention, its class's or given to it, with which transformers reads fewer KV heads than query heads."""
+
+FLAG = "multi_query"
+"""What says of some families, in config and attention, that there is one KV head: the only flags that are part of a shape."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of tensors by name, and whole numbers by `module.attribute` and by config field.
+
+    Attributes:
+        tensors: The sizes of what `state_dict` holds.
+        attributes: The whole-number attributes of the modules that hold parameters.
+        config: The whole-number fields of the config, nested configs with dots.
+        lists: The fields of the config that are lists of plain values, such as one for each block.
+        blocks: By the module lists from which blocks were removed: how many there were at first, and which of them are there.
+        handed: The linears that store fewer heads than they hand out; None where a shape says nothing of them.
+    """
+
+    tensors: dict[str, tuple[int, ...]]
+    attributes: dict[str, int]
+    config: dict[str, int]
+    lists: dict[str, list[Any]] = field(default_factory=dict)
+    blocks: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    handed: dict[str, Handing] | None = None
+
+    def over(self, whole: "Shape") -> "Shape":
+        """A whole shape with what this one says in the place of what that one says."""
+        return Shape(
+            whole.tensors | self.tensors,
+            whole.attributes | self.attributes,
+            whole.config | self.config,
+            whole.lists | self.lists,
+            whole.blocks | self.blocks,
+            whole.handed if self.handed is None else self.handed,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As lists, dicts and numbers, which any checkpoint format can hold."""
+        return {
+            "tensors": {name: list(size) for name, size in self.tensors.items()},
+            "attributes": dict(self.attributes),
+            "config": dict(self.config),
+            "lists": {name: list(values) for name, values in self.lists.items()},
+            "blocks": {name: [first, list(there)] for name, (first, there) in self.blocks.items()},
+            "handed": {name: handing.to_list() for name, handing in (self.handed or {}).items()},
+        }
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Self:
+        """What `to_dict` made, also before it knew of lists, blocks and linears that hand out heads.
+
+        Raises:
+            ValueError: If it is nothing of the kind.
+        """
+        check_plain_shape(plain)
+        tensors = {str(name): tuple(int(n) for n in size) for name, size in plain["tensors"].items()}
+        attributes, config = ({str(k): _whole(v) for k, v in plain[key].items()} for key in ("attributes", "config"))
+        lists = {str(name): list(values) for name, values in plain.get("lists", {}).items()}
+        blocks = plain.get("blocks", {}).items()
+        there = {str(name): (int(first), tuple(int(n) for n in numbers)) for name, (first, numbers) in blocks}
+        handed = {str(name): Handing.from_list(one) for name, one in plain.get("handed", {}).items()}
+        return cls(tensors, attributes, config, lists, there, handed)
+
+
+def shape_of(model: nn.Module) -> Shape:
+    """The shape that a model has now."""
+    tensors = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
+    attributes = {name: getattr(module, attr) for name, module, attr in _numbers(model)}
+    fields = {name: vars(owner)[said] for name, owner, said in _fields(getattr(model, "config", None))}
+    config = {name: value for name, value in fields.items() if isinstance(value, int)}
+    lists = {name: list(value) for name, value in fields.items() if isinstance(value, list)}
+    handed = {name: handing for name, module in model.named_modules() if (handing := handing_of(module)) is not None}
+    return Shape(tensors, attributes, config, lists, taken_out(model), handed)
+
+
+def unbuilt_shape(model: PreTrainedModel) -> Shape:
+    """What of a model's shape its class does not build from its config; without tensors for a model that config.json describes.
+
+    The attributes alone may differ in such a model too, as when a field of the config was changed after building.
+    """
+    now, built = shape_of(model), shape_of(build_on_meta(model, copy.deepcopy(model.config)))
+    tensors = {name: size for name, size in now.tensors.items() if built.tensors.get(name, size) != size}
+    given = {name for name in now.attributes.keys() - built.attributes if name.endswith(f".{GROUPS}")}
+    attributes = {n: value for n, value in now.attributes.items() if n in given or built.attributes.get(n, value) != value}
+    return Shape(tensors, attributes, {}, handed=now.handed or None)
+
+
+def set_shape(model: nn.Module, shape: Shape) -> None:
+    """Gives a model another shape; tensors whose size changes are new and hold nothing meaningful until weights are loaded.
+
+    What else a module says of a tensor's size follows it: `normalized_shape` of a `LayerNorm`. Blocks that were removed by then
+    go, and those that were not yet removed come back; so it is with what attentions and linears are told of fewer KV heads.
+
+    Raises:
+        ValueError: If the shape is of a model with other tensors.
+    """
+    restore = snapshot(model)
+    try:
+        for stack, numbers in list(_blocks_then(model, shape)):
+            keep(stack, numbers)
+        _check_names(model, shape)
+    except ValueError:
+        restore()
+        raise
+    state = _state(model)
+    renewed: dict[int, Tensor] = {}  # tied parameters stay tied
+    for name, old in state.items():
+        if tuple(old.shape) != shape.tensors[name]:
+            if id(old) not in renewed:
+                renewed[id(old)] = _like(old, shape.tensors[name])
+            owner, _, attr = name.rpartition(".")
+            _put(model.get_submodule(owner), attr, renewed[id(old)])
+    _set_handed(model, shape.handed)
+    _set_groups(model, shape)
+    for name, module, attr in list(_numbers(model)):
+        setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
+    fields: dict[str, Any] = shape.config | shape.lists
+    for name, owner_config, said in list(_fields(getattr(model, "config", None))):
+        if name in fields and fields[name] != vars(owner_config)[said]:
+            setattr(owner_config, said, copy.copy(fields[name]))
+
+
+def save_shape(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Puts the shape, class and config of the Hugging Face model in a module into a Lightning checkpoint of that module."""
+    name, model = locate_transformer(module)
+    checkpoint[KEY] = {
+        "version": 1,
+        "class": class_of(model).__name__,
+        "config": model.config.to_json_string(use_diff=False),
+        "name_or_path": model.config.name_or_path or None,
+        "prefix": f"{name}." if name else "",
+        "shape": shape_of(model).to_dict(),
+    }
+
+
+def load_shape(module: nn.Module, checkpoint: Mapping[str, Any], otherwise: Shape | None = None) -> None:
+    """Gives the Hugging Face model in a module the shape that a Lightning checkpoint holds, before weights are loaded.
+
+    Args:
+        module: The module that the checkpoint is of.
+        checkpoint: The Lightning checkpoint.
+        otherwise: The shape to take where the checkpoint says nothing of shapes; by default the model stays as it is.
+
+    Raises:
+        ValueError: If the checkpoint holds another model.
+    """
+    model, held = find_transformer(module), checkpoint.get(KEY)
+    if held is None:
+        if otherwise is not None:
+            set_shape(model, otherwise)
+        return
+    check_held(held, checkpoint.get("state_dict"))
+    check_same_model(model, held)
+    try:
+        with undone_by_errors(model):
+            set_shape(model, Shape.from_dict(held["shape"]))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # configs raise all kinds
+        raise ValueError(f"{error}; {told(model, held)}") from None
+
+
+def _set_handed(model: nn.Module, handed: Mapping[str, Handing] | None) -> None:
+    for name, module in list(model.named_modules()) if handed is not None else ():
+        said = (handed or {}).get(name)
+        if said != handing_of(module):
+            hand(module, said)
+
+
+def _set_groups(model: nn.Module, shape: Shape) -> None:
+    """Gives attentions the attribute that others of their class lack; a whole shape that lacks it takes it from them."""
+    whole = shape.handed is not None
+    for name, module in model.named_modules():
+        said = shape.attributes.get(f"{name}.{GROUPS}")
+        if said is not None:
+            setattr(module, GROUPS, said)
+        elif whole and type(vars(module).get(GROUPS)) is int and next(module.parameters(), None) is not None:
+            delattr(module, GROUPS)
+
+
+def _check_names(model: nn.Module, shape: Shape) -> None:
+    names = _state(model).keys()
+    if names != shape.tensors.keys():
+        missing, extra = sorted(names - shape.tensors.keys()), sorted(shape.tensors.keys() - names)
+        raise ValueError(
+            f"the checkpoint holds another model than the run: it lacks {_some(missing)} of {type(model).__name__}, "
+            f"and has {_some(extra)}, which {type(model).__name__} lacks"
+        )
+    for name, handing in (shape.handed or {}).items():
+        if not can_hand(dict(model.named_modules()).get(name, model)):
+            raise ValueError(f"the checkpoint holds another model than the run: {name} is no linear in {type(model).__name__}")
+        if handing.stored not in shape.tensors.get(f"{name}.weight", (handing.stored,)):
+            raise ValueError(f"{name} is said to hand out heads of {handing.stored} stored outputs, which it does not store")
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.state_dict(keep_vars=True))
+
+
+def _like(old: Tensor, size: tuple[int, ...]) -> Tensor:
+    new = torch.empty(size, dtype=old.dtype, device=old.device)
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _put(module: nn.Module, attr: str, new: Tensor) -> None:
+    """Sets a tensor, and where it is the weight what the module keeps of its whole size."""
+    size = tuple(getattr(module, attr).shape)
+    for name, value in vars(module).items():
+        if attr == "weight" and isinstance(value, tuple | list) and tuple(value) == size:
+            setattr(module, name, type(value)(new.shape))
+    setattr(module, attr, new)
+
+
+def _numbers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for name, module in model.named_modules():
+        if next(module.parameters(), None) is not None:
+            for attr, value in vars(module).items():
+                if (type(value) is int or (attr == FLAG and type(value) is bool)) and not attr.startswith("_"):
+                    yield f"{name}.{attr}", module, attr
+
+
+def _fields(config: object, prefix: str = "") -> Iterator[tuple[str, PretrainedConfig, str]]:
+    """The fields of a config that are whole numbers, or lists of plain values: name, owner, name there."""
+    if not isinstance(config, PretrainedConfig):
+        return
+    for said, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            yield from _fields(value, f"{prefix}{said}.")
+        elif not said.startswith("_") and (
+            type(value) is int or (said == FLAG and type(value) is bool) or (isinstance(value, list) and _is_plain(said, value))
+        ):
+            yield f"{prefix}{said}", config, said
+
+
+def _is_plain(said: str, values: list[Any]) -> bool:
+    """Whether a list can go with a shape; `architectures` is the class, and only there once a model has been saved."""
+    return said != "architectures" and all(value is None or isinstance(value, bool | int | float | str) for value in values)
+
+
+def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList, list[int]]]:
+    """The stacks whose blocks are others in a shape, and which these are; without a word on them all, or those that are there.
+
+    Raises:
+        ValueError: If there were others at first.
+    """
+    for name, stack in list(model.named_modules()):
+        if not isinstance(stack, nn.ModuleList):
+            continue
+        now, first = numbers_of(stack), first_of(stack)
+        held = {own.removeprefix(f"{name}.").partition(".")[0] for own in shape.tensors if own.startswith(f"{name}.")}
+        before, there = shape.blocks.get(name, (first, tuple(range(first)) if len(held) == first else tuple(now)))
+        if before != first:
+            raise ValueError(
+                f"the checkpoint holds another model than the run: {name} had {before} blocks at first, and has {first} in "
+                f"{type(model).__name__}"
+            )
+        if list(there) != now:
+            yield stack, list(there)
+
+
+def _whole(value: Any) -> int:  # noqa: ANN401 - what a checkpoint holds
+    return value if isinstance(value, bool) else int(value)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) or "nothing"
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

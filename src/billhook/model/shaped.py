@@ -1,0 +1,291 @@
+"""Models of a shape that their class does not build from their config: config.json says the difference, the files prove it."""
+
+import json
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from math import prod
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from billhook.model.build import build_class_on_meta
+from billhook.model.handed import Handing, can_hand
+from billhook.model.shape import FLAG, GROUPS, KEY, Shape, set_shape, shape_of
+
+VERSIONS = (1, 2)
+"""What is written: the first where nothing is said of linears that hand out heads, as billhook did before it knew of them."""
+DIMENSIONS = 8  # more than any layer's weight has
+LARGEST = 2**48  # numbers in one tensor: far more than memory holds, and few enough for torch to count their bytes
+Sizes = Mapping[str, tuple[int, ...]]
+
+
+def to_entry(shape: Shape) -> dict[str, Any]:
+    """What config.json says of a shape under `"billhook"`."""
+    plain = shape.to_dict()
+    parts = ("tensors", "attributes", "handed") if shape.handed else ("tensors", "attributes")
+    return {"version": VERSIONS[len(parts) - 2], "shape": {part: plain[part] for part in parts}}
+
+
+def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) -> PreTrainedModel:
+    """Loads a checkpoint in a class, of the shape that its config says under `"billhook"`, if it says one.
+
+    Args:
+        kind: The class.
+        name: A folder or a hub name.
+        dtype: The dtype of the weights, `"auto"` for the checkpoint's own.
+
+    Raises:
+        ValueError: Before memory is taken, if that entry is not what billhook writes, or not what the files hold.
+    """
+    if says_shape(name):
+        return load_shaped(kind, name, dtype)
+    plain: PreTrainedModel = kind.from_pretrained(name, dtype=dtype)
+    return plain
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Names the checkpoint in what transformers, torch and safetensors raise within of files that are not as they should be.
+
+    Raises:
+        ValueError: In the place of all errors but those of memory, files and packages that are missing.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers raises all kinds
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"'{name}' cannot be loaded: {type(error).__name__}: {first}") from error
+
+
+def says_shape(name: str) -> bool:
+    """Whether the config of a folder or a hub name says a shape under `"billhook"`; one that cannot be read does not."""
+    try:
+        return PretrainedConfig.get_config_dict(name)[0].get(KEY) is not None
+    except OSError:
+        return False
+
+
+def load_shaped(
+    kind: type[PreTrainedModel],
+    name: str,
+    dtype: str | torch.dtype,
+    attention: str | None = None,
+    labels: int | None = None,
+) -> PreTrainedModel:
+    """Loads a checkpoint, whose config says a shape, in a class.
+
+    Args:
+        kind: The class; not always that of the model that was saved, which may have had another head.
+        name: A folder or a hub name.
+        dtype: The dtype of the weights, `"auto"` for the checkpoint's own.
+        attention: The implementation of attention, by default what transformers chooses.
+        labels: Classes of a classifier, by default the checkpoint's.
+
+    Raises:
+        ValueError: Before memory is taken, if that entry is not what billhook writes, or not what the files or the class hold.
+    """
+    entry = PretrainedConfig.get_config_dict(name)[0].get(KEY)
+    fields: dict[str, Any] = {} if labels is None else {"num_labels": labels}
+    with _said_by(name):
+        shape = _from_entry(entry)
+        config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name, **fields)
+        vars(config).pop(KEY, None)
+        shadow = _built(kind, config)
+        shape, held = _named_as_in(shadow, shape, _file_sizes(name))
+        _check(shadow, shape, held)
+    model: PreTrainedModel = _with_tensors(kind, shape).from_pretrained(
+        name, config=config, dtype=dtype, use_safetensors=True, attn_implementation=attention
+    )
+    return _finish(model, kind, shape)
+
+
+def take_said(shadow: PreTrainedModel, entry: object, name: str) -> None:
+    """Gives a model on meta tensors the shape that an entry of a config says; no files are asked.
+
+    Raises:
+        ValueError: If the entry is not what billhook writes, or not of this model.
+    """
+    with _said_by(name):
+        shape = _from_entry(entry)
+        _check(shadow, shape, None)
+    set_shape(shadow, Shape({}, shape.attributes, {}, handed=shape.handed).over(shape_of(shadow)))
+
+
+@contextmanager
+def _said_by(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"'{name}': config.json says under \"{KEY}\" what cannot be loaded: {error}") from error
+
+
+def build_shaped(
+    kind: type[PreTrainedModel], config: PretrainedConfig, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """A model of a shape that its class does not build from the config, with weights; its tensors take no more than those do."""
+    model: PreTrainedModel = _with_tensors(kind, shape).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    return _finish(model, kind, shape)
+
+
+def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedModel]:
+    """A class for one use, with the name that transformers looks things up by, whose models are built with other tensors."""
+
+    def build(self: PreTrainedModel, config: PretrainedConfig, *args: object, **options: object) -> None:
+        kind.__init__(self, config, *args, **options)
+        set_shape(self, Shape(shape.tensors, {}, {}).over(shape_of(self)))
+
+    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _finish(model: PreTrainedModel, kind: type[PreTrainedModel], shape: Shape) -> PreTrainedModel:
+    """Sets the attributes, now that nothing is initialized by them any more, and gives the model back its class."""
+    model.__class__ = kind
+    set_shape(model, Shape({}, shape.attributes, {}, handed=shape.handed).over(shape_of(model)))
+    return model
+
+
+def _from_entry(entry: object) -> Shape:
+    """The shape in an entry of config.json.
+
+    Raises:
+        ValueError: If it is not as `to_entry` makes it.
+    """
+    if not isinstance(entry, dict) or entry.get("version") not in VERSIONS:
+        came = entry.get("version") if isinstance(entry, dict) else entry
+        known = " and ".join(map(str, VERSIONS))
+        raise ValueError(f"the version is {str(came)[:80]!r}, and {known} are those that this billhook knows")
+    shape = entry.get("shape")
+    parts = [shape.get(part) if isinstance(shape, dict) else None for part in ("tensors", "attributes")]
+    for part, said in zip(("tensors", "attributes"), parts, strict=True):
+        if not isinstance(said, dict):
+            raise ValueError(f"shape.{part} is {str(said)[:80]!r}, and must be a mapping")
+    tensors, attributes = cast(list[dict[str, Any]], parts)
+    for name, size in tensors.items():
+        if not isinstance(size, list) or len(size) > DIMENSIONS or not all(type(n) is int and n > 0 for n in size):
+            raise ValueError(f"the size of {name[:200]} is {str(size)[:80]}, and must be a short list of whole numbers above 0")
+    for name, value in attributes.items():
+        flag = name.endswith(f".{FLAG}") and type(value) is bool
+        if not flag and (type(value) is not int or abs(value) >= 2**63):
+            raise ValueError(f"{name[:200]} is {str(value)[:80]!r}, and must be a whole number of 64 bits")
+    handed = cast(dict[str, Any], shape).get("handed", {})
+    if not isinstance(handed, dict):
+        raise ValueError(f"shape.handed is {str(handed)[:80]!r}, and must be a mapping")
+    given = {name: Handing.from_list(one) for name, one in handed.items()}
+    return Shape({name: tuple(size) for name, size in tensors.items()}, attributes, {}, handed=given or None)
+
+
+def _built(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        return build_class_on_meta(kind, config)
+    except (TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise ValueError(f"{kind.__name__} does not accept its config: {type(error).__name__}: {error}") from error
+
+
+def _named_as_in(shadow: PreTrainedModel, said: Shape, held: Sizes) -> tuple[Shape, Sizes]:
+    """What is said and held, by the model's names where it has a head and what was saved had none, or the other way round."""
+    prefix, state, built = f"{shadow.base_model_prefix}.", shadow.state_dict(), shape_of(shadow)
+
+    def name(own: str, known: Container[str]) -> str:
+        return next((one for one in (own, prefix + own, own.removeprefix(prefix)) if one in known), own)
+
+    tensors, files = ({name(own, state): size for own, size in sizes.items()} for sizes in (said.tensors, held))
+    modules = dict(shadow.named_modules())
+    attributes = built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
+    handed = None if said.handed is None else {name(own, modules): one for own, one in said.handed.items()}
+    return Shape(tensors, {name(own, attributes): n for own, n in said.attributes.items()}, {}, handed=handed), files
+
+
+def _check(shadow: PreTrainedModel, said: Shape, held: Sizes | None) -> None:
+    """Compares what is said with what the class builds, on meta tensors, which take it, and with what the files hold if known.
+
+    A tensor may be in the files under the name of one that it is tied to, or, where transformers changes the format as it loads,
+    under no name of the model's; all such together may be no larger than what is there under no name of the model's.
+
+    Raises:
+        ValueError: If they do not agree.
+    """
+    state, built = shadow.state_dict(keep_vars=True), shape_of(shadow)
+    modules = dict(shadow.named_modules())
+    attributes = built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
+    handed = said.handed or {}
+    named = (said.tensors.keys() - built.tensors, said.attributes.keys() - attributes, handed.keys() - modules)
+    if unknown := next(iter([name for names in named for name in names]), None):
+        raise ValueError(f"{unknown[:200]} is named, and {type(shadow).__name__} has nothing of that name")
+    for name, handing in handed.items():
+        _check_handed(modules[name], name, handing, said.tensors)
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    unnamed = dict[int, int]()
+    for name, size in said.tensors.items():
+        if len(size) != len(usual := built.tensors[name]):
+            raise ValueError(f"{name} is said to be {size}, and {type(shadow).__name__} has it with {len(usual)} dimensions")
+        tied = names[id(state[name])]
+        known = {held[other] for other in tied if other in held} if held is not None else set()
+        known |= {said.tensors.get(other, built.tensors[other]) for other in tied}
+        if others := known - {size}:
+            raise ValueError(f"{name} is said to be {size}, and is {others.pop()} in the files or where it is tied")
+        if held is None and prod(size) > LARGEST:
+            raise ValueError(f"{name} is said to be {size}, which no memory holds")
+        if held is not None and not any(other in held for other in tied):
+            unnamed[id(state[name])] = prod(size)
+    if held is not None and sum(unnamed.values()) > _numbers(size for name, size in held.items() if name not in state):
+        raise ValueError(f"{names[next(iter(unnamed))][0]} is not in the files, nor anything that holds as many numbers")
+    set_shape(shadow, Shape(said.tensors, {}, {}).over(built))
+    if held is None:
+        return
+    asked = sum(tensor.numel() for tensor in chain(shadow.parameters(), shadow.buffers()))
+    if asked > 10**8 + 10 * _numbers(held.values()):
+        raise ValueError(f"the config asks for {asked} numbers, far more than the files hold")
+
+
+def _check_handed(module: nn.Module, name: str, handing: Handing, tensors: Sizes) -> None:
+    """Compares how a linear is said to hand out heads with what it has and is asked for."""
+    if not can_hand(module):
+        raise ValueError(f"{name[:200]} is said to hand out heads, and is no linear")
+    weight = cast(Tensor, module.weight)
+    dim = 1 if isinstance(module, Conv1D) else 0
+    stored = tensors.get(f"{name}.weight", tuple(weight.shape))[dim]
+    if (handing.stored, handing.given) != (stored, weight.shape[dim]):
+        raise ValueError(
+            f"{name[:200]} is said to hand out {handing.given} outputs of {handing.stored}, and {weight.shape[dim]} of {stored} "
+            "are asked for"
+        )
+
+
+def _numbers(sizes: Iterable[tuple[int, ...]]) -> int:
+    return sum(prod(size) for size in sizes)
+
+
+def _file_sizes(name: str) -> Sizes:
+    """The sizes in the headers of a checkpoint's safetensors files; the tensors are not read.
+
+    Raises:
+        ValueError: If it has no such files, or they cannot be read.
+    """
+    try:
+        sizes = dict[str, tuple[int, ...]]()
+        for file in _files(name):
+            with safe_open(file, "pt") as opened:
+                sizes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no dict
+        return sizes
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"the safetensors files cannot be read: {error}") from error
+
+
+def _files(name: str) -> list[str]:
+    """The files that from_pretrained reads."""
+    try:
+        return [cast(str, cached_file(name, SAFE_WEIGHTS_NAME))]
+    except OSError:
+        files = get_checkpoint_shard_files(name, cached_file(name, SAFE_WEIGHTS_INDEX_NAME))[0]  # type: ignore[no-untyped-call]
+        return list(files)

@@ -1,0 +1,190 @@
+"""Put new parameters in the place of old ones, in a model and in the optimizers that train it."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adagrad, Optimizer
+from transformers import PretrainedConfig
+
+
+@dataclass(frozen=True)
+class Change:
+    """How one parameter changes, and how its optimizer state follows.
+
+    Attributes:
+        weight: From the old values to the new.
+        state: From an optimizer's state tensor of the old size to the new, by the name that the optimizer gives it
+            (`exp_avg`, `momentum_buffer`, ...). State of any other size is dropped, with a warning. None where the state means
+            nothing for the new values: then the optimizer starts anew for the parameter, its count of steps too.
+        gradient: From the old gradient to the new; by default there is none afterwards.
+    """
+
+    weight: Callable[[Tensor], Tensor]
+    state: Callable[[str, Tensor], Tensor] | None
+    gradient: Callable[[Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class _Swap:
+    places: list[tuple[nn.Module, str]]
+    old: nn.Parameter
+    new: nn.Parameter
+    states: list[tuple[Optimizer, dict[str, object]]]
+
+
+@torch.no_grad()
+def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
+    """Changes parameters by name, everywhere at once: model, param groups, optimizer state, gradients.
+
+    Everything new is computed before anything is changed, and an error leaves model and optimizers as they were. Order in
+    the param groups stays, so optimizer state in a checkpoint still finds its parameter. A parameter under several names
+    (tied) changes under all of them.
+
+    Raises:
+        ValueError: If a parameter's new values are not finite where the old were.
+    """
+    if isinstance(optimizers, Optimizer):
+        optimizers = [optimizers]
+    trained_by = list(optimizers)
+    swaps = [_prepare(model, name, change, trained_by) for name, change in changes.items()]
+    with undone_by_errors(model, trained_by):
+        for swap in swaps:
+            _carry_out(swap)
+
+
+def _carry_out(swap: _Swap) -> None:
+    for module, attr in swap.places:
+        setattr(module, attr, swap.new)
+    for optimizer, state in swap.states:
+        for group in optimizer.param_groups:
+            group["params"][:] = [swap.new if p is swap.old else p for p in group["params"]]
+        if swap.old in optimizer.state:
+            del optimizer.state[swap.old]
+            if state:
+                optimizer.state[swap.new] = state
+
+
+@contextmanager
+def undone_by_errors(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Iterator[None]:
+    """Puts back a model's modules and what they hold and say, its configs and its optimizers if an error is raised within.
+
+    What is written into tensors does not come back.
+    """
+    tables = ("_parameters", "_buffers", "_modules")
+    modules = [(m, type(m), dict(vars(m)), [(vars(m)[t], dict(vars(m)[t])) for t in tables]) for m in model.modules()]
+    mappings: list[tuple[Any, Any]] = [(vars(config), dict(vars(config))) for config in _configs(model)]
+    mappings += [(optimizer.state, dict(optimizer.state)) for optimizer in optimizers]
+    groups = [(group, list(group["params"])) for optimizer in optimizers for group in optimizer.param_groups]
+    try:
+        yield
+    except BaseException:
+        for module, kind, said, own in modules:
+            module.__class__ = kind
+            for now, before in [(vars(module), said), *own]:
+                now.clear()
+                now.update(before)
+        for now, before in mappings:
+            now.clear()
+            now.update(before)
+        for group, params in groups:
+            group["params"][:] = params
+        raise
+
+
+@contextmanager
+def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Puts back what stood in some tensors if an error is raised within; they are held twice for that long."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for tensor, values in kept:
+            tensor.data.copy_(values)
+        raise
+
+
+def _configs(model: nn.Module) -> list[PretrainedConfig]:
+    """All configs that modules have, and those within them, each once."""
+    found: dict[int, PretrainedConfig] = {}
+    ahead = [value for module in model.modules() for value in vars(module).values()]
+    while ahead:
+        value = ahead.pop()
+        if isinstance(value, PretrainedConfig) and id(value) not in found:
+            found[id(value)] = value
+            ahead += vars(value).values()
+    return list(found.values())
+
+
+def _prepare(model: nn.Module, name: str, change: Change, optimizers: list[Optimizer]) -> _Swap:
+    old = model.get_parameter(name)
+    values = change.weight(old.detach())
+    if not values.is_meta and not torch.isfinite(values).all() and torch.isfinite(old).all():
+        raise ValueError(f"{name}: the new values are not finite")
+    new = nn.Parameter(values.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
+    if old.grad is not None and change.gradient is not None:
+        new.grad = change.gradient(old.grad).to(new.dtype).contiguous()
+    places = [(m, attr) for m in model.modules() for attr, p in m._parameters.items() if p is old]
+    states = [(o, fresh(o, new) if change.state is None else _new_state(o, name, old, change.state)) for o in optimizers]
+    return _Swap(places, old, new, states)
+
+
+def fresh(optimizer: Optimizer, parameter: Tensor) -> dict[str, object]:
+    """What an optimizer keeps of a parameter before its first step: nothing, but of Adagrad, which begins when it is made."""
+    if not isinstance(optimizer, Adagrad):
+        return {}
+    first = optimizer.defaults["initial_accumulator_value"]
+    return {"step": torch.tensor(0.0), "sum": torch.full_like(parameter.detach(), first, memory_format=torch.preserve_format)}
+
+
+def _new_state(optimizer: Optimizer, name: str, old: nn.Parameter, follow: Callable[[str, Tensor], Tensor]) -> dict[str, object]:
+    state: dict[str, object] = {}
+    for key, value in optimizer.state.get(old, {}).items():
+        if isinstance(value, Tensor) and value.shape == old.shape:
+            state[key] = follow(key, value).contiguous()
+        elif isinstance(value, Tensor) and value.ndim > 0:
+            warnings.warn(
+                f"{type(optimizer).__name__} keeps '{key}' of size {tuple(value.shape)} for {name} of size "
+                f"{tuple(old.shape)}; it cannot follow, so the optimizer starts anew for this parameter",
+                stacklevel=2,
+            )
+            return {}
+        else:
+            state[key] = value
+    return state
+
+
+@torch.no_grad()
+def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
+    """Takes other values of the same sizes, in place; of what differs optimizer state starts anew.
+
+    Args:
+        model: A Hugging Face model.
+        weights: By parameter.
+        optimizers: Those that train the model.
+
+    If anything fails, nothing has changed.
+
+    Raises:
+        ValueError: If values are not finite.
+    """
+    trained_by = list(optimizers)
+    for name, values in weights.items():
+        if not values.isfinite().all():
+            raise ValueError(f"{name}: the new values are not finite")
+    new = {model.get_parameter(name): weights[name] for name in changed(model, weights)}
+    with undone_by_errors(model, trained_by), values_kept(new):
+        for parameter, values in new.items():
+            parameter.copy_(values)
+            for optimizer in trained_by:
+                if optimizer.state.pop(parameter, None) is not None and (first := fresh(optimizer, parameter)):
+                    optimizer.state[parameter] = first
+
+
+def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """The parameters that are to have other values than they have."""
+    return [name for name, values in weights.items() if not torch.equal(model.get_parameter(name), values)]

@@ -1,0 +1,1 @@
+"""Chooses and removes units and blocks: amount, plan, surgery."""

@@ -1,0 +1,231 @@
+"""What a config says when blocks are gone: found by building the model's own class, not looked up."""
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from billhook.model.build import build_on_meta
+from billhook.model.config_fields import Fields, _fields, set_fields
+
+TOGETHER = 3  # fields that say a number of blocks, at most
+
+Gone = Mapping[str, Sequence[int]]
+"""Blocks that go, by stack."""
+"""Fields of a config, those of nested configs with dots, and their values."""
+Numbers = dict[str, tuple[int, int]]
+"""Whole-number attributes, by their names then: what they are before, and then."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a class builds from a config.
+
+    Attributes:
+        tensors: The sizes of what `state_dict` holds.
+        said: What modules that hold parameters keep as attributes: numbers, strings, truth values, None.
+    """
+
+    tensors: dict[str, tuple[int, ...]]
+    said: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Then:
+    """How a model's config and attributes change when blocks go.
+
+    Attributes:
+        fields: What fields of the config become.
+        attributes: The attributes that number blocks.
+    """
+
+    fields: Fields
+    attributes: Numbers
+
+
+def find_then(model: PreTrainedModel, stacks: Mapping[str, int], gone: Gone) -> Then:
+    """Finds how the config says that blocks are gone, so that the model's class builds just those that stay.
+
+    - Lists with a value for each block: those without which the class does not build, or builds something else, when they are
+      shorter. They lose the values of the blocks that go.
+    - Numbers of blocks, or one in a list of them: the fewest fields that, changed together, make the class build as many blocks,
+      and all else as it is.
+    - Where the blocks that are then built are not those that stay, one more field: a number of first blocks, or a list of numbers
+      of blocks, as of those without experts.
+
+    Args:
+        model: The model, with all blocks.
+        stacks: How many blocks each stack has.
+        gone: The blocks that go.
+
+    Raises:
+        ValueError: If the config cannot say it: the message says which tensor or attribute would be another.
+    """
+    finder = _Finder(model, dict(stacks), gone)
+    reasons = list[str]()
+    for lists in finder.lists():
+        counts, reason = finder.counts(lists)
+        reasons.append(reason)
+        for fields in (*counts, *(counts[0] | more for more in finder.others(counts))):
+            reason, numbers = finder.compare(finder.build(lists | fields))
+            if not reason:
+                return Then(lists | fields, numbers)
+            reasons.append(reason)
+    raise ValueError(
+        f"blocks: the config of {type(model).__name__} cannot say that {finder.told} go: "
+        + next(filter(None, reasons), "no field of it says how many there are")
+    )
+
+
+class _Finder:
+    def __init__(self, model: PreTrainedModel, stacks: dict[str, int], gone: Gone) -> None:
+        self.model, self.stacks, self.gone = model, stacks, gone
+        self.told = " and ".join(f"blocks {', '.join(map(str, own))} of {name}" for name, own in gone.items())
+        self.fields = dict(_fields(model.config))
+        now = self.build({})
+        if now is None or any(_count(now.tensors, name) != count for name, count in stacks.items()):
+            raise ValueError(f"blocks: {type(model).__name__} does not have the blocks that its class builds from its config")
+        self.now = now
+        self.wanted = {new: size for name, size in now.tensors.items() if (new := self.moved(name)) is not None}
+
+    def build(self, fields: Fields) -> Built | None:
+        """What the class builds from the config with some fields changed, as it is read back; None if it does not accept it."""
+        config = copy.deepcopy(self.model.config)
+        try:
+            set_fields(config, fields)
+            shadow = build_on_meta(self.model, type(config).from_dict(config.to_dict()))
+        except Exception:  # whatever a class of configs or models raises
+            return None
+        return Built({name: tuple(tensor.shape) for name, tensor in shadow.state_dict().items()}, dict(_said(shadow)))
+
+    def moved(self, name: str) -> str | None:
+        """What a tensor or attribute is called then; None if it is gone."""
+        if (stack := self._stack_of(name)) is None:
+            return name
+        place, rest = _place(name, stack)
+        gone = self.gone[stack]
+        return None if place in gone else f"{stack}.{place - sum(number < place for number in gone)}.{rest}"
+
+    def lists(self) -> Iterator[Fields]:
+        """The lists with a value for each block, without those of blocks that go: all of them, then fewer.
+
+        Where two stacks are as deep as each other, some are not of the one from which blocks go.
+        """
+        found: Fields = {}
+        for (name, value), (stack, gone) in itertools.product(self.fields.items(), self.gone.items()):
+            long = isinstance(value, list | tuple) and len(value) == self.stacks[stack]
+            if long and self.build({name: value[:-1]}) != self.now:
+                found[name] = type(value)(one for number, one in enumerate(value) if number not in gone)
+        for number in range(len(found), -1, -1):
+            yield from map(dict, itertools.combinations(found.items(), number))
+
+    def counts(self, lists: Fields) -> tuple[list[Fields], str]:
+        """Fields that say how many blocks there are, and what they become: of several such, those with the fewest.
+
+        Where there are none, what else would change, in words.
+        """
+        options = [
+            (name, lower)
+            for (name, value), (stack, gone) in itertools.product(self.fields.items(), self.gone.items())
+            for lower in _lowered(value, self.stacks[stack], len(gone))
+        ]
+        reason = ""
+        for number in range(TOGETHER + 1):
+            chosen = [dict(fields) for fields in itertools.combinations(options, number) if len(dict(fields)) == number]
+            built = [(fields, made) for fields in chosen if (made := self.build(lists | fields)) and self._as_many(made)]
+            if fitting := [fields for fields, made in built if not self._different(made, outside=True)]:
+                return fitting, ""
+            reason = reason or next((self._different(made, outside=True) for _, made in built), "")
+        return [], reason
+
+    def others(self, counts: Sequence[Fields]) -> Iterator[Fields]:
+        """One more field that may speak of single blocks, if any say how many there are: a number of first ones, or numbers."""
+        if not counts:
+            return
+        for (name, value), (stack, gone) in itertools.product(self.fields.items(), self.gone.items()):
+            left = [number for number in range(self.stacks[stack]) if number not in gone]
+            if type(value) is int and name not in counts[0] and 0 < value <= self.stacks[stack]:
+                yield {name: value - sum(number < value for number in gone)}
+            elif isinstance(value, list | tuple) and value and all(type(v) is int and 0 <= v < self.stacks[stack] for v in value):
+                yield {name: type(value)(left.index(number) for number in value if number in left)}
+
+    def compare(self, built: Built | None) -> tuple[str, Numbers]:
+        """What of the blocks that stay is built otherwise, in words, and the numbers of blocks that change."""
+        if built is None:
+            return "its class does not accept it", {}
+        if different := self._different(built):
+            return different, {}
+        numbers: Numbers = {}
+        for name, value in self.now.said.items():
+            if (new := self.moved(name)) is None or (made := built.said.get(new)) == value:
+                continue
+            if _is_number(value) and _is_number(made) and self._numbering(name, new, value, made):
+                numbers[new] = (value, made)
+            elif self._stack_of(name) is not None:
+                return f"its class then builds {new} = {made!r}, and what comes to that place has {value!r}", {}
+        return "", numbers
+
+    def _as_many(self, built: Built) -> bool:
+        return all(_count(built.tensors, stack) == self.stacks[stack] - len(gone) for stack, gone in self.gone.items())
+
+    def _different(self, built: Built, outside: bool = False) -> str:
+        """The first tensor of another size than what stays, or only of those outside of blocks; in words."""
+        for name in [*self.wanted, *built.tensors]:
+            if outside and self._stack_of(name) is not None:
+                continue
+            if (stays := self.wanted.get(name)) != (made := built.tensors.get(name)):
+                sizes = (size or "missing" for size in (made, stays))
+                return "{} is {} in what its class then builds, and {} in what comes to that place".format(name, *sizes)
+        return ""
+
+    def _numbering(self, name: str, new: str, value: int, made: int) -> bool:
+        """Whether a whole number that would change says nothing but which block it is in, or how many blocks there are."""
+        stack, counts = (
+            self._stack_of(name),
+            [(self.stacks[own], self.stacks[own] - len(gone)) for own, gone in self.gone.items()],
+        )
+        if stack is None or (value, made) in counts:
+            return True
+        (place, rest), (then, _) = _place(name, stack), _place(new, stack)
+        own = {number: self.now.said.get(f"{stack}.{number}.{rest}") for number in range(self.stacks[stack])}
+        there = [(number, said) for number, said in own.items() if _is_number(said)]
+        step, odd = divmod(value - made, place - then) if place != then else (0, 1)
+        return not odd and step > 0 and all(said - value == step * (number - place) for number, said in there)
+
+    def _stack_of(self, name: str) -> str | None:
+        return next((stack for stack in self.gone if name.startswith(f"{stack}.")), None)
+
+
+def _said(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if next(module.parameters(), None) is not None:
+            for attr, value in vars(module).items():
+                if not attr.startswith("_") and attr != "training" and isinstance(value, bool | int | float | str | None):
+                    yield f"{name}.{attr}", value
+
+
+def _lowered(value: Any, count: int, by: int) -> list[Any]:  # noqa: ANN401 - any field of a config
+    """A number of blocks when some go; of a list of such numbers, as where there are stages, one of them."""
+    if _is_number(value):
+        return [value - by] if value == count else []
+    if not isinstance(value, list | tuple) or not all(map(_is_number, value)):
+        return []
+    return [type(value)([*value[:at], one - by, *value[at + 1 :]]) for at, one in enumerate(value) if one == count]
+
+
+def _place(name: str, stack: str) -> tuple[int, str]:
+    """A block's place in its stack, and what comes after it in a name."""
+    number, _, rest = name.removeprefix(f"{stack}.").partition(".")
+    return int(number), rest
+
+
+def _count(names: Iterable[str], stack: str) -> int:
+    return len({_place(name, stack)[0] for name in names if name.startswith(f"{stack}.")})
+
+
+def _is_number(value: object) -> TypeGuard[int]:
+    return type(value) is int

@@ -1,0 +1,294 @@
+"""What a model's attributes and config are when units are gone: as its class builds them, or found by trial on meta tensors."""
+
+import copy
+import itertools
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from billhook.adapters.beneath import adapted, beneath, without_adapters
+from billhook.model.build import build_on_meta
+from billhook.model.meta import to_meta
+from billhook.model.shape import Shape, set_shape, shape_of
+from billhook.pruning.plan import Plan, counts
+from billhook.tracing.coupling import Structure
+from billhook.tracing.groups import Kind
+from billhook.tracing.trace import trace
+from billhook.units.channels import find_units
+from billhook.units.fields import FieldFinder
+from billhook.units.units import UnitKind
+
+GROUPS = ".num_key_value_groups"
+"""What attentions are told of heads that have become fewer in place; the eager code of such families does not ask."""
+TRIALS = 256
+"""How many assignments of whole-number attributes are tried, at most."""
+
+
+Fields = dict[str, int | None]
+"""Fields of a config, those of nested configs with dots, and their values."""
+
+
+def shapes_then(
+    model: PreTrainedModel,
+    structure: Structure,
+    plan: Plan,
+    now: Shape,
+    tensors: dict[str, tuple[int, ...]],
+    finder: FieldFinder | None = None,
+) -> Iterator[tuple[Shape, Fields]]:
+    """Shapes that the model might have then, the likeliest first: as its class builds it, or with attributes that are tried.
+
+    `finder` is one of the model, or of one like it, that remembers what it has built.
+    """
+    usual = _build_shape(model, {})
+    if adapted(model):
+        built, fields = _beneath_adapters(model, plan, usual, now, tensors)
+    else:
+        fields = _fields(model, structure, plan, finder or FieldFinder(model)) if usual.tensors == now.tensors else {}
+        built = _built(model, fields, usual, now, tensors) if fields else None
+    if built is not None:
+        yield built, fields
+        return
+    eager = all(usual.attributes.get(name) == value for name, value in now.attributes.items() if name.endswith(GROUPS))
+    for changed in ({}, _heads_said(model, plan)):  # some code asks the config in the middle of a forward
+        for attributes in itertools.islice(_assignments(model, plan, now, tensors), TRIALS):
+            shape = Shape(tensors, now.attributes | attributes, now.config)
+            if _runs(model, plan, shape, changed, eager):
+                yield shape, changed
+
+
+def _beneath_adapters(
+    model: PreTrainedModel, plan: Plan, usual: Shape, now: Shape, tensors: dict[str, tuple[int, ...]]
+) -> tuple[Shape | None, Fields]:
+    """The same of a model with LoRA, from what its class builds beneath that."""
+    base, layers = without_adapters(model), adapted(model)
+    before = shape_of(base)
+    fields = _fields(base, trace(base), plan, FieldFinder(base)) if usual.tensors == before.tensors else {}
+    plain = {name.replace(".base_layer.", "."): size for name, size in tensors.items() if ".lora_" not in name}
+    built = _built(base, fields, usual, before, plain) if fields else None
+    if built is None:
+        return None, {}
+    attributes = {beneath(name, layers): value for name, value in built.attributes.items()} | _certain(model, tensors)
+    return Shape(tensors, now.attributes | attributes, now.config), fields
+
+
+def _fields(model: PreTrainedModel, structure: Structure, plan: Plan, finder: FieldFinder) -> Fields:
+    """What the config's fields would be, if they can say it: as many units of a kind everywhere."""
+    leaves = {leaf for one in find_units(model, _kinds(plan), structure).values() for leaf in one.leaves}
+    groups = [group for group in structure.groups if group.leaf in leaves]
+    changes: dict[str, int | None] = {}
+    for kind in _kinds(plan):
+        steps = _steps(plan, kind)
+        if steps is None:
+            return {}
+        for kinds, size, count in steps:
+            if count == size:
+                continue
+            own = [group for group in groups if group.kind in kinds and group.size == size]
+            found = finder.values(size, finder.find(own), count) if own else {}
+            if not found:
+                return {}
+            for name, value in found.items():
+                already = changes.get(name) if _field(model, name) is not None else None
+                changes[name] = value if already is None else already // size * count
+    return changes
+
+
+def _kinds(plan: Plan) -> list[UnitKind]:
+    return list(dict.fromkeys(plan.kinds.values()))
+
+
+def _steps(plan: Plan, kind: UnitKind) -> list[tuple[tuple[Kind, ...], int, int]] | None:
+    """How many units there are of the kinds of groups that a kind of unit is made of, and then; None where layers differ."""
+    places = [name for name, own in plan.kinds.items() if own == kind]
+    before, after = ({numbers[name] for name in places} for numbers in (plan.before, plan.after))
+    if len(before) != 1 or len(after) != 1:
+        return None if before != after else []
+    if kind != "head":
+        return [((kind,), before.pop()[0], after.pop()[0])]
+    (query, kv), (query_then, kv_then) = before.pop(), after.pop()
+    return [(("kv_head", "head"), kv, kv_then), (("query_head",), query // kv, query_then // kv_then)]
+
+
+def _heads_said(model: PreTrainedModel, plan: Plan) -> Fields:
+    """The fields of the config that are numbers of heads, as they would be then; none where layers differ."""
+    before, after = (
+        {numbers[name] for name, kind in plan.kinds.items() if kind == "head"} for numbers in (plan.before, plan.after)
+    )
+    if len(before) != 1 or len(after) != 1:
+        return {}
+    becomes = dict(zip(before.pop(), after.pop(), strict=True))
+    return {f: becomes[v] for f, v in vars(model.config).items() if "head" in f and type(v) is int and v in becomes}
+
+
+def _built(model: PreTrainedModel, fields: Fields, usual: Shape, now: Shape, tensors: dict[str, tuple[int, ...]]) -> Shape | None:
+    """What the model's class builds from a changed config, if it has these tensors."""
+    try:
+        built = _build_shape(model, fields)
+    except Exception:  # whatever a class of configs or models raises
+        return None
+    if built.tensors != tensors:
+        return None
+    attributes = {k: v for k, v in built.attributes.items() if usual.attributes.get(k, v) != v}
+    return Shape(tensors, now.attributes | attributes, now.config)
+
+
+def _build_shape(model: PreTrainedModel, fields: Fields) -> Shape:
+    """The shape of what the model's class builds from its config with some fields changed."""
+    config = copy.deepcopy(model.config)
+    for name, value in fields.items():
+        owner, field = _owner(config, name)
+        setattr(owner, field, value)
+    type(config).from_dict(config.to_dict())  # which refuses what its class does not allow
+    return shape_of(build_on_meta(model, config))
+
+
+def _owner(config: PretrainedConfig, name: str) -> tuple[Any, str]:
+    """The config that holds a field, and its name there."""
+    *owners, field = name.split(".")
+    owner: Any = config
+    for one in owners:
+        owner = getattr(owner, one)
+    return owner, field
+
+
+def _field(model: PreTrainedModel, name: str) -> int | None:
+    owner, field = _owner(model.config, name)
+    value: int | None = getattr(owner, field, None)
+    return value
+
+
+def set_fields(model: PreTrainedModel, fields: Fields) -> None:
+    """Changes fields of a model's config."""
+    for name, value in fields.items():
+        owner, field = _owner(model.config, name)
+        setattr(owner, field, value)
+
+
+def _assignments(model: PreTrainedModel, plan: Plan, now: Shape, tensors: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
+    """Values of whole-number attributes, the likeliest first: of few attributes another meaning than that."""
+    certain = _certain(model, tensors)
+    options = _meanings(model, plan, now, tensors, certain)
+    for count in range(len(options) + 1):
+        for others in itertools.combinations(range(len(options)), count):
+            some = (own[1:] if number in others else own[:1] for number, own in enumerate(options))
+            for chosen in itertools.product(*some):
+                yield certain | {key: value for one in chosen for key, value in one.items()}
+
+
+def _certain(model: PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """Attributes that say the size of a tensor."""
+    certain: dict[str, int] = {}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        says = _says(layer)
+        if isinstance(module, BaseTunerLayer):
+            says = dict(zip(("in_features", "out_features"), says.values(), strict=False))
+        for attr, dim in says.items():
+            weight = names.get(id(layer.weight), "")
+            if weight in tensors and hasattr(module, attr):
+                certain[f"{name}.{attr}"] = tensors[weight][dim]
+    return certain
+
+
+def _meanings(
+    model: PreTrainedModel, plan: Plan, now: Shape, tensors: dict[str, tuple[int, ...]], certain: Collection[str]
+) -> list[list[dict[str, int]]]:
+    """What the attributes of the places become, by what they may mean: the same wherever a class has them.
+
+    So the number of a layer is not taken for a number of heads, nor that for how many query heads a KV head serves.
+    """
+    numbers = {name: _numbers(plan, name, now, tensors) for name in plan.before}
+    alone = {name: _alone(model, name) for name in numbers}
+    places: dict[tuple[type, str, UnitKind], list[tuple[str, str]]] = {}
+    for key in now.attributes:
+        inside = [name for name in numbers if key.startswith(alone[name])]
+        if inside and key not in certain:
+            owner, _, attr = key.rpartition(".")
+            name = max(inside, key=lambda name: len(alone[name]))
+            places.setdefault((type(model.get_submodule(owner)), attr, plan.kinds[name]), []).append((key, name))
+    found = []
+    for (_, attr, _), own in places.items():
+        means = [m for m in numbers[own[0][1]] if all(numbers[n].get(m, (0, 0))[0] == now.attributes[k] for k, n in own)]
+        ranks = {meaning: 0 if meaning.split()[-1] in attr else 1 if meaning.startswith(".") else 3 for meaning in means}
+        options = [(ranks[m], {key: numbers[name][m][1] for key, name in own}) for m in means]
+        options.append((2, {key: now.attributes[key] for key, _ in own}))
+        ranked = [values for _, values in sorted(options, key=lambda option: option[0])]
+        if any(values != ranked[0] for values in ranked):
+            found.append([values for place, values in enumerate(ranked) if values not in ranked[:place]])
+    return found
+
+
+def _prefix(place: str) -> str:
+    """What the names of all that is in a place start with; what comes after a space is its kind."""
+    module = place.partition(" ")[0]
+    return f"{module}." if module else ""
+
+
+def _alone(model: PreTrainedModel, place: str) -> str:
+    """What the names start with of all that is in the outermost module that holds a place and no parameter beside it."""
+    prefix = _prefix(place)
+    while "." in prefix[:-1]:
+        outer = prefix[:-1].rpartition(".")[0]
+        if not all(name.startswith(prefix) for name, _ in model.get_submodule(outer).named_parameters(outer)):
+            break
+        prefix = f"{outer}."
+    return prefix
+
+
+def _numbers(plan: Plan, place: str, now: Shape, tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Numbers of units, and sizes of tensors, before and then; the last word of a number of units is one for its name."""
+    before, after = plan.before[place], plan.after[place]
+    numbers: dict[str, tuple[int, int]] = {plan.kinds[place]: (before[0], after[0])}
+    if plan.kinds[place] == "head":
+        numbers |= {"kv head": (before[1], after[1]), "group": (before[0] // before[1], after[0] // after[1])}
+    prefix = _prefix(place)
+    for name, size in now.tensors.items():
+        if name.startswith(prefix):
+            for dim, (old, new) in enumerate(zip(size, tensors[name], strict=True)):
+                where = f".{name.removeprefix(prefix)}[{dim}]"
+                numbers[where] = (old, new)
+                if old % 3 == new % 3 == 0:  # queries, keys and values in one
+                    numbers[f"{where} / 3"] = (old // 3, new // 3)
+    return numbers
+
+
+def _says(module: nn.Module) -> dict[str, int]:
+    """Which attributes of a layer say the size of which dimension of its weight: what it takes, and what it gives."""
+    if isinstance(module, nn.Linear):
+        return {"in_features": 1, "out_features": 0}
+    if isinstance(module, Conv1D):
+        return {"nx": 0, "nf": 1}
+    return {"num_embeddings": 0, "embedding_dim": 1} if isinstance(module, nn.Embedding) else {}
+
+
+def _runs(model: PreTrainedModel, plan: Plan, shape: Shape, fields: Fields, eager: bool) -> bool:
+    """Whether the model's code runs with a shape, on meta tensors, and has the units that are planned."""
+    shadow = to_meta(model)
+    set_shape(shadow, shape)
+    set_fields(shadow, fields)
+    try:
+        units = find_units(shadow, _kinds(plan))
+        for module in shadow.modules() if eager else ():  # what a faster implementation does not ask for, others do
+            if isinstance(config := getattr(module, "config", None), PretrainedConfig):
+                config._attn_implementation = "eager"
+        trace(shadow)
+    except ValueError:
+        return False
+    expected = {name: left for name, left in plan.after.items() if name in units or max(left) > 1}  # one alone is no group
+    return {name: counts(one) for name, one in units.items()} == expected
+
+
+def sizes_then(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The sizes of all tensors then, also of those that are the same under another name."""
+    first = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    sizes = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        own = first.get(id(tensor), name)
+        sizes[name] = tuple(len(plan.cuts.get((own, d), range(n))) for d, n in enumerate(tensor.shape))
+    return sizes

@@ -1,0 +1,195 @@
+"""What a walk over a model does for repair: moments of what linears are given and owe, and the refitted weights, kept aside."""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from billhook.repairs.least_squares import Moments, refit_linear, wide
+from billhook.running.walk import Reduce, Site
+
+Given = Mapping[str, Mapping[str, Tensor]]
+"""By linear, its parameters by their name in it, as they lie in memory."""
+
+
+class Refits:
+    """Gathers what linears are given, and refits each when all runs have been there; the model stays as it is.
+
+    Where linears are to catch up, runs come in two series of the same batches, the second of the whole model. What a linear then
+    owes beside its old outputs is d = W (x* - x) + s: x* is what it is given in the whole model, and s what the sum, to which it
+    adds, is short of. When it has been refitted, that sum is short of d - (W' - W) x - (b' - b).
+
+    Args:
+        linears: All linears of the model, by name.
+        kept: Of those to refit, which inputs stay.
+        before: Of those that are to catch up or to be followed, the linear that has added to the same sum before.
+        tokens: Of each run, by linear, which tokens count, where not all do: bool, `[batch, length]`.
+        ridges: Candidates for the ridge.
+        choosing: The runs that choose it.
+        reduce: Sums over ranks.
+        given: By linear, other parameters that it has from the start but in runs of the whole model, as they lie in memory; also
+            of ones that are not refitted.
+    """
+
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Module],
+        kept: Mapping[str, Tensor],
+        before: Mapping[str, str | None],
+        tokens: Sequence[Mapping[str, Tensor]],
+        ridges: Sequence[float],
+        choosing: Collection[int],
+        reduce: Reduce | None = None,
+        given: Given | None = None,
+    ) -> None:
+        self._linears, self._before, self._tokens = linears, before, tokens
+        self._ridges, self._choosing, self._reduce = ridges, choosing, reduce
+        self._given = given or {}
+        self._whole = {name: matrix_of(linears[name]) for name in {**kept, **before}}  # others may stand in the linears meanwhile
+        self._old = {name: self._start(name) for name in self._whole}
+        self._kept = {name: keep.to(self._old[name][0].device) for name, keep in kept.items()}
+        self._moments: dict[str, tuple[Moments, Moments]] = {}
+        self._inputs: dict[str, dict[int, Tensor]] = {}
+        self._short: dict[str, dict[int, Tensor]] = {}  # by linear and run, of the sum that it has added to
+        self._after = Counter(before.values())
+        self._new: dict[str, dict[str, Tensor]] = {}
+
+    @property
+    def left(self) -> dict[str, bool]:
+        """Whether each linear has been left without a refit."""
+        return {name: name not in self._new for name in self._kept}
+
+    def observe(self, name: str, inputs: Tensor, run: int) -> None:
+        """Adds what a linear is given, or keeps it until it can be compared with the whole model's."""
+        if name in self._before:
+            self._inputs.setdefault(name, {})[run] = inputs.detach()
+        elif name in self._kept:
+            self._add(name, inputs, None, run, None)
+
+    def complete(self, site: Site) -> None:
+        """Refits the linears of a site.
+
+        Raises:
+            ValueError: If what one is given is not finite.
+        """
+        for name in site.linears:
+            inputs = self._inputs.pop(name, {})
+            owed = self._owed(name, inputs)
+            if name in self._kept:
+                lost = {run: self._lost(name, inputs[run], due) for run, due in owed.items()}
+                typical = self._typical(name, lost)
+                for run in range(len(self._tokens)):
+                    if run in inputs:
+                        weights = None if typical is None or run not in lost else 2 * typical / (typical + lost[run])
+                        self._add(name, inputs[run], owed.get(run), run, weights)
+                self._refit(name)
+            if self._after[name]:
+                self._short[name] = {run: due - self._gained(name, inputs[run]) for run, due in owed.items()}
+            last = self._before.get(name)
+            self._after[last] -= 1
+            if last is not None and not self._after[last]:
+                self._short.pop(last, None)
+
+    def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
+        """What the linears of a site become, as they lie in memory."""
+        given = {name: dict(self._given[name]) for name in site.linears if name in self._given and name not in self._kept}
+        return given | {name: self.own(name) for name in site.linears if name in self._kept}
+
+    def own(self, name: str) -> dict[str, Tensor]:
+        """What a linear has become by now, as it lies in memory: with zeros for what goes at least."""
+        weight, bias = self._old[name]
+        return self._new.get(name) or self._as_it_lies(name, torch.where(self._kept[name], weight, 0), bias)
+
+    def _add(self, name: str, inputs: Tensor, owed: Tensor | None, run: int, weights: Tensor | None) -> None:
+        self._of(name)[run in self._choosing].add(inputs, owed, self._counting(name, inputs, run), weights)
+
+    def _counting(self, name: str, inputs: Tensor, run: int) -> Tensor | None:
+        """Which tokens count, if not all do: bool, `[batch, length]`."""
+        keep = self._tokens[run].get(name)
+        if keep is None or keep.numel() != inputs.shape[:-1].numel():
+            return None
+        return keep.reshape(inputs.shape[:-1]).to(inputs.device)
+
+    def _lost(self, name: str, inputs: Tensor, owed: Tensor) -> Tensor:
+        """The square of what each token lacks without a refit, d and what the inputs that go gave: `[...]`, float64."""
+        gone, (weight, _) = ~self._kept[name], self._old[name]
+        return (wide(owed) + wide(inputs[..., gone]) @ wide(weight[:, gone]).t()).square().sum(-1, dtype=torch.float64)
+
+    def _typical(self, name: str, lost: Mapping[int, Tensor]) -> Tensor | None:
+        """The geometric mean m of the squares of what tokens lack, over all ranks; None if none lacks anything.
+
+        A few tokens carry numbers a thousand times as large as others, and would alone decide what a refit makes good; so a
+        token counts 2 m / (m + its own square): one that lacks as much as others once, and none without bound.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=self._old[name][0].device)
+        for run, squares in lost.items():
+            keep = self._counting(name, squares[..., None], run)
+            squares = squares.flatten() if keep is None else squares[keep]
+            sums += torch.stack([squares[squares > 0].log().sum(), (squares > 0).sum()])
+        total, count = sums if self._reduce is None else self._reduce(sums)
+        return (total / count).exp() if count else None
+
+    def _start(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias that a linear has before it is refitted."""
+        given, (weight, bias) = self._given.get(name), self._whole[name]
+        if given is None:
+            return weight, bias
+        new = given["weight"].t() if isinstance(self._linears[name], Conv1D) else given["weight"]
+        return new, None if bias is None else given["bias"]
+
+    def _of(self, name: str) -> tuple[Moments, Moments]:
+        if name not in self._moments:
+            weight, _ = self._old[name]
+            rows, columns = weight.shape
+            self._moments[name] = Moments(rows, columns, weight.device), Moments(rows, columns, weight.device)
+        return self._moments[name]
+
+    def _refit(self, name: str) -> None:
+        fit, held_out = self._of(name)
+        if self._reduce is not None:
+            for sums in (*fit.tensors(), *held_out.tensors()):
+                self._reduce(sums)
+        del self._moments[name]
+        bad = (~(fit.products + held_out.products).diagonal().isfinite()).nonzero()
+        if len(bad):
+            raise ValueError(f"{name}: NaN or infinite inputs in {len(bad)} features, the first in feature {int(bad[0])}")
+        if min(fit.tokens, held_out.tokens) and fit.tokens + held_out.tokens >= self._kept[name].sum():
+            new = refit_linear(*self._old[name], self._kept[name], fit, held_out, self._ridges)
+            self._new[name] = self._as_it_lies(name, *new)
+
+    def _owed(self, name: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """What a linear owes in each run that can be compared with the whole model's."""
+        owed, short = {}, self._short.get(self._before.get(name) or "", {})
+        for run in range(len(self._tokens)):
+            cut, whole = inputs.get(run), inputs.get(run + len(self._tokens))
+            if cut is not None and whole is not None and cut.shape == whole.shape:
+                owed[run] = wide(whole) @ wide(self._whole[name][0]).t() - wide(cut) @ wide(self._old[name][0]).t()
+                (_, before), (_, bias) = self._whole[name], self._old[name]
+                if before is not None and bias is not None and bias is not before:
+                    owed[run] += wide(before) - wide(bias)
+                if run in short:
+                    owed[run] += short[run]
+        return owed
+
+    def _gained(self, name: str, inputs: Tensor) -> Tensor | float:
+        """How much more a linear gives than with its old weights: (W' - W) x + b' - b."""
+        if name not in self._kept:
+            return 0.0
+        own, (weight, bias) = self.own(name), self._old[name]
+        new = own["weight"].t() if isinstance(self._linears[name], Conv1D) else own["weight"]
+        gained = wide(inputs) @ (wide(new) - wide(weight)).t()
+        return gained if bias is None else gained + wide(own["bias"]) - wide(bias)
+
+    def _as_it_lies(self, name: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+        linear = self._linears[name]
+        dtype = linear.get_parameter("weight").dtype
+        own = {"weight": (weight.t() if isinstance(linear, Conv1D) else weight).to(dtype).contiguous()}
+        return own if bias is None else own | {"bias": bias.to(linear.get_parameter("bias").dtype)}
+
+
+def matrix_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight of an `nn.Linear` or `Conv1D` as `[out_features, in_features]`, and the bias."""
+    weight, bias = linear.get_parameter("weight").detach(), linear._parameters.get("bias")
+    return weight.t() if isinstance(linear, Conv1D) else weight, None if bias is None else bias.detach()

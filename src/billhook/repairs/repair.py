@@ -1,0 +1,157 @@
+"""Repair: when units are chosen to go, the linears that read them are refitted, so that they make up for what goes.
+
+Linear after linear, in the order in which the model calls them, each on what it is given when all before it have lost their
+inputs and been refitted. What each is to give is its part of the whole model's stream: where the outputs of linears are added up,
+as in a residual stream, it also makes up for what those before it still owe (`sums.py` finds that out). A ridge pulls towards the
+old weights; how strongly is chosen for each linear on batches that the refit has not seen, and to leave the old weights as they
+are is always among the candidates.
+"""
+
+import math
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from billhook.repairs.refits import Given, Refits, matrix_of
+from billhook.repairs.sums import agreed, followed, seen
+from billhook.running.trials import Trial
+from billhook.running.undisturbed import undisturbed
+from billhook.running.walk import Reduce, Site, Walk, find_sites, replaced
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How the linears that read removed units are refitted; the defaults are what has done best without training.
+
+    Args:
+        catch_up: Whether a linear also makes up for what those before it have lost of the stream that it adds to. It takes a
+            second run of each batch, of the whole model, beside the first.
+        held_out: Share of the calibration batches that choose the ridge, at least one; in (0, 1).
+        ridges: Candidates for the ridge, each a share of every input's own mean square (or variance, where there is a bias).
+
+    Raises:
+        ValueError: If the share is not between 0 and 1, or there is no ridge or one that is not at least 0.0001.
+    """
+
+    catch_up: bool = True
+    held_out: float = 0.2
+    ridges: Sequence[float] = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out={self.held_out} must be between 0 and 1")
+        if not self.ridges or not all(1e-4 <= ridge < math.inf for ridge in self.ridges):
+            raise ValueError(f"ridges={self.ridges!r} must be finite numbers of at least 0.0001, one or more")
+
+    def chooses(self, runs: int) -> set[int]:
+        """Which of some runs choose the ridge: spread evenly over them, and never all."""
+        number = min(max(1, round(self.held_out * runs)), runs - 1)
+        return {(2 * place + 1) * runs // (2 * number) for place in range(number)}
+
+
+def repaired(
+    model: nn.Module,
+    kept: Mapping[str, Tensor],
+    trials: Sequence[Trial],
+    repair: Repair | None = None,
+    reduce: Reduce | None = None,
+    given: Given | None = None,
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """What linears become when some of their inputs go and they are refitted; the model stays as it is.
+
+    It takes, beside the model: the new weights; of every batch, what its run (or two) of the model holds while it waits before a
+    linear for the others, and what its streams owe; and, of one linear at a time, some seven float64 matrices of in_features^2.
+    Where one of the linears is called several times in a run, there is no catching up.
+
+    Args:
+        model: The model.
+        kept: By the name of a linear (`nn.Linear` or `Conv1D`), which of its inputs stay: bool, `[in_features]`. One that keeps
+            all is refitted, too, where it can catch up, or other parameters are given.
+        trials: The batches, two at least, of which some choose the ridge.
+        repair: How; `Repair()` by default.
+        reduce: Sums over ranks, where each has batches of its own.
+        given: By linear, other parameters that it is to have, refitted or not, as they lie in memory; with them each refitted
+            linear makes up for what it then falls short of in the whole model, which has its own.
+
+    Returns:
+        By linear, its weight, zero for what goes, and its bias, None where it has none: in its own dtype and layout. One that was
+        given fewer tokens than inputs stay is not refitted, and a warning names it.
+
+    Raises:
+        ValueError: If a name is of no linear, a mask does not fit or keeps nothing, there are too few batches or tokens, or a
+            linear is given NaN or infinite inputs, or what is given is of no linear, of another size, or of one called more
+            than once in a run.
+    """
+    repair = repair or Repair()
+    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linears = _check(model, kept, every)
+    device, forwards = next(iter(linears.values())).get_parameter("weight").device, [trial.loss for trial in trials]
+    _check_batches(len(trials), repair, device, reduce)
+    with undisturbed(model):
+        shown = agreed([seen(every, forward) for forward in forwards[:1]], list(every), device, reduce)
+        often = {name: linear for name, linear in linears.items() if shown.calls[name] > 1}
+        before = followed(shown, set(linears)) if repair.catch_up and not often else {}
+        if given is not None:  # each owes at least what it gave in the whole model
+            _check_given(given, every, shown.calls, often)
+            before = dict.fromkeys(linears) | before
+        tokens, choosing = [trial.tokens for trial in trials], repair.chooses(len(trials))
+        refits = Refits(every, kept, before, tokens, repair.ridges, choosing, reduce, given)
+        if often:
+            with replaced({linear: refits.own(name) for name, linear in linears.items()}):
+                Walk([Site(model, often)], refits, reduce)(forwards)
+        if once := {name: every[name] for name in every if name in {*before, *(given or {}), *linears} - often.keys()}:
+            whole = range(len(trials), 2 * len(trials)) if before else ()
+            with replaced({linear: refits.own(name) for name, linear in often.items()}):
+                Walk(find_sites(model, once, "layer"), refits, reduce, untouched=whole)(forwards * (2 if before else 1))
+    _warn_of(refits.left)
+    return {name: (own["weight"], own.get("bias")) for name, own in ((name, refits.own(name)) for name in linears)}
+
+
+def _check(model: nn.Module, kept: Mapping[str, Tensor], every: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The linears, in the order of the model's modules."""
+    for name, keep in kept.items():
+        if name not in every:
+            found = type(dict(model.named_modules()).get(name)).__name__.replace("NoneType", "nothing")
+            raise ValueError(f"kept: {name!r} is {found} in {type(model).__name__}, not an nn.Linear or Conv1D")
+        width = matrix_of(every[name])[0].shape[1]
+        if keep.dtype != torch.bool or keep.shape != (width,) or not keep.any():
+            raise ValueError(
+                f"kept[{name!r}] must be bool of shape [{width}] and keep an input at least, got {keep.dtype} of shape "
+                f"{list(keep.shape)}, {int(keep.sum())} kept"
+            )
+    if not kept:
+        raise ValueError("kept: no linear is named")
+    return {name: linear for name, linear in every.items() if name in kept}
+
+
+def _check_given(given: Given, every: Mapping[str, nn.Module], calls: Mapping[str, int], often: Collection[str]) -> None:
+    if unknown := [name for name in given if name not in every]:
+        raise ValueError(f"given: {unknown[0]!r} is no nn.Linear or Conv1D of the model")
+    for name, own in given.items():
+        sizes = {one: list(parameter.shape) for one, parameter in every[name].named_parameters()}
+        found = {one: list(value.shape) for one, value in own.items()}
+        if found != sizes:
+            raise ValueError(f"given[{name!r}] must be {sizes}, got {found}")
+    if several := [*often, *(name for name in given if calls[name] > 1)]:
+        raise ValueError(f"repair: {several[0]} is called several times in a run, so it cannot be compared with the whole model")
+
+
+def _check_batches(runs: int, repair: Repair, device: torch.device, reduce: Reduce | None) -> None:
+    counts = torch.tensor([runs, len(repair.chooses(runs))], device=device)
+    number, choosing = (counts if reduce is None else reduce(counts)).tolist()
+    if not choosing:
+        raise ValueError(f"batches: two on a rank are needed at least, as some are to choose the ridge; got {number} in all")
+
+
+def _warn_of(left: Mapping[str, bool]) -> None:
+    """Of linears that were not refitted."""
+    names = [name for name, is_left in left.items() if is_left]
+    if len(names) == len(left):
+        raise ValueError(f"batches: too few tokens that count for any refit; the first linear is {names[0]}")
+    if names:
+        what = f"{len(names)} linears, which are cut and not refitted: {', '.join(names)}"
+        warnings.warn(f"too few tokens have come to {what}", stacklevel=3)

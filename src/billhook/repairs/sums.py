@@ -1,0 +1,131 @@
+"""Which linears add to one and the same stream: seen in one run of the model, by where their outputs go.
+
+What a linear gives may first of all be added to something else, after no more than a dropout that is off or a cast; and that may
+be the very sum that another linear's output went into, as in a residual stream. No name and no architecture is asked for.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+
+from billhook.running.walk import Reduce
+
+ADD: frozenset[Any] = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
+SAME: frozenset[Any] = frozenset({dropout, torch.dropout, Tensor.to, Tensor.contiguous})
+
+
+@dataclass(frozen=True)
+class Linears:
+    """What a run shows of linears.
+
+    Attributes:
+        calls: How often each is called.
+        before: Of those whose output is added to something, the linear whose output went into that last; None if not known.
+    """
+
+    calls: dict[str, int]
+    before: dict[str, str | None]
+
+
+def seen(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Linears:
+    """Runs a model once, without gradients, and says what its linears do.
+
+    Args:
+        linears: The linears, by name.
+        run: Runs the model.
+    """
+    found = Linears(dict.fromkeys(linears, 0), {})
+
+    def mark(name: str, _: nn.Module, __: object, output: Tensor) -> Tensor:
+        found.calls[name] += 1
+        return _Marked.of(output, found.before, linear=name)
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, linear in linears.items():
+            stack.callback(linear.register_forward_hook(partial(mark, name)).remove)
+        run()
+    return found
+
+
+def agreed(shown: Sequence[Linears], names: Sequence[str], device: torch.device, reduce: Reduce | None) -> Linears:
+    """What all ranks have seen, of which some may have had no run; where they differ, nothing is known.
+
+    Args:
+        shown: What this rank has seen: one, or none.
+        names: The linears.
+        device: Where sums over ranks are made.
+        reduce: Sums over ranks.
+    """
+    if reduce is None:
+        return shown[0]
+    place: dict[str | None, int] = {None: 1} | {name: number for number, name in enumerate(names, 2)}
+    own = [[place[one.before[name]] if name in one.before else 0 for name in names] for one in shown] or [[0] * len(names)]
+    calls = [[one.calls[name] for name in names] for one in shown] or [[0] * len(names)]
+    rows = [calls[0], own[0], [number**2 for number in own[0]], [len(shown)] * len(names)]
+    totals = reduce(torch.tensor(rows, dtype=torch.int64, device=device)).tolist()
+    back = {number: name for name, number in place.items()}
+    before = {
+        name: back[total // ranks]
+        for name, total, squares, ranks in zip(names, *totals[1:], strict=True)
+        if total and ranks * squares == total**2
+    }
+    often = [-(-number // max(ranks, 1)) for number, ranks in zip(totals[0], totals[3], strict=True)]
+    return Linears(dict(zip(names, often, strict=True)), before)
+
+
+def followed(shown: Linears, wanted: set[str]) -> dict[str, str | None]:
+    """Of linears that add to one sum in turn, and of those that do so between two of them, which one has added there before.
+
+    What comes before the first of them is left out: it computes as ever. So are those that have a sum to themselves: nothing that
+    others have lost can be made up for there.
+
+    Args:
+        shown: What a run has shown.
+        wanted: The linears that are to change.
+    """
+    known = {name: last for name, last in shown.before.items() if shown.calls[name] == 1}
+    found: dict[str, str | None] = {}
+    for name in wanted & known.keys():
+        path = [name]
+        while (last := known.get(path[-1])) is not None and last in known and last not in path:
+            path.append(last)
+        while path[-1] not in wanted:
+            path.pop()
+        found |= dict(zip(path, [*path[1:], None], strict=True)) if len(path) > 1 else {}
+    return found
+
+
+class _Marked(Tensor):
+    """The output of a linear, or a sum that it went into; what is computed from it is a plain tensor but for the next sum."""
+
+    before: dict[str, str | None]
+    linear: str | None
+    total: str | None
+
+    @classmethod
+    def of(cls, tensor: Tensor, before: dict[str, str | None], linear: str | None = None, total: str | None = None) -> Self:
+        marked = tensor.as_subclass(cls)
+        marked.before, marked.linear, marked.total = before, linear, total
+        return marked
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            if not isinstance(result, Tensor):
+                return result
+            result = result.as_subclass(Tensor)
+        if func in SAME and isinstance(args[0], cls):
+            return cls.of(result, args[0].before, args[0].linear, args[0].total)
+        if func in ADD and not kwargs and len(args) == 2:
+            own, other = args if isinstance(args[0], cls) and args[0].linear else reversed(args)
+            if isinstance(own, cls) and own.linear and isinstance(other, Tensor) and other.shape == own.shape:
+                own.before[own.linear] = other.total if isinstance(other, cls) else None
+                return cls.of(result, own.before, total=own.linear)
+        return result

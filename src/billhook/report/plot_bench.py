@@ -1,0 +1,94 @@
+"""How fast models are over contexts, and their speed-up beside the ideal one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from billhook.report.speed import Row, spread
+
+COLOURS = ("#1f5f8b", "#b03a2e", "#3c8d40", "#8e5ea2", "#d0812a", "#5a5a5a")
+MARKERS = "os^Dvx*"
+
+
+def plot_bench(rows: Sequence[Row], names: Sequence[str]) -> Any:  # noqa: ANN401 - matplotlib has no types
+    """Draws tokens per second over contexts for each phase; of several models also the speed-up, the ideal one dashed.
+
+    Bars are quartiles. A colour is a model, a marker a batch size.
+
+    Args:
+        rows: What `measure_speed` gives.
+        names: Of the models.
+
+    Returns:
+        A matplotlib figure; `savefig` writes it.
+    """
+    from matplotlib.figure import Figure  # slow to import, and needed once
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    phases = list(dict.fromkeys(row.phase for row in rows))
+    wide = 2 if len(names) > 1 else 1
+    figure = Figure(figsize=(1 + 4.5 * wide, 0.8 + 3.2 * len(phases)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(phases), wide, squeeze=False)
+    for phase, (speeds, *others) in zip(phases, panels, strict=True):
+        _draw_speeds(speeds, [row for row in rows if row.phase == phase], names)
+        speeds.set(title=phase, ylabel="tokens per second", yscale="log")
+        speeds.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        speeds.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        for axes in others:
+            _draw_ratios(axes, [row for row in rows if row.phase == phase and row.model])
+            axes.set(title=f"{phase} against {names[0]}, dashed: ideal", ylabel="times as fast", ylim=(0, None))
+    for axes in panels.flat:
+        _dress(axes, sorted({row.context for row in rows}))
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    return figure
+
+
+def _curves(rows: Sequence[Row]) -> list[tuple[list[Row], dict[str, Any]]]:
+    """Rows of each model and batch size, by context, and how they are drawn."""
+    batches = sorted({row.batch_size for row in rows})
+    found = dict[tuple[int, int], list[Row]]()
+    for row in sorted(rows, key=lambda row: row.context):
+        found.setdefault((row.model, row.batch_size), []).append(row)
+    return [
+        (own, {"color": COLOURS[model % len(COLOURS)], "marker": MARKERS[batches.index(batch) % len(MARKERS)], "markersize": 4})
+        for (model, batch), own in sorted(found.items())
+    ]
+
+
+def _draw_speeds(axes: Any, rows: Sequence[Row], names: Sequence[str]) -> None:  # noqa: ANN401
+    for own, style in _curves(rows):
+        tokens = [row.tokens_per_second * row.median for row in own]
+        low, high = ([done / spread(row.seconds)[i] for done, row in zip(tokens, own, strict=True)] for i in (1, 0))
+        label = f"{names[own[0].model]}, batch {own[0].batch_size}"
+        _bars(axes, own, [row.tokens_per_second for row in own], low, high, style | {"label": label})
+
+
+def _draw_ratios(axes: Any, rows: Sequence[Row]) -> None:  # noqa: ANN401
+    for own, style in _curves(rows):
+        low, high = ([spread(row.ratios)[i] for row in own] for i in (0, 1))
+        _bars(axes, own, [row.speed_up for row in own], low, high, style)
+        ideal = [(row.context, row.ideal) for row in own if row.ideal is not None]
+        if ideal:
+            axes.plot(*zip(*ideal, strict=True), **style, linestyle="--", linewidth=1, markerfacecolor="none")
+    axes.axhline(1, color="0.6", linewidth=0.8, zorder=1)
+
+
+def _bars(
+    axes: Any,  # noqa: ANN401
+    rows: Sequence[Row],
+    values: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    style: dict[str, Any],
+) -> None:
+    down = [max(value - least, 0) for value, least in zip(values, low, strict=True)]
+    up = [max(most - value, 0) for value, most in zip(values, high, strict=True)]
+    axes.errorbar([row.context for row in rows], values, yerr=[down, up], capsize=2, linewidth=1.4, **style)
+
+
+def _dress(axes: Any, contexts: Sequence[int]) -> None:  # noqa: ANN401
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axes.minorticks_off()
+    axes.set_xlabel("context, tokens")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)

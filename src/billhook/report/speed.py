@@ -1,0 +1,288 @@
+"""How fast models read prompts and decode, side by side: cell by cell in interleaved rounds, and what would be ideal."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median, quantiles
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from billhook.model.meta import to_meta
+from billhook.report.generation import CacheKind, Generation, cache_name, generates
+from billhook.report.peak import Peak
+
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one model took for one phase at one batch size and context.
+
+    Attributes:
+        model: Its number among the models; 0 is the reference.
+        phase: "prefill": all prompts in one go. "decode": a step, which gives each sequence a token.
+        batch_size: Sequences.
+        context: Tokens of each prompt.
+        seconds: Of each round: seconds of the whole prefill, or of a step, the mean over the steps of the round.
+        ratios: Of each round: the reference's seconds over the model's; above 1 is faster.
+        weight_bytes: Bytes of the weights that a step reads.
+        cache_bytes: Bytes of the key/value cache, the sum over the tensors that it holds; 0 where there is none.
+        cache_tokens: Tokens of each sequence that it has room for.
+        flops: Floating-point operations of the prefill, attention as a whole square; None where the model cannot run on meta
+            tensors.
+        ideal: The speed-up that would be ideal against the reference; None where it is not known.
+        peak_bytes: The most memory taken: weights, cache, and what the phase needed beside; None where it cannot be measured.
+    """
+
+    model: int
+    phase: Phase
+    batch_size: int
+    context: int
+    seconds: tuple[float, ...]
+    ratios: tuple[float, ...]
+    weight_bytes: int
+    cache_bytes: int
+    cache_tokens: int
+    flops: int | None
+    ideal: float | None
+    peak_bytes: int | None
+
+    @property
+    def median(self) -> float:
+        """Seconds of the median round."""
+        return median(self.seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens that are read, or said, in a second of the median round."""
+        return self.batch_size * (self.context if self.phase == "prefill" else 1) / self.median
+
+    @property
+    def cache_bytes_per_token(self) -> float:
+        """Bytes by which each token of a sequence makes the cache grow; exact where all layers attend to all tokens."""
+        return self.cache_bytes / (self.batch_size * self.cache_tokens) if self.cache_bytes else 0.0
+
+    @property
+    def speed_up(self) -> float:
+        """The median of the ratios."""
+        return median(self.ratios)
+
+    @property
+    def share(self) -> float | None:
+        """The speed-up over the ideal one."""
+        return None if self.ideal is None else self.speed_up / self.ideal
+
+    @property
+    def rate(self) -> float | None:
+        """Bytes that a step moves, or operations of the prefill, per second of the median round."""
+        done = self.flops if self.phase == "prefill" else self.weight_bytes + self.cache_bytes
+        return None if done is None else done / self.median
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, with the properties."""
+        names = ("median", "tokens_per_second", "cache_bytes_per_token", "speed_up", "share", "rate")
+        return asdict(self) | {name: getattr(self, name) for name in names}
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third quartile."""
+    first, _, third = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    return first, third
+
+
+@torch.inference_mode()
+def measure_speed(
+    models: Sequence[PreTrainedModel],
+    batch_sizes: Sequence[int] = (1, 16),
+    contexts: Sequence[int] = (512, 2048),
+    new_tokens: int = 16,
+    rounds: int = 5,
+    warmup: int = 1,
+    cache: CacheKind = "static",
+    phases: Sequence[Phase] = ("prefill", "decode"),
+    seed: int = 0,
+    tell: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """Measures prefill and decoding of models in interleaved rounds: each round measures every model once, in turning order.
+
+    What disturbs a machine for a while thus disturbs all models alike; of each round the ratio to the reference is taken, and of
+    the ratios the median. Prompts are random tokens; the first `warmup` rounds of each cell are not kept.
+
+    The ideal speed-up is the ratio of what the reference and the model must do. Of decoding, which memory bounds: bytes moved in
+    a step, that is all weights once (embedding tables that are only looked up apart) and the cache of all sequences. Of prefill,
+    which arithmetic bounds: floating-point operations. All experts of a mixture count as read.
+
+    Args:
+        models: The first is the reference. They stay as they are, and must be in eval mode.
+        batch_sizes: Sequences at once.
+        contexts: Tokens of each prompt.
+        new_tokens: Tokens decoded after the prompt in each round.
+        rounds: Rounds of each phase and cell.
+        warmup: Rounds before these.
+        cache: How the key/value cache is kept: see `Generation`.
+        phases: What is measured. For "decode" alone, one prompt is read in each cell, and stands for all sequences: see
+            `Generation.fill`.
+        seed: Of the prompts.
+        tell: Called after each measurement.
+
+    Returns:
+        Rows by batch size, context, phase and model; none of "decode" where one of the models predicts no next token.
+
+    Raises:
+        ValueError: If an argument is not legal, before anything is run.
+    """
+    check_speed(models, batch_sizes, contexts, new_tokens, rounds, warmup, cache, phases)
+    rows = list[Row]()
+    for batch_size in batch_sizes:
+        for context in contexts:
+            made = [Generation(one, _prompts(one, batch_size, context, seed), new_tokens, cache) for one in models]
+            if "prefill" in phases:
+                rows += _rows(made, "prefill", _rounds(made, rounds, warmup, Generation.start, Generation.prefill, tell))
+            elif all(map(generates, models)):
+                for one in made:
+                    one.fill()
+            if "decode" in phases and all(map(generates, models)):
+                rows += _rows(made, "decode", _rounds(made, rounds, warmup, Generation.rewind, Generation.decode, tell))
+    return rows
+
+
+def check_speed(
+    models: Sequence[PreTrainedModel],
+    batch_sizes: Sequence[int],
+    contexts: Sequence[int],
+    new_tokens: int,
+    rounds: int,
+    warmup: int,
+    cache: CacheKind,
+    phases: Sequence[Phase],
+) -> None:
+    """Refuses what cannot be measured.
+
+    Raises:
+        ValueError: With the argument, what came and what is legal.
+    """
+    if not models:
+        raise ValueError("models: at least one is needed")
+    lists = {"batch_sizes": (batch_sizes, 1), "contexts": (contexts, 2), "new_tokens": ([new_tokens], 1)}
+    for name, (values, least) in (lists | {"rounds": ([rounds], 1), "warmup": ([warmup], 0)}).items():
+        if not values or min(values) < least:
+            raise ValueError(f"{name}={values} must be at least {least}, and at least one number")
+    for name, given, legal in (("cache", [cache], get_args(CacheKind)), ("phases", phases, get_args(Phase))):
+        if not given or not set(given) <= set(legal):
+            raise ValueError(f"{name}={given} must be of {', '.join(legal)}")
+    for number, model in enumerate(models):
+        tokens = max(contexts) + (new_tokens if generates(model) else 0)
+        _check_model(model, f"models: number {number}, a {type(model).__name__},", tokens)
+    if list(phases) == ["decode"] and not all(map(generates, models)):
+        raise ValueError("phases=['decode'] needs models that all predict next tokens")
+
+
+def _check_model(model: PreTrainedModel, name: str, tokens: int) -> None:
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"{name} reads {model.main_input_name}; one that reads input_ids is needed")
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} has an encoder and a decoder; a decoder alone or an encoder alone is needed")
+    if generates(model) and cache_name(model) is None:
+        raise ValueError(f"{name} takes none of transformers' caches, so that there is no incremental decoding to be measured")
+    if model.training:
+        raise ValueError(f"{name} is in training mode, with dropout: call model.eval() first")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and tokens > longest:
+        raise ValueError(f"contexts and new_tokens: {name} reads {longest} tokens at once, fewer than {tokens}")
+
+
+def _prompts(model: PreTrainedModel, batch_size: int, context: int, seed: int) -> Tensor:
+    """Random tokens, `[batch_size, context]`, the same for all models of one vocabulary."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (batch_size, context), generator=torch.Generator().manual_seed(seed))
+    return ids.to(model.device)
+
+
+def _rounds(
+    made: Sequence[Generation],
+    rounds: int,
+    warmup: int,
+    before: Callable[[Generation], object],
+    work: Callable[[Generation], object],
+    tell: Callable[[], None],
+) -> list[list[tuple[float, int | None]]]:
+    """Of each model and round: seconds of the work, and the most bytes that were taken."""
+    found: list[list[tuple[float, int | None]]] = [[] for _ in made]
+    for number in range(warmup + rounds):
+        order = range(len(made)) if number % 2 == 0 else reversed(range(len(made)))
+        for index in order:
+            one = made[index]
+            before(one)
+            held = _bytes(one.model.parameters()) + _bytes(one.tensors)
+            with Peak(one.model.device) as peak:
+                seconds = _seconds(one, work)
+            found[index].append((seconds, None if peak.rise is None else held + peak.rise))
+            tell()
+    return [own[warmup:] for own in found]
+
+
+def _seconds(one: Generation, work: Callable[[Generation], object]) -> float:
+    _wait(one.model.device)
+    began = time.perf_counter()
+    work(one)
+    _wait(one.model.device)
+    return time.perf_counter() - began
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _rows(made: Sequence[Generation], phase: Phase, times: Sequence[Sequence[tuple[float, int | None]]]) -> list[Row]:
+    steps = made[0].new_tokens if phase == "decode" else 1
+    rows = list[Row]()
+    for number, (one, own) in enumerate(zip(made, times, strict=True)):
+        seconds = tuple(taken / steps for taken, _ in own)
+        ratios = tuple(first / taken for first, taken in zip(rows[0].seconds if rows else seconds, seconds, strict=True))
+        batch_size, context = one.ids.shape
+        flops = _flops(one.model, context) if phase == "prefill" else None
+        weights, cache = _read(one.model), _bytes(one.tensors)
+        row = Row(
+            model=number, phase=phase, batch_size=batch_size, context=context, seconds=seconds, ratios=ratios,
+            weight_bytes=weights, cache_bytes=cache, cache_tokens=one.cached_tokens, flops=flops and batch_size * flops,
+            ideal=None, peak_bytes=max((taken for _, taken in own if taken is not None), default=None),
+        )  # fmt: skip
+        rows.append(replace(row, ideal=_ideal(rows[0] if rows else row, row)))
+    return rows
+
+
+def _ideal(first: Row, row: Row) -> float | None:
+    if row.phase == "prefill":
+        return first.flops / row.flops if first.flops and row.flops else None
+    return (first.weight_bytes + first.cache_bytes) / (row.weight_bytes + row.cache_bytes)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(one.numel() * one.element_size() for one in tensors)
+
+
+def _read(model: PreTrainedModel) -> int:
+    """Bytes of the weights that a step reads: all but tables of which a few rows are looked up."""
+    looked_up = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    used = {id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    return _bytes(p for p in model.parameters() if id(p) in used or id(p) not in looked_up)
+
+
+def _flops(model: PreTrainedModel, context: int) -> int | None:
+    """Operations of the prefill of one prompt, counted on meta tensors; None where the model does not run there."""
+    try:
+        shadow = to_meta(model)
+        configs = [c for m in shadow.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)]
+        for config in configs:
+            config._experts_implementation = "batched_mm"  # the others ask how many tokens each expert gets
+        shadow.config.pad_token_id = None  # code that looks for padding asks for values
+        with FlopCounterMode(display=False) as counter:
+            Generation(shadow, torch.zeros(1, context, dtype=torch.long, device="meta"), 0, "dynamic").prefill()
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError):
+        return None
+    return int(counter.get_total_flops())

@@ -1,0 +1,136 @@
+"""What a model is and what was done to it: a summary, and the table before and after."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from billhook.kv_heads.scope import heads_of
+from billhook.model.figures import figures_of
+from billhook.model.find import find_transformer
+from billhook.running.shards import is_sharded, reshard, sizes_only, whole
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a model weighs.
+
+    Attributes:
+        model: The model's class.
+        params: Parameters; tied ones count once.
+        zeros: Parameters that are exactly zero.
+        bytes: Bytes of all parameters.
+        query_heads: Query heads of a layer, where all layers have the same number.
+        kv_heads: Key/value heads of a layer, where all layers have the same number.
+        kv_cache_bytes: Bytes that the key/value cache grows by with each token, in the dtype of the weights.
+        flops: Floating-point operations of the forward pass, per token, at `context` tokens.
+        context: Tokens for which `flops` holds.
+    """
+
+    model: str
+    params: int
+    zeros: int
+    bytes: int
+    query_heads: int | None
+    kv_heads: int | None
+    kv_cache_bytes: int | None
+    flops: int | None
+    context: int
+
+    def numbers(self) -> dict[str, Any]:
+        """What changes when a model is pruned or converted."""
+        return {key: getattr(self, key) for key in ("params", "zeros", "kv_cache_bytes", "flops")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        rows = [
+            ("model", self.model),
+            ("parameters", f"{self.params:,}"),
+            ("zeros", f"{self.zeros:,} ({self.zeros / max(self.params, 1):.1%})"),
+            ("size of the weights", f"{self.bytes / 1e6:,.1f} MB"),
+            ("query heads / KV heads", f"{self.query_heads or '?'} / {self.kv_heads or '?'}"),
+            ("KV cache per token", "unknown" if self.kv_cache_bytes is None else f"{self.kv_cache_bytes:,} bytes"),
+            (f"forward FLOPs per token at {self.context}", "unknown" if self.flops is None else f"{self.flops:,}"),
+        ]
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+def summary(model: nn.Module) -> Summary:
+    """What a model weighs: parameters, zeros, KV-cache bytes per token and FLOPs, the last two from a run on meta tensors.
+
+    Where the model is sharded over ranks, all of them ask together.
+
+    Args:
+        model: A Hugging Face model, or a module that holds one.
+    """
+    model = find_transformer(model)
+    reshard(model)
+    zeros = sum(int(whole((p == 0).sum())) for p in model.parameters() if not p.is_meta)
+    with sizes_only(model) if is_sharded(model) else nullcontext():
+        figures, name = figures_of(model), type(model).__name__
+        query_heads, kv_heads = heads_of(model)
+    return Summary(
+        model=name,
+        params=figures.params,
+        zeros=zeros,
+        bytes=figures.bytes,
+        query_heads=query_heads,
+        kv_heads=kv_heads,
+        kv_cache_bytes=figures.kv_cache_bytes,
+        flops=figures.flops,
+        context=figures.context,
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table: what the model was at some point of the run.
+
+    Attributes:
+        name: What the point is called.
+        step: The optimizer step.
+        numbers: Measured values by name.
+    """
+
+    name: str
+    step: int
+    numbers: dict[str, float | None]
+
+
+def table(stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric: str | None = None) -> str:
+    """The stages as rows, their numbers as columns (`metric` too, if it is none of the usual ones), and notes below."""
+    columns = {
+        "perplexity": "val_perplexity",
+        "accuracy": "val_accuracy",
+        "loss": "val_loss",
+        "parameters": "params",
+        "KV-cache bytes/token": "kv_cache_bytes",
+    }
+    if metric is not None and metric not in columns.values():
+        columns = {metric: metric} | columns
+    shown = {head: key for head, key in columns.items() if any(stage.numbers.get(key) is not None for stage in stages)}
+    if next(iter(shown), None) not in ("loss", "parameters"):
+        shown.pop("loss", None)
+    rows = [["", "step", *shown]]
+    rows += [[stage.name, str(stage.step), *(_number(stage.numbers.get(key)) for key in shown.values())] for stage in stages]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    label_width = max((len(label) for label, _ in notes), default=0)
+    return "\n".join([*lines, *([""] if notes else []), *(f"{label:<{label_width}}  {text}" for label, text in notes)])
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"

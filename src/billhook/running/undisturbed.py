@@ -1,0 +1,74 @@
+"""What torch and a model keep that others set, and that calibration must neither depend on nor change."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Ambient:
+    """What torch keeps for a whole thread, although each run sets it for itself; by default, what arithmetic needs.
+
+    Attributes:
+        gradients: Whether gradients are recorded.
+        dtype: The default dtype.
+        precision: Of products of float32 matrices.
+        autocast: For each kind of device, whether there is autocast, and to which dtype.
+    """
+
+    gradients: bool = False
+    dtype: torch.dtype = torch.float32
+    precision: str = "highest"
+    autocast: tuple[tuple[str, bool, torch.dtype | None], ...] = ()
+
+    @classmethod
+    def now(cls) -> "Ambient":
+        """What is set now."""
+        kinds = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _kinds()]
+        return cls(torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_float32_matmul_precision(), tuple(kinds))
+
+    def restore(self) -> None:
+        """Sets it again."""
+        torch.set_grad_enabled(self.gradients)
+        torch.set_default_dtype(self.dtype)
+        torch.set_float32_matmul_precision(self.precision)
+        for kind, enabled, dtype in self.autocast or [(kind, False, None) for kind in _kinds()]:
+            torch.set_autocast_enabled(kind, enabled)
+            if dtype is not None:
+                torch.set_autocast_dtype(kind, dtype)
+
+
+def _kinds() -> set[str]:
+    accelerator = torch.accelerator.current_accelerator()
+    return {"cpu"} if accelerator is None else {"cpu", accelerator.type}
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients, key-value cache or compiled code; modes, random numbers, configs are as before afterwards."""
+    with resting(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def resting(model: nn.Module) -> Iterator[None]:
+    """Evaluation without dropout, key-value cache or compiled code; modes, random numbers, configs are as before afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    configs: dict[int, Any] = {id(m.config): m.config for m in modes if getattr(getattr(m, "config", None), "use_cache", False)}
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
+    kind = next((device.type for device in devices), "cuda")
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        model.eval()
+        with torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for config in configs.values():
+            config.use_cache = True

@@ -1,0 +1,281 @@
+"""Runs a model on all batches side by side: each rests at every site until all have been there, and then all go on.
+
+A site is a module whose linears are pruned together: a block, one linear, or the whole model. Every run is the model's own
+forward, in a greenlet of its own, so that masks, rotary embeddings, states of an encoder and whatever else one block hands to the
+next are what the model makes of them; nothing is replayed.
+"""
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from greenlet import greenlet
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.pytorch_utils import Conv1D
+
+from billhook.running.undisturbed import Ambient
+
+Sequential = Literal["block", "layer", "none"]
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all ranks, in place."""
+
+
+@dataclass(eq=False)
+class Site:
+    """A module whose linears are pruned together, or one before which all runs wait for one another.
+
+    Attributes:
+        module: The module.
+        linears: Its linears by name; of one that is only waited at, none.
+        once: Whether each of them is called exactly once, as far as the first run has shown; None before that.
+    """
+
+    module: nn.Module
+    linears: dict[str, nn.Module]
+    once: bool | None = None
+
+
+class Visitor(Protocol):
+    """What is done on the way."""
+
+    def observe(self, name: str, inputs: Tensor, run: int) -> None:
+        """A run has called a linear of a site that is not complete."""
+
+    def complete(self, site: Site) -> None:
+        """All runs that come to a site with linears, on any rank, have been there."""
+
+    def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
+        """What a complete site computes with from now on: linear -> its parameters that are new, by their name in it."""
+
+
+class _Seen(BaseException):
+    """All linears of a site have been called; the rest of its forward would be for nothing."""
+
+
+def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: Sequential, gates: bool = False) -> list[Site]:
+    """Where runs rest: at blocks and at linears outside of them, at every linear, or nowhere but at the end.
+
+    Blocks are the elements of outermost module lists of which two or more hold linears.
+
+    Args:
+        model: The model.
+        linears: Those to prune, by name, in the order of the model's modules.
+        sequential: "block", "layer" or "none".
+        gates: Whether all runs leave a block before one enters the next, also where they rest within.
+    """
+    if sequential == "none":
+        return [Site(model, dict(linears))]
+    of: dict[nn.Module, Site] = {}
+    blocks = list(_blocks(model, set(linears.values())))
+    owner = {module: block for block in blocks for module in block.modules()}
+    for name, linear in linears.items():
+        block = owner.get(linear, linear)
+        if gates:
+            of.setdefault(block, Site(block, {}))
+        module = block if sequential == "block" else linear
+        of.setdefault(module, Site(module, {})).linears[name] = linear
+    return list(of.values())
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model, as `find_sites` knows them, of all linear layers."""
+    return list(_blocks(model, {module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}))
+
+
+def _blocks(module: nn.Module, linears: set[nn.Module]) -> Iterator[nn.Module]:
+    children = list(module.children())
+    holding = [child for child in children if not linears.isdisjoint(child.modules())]
+    runs = not any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in children)
+    if runs and isinstance(module, nn.ModuleList | nn.Sequential) and len(holding) > 1:
+        yield from children
+        return
+    for child in children:
+        yield from _blocks(child, linears)
+
+
+class Walk:
+    """The runs, side by side.
+
+    The visitor is called without autocast, with float32 as the default dtype and its products in full, whatever the runs or the
+    caller have set.
+
+    Args:
+        sites: Where they rest.
+        visitor: What is done there.
+        reduce: Sums over ranks, where each rank has runs of its own: all then complete the same sites in the same order, also
+            those that no run of their own comes to.
+        keep: Is told what a run keeps while it waits for others: the arguments of a site's forward.
+        untouched: The numbers of runs that go all the way with the old parameters, for comparison.
+        around: What a site's module needs while runs are in it; by default nothing.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        visitor: Visitor,
+        reduce: Reduce | None = None,
+        keep: Callable[[object], None] | None = None,
+        untouched: Collection[int] = (),
+        around: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.sites, self.visitor, self.reduce, self.keep = list(sites), visitor, reduce, keep
+        self.untouched, self.around = untouched, around
+        self.complete: set[Site] = set()
+        self._watched: Site | None = None
+        self._calls: list[str] = []
+        self._run = 0
+        self._ready: tuple[Site | None, dict[str, dict[str, Tensor]]] = (None, {})
+        self._caller = Ambient.now()
+
+    def __call__(self, forwards: Iterable[Callable[[], object]]) -> list[str]:
+        """Goes all the way.
+
+        Args:
+            forwards: One forward each of the model.
+
+        Returns:
+            The linears that no run has called.
+        """
+        self._main, self._caller = greenlet.getcurrent(), Ambient.now()
+        runs = [greenlet(forward) for forward in forwards]
+        try:
+            with self._installed():
+                self._go(runs)
+        finally:
+            for run in runs:
+                run.throw()
+            torch.clear_autocast_cache()
+            self._caller.restore()
+        return [name for site in self.sites if site not in self.complete for name in site.linears]
+
+    def _go(self, runs: Sequence[greenlet]) -> None:
+        at = {run: self._resume(number, run) for number, run in enumerate(runs)}
+        while (here := self._next(set(at.values()))) is not None:
+            arrived = [number for number, run in enumerate(runs) if at[run] is here]
+            if here.linears:
+                with self.around(here.module):
+                    for number in arrived:
+                        self._resume(number, runs[number])
+                self.visitor.complete(here)
+                torch.clear_autocast_cache()
+            self.complete.add(here)
+            self._ready = (None, {})
+            if len(self.complete) == len(self.sites):
+                return
+            with self.around(here.module):
+                for number in arrived:
+                    at[runs[number]] = self._resume(number, runs[number])
+
+    def _next(self, waiting: set[Site | None]) -> Site | None:
+        """The first site at which a run waits, on any rank; None if all runs have ended."""
+        if self.reduce is None:
+            return next((site for site in self.sites if site in waiting), None)
+        flags = torch.tensor(
+            [float(site in waiting) for site in self.sites], device=next(self.sites[0].module.parameters()).device
+        )
+        first = self.reduce(flags).nonzero().flatten().tolist()
+        return self.sites[first[0]] if first else None
+
+    def _resume(self, number: int, run: greenlet) -> Site | None:
+        """Lets a run go on, to where it rests next; None if that is its end."""
+        self._run = number
+        self._caller.restore()
+        site: Site = run.switch()
+        Ambient().restore()
+        return None if run.dead else site
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        """Takes the place of the sites' forwards, and listens to linears."""
+        with ExitStack() as stack:
+            for site in self.sites:
+                own = vars(site.module)
+                before = own.get("forward")
+                own["forward"] = partial(self._visit, site, site.module.forward)
+                if before is None:
+                    stack.callback(own.pop, "forward")
+                else:
+                    stack.callback(own.__setitem__, "forward", before)
+                for name, linear in site.linears.items():
+                    hook = partial(self._listen, site, name)
+                    stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def _visit(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """A site's forward: when all are here, with the weights as they are, to see; when all have seen, with the new ones."""
+        if site not in self.complete:
+            own = Ambient.now()
+            if self.keep is not None:
+                self.keep((args, kwargs))
+            self._main.switch(site)
+            own.restore()
+            if site.linears:
+                self._see(site, forward, args, kwargs)
+                self._main.switch(site)
+                own.restore()
+        with nullcontext() if self._run in self.untouched else self._pruned(site):
+            return forward(*args, **kwargs)
+
+    def _see(self, site: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ANN401
+        self._watched, self._calls = site, []
+        try:
+            if site.module in site.linears.values():
+                self._listen(site, next(iter(site.linears)), site.module, args, kwargs)
+            else:
+                forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
+        except _Seen:
+            pass
+        finally:
+            self._watched = None
+        if site.once is None:
+            site.once = sorted(self._calls) == sorted(site.linears)
+
+    def _listen(self, site: Site, name: str, linear: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
+        if self._watched is not site:
+            return
+        own = Ambient.now()
+        Ambient().restore()
+        try:
+            self.visitor.observe(name, args[0] if args else kwargs["input"], self._run)
+        finally:
+            own.restore()
+        self._calls.append(name)
+        if site.once and len(self._calls) == len(site.linears):
+            raise _Seen
+
+    @contextmanager
+    def _pruned(self, site: Site) -> Iterator[None]:
+        """The new parameters in the place of the old ones, which come back."""
+        if self._ready[0] is not site:
+            self._ready = (site, self.visitor.parameters(site))
+        with replaced({site.linears[name]: new for name, new in self._ready[1].items()}):
+            yield
+
+
+@contextmanager
+def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
+    """Other values in the place of modules' own parameters, which come back.
+
+    Args:
+        new: By module, its parameters that are to be others, by their name in it.
+    """
+    pairs = [(module.get_parameter(name), value) for module, own in new.items() for name, value in own.items()]
+    old = [parameter.data for parameter, _ in pairs]
+    try:
+        for parameter, value in pairs:
+            parameter.data = value
+        yield
+    finally:
+        for (parameter, _), value in zip(pairs, old, strict=True):
+            parameter.data = value
+
+
+def spare(value: Any) -> Any:  # noqa: ANN401
+    """A key-value cache that may be written to, in the place of the one that the forward proper is to fill."""
+    return copy.deepcopy(value) if isinstance(value, Cache) else value

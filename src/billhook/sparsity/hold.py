@@ -1,0 +1,148 @@
+"""Masks that are held: pruned weights are zero after every step of an optimizer."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from billhook.adapters.masked import mask_adapters, unmask_adapters
+from billhook.model.linears import prunable
+from billhook.running.shards import local, reshard, sharded_as, whole
+
+
+class Hold:
+    """Keep-masks of a model's linears, one byte a weight, and the hooks that hold them.
+
+    Attributes:
+        masks: By linear, bool, as the weights lie in memory, and sharded as they are.
+    """
+
+    def __init__(self) -> None:
+        self.masks: dict[str, Tensor] = {}
+        self._models: list[nn.Module] = []
+        self._linears: list[dict[str, nn.Module]] = []
+        self._weights: dict[str, nn.Parameter] = {}
+        self._adapted: Collection[str] = ()
+        self._hooks: list[RemovableHandle] = []
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        copies: Sequence[nn.Module] = (),
+        adapted: Collection[str] = (),
+    ) -> None:
+        """Holds from now on: in the model after each step of these optimizers, and in averaged copies of it.
+
+        Args:
+            model: The model in training.
+            optimizers: Those that step it.
+            copies: Averaged copies of it.
+            adapted: Linears whose adapters are masked too, and are not before there are masks.
+
+        Raises:
+            ValueError: If the masks are of another model.
+        """
+        self._let_go()
+        self._models, self._adapted = [model, *copies], adapted
+        for one in self._models if adapted else ():
+            unmask_adapters(one, adapted)
+        self.hold(self.masks)
+        self._hooks = [optimizer.register_step_post_hook(self._step) for optimizer in optimizers]
+
+    def hold(self, masks: Mapping[str, Tensor], change: Callable[[], None] | None = None) -> None:
+        """Takes other masks, and applies them.
+
+        Args:
+            masks: Keep-masks by linear.
+            change: A change of the weights that goes with them; if it fails, the masks before are held.
+
+        Raises:
+            ValueError: If the masks are of another model.
+        """
+        for model in self._models:
+            reshard(model)
+        linears = [prunable(model, output_embeddings=True) for model in self._models]
+        own = linears[0]
+        for name, mask in masks.items():
+            if name not in own or own[name].weight.shape != mask.shape:
+                raise ValueError(f"the masks are of another model: it has no {name} of shape {list(mask.shape)}")
+        before = self._linears, self.masks
+        self._linears = linears
+        self.masks = {name: sharded_as(mask, own[name].get_parameter("weight")).contiguous() for name, mask in masks.items()}
+        try:
+            if change is not None:
+                change()
+        except BaseException:
+            self._linears, self.masks = before
+            raise
+        self._weights = {name: own[name].get_parameter("weight") for name in self.masks}
+        self.apply()
+        own_masks = {name: self.masks[name] for name in self._adapted if name in self.masks}
+        for model in self._models if own_masks else ():
+            mask_adapters(model, own_masks)
+
+    def follow(self) -> None:
+        """Takes the shape that the model has been given: of weights that are new, what is zero stays zero, and no more."""
+        if not self.masks or not self._models:
+            return
+        of, masks = {id(weight): self.masks[name] for name, weight in self._weights.items()}, dict[str, Tensor]()
+        for name, linear in prunable(self._models[0], output_embeddings=True).items():
+            weight = linear.get_parameter("weight")
+            if id(weight) in of:  # the same, perhaps in another place
+                masks[name] = of[id(weight)]
+            elif name in self.masks:
+                masks[name] = weight.detach() != 0
+        self.hold(masks)
+
+    def apply(self) -> None:
+        """Makes zero what the masks say, in the model and in its copies."""
+        for model, linears in zip(self._models, self._linears, strict=False) if self.masks else ():
+            reshard(model)
+            weights = [linears[name].get_parameter("weight").data for name in self.masks]
+            _mask(weights, [mask.to(weight.device) for mask, weight in zip(self.masks.values(), weights, strict=True)])
+
+    def detach(self) -> None:
+        """Applies the masks a last time and lets go of model and optimizers; the masks stay."""
+        self.apply()
+        self._let_go()
+
+    def clear(self) -> None:
+        """Forgets the masks."""
+        self.masks = {}
+
+    def _let_go(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._models, self._linears, self._weights = [], [], [], {}
+
+    def _step(self, *_: object) -> None:
+        for model in self._models[:1]:
+            reshard(model)
+        own = {name: self._linears[0][name].get_parameter("weight") for name in self.masks} if self._linears else {}
+        moved = [name for name, weight in own.items() if weight.requires_grad or weight.grad is not None]
+        if moved:
+            _mask([own[name].data for name in moved], [self.masks[name] for name in moved])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The masks, one bit a weight."""
+        return {
+            name: {"shape": list(mask.shape), "bits": torch.from_numpy(np.packbits(whole(mask).cpu().numpy()))}
+            for name, mask in self.masks.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Masks that were saved."""
+        self.masks = {}
+        for name, saved in state.items():
+            bits = np.unpackbits(saved["bits"].cpu().numpy(), count=int(np.prod(saved["shape"])))
+            self.masks[name] = torch.from_numpy(bits.view(np.bool_)).view(saved["shape"])
+
+
+def _mask(weights: list[Tensor], masks: list[Tensor]) -> None:
+    """Multiplies by the masks, in place: read as the bytes 0 and 1, which takes a third of the time that bool does."""
+    torch._foreach_mul_([local(weight) for weight in weights], [local(mask).view(torch.uint8) for mask in masks])

@@ -1,1 +1,0 @@
-"""Tensors become smaller, or are pooled."""

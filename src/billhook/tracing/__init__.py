@@ -1,0 +1,1 @@
+"""Finds which dimensions of which parameters are one axis, from one run on meta tensors."""

@@ -1,0 +1,298 @@
+"""Axis algebra: a dimension that several tensors share, and how it is made of smaller ones.
+
+An axis is a leaf, a *product* (row-major factors: heads x head_dim) or a *sum* (consecutive segments: q | k | v). `cut`, `split`
+and `unify` refine leaves in place, so that whoever holds a leaf sees what became of it. Each axis says of every position which
+index of which leaves it is (`layout`); `unify` makes two axes say the same, merging and refining no more than that takes.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from billhook.model.handed import Indices
+
+Op = Literal["leaf", "product", "sum"]
+
+_numbers = itertools.count()
+
+
+class Irregular(Exception):
+    """Two axes cannot be cut into common regular pieces."""
+
+
+class Axis:
+    """A dimension: its size, what it is made of, and notes (a flag, and the reason for it) on what happens along it.
+
+    Args:
+        size: How many positions it has.
+        op: How the parts make it up.
+        parts: The factors of a product, outermost first, or the segments of a sum in their order; a leaf has none.
+        notes: Flags, each with its reason.
+    """
+
+    __slots__ = ("_same", "notes", "number", "op", "parts", "size")
+
+    def __init__(self, size: int, op: Op = "leaf", parts: Sequence["Axis"] = (), notes: dict[str, str] | None = None) -> None:
+        self.size, self.op, self.parts = int(size), op, list(parts)
+        self.notes = dict(notes or {})
+        self.number = next(_numbers)
+        self._same: Axis | None = None
+
+    def __repr__(self) -> str:
+        axis = find(self)
+        if axis.op == "leaf":
+            return f"a{axis.number}:{axis.size}"
+        return "(" + {"product": " * ", "sum": " + "}[axis.op].join(map(repr, _parts(axis))) + ")"
+
+
+def find(axis: Axis) -> Axis:
+    """The axis that this one has been unified with (itself, if with none)."""
+    while (same := axis._same) is not None:
+        if same._same is not None:
+            axis._same = same = same._same
+        axis = same
+    return axis
+
+
+def factors(axis: Axis) -> list[Axis]:
+    """The factors of a product, flat, without those of size 1; another axis is its own only factor."""
+    axis = find(axis)
+    if axis.op == "product":
+        return [factor for part in axis.parts for factor in factors(part)]
+    return [axis] if axis.size != 1 else []
+
+
+def segments(axis: Axis) -> list[Axis]:
+    """The segments of a sum, flat; another axis is its own only segment."""
+    axis = find(axis)
+    if axis.op != "sum":
+        return [axis]
+    flat, rest = list[Axis](), [axis]
+    while rest:  # an axis that is unified with itself, shifted, is cut thousands of segments deep
+        part = find(rest.pop())
+        if part.op == "sum":
+            rest += reversed(part.parts)
+        else:
+            flat.append(part)
+    axis.parts = flat
+    return list(flat)
+
+
+def product(parts: Iterable[Axis]) -> Axis:
+    """The axis with these factors, outermost first."""
+    flat = [factor for part in parts for factor in factors(part)]
+    if len(flat) == 1:
+        return flat[0]
+    return Axis(math.prod(f.size for f in flat), "product", flat) if flat else Axis(1)
+
+
+def concat(parts: Iterable[Axis]) -> Axis:
+    """The axis with these segments, one after the other."""
+    flat = [segment for part in parts for segment in segments(part) if segment.size]
+    if len(flat) == 1:
+        return flat[0]
+    return Axis(sum(s.size for s in flat), "sum", flat) if flat else Axis(0)
+
+
+def leaves(axis: Axis) -> list[Axis]:
+    """The leaves of an axis from left to right; one that stands in several places comes several times."""
+    axis = find(axis)
+    if axis.op == "leaf":
+        return [axis]
+    return [leaf for part in _parts(axis) for leaf in leaves(part)]
+
+
+def mark(axis: Axis, flag: str, reason: str = "") -> None:
+    """Notes a flag on every leaf of an axis; the first reason for it stays."""
+    for leaf in leaves(axis):
+        leaf.notes.setdefault(flag, reason)
+
+
+def notes_of(axis: Axis) -> dict[str, str]:
+    """The notes on all leaves of an axis."""
+    return {flag: reason for leaf in leaves(axis) for flag, reason in leaf.notes.items()}
+
+
+def cut(axis: Axis, at: int) -> tuple[list[Axis], list[Axis]]:
+    """Cuts an axis at a position: the segments before it and those from it on.
+
+    Raises:
+        Irregular: If the position falls inside a product, between two indices of its first factor.
+    """
+    before: list[Axis] = []
+    after = segments(axis)
+    while after and at >= after[0].size:
+        at -= after[0].size
+        before.append(after.pop(0))
+    if at == 0:
+        return before, after
+    middle = after.pop(0)
+    if middle.op == "leaf":
+        low, high = Axis(at), Axis(middle.size - at)
+        _refine(middle, "sum", [low, high])
+    else:
+        outer, *inner = factors(middle)
+        width = middle.size // outer.size
+        if at % width:
+            raise Irregular(f"{axis} cannot be cut inside {middle}, at {at}")
+        lows, highs = cut(outer, at // width)
+        low, high = product([concat(lows), *inner]), product([concat(highs), *inner])
+    return [*before, low], [high, *after]
+
+
+def split(axis: Axis, outer: int) -> tuple[list[Axis], list[Axis]]:
+    """Splits an axis into an outer part of a size and the rest: the factors of each.
+
+    Raises:
+        Irregular: If its pieces do not allow that.
+    """
+    if not 0 < outer <= axis.size or axis.size % outer:
+        raise Irregular(f"{axis} has no outer part of size {outer}")
+    inner, taken = factors(axis), []
+    while outer > 1:
+        factor = inner.pop(0)
+        if outer % factor.size == 0:
+            taken.append(factor)
+            outer //= factor.size
+            continue
+        if factor.size % outer:
+            raise Irregular(f"{axis} cannot be split at {outer}")
+        head, tail = _halve(factor, outer)
+        taken.append(head)
+        inner = [*factors(tail), *inner]
+        outer = 1
+    return taken, inner
+
+
+def unify(a: Axis, b: Axis) -> Axis:
+    """Makes two axes of one size the same axis, and returns it. Size 1 has no identity: nothing happens.
+
+    Raises:
+        Irregular: If their sizes differ, or they are cut so differently that no regular pieces are common to both.
+    """
+    a, b = find(a), find(b)
+    if a is b:
+        return b
+    if a.size != b.size:
+        raise Irregular(f"{a} and {b} have different sizes")
+    if a.size <= 1:
+        return b
+    if b.op == "leaf":
+        a, b = b, a
+    if a.op == "leaf":
+        if a in leaves(b):
+            raise Irregular(f"{b} is made of {a} itself")
+    elif a.op == b.op == "sum":
+        _unify_sums(segments(a), segments(b))
+    elif a.op == b.op:
+        _unify_at(a, b, min(factors(a)[0].size, factors(b)[0].size))
+    else:
+        a, b = (a, b) if a.op == "sum" else (b, a)
+        _unify_sum_with_product(a, b)
+    a, b = find(a), find(b)
+    if a is not b:
+        for flag, reason in a.notes.items():
+            mark(b, flag, reason)
+        a._same = b
+    return b
+
+
+def layout(axis: Axis, leaf: Axis) -> Indices:
+    """For each position of an axis the index along a leaf, -1 where the leaf does not reach: int64 of shape (size,)."""
+    axis = find(axis)
+    if axis is leaf:
+        return np.arange(axis.size)
+    if axis.op == "sum":
+        return np.concatenate([layout(part, leaf) for part in segments(axis)])
+    out, inner = np.full(axis.size, -1), axis.size
+    for part in axis.parts if axis.size else ():
+        inner //= find(part).size
+        if leaf in leaves(part):
+            along = layout(part, leaf)
+            out = np.maximum(out, np.tile(np.repeat(along, inner), axis.size // inner // len(along)))
+    return out
+
+
+def crossed(axis: Axis, leaf: Axis) -> bool:
+    """Whether a leaf is multiplied with itself somewhere in an axis, so that a position has two indices of it."""
+    axis = find(axis)
+    holding = [part for part in _parts(axis) if leaf in leaves(part)]
+    return (axis.op == "product" and len(holding) > 1) or any(crossed(part, leaf) for part in holding)
+
+
+def beside(axis: Axis, leaf: Axis) -> set[Axis]:
+    """The leaves that are multiplied with a leaf wherever it stands in an axis."""
+    axis = find(axis)
+    holding = [part for part in _parts(axis) if leaf in leaves(part)]
+    if axis.op == "sum":
+        return set.intersection(*[beside(part, leaf) for part in holding]) if holding else set()
+    others = [other for part in axis.parts if part not in holding for other in leaves(part)]
+    return {other for part in holding for other in [*beside(part, leaf), *others]}
+
+
+def _parts(axis: Axis) -> list[Axis]:
+    return segments(axis) if axis.op == "sum" else axis.parts
+
+
+def _refine(leaf: Axis, op: Op, parts: list[Axis]) -> None:
+    for part in parts:
+        for flag, reason in leaf.notes.items():
+            mark(part, flag, reason)
+    leaf.op, leaf.parts = op, parts
+
+
+def _halve(factor: Axis, outer: int) -> tuple[Axis, Axis]:
+    """A leaf or a sum as a product whose first factor has the size `outer`."""
+    width = factor.size // outer
+    if factor.op == "leaf":
+        head, tail = Axis(outer), Axis(width)
+    elif all(segment.size % width == 0 for segment in segments(factor)):
+        halves = [split(segment, segment.size // width) for segment in segments(factor)]
+        tail = product(halves[0][1])
+        for _, inner in halves[1:]:
+            tail = unify(tail, product(inner))
+        head = concat(product(taken) for taken, _ in halves)
+    else:  # the segments repeat: every stretch of `width` is made of the same ones
+        head, tail = concat(Axis(1) for _ in range(outer)), None  # no units: what else holds a segment knows nothing of them
+        rest = [factor]
+        for _ in range(outer):
+            stretch, rest = cut(concat(rest), width)
+            tail = concat(stretch) if tail is None else unify(tail, concat(stretch))
+    assert tail is not None
+    _refine(factor, "product", [head, tail])
+    return head, tail
+
+
+def _unify_sums(left: list[Axis], right: list[Axis]) -> None:
+    while left and right:
+        left[:1], right[:1] = segments(left[0]), segments(right[0])  # what came before may have cut them
+        a, b = left.pop(0), right.pop(0)
+        if a.size > b.size:
+            lows, highs = cut(a, b.size)
+            a, left = concat(lows), [*highs, *left]
+        elif b.size > a.size:
+            lows, highs = cut(b, a.size)
+            b, right = concat(lows), [*highs, *right]
+        unify(a, b)
+
+
+def _unify_at(a: Axis, b: Axis, outer: int) -> None:
+    (a_outer, a_inner), (b_outer, b_inner) = split(a, outer), split(b, outer)
+    unify(product(a_outer), product(b_outer))
+    unify(product(a_inner), product(b_inner))
+
+
+def _unify_sum_with_product(a: Axis, b: Axis) -> None:
+    try:
+        _unify_at(a, b, factors(b)[0].size)
+    except Irregular:
+        rest = b
+        *firsts, last = segments(a)
+        for segment in firsts:  # cut the product where the sum is cut
+            lows, highs = cut(rest, segment.size)
+            unify(segment, concat(lows))
+            rest = concat(highs)
+        unify(last, rest)

@@ -1,0 +1,94 @@
+"""What a run has shown of a model: its structure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from billhook.tracing import show
+from billhook.tracing.axes import find
+from billhook.tracing.findings import Findings
+from billhook.tracing.groups import Group, find_groups, weigh
+from billhook.tracing.kinds import find_contexts, find_idle, give_reason, mind_beside, mind_untouched, name_kinds
+from billhook.tracing.roles import find_attention, find_feed_forward
+from billhook.tracing.tape import Tape, note
+
+
+class Structure(Findings):
+    """What belongs together in a model; `print` shows it as a table.
+
+    Attributes:
+        model: The model's class.
+        axes: The axis of every dimension of every parameter and buffer that the run used.
+        groups: The groups, in the order of the parameters.
+        attention: Queries, keys, values and outputs.
+        feed_forward: Gates, ups and downs.
+        shapes: The shape of every parameter.
+        tied: Names that are the same tensor as another: alias -> name.
+        untouched: Parameters that the run never used, and that must be left alone.
+        opaque: Why axes are opaque: an op without a rule or in an irregular place, with how often.
+        assumed: Where the code asked for a value that nobody knows, and what was assumed, with how often.
+    """
+
+    def tree(self, name: str) -> str:
+        """The axes of a parameter as a readable tree, such as `[kv:3 * group:3 * (f:32 + f:32), hidden:576]`.
+
+        Raises:
+            ValueError: If the run used no parameter of that name.
+        """
+        name = self.tied.get(name, name)
+        if name not in self.axes:
+            raise ValueError(f"name: the run used no parameter '{name}'; those of {self.model} are in `axes`")
+        return show.tree(self, name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data."""
+        return show.to_json(self)
+
+    def __str__(self) -> str:
+        return show.table(self, self.groups)
+
+    def show(self, groups: Sequence[Group]) -> str:
+        """Some of the groups as a table."""
+        return show.table(self, groups)
+
+
+def couple(model: nn.Module, tape: Tape, beside: Mapping[str, tuple[int, ...]] | None = None) -> Structure:
+    """What a run has shown, as groups with kinds, roles and reasons.
+
+    Args:
+        model: The model that ran, on meta.
+        tape: What the run has shown.
+        beside: The shapes of parameters that stand beside the model and may belong to it.
+    """
+    parameters = dict(model.named_parameters())
+    used = {name: note(tensor, touch=False) for name, tensor in tape.parameters.items()}
+    axes = {name: tuple(map(find, one.axes)) for name, one in used.items() if one.used and not one.active}
+    groups = find_groups(axes, tape, frozenset(parameters))
+    attention = find_attention(tape, groups)
+    name_kinds(groups, attention, tape)
+    groups = [group for group in groups if not all(member.buffer for member in group.members)]
+    untouched = {name: tuple(parameter.shape) for name, parameter in parameters.items() if name not in axes}
+    sizes = {name: parameter.element_size() for name, parameter in parameters.items()}
+    for number, group in enumerate(groups):
+        group.number = number
+        give_reason(group)
+        weigh(group, axes, sizes)
+    mind_untouched(groups, untouched)
+    mind_beside(groups, beside or {})
+    find_contexts(groups, axes)
+    find_idle(groups, attention, axes)
+    first = {id(parameter): name for name, parameter in parameters.items()}
+    every = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return Structure(
+        model=type(model).__name__,
+        axes=axes,
+        groups=tuple(groups),
+        attention=tuple(attention),
+        feed_forward=tuple(find_feed_forward(tape, groups)),
+        shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        tied={alias: name for alias, name in every.items() if alias != name},
+        untouched=tuple(untouched),
+        opaque=dict(tape.misses),
+        assumed=dict(tape.assumed),
+    )

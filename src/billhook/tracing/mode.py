@@ -1,0 +1,319 @@
+"""The run itself: every op is done on meta tensors, small constants are computed, and the op's rule notes the axes."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from billhook.tracing.assumed import EVERYTHING, first_nonzero
+from billhook.tracing.axes import Axis, Irregular, mark
+from billhook.tracing.rules import rule_for
+from billhook.tracing.tape import SMALL, Note, Tape, axes_of, given, join, note, pay, put, tensors
+
+NOT_THE_MODELS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+"""Folders whose code is not the code of the model that runs."""
+FACTORIES = {"arange", "zeros", "ones", "full", "scalar_tensor", "linspace", "tril_indices", "triu_indices", "eye"}
+IRREGULAR = (Irregular, TypeError, LookupError, ValueError, AttributeError, ZeroDivisionError, AssertionError)
+
+
+class Op:
+    """What is the same for every call of an op.
+
+    Attributes:
+        name: Its name, without overload.
+        rule: Its rule, if it has one.
+        writes: The arguments that it writes to: place and name.
+        reshapes: Whether it changes the shape of its argument in place.
+        repeats: Whether its result is new memory whose shape, strides and dtype follow from those of its arguments.
+    """
+
+    __slots__ = ("name", "repeats", "reshapes", "rule", "writes")
+
+    def __init__(self, func: OpOverload) -> None:
+        schema = func._schema
+        self.name, self.rule = schema.name.removeprefix("aten::"), rule_for(func)
+        self.writes = [(i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
+        self.reshapes = torch.Tag.inplace_view in func.tags
+        plain = not any(a.alias_info for a in (*schema.arguments, *schema.returns))
+        one = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        self.repeats = plain and one and not random and self.name not in ("_to_copy", "empty")
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes on the tape what each op says of axes.
+
+    Args:
+        tape: Where facts go.
+        model: The model that runs, whose modules messages name.
+        everything: Whether code that asks which entries are not zero hears that all are, or that the first is.
+    """
+
+    def __init__(self, tape: Tape, model: nn.Module, everything: bool = True) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape, self.model, self.everything = tape, model, everything
+        self.ops: dict[OpOverload, Op] = {}
+        self.results: dict[object, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled on meta, so torch need not ask at every op whether it should be."""
+        return False
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        """Does an op, then notes what it says."""
+        kwargs = kwargs or {}
+        if (op := self.ops.get(func)) is None:
+            op = self.ops[func] = Op(func)
+        self.tape.op = name = op.name
+        if name == "_local_scalar_dense":
+            return self._read(args[0])
+        if name == "_to_copy" and args[0].is_meta and torch.device(kwargs.get("device") or "meta").type == "cpu":
+            return self._fetch(args[0], kwargs.get("dtype"))
+        for x in given(args, kwargs):
+            self._introduce(x)
+        if name == "nonzero" and not self.everything:
+            self._assume("nonzero: one entry is taken")
+            return first_nonzero(args[0])
+        if name in EVERYTHING and (out := EVERYTHING[name](*args)) is not None:
+            self._assume(f"{name}: every entry is taken")
+            return out
+        seen = (_before(args[0]), *args[1:]) if op.reshapes else None
+        out, args, kwargs = self._do(func, op, args, kwargs)
+        args = seen or args
+        if not op.writes:
+            self._note(op, out, args, kwargs)
+            if isinstance(out, Tensor) and (value := _value(self.tape, func, name, out, args, kwargs)) is not None:
+                note(out).value = value
+            return out
+        written = [(x, axes_of(x), self.tape.value(x)) for x in _written(op, args, kwargs)]
+        self._note(op, out, args, kwargs)
+        value = _value(self.tape, func, name, out, args, kwargs) if isinstance(out, Tensor) else None
+        for x, axes, before in written:
+            for a, b in zip(axes, axes_of(x), strict=True):
+                join(a, b)
+            if before is not None and value is None:
+                self.tape.overwritten[before.untyped_storage()._cdata] = before
+        if value is not None:
+            note(out).value = value
+        return out
+
+    def _do(self, func: OpOverload, op: Op, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401
+        """The op's result on meta, what it was given, moved there if it was not; layers repeat, so results are remembered."""
+        key = _key(func, args, kwargs) if op.repeats else None
+        if key is not None and (known := self.results.get(key)) is not None:
+            shape, stride, dtype = known
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta"), args, kwargs
+        try:
+            out = func(*args, **kwargs)
+        except RuntimeError as error:
+            if "device" not in str(error):
+                raise
+            if any(not x.is_meta for x in _written(op, args, kwargs)):
+                reason = "a tensor on the CPU is written to; the code should make it on the device of its input"
+                raise NotImplementedError(reason) from error
+            args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
+            out = func(*args, **kwargs)
+        if key is not None and out.is_meta:
+            self.results[key] = (out.shape, out.stride(), out.dtype)
+        return out, args, kwargs
+
+    def _introduce(self, x: Tensor) -> None:
+        """A tensor that no op has made, no parameter and no input: a constant of the code's own, or a parameter in disguise."""
+        if (known := getattr(x, "_billhook", None)) is not None and len(known.axes) == x.dim():
+            return
+        own = self.tape.parameters.get(self.tape.storages.get(x.untyped_storage()._cdata, ""))
+        if own is not None and (order := _order(own, x)) is not None:
+            put(x, [axes_of(own)[d] for d in order], [own], paid=True)
+            return
+        notes = {"const": "a tensor that is neither parameter, buffer nor input"}
+        put(x, [Axis(n, notes=notes) for n in x.shape], []).active = True
+
+    def _note(self, op: Op, out: Any, args: Any, kwargs: Any) -> None:  # noqa: ANN401
+        if op.rule is None:
+            self._give_up(f"no rule for the op {op.name}", out, args, kwargs)
+            return
+        try:
+            op.rule(self.tape, out, *args, **{key: value for key, value in kwargs.items() if key != "out"})
+        except IRREGULAR as error:
+            self._give_up(f"the op {op.name} is irregular here: {error}", out, args, kwargs)
+
+    def _give_up(self, reason: str, out: Any, args: Any, kwargs: Any) -> None:  # noqa: ANN401
+        """What an op touches that nobody understands may not be pruned."""
+        inputs = tensors((args, kwargs))
+        reason = f"{reason}, in {self._where()}"
+        self.tape.misses[reason] = self.tape.misses.get(reason, 0) + 1
+        for tensor in [*inputs, *tensors(out)]:
+            pay(note(tensor))
+            for axis in axes_of(tensor):
+                mark(axis, "opaque", reason)
+        for result in tensors(out):
+            if not any(result is tensor for tensor in inputs):
+                put(result, [Axis(n, notes={"opaque": reason}) for n in result.shape], inputs)
+
+    def _read(self, x: Tensor) -> Any:  # noqa: ANN401 - a Python number
+        """Code asks for a value: the known one, or what lets a condition be true."""
+        pay(note(x))
+        if (value := self.tape.value(x)) is not None:
+            return value.item()
+        self._assume("a value is asked for: taken as true, or 1")
+        return True if x.dtype == torch.bool else 1.0 if x.dtype.is_floating_point else 1
+
+    def _fetch(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """Code wants the values in Python: the known ones, or ones."""
+        if (value := self.tape.value(x)) is None:
+            self._assume("values are fetched to the CPU: taken as ones")
+            value = torch.ones(x.shape, dtype=x.dtype)
+            for axis in axes_of(x):
+                mark(axis, "const", "the code asks for the values along it")
+        out = value.to(dtype or x.dtype, copy=True)
+        put(out, axes_of(x), [x], note(x).points)
+        return out
+
+    def _assume(self, what: str) -> None:
+        what = f"{what}, in {self._where()}"
+        self.tape.assumed[what] = self.tape.assumed.get(what, 0) + 1
+
+    def _where(self) -> str:
+        """The module at work and the line of its code."""
+        return where(self.model)
+
+
+def where(model: nn.Module) -> str:
+    """The innermost module of a model that is running, and the line of its code."""
+    frame, line = sys._getframe(), None
+    while frame is not None:
+        if line is None and not frame.f_code.co_filename.startswith(NOT_THE_MODELS):
+            line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and (name := _name(model, owner)) is not None:
+            return f"{name} ({line})" if line else name
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return line or "the model"
+
+
+def _name(model: nn.Module, module: nn.Module) -> str | None:
+    return next((name or type(model).__name__ for name, own in model.named_modules() if own is module), None)
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    """A tensor of the code's own, moved to meta with its values."""
+    if tensor.is_meta:
+        return tensor
+    moved = tensor.to("meta")
+    before = note(tensor)
+    new = Note(before.axes, before.active, before.points)
+    new.value = tensor if tensor.numel() <= SMALL else None
+    moved._billhook = new  # type: ignore[attr-defined]
+    return moved
+
+
+def _order(parameter: Tensor, x: Tensor) -> list[int] | None:
+    """Which dimensions of a parameter those of a tensor in its memory are; None if it is not all of it, perhaps transposed."""
+    there, here = (list(zip(t.shape, t.stride(), strict=True)) for t in (parameter, x))
+    if there == here:
+        return list(range(x.dim()))
+    order = [there.index(dim) for dim in here if dim in there]
+    return order if sorted(order) == list(range(parameter.dim())) == list(range(x.dim())) else None
+
+
+def _before(x: Tensor) -> Tensor:
+    """What a tensor is, before its own shape is changed."""
+    same = x.detach()
+    same._billhook = note(x)  # type: ignore[attr-defined]
+    return same
+
+
+def _written(op: Op, args: Any, kwargs: Any) -> list[Tensor]:  # noqa: ANN401
+    """The arguments that an op writes to."""
+    return tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in op.writes])
+
+
+def _key(func: OpOverload, args: Any, kwargs: Any) -> object:  # noqa: ANN401
+    """What the shape of an op's result follows from; None where that cannot be told."""
+    parts: list[object] = [func]
+    for x in (*args, *kwargs.items()):
+        if isinstance(x, Tensor):
+            if not x.is_meta:
+                return None
+            parts.append((x.shape, x.stride(), x.dtype))
+        elif isinstance(x, list | tuple):
+            inner = _key(func, x, {})
+            if inner is None:
+                return None
+            parts.append(inner)
+        else:
+            parts.append((type(x), x))
+    return tuple(parts)
+
+
+def _value(tape: Tape, func: OpOverload, name: str, out: Tensor, args: Any, kwargs: Any) -> Tensor | None:  # noqa: ANN401
+    """What a small result holds, where all that it is made from is known."""
+    known: list[bool] = []
+
+    def value_of(x: Any) -> Any:  # noqa: ANN401
+        if isinstance(x, Tensor):
+            found = tape.value(x)
+            known.append(found is not None)
+            return found
+        if isinstance(x, list | tuple):
+            return [value_of(one) for one in x]
+        return x
+
+    values = []
+    for x in args:
+        values.append(value_of(x))
+        if not all(known):
+            return None
+    if (not known and name not in FACTORIES) or out.numel() > SMALL:
+        return None
+    if "device" in kwargs:
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    try:
+        result = func(*values, **{key: value_of(x) for key, x in kwargs.items()})
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+    return result if isinstance(result, Tensor) and all(known) and result.shape == out.shape else None
+
+
+@contextmanager
+def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator[None]:
+    """Notes on a tape all that is done meanwhile, without gradients and without torch's fused encoder layers.
+
+    Args:
+        tape: Where facts go.
+        model: The model that runs.
+        everything: Whether code that asks which entries are not zero hears that all are, or that the first is.
+    """
+    fused, own = torch.backends.mha.get_fastpath_enabled(), vars(torch.Tensor).get("__getitem__")
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.Tensor.__getitem__ = _seen(torch.Tensor.__getitem__)  # type: ignore[method-assign, assignment]
+    try:
+        with torch.no_grad(), Recorder(tape, model, everything):
+            yield
+    finally:
+        if own is None:
+            del torch.Tensor.__getitem__  # what it inherits is there again
+        else:
+            torch.Tensor.__getitem__ = own  # type: ignore[method-assign]
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _seen(get: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
+    """Indexing in which lists of whole numbers become tensors, with their values: torch makes tensors of lists unseen."""
+
+    def seen(x: Tensor, index: Any) -> Tensor:  # noqa: ANN401 - whatever a tensor can be indexed with
+        if isinstance(index, tuple) and any(isinstance(one, list) for one in index):
+            index = tuple(torch.tensor(one) if isinstance(one, list) and one and type(one[0]) is int else one for one in index)
+        return get(x, index)
+
+    return seen

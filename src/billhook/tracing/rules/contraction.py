@@ -1,0 +1,171 @@
+"""Products of matrices: what is contracted is one axis, and the outcome comes from the weight's rows."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from billhook.tracing.axes import Axis, find, mark, product, unify
+from billhook.tracing.tape import Meeting, Note, Rows, Sources, Tape, axes_of, broadcast, is_data, join, note, put
+
+
+def contract(tape: Tape, out: Tensor, axes: list[Axis], x: Tensor, i: int, y: Tensor, j: int) -> None:
+    """Contracts dimension i of x, its last, with dimension j of y; the last but one of x and the other of y stay."""
+    over = join(axes_of(x)[i], axes_of(y)[j])
+    nx, ny = note(x), note(y)
+    if nx.active and ny.active:
+        mark(over, "contracted", tape.op)
+        tape.meetings.append(Meeting(nx.sources, ny.sources, nx.axes, ny.axes, over, (nx.bent, ny.bent)))
+        new = put(out, axes, [x, y])
+        new.sources = {k: rows.as_set() for k, rows in (nx.sources | ny.sources).items()}
+        return
+    new = put(out, axes, [x, y])
+    if nx.active or ny.active:
+        weight, dim, kept = (y, j, 2 * y.dim() - 3 - j) if nx.active else (x, i, i - 1)
+        for name, d, _ in stretches(tape, weight, dim):
+            tape.read(name, d)
+        new.sources, new.bent = _sources(tape, out, weight, kept, out.dim() - (1 if nx.active else 2)), False
+        for name, d in new.sources:
+            tape.write(name, d)
+
+
+def stretches(tape: Tape, weight: Tensor, dim: int) -> list[tuple[str, int, Tensor | None]]:
+    """The parameters that a dimension of a weight is, each with its dimension and the positions there."""
+    name = tape.storages.get(weight.untyped_storage()._cdata)
+    if name is not None and (found := _in_storage(tape.parameters[name], weight, dim)) is not None:
+        return [(name, *found)]
+    axis = find(axes_of(weight)[dim])  # computed from parameters: those that have the axis
+    candidates = [name for name, _ in note(weight).sources]
+    whole = torch.arange(weight.shape[dim], dtype=torch.int32)
+    return [(n, d, whole) for n in candidates for d, own in enumerate(axes_of(tape.parameters[n])) if find(own) is axis]
+
+
+def _in_storage(parameter: Tensor, weight: Tensor, dim: int) -> tuple[int, Tensor] | None:
+    """Where a view's dimension lies in the parameter that it views, by strides."""
+    stride, size = weight.stride(dim), weight.shape[dim]
+    for d, unit in enumerate(parameter.stride()):
+        if unit and stride % unit == 0 and stride // unit * (size - 1) < parameter.shape[d] and parameter.shape[d] > 1:
+            start = weight.storage_offset() // unit % parameter.shape[d]
+            return d, start + stride // unit * torch.arange(size, dtype=torch.int32)
+    return None
+
+
+def _sources(tape: Tape, out: Tensor, weight: Tensor, kept: int, place: int) -> Sources:
+    """The rows of a weight that a result comes from, along its dimension `place`."""
+    shape = [out.shape[d] if d == place else 1 for d in range(out.dim())]
+    return {
+        (name, dim): Rows(None) if positions is None else Rows(positions.view(shape).expand(out.shape), exact=True)
+        for name, dim, positions in stretches(tape, weight, kept)
+    }
+
+
+def mm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - dtype
+    """[a, k] x [k, b]."""
+    contract(tape, out, [axes_of(x)[0], axes_of(y)[1]], x, 1, y, 0)
+
+
+def addmm(tape: Tape, out: Tensor, bias: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - factors
+    """A product with something added."""
+    mm(tape, out, x, y)
+    _add(out, bias)
+
+
+def bmm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - dtype
+    """[n, a, k] x [n, k, b], for each n by itself."""
+    batch = join(axes_of(x)[0], axes_of(y)[0])
+    if note(x).active and note(y).active:
+        mark(batch, "batched", tape.op)
+    contract(tape, out, [batch, axes_of(x)[1], axes_of(y)[2]], x, 2, y, 1)
+
+
+def baddbmm(tape: Tape, out: Tensor, bias: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - factors
+    """A batch of products with something added."""
+    bmm(tape, out, x, y)
+    _add(out, bias)
+
+
+def mv(tape: Tape, out: Tensor, x: Tensor, y: Tensor) -> None:
+    """[a, k] x [k]."""
+    join(axes_of(x)[1], axes_of(y)[0])
+    put(out, axes_of(x)[:1], [x, y])
+
+
+def addmv(tape: Tape, out: Tensor, bias: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - factors
+    """A product with something added."""
+    mv(tape, out, x, y)
+    _add(out, bias)
+
+
+def dot(tape: Tape, out: Tensor, x: Tensor, y: Tensor) -> None:
+    """[k] x [k]."""
+    join(axes_of(x)[0], axes_of(y)[0])
+    put(out, [], [x, y])
+
+
+def linear(tape: Tape, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """[..., k] x [b, k], where a device does not take it apart."""
+    contract(tape, out, [*axes_of(x)[:-1], axes_of(weight)[0]], x, x.dim() - 1, weight, 1)
+    if bias is not None:
+        _add(out, bias)
+
+
+def attention(tape: Tape, out: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    """softmax(q k^T) v in one op: [b, heads, s, d]; where there are fewer KV heads, each serves a group of query heads."""
+    Q, K, V = axes_of(q), axes_of(k), axes_of(v)
+    unify(Q[1], product([K[1], Axis(Q[1].size // K[1].size)]))
+    for a, b in ((Q[0], K[0]), (K[0], V[0]), (K[1], V[1]), (K[2], V[2]), (Q[3], K[3])):
+        join(a, b)
+    mark(Q[1], "batched", tape.op)
+    mark(Q[3], "contracted", tape.op)
+    nq, nk, nv = map(note, (q, k, v))
+    scores = {key: rows.as_set() for key, rows in (nq.sources | nk.sources).items()}
+    tape.meetings.append(Meeting(nq.sources, nk.sources, Q, K, Q[3], (False, False)))
+    tape.meetings.append(Meeting(scores, nv.sources, [*Q[:3], K[2]], V, K[2], (False, False)))
+    mask = kwargs.get("attn_mask", args[0] if args and isinstance(args[0], Tensor) else None)
+    if isinstance(mask, Tensor):
+        for own, axis in zip(axes_of(mask)[::-1], (K[2], Q[2], Q[1], Q[0]), strict=False):
+            if own.size == axis.size:
+                join(own, axis)
+    result = out if isinstance(out, Tensor) else out[0]
+    put(result, [Q[0], Q[1], Q[2], V[3]], [q, k, v]).sources = scores | nv.sources
+
+
+def solve(tape: Tape, out: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - which triangle
+    """a^-1 b, or with left=False b a^-1, for each matrix of a batch: [..., n, n] with [..., n, k]."""
+    axes, own = list(axes_of(b)), axes_of(a)
+    for d in range(1, b.dim() - 1):
+        if d <= a.dim() - 2 and a.shape[-2 - d] == b.shape[-2 - d]:
+            axes[-2 - d] = join(axes[-2 - d], own[-2 - d])
+    solved = -2 if kwargs.get("left", True) else -1
+    for axis in (join(own[-1], own[-2]), axes[solved]):
+        if not is_data(axis):
+            mark(axis, "const", f"its order matters to {tape.op}")
+    put(out, axes, [a, b])
+
+
+def _add(out: Tensor, bias: Tensor) -> None:
+    before: Note = note(out)
+    new = put(out, broadcast(out.shape, [out, bias]), [out, bias])
+    new.active, new.sources, new.bent = before.active or note(bias).active, before.sources, before.bent
+
+
+RULES: dict[str, Callable[..., None]] = {
+    "mm": mm,
+    "addmm": addmm,
+    "bmm": bmm,
+    "baddbmm": baddbmm,
+    "baddbmm_": baddbmm,
+    "mv": mv,
+    "addmv": addmv,
+    "dot": dot,
+    "vdot": dot,
+    "linear": linear,
+    "linalg_solve_triangular": solve,
+    **dict.fromkeys(
+        ("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+         "_scaled_dot_product_efficient_attention", "_scaled_dot_product_fused_attention_overrideable",
+         "_scaled_dot_product_attention_math"),
+        attention,
+    ),
+}  # fmt: skip

@@ -1,0 +1,216 @@
+"""Ops on single entries, and ops that make tensors from nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from billhook.tracing.axes import Axis, mark, product
+from billhook.tracing.tape import (
+    Meeting,
+    Note,
+    Tape,
+    axes_of,
+    broadcast,
+    gather,
+    given,
+    is_data,
+    join,
+    note,
+    pay,
+    put,
+    spend,
+    tensors,
+)
+
+BENDS = {
+    "celu", "elu", "erf", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid_forward", "mish", "relu",
+    "relu6", "selu", "sigmoid", "silu", "softplus", "tanh", "_prelu_kernel", "threshold",
+}  # fmt: skip
+KEEPS = {"_to_copy", "clone", "copy", "detach", "alias", "lift", "contiguous", "where", "masked_fill"}
+CLAMPS = {"clamp", "clamp_min", "clamp_max"}
+ORDERS = {
+    "lt": float.__lt__, "le": float.__le__, "gt": float.__gt__, "ge": float.__ge__, "eq": float.__eq__, "ne": float.__ne__,
+}  # fmt: skip
+
+
+OTHERS = {"floor_divide", "remainder", "fmod", "hardswish", "hardsigmoid", "hardtanh", "_prelu_kernel", "log_sigmoid_forward",
+          "polar", "complex", "native_dropout", "bernoulli_", "uniform_", "normal_", "addcmul", "addcdiv", "lerp", "angle",
+          "real", "imag", "logaddexp", "copysign", "relu6", "threshold", "elu", "silu", "mish"}  # fmt: skip
+
+
+def elementwise(tape: Tape, out: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
+    """Equal positions, aligned from the right: their axes are the same."""
+    inputs = list(given(args, kwargs))
+    name = tape.op.removesuffix("_")
+    for result in tensors(out):
+        axes = broadcast(result.shape, inputs)
+        points = _points(name, result, inputs, args)
+        for tensor in inputs:
+            pay(note(tensor), note(tensor).points)
+        new = put(result, axes, inputs, points, paid=True)
+        if new.active and (name in BENDS or (name == "mul" and _meet(tape, inputs))):
+            new.bent = True
+            _mark_units(axes, "bent", tape.op)
+        if name == "add" and new.active and len(inputs) == 2 and _adds(*map(note, inputs)):
+            _mark_units(axes[-1:] if result.dim() < 4 else axes, "added", "a residual stream")
+
+
+def _mark_units(axes: list[Axis], flag: str, reason: str) -> None:
+    for axis in axes:
+        if not is_data(axis):
+            mark(axis, flag, reason)
+
+
+def _adds(left: Note, right: Note) -> bool:
+    """Whether what a matrix has just made is added to something else."""
+    if not (left.active and right.active) or left.sources.keys() == right.sources.keys():
+        return False
+    return any(rows.exact for one in (left, right) for rows in one.sources.values())
+
+
+def _points(op: str, out: Tensor, inputs: list[Tensor], args: tuple[Any, ...]) -> Axis | None:
+    """What the values of the result point into, after those of the inputs have been spent, compared or kept."""
+    pointing = [points for tensor in inputs if (points := note(tensor).points) is not None]
+    if not pointing:
+        return None
+    first, *others = pointing
+    whole = not out.dtype.is_floating_point and out.dtype != torch.bool
+    alike = all(other.size == first.size for other in others)
+    if op in CLAMPS and whole and _harmless(op, first.size, *args[1:]):
+        return first
+    if op in KEEPS and whole and alike and not any(_may_point(x, first.size) for x in (*inputs, *args)):
+        for other in others:
+            first = join(first, other)
+        return first
+    if op in ("eq", "ne") and len(others) == 1 and alike:
+        join(first, others[0])
+        return None
+    if op in ORDERS and len(inputs) == 1 and _same_for_all(op, first.size, args[-1]):
+        return None
+    for axis in pointing:
+        spend(axis, f"its numbers are used as values by {op}")
+    return None
+
+
+def _may_point(x: Any, size: int) -> bool:  # noqa: ANN401 - an argument
+    """Whether what stands beside indices, and is none, may yet be mistaken for one."""
+    if isinstance(x, Tensor):
+        if x.dtype == torch.bool or note(x).points is not None:
+            return False
+        value = note(x).value
+        return value is None or bool(((value >= 0) & (value < size)).any())
+    return isinstance(x, int | float) and 0 <= x < size
+
+
+def _same_for_all(op: str, size: int, number: float) -> bool:
+    """Whether a comparison with a number comes out the same for every index."""
+    if op in ("eq", "ne"):
+        return not 0 <= number < size
+    return ORDERS[op](0.0, float(number)) == ORDERS[op](float(size - 1), float(number))
+
+
+def _harmless(op: str, size: int, *bounds: Any) -> bool:  # noqa: ANN401 - a number, a tensor or None
+    """Whether bounds leave every index as it is."""
+    low, high = (*bounds, None)[:2] if op != "clamp_max" else (None, bounds[0])
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return False
+    return (low is None or low <= 0) and (high is None or high >= size - 1)
+
+
+def _meet(tape: Tape, inputs: list[Tensor]) -> bool:
+    """Notes the product of two activations that come from different rows."""
+    if len(inputs) != 2 or inputs[0].dim() != inputs[1].dim():
+        return False
+    left, right = map(note, inputs)
+    if not (left.active and right.active and left.sources and right.sources):
+        return False
+    same = left.sources.keys() == right.sources.keys()
+    if same and all(left.sources[k].positions is right.sources[k].positions for k in left.sources):
+        return left.bent != right.bent
+    tape.meetings.append(Meeting(left.sources, right.sources, left.axes, right.axes, None, (left.bent, right.bent)))
+    return True
+
+
+def factory(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
+    """The same value everywhere, or memory to be written: nothing is known of its axes, and no index is special."""
+    new = put(out, [Axis(n) for n in out.shape], [])
+    new.active, new.pool = True, {}
+
+
+def copy(tape: Tape, out: Tensor, x: Tensor, source: Tensor, *args: Any) -> None:  # noqa: ANN401 - non_blocking
+    """Written into memory that may be a piece of something larger, which then comes from there too."""
+    pool = note(x).pool
+    elementwise(tape, out, x, source)
+    if pool is not None:
+        gather(pool, {key: rows.as_set() for key, rows in note(source).sources.items()})
+        note(out).pool = pool
+
+
+def like(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
+    """The same value everywhere, in the shape of something: the axes are the same, nothing is used."""
+    new = put(out, axes_of(x), [])
+    new.active, new.pool = True, {}
+
+
+def constant(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
+    """Values that differ from index to index."""
+    notes = {"const": f"its values are a constant of the code ({tape.op})"}
+    put(out, [Axis(n, notes=notes) for n in out.shape], []).active = True
+
+
+def eye(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any overload
+    """Ones where both indices are the same: whoever permutes one axis in both dimensions changes nothing."""
+    if out.shape[0] != out.shape[1]:
+        return constant(tape, out)
+    axis = Axis(out.shape[0])
+    put(out, [axis, axis], []).active = True
+    return None
+
+
+def arange(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any overload
+    """0, 1, 2 ...: numbers that point into the axis along which they stand; other progressions are constants."""
+    start, step = (args[0], args[2] if len(args) > 2 else 1) if len(args) > 1 else (0, 1)
+    if (start, step) != (0, 1) or out.dtype.is_floating_point:
+        return constant(tape, out)
+    axis = Axis(out.shape[0])
+    put(out, [axis], [], points=axis).active = True
+    return None
+
+
+def compare(tape: Tape, out: Tensor, x: Tensor, others: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
+    """Every entry by itself, against all of some others; for bucketize those are in order."""
+    if tape.op == "bucketize":
+        mark(product(axes_of(others)), "const", f"its order matters to {tape.op}")
+    put(out, axes_of(x), [x, others])
+
+
+def triangle(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
+    """Where an entry stands decides whether it is kept."""
+    elementwise(tape, out, x)
+    for axis in note(out).axes[-2:]:
+        mark(axis, "const", f"its order decides what {tape.op} keeps")
+
+
+RULES: dict[str, Callable[..., None]] = {
+    **dict.fromkeys(
+        ("_to_copy", "masked_fill_", "masked_fill", "fill_", "zero_", "clone", "detach", "alias", "contiguous",
+         *OTHERS, "_conj", "conj", "lift", "lift_fresh_copy", "resolve_conj", "view_as_real_copy"),
+        elementwise,
+    ),
+    **dict.fromkeys(
+        ("empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_ones", "new_full", "scalar_tensor", "rand", "randn",
+         "empty_strided", "new_empty_strided", "bernoulli", "randint", "_efficientzerotensor"),
+        factory,
+    ),
+    **dict.fromkeys(("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"), like),
+    **dict.fromkeys(("linspace", "logspace", "lift_fresh", "hann_window", "tril_indices", "triu_indices"), constant),
+    **dict.fromkeys(("copy_", "copy"), copy),
+    "arange": arange,
+    "eye": eye,
+    "bucketize": compare,
+    "isin": compare,
+    "tril": triangle,
+    "triu": triangle,
+}  # fmt: skip

@@ -1,0 +1,243 @@
+"""Ops that move entries: views, permutations, cuts, joints, copies of what is there."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from billhook.tracing.axes import Axis, Irregular, concat, cut, factors, leaves, mark, notes_of, product, split
+from billhook.tracing.tape import Tape, axes_of, broadcast, is_data, join, move, note, put
+
+
+def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any reshaping op
+    """The factors in their order, taken again by other sizes."""
+    rest, axes = [factor for axis in axes_of(x) for factor in factors(axis)], list[Axis]()
+    if not out.numel():
+        put(out, [Axis(n, notes={"data": "empty"}) for n in out.shape], [x])
+        return
+    while len(axes) < out.dim():
+        size = out.shape[len(axes)]
+        try:
+            taken, rest = split(product(rest), size) if size != 1 else ([], rest)
+            axes.append(product(taken))
+        except Irregular:
+            places, rest = _rearranged(rest, out.shape[len(axes) :])
+            axes += places
+    if rest:
+        raise Irregular(f"{product(rest)} is left")
+    move(out, axes, x, lambda t: t.reshape(out.shape))
+
+
+def _rearranged(rest: list[Axis], sizes: Sequence[int]) -> tuple[list[Axis], list[Axis]]:
+    """Factors that are never pruned may be cut anyhow: the new axes up to where both sides meet again, and the factors left.
+
+    Raises:
+        Irregular: If units of parameters are among them.
+    """
+    old, new, i, j = 1, 1, 0, 0
+    while i == 0 or old != new:
+        if old <= new and i < len(rest):
+            old, i = old * rest[i].size, i + 1
+        elif j < len(sizes):
+            new, j = new * sizes[j], j + 1
+        else:
+            break
+    if old != new or not all({"data", "const"} & leaf.notes.keys() for factor in rest[:i] for leaf in leaves(factor)):
+        raise Irregular(f"{product(rest[:i])} is taken as {' x '.join(map(str, sizes[:j]))}")
+    return [Axis(size, notes=notes_of(product(rest[:i]))) for size in sizes[:j]], rest[i:]
+
+
+def permute(tape: Tape, out: Tensor, x: Tensor, dims: Sequence[int]) -> None:
+    """The axes in another order."""
+    move(out, [axes_of(x)[d] for d in dims], x, lambda t: t.permute(*dims))
+
+
+def transpose(tape: Tape, out: Tensor, x: Tensor, first: int = 0, second: int = 1) -> None:
+    """Two axes change places."""
+    if x.dim() < 2:
+        move(out, axes_of(x), x, lambda t: t)
+        return
+    axes = list(axes_of(x))
+    axes[first], axes[second] = axes[second], axes[first]
+    move(out, axes, x, lambda t: t.transpose(first, second))
+
+
+def copies(n: int) -> Axis:
+    """An axis along which all is the same."""
+    return Axis(n, notes={"copied": f"the same {n} times"})
+
+
+def ranked(axis: Axis) -> None:
+    """Entries along an axis are compared; of those that are equal, the first wins."""
+    for leaf in leaves(axis):
+        if "copied" in leaf.notes:
+            mark(leaf, "const", "copies are ranked by their place")
+
+
+def expand(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sizes are in out
+    """Size 1 becomes an axis of its own, along which all is the same."""
+    new, old = out.dim() - x.dim(), axes_of(x)
+    axes = [old[d - new] if d >= new and x.shape[d - new] == n else copies(n) for d, n in enumerate(out.shape)]
+    move(out, axes, x, lambda t: t.expand(out.shape))
+
+
+def repeat(tape: Tape, out: Tensor, x: Tensor, repeats: Sequence[int]) -> None:
+    """The whole axis, so many times."""
+    new, old = out.dim() - x.dim(), axes_of(x)
+    axes = [product([copies(n), old[d - new]]) if d >= new else copies(n) for d, n in enumerate(repeats)]
+    move(out, axes, x, lambda t: t.repeat(repeats))
+
+
+def repeat_interleave(tape: Tape, out: Tensor, x: Tensor, repeats: int, dim: int | None = None, **kwargs: Any) -> None:  # noqa: ANN401
+    """Each index so many times."""
+    if not isinstance(repeats, int):
+        raise Irregular("how often each index is repeated depends on data")
+    axes = list(axes_of(x)) if dim is not None else [product(axes_of(x))]
+    axes[dim or 0] = product([axes[dim or 0], copies(repeats)])
+    move(out, axes, x, lambda t: t.repeat_interleave(repeats, dim))
+
+
+def narrow(axis: Axis, start: int, end: int) -> Axis:
+    """The stretch of an axis from one position to another."""
+    if start == 0 and end == axis.size:
+        return axis
+    if start >= end:
+        return Axis(0)
+    try:
+        _, rest = cut(axis, start)
+        middle, _ = cut(concat(rest), end - start)
+    except Irregular as error:
+        mark(axis, "opaque", str(error))
+        return Axis(end - start, notes=notes_of(axis))
+    return concat(middle)
+
+
+def slice_(
+    tape: Tape, out: Tensor, x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> None:
+    """A stretch; with a step, the outer factor of the axis, whose inner one is fixed."""
+    axes, n = list(axes_of(x)), x.shape[dim]
+    debts: tuple[tuple[Axis, str, str], ...] = ()
+    low, high = (min(max(v + n if v < 0 else v, 0), n) for v in (start or 0, n if end is None else end))
+    if step == 1:
+        axes[dim] = narrow(axes[dim], low, max(low, high))
+    elif n % step or out.shape[dim] != n // step:
+        mark(axes[dim], "const", f"the code takes one in {step} of {n}, from {low} on")
+        axes[dim] = Axis(out.shape[dim], notes=notes_of(axes[dim]))
+    else:
+        outer, inner = split(axes[dim], n // step)
+        axes[dim] = product(outer)
+        debts = ((product(inner), "fixed", f"the code takes one index in {step} by its number"),)
+    move(out, axes, x, lambda t: torch.ops.aten.slice(t, dim, start, end, step)).debts += debts
+
+
+def select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: int) -> None:
+    """One index: the others are no longer like it."""
+    axes = list(axes_of(x))
+    taken = axes.pop(dim)
+    new = move(out, axes, x, lambda t: t.select(dim, index))
+    new.debts += ((taken, "fixed", "the code takes single indices by their number"),)
+    if (columns := note(x).columns) and dim % x.dim() == x.dim() - 1:
+        new.points = columns[index]
+
+
+def unbind(tape: Tape, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> None:
+    """Every index by itself."""
+    for i, result in enumerate(out):
+        select(tape, result, x, dim, i)
+
+
+def split_(tape: Tape, out: Sequence[Tensor], x: Tensor, sizes: int | Sequence[int], dim: int = 0) -> None:
+    """Consecutive stretches."""
+    start = 0
+    for result in out:
+        axes, n = list(axes_of(x)), result.shape[dim]
+        axes[dim] = narrow(axes[dim], start, start + n)
+        move(result, axes, x, partial(torch.narrow, dim=dim, start=start, length=n))
+        start += n
+
+
+def cat(tape: Tape, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> None:
+    """One after the other; in the other dimensions they are alike."""
+    parts = [part for part in parts if part.dim() == out.dim()]
+    axes = list(axes_of(parts[0]))
+    for part in parts[1:]:
+        for d in range(out.dim()):
+            if d != dim % out.dim():
+                axes[d] = join(axes[d], axes_of(part)[d])
+    joined = [axes_of(part)[dim] for part in parts]
+    if any(is_data(axis) for axis in joined if axis.size):
+        for axis in joined:
+            mark(axis, "data", "it stands beside positions of the input")
+    axes[dim] = concat(joined)
+    if axes[dim].size != out.shape[dim]:
+        axes[dim] = Axis(out.shape[dim])
+    put(out, axes, parts)
+
+
+def stack(tape: Tape, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> None:
+    """Side by side along a new axis, whose indices are not alike."""
+    axes = broadcast(parts[0].shape, parts)
+    axes.insert(dim % out.dim(), Axis(len(parts), notes={"fixed": "different things are stacked there"}))
+    put(out, axes, parts)
+
+
+def pad(tape: Tape, out: Tensor, x: Tensor, pads: Sequence[int], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the value
+    """New positions before and behind, or fewer where a pad is negative."""
+    axes = list(axes_of(x))
+    for i, (left, right) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
+        d = x.dim() - 1 - i
+        axes[d] = narrow(axes[d], max(-left, 0), axes[d].size - max(-right, 0))
+        if max(left, right) > 0:
+            notes = {"copied": "padding"} | ({"data": "padding"} if is_data(axes[d]) else {})
+            axes[d] = concat([Axis(max(left, 0), notes=notes), axes[d], Axis(max(right, 0), notes=notes)])
+    put(out, axes, [x])
+
+
+def reorder(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - flip and roll differ
+    """flip, roll: the same positions in another, fixed order."""
+    dims = args[0] if tape.op == "flip" else args[1] if len(args) > 1 else ()
+    axes = list(axes_of(x))
+    for d in {d % x.dim() for d in dims} or range(x.dim()):
+        mark(axes[d], "const", f"its order matters to {tape.op}")
+        axes[d] = Axis(axes[d].size, notes=notes_of(axes[d]))
+    put(out, axes, [x], note(x).points)
+
+
+def as_strided(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sizes, strides, offset
+    """Any view of the memory: known as far as sizes and strides stay, where behind that nothing but places is rearranged."""
+    axes, (old, new) = axes_of(x), ([(n, s if n > 1 else 0) for n, s in zip(t.shape, t.stride(), strict=True)] for t in (x, out))
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
+    shift = out.storage_offset() - x.storage_offset()
+    if old == new and shift == 0:
+        move(out, axes, x, lambda t: t)
+        return
+    reach = shift + sum((n - 1) * stride for n, stride in new[same:])
+    if reach >= min((stride for n, stride in old[:same] if n > 1), default=math.inf) or not all(map(is_data, axes[same:])):
+        raise Irregular("memory is viewed with other strides")
+    put(out, [*axes[:same], *(Axis(n, notes={"data": "rearranged places"}) for n in out.shape[same:])], [x])
+
+
+RULES: dict[str, Callable[..., None]] = {
+    **dict.fromkeys(
+        ("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "squeeze", "unsqueeze", "squeeze_", "unsqueeze_"), view
+    ),
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes"), split_),
+    **dict.fromkeys(("t", "transpose", "transpose_", "t_"), transpose),
+    **dict.fromkeys(("flip", "roll"), reorder),
+    **dict.fromkeys(("as_strided", "as_strided_"), as_strided),
+    "permute": permute,
+    "expand": expand,
+    "repeat": repeat,
+    "repeat_interleave": repeat_interleave,
+    "slice": slice_,
+    "select": select,
+    "unbind": unbind,
+    "cat": cat,
+    "stack": stack,
+    "constant_pad_nd": pad,
+}

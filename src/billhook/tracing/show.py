@@ -1,0 +1,208 @@
+"""A structure for people to read, and as plain data."""
+
+import math
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from billhook.tracing.axes import Axis, factors, find, segments
+from billhook.tracing.findings import Findings
+from billhook.tracing.groups import KINDS, Group, Kind
+from billhook.tracing.roles import Part, stretches
+
+LABELS: dict[Kind, str] = {
+    "kv_head": "kv",
+    "query_head": "group",
+    "rotary": "f",
+    "residual": "hidden",
+    "query_key": "qk",
+    "value": "v",
+    "fixed": "",
+}
+NAMES: dict[Kind, str] = {
+    "kv_head": "KV head",
+    "query_head": "query head per KV head",
+    "query_key": "query/key dimension, all heads",
+    "value": "value dimension, all heads",
+    "residual": "residual channel",
+    "rotary": "rotary frequency",
+    "position": "position or type",
+    "vocab": "token",
+    "fixed": "fixed place",
+}
+WIDTH = 130  # columns; what is longer goes on below
+
+
+def tree(structure: Findings, name: str) -> str:
+    """The axes of a parameter: leaves as kind:size, products with *, sums with +."""
+    kinds = {group.leaf: group.kind for group in structure.groups}
+    return f"[{', '.join(_axis(axis, kinds) for axis in structure.axes[name])}]"
+
+
+def _axis(axis: Axis, kinds: dict[Axis, Kind], inside: bool = False) -> str:
+    axis = find(axis)
+    if axis.op == "leaf":
+        label = LABELS.get(kinds[axis], kinds[axis]) if axis in kinds else ""
+        return f"{label}:{axis.size}" if label else str(axis.size)
+    parts = factors(axis) if axis.op == "product" else segments(axis)
+    text = (" * " if axis.op == "product" else " + ").join(_axis(part, kinds, inside=True) for part in parts)
+    return f"({text})" if inside else text
+
+
+def table(structure: Findings, groups: Sequence[Group]) -> str:
+    """One row for all groups that are alike but for the layer; then roles, and whatever a reader should know."""
+    entries = sum(math.prod(shape) for shape in structure.shapes.values())
+    folded = fold(groups)
+    free = [alike for alike in folded if not alike[0].reason]
+    bound = [alike for alike in folded if alike[0].reason]
+    rows = [("unit", "groups x units", "parameters", "bytes", "of each unit, in")]
+    rows += [(kind_name(own[0]), _amount(own), f"{own[0].entries:,}", f"{own[0].bytes:,}", _where(own[0])) for own in free]
+    notes = [("not pruned", f"{kind_name(own[0])} ({_amount(own)}, {_where(own[0], 2)}): {own[0].reason}") for own in bound]
+    if len(groups) == len(structure.groups):
+        notes = [*_roles(structure), *notes, *_warnings(structure)]
+    blocks = [
+        [f"{structure.model}: {entries:,} parameters in {len(structure.shapes)} tensors"],
+        _columns(rows) if free else [] if bound else ["no such units"],
+        [labelled(label, text) for label, text in notes],
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _warnings(structure: Findings) -> list[tuple[str, str]]:
+    notes = [("tied", f"{alias} is {name}") for alias, name in structure.tied.items()]
+    notes += [("never used", _some(structure.untouched))] if structure.untouched else []
+    notes += [("opaque", f"{reason} ({times}x)") for reason, times in structure.opaque.items()]
+    return notes + [("assumed", f"{what} ({times}x)") for what, times in structure.assumed.items()]
+
+
+def labelled(label: str, text: str) -> str:
+    """A line under a table, with what it is about in front."""
+    return _wrapped(f"{label:<12} ", text)
+
+
+def _wrapped(start: str, text: str) -> str:
+    width = max(WIDTH - len(start), 40)
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
+    return start + f"\n{' ' * len(start)}".join(lines)
+
+
+def pattern(name: str) -> str:
+    """A parameter's name with a * for every number in it."""
+    return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
+
+
+def fold(groups: Iterable[Group]) -> list[list[Group]]:
+    """Groups that differ in nothing but numbers in names, in the order of their kinds."""
+    alike: dict[tuple[object, ...], list[Group]] = {}
+    for group in groups:
+        members = tuple(sorted({(pattern(member.name), member.dim) for member in group.members}))
+        alike.setdefault((group.kind, group.size, members, pattern(group.reason)), []).append(group)
+    return sorted(alike.values(), key=lambda own: (bool(own[0].reason), KINDS.index(own[0].kind)))
+
+
+def kind_name(group: Group) -> str:
+    """What a unit of a group is called."""
+    return NAMES.get(group.kind, group.kind)
+
+
+def _amount(alike: Sequence[Group]) -> str:
+    return f"{len(alike)} x {alike[0].size:,}" if len(alike) > 1 else f"{alike[0].size:,}"
+
+
+def _where(group: Group, most: int = 4) -> str:
+    """What all members are in, and the modules they are, by the shortest endings of their names that tell them apart."""
+    names = list(dict.fromkeys(pattern(m.name).removesuffix(".weight").removesuffix(".bias") for m in group.members))
+    if len(names) == 1:
+        return names[0]
+    shared = f"{pattern(group.where + '.')[:-1]}: " if group.where else ""
+    return shared + _some(_endings(names), most)
+
+
+def _endings(names: Sequence[str]) -> list[str]:
+    """Of each name as many parts from its end as tell it from all others."""
+    parts = [name.split(".") for name in names]
+    ends = []
+    for own in parts:
+        length = next((n for n in range(1, len(own)) if sum(other[-n:] == own[-n:] for other in parts) == 1), len(own))
+        ends.append(".".join(own[-length:]))
+    return ends
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *middle, last in rows:
+        numbers = [cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
+        lines.append(_wrapped("  ".join([first.ljust(widths[0]), *numbers, ""]), last))
+    return [lines[0], "-" * max(len(line) for text in lines for line in text.splitlines()), *lines[1:]]
+
+
+def _roles(structure: Findings) -> list[tuple[str, str]]:
+    """Who is query, key, value and output, gate, up and down; layers that are alike on one line."""
+    counted: dict[tuple[str, str], int] = {}
+    roles = [("attention", {"q": one.q, "k": one.k, "v": one.v, "o": one.o}) for one in structure.attention]
+    roles += [("feed-forward", {"gate": one.gate, "up": one.up, "down": one.down}) for one in structure.feed_forward]
+    for what, parts in roles:
+        line = what, _role_line({role: own for role, own in parts.items() if own})
+        counted[line] = counted.get(line, 0) + 1
+    return [(what, f"{line} ({times}x)") for (what, line), times in counted.items()]
+
+
+def _role_line(roles: dict[str, tuple[Part, ...]]) -> str:
+    names = list(dict.fromkeys(_plain(part) for parts in roles.values() for part in parts))
+    ends = dict(zip(names, _endings(names), strict=True))
+    shown = []
+    for role, parts in roles.items():
+        own = [ends[_plain(part)] + str(part).removeprefix(part.name) for part in parts]
+        shown.append(f"{role} = {', '.join(own)}")
+    return "; ".join(shown)
+
+
+def _plain(part: Part) -> str:
+    return pattern(part.name).removesuffix(".weight")
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def to_json(structure: Findings) -> dict[str, Any]:
+    """Everything as lists, dictionaries, numbers and strings."""
+    used = {name: shape for name, shape in structure.shapes.items() if name in structure.axes}
+    return {
+        "model": structure.model,
+        "parameters": {name: {"shape": list(shape), "axes": tree(structure, name)} for name, shape in used.items()},
+        "groups": [group_to_json(group) for group in structure.groups],
+        "attention": [_roles_to_json({"q": one.q, "k": one.k, "v": one.v, "o": one.o}) for one in structure.attention],
+        "feed_forward": [_roles_to_json({"gate": one.gate, "up": one.up, "down": one.down}) for one in structure.feed_forward],
+        "tied": structure.tied,
+        "untouched": list(structure.untouched),
+        "opaque": structure.opaque,
+        "assumed": structure.assumed,
+    }
+
+
+def group_to_json(group: Group) -> dict[str, Any]:
+    """A group as plain data."""
+    return {
+        "number": group.number,
+        "kind": group.kind,
+        "size": group.size,
+        "where": group.where,
+        "prunable": not group.reason,
+        "reason": group.reason,
+        "flags": group.flags,
+        "context": list(group.context),
+        "parameters_per_unit": group.entries,
+        "bytes_per_unit": group.bytes,
+        "members": [{"name": m.name, "dim": m.dim, "reads": m.reads} for m in group.members],
+    }
+
+
+def _roles_to_json(roles: dict[str, tuple[Part, ...]]) -> dict[str, list[dict[str, Any]]]:
+    return {role: [_part(part) for part in parts] for role, parts in roles.items()}
+
+
+def _part(part: Part) -> dict[str, Any]:
+    return {"name": part.name, "dim": part.dim, "size": part.size, "positions": [list(s) for s in stretches(part.positions)]}

@@ -1,0 +1,253 @@
+"""What a run on meta tensors has shown: a note on every tensor, and the facts that lie between tensors."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from billhook.tracing.axes import Axis, Irregular, find, leaves, mark, unify
+
+MANY = 8  # sources; a residual stream has more, and there nobody asks for them
+SMALL = 4096  # entries of a constant that is worth computing
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Positions along a dimension of a parameter that an activation comes from.
+
+    Attributes:
+        positions: Whole numbers; -1 where it does not come from there. None stands for all.
+        exact: Whether `positions` has the activation's own shape, position by position, rather than being a set.
+        more: Further positions, of a set.
+    """
+
+    positions: Tensor | None
+    exact: bool = False
+    more: tuple[Tensor, ...] = ()
+
+    def as_set(self) -> "Rows":
+        """The same rows, no longer position by position."""
+        return Rows(self.positions, more=self.more) if self.exact else self
+
+    def union(self, other: "Rows") -> "Rows":
+        """The rows of both."""
+        if self.positions is None or other.positions is None:
+            return Rows(None)
+        both = {id(one): one for one in (self.positions, *self.more, other.positions, *other.more)}
+        return self if len(both) == 1 + len(self.more) else Rows(self.positions, more=tuple(both.values())[1:])
+
+
+Sources = dict[tuple[str, int], Rows]
+"""What an activation was last multiplied with: (parameter, dimension) -> rows."""
+
+
+class Note:
+    """What is known of one tensor.
+
+    Attributes:
+        axes: One a dimension.
+        active: Whether it depends on the inputs, rather than on parameters alone.
+        debts: Marks on axes of what it was taken from, due as soon as its values are used and not just its shape.
+        pool: For memory that is written piece by piece, the sources of all that was written, shared by its views.
+        points: The axis that its whole numbers index, if they do.
+        columns: The same for each index of the last dimension, where they differ.
+        used: Whether an op has asked for it.
+        value: What it holds, where that is small and does not depend on weights or inputs.
+        sources: Which rows of which parameters an activation was last multiplied with.
+        bent: Whether something non-linear came after them.
+    """
+
+    __slots__ = ("active", "axes", "bent", "columns", "debts", "points", "pool", "sources", "used", "value")
+
+    def __init__(self, axes: Sequence[Axis], active: bool = False, points: Axis | None = None) -> None:
+        self.axes, self.active, self.points = list(axes), active, points
+        self.columns: tuple[Axis, ...] = ()
+        self.pool: Sources | None = None
+        self.debts: tuple[tuple[Axis, str, str], ...] = ()
+        self.value: Tensor | None = None
+        self.sources: Sources = {}
+        self.bent = self.used = False
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Two activations that were multiplied: contracted over an axis, or element by element.
+
+    Attributes:
+        left: The sources of the first.
+        right: The sources of the second.
+        left_axes: The axes of the first.
+        right_axes: The axes of the second.
+        over: The contracted axis; None for a product element by element.
+        bent: Whether something non-linear had been done to the first, and to the second.
+    """
+
+    left: Sources
+    right: Sources
+    left_axes: list[Axis]
+    right_axes: list[Axis]
+    over: Axis | None
+    bent: tuple[bool, bool]
+
+
+@dataclass
+class Tape:
+    """The facts of a run.
+
+    Attributes:
+        op: The operation at hand.
+        parameters: Parameters and buffers by name.
+        storages: Their names by storage.
+        meetings: Products of two activations, in order.
+        reads: When a dimension of a parameter was first contracted with an activation, in the order of all such events.
+        writes: When a dimension of a parameter first became one of an activation.
+        misses: Why axes are opaque, with how often.
+        assumed: What a value was taken to be where code asks for one that nobody knows.
+        overwritten: Values over which something unknown was written, by storage.
+    """
+
+    op: str = ""
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    storages: dict[int, str] = field(default_factory=dict)
+    meetings: list[Meeting] = field(default_factory=list)
+    reads: dict[tuple[str, int], int] = field(default_factory=dict)
+    writes: dict[tuple[str, int], int] = field(default_factory=dict)
+    misses: dict[str, int] = field(default_factory=dict)
+    assumed: dict[str, int] = field(default_factory=dict)
+    overwritten: dict[int, Tensor] = field(default_factory=dict)
+
+    def value(self, x: Tensor) -> Tensor | None:
+        """What a tensor holds, where that is known."""
+        value = note(x).value if x.is_meta else x
+        return None if value is None or value.untyped_storage()._cdata in self.overwritten else value
+
+    def read(self, name: str, dim: int) -> None:
+        """A dimension of a parameter has been contracted with an activation."""
+        self.reads.setdefault((name, dim), len(self.reads) + len(self.writes))
+
+    def write(self, name: str, dim: int) -> None:
+        """A dimension of a parameter has become one of an activation."""
+        self.writes.setdefault((name, dim), len(self.reads) + len(self.writes))
+
+
+def note(tensor: Tensor, touch: bool = True) -> Note:
+    """The note on a tensor; one that nobody has noted anything on gets fresh axes."""
+    found: Note | None = getattr(tensor, "_billhook", None)
+    if found is None or len(found.axes) != tensor.dim():
+        found = Note([Axis(n) for n in tensor.shape])
+        tensor._billhook = found  # type: ignore[attr-defined]
+    found.used = found.used or touch
+    return found
+
+
+def axes_of(tensor: Tensor) -> list[Axis]:
+    """The axes of a tensor, one a dimension."""
+    return note(tensor).axes
+
+
+def pay(one: Note, points: Axis | None = None) -> None:
+    """The values of a tensor are used: what was due is marked, and where they point unless the result still points there."""
+    for axis, flag, reason in one.debts:
+        mark(axis, flag, reason)
+    one.debts = ()
+    if one.points is not None and (points is None or find(points) is not find(one.points)):
+        spend(one.points, "its numbers are used as values")
+
+
+def put(out: Tensor, axes: Sequence[Axis], inputs: Iterable[Tensor], points: Axis | None = None, paid: bool = False) -> Note:
+    """Notes the axes of a result, and what it inherits from the inputs; their values are used, unless that is `paid` or not due.
+
+    Raises:
+        Irregular: If the axes do not fit the shape.
+    """
+    if tuple(axis.size for axis in axes) != tuple(out.shape):
+        raise Irregular(f"axes {axes} for a tensor of shape {tuple(out.shape)}")
+    notes = [(tensor, note(tensor)) for tensor in inputs]
+    active = [(tensor, one) for tensor, one in notes if one.active]
+    if not paid:
+        for _, one in notes:
+            pay(one, points)
+    new = Note([find(axis) for axis in axes], bool(active), points)
+    for tensor, one in active or notes:
+        new.bent = new.bent or one.bent
+        if sources := one.sources or one.pool:
+            exact = tensor.shape == out.shape
+            gather(new.sources, {key: rows if exact else rows.as_set() for key, rows in sources.items()})
+    if len(new.sources) > MANY:
+        new.sources = {}
+    out._billhook = new  # type: ignore[attr-defined]
+    return new
+
+
+def gather(into: Sources, more: Sources) -> None:
+    """Adds sources to others."""
+    for key, rows in more.items():
+        into[key] = into[key].union(rows) if key in into else rows
+
+
+def move(out: Tensor, axes: Sequence[Axis], x: Tensor, along: Callable[[Tensor], Tensor]) -> Note:
+    """As `put`, for an op that only moves entries: `along` does to any tensor of that shape what the op did."""
+    before = note(x)
+    new = put(out, axes, [x], before.points, paid=True)
+    new.debts, new.pool = before.debts, before.pool
+    new.sources = {
+        key: Rows(along(rows.positions), exact=True) if rows.exact and rows.positions is not None else rows
+        for key, rows in before.sources.items()
+    }
+    return new
+
+
+def tensors(tree: Any) -> list[Tensor]:  # noqa: ANN401 - whatever an op takes or gives
+    """The tensors in nested lists, tuples and dicts."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def given(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments of an op; lists of them are never nested."""
+    for x in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, list | tuple):
+            yield from (one for one in x if isinstance(one, Tensor))
+
+
+def join(a: Axis, b: Axis) -> Axis:
+    """Unifies two axes; where that is irregular, both become opaque."""
+    try:
+        return unify(a, b)
+    except Irregular as error:
+        for axis in (a, b):
+            mark(axis, "opaque", f"irregular: {error}")
+        return find(b)
+
+
+def broadcast(shape: Sequence[int], inputs: Sequence[Tensor]) -> list[Axis]:
+    """The axes of an elementwise result: aligned from the right, equal sizes are the same axis."""
+    out: list[Axis | None] = [None] * len(shape)
+    for tensor in inputs:
+        missing = len(shape) - tensor.dim()
+        for d, axis in enumerate(axes_of(tensor)):
+            if axis.size == shape[d + missing] and axis.size != 1:
+                before = out[d + missing]
+                out[d + missing] = axis if before is None else join(before, axis)
+    return [axis if axis is not None else Axis(size) for axis, size in zip(out, shape, strict=True)]
+
+
+def spend(points: Axis | None, reason: str) -> None:
+    """The values of an index were used as numbers: the order of the axis that they point into matters."""
+    if points is not None:
+        mark(points, "const", reason)
+
+
+def is_data(axis: Axis) -> bool:
+    """Whether an axis is made of batch, sequence or image positions alone."""
+    return all("data" in leaf.notes for leaf in leaves(axis))
+
+
+def keep_order(axis: Axis, reason: str) -> None:
+    """What of an axis is not data may not be reordered."""
+    for leaf in leaves(axis):
+        if "data" not in leaf.notes:
+            mark(leaf, "const", reason)

@@ -1,0 +1,1 @@
+"""billhook's own LightningModule, data modules and distillation."""

@@ -1,0 +1,323 @@
+"""The LightningModule: a Hugging Face model with its loss, metrics, optimizer and learning-rate schedule."""
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+import transformers
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning_utilities.core.rank_zero import rank_zero_info
+from peft import LoraConfig
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+from transformers import PretrainedConfig, PreTrainedModel
+
+from billhook.adapters.lora import LoRA, attach, from_plain, to_plain
+from billhook.checkpoints.pretrained import AUTO_CLASSES, Task, load_model
+from billhook.fit.resume import ShapeInCheckpoint
+from billhook.fit.run import training_steps
+from billhook.running.noise import Noise
+from billhook.running.shards import is_sharded, shard
+from billhook.running.walk import blocks_of
+from billhook.schedules import Step, check_step, resolve_step
+from billhook.training.distillation import Distillation, Teacher, check_teacher
+from billhook.training.loader import batches_seen
+from billhook.training.trainable import Trainable, check_trainable, freeze_others
+
+Decay = Literal["cosine", "linear", "constant"]
+TEACHER, NOISE, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
+"""Where Lightning checkpoints keep the checksum of the teacher's weights, the seed of random numbers, and the fit's length."""
+
+
+class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
+    """A Hugging Face model in training: loss from the model, token-weighted perplexity or accuracy, AdamW, warm-up and decay.
+
+    Logs `train_loss`, `val_loss`, and `val_perplexity` or `val_accuracy` (`test_...` likewise).
+
+    After pruning, three ways bring quality back. Full training (`lora=None`) is for where there is memory for gradients and
+    AdamW's state, 12 bytes a weight in float32, and enough text. `lora` trains a few weights beside frozen ones, for little
+    memory or text. Either it is on when callbacks remove units in the same fit, and is cut too, or it is put on a folder that was
+    cut before (`billhook prune-heads MODEL OUT`, then `model: OUT`), as the paper does and as `KVHeadConversion` needs, which
+    pools no adapters. `Export` writes merged weights in both cases. `distillation` goes with any of it.
+
+    Args:
+        model: `"tiny"` (the embedded Llama), a hub name, a folder (whatever `bh.save` wrote, too), a `config.json` file or a
+            config (random weights), or a ready `PreTrainedModel`.
+        task: What the model is to do; it chooses the class and the metric.
+        lr: The highest learning rate.
+        weight_decay: AdamW's weight decay; never on biases and norms (parameters with one dimension).
+        warmup: Steps (int) or fraction of training (float) over which the learning rate rises from 0.
+        decay: How the learning rate falls to 0 after that, or stays.
+        num_labels: Classes, for the classification tasks; by default the checkpoint's.
+        dtype: The dtype of the weights. `"auto"` takes the checkpoint's own.
+        attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`, ...; by default what transformers chooses.
+        gradient_checkpointing: Recompute activations in the backward pass to save memory.
+        gguf_file: The name of a GGUF file in the folder or repository `model`; its weights are dequantised.
+        trust_remote_code: Run the modelling code that a repository brings. Off unless asked.
+        lora: Freeze the model and train LoRA on its linears: `{}` for the defaults of LLM-Pruner (r 8, alpha 16, dropout 0.05,
+            all linears; the paper's `lr` is 1e-4), `{r: 16}` and so on for others, or PEFT's own `peft.LoraConfig` by
+            `class_path`. The head of a classifier trains in full beside it.
+        distillation: Learn from a teacher too, by (1 - weight) CE + weight T^2 KL(teacher || student) + hidden MSE, as
+            `Distillation` says: `{}` for temperature T 2, weight 0.5, hidden 0 and as teacher the model as it is now, before it
+            is cut; `{teacher: FOLDER, weight: 0.9}` and so on for others, as a model needs that is cut already. It costs a
+            forward pass of the teacher in each step and its weights in memory. `train_loss` is then the sum, `train_kl` the KL in
+            it; validation stays as it is.
+        trainable: Which parameters train: `"all"` (those that a ready model has not frozen), `"attention"` (its projections, with
+            biases and norms within, of whatever family, and the head of a classifier), or those whose names in the model match
+            one of some glob patterns, as in `["*.k_proj.*", "*.v_proj.*"]`. The others are frozen: they get no gradient and no
+            optimizer state. Not with `lora`, which says itself what trains.
+
+    Raises:
+        ValueError: If a number is out of range, the model's name leads nowhere, it has adapters already and `lora` is given,
+            `trainable` matches nothing or stands beside `lora`, or the teacher has another vocabulary; on resuming, if the
+            teacher is not the one that the run started with.
+    """
+
+    def __init__(
+        self,
+        model: str | PretrainedConfig | PreTrainedModel = "tiny",
+        task: Task = "causal-lm",
+        lr: float = 3e-4,
+        weight_decay: float = 0.01,
+        warmup: Step = 0.0,
+        decay: Decay = "cosine",
+        num_labels: int | None = None,
+        dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        gguf_file: str | None = None,
+        trust_remote_code: bool = False,
+        lora: LoRA | LoraConfig | None = None,
+        distillation: Distillation | None = None,
+        trainable: Trainable = "all",
+    ) -> None:
+        super().__init__()
+        if task not in AUTO_CLASSES:
+            raise ValueError(f"task={task!r} must be one of {', '.join(AUTO_CLASSES)}")
+        if lr <= 0:
+            raise ValueError(f"lr={lr} must be above 0")
+        check_step(warmup, "warmup")
+        check_trainable(trainable)
+        if lora is not None and trainable != "all":
+            raise ValueError(f"trainable={trainable!r} and lora: with LoRA the adapters train and nothing else; leave one out")
+        self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
+        lora, distillation = self._plain_hyperparameters(lora, distillation)
+        self.task, self.lr, self.weight_decay, self.warmup, self.decay = task, lr, weight_decay, warmup, decay
+        options = {"dtype": dtype, "attn_implementation": attn_implementation, "trust_remote_code": trust_remote_code}
+        if not isinstance(model, PreTrainedModel):
+            model = load_model(model, task, options, num_labels, gguf_file)
+        self.model = model
+        self.noise = Noise()
+        self._steps: int | None = None
+        self.teacher = None if distillation is None else self._teacher(distillation, options)
+        if lora is not None:
+            attach(self.model, lora, classifies=task.endswith("classification"))
+        freeze_others(self.model, trainable, classifies=task.endswith("classification"))
+        if gradient_checkpointing:
+            enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        classes = self.model.config.num_labels
+        self.metrics = nn.ModuleDict({f"{stage}_metric": _metric(task, classes) for stage in ("val", "test")})
+        self.metric_name = "accuracy" if task.endswith("classification") else "perplexity"
+        self.model.train()
+        self.example_input_array = self._example()
+
+    def _plain_hyperparameters(
+        self, lora: LoRA | LoraConfig | None, distillation: Distillation | None
+    ) -> tuple[LoRA | LoraConfig | None, Distillation | None]:
+        """Makes plain data of what checkpoints hold of them, which no class is needed to load, and of such data what it means."""
+        if isinstance(held := self.hparams.get("lora"), LoRA | LoraConfig):
+            self.hparams["lora"] = to_plain(held)
+        if isinstance(held := self.hparams.get("distillation"), Distillation):
+            self.hparams["distillation"] = asdict(held)
+        lora = from_plain(lora) if isinstance(lora, dict) else lora
+        return lora, Distillation(**distillation) if isinstance(distillation, dict) else distillation
+
+    def _teacher(self, distillation: Distillation, options: dict[str, Any]) -> Teacher:
+        """The teacher: a copy of the model as it is now, or another one."""
+        if distillation.teacher is None:
+            model = copy.deepcopy(self.model)
+        else:
+            classifies = self.task.endswith("classification")
+            model = load_model(distillation.teacher, self.task, options)
+            check_teacher(self.model, model, distillation, classifies)
+        return Teacher(model, distillation, causal=self.task == "causal-lm")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the shape, how LoRA is scaled, the seed of dropout, and which teacher there is."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint[NOISE], checkpoint[STEPS] = self.noise.state_dict(), self._steps
+        if self.teacher is not None:
+            checkpoint[TEACHER] = self.teacher.fingerprint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on with another teacher; takes the shape before weights are loaded."""
+        resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if resuming and self.teacher is not None and checkpoint.get(TEACHER) not in (None, self.teacher.fingerprint):
+            raise ValueError(
+                f"distillation: teacher={self.teacher.settings.teacher!r} has other weights than the teacher with which the run "
+                "of the checkpoint started: make the module of the same model as then, or name the teacher"
+            )
+        super().on_load_checkpoint(checkpoint)
+        if resuming:
+            self.noise.load_state_dict(checkpoint.get(NOISE, {}))
+            self._steps = checkpoint.get(STEPS)
+
+    def configure_model(self) -> None:
+        """Shards blocks, and what is around them, over ranks, where `ModelParallelStrategy` (FSDP2) asks for it."""
+        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.model):
+            assert self.device_mesh is not None
+            shard(self.model, blocks_of(self.model), self.device_mesh["data_parallel"])
+
+    def _example(self) -> dict[str, Tensor] | None:
+        """A batch of one example, for tracing and summaries."""
+        if self.model.main_input_name != "input_ids":
+            return None
+        ids = torch.zeros(1, 8, dtype=torch.long)
+        return {"input_ids": ids} | ({"decoder_input_ids": ids} if self.task == "seq2seq-lm" else {})
+
+    def setup(self, stage: str) -> None:
+        """Tells a classifier which token is padding, where only the tokenizer knows."""
+        tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        for model in [self.model] + ([] if self.teacher is None else [self.teacher.model]):
+            config = model.config.get_text_config(decoder=True)
+            if self.task == "sequence-classification" and config.pad_token_id is None:
+                config.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+
+    def forward(self, **batch: Tensor) -> Any:  # noqa: ANN401 - a ModelOutput whose class depends on the model
+        """The model's own output for a batch of its own arguments."""
+        return self.model(**batch)
+
+    def generate(self, **arguments: Any) -> Tensor:  # noqa: ANN401 - transformers' own arguments
+        """Token ids from `model.generate` with the same arguments."""
+        generated: Tensor = self.model.generate(**arguments)  # type: ignore[operator]
+        return generated
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """The model's loss; with a teacher, the sum of `Distillation`."""
+        with self._noise():
+            output = self(**batch, **({} if self.teacher is None else self.teacher.asks))
+        loss: Tensor = output.loss
+        if self.teacher is not None:
+            self.teacher.follow(self.model)
+            loss, divergence = self.teacher.loss(output, batch)
+            self.log("train_kl", divergence)
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def _noise(self) -> AbstractContextManager[None]:
+        """The random numbers of this step, which are the same in a resumed run."""
+        if self._trainer is None:
+            return nullcontext()
+        return self.noise.drawn(self.device, batches_seen(self.trainer), self.global_rank)
+
+    def on_train_start(self) -> None:
+        """Draws the seed of dropout, if no checkpoint has said it; refuses teachers that differ over ranks."""
+        if self.teacher is not None:
+            own = torch.tensor(self.teacher.fingerprint, device=self.device)
+            if (cast(Tensor, self.all_gather(own)) != own).any():
+                raise ValueError(
+                    "distillation: the ranks have teachers with different weights: seed all ranks alike (seed_everything) where "
+                    "weights of the model are new, or name the teacher"
+                )
+        if self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
+            self.noise = Noise()
+        self.noise.seed = self.trainer.strategy.broadcast(self.noise.draw())
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs `val_loss` and the task's metric."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Logs `test_loss` and the task's metric."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Classes; generated ids (sequence to sequence; up to the generation config's `max_new_tokens`, or 128); or logits."""
+        if self.task == "seq2seq-lm":
+            length = getattr(self.model.generation_config, "max_new_tokens", None) or 128
+            return self.generate(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), max_new_tokens=length)
+        logits: Tensor = self(**batch).logits
+        return logits.argmax(-1) if self.task.endswith("classification") else logits
+
+    def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
+        output, labels = self(**batch), batch["labels"]
+        metric = cast(Metric, self.metrics[f"{stage}_metric"])
+        if isinstance(metric, TokenPerplexity):
+            # a causal model predicts each label but the first
+            predicted = labels[:, 1:] if self.task == "causal-lm" else labels
+            weight = (predicted != -100).sum()
+            metric.update(output.loss, weight)
+        else:
+            weight = torch.tensor(len(labels))
+            metric.update(output.logits, labels)
+        self.log(f"{stage}_loss", output.loss, batch_size=int(weight), sync_dist=True)
+        self.log(f"{stage}_{self.metric_name}", metric, prog_bar=True, batch_size=int(weight))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW (fused where it can be) with warm-up and decay by optimizer step."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        # under float16 the scaler and gradient clipping both want to unscale: the fused step leaves no room for that
+        fused = self.trainer.precision != "16-mixed" and all(p.device.type in ("cpu", "cuda") for p in trained)
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, fused=fused)
+        total = training_steps(self.trainer)
+        if total is None:
+            if self.decay != "constant" or (isinstance(self.warmup, float) and self.warmup > 0):
+                raise ValueError(
+                    f"decay={self.decay!r} and warmup={self.warmup} need the length of training: set max_steps, "
+                    "or use decay='constant' with warmup as a number of steps"
+                )
+            total = int(self.warmup)
+        if (
+            self.trainer.ckpt_path
+            and self._steps not in (None, total)
+            and (self.decay != "constant" or isinstance(self.warmup, float))
+        ):
+            rank_zero_info(
+                f"billhook: the fit of the checkpoint was to take {self._steps} steps, and this one takes {total}: the learning "
+                "rate goes on as if it had been so from the start"
+            )
+        self._steps = total
+        kind = {"constant": "constant_with_warmup"}.get(self.decay, self.decay)
+        warmup = self.warmup if isinstance(self.warmup, int) else resolve_step(self.warmup, total, "warmup")
+        scheduler = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+
+class TokenPerplexity(Metric):
+    """exp of the mean loss per token, whatever the number of tokens in each batch: exp(sum of losses / number of tokens)."""
+
+    full_state_update = False
+    total: Tensor
+    tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, tokens: Tensor) -> None:
+        """Takes a batch's mean loss and the number of tokens that it is the mean of."""
+        # not in place: after trainer.validate the states are inference tensors, which a fit may not write into
+        self.total = self.total + loss.detach().float() * tokens
+        self.tokens = self.tokens + tokens
+
+    def compute(self) -> Tensor:
+        """exp(sum of losses / number of tokens)."""
+        return torch.exp(self.total / self.tokens)
+
+
+def _metric(task: str, num_labels: int | None) -> Metric:
+    if task.endswith("classification"):
+        return MulticlassAccuracy(num_classes=num_labels or 2, average="micro")
+    return TokenPerplexity()

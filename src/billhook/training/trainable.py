@@ -1,0 +1,102 @@
+"""Which parameters of a model train: all, those of its attention, or those of some names."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from billhook.model.find import find_transformer
+from billhook.tracing.axes import leaves
+from billhook.tracing.coupling import Structure
+from billhook.tracing.groups import innermost
+from billhook.tracing.roles import Attention
+from billhook.tracing.trace import trace
+
+Trainable = Literal["all", "attention"] | list[str]
+"""All parameters, those of attention, or those whose names match one of some glob patterns."""
+
+
+def check_trainable(trainable: Trainable) -> None:
+    """Refuses what no model could have.
+
+    Raises:
+        ValueError: With what is legal.
+    """
+    patterns = isinstance(trainable, Sequence) and not isinstance(trainable, str) and all(isinstance(p, str) for p in trainable)
+    if trainable not in ("all", "attention") and not (patterns and trainable):
+        raise ValueError(f"trainable={trainable!r} must be 'all', 'attention' or patterns of names, as in ['*.k_proj.*']")
+
+
+def freeze_others(model: PreTrainedModel, trainable: Trainable, classifies: bool = False) -> None:
+    """Freezes what is not to train, in place; what was frozen before stays so, and with `"all"` nothing changes.
+
+    Args:
+        model: The model.
+        trainable: What is to train. A tied parameter trains if one of its names says so.
+        classifies: Whether what is not in the base model is the head of a classifier, which may be new and so trains beside
+            attention.
+
+    Raises:
+        ValueError: If `trainable` is not legal, a pattern matches no parameter, or the model has no attention; then nothing has
+            changed.
+    """
+    check_trainable(trainable)
+    if trainable == "all":
+        return
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    if trainable == "attention":
+        names = set(attention_parameters(model))
+        base = {id(parameter) for parameter in model.base_model.parameters()} if classifies else {id(p) for _, p in parameters}
+        chosen = {id(parameter) for name, parameter in parameters if name in names or id(parameter) not in base}
+    else:
+        for pattern in trainable:
+            if not any(fnmatchcase(name, pattern) for name, _ in parameters):
+                shown = [name for name, _ in parameters[:3]]
+                raise ValueError(f"trainable={pattern!r} matches none of the {len(parameters)} parameters, such as {shown}")
+        chosen = {id(parameter) for name, parameter in parameters if any(fnmatchcase(name, p) for p in trainable)}
+    for _, parameter in parameters:
+        if id(parameter) not in chosen:
+            parameter.requires_grad_(False)
+
+
+def attention_parameters(model: nn.Module, structure: Structure | None = None) -> list[str]:
+    """The parameters of all attentions of a model: projections, their biases, norms and position biases within.
+
+    An attention is the innermost module that holds the projections of queries, keys, values and output, as `trace` finds them by
+    what the model computes, not by names; what computes as attention does counts as one (state-space layers of Mamba-2). Where
+    that module holds a feed-forward too, it is the projections and what else has heads, or dimensions of heads.
+
+    Args:
+        model: A Hugging Face model, or a module that holds one.
+        structure: What `trace` has found of it; by default it is traced.
+
+    Returns:
+        Names in the order of the model's parameters.
+
+    Raises:
+        ValueError: If the model has no attention.
+    """
+    subject = find_transformer(model)
+    structure = structure or trace(subject)
+    found = {name for attention in structure.attention for name in _of(attention, structure)}
+    if not found:
+        raise ValueError(f"model: {type(subject).__name__} has no attention that can be told apart")
+    return [name for name, _ in subject.named_parameters() if name in found]
+
+
+def _of(attention: Attention, structure: Structure) -> set[str]:
+    """The parameters of one attention."""
+    parts = {part.name for part in (*attention.q, *attention.k, *attention.v, *attention.o)}
+    where = innermost(list(parts))
+    others = {part.name for one in structure.feed_forward for part in (*one.gate, *one.up, *one.down)} - parts
+    if where and not any(name.startswith(f"{where}.") for name in others):
+        return {name for name in structure.shapes if name.startswith(f"{where}.")}
+    own = {*attention.heads, *attention.query_key, *attention.value}
+    modules = {name.rpartition(".")[0] for name in parts}
+    return {
+        name
+        for name in structure.shapes
+        if name.rpartition(".")[0] in modules or any(own & set(leaves(axis)) for axis in structure.axes.get(name, ()))
+    }

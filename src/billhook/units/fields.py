@@ -1,0 +1,179 @@
+"""Which fields of a config say how many units there are: found by building the model's own class, not looked up."""
+
+import copy
+import itertools
+from collections.abc import Sequence
+from functools import cached_property
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from billhook.model.build import build_on_meta
+from billhook.tracing.axes import leaves
+from billhook.tracing.groups import Group, times
+from billhook.tracing.trace import trace
+
+TOGETHER = 3  # fields that must change at once, at most
+TRIED, SHOWN = 512, 4  # numbers of units, when it is asked which ones a config accepts
+
+Places = dict[tuple[str, int], int]
+"""Sizes of dimensions of parameters: (parameter, dimension) -> size."""
+
+
+class FieldFinder:
+    """Finds config fields by changing them; what has been built once is remembered.
+
+    Args:
+        model: The model, on any device.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.now = _places(model)
+        self._built: dict[tuple[tuple[str, int], ...], Places | None] = {}
+        self._found: dict[tuple[int, ...], tuple[str, ...]] = {}
+
+    def find(self, groups: Sequence[Group]) -> tuple[str, ...]:
+        """The fields that, changed together, give all these groups fewer units and change nothing else.
+
+        Args:
+            groups: Groups of one size, of which all get as many units.
+
+        Returns:
+            Names of fields, those of nested configs with dots, also such as must be said since what they follow from changes;
+            nothing if no fields do that.
+        """
+        key = tuple(group.number for group in groups)
+        if key not in self._found:
+            self._found[key] = self._find_new(groups)
+        return self._found[key]
+
+    def _find_new(self, groups: Sequence[Group]) -> tuple[str, ...]:
+        before = groups[0].size
+        after = next(before // n for n in range(2, before + 1) if before % n == 0)
+        wanted = _wanted(groups, before - after)
+        said = {name: value // before * after for name, value in _numbers(self.model.config) if value and value % before == 0}
+        unsaid = {name: after for name, value in _numbers(self.model.config) if value is None}
+        found = self._find(said, wanted, groups, after) or self._find(unsaid, wanted, groups, after)
+        return found or (self._find(said, wanted, groups, after, self._defaults) if self._defaults else ())
+
+    def counts(self, size: int, fields: Sequence[str]) -> tuple[int, ...]:
+        """How many units of `size` there may be by the class of the config, which may refuse some: the highest few below.
+
+        Args:
+            size: Units now.
+            fields: What `find` has found.
+        """
+        found: list[int] = []
+        for count in range(size - 1, max(size - TRIED, 1) - 1, -1):
+            if self._accepted(self.values(size, fields, count)):
+                found.append(count)
+            if len(found) == SHOWN:
+                break
+        return tuple(found)
+
+    def values(self, size: int, fields: Sequence[str], count: int) -> dict[str, int]:
+        """What the fields are when there are `count` units instead of `size`; what is open beside others keeps its default."""
+        said = {name: value for name, value in _numbers(self.model.config) if name in fields}
+        beside = {} if all(value is None for value in said.values()) else self._defaults
+        return {name: beside.get(name, count) if v is None else v // size * count for name, v in said.items()}
+
+    def _accepted(self, values: dict[str, int]) -> bool:
+        config = self._config(values)
+        try:
+            type(config).from_dict(config.to_dict())
+        except Exception:  # whatever a class of configs raises
+            return False
+        return True
+
+    @cached_property
+    def _defaults(self) -> dict[str, int]:
+        """What the class takes instead of fields that are left open, where parameters follow from it."""
+        found: dict[str, int] = {}
+        for name, value in _numbers(self.model.config):
+            if value is None and (changed := self._changed({name: 2})):
+                wide = {2 * self.now[place] // size for place, size in changed.items() if size}
+                if len(wide) == 1 and self._changed({name: min(wide)}) == {}:
+                    found[name] = min(wide)
+        return found
+
+    def _find(
+        self, tried: dict[str, int], wanted: Places, groups: Sequence[Group], after: int, also: dict[str, int] | None = None
+    ) -> tuple[str, ...]:
+        fitting: dict[str, int] = {}
+        also = also or {}
+        for name, value in tried.items():
+            changed = self._changed({name: value} | also)
+            if changed and changed.items() <= wanted.items():
+                fitting[name] = value
+        for count in range(1, min(len(fitting), TOGETHER) + 1):
+            for names in itertools.combinations(fitting, count):
+                values = {name: fitting[name] for name in names} | also
+                if self._changed(values) == wanted and self._means(values, groups, after):
+                    return (*names, *also)
+        return ()
+
+    def _means(self, values: dict[str, int], groups: Sequence[Group], after: int) -> bool:
+        """Whether the units have become fewer, and not something else of the same widths (heads as wide as half a head)."""
+        try:
+            axes = trace(build_on_meta(self.model, self._config(values))).axes
+        except ValueError:
+            return False
+        for group in groups:
+            for member in group.members:
+                expected = [after if leaf is group.leaf else leaf.size for leaf in leaves(member.axis)]
+                found = [leaf.size for leaf in leaves(axes[member.name][member.dim])]
+                if [size for size in found if size > 1] != [size for size in expected if size > 1]:
+                    return False
+        return True
+
+    def _changed(self, values: dict[str, int]) -> Places | None:
+        """What another assignment of fields changes; None where the class does not accept it or has other parameters then."""
+        key = tuple(sorted(values.items()))
+        if key not in self._built:
+            self._built[key] = self._build(values)
+        return self._built[key]
+
+    def _build(self, values: dict[str, int]) -> Places | None:
+        try:
+            then = _places(build_on_meta(self.model, self._config(values)))
+        except Exception:  # whatever a model's own code raises
+            return None
+        if then.keys() != self.now.keys():
+            return None
+        return {place: size for place, size in then.items() if size != self.now[place]}
+
+    def _config(self, values: dict[str, int]) -> PretrainedConfig:
+        config: PretrainedConfig = copy.deepcopy(self.model.config)
+        for name, value in values.items():
+            *owners, field = name.split(".")
+            owner = config
+            for one in owners:
+                owner = getattr(owner, one)
+            setattr(owner, field, value)
+        return config
+
+
+def _places(model: nn.Module) -> Places:
+    return {(name, d): size for name, parameter in model.named_parameters() for d, size in enumerate(parameter.shape)}
+
+
+def _wanted(groups: Sequence[Group], fewer: int) -> Places:
+    """The sizes of all dimensions that change, when each group has so many units fewer."""
+    return {
+        (member.name, member.dim): member.axis.size - fewer * times(member.axis, group.leaf)
+        for group in groups
+        for member in group.members
+        if not member.buffer
+    }
+
+
+def _numbers(config: PretrainedConfig, prefix: str = "") -> list[tuple[str, int | None]]:
+    """The whole numbers in a config, and what could be one but is left open."""
+    found: list[tuple[str, int | None]] = []
+    for name, value in vars(config).items():
+        if (value is None or (type(value) is int and value > 1)) and not name.startswith("_"):
+            found.append((f"{prefix}{name}", value))
+        elif isinstance(value, PretrainedConfig):
+            found += _numbers(value, f"{prefix}{name}.")
+    return found

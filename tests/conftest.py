@@ -33,7 +33,7 @@ def _alone():
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    from fits import write_text
+    from kit.fits import write_text
 
     return write_text(tmp_path_factory.mktemp("text"))
 

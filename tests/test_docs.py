@@ -7,14 +7,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
-SOURCES = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+SOURCES = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tests_and_files_that_it_names(page):
     text = page.read_text()
-    files = re.findall(r"`(?:tests/)?(test_[\w*]+\.py)`", text)
-    assert all(list((ROOT / "tests").glob(name)) for name in files)
+    files = re.findall(r"`(?:tests/(?:\w+/)?)?(test_[\w*]+\.py)`", text)
+    assert all(list((ROOT / "tests").rglob(name)) for name in files)
     functions = re.findall(r"`(test_\w+)`", text)
     assert [name for name in functions if f"def {name}(" not in SOURCES] == []
     paths = re.findall(r"\b((?:benchmarks|examples|callbacks|docs)/[\w/*]+\.(?:py|yaml|md|png))", text)

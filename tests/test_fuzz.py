@@ -7,13 +7,13 @@ import shutil
 
 import pytest
 import yaml
-from families import llama
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import billhook as bh
 from billhook.cli.main import main
 from billhook.model.meta import from_name
+from kit.families import llama
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
 ANY = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))

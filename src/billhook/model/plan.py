@@ -43,7 +43,8 @@ class Plan(ABC):
         kind = plain.get("kind") if isinstance(plain, Mapping) else None
         if kind not in kinds:
             raise ValueError(f"plan: its kind is {kind!r}, and must be one of {', '.join(sorted(kinds))}, as to_json says it")
-        return kinds[kind]._read(plain, model)
+        made: Self = kinds[kind]._read(plain, model)
+        return made
 
     @classmethod
     @abstractmethod
@@ -67,9 +68,7 @@ def _subclasses(kind: type[Plan]) -> list[type[Any]]:
     return [kind, *(one for own in kind.__subclasses__() for one in _subclasses(own))]
 
 
-def apply(
-    model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimizer] = (), weights: Weights | None = None
-) -> None:
+def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
     """Carries out a plan, in place; the model and the optimizers are as before if that fails.
 
     Where heads and feed-forward channels are removed, the result is first compared with the model in which they are masked.

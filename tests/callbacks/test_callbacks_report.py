@@ -1,0 +1,160 @@
+import json
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from billhook import Export, KVHeadConversion, Report, TextDataModule, load
+from kit.fits import data, module, trainer
+
+
+def lines_of(out: str) -> dict[str, list[str]]:
+    """The table's rows by their label."""
+    rows = {}
+    for line in out.splitlines():
+        label, _, rest = line.partition("  ")
+        rows[label] = rest.split()
+    return rows
+
+
+def run(files, folder, conversions, **options):
+    lit = module()
+    callbacks = [*conversions, Export(str(folder / "model")), Report(str(folder / "plots" / "report.png"))]
+    trainer(folder, callbacks, val_check_interval=2, check_val_every_n_epoch=None, **options).fit(lit, data(files))
+    return lit, callbacks
+
+
+def test_table_and_picture_say_what_happened(files, tmp_path, capsys):
+    lit, (conversion, _, report) = run(files, tmp_path, [KVHeadConversion(1, at=3)])
+    rows = lines_of(capsys.readouterr().out)
+    event = conversion.events[0]
+    params = [f"{n:,}" for n in (event["before"]["params"], lit.model.num_parameters())]
+    assert rows["dense"][0] == "0"
+    assert rows["dense"][2:] == [params[0], "256"]  # 2 layers x (k + v) x 4 heads x 4 x 4 bytes
+    assert rows["after 4 -> 1 KV heads (mean)"] == ["3", f"{event['after']['val_perplexity']:,.0f}", params[1], "64"]
+    assert rows["after uptraining"][0] == "8"
+    assert (tmp_path / "plots" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert [step for step, _ in report.history] == [2, 4, 6, 8]
+
+
+def test_conversions_before_training(files, tmp_path, capsys):
+    for at, folder in (("start", "a"), (0, "b")):
+        run(files, tmp_path / folder, [KVHeadConversion(2, at=at)])
+        rows = lines_of(capsys.readouterr().out)
+        assert rows["dense"][0] == rows["after 4 -> 2 KV heads (mean)"][0] == "0"
+        assert (rows["dense"][1] == "-") is (at == "start")
+        assert float(rows["after 4 -> 2 KV heads (mean)"][1].replace(",", "")) > 1
+
+
+def test_nothing_happened(files, tmp_path, capsys):
+    run(files, tmp_path, [])
+    rows = lines_of(capsys.readouterr().out)
+    assert {"at the start", "at the end"} <= rows.keys()
+
+
+def test_no_validation(files, tmp_path, capsys):
+    run(files, tmp_path, [KVHeadConversion(2, at=3)], limit_val_batches=0)
+    assert "after uptraining" in capsys.readouterr().out
+    assert not (tmp_path / "plots").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+def test_a_resumed_run_reports_the_whole_run(files, tmp_path, capsys):
+    options = {"val_check_interval": 2, "check_val_every_n_epoch": None}
+    keep = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=4)
+    for steps, extra, path in ((4, [keep], None), (8, [], tmp_path / "step=4.ckpt")):
+        callbacks = [KVHeadConversion(1, at=3), Report(str(tmp_path / "report.png")), *extra]
+        trainer(tmp_path, callbacks, max_steps=steps, **options).fit(module(), data(files), ckpt_path=path)
+    rows = lines_of(capsys.readouterr().out)
+    assert [step for step, _ in callbacks[1].history] == [2, 6, 8]  # the checkpoint was written before validation at 4
+    assert rows["after 4 -> 1 KV heads (mean)"][0] == "3"
+
+
+def test_the_record_beside_the_checkpoint(files, tmp_path):
+    lit, (conversion, export, _) = run(files, tmp_path, [KVHeadConversion(1, at=3)])
+    record = json.loads((tmp_path / "model" / "billhook.json").read_text())
+    assert record["steps"] == 8
+    assert record["events"] == conversion.events
+    assert export.saved.difference == 0
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.num_key_value_heads == 1
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "model").eos_token == "<|endoftext|>"
+    assert lit.model.training
+
+
+def test_an_occupied_folder_is_refused_before_training(files, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "thesis.txt").write_text("years of work")
+    lit, export = module(), Export(str(tmp_path / "model"))
+    with pytest.raises(ValueError, match="did not write"):
+        trainer(tmp_path, [export]).fit(lit, data(files))
+    assert lit.global_step == 0
+
+
+def test_a_folder_that_fills_during_the_fit_does_not_cost_the_result(files, tmp_path):
+    class Intruder(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            (tmp_path / "model").mkdir()
+            (tmp_path / "model" / "thesis.txt").write_text("years of work")
+
+    export = Export(str(tmp_path / "model"))
+    with pytest.warns(UserWarning, match="did not write .* it goes to '.*model-2'"):
+        trainer(tmp_path, [Intruder(), export], max_steps=1).fit(module(), data(files))
+    assert export.saved.folder == str(tmp_path / "model-2")
+    assert (tmp_path / "model" / "thesis.txt").exists()
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model-2").config.num_key_value_heads == 4
+
+
+def test_the_line_called_dense_is_the_tables_dense(files, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr("billhook.callbacks.report.plot", lambda *arguments: drawn.append(arguments))
+    _, (_, _, report) = run(files, tmp_path, [KVHeadConversion(1, at=3)])
+    assert drawn[0][4] == report.first["after"]["val_perplexity"]
+    assert drawn[0][4] != drawn[0][1][0][2]  # three steps later it was another
+
+
+def test_a_trial_leaves_the_last_export_alone(files, tmp_path):
+    export = Export(str(tmp_path / "model"))
+    trainer(tmp_path, [export], max_steps=2).fit(module(), data(files))
+    trainer(tmp_path, [export], max_steps=-1, fast_dev_run=1).fit(module(), data(files))
+    assert json.loads((tmp_path / "model" / "billhook.json").read_text())["steps"] == 2
+    assert export.saved is None
+
+
+class Slashes(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = module().model
+
+    def training_step(self, batch, batch_idx):
+        return self.net(**batch).loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.net(**batch).loss)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_figures_of_any_name(files, tmp_path, capsys):
+    def fit(**options):
+        report = Report(str(tmp_path / "report.png"), **options)
+        trainer(tmp_path, [KVHeadConversion(2, at=1), report], max_steps=2).fit(Slashes(), data(files))
+        return capsys.readouterr().out
+
+    assert "val/loss" in fit()
+    assert (tmp_path / "report.png").exists()
+    with pytest.warns(UserWarning, match="metric='val/los' is not logged in validation.*val/loss"):
+        fit(metric="val/los")
+
+
+def test_the_tokenizer_beside_a_model_of_any_attribute(files, tmp_path):
+    class Lit(Slashes):
+        def __init__(self):
+            super().__init__()
+            self.net = load("tiny").float().train()
+
+    source = TextDataModule(files, block_size=16)
+    trainer(tmp_path, [], max_steps=1).fit(Lit(), source)
+    assert source.tokenizer.vocab_size == 2048

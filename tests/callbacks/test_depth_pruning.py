@@ -1,0 +1,282 @@
+"""Blocks that are ranked and removed in a fit: when, which, what the optimizer and checkpoints then hold."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch.utils.data import DataLoader
+
+import billhook as bh
+from billhook.checkpoints.export import export_checkpoint
+from billhook.model.find import find_transformer
+from billhook.model.shape import shape_of
+from kit import fits
+from kit.ddp import FitOfTuples
+from kit.families import build, llama, tokens
+from kit.fits import data, same, trainer, weights
+from kit.stacks import MIXED, influence, t5
+from kit.weight_pruning import checkpoints
+
+# the resumed runs do without the ModelCheckpoint of the straight one
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
+    pytest.mark.usefixtures("traced_once"),
+]
+LAYERS = "model.layers"
+
+
+def module(seed=0, **changes):
+    """Four layers."""
+    return fits.module(seed, **{"num_hidden_layers": 4} | changes)
+
+
+def mixed(seed=0):
+    """Four layers of two kinds, with a list in the config that says which."""
+    torch.manual_seed(seed)
+    model = build("qwen2", vocab_size=2048, num_hidden_layers=4, use_sliding_window=True, **MIXED)
+    return bh.TransformerModule(model, lr=1e-2, warmup=2)
+
+
+def pruning(count=2, **options):
+    return bh.DepthPruning(count, **{"examples": 6, "measure_batches": 0} | options)
+
+
+def same_optimizer(one, other):
+    (mine,), (theirs,) = one.optimizers, other.optimizers
+    assert all(same(*pair) for pair in zip(mine.state.values(), theirs.state.values(), strict=True))
+    assert [len(group["params"]) for group in mine.param_groups] == [len(group["params"]) for group in theirs.param_groups]
+
+
+class Depth(pl.Callback):
+    """How many blocks there are at each training forward."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(len(pl_module.model.model.layers))
+
+
+def bare(lit):
+    """Nothing of the callback is left."""
+    hooks = (own for part in lit.modules() for own in (part._forward_pre_hooks, part._forward_hooks))
+    return not any(hooks) and not {"log", "on_save_checkpoint", "on_load_checkpoint"} & vars(lit).keys()
+
+
+WHEN = {
+    "start": ({}, [2] * 8),
+    "a step": ({"at": 3, "by": "loss"}, [4] * 3 + [2] * 5),
+    "a fraction": ({"count": None, "ratio": 0.25, "at": 0.5}, [4] * 4 + [3] * 4),
+    "the end": ({"at": 8, "greedy": True}, [4] * 8),
+    "nothing": ({"count": 0, "at": 2}, [4] * 8),
+}
+
+
+class TestFit:
+    @pytest.mark.parametrize("when", WHEN)
+    def test_it_happens_at_its_step(self, files, tmp_path, when):
+        options, seen = WHEN[when]
+        lit, watch, callback = module(), Depth(), pruning(**options)
+        run = trainer(tmp_path, [callback, watch])
+        run.fit(lit, data(files))
+        assert watch.seen == seen
+        left = 2 if when == "the end" else seen[-1]
+        assert len(lit.model.model.layers) == lit.model.config.num_hidden_layers == left
+        assert {id(p) for group in run.optimizers[0].param_groups for p in group["params"]} == {id(p) for p in lit.parameters()}
+        assert bare(lit)
+        (event,) = callback.events
+        assert event["what"].startswith(f"4 -> {left} blocks ({callback.by}): without ")
+        assert event["after"]["params"] == sum(p.numel() for p in lit.parameters())
+
+    @pytest.mark.parametrize("greedy", [False, True])
+    def test_those_of_least_influence_go(self, tmp_path, greedy):
+        lit, examples = module(), [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in tokens(3, 9).split(1)]
+        model = lit.model.eval()
+        whole = {name: torch.cat([one[name] for one in examples]) for name in examples[0]}
+        scores, left, expected = influence(model, whole), list(range(4)), []
+        if greedy:
+            for _ in range(2):
+                lowest = int(influence(model, whole)[1:].argmin()) + 1
+                expected.append(left.pop(lowest))
+                bh.prune_blocks(model, [lowest])
+        else:
+            expected = sorted(range(1, 4), key=lambda n: float(scores[n]))[:2]
+        lit = module()
+        given = [{**one, "labels": one["input_ids"]} for one in examples]
+        callback = pruning(2, calibration=given, first=1, greedy=greedy)
+        loader = DataLoader(given, None)
+        trainer(tmp_path, [callback], max_steps=1).fit(lit, loader, loader)
+        assert callback.plan.blocks == {LAYERS: sorted(expected)}
+
+    def test_what_it_draws_leaves_no_trace(self, files, tmp_path):
+        """Up to the step at which blocks go, training is what it is without it."""
+        runs = []
+        for callbacks in ([], [pruning(2, at=4, by="loss", measure_batches=None)]):
+            lit, losses = module(attention_dropout=0.1), Losses()
+            torch.manual_seed(5)
+            trainer(tmp_path, [*callbacks, losses]).fit(lit, data(files))
+            runs.append(losses)
+        assert runs[0].seen[:4] == runs[1].seen[:4]
+        assert runs[0].seen[4:] != runs[1].seen[4:]
+        assert runs[0].random[:4] == runs[1].random[:4]
+
+    def test_measured_before_and_after(self, files, tmp_path):
+        callback = pruning(1, at=2, measure_batches=None)
+        trainer(tmp_path, [callback], max_steps=2).fit(module(), data(files))
+        (event,) = callback.events
+        assert {"val_loss", "params"} <= event["before"].keys() & event["after"].keys()
+        assert event["before"]["val_loss"] != event["after"]["val_loss"]
+
+    def test_other_shapes_change_too(self, files, tmp_path):
+        lit = module(num_key_value_heads=8)
+        trainer(
+            tmp_path, [pruning(1, at=2), bh.KVHeadConversion(2, at=4), bh.HeadPruning(0.5, at=6, examples=4, measure_batches=0)]
+        ).fit(lit, data(files))
+        layers = lit.model.model.layers
+        assert [layer.self_attn.k_proj.weight.shape[0] for layer in layers] == [8, 8, 8]
+        assert len(layers) == 3
+
+
+class Losses(pl.Callback):
+    def __init__(self):
+        self.seen, self.random = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(float(outputs["loss"].detach()))
+        self.random.append(torch.get_rng_state().tolist())
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize(
+        ("make", "options", "stops"),
+        [
+            (module, {"at": 3}, [1, 3, 6]),
+            (module, {"at": "start", "by": "loss", "greedy": True}, [2]),
+            (mixed, {"at": 4, "first": 1}, [2, 4]),
+        ],
+    )
+    def test_resumed_equals_straight_through(self, files, tmp_path, make, options, stops):
+        straight, whole = make(), pruning(**options)
+        first = trainer(tmp_path, [whole, checkpoints(tmp_path)])
+        first.fit(straight, data(files))
+        for stop in stops:
+            resumed, again = make(seed=1), pruning(**options)
+            torch.manual_seed(stop)
+            run = trainer(tmp_path, [again])
+            run.fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
+            assert same(weights(resumed), weights(straight)), stop
+            assert repr(again.events) == repr(whole.events)
+            assert shape_of(resumed.model) == shape_of(straight.model)
+            same_optimizer(run, first)
+            assert bare(resumed)
+
+    def test_a_checkpoint_of_a_run_without_it_is_pruned_when_training_goes_on(self, files, tmp_path):
+        trainer(tmp_path, [checkpoints(tmp_path)], max_steps=4).fit(module(), data(files))
+        lit, watch = module(seed=1), Depth()
+        trainer(tmp_path, [pruning(1, at=2), watch]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
+        assert watch.seen == [3] * 4
+
+    def test_a_longer_fit_goes_on_without_pruning_again(self, files, tmp_path):
+        lit, callback, watch = module(), pruning(3, at=2), Depth()
+        run = trainer(tmp_path, [callback, watch], max_steps=4)
+        run.fit(lit, data(files))
+        run.fit_loop.epoch_loop.max_steps = 6
+        run.fit(lit, data(files))
+        assert watch.seen == [4, 4, 1, 1, 1, 1]
+
+    @pytest.mark.parametrize("make", [module, mixed])
+    def test_outside_of_a_fit_also_one_from_before(self, files, tmp_path, make):
+        callback, lit = pruning(2, at=3, measure_batches=None), make()
+        run = trainer(tmp_path, [callback, checkpoints(tmp_path)])
+        run.fit(lit, data(files))
+        ((event),) = callback.events
+        fresh = trainer(tmp_path, [pruning(2, at=3)])
+        for one, subject in ((run, lit), (fresh, make(seed=1))):
+            for step, blocks in ((2, 4), (3, 2), (1, 4), (8, 2)):
+                said = one.validate(subject, data(files), ckpt_path=tmp_path / f"step={step}.ckpt", verbose=False)[0]
+                assert len(subject.model.model.layers) == subject.model.config.num_hidden_layers == blocks
+                if step == 3:
+                    assert said["val_loss"] == pytest.approx(event["after"]["val_loss"], rel=1e-5)
+
+    @pytest.mark.parametrize("make", [module, mixed])
+    def test_loaded_and_exported_without_the_run(self, files, tmp_path, make):
+        lit = make()
+        trainer(tmp_path, [pruning(2, at=2), checkpoints(tmp_path, save_weights_only=True)], max_steps=4).fit(lit, data(files))
+        loaded = bh.TransformerModule.load_from_checkpoint(tmp_path / "step=4.ckpt", model=make(seed=1).model)
+        assert same(weights(loaded), weights(lit))
+        saved = export_checkpoint(tmp_path / "step=4.ckpt", tmp_path / "out")
+        assert saved.way == "plain"
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        ids = tokens()
+        with torch.no_grad():
+            expected = lit.model.eval()(ids).logits
+            assert torch.equal(plain.eval()(ids).logits, expected)
+            assert torch.equal(loaded.model.eval()(ids).logits, expected)
+        assert plain.config.num_hidden_layers == 2
+
+    def test_a_layers_checkpoint_of_another_depth_is_refused(self, files, tmp_path):
+        trainer(tmp_path, [pruning(1), checkpoints(tmp_path)], max_steps=2).fit(module(num_hidden_layers=3), data(files))
+        with pytest.raises(ValueError, match=f"{LAYERS} had 3 blocks at first, and has 4 in LlamaForCausalLM"):
+            trainer(tmp_path, [pruning(1)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"count": None}, "count=None, ratio=None: give one of them"),
+            ({"ratio": 0.5}, "count=2, ratio=0.5: give one of them"),
+            ({"count": 1.5}, "count=1.5 must be a whole number"),
+            ({"count": None, "ratio": 1.0}, "ratio=1.0 must be in"),
+            ({"first": -1}, "first=-1 must be a whole number"),
+            ({"by": "depth"}, "by='depth' must be one of influence, loss"),
+            ({"at": "end"}, "at='end' must be 'start'"),
+            ({"examples": 0}, "examples=0 must be at least 1"),
+            ({"calibration": iter([])}, "can be read only once"),
+            ({"measure_batches": -1}, "measure_batches=-1 must be at least 0"),
+        ],
+    )
+    def test_arguments(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            pruning(**options)
+
+    @pytest.mark.parametrize(
+        ("callbacks", "message"),
+        [
+            (
+                lambda: [pruning(4)],
+                f"count=4 takes 4 of the 4 blocks of {LAYERS}; with first=0 and last=0 protected, 0 to 3 can go",
+            ),
+            (lambda: [pruning(2, first=2, last=1)], "0 to 1 can go"),
+            (lambda: [pruning(1, at=99)], "99"),
+            (lambda: [pruning(1), EMAWeightAveraging()], "EMAWeightAveraging cannot follow"),
+        ],
+    )
+    def test_before_training(self, files, tmp_path, callbacks, message):
+        lit = module()
+        before = weights(lit)
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, callbacks()).fit(lit, data(files))
+        assert same(weights(lit), before)
+        assert bare(lit)
+
+    def test_blocks_that_cannot_go_leave_all_as_it_was(self, tmp_path):
+        lit = bh.TransformerModule(t5(), task="seq2seq-lm", lr=1e-2)
+        with torch.no_grad():  # their first blocks change the least
+            for stack in (lit.model.encoder, lit.model.decoder):
+                for name, parameter in stack.block[0].named_parameters():
+                    parameter.mul_(0 if name.endswith(("o.weight", "wo.weight")) else 1)
+        before, loader = weights(lit), DataLoader([{"input_ids": tokens(), "labels": tokens(2, 5)}], None)
+        with pytest.raises(ValueError, match="encoder.block.0.*relative_attention_bias.weight"):
+            trainer(tmp_path, [pruning(1, calibration=loader)]).fit(lit, loader, loader)
+        assert same(weights(lit), before)
+        assert bare(lit)
+
+
+def test_a_users_own_module(tmp_path):
+    """Batches that are tuples, and a model that is not called `model`."""
+    lit = FitOfTuples()
+    trainer(tmp_path, [pruning(1, at=2, by="loss")], max_steps=4).fit(lit)
+    assert len(find_transformer(lit).model.layers) == 1
+    assert isinstance(find_transformer(lit), type(llama()))

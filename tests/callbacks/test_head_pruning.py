@@ -1,0 +1,796 @@
+"""Heads that are masked, ranked again and removed in a fit: when, how many, which, and what the model computes then."""
+
+import copy
+import csv
+import json
+
+import lightning.pytorch as pl
+import peft
+import pytest
+import torch
+import transformers
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
+from torch.utils.data import DataLoader
+
+import billhook as bh
+from billhook.checkpoints.export import export_checkpoint
+from billhook.units.heads import find_heads
+from kit import fits
+from kit.families import llama, tokens
+from kit.fits import data, same, trainer, weights
+from kit.head_pruning import (
+    LAYERS,
+    REMOVE,
+    Acting,
+    acting,
+    bare,
+    gates,
+    module,
+    pruning,
+    scripted,
+    silent,
+    transformer,
+)
+from kit.shaped import bert
+from kit.weight_pruning import checkpoints
+
+# the resumed runs do without the ModelCheckpoint of the straight one
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
+    pytest.mark.usefixtures("traced_once"),
+]
+IMPORTANCE = [
+    *(bh.GateGradient(each) for each in ("token", "example", "batch")),
+    *(bh.Taylor("unit"), bh.Taylor("first"), bh.WeightNorm(), bh.ActivationNorm(), bh.RandomUnits(3), bh.Ablation()),
+]
+
+
+WHEN = {
+    "start": ({"ratio": 0.25}, [12] * 8),
+    "step 0": ({"ratio": 0.25, "at": 0}, [12] * 8),
+    "a step": ({"ratio": 0.3, "at": 3}, [16] * 3 + [12] * 5),
+    "a fraction": ({"ratio": 0.5, "at": 0.5}, [16] * 4 + [8] * 4),
+    "the end": ({"ratio": 0.5, "at": 8}, [16] * 8),
+    "nothing": ({"ratio": 0, "at": 2}, [16] * 8),
+    "constant": ({"ratio": bh.Constant(0.5, start=2)}, [16] * 2 + [8] * 6),
+    "steps": ({"ratio": bh.MultiStep([0.25, 0.3, 0.8], [2, 4, 0.75])}, [16] * 2 + [12] * 4 + [4] * 2),
+    "ramp": ({"ratio": bh.Linear(final=0.75, initial=0.25, start=0, end=4, every=2)}, [12] * 2 + [8] * 2 + [4] * 4),
+    "cubic": ({"ratio": bh.Cubic(final=0.5, start=1, end=7, every=2)}, [16] * 3 + [12] * 2 + [10] * 2 + [8]),
+}
+
+
+@pytest.mark.parametrize(
+    ("when", "remove"), [(w, r) for i, w in enumerate(WHEN) for r in (REMOVE if w in ("steps", "ramp") else [REMOVE[i % 3]])]
+)
+def test_it_happens_at_its_step_and_rounds_do_not_compound(files, tmp_path, when, remove):
+    options, seen = WHEN[when]
+    lit, watch, callback = module(), Acting(), pruning(**options, remove=remove, importance=bh.WeightNorm())
+    trainer(tmp_path, [callback, watch]).fit(lit, data(files))
+    assert watch.seen == seen
+    left = {"the end": 8}.get(when, seen[-1])
+    assert [one.count() for one in find_heads(lit).values()] == ([8, 8] if remove == "never" else [left / 2] * 2)
+    assert silent(lit) == (16 - left if remove == "never" else 0)
+    assert bare(lit)
+    gone = callback.record.gone(callback.heads)
+    assert [len(gone[name]) for name in LAYERS] == [8 - left / 2] * 2
+
+
+def test_global_rounds_come_to_the_same_share_whatever_layers_lose(files, tmp_path):
+    for remove in ("never", "rounds"):
+        lit, watch = module(), Acting()
+        callback = pruning(bh.MultiStep([0.2, 0.4, 0.7], [1, 3, 5]), ranking="global", remove=remove, min_heads=2)
+        trainer(tmp_path, [callback, watch]).fit(lit, data(files))
+        assert watch.seen == [16] + [13] * 2 + [10] * 2 + [5] * 3
+        assert min(8 - len(own) for own in callback.record.gone(callback.heads).values()) >= 2
+
+
+class AgainstMasks(pl.Callback):
+    """Compares each training loss with that of an explicitly masked copy of the weights, in a fresh model."""
+
+    def __init__(self, callback, build, per="head"):
+        self.callback, self.build, self.per, self.steps = callback, build, per, 0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        other = self.build()
+        other.load_state_dict(transformer(pl_module).state_dict())
+        with bh.mask_heads(other, self.callback.heads, self.per):
+            self.expected = other.train()(**batch).loss.detach()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+        assert torch.equal(outputs["loss"], self.expected)
+        self.steps += 1
+
+
+@pytest.mark.parametrize(("per", "kv", "ratio"), [("head", 8, 0.375), ("head", 4, 0.5), ("kv_head", 4, 0.5), ("kv_head", 1, 0)])
+def test_between_rounds_the_masked_heads_do_not_act(files, tmp_path, per, kv, ratio):
+    lit = module(num_key_value_heads=kv)
+    callback = pruning(bh.MultiStep([ratio / 2, ratio], [2, 4]), per=per, remove="never")
+    watch = AgainstMasks(callback, lambda: llama(vocab_size=2048, num_key_value_heads=kv), per)
+    trainer(tmp_path, [callback, watch]).fit(lit, data(files))
+    assert watch.steps == 8
+    assert {len(own) for own in callback.heads.values()} == ({int(ratio * (8 if per == "head" else kv))} if ratio else set())
+
+
+@pytest.mark.parametrize("per", ["head", "kv_head"])
+def test_heads_that_stay_masked_are_not_read_after_the_fit(files, tmp_path, per):
+    """What is exported computes what the masked model did at the end."""
+    lit = module(num_key_value_heads=8 if per == "head" else 4)
+    callback, trained = pruning(0.25, at=4, remove="never", per=per), {}
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            trained.update(weights(pl_module))
+
+    trainer(tmp_path, [callback, Keep(), bh.Export(str(tmp_path / "out"))]).fit(lit, data(files))
+    assert silent(lit, per) == (4 if per == "head" else 2)
+    other = module(1, num_key_value_heads=8 if per == "head" else 4)
+    other.load_state_dict(trained)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = tokens(4)
+    with torch.no_grad():
+        dense = other.model.eval()(ids).logits
+        with bh.mask_heads(other.model, callback.heads, per):
+            masked = other.model(ids).logits
+        torch.testing.assert_close(exported(ids).logits, masked)
+        torch.testing.assert_close(lit.model.eval()(ids).logits, masked)
+    assert not torch.allclose(masked, dense)
+
+
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+@pytest.mark.parametrize("remove", ["end", "rounds"])
+def test_removed_heads_are_gone_and_training_goes_on(files, tmp_path, ranking, remove):
+    lit, callback = module(), pruning(bh.MultiStep([0.25, 0.5], [2, 5]), ranking=ranking, remove=remove)
+    run = trainer(tmp_path, [callback, bh.Export(str(tmp_path / "out"))])
+    run.fit(lit, data(files))
+    stay = [8 - len(own) for own in callback.record.gone({}).values()]
+    assert sum(stay) == 8
+    for layer, heads in zip(lit.model.model.layers, stay, strict=True):
+        assert layer.self_attn.q_proj.weight.shape == (4 * heads, 32)
+        assert layer.self_attn.o_proj.weight.shape == (32, 4 * heads)
+    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in lit.parameters()} == {id(p) for p in run.optimizers[0].state}
+    for parameter, state in run.optimizers[0].state.items():
+        assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
+        assert state["step"] == 8
+    if ranking == "layer":
+        exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert exported.config.num_attention_heads == 4
+    else:
+        exported = bh.load(tmp_path / "out")
+    ids = tokens(4)
+    with torch.no_grad():
+        assert torch.equal(exported(ids).logits, lit.model.eval()(ids).logits)
+    record = json.loads((tmp_path / "out" / "billhook.json").read_text())
+    assert [event["step"] for event in record["events"]] == [2, 5]
+    assert record["events"] == callback.events
+
+
+def test_removal_is_what_removing_by_hand_is(files, tmp_path):
+    """Independent of the callback: the same steps in a plain loop, with masks and then a removal."""
+    lit, batches, callback = module(), [], pruning(bh.MultiStep([0.25, 0.5], [2, 5]), importance=bh.WeightNorm())
+
+    class Keep(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            batches.append(batch)
+
+    trainer(tmp_path, [callback, Keep()]).fit(lit, data(files))
+    model = module().model.train()
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) is wide]} for wide in (True, False)]
+    optimizer = torch.optim.AdamW([groups[0] | {"weight_decay": 0.01}, groups[1] | {"weight_decay": 0.0}], 1e-2, fused=True)
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, 8)
+    mask = bh.mask_heads(model, {})
+    for step, batch in enumerate(batches):
+        if step in (2, 5):
+            scores = bh.head_importance(model, importance=bh.WeightNorm())
+            for name, own in mask.heads.items():
+                scores[name][own] = -1
+            mask.remove()
+            chosen = bh.choose_heads(model, scores, {2: 0.25, 5: 0.5}[step])
+            assert all(set(mask.heads.get(name, ())) <= set(own) for name, own in chosen.items())
+            if step == 2:
+                mask = bh.mask_heads(model, chosen)
+            else:
+                bh.prune_heads(model, chosen, optimizer)
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+        schedule.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(lit.model.state_dict()[name], value, atol=1e-6, rtol=1e-5)
+
+
+class TestScores:
+    """They are those of `head_importance` on the same batches, and lead to the heads of `choose_heads`."""
+
+    @pytest.mark.parametrize(
+        ("importance", "per", "ranking"),
+        [(one, *(("head", "layer") if i % 2 else ("kv_head", "global"))) for i, one in enumerate(IMPORTANCE)],
+        ids=str,
+    )
+    def test_of_batches_that_are_given(self, files, tmp_path, importance, per, ranking):
+        lit, dense = (module(num_key_value_heads=4) for _ in range(2))
+        batches = [{"input_ids": ids, "labels": ids} for ids in (tokens(4, 9), tokens(2, 12))]
+        normalize = per == "head"
+        callback = pruning(
+            0.5, importance=importance, per=per, ranking=ranking, calibration=batches, normalize=normalize, remove="never"
+        )
+        trainer(tmp_path, [callback], max_steps=1).fit(lit, data(files))
+        scores = bh.head_importance(dense.model, batches, importance, normalize=normalize, per=per)
+        assert callback.record.scores.keys() == scores.keys()
+        for name, own in scores.items():
+            torch.testing.assert_close(callback.record.scores[name], own)
+        assert callback.heads == bh.choose_heads(dense.model, scores, 0.5, ranking, per=per, remove=False)
+
+    def test_of_heads_that_act_beside_masked_ones(self, files, tmp_path):
+        ids = tokens(4, 9)
+        batches = [{"input_ids": ids, "labels": ids}]
+        kept = {}
+        callback = pruning(bh.MultiStep([0.25, 0.5], [2, 4]), calibration=batches, remove="rounds")
+
+        class Keep(pl.Callback):
+            def on_train_batch_end(self, trainer, pl_module, *_):
+                if trainer.global_step in (3, 4):
+                    kept[trainer.global_step] = copy.deepcopy(pl_module.model), copy.deepcopy(callback.record)
+
+        # before the second round the copy is of the model without the heads of the first
+        trainer(tmp_path, [Keep(), callback]).fit(module(), data(files))
+        (_, first), (model, _) = kept[3], kept[4]
+        scores = bh.head_importance(model, batches)
+        for name, own in scores.items():
+            torch.testing.assert_close(callback.record.scores[name][first.numbers[name]], own)
+            assert callback.record.scores[name].isnan().sum() == 2
+        again = bh.choose_heads(model, scores, 1 / 3)
+        gone = {name: [first.numbers[name][head] for head in own] for name, own in again.items()}
+        assert all(set(gone[name]) < set(own) for name, own in callback.record.gone({}).items())
+
+    def test_of_training_data(self, files, tmp_path):
+        """All of it, one row at a time, so that it does not matter in which order it is drawn."""
+        lit, dense, given = module(), module(), data(files, batch_size=1)
+        callback = pruning(0.25, remove="never", examples=1000)
+        trainer(tmp_path, [callback], max_steps=1).fit(lit, given)
+        rows = given.splits["train"]
+        batches = [given.collate()([row]) for row in rows]
+        assert len(batches) == 43
+        for name, own in bh.head_importance(dense.model, batches).items():
+            torch.testing.assert_close(callback.record.scores[name], own)
+
+    def test_the_seed_says_which_examples(self, files, tmp_path):
+        found = []
+        for seed in (0, 0, 1):
+            callback = pruning(0.25, remove="never", examples=4, seed=seed)
+            trainer(tmp_path, [callback], max_steps=1).fit(module(), data(files))
+            found.append(callback.record.scores)
+        assert same(found[0], found[1])
+        assert not same(found[0], found[2])
+
+    def test_scoring_and_measuring_leave_no_trace(self, files, tmp_path):
+        """A mask of nothing, in a model with dropout."""
+        plain, scored = (module(attention_dropout=0.1) for _ in range(2))
+        torch.manual_seed(1)
+        trainer(tmp_path, []).fit(plain, data(files))
+        torch.manual_seed(1)
+        callback = pruning(0.0, at=3, measure_batches=None, plot_file=str(tmp_path / "heads.png"))
+        trainer(tmp_path, [callback]).fit(scored, data(files))
+        assert same(weights(plain), weights(scored))
+        assert callback.events[0]["before"]["val_perplexity"] == callback.events[0]["after"]["val_perplexity"] > 1
+
+
+class Own(pl.LightningModule):
+    """A user's own: tuples of tensors, and a dictionary with the loss, which is not the model's alone."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net.train()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch, batch_idx):
+        (ids,) = batch
+        loss = self.scale * self.net(ids, labels=ids).loss
+        self.log("loss", loss)
+        return {"loss": loss, "size": len(ids)}
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+
+
+class Manual(Own):
+    """Two optimizers, stepped by hand."""
+
+    def __init__(self, net):
+        super().__init__(net)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(**batch).loss
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        attention = [p for name, p in self.named_parameters() if "self_attn" in name]
+        others = [p for name, p in self.named_parameters() if "self_attn" not in name]
+        return [torch.optim.AdamW(attention, 1e-2), torch.optim.SGD(others, 1e-2)]
+
+
+def mha():
+    torch.manual_seed(0)
+    return llama(num_key_value_heads=8)
+
+
+def loader(kind=tuple, rows=16):
+    ids = tokens(rows)
+    return DataLoader([(row,) if kind is tuple else {"input_ids": row, "labels": row} for row in ids], batch_size=2)
+
+
+@pytest.mark.parametrize("remove", REMOVE)
+def test_a_module_of_the_users_own(tmp_path, remove):
+    lit, watch = Own(mha()), Acting()
+    callback = pruning(bh.MultiStep([0.25, 0.5], [1, 3]), remove=remove)
+    trainer(tmp_path, [callback, watch], max_steps=4, accumulate_grad_batches=2).fit(lit, loader())
+    assert watch.seen == [16] * 2 + [12] * 4 + [8] * 2
+    assert bare(lit)
+    assert acting(lit) - silent(lit) == 8
+
+
+@pytest.mark.parametrize("remove", ["never", "end"])
+def test_manual_optimization(tmp_path, remove):
+    lit, watch = Manual(mha()), Acting()
+    run = trainer(tmp_path, [pruning(0.25, at=0.5, remove=remove), watch], max_steps=12)
+    run.fit(lit, loader(dict))
+    assert watch.seen == [16] * 3 + [12] * 3  # two steps a batch
+    held = {id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in lit.parameters()}
+
+
+@pytest.mark.parametrize("remove", ["never", "rounds"])
+def test_lora(tmp_path, remove):
+    """The adapters lose what the weights lose, frozen weights stay frozen, and merging changes nothing."""
+    lit, watch = Own(peft.get_peft_model(mha(), peft.LoraConfig(r=2, target_modules="all-linear"))), Acting()
+    before = {name: p.requires_grad for name, p in lit.named_parameters()}
+    run = trainer(tmp_path, [pruning(bh.MultiStep([0.25, 0.5], [1, 3]), remove=remove), watch], max_steps=5)
+    run.fit(lit, loader())
+    assert watch.seen == [16] + [12] * 2 + [8] * 2
+    assert {name: p.requires_grad for name, p in lit.named_parameters()} == before
+    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in lit.parameters() if p.requires_grad}
+    reads = transformer(lit).model.layers[0].self_attn.o_proj
+    width = 32 if remove == "never" else 16
+    assert reads.base_layer.weight.shape == (32, width)
+    assert reads.lora_A["default"].weight.shape == (2, width)
+    assert acting(lit) == (16 if remove == "never" else 8)
+    merged, ids = bh.merge(copy.deepcopy(transformer(lit))).model.eval(), tokens(4)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, lit.net.eval()(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+    assert silent(merged) == (8 if remove == "never" else 0)
+
+
+@pytest.mark.parametrize(("precision", "remove"), [("bf16-mixed", "never"), ("bf16-mixed", "end"), ("bf16-true", "rounds")])
+def test_precision(files, tmp_path, precision, remove):
+    lit, watch = module(), Acting()
+    trainer(tmp_path, [pruning(0.25, at=2, remove=remove), watch], max_steps=4, precision=precision).fit(lit, data(files))
+    assert watch.seen == [16] * 2 + [12] * 2
+    assert {p.dtype for p in lit.parameters()} == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
+    assert all(p.isfinite().all() for p in lit.parameters())
+
+
+@pytest.mark.parametrize("ratio", [0.5, bh.MultiStep([0.25, 0.5], [100, 200])])
+def test_fast_dev_run_tries_the_last_round(files, tmp_path, ratio):
+    lit = module()
+    callback = pruning(ratio, **({"at": 100} if ratio == 0.5 else {}))
+    trainer(tmp_path, [callback], max_steps=-1, fast_dev_run=1).fit(lit, data(files))
+    assert acting(lit) == 8
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Texts with a label, by split."""
+    folder, words = tmp_path_factory.mktemp("table"), fits.WORDS.split()
+    for split, count in (("train", 16), ("validation", 8)):
+        rows = [{"text": " ".join(words[i % 5 : i % 5 + 1 + i % 7]), "label": i % 3} for i in range(count)]
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")}
+
+
+@pytest.mark.parametrize("remove", ["never", "rounds"])
+def test_a_classifier(table, tmp_path, remove):
+    torch.manual_seed(0)
+    config = bert(vocab_size=2048, num_labels=3).config
+    lit, watch = bh.TransformerModule(config, "sequence-classification", lr=1e-2), Acting()
+    callback = pruning(bh.MultiStep([0.25, 0.5], [1, 3]), remove=remove, monitor="val_accuracy", keep=0.01, measure_batches=None)
+    given = bh.ClassificationDataModule(table, "tiny", batch_size=4)
+    trainer(tmp_path, [callback, watch, bh.Export(str(tmp_path / "out"))], max_steps=4).fit(lit, given)
+    assert watch.seen == [8] + [6] * 2 + [4]
+    exported = bh.load(tmp_path / "out").eval()
+    assert type(exported) is transformers.BertForSequenceClassification
+    assert acting(exported) == (8 if remove == "never" else 4)
+    batch = next(iter(given.val_dataloader()[0]))
+    with torch.no_grad():
+        torch.testing.assert_close(exported(**batch).logits, lit.model.eval()(**batch).logits)
+    assert all("val_accuracy" in event["after"] for event in callback.events)
+
+
+class TestMonitor:
+    """A round that makes a value worse is taken back, and is the last."""
+
+    SCHEDULE = bh.MultiStep([0.25, 0.5, 0.75], [1, 3, 5])
+
+    @pytest.mark.parametrize(
+        ("remove", "monitor", "mode", "keep"),
+        [
+            ("never", "val_share", "max", 0.6),
+            ("end", "val_cost", "min", 0.6),
+            ("rounds", "val_debt", "max", 0.4),
+        ],
+    )
+    def test_it_is_as_if_that_round_had_not_been(self, files, tmp_path, remove, monitor, mode, keep):
+        options = {"remove": remove, "importance": bh.WeightNorm()}
+        lit, watch = scripted(), Acting()
+        callback = pruning(self.SCHEDULE, monitor=monitor, mode=mode, keep=keep, measure_batches=1, **options)
+        run = trainer(tmp_path, [callback, watch])
+        run.fit(lit, data(files))
+        assert watch.seen == [16] + [12] * 7
+        other, same_heads = scripted(), Acting()
+        straight = trainer(tmp_path, [pruning(bh.MultiStep([0.25], [1]), **options), same_heads])
+        straight.fit(other, data(files))
+        assert same_heads.seen == watch.seen
+        if remove != "end":  # in which heads are removed at another step
+            assert same(weights(lit), weights(other))
+            for mine, theirs in zip(run.optimizers[0].state.values(), straight.optimizers[0].state.values(), strict=True):
+                assert same(mine, theirs)
+        assert acting(lit) == (16 if remove == "never" else 12)
+        assert [event["step"] for event in callback.events] == [1, 3]
+        masked = 4 if remove == "rounds" else 8
+        assert f"{masked} heads masked, taken back: {monitor} " in callback.events[1]["what"]
+        assert ("16 -> 12 attention heads" in callback.events[1]["what"]) == (remove == "end")
+
+    def test_masks_of_the_round_before_are_removed_at_the_end(self, files, tmp_path):
+        """Removed when the round is taken back, the model computes on as it does masked."""
+        lit, other = scripted(), scripted()
+        options = {"importance": bh.WeightNorm(), "measure_batches": 1}
+        callback = pruning(self.SCHEDULE, monitor="val_share", keep=0.7, **options)
+        trainer(tmp_path, [callback]).fit(lit, data(files))
+        masked = pruning(self.SCHEDULE, monitor="val_share", keep=0.7, remove="never", **options)
+        trainer(tmp_path, [masked]).fit(other, data(files))
+        assert callback.record.gone(callback.heads) == masked.record.gone(masked.heads)
+        bh.prune_heads(other.model, masked.heads)
+        for name, value in other.state_dict().items():
+            torch.testing.assert_close(lit.state_dict()[name], value, atol=1e-4, rtol=1e-3)
+
+    @pytest.mark.parametrize(("monitor", "mode", "keep", "seen"), [
+        ("val_share", "max", 0.75, [16] + [12] * 7),  # just as good as it must be
+        ("val_share", "max", 0.76, [16] * 8),
+        ("val_share", "max", 1, [16] * 8),
+        ("val_cost", "min", 0.75, [16] + [12] * 7),
+        ("val_share", "min", 1, [16] + [12] * 2 + [8] * 2 + [4] * 3),  # it gets better all the time
+        ("val_nan", "max", 0.01, [16] * 8),
+    ])  # fmt: skip
+    def test_where_the_limit_is(self, files, tmp_path, monitor, mode, keep, seen):
+        lit, watch = scripted(), Acting()
+        callback = pruning(self.SCHEDULE, monitor=monitor, mode=mode, keep=keep, measure_batches=1, remove="never")
+        trainer(tmp_path, [callback, watch]).fit(lit, data(files))
+        assert watch.seen == seen
+
+    def test_a_round_that_is_taken_back_changes_no_weight(self, files, tmp_path):
+        lit, seen = scripted(), []
+        callback = pruning(self.SCHEDULE, monitor="val_share", keep=0.7, measure_batches=1, remove="never")
+
+        class Keep(pl.Callback):
+            def on_train_batch_end(self, trainer, pl_module, *_):
+                seen.append((weights(pl_module), dict(callback.heads), torch.get_rng_state()))
+
+        trainer(tmp_path, [Keep(), callback, Keep()]).fit(lit, data(files))
+        for before, after in (seen[4:6], seen[8:10]):
+            assert same(before[0], after[0])
+            assert before[1] == after[1] != {}
+            assert torch.equal(before[2], after[2])
+
+    @pytest.mark.parametrize(("at", "limit", "logs"), [(5, 1.0, "val_loss, val_perplexity"), ("start", 0, "nothing")])
+    def test_what_is_not_logged_is_refused_before_training(self, files, tmp_path, at, limit, logs):
+        lit = module()
+        before = weights(lit)
+        callback = pruning(0.25, at=at, monitor="val_score", measure_batches=None)
+        run = trainer(tmp_path, [callback], limit_val_batches=limit)
+        with pytest.raises(ValueError, match=f"monitor='val_score' is not logged by validation, which logs {logs}$"):
+            run.fit(lit, data(files))
+        assert run.global_step == 0
+        assert same(weights(lit), before)
+        assert bare(lit)
+
+
+def test_a_second_fit_starts_anew(files, tmp_path):
+    callback = pruning(0.25, at=3, remove="never")
+    for seed in (0, 1):
+        lit, watch = module(seed), Acting()
+        trainer(tmp_path, [callback, watch]).fit(lit, data(files))
+        assert watch.seen == [16] * 3 + [12] * 5
+        assert [event["step"] for event in callback.events] == [3]
+
+
+@pytest.mark.parametrize("remove", ["never", "end"])
+def test_a_fit_that_goes_on_goes_on(files, tmp_path, remove):
+    lit, watch = module(), Acting()
+    run = trainer(tmp_path, [pruning(0.25, at=3, remove=remove), watch], max_steps=-1, max_epochs=1)
+    run.fit(lit, data(files))
+    steps = len(watch.seen)
+    run.fit_loop.max_epochs = 2
+    run.fit(lit, data(files))
+    assert watch.seen == [16] * 3 + [12] * (2 * steps - 3)
+
+
+def test_training_that_ends_early_says_what_it_left_out(files, tmp_path):
+    stop = EarlyStopping("val_loss", patience=1, min_delta=100.0)
+    with pytest.warns(UserWarning, match=r"training has ended at step \d+, before the round at step 90"):
+        trainer(tmp_path, [pruning(bh.MultiStep([0.3, 0.5], [80, 90])), stop], max_steps=100).fit(module(), data(files))
+
+
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+def test_events_are_logged(files, tmp_path):
+    callback, logger = pruning(bh.MultiStep([0.25, 0.5], [2, 5]), measure_batches=2), pl.loggers.CSVLogger(tmp_path)
+    trainer(tmp_path, [callback], logger=logger).fit(module(), data(files))
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("params")]
+    assert [(int(row["step"]), float(row["params"])) for row in rows] == [
+        (e["step"], e["after"]["params"]) for e in callback.events
+    ]
+    assert [event["what"] for event in callback.events] == ["4 heads masked", "16 -> 8 attention heads (GateGradient)"]
+    for row, event in zip(rows, callback.events, strict=True):
+        assert float(row["val_loss_after"]) == event["after"]["val_loss"]
+        assert float(row["val_loss_before"]) == event["before"]["val_loss"]
+        assert event["before"]["val_loss"] != event["after"]["val_loss"]
+
+
+def test_averaged_weights_do_not_bring_masked_heads_back(tmp_path):
+    lit = Own(mha())
+    trainer(tmp_path, [pruning(0.25, at=2, remove="never"), EMAWeightAveraging(decay=0.5)]).fit(lit, loader())
+    assert silent(lit) == 4
+    assert bare(lit)
+
+
+def test_beside_weights_that_become_zero(files, tmp_path):
+    weight = {"sparsity": 0.5, "examples": 6, "measure_batches": 0, "criterion": bh.Magnitude()}
+    for heads, at, order in (("start", "start", 1), (2, 4, -1)):
+        lit, callback = module(), bh.WeightPruning(**weight, at=at)
+        trainer(tmp_path, [pruning(0.25, at=heads), callback][::order]).fit(lit, data(files))
+        assert acting(lit) == 12
+        assert callback.masks[f"{LAYERS[0]}.q_proj"].shape == (24, 32)
+    for at, order in ((6, 1), (4, -1)):  # masks follow
+        lit, callback = module(), bh.WeightPruning(**weight, at=4)
+        trainer(tmp_path, [pruning(0.25, at=at), callback][::order]).fit(lit, data(files))
+        assert acting(lit) == 12
+        assert callback.masks[f"{LAYERS[0]}.q_proj"].shape == (24, 32)
+        assert not lit.model.get_submodule(f"{LAYERS[0]}.q_proj").weight[~callback.masks[f"{LAYERS[0]}.q_proj"]].any()
+    lit = module()  # where no shape changes, both act
+    trainer(tmp_path, [bh.WeightPruning(**weight, at=3), pruning(0.25, at=5, remove="never")]).fit(lit, data(files))
+    assert silent(lit) == 4
+    assert (lit.model.model.layers[0].mlp.up_proj.weight == 0).float().mean() == 0.5
+
+
+def test_beside_other_changes_of_shape(files, tmp_path):
+    """They come before the first mask, or after the last."""
+    for conversion, options in (("start", {"at": 2, "remove": "never"}), (2, {"at": 2}), (6, {"at": 4})):
+        lit = module()
+        callbacks = [bh.KVHeadConversion(4, at=conversion, measure_batches=0), pruning(0.5, per="kv_head", **options)]
+        trainer(tmp_path, callbacks[:: -1 if conversion == 6 else 1]).fit(lit, data(files))
+        assert lit.model.config.num_key_value_heads == (2 if "remove" not in options else 4) or conversion == 6
+
+
+class Breaks(bh.GateGradient):
+    """Fails in the middle of the second round."""
+
+    rounds = 0
+
+    def sums(self, *arguments):
+        type(self).rounds += 1
+        if type(self).rounds == 2:
+            list(arguments[0].parameters())[-1].requires_grad_(False)
+            raise OSError("no memory")
+        return super().sums(*arguments)
+
+
+@pytest.mark.parametrize("remove", REMOVE)
+def test_a_round_that_fails_leaves_all_as_it_was(files, tmp_path, remove):
+    Breaks.rounds, seen = 0, []
+    lit, callback = module(), pruning(bh.MultiStep([0.25, 0.5], [2, 5]), importance=Breaks(), remove=remove)
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append((weights(pl_module), dict(callback.heads), len(gates(pl_module)), acting(pl_module)))
+
+    run = trainer(tmp_path, [Keep(), callback])
+    modes = {name: part.training for name, part in lit.named_modules()}
+    with pytest.raises(OSError, match="no memory"):
+        run.fit(lit, data(files))
+    assert len(seen) == 5
+    assert seen[-1][3] == 12
+    assert same(seen[-1][0], weights(lit))
+    assert callback.heads == seen[-1][1]
+    assert (callback.heads != {}) == (remove != "rounds")
+    assert bare(lit)
+    assert {name: part.training for name, part in lit.named_modules()} == modes
+    assert all(p.requires_grad for p in lit.parameters())
+    assert [event["step"] for event in callback.events] == [2]
+    run.save_checkpoint(tmp_path / "late.ckpt")
+    again, resumed = module(1), pruning(bh.MultiStep([0.25, 0.5], [2, 5]), importance=Breaks(), remove=remove)
+    watch = Acting()
+    trainer(tmp_path, [resumed, watch]).fit(again, data(files), ckpt_path=tmp_path / "late.ckpt")
+    assert watch.seen == [8] * 3
+
+
+class TestRefused:
+    """With a message that says what is legal, before anything has changed."""
+
+    def refused(self, files, folder, callbacks, match, lit=None, **options):
+        lit = lit or module()
+        before = weights(lit)
+        run = trainer(folder, callbacks, **options)
+        with pytest.raises(ValueError, match=match):
+            run.fit(lit, data(files))
+        assert run.global_step == 0
+        assert same(weights(lit), before)
+        assert bare(lit)
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"ratio": 1}, r"ratio=1 must be a fraction of the heads in \[0, 1\)"),
+            ({"ratio": -0.1}, "ratio=-0.1 must be"),
+            ({"ratio": True}, "ratio=True must be"),
+            ({"ratio": "0.5"}, "ratio='0.5' must be"),
+            ({"ratio": bh.Linear(final=0.5), "at": 3}, "at=3: the schedule says when"),
+            ({"at": 1.5}, "at=1.5 .* must be in 0..1"),
+            ({"at": "end"}, "at must be an int"),
+            ({"at": -1}, "at=-1"),
+            ({"ranking": "all"}, "ranking='all' must be one of layer, global"),
+            ({"per": "layer"}, "per='layer' must be one of head, kv_head"),
+            ({"min_heads": 0}, "min_heads=0: where heads are removed, one at least stays"),
+            ({"min_heads": -1}, "min_heads=-1 must be a whole number"),
+            ({"min_heads": 1.5}, "min_heads=1.5 must be a whole number"),
+            ({"remove": "x"}, "remove='x' must be one of end, rounds, never"),
+            ({"monitor": "val_loss", "keep": 0}, r"monitor='val_loss' needs keep=0 in \(0, 1\]"),
+            ({"monitor": "val_loss", "keep": 1.1}, "needs keep=1.1 in"),
+            ({"monitor": "val_loss", "mode": "low"}, "mode='low' 'max' or 'min'"),
+            ({"monitor": "val_loss", "measure_batches": 0}, "needs .* and measure_batches"),
+            ({"measure_batches": -1}, "measure_batches=-1 must be at least 0"),
+            ({"examples": 0}, "examples=0 must be at least 1"),
+            ({"calibration": iter([])}, "calibration=list_iterator can be read only once"),
+        ],
+    )
+    def test_arguments(self, options, match):
+        with pytest.raises(ValueError, match=match):
+            bh.HeadPruning(**{"ratio": 0.5} | options)
+
+    @pytest.mark.parametrize(
+        ("options", "changes", "match"),
+        [
+            ({"ratio": 0.1}, {}, "ratio=0.1 takes not a single head: 0.125 does"),
+            ({"ratio": 0.05, "ranking": "global"}, {}, "ratio=0.05 takes not a single head: 0.0625 does"),
+            ({"ratio": 0.25}, {"num_key_value_heads": 4}, "ratio=0.25 takes not a single head: 0.5 does"),
+            ({"ratio": 0.2, "per": "kv_head"}, {"num_key_value_heads": 4}, "0.2 takes not a single head: 0.25 does"),
+            ({"ratio": 0.5}, {"num_attention_heads": 1, "num_key_value_heads": 1}, "no ratio does"),
+            ({"ratio": 0.9, "min_heads": 2}, {}, "7 of 8 heads of model.layers.0.self_attn would go, and at most 6 may"),
+            ({"ratio": 0.9, "min_heads": 2, "ranking": "global"}, {}, "14 of 16 heads of all layers .* at most 12 may"),
+            ({"ratio": 0.5, "at": 9}, {}, "at=9 is past the end of training, which has 8 optimizer steps"),
+            ({"ratio": bh.Cubic(final=0.5, end=9)}, {}, "end=9 is past the end of training"),
+            ({"ratio": bh.Linear(initial=0.5, final=0.2, every=2)}, {}, "ratio: the schedule goes down, from 0.5 to"),
+            ({"ratio": bh.Linear(final=1.0, every=4)}, {}, r"ratio=1.0 must be .* \(by the schedule, at step 8"),
+        ],
+    )  # fmt: skip
+    def test_before_training(self, files, tmp_path, options, changes, match):
+        self.refused(files, tmp_path, [pruning(**options)], match, module(**changes))
+
+    def test_two_alike(self, files, tmp_path):
+        callbacks = [pruning(0.25), pruning(0.5, at=3)]
+        with pytest.raises(RuntimeError, match="more than one stateful callback of type `HeadPruning`"):
+            trainer(tmp_path, callbacks)
+        lit = module()
+        lit.configure_callbacks = lambda: callbacks  # these Lightning does not look at
+        self.refused(files, tmp_path, [], "two HeadPruning by GateGradient: one is enough", lit)
+
+    @pytest.mark.parametrize(
+        ("ratio", "at", "options", "step"),
+        [
+            (bh.MultiStep([0.25, 0.5], [2, 6]), 4, {}, 4),
+            (bh.MultiStep([0.25, 0.5], [2, 6]), 4, {"remove": "rounds"}, 4),
+            (bh.MultiStep([0.25, 0.5], [2, 6]), 2, {}, 2),
+            (0.25, 0.5, {"at": 2, "remove": "never"}, 4),
+        ],
+    )
+    def test_shapes_that_change_in_between(self, files, tmp_path, ratio, at, options, step):
+        match = (
+            rf"KVHeadConversion changes shapes at step {step}, after HeadPruning has masked heads at step 2: let it come first"
+        )
+        callbacks = [pruning(ratio, per="kv_head", **options), bh.KVHeadConversion(4, at=at, measure_batches=0)]
+        self.refused(files, tmp_path, callbacks, match)
+
+    def test_another_that_removes_heads_in_between(self, files, tmp_path):
+        callbacks = [pruning(bh.MultiStep([0.25, 0.5], [2, 6])), pruning(0.25, at=4, importance=bh.WeightNorm())]
+        self.refused(
+            files, tmp_path, callbacks, "HeadPruning changes shapes at step 4, after HeadPruning has masked heads at step 2"
+        )
+
+    def test_an_export_that_would_come_too_early(self, files, tmp_path):
+        callbacks = [bh.Export(str(tmp_path / "out")), pruning(0.25, remove="never")]
+        self.refused(files, tmp_path, callbacks, "HeadPruning must stand before Export")
+
+    def test_a_model_without_attention(self, files, tmp_path):
+        config = transformers.MambaConfig(vocab_size=2048, hidden_size=32, num_hidden_layers=1)
+        self.refused(files, tmp_path, [pruning(0.5)], "MambaForCausalLM has no attention", bh.TransformerModule(config))
+
+    @pytest.mark.parametrize("remove", ["end", "rounds"])
+    def test_heads_that_cannot_be_removed(self, files, tmp_path, remove):
+        self.refused(files, tmp_path, [pruning(0.5, at=8, remove=remove)], "cannot be removed: .*masked", bloom())
+
+    def test_training_without_end(self, files, tmp_path):
+        endless = {"max_steps": -1, "max_epochs": -1}
+        for options, match in (
+            ({"ratio": 0.5, "at": 0.5}, "at=0.5 is a fraction"),
+            ({"ratio": bh.Linear(0.5)}, "a schedule needs"),
+        ):
+            lit = bh.TransformerModule(module().model, decay="constant", warmup=0)
+            self.refused(files, tmp_path, [pruning(**options)], f"{match}.*not known: set max_steps", lit, **endless)
+
+    def test_data_that_can_be_read_once(self, tmp_path):
+        stream = iter([(tokens(),) for _ in range(8)])
+        with pytest.raises(ValueError, match="calibration=None takes examples from the training data, but list_iterator"):
+            trainer(tmp_path, [pruning(0.5)], max_steps=2).fit(Own(mha()), stream)
+        trainer(tmp_path, [pruning(0.5, importance=bh.WeightNorm())], max_steps=2).fit(Own(mha()), stream)
+
+    def test_no_batches(self, files, tmp_path):
+        self.refused(files, tmp_path, [pruning(0.5, calibration=[])], "batches: GateGradient needs at least one batch")
+
+
+def bloom():
+    torch.manual_seed(0)
+    return bh.TransformerModule(transformers.BloomConfig(vocab_size=2048, hidden_size=32, n_layer=2, n_head=4), lr=1e-2)
+
+
+def test_heads_that_cannot_be_removed_can_stay_masked(files, tmp_path):
+    """ALiBi gives each head a slope by its number."""
+    lit, watch = bloom(), Acting()
+    trainer(tmp_path, [pruning(0.5, at=4, remove="never"), watch]).fit(lit, data(files))
+    assert watch.seen == [8] * 4 + [4] * 4
+    assert silent(lit) == 4
+
+
+def test_a_layer_may_lose_all_its_heads_where_none_is_removed(files, tmp_path):
+    class First(bh.WeightNorm):
+        def sums(self, model, heads, per, trials):
+            sums = super().sums(model, heads, per, trials)
+            for number, total in enumerate(sums.totals.values()):
+                total[:] = number + 1
+            return sums
+
+    lit, watch = module(), Acting()
+    callback = pruning(0.5, ranking="global", min_heads=0, normalize=False, importance=First(), remove="never")
+    trainer(tmp_path, [callback, watch]).fit(lit, data(files))
+    assert callback.heads == {LAYERS[0]: list(range(8))}
+    assert watch.seen == [8] * 8
+    assert not lit.model.model.layers[0].self_attn.o_proj.weight.any()
+
+
+def test_checkpoints_are_plain_and_carry_masks(files, tmp_path):
+    lit, callback = module(), pruning(bh.MultiStep([0.25, 0.5], [2, 5]))
+    trainer(tmp_path, [callback, checkpoints(tmp_path)]).fit(lit, data(files))
+    for step, masked, width in ((1, 0, 32), (2, 4, 32), (4, 4, 32), (5, 0, 16), (8, 0, 16)):
+        checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert checkpoint["state_dict"].keys() == module().state_dict().keys()
+        assert len(checkpoint["state_dict"][f"model.{LAYERS[0]}.q_proj.weight"]) == width
+        state = next(value for key, value in checkpoint["callbacks"].items() if key.startswith("HeadPruning"))
+        assert sum(map(len, state["heads"].values())) == masked
+    loaded = bh.TransformerModule.load_from_checkpoint(tmp_path / "step=8.ckpt", model=module().model)
+    assert same(weights(loaded), weights(lit))
+
+
+def test_a_checkpoint_in_which_heads_are_masked_is_exported_as_it_computes(files, tmp_path):
+    lit, callback = module(), pruning(0.25, at=2, remove="never")
+    trainer(tmp_path, [callback, checkpoints(tmp_path)], max_steps=4).fit(lit, data(files))
+    export_checkpoint(tmp_path / "step=4.ckpt", tmp_path / "out", tokenizer="tiny")
+    ids = tokens()
+    assert torch.equal(bh.load(tmp_path / "out")(ids).logits, transformer(lit).eval()(ids).logits)
+    hostile = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
+    hostile["billhook_masked_heads"]["heads"] = {LAYERS[0]: [99]}
+    torch.save(hostile, tmp_path / "hostile.ckpt")
+    with pytest.raises(ValueError, match="has no head 99"):
+        export_checkpoint(tmp_path / "hostile.ckpt", tmp_path / "other")

@@ -1,0 +1,184 @@
+"""A fit with heads masked or removed that was stopped, at whatever step, goes on as if it had not been."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import billhook as bh
+from kit.families import llama
+from kit.fits import data, same, trainer, weights
+from kit.head_pruning import LAYERS, REMOVE, Acting, acting, bare, module, pruning, scripted, silent
+from kit.weight_pruning import checkpoints
+
+# the resumed runs do without the ModelCheckpoint of the straight one
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
+    pytest.mark.usefixtures("traced_once"),
+]
+ROUNDS = bh.MultiStep([0.25, 0.5, 0.75], [2, 4, 6])
+SEEN = [16] * 2 + [12] * 2 + [8] * 2 + [4] * 2
+
+
+def same_record(one, other):
+    assert repr(one.events) == repr(other.events)  # so that NaN is NaN
+    assert one.heads == other.heads
+    assert (one.record.first, one.record.numbers, one.record.curve) == (
+        other.record.first, other.record.numbers, other.record.curve
+    )  # fmt: skip
+    assert one.record.scores.keys() == other.record.scores.keys()
+    for name, scores in one.record.scores.items():
+        torch.testing.assert_close(scores, other.record.scores[name], rtol=0, atol=0, equal_nan=True)
+
+
+def same_optimizer(one, other):
+    (mine,), (theirs,) = one.optimizers, other.optimizers
+    for left, right in zip(mine.state.values(), theirs.state.values(), strict=True):
+        assert same(left, right)
+    assert [len(group["params"]) for group in mine.param_groups] == [len(group["params"]) for group in theirs.param_groups]
+
+
+def resumes(files, folder, callback, stops, build=module):
+    """Stops before, right at, between and after rounds."""
+    straight, whole, watch = build(), callback(), Acting()
+    first = trainer(folder, [whole, watch, checkpoints(folder)])
+    first.fit(straight, data(files))
+    for stop in stops:
+        resumed, again, later = build(seed=1), callback(), Acting()
+        torch.manual_seed(stop)
+        run = trainer(folder, [again, later])
+        run.fit(resumed, data(files), ckpt_path=folder / f"step={stop}.ckpt")
+        assert same(weights(resumed), weights(straight)), stop
+        assert later.seen == watch.seen[stop:]
+        same_record(again, whole)
+        same_optimizer(run, first)
+        assert bare(resumed)
+    return straight, whole, watch
+
+
+@pytest.mark.parametrize(("remove", "stops"), [("never", [1, 3]), ("end", [2, 6]), ("rounds", [2, 3, 6])], ids=REMOVE)
+def test_resumed_equals_straight_through(files, tmp_path, remove, stops):
+    """Before the first round, at it, between rounds and at the last."""
+    _, _, watch = resumes(files, tmp_path, lambda: pruning(ROUNDS, remove=remove), stops)
+    assert watch.seen == SEEN
+
+
+@pytest.mark.parametrize("remove", ["end", "rounds"])
+def test_layers_that_differ(files, tmp_path, remove):
+    options = {"ranking": "global", "remove": remove, "importance": bh.Taylor()}
+    resumes(files, tmp_path, lambda: pruning(bh.MultiStep([0.2, 0.5], [2, 5]), **options), [2, 5])
+
+
+@pytest.mark.parametrize("remove", ["never", "rounds"])
+def test_kv_heads_from_the_start_on(files, tmp_path, remove):
+    def grouped(seed=0):
+        return module(seed, num_key_value_heads=4)
+
+    resumes(files, tmp_path, lambda: pruning(0.5, per="kv_head", remove=remove), [5], grouped)
+
+
+def test_batches_of_the_users_own(files, tmp_path):
+    examples = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (4, 9))]
+
+    def callback():
+        return pruning(ROUNDS, calibration=DataLoader(examples, 2, shuffle=True))
+
+    resumes(files, tmp_path, callback, [3])
+
+
+@pytest.mark.parametrize("remove", REMOVE)
+def test_a_round_that_was_taken_back(files, tmp_path, remove):
+    def callback():
+        return pruning(ROUNDS, remove=remove, monitor="val_share", keep=0.7, measure_batches=1)
+
+    _, whole, watch = resumes(files, tmp_path, callback, [3, 4], scripted)
+    assert watch.seen == [16] * 2 + [12] * 6
+    assert [event["step"] for event in whole.events] == [2, 4]
+    assert whole.record.curve[0] == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("remove", ["never", "end"])
+def test_a_run_that_failed_resumes_too(files, tmp_path, remove):
+    straight = module()
+    trainer(tmp_path, [pruning(ROUNDS, remove=remove)]).fit(straight, data(files))
+
+    class Fails(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 5:
+                raise KeyError("five")
+
+    lit, callback = module(), pruning(ROUNDS, remove=remove)
+    with pytest.raises(KeyError):
+        trainer(tmp_path, [callback, Fails(), checkpoints(tmp_path)]).fit(lit, data(files))
+    assert bare(lit)
+    trainer(tmp_path, [callback]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
+    assert same(weights(lit), weights(straight))
+
+
+def test_a_checkpoint_of_a_run_without_it_is_pruned_when_training_goes_on(files, tmp_path):
+    trainer(tmp_path, [checkpoints(tmp_path)], max_steps=4).fit(module(), data(files))
+    for remove in ("never", "rounds"):
+        lit, watch, callback = module(seed=1), Acting(), pruning(ROUNDS, remove=remove)
+        trainer(tmp_path, [callback, watch]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
+        assert watch.seen == SEEN[4:]
+        assert [event["step"] for event in callback.events] == [4, 6]
+
+
+def test_a_shorter_run_that_ended_goes_on_to_the_next_rounds(files, tmp_path):
+    """Its weights that read masked heads are zero by then."""
+    run = trainer(tmp_path, [pruning(bh.MultiStep([0.25], [2]), remove="never")], max_steps=4)
+    run.fit(module(), data(files))
+    run.save_checkpoint(tmp_path / "late.ckpt")
+    lit, watch = module(1), Acting()
+    trainer(tmp_path, [pruning(ROUNDS, remove="never"), watch]).fit(lit, data(files), ckpt_path=tmp_path / "late.ckpt")
+    assert watch.seen == SEEN[4:]
+    assert silent(lit) == 12
+
+
+@pytest.mark.parametrize(("stage", "remove"), [("validate", "never"), ("test", "end"), ("validate", "rounds")])
+def test_outside_of_a_fit_a_checkpoint_computes_as_it_did(files, tmp_path, stage, remove):
+    callback = pruning(bh.MultiStep([0.25, 0.5], [2, 5]), remove=remove, measure_batches=None)
+    lit = module()
+    run = trainer(tmp_path, [callback, checkpoints(tmp_path)])
+    run.fit(lit, data(files))
+    events = {event["step"]: event for event in callback.events}
+    fresh = trainer(tmp_path, [pruning(bh.MultiStep([0.25, 0.5], [2, 5]), remove=remove)])
+    given = data(files | {"test": files["validation"]})
+    for one, subject, step, heads in ((run, lit, 2, 12), (fresh, module(1), 5, 8), (run, lit, 1, 16), (run, lit, 8, 8)):
+        watch = Watch()
+        one.callbacks.append(watch)
+        said = getattr(one, stage)(subject, given, ckpt_path=tmp_path / f"step={step}.ckpt", verbose=False)[0]
+        one.callbacks.remove(watch)
+        assert watch.seen == [heads]
+        assert bare(subject)
+        if step in events:
+            found = said["val_loss" if stage == "validate" else "test_loss"]
+            assert found == pytest.approx(events[step]["after"]["val_loss"], rel=1e-5)
+
+
+class Watch(pl.Callback):
+    """How many heads act in a validation or test."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        self.seen = [acting(pl_module)]
+
+    on_test_batch_start = on_validation_batch_start
+
+
+def test_another_models_checkpoint(files, tmp_path):
+    trainer(tmp_path, [pruning(0.5), checkpoints(tmp_path)], max_steps=2).fit(module(num_hidden_layers=1), data(files))
+    with pytest.raises(ValueError, match=f"the checkpoint holds another model than the run: it lacks {LAYERS[1][:14]}"):
+        trainer(tmp_path, [pruning(0.5)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
+
+
+def test_weights_alone(files, tmp_path):
+    """The shape is with them; masks are not."""
+    lit = module()
+    folder = checkpoints(tmp_path, save_weights_only=True)
+    trainer(tmp_path, [pruning(0.5, at=2, ranking="global"), folder], max_steps=4).fit(lit, data(files))
+    build = llama(vocab_size=2048, num_key_value_heads=8)
+    loaded = bh.TransformerModule.load_from_checkpoint(tmp_path / "step=4.ckpt", model=build)
+    assert same(weights(loaded), weights(lit))

@@ -1,0 +1,448 @@
+import csv
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
+from torch.utils.data import DataLoader
+
+from billhook import KVHeadConversion, ShapeInCheckpoint, TransformerModule
+from billhook.kv_heads.convert import convert_kv_heads, kv_heads_of
+from kit.families import llama, tokens
+from kit.fits import data, module, same, trainer, weights
+
+# the resumed runs do without the ModelCheckpoint of the straight one
+pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+
+
+class Heads(pl.Callback):
+    """KV heads of the model at each training forward."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(kv_heads_of(pl_module))
+
+
+def checkpoints(folder, **options):
+    return ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}", **options)
+
+
+@pytest.mark.parametrize(
+    ("heads", "at", "seen"),
+    [
+        (2, "start", [2] * 8),
+        (2, 3, [4] * 3 + [2] * 5),
+        (1, 0.5, [4] * 4 + [1] * 4),
+        (1, 0, [1] * 8),
+        ([2, 1], [2, 6], [4] * 2 + [2] * 4 + [1] * 2),
+        ([2, 1], ["start", 0.25], [2] * 2 + [1] * 6),
+        (2, 8, [4] * 8),
+    ],
+)
+def test_it_happens_at_its_step(files, tmp_path, heads, at, seen):
+    lit, watch = module(), Heads()
+    trainer(tmp_path, [KVHeadConversion(heads, at), watch]).fit(lit, data(files))
+    assert watch.seen == seen
+    assert kv_heads_of(lit) == (heads[-1] if isinstance(heads, list) else heads)
+
+
+def test_at_the_start_is_what_converting_before_the_fit_is(files, tmp_path):
+    one, other = module(), module()
+    trainer(tmp_path, [KVHeadConversion(2)]).fit(one, data(files))
+    convert_kv_heads(other, 2)
+    trainer(tmp_path, []).fit(other, data(files))
+    assert same(weights(one), weights(other))
+
+
+def test_in_the_middle_is_what_two_fits_by_hand_are(files, tmp_path):
+    """Independent of the callback: the same steps written as a plain training loop."""
+    lit, batches = module(), []
+
+    class Keep(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            batches.append(batch)
+
+    trainer(tmp_path, [KVHeadConversion(1, at=3), Keep()], gradient_clip_val=1.0).fit(lit, data(files))
+    by_hand = module()
+    with torch.no_grad():
+        decay, rest = ([p for p in by_hand.parameters() if (p.ndim > 1) is wide] for wide in (True, False))
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}], lr=1e-2, fused=True
+    )
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, 8)
+    for step, batch in enumerate(batches):
+        if step == 3:
+            convert_kv_heads(by_hand, 1, optimizers=[optimizer])
+        optimizer.zero_grad()
+        by_hand.model(**batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(by_hand.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    for name, value in by_hand.state_dict().items():
+        torch.testing.assert_close(lit.state_dict()[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_no_dead_parameter_stays_in_a_param_group(files, tmp_path):
+    lit, run = module(), trainer(tmp_path, [KVHeadConversion([2, 1], [2, 5])])
+    run.fit(lit, data(files))
+    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert held == {id(p) for p in lit.parameters()}
+    assert {id(p) for p in run.optimizers[0].state} == held
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6, 7])
+def test_resumed_equals_straight_through(files, tmp_path, stop):
+    """Stopped before, right at, between and after the two conversions."""
+    conversions = [[2, 1], [2, 6]]
+    straight = module()
+    trainer(tmp_path, [KVHeadConversion(*conversions), checkpoints(tmp_path)]).fit(straight, data(files))
+    resumed, callback = module(seed=1), KVHeadConversion(*conversions)
+    run = trainer(tmp_path, [callback])
+    run.fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
+    assert same(weights(resumed), weights(straight))
+    assert [event["step"] for event in callback.events] == [2, 6]
+
+
+def test_a_checkpoint_from_before_loads_into_a_model_from_after(files, tmp_path):
+    lit = module()
+    run = trainer(tmp_path, [KVHeadConversion(1, at=4), checkpoints(tmp_path)])
+    run.fit(lit, data(files))
+    assert kv_heads_of(lit) == 1
+    run.validate(lit, data(files), ckpt_path=tmp_path / "step=2.ckpt", verbose=False)
+    assert kv_heads_of(lit) == 4
+    run.validate(lit, data(files), ckpt_path=tmp_path / "step=7.ckpt", verbose=False)
+    assert kv_heads_of(lit) == 1
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_load_from_checkpoint(files, tmp_path, weights_only):
+    lit = module()
+    trainer(tmp_path, [KVHeadConversion(1, at=2), checkpoints(tmp_path, save_weights_only=weights_only)], max_steps=4).fit(
+        lit, data(files)
+    )
+    loaded = TransformerModule.load_from_checkpoint(tmp_path / "step=4.ckpt", model=llama(vocab_size=2048))
+    assert same(weights(loaded), weights(lit))
+
+
+def test_a_dense_checkpoint_is_converted_when_the_resumed_run_starts(files, tmp_path):
+    """The conversion was due before the step that the checkpoint is of, but the first run had none."""
+    trainer(tmp_path, [checkpoints(tmp_path)], max_steps=4).fit(module(), data(files))
+    lit, watch = module(seed=1), Heads()
+    callback = KVHeadConversion(2)
+    trainer(tmp_path, [callback, watch]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
+    assert watch.seen == [2] * 4
+    assert [event["step"] for event in callback.events] == [4]
+
+
+class Plain(pl.LightningModule):
+    """A module of a user's own, which knows nothing of billhook."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = llama().train()
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch, labels=batch).loss
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log_dict({"val_loss": self.net(batch, labels=batch).loss, "val_rows": float(len(batch))})
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+def test_a_module_of_the_users_own(tmp_path):
+    lit, loader = Plain(), DataLoader(tokens(16), batch_size=2)
+    callback = KVHeadConversion(2, at=3)
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 4}
+    trainer(tmp_path, [callback, checkpoints(tmp_path)], max_steps=4, **options).fit(lit, loader, loader)
+    assert kv_heads_of(lit) == 2
+    assert callback.events[0]["step"] == 3
+    assert callback.events[0]["before"]["val_rows"] == 2
+    assert callback.events[0]["before"]["val_loss"] != callback.events[0]["after"]["val_loss"]
+    assert callback.events[0]["after"]["params"] == lit.net.num_parameters()
+    assert "on_save_checkpoint" not in lit.__dict__
+    again = Plain()
+    trainer(tmp_path, [KVHeadConversion(2, at=3)], max_steps=4, **options).fit(
+        again, loader, loader, ckpt_path=tmp_path / "step=4.ckpt"
+    )
+    assert same(weights(again), weights(lit))
+
+
+class Mixed(ShapeInCheckpoint, Plain):
+    """The same with the mixin."""
+
+
+@pytest.mark.parametrize("kind", [Plain, Mixed])
+def test_load_from_checkpoint_of_the_users_own_module(tmp_path, kind):
+    lit, loader = kind(), DataLoader(tokens(8), batch_size=2)
+    run = trainer(tmp_path, [KVHeadConversion(2, at=1)], max_steps=2)
+    run.fit(lit, loader, {"a": loader, "b": loader} if kind is Mixed else loader)
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    if kind is Mixed:
+        assert same(weights(Mixed.load_from_checkpoint(tmp_path / "last.ckpt")), weights(lit))
+    else:
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            Plain.load_from_checkpoint(tmp_path / "last.ckpt")
+
+
+class Fails(pl.Callback):
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.global_step == 3:
+            raise KeyError("three")
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.parametrize("broken", [False, True])
+def test_checkpoints_saved_after_the_fit_or_after_an_error_resume_too(tmp_path, broken):
+    lit, loader = Plain(), DataLoader(tokens(16), batch_size=2)
+    run = trainer(tmp_path, [KVHeadConversion(2, at=2), *([Fails()] if broken else [])], max_steps=4)
+    if broken:
+        with pytest.raises(KeyError):
+            run.fit(lit, loader, loader)
+    else:
+        run.fit(lit, loader, loader)
+    assert "on_save_checkpoint" not in lit.__dict__
+    run.save_checkpoint(tmp_path / "late.ckpt")
+    again = Plain()
+    run = trainer(tmp_path, [KVHeadConversion(2, at=2)], max_steps=6)
+    run.fit(again, loader, loader, ckpt_path=tmp_path / "late.ckpt")
+    assert kv_heads_of(again) == 2
+
+
+def test_a_second_fit_starts_anew(files, tmp_path):
+    callback = KVHeadConversion(2, at=3)
+    for lit in (module(), module(seed=1)):
+        trainer(tmp_path, [callback]).fit(lit, data(files))
+        assert [event["step"] for event in callback.events] == [3]
+
+
+class Manual(Plain):
+    """Two optimizers, stepped by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        loss = self.net(batch, labels=batch).loss
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+    def configure_optimizers(self):
+        attention = [p for name, p in self.named_parameters() if "self_attn" in name]
+        others = [p for name, p in self.named_parameters() if "self_attn" not in name]
+        return [torch.optim.AdamW(attention, 1e-2), torch.optim.SGD(others, 1e-2)]
+
+
+def test_manual_optimization(tmp_path):
+    lit, watch, loader = Manual(), Heads(), DataLoader(tokens(16), batch_size=2)
+    run = trainer(tmp_path, [KVHeadConversion(2, at=0.5), watch], max_steps=12)
+    run.fit(lit, loader, loader)
+    assert watch.seen == [4] * 3 + [2] * 3  # two steps a batch
+    held = {id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in lit.parameters()}
+    with pytest.raises(ValueError, match="whose length is not known: set max_steps"):
+        trainer(tmp_path, [KVHeadConversion(1, at=0.5)], max_steps=-1, max_epochs=2).fit(Manual(), loader, loader)
+
+
+class Peculiar(Plain):
+    """Validates in as many ways as people do."""
+
+    def on_validation_start(self):
+        self.losses = []
+
+    def validation_step(self, *arguments):
+        batch = arguments[0]["a"] if isinstance(arguments[0], dict) else arguments[0]
+        loss = self.net(batch, labels=batch).loss
+        self.losses.append(loss)
+        self.log("val_loss", loss)
+        self.log("val_sum", loss, reduce_fx="sum")
+        self.log("val_max", loss, reduce_fx="max")
+
+    def on_validation_epoch_end(self):
+        self.log("val_end", torch.stack(self.losses).mean())
+
+
+@pytest.mark.filterwarnings("ignore:Trying to infer the `batch_size` from an ambiguous collection")
+@pytest.mark.parametrize("kind", ["one", "list", "together"])
+def test_measured_is_what_validation_says_whatever_it_logs(tmp_path, kind):
+    train, ragged, other = (DataLoader(tokens(rows), batch_size=4) for rows in (8, 9, 5))
+    loaders = {"one": ragged, "list": [ragged, other], "together": CombinedLoader({"a": ragged, "b": other}, "max_size")}[kind]
+    lit, callback = Peculiar(), KVHeadConversion(2, at=2)
+    trainer(tmp_path, [callback], max_steps=2).fit(lit, train, loaders)
+    said = {k: v for result in trainer(tmp_path, []).validate(lit, loaders, verbose=False) for k, v in result.items()}
+    assert len(said) == (7 if kind == "list" else 4)
+    for name, value in said.items():
+        assert callback.events[0]["after"][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_measuring_changes_nothing(files, tmp_path):
+    plain, measured = module(), module()
+    trainer(tmp_path, [KVHeadConversion(2, at=3, measure_batches=0)]).fit(plain, data(files))
+    callback = KVHeadConversion(2, at=3)
+    trainer(tmp_path, [callback]).fit(measured, data(files))
+    assert same(weights(plain), weights(measured))
+    assert callback.events[0]["after"]["val_perplexity"] > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+def test_events_are_logged(files, tmp_path):
+    callback, logger = KVHeadConversion([2, 1], ["start", 3]), pl.loggers.CSVLogger(tmp_path)
+    trainer(tmp_path, [callback], logger=logger).fit(module(), data(files))
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("params")]
+    assert [(int(row["step"]), float(row["params"])) for row in rows] == [
+        (e["step"], e["after"]["params"]) for e in callback.events
+    ]
+    assert float(rows[1]["val_perplexity_after"]) == callback.events[1]["after"]["val_perplexity"]
+    assert float(rows[1]["val_perplexity_before"]) == callback.events[1]["before"]["val_perplexity"]
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_weights_are_averaged_after_a_conversion_at_the_start(tmp_path):
+    lit, loader = Plain(), DataLoader(tokens(8), batch_size=2)
+    callbacks = [KVHeadConversion(2), pl.callbacks.StochasticWeightAveraging(1e-3, swa_epoch_start=1)]
+    trainer(tmp_path, callbacks, max_steps=-1, max_epochs=3).fit(lit, loader, loader)
+    assert kv_heads_of(lit) == 2
+    assert lit.net(tokens()).logits.isfinite().all()
+
+
+def test_measured_is_what_validation_says(files, tmp_path):
+    lit, callback = module(), KVHeadConversion(2, at=8)
+    trainer(tmp_path, [callback]).fit(lit, data(files))
+    said = trainer(tmp_path, []).validate(lit, data(files), verbose=False)[0]
+    assert callback.events[0]["after"]["val_perplexity"] == pytest.approx(said["val_perplexity"], rel=1e-5)
+    assert callback.events[0]["after"]["val_loss"] == pytest.approx(said["val_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_precision(files, tmp_path, precision):
+    lit = module()
+    trainer(tmp_path, [KVHeadConversion(1, at=2)], max_steps=4, precision=precision).fit(lit, data(files))
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    assert {p.dtype for p in lit.parameters()} == {dtype}
+    assert all(torch.isfinite(p).all() for p in lit.parameters())
+
+
+def test_fast_dev_run_tries_every_stage(files, tmp_path):
+    lit = module()
+    trainer(tmp_path, [KVHeadConversion([2, 1], [100, 200])], max_steps=-1, fast_dev_run=1).fit(lit, data(files))
+    assert kv_heads_of(lit) == 1
+
+
+class TestRefused:
+    """With a message that says what is legal, before anything has changed."""
+
+    def refused(self, files, folder, callbacks, match, lit=None, **options):
+        lit = lit or module()
+        before = weights(lit)
+        with pytest.raises(ValueError, match=match):
+            trainer(folder, callbacks, **options).fit(lit, data(files))
+        assert same(weights(lit), before)
+
+    def test_a_step_past_the_end(self, files, tmp_path):
+        self.refused(
+            files, tmp_path, [KVHeadConversion(2, at=9)], "at=9 is past the end of training, which has 8 optimizer steps"
+        )
+        epochs = {"max_steps": -1, "max_epochs": 1}
+        self.refused(files, tmp_path, [KVHeadConversion(2, at=1000)], "at=1000 is past the end", **epochs)
+
+    def test_two_stages_at_one_step(self, files, tmp_path):
+        self.refused(files, tmp_path, [KVHeadConversion([2, 1], [4, 0.5])], "two stages fall on one step")
+
+    def test_two_callbacks_at_one_step(self, files, tmp_path):
+        self.refused(
+            files, tmp_path, [KVHeadConversion(2, at=4), KVHeadConversion(1, at=0.5)], "two KVHeadConversion fall on one step"
+        )
+
+    def test_callbacks_in_the_wrong_order(self, files, tmp_path):
+        callbacks = [KVHeadConversion(1, at=2), KVHeadConversion(2, at=4)]
+        self.refused(files, tmp_path, callbacks, "than the one before, and divide it; got 1 at step 2, 2 at step 4")
+
+    def test_callbacks_that_do_not_divide_one_another(self, files, tmp_path):
+        callbacks = [KVHeadConversion(6, at=2), KVHeadConversion(4, at=4)]
+        wide = module(num_attention_heads=12, num_key_value_heads=12, hidden_size=48)
+        self.refused(files, tmp_path, callbacks, "divide it; got 6 at step 2, 4 at step 4", wide)
+
+    def test_more_heads_than_there_are(self, files, tmp_path):
+        self.refused(files, tmp_path, [KVHeadConversion(8, at=2)], "num_key_value_heads=8, .* legal is 1, 2")
+
+    def test_heads_that_do_not_divide(self, files, tmp_path):
+        self.refused(files, tmp_path, [KVHeadConversion(3, at=2)], "num_key_value_heads=3, .* legal is 1, 2")
+
+    def test_a_model_without_attention(self, files, tmp_path):
+        config = transformers.MambaConfig(vocab_size=2048, hidden_size=32, num_hidden_layers=1)
+        self.refused(files, tmp_path, [KVHeadConversion(1, at=2)], "MambaForCausalLM cannot be told", TransformerModule(config))
+
+    def test_a_fraction_of_endless_training(self, files, tmp_path):
+        lit = TransformerModule(llama(vocab_size=2048), decay="constant", warmup=0)
+        self.refused(
+            files,
+            tmp_path,
+            [KVHeadConversion(1, at=0.5)],
+            "whose length is not known: set max_steps",
+            lit,
+            max_steps=-1,
+            max_epochs=-1,
+        )
+
+    def test_later_stages_beside_the_start_need_a_length_that_is_known(self, files, tmp_path):
+        epochs = {"max_steps": -1, "max_epochs": 1}
+        self.refused(files, tmp_path, [KVHeadConversion([2, 1], ["start", 3])], "set max_steps alone, or give 0", **epochs)
+        callbacks = [KVHeadConversion(2), KVHeadConversion(1, at=0.5)]
+        self.refused(files, tmp_path, callbacks, "set max_steps alone, or give 0", **epochs)
+        self.refused(files, tmp_path, [KVHeadConversion(1), KVHeadConversion(2, at=4)], "fewer KV heads than the one before")
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            ({"num_key_value_heads": 2, "at": 1.5}, "at=1.5 .* fraction of training and must be in 0..1"),
+            ({"num_key_value_heads": 2, "at": -1}, "at=-1 is negative"),
+            ({"num_key_value_heads": 2, "at": "end"}, "at='end' must be 'start', an int"),
+            ({"num_key_value_heads": [2, 1], "at": 3}, "must have the same length"),
+            ({"num_key_value_heads": [1, 2], "at": [1, 2]}, "must have fewer heads than the one before"),
+            ({"num_key_value_heads": [], "at": []}, "one at least"),
+            ({"num_key_value_heads": [4, 3], "at": [1, 2]}, "and divide it"),
+            ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be a whole number"),
+            ({"num_key_value_heads": "4"}, "num_key_value_heads='4' must be a whole number"),
+            ({"num_key_value_heads": 2, "method": "median"}, "method='median' must be one of mean, first, random"),
+            ({"num_key_value_heads": 2, "measure_batches": -1}, "measure_batches=-1"),
+        ],
+    )
+    def test_arguments(self, arguments, match):
+        with pytest.raises(ValueError, match=match):
+            KVHeadConversion(**arguments)
+
+    def test_averaged_weights(self, files, tmp_path):
+        epochs = {"max_steps": -1, "max_epochs": 2}
+        swa = pl.callbacks.StochasticWeightAveraging(1e-3)
+        self.refused(files, tmp_path, [KVHeadConversion(2, at=2), swa], "StochasticWeightAveraging cannot follow", **epochs)
+        swa = pl.callbacks.StochasticWeightAveraging(1e-3)
+        self.refused(files, tmp_path, [swa, KVHeadConversion(2)], "must stand before StochasticWeightAveraging", **epochs)
+
+    def test_another_models_checkpoint(self, files, tmp_path):
+        trainer(tmp_path, [KVHeadConversion(2), checkpoints(tmp_path)], max_steps=2).fit(module(num_hidden_layers=1), data(files))
+        with pytest.raises(ValueError, match="the checkpoint holds another model than the run: it lacks model.layers.1"):
+            trainer(tmp_path, [KVHeadConversion(2)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
+
+
+@pytest.mark.parametrize(("at", "told"), [([2, 6], "the stage at step 6"), ([5, 6], "the 2 stages up to that at step 6")])
+def test_training_that_ends_before_a_stage_says_so(files, tmp_path, at, told):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 3
+
+    callback = KVHeadConversion([2, 1], at=at, measure_batches=0)
+    with pytest.warns(UserWarning, match=f"training has ended at step 3, before {told}"):
+        trainer(tmp_path, [callback, Stop()]).fit(module(), data(files))

@@ -1,0 +1,237 @@
+"""The methods that take more than the weights, within a fit."""
+
+import logging
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset
+
+import billhook as bh
+from billhook import KVHeadConversion, Repair
+from billhook.kv_heads.bases.ready import ready_weights
+from billhook.kv_heads.convert import convert_kv_heads, kv_heads_of, plan_kv_heads
+from kit.families import llama
+from kit.fits import data, module, same, trainer, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+QUICK = {"examples": 8, "measure_batches": 0}
+WAYS = {
+    "aligned": {"method": "aligned"},
+    "svd": {"method": "svd"},
+    "auto": {"method": "auto"},
+    "mean, similar": {"grouping": "similar"},
+    "mean, repaired": {"repair": Repair()},
+    "svd, similar, repaired": {"method": "svd", "grouping": "similar", "repair": Repair()},
+}
+
+
+def conversion(heads=2, at=2, **options):
+    return KVHeadConversion(heads, at, **QUICK | options)
+
+
+def checkpoints(folder):
+    return ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+
+
+class Seen(Callback):
+    """The weights at the beginning of each training step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.states.append(weights(pl_module))
+
+
+def batches(count=3):
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 2000, (count, 2, 12), generator=generator)
+    return [{"input_ids": one, "labels": one} for one in ids]
+
+
+@pytest.mark.parametrize(("way", "at"), [*((way, 2) for way in WAYS), ("svd", "start"), ("aligned", 0)])
+def test_it_is_what_is_done_by_hand(files, tmp_path, way, at):
+    """Independent of the fit: the heads of a group are equal by then, so that the first of each is all that there is."""
+    options = {"grouping": "consecutive", "method": "mean", "repair": None} | WAYS[way]
+    step = 0 if at == "start" else at
+    lit, before = module(num_hidden_layers=1), module(num_hidden_layers=1)
+    seen, callback = Seen(), conversion(at=at, calibration=batches(), **WAYS[way])
+    trainer(tmp_path, [callback, seen], max_steps=3).fit(lit, data(files))
+    if step:
+        trainer(tmp_path, [], max_steps=2).fit(before, data(files))
+    pairs = [(one, None) for one in batches()]
+    names = dict.fromkeys(plan_kv_heads(before, 2).layers, 2)
+    given, told = ready_weights(before.model, names, options["method"], pairs, options["grouping"], options["repair"])
+    expected = {name.removeprefix("model."): value for name, value in before.state_dict().items()} | given
+    for name, value in expected.items():
+        kv = "k_proj" in name or "v_proj" in name
+        own = value.view(2, 2, 4, 32)[:, 0].reshape(8, 32) if kv else value
+        then = seen.states[step][f"model.{name}"]
+        torch.testing.assert_close(then, own, atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    assert [(event["step"], event["what"]) for event in callback.events] == [(step, f"4 -> 2 KV heads ({told})")]
+    assert kv_heads_of(lit) == lit.model.config.num_key_value_heads == 2
+    assert all(value.isfinite().all() for value in weights(lit).values())
+
+
+@pytest.mark.parametrize(
+    ("way", "anew", "kept"),
+    [
+        ("svd", {"q_proj", "k_proj", "v_proj", "o_proj"}, {"up_proj", "down_proj", "norm"}),
+        ("mean, similar", {"q_proj", "k_proj", "v_proj", "o_proj"}, {"up_proj", "down_proj", "norm"}),
+        ("mean, repaired", {"o_proj", "down_proj"}, {"q_proj", "k_proj", "v_proj", "up_proj", "norm"}),
+        ("mean", set(), {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "norm"}),
+    ],
+)
+def test_the_optimizer_starts_anew_where_the_basis_is_another(files, tmp_path, way, anew, kept):
+    lit = module(num_hidden_layers=1)
+    run = trainer(tmp_path, [conversion(at=3, **WAYS.get(way, {}))], max_steps=5)
+    run.fit(lit, data(files))
+    steps = {name: int(run.optimizers[0].state[parameter]["step"]) for name, parameter in lit.named_parameters()}
+    for kinds, count in ((anew, 2), (kept, 5)):
+        for kind in kinds:
+            assert {steps[name] for name in steps if f"{kind}." in name or (kind in name and kind == "norm")} == {count}, kind
+
+
+@pytest.mark.parametrize("way", ["aligned", "svd", "auto", "svd, similar, repaired"])
+def test_resumed_equals_straight_through(files, tmp_path, way):
+    """Stopped before, right at, between and after the two conversions, by a module and a callback that know of nothing."""
+    stages = [2, 1], [2, 4]
+    straight = module(num_hidden_layers=1)
+    trainer(tmp_path, [conversion(*stages, **WAYS[way]), checkpoints(tmp_path)], max_steps=5).fit(straight, data(files))
+    for stop in (1, 2, 3) if way == "svd" else (3,):
+        resumed, callback = module(seed=1, num_hidden_layers=1), conversion(*stages, **WAYS[way])
+        trainer(tmp_path, [callback], max_steps=5).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
+        assert same(weights(resumed), weights(straight)), stop
+        assert [event["step"] for event in callback.events] == [2, 4]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_in_low_precision_heads_are_still_turned(files, tmp_path, precision):
+    """What may be turned is tried out on the model's own code, which must not be mistaken for other code when it rounds."""
+    seen = {}
+    for kind in (32, precision):
+        watch = Seen()
+        callbacks = [conversion(1, 0, method="svd", calibration=batches()), watch]
+        trainer(tmp_path, callbacks, max_steps=1, precision=kind).fit(module(num_hidden_layers=1), data(files))
+        seen[kind] = watch.states[0]["model.model.layers.0.self_attn.k_proj.weight"].float()
+    plain = module(num_hidden_layers=1)
+    convert_kv_heads(plain, 1)
+    mean = plain.model.model.layers[0].self_attn.k_proj.weight
+    error = (seen[precision] - seen[32]).norm() / seen[32].norm()
+    assert error < 0.2 < (mean - seen[32]).norm() / seen[32].norm()
+
+
+ROWS = [{"input_ids": row, "labels": row} for row in torch.arange(3, 51).view(4, 12)]
+
+
+class Stream(IterableDataset):
+    """Rows that can be read only once."""
+
+    def __init__(self):
+        self.rows = iter(ROWS * 2)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.rows)
+
+
+def test_aligned_does_without_data_that_can_be_read_only_once(tmp_path):
+    lit = bh.TransformerModule(llama(), warmup=0)
+    loader = DataLoader(Stream(), batch_size=2)
+    trainer(tmp_path, [conversion(at=1, method="aligned")], max_steps=4).fit(lit, loader, DataLoader(ROWS))
+    assert kv_heads_of(lit) == 2
+
+
+class TestHint:
+    """Of what the paper's method leaves on the table."""
+
+    @pytest.fixture
+    def hints(self, caplog):
+        def told(files, folder, callbacks):
+            caplog.clear()
+            with caplog.at_level(logging.INFO):
+                trainer(folder, callbacks, max_steps=1).fit(module(), data(files))
+            return [record.message for record in caplog.records if "'svd'" in record.message]
+
+        return told
+
+    def test_once_in_a_fit(self, files, tmp_path, hints):
+        told = hints(files, tmp_path, [KVHeadConversion(2, measure_batches=0), KVHeadConversion(1, at=1, measure_batches=0)])
+        assert len(told) == 1
+        assert "14,841 with 'mean', 109 with 'svd'" in told[0]
+
+    @pytest.mark.parametrize("options", [{"method": "aligned"}, {"method": "first"}, {"grouping": "similar"}])
+    def test_not_where_another_way_was_chosen(self, files, tmp_path, hints, options):
+        assert not hints(files, tmp_path, [conversion(at=0, **options)])
+
+
+class TestRefused:
+    """With a message that says what is legal, before anything has changed."""
+
+    def refused(self, files, folder, callback, match, lit=None, loader=None, **options):
+        lit = lit or module()
+        before = weights(lit)
+        given = (data(files),) if loader is None else (loader, DataLoader(ROWS))
+        with pytest.raises(ValueError, match=match):
+            trainer(folder, [callback], **options).fit(lit, *given)
+        assert same(weights(lit), before)
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"method": "median"}, "method='median' must be one of mean, first, random, aligned, svd, auto"),
+            ({"grouping": "alike"}, "grouping='alike' must be one of consecutive, similar"),
+            ({"method": "first", "grouping": "similar"}, "grouping='similar' goes with method 'mean', .* not with 'first'"),
+            ({"method": "random", "repair": Repair()}, "repair goes with method 'mean', .* not with 'random'"),
+            ({"examples": 0}, "examples=0 must be a whole number of at least 1"),
+            ({"calibration": iter([])}, "calibration=list_iterator can be read only once"),
+        ],
+    )
+    def test_arguments(self, options, match):
+        with pytest.raises(ValueError, match=match):
+            KVHeadConversion(2, **options)
+
+    def test_training_data_that_can_be_read_only_once(self, files, tmp_path):
+        for way in ("svd", "auto", "mean, repaired"):
+            lit, loader = bh.TransformerModule(llama(), warmup=0), DataLoader(Stream(), batch_size=2)
+            callback = conversion(at=1, **WAYS[way])
+            self.refused(files, tmp_path, callback, "Stream can be read only once: give batches of their own", lit, loader)
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            (
+                {"method": "auto", "examples": 2},
+                "examples=2: method='auto' needs 2 batches at least on each device, .* there are 1",
+            ),
+            (
+                {"repair": Repair(), "calibration": batches(1)},
+                "calibration: repair needs 2 batches at least .* held out; .* there are 1",
+            ),
+            (
+                {"method": "svd", "calibration": []},
+                "calibration: method='svd' needs 1 batches at least on each device; here there are 0",
+            ),
+        ],
+    )
+    def test_too_few_batches(self, files, tmp_path, options, match):
+        self.refused(files, tmp_path, conversion(at=2, **options), match)
+
+    @pytest.mark.parametrize("way", ["svd", "mean, repaired"])
+    def test_adapters(self, files, tmp_path, way):
+        lit = bh.TransformerModule(llama(vocab_size=2048), lora=bh.LoRA(r=2))
+        self.refused(files, tmp_path, conversion(**WAYS[way]), "heads stay in their bases.*: or merge the adapters first", lit)
+
+    @pytest.mark.parametrize("way", ["svd", "mean, repaired"])
+    def test_quantised_weights(self, files, tmp_path, way):
+        lit = module()
+        linear = lit.model.model.layers[0].self_attn.k_proj
+        linear.weight = torch.nn.Parameter(torch.ones(16, 32, dtype=torch.int8), requires_grad=False)
+        self.refused(files, tmp_path, conversion(**WAYS[way]), "k_proj.weight is quantised .* before it is quantised", lit)
+
+    def test_heads_that_do_not_divide(self, files, tmp_path):
+        self.refused(files, tmp_path, conversion(3, method="svd"), "num_key_value_heads=3, .* legal is 1, 2")

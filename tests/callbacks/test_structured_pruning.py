@@ -1,0 +1,215 @@
+"""Heads and channels that are removed in a fit: when, how many, and what the model is then."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.checkpoints.export import export_checkpoint
+from billhook.units.channels import find_units
+from kit.families import llama, tokens
+from kit.fits import data, module, same, trainer, weights
+from kit.weight_pruning import checkpoints
+
+# the resumed runs do without the ModelCheckpoint of the straight one
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
+    pytest.mark.usefixtures("traced_once"),
+]
+
+
+def pruning(**options):
+    return bh.StructuredPruning(**{"examples": 6, "measure_batches": 0} | options)
+
+
+def widths(lit):
+    """Channels and KV heads of each layer, by the sizes of its tensors."""
+    layers = bh.checkpoints.save.find_transformer(lit).model.layers
+    return [(layer.mlp.down_proj.weight.shape[1], layer.self_attn.k_proj.weight.shape[0] // 4) for layer in layers]
+
+
+class Widths(pl.Callback):
+    """What the first layer is at each training forward."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(widths(pl_module)[0])
+
+
+DENSE = (48, 4)
+WHEN = {
+    "start": ({"channels": 0.25}, [(36, 4)] * 8),
+    "a step": ({"channels": 0.25, "kv_heads": 0.5, "at": 3}, [DENSE] * 3 + [(36, 2)] * 5),
+    "a fraction": ({"kv_heads": 0.25, "at": 0.5}, [DENSE] * 4 + [(48, 3)] * 4),
+    "the end": ({"channels": 0.5, "at": 8}, [DENSE] * 8),
+    "rounds": ({"channels": 0.5, "kv_heads": 0.5, "at": 2, "rounds": 3}, [DENSE] * 2 + [(24, 2)] * 6),
+    "a schedule": (
+        {"channels": 0.5, "kv_heads": 0.5, "at": bh.Linear(final=1.0, start=0, end=6, every=2)},
+        [DENSE] * 2 + [(40, 4)] * 2 + [(32, 3)] * 2 + [(24, 2)] * 2,
+    ),
+    "a multiple": ({"channels": 0.3, "round_to": 8, "at": 1}, [DENSE] + [(40, 4)] * 7),
+}
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_it_happens_at_its_step_and_rounds_do_not_compound(files, tmp_path, when):
+    options, seen = WHEN[when]
+    lit, watch, callback = module(), Widths(), pruning(**options, importance=bh.WeightNorm())
+    trainer(tmp_path, [callback, watch]).fit(lit, data(files))
+    assert watch.seen == seen
+    left = (24, 4) if when == "the end" else seen[-1]
+    assert widths(lit) == [left, left]
+    assert all(torch.isfinite(value).all() for value in weights(lit).values())
+    assert not {"log", "on_save_checkpoint", "on_load_checkpoint"} & vars(lit).keys()
+
+
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+def test_a_target_is_met_in_parts(files, tmp_path, ranking):
+    lit = module()
+    dense = bh.summary(lit)
+    callback = pruning(params=0.95, at=bh.MultiStep([0.5, 1.0], [2, 4]), ranking=ranking)
+    trainer(tmp_path, [callback]).fit(lit, data(files))
+    one, two = (event["after"]["params"] for event in callback.events)
+    assert two == bh.summary(lit).params <= 0.95 * dense.params
+    unit = 3 * 32 * 2  # a channel in both layers
+    assert two > 0.95 * dense.params - unit - (0 if ranking == "layer" else unit)
+    assert 0.95 * dense.params < one <= 0.975 * dense.params
+
+
+def test_it_removes_what_the_plan_of_the_same_batches_says(files, tmp_path):
+    lit, batches = module(), [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (3, 2, 9))]
+    dense = copy.deepcopy(lit.model).eval()
+    plan = bh.plan(dense, bh.Taylor("first"), batches, channels=0.25, kv_heads=0.5)
+    callback = pruning(channels=0.25, kv_heads=0.5, importance=bh.Taylor("first"), calibration=batches)
+    trainer(tmp_path, [callback], max_steps=1).fit(lit, data(files))
+    bh.apply(plan, dense)
+    pruned = module()
+    trainer(tmp_path, [pruning(channels=0.25, kv_heads=0.5, calibration=batches)], max_steps=1).fit(pruned, data(files))
+    assert same(weights(lit), weights(pruned))
+    assert [tuple(p.shape) for p in dense.parameters()] == [tuple(p.shape) for p in lit.model.parameters()]
+    unit = plan.units["model.layers.0.mlp"]
+    stays = [i for i in range(48) if i not in unit]
+    start = module().model.model.layers[0].mlp.down_proj.weight[:, stays]
+    torch.testing.assert_close(lit.model.model.layers[0].mlp.down_proj.weight, start, atol=2e-2, rtol=0)  # a step away
+
+
+class TestResume:
+    def straight(self, files, folder, callback, build=module):
+        lit, whole, watch = build(), callback(), Widths()
+        run = trainer(folder, [whole, watch, checkpoints(folder)])
+        run.fit(lit, data(files))
+        return lit, whole, watch, run
+
+    @pytest.mark.parametrize(
+        ("options", "stops"),
+        [
+            ({"channels": 0.5, "kv_heads": 0.5, "at": bh.Linear(final=1.0, start=0, end=6, every=2)}, (1, 4, 5)),
+            ({"params": 0.94, "at": 3, "rounds": 2, "ranking": "global", "importance": bh.GateGradient()}, (1, 4)),
+            ({"residual": 0.25, "at": 4, "importance": bh.WeightNorm(), "round_to": 8}, (4,)),
+        ],
+        ids=["schedule", "target", "residual"],
+    )
+    def test_resumed_equals_straight_through(self, files, tmp_path, options, stops):
+        lit, whole, watch, first = self.straight(files, tmp_path, lambda: pruning(**options))
+        for stop in stops:
+            resumed, again, later = module(seed=1), pruning(**options), Widths()
+            torch.manual_seed(stop)
+            run = trainer(tmp_path, [again, later])
+            run.fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
+            assert same(weights(resumed), weights(lit)), stop
+            assert later.seen == watch.seen[stop:]
+            assert repr(again.events) == repr(whole.events)
+            for left, right in zip(run.optimizers[0].state.values(), first.optimizers[0].state.values(), strict=True):
+                assert same(left, right)
+
+    def test_a_lightning_checkpoint_is_exported(self, files, tmp_path):
+        lit, *_ = self.straight(files, tmp_path, lambda: pruning(channels=0.25, kv_heads=0.5, at=3))
+        export_checkpoint(tmp_path / "step=8.ckpt", tmp_path / "out")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        ids = tokens()
+        with torch.no_grad():
+            assert torch.equal(again(ids).logits, lit.model.eval()(ids).logits)
+
+
+def test_adapters_are_cut_and_merged(files, tmp_path):
+    lit = bh.TransformerModule(llama(vocab_size=2048), lora=bh.LoRA(r=2), lr=1e-2)
+    callback = pruning(channels=0.25, kv_heads=0.5, at=2, importance=bh.Taylor("first"))
+    trainer(tmp_path, [callback, bh.Export(str(tmp_path / "out"))], max_steps=5).fit(lit, data(files))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (again.config.intermediate_size, again.config.num_key_value_heads) == (36, 2)
+    ids = tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, lit.model.eval()(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_recipe_in_one_fit(files, tmp_path):
+    """Cut, and uptrained with everything that goes with it: what is exported is what was trained."""
+    lit = module()
+    callbacks = [pruning(params=0.97, at=1, first=1), bh.Export(str(tmp_path / "out")), bh.Report(str(tmp_path / "report.png"))]
+    trainer(tmp_path, callbacks).fit(lit, data(files))
+    assert [one.count() for one in find_units(lit, ["channel"]).values()][0] == 48
+    again = bh.load(tmp_path / "out")
+    ids = tokens()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, lit.model.eval()(ids).logits)
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({}, r"nothing is asked for: give a ratio \(heads, kv_heads, channels"),
+            ({"channels": 1.0}, r"channels=1.0 must be a fraction of these units in \[0, 1\)"),
+            ({"heads": 0.1, "kv_heads": 0.1}, "heads=0.1 and kv_heads=0.1: give one"),
+            ({"params": 0.8, "flops": 0.8}, "params and flops: give one target"),
+            ({"params": 1.5}, r"params=1.5 must be a whole number above 0, or a fraction in \(0, 1\)"),
+            ({"channels": 0.1, "rounds": 0}, "rounds=0 must be a whole number of at least 1"),
+            ({"channels": 0.1, "at": -1}, "at=-1"),
+            ({"channels": 0.1, "calibration": iter([])}, "calibration=list_iterator can be read only once"),
+        ],
+    )
+    def test_arguments(self, options, match):
+        with pytest.raises(ValueError, match=match):
+            pruning(**options)
+
+    @pytest.mark.parametrize(
+        ("options", "match"),
+        [
+            ({"params": 10}, r"params=10: 10 cannot be reached; with what may go, [\d,]+ to [\d,]+ can"),
+            ({"channels": 0.01}, "channels=0.01 is not a single unit of a place"),
+            ({"experts": 0.5}, "experts=0.5: the model has none that may go"),
+            ({"channels": 0.5, "first": 1, "last": 1}, "channels=0.5: all are in protected blocks"),
+            ({"channels": 0.5, "at": bh.Linear(final=0.5, start=0, end=4)}, "it says how much has gone, and must rise to 1"),
+            ({"channels": 0.5, "at": 20}, "at=20"),
+        ],
+    )
+    def test_before_training(self, files, tmp_path, options, match):
+        lit = module()
+        before = weights(lit)
+        with pytest.raises(ValueError, match=match):
+            trainer(tmp_path, [pruning(**options)]).fit(lit, data(files))
+        assert same(weights(lit), before)
+
+    def test_a_gradient_that_is_not_finite(self, files, tmp_path):
+        lit = module()
+        with torch.no_grad():
+            lit.model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+        before = [tuple(p.shape) for p in lit.parameters()]
+        with pytest.raises(ValueError, match="batch 0.*(NaN|infinite)"):
+            trainer(tmp_path, [pruning(channels=0.5)]).fit(lit, data(files))
+        assert [tuple(p.shape) for p in lit.parameters()] == before
+
+
+def test_training_that_ends_before_an_event_says_so(files, tmp_path):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step >= 2
+
+    with pytest.warns(UserWarning, match="StructuredPruning: training has ended at step 2, before the event at step 5"):
+        trainer(tmp_path, [pruning(channels=0.5, at=5, importance=bh.WeightNorm()), Stop()]).fit(module(), data(files))

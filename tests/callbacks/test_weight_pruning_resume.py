@@ -1,0 +1,104 @@
+"""A run that was stopped, at whatever step, goes on as if it had not been."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+import billhook as bh
+from kit.fits import data, same, trainer, weights
+from kit.weight_pruning import RAMP, ROUNDS, Zeros, checkpoints, module, pruning, zeros
+
+pytestmark = [
+    # the resumed runs do without the ModelCheckpoint of the straight one
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
+    pytest.mark.filterwarnings("ignore:X.T X is not positive definite"),
+]
+
+
+STOPS = [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("kind", ["gradual", "once", "start", "sparsegpt", "own"])
+def test_resumed_equals_straight_through(files, tmp_path, kind):
+    """Stopped before, right at, between and after rounds."""
+    examples = [{"input_ids": ids} for ids in torch.randint(3, 60, (4, 9))]
+    arguments = {
+        "gradual": {"sparsity": RAMP, "allocation": bh.OWL()},
+        "once": {"sparsity": 0.5, "at": 4, "criterion": bh.Wanda()},
+        "start": {"pattern": "2:4"},
+        "sparsegpt": {"sparsity": RAMP, "criterion": bh.SparseGPT()},
+        "own": {"sparsity": RAMP, "calibration": torch.utils.data.DataLoader(examples, 2, shuffle=True)},
+    }[kind]
+    straight, whole = module(), pruning(**arguments)
+    trainer(tmp_path, [whole, checkpoints(tmp_path)]).fit(straight, data(files))
+    for stop in STOPS:
+        resumed, callback = module(seed=1), pruning(**arguments)
+        torch.manual_seed(stop)
+        trainer(tmp_path, [callback]).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
+        assert same(weights(resumed), weights(straight)), stop
+        assert same(callback.masks, whole.masks)
+        assert callback.events == whole.events
+
+
+def test_a_run_that_failed_resumes_too(files, tmp_path):
+    straight = module()
+    trainer(tmp_path, [pruning(sparsity=RAMP)]).fit(straight, data(files))
+
+    class Fails(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 5:
+                raise KeyError("five")
+
+    lit, callback = module(), pruning(sparsity=RAMP)
+    run = trainer(tmp_path, [callback, Fails(), checkpoints(tmp_path)])
+    with pytest.raises(KeyError):
+        run.fit(lit, data(files))
+    assert not run.optimizers[0]._optimizer_step_post_hooks
+    trainer(tmp_path, [callback]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
+    assert same(weights(lit), weights(straight))
+
+
+def test_a_checkpoint_of_a_run_without_it_is_pruned_when_training_goes_on(files, tmp_path):
+    trainer(tmp_path, [checkpoints(tmp_path)], max_steps=4).fit(module(), data(files))
+    lit, watch, callback = module(seed=1), Zeros(), pruning(sparsity=RAMP)
+    trainer(tmp_path, [callback, watch]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
+    assert watch.seen == ROUNDS[4:]
+    assert [event["step"] for event in callback.events] == [4, 5, 7]
+
+
+def test_two_callbacks_each_have_their_own_linears(files, tmp_path):
+    callbacks = [pruning(sparsity=0.75, skip=["*.mlp.*"]), pruning(pattern="2:4", skip=["*.self_attn.*"], at=2)]
+    straight, resumed = module(), module(seed=1)
+    trainer(tmp_path, [*callbacks, checkpoints(tmp_path)]).fit(straight, data(files))
+    assert zeros(straight) == (0.5, 0.75)
+    assert [len(callback.masks) for callback in callbacks] == [8, 6]
+    again = [pruning(sparsity=0.75, skip=["*.mlp.*"]), pruning(pattern="2:4", skip=["*.self_attn.*"], at=2)]
+    trainer(tmp_path, again).fit(resumed, data(files), ckpt_path=tmp_path / "step=5.ckpt")
+    assert same(weights(resumed), weights(straight))
+
+
+class OfMyOwn(bh.Wanda):
+    """A criterion without settings, whose repr says where it lies in memory."""
+
+    __repr__ = object.__repr__
+
+
+def test_a_criterion_of_the_users_own_resumes(files, tmp_path):
+    straight, resumed = module(), module(seed=1)
+    trainer(tmp_path, [pruning(OfMyOwn(), 0.5), checkpoints(tmp_path)]).fit(straight, data(files))
+    callback = pruning(OfMyOwn(), 0.5)
+    trainer(tmp_path, [callback]).fit(resumed, data(files), ckpt_path=tmp_path / "step=3.ckpt")
+    assert same(weights(resumed), weights(straight))
+    assert [event["step"] for event in callback.events] == [0]
+
+
+def test_shapes_that_change_before_the_first_mask_resume(files, tmp_path):
+    def callbacks():
+        return [bh.KVHeadConversion(2, at=2, measure_batches=0), pruning(sparsity=0.5, at=4)]
+
+    straight = module()
+    trainer(tmp_path, [*callbacks(), checkpoints(tmp_path)]).fit(straight, data(files))
+    for stop in (1, 2, 3, 4, 6):
+        resumed = module(seed=1)
+        trainer(tmp_path, callbacks()).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
+        assert same(weights(resumed), weights(straight)), stop

@@ -1,0 +1,243 @@
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from billhook import TransformerModule
+from billhook.assets import model_path
+from billhook.checkpoints import equivalent
+from billhook.checkpoints.equivalent import EQUIVALENT, Family
+from billhook.checkpoints.export import export
+from billhook.checkpoints.save import WAYS, load, save
+from billhook.model.shape import KEY, shape_of
+from billhook.pruning.heads import prune_heads
+from kit.families import EXTRA, build, llama, tokens
+from kit.fits import trainer
+from kit.shaped import narrow
+
+FOUR = {"num_attention_heads": 4, "num_key_value_heads": 4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMAS = {
+    "default": {},
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}},
+    "llama3": {"rope_parameters": LLAMA3},
+    "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "tied": {"tie_word_embeddings": True},
+    "grouped": {"num_attention_heads": 8},
+    "wide heads": {"head_dim": 16},
+    "norms": {"rms_norm_eps": 0.1, "hidden_act": "gelu"},
+}
+BIASED = {"attention_bias": {"attention_bias": True}, "mlp_bias": {"mlp_bias": True}}
+OWN = ["qwen2", "olmo", "cohere", "phi", "starcoder2", "smollm3", "granite"]
+
+
+def three_of_four(family: str = "llama", **changes: object) -> PreTrainedModel:
+    """With three of four query heads for each of what the config says, which does not divide the width of 32."""
+    model = build(family, **FOUR | changes)
+    groups = model.config.num_attention_heads // 4
+    prune_heads(model, {0: [1], 1: [2]} if groups == 1 else {0: [2, 3], 1: [4, 5]})
+    return model
+
+
+def written(folder) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Logits, of a padded batch too, and what is generated with a cache and without."""
+    ids = torch.arange(60).view(2, 30)
+    padding = torch.ones_like(ids)
+    padding[0, :7] = 0
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
+    cached, plain = (model.generate(ids, use_cache=cache, **options) for cache in (True, False))
+    return [model(ids).logits, model(ids, attention_mask=padding).logits, cached, plain]
+
+
+def same(a: PreTrainedModel, b: PreTrainedModel) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(answers(a), answers(b), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LLAMAS)
+def test_a_llama_is_saved_as_a_mistral(case, dtype, tmp_path):
+    model = three_of_four(**LLAMAS[case])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    fields, shape = dict(vars(model.config)), shape_of(model)
+    saved = save(model, tmp_path / "a")
+    assert (saved.way, saved.family, saved.difference) == ("equivalent", "mistral", 0)
+    assert (type(model), vars(model.config), shape_of(model)) == (transformers.LlamaForCausalLM, fields, shape)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype="auto")
+    assert type(again) is transformers.MistralForCausalLM
+    assert type(load(tmp_path / "a")) is transformers.MistralForCausalLM
+    assert again.dtype == dtype
+    assert same(again, model)
+    said = written(tmp_path / "a")
+    assert (said["num_attention_heads"], said["head_dim"]) == (
+        len(model.model.layers[0].self_attn.q_proj.weight) // again.config.head_dim,
+        again.config.head_dim,
+    )
+    assert said["sliding_window"] is None
+    assert KEY not in said
+    assert save(again, tmp_path / "b").way == "plain"
+    assert written(tmp_path / "b") == said
+
+
+@pytest.mark.parametrize("case", BIASED)
+def test_a_llama_with_biases_is_saved_as_what_has_them(case, tmp_path):
+    model = three_of_four(**BIASED[case])
+    saved = save(model, tmp_path / "a")
+    assert (saved.way, saved.family, saved.difference) == ("equivalent", "seed_oss", 0)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert same(again, model)
+    ids = tokens()
+    assert torch.equal(again.train()(ids, labels=ids).loss, model.train()(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_parameters": LLAMA3}], ids=["default", "llama3"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", EQUIVALENT["Llama"], ids=lambda f: f.name)
+def test_every_equivalence_holds(family, tied, rope, tmp_path, monkeypatch):
+    monkeypatch.setattr(equivalent, "EQUIVALENT", {"Llama": (family,)})
+    model = three_of_four(tie_word_embeddings=tied, **rope)
+    saved = save(model, tmp_path / "a")
+    assert saved.way == "equivalent"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert type(again).__name__ == f"{family.name}ForCausalLM"
+    assert same(again, model)
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_a_class_that_reads_the_width_of_heads_says_it(family, tmp_path):
+    model = three_of_four(family)
+    fields = dict(vars(model.config))
+    saved = save(model, tmp_path / "a")
+    assert (saved.way, saved.family, saved.difference) == ("plain", None, 0)
+    assert vars(model.config) == fields
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert type(again) is type(model)
+    assert same(again, model)
+    said = written(tmp_path / "a")
+    assert (said["num_attention_heads"], said["head_dim"]) == (3, 8)
+    assert save(again, tmp_path / "b").way == "plain"
+    assert written(tmp_path / "b") == said
+
+
+@pytest.mark.parametrize("family", ["gemma2", "stablelm"])
+def test_a_family_that_nothing_stands_for_is_shaped(family, tmp_path):
+    model = three_of_four(family)
+    saved = save(model, tmp_path / "a")
+    assert (saved.way, saved.family) == ("shaped", None)
+    assert same(load(tmp_path / "a"), model)
+
+
+def test_a_config_of_another_family_with_the_same_code(tmp_path):
+    EXTRA.setdefault("internlm3", {"head_dim": 8})
+    model = three_of_four("internlm3")
+    assert save(model, tmp_path / "a").family == "mistral"
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "a"), model)
+
+
+def test_all_layers_narrower_by_hand_is_plain(tmp_path):
+    model = llama()
+    narrow(model, 0, 20)
+    narrow(model, 1, 20)
+    assert save(model, tmp_path / "a").way == "plain"
+    assert written(tmp_path / "a")["intermediate_size"] == 20
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "a"), model)
+
+
+def test_layers_that_differ_are_shaped(tmp_path):
+    model = build("llama", **FOUR)
+    prune_heads(model, {0: [1]})
+    assert save(model, tmp_path / "a").way == "shaped"
+    assert same(load(tmp_path / "a"), model)
+
+
+@pytest.mark.parametrize("task", ["Model", "ForSequenceClassification", "ForTokenClassification"])
+def test_other_heads(task, tmp_path):
+    kind = getattr(transformers, f"Llama{task}")
+    model = kind(transformers.LlamaConfig.from_dict(build("llama", **FOUR).config.to_dict())).eval()
+    prune_heads(model, {0: [1], 1: [2]})
+    assert save(model, tmp_path / "a").family == "mistral"
+    again = load(tmp_path / "a")
+    assert type(again).__name__ == f"Mistral{task}"
+    ids = tokens()
+    with torch.no_grad():
+        assert torch.equal(again(ids)[0], model(ids)[0])
+
+
+def test_a_family_with_other_names_of_tensors_is_passed_over(tmp_path):
+    model = transformers.LlamaForQuestionAnswering(build("llama", **FOUR).config).eval()  # Mistral's has it as `model`
+    prune_heads(model, {0: [1], 1: [2]})
+    assert save(model, tmp_path / "a").family == "seed_oss"
+    again, ids = load(tmp_path / "a"), tokens()
+    with torch.no_grad():
+        assert torch.equal(again(ids).start_logits, model(ids).start_logits)
+
+
+def test_a_class_of_the_users_own_keeps_its_name(tmp_path):
+    class Doubled(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits *= 2
+            return output
+
+    model = three_of_four()
+    model.__class__ = Doubled
+    assert save(model, tmp_path / "a").way == "shaped"
+
+
+def test_what_only_the_other_family_would_read_is_not_overruled(tmp_path):
+    model = three_of_four()
+    model.config.sliding_window = 4
+    assert save(model, tmp_path / "a").family != "mistral"
+
+
+@pytest.mark.parametrize("wrong", ["other logits", "not all said"])
+def test_an_equivalence_that_does_not_hold_is_not_taken(wrong, tmp_path, monkeypatch):
+    right = EQUIVALENT["Llama"][0]
+    family = Family("Mistral", {"sliding_window": 4}, right.lacks) if wrong == "other logits" else Family("Mistral", {}, {})
+    monkeypatch.setattr(equivalent, "EQUIVALENT", {"Llama": (family,)})
+    model = three_of_four()
+    assert save(model, tmp_path / "a").way == "shaped"
+    assert KEY in written(tmp_path / "a")
+    assert same(load(tmp_path / "a"), model)
+
+
+def test_the_generation_config_comes_along(tmp_path):
+    model = three_of_four()
+    model.generation_config.max_new_tokens = 7
+    save(model, tmp_path / "a")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "a").generation_config.max_new_tokens == 7
+
+
+def test_a_tokenizer_reads_the_same_beside_it(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_path("tiny"))
+    save(three_of_four(vocab_size=2048), tmp_path / "a", tokenizer)
+    text = "To be, or not to be:\n  that is the question?"
+    assert AutoTokenizer.from_pretrained(tmp_path / "a")(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_it_is_said(tmp_path, capsys):
+    saved = save(three_of_four(), tmp_path / "a")
+    assert saved.says == f"{WAYS['equivalent']}; it is saved as mistral"
+    record = json.loads((tmp_path / "a" / "billhook.json").read_text())
+    assert (record["saved"]["way"], record["saved"]["family"]) == ("equivalent", "mistral")
+    run = trainer(tmp_path, [])
+    run.strategy.connect(TransformerModule(three_of_four()))
+    run.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    export(str(tmp_path / "last.ckpt"), str(tmp_path / "b"))
+    assert "it is saved as mistral; largest difference of logits 0" in capsys.readouterr().out
+    assert type(load(tmp_path / "b")) is transformers.MistralForCausalLM

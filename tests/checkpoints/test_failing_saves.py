@@ -1,0 +1,224 @@
+"""A full disk, a folder that cannot be written, or a crash leaves the files that were there, and no drafts."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+import billhook as bh
+from billhook.checkpoints.export import export_checkpoint
+from billhook.checkpoints.place import RECORD
+from billhook.cli.main import main
+from kit.families import llama
+from kit.fits import trainer
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def listing(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A disk that is full at the k-th thing that is written: files of weights, of text, and the syncing of any."""
+
+    def at(count):
+        calls = []
+
+        def filling(owner, name):
+            real = getattr(owner, name)
+
+            def write(*args, **options):
+                calls.append(name)
+                if len(calls) == count:
+                    raise FULL
+                return real(*args, **options)
+
+            monkeypatch.setattr(owner, name, write)
+
+        filling(transformers.modeling_utils, "safe_save_file")
+        filling(PreTrainedModel, "save_pretrained")
+        for owner, name in ((Path, "write_text"), (os, "fsync"), (Path, "rename"), (Path, "mkdir"), (Path, "chmod")):
+            filling(owner, name)
+        return calls
+
+    return at
+
+
+def older(folder):
+    bh.save(llama(**SMALL, vocab_size=32), folder)
+    return listing(folder)
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    module, path = bh.TransformerModule(llama(**SMALL)), tmp_path_factory.mktemp("ckpt") / "last.ckpt"
+    checkpoint = {"state_dict": module.state_dict(), "global_step": 3}
+    module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
+    return path
+
+
+class Quiet(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = llama(**SMALL).train()
+
+    def training_step(self, batch, _):
+        return self.model(**batch).loss
+
+    def validation_step(self, batch, _):
+        self.log("val_loss", self.model(**batch).loss)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def by_callback(folder, _):
+    ids = torch.randint(3, 60, (2, 6))
+    run = trainer(folder.parent, [bh.Export(str(folder))], max_steps=1)
+    rows = DataLoader([{"input_ids": ids, "labels": ids}], batch_size=None)
+    run.fit(Quiet(), rows, rows)
+
+
+WAYS = {
+    "save": lambda folder, _: bh.save(llama(**SMALL), folder),
+    "shaped": lambda folder, _: bh.save(uneven(), folder),
+    "export": lambda folder, ckpt: export_checkpoint(ckpt, folder),
+    "callback": by_callback,
+}
+
+
+def uneven():
+    model = llama(**SMALL)
+    bh.apply(bh.plan(model, bh.WeightNorm(), channels=0.4, ranking="global"), model)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:no tokenizer is saved along")
+@pytest.mark.parametrize("standing", ["nothing", "older"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_disk_that_is_full_at_any_moment(way, standing, ckpt, tmp_path, full):
+    target = tmp_path / "out" / "a"
+    if standing == "older":
+        older(target)
+    else:
+        target.parent.mkdir()
+    before, torn = listing(tmp_path), 0
+    for count in range(1, 60, 1 if way == "save" else 7):
+        with pytest.MonkeyPatch.context():
+            full(count)
+            try:
+                WAYS[way](target, ckpt)
+                break
+            except OSError as error:
+                assert error.errno == errno.ENOSPC  # noqa: PT017
+                torn += 1
+        assert listing(tmp_path) == before, count
+    assert torn >= (6 if way == "save" else 2)
+    assert bh.load(target).config.vocab_size == 64
+    assert {*os.listdir(target.parent)} <= {"a", ".a.draft-old"}  # what could not be cleared away is, by the next save
+
+
+@pytest.mark.parametrize("standing", ["nothing", "empty", "older"])
+def test_the_last_moment(standing, tmp_path, monkeypatch):
+    """The disk fails when the new checkpoint stands, and is not yet known to be safe."""
+    target, seen, real = tmp_path / "a", [], os.fsync
+    if standing == "empty":
+        target.mkdir()
+    before = older(target) if standing == "older" else {}
+    monkeypatch.setattr(os, "fsync", lambda number: seen.append(os.readlink(f"/proc/self/fd/{number}")) or real(number))
+    bh.save(llama(**SMALL), tmp_path / "other")
+    assert seen[-1] == str(tmp_path)
+    shutil.rmtree(tmp_path / "other")
+
+    def fails(number):
+        if os.readlink(f"/proc/self/fd/{number}") == str(tmp_path):
+            raise FULL
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(OSError, match="No space left"):
+        bh.save(llama(**SMALL), target)
+    assert listing(target) == before
+    assert os.listdir(tmp_path) == ([] if standing == "nothing" else ["a"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(PermissionError):
+        bh.save(llama(**SMALL), tmp_path / "locked" / "a")
+    assert listing(tmp_path) == {"locked": None}
+
+
+@pytest.mark.parametrize("left", ["folder", "link", "file", "link to nothing"])
+def test_something_that_has_the_name_of_an_older_checkpoint_put_aside(left, tmp_path):
+    """Nothing outside of the folder is touched, whatever stands where `save` puts an older checkpoint for a moment."""
+    mine, old = tmp_path / "mine", tmp_path / ".a.draft-old"
+    mine.mkdir()
+    (mine / "notes").write_text("mine")
+    if left == "folder":
+        old.mkdir()
+    elif left == "file":
+        old.write_text("a file")
+    else:
+        old.symlink_to(mine if left == "link" else tmp_path / "nowhere")
+    before = listing(tmp_path)
+    with contextlib.nullcontext() if left == "folder" else pytest.raises(ValueError, match="draft-old', .* is no folder"):
+        older(tmp_path / "a")
+    assert left == "folder" or listing(tmp_path) == before
+    assert (mine / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("command", ["prune", "prune-heads", "prune-structure"])
+def test_a_command_says_that_the_disk_is_full(command, files, tmp_path, monkeypatch, capsys):
+    bh.save(llama(vocab_size=2048, **SMALL), tmp_path / "source", bh.TextDataModule("tiny", "tiny").tokenizer)
+    older(tmp_path / "out")
+    before = listing(tmp_path)
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", lambda *_, **__: _raise(FULL))
+    how = {
+        "prune": ["--sparsity", "0.5", "--criterion", "Magnitude", "--evaluate", "0"],
+        "prune-heads": ["--ratio", "0.5", "--importance", "WeightNorm", "--evaluate", "0"],
+        "prune-structure": ["--channels", "0.5", "--importance", "WeightNorm", "--evaluate", "0"],
+    }
+    with pytest.raises(SystemExit) as stopped:
+        main(
+            [
+                command,
+                str(tmp_path / "source"),
+                str(tmp_path / "out"),
+                "--data",
+                json.dumps(files),
+                "--length",
+                "16",
+                *how[command],
+            ]
+        )
+    assert str(stopped.value.code) == f"billhook {command}: {FULL}"
+    assert listing(tmp_path) == before
+
+
+def _raise(error):
+    raise error
+
+
+def test_a_picture_that_cannot_be_written_costs_no_checkpoint(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    lit, ids = Quiet(), torch.randint(3, 60, (2, 6))
+    rows = DataLoader([{"input_ids": ids, "labels": ids}], batch_size=None)
+    report = bh.Report(str(tmp_path / "file" / "report.png"))
+    with pytest.raises(OSError, match="file"):
+        trainer(tmp_path, [bh.Export(str(tmp_path / "a")), report], max_steps=1).fit(lit, rows, rows)
+    assert json.loads((tmp_path / "a" / RECORD).read_text())["steps"] == 1
+    assert bh.load(tmp_path / "a").config.vocab_size == 64

@@ -1,0 +1,171 @@
+import shlex
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+
+from billhook.cli.main import main
+from kit.commands import QUICK, ROOT, callbacks_in
+from kit.fits import write_text
+
+FRAGMENTS = sorted(ROOT.glob("callbacks/*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def billhook(line: str) -> None:
+    main(shlex.split(line))
+
+
+@pytest.fixture
+def quick(tmp_path):
+    files = write_text(tmp_path)
+    given = "{" + ", ".join(f"{split}: {path}" for split, path in files.items()) + "}"
+    return f"{QUICK} --data.data '{given}'"
+
+
+@pytest.mark.parametrize("fragment", FRAGMENTS, ids=lambda path: path.stem)
+def test_every_fragment_runs(fragment, quick, capsys):
+    length = "fast_dev_run 2" if fragment.stem == "uptraining" else "max_steps 2 --trainer.val_check_interval 1"
+    line = f"fit --config {ROOT}/examples/base.yaml --config {fragment} --trainer.{length}"
+    billhook(f"{line} --trainer.logger false --trainer.enable_checkpointing false {quick}")
+    used = {c["class_path"].rpartition(".")[2] for c in yaml.safe_load(fragment.read_text())["trainer"]["callbacks+"]}
+    assert fragment.stem == "uptraining" or used <= set(callbacks_in("config.yaml"))  # a trial run writes no config
+
+
+def test_fragments_compose_in_the_order_given(quick, capsys):
+    given = " ".join(f"--config {ROOT}/callbacks/{name}.yaml" for name in ("gqa", "mqa", "export"))
+    options = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.logger false --trainer.enable_checkpointing false"
+    billhook(f"fit --config {ROOT}/examples/base.yaml {given} {options} {quick}")
+    assert callbacks_in("config.yaml") == ["KVHeadConversion", "KVHeadConversion", "Export", "Report"]
+    out = capsys.readouterr().out
+    for told in ("dense", "after 8 -> 4 KV heads (mean)", "after 4 -> 1 KV heads (mean)", "after uptraining", "outputs/model"):
+        assert told in out
+    assert "plain from_pretrained loads it" in out
+    assert Path("outputs/report.png").read_bytes().startswith(b"\x89PNG")
+    model = transformers.AutoModelForCausalLM.from_pretrained("outputs/model")
+    assert model.config.num_key_value_heads == 1
+    assert transformers.AutoTokenizer.from_pretrained("outputs/model")("to be").input_ids
+    capsys.readouterr()
+    billhook("summary outputs/model")
+    assert "8 / 1" in capsys.readouterr().out
+
+
+def test_the_saved_config_runs_again(quick, capsys):
+    options = "--trainer.max_steps 2 --trainer.logger false --trainer.enable_checkpointing false --trainer.val_check_interval 1"
+    billhook(f"fit --config {ROOT}/examples/base.yaml --config {ROOT}/callbacks/mqa.yaml {options} {quick}")
+    Path("config.yaml").rename("again.yaml")
+    billhook("fit --config again.yaml")
+    assert Path("config.yaml").read_text() == Path("again.yaml").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+def test_validate_test_predict_and_export(quick, capsys):
+    options = "--trainer.max_steps 2 --trainer.val_check_interval 1 --trainer.logger false"
+    billhook(f"fit --config {ROOT}/examples/base.yaml --config {ROOT}/callbacks/gqa.yaml {options} {quick}")
+    (ckpt,) = Path("checkpoints").glob("*.ckpt")
+    for command in ("validate", "test"):
+        billhook(f"{command} --model.model tiny --ckpt_path '{ckpt}' {quick} --trainer.logger false")
+        assert "perplexity" in capsys.readouterr().out
+    billhook(f"predict --model.model tiny --ckpt_path '{ckpt}' {quick} --trainer.logger false --trainer.limit_predict_batches 1")
+    billhook(f"export '{ckpt}' out")
+    assert "plain from_pretrained loads it" in capsys.readouterr().out
+    assert transformers.AutoModelForCausalLM.from_pretrained("out").config.num_key_value_heads == 4
+    assert transformers.AutoTokenizer.from_pretrained("out")("to be").input_ids
+
+
+@pytest.mark.parametrize("example", sorted(ROOT.glob("examples/*.yaml")), ids=lambda path: path.stem)
+def test_examples_are_legal(example, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        billhook(f"fit --config {example} --print_config")
+    assert stopped.value.code == 0
+    assert "class_path: billhook" in capsys.readouterr().out
+
+
+class TestHelp:
+    def told(self, line, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            billhook(line)
+        assert stopped.value.code == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    def test_the_front_page_names_every_command(self, capsys):
+        told = self.told("--help", capsys)
+        for command in ("billhook fit", "billhook export", "billhook summary", "validate", "predict"):
+            assert command in told
+
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            (
+                "fit --trainer.callbacks.help KVHeadConversion",
+                ["Fewer key/value heads", "1 for multi-query attention", "{mean,first,random,aligned,svd,auto}"],
+            ),
+            ("fit --model.help TransformerModule", ["token-weighted perplexity", "The highest learning rate", "GGUF"]),
+            ("fit --data.help TextDataModule", ["packed into blocks", "Tokens in a block"]),
+            ("export --help", ["Lightning checkpoint", "verified"]),
+            ("summary --help", ["KV-cache bytes per token", '"tiny"']),
+        ],
+    )
+    def test_it_reads_like_a_manual(self, line, words, capsys):
+        told = self.told(line, capsys)
+        assert [word for word in words if word not in told] == []
+
+
+class TestRefused:
+    def told(self, line, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            billhook(line)
+        assert stopped.value.code not in (0, None)
+        return capsys.readouterr().err + str(stopped.value.code)
+
+    @pytest.mark.parametrize(
+        ("callback", "words"),
+        [
+            (
+                "{class_path: KVHeadConversion, init_args: {num_kv_heads: 4}}",
+                ["num_kv_heads", "Did you mean 'num_key_value_heads'?", "measure_batches"],
+            ),
+            (
+                "{class_path: KVHeadConversion, init_args: {num_key_value_heads: 4, method: median}}",
+                ["'mean', 'first', 'random'", "median"],
+            ),
+            ("{class_path: KVHeadConversion, init_args: {num_key_value_heads: four}}", ["num_key_value_heads", "four"]),
+            ("{class_path: KVHeadConversion, init_args: {num_key_value_heads: 4, at: 1.5}}", ["billhook fit: at=1.5 as a float"]),
+            (
+                "{class_path: KVHeadConversion, init_args: {num_key_value_heads: 3}}",
+                ["billhook fit: num_key_value_heads=3", "legal"],
+            ),
+            ("{class_path: KVHeadConversion}", ["num_key_value_heads"]),
+            ("{class_path: KVHeadConversions}", ["KVHeadConversions"]),
+        ],
+    )
+    def test_a_wrong_callback(self, callback, words, tmp_path, capsys):
+        path = tmp_path / "wrong.yaml"
+        path.write_text(f"trainer:\n  callbacks:\n    - {callback}\n")
+        told = self.told(f"fit --config {path}", capsys)
+        assert [word for word in words if word not in told] == []
+
+    @pytest.mark.parametrize(
+        ("line", "words"),
+        [
+            ("fit --config nowhere.yaml", ["nowhere.yaml"]),
+            ("fit --config wrong.yaml", ["max_stepz", "Did you mean 'max_steps'?"]),
+            ("fit --model.lrr 1", ["lrr"]),
+            ("fit --model.task poetry", ["poetry"]),
+            ("prunes", ["prunes", "Other commands: export, summary"]),
+            ("", ["Other commands: export, summary"]),
+            ("fit --trainer.max_epochs 1 --model.model ./nowhere", ["'./nowhere' is not a folder with"]),
+            ("export nowhere.ckpt out", ["'nowhere.ckpt' is not a file"]),
+            ("summary ./nowhere", ["'./nowhere' is not a folder with"]),
+            ("summary .", ["has no config.json, so it is not a Hugging Face checkpoint"]),
+        ],
+    )
+    def test_a_wrong_line(self, line, words, capsys):
+        Path("wrong.yaml").write_text("trainer:\n  max_stepz: 3\n")
+        told = self.told(line, capsys)
+        assert [word for word in words if word not in told] == []

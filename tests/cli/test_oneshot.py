@@ -1,0 +1,105 @@
+"""`billhook prune`: from the shell to a checkpoint."""
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.cli.main import main
+from kit.fits import write_text
+
+SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    files = write_text(tmp_path)
+    return ["--data", "{" + ", ".join(f"{split}: {path}" for split, path in files.items()) + "}"]
+
+
+def ids_of(path, length, count):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bh.load("tiny").name_or_path)
+    ids = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
+    return [torch.tensor([ids[i * length : (i + 1) * length]]) for i in range(count)]
+
+
+@torch.no_grad()
+def perplexity(model, blocks):
+    losses = [float(model(input_ids=ids, labels=ids).loss) for ids in blocks]
+    return math.exp(sum(losses) / len(losses))
+
+
+def test_a_checkpoint_with_half_of_the_weights_and_its_perplexity(tmp_path, data, capsys):
+    main(["prune", "tiny", str(tmp_path / "out"), "--sparsity", "0.5", *data, *SHORT])
+    said = capsys.readouterr().out
+    model, dense = bh.load(tmp_path / "out"), bh.load("tiny")
+    record = json.loads((tmp_path / "out" / "billhook.json").read_text())
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.q_proj, layer.mlp.down_proj):
+            assert torch.equal((linear.weight == 0).sum(1), torch.full([len(linear.weight)], linear.weight.shape[1] // 2))
+    held_out = ids_of(tmp_path / "validation.txt", 16, 5)
+    assert record["perplexity"]["before"] == pytest.approx(perplexity(dense, held_out), rel=1e-5)
+    assert record["perplexity"]["after"] == pytest.approx(perplexity(model, held_out), rel=1e-5)
+    assert record["pruned"] == {
+        "criterion": "Wanda(compares='row')",
+        "pattern": "unstructured",
+        "sparsity": 0.5,
+        "sequential": "block",
+    }
+    assert f"perplexity {record['perplexity']['before']:,.2f} before, {record['perplexity']['after']:,.2f} after" in said
+    assert "model.layers.*.mlp.down_proj" in said
+    assert "plain from_pretrained loads it" in said
+
+
+def test_settings_of_criteria_and_allocations(tmp_path, data, capsys):
+    line = ["prune", "tiny", str(tmp_path / "out"), *data, *SHORT]
+    main([*line, "--pattern", "2:4", "--criterion", "SparseGPT", "--criterion.damping", "0.1", "--sequential", "layer"])
+    assert "SparseGPT(damping=0.1, block_size=128), 2:4" in capsys.readouterr().out
+    weight = bh.load(tmp_path / "out").model.layers[1].mlp.up_proj.weight
+    assert ((weight.view(-1, 4) != 0).sum(1) <= 2).all()
+    main([*line, "--sparsity", "0.5", "--allocation", "OWL", "--skip", "*.k_proj", "--evaluate", "0"])
+    said = capsys.readouterr().out
+    assert "k_proj" not in said
+    assert "perplexity" not in said
+    assert " to 0.5" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsity", "1.5"], "sparsity=1.5 must be a fraction"),
+        ([], "sparsity=None with pattern='unstructured'"),
+        (["--sparsity", "0.3", "--pattern", "2:4"], "sparsity=0.3 contradicts pattern='2:4'"),
+        (["--sparsity", "0.5", "--length", "100000"], "length=100000 must be in 2..512"),
+        (["--sparsity", "0.5", "--examples", "0"], "examples=0 must be at least 1"),
+        (["--sparsity", "0.5", "--skip", "nothing", *SHORT], "skip='nothing' matches none"),
+    ],
+)
+def test_refusals_write_nothing(tmp_path, data, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["prune", "tiny", str(tmp_path / "out"), *data, *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_a_model_that_predicts_no_next_token_there_is_no_perplexity(tmp_path, data, capsys):
+    config = transformers.BertConfig(
+        vocab_size=2048, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    transformers.AutoTokenizer.from_pretrained(bh.load("tiny").name_or_path).save_pretrained(tmp_path / "bert")
+    main(["prune", str(tmp_path / "bert"), str(tmp_path / "out"), "--sparsity", "0.5", *data, *SHORT])
+    said = capsys.readouterr().out
+    assert "bert.encoder.layer.*.output.dense" in said
+    assert "perplexity" not in said
+
+
+def test_offloaded_to_the_only_device_there_is_the_figures_are_the_same(tmp_path, data):
+    places = ["--offload", "--activations", str(tmp_path), "--device", "cpu"]
+    for out, more in (("plain", []), ("offloaded", places), ("said", [*places, "--offload", "true"])):
+        main(["prune", "tiny", str(tmp_path / out), "--sparsity", "0.5", *data, *SHORT, *more])
+    plain, *others = (json.loads((tmp_path / out / "billhook.json").read_text()) for out in ("plain", "offloaded", "said"))
+    assert all(other["perplexity"] == plain["perplexity"] for other in others)
+    assert {one.name for one in tmp_path.iterdir() if one.is_dir()} == {"plain", "offloaded", "said"}

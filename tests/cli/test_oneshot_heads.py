@@ -1,0 +1,230 @@
+"""`billhook prune-heads`: from the shell to a checkpoint."""
+
+import csv
+import json
+
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.cli.main import main
+from billhook.units.heads import find_heads
+from kit import fits
+from kit.oneshot_heads import blocks, drawn, option, perplexity, tokenizer
+from kit.shaped import bert
+
+SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
+LABELS = 3
+
+
+def prune(model, out, *arguments):
+    main(["prune-heads", str(model), str(out), *arguments])
+    return json.loads((out / "billhook.json").read_text())
+
+
+def heads_of(model):
+    return [one.count() for one in find_heads(model).values()]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A Llama with eight heads in each of two layers, beside the tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("small")
+    fits.llama(vocab_size=2048, num_key_value_heads=8).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def label_of(model, text):
+    return int(model(**tokenizer()(text, return_tensors="pt")).logits.argmax())
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A BERT with large weights, so that heads matter."""
+    torch.manual_seed(2)
+    folder = tmp_path_factory.mktemp("classifier")
+    model = transformers.BertForSequenceClassification(bert(vocab_size=2048, num_labels=LABELS).config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(10)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory, classifier):
+    """Texts with labels, as CSV: those that the classifier gives, but for each fifth."""
+    folder, words, files = tmp_path_factory.mktemp("table"), fits.WORDS.split(), {}
+    model = bh.load(classifier).eval()
+    for split, count in (("train", 24), ("validation", 4), ("test", 21)):
+        files[split] = str(folder / f"{split}.csv")
+        with open(files[split], "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            for i in range(count):
+                text = " ".join(words[i % 11 : i % 11 + 1 + i % 6])
+                writer.writerow([text, (label_of(model, text) + (i % 5 == 0)) % LABELS])
+    return files
+
+
+def test_tiny_with_fewer_heads_and_its_perplexity(files, tmp_path, capsys):
+    record = prune("tiny", tmp_path / "out", "--ratio", "0.5", *option(files), *SHORT)
+    said = capsys.readouterr().out
+    model, dense = bh.load(tmp_path / "out"), bh.load("tiny")
+    assert [2 * count for count in heads_of(model)] == heads_of(dense)
+    held_out = blocks(files["validation"])[:5]
+    assert record["perplexity"] == {
+        "before": pytest.approx(perplexity(dense, held_out), rel=1e-5),
+        "after": pytest.approx(perplexity(model, held_out), rel=1e-5),
+        "examples": 5,
+    }
+    assert record["importance"] == {"by": "GateGradient(each='token')", "ranking": "layer", "per": "head", "rounds": 1}
+    assert record["calibration"] == {"data": files, "examples": 6, "length": 16, "batch_size": 4, "seed": 0}
+    importance = bh.head_importance(dense, drawn(blocks(files["train"]), 4))
+    assert record["heads"] == bh.choose_heads(dense, importance, 0.5)
+    plan = bh.prune_heads(dense, record["heads"])
+    assert str(plan) in said
+    assert f"perplexity {record['perplexity']['before']:,.4g} before, {record['perplexity']['after']:,.4g} after" in said
+    assert "plain from_pretrained loads it" in said
+    with torch.no_grad():
+        assert torch.equal(model(held_out).logits, dense(held_out).logits)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(plain(held_out).logits, dense(held_out).logits)
+
+
+@pytest.mark.parametrize(("ranking", "per", "importance"), [("layer", "head", "Taylor"), ("global", "kv_head", "GateGradient")])
+def test_rounds(small, files, tmp_path, ranking, per, importance):
+    """Scores are taken anew with the heads masked that have been chosen."""
+    rounds = ["--rounds", "3", "--ranking", ranking, "--per", per, "--importance", importance, "--seed", "3"]
+    record = prune(small, tmp_path / "out", "--ratio", "0.5", *rounds, *option(files), *SHORT)
+    model, gone = bh.load(small), {}
+    batches = drawn(blocks(files["train"]), 4, seed=3)
+    for number in (1, 2, 3):
+        with bh.mask_heads(model, gone, per):
+            scores = bh.head_importance(model, batches, getattr(bh, importance)(), per=per)
+        for name, own in gone.items():
+            scores[name][own] = -1
+        gone = bh.choose_heads(model, scores, number / 6, ranking, per=per)
+    assert record["heads"] == gone
+    assert record["importance"]["rounds"] == 3
+    assert sum(heads_of(bh.load(tmp_path / "out"))) == 8
+    loads = transformers.AutoModelForCausalLM.from_pretrained
+    if ranking == "layer":
+        assert loads(tmp_path / "out").config.num_attention_heads == 4
+
+
+def test_settings(small, files, tmp_path):
+    """Those that are not the default's, one after the other into one folder."""
+    run = [small, tmp_path / "out", "--ratio", "0.4", *option(files), *SHORT]
+    record = prune(*run, "--importance", "RandomUnits", "--importance.seed", "5", "--evaluate", "0", "--normalize", "false")
+    assert record["perplexity"] == {"before": None, "after": None, "examples": 0}
+    scores = bh.head_importance(bh.load(small), importance=bh.RandomUnits(5), normalize=False)
+    assert record["heads"] == bh.choose_heads(bh.load(small), scores, 0.4)
+    record = prune(*run, "--ranking", "global", "--min_heads", "4", "--importance", "WeightNorm", "--dtype", "bfloat16")
+    model = bh.load(tmp_path / "out")
+    assert min(heads_of(model)) >= 4
+    assert sum(heads_of(model)) == 10
+    assert model.dtype == torch.bfloat16
+
+
+def test_a_classifier_and_its_accuracy(classifier, table, tmp_path, capsys):
+    line = ["--ratio", "0.75", *option(table), "--examples", "10", "--batch_size", "4", "--evaluate", "17", "--rounds", "2"]
+    record = prune(classifier, tmp_path / "out", *line)
+    dense, model = (bh.load(folder).eval() for folder in (classifier, tmp_path / "out"))
+    assert type(model) is transformers.BertForSequenceClassification
+    assert heads_of(model) == [1, 1]
+    with open(table["test"]) as file:
+        rows = [(row["text"], int(row["label"])) for row in csv.DictReader(file)][:17]
+    expected = [sum(label_of(one, text) == label for text, label in rows) / 17 for one in (dense, model)]
+    assert expected[0] == 13 / 17 > expected[1]
+    assert record["accuracy"] == {"before": pytest.approx(expected[0]), "after": pytest.approx(expected[1]), "examples": 17}
+    assert record["calibration"]["length"] == 64
+    assert f"accuracy {expected[0]:,.4g} before, {expected[1]:,.4g} after" in capsys.readouterr().out
+    bh.prune_heads(dense, record["heads"])
+    batch = tokenizer()(rows[5][0], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, dense(**batch).logits)
+
+
+def test_columns_of_other_names(classifier, table, tmp_path):
+    renamed = {}
+    for split, path in table.items():
+        renamed[split] = str(tmp_path / f"{split}.csv")
+        with open(path) as source, open(renamed[split], "w") as target:
+            target.write(source.read().replace("text,label", "review,stars", 1))
+    line = ["--ratio", "0.5", "--examples", "8", "--column", "review", "--label_column", "stars"]
+    record = prune(classifier, tmp_path / "out", *line, *option(renamed))
+    assert record["heads"] == prune(classifier, tmp_path / "same", "--ratio", "0.5", "--examples", "8", *option(table))["heads"]
+
+
+def test_of_a_model_that_predicts_no_next_token_there_is_no_perplexity(files, tmp_path, capsys):
+    bert(vocab_size=2048).save_pretrained(tmp_path / "bert")
+    tokenizer().save_pretrained(tmp_path / "bert")
+    record = prune(tmp_path / "bert", tmp_path / "out", "--ratio", "0.25", *option(files), *SHORT)
+    assert record["perplexity"]["before"] is None
+    assert "perplexity" not in capsys.readouterr().out
+    assert heads_of(bh.load(tmp_path / "out")) == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "ratio: say which fraction of the heads goes"),
+        (["--ratio", "1"], r"ratio=1.0 must be a fraction of the heads in \[0, 1\)"),
+        (["--ratio", "0.5", "--min_heads", "0"], "min_heads=0: where heads are removed, one at least stays"),
+        (["--ratio", "0.9", "--min_heads", "2"], "7 of 8 heads of model.layers.0.self_attn would go, and at most 6 may"),
+        (["--ratio", "0.1"], "ratio=0.1 is not a single head of a layer"),
+        (["--ratio", "0.5", "--rounds", "0"], "rounds=0 must be at least 1"),
+        (["--ratio", "0.5", "--examples", "0"], "examples=0 must be at least 1"),
+        (["--ratio", "0.5", "--batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["--ratio", "0.5", "--evaluate", "-1"], "evaluate=-1 must be at least 0"),
+        (["--ratio", "0.5", "--length", "100"], "length=100 must be in 2..64"),
+        (["--ratio", "0.5", "--column", "content"], "'train' .*content"),
+    ],
+)
+def test_refusals_write_nothing(small, files, tmp_path, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["prune-heads", str(small), str(tmp_path / "out"), *option(files), *arguments])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("argument", "value"), [("ranking", "all"), ("per", "layer"), ("importance", "Nothing")])
+def test_choices_are_said(small, tmp_path, capsys, argument, value):
+    with pytest.raises(SystemExit):
+        main(["prune-heads", str(small), str(tmp_path / "out"), "--ratio", "0.5", f"--{argument}", value])
+    assert argument in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_whose_heads_cannot_go(files, tmp_path):
+    config = transformers.BloomConfig(vocab_size=2048, hidden_size=32, n_layer=2, n_head=4)
+    for name, model, message in (
+        ("bloom", transformers.BloomForCausalLM(config), "cannot be removed"),
+        ("mamba", transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=2048, hidden_size=32)), "has no attention"),
+    ):
+        model.save_pretrained(tmp_path / name)
+        tokenizer().save_pretrained(tmp_path / name)
+        with pytest.raises(SystemExit, match=message):
+            main(["prune-heads", str(tmp_path / name), str(tmp_path / "out"), "--ratio", "0.5", *option(files)])
+        assert not (tmp_path / "out").exists()
+
+
+def test_data_without_labels_or_training_rows_and_an_occupied_folder(classifier, table, files, tmp_path):
+    occupied = tmp_path / "occupied"
+    occupied.mkdir()
+    (occupied / "mine.txt").write_text("mine")
+    for out, given, message in (
+        ("out", {split: files[split] for split in ("train", "validation")}, "label"),
+        ("out", {"test": table["test"]}, "needs a split 'train'"),
+        ("occupied", table, "occupied"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["prune-heads", str(classifier), str(tmp_path / out), "--ratio", "0.5", *option(given)])
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in occupied.iterdir()] == ["mine.txt"]

@@ -1,0 +1,122 @@
+"""`billhook prune-structure`: from the shell to a smaller checkpoint."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.cli.main import main
+from kit import fits
+from kit.oneshot_heads import blocks, drawn, option, perplexity, tokenizer
+
+SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
+
+
+OFF = ["--repair", "null"]
+
+
+def prune(model, out, *arguments):
+    main(["prune-structure", str(model), str(out), *arguments])
+    return json.loads((out / "billhook.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A Llama with four KV heads and 48 channels in each of two layers, beside the tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("small")
+    fits.llama(vocab_size=2048).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_ratios(small, files, tmp_path, capsys):
+    record = prune(small, tmp_path / "out", "--kv_heads", "0.5", "--channels", "0.25", *OFF, *SHORT, *option(files))
+    dense, rows = bh.load(small), blocks(files["train"])
+    plan = bh.plan(dense, bh.Taylor(), drawn(rows, 4), kv_heads=0.5, channels=0.25)
+    assert record["plans"] == [plan.to_json()]
+    held_out = blocks(files["validation"])[:5]
+    before = perplexity(dense, held_out)
+    bh.apply(plan, dense)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (again.config.intermediate_size, again.config.num_key_value_heads) == (36, 2)
+    with torch.no_grad():
+        assert torch.equal(again(rows[:2]).logits, dense(rows[:2]).logits)
+    assert record["perplexity"]["before"] == pytest.approx(before, rel=1e-4)
+    assert record["perplexity"]["after"] == pytest.approx(perplexity(dense, held_out), rel=1e-4)
+    said = capsys.readouterr().out
+    assert str(plan) in said
+    assert "perplexity" in said
+
+
+def test_a_target_in_rounds(small, files, tmp_path):
+    record = prune(
+        small, tmp_path / "out", "--params", "0.95", "--rounds", "2", "--ranking", "global", *OFF, *SHORT, *option(files)
+    )
+    dense, again = bh.load(small), bh.load(tmp_path / "out")
+    assert len(record["plans"]) == 2
+    first = bh.plan_from_json(dense, record["plans"][0])
+    whole = bh.summary(dense).params
+    assert 0.97 * whole < first.parameters[1] <= 0.975 * whole
+    replayed = copy.deepcopy(dense)
+    bh.apply(first, replayed)
+    bh.apply(bh.plan_from_json(replayed, record["plans"][1]), replayed)
+    assert bh.summary(again).params == bh.summary(replayed).params <= 0.95 * whole
+    with torch.no_grad():
+        ids = blocks(files["train"])[:2]
+        assert torch.equal(again(ids).logits, replayed(ids).logits)
+
+
+def test_what_stays_makes_up_for_what_goes(small, files, tmp_path):
+    """By default, and better than not, on text that it has not seen."""
+    arguments = ["--channels", "0.5", "--length", "16", "--examples", "24", "--evaluate", "8", *option(files)]
+    repaired, not_repaired = prune(small, tmp_path / "one", *arguments), prune(small, tmp_path / "other", *arguments, *OFF)
+    assert repaired["importance"]["repair"].startswith("Repair(")
+    assert not_repaired["importance"]["repair"] is None
+    dense, rows = bh.load(small), blocks(files["train"])
+    batches = drawn(rows, 8, 24)
+    plan = bh.plan(dense, bh.Taylor(), batches, channels=0.5)
+    weights = bh.repair(plan, dense, batches)
+    assert set(weights) == {f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)}
+    bh.apply(plan, dense, weights=weights)
+    with torch.no_grad():
+        assert torch.equal(bh.load(tmp_path / "one")(rows[:2]).logits, dense(rows[:2]).logits)
+
+
+def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):
+    main(["prune-structure", str(small), str(tmp_path / "out"), "--channels", "0.5", "--dry_run", *SHORT, *option(files)])
+    assert "48 -> 24 channels in each of 2" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks_and_then_what_is_within(small, files, tmp_path):
+    record = prune(small, tmp_path / "out", "--blocks", "1", "--channels", "0.5", *SHORT, *option(files))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert (again.config.num_hidden_layers, again.config.intermediate_size) == (1, 24)
+    dense, batches = bh.load(small), drawn(blocks(files["train"]), 4)
+    scores = bh.block_importance(dense, batches)
+    (gone,) = record["plans"][0]["blocks"]["model.layers"]
+    assert gone == int(scores["model.layers"].argmin())
+    assert record["plans"][1]["before"] == {"model.layers.0.mlp": [48]}
+    alone = prune(small, tmp_path / "alone", "--blocks", "1", "--first", "1", *SHORT, *option(files))
+    assert alone["plans"][0]["blocks"] == {"model.layers": [1]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ([], "nothing is asked for: give a ratio"),
+        (["--channels", "1.5"], r"channels=1.5 must be a fraction of these units in \[0, 1\)"),
+        (["--params", "10"], "params=10: 10 cannot be reached; with what may go"),
+        (["--channels", "0.5", "--rounds", "0"], "rounds=0 must be at least 1"),
+        (["--blocks", "-1"], "blocks=-1 must be at least 0"),
+        (["--channels", "0.5", "--evaluate", "-1"], "evaluate=-1 must be at least 0"),
+    ],
+)
+def test_refused_before_anything_is_written(small, tmp_path, arguments, match):
+    with pytest.raises(SystemExit, match=match):
+        main(["prune-structure", str(small), str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,129 @@
+"""FSDP2 on the CPU: two processes under ModelParallelStrategy, started as in test_ddp, which fit one trainer after another."""
+
+import pytest
+import torch
+import transformers
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import billhook as bh
+from billhook.checkpoints.export import export_checkpoint
+from billhook.model.linears import prunable
+from kit.ddp import run_script
+from kit.families import llama
+from kit.fits import same
+from kit.sharding import (
+    HEADS,
+    MASKS,
+    RESUMED,
+)
+
+SCRIPT = """
+import os
+os.environ["PYTHONHASHSEED"] = "4"
+from kit.sharding import fit_all
+fit_all()
+"""
+
+
+@pytest.fixture(scope="module")
+def fitted(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run_script(folder, SCRIPT, [files, str(folder)])
+    return folder
+
+
+@pytest.fixture
+def of_two(fitted):
+    def read(name):
+        alike, result = torch.load(fitted / f"{name}.pt", weights_only=True)
+        assert alike, "the ranks differ"
+        return result
+
+    return read
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
+    state, (always, (masks, events)) = of_two(name)
+    _, single, (_, (masks_of_one, events_of_one)) = MASKS[name].run(tmp_path, files)
+    assert always
+    assert [e["after"]["sparsity"] for e in events] == [e["after"]["sparsity"] for e in events_of_one]
+    assert masks.keys() == masks_of_one.keys()
+    least = 0.97 if "bfloat16" in name else 0.99
+    for own, mask in masks_of_one.items():
+        assert (mask == masks[own]).float().mean() >= least, own
+        if "wanda" in name and "global" not in name and "Conv1D" not in name:
+            assert (mask.sum(1) == masks[own].sum(1)).all()
+        both = mask & masks[own]
+        values = [found[f"net.{own}.weight"] for found in (state, single)]
+        assert not values[0][~masks[own]].any()
+        torch.testing.assert_close(values[0][both], values[1][both], atol=0.05 if "bfloat16" in name else 2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_equals_straight_through(of_two, name, full, step):
+    straight, resumed = of_two(f"{name}, {full}"), of_two(f"{name}, {full}, {step}")
+    assert same(straight[0], resumed[0])
+    assert str(straight[1]) == str(resumed[1])
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
+def test_zeros_are_in_the_checkpoint(of_two, fitted, full):
+    _, (_, masks) = of_two(f"masks, {full}")
+    path = fitted / f"masks, {full}" / "step=4.ckpt"
+    assert path.is_file() == full
+    state = torch.load(path, weights_only=True)["state_dict"] if full else read_sharded(path)
+    assert len(masks) == 15
+    for name, mask in masks.items():
+        weight = state[f"model.{name}.weight"]
+        assert not weight[~mask].any()
+        assert weight[mask].all()
+
+
+def read_sharded(path):
+    dcp_to_torch_save(path, path / "whole.pt")
+    return torch.load(path / "whole.pt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
+def test_two_processes_convert_at_the_start_as_one_does(of_two, files, tmp_path, full):
+    state, (_, events) = of_two(f"heads, {full}")
+    _, single, (_, events_of_one) = RESUMED["heads"].run(tmp_path, files)
+    assert events == events_of_one
+    for own, value in single.items():
+        torch.testing.assert_close(state[own], value, atol=2e-4, rtol=1e-3)
+
+
+def test_a_full_checkpoint_loads_elsewhere(of_two, fitted, tmp_path):
+    state, _ = of_two("heads, True")
+    path = fitted / "heads, True" / "step=4.ckpt"
+    lit = bh.TransformerModule.load_from_checkpoint(path, model=llama(vocab_size=2048))
+    assert same(lit.state_dict(), state)
+    export_checkpoint(path, tmp_path / "exported")
+    assert bh.load(tmp_path / "exported").config.num_key_value_heads == 2
+
+
+def test_two_processes_mask_the_heads_that_one_does(of_two, files, tmp_path):
+    state, (_, (record, heads, events)) = of_two("heads masked, True")
+    _, single, (_, (record_of_one, heads_of_one, events_of_one)) = HEADS.run(tmp_path, files)
+    assert heads == heads_of_one
+    assert sum(map(len, heads.values())) == 8
+    assert events == events_of_one
+    for own, scores in record_of_one["scores"].items():
+        torch.testing.assert_close(record["scores"][own], scores, rtol=1e-3, atol=1e-5, equal_nan=True)
+    for own, value in single.items():
+        torch.testing.assert_close(state[own], value, atol=2e-4, rtol=1e-3)
+
+
+def test_what_is_exported_loads(fitted):
+    model = bh.load(fitted / "exported")
+    assert type(model) is transformers.LlamaForCausalLM
+    assert all((linear.weight == 0).float().mean() == 0.5 for linear in prunable(model).values())
+
+
+def test_tensor_parallel_is_refused(of_two):
+    for message, name in zip(of_two("refused"), ("WeightPruning", "KVHeadConversion"), strict=True):
+        assert message.startswith(f"{name} works where data is parallel, not where tensors are: tensor_parallel_size=2 must be 1")
+        assert "ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)" in message

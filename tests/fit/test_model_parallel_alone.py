@@ -1,0 +1,116 @@
+"""FSDP2 in one process: what is refused before training, with the reason and the way out, and how much is gathered at a time."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+import billhook as bh
+from billhook.running.shards import is_sharded, whole
+from kit.families import llama
+from kit.fits import trainer
+from kit.sharding import Own, sharding
+
+
+class MadeLate(Own):
+    def __init__(self):
+        pl.LightningModule.__init__(self)
+        self.blocks, self.policy = True, MixedPrecisionPolicy()
+
+    def configure_model(self):
+        if not hasattr(self, "net"):
+            self.net = llama().train()
+        super().configure_model()
+
+
+@pytest.fixture
+def alone():
+    """A strategy that shards over one process."""
+    yield sharding(1)
+    torch.distributed.destroy_process_group()
+
+
+REVERTS = "changes shapes when the model is sharded already, and ModelParallelStrategy .* silently reverts .*at='start'"
+REFUSED = {
+    "a later step": (lambda: bh.KVHeadConversion(2, at=1), Own, REVERTS),
+    "stages": (lambda: bh.KVHeadConversion([2, 1], at=["start", 1]), Own, REVERTS),
+    "heads move": (lambda: bh.KVHeadConversion(2, at=2, over=1), Own, REVERTS),
+    "needs data": (lambda: bh.KVHeadConversion(2, method="svd"), Own, REVERTS),
+    "heads removed": (lambda: bh.HeadPruning(0.5), Own, REVERTS),
+    "structure": (lambda: bh.StructuredPruning(channels=0.5), Own, REVERTS),
+    "depth": (lambda: bh.DepthPruning(1), Own, REVERTS),
+    "made late": (lambda: bh.KVHeadConversion(2), MadeLate, "make the model in `__init__` and only shard it"),
+    "LoRA counts": (lambda: bh.WeightPruning(sparsity=0.5, count_adapters=True), Own, "need weights that are not sharded"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_before_training(tmp_path, alone, name):
+    callback, module, match = REFUSED[name]
+    lit = module()
+    with pytest.raises(ValueError, match=match):
+        trainer(tmp_path, [callback()], max_steps=2, strategy=alone).fit(lit)
+    assert not is_sharded(lit)
+
+
+def test_one_block_is_gathered_at_a_time(tmp_path, alone):
+    lit, seen = Own(), []
+    layers = lit.net.model.layers
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: seen.append([type(own.mlp.up_proj.weight.data) for own in layers]))
+    callback = bh.WeightPruning(bh.SparseGPT(), sparsity=0.5, examples=2, measure_batches=0)
+    trainer(tmp_path, [callback], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)
+    assert len(seen) > 4
+    assert all(kinds in ([torch.Tensor, DTensor], [DTensor, torch.Tensor]) for kinds in seen)
+
+
+def test_weights_are_masked_in_a_model_that_is_made_late(tmp_path, alone):
+    callback, lit = bh.WeightPruning(sparsity=0.5, examples=2), MadeLate()
+    trainer(tmp_path, [callback], max_steps=2, strategy=alone).fit(lit)
+    assert not any(whole(lit.net.get_parameter(f"{name}.weight"))[~mask].any() for name, mask in callback.masks.items())
+
+
+def test_averaged_weights_are_refused(tmp_path, alone):
+    callbacks = [bh.WeightPruning(sparsity=0.5), pl.callbacks.EMAWeightAveraging()]
+    with pytest.raises(ValueError, match="cannot mask the copy that EMAWeightAveraging keeps"):
+        trainer(tmp_path, callbacks, max_steps=2, strategy=alone).fit(Own())
+
+
+def test_a_module_that_is_sharded_already_is_not_converted(tmp_path, alone):
+    lit = Own()
+    trainer(tmp_path, [], max_steps=1, strategy=alone).fit(lit)
+    with pytest.raises(ValueError, match="Own is sharded already, by an earlier fit: make it anew"):
+        trainer(tmp_path, [bh.KVHeadConversion(2)], max_steps=1, strategy=sharding(1)).fit(lit)
+
+
+@pytest.mark.parametrize("kind", [pl.strategies.FSDPStrategy, pl.strategies.DeepSpeedStrategy])
+@pytest.mark.parametrize("callback", [lambda: bh.WeightPruning(sparsity=0.5), lambda: bh.KVHeadConversion(2)])
+def test_other_ways_to_shard_are_refused(callback, kind):
+    class Trainer:
+        strategy = object.__new__(kind)  # DeepSpeed is not installed, FSDP1 not for the CPU
+        global_step = 0
+
+    one, lit = callback(), Own()
+    with pytest.raises(ValueError, match=f"under ModelParallelStrategy .FSDP2.; the strategy is {kind.__name__}, which .* train"):
+        one.setup(Trainer(), lit, "fit")
+    assert "on_save_checkpoint" not in vars(lit)
+
+
+@pytest.mark.filterwarnings("ignore:.*the checkpoint", "ignore:You're resuming from a checkpoint")
+def test_heads_that_a_checkpoint_has_masked_do_nothing_in_a_run_without_the_callback(tmp_path, alone):
+    one, lit = bh.HeadPruning(0.5, remove="never", measure_batches=0, examples=2), Own()
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer(tmp_path, [one, saves], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)
+    again, zeros = Own(), []
+    look = pl.callbacks.LambdaCallback(on_train_start=lambda *_: zeros.append(heads_that_do_nothing(again)))
+    keeps = bh.WeightPruning(bh.Magnitude(), sparsity=0.0, measure_batches=0)
+    options = {"max_steps": 2, "strategy": sharding(1), "limit_val_batches": 0}
+    trainer(tmp_path, [keeps, look], **options).fit(again, ckpt_path=tmp_path / "step=1.ckpt")
+    assert zeros == [[4, 4]]
+
+
+def heads_that_do_nothing(lit):
+    read = [whole(layer.self_attn.o_proj.weight).unflatten(1, (8, -1)) for layer in lit.net.model.layers]
+    return [int((weight == 0).all(2).all(0).sum()) for weight in read]

@@ -1,0 +1,324 @@
+"""LightningModules as people write them, which know nothing of billhook."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import AutoModel, AutoModelForCausalLM, get_linear_schedule_with_warmup
+
+from kit.events import END, EVENTS, SIZES, Own, figures, loader, same_after_reload
+from kit.families import llama
+from kit.fits import same, trainer, weights
+
+pytestmark = [
+    pytest.mark.usefixtures("traced_once"),
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
+    pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides"),
+]
+
+
+def config(**changes):
+    return llama(**SIZES | changes).config
+
+
+class Tuples(pl.LightningModule):
+    """Rows without names, a model of any attribute, and a loss by hand."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = AutoModelForCausalLM.from_config(config())
+
+    def forward(self, ids, mask):
+        return self.net(input_ids=ids, attention_mask=mask).logits
+
+    def training_step(self, batch):
+        ids, mask = batch
+        logits = self(ids, mask)
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        self.log("train/loss", loss, prog_bar=True)
+        return {"loss": loss, "logits": logits.detach()}
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.training_step(batch)["loss"])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def tuples(batch_size=2, number=8):
+    torch.manual_seed(7)
+    ids = torch.randint(3, 64, (number, 6))
+    mask = torch.ones_like(ids)
+    mask[::2, -2:] = 0
+    return DataLoader(TensorDataset(ids, mask), batch_size=batch_size)
+
+
+class Groups(pl.LightningModule):
+    """Made as late as can be, with groups of parameters, and a schedule that steps with the optimizer."""
+
+    def __init__(self, where="configure_model"):
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = None
+
+    def setup(self, stage):
+        if self.hparams.where == "setup":
+            self.make()
+
+    def configure_model(self):
+        if self.hparams.where == "configure_model":
+            self.make()
+
+    def make(self):
+        if self.model is None:
+            torch.manual_seed(0)
+            self.model = AutoModelForCausalLM.from_config(config())
+
+    def training_step(self, batch, batch_idx):
+        return self.model(**batch).loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.model(**batch).loss, sync_dist=True)
+
+    def configure_optimizers(self):
+        plain = ["bias", "norm"]
+        named = list(self.named_parameters())
+        groups = [
+            {"params": [p for n, p in named if not any(part in n for part in plain)], "weight_decay": 0.1},
+            {"params": [p for n, p in named if any(part in n for part in plain)], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        schedule = get_linear_schedule_with_warmup(optimizer, 0, self.trainer.estimated_stepping_batches + 2)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+class Encoder(nn.Module):
+    """A backbone inside another module."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = AutoModel.from_config(config())
+        self.dropout = nn.Dropout(0.0)
+
+    def forward(self, ids):
+        return self.dropout(self.backbone(input_ids=ids).last_hidden_state.mean(1))
+
+
+class Toggled(pl.LightningModule):
+    """A head of its own, and two optimizers by hand, each for its part."""
+
+    def __init__(self, lr=1e-2, classes=3):
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        torch.manual_seed(0)
+        self.encoder, self.head = Encoder(), nn.Linear(16, classes)
+
+    def forward(self, ids):
+        return self.head(self.encoder(ids))
+
+    def training_step(self, batch, batch_idx):
+        losses = []
+        for optimizer in self.optimizers():
+            self.toggle_optimizer(optimizer)
+            loss = cross_entropy(self(batch["input_ids"]), batch["input_ids"][:, 0] % 3)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, 1.0, "norm")
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+            losses.append(loss.detach())
+        self.log("loss", sum(losses))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", cross_entropy(self(batch["input_ids"]), batch["input_ids"][:, 0] % 3))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.encoder.parameters(), self.hparams.lr), torch.optim.SGD(self.head.parameters(), 0.1)
+
+
+KINDS = {"tuples": Tuples, "configure_model": Groups, "setup": lambda: Groups("setup"), "by hand": Toggled}
+
+
+def loaders(kind):
+    own = tuples if kind == "tuples" else loader
+    return own(), own(4, 4)
+
+
+class Live(pl.Callback):
+    """Optimizers hold what there is, in their groups, and all of it moves."""
+
+    def on_train_batch_start(self, trainer, pl_module, *_):
+        groups = [group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        assert sorted(id(p) for group in groups for p in group) == sorted(map(id, pl_module.parameters()))
+        self.before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        assert not [name for name, p in pl_module.named_parameters() if torch.equal(p, self.before[name])]
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_events_in_modules_of_any_kind(tmp_path, kind, event):
+    """Also resumed from a checkpoint that was saved at the end of the first epoch."""
+    lit, again, callback, other = KINDS[kind](), KINDS[kind](), EVENTS[event](2), EVENTS[event](2)
+    own, names = set(vars(lit)), f"{kind}-{{step}}"
+    keep = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename=names)
+    run = trainer(tmp_path, [Live(), callback, keep], max_steps=16 if kind == "by hand" else 8)
+    run.fit(lit, *loaders(kind))
+    assert [one["step"] for one in callback.events] == [2]
+    assert figures(lit) == END[event]
+    assert set(vars(lit)) - own <= {"_hparams"}
+    first = tmp_path / f"{kind}-step={8 if kind == 'by hand' else 4}.ckpt"
+    trainer(tmp_path, [other], max_steps=run.max_steps).fit(again, *loaders(kind), ckpt_path=first)
+    assert same(weights(again), weights(lit))
+    assert repr(other.events) == repr(callback.events)
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("kind", ["configure_model", "setup"])
+def test_a_model_that_is_made_late_is_as_one_that_is_made_early(tmp_path, kind, event):
+    late, early = KINDS[kind](), KINDS[kind]()
+    early.make()
+    for lit in (late, early):
+        callback = EVENTS[event]("start")
+        trainer(tmp_path, [callback], max_steps=2).fit(lit, *loaders(kind))
+        assert [one["step"] for one in callback.events] == [0]
+        assert "configure_model" not in vars(lit)
+    assert same(weights(late), weights(early))
+    assert same_after_reload(late, tmp_path)
+
+
+class Fails(pl.Callback):
+    def setup(self, trainer, pl_module, stage):
+        raise OSError("no room")
+
+
+def test_a_fit_that_fails_before_the_model_is_made_leaves_nothing_behind(tmp_path):
+    lit = Groups()
+    own = set(vars(lit))
+    with pytest.raises(OSError, match="no room"):
+        trainer(tmp_path, [EVENTS["mean"]("start"), Fails()]).fit(lit, *loaders("setup"))
+    assert set(vars(lit)) - own <= {"_hparams"}
+
+
+@pytest.mark.parametrize("dtype", ["32-true", "bf16-true"])
+def test_a_model_made_late_with_weights_in_the_precision_of_the_trainer(tmp_path, dtype):
+    """Lightning makes it in another default dtype, in which nothing else must be computed."""
+    lit = Groups()
+    trainer(tmp_path, [EVENTS["mean"]("start")], max_steps=2, precision=dtype).fit(lit, *loaders("setup"))
+    assert {p.dtype for p in lit.parameters()} == {torch.bfloat16 if dtype == "bf16-true" else torch.float32}
+    assert figures(lit) == END["mean"]
+
+
+@pytest.mark.parametrize("event", ["heads", "structure", "depth", "svd"])
+def test_scores_are_of_the_loss_that_is_given_to_manual_backward(tmp_path, event):
+    """The same module with automatic optimization scores as the one by hand does; neither trains by it."""
+
+    class Automatic(Toggled):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = True
+
+        def training_step(self, batch, batch_idx):
+            return cross_entropy(self(batch["input_ids"]), batch["input_ids"][:, 0] % 3)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), self.hparams.lr)
+
+    left, right = Toggled(), Automatic()
+    for lit in (left, right):
+        trainer(tmp_path, [EVENTS[event]("start"), Stop()], max_steps=2).fit(lit, *loaders("by hand"))
+    assert same(weights(left), weights(right))
+
+
+class Stop(pl.Callback):
+    """Before the first step, after what happens at the start."""
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.should_stop = True
+        trainer.fit_loop.epoch_loop.max_steps = 0
+
+
+class Closures(Toggled):
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+
+            def closure(optimizer=optimizer):
+                loss = cross_entropy(self(batch["input_ids"]), batch["input_ids"][:, 0] % 3)
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                return loss
+
+            with optimizer.toggle_model():
+                optimizer.step(closure=closure)
+
+
+def test_closures(tmp_path):
+    lit, other = Closures(), Toggled()
+    for one in (lit, other):
+        trainer(tmp_path, [EVENTS["heads"](0), Stop()], max_steps=2).fit(one, *loaders("by hand"))
+    assert figures(lit) == END["heads"]
+    assert same(weights(lit), weights(other))
+    lit = Closures()
+    trainer(tmp_path, [EVENTS["heads"](2)], max_steps=8).fit(lit, *loaders("by hand"))
+    assert figures(lit) == END["heads"]
+
+
+class Around(Toggled):
+    """Lightning is not asked for a backward pass."""
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            cross_entropy(self(batch["input_ids"]), batch["input_ids"][:, 0] % 3).backward()
+            optimizer.step()
+
+
+def test_a_loss_that_nobody_is_given_is_refused_and_nothing_is_stepped(tmp_path):
+    lit = Around()
+    before = weights(lit)
+    match = "Around, which steps its optimizers itself, has no loss for batch 0 .*no loss has come to self.manual_backward"
+    with pytest.raises(ValueError, match=match):
+        trainer(tmp_path, [EVENTS["heads"]("start")], max_steps=2).fit(lit, *loaders("by hand"))
+    assert same(weights(lit), before)
+
+
+class Listed(Own):
+    """The model in a list, where torch does not see it."""
+
+    def __init__(self):
+        super().__init__()
+        self.models, self.dummy = [self.net], nn.Linear(2, 2)
+        del self.net
+
+    @property
+    def net(self):
+        return self.models[0]
+
+
+class Two(Own):
+    def __init__(self):
+        super().__init__()
+        self.other = llama(**SIZES)
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        (Listed, r"Listed holds no Hugging Face model .* that torch sees: 'models' has one in a list; make it an attribute"),
+        (Two, "Two holds more than one Hugging Face model: net, other; the one to work on must be its attribute `model`"),
+    ],
+)
+def test_what_cannot_be_found_is_refused(tmp_path, kind, match, event):
+    lit = kind()
+    before = weights(lit)
+    with pytest.raises(ValueError, match=match):
+        trainer(tmp_path, [EVENTS[event](2)]).fit(lit, *loaders("setup"))
+    assert same(weights(lit), before)
+    assert "configure_model" not in vars(lit)

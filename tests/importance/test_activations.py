@@ -1,0 +1,194 @@
+"""What importance says of channels, by hand: of feed-forward blocks, whose readers are one linear layer, and of the stream."""
+
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.importance.probes import by_unit
+from kit.families import build, llama, tokens
+from kit.taylor import BUILD, own_loss
+
+LAST = {
+    "llama": "model.layers.{}.mlp.down_proj",
+    "bert": "bert.encoder.layer.{}.output.dense",
+    "gpt2": "transformer.h.{}.mlp.c_proj",
+}
+NORMS = ["model.layers.{}.input_layernorm", "model.layers.{}.post_attention_layernorm"]
+
+
+def batches():
+    """With padding, which does not count."""
+    found = []
+    for rows, length in ((3, 8), (2, 5)):
+        mask = torch.ones(rows, length, dtype=torch.long)
+        mask[-1, -2:] = 0
+        found.append({"input_ids": tokens(rows, length), "attention_mask": mask})
+    return found
+
+
+def scores(model, given, importance, kind="channel", **options):
+    found = bh.unit_importance(model, bh.find_units(model, [kind]), given, importance, own_loss, False, **options)
+    return torch.stack(list(found.values())).double()
+
+
+def seen(model, names, batch):
+    """What modules get, with its gradient, of the tokens that count: [tokens, channels] each."""
+    inputs = {}
+
+    def keep(module, args):
+        args[0].retain_grad() if args[0].requires_grad else None
+        inputs[module] = args[0]
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keep) for name in names]
+    own_loss(model, batch).backward()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    counts = batch["attention_mask"].bool()
+    own = [inputs[model.get_submodule(name)] for name in names]
+    return [(one.detach()[counts], one.grad[counts]) for one in own]
+
+
+def columns(reader):
+    weight = reader.weight.detach()
+    return weight if isinstance(reader, transformers.pytorch_utils.Conv1D) else weight.T
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_channels(family):
+    model, given = BUILD[family](), batches()
+    count = sum(int(batch["attention_mask"].sum()) for batch in given)
+    gradient, norm, squares = 0, 0, 0
+    for batch in given:
+        found = seen(model, [LAST[family].format(layer) for layer in (0, 1)], batch)
+        gradient += torch.stack([(a * g).abs().sum(0) for a, g in found])
+        norm += torch.stack([a.abs().sum(0) for a, _ in found])
+        squares += torch.stack([a.square().sum(0) for a, _ in found])
+    weights = torch.stack([columns(model.get_submodule(LAST[family].format(layer))).norm(dim=1) for layer in (0, 1)])
+    near = {"rtol": 1e-5, "atol": 1e-12}
+    torch.testing.assert_close(scores(model, given, bh.GateGradient()), gradient / count, **near)
+    torch.testing.assert_close(scores(model, given, bh.ActivationNorm()), norm / count, **near)
+    torch.testing.assert_close(
+        scores(model, given, bh.OutputNorm()), weights * (squares / count).sqrt(), **near
+    )  # Wanda's product
+
+
+def test_channels_one_by_one():
+    model, given = BUILD["llama"](), batches()[:1]
+    found = scores(model, given, bh.Ablation())
+    with torch.no_grad():
+        whole = own_loss(model, given[0])
+        for layer, mlp in enumerate(model.model.layers):
+            for channel in range(0, 48, 5):
+                column = mlp.mlp.down_proj.weight[:, channel]
+                kept = column.clone()
+                column.zero_()
+                assert float(found[layer, channel]) == pytest.approx(float(own_loss(model, given[0]) - whole), rel=1e-4, abs=1e-6)
+                column.copy_(kept)
+
+
+def test_channels_of_the_stream():
+    """Minitron's: what norms give, each once, though q, k and v read the first of a block, and gate and up the second."""
+    model, given = BUILD["llama"](), batches()
+    count = sum(int(batch["attention_mask"].sum()) for batch in given)
+    first = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
+    names = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in first] + ["lm_head"]
+    once = [name for name in names if name.split(".")[-1] in ("q_proj", "gate_proj", "lm_head")]
+    norm, gradient, squares = 0, 0, 0
+    for batch in given:
+        norm += sum(a.abs().sum(0) for a, _ in seen(model, once, batch))
+        gradient += sum(a * g for a, g in seen(model, once, batch)).abs().sum(0)  # retain_grad has all readers' gradients
+        for name, (a, _) in zip(names, seen(model, names, batch), strict=True):
+            squares += a.square().sum(0) * columns(model.get_submodule(name)).square().sum(1)
+    near = {"rtol": 1e-4, "atol": 1e-12}
+    torch.testing.assert_close(scores(model, given, bh.ActivationNorm(), "residual")[0], norm / count / len(once), **near)
+    torch.testing.assert_close(scores(model, given, bh.GateGradient(), "residual")[0], gradient / count, **near)
+    torch.testing.assert_close(
+        scores(model, given, bh.OutputNorm(), "residual")[0], (squares / count / len(names)).sqrt(), **near
+    )
+
+
+def test_readers_that_run_several_times():
+    """Two blocks share one feed-forward: its channels have one gate, and give twice."""
+    model = BUILD["llama"]()
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.gate_proj, second.up_proj, second.down_proj = first.gate_proj, first.up_proj, first.down_proj
+    units, batch = dict(list(bh.find_units(model, ["channel"]).items())[:1]), {"input_ids": tokens(2, 6)}
+    assert {model.get_submodule(reader) for one in units.values() for reader in one.readers} == {first.down_proj}
+    given = []
+    handle = first.down_proj.register_forward_pre_hook(lambda _, args: (args[0].retain_grad(), given.append(args[0]))[1])
+    own_loss(model, batch).backward()
+    handle.remove()
+    model.zero_grad()
+    expected = {
+        "gradient": sum(a.detach() * a.grad for a in given).abs().mean((0, 1)),
+        "norm": sum(a.detach().abs().mean((0, 1)) for a in given) / 2,
+        "output": (sum(a.detach().square().mean((0, 1)) for a in given) / 2).sqrt() * columns(first.down_proj).norm(dim=1),
+    }
+    importance = {"gradient": bh.GateGradient(), "norm": bh.ActivationNorm(), "output": bh.OutputNorm()}
+    for name, one in importance.items():
+        (found,) = bh.unit_importance(model, units, [batch], one, own_loss, normalize=False).values()
+        torch.testing.assert_close(found.double(), expected[name], rtol=1e-5, atol=1e-12)
+
+
+def test_few_products_are_held_at_a_time():
+    """Those of a block are made use of before those of the block below come."""
+    from billhook.importance.probes import Products
+
+    model, batch, order = llama(num_hidden_layers=4), {"input_ids": tokens(2, 6)}, []
+    units = bh.find_units(model, ["channel"])
+    products = Products(units, "head", {}, lambda name, values, count: order.append((name, tuple(values.shape), count)))
+    handles = [layer.mlp.register_full_backward_hook(lambda module, *_: order.append(module)) for layer in model.model.layers]
+    products.run(model, lambda: own_loss(model, batch))
+    for handle in handles:
+        handle.remove()
+    expected = [[(f"model.layers.{layer}.mlp", (2, 6, 48), 12), model.model.layers[layer].mlp] for layer in (3, 2, 1, 0)]
+    assert order == [one for pair in expected for one in pair][:-1]  # nobody asks for the gradient of what the first one gets
+
+
+@pytest.mark.parametrize("index", [
+    [0, 1, 2, 3], [0, 0, 1, 1, 2, 2], [1, 0, 2], [0, 1, 0, 1, 2, 2], [-1, 0, 1, -1], [0, 0, 1], [2, 0, 1, 1, 0, 2, -1, -1],
+])  # fmt: skip
+def test_sums_over_positions_and_outputs_without_a_unit(index):
+    """Also where the units stand anywhere, or are of different sizes."""
+    import numpy as np
+
+    from billhook.importance.activations import gram_of, table_of
+    from billhook.units.units import Units
+
+    count, width = max(index) + 1, len(index)
+    units = Units("head", "x", ("y",), np.array(index), np.arange(count), (), (), ())
+    values, reader = torch.randn(2, 5, width), torch.nn.Linear(width, 7)
+    found, (table, there) = by_unit(values, units, "head"), table_of(units, "head")
+    gram = gram_of(reader, table, there, width)
+    for unit in range(count):
+        own = [position for position, one in enumerate(index) if one == unit]
+        torch.testing.assert_close(found[..., unit], values[..., own].sum(-1))
+        block = reader.weight.detach()[:, own].T @ reader.weight.detach()[:, own]
+        torch.testing.assert_close(gram[unit][: len(own), : len(own)], block)
+        assert not gram[unit][len(own) :].any()
+        assert not gram[unit][:, len(own) :].any()
+
+
+def test_outputs_in_mixed_precision_are_summed_in_float32():
+    model, batch, given = BUILD["llama"]().float(), {"input_ids": tokens(2, 6)}, []
+    reader = model.model.layers[0].self_attn.o_proj
+    handle = reader.register_forward_pre_hook(lambda _, args: given.append(args[0].detach().double()))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scores(model, [batch], bh.OutputNorm(), "head")
+    handle.remove()
+    seen, weight = given[-1].unflatten(-1, (8, 4)), reader.weight.detach().double().unflatten(-1, (8, 4))
+    moved = torch.einsum("bthi,ohi->bhto", seen, weight).square().sum((0, 2, 3))
+    torch.testing.assert_close(found[0], (moved / 12).sqrt(), rtol=1e-5, atol=0)
+
+
+def test_experts_channels_that_no_module_reads_are_refused():
+    model = build("mixtral")
+    units = bh.find_units(model, ["channel"])
+    with pytest.raises(
+        ValueError, match=r"OutputNorm looks at what modules read, and the units of model.layers.0.mlp.experts \(chan"
+    ):
+        bh.unit_importance(model, units, [{"input_ids": tokens()}], bh.OutputNorm())
+    found = bh.unit_importance(model, units, [{"input_ids": tokens()}], bh.Taylor())
+    assert all(one.isfinite().all() and one.min() > 0 for one in found.values())

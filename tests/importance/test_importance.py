@@ -1,0 +1,467 @@
+"""Scores of heads against brute force: differences of losses, and sums over rows and columns that are counted by hand."""
+
+import copy
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.importance.score import score, trial_of
+from billhook.units.heads import find_heads
+from kit.families import build, llama, tokens
+from kit.heads_small import ATTENTIVE, SEQ2SEQ, hooks, small
+
+pytestmark = pytest.mark.usefixtures("traced_once")
+CONFIG = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
+EVERY = [
+    *(bh.GateGradient(), bh.Taylor("unit"), bh.Taylor(), bh.Taylor("mixed"), bh.WeightNorm(), bh.WeightNorm(1)),
+    *(bh.ActivationNorm(), bh.OutputNorm(), bh.RandomUnits(), bh.Ablation()),
+]
+
+
+def loud(model):
+    """Weights so large that heads matter, in float64."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model.eval().double()
+
+
+def bert():
+    return loud(transformers.BertForMaskedLM(transformers.BertConfig(**CONFIG)))
+
+
+def gpt2():
+    return loud(transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=64)))
+
+
+def padded(rows=3, length=10, side="right", labels=False):
+    """Rows of which each has one token fewer than the one before."""
+    ids, mask = tokens(rows, length), torch.ones(rows, length, dtype=torch.long)
+    for row in range(1, rows):
+        mask[row, slice(-row, None) if side == "right" else slice(row)] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    return batch | {"labels": ids.masked_fill(mask == 0, -100)} if labels else batch
+
+
+READERS = {
+    "bert": ("bert.encoder.layer.{}.attention", "bert.encoder.layer.{}.attention.output.dense", 4),
+    "gpt2": ("transformer.h.{}.attn", "transformer.h.{}.attn.c_proj", 4),
+    "llama": ("model.layers.{}.self_attn", "model.layers.{}.self_attn.o_proj", 8),
+}
+BUILD = {"bert": bert, "gpt2": gpt2, "llama": lambda: loud(llama())}
+
+
+@contextmanager
+def by_hand(model, family, values):
+    """Heads of one layer after the other multiplied, with heads counted by hand; `values` of shape `[..., heads]` a layer."""
+    handles = []
+    for layer, own in enumerate(values):
+        reader = model.get_submodule(READERS[family][1].format(layer))
+
+        def gate(_, args, own=own):
+            return ((args[0].unflatten(-1, (own.shape[-1], -1)) * own[..., None]).flatten(-2),)
+
+        handles.append(reader.register_forward_pre_hook(gate))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def difference(model, family, loss, layer, head, step=1e-3):
+    """The central difference of a loss by the gate of one head."""
+    found = []
+    for value in (1 + step, 1 - step):
+        values = [torch.ones(READERS[family][2], dtype=torch.float64) for _ in range(2)]
+        values[layer][head] = value
+        with by_hand(model, family, values), torch.no_grad():
+            found.append(float(loss()))
+    return (found[0] - found[1]) / (2 * step)
+
+
+def differences(model, family, loss):
+    return torch.tensor(
+        [[difference(model, family, loss, layer, head) for head in range(READERS[family][2])] for layer in (0, 1)]
+    )
+
+
+def scores(model, family, *args, **options):
+    """The scores as a tensor, checked to be those of the layers by name."""
+    found = bh.head_importance(model, *args, **({"normalize": False} | options))
+    assert list(found) == [READERS[family][0].format(layer) for layer in (0, 1)]
+    assert all(one.dtype == torch.float32 and one.device.type == "cpu" for one in found.values())
+    return torch.stack(list(found.values()))
+
+
+def near(got, expected, relative=1e-3):
+    torch.testing.assert_close(got.double(), expected.double(), rtol=relative, atol=relative * float(expected.abs().max()) / 10)
+
+
+def own_loss(model, batch):
+    """The sum of the losses of tokens, and how many there are, without the loss of transformers."""
+    batch = dict(batch)
+    labels = batch.pop("labels")
+    logits = model(**batch).logits
+    if not isinstance(model, transformers.BertForMaskedLM):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
+    return each.sum(), int((labels != -100).sum())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_gate_gradient_of_batches_and_examples_is_a_difference(family):
+    model = BUILD[family]()
+    batches = [padded(labels=True), padded(rows=2, length=7, labels=True)]
+    whole, single = [], []
+    for batch in batches:
+        count = own_loss(model, batch)[1]
+        whole.append(differences(model, family, lambda batch=batch, count=count: own_loss(model, batch)[0] / count).abs())
+        for row in range(len(batch["input_ids"])):
+            one = {key: value[row : row + 1] for key, value in batch.items()}
+            single.append(differences(model, family, lambda one=one, count=count: own_loss(model, one)[0] / count).abs())
+    relative = 1e-3 if family != "llama" else 3e-2  # its norms compute in float32
+    near(scores(model, family, batches, bh.GateGradient("batch")), sum(whole) / 2, relative)
+    near(scores(model, family, batches, bh.GateGradient("example")), sum(single) / 5, relative)
+    without = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+    if family != "bert":  # what a causal model reads is what it is to say
+        near(scores(model, family, without, bh.GateGradient("batch")), sum(whole) / 2, relative)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_gate_gradient_of_tokens_is_that_of_a_gate_at_each_token(family, side):
+    model, heads = BUILD[family](), READERS[family][2]
+    batches = [padded(side=side, labels=True), padded(rows=2, length=7, side=side, labels=True)]
+    total, count = torch.zeros(2, heads, dtype=torch.float64), 0
+    for batch in batches:
+        gates = [torch.ones(*batch["input_ids"].shape, heads, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+        with by_hand(model, family, gates):
+            loss, tokens = own_loss(model, batch)
+            gradients = torch.autograd.grad(loss / tokens, gates)
+        counts = batch["attention_mask"].bool()
+        total += torch.stack([gradient[counts].abs().sum(0) for gradient in gradients])
+        count += int(counts.sum())
+    near(scores(model, family, batches), total / count, 1e-4)
+    near(scores(model, family, iter(batches), bh.GateGradient("token")), total / count, 1e-4)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("importance", [*map(bh.GateGradient, ("token", "example", "batch")), bh.Taylor(), bh.Taylor("mixed"),
+                                        bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()], ids=repr)  # fmt: skip
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_what_stands_under_the_mask_does_not_matter(family, importance, side):
+    model = BUILD[family]()
+    batch = padded(side=side, labels=family == "bert")
+    other = batch | {"input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], tokens(3, 10))}
+    found = [scores(model, family, [one], importance) for one in (batch, other)]
+    near(found[0], found[1], 1e-3 if isinstance(importance, bh.Ablation) else 1e-5)  # the loss of transformers is a float32
+
+
+def test_longer_padding_changes_nothing():
+    model, ids = BUILD["gpt2"](), tokens(2, 6)
+    more = torch.cat([ids, torch.zeros(2, 4, dtype=torch.long)], dim=1)
+    mask = torch.tensor([[1] * 6 + [0] * 4] * 2)
+    for importance in (bh.GateGradient(), bh.ActivationNorm(), bh.OutputNorm(), bh.Taylor(), bh.Taylor("second"), bh.Ablation()):
+        expected = scores(model, "gpt2", [{"input_ids": ids}], importance)
+        near(scores(model, "gpt2", [{"input_ids": more, "attention_mask": mask}], importance), expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", [*ATTENTIVE, *SEQ2SEQ])
+def test_of_a_whole_batch_it_is_the_gradient_of_the_gates(name):
+    case = small(name)
+    batch = [trial_of(case.model, case.heads, {}, case.loss)]
+    found = score(case.model, case.heads, bh.GateGradient("batch"), batch, normalize=False)
+    kv = score(case.model, case.heads, bh.GateGradient("batch"), batch, normalize=False, per="kv_head")
+    for attention, one in case.heads.items():
+        count = len(one.kv_of)
+        gate = torch.ones(count, dtype=torch.float64, requires_grad=True)
+        handles = [
+            case.model.get_submodule(reader).register_forward_pre_hook(
+                lambda _, args, gate=gate: ((args[0].unflatten(-1, (len(gate), -1)) * gate[:, None]).flatten(-2), *args[1:])
+            )
+            for reader in one.readers
+        ]
+        try:
+            (expected,) = torch.autograd.grad(case.loss(), gate)
+        finally:
+            for handle in handles:
+                handle.remove()
+        near(found[attention], expected.abs(), 1e-3)
+        near(kv[attention], expected.reshape(one.count("kv_head"), -1).sum(1).abs(), 1e-3)
+
+
+def by_rows(tensor, heads):
+    return tensor.reshape(heads, -1)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("per", ["head", "kv_head"])
+def test_weight_norm_by_hand_for_grouped_queries(p, per):
+    model, expected = BUILD["llama"](), []  # 8 query heads of 4, served by 4 KV heads
+    for layer in model.model.layers:
+        own = {name: layer.self_attn.get_submodule(f"{name}_proj").weight.detach() for name in "qkvo"}
+        if per == "head":
+            rows = [by_rows(own["q"], 8), by_rows(own["o"].T, 8)]
+        else:
+            rows = [by_rows(one, 4) for one in (own["q"], own["k"], own["v"], own["o"].T)]
+        expected.append(torch.cat(rows, dim=1).norm(p=p, dim=1))
+    near(scores(model, "llama", None, bh.WeightNorm(p), per=per), torch.stack(expected), 1e-6)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_weight_norm_by_hand_with_biases(p):
+    model, norms = BUILD["bert"](), []
+    for layer in model.bert.encoder.layer:
+        made = [one for n in ("query", "key", "value") for one in layer.attention.self.get_submodule(n).parameters()]
+        read = layer.attention.output.dense.weight
+        norms.append(torch.cat([*(by_rows(w.detach(), 4) for w in made), by_rows(read.detach().T, 4)], dim=1).norm(p=p, dim=1))
+    near(scores(model, "bert", None, bh.WeightNorm(p)), torch.stack(norms), 1e-6)
+
+
+@pytest.mark.parametrize("per", ["head", "kv_head"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_output_norm_is_how_far_outputs_move_without_a_head(family, per):
+    model, batches = BUILD[family](), [padded(labels=True), padded(rows=2, length=6, labels=True)]
+    heads = {"head": READERS[family][2], "kv_head": 4}[per]
+    expected, count = torch.zeros(2, heads, dtype=torch.float64), sum(int(batch["attention_mask"].sum()) for batch in batches)
+    for layer in (0, 1):
+        reader, seen = model.get_submodule(READERS[family][1].format(layer)), []
+        handle = reader.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].detach()))
+        for batch in batches:
+            model(**batch)
+        handle.remove()
+        for batch, given in zip(batches, seen, strict=True):
+            for head in range(heads):
+                without = given.unflatten(-1, (heads, -1)).clone()
+                without[..., head, :] = 0
+                moved = reader(given) - reader(without.flatten(-2))
+                expected[layer, head] += moved[batch["attention_mask"].bool()].square().sum().detach()
+    near(scores(model, family, batches, bh.OutputNorm(), per=per), (expected / count).sqrt(), 1e-5)
+
+
+@pytest.mark.parametrize("per", ["head", "kv_head"])
+def test_activation_norm_by_hand(per):
+    model, batches = BUILD["llama"](), [padded(), padded(rows=2, length=6)]
+    total, count = torch.zeros(2, 8 if per == "head" else 4, dtype=torch.float64), 0
+    for batch in batches:
+        seen = []
+        handles = [layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].detach()))
+                   for layer in model.model.layers]  # fmt: skip
+        model(**batch)
+        for handle in handles:
+            handle.remove()
+        counts = batch["attention_mask"].bool()
+        total += torch.stack([one[counts].unflatten(-1, (total.shape[1], -1)).norm(dim=-1).sum(0) for one in seen])
+        count += int(counts.sum())
+    near(scores(model, "llama", batches, bh.ActivationNorm(), per=per), total / count, 1e-5)
+
+
+@pytest.mark.parametrize("per", ["head", "kv_head"])
+def test_ablation_by_hand(per):
+    model, batches = BUILD["llama"](), [padded(labels=True), padded(rows=2, length=6, labels=True)]
+    expected = torch.zeros(2, 8 if per == "head" else 4, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in batches:
+            whole = model(**batch).loss
+            for layer in (0, 1):
+                for head in range(expected.shape[1]):
+                    with bh.mask_heads(model, {layer: [head]}, per):
+                        expected[layer, head] += (model(**batch).loss - whole) / 2
+    near(scores(model, "llama", batches, bh.Ablation(), per=per), expected, 1e-5)
+
+
+def test_random_heads_depend_on_the_seed_alone():
+    model = BUILD["llama"]()
+    one, same, other = (scores(model, "llama", None, bh.RandomUnits(seed)) for seed in (1, 1, 2))
+    torch.manual_seed(5)
+    assert torch.equal(one, same)
+    assert torch.equal(one, scores(model, "llama", [{"input_ids": tokens()}], bh.RandomUnits(1)))
+    assert not torch.equal(one, other)
+    assert 0 <= float(one.min()) < float(one.max()) < 1
+    assert not torch.equal(one[0], one[1])
+
+
+@pytest.mark.parametrize("importance", EVERY, ids=repr)
+def test_scores_of_each_layer_have_unit_length(importance):
+    model, batches = BUILD["llama"](), [{"input_ids": tokens()}]
+    raw = scores(model, "llama", batches, importance)
+    found = scores(model, "llama", batches, importance, normalize=True)
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
+    torch.testing.assert_close(found, raw / raw.norm(dim=1, keepdim=True))
+    assert torch.equal(found, torch.stack(list(bh.head_importance(model, batches, importance).values())))
+
+
+def test_a_kv_head_has_the_credit_of_its_query_heads_summed_before_the_absolute_value():
+    model, batch = BUILD["llama"](), {"input_ids": tokens(2, 6)}
+    gates = [torch.ones(2, 6, 8, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    with by_hand(model, "llama", gates):
+        gradients = torch.autograd.grad(model(**batch, labels=batch["input_ids"]).loss, gates)
+    of = torch.tensor([head // 2 for head in range(8)])
+    products = torch.stack(gradients).new_zeros(2, 2, 6, 4).index_add_(-1, of, torch.stack(gradients))
+    wanted = {"token": products.abs().mean((1, 2)), "example": products.sum(2).abs().mean(1), "batch": products.sum((1, 2)).abs()}
+    for each, expected in wanted.items():
+        near(scores(model, "llama", [batch], bh.GateGradient(each), per="kv_head"), expected, 1e-4)
+
+
+def state(model):
+    return {
+        "hooks": hooks(model),
+        "modes": [module.training for module in model.modules()],
+        "needs": [parameter.requires_grad for parameter in model.parameters()],
+        "grads": [parameter.grad for parameter in model.parameters()],
+        "cache": model.config.use_cache,
+        "random": torch.get_rng_state().tolist(),
+        "names": list(model.state_dict()),
+        "sums": [float(parameter.detach().double().sum()) for parameter in model.parameters()],
+    }
+
+
+@pytest.mark.parametrize("importance", EVERY, ids=repr)
+def test_the_model_is_as_before_whatever_happens(importance):
+    model = llama(attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    model.model.layers[1].self_attn.q_proj.weight.requires_grad_(False)
+    assert model.config.use_cache
+    seen = []
+
+    def loss(model, batch):
+        seen.append((model.training, model.config.use_cache, model.model.layers[1].self_attn.training))
+        torch.rand(3)
+        if len(seen) % 3 == 0:
+            raise RuntimeError("third")
+        return model(**batch, labels=batch["input_ids"]).loss
+
+    before, batches = state(model), [{"input_ids": tokens()}]
+    before["random"] = torch.get_rng_state().tolist()
+    bh.head_importance(model, batches, importance)
+    assert state(model) == before
+    if importance.needs_data:
+        with pytest.raises(RuntimeError, match="third"):
+            bh.head_importance(model, batches * 3, importance, loss)
+        assert state(model) == before
+        assert set(seen) == {(False, False, False)}
+
+
+@pytest.mark.parametrize("importance", EVERY, ids=repr)
+def test_frozen_models_and_no_grad(importance):
+    model, batches = BUILD["llama"](), [{"input_ids": tokens()}]
+    expected = scores(model, "llama", batches, importance)
+    model.requires_grad_(False)
+    torch.testing.assert_close(scores(model, "llama", batches, importance), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(scores(model, "llama", batches, importance), expected)
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("importance", [bh.GateGradient(), bh.Taylor()], ids=repr)
+def test_a_loss_that_asks_nothing_of_a_layer_names_it(importance):
+    model, batches = llama(), [{"input_ids": tokens()}]
+
+    def first(model, batch):
+        return model(**batch, output_hidden_states=True).hidden_states[1].square().mean()
+
+    for loss, layer in ((first, 1), (lambda model, _: model.model.embed_tokens.weight.sum(), 0)):
+        with pytest.raises(ValueError, match=rf"loss: it does not depend on the units of model\.layers\.{layer}\.self_attn;"):
+            bh.head_importance(model, batches, importance, loss)
+
+
+def test_what_is_no_loss_is_refused():
+    model, batches = llama(), [{"input_ids": tokens()}]
+    for loss, said in (
+        (lambda model, batch: model(**batch).logits, r"loss: one number is needed, not a tensor of shape \[2, 12, 64\]"),
+        (lambda model, batch: model(**batch).logits.mean().detach(), "loss: it depends on no unit"),
+        (
+            lambda model, batch: model(**batch).logits.mean() * math.nan,
+            r"batches: batch 0 \(counted from 0\) gives model.layers.1.self_attn\S* a gradient that is NaN or infinite",
+        ),
+    ):
+        for importance in (bh.GateGradient(), bh.Taylor()):
+            with pytest.raises(ValueError, match=said):
+                bh.head_importance(model, batches, importance, loss)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0] = math.inf
+    for importance in (bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()):
+        with pytest.raises(ValueError, match="is NaN or infinite: the loss, or the model, is not finite on a batch"):
+            bh.head_importance(model, batches, importance)
+
+
+def test_batches_that_do_not_do_are_refused():
+    model = llama()
+    for importance in (one for one in EVERY if one.needs_data):
+        name = type(importance).__name__
+        with pytest.raises(ValueError, match=f"batches=None: {name} needs batches"):
+            bh.head_importance(model, None, importance)
+        with pytest.raises(ValueError, match=f"batches: {name} needs at least one batch"):
+            bh.head_importance(model, [], importance)
+    with pytest.raises(ValueError, match="BertForMaskedLM gives no loss for input_ids: add labels, or give `loss`"):
+        bh.head_importance(bert(), [{"input_ids": tokens()}])
+    with pytest.raises(ValueError, match="a Tensor is no dictionary of what the model takes: give `loss`"):
+        bh.head_importance(model, [tokens()])
+    with pytest.raises(ValueError, match="each='x' must be one of token, example, batch"):
+        bh.GateGradient("x")
+    with pytest.raises(ValueError, match="p=3 must be 1 or 2"):
+        bh.WeightNorm(3)
+    ids = tokens()  # with a loss of one's own, a batch may be anything
+    found = bh.head_importance(model, [ids], loss=lambda model, ids: model(ids, labels=ids).loss)
+    torch.testing.assert_close(found, bh.head_importance(model, [{"input_ids": ids}]))
+
+
+def test_tokens_of_a_decoder_are_those_with_labels():
+    sides = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in {"layers": 1, "attention_heads": 4}.items()}
+    config = transformers.BartConfig(d_model=32, vocab_size=64, encoder_ffn_dim=48, decoder_ffn_dim=48, **sides)
+    model = loud(transformers.BartForConditionalGeneration(config))
+    batch = padded() | {"labels": tokens(3, 5)}
+    batch["labels"][1, 3:] = -100
+    found = bh.head_importance(model, [batch], normalize=False)
+    counts = {"encoder.layers.0.self_attn": batch["attention_mask"].bool()}
+    counts |= dict.fromkeys(["decoder.layers.0.self_attn", "decoder.layers.0.encoder_attn"], batch["labels"] != -100)
+    assert list(found) == [f"model.{name}" for name in counts]
+    for name, asked in counts.items():
+        gate = torch.ones(*asked.shape, 4, dtype=torch.float64, requires_grad=True)
+        handle = model.get_submodule(f"model.{name}.out_proj").register_forward_pre_hook(
+            lambda _, args, gate=gate: ((args[0].unflatten(-1, (4, -1)) * gate[..., None]).flatten(-2),)
+        )
+        (gradient,) = torch.autograd.grad(model(**batch).loss, gate)
+        handle.remove()
+        near(found[f"model.{name}"], gradient[asked].abs().mean(0), 1e-4)
+
+
+@pytest.mark.parametrize("importance", [*EVERY, bh.GateGradient("example"), bh.Taylor("second")], ids=repr)
+def test_ranks_add_up(importance):
+    model, batches = BUILD["llama"](), [padded(), padded(rows=2, length=6), padded(rows=4, length=5)]
+    heads = find_heads(model)
+    trials = [trial_of(model, heads, batch) for batch in batches]
+    whole = score(model, heads, importance, trials)
+    parts = []
+
+    def keep(tensor):
+        parts.append(tensor.clone())
+        return tensor
+
+    score(model, heads, importance, trials[:1], reduce=keep)
+    found = score(model, heads, importance, trials[1:], reduce=lambda tensor: tensor.add_(parts[0]))
+    for name, expected in whole.items():
+        torch.testing.assert_close(found[name], expected)
+    assert len(parts) == importance.needs_data
+
+
+def test_adapters_and_half_precision():
+    import peft
+
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], r=2, init_lora_weights=False)
+    model, batches = peft.get_peft_model(loud(llama()), config).eval(), [{"input_ids": tokens()}]
+    merged = copy.deepcopy(model).merge_and_unload()
+    for importance in (bh.GateGradient(), bh.GateGradient("batch"), bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()):
+        found, expected = (list(bh.head_importance(one, batches, importance).values()) for one in (model, merged))
+        torch.testing.assert_close(found, expected)
+    model = build("llama")
+    expected = bh.head_importance(model, batches)
+    found = bh.head_importance(model.bfloat16(), batches)
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name], one, rtol=0.1, atol=0.02)

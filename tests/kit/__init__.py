@@ -1,0 +1,1 @@
+"""What tests share: families of models, fits, events, oracles."""

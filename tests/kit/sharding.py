@@ -1,0 +1,198 @@
+"""Fits under ModelParallelStrategy."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import billhook as bh
+from billhook.fit.measure import measure
+from billhook.running.shards import is_sharded, whole
+from kit.families import llama
+from kit.fits import data, module, trainer
+
+
+def gpt2():
+    """Its linears are Conv1D, its embeddings tied."""
+    small = {"vocab_size": 64, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**small, **dropout))
+
+
+class Own(pl.LightningModule):
+    """A user's own module, which shards blocks and what is around them, or all as one."""
+
+    def __init__(self, model=llama, blocks=True, policy=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = model().train()
+        self.blocks, self.policy = blocks, policy or MixedPrecisionPolicy()
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.net):
+            layers = next(m for m in self.net.modules() if isinstance(m, torch.nn.ModuleList)) if self.blocks else ()
+            for part in [*layers, self.net]:
+                fully_shard(part, mesh=self.device_mesh["data_parallel"], mp_policy=self.policy)
+
+    def train_dataloader(self):
+        ids, ranks = torch.randint(3, 60, (12, 12), generator=torch.Generator().manual_seed(0)), self.trainer.world_size
+        sampler = DistributedSampler(ids, ranks, self.trainer.global_rank, shuffle=False) if ranks > 1 else None
+        return DataLoader(TensorDataset(ids), 2 // ranks, sampler=sampler)
+
+    val_dataloader = train_dataloader
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0], labels=batch[0]).loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch[0], labels=batch[0]).loss, sync_dist=True)
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+class Zeros(pl.Callback):
+    """Whether what a WeightPruning has masked is zero after each step, on this rank's part of each weight."""
+
+    def __init__(self, pruning):
+        self.pruning, self.always = pruning, True
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        state = {name: whole(value) for name, value in pl_module.state_dict().items()}
+        self.always &= all(not state[f"net.{name}.weight"][~mask].any() for name, mask in self.pruning.masks.items())
+
+
+class Looks(pl.Callback):
+    """Validates before training, as Report does."""
+
+    def on_train_start(self, trainer, pl_module):
+        measure(trainer, pl_module, 1)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is done by one process, and by two on the same global batches."""
+
+    module: Callable[[], pl.LightningModule]
+    callback: Callable[[], Any]
+    told: Callable[[Any], Any]  # of the callback, the same on both
+    steps: int = 4
+
+    def run(self, folder: Path, files: dict[str, str], ranks: int = 1, full: bool = True, path=None, checkpoints=()) -> Any:
+        torch.manual_seed(0)
+        lit, callback = self.module(), self.callback()
+        zeros = Zeros(callback)
+        text = isinstance(lit, bh.TransformerModule)
+        two = {"devices": 2, "strategy": sharding(2, save_distributed_checkpoint=not full), "use_distributed_sampler": text}
+        # a validation leaves gathered what is around the blocks
+        often = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2}
+        callbacks = [Looks(), callback, *[zeros] * (not text), *checkpoints]
+        run = trainer(folder, callbacks, max_steps=self.steps, **often, **(two if ranks == 2 else {}))
+        run.fit(lit, data(files, batch_size=2 // ranks) if text else None, ckpt_path=path)
+        state = {name: whole(value) for name, value in lit.state_dict().items()}
+        return run, state, [zeros.always, self.told(callback)]
+
+
+def sharding(data_parallel_size, tensor_parallel_size=1, **options):
+    return ModelParallelStrategy(data_parallel_size, tensor_parallel_size, **options)
+
+
+def masks(criterion, module=Own, **options):
+    """With batches that two processes cannot share out evenly, or training examples."""
+    given = {"at": 2, "examples": 3, "measure_batches": 1} | options
+    given |= {} if "sparsity" in options or "pattern" in options else {"sparsity": 0.5}
+    return Fit(module, lambda: bh.WeightPruning(criterion, **given), lambda one: [one.masks, one.events])
+
+
+ONE = [(torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(3)),)]
+
+
+RAMP = bh.Linear(final=0.5, start=1, end=3)
+
+
+MASKS = {
+    "magnitude": masks(bh.Magnitude(), sparsity=RAMP, at="start"),
+    "magnitude, global": masks(bh.Magnitude(compares="global")),
+    "wanda": masks(bh.Wanda(), sparsity=RAMP, at="start"),
+    "wanda, none": masks(bh.Wanda(), sequential="none", at="start"),
+    "wanda, layer": masks(bh.Wanda(), sequential="layer", output_embeddings=True),
+    "wanda, global": masks(bh.Wanda(compares="global"), sequential="none"),
+    "wanda, 2:4": masks(bh.Wanda(), pattern="2:4"),
+    "wanda, one batch": masks(bh.Wanda(), calibration=ONE),
+    "wanda, as one": masks(bh.Wanda(), lambda: Own(blocks=False)),
+    "wanda, Conv1D": masks(bh.Wanda(), lambda: Own(gpt2)),
+    "owl": masks(bh.Wanda(), allocation=bh.OWL()),
+    "sparsegpt": masks(bh.SparseGPT(), pattern="2:4"),
+    "sparsegpt, bfloat16": masks(bh.SparseGPT(), lambda: Own(policy=MixedPrecisionPolicy(torch.bfloat16))),
+}
+
+
+HEADS = Fit(
+    lambda: module(num_key_value_heads=8),
+    lambda: bh.HeadPruning(bh.MultiStep([0.25, 0.5], [1, 2]), remove="never", measure_batches=0, examples=4),
+    lambda one: [one.record.state_dict(), one.heads, one.events],
+)
+
+
+EVERYTHING = {"output_embeddings": True, "examples": 3, "measure_batches": 0}
+
+
+RESUMED = {
+    "masks": Fit(module, lambda: bh.WeightPruning(bh.Wanda(), RAMP, **EVERYTHING), lambda one: one.masks),
+    "heads": Fit(module, lambda: bh.KVHeadConversion(2), lambda one: one.events),
+    "heads masked": HEADS,
+}
+
+
+def fit_all() -> None:
+    """What each of the two processes runs."""
+    files, out = json.loads(sys.argv[1])
+    out = Path(out)
+    torch.set_num_threads(1)
+    for name, one in MASKS.items():
+        run, *result = one.run(out, files, ranks=2)
+        keep(run, out / f"{name}.pt", result)
+    for name, one in RESUMED.items():
+        for full in (True, False):
+            folder = out / f"{name}, {full}"
+            saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+            run, *straight = one.run(out, files, 2, full, checkpoints=[saves])
+            keep(run, out / f"{name}, {full}.pt", straight)
+            for step in (1, 2):
+                run, *resumed = one.run(out, files, 2, full, path=folder / f"step={step}.ckpt")
+                keep(run, out / f"{name}, {full}, {step}.pt", resumed)
+    export(files, out)
+    refused = [str(refusal(files, out, callback)) for callback in (bh.WeightPruning(sparsity=0.5), bh.KVHeadConversion(2))]
+    keep(run, out / "refused.pt", refused)
+
+
+def export(files, out):
+    callbacks = [bh.WeightPruning(sparsity=0.5, examples=3), bh.Export(str(out / "exported")), bh.Report(str(out / "plot.png"))]
+    run = trainer(out, callbacks, max_steps=1, devices=2, strategy=sharding(2), limit_val_batches=1)
+    run.fit(module(), data(files, batch_size=1))
+
+
+def refusal(files, out, callback):
+    with pytest.raises(ValueError, match=r"tensor_parallel_size=2 must be 1") as error:
+        trainer(out, [callback], max_steps=2, devices=2, strategy=sharding(1, 2)).fit(module(), data(files, batch_size=1))
+    return error.value
+
+
+def keep(run, path, result):
+    """Keeps what came of a fit, and whether it is the same on both ranks."""
+    gathered = [None, None]
+    torch.distributed.all_gather_object(gathered, repr(tree_map_only(torch.Tensor, torch.Tensor.tolist, result)))
+    if run.is_global_zero:
+        torch.save([gathered[0] == gathered[1], result], path)

@@ -1,0 +1,203 @@
+"""The best way is the one that loses least on held-out text, and repair brings a trained model nearer to what it was."""
+
+import copy
+import functools
+
+import pytest
+import torch
+
+import billhook as bh
+from billhook.kv_heads.bases.freedom import Freedoms
+from billhook.kv_heads.bases.ready import Attentions, Way, best_way
+from billhook.kv_heads.bases.stacks import find_projections, read
+from billhook.repairs.repair import Repair
+from billhook.running.trials import Trial
+from billhook.tracing.trace import trace
+from kit import kv_zoo
+from kit.families import build, llama, tokens
+from kit.kv_planted import model_of
+from kit.prune_ranks import Ranks
+from kit.repair import embedded_text
+
+WAYS = [Way("mean"), Way("aligned"), Way("svd"), Way("aligned", "similar"), Way("svd", "similar")]
+
+
+def attentions_of(model, groups):
+    structure = trace(model)
+    places = find_projections(model, structure)
+    return Attentions(model, places, dict.fromkeys(places, groups), structure)
+
+
+def trials_of(model, parts):
+    return [Trial(lambda ids=ids: model(input_ids=ids, labels=ids).loss, {}, lambda: []) for ids in parts]
+
+
+@functools.cache
+def trained():
+    """The embedded model, a Llama with 8 KV heads, of which one layer is to be converted, and text, in part unseen."""
+    model = bh.load("tiny").float().eval()
+    attentions = attentions_of(model, 4)
+    attentions.places = dict(list(attentions.places.items())[1:2])
+    return attentions, embedded_text("train", 8).split(2), embedded_text("validation", 4)
+
+
+def changed(model, new):
+    """A copy with other parameters."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for linear, own in new.items():
+            for name, value in own.items():
+                model.get_submodule(linear).get_parameter(name).copy_(value)
+    return model
+
+
+@torch.no_grad()
+def distance(one, other, ids):
+    return float((one(ids).logits - other(ids).logits).norm() / other(ids).logits.norm())
+
+
+def test_auto_takes_what_loses_least_on_held_out_batches(monkeypatch):
+    attentions, parts, _ = trained()
+    (number,) = Repair().chooses(len(parts))
+    held_out, compared, loss = parts[number], [], attentions.loss
+    monkeypatch.setattr(attentions, "loss", lambda new, *rest: compared.append(new) or loss(new, *rest))
+    way, losses = best_way(attentions, trials_of(attentions.model, parts), None)
+    assert list(losses) == WAYS
+    with torch.no_grad():
+        for new, expected in zip(compared, losses.values(), strict=True):
+            other = changed(attentions.model, new)
+            assert float(other(input_ids=held_out, labels=held_out).loss) == pytest.approx(expected, rel=1e-4)
+    seen = trials_of(attentions.model, [part for part in parts if part is not held_out])
+    for linear, own in attentions.equal(Way("svd"), attentions.moments(seen, "consecutive")).items():
+        torch.testing.assert_close(own["weight"], compared[2][linear]["weight"])
+    assert way == min(losses, key=losses.get)
+    assert losses[Way("svd")] < losses[Way("aligned")] < losses[Way("mean")]
+    assert losses[way] <= losses[Way("svd")]
+    assert [str(one) for one in WAYS[2::2]] == ["svd", "svd, similar heads grouped"]
+
+
+@pytest.mark.parametrize("start", ["mean", "svd"])
+def test_repair_brings_a_trained_model_nearer_to_what_it_was_on_text_it_has_not_seen(start):
+    attentions, parts, unseen = trained()
+    model, trials = attentions.model, trials_of(attentions.model, parts)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    new = attentions.equal(Way(start), attentions.moments(trials, "consecutive"))
+    better = attentions.repaired(new, trials, Repair())
+    assert better.keys() == new.keys() | set(attentions.downs)
+    assert len(attentions.downs) == 4
+    far, near = (distance(changed(model, one), model, unseen) for one in (new, better))
+    assert near < (0.97 if start == "svd" else 0.75) * far
+    for place in attentions.places.values():  # what makes heads is as it was given: still equal in their groups
+        assert torch.equal(better[place.v.linear]["weight"], new[place.v.linear]["weight"])
+        stacks = read(changed(model, better), place)
+        torch.testing.assert_close(stacks.k[0::2], stacks.k[1::2])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_repair_works_where_each_block_ends_in_a_norm_and_with_gpt2s_linears(family):
+    """A post-norm model has no stream in which a linear could catch up with those before it."""
+    model, parts = kv_zoo.build(family), [tokens(8, 24) for _ in range(5)]
+    attentions = attentions_of(model, 4)
+    assert len(attentions.downs) == 2
+    trials = [Trial(lambda ids=ids: model(ids).logits.sum(), {}, lambda: []) for ids in parts]
+    new = attentions.equal(Way("mean"), attentions.moments(trials, "consecutive"))
+    for repair in (Repair(), Repair(catch_up=False)):
+        better = attentions.repaired(new, trials, repair)
+        far, near = (distance(changed(model, one), model, tokens(8, 24)) for one in (new, better))
+        assert near < 0.9 * far
+
+
+def test_a_module_that_is_called_in_every_layer_can_be_converted_but_not_repaired():
+    model = kv_zoo.build("albert")
+    attentions, trials = (
+        attentions_of(model, 4),
+        [Trial(lambda: model(tokens(4, 12)).logits.sum(), {}, lambda: []) for _ in range(3)],
+    )
+    new = attentions.equal(Way("svd"), attentions.moments(trials, "consecutive"))
+    assert distance(changed(model, new), model, tokens()) > 0
+    with pytest.raises(ValueError, match=r"repair: .*attention.* is called several times in a run, so it cannot be compared"):
+        attentions.repaired(new, trials, Repair())
+
+
+def test_the_loss_is_the_mean_of_batches_and_leaves_the_model_as_it_is():
+    model, parts = llama(), [tokens(2, 9) for _ in range(3)]
+    attentions = attentions_of(model, 2)
+    new = attentions.equal(Way("mean"), attentions.moments([], "consecutive"))
+    before = copy.deepcopy(model.state_dict())
+    for autocast in (False, True):  # which keeps the weights that it has cast
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
+            whole = [float(model(input_ids=ids, labels=ids).loss) for ids in parts]
+            losses = [attentions.loss(one, trials_of(model, parts)) for one in ({}, new, {})]
+            expected = [float(changed(model, new)(input_ids=ids, labels=ids).loss) for ids in parts]
+        assert losses == pytest.approx([sum(whole) / 3, sum(expected) / 3, sum(whole) / 3], rel=1e-5)
+        assert abs(losses[0] - losses[1]) > 1e-6
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_without_pooling_nothing_changes_and_without_data_weights_are_looked_at():
+    model, ids = model_of("llama", 4), tokens()
+    attentions = attentions_of(model, 2)
+    for moments in (attentions.moments([], "consecutive"), attentions.moments(trials_of(model, [ids]), "consecutive")):
+        new = attentions.equal(Way("aligned"), moments, pool=False)
+        assert distance(changed(model, new), model, ids) < 1e-6
+    whole = attentions.moments([], "similar")
+    new = attentions.equal(Way("aligned", "similar"), whole, pool=False)
+    assert distance(changed(model, new), model, ids) < 1e-6
+
+
+def test_a_way_that_loses_a_number_that_is_none_is_not_taken():
+    model = llama()
+    attentions = attentions_of(model, 1)
+    plain = attentions.loss
+    attentions.loss = lambda new, trials, reduce=None: (
+        float("nan") if not calls.append(0) and len(calls) == 1 else plain(new, trials)
+    )
+    calls = []
+    way, losses = best_way(attentions, trials_of(model, [tokens() for _ in range(3)]), None)
+    assert list(losses) == WAYS[:3]  # of one group alone there is no choice
+    assert losses[Way("mean")] != losses[Way("mean")]
+    assert way != Way("mean")
+
+
+def test_ranks_choose_the_same_and_are_refused_together():
+    parts = [tokens(2, 9) for _ in range(4)]
+    models = [copy.deepcopy(model) for model in [llama()] * 2]
+
+    def one(rank, reduce, cut):
+        trials = trials_of(models[rank], cut[rank])
+        return best_way(attentions_of(models[rank], 2), trials, None, reduce)
+
+    first, second = Ranks(2).run(functools.partial(one, cut=(parts[:2], parts[2:])))
+    assert first == second
+
+    def refused(rank, reduce):
+        with pytest.raises(
+            ValueError, match=rf"'auto' needs two at least on each rank, as some are held out; got {[3, 1][rank]}"
+        ):
+            one(rank, reduce, (parts[:3], parts[3:]))
+        return True
+
+    assert Ranks(2).run(refused) == [True, True]
+
+
+def test_refusals_say_what_works():
+    bloom = attentions_of(kv_zoo.build("bloom"), 4)
+    with pytest.raises(
+        ValueError, match=r"grouping='similar' puts heads in another order, .*h.0.self_attention.*'consecutive' works"
+    ):
+        bloom.check(Way("svd", "similar"))
+    bloom.check(Way("svd"))
+    trials = trials_of(bloom.model, [tokens() for _ in range(3)])
+    assert list(best_way(bloom, trials, None)[1]) == WAYS[:3]
+    fixed = attentions_of(kv_zoo.build("deberta"), 4)
+    assert set(fixed.freedoms.values()) == {Freedoms((), (), False)}
+    for start in ("aligned", "svd"):
+        with pytest.raises(
+            ValueError, match=rf"method='{start}': no change of basis leaves what deberta.*attention computes .*'mean' works"
+        ):
+            fixed.check(Way(start))
+    fixed.check(Way("mean"))
+    attentions_of(build("qwen3"), 2).check(Way("svd", "similar"))  # of which values are free
+    with pytest.raises(ValueError, match=r"'auto' needs two at least on each rank, as some are held out; got 1"):
+        best_way(bloom, trials[:1], None)

@@ -1,0 +1,315 @@
+"""From ratios and targets to plans: exact counts, exact promises, nothing more than needed, and whatever is refused."""
+
+import math
+import re
+
+import pytest
+import torch
+
+import billhook as bh
+from billhook.model.figures import figures_of
+from billhook.model.shape import shape_of
+from billhook.pruning.amount import Amount
+from billhook.pruning.progress import First, first_from
+from billhook.pruning.request import Request, lowest
+from billhook.units.channels import find_units, of_kind
+from kit.families import build, llama, tokens
+from kit.plans import ATTENTIONS, MLPS
+from kit.shaped import bert, gpt2
+from kit.tied_biases import t5
+
+pytestmark = pytest.mark.usefixtures("traced_once")
+
+
+def lost(plan):
+    return {name: plan.before[name][0] - plan.after[name][0] for name in plan.before}
+
+
+def scored(model, amount):
+    """A request and random scores for it."""
+    request = Request(model, amount)
+    return request, request.scores(bh.RandomUnits(), None)
+
+
+class TestRatios:
+    @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.3, 1 / 3, 0.99])
+    def test_of_each_layer_rounded_down(self, ratio):
+        plan = bh.plan(llama(intermediate_size=50), bh.RandomUnits(), channels=ratio)
+        assert lost(plan) == dict.fromkeys(MLPS, math.floor(ratio * 50 + 1e-9))
+
+    def test_of_all_layers(self):
+        model = llama(num_hidden_layers=3)
+        request, scores = scored(model, Amount(channels=0.3, ranking="global"))
+        found = lost(request.plan(scores))
+        assert sum(found.values()) == math.floor(0.3 * 3 * 48)
+        flat = sorted((float(value), name, unit) for name, own in scores.items() for unit, value in enumerate(own))
+        expected = {(name, unit) for _, name, unit in flat[: math.floor(0.3 * 3 * 48)]}
+        assert {(name, unit) for name, own in request.plan(scores).units.items() for unit in own} == expected
+        least = bh.plan(model, bh.RandomUnits(), channels=0.9, ranking="global", min_units=4)
+        assert min(after[0] for after in least.after.values()) >= 4
+
+    def test_the_least_important_go(self):
+        model = llama()
+        importance = bh.WeightNorm()
+        scores = bh.unit_importance(model, find_units(model, ["channel"]), importance=importance, normalize=False)
+        plan = bh.plan(model, importance, channels=0.25)
+        assert plan.units == {name: sorted(own.argsort()[:12].tolist()) for name, own in scores.items()}
+
+    @pytest.mark.parametrize(("multiple", "stay"), [(1, 34), (4, 36), (5, 35)])
+    def test_widths_are_multiples_and_the_best_of_what_goes_stays(self, multiple, stay):
+        model = llama()
+        request, scores = scored(model, Amount(channels=0.3, residual=0.25, round_to=multiple))
+        plan = request.plan(scores)
+        assert all(plan.after[name] == (stay,) for name in MLPS)
+        assert plan.after[""] == (min(-(-24 // multiple) * multiple, 32),)
+        for name in MLPS:
+            assert plan.units.get(name, []) == sorted(scores[name].argsort()[: 48 - stay].tolist())
+
+    def test_multiples_that_leave_nothing_to_go(self):
+        with pytest.raises(
+            ValueError, match=r"channels=0.3 \(round_to=16\) is not a single unit of a place, so that nothing would"
+        ):
+            bh.plan(llama(), bh.RandomUnits(), channels=0.3, round_to=16)
+
+    def test_heads_of_grouped_queries(self):
+        plan = bh.plan(llama(), bh.RandomUnits(), heads=0.5)
+        assert all(plan.after[name] == (4, 4) for name in ATTENTIONS)
+        plan = bh.plan(llama(), bh.RandomUnits(), kv_heads=0.5)
+        assert all(plan.after[name] == (4, 2) for name in ATTENTIONS)
+        one = llama(num_key_value_heads=1)
+        assert all(bh.plan(one, bh.RandomUnits(), heads=0.25).after[name] == (6, 1) for name in ATTENTIONS)
+        with pytest.raises(ValueError, match=r"kv_heads=0.5 is not a single unit of a place, so that nothing would be removed"):
+            bh.plan(one, bh.RandomUnits(), kv_heads=0.5)
+        each = llama(num_key_value_heads=8)
+        for name in ("heads", "kv_heads"):
+            assert all(bh.plan(each, bh.RandomUnits(), **{name: 0.25}).after[own] == (6, 6) for own in ATTENTIONS)
+
+    def test_first_and_last_blocks_of_each_stack_stay(self):
+        plan = bh.plan(llama(num_hidden_layers=5), bh.RandomUnits(), channels=0.5, kv_heads=0.5, first=2, last=1)
+        assert {int(name.split(".")[2]) for name, count in lost(plan).items() if count} == {2, 3}
+        model = t5()
+        plan = bh.plan(model, bh.RandomUnits(), channels=0.5, first=1)
+        assert lost(plan) == {name: 24 * (".block.1." in name) for name in find_units(model, ["channel"])}
+        assert lost(bh.plan(model, bh.RandomUnits(), residual=0.5, first=2))[""] == 16  # a stream is of no block
+        with pytest.raises(ValueError, match=r"channels=0.5: all are in protected blocks"):
+            bh.plan(llama(), bh.RandomUnits(), channels=0.5, first=1, last=1)
+
+    def test_layers_that_share_a_bias_lose_the_same_heads(self):
+        plan = bh.plan(t5(), bh.RandomUnits(), heads=0.5)
+        for stack in ("encoder", "decoder"):
+            own = [heads for name, heads in plan.units.items() if name.startswith(stack) and "SelfAttention" in name]
+            assert own[0] == own[1]
+            assert len(own[0]) == 2
+
+    def test_experts(self):
+        plan = bh.plan(build("mixtral"), bh.WeightNorm(), experts=0.5)
+        assert all(plan.after[name] == (2,) for name in MLPS)
+        with pytest.raises(ValueError, match="each token takes 2: at least 2 must stay"):
+            bh.plan(build("mixtral"), bh.WeightNorm(), experts=0.75)
+
+
+TARGETS = [("params", 0.7), ("bytes", 60_001), ("flops", 0.7), ("kv_cache_bytes", 0.5)]
+
+
+class TestTargets:
+    @pytest.mark.parametrize(("target", "asked", "ranking"), [
+        *((*one, "layer") for one in TARGETS), ("params", 15_000, "global"), ("kv_cache_bytes", 129, "global"),
+    ])  # fmt: skip
+    def test_what_is_promised_is_achieved_and_is_enough(self, target, asked, ranking):
+        model = llama()
+        before = figures_of(model)
+        plan = bh.plan(model, bh.WeightNorm(), **{target: asked}, ranking=ranking)
+        bh.apply(plan, model)
+        assert plan.costs == (before, figures_of(model))
+        assert plan.parameters == (before.params, model.num_parameters())
+        said = bh.summary(model)
+        assert (said.params, said.flops, said.kv_cache_bytes) == (
+            plan.costs[1].params, plan.costs[1].flops, plan.costs[1].kv_cache_bytes,
+        )  # fmt: skip
+        limit = int(asked * getattr(before, target)) if isinstance(asked, float) else asked
+        assert getattr(plan.costs[1], target) <= limit
+
+    @pytest.mark.parametrize(
+        ("target", "asked", "first"), [*((*one, 0) for one in TARGETS if one[0] != "flops"), ("params", 0.75, 1)]
+    )
+    def test_one_unit_fewer_in_each_place_would_not_be(self, target, asked, first):
+        model = llama(num_hidden_layers=2 + first)
+        request, scores = scored(model, Amount(**{target: asked}, first=first))
+        plan = request.plan(scores)
+        limit = request._limit(target)
+        kind = "head" if target == "kv_cache_bytes" else "channel"
+        places = [name for name, one in of_kind(request.units, kind).items() if name in plan.units]
+        assert len({plan.after[name] for name in places}) == 1
+        fewer = dict(plan.units)
+        for name in places:
+            own = plan.units[name]
+            kv_of = request.units[name].kv_of
+            fewer[name] = own[1:] if kind == "channel" else [head for head in own if kv_of[head] != kv_of[own[0]]]
+        twin = llama(num_hidden_layers=2 + first)
+        bh.apply(bh.plan_units(twin, fewer), twin)
+        assert getattr(figures_of(twin), target) > limit >= getattr(plan.costs[1], target)
+
+    @pytest.mark.parametrize(("make_one", "target"), [
+        (bert, "params"), (gpt2, "kv_cache_bytes"), (t5, "kv_cache_bytes"), (lambda: build("mixtral"), "kv_cache_bytes"),
+        (lambda: llama(num_key_value_heads=8), "params"), (lambda: build("qwen3", tie_word_embeddings=True), "params"),
+    ])  # fmt: skip
+    def test_of_other_families(self, make_one, target):
+        model = make_one()
+        now = getattr(figures_of(model), target)
+        plan = bh.plan(model, bh.WeightNorm(), **{target: 0.75})
+        bh.apply(plan, model)
+        assert plan.costs[1] == figures_of(model)
+        assert getattr(plan.costs[1], target) <= int(0.75 * now)
+
+    def test_ratios_beside_it(self):
+        model = llama()
+        plan = bh.plan(model, bh.WeightNorm(), params=0.6, kv_heads=0.5, residual=0.25)
+        assert all(plan.after[name] == (4, 2) for name in ATTENTIONS)
+        assert plan.after[""] == (24,)
+        bh.apply(plan, model)
+        assert figures_of(model) == plan.costs[1]
+        rounded = bh.plan(llama(), bh.WeightNorm(), params=0.6, round_to=8)
+        assert all(rounded.after[name][0] % 8 == 0 for name in MLPS)
+
+    @pytest.mark.parametrize(("target", "first"), [("params", 1), ("bytes", 0), ("kv_cache_bytes", 1)])
+    def test_what_cannot_be_reached_says_what_can(self, target, first):
+        model = llama(num_hidden_layers=3)
+        before = shape_of(model)
+        with pytest.raises(ValueError, match=f"{target}=1: 1 cannot be reached; with what may go, ") as refusal:
+            bh.plan(model, bh.RandomUnits(), **{target: 1}, first=first)
+        least, most = (
+            int(number.replace(",", "")) for number in re.search(r"go, ([\d,]+) to ([\d,]+) can", str(refusal.value)).groups()
+        )
+        assert most == getattr(figures_of(model), target)
+        assert shape_of(model) == before
+        plan = bh.plan(model, bh.RandomUnits(), **{target: least}, first=first)
+        assert getattr(plan.costs[1], target) == least
+        with pytest.raises(ValueError, match="cannot be reached"):
+            bh.plan(model, bh.RandomUnits(), **{target: least - 1}, first=first)
+
+    def test_what_is_there_already_or_cannot_be_told(self):
+        now = llama().num_parameters()
+        with pytest.raises(ValueError, match=f"params={now}: the model has no more than that, {now:,}"):
+            bh.plan(llama(), bh.RandomUnits(), params=now)
+        with pytest.raises(ValueError, match="kv_cache_bytes=0.5: it cannot be told of a BertForMaskedLM"):
+            bh.plan(bert(), bh.RandomUnits(), kv_cache_bytes=0.5)
+
+    def test_the_first_that_is_low_enough(self):
+        for count in (1, 2, 3, 10, 57):
+            costs = [1000 - 3 * number - number**2 // 9 for number in range(count)]
+            for limit in range(costs[-1] - 2, 1002):
+                tried = []
+
+                def cost(number, costs=costs, tried=tried):
+                    tried.append(number)
+                    return costs[number]
+
+                expected = next((number for number, value in enumerate(costs) if value <= limit), None)
+                assert lowest(count, cost, limit) == expected
+                assert len(tried) <= 16
+
+
+class TestRefused:
+    @pytest.mark.parametrize(("arguments", "match"), [
+        ({}, "nothing is asked for: give a ratio"),
+        ({"channels": 0.0}, "nothing is asked for"),
+        ({"channels": 1.0}, r"channels=1.0 must be a fraction of these units in \[0, 1\)"),
+        ({"channels": -0.1}, "channels=-0.1 must be a fraction"),
+        ({"residual": True}, "residual=True must be a fraction"),
+        ({"heads": float("nan")}, "heads=nan must be a fraction"),
+        ({"heads": 0.5, "kv_heads": 0.5}, "heads=0.5 and kv_heads=0.5: give one"),
+        ({"params": 0.5, "flops": 0.5}, "params and flops: give one target"),
+        ({"params": 0.5, "kv_heads": 0.1, "channels": 0.1}, "params=0.5: nothing is left open that could go for it"),
+        ({"kv_cache_bytes": 0.5, "heads": 0.1}, "kv_cache_bytes=0.5: nothing is left open"),
+        ({"params": 1.5}, "params=1.5 must be a whole number above 0, or a fraction"),
+        ({"params": 0}, "params=0 must be a whole number above 0"),
+        ({"params": float("nan")}, "params=nan must be"),
+        ({"channels": 0.5, "ranking": "block"}, "ranking='block' must be one of layer, global"),
+        ({"channels": 0.5, "round_to": 0}, "round_to=0 must be a whole number, 1 at least"),
+        ({"channels": 0.5, "first": -1}, "first=-1 must be a whole number, 0 at least"),
+        ({"channels": 0.5, "min_units": True}, "min_units=True must be a whole number"),
+        ({"channels": 0.01}, "channels=0.01 is not a single unit of a place, so that nothing would be removed"),
+        ({"experts": 0.5}, "experts=0.5: the model has none that may go"),
+        ({"channels": 0.9, "min_units": 40}, r"43 of 48 channels of model.layers.0.mlp would go, and at most 8 may"),
+    ])  # fmt: skip
+    def test_arguments(self, arguments, match):
+        model = llama()
+        before = shape_of(model)
+        with pytest.raises(ValueError, match=match):
+            bh.plan(model, bh.RandomUnits(), **arguments)
+        assert shape_of(model) == before
+
+    def test_what_data_must_tell(self):
+        model = llama()
+        with pytest.raises(ValueError, match="batches=None: Taylor needs batches"):
+            bh.plan(model, channels=0.5)
+        with pytest.raises(ValueError, match="batches: Taylor needs at least one batch"):
+            bh.plan(model, batches=[], channels=0.5)
+        with pytest.raises(ValueError, match="gives no loss for input_ids: add labels, or give `loss`"):
+            bh.plan(bert(), batches=[{"input_ids": tokens()}], channels=0.5)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="batch 0"):
+            bh.plan(model, batches=[{"input_ids": tokens()}], channels=0.5)
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            bh.plan(model, bh.WeightNorm(), channels=0.5)
+
+    def test_with_data(self):
+        model = llama().train()
+        state, random_state = {name: p.clone() for name, p in model.named_parameters()}, torch.get_rng_state()
+        batches = [{"input_ids": tokens()}]
+        random_state = torch.get_rng_state()
+        plan = bh.plan(model, batches=batches, channels=0.25, heads=0.5, residual=0.25)
+        assert lost(plan) == dict.fromkeys(MLPS, 12) | dict.fromkeys(ATTENTIONS, 4) | {"": 8}
+        assert torch.equal(torch.get_rng_state(), random_state)
+        assert all(module.training for module in model.modules())
+        assert all(torch.equal(p, state[name]) and p.grad is None for name, p in model.named_parameters())
+
+
+class TestParts:
+    """What goes in parts comes to the whole, and a part that is less than a unit waits."""
+
+    @staticmethod
+    def in_parts(model, amount, progress):
+        first, found = First.of(model, amount), []
+        first = first_from({"counts": first.counts, "figure": first.figure})  # as it was saved
+        for share in progress:
+            due = first.part(model, amount, share)
+            found.append(due is not None)
+            if due is not None:
+                request, scores = scored(model, due)
+                bh.apply(request.plan(scores), model)
+        assert first.part(model, amount, progress[-1]) is None
+        return found
+
+    @pytest.mark.parametrize(("amount", "progress"), [
+        ({"channels": 0.3}, (0.1, 0.35, 0.36, 1.0)), ({"channels": 0.3, "kv_heads": 0.5, "residual": 0.29}, (0.5, 1.0)),
+        ({"heads": 0.5, "channels": 0.5, "round_to": 8}, (0.3, 1.0)), ({"channels": 0.6, "first": 1}, (0.25, 1.0)),
+        ({"params": 0.6}, (0.5, 1.0)), ({"kv_cache_bytes": 0.5}, (0.4, 1.0)),
+    ])  # fmt: skip
+    def test_come_to_the_whole(self, amount, progress):
+        whole, model = llama(), llama()
+        request, scores = scored(whole, Amount(**amount))
+        plan = request.plan(scores)
+        self.in_parts(model, Amount(**amount), progress)
+        if request.amount.target is None:
+            kinds = ["head", "channel", "residual"]
+            assert {name: one.count() for name, one in find_units(model, kinds).items()} == {
+                name: plan.after.get(name, (one.count(),))[0] for name, one in find_units(whole, kinds).items()
+            }
+            assert figures_of(model) == plan.costs[1]
+        else:
+            target = request.amount.target
+            assert getattr(figures_of(model), target) <= request._limit(target)
+
+    def test_a_part_that_is_less_than_a_unit_waits(self):
+        assert self.in_parts(llama(), Amount(kv_heads=0.5), (0.25, 0.5, 0.75, 1.0)) == [False, True, False, True]
+        assert self.in_parts(llama(), Amount(heads=0.5), (0.5, 0.75, 1.0)) == [False, False, True]  # one of each KV head at once
+        steps = self.in_parts(llama(), Amount(channels=0.5, round_to=16), (0.25, 0.5, 0.75, 1.0))
+        assert steps == [False, False, True, False]  # 48, 48, 32: of 24 that are asked for at the end
+        assert self.in_parts(llama(), Amount(channels=0.5), (0.0, 0.01, 1.0)) == [False, False, True]
+
+    def test_of_all_layers(self):
+        model = llama()
+        self.in_parts(model, Amount(channels=0.3, ranking="global"), (0.3, 0.7, 1.0))
+        assert sum(one.count() for one in find_units(model, ["channel"]).values()) == 96 - math.floor(0.3 * 96)

@@ -1,0 +1,536 @@
+"""Repair against torch.linalg.lstsq and a plain loop over whole runs; it helps on text it has not seen, and changes no model."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import billhook as bh
+from billhook.repairs.least_squares import Moments, choose_ridge, refit, refit_linear
+from billhook.repairs.repair import Repair, repaired
+from billhook.running.trials import Trial
+from kit.families import llama, tokens
+from kit.prune_ranks import Ranks
+from kit.repair import BUILD, embedded_text
+
+READERS = {
+    "llama": ("o_proj", "down_proj"),
+    "gpt2": ("c_proj",),
+    "bert": ("output.dense",),
+    "t5": (".o", ".wo"),
+    "albert": ("attention.dense", "ffn_output"),
+}
+
+
+def inputs(tokens=400, width=24, seed=0):
+    torch.manual_seed(seed)
+    mix = torch.eye(width) + torch.randn(width, width) / width**0.5
+    return (torch.randn(tokens, width) @ mix + torch.randn(width)).double()
+
+
+def moments(*parts, owed=None):
+    found = Moments(10 if owed is None else owed.shape[-1], parts[0].shape[-1])
+    for part in parts:
+        found.add(part, owed)
+    return found
+
+
+def kept(width, gone, seed=1):
+    torch.manual_seed(seed)
+    return torch.ones(width, dtype=torch.bool).index_fill_(0, torch.randperm(width)[:gone], False)
+
+
+def by_lstsq(weight, keep, x, ridge, owed=0.0, counts=None):
+    """Stacks the ridge under the data, and solves that."""
+    target, each = x @ weight.t() + owed, torch.ones(len(x), 1).double() if counts is None else counts[:, None]
+    scale = ((x[:, keep].square() * each).sum(0) * ridge).sqrt()
+    left = torch.cat([x[:, keep] * each.sqrt(), torch.diag(scale)])
+    right = torch.cat([target * each.sqrt(), (weight[:, keep] * scale).t()])
+    new = torch.zeros_like(weight)
+    new[:, keep] = torch.linalg.lstsq(left, right).solution.t()
+    return new
+
+
+@pytest.mark.parametrize("owing", [False, True])
+@pytest.mark.parametrize("ridge", [1e-9, 0.01, 1.0])
+def test_the_closed_form_is_the_least_squares_solution(ridge, owing):
+    x, weight, keep = inputs(), torch.randn(10, 24, dtype=torch.float64), kept(24, 7)
+    owed = torch.randn(400, 10).double() + x[:, :10] if owing else torch.zeros(400, 10).double()
+    new = refit(weight, keep, moments(x, owed=owed).about(), ridge)
+    torch.testing.assert_close(new, by_lstsq(weight, keep, x, ridge, owed), rtol=1e-8, atol=1e-8)
+    assert torch.equal(new[:, ~keep], torch.zeros(10, 7, dtype=torch.float64))
+
+
+def test_a_bias_makes_up_for_means():
+    x, keep = inputs(), kept(24, 7)
+    weight, bias, owed = torch.randn(10, 24).double(), torch.randn(10).double(), torch.randn(400, 10).double() + x[:, :10]
+    fit, held_out = moments(x[:300], owed=owed[:300]), moments(x[300:], owed=owed[300:])
+    found, shift = refit_linear(weight, bias, keep, fit, held_out, [1e-9])
+    ones = torch.ones(len(x), 1, dtype=torch.float64)
+    expected = torch.linalg.lstsq(torch.cat([x[:, keep], ones], 1), x @ weight.t() + bias + owed).solution.t()
+    torch.testing.assert_close(found[:, keep], expected[:, :-1], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(shift, expected[:, -1], rtol=1e-6, atol=1e-6)
+
+
+def test_moments_of_parts_and_padding_are_those_of_the_whole():
+    x = inputs(tokens=2100)
+    counts = torch.rand(3, 700) < 0.7
+    padded = torch.where(counts[..., None], x.reshape(3, 700, 24), torch.nan)
+    owed = padded[..., :10] + torch.randn(3, 700, 10)
+    found = Moments(10, 24)
+    found.add(padded, owed, counts)
+    own, due, centre = x.reshape(3, 700, 24)[counts], owed[counts], (torch.randn(24).double(), torch.randn(10).double())
+    assert int(found.tokens) == int(counts.sum())
+    torch.testing.assert_close(found.about(centre).inputs, (own - centre[0]).t() @ (own - centre[0]) / len(own))
+    torch.testing.assert_close(found.about(centre).owed, (due - centre[1]).t() @ (own - centre[0]) / len(own))
+    both = moments(x[:50], owed=x[:50, :10]).merged(moments(x[50:], owed=x[50:, :10]))
+    torch.testing.assert_close(both.about().inputs, x.t() @ x / len(x))
+    torch.testing.assert_close(both.about().owed, x[:, :10].t() @ x / len(x))
+
+
+def test_a_token_that_counts_twice_is_one_that_is_there_twice():
+    x, owed, counts = inputs(tokens=60), torch.randn(60, 10).double(), torch.randint(0, 4, (60,))
+    found = Moments(10, 24)
+    found.add(x, owed, weights=counts.double())
+    expected = moments(x.repeat_interleave(counts, 0), owed=owed.repeat_interleave(counts, 0))
+    for one, other in zip(found.tensors(), expected.tensors(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_token_that_is_owed_a_thousand_times_as_much_does_not_decide_alone():
+    """The refit is near that without the token, where plain least squares is far from it."""
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=1).double()
+    name, batches = "model.layers.0.self_attn.o_proj", [{"input_ids": tokens(6, 40)} for _ in range(4)]
+    others, masks = other_parameters(model, ("v_proj",)), {name: torch.ones(32, dtype=torch.bool)}
+
+    def found():
+        (own,) = repaired(model, masks, trials(model, batches), Repair(ridges=[0.01]), given=others).values()
+        return own[0]
+
+    without, start = found(), model.get_submodule(name).weight.detach().clone()
+    value = model.model.layers[0].self_attn.v_proj
+    hook = value.register_forward_hook(lambda _, args, out: out + 1e3 * (args[0].sum(-1, keepdim=True) > 9.0) * out.roll(1, -1))
+    large = found()
+    hook.remove()
+    assert (large - without).norm() < (without - start).norm()
+
+
+def test_the_ridge_is_the_one_that_errs_least_on_held_out_data():
+    ridges, chosen = [0.0001, 0.01, 0.1, 1.0, 10.0], set()
+    weight, keep, new = torch.randn(10, 24).double(), kept(24, 7), inputs(seed=3, tokens=2000)
+    late = new[:, :10] + torch.randn(2000, 10)
+    for number in (20, 60, 2000):
+        x = new.flip(0)[:number] + 0.5 * torch.randn(number, 24)
+        owed = x[:, :10] + torch.randn(number, 10)
+        second, held_out = moments(x, owed=owed).about(), moments(new, owed=late).about()
+        errors = [(new @ (weight - by_lstsq(weight, keep, x, ridge, owed)).t() + late).norm() for ridge in ridges]
+        chosen.add(choose_ridge(weight, keep, second, held_out, ridges))
+        assert choose_ridge(weight, keep, second, held_out, ridges) == ridges[int(torch.stack(errors).argmin())]
+    assert len(chosen) > 1
+    unlike = moments(torch.randn(500, 24).double() * torch.where(keep, 1, 1e-3))
+    assert choose_ridge(weight, keep, moments(inputs(tokens=8)).about(), unlike.about(), ridges) == float("inf")
+
+
+def case(family, number=4, length=40):
+    torch.manual_seed(0)
+    model = BUILD[family]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    model = model.double()
+    linears = {n: m for n, m in model.named_modules() if n.endswith(READERS[family]) and isinstance(m, nn.Linear | Conv1D)}
+    masks = {n: kept(width_of(m), width_of(m) // 4, seed) for seed, (n, m) in enumerate(linears.items())}
+    batches = [{"input_ids": tokens(6, length)} for _ in range(number)]
+    if family == "t5":
+        batches = [batch | {"labels": tokens(6, 20)} for batch in batches]
+    return model, masks, batches
+
+
+def width_of(linear):
+    return linear.weight.shape[0 if isinstance(linear, Conv1D) else 1]
+
+
+def trials(model, batches, masks=None):
+    return [Trial(lambda batch=batch: model(**batch).logits.sum(), masks or {}, lambda: []) for batch in batches]
+
+
+def matrix(linear, weight):
+    return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def put(model, new):
+    with torch.no_grad():
+        for name, (weight, bias) in new.items():
+            model.get_submodule(name).weight.copy_(weight)
+            if bias is not None:
+                model.get_submodule(name).bias.copy_(bias)
+
+
+def given(model, name, batches):
+    """What a linear is given in whole runs of the model, by batch, and in how many calls."""
+    seen = []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen[-1].append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in batches:
+            seen.append([])
+            model(**batch)
+    hook.remove()
+    return [torch.cat(calls) for calls in seen], len(seen[0])
+
+
+def outputs(model, name, batch):
+    """What a linear gives in a whole run."""
+    seen = []
+    hook = model.get_submodule(name).register_forward_hook(lambda _, args, output: seen.append(output.detach().flatten(0, -2)))
+    model(**batch)
+    hook.remove()
+    return torch.cat(seen)
+
+
+def streams(model, name, batches):
+    """Of a block of Llama or GPT-2, the residual stream before and after what a linear adds to it, by batch."""
+    block = model.get_submodule(name.rsplit(".", 2)[0])
+    middle = block.post_attention_layernorm if hasattr(block, "post_attention_layernorm") else block.ln_2
+    seen = {"start": [], "middle": [], "end": []}
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: seen["start"].append(args[0].flatten(0, 1))),
+        middle.register_forward_pre_hook(lambda _, args: seen["middle"].append(args[0].flatten(0, 1))),
+        block.register_forward_hook(lambda _, args, out: seen["end"].append(out.flatten(0, 1))),
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return (seen["start"], seen["middle"]) if "attn" in name else (seen["middle"], seen["end"])
+
+
+def slowly(model, masks, batches, repair, others=None):
+    """The same, from whole runs of a model in which all linears before have their new weights, and some others from the start."""
+    whole, model, order, result = model, copy.deepcopy(model), [], {}
+    put(model, {name: (own["weight"], own.get("bias")) for name, own in (others or {}).items()})
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: name in order or order.append(name))
+        for name in masks
+    ]
+    model(**batches[0])
+    for hook in hooks:
+        hook.remove()
+    choosing = repair.chooses(len(batches))
+    for name in order:
+        linear, keep = model.get_submodule(name), masks[name]
+        x, _ = given(model, name, batches)
+        old = matrix(linear, linear.weight.detach())
+        fit, held_out = Moments(*old.shape), Moments(*old.shape)
+        target, start = (streams(whole, name, batches)[1], streams(model, name, batches)[0]) if repair.catch_up else (None, None)
+        dues, squares = [], []
+        for number, one in enumerate(x):
+            own = one @ old.t() + (0 if linear.bias is None else linear.bias.detach())
+            owed = target[number] - start[number] - own if repair.catch_up else None
+            if others and not repair.catch_up:
+                owed = outputs(whole, name, batches[number]) - own
+            dues.append(owed)
+            lost = 0.0 if owed is None else owed + one[:, ~keep] @ old[:, ~keep].t()
+            squares.append(None if owed is None else lost.square().sum(-1))
+        some = [math.log(number) for one in squares if one is not None for number in one.tolist()]
+        usual = math.exp(sum(some) / len(some)) if some else 0.0
+        for number, (one, owed, square) in enumerate(zip(x, dues, squares, strict=True)):
+            weights = 2 * usual / (usual + square) if usual else None
+            (held_out if number in choosing else fit).add(one, owed, None, weights)
+        new, bias = refit_linear(old, linear.bias, keep, fit, held_out, repair.ridges)
+        result[name] = (matrix(linear, new), None if bias is None else bias.detach())
+        put(model, {name: result[name]})
+    return result
+
+
+@pytest.mark.parametrize(
+    ("family", "catch_up", "gap"),
+    [
+        ("llama", True, False),
+        ("llama", True, True),
+        ("gpt2", True, False),
+        *((one, False, False) for one in BUILD if one != "albert"),
+    ],
+)
+def test_linear_after_linear_on_what_the_repaired_ones_before_give(family, catch_up, gap):
+    model, masks, batches = case(family)
+    if gap:  # the attention of the second layer stands between two that change, and follows
+        del masks["model.layers.1.self_attn.o_proj"]
+    before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    model.train()
+    found = repaired(model, masks, trials(model, batches), Repair(catch_up))
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), rng)
+    model.eval()
+    expected = slowly(model, masks, batches, Repair(catch_up))
+    assert found.keys() == masks.keys() == expected.keys()
+    changed = 0
+    for name, (weight, bias) in found.items():
+        linear = model.get_submodule(name)
+        assert weight.shape == linear.weight.shape
+        assert (bias is None) == (linear.bias is None)
+        assert not matrix(linear, weight)[:, ~masks[name]].any()
+        torch.testing.assert_close(weight, expected[name][0], rtol=1e-6, atol=1e-8)
+        changed += not torch.equal(matrix(linear, weight)[:, masks[name]], matrix(linear, linear.weight)[:, masks[name]])
+        if bias is not None:
+            torch.testing.assert_close(bias, expected[name][1], rtol=1e-6, atol=1e-8)
+    assert changed > len(masks) / 2
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any("forward" in vars(m) or m._forward_pre_hooks for m in model.modules())
+
+
+def other_parameters(model, ends, share=0.5):
+    """New parameters for linears of some names, not far from the old ones."""
+    generator = torch.Generator().manual_seed(9)
+    linears = {
+        name: module for name, module in model.named_modules() if name.endswith(ends) and isinstance(module, nn.Linear | Conv1D)
+    }
+    return {
+        name: {
+            one: value.detach() + share * value.std().detach() * torch.randn(value.shape, generator=generator).to(value)
+            for one, value in module.named_parameters()
+        }
+        for name, module in linears.items()
+    }
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_with_other_parameters_a_linear_makes_up_for_them_by_least_squares(bias):
+    """One layer: the linear behind the heads is to give what it gave, of what the heads now are."""
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=1, attention_bias=bias).double()
+    name = "model.layers.0.self_attn.o_proj"
+    batches, others = [{"input_ids": tokens(6, 40)} for _ in range(4)], other_parameters(model, ("v_proj", "k_proj", "o_proj"))
+    masks = {name: torch.ones(32, dtype=torch.bool)}
+    ((weight, shift),) = repaired(model, masks, trials(model, batches), Repair(False, ridges=[0.01]), given=others).values()
+    changed = copy.deepcopy(model)
+    put(changed, {linear: (own["weight"], own.get("bias")) for linear, own in others.items()})
+    (x,) = [torch.cat(given(changed, name, batches)[0])]
+    start, begin = others[name]["weight"], others[name].get("bias", torch.zeros(32).double())
+    owed = torch.cat([outputs(model, name, batch) for batch in batches]) - x @ start.t() - begin
+    square = owed.square().sum(1)
+    usual = square.log().mean().exp()
+    weights = 2 * usual / (usual + square)
+    mean = (weights / weights.sum()) @ torch.cat([x, owed], 1)
+    centre, due = mean.split(32) if bias else (torch.zeros(32).double(), torch.zeros(32).double())
+    expected = by_lstsq(start, masks[name], x - centre, 0.01, owed - due, weights)
+    torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-8)
+    assert (weight - start).abs().max() > 0.01
+    if bias:
+        torch.testing.assert_close(shift, begin + (start - expected) @ centre + due, rtol=1e-6, atol=1e-8)
+    before, after = (x @ (one - start).t() - owed for one in (start, weight))
+    shift = torch.zeros(32).double() if shift is None else shift - begin
+    assert (after + shift).norm() < 0.8 * before.norm()
+
+
+@pytest.mark.parametrize("catch_up", [True, False])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_with_other_parameters_linear_after_linear_as_in_whole_runs(family, catch_up):
+    model, masks, batches = case(family)
+    masks = {name: torch.ones_like(keep) for name, keep in masks.items()}
+    others = other_parameters(model, ("v_proj", "q_proj", "layers.0.self_attn.o_proj") if family == "llama" else ("c_attn",), 0.2)
+    before = copy.deepcopy(model.state_dict())
+    found = repaired(model, masks, trials(model, batches), Repair(catch_up), given=others)
+    expected = slowly(model, masks, batches, Repair(catch_up), others)
+    assert found.keys() == masks.keys()
+    assert sum(not torch.equal(weight, model.get_submodule(name).weight) for name, (weight, _) in found.items()) >= 2
+    for name, (weight, bias) in found.items():
+        torch.testing.assert_close(weight, expected[name][0], rtol=1e-5, atol=1e-7)
+        if bias is not None:
+            torch.testing.assert_close(bias, expected[name][1], rtol=1e-5, atol=1e-7)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_with_the_models_own_parameters_given_nothing_is_owed():
+    model, masks, batches = case("llama")
+    masks = {name: torch.ones_like(keep) for name, keep in masks.items()}
+    own = {name: {"weight": model.get_submodule(name).weight.detach().clone()} for name in masks}
+    for name, (weight, _) in repaired(model, masks, trials(model, batches), given=own).items():
+        torch.testing.assert_close(weight, own[name]["weight"])
+
+
+def test_other_parameters_that_cannot_be_are_refused():
+    model, masks, batches = case("llama")
+    name, runs = "model.layers.0.self_attn.v_proj", trials(model, batches)
+    weight = model.get_submodule(name).weight.detach()
+    for wrong, message in (
+        ({"model.norm": {"weight": weight}}, r"given: 'model.norm' is no nn.Linear or Conv1D of the model"),
+        (
+            {name: {"weight": weight[:3]}},
+            r"given\['model.layers.0.self_attn.v_proj'\] must be {'weight': \[16, 32\]}, got {'weight': \[3, 32\]}",
+        ),
+        ({name: {"weight": weight, "bias": weight[:, 0]}}, r"must be {'weight': \[16, 32\]}, got {'weight': .*'bias': \[16\]}"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            repaired(model, masks, runs, given=wrong)
+    model, masks, batches = case("albert")
+    with pytest.raises(
+        ValueError, match=r"repair: .* is called several times in a run, so it cannot be compared with the whole model"
+    ):
+        repaired(model, masks, trials(model, batches), given=other_parameters(model, "value"))
+
+
+def test_a_linear_that_is_called_in_every_layer_is_refitted_on_all_calls():
+    model, masks, batches = case("albert")
+    found = repaired(model, masks, trials(model, batches), Repair(ridges=[0.01]))
+    cut = copy.deepcopy(model)
+    for name, keep in masks.items():
+        cut.get_submodule(name).weight.data[:, ~keep] = 0
+    for name, keep in masks.items():
+        x, calls = given(cut, name, batches)
+        assert calls == 3
+        linear = model.get_submodule(name)
+        fit, held_out = Moments(*linear.weight.shape), Moments(*linear.weight.shape)
+        for number, one in enumerate(x):
+            (fit if number < 2 else held_out).add(one)
+        weight, bias = refit_linear(linear.weight.detach(), linear.bias.detach(), keep, fit, held_out, [0.01])
+        torch.testing.assert_close(found[name], (weight, bias), rtol=1e-6, atol=1e-8)
+
+
+def test_where_channels_that_go_are_copies_of_others_nothing_is_lost():
+    model, masks, batches = case("llama", number=8)
+    masks = {name: keep for name, keep in masks.items() if name.endswith("down_proj")}
+    for number, keep in enumerate(masks.values()):
+        mlp, (gone,) = model.model.layers[number].mlp, torch.where(~keep)
+        for part in (mlp.gate_proj, mlp.up_proj):
+            part.weight.data[gone] = part.weight.data[keep][: len(gone)]
+    with torch.no_grad():
+        whole = model(**batches[0]).logits
+        new = repaired(model, masks, trials(model, batches), Repair(ridges=[1e-4]))
+        cut = copy.deepcopy(model)
+        put(cut, {name: (cut.get_submodule(name).weight * keep, None) for name, keep in masks.items()})
+        put(model, new)
+        missing, lost = ((one(**batches[0]).logits - whole).norm() / whole.norm() for one in (model, cut))
+    assert missing < 1e-3
+    assert lost > 0.1
+
+
+def test_it_helps_on_text_that_it_has_not_seen_and_catching_up_helps_more():
+    model = bh.load("tiny").float().eval()
+    ids = embedded_text("train", 24)
+    batches, unseen = [{"input_ids": one} for one in ids.split(4)], embedded_text("validation", 4)
+    masks = {
+        name: kept(module.weight.shape[1], module.weight.shape[1] // 3, seed)
+        for seed, (name, module) in enumerate(model.named_modules())
+        if name.endswith("down_proj")
+    }
+    whole = loss_of(model, unseen)
+    old = {name: (model.get_submodule(name).weight.detach().clone(), None) for name in masks}
+    put(model, {name: (weight * masks[name], None) for name, (weight, _) in old.items()})
+    losses = [loss_of(model, unseen)]
+    for catch_up in (False, True):
+        put(model, old)
+        put(model, repaired(model, masks, trials(model, batches), Repair(catch_up)))
+        losses.append(loss_of(model, unseen))
+    assert losses[0] - losses[1] > 0.3 * (losses[0] - whole)
+    assert losses[2] < losses[1]
+
+
+def loss_of(model, ids):
+    with torch.no_grad():
+        return float(model(input_ids=ids, labels=ids).loss)
+
+
+def test_padding_does_not_count():
+    model, masks, batches = case("bert")
+    mask = torch.arange(40).expand(6, 40) < torch.tensor([[40], [15], [9], [30], [22], [18]])
+    padded = [batch | {"attention_mask": mask.long()} for batch in batches]
+    counts = dict.fromkeys(masks, mask)
+    one = repaired(model, masks, trials(model, padded, counts))
+    for batch in padded:
+        batch["input_ids"] = torch.where(mask, batch["input_ids"], 7)
+    other = repaired(model, masks, trials(model, padded, counts))
+    blind = repaired(model, masks, trials(model, padded))
+    for name in masks:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-11)
+        assert not torch.allclose(one[name][0], blind[name][0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_half_precision_keeps_its_dtype(dtype):
+    model, masks, batches = case("llama")
+    model = model.to(dtype)
+    found = repaired(model, masks, trials(model, batches))
+    assert all(weight.dtype == dtype and weight.isfinite().all() for weight, _ in found.values())
+    first = "model.layers.0.self_attn.o_proj"
+    x, _ = given(model, first, batches)
+    weight = model.get_submodule(first).weight.detach()
+    (choosing,) = Repair().chooses(4)
+    fit, held_out = Moments(*weight.shape), Moments(*weight.shape)
+    lost = [(one.float() @ (weight * ~masks[first]).float().t()).square().sum(1) for one in x]  # of inputs that go
+    usual = torch.cat(lost).log().mean().exp()
+    for number, one in enumerate(x):
+        (held_out if number == choosing else fit).add(one, None, None, 2 * usual / (usual + lost[number]))
+    expected, _ = refit_linear(weight, None, masks[first], fit, held_out, Repair().ridges)
+    torch.testing.assert_close(found[first][0], expected.to(dtype))
+
+
+def test_ranks_together_come_to_what_one_comes_to_alone():
+    model, masks, batches = case("gpt2", number=4)
+    alone = repaired(model, masks, trials(model, batches), Repair(held_out=0.5))
+    assert Repair(held_out=0.5).chooses(4) == {1, 3}
+    assert Repair(held_out=0.5).chooses(2) == {1}
+    copies = [copy.deepcopy(model) for _ in range(2)]
+
+    def one(rank, reduce):
+        runs = trials(copies[rank], batches[2 * rank : 2 * rank + 2])
+        return repaired(copies[rank], masks, runs, Repair(held_out=0.5), reduce)
+
+    found = Ranks(2).run(one)
+    for name, own in alone.items():
+        for other in found:
+            torch.testing.assert_close(own, other[name], rtol=1e-7, atol=1e-9)
+
+
+def test_an_expert_that_few_tokens_come_to_is_only_cut_and_named():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x, chosen):
+            return sum(self.experts[e](x[: 3 if e == 1 else len(x)]).sum() for e in chosen)
+
+    model = Routed()
+    masks = {f"experts.{e}": kept(8, 3, e) for e in range(3)}
+    calls = [(inputs(40, 8).float(), [0, 1]) for _ in range(2)]
+    runs = [Trial(lambda call=call: model(*call), {}, lambda: []) for call in calls]
+    with pytest.warns(UserWarning, match=r"too few tokens have come to 1 linears.*: experts\.2"):
+        found = repaired(model, masks, runs)
+    assert torch.equal(found["experts.2"][0], model.experts[2].weight * masks["experts.2"])
+    assert torch.equal(found["experts.2"][1], model.experts[2].bias)
+    assert not torch.equal(found["experts.0"][0], model.experts[0].weight * masks["experts.0"])
+    with pytest.raises(ValueError, match=r"too few tokens that count for any refit; the first linear is experts\.2"):
+        repaired(model, {"experts.2": masks["experts.2"]}, runs)
+
+
+def test_refusals_name_what_came_and_change_nothing():
+    model, masks, batches = case("llama")
+    name, keep = next(iter(masks.items()))
+    runs = trials(model, batches)
+    for wrong, message in (
+        ({"model.norm": keep}, "'model.norm' is LlamaRMSNorm in LlamaForCausalLM, not an nn.Linear"),
+        ({"nowhere": keep}, "'nowhere' is nothing in LlamaForCausalLM"),
+        ({name: keep[:-1]}, r"must be bool of shape \[32\] .* got torch.bool of shape \[31\]"),
+        ({name: keep.float()}, "got torch.float32"),
+        ({name: torch.zeros_like(keep)}, "0 kept"),
+        ({}, "no linear is named"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            repaired(model, wrong, runs)
+    with pytest.raises(ValueError, match="two on a rank are needed at least.* got 1 in all"):
+        repaired(model, masks, runs[:1])
+    with pytest.raises(ValueError, match="held_out=1 must be between 0 and 1"):
+        Repair(held_out=1)
+    with pytest.raises(ValueError, match="ridges=.0.0, 1.0. must be finite numbers of at least 0.0001"):
+        Repair(ridges=(0.0, 1.0))
+    model.model.layers[1].mlp.up_proj.weight.data[5] = torch.nan
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: NaN or infinite inputs in 1 features, the first in feature 5"):
+        repaired(model, masks, runs)
+    assert all(torch.equal(value, before[name]) or value.isnan().any() for name, value in model.state_dict().items())
+    assert not any("forward" in vars(m) or m._forward_pre_hooks for m in model.modules())

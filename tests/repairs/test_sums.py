@@ -1,0 +1,87 @@
+"""Which linears add to one stream, of families whose code is known."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from billhook.repairs.sums import Linears, agreed, followed, seen
+from kit.families import build, tokens
+from kit.prune_ranks import Ranks
+from kit.repair import BUILD
+
+
+def shown_by(model, **batch):
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return seen(linears, lambda: model(**batch))
+
+
+def chain(*names):
+    return dict(zip(names, [None, *names[:-1]], strict=True))
+
+
+def test_the_residual_stream_of_a_llama_is_one_chain():
+    model = BUILD["llama"]()
+    expected = chain(*(f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.o_proj", "mlp.down_proj")))
+    shown = shown_by(model, input_ids=tokens())
+    assert shown.before == expected
+    assert set(shown.calls.values()) == {1}
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_gpt2_and_t5():
+    expected = chain(*(f"transformer.h.{i}.{name}.c_proj" for i in range(2) for name in ("attn", "mlp")))
+    found = shown_by(BUILD["gpt2"](), input_ids=tokens()).before
+    assert {name: last for name, last in found.items() if "c_fc" not in name} == expected  # its GELU adds, too, to something new
+    assert {last for name, last in found.items() if "c_fc" in name} == {None}
+    parts = ("layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo")
+    encoder = chain(*(f"encoder.block.{i}.{name}" for i in range(2) for name in parts))
+    parts = ("layer.0.SelfAttention.o", "layer.1.EncDecAttention.o", "layer.2.DenseReluDense.wo")
+    decoder = chain(*(f"decoder.block.{i}.{name}" for i in range(2) for name in parts))
+    model = BUILD["t5"]().eval()
+    assert shown_by(model, input_ids=tokens(), labels=tokens()).before == encoder | decoder
+
+
+def test_a_sum_that_is_normed_starts_anew():
+    shown = shown_by(BUILD["bert"]().eval(), input_ids=tokens())
+    assert shown.before == {
+        f"bert.encoder.layer.{i}.{name}": None for i in range(2) for name in ("attention.output.dense", "output.dense")
+    }
+    assert shown_by(build("gemma2"), input_ids=tokens()).before == {}
+    assert max(shown_by(BUILD["albert"]().eval(), input_ids=tokens()).calls.values()) == 3
+
+
+def test_followed_are_those_between():
+    shown = Linears(dict.fromkeys("abcdex", 1), chain(*"abcde") | {"x": "x"})
+    assert followed(shown, {"b", "d"}) == {"b": None, "c": "b", "d": "c"}
+    assert followed(shown, {"e", "x"}) == {}
+    assert followed(shown, {"y"}) == {}
+    assert followed(shown, {"a", "e", "c"}) == chain(*"abcde")
+    assert followed(Linears(dict.fromkeys("abcde", 2), chain(*"abcde")), {"b", "d"}) == {}
+
+
+def test_ranks_agree():
+    one, other = (
+        Linears({"a": 1, "b": 2, "c": 1}, {"a": None, "c": "a"}),
+        Linears({"a": 1, "b": 1, "c": 1}, {"a": None, "c": "b"}),
+    )
+    device = torch.device("cpu")
+    assert agreed([one], list("abc"), device, None) is one
+    for shown, expected in (
+        (([one], [one]), one),
+        (([one], []), one),
+        (([one], [other]), Linears({"a": 1, "b": 2, "c": 1}, {"a": None})),
+    ):
+        found = Ranks(2).run(lambda rank, reduce, shown=shown: agreed(shown[rank], list("abc"), device, reduce))
+        assert found == [expected, expected]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_run_computes_what_it_always_does(family):
+    model, ids = build(family), tokens()
+    expected, found = model(ids).logits, []
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    seen(linears, lambda: found.append(model(ids).logits))
+    assert torch.equal(found[0], expected)
+    assert isinstance(model, transformers.PreTrainedModel)

@@ -1,0 +1,121 @@
+"""The picture of heads: written, given to loggers, and of whatever scores there are."""
+
+import struct
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import billhook as bh
+from billhook.report.plot_heads import plot_heads
+from kit.fits import data, trainer
+from kit.head_pruning import module, pruning
+
+
+def size_of(path):
+    """Width and height of a PNG."""
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", content[16:24])
+
+
+class Board(pl.loggers.logger.Logger):
+    """A logger whose experiment takes figures, as TensorBoard's does."""
+
+    name, version = "board", 0
+
+    def __init__(self):
+        super().__init__()
+        self.figures = []
+        self.experiment = SimpleNamespace(add_figure=lambda *given, **options: self.figures.append((given, options)))
+
+    def log_metrics(self, *_, **__):
+        pass
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+def test_each_round_is_drawn_to_a_file_and_to_loggers(files, tmp_path):
+    path, board = tmp_path / "pictures" / "heads.png", Board()
+    sizes = []
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            sizes.append(size_of(path) if path.exists() else None)
+
+    callback = pruning(bh.MultiStep([0.25, 0.5], [2, 4]), remove="rounds", measure_batches=2, plot_file=str(path))
+    trainer(tmp_path, [callback, Keep()], logger=board, max_steps=5).fit(module(), data(files))
+    assert sizes == [None, *[(1425, 480)] * 4]
+    assert [(given[0], options["global_step"]) for given, options in board.figures] == [("heads", 2), ("heads", 4)]
+    assert all(type(given[1]) is Figure for given, _ in board.figures)
+    heads, curve, _ = board.figures[-1][0][1].axes
+    assert heads.get_title() == "8 of 16 heads gone"
+    shares, losses = curve.lines[0].get_data()
+    assert list(shares) == [0, 25, 50]
+    assert losses[0] == callback.events[0]["before"]["val_loss"]
+    assert list(losses[1:]) == [event["after"]["val_loss"] for event in callback.events]
+    assert curve.get_ylabel() == "validation loss"
+
+
+def test_without_a_file_or_such_a_logger_nothing_is_drawn(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("billhook.callbacks.head_record.plot_heads", None)
+    logger = pl.loggers.CSVLogger(tmp_path)
+    trainer(tmp_path, [pruning(0.25)], logger=logger, max_steps=2, log_every_n_steps=1).fit(module(), data(files))
+
+
+def test_the_monitored_value_is_what_is_drawn(files, tmp_path):
+    callback = pruning(0.25, monitor="val_perplexity", mode="min", keep=0.1, measure_batches=1, at=2)
+    trainer(tmp_path, [callback], max_steps=3).fit(module(), data(files))
+    event = callback.events[0]
+    assert callback.record.curve == [(0.0, event["before"]["val_perplexity"]), (0.25, event["after"]["val_perplexity"])]
+
+
+class TestPlot:
+    def draw(self, path, *arguments, **options):
+        figure = plot_heads(*arguments, **options)
+        figure.savefig(path / "heads.png")
+        width, height = size_of(path / "heads.png")
+        assert 600 <= width <= 1500
+        assert 450 <= height <= 2200
+        return figure
+
+    def test_layers_with_different_numbers_of_heads_and_no_scores(self, tmp_path):
+        scores = {
+            "decoder.0.self.attn": torch.tensor([0.1, torch.nan, 0.3]),
+            "decoder.1.self.attn": torch.tensor([0.5]),
+            "decoder.1.cross.attn": torch.full([2], torch.nan),
+        }
+        gone = {"decoder.0.self.attn": [1], "decoder.1.cross.attn": [0, 1]}
+        figure = self.draw(tmp_path, scores, gone)
+        heads, bar = figure.axes
+        assert heads.get_title() == "3 of 6 heads gone"
+        assert [label.get_text() for label in heads.get_yticklabels()] == ["0.self", "1.self", "1.cross"]
+        assert [list(map(list, line.get_data())) for line in heads.lines] == [[[1], [0]], [[0, 1], [2, 2]]]
+        table = heads.images[0].get_array()
+        assert table.shape == (3, 3)
+        assert table.mask.tolist() == [[False, True, False], [False, True, True], [True] * 3]
+        assert bar.get_ylabel() == "importance"
+
+    @pytest.mark.parametrize("scores", [[0.2, 0.1], [-0.2, -0.1], [-0.2, 0.3]])
+    def test_the_scale_begins_at_zero_or_below(self, tmp_path, scores):
+        least, most = self.draw(tmp_path, {"layers.0": torch.tensor(scores)}, {}).axes[0].images[0].get_clim()
+        assert (least, most) == (pytest.approx(min(0.0, *scores)), pytest.approx(max(scores)))
+
+    @pytest.mark.parametrize("score", [0.0, torch.nan])
+    def test_scores_of_which_none_is_more_than_another(self, tmp_path, score):
+        self.draw(tmp_path, {"layers.0": torch.full([4], score)}, {"layers.0": [0]})
+
+    @pytest.mark.parametrize("curve", [[(0.0, 2.0)], [(0.0, 2.0), (0.25, float("nan")), (0.5, 3.0)]])
+    def test_curves(self, tmp_path, curve):
+        figure = self.draw(tmp_path, {"a.0": torch.rand(4), "a.1": torch.rand(4)}, {"a.0": [2]}, curve, "val_loss")
+        assert len(figure.axes) == 3
+        assert figure.axes[1].get_xlabel() == "heads gone, %"
+
+    def test_many_layers(self, tmp_path):
+        scores = {f"model.layers.{layer}.self_attn": torch.rand(32) for layer in range(80)}
+        figure = self.draw(tmp_path, scores, {}, [(0.0, 1.0), (0.5, 2.0)], "val_accuracy")
+        assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [str(layer) for layer in range(80)]

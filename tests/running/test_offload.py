@@ -1,0 +1,153 @@
+"""Blocks on a device one at a time, activations in files: what comes out is the same, and nothing stays behind."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import billhook as bh
+from billhook.running import offload
+from billhook.running.offload import Shelf, offloaded
+from kit.families import llama, tokens
+from kit.prune import batches_of, family
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def batches(number=3):
+    return [{"input_ids": tokens()} for _ in range(number)]
+
+
+@pytest.fixture
+def stays(monkeypatch):
+    """Who was on the device, in order."""
+    order, leave = [], offload._Stay.leave
+
+    def watched(self):
+        if self.block is not None:
+            order.append(self.block)
+        leave(self)
+
+    monkeypatch.setattr(offload._Stay, "leave", watched)
+    return order
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("sequential", "times"), [("block", 1), ("layer", 1), ("none", 3)])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_each_block_is_there_once_and_the_result_is_the_same(name, sequential, times, device, stays):
+    model = family(name).eval()
+    expected, data = copy.deepcopy(model), batches_of(model)
+    bh.prune(expected, bh.Wanda(), data, 0.5, sequential=sequential)
+    homes = {name: value.data_ptr() for name, value in model.state_dict().items()} if device == "cpu" else None
+    bh.prune(model, bh.Wanda(), data, 0.5, sequential=sequential, offload=device)
+    blocks = [block for stack in model.modules() if isinstance(stack, nn.ModuleList) for block in stack]
+    inside = [block for block in stays if block in blocks]
+    assert inside == blocks * times
+    for name, value in model.state_dict().items():
+        assert value.device.type == "cpu"
+        if device == "cpu":
+            assert torch.equal(value, expected.state_dict()[name]), name
+            assert homes[name] == value.data_ptr()
+        else:
+            assert (value == expected.state_dict()[name]).float().mean() > 0.99
+
+
+def test_encoder_and_decoder_offloaded(stays):
+    model = family("t5").eval()
+    expected, data = copy.deepcopy(model), batches_of(model)
+    for one, device in ((expected, None), (model, "cpu")):
+        bh.prune(one, bh.Wanda(), data, 0.5, offload=device)
+    assert [block for block in stays if len(list(block.children()))] == [*model.encoder.block, *model.decoder.block]
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+class OnAnother(nn.Module):
+    """Refuses to compute where it is not wanted."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.weight, self.device = nn.Parameter(torch.ones(2)), device
+        self.register_buffer("offset", torch.zeros(2))
+
+    def forward(self, x, *, scale):
+        assert {t.device.type for t in (x, scale, self.weight, self.offset)} == {self.device}
+        return {"out": x * scale * self.weight + self.offset}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_go_there_and_outputs_come_back(device):
+    blocks = [OnAnother(device), OnAnother(device)]
+    with offloaded(blocks, torch.device(device)):
+        out = blocks[0](torch.ones(2), scale=torch.ones(2))["out"]
+        assert out.device.type == "cpu"
+        assert (blocks[0].weight.device.type, blocks[1].weight.device.type) == (device, "cpu")
+    assert "forward" not in vars(blocks[0])
+
+
+def test_a_run_that_fails_leaves_every_block_where_it_was(monkeypatch):
+    model = llama().eval()
+    pointers = {name: value.data_ptr() for name, value in model.state_dict().items()}
+
+    class Failing(bh.Wanda):
+        def score(self, weight, statistics=None):
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        bh.prune(model, Failing(), batches(), 0.5, offload="cpu")
+    assert pointers == {name: value.data_ptr() for name, value in model.state_dict().items()}
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_activations_on_disk_change_nothing(sequential, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload, "SMALL", 256)
+    kept = []
+    keep = Shelf.keep
+    monkeypatch.setattr(Shelf, "keep", lambda self, what: (keep(self, what), kept.append(what)))
+    model = llama().eval()
+    expected, data = copy.deepcopy(model), [{"input_ids": tokens(4, 16)} for _ in range(3)]
+    bh.prune(expected, bh.SparseGPT(block_size=16), data, 0.5, sequential=sequential)
+    bh.prune(model, bh.SparseGPT(block_size=16), data, 0.5, sequential=sequential, activations=str(tmp_path))
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
+    assert not list(tmp_path.iterdir())
+    if sequential != "none":
+        hidden = [args[0] for args, _ in kept]
+        assert len(hidden) >= 6
+        assert all(tensor.untyped_storage().filename for tensor in hidden)
+
+
+def test_who_holds_a_tensor_holds_it_on_disk(tmp_path):
+    own = torch.rand(64, 512)
+    frame, values, pointer = {"hidden": own}, own.clone(), own.data_ptr()
+    shelf, parameter = Shelf(str(tmp_path)), nn.Parameter(torch.rand(64, 512))
+    small = torch.rand(3)
+    before = parameter.data_ptr(), small.data_ptr()
+    shelf.keep(((own, small, None, "text"), {"p": parameter}))
+    assert frame["hidden"] is own
+    assert own.data_ptr() != pointer
+    assert torch.equal(own, values)
+    assert (parameter.data_ptr(), small.data_ptr()) == before
+    pointer = own.data_ptr()
+    shelf.keep(own)
+    assert own.data_ptr() == pointer, "what is there already stays"
+    shelf.close()
+    assert not list(tmp_path.iterdir())
+    assert torch.equal(own, values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"offload": "gpu9"}, "offload='gpu9' is no device here"),
+        ({"offload": "cuda:77"}, "offload='cuda:77' is no device here"),
+        ({"activations": "/nowhere/at/all"}, "activations='/nowhere/at/all' must be a folder"),
+    ],
+)
+def test_no_such_place(arguments, match):
+    model = llama()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=match):
+        bh.prune(model, bh.Wanda(), batches(), 0.5, **arguments)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,106 @@
+"""Ranks that each see a part of the calibration data come to one result, also where only some of them come to a linear."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import billhook as bh
+from kit.families import llama, tokens
+from kit.prune_batches import Forked
+from kit.prune_ranks import Ranks
+
+
+def planned(model, batches, ranks, **options):
+    """The masks that ranks come to, each with every so many-th batch."""
+
+    def plan(rank, reduce):
+        own = copy.deepcopy(model)
+        return bh.plan_pruning(own, batches=batches[rank::ranks], reduce=reduce, **options)
+
+    pruned = Ranks(ranks).run(plan)
+    masks = [one.masks(model) for one in pruned]
+    for other, plans in zip(masks[1:], pruned[1:], strict=True):
+        assert other.keys() == masks[0].keys()
+        assert plans.uncalled == pruned[0].uncalled
+        assert all(torch.equal(mask, other[name]) for name, mask in masks[0].items())
+    return masks[0]
+
+
+def agree(one, other):
+    assert one.keys() == other.keys()
+    return min((mask == other[name]).float().mean().item() for name, mask in one.items())
+
+
+@pytest.mark.parametrize("batches", [1, 3, 4])
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize(
+    "options", [{}, {"allocation": bh.OWL()}, {"criterion": bh.SparseGPT()}], ids=["wanda", "owl", "sparsegpt"]
+)
+def test_ranks_come_to_what_one_comes_to(sequential, batches, options):
+    """Also if there are fewer batches than ranks."""
+    model, options = llama(), {"criterion": bh.Wanda(), "sparsity": 0.5, "sequential": sequential, **options}
+    given = [{"input_ids": tokens(4)} for _ in range(batches)]
+    assert agree(planned(model, given, 2, **options), bh.plan_pruning(model, batches=given, **options).masks(model)) > 0.98
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = (nn.ModuleList(nn.Linear(8, 8) for _ in range(4)) for _ in range(3))
+
+    def forward(self, x, chosen):
+        return sum(self.down[e](self.gate[e](x).relu() * self.up[e](x)) for e in chosen)
+
+
+class Routed(nn.Module):
+    """Experts of which each batch says which it goes to."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x, experts):
+        for block, chosen in zip(self.blocks, experts, strict=True):
+            x = block(x, chosen)
+        return x
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+@pytest.mark.parametrize("routes", [[([0, 1], [2]), ([1], [0, 2]), ([0], [0])], [([0], [0]), ([1], [1])], [([0], [3])]])
+@pytest.mark.filterwarnings("ignore:no calibration batch has called")
+def test_experts_that_not_every_rank_comes_to(sequential, routes):
+    model, options = Routed(), {"criterion": bh.Wanda(), "sparsity": 0.5, "sequential": sequential}
+    batches = [(torch.randn(2, 5, 8), route) for route in routes]
+    one = bh.plan_pruning(model, batches=batches, **options)
+    for ranks in (2, 3):
+        assert agree(planned(model, batches, ranks, **options), one.masks(model)) > 0.98
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_linears_that_read_one_tensor_on_one_rank_only(sequential):
+    model, options = Forked(), {"criterion": bh.Wanda(), "sparsity": 0.5, "sequential": sequential}
+    batches = [(torch.randn(4, 16),), (torch.randn(4, 16), torch.randn(4, 16) * torch.linspace(0, 9, 16))]
+    assert agree(planned(model, batches, 2, **options), bh.plan_pruning(model, batches=batches, **options).masks(model)) == 1
+
+
+def test_bad_inputs_of_one_rank_are_refused_by_all():
+    model, batches = llama(), [{"inputs_embeds": torch.randn(2, 5, 32)} for _ in range(2)]
+    batches[1]["inputs_embeds"][0, 0, 0] = float("nan")
+    failed = []
+
+    def plan(rank, reduce):
+        try:
+            bh.plan_pruning(copy.deepcopy(model), bh.Wanda(), [batches[rank]], 0.5, reduce=reduce)
+        except ValueError as error:
+            failed.append(str(error))
+
+    Ranks(2).run(plan)
+    assert len(failed) == 2
+    assert all("model.layers.0.self_attn.q_proj: NaN, infinite" in one for one in failed)
+
+
+def test_no_data_on_any_rank_is_refused_by_all():
+    with pytest.raises(ValueError, match="batches=an empty collection: Wanda needs calibration data"):
+        planned(llama(), [], 2, criterion=bh.Wanda(), sparsity=0.5)

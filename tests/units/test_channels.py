@@ -1,0 +1,191 @@
+"""Which channels, residual channels and experts are found, in every family; who reads them, checked by names."""
+
+import warnings
+
+import numpy as np
+import peft
+import pytest
+
+import billhook as bh
+from billhook.tracing.trace import trace
+from billhook.units.channels import find_units, of_kind
+from kit.channels import EVERY, EXPERTS, HELD, WITHOUT, down_projections
+from kit.families import build, llama, tokens
+from kit.head_removal import make
+from kit.shaped import bert, gpt2
+from kit.tied_biases import t5
+
+RESIDUAL = {  # streams, where there is not one
+    "albert": 2,  # the embeddings are projected
+    "swin": 4, "convnext": 4, "resnet": 4,  # by stages
+    "recurrent_gemma": 3,  # a recurrence in each of two blocks
+    "wav2vec2": 2, "hubert": 2,  # groups of a convolution, and channels of each
+    "WhisperForConditionalGeneration": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_in_every_family(name):
+    model = make(name)
+    found = find_units(model, ["channel", "residual", "expert"])
+    channels = of_kind(found, "channel")
+    assert [one.readers[0] for one in channels.values() if one.readers] == down_projections(model)
+    assert all(len(one.readers) <= 1 for one in channels.values())
+    parameter, dim = HELD.get(name, ("-", 0))
+    held = [[(m.name, m.dim) for m in one.members if m.reads] for one in channels.values() if not one.readers]
+    assert held == [[(own, dim)] for own, _ in model.named_parameters() if own.endswith(parameter)]
+    assert bool(channels) == (name not in WITHOUT)
+    for one in channels.values():
+        assert one.kv_of.tolist() == list(range(one.count()))
+        if one.readers:
+            assert one.index.tolist() == list(range(one.count()))
+    assert len(of_kind(found, "expert")) == EXPERTS.get(name, 0)
+    assert len(of_kind(found, "residual")) == RESIDUAL.get(name, 1)
+    assert not any(one.readers for one in of_kind(found, "expert").values())
+
+
+class TestByName:
+    """What belongs to which units, against lists written down from the models' own code."""
+
+    @staticmethod
+    def members(one):
+        return {(member.name, member.dim, member.reads) for member in one.members}
+
+    def test_llama(self):
+        found = find_units(llama())
+        assert list(found) == [
+            "model.layers.0.self_attn", "model.layers.1.self_attn", "model.layers.0.mlp", "model.layers.1.mlp", "",
+        ]  # fmt: skip
+        assert [one.kind for one in found.values()] == ["head"] * 2 + ["channel"] * 2 + ["residual"]
+        mlp = "model.layers.1.mlp"
+        assert self.members(found[mlp]) == {
+            (f"{mlp}.gate_proj.weight", 0, False), (f"{mlp}.up_proj.weight", 0, False), (f"{mlp}.down_proj.weight", 1, True),
+        }  # fmt: skip
+        layers = [f"model.layers.{n}" for n in (0, 1)]
+        reads = {f"{own}.{n}.weight" for own in layers for n in
+                 ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")}  # fmt: skip
+        reads |= {"lm_head.weight"}
+        writes = {f"{own}.{n}.weight" for own in layers for n in ("self_attn.o_proj", "mlp.down_proj")}
+        scales = {f"{own}.{n}.weight" for own in layers for n in ("input_layernorm", "post_attention_layernorm")}
+        expected = {(n, 1, True) for n in reads} | {(n, 0, False) for n in writes | scales | {"model.norm.weight"}}
+        assert self.members(found[""]) == expected | {("model.embed_tokens.weight", 1, False)}
+        assert set(found[""].readers) == {n.removesuffix(".weight") for n in reads}
+
+    def test_gpt2_whose_matrices_lie_the_other_way(self):
+        found = find_units(gpt2())
+        mlp = "transformer.h.0.mlp"
+        assert self.members(found[mlp]) == {
+            (f"{mlp}.c_fc.weight", 1, False), (f"{mlp}.c_fc.bias", 0, False), (f"{mlp}.c_proj.weight", 0, True),
+        }  # fmt: skip
+        assert found[mlp].readers == (f"{mlp}.c_proj",)
+        stream = found["transformer"]
+        assert {(n, d) for n, d, _ in self.members(stream) if "wte" in n or "wpe" in n} == {
+            ("transformer.wte.weight", 1),
+            ("transformer.wpe.weight", 1),
+        }
+        assert len(stream.members) == 2 + 2 * (4 + 2 * 2 + 2) + 2
+        assert set(stream.readers) == {"lm_head"} | {
+            f"transformer.h.{n}.{own}" for n in (0, 1) for own in ("attn.c_attn", "mlp.c_fc")
+        }
+
+    def test_bert(self):
+        found = find_units(bert())
+        layer = "bert.encoder.layer.1"
+        assert self.members(found[layer]) == {
+            (f"{layer}.intermediate.dense.weight", 0, False), (f"{layer}.intermediate.dense.bias", 0, False),
+            (f"{layer}.output.dense.weight", 1, True),
+        }  # fmt: skip
+        assert found[layer].readers == (f"{layer}.output.dense",)
+        tables = ("word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight")
+        expected = {f"bert.embeddings.{n}" for n in (*tables, "LayerNorm.weight", "LayerNorm.bias")}
+        assert {n for n, _, _ in self.members(found[""]) if "embeddings" in n} == expected
+
+    def test_mixtral(self):
+        found = find_units(build("mixtral"))
+        mlp = "model.layers.0.mlp"
+        assert self.members(found[f"{mlp}.experts"]) == {
+            (f"{mlp}.experts.gate_up_proj", 1, False), (f"{mlp}.experts.down_proj", 2, True),
+        }  # fmt: skip
+        gate_up = next(m for m in found[f"{mlp}.experts"].members if m.dim == 1)
+        assert found[f"{mlp}.experts"].of_member(gate_up).tolist() == [*range(48), *range(48)]
+        assert {(n, d) for n, d, _ in self.members(found[mlp])} == {
+            (f"{mlp}.gate.weight", 0), (f"{mlp}.experts.gate_up_proj", 0), (f"{mlp}.experts.down_proj", 0),
+        }  # fmt: skip
+        assert (found[mlp].kind, found[mlp].count(), found[mlp].readers) == ("expert", 4, ())
+
+    def test_t5_has_one_stream_for_encoder_and_decoder(self):
+        found = find_units(t5(), ["channel", "residual"])
+        assert list(found) == [
+            *(f"encoder.block.{n}.layer.1.DenseReluDense" for n in (0, 1)),
+            *(f"decoder.block.{n}.layer.2.DenseReluDense" for n in (0, 1)),
+            "",
+        ]
+        assert {m.name.split(".")[0] for m in found[""].members} == {"shared", "encoder", "decoder"}
+
+
+class TestWhichOnes:
+    def test_kinds_that_are_asked_for_in_their_order(self):
+        model = build("mixtral")
+        assert [one.kind for one in find_units(model, ["expert", "residual", "expert"]).values()] == ["expert"] * 2 + ["residual"]
+        assert find_units(llama(), ["expert"]) == {}
+        assert find_units(model, []) == {}
+        with pytest.raises(ValueError, match="kinds='rank' must be one of head, channel, residual, expert"):
+            find_units(model, ["head", "rank"])
+
+    def test_a_structure_that_is_known(self):
+        model = llama()
+        structure = trace(model)
+        found = find_units(model, structure=structure)
+        assert all(set(one.leaves) <= {group.leaf for group in structure.groups} for one in found.values())
+
+    def test_two_of_one_name(self):
+        found = find_units(make("albert"), ["residual"])
+        assert list(found) == ["", " residuals"]
+        assert list(find_units(make("resnet"), ["residual"]))[:3] == [
+            "resnet.encoder.stages", "resnet.encoder.stages residuals", "resnet.encoder.stages residuals 2",
+        ]  # fmt: skip
+
+    def test_a_single_block_and_blocks_that_share_their_weights(self):
+        assert list(find_units(llama(num_hidden_layers=1), ["channel"])) == ["model.layers.0.mlp"]
+        assert len(find_units(make("albert"), ["channel"])) == 1
+
+    def test_no_channels_outside_of_blocks(self):
+        """Neither a pooler nor the transform of a masked language model's head."""
+        assert set(find_units(bert(), ["channel"])) == {f"bert.encoder.layer.{n}" for n in (0, 1)}
+
+    def test_layers_of_adapters_stand_for_what_they_adapt(self):
+        config = peft.LoraConfig(target_modules=["up_proj", "down_proj"], r=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(llama(), config)
+        one = next(iter(find_units(model, ["channel"]).values()))
+        assert [name.rpartition(".")[2] for name in one.readers] == ["down_proj"]
+        assert {name.split("mlp.")[1] for name in (m.name for m in one.members)} == {
+            "gate_proj.weight", "up_proj.base_layer.weight", "up_proj.lora_B.default.weight",
+            "down_proj.base_layer.weight", "down_proj.lora_A.default.weight",
+        }  # fmt: skip
+
+    def test_positions_of_what_is_read(self):
+        model = llama()
+        for one in find_units(model, ["channel", "residual"]).values():
+            for member in one.members:
+                index = one.of_member(member)
+                assert sorted(set(index.tolist())) == list(range(one.count()))
+                assert len(index) == model.get_parameter(member.name).shape[member.dim]
+        fused = find_units(make("phi3"), ["channel"])["model.layers.0.mlp"]
+        gate_up = next(m for m in fused.members if not m.reads)
+        assert np.array_equal(fused.of_member(gate_up), np.tile(np.arange(80), 2))
+
+    def test_what_is_left_is_found_again(self):
+        model = llama()
+        bh.apply(bh.plan(model, bh.RandomUnits(), channels=0.5, residual=0.25), model)
+        found = find_units(model, ["channel", "residual"])
+        assert [one.count() for one in found.values()] == [24, 24, 24]
+        model(tokens())
+
+
+def test_a_module_that_stands_in_several_places_reads_once():
+    model = build("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    (one,) = find_units(model, ["channel"]).values()
+    assert one.readers == ("model.layers.0.mlp.down_proj",)

@@ -1,0 +1,350 @@
+"""Gates multiply what a head gives; a masked head is one whose columns nobody reads."""
+
+import copy
+import warnings
+from contextlib import contextmanager
+
+import peft
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.units.gates import place_gates, place_mask
+from billhook.units.heads import find_heads
+from kit.families import build, llama, tokens
+from kit.heads_small import ATTENTIVE, SEQ2SEQ, hooks, small, weight_of
+
+pytestmark = pytest.mark.usefixtures("traced_once")
+STEP = 2**-13  # parts of many models compute in float32, so that a smaller one would measure rounding
+
+
+def zeroed(model, columns):
+    """A copy in which the columns of each reader, for (reader, head, head size), are zero."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for reader, head, size in columns:
+            weight_of(other, reader)[head * size : (head + 1) * size] = 0
+    return other
+
+
+@contextmanager
+def without_columns(model, columns):
+    """The columns of each reader, for (reader, head, head size), are zero for as long as the block lasts."""
+    weights = {reader: weight_of(model, reader) for reader, _, _ in columns}
+    before = {reader: weight.detach().clone() for reader, weight in weights.items()}
+    with torch.no_grad():
+        for reader, head, size in columns:
+            weights[reader][head * size : (head + 1) * size] = 0
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for reader, weight in before.items():
+                weights[reader].copy_(weight)
+
+
+@contextmanager
+def gated(case, per="head"):
+    """What `head_gates` does, with the heads that were found before the model became float64."""
+    gates = {name: torch.ones(one.count(per), requires_grad=True) for name, one in case.heads.items()}
+    handles = place_gates(case.model, case.heads, gates, per)
+    try:
+        yield gates
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def assert_same(got, expected, relative=1e-9):
+    assert (got - expected).abs().max() <= relative * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", [*ATTENTIVE, *SEQ2SEQ])
+def test_one_leaves_the_answer_and_the_gradient_is_that_of_a_difference(name):
+    case = small(name)
+    with torch.no_grad():
+        before = case.run()
+    with gated(case) as gates:
+        with torch.no_grad():
+            assert torch.equal(case.run(), before)
+        found = dict(zip(gates, torch.autograd.grad(case.loss(), list(gates.values())), strict=True))
+        scale = max(float(gradient.abs().max()) for gradient in found.values())
+        assert scale > 1e-3
+        with torch.no_grad():
+            for attention, gate in gates.items():
+                for head in {0, len(gate) // 2 + 1, len(gate) - 1}:
+                    losses = []
+                    for value in (1 + STEP, 1 - STEP):
+                        gate[head] = value
+                        losses.append(float(case.loss()))
+                    gate[head] = 1
+                    difference = (losses[0] - losses[1]) / (2 * STEP)
+                    assert difference == pytest.approx(float(found[attention][head]), rel=0.02, abs=2e-3 * scale)
+
+
+@pytest.mark.parametrize("name", [*ATTENTIVE, *SEQ2SEQ])
+def test_a_masked_head_is_one_whose_columns_nobody_reads(name):
+    case = small(name)
+    with torch.no_grad():
+        whole = case.run()
+        for attention, one in case.heads.items():
+            count = len(one.kv_of)
+            size = len(one.index) // count
+            masks = {"head": [0, count - 1], "kv_head": [one.count("kv_head") - 1]}
+            for per, heads in masks.items():
+                groups = count // one.count("kv_head")
+                queries = heads if per == "head" else range(heads[0] * groups, (heads[0] + 1) * groups)
+                with place_mask(case.model, case.heads, {attention: heads}, per):
+                    masked = case.run()
+                with without_columns(case.model, [(reader, head, size) for reader in one.readers for head in queries]):
+                    assert_same(masked, case.run())
+                assert not torch.equal(masked, whole)
+        assert torch.equal(case.run(), whole)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "bart", "vit"])
+def test_through_the_front_door(family, attention):
+    """By the public functions, with heads counted by hand, whatever computes the attention."""
+    config = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
+    ids = {"input_ids": tokens()}
+    later = {"decoder_input_ids": tokens(length=5)}
+    if family == "llama":
+        model, inputs, readers = llama(attn_implementation=attention), ids, ["model.layers.{}.self_attn.o_proj"]
+    elif family == "gpt2":
+        config = transformers.GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=64, n_positions=32)
+        model, inputs, readers = transformers.GPT2LMHeadModel(config), ids, ["transformer.h.{}.attn.c_proj"]
+    elif family == "bert":
+        model, readers = transformers.BertModel(transformers.BertConfig(**config)), ["encoder.layer.{}.attention.output.dense"]
+        inputs = ids | {"attention_mask": torch.ones(2, 12).tril(8)}
+    elif family == "t5":
+        config = transformers.T5Config(d_model=32, d_kv=16, d_ff=48, num_heads=4, num_layers=2, vocab_size=64)
+        model, inputs = transformers.T5ForConditionalGeneration(config), ids | later
+        readers = ["encoder.block.{}.layer.0.SelfAttention.o", "decoder.block.{}.layer.1.EncDecAttention.o"]
+    elif family == "bart":
+        sides = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in
+                 {"layers": 2, "attention_heads": 4, "ffn_dim": 48}.items()}  # fmt: skip
+        model = transformers.BartForConditionalGeneration(transformers.BartConfig(d_model=32, vocab_size=64, **sides))
+        readers = ["model.encoder.layers.{}.self_attn.out_proj", "model.decoder.layers.{}.encoder_attn.out_proj"]
+        inputs = ids | later
+    else:
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**config, image_size=16, patch_size=8))
+        inputs, readers = {"pixel_values": torch.randn(2, 3, 16, 16)}, ["vit.layers.{}.attention.o_proj"]
+    model = model.eval().double()
+    model.set_attn_implementation(attention)
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    size = 16 if family == "t5" else 32 // (8 if family == "llama" else 4)
+    readers = [pattern.format(1) for pattern in readers]
+    names = {r: next(n for n, one in find_heads(model).items() if one.readers == (r,)) for r in readers}
+    with torch.no_grad():
+        with bh.head_gates(model) as gates:
+            ones = model(**inputs)[0]
+        plain = model(**inputs)[0]
+        assert torch.equal(ones, plain)
+        assert all(gate.dtype == torch.float32 and gate.is_leaf and gate.requires_grad for gate in gates.values())
+        for reader in readers:
+            with bh.mask_heads(model, {names[reader]: [1, 3]}) as mask:
+                masked = model(**inputs)[0]
+            assert mask.heads == {names[reader]: [1, 3]}
+            assert_same(masked, zeroed(model, [(reader, 1, size), (reader, 3, size)])(**inputs)[0])
+        with bh.mask_heads(model, {names[reader]: [1] for reader in readers}):
+            both = model(**inputs)[0]
+        assert_same(both, zeroed(model, [(reader, 1, size) for reader in readers])(**inputs)[0])
+
+
+def test_kv_heads_take_their_query_heads_with_them():
+    model, ids = llama(), tokens()
+    with bh.mask_heads(model, {1: [0, 2]}, per="kv_head"):
+        masked = model(ids).logits
+    with bh.mask_heads(model, {1: [0, 1, 4, 5]}):
+        assert torch.equal(masked, model(ids).logits)
+    with bh.head_gates(model, per="kv_head") as gates:
+        assert {len(gate) for gate in gates.values()} == {4}
+        of_kv = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
+    with bh.head_gates(model) as gates:
+        of_query = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
+    for kv, query in zip(of_kv, of_query, strict=True):
+        torch.testing.assert_close(kv, query.reshape(4, 2).sum(1))
+
+
+def test_nothing_is_left_on_the_model():
+    model, ids = llama(), tokens()
+    before, state, plain = hooks(model), dict(model.state_dict()), model(ids).logits
+    parameters = [name for name, _ in model.named_parameters()]
+
+    def untouched():
+        assert hooks(model) == before
+        assert list(model.state_dict()) == list(state)
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        assert torch.equal(model(ids).logits, plain)
+
+    with bh.mask_heads(model, {0: [1], 1: [2, 3]}):
+        assert hooks(model) != before
+        assert list(model.state_dict()) == list(state)
+        assert [name for name, _ in model.named_parameters()] == parameters
+    untouched()
+    mask = bh.mask_heads(model, {"model.layers.0.self_attn": [1]})
+    mask.remove()
+    untouched()
+    mask.remove()
+    untouched()
+    with bh.head_gates(model):
+        assert [name for name, _ in model.named_parameters()] == parameters
+    untouched()
+    for block in (bh.head_gates, lambda model: bh.mask_heads(model, {0: [1]})):
+        with pytest.raises(RuntimeError, match="inside"), block(model):
+            raise RuntimeError("inside")
+        untouched()
+    own = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda *_: None)
+    with bh.mask_heads(model, {0: [1]}):
+        pass
+    assert len(model.model.layers[0].self_attn.o_proj._forward_pre_hooks) == 1
+    own.remove()
+
+
+def test_masks_and_gates_compose():
+    model, ids = llama(), tokens()
+    with bh.mask_heads(model, {0: [0, 1], 1: [3]}):
+        expected = model(ids).logits
+    outer = bh.mask_heads(model, {0: [0]})
+    with bh.mask_heads(model, {0: [1], 1: [3]}):
+        torch.testing.assert_close(model(ids).logits, expected)
+        with bh.mask_heads(model, {0: [0, 1]}):
+            torch.testing.assert_close(model(ids).logits, expected)
+        with bh.head_gates(model) as gates:
+            assert torch.equal(model(ids).logits, expected)
+            first, second = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
+            assert [head for head, gradient in enumerate(first) if gradient == 0] == [0, 1]
+            assert [head for head, gradient in enumerate(second) if gradient == 0] == [3]
+        outer.remove()
+        alone = model(ids).logits
+    with bh.mask_heads(model, {0: [1], 1: [3]}):
+        assert torch.equal(model(ids).logits, alone)
+
+
+def test_a_model_inside_another_module():
+    class Outer(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+    outer, ids = Outer(llama()), tokens()
+    with bh.mask_heads(outer, {0: [1]}):
+        masked = outer.model(ids).logits
+    with bh.mask_heads(outer.model, {0: [1]}):
+        assert torch.equal(masked, outer.model(ids).logits)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters(dora):
+    config = peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=2, use_dora=dora, init_lora_weights=False)
+    model, ids = peft.get_peft_model(llama(), config).eval().double(), tokens()
+    merged = copy.deepcopy(model).merge_and_unload()
+    with bh.mask_heads(model, {0: [2], 1: [0, 7]}) as mask, bh.mask_heads(merged, {0: [2], 1: [0, 7]}) as other:
+        assert mask.heads == other.heads
+        assert_same(model(ids).logits, merged(ids).logits)
+        masked = model(ids).logits
+    layers = [f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)]
+    assert_same(masked, zeroed(merged, [(layers[0], 2, 4), (layers[1], 0, 4), (layers[1], 7, 4)])(ids).logits)
+    with bh.head_gates(model) as gates, bh.head_gates(merged) as others:
+        found = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
+        expected = torch.autograd.grad(merged(ids).logits.square().mean(), list(others.values()))
+    torch.testing.assert_close(found, expected)
+    with bh.mask_heads(model, {0: [2]}), model.disable_adapter():
+        off = model(ids).logits
+    with bh.mask_heads(model.unload(), {0: [2]}):
+        assert_same(off, model(ids).logits)
+
+
+def test_compiled():
+    model, ids = llama(num_hidden_layers=1), tokens(1, 4)
+    plain = model(ids).logits
+    with bh.mask_heads(model, {0: [1, 2]}):
+        expected = model(ids).logits
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(compiled(ids).logits, expected)  # placed before
+    torch.testing.assert_close(compiled(ids).logits, plain)
+    with bh.mask_heads(compiled, {0: [1, 2]}):
+        torch.testing.assert_close(compiled(ids).logits, expected)  # placed after
+    torch.testing.assert_close(compiled(ids).logits, plain)
+    with bh.head_gates(model) as gates:
+        wanted = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
+    with bh.head_gates(compiled) as gates:
+        found = torch.autograd.grad(compiled(ids).logits.square().mean(), list(gates.values()))
+        torch.testing.assert_close(found, wanted)
+        with torch.no_grad():
+            gates["model.layers.0.self_attn"][1:3] = 0
+        torch.testing.assert_close(compiled(ids).logits, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model, ids = llama(), tokens()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # transformers 5.24 has another name for it
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        model.train()
+        with bh.head_gates(model) as gates:
+            model(ids, use_cache=False).logits.square().mean().backward()
+        found.append([gate.grad for gate in gates.values()])
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_half_precision():
+    model, ids = llama().bfloat16(), tokens()
+    plain = model(ids).logits
+    with bh.head_gates(model) as gates:
+        logits = model(ids).logits
+        assert torch.equal(logits, plain)
+        gradients = torch.autograd.grad(logits.float().square().mean(), list(gates.values()))
+    assert all(gate.dtype == gradient.dtype == torch.float32 for gate, gradient in zip(gates.values(), gradients, strict=True))
+    with bh.mask_heads(model, {1: [5]}):
+        masked = model(ids).logits
+    assert torch.equal(masked, zeroed(model, [("model.layers.1.self_attn.o_proj", 5, 4)])(ids).logits)
+    model = llama()
+    with torch.autocast("cpu", torch.bfloat16), bh.mask_heads(model, {1: [5]}):
+        masked = model(ids).logits
+        assert torch.equal(masked, zeroed(model, [("model.layers.1.self_attn.o_proj", 5, 4)])(ids).logits)
+
+
+def test_a_trace_does_not_mind():
+    def described(structure):
+        return [(g.kind, g.size, dict(g.flags), g.reason, [(m.name, m.dim) for m in g.members]) for g in structure.groups]
+
+    model = llama()
+    before = bh.trace(model)
+    with bh.mask_heads(model, {0: [1]}), bh.head_gates(model), bh.head_gates(model, per="kv_head"):
+        after = bh.trace(model)
+    assert described(after) == described(before)
+    assert repr(after.attention[0].o) == repr(before.attention[0].o)
+    assert not after.opaque
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "t5"])
+def test_generation_from_a_cache(family):
+    ids = tokens()
+    if family == "t5":
+        config = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": 64}
+        config = transformers.T5Config(**config, decoder_start_token_id=0)
+        model = transformers.T5ForConditionalGeneration(config).eval()
+        reader, layer = "decoder.block.1.layer.1.EncDecAttention.o", 5
+    else:
+        model, reader, layer = build(family), "model.layers.1.self_attn.o_proj", 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    size = model.get_submodule(reader).in_features // len(find_heads(model)[list(find_heads(model))[layer]].kv_of)
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    options |= {"output_scores": True, "return_dict_in_generate": True}
+    plain = model.generate(ids, **options)
+    with bh.mask_heads(model, {layer: [1, 3]}):
+        masked = model.generate(ids, **options)
+    expected = zeroed(model, [(reader, 1, size), (reader, 3, size)]).generate(ids, **options)
+    assert torch.equal(masked.sequences, expected.sequences)
+    torch.testing.assert_close(masked.scores, expected.scores, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(masked.scores[0], plain.scores[0], rtol=1e-2)

@@ -1,0 +1,536 @@
+"""Blocks: found, ranked, planned and removed."""
+
+import copy
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import billhook as bh
+from billhook.model.shape import load_shape, save_shape, set_shape, shape_of
+from billhook.pruning import block_removal
+from billhook.running.inputs import make_inputs
+from billhook.units.blocks import block_of, find_blocks, skipping
+from kit.families import build, llama, tokens
+from kit.shaped import bert, gpt2, uneven_llama
+from kit.stacks import MIXED, influence, other, t5
+
+LAYERS = "model.layers"
+
+
+def deep(**changes):
+    """A Llama of five blocks."""
+    return llama(num_hidden_layers=5, **changes)
+
+
+def without(model, stack, gone):
+    """A model built anew from a config that says fewer layers, with the weights copied over by name: an independent reference."""
+    config = copy.deepcopy(model.config)
+    stays = [n for n in range(len(model.get_submodule(stack))) if n not in gone]
+    config.num_hidden_layers = len(stays)
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[n] for n in stays]
+    new, state = type(model)(config).eval(), model.state_dict()
+    names = {f"{stack}.{place}.": f"{stack}.{n}." for place, n in enumerate(stays)}
+    for name, value in new.state_dict().items():
+        prefix = next((own for own in names if name.startswith(own)), "")
+        value.copy_(state[names[prefix] + name.removeprefix(prefix)] if prefix else state[name])
+    return new
+
+
+def everything(model, optimizer=None):
+    """All that may not change when something is refused."""
+    tensors = {name: (id(p), p.detach().float().numpy().tobytes()) for name, p in model.named_parameters()}
+    state = {} if optimizer is None else optimizer.state
+    moments = {id(p): {name: value.numpy().tobytes() for name, value in own.items()} for p, own in state.items()}
+    groups = [[id(p) for p in group["params"]] for group in ([] if optimizer is None else optimizer.param_groups)]
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    modes, random = [m.training for m in model.modules()], torch.get_rng_state().tolist()
+    told = [own.to_dict() for name in ("config", "generation_config") if (own := getattr(model, name, None))]
+    return tensors, moments, groups, hooks, modes, random, shape_of(model), told
+
+
+FOUND = {
+    "llama": (lambda: llama(), {LAYERS: 2}),
+    "mixtral": (lambda: build("mixtral"), {LAYERS: 2}),
+    "gpt2": (gpt2, {"transformer.h": 2}),
+    "bert": (bert, {"bert.encoder.layer": 2}),
+    "opt": (lambda: other("OPTForCausalLM"), {"model.decoder.layers": 2}),
+    "vit": (lambda: other("ViTForImageClassification"), {"vit.layers": 2}),
+    "t5": (t5, {"encoder.block": 3, "decoder.block": 4}),
+    "albert": (lambda: other("AlbertForMaskedLM"), {"albert.encoder.albert_layer_groups": 1}),
+    "mamba": (lambda: other("MambaForCausalLM"), {"backbone.layers": 2}),
+    "swin": (
+        lambda: other("SwinForImageClassification"),
+        {f"swin.encoder.layers.{n}.blocks": 2 for n in range(4)},
+    ),  # stages are no blocks
+}
+
+
+class TestFinding:
+    @pytest.mark.parametrize("family", FOUND)
+    def test_stacks_of_any_family(self, family):
+        make, expected = FOUND[family]
+        model = make()
+        found = find_blocks(model)
+        assert {name: len(stack) for name, stack in found.items()} == expected
+        assert all(model.get_submodule(name) is stack for name, stack in found.items())
+
+    def test_of_a_module_that_holds_a_model_and_with_adapters(self):
+        adapted = peft.get_peft_model(llama(), peft.LoraConfig(target_modules="all-linear"))
+        assert list(find_blocks(nn.ModuleDict({"net": adapted}))) == [LAYERS]
+
+    def test_where_something_is(self):
+        stacks = find_blocks(t5())
+        assert block_of("encoder.block.1.layer.0.SelfAttention.q.weight", stacks) == ("encoder.block", 1)
+        assert block_of("decoder.block.3", stacks) == ("decoder.block", 3)
+        assert block_of("encoder.final_layer_norm.weight", stacks) is None
+
+    def test_a_model_without_blocks(self):
+        with pytest.raises(ValueError, match="ResNet.* has no blocks"):
+            find_blocks(other("ResNetForImageClassification"))
+
+    def test_inputs_that_do_not_fit(self):
+        with pytest.raises(ValueError, match="LlamaForCausalLM does not run with inputs input_ids: "):
+            find_blocks(llama(), {"input_ids": torch.zeros(1, 2, 3, 4, 5)})
+
+
+def padded():
+    """A row of 9 tokens, and one of 6 with padding before it."""
+    ids, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.long)
+    ids[1, :3], mask[1, :3] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+class TestImportance:
+    def test_influence_is_the_papers_formula(self):
+        model, batch = deep(), padded()
+        found = bh.block_importance(model, [batch])
+        assert list(found) == [LAYERS]
+        assert found[LAYERS].shape == (5,)
+        torch.testing.assert_close(found[LAYERS], influence(model, batch), rtol=1e-5, atol=1e-9)
+
+    def test_every_token_counts_the_same_whatever_batch_it_is_in(self):
+        model, batch = deep(), padded()
+        rows = [{name: value[n : n + 1] for name, value in batch.items()} for n in range(2)]
+        one, two = bh.block_importance(model, [batch])[LAYERS], bh.block_importance(model, rows)[LAYERS]
+        torch.testing.assert_close(one, two)
+        bare = {"input_ids": batch["input_ids"][1:, 3:]}
+        alone = bh.block_importance(model, [rows[0], bare])[LAYERS]
+        torch.testing.assert_close(alone, two, rtol=1e-4, atol=1e-6)  # rotary positions are relative
+
+    def test_loss_is_that_of_the_model_without_the_block(self):
+        model, batches = deep(), [{"input_ids": tokens(2, n)} for n in (7, 9)]
+        found = bh.block_importance(model, batches, by="loss")[LAYERS]
+        for n in range(5):
+            small = without(model, LAYERS, [n])
+            losses = [small(**batch, labels=batch["input_ids"]).loss.item() for batch in batches]
+            assert float(found[n]) == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+    def test_a_loss_of_the_users_own(self):
+        model, batch = deep(), {"input_ids": tokens()}
+        found = bh.block_importance(model, [batch], "loss", loss=lambda m, b: m(**b).logits.square().mean())[LAYERS]
+        expected = without(model, LAYERS, [2])(**batch).logits.square().mean().item()
+        assert float(found[2]) == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("by", ["influence", "loss"])
+    def test_encoder_and_decoder_and_blocks_that_are_gone_already(self, by):
+        batch = {"input_ids": tokens(), "labels": tokens(2, 5)}
+        found = bh.block_importance(t5(), [batch], by, without={"decoder.block": [2]})
+        assert {name: len(own) for name, own in found.items()} == {"encoder.block": 3, "decoder.block": 4}
+        assert found["decoder.block"].isinf().tolist() == [False, False, True, False]
+        assert found["encoder.block"].isfinite().all()
+
+    def test_labels_say_which_tokens_of_a_decoder_count(self):
+        model, labels = t5(), tokens(2, 5)
+        short = [{"input_ids": tokens(), "labels": labels[:, :3].contiguous()}]
+        masked = labels.clone()
+        masked[:, 3:] = -100
+        one, two = (bh.block_importance(model, given) for given in (short, [{**short[0], "labels": masked}]))
+        torch.testing.assert_close(one["decoder.block"], two["decoder.block"], rtol=1e-5, atol=1e-8)
+
+    @pytest.mark.parametrize("by", ["influence", "loss"])
+    def test_the_model_is_as_before(self, by):
+        model, batch = deep(attention_dropout=0.5).train(), padded()
+        before = everything(model)
+        bh.block_importance(model, [batch], by)
+        bh.greedy_blocks(model, [batch], 2, by=by)
+        assert everything(model) == before
+
+    @pytest.mark.parametrize("by", ["influence", "loss"])
+    def test_one_at_a_time_is_ranking_again_without_it(self, by):
+        model, batch = deep(), padded()
+        small, left, expected = copy.deepcopy(model), list(range(5)), []
+        for _ in range(3):
+            if by == "influence":
+                scores = influence(small, batch)
+            else:
+                labels = batch["input_ids"].masked_fill((batch["attention_mask"] == 0), -100)
+                labels[1, 3] = -100  # the first token, which padding stands before
+                gone = [without(small, LAYERS, [n]) for n in range(len(left))]
+                scores = torch.stack([one(**batch, labels=labels).loss.detach() for one in gone])
+            lowest = 1 + int(scores[1:].argmin())
+            expected.append(left.pop(lowest))
+            small = without(small, LAYERS, [lowest])
+        assert bh.greedy_blocks(model, [batch], 3, by=by, first=1) == {LAYERS: expected}
+
+    def test_refused(self):
+        model, batch = deep(), {"input_ids": tokens()}
+        with pytest.raises(ValueError, match="by='cosine' must be one of influence, loss"):
+            bh.block_importance(model, [batch], "cosine")
+        with pytest.raises(ValueError, match=f"not one token reaches the blocks of {LAYERS}; at least one batch"):
+            bh.block_importance(model, [])
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
+        for by in ("influence", "loss"):
+            with pytest.raises(ValueError, match=f"a score of {LAYERS} is NaN or infinite"):
+                bh.block_importance(model, [batch], by)
+        with pytest.raises(ValueError, match=f"there is no stack 'layers'; there are {LAYERS} \\(5 blocks\\)"):
+            bh.block_importance(model, [batch], without={"layers": [1]})
+        with pytest.raises(ValueError, match="count=5 takes 5 of the 5 blocks of .* 0 to 4 can go"):
+            bh.greedy_blocks(model, [batch], 5)
+
+
+class TestPlan:
+    def test_the_lowest_but_for_the_protected(self):
+        scores = {LAYERS: torch.tensor([0.0, 0.5, 0.2, 0.2, 0.1])}
+        model = deep()
+        assert bh.plan_blocks(model, count=2, importance=scores).blocks == {LAYERS: [0, 4]}
+        assert bh.plan_blocks(model, count=2, importance=scores, first=1).blocks == {LAYERS: [3, 4]}
+        assert bh.plan_blocks(model, ratio=0.41, importance=scores, first=1, last=1).blocks == {LAYERS: [2, 3]}
+        assert bh.plan_blocks(model, ratio=0.6, importance=scores).blocks == {LAYERS: [0, 3, 4]}  # 0.6 * 5 is not quite 3
+        assert bh.plan_blocks(model, count=0, importance=scores).blocks == {}
+
+    def test_it_says_what_happens_and_is_plain_data(self):
+        model = deep()
+        plan = bh.plan_blocks(model, count=2, importance={LAYERS: torch.tensor([1.0, 0.25, 1.0, 0.125, 1.0])})
+        block = sum(p.numel() for p in model.model.layers[0].parameters())
+        assert plan.parameters == (model.num_parameters(), model.num_parameters() - 2 * block)
+        assert plan.fields == {"num_hidden_layers": 3}
+        told = str(plan)
+        assert f"{LAYERS}  5 -> 3 blocks; without 1 (0.25), 3 (0.125)" in told
+        assert f"{plan.parameters[0]:,} -> {plan.parameters[1]:,} parameters" in told
+        again = bh.BlockPlan.from_json(json.loads(json.dumps(plan.to_json())))
+        assert again == plan
+        assert str(again) == told
+        bh.apply_blocks(again, model)
+        assert (len(model.model.layers), model.num_parameters()) == (3, plan.parameters[1])
+
+    @pytest.mark.parametrize("change", [lambda m: bh.prune_blocks(m, [0]), lambda m: bh.convert_kv_heads(m, 1)])
+    def test_a_stale_plan(self, change):
+        model = deep()
+        plan = bh.plan_blocks(model, [1, 3])
+        change(model)
+        before = everything(model)
+        with pytest.raises(ValueError, match=f"made for a LlamaForCausalLM with 5 blocks in {LAYERS}; this LlamaForCausalLM has"):
+            bh.apply_blocks(plan, model)
+        assert everything(model) == before
+
+    def test_one_of_another_history(self):
+        one, two = deep(), deep()
+        bh.prune_blocks(one, [0])
+        bh.prune_blocks(two, [4])
+        with pytest.raises(ValueError, match="or other tensors"):
+            bh.apply_blocks(bh.plan_blocks(one, [1]), two)
+
+    def test_one_that_was_tampered_with(self):
+        model = deep()
+        plain = bh.plan_blocks(model, [1]).to_json()
+        plain["fields"]["num_hidden_layers"] = 3
+        with pytest.raises(ValueError, match="it is not what plan_blocks makes"):
+            bh.apply_blocks(bh.BlockPlan.from_json(plain), model)
+
+    REFUSED = [
+        ({"blocks": [5]}, f"{LAYERS} has no block 5; it has 0 to 4"),
+        ({"blocks": [True]}, "has no block True"),
+        ({"blocks": {"layers": [0]}}, f"there is no stack 'layers'; there are {LAYERS} \\(5 blocks\\)"),
+        ({"blocks": range(5)}, f"{LAYERS} would be left without blocks; at least one of its 5 must stay"),
+        ({"blocks": [0, 2], "first": 1}, "block 0 of .* is protected by first=1 and last=0"),
+        ({"blocks": [4], "last": 2}, "block 4 of .* is protected"),
+        ({}, "give blocks, or count, or ratio"),
+        ({"blocks": [1], "count": 1}, "give blocks, or count, or ratio"),
+        ({"count": 1}, "count and ratio need the importance of blocks"),
+        ({"count": 1, "importance": {"h": torch.ones(5)}}, "there is no stack 'h'"),
+        ({"count": 1, "importance": {LAYERS: torch.ones(4)}}, f"{LAYERS} has 5 blocks, and 4 scores"),
+        (
+            {"count": 3, "importance": {LAYERS: torch.ones(5)}, "first": 2, "last": 1},
+            "with first=2 and last=1 protected, 0 to 2 can",
+        ),
+        ({"count": -1, "importance": {LAYERS: torch.ones(5)}}, "count=-1 must be a whole number"),
+        ({"ratio": 1.0, "importance": {LAYERS: torch.ones(5)}}, "ratio=1.0 must be in"),
+    ]
+
+    @pytest.mark.parametrize(("given", "message"), REFUSED)
+    def test_refused(self, given, message):
+        with pytest.raises(ValueError, match=message):
+            bh.plan_blocks(deep(), **given)
+
+    def test_two_stacks_must_be_told_apart(self):
+        with pytest.raises(ValueError, match=r"say of which stack.* encoder.block \(3 blocks\), decoder.block \(4 blocks\)"):
+            bh.plan_blocks(t5(), [1])
+
+
+REMOVED = {
+    "llama": (lambda: deep(), {LAYERS: [0, 3]}),
+    "mixtral": (lambda: build("mixtral", num_hidden_layers=3), {LAYERS: [1]}),
+    "gemma3": (lambda: build("gemma3_text", num_hidden_layers=4, **MIXED), {LAYERS: [0, 1]}),
+    "qwen2": (lambda: build("qwen2", num_hidden_layers=4, use_sliding_window=True, **MIXED), {LAYERS: [2]}),
+    "gpt2": (lambda: gpt2(n_layer=4), {"transformer.h": [1, 2]}),
+    "bert": (lambda: bert(num_hidden_layers=4), {"bert.encoder.layer": [0]}),
+    "t5": (t5, {"encoder.block": [2], "decoder.block": [1, 3]}),
+    "lists of two stacks": (lambda: other("T5GemmaForConditionalGeneration"), {"model.encoder.layers": [0]}),
+    "vit": (lambda: other("ViTForImageClassification", num_hidden_layers=3), {"vit.layers": [1]}),
+    "swin": (lambda: other("SwinForImageClassification"), {"swin.encoder.layers.2.blocks": [1]}),
+    "a list of those without experts": (
+        lambda: build("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[0, 2]), {LAYERS: [1, 2]}
+    ),
+    "a number of first ones without experts": (
+        lambda: other("DeepseekV2ForCausalLM", num_hidden_layers=4, first_k_dense_replace=2), {LAYERS: [0, 3]}
+    ),
+    "layers that differ": (lambda: uneven_llama(num_hidden_layers=4), {LAYERS: [0, 3]}),
+}  # fmt: skip
+
+
+def inputs_of(model):
+    return {name: value for name, value in make_inputs(model).items() if isinstance(value, torch.Tensor)}
+
+
+class TestRemoval:
+    @pytest.mark.parametrize("family", REMOVED)
+    def test_it_equals_skipping_and_survives_a_round_trip(self, family, tmp_path):
+        make, gone = REMOVED[family]
+        model = make()
+        inputs, generation = inputs_of(model), getattr(model, "generation_config", None)
+        with torch.no_grad(), skipping(find_blocks(model), gone) as runs:
+            expected = model(**inputs).logits
+        assert set(runs.values()) == {1}
+        counts = {name: len(stack) - len(gone.get(name, ())) for name, stack in find_blocks(model).items()}
+        plan = bh.prune_blocks(model, gone)
+        assert {name: len(stack) for name, stack in find_blocks(model).items()} == counts
+        assert plan.parameters[1] == model.num_parameters()
+        assert getattr(model, "generation_config", None) is generation
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-6)
+            saved = bh.save(model, tmp_path / "out", probe=inputs)
+            plain = family != "layers that differ"
+            assert saved.way == ("plain" if plain else "shaped")
+            loaded = type(model).from_pretrained(tmp_path / "out") if plain else bh.load(tmp_path / "out")
+            assert torch.equal(loaded.eval()(**inputs).logits, model(**inputs).logits)
+        assert shape_of(loaded).attributes == shape_of(model).attributes
+
+    @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2", "gpt2", "t5", "mixtral"])
+    def test_generation_with_a_cache_equals_generation_without(self, family):
+        make, gone = REMOVED[family]
+        model = make()
+        bh.prune_blocks(model, gone)
+        ids = tokens(2, 9)
+        told = {
+            "max_new_tokens": 8,
+            "min_new_tokens": 8,
+            "do_sample": False,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+        }
+        cached, bare = (model.generate(ids, **told, use_cache=cache) for cache in (True, False))
+        assert torch.equal(cached.sequences, bare.sequences)
+        torch.testing.assert_close(torch.stack(cached.logits), torch.stack(bare.logits), rtol=1e-4, atol=1e-4)
+        layers = getattr(cached.past_key_values, "self_attention_cache", cached.past_key_values).layers
+        assert len(layers) == len(list(find_blocks(model).values())[-1])
+
+    def test_numbers_and_config_follow(self):
+        model = build("gemma3_text", num_hidden_layers=4, **MIXED)
+        kept = [model.model.layers[n] for n in (1, 2)]
+        bh.prune_blocks(model, [0, 3])
+        assert list(model.model.layers) == kept
+        assert [layer.self_attn.layer_idx for layer in kept] == [0, 1]
+        assert model.config.num_hidden_layers == 2
+        assert model.config.layer_types == ["full_attention", "sliding_attention"] == [k.self_attn.layer_type for k in kept]
+
+    def test_the_optimizer_follows(self):
+        model = deep()
+        groups = [{"params": [p for p in model.parameters() if p.ndim == n], "lr": 1e-3 * n} for n in (1, 2)]
+        optimizer = torch.optim.AdamW(groups)
+        ids = tokens()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        named = {id(p): name for name, p in model.named_parameters()}
+        moments = {p: own["exp_avg"].clone() for p, own in optimizer.state.items()}
+        lists = [group["params"] for group in optimizer.param_groups]
+        orders = [[named[id(p)] for p in own if not named[id(p)].startswith((f"{LAYERS}.1.", f"{LAYERS}.4."))] for own in lists]
+        bh.prune_blocks(model, [1, 4], optimizer)
+        for own, order in zip(lists, orders, strict=True):
+            assert [named[id(p)] for p in own] == order
+        assert {id(p) for own in lists for p in own} == {id(p) for p in model.parameters()} == {id(p) for p in optimizer.state}
+        assert all(torch.equal(own["exp_avg"], moments[p]) for p, own in optimizer.state.items())
+        optimizer.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+
+    def test_with_adapters(self):
+        torch.manual_seed(1)
+        adapted = peft.get_peft_model(deep(), peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+        ids = tokens()
+        with torch.no_grad(), skipping(find_blocks(adapted), {LAYERS: [2]}):
+            expected = adapted(ids).logits
+        bh.prune_blocks(adapted, [2])
+        with torch.no_grad():
+            torch.testing.assert_close(adapted(ids).logits, expected)
+        assert not any("layers.4." in name for name, _ in adapted.named_parameters())
+
+    def test_in_half_precision_and_twice(self):
+        model = deep().bfloat16()
+        dense = copy.deepcopy(model)
+        bh.prune_blocks(model, [1])
+        bh.prune_blocks(model, [2])
+        assert shape_of(model).blocks == {LAYERS: (5, (0, 2, 4))}
+        ids = tokens()
+        assert torch.equal(model(ids).logits, without(dense, LAYERS, [1, 3]).bfloat16()(ids).logits)
+
+    def test_nothing(self):
+        model = deep()
+        before = everything(model)
+        assert bh.prune_blocks(model, []).blocks == {}
+        assert everything(model) == before
+
+
+REFUSED = {
+    "position bias": (
+        t5, {"encoder.block": [0]}, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight is .* in what its class"
+    ),
+    "shared": (
+        lambda: other("AlbertForMaskedLM", num_hidden_layers=4, num_hidden_groups=2),
+        {"albert.encoder.albert_layer_groups": [1]}, "block 1 of .* runs 2 times in a forward: its weights are shared",
+    ),
+    "tied": (lambda: tied(), {LAYERS: [1]}, "block 1 of .* shares weights with .*layers.2.mlp.up_proj.weight, which stays"),
+    "its place": (
+        lambda: other("BeamForCausalLM", num_hidden_layers=3), {LAYERS: [0]}, "computes something else without .*later blocks"
+    ),
+    "a constant": (
+        lambda: gpt2(n_layer=3, scale_attn_by_inverse_layer_idx=True), {"transformer.h": [0]},
+        "its class then builds transformer.h.0.attn.scaling = 0.35.*, and what comes to that place has 0.17",
+    ),
+    "a period": (
+        lambda: build("qwen3_moe", num_hidden_layers=4, decoder_sparse_step=2), {LAYERS: [1]}, "is missing in what its class then"
+    ),
+    "a table for all": (
+        lambda: other("Gemma4ForCausalLM", num_hidden_layers=3), {LAYERS: [0]}, "Gemma4ForCausalLM cannot say that blocks 0"
+    ),
+    "the config is of another": (lambda: unlike(), {LAYERS: [0]}, "does not have the blocks that its class builds"),
+}  # fmt: skip
+
+
+def tied():
+    model = deep()
+    model.model.layers[1].mlp.up_proj = model.model.layers[2].mlp.up_proj
+    return model
+
+
+def unlike():
+    model = deep()
+    model.config.num_hidden_layers = 6
+    return model
+
+
+class TestRefused:
+    @pytest.mark.parametrize("why", REFUSED)
+    def test_with_the_reason_and_nothing_changes(self, why):
+        make, gone, message = REFUSED[why]
+        model = make()
+        optimizer = torch.optim.AdamW(model.parameters())
+        before = everything(model, optimizer)
+        with pytest.raises(ValueError, match=message):
+            bh.prune_blocks(model, gone, optimizer)
+        assert everything(model, optimizer) == before
+
+    def test_an_error_in_the_midst_of_it(self, monkeypatch):
+        model = build("gemma3_text", num_hidden_layers=4, **MIXED)
+        optimizer = torch.optim.AdamW(model.parameters())
+        ids = tokens()
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        before, config = everything(model, optimizer), model.config
+        real, blocks = block_removal.answer, list(model.model.layers)
+
+        def failing(subject):
+            if len(subject.model.layers) < 4:
+                raise KeyboardInterrupt
+            return real(subject)
+
+        monkeypatch.setattr(block_removal, "answer", failing)
+        with pytest.raises(KeyboardInterrupt):
+            bh.prune_blocks(model, [0, 1], optimizer)
+        assert everything(model, optimizer) == before
+        assert list(model.model.layers) == blocks
+        assert model.config is config
+
+
+class TestShape:
+    """Checkpoints of a model with fewer blocks load into one that has them all, and the other way round."""
+
+    @pytest.mark.parametrize("family", ["llama", "gemma3", "t5", "layers that differ", "gpt2"])
+    def test_both_ways(self, family):
+        make, gone = REMOVED[family]
+        dense, other = make(), make()
+        small, inputs = copy.deepcopy(dense), inputs_of(dense)
+        bh.prune_blocks(small, gone)
+        twice = copy.deepcopy(small)
+        bh.prune_blocks(twice, {next(iter(gone)): [0] if family != "t5" else [1]})
+        for target in (small, dense, twice, small, dense):
+            checkpoint = {}
+            save_shape(target, checkpoint)
+            load_shape(other, json.loads(json.dumps(checkpoint)))
+            other.load_state_dict(target.state_dict())
+            assert shape_of(other) == shape_of(target)
+            assert other.config.to_dict() == target.config.to_dict()
+            with torch.no_grad():
+                assert torch.equal(other(**inputs).logits, target(**inputs).logits)
+            parts = {id(c) for m in other.modules() for c in vars(m).values() if isinstance(c, transformers.PretrainedConfig)}
+            assert parts <= {id(other.config)} or family == "t5"
+
+    def test_blocks_that_are_there_stay_the_very_ones_and_adapters_come_back(self):
+        model = peft.get_peft_model(deep(), peft.LoraConfig(target_modules=["q_proj"])).base_model.model
+        dense, blocks = shape_of(model), list(model.model.layers)
+        bh.prune_blocks(model, [1, 2])
+        small = shape_of(model)
+        set_shape(model, dense)
+        assert [model.model.layers[n] is blocks[n] for n in range(5)] == [True, False, False, True, True]
+        assert all(p.device.type == "cpu" for p in model.parameters())
+        assert model.model.layers[1].self_attn.q_proj.lora_A.default.weight.requires_grad
+        set_shape(model, small)
+        assert list(model.model.layers) == [blocks[n] for n in (0, 3, 4)]
+
+    def test_another_model_is_refused_and_nothing_changes(self):
+        small, dense, third = llama(num_hidden_layers=4), deep(), shape_of(llama(num_hidden_layers=3))
+        bh.prune_blocks(small, [0])
+        before = everything(dense)
+        with pytest.raises(ValueError, match=f"{LAYERS} had 4 blocks at first, and has 5 in LlamaForCausalLM"):
+            set_shape(dense, shape_of(small))
+        cut = copy.deepcopy(dense)
+        bh.prune_blocks(cut, [0])
+        with pytest.raises(ValueError, match="the checkpoint holds another model than the run"):
+            set_shape(cut, third)
+        assert everything(dense) == before
+        assert len(cut.model.layers) == 4
+
+    def test_one_from_before_blocks_were_told(self):
+        model, checkpoint = deep(), {}
+        save_shape(model, checkpoint)
+        for name in ("lists", "blocks"):
+            del checkpoint["billhook"]["shape"][name]
+        load_shape(model, checkpoint)
+        assert shape_of(model) == shape_of(deep())
+
+    def test_heads_go_from_a_model_that_has_lost_blocks(self):
+        model = deep()
+        bh.prune_blocks(model, [1])
+        bh.convert_kv_heads(model, 1)
+        bh.prune_heads(model, {0: [0, 1]})
+        assert shape_of(model).blocks == {LAYERS: (5, (0, 2, 3, 4))}
+        other = deep()
+        set_shape(other, shape_of(model))
+        other.load_state_dict(model.state_dict())
+        ids = tokens()
+        assert torch.equal(other(ids).logits, model(ids).logits)

@@ -1,19 +1,37 @@
 """Two processes with unequal parts of the data, of which one decides otherwise or fails, or that go on where one has ended."""
 
+import json
+
 import pytest
 import torch
 
 import billhook as bh
 from billhook import KVHeadConversion
-from kit.ddp import FitOfTuples, outcome
+from kit.ddp import FitOfTuples, outcome, run_script
 from kit.ddp_ranks import (
     DIFFER,
     FAIL,
     FITS,
     RESUMED,
+    SCRIPT,
+    kept,
     resumed,
 )
 from kit.fits import trainer
+
+
+@pytest.fixture(scope="module")
+def fitted(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    for name in RESUMED:
+        kept(name, folder / "one").run(folder, files)
+    run_script(folder, SCRIPT, [files, str(folder)])
+    return folder
+
+
+@pytest.fixture
+def stopped(fitted):
+    return json.loads((fitted / "stopped.json").read_text())
 
 
 def near(state, single, atol=2e-4, rtol=1e-3):

@@ -40,7 +40,7 @@ def straight(files, tmp_path_factory):
 @pytest.mark.parametrize("how", ["step", "writing"])
 def test_killed(files, tmp_path, straight, how):
     """By SIGKILL, in the middle of a step, or of writing a checkpoint: those that are there are whole, and the last resumes."""
-    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
     command = [
         sys.executable,
         Path(__file__).parents[1] / "kit" / "killed.py",

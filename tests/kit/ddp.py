@@ -159,7 +159,7 @@ def run_script(folder, text, arguments):
         port = str(free.getsockname()[1])
     environment = os.environ | {
         "MASTER_PORT": port,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
         "PYTHONWARNINGS": "ignore",
         "PYTHONHASHSEED": "3",
         "OMP_NUM_THREADS": "1",

@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 
 import billhook as bh
 from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, MultiStep, StructuredPruning, WeightPruning
-from kit.ddp import Fit, FitOfTuples, draw, fit_all, run_script
+from kit.ddp import Fit, FitOfTuples, draw, fit_all
 from kit.families import llama
 
 SCRIPT = """
@@ -235,17 +235,3 @@ def fit_two():
     for name in RESUMED:
         kept(name, Path(out, "two")).run(Path(out), files, ranks=2)
     fit_all({name: resumed(name, Path(out, "one")) for name in RESUMED})
-
-
-@pytest.fixture(scope="module")
-def fitted(files, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    for name in RESUMED:
-        kept(name, folder / "one").run(folder, files)
-    run_script(folder, SCRIPT, [files, str(folder)])
-    return folder
-
-
-@pytest.fixture
-def stopped(fitted):
-    return json.loads((fitted / "stopped.json").read_text())

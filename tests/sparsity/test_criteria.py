@@ -21,6 +21,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWWISE = [kind for kind in CRITERIA if "compares" in inspect.signature(kind).parameters]
 
 
+@pytest.fixture(params=CRITERIA, ids=lambda kind: kind.__name__)
+def criterion(request):
+    return request.param()
+
+
 # what all criteria promise
 
 

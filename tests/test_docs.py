@@ -31,7 +31,21 @@ def test_each_row_of_what_works_has_its_test():
     assert [row for row in rows if "`test_" not in row] == []
 
 
-NOUNS = {"As", "Batches", "Blocks", "Bytes", "Examples", "Heads", "Linears", "Parameters", "Rows", "This", "Tokens", "Units", "Weights"}
+NOUNS = {
+    "As",
+    "Batches",
+    "Blocks",
+    "Bytes",
+    "Examples",
+    "Heads",
+    "Linears",
+    "Parameters",
+    "Rows",
+    "This",
+    "Tokens",
+    "Units",
+    "Weights",
+}
 UNFINISHED = [  # folders whose owner is at it: who is done takes the line out
     "adapters",
     "assets",

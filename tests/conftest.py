@@ -12,11 +12,12 @@ atexit.register(shutil.rmtree, cache, ignore_errors=True)
 os.environ["HF_DATASETS_CACHE"] = cache
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["OMP_NUM_THREADS"] = "1"  # models are so small that threads, of children too, only wait for one another
 
 import pytest
 import torch
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -40,6 +40,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from billhook.model.memory import forget
 from billhook.running.inputs import make_inputs
 from billhook.tracing import trace as tracing
 
@@ -107,6 +108,7 @@ def stages(model):
 
         return mock.patch.object(tracing, name, outer)
 
+    forget()
     with timed("to_meta"), timed("couple"):
         start = time.process_time()
         structure = tracing.trace(model)

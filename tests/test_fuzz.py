@@ -22,7 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),
     pytest.mark.filterwarnings("ignore:LightningCLI's args parameter is intended to run from within Python"),
     pytest.mark.filterwarnings("ignore:No seed found"),
-    pytest.mark.usefixtures("traced_once"),
 ]
 VALUES = st.one_of(
     st.none(),

@@ -20,7 +20,6 @@ from kit.fits import same, trainer, weights
 from kit.unharmed import HOOKS, Interrupt, differing, everything, interrupted
 
 pytestmark = [
-    pytest.mark.usefixtures("traced_once"),
     pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),
 ]
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4, "attention_dropout": 0.1}

@@ -14,7 +14,6 @@ from kit.weight_pruning import checkpoints
 # the resumed runs do without the ModelCheckpoint of the straight one
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
-    pytest.mark.usefixtures("traced_once"),
 ]
 ROUNDS = bh.MultiStep([0.25, 0.5, 0.75], [2, 4, 6])
 SEEN = [16] * 2 + [12] * 2 + [8] * 2 + [4] * 2

@@ -17,7 +17,6 @@ from kit.weight_pruning import checkpoints
 # the resumed runs do without the ModelCheckpoint of the straight one
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
-    pytest.mark.usefixtures("traced_once"),
 ]
 
 

@@ -13,7 +13,6 @@ from kit.fits import data, same, trainer, weights
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
-    pytest.mark.usefixtures("traced_once"),
 ]
 SIZES = {"vocab_size": 2048, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
 FEW = {"measure_batches": 0, "examples": 4}

@@ -10,7 +10,6 @@ from kit.events import END, EVENTS, FEW, Own, Watch, figures, fit, loader, same_
 from kit.fits import same, trainer, weights
 
 pytestmark = [
-    pytest.mark.usefixtures("traced_once"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
 ]
 

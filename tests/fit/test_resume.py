@@ -21,7 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
     # it is resumable all the same
     pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
-    pytest.mark.usefixtures("traced_once"),
 ]
 
 

@@ -28,7 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
-    pytest.mark.usefixtures("traced_once"),
 ]
 
 

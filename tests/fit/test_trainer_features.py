@@ -22,7 +22,6 @@ from kit.events import AFTER, DENSE, END, EVENTS, FEW, Own, Watch, close, figure
 from kit.fits import same, trainer, weights
 
 pytestmark = [
-    pytest.mark.usefixtures("traced_once"),
     pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
     pytest.mark.filterwarnings("ignore:Swapping scheduler"),
     pytest.mark.filterwarnings("ignore:You are trying to `self.log"),

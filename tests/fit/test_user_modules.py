@@ -14,7 +14,6 @@ from kit.families import llama
 from kit.fits import same, trainer, weights
 
 pytestmark = [
-    pytest.mark.usefixtures("traced_once"),
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
     pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides"),
 ]

@@ -14,7 +14,6 @@ from billhook.units.heads import find_heads
 from kit.families import build, llama, tokens
 from kit.heads_small import ATTENTIVE, SEQ2SEQ, hooks, small
 
-pytestmark = pytest.mark.usefixtures("traced_once")
 CONFIG = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
 EVERY = [
     *(bh.GateGradient(), bh.Taylor("unit"), bh.Taylor(), bh.Taylor("mixed"), bh.WeightNorm(), bh.WeightNorm(1)),

@@ -21,7 +21,6 @@ from kit.head_removal import ALIKE, TestNothingIsHalfDone, counts, make, questio
 from kit.oracle_families import FAMILIES
 from kit.shaped import bert, features, gpt2
 
-pytestmark = pytest.mark.usefixtures("traced_once")
 NONE = ("mamba", "recurrent_gemma", "convnext", "resnet")  # without attention
 REFUSED = ("bloom", "mpt", "olmo2", "mamba2", "codegen")  # in test_head_plan
 REMOVABLE = [family for family in FAMILIES if family not in (*NONE, *REFUSED)]

@@ -18,8 +18,6 @@ from kit.plans import ATTENTIONS, MLPS
 from kit.shaped import bert, gpt2
 from kit.tied_biases import t5
 
-pytestmark = pytest.mark.usefixtures("traced_once")
-
 
 def lost(plan):
     return {name: plan.before[name][0] - plan.after[name][0] for name in plan.before}

@@ -25,7 +25,6 @@ from kit.head_removal import TestNothingIsHalfDone as _OfHeads
 from kit.shaped import bert, gpt2
 from kit.tied_biases import t5
 
-pytestmark = pytest.mark.usefixtures("traced_once")
 NO_HEADS = ("mamba", "recurrent_gemma", "convnext", "resnet", "bloom", "mpt", "olmo2", "mamba2", "codegen")  # none, or they stay
 UNUSED = "which the run never used, may have it too"
 STAYS = {  # what cannot lose residual channels, and why

@@ -328,7 +328,6 @@ class TestResuming:
     def callbacks(self):
         return [bh.HeadPruning(bh.MultiStep([0.25, 0.5], [2, 5]), remove="rounds", examples=4, measure_batches=0)]
 
-    @pytest.mark.usefixtures("traced_once")
     @pytest.mark.parametrize(("options", "stops"), [({}, [4]), ({"lora": bh.LoRA(r=2)}, [1, 6])], ids=["full", "lora"])
     def test_resumed_equals_straight_through(self, files, tmp_path, options, stops):
         straight = self.build(**options)

@@ -29,7 +29,6 @@ from kit.tiny_configs import BERT, T5, VIT
 pytestmark = [
     *quiet,
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
-    pytest.mark.usefixtures("traced_once"),
 ]
 CLASSES = {"num_labels": 3}
 # what trains beside adapters

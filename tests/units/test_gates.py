@@ -15,7 +15,6 @@ from billhook.units.heads import find_heads
 from kit.families import build, llama, tokens
 from kit.heads_small import ATTENTIVE, SEQ2SEQ, hooks, small, weight_of
 
-pytestmark = pytest.mark.usefixtures("traced_once")
 STEP = 2**-13  # parts of many models compute in float32, so that a smaller one would measure rounding
 
 

@@ -1,6 +1,7 @@
 """What a model of a shape costs: parameters, bytes, key/value cache, operations; the last two from a run on meta tensors."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from billhook.model.memory import remembered
 from billhook.model.meta import to_meta
 
 CONTEXT = 512
@@ -39,13 +41,17 @@ def figures_of(model: PreTrainedModel) -> Figures:
     parameters = list(model.parameters())
     config = model.config.get_text_config(decoder=True)
     context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
-    cache, flops = _run_on_meta(model, context)
+    cache, flops = remembered(partial(_run_on_meta, model, context), model, "figures", context)
     params, size = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
     return Figures(params, size, cache, flops, context)
 
 
 def kv_cache_bytes(model: PreTrainedModel) -> int | None:
     """Bytes that transformers' key/value cache holds of one token; None without one, or where the code does not run on meta."""
+    return remembered(partial(_cache_on_meta, model), model, "kv_cache_bytes")
+
+
+def _cache_on_meta(model: PreTrainedModel) -> int | None:
     if model.main_input_name != "input_ids":
         return None
     try:

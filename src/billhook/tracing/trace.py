@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from billhook.model.find import find_transformer
 from billhook.model.hooks import placed
+from billhook.model.memory import remembered
 from billhook.model.meta import from_config, from_name, to_meta
 from billhook.running.inputs import make_inputs
 from billhook.tracing.axes import Axis, mark
@@ -46,13 +47,21 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
     """
     _check(model, example_inputs)
     with _alone, torch.inference_mode(False), torch.device("cpu"):  # whatever is on around
-        try:
-            return _run(*_shadow(model, example_inputs is not None), example_inputs, everything=True)
-        except _EntriesDiffer as error:  # code for which not every entry can be taken: then one, if that is enough to see all
-            structure = _run(*_shadow(model, example_inputs is not None), example_inputs, everything=False)
-            if structure.untouched:
-                raise ValueError(str(error)) from error
-            return structure
+        subject, beside = _subject(model, example_inputs is not None)
+        find = partial(_find, subject, beside, example_inputs)
+        if example_inputs is not None or not isinstance(subject, PreTrainedModel):
+            return find()
+        return remembered(find, subject, "structure", *beside.items())
+
+
+def _find(subject: nn.Module, beside: Shapes, example_inputs: Inputs | None) -> Structure:
+    try:
+        return _run(to_meta(subject), beside, example_inputs, everything=True)
+    except _EntriesDiffer as error:  # code for which not every entry can be taken: then one, if that is enough to see all
+        structure = _run(to_meta(subject), beside, example_inputs, everything=False)
+        if structure.untouched:
+            raise ValueError(str(error)) from error
+        return structure
 
 
 class _EntriesDiffer(ValueError):
@@ -68,14 +77,6 @@ def _check(model: object, inputs: object) -> None:
     for name, parameter in parameters:
         if isinstance(parameter, nn.UninitializedParameter):
             raise ValueError(f"model: its parameter {name} has no shape before the first forward (a lazy module); run it once")
-
-
-def _shadow(model: nn.Module | PretrainedConfig | str | os.PathLike[str], whole: bool) -> tuple[nn.Module, Shapes]:
-    """What is traced, on meta, and the shapes of parameters beside it."""
-    if isinstance(model, nn.Module):
-        subject, beside = _subject(model, whole)
-        return to_meta(subject), beside
-    return (from_config(model) if isinstance(model, PretrainedConfig) else from_name(model)), {}
 
 
 def _run(shadow: nn.Module, beside: Shapes, example_inputs: Inputs | None, everything: bool) -> Structure:
@@ -96,12 +97,14 @@ def _run(shadow: nn.Module, beside: Shapes, example_inputs: Inputs | None, every
     return couple(shadow, tape, beside)
 
 
-def _subject(module: nn.Module, whole: bool) -> tuple[nn.Module, Shapes]:
-    """What is traced of a module, and the parameters beside it: all of it, or the Hugging Face model that it holds.
+def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], whole: bool) -> tuple[nn.Module, Shapes]:
+    """Returns what is traced, and the parameters next to it: all of a module, or the Hugging Face model that it holds.
 
     Raises:
-        ValueError: If it holds several of which none is the one to work on.
+        ValueError: If it holds several and none is the one to work on.
     """
+    if not isinstance(module, nn.Module):
+        return (from_config(module) if isinstance(module, PretrainedConfig) else from_name(module)), {}
     while (inner := _inner(module)) is not None:
         module = inner
     if whole or not any(isinstance(child, PreTrainedModel) for child in module.modules()):

@@ -1,0 +1,128 @@
+"""Remembers what has been found of a model, for every model that is alike in all that decides it."""
+
+import io
+import pickle
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from hashlib import blake2b
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any, TypeVar
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+
+Found = TypeVar("Found")
+
+MOST = 64
+"""How many findings are remembered: those of a few models, and of the shapes that gradual pruning gives them."""
+
+# The only state of the process that billhook keeps: without it half of a short fit is spent on finding the same again.
+# Findings are bytes, so that whatever a caller does to one does not reach the next, and no model is held.
+_findings: OrderedDict[Hashable, bytes] = OrderedDict()
+_lock = threading.Lock()
+
+
+def remembered(find: Callable[[], Found], model: nn.Module, *given: Hashable) -> Found:
+    """Returns what `find` finds of a model; calls it only if it is not known of any model that is alike.
+
+    Args:
+        find: Finds something that can be pickled and follows from the model's `sight` and what is `given`.
+        model: The model.
+        given: A name for what is found, and whatever else decides it.
+    """
+    seen = sight(model)
+    if seen is None:
+        return find()
+    key = (seen, given, torch.get_default_dtype())
+    with _lock:
+        known = _findings.get(key)
+        if known is not None:
+            _findings.move_to_end(key)
+    if known is not None:
+        again: Found = pickle.loads(known)
+        return again
+    found = find()
+    with _lock:
+        _findings[key] = pickle.dumps(found)
+        while len(_findings) > MOST:
+            _findings.popitem(last=False)
+    return found
+
+
+def forget() -> None:
+    """Forgets all findings: needed only after replacing code of models other than their classes' `forward`."""
+    with _lock:
+        _findings.clear()
+
+
+def sight(model: nn.Module) -> Hashable | None:
+    """Returns all of a model that decides how it runs on meta tensors; models of equal sight are alike.
+
+    It tells the class of each module and that class's `forward`, every attribute to any depth, configs too, and of each tensor
+    the size, strides, dtype, whether it is trained, and which other names hold it. Values, devices and modes do not count.
+
+    Returns:
+        None if something may decide it that cannot be seen: hooks (except those that keep shapes), a `forward` of a module's
+        own, tensors that are quantised, sharded or neither parameters nor buffers, or an attribute that cannot be pickled.
+    """
+    for module in model.modules():
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if "forward" in vars(module) or not all(getattr(hook, "keeps_shapes", False) for hook in hooks):
+            return None
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return None
+    written = io.BytesIO()
+    writer = _Writer(written, {id(tensor) for tensor in (*model.parameters(), *model.buffers())})
+    try:
+        writer.dump(model)
+    except Exception:  # whatever a class of somebody's own raises
+        return None
+    return blake2b(written.getbuffer()).digest(), tuple(writer.code)
+
+
+class _Writer(pickle.Pickler):
+    """Writes a model without the values of its tensors, to be compared and never to be read.
+
+    Attributes:
+        code: The classes and functions in the model, in the order of the numbers that stand for them.
+    """
+
+    UNSEEN = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+
+    def __init__(self, file: io.BytesIO, own: set[int]) -> None:
+        super().__init__(file, protocol=5)
+        self.own = own
+        self.code: dict[ReferenceType[Any], int] = {}
+        self.tensors: dict[int, int] = {}
+
+    def persistent_id(self, one: object) -> Hashable | None:
+        """Returns what stands for a tensor, a class or a function; None for what is written as it is."""
+        if isinstance(one, Tensor):
+            if id(one) not in self.own or type(one) not in (Tensor, nn.Parameter):
+                raise TypeError("values of this tensor may decide how the model runs")
+            number = self.tensors.setdefault(id(one), len(self.tensors))
+            return number, tuple(one.shape), one.stride(), str(one.dtype), one.requires_grad
+        if isinstance(one, type):
+            runs = [one.forward] if issubclass(one, nn.Module) else []
+            return tuple(self.code.setdefault(ref(code), len(self.code)) for code in (one, *runs))
+        if isinstance(one, BuiltinFunctionType) or (isinstance(one, FunctionType) and _is_plain(one)):
+            return self.code.setdefault(ref(one), len(self.code))
+        return None
+
+    def reducer_override(self, one: object) -> Any:  # noqa: ANN401 - as pickle has it
+        """Writes all attributes of a module, and the function behind a method."""
+        if isinstance(one, nn.Module):
+            return object.__new__, (type(one),), {name: value for name, value in vars(one).items() if name not in self.UNSEEN}
+        if isinstance(one, MethodType):
+            return MethodType, (one.__func__, one.__self__)
+        if isinstance(one, FunctionType):
+            raise TypeError("what this function holds may decide how the model runs")
+        return NotImplemented
+
+
+def _is_plain(function: FunctionType) -> bool:
+    """Finds whether a function holds nothing of its own, or is what its module has by its name."""
+    return function.__closure__ is None or getattr(sys.modules.get(function.__module__), function.__name__, None) is function

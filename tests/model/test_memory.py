@@ -1,0 +1,208 @@
+"""When two models are alike, and what is remembered of them."""
+
+import copy
+import gc
+import threading
+import weakref
+from types import MethodType
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+import billhook as bh
+from billhook.model import memory
+from billhook.model.figures import figures_of
+from billhook.model.memory import forget, remembered, sight
+from kit.families import llama
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known():
+    forget()
+    yield
+    forget()
+
+
+def first(model):
+    return model.model.layers[0]
+
+
+def narrow(model):
+    first(model).mlp.up_proj.weight = nn.Parameter(torch.zeros(3, first(model).mlp.up_proj.in_features))
+
+
+def tie(model):
+    model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def lora(model):
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+def another_class(model):
+    mlp = first(model).mlp
+    mlp.__class__ = type(type(mlp).__name__, (type(mlp),), {"__module__": type(mlp).__module__})
+
+
+class Held:
+    def __init__(self):
+        self.deep = {"rows": [1, {2}]}
+
+
+def held(model):
+    model.held = Held()
+
+
+CHANGES = {
+    "width": narrow,
+    "tie": tie,
+    "dtype": lambda m: m.half(),
+    "strides": lambda m: setattr(m.lm_head.weight, "data", m.lm_head.weight.data.t().contiguous().t()),
+    "frozen": lambda m: m.lm_head.requires_grad_(False),
+    "buffer": lambda m: first(m).register_buffer("mask", torch.ones(2)),
+    "block removed": lambda m: m.model.layers.__delitem__(0),
+    "blocks swapped": lambda m: m.model.layers.__setitem__(0, nn.Identity()),
+    "LoRA": lora,
+    "class of the same name": another_class,
+    "number": lambda m: setattr(first(m).self_attn, "scaling", 2.0),
+    "whole number as a real one": lambda m: setattr(first(m).self_attn, "head_dim", float(first(m).self_attn.head_dim)),
+    "list": lambda m: setattr(first(m), "sizes", [1, 2]),
+    "object": held,
+    "function": lambda m: setattr(first(m).mlp, "bend", torch.relu),
+    "method": lambda m: setattr(first(m), "helper", MethodType(narrow, first(m))),
+    "config": lambda m: setattr(m.config, "rms_norm_eps", 0.5),
+    "attention": lambda m: m.set_attn_implementation("eager"),
+    "experts": lambda m: setattr(m.config, "_experts_implementation", "batched_mm"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_may_decide_how_a_model_runs_is_seen(name):
+    one, other = llama(num_hidden_layers=2), llama(num_hidden_layers=2)
+    assert sight(one) == sight(other) is not None
+    CHANGES[name](one)
+    assert sight(one) != sight(other)
+    assert sight(one) is not None
+
+
+def test_what_lies_deep_in_an_object_is_seen():
+    one, other = llama(), llama()
+    held(one)
+    held(other)
+    assert sight(one) == sight(other) is not None
+    one.held.deep["rows"][1].add(3)
+    assert sight(one) != sight(other)
+
+
+def test_a_forward_that_is_replaced_in_the_class_is_seen(monkeypatch):
+    model = llama()
+    before = sight(model)
+    monkeypatch.setattr(type(first(model).mlp), "forward", lambda self, x: x)
+    assert sight(model) != before
+
+
+def test_values_modes_gates_and_copies_do_not_count():
+    model = llama()
+    before = sight(model.eval())
+    model.train()
+    nn.init.ones_(model.lm_head.weight)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    model.register_full_backward_hook(lambda *_: None)
+    with bh.mask_heads(model, {0: [1]}):
+        assert sight(model) == before
+    assert sight(copy.deepcopy(model)) == before
+
+
+def replaced(model):
+    mlp = first(model).mlp
+    mlp.forward = mlp.forward
+
+
+UNSEEN = {
+    "hook": lambda m: m.lm_head.register_forward_hook(lambda *_: None),
+    "hook before": lambda m: m.lm_head.register_forward_pre_hook(lambda *_: None),
+    "forward": replaced,
+    "tensor": lambda m: setattr(m, "table", torch.ones(3)),
+    "lock": lambda m: setattr(m, "lock", threading.Lock()),
+    "closure": lambda m: setattr(m, "closure", lambda: m),
+    "weights of another class": lambda m: setattr(
+        m.lm_head, "weight", type("Own", (nn.Parameter,), {})(m.lm_head.weight.detach())
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_of_what_cannot_be_seen_nothing_is_remembered(name):
+    model, runs = llama(), []
+    UNSEEN[name](model)
+    assert sight(model) is None
+    for _ in range(2):
+        remembered(lambda: runs.append(1), model, "runs")
+    assert len(runs) == 2
+
+
+def test_a_hook_on_all_modules_is_seen():
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert sight(llama()) is None
+    finally:
+        handle.remove()
+
+
+def test_what_is_done_to_a_finding_does_not_reach_the_next():
+    model = llama()
+    for _ in range(3):
+        found = remembered(lambda: {"list": [1]}, model, "list")
+        assert found == {"list": [1]}
+        found["list"].append(2)
+
+
+def test_what_else_decides_it_and_the_default_dtype_count():
+    model, runs = llama(), []
+    for given in ("one", "other", "one"):
+        remembered(lambda: runs.append(1), model, given)
+    assert len(runs) == 2
+    torch.set_default_dtype(torch.float64)
+    try:
+        remembered(lambda: runs.append(1), model, "one")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(runs) == 3
+
+
+def test_the_latest_are_remembered_and_errors_are_not(monkeypatch):
+    monkeypatch.setattr(memory, "MOST", 2)
+    model, runs = llama(), []
+    for given in ("a", "b", "a", "c", "a", "b"):
+        remembered(lambda given=given: runs.append(given), model, given)
+    assert runs == ["a", "b", "c", "b"]
+    with pytest.raises(ZeroDivisionError):
+        remembered(lambda: 1 // 0, model, "d")
+    assert remembered(lambda: 5, model, "d") == 5
+
+
+def test_neither_a_model_nor_its_class_is_held():
+    model = llama()
+    another_class(model)
+    held = [weakref.ref(model), weakref.ref(type(first(model).mlp))]
+    bh.trace(model)
+    figures_of(model)
+    del model
+    gc.collect()
+    assert [one() for one in held] == [None, None]
+
+
+def test_threads_find_the_same():
+    models, found = [llama(num_hidden_layers=n) for n in (1, 2)], []
+    threads = [threading.Thread(target=lambda m=m: found.append((m, figures_of(m), str(bh.trace(m))))) for m in models * 3]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6
+    forget()
+    for model, figures, shown in found:
+        assert figures == figures_of(model)
+        assert shown == str(bh.trace(model))

@@ -1,0 +1,53 @@
+"""Arguments are refused in one voice."""
+
+from typing import Literal
+
+import pytest
+
+from billhook.arguments import fraction, number, one_of, whole
+
+LEGAL = [
+    lambda: whole("n", 1),
+    lambda: whole("n", 0, least=0),
+    lambda: number("x", 0.5),
+    lambda: number("x", 0, least=0),
+    lambda: number("x", 1e-9, above=0),
+    lambda: fraction("x", 0),
+    lambda: fraction("x", 0.999),
+    lambda: fraction("x", 1, "(0, 1]"),
+    lambda: fraction("x", 0.5, "[0, 0.5]"),
+    lambda: one_of("x", "a", Literal["a", "b"]),
+    lambda: one_of("x", None, ("a", None)),
+    lambda: one_of("x", "a", {"a": 1}),
+]
+REFUSED = {
+    "n=0 must be a whole number of at least 1": lambda: whole("n", 0),
+    "n=True must be a whole number of at least 1": lambda: whole("n", True),
+    "n=2.0 must be a whole number of at least 2": lambda: whole("n", 2.0, 2),
+    "n='3' must be a whole number of at least 0": lambda: whole("n", "3", 0),
+    "x=-1 must be a number of at least 0": lambda: number("x", -1, least=0),
+    "x=0 must be a number above 0": lambda: number("x", 0, above=0),
+    "x=nan must be a number": lambda: number("x", float("nan")),
+    "x=None must be a number of at least 0": lambda: number("x", None, least=0),
+    "x=1.0 must be in [0, 1)": lambda: fraction("x", 1.0),
+    "x=-0.1 must be in [0, 1)": lambda: fraction("x", -0.1),
+    "x=0 must be in (0, 1]": lambda: fraction("x", 0, "(0, 1]"),
+    "x=nan must be a fraction of the weights in [0, 1)": lambda: fraction("x", float("nan"), of="the weights"),
+    "x=True must be in [0, 1)": lambda: fraction("x", True),
+    "x='0.5' must be in [0, 1)": lambda: fraction("x", "0.5"),
+    "x='c' must be one of a, b": lambda: one_of("x", "c", Literal["a", "b"]),
+    "x=True must be one of 1, 2": lambda: one_of("x", True, (1, 2)),
+    "x=['a'] must be one of a, b": lambda: one_of("x", ["a"], ("a", "b")),
+}
+
+
+@pytest.mark.parametrize("asked", LEGAL)
+def test_what_is_legal_passes(asked):
+    asked()
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_is_not_is_refused(said):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+        REFUSED[said]()
+    assert str(error.value) == said

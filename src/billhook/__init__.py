@@ -42,9 +42,8 @@ from billhook.report.summary import summary
 from billhook.schedules import Constant, Cosine, Cubic, Exponential, Linear, MultiStep, Schedule
 from billhook.sparsity.allocation import OWL, Allocation, ByPattern, Uniform
 from billhook.sparsity.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaAlpha
-from billhook.sparsity.prune import plan_pruning, prune
+from billhook.sparsity.prune import prune
 from billhook.sparsity.refit import Refit
-from billhook.sparsity.result import Pruning
 from billhook.sparsity.sparsegpt import SparseGPT
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group
@@ -91,7 +90,6 @@ __all__ = [
     "OBS",
     "OWL",
     "OutputNorm",
-    "Pruning",
     "RIA",
     "Random",
     "RandomUnits",
@@ -136,7 +134,6 @@ __all__ = [
     "plan",
     "plan_blocks",
     "plan_heads",
-    "plan_pruning",
     "plan_units",
     "prune",
     "prune_blocks",

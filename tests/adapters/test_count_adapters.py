@@ -57,7 +57,7 @@ def test_masks_are_those_of_the_merged_model(build, criterion, settings):
     batches, before = batches_for(model), copy.deepcopy(model.state_dict())
     merged = copy.deepcopy(model).merge_and_unload()
     expected = bh.prune(merged, criterion, batches, **settings).masks(merged)
-    without = plain(bh.plan_pruning(model, criterion, batches, **settings).masks(model))
+    without = plain(bh.prune(model, criterion, batches, **settings, dry_run=True).masks(model))
     masks = plain(bh.prune(model, criterion, batches, **settings, count_adapters=True).masks(model))
     assert same_but_for_ties(masks, expected)
     assert not same_but_for_ties(masks, without, 0.02)
@@ -106,11 +106,11 @@ def test_only_what_the_forward_uses_counts():
     for active in (["default"], ["two"], ["default", "two"]):
         model.base_model.set_adapter(active)
         merged = copy.deepcopy(model).merge_and_unload()
-        expected = bh.plan_pruning(merged, bh.Magnitude(), sparsity=0.5).masks(merged)
-        masks = bh.plan_pruning(model, bh.Magnitude(), sparsity=0.5, count_adapters=True).masks(model)
+        expected = bh.prune(merged, bh.Magnitude(), sparsity=0.5, dry_run=True).masks(merged)
+        masks = bh.prune(model, bh.Magnitude(), sparsity=0.5, count_adapters=True, dry_run=True).masks(model)
         assert same_but_for_ties(plain(masks), expected)
     with model.disable_adapter(), pytest.raises(ValueError, match="count_adapters=True: no adapter is active, such as that of"):
-        bh.plan_pruning(model, bh.Magnitude(), sparsity=0.5, count_adapters=True)
+        bh.prune(model, bh.Magnitude(), sparsity=0.5, count_adapters=True, dry_run=True)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -139,8 +139,8 @@ def test_masked_adapters_count_as_they_are_masked(build):
 
 def test_linears_without_adapters_are_pruned_as_ever():
     model = adapted(target_modules=["q_proj"])
-    expected = bh.plan_pruning(model, bh.Magnitude(), sparsity=0.5).masks(model)
-    masks = bh.plan_pruning(model, bh.Magnitude(), sparsity=0.5, count_adapters=True).masks(model)
+    expected = bh.prune(model, bh.Magnitude(), sparsity=0.5, dry_run=True).masks(model)
+    masks = bh.prune(model, bh.Magnitude(), sparsity=0.5, count_adapters=True, dry_run=True).masks(model)
     assert {name for name in masks if not torch.equal(masks[name], expected[name])} == {n for n in masks if "q_proj" in n}
 
 

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
 from billhook.model.linears import prunable, weight_of
+from billhook.model.plan import apply
 from billhook.sparsity.statistics import InputMoments, InputNorms
 from kit.families import build as build_family
 from kit.families import llama, tokens
@@ -155,8 +156,8 @@ class TestLora:
     def test_statistics_are_of_what_the_adapted_model_computes(self):
         model, batches = self.adapted(), [{"input_ids": tokens()}]
         merged = copy.deepcopy(model).merge_and_unload()
-        pruning = bh.plan_pruning(model, bh.Wanda(), batches, 0.5, sequential="none")
-        expected = bh.plan_pruning(merged, bh.Wanda(), batches, 0.5, sequential="none")
+        pruning = bh.prune(model, bh.Wanda(), batches, 0.5, sequential="none", dry_run=True)
+        expected = bh.prune(merged, bh.Wanda(), batches, 0.5, sequential="none", dry_run=True)
         of = {name.removeprefix("base_model.model."): mask for name, mask in pruning.masks(model).items()}
         same = [
             torch.equal(of[name], mask)
@@ -187,7 +188,7 @@ def test_experts_that_are_no_linears_are_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for name in ("llama", "gpt2", "bert", "t5", "vit", "whisper", "mamba"):
-            bh.plan_pruning(family(name), bh.Magnitude(), sparsity=0.5)
+            bh.prune(family(name), bh.Magnitude(), sparsity=0.5, dry_run=True)
 
 
 class Routed(nn.Module):
@@ -232,7 +233,7 @@ class Skips(nn.Module):
 def test_blocks_that_not_every_batch_comes_to(sequential):
     model = Skips()
     batches = [(torch.randn(3, 8), through) for through in ([0, 1], [1], [0, 2], [2])]
-    pruning = bh.plan_pruning(model, bh.Wanda(), batches, 0.5, sequential=sequential)
+    pruning = bh.prune(model, bh.Wanda(), batches, 0.5, sequential=sequential, dry_run=True)
     assert len(pruning.pruned) == 6
     first = InputNorms(8)
     for number in (0, 2):
@@ -243,7 +244,7 @@ def test_blocks_that_not_every_batch_comes_to(sequential):
 def test_planning_changes_nothing_and_says_what_would_become():
     model, batches = llama(), [{"input_ids": tokens()}]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    pruning = bh.plan_pruning(model, bh.Wanda(), batches, 0.5)
+    pruning = bh.prune(model, bh.Wanda(), batches, 0.5, dry_run=True)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert str(pruning).splitlines() == [
         "Wanda(compares='row'), unstructured",
@@ -255,15 +256,15 @@ def test_planning_changes_nothing_and_says_what_would_become():
         "  model.layers.*.mlp.up_proj          2 x [    48,     32]  sparsity 0.5000",
         "  model.layers.*.mlp.down_proj        2 x [    32,     48]  sparsity 0.5000",
     ]
-    pruning.apply(model)
+    apply(model, pruning)
     other = copy.deepcopy(model)
     bh.prune(other, bh.Wanda(), batches, 0.0)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
     with pytest.raises(
-        ValueError, match=r"planned for another model: model.layers.0.self_attn.q_proj is \(32, 32\), not \(64, 64\)"
+        ValueError, match=r"made for another model: model.layers.0.self_attn.q_proj is \(32, 32\) there, and \(64, 64\) here"
     ):
-        pruning.apply(llama(hidden_size=64))
-    with pytest.raises(ValueError, match="planned for another model: model.layers.0.self_attn.q_proj .* not None"):
+        apply(llama(hidden_size=64), pruning)
+    with pytest.raises(ValueError, match="made for another model: model.layers.0.self_attn.q_proj .* None here"):
         pruning.masks(build_family("phi").model.layers[0])
 
 

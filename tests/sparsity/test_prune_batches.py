@@ -100,7 +100,7 @@ def test_linears_that_read_one_tensor_share(monkeypatch):
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 def test_linears_that_read_one_tensor_only_at_first(sequential):
     x, y, model = torch.randn(4, 16), torch.randn(4, 16) * torch.linspace(0, 9, 16), Forked()
-    pruning = bh.plan_pruning(model, bh.Wanda(), [(x,), (x, y)], 0.5, sequential=sequential)
+    pruning = bh.prune(model, bh.Wanda(), [(x,), (x, y)], 0.5, sequential=sequential, dry_run=True)
     for name, inputs in (("one", torch.cat([x, x])), ("two", torch.cat([x, y]))):
         norms = InputNorms(16)
         norms.add(inputs)
@@ -141,11 +141,11 @@ def test_statistics_and_solvers_are_in_float32_whatever_the_caller_has_set(monke
     monkeypatch.setattr(
         bh.SparseGPT, "prune", lambda self, w, stats, *rest: seen.append(stats.squares.dtype) or prune(self, w, stats, *rest)
     )
-    plain = bh.plan_pruning(model, bh.SparseGPT(), [{"input_ids": tokens()}], 0.5)
+    plain = bh.prune(model, bh.SparseGPT(), [{"input_ids": tokens()}], 0.5, dry_run=True)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            low = bh.plan_pruning(model, bh.SparseGPT(), [{"input_ids": tokens()}], 0.5)
+            low = bh.prune(model, bh.SparseGPT(), [{"input_ids": tokens()}], 0.5, dry_run=True)
             assert torch.is_autocast_enabled("cpu")
         assert torch.get_default_dtype() == torch.bfloat16
     finally:

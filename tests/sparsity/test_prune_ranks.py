@@ -17,7 +17,7 @@ def planned(model, batches, ranks, **options):
 
     def plan(rank, reduce):
         own = copy.deepcopy(model)
-        return bh.plan_pruning(own, batches=batches[rank::ranks], reduce=reduce, **options)
+        return bh.prune(own, batches=batches[rank::ranks], reduce=reduce, **options, dry_run=True)
 
     pruned = Ranks(ranks).run(plan)
     masks = [one.masks(model) for one in pruned]
@@ -42,7 +42,7 @@ def test_ranks_come_to_what_one_comes_to(sequential, batches, options):
     """Also if there are fewer batches than ranks."""
     model, options = llama(), {"criterion": bh.Wanda(), "sparsity": 0.5, "sequential": sequential, **options}
     given = [{"input_ids": tokens(4)} for _ in range(batches)]
-    assert agree(planned(model, given, 2, **options), bh.plan_pruning(model, batches=given, **options).masks(model)) > 0.98
+    assert agree(planned(model, given, 2, **options), bh.prune(model, batches=given, **options, dry_run=True).masks(model)) > 0.98
 
 
 class Block(nn.Module):
@@ -73,7 +73,7 @@ class Routed(nn.Module):
 def test_experts_that_not_every_rank_comes_to(sequential, routes):
     model, options = Routed(), {"criterion": bh.Wanda(), "sparsity": 0.5, "sequential": sequential}
     batches = [(torch.randn(2, 5, 8), route) for route in routes]
-    one = bh.plan_pruning(model, batches=batches, **options)
+    one = bh.prune(model, batches=batches, **options, dry_run=True)
     for ranks in (2, 3):
         assert agree(planned(model, batches, ranks, **options), one.masks(model)) > 0.98
 
@@ -82,7 +82,9 @@ def test_experts_that_not_every_rank_comes_to(sequential, routes):
 def test_linears_that_read_one_tensor_on_one_rank_only(sequential):
     model, options = Forked(), {"criterion": bh.Wanda(), "sparsity": 0.5, "sequential": sequential}
     batches = [(torch.randn(4, 16),), (torch.randn(4, 16), torch.randn(4, 16) * torch.linspace(0, 9, 16))]
-    assert agree(planned(model, batches, 2, **options), bh.plan_pruning(model, batches=batches, **options).masks(model)) == 1
+    assert (
+        agree(planned(model, batches, 2, **options), bh.prune(model, batches=batches, **options, dry_run=True).masks(model)) == 1
+    )
 
 
 def test_bad_inputs_of_one_rank_are_refused_by_all():
@@ -92,7 +94,7 @@ def test_bad_inputs_of_one_rank_are_refused_by_all():
 
     def plan(rank, reduce):
         try:
-            bh.plan_pruning(copy.deepcopy(model), bh.Wanda(), [batches[rank]], 0.5, reduce=reduce)
+            bh.prune(copy.deepcopy(model), bh.Wanda(), [batches[rank]], 0.5, reduce=reduce, dry_run=True)
         except ValueError as error:
             failed.append(str(error))
 

@@ -232,14 +232,20 @@ def test_statistics_are_those_of_all_ranks():
     given = {}
     for rank in range(2):
         kept = []
-        bh.plan_pruning(
-            whole, bh.Wanda(), [halves[rank]], 0.5, sequential="none", reduce=lambda t, kept=kept: kept.append(t.clone()) or t
+        bh.prune(
+            whole,
+            bh.Wanda(),
+            [halves[rank]],
+            0.5,
+            sequential="none",
+            reduce=lambda t, kept=kept: kept.append(t.clone()) or t,
+            dry_run=True,
         )
         given[rank] = kept
     assert [t.shape for t in given[0]] == [t.shape for t in given[1]]
     both = iter(given[1])
-    one = bh.plan_pruning(whole, bh.Wanda(), [halves[0]], 0.5, sequential="none", reduce=lambda t: t.add_(next(both)))
-    other = bh.plan_pruning(whole, bh.Wanda(), halves, 0.5, sequential="none")
+    one = bh.prune(whole, bh.Wanda(), [halves[0]], 0.5, sequential="none", reduce=lambda t: t.add_(next(both)), dry_run=True)
+    other = bh.prune(whole, bh.Wanda(), halves, 0.5, sequential="none", dry_run=True)
     agree = [(one.masks(whole)[name] == mask).float().mean() for name, mask in other.masks(whole).items()]
     assert min(agree) > 0.99
     assert isinstance(InputNorms(3), InputNorms)

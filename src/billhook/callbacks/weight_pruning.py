@@ -35,8 +35,8 @@ from billhook.sparsity.checks import adapters_to_count, check_pruning, needs_dat
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.hold import Hold
 from billhook.sparsity.masks import check_amount
-from billhook.sparsity.prune import plan_pruning
-from billhook.sparsity.result import Pruning
+from billhook.sparsity.plan import WeightPlan
+from billhook.sparsity.prune import prune
 
 
 class WeightPruning(FollowsShapes):
@@ -230,15 +230,24 @@ class WeightPruning(FollowsShapes):
     def _needs_data(self) -> bool:
         return needs_data(self.criterion) or (self.allocation is not None and self.allocation.measures)
 
-    def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float | None) -> Pruning:
+    def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float | None) -> WeightPlan:
         model = find_transformer(pl_module)
         context = trainer.precision_plugin.forward_context() if self._needs_data else nullcontext()
         with aside(pl_module, self.seed), context, unsharded(pl_module), gathered(pl_module, but=[model]):
-            return plan_pruning(
-                model, self.criterion, self._runs(trainer, pl_module) if self._needs_data else None, sparsity, self.pattern,
-                self.sequential, self.allocation, self.skip, self.output_embeddings,
-                None if trainer.world_size == 1 else SumOverRanks(trainer), count_adapters=self.count_adapters,
-            )  # fmt: skip
+            return prune(
+                model,
+                self.criterion,
+                self._runs(trainer, pl_module) if self._needs_data else None,
+                sparsity,
+                self.pattern,
+                allocation=self.allocation,
+                skip=self.skip,
+                output_embeddings=self.output_embeddings,
+                sequential=self.sequential,
+                count_adapters=self.count_adapters,
+                reduce=None if trainer.world_size == 1 else SumOverRanks(trainer),
+                dry_run=True,
+            )
 
     def _runs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Run]:
         if self.calibration is None:

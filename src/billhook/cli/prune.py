@@ -22,7 +22,7 @@ from billhook.running.walk import Sequential, find_sites
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.calibration import Progress as Tell
 from billhook.sparsity.checks import check_device, check_folder
-from billhook.sparsity.criteria import Criterion, Wanda
+from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import check_amount, sparsity_of
 from billhook.sparsity.prune import prune as prune_weights
 from billhook.training.data import DatasetModule, TextDataModule
@@ -97,19 +97,29 @@ def prune(
     place = there if offload else None
     before = _perplexity(dense, held_out, evaluate, place)
     with _bar() as tell:
-        pruning = prune_weights(
-            dense, criterion or Wanda(), _drawn(train, examples, seed), sparsity, pattern, sequential, allocation,
-            skip or (), output_embeddings, progress=tell, offload=place, activations=activations,
-        )  # fmt: skip
+        plan = prune_weights(
+            dense,
+            criterion,
+            _drawn(train, examples, seed),
+            sparsity,
+            pattern,
+            allocation=allocation,
+            skip=skip or (),
+            output_embeddings=output_embeddings,
+            sequential=sequential,
+            progress=tell,
+            offload=place,
+            activations=activations,
+        )
     after = _perplexity(dense, held_out, evaluate, place)
-    zeros = sparsity_of(pruning.masks(dense).values())
+    zeros = sparsity_of(plan.masks(dense).values())
     record = {
-        "pruned": {"criterion": str(pruning.criterion), "pattern": pattern, "sparsity": zeros, "sequential": sequential},
+        "pruned": {"criterion": plan.criterion, "pattern": pattern, "sparsity": zeros, "sequential": sequential},
         "calibration": {"data": data, "examples": examples, "length": tokens, "seed": seed},
         "perplexity": {"before": before, "after": after, "examples": evaluate},
     }
     saved = save(dense, out, tokenizer, record)
-    print(pruning)
+    print(plan)
     if before is not None and after is not None:
         print(f"perplexity {before:,.2f} before, {after:,.2f} after")
     print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")

@@ -1,4 +1,4 @@
-"""What a walk over a model does for pruning: statistics of what each linear is given, and the pruned weights, kept aside."""
+"""Prunes during a walk over a model: gathers statistics of each linear's inputs, and keeps the pruned weights aside."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,11 +14,11 @@ from billhook.running.shards import whole
 from billhook.running.walk import Reduce, Site
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.masks import keep_global, where_kept
-from billhook.sparsity.result import Pruned
+from billhook.sparsity.plan import Pruned
 from billhook.sparsity.statistics import Statistics
 
 Progress = Callable[[int, int], None]
-"""Is told how many linears are done, and of how many."""
+"""Called with how many linears are done, and of how many."""
 
 
 class InputsDiffer(Exception):
@@ -26,17 +26,17 @@ class InputsDiffer(Exception):
 
 
 class Calibration:
-    """Gathers what a criterion needs, and prunes each linear of a site when all runs have been there; the model stays as it is.
+    """Gathers a criterion's statistics, and prunes each linear of a site when all runs have been there; the model stays as it is.
 
     Args:
-        criterion: What prunes.
+        criterion: How weights are pruned.
         sparsities: Of each linear.
         pattern: `"unstructured"` or `"N:M"`.
+        progress: Called with how many linears are done, and of how many.
         tokens: Of each run, which tokens count: bool, `[batch, length]`, one for each of its sequences that is padded.
-        reduce: How statistics are summed over ranks; None on one.
-        progress: Is told how many linears are done.
-        shared: Whether linears that read one and the same tensor share their statistics.
+        reduce: Sums statistics over ranks; None on one.
         adapters: The layers of LoRA that count, by linear: as if they were merged.
+        shared: Whether linears that read one and the same tensor share their statistics.
 
     Attributes:
         pruned: The results by linear.
@@ -47,15 +47,15 @@ class Calibration:
         criterion: Criterion,
         sparsities: Mapping[str, float],
         pattern: str,
-        tokens: Sequence[Sequence[Tensor]],
-        reduce: Reduce | None = None,
         progress: Progress | None = None,
-        shared: bool = True,
-        adapters: Mapping[str, nn.Module] | None = None,
+        *,
+        tokens: Sequence[Sequence[Tensor]],
+        reduce: Reduce | None,
+        adapters: Mapping[str, nn.Module],
+        shared: bool,
     ) -> None:
-        self.criterion, self.sparsities, self.pattern = criterion, sparsities, pattern
-        self.tokens, self.reduce, self.progress, self.shared = tokens, reduce, progress, shared
-        self.adapters = adapters or {}
+        self.criterion, self.sparsities, self.pattern, self.progress = criterion, sparsities, pattern, progress
+        self.tokens, self.reduce, self.adapters, self.shared = tokens, reduce, adapters, shared
         self.pruned: dict[str, Pruned] = {}
         self.statistics: dict[str, Statistics] = {}
         self._first: dict[str, str] = {}  # linear -> the one whose statistics are its own
@@ -64,11 +64,11 @@ class Calibration:
         self._differ = False
 
     def observe(self, name: str, inputs: Tensor, run: int) -> None:
-        """Adds what a linear is given."""
+        """Adds the inputs of a linear in one run."""
         first = self._reader(inputs, run) or name
-        own = self._first.setdefault(name, first)
-        self._differ |= own not in (name, first)
-        if own == name:
+        known = self._first.setdefault(name, first)
+        self._differ |= known not in (name, first)
+        if known == name:
             if name not in self.statistics:
                 self.statistics[name] = self._empty(inputs.shape[-1], inputs.device)
             self.statistics[name].add(inputs, self._counting(inputs, run))
@@ -80,12 +80,12 @@ class Calibration:
         return empty
 
     def _reader(self, inputs: Tensor, run: int) -> str | None:
-        """Who else has just read the same tensor."""
+        """Names the linear that has just read the same tensor."""
         last = self._last.get(run)
         return last[2] if self.shared and last and last[0]() is inputs and last[1] == inputs._version else None
 
     def _counting(self, inputs: Tensor, run: int) -> Tensor | None:
-        """Which tokens are not padding: the mask that fits."""
+        """Returns which tokens are not padding: the mask that fits."""
         for keep in self.tokens[run]:
             if keep.shape == inputs.shape[:-1] or (inputs.dim() == 2 and keep.numel() == len(inputs)):
                 return keep.reshape(inputs.shape[:-1]).to(inputs.device)
@@ -112,27 +112,27 @@ class Calibration:
         self.statistics = {name: one for name, one in self.statistics.items() if name in wanted or name not in self._complete}
 
     def _sum(self, site: Site, reduce: Reduce) -> None:
-        """Sums statistics over ranks, when all have agreed on whose there are."""
+        """Sums statistics over ranks, once all have agreed on which there are."""
         names, device = list(site.linears), weight_of(next(iter(site.linears.values()))).device
         place = {name: number for number, name in enumerate(names)}
         who = [place[self._first[name]] if name in self._first else None for name in names]
         rows = [[1, first, first * first] if first is not None else [0, 0, 0] for first in who]
-        said = reduce(torch.tensor([*rows, [int(self._differ), 0, 0]], dtype=torch.int64, device=device)).tolist()
-        self._differ = said[-1][0] > 0 or any(ranks * squares != total**2 for ranks, total, squares in said[:-1])
+        sums = reduce(torch.tensor([*rows, [int(self._differ), 0, 0]], dtype=torch.int64, device=device)).tolist()
+        self._differ = sums[-1][0] > 0 or any(ranks * squares != total**2 for ranks, total, squares in sums[:-1])
         if self._differ:
             return
-        self._first |= {name: names[total // ranks] for name, (ranks, total, _) in zip(names, said, strict=False) if ranks}
+        self._first |= {name: names[total // ranks] for name, (ranks, total, _) in zip(names, sums, strict=False) if ranks}
         for name in dict.fromkeys(self._first[name] for name in names if name in self._first):
             if name not in self.statistics:
                 self.statistics[name] = self._empty(weight_of(site.linears[name]).shape[1], device)
-            for sums in self.statistics[name].tensors():
-                reduce(sums)
+            for tensor in self.statistics[name].tensors():
+                reduce(tensor)
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Prunes linears whose statistics are complete.
 
         Raises:
-            ValueError: As the criterion does, after the linear's name.
+            ValueError: The criterion's, after the linear's name.
         """
         for name, linear in linears.items():
             statistics, adapter = self.statistics[self._first[name]], self.adapters.get(name)
@@ -141,10 +141,10 @@ class Calibration:
             )
 
     def close(self) -> None:
-        """All runs have been everywhere."""
+        """Ends the calibration, when all runs have been everywhere."""
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
-        """What the weights of a site's linears become, as they lie in memory."""
+        """Returns the new weights of a site's linears, as they lie in memory."""
         new = {}
         for name, linear in site.linears.items():
             if name in self.pruned:
@@ -159,18 +159,18 @@ class Calibration:
 class Together(Calibration):
     """A calibration in which the weights of all linears compete with one another, when all statistics are complete."""
 
-    def __init__(self, *args: Any) -> None:  # noqa: ANN401 - those of a calibration
-        super().__init__(*args)
+    def __init__(self, *args: Any, **walk: Any) -> None:  # noqa: ANN401 - those of a calibration
+        super().__init__(*args, **walk)
         self._seen: dict[str, tuple[nn.Module, Statistics]] = {}
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
-        """Keeps their statistics."""
+        """Keeps the statistics of linears."""
         self._seen |= {name: (linear, self.statistics[self._first[name]]) for name, linear in linears.items()}
 
     def close(self) -> None:
         """Prunes all linears at once."""
         linears = {name: linear for name, (linear, _) in self._seen.items()}
-        statistics = {name: own for name, (_, own) in self._seen.items()}
+        statistics = {name: one for name, (_, one) in self._seen.items()}
         sparsity = next(iter(self.sparsities.values()))
         self.pruned = prune_together(linears, self.criterion, statistics, sparsity, self.adapters)
         if self.progress is not None:
@@ -184,10 +184,12 @@ def prune_together(
     sparsity: float,
     adapters: Mapping[str, nn.Module],
 ) -> dict[str, Pruned]:
-    """What linears become whose weights compete with one another; they are not changed. All scores are in memory at once.
+    """Prunes linears whose weights are compared globally; returns the results without changing them.
+
+    All scores are in memory at once.
 
     Raises:
-        ValueError: As the criterion does, after the linear's name.
+        ValueError: The criterion's, after the linear's name.
     """
     scores = []
     for name, linear in linears.items():
@@ -211,10 +213,10 @@ def prune_linear(
     pattern: str,
     adapter: nn.Module | None = None,
 ) -> Pruned:
-    """What a linear becomes; it is not changed.
+    """Prunes a linear; returns the result without changing it.
 
     Raises:
-        ValueError: As the criterion does, after the linear's name; and if it changes kept weights where an adapter counts.
+        ValueError: The criterion's, after the linear's name; and if it changes kept weights where an adapter counts.
     """
     weight = whole(weight_of(linear))
     seen = counted(weight, adapter)

@@ -1,9 +1,10 @@
-"""Pruning a model's weights in one shot: checked, planned while the model is as it was, then applied."""
+"""Prunes a model's weights in one shot: checks, plans while the model stays as it is, applies."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -29,70 +30,10 @@ from billhook.sparsity.checks import (
 )
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
-from billhook.sparsity.result import Pruned, Pruning
+from billhook.sparsity.plan import Pruned, WeightPlan
 
 Blocks = Sequence[Mapping[str, nn.Module]]
 C = TypeVar("C", bound=Calibration)
-
-
-def plan_pruning(
-    model: nn.Module,
-    criterion: Criterion,
-    batches: Iterable[Any] | None = None,
-    sparsity: float | None = None,
-    pattern: str = "unstructured",
-    sequential: Sequential = "block",
-    allocation: Allocation | None = None,
-    skip: Sequence[str] = (),
-    output_embeddings: bool = False,
-    reduce: Reduce | None = None,
-    progress: Progress | None = None,
-    offload: str | torch.device | None = None,
-    activations: str | None = None,
-    count_adapters: bool = False,
-) -> Pruning:
-    """Says what `prune` would do; the model stays as it is. See `prune`."""
-    amount, allocation = check_amount(sparsity, pattern), allocation or Uniform()
-    device, folder = check_device(offload), check_folder(activations)
-    reshard(model)
-    linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings)
-    adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
-    if is_sharded(model):
-        check_sharded(criterion, allocation, reduce, offload, count_adapters)
-    needing = [one for one in (criterion, allocation) if (one.measures if isinstance(one, Allocation) else needs_data(one))]
-    walks = _Walks(model, linears, _runs(model, batches, needing, reduce), reduce, device, folder, adapters)
-    warn_of_others(model, linears)
-    sparsities = _sparsities(walks, amount, allocation)
-    shapes = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
-    if not needs_data(criterion):
-        return Pruning(criterion, pattern, _at_once(walks, criterion, sparsities, pattern, progress), shapes)
-
-    def calibration(shared: bool) -> Calibration:
-        kind, tokens = Together if criterion.compares == "global" else Calibration, [run.tokens for run in walks.runs]
-        return kind(criterion, sparsities, pattern, tokens, reduce, progress, shared, adapters)
-
-    pruned = walks(sequential, calibration).pruned
-    uncalled = _uncalled(linears, pruned)
-    return Pruning(criterion, pattern, pruned, shapes, uncalled)
-
-
-def _at_once(
-    walks: "_Walks",
-    criterion: Criterion,
-    sparsities: Mapping[str, float],
-    pattern: str,
-    progress: Progress | None,
-) -> dict[str, Pruned]:
-    """By a criterion that needs no data."""
-    if criterion.compares == "global":
-        statistics = dict.fromkeys(walks.linears)
-        return prune_together(walks.linears, criterion, statistics, next(iter(sparsities.values())), walks.adapters)
-    pruned: dict[str, Pruned] = {}
-    for name, linear in walks.linears.items():
-        pruned[name] = prune_linear(name, linear, criterion, None, sparsities[name], pattern, walks.adapters.get(name))
-        if progress is not None:
-            progress(len(pruned), len(walks.linears))
-    return pruned
 
 
 def prune(
@@ -101,16 +42,18 @@ def prune(
     batches: Iterable[Any] | None = None,
     sparsity: float | None = None,
     pattern: str = "unstructured",
-    sequential: Sequential = "block",
+    *,
     allocation: Allocation | None = None,
     skip: Sequence[str] = (),
     output_embeddings: bool = False,
+    sequential: Sequential = "block",
+    count_adapters: bool = False,
     reduce: Reduce | None = None,
     progress: Progress | None = None,
     offload: str | torch.device | None = None,
     activations: str | None = None,
-    count_adapters: bool = False,
-) -> Pruning:
+    dry_run: bool = False,
+) -> WeightPlan:
     """Zeroes the least important weights of a model's linear layers, in place and in one shot.
 
     If anything fails, nothing has changed. Modes, random numbers, hooks and configs are as before afterwards.
@@ -123,41 +66,86 @@ def prune(
             (`attention_mask`, `decoder_attention_mask`) does not count.
         sparsity: Fraction of each linear's weights that become zero, in [0, 1); None with a pattern N:M.
         pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive inputs.
-        sequential: What a layer's statistics are taken from. `"block"`, the papers': the dense block, on the outputs of pruned
-            blocks before it. `"layer"`: each linear on the outputs of all pruned ones before it, in one pass. `"none"`: the dense
-            model.
-        allocation: How much each linear gives; the same by default.
+        allocation: How the sparsity is shared among linears; the same for each by default.
         skip: A glob pattern of linears to leave alone, such as `"*.down_proj"`, or several.
         output_embeddings: Whether the output embedding (`lm_head`) is pruned too, where it is not tied to an embedding.
-        reduce: How a tensor is summed over ranks, in place, where each rank has batches of its own.
-        progress: Is told how many linears are done, and of how many.
-        offload: A device, such as `"cuda"`, to which the blocks of a model go one at a time, and from which they come back; what
-            one hands to the next stays with the model. With `sequential="none"` they go there anew for each batch.
-        activations: A folder in which what blocks hand on rests, in files that are gone afterwards; by default memory.
+        sequential: The inputs that a layer's statistics are taken from. `"block"`, the papers': those of the dense block, on the
+            outputs of pruned blocks before it. `"layer"`: those of each linear on the outputs of all pruned ones before it, in
+            one pass. `"none"`: those of the dense model.
         count_adapters: Whether LoRA counts as if it were merged: a criterion that leaves kept weights as they are then sees
-            W + scale B A of the active adapters, in float32. What becomes zero is W, and what is zero comes first; the adapters
-            stay as they are, and `merge` keeps every zero.
+            W + scale B A of the active adapters, in float32. W is pruned, and zeros are pruned first; the adapters stay as they
+            are, and `merge` keeps every zero.
+        reduce: Sums a tensor over ranks, in place, where each rank has batches of its own.
+        progress: Called with how many linears are done, and of how many.
+        offload: A device, such as `"cuda"`, to which the blocks of a model are moved one at a time and back; the outputs of a
+            block stay with the model. With `sequential="none"` they are moved again for each batch.
+        activations: A folder for the outputs of blocks, in files that are removed afterwards; by default memory.
+        dry_run: Whether the model stays as it is; `bh.apply(model, plan)` carries out the plan later.
 
     Returns:
-        What was done; `print` shows it.
+        The plan, carried out unless `dry_run`; `print` shows it.
 
     Raises:
         ValueError: If an argument is not legal, two contradict each other, the criterion needs data and there is none, a linear
             is quantised or of a width that M does not divide, or weights or statistics hold NaN or inf. With `count_adapters`,
             also if the criterion updates weights, or there is no plain LoRA that is active and not merged.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> print(bh.prune(model, bh.Magnitude(), sparsity=0.5, skip=["*.mlp.*", "*.[kvo]_proj"], dry_run=True))
+        Magnitude(compares='layer'), unstructured
+          model.layers.*.self_attn.q_proj     4 x [   256,    256]  sparsity 0.5000
+        >>> round(bh.prune(model, bh.Wanda(), [{"input_ids": torch.arange(64)[None]}], pattern="2:4").sparsity, 2)
+        0.5
     """
-    pruning = plan_pruning(
-        model, criterion or Wanda(), batches, sparsity, pattern, sequential, allocation, skip, output_embeddings, reduce,
-        progress, offload, activations, count_adapters,
-    )  # fmt: skip
-    pruning.apply(model)
-    return pruning
+    criterion, allocation = criterion or Wanda(), allocation or Uniform()
+    amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
+    reshard(model)
+    linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings)
+    adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
+    if is_sharded(model):
+        check_sharded(criterion, allocation, reduce, offload, count_adapters)
+    needing = [one for one in (criterion, allocation) if (one.measures if isinstance(one, Allocation) else needs_data(one))]
+    walks = _Walks(model, linears, _runs(model, batches, needing, reduce), reduce, device, folder, adapters)
+    warn_of_others(model, linears)
+    sparsities = _sparsities(walks, amount, allocation)
+    if needs_data(criterion):
+        kind = Together if criterion.compares == "global" else Calibration
+        pruned = walks(sequential, partial(kind, criterion, sparsities, pattern, progress)).pruned
+        uncalled = _uncalled(linears, pruned)
+    else:
+        pruned, uncalled = _at_once(walks, criterion, sparsities, pattern, progress), ()
+    shapes = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
+    plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, uncalled)
+    if not dry_run:
+        plan.apply(model)
+    return plan
+
+
+def _at_once(
+    walks: "_Walks",
+    criterion: Criterion,
+    sparsities: Mapping[str, float],
+    pattern: str,
+    progress: Progress | None,
+) -> dict[str, Pruned]:
+    """Prunes by a criterion that needs no data."""
+    if criterion.compares == "global":
+        statistics = dict.fromkeys(walks.linears)
+        return prune_together(walks.linears, criterion, statistics, next(iter(sparsities.values())), walks.adapters)
+    pruned: dict[str, Pruned] = {}
+    for name, linear in walks.linears.items():
+        pruned[name] = prune_linear(name, linear, criterion, None, sparsities[name], pattern, walks.adapters.get(name))
+        if progress is not None:
+            progress(len(pruned), len(walks.linears))
+    return pruned
 
 
 def _runs(
     model: nn.Module, batches: Iterable[Any] | None, needing: Sequence[Criterion | Allocation], reduce: Reduce | None
 ) -> list[Run]:
-    """The runs, of which there must be one at least, on any rank, if something needs data."""
+    """Makes a run of each batch; refuses to go without any, on all ranks together, if something needs data."""
     runs = [] if batches is None else runs_of(model, batches)
     count = torch.tensor([len(runs)], device=next(model.parameters()).device)
     if needing and not (count if reduce is None else reduce(count)):
@@ -189,18 +177,19 @@ class _Walks:
     activations: str | None
     adapters: Mapping[str, nn.Module]
 
-    def __call__(self, sequential: Sequential, calibration: Callable[[bool], C]) -> C:
-        """What a calibration, made anew if linears turn out to share inputs in some runs only, has become on the way."""
+    def __call__(self, sequential: Sequential, make: Callable[..., C]) -> C:
+        """Runs a calibration and returns it; retries without shared statistics if inputs are shared in some runs only."""
+        tokens = [run.tokens for run in self.runs]
         for shared in (True, False):
-            result = calibration(shared)
+            calibration = make(tokens=tokens, reduce=self.reduce, adapters=self.adapters, shared=shared)
             try:
-                self._walk(sequential, result)
-                result.close()
+                self._walk(sequential, calibration)
+                calibration.close()
                 break
             except InputsDiffer:
                 if not shared:
                     raise
-        return result
+        return calibration
 
     def _walk(self, sequential: Sequential, calibration: Calibration) -> None:
         with ExitStack() as stack:
@@ -224,7 +213,7 @@ class _Walks:
         keep: Callable[[object], None] | None,
         forwards: Sequence[Callable[[], object]],
     ) -> None:
-        """One block is gathered at a time, on all ranks together; with `"none"` the runs go through the dense blocks, too."""
+        """Gathers one block at a time, on all ranks together; with `"none"` the runs pass through the dense blocks, too."""
         blocks = [site.module for site in self.blocks()]
         owner = {module: block for block in blocks for module in block.modules()}
         sites = find_sites(self.model, self.linears, "block" if sequential == "none" else sequential, gates=True)
@@ -234,20 +223,16 @@ class _Walks:
             walk(forwards)
 
     def blocks(self) -> list[Site]:
-        """The blocks, and the linears outside of them."""
+        """Returns the blocks, and the linears outside of them."""
         return find_sites(self.model, self.linears, "block")
 
 
 def _sparsities(walks: _Walks, amount: float, allocation: Allocation) -> dict[str, float]:
-    """How much each linear gives; blocks that no batch comes to take no part in measuring."""
+    """Finds the sparsity of each linear; blocks that no batch reaches take no part in measuring."""
     blocks: Blocks = [site.linears for site in walks.blocks()]
     measured: dict[int, float] = {}
     if allocation.measures:
-
-        def calibration(shared: bool) -> _Measured:
-            return _Measured(blocks, allocation, [run.tokens for run in walks.runs], walks.reduce, None, shared, walks.adapters)
-
-        measured = walks("none", calibration).measured
+        measured = walks("none", partial(_Measured, blocks, allocation)).measured
         blocks = [blocks[number] for number in measured]
     sizes = [{name: weight_of(linear).numel() for name, linear in block.items()} for block in blocks]
     return dict.fromkeys(walks.linears, amount) | (allocation.allocate(sizes, amount, list(measured.values())) if sizes else {})
@@ -256,8 +241,8 @@ def _sparsities(walks: _Walks, amount: float, allocation: Allocation) -> dict[st
 class _Measured(Calibration):
     """A calibration that prunes nothing, and measures each block."""
 
-    def __init__(self, blocks: Blocks, allocation: Allocation, *args: Any) -> None:  # noqa: ANN401 - those of a calibration
-        super().__init__(Wanda(), {}, "unstructured", *args)
+    def __init__(self, blocks: Blocks, allocation: Allocation, **walk: Any) -> None:  # noqa: ANN401 - those of a calibration
+        super().__init__(Wanda(), {}, "unstructured", **walk)
         self.blocks, self.allocation = blocks, allocation
         self.measured: dict[int, float] = {}
 

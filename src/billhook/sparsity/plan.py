@@ -1,0 +1,210 @@
+"""The plan of a pruning of weights: one bit a weight, and the values that a criterion changes."""
+
+import math
+import re
+from base64 import b64decode, b64encode
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.pytorch_utils import Conv1D
+
+from billhook.model.linears import prunable, weight_of
+from billhook.model.plan import Plan, Weights
+from billhook.model.surgery import values_kept
+from billhook.running.shards import local, reshard, sharded_as
+from billhook.sparsity.masks import where_kept
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """One linear's part of a plan.
+
+    Attributes:
+        bits: The keep-mask, 8 weights a byte.
+        values: The kept weights, where a criterion updates them, on the CPU; None where the old values stay.
+    """
+
+    bits: np.ndarray
+    values: Tensor | None
+
+    @staticmethod
+    def of(old: Tensor, new: Tensor, keep: Tensor) -> "Pruned":
+        """Packs the change of a weight `[out_features, in_features]` from old to new under a keep-mask."""
+        changed = not torch.equal(new, where_kept(old, keep))
+        return Pruned(np.packbits(keep.cpu().numpy()), new[keep].cpu() if changed else None)
+
+    @property
+    def kept(self) -> int:
+        """How many weights are kept."""
+        return int(np.bitwise_count(self.bits).sum())
+
+    def sparsity(self, size: int) -> float:
+        """Returns the fraction removed of a weight of so many entries."""
+        return 1 - self.kept / size if size else 0.0
+
+    def keep(self, like: Tensor) -> Tensor:
+        """Unpacks the keep-mask, bool, of the size and on the device of a weight."""
+        bits = np.unpackbits(self.bits, count=like.numel()).view(np.bool_)
+        return torch.from_numpy(bits).view(like.shape).to(like.device)
+
+    def weight(self, old: Tensor) -> Tensor:
+        """Returns the weight after pruning; of one that is sharded, this rank's part."""
+        keep = self.keep(old)
+        if self.values is None:
+            return where_kept(local(old), local(sharded_as(keep, old)))
+        new = torch.zeros(old.shape, dtype=old.dtype, device=old.device)
+        return local(sharded_as(new.masked_scatter_(keep, self.values.to(old)), old))
+
+    def to_json(self) -> dict[str, str]:
+        """Returns bits and values as text, in base 64."""
+        plain = {"bits": b64encode(self.bits.tobytes()).decode()}
+        if self.values is None:
+            return plain
+        values = b64encode(self.values.contiguous().view(torch.uint8).numpy().tobytes()).decode()
+        return plain | {"dtype": str(self.values.dtype).removeprefix("torch."), "values": values}
+
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any], size: int) -> Self:
+        """Makes the part of a linear with so many weights from what `to_json` returned.
+
+        Raises:
+            ValueError: If there are not as many bits, or values, as that takes.
+        """
+        pruned = cls(np.frombuffer(b64decode(plain["bits"], validate=True), dtype=np.uint8), None)
+        if len(pruned.bits) != -(-size // 8):
+            raise ValueError(f"{len(pruned.bits)} bytes of bits for {size} weights")
+        if "values" not in plain:
+            return pruned
+        values = torch.frombuffer(bytearray(b64decode(plain["values"], validate=True)), dtype=DTYPES[plain["dtype"]])
+        if len(values) != pruned.kept:
+            raise ValueError(f"{len(values)} values for {pruned.kept} weights that are kept")
+        return cls(pruned.bits, values)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightPlan(Plan):
+    """Which weights of a model become zero, and the new values of the others where a criterion changes them.
+
+    Attributes:
+        kind: `"weights"`.
+        model: The name of the model's class; only shown, as it is another one where a model is sharded.
+        criterion: The criterion that chose them, in words.
+        pattern: `"unstructured"` or `"N:M"`.
+        pruned: The results by linear.
+        shapes: Of each linear's weight, `[out_features, in_features]`.
+        uncalled: Linears that stay as they are, as no batch has called them.
+    """
+
+    kind: ClassVar[str] = "weights"
+    model: str
+    criterion: str
+    pattern: str
+    pruned: dict[str, Pruned]
+    shapes: dict[str, tuple[int, ...]]
+    uncalled: tuple[str, ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights of all linears that is removed."""
+        total = sum(math.prod(self.shapes[name]) for name in self.pruned)
+        return 1 - sum(one.kept for one in self.pruned.values()) / total if total else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plan as plain data: a bit for each weight, and the values that change, in base 64."""
+        pruned = {name: {"shape": list(self.shapes[name]), **one.to_json()} for name, one in self.pruned.items()}
+        names = {"kind": self.kind, "model": self.model, "criterion": self.criterion, "pattern": self.pattern}
+        uncalled = {name: list(self.shapes[name]) for name in self.uncalled}
+        return names | {"pruned": pruned, "uncalled": uncalled}
+
+    @classmethod
+    def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
+        try:
+            kind, criterion, pattern = (str(plain[name]) for name in ("model", "criterion", "pattern"))
+            shapes = {name: tuple(map(int, one["shape"])) for name, one in plain["pruned"].items()}
+            pruned = {name: Pruned.from_json(one, math.prod(shapes[name])) for name, one in plain["pruned"].items()}
+            uncalled = {name: tuple(map(int, shape)) for name, shape in plain["uncalled"].items()}
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
+            raise ValueError(f"plan: it is not as WeightPlan.to_json makes it ({type(error).__name__}: {error})") from error
+        plan = cls(kind, criterion, pattern, pruned, shapes | uncalled, tuple(uncalled))
+        plan.check_made_for(model)
+        return plan
+
+    def check_made_for(self, model: nn.Module) -> None:
+        """Refuses a model that lacks one of the linears, or has it in another size.
+
+        Raises:
+            ValueError: With the first such linear.
+        """
+        self._linears(model)
+
+    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns the keep-masks, bool, each as its weight lies in memory, and sharded as it is.
+
+        Raises:
+            ValueError: If the plan was not made for this model, or one with the same linears.
+        """
+        linears = self._linears(model)
+        weights = {name: weight_of(linears[name]) for name in self.pruned}
+        masks = {name: sharded_as(one.keep(weights[name]), weights[name]) for name, one in self.pruned.items()}
+        return {name: mask.t() if isinstance(linears[name], Conv1D) else mask for name, mask in masks.items()}
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
+        """Changes the weights, in place; if that fails, nothing has changed. Removed values stay in the CPU's memory until then.
+
+        Args:
+            model: The model that the plan was made for, or one with the same linears.
+            optimizers: They keep their state: no weight changes its size, and masks are held by others.
+            weights: New values of parameters from which pruning starts.
+
+        Raises:
+            ValueError: If the plan was not made for this model.
+        """
+        linears = self._linears(model)
+        given = {model.get_parameter(name): value for name, value in (weights or {}).items()}
+        removed: list[tuple[Tensor, Tensor, Tensor]] = []
+        with values_kept(given) if given else nullcontext():
+            for parameter, value in given.items():
+                parameter.copy_(value)
+            try:
+                for name, one in self.pruned.items():
+                    new, weight = one.weight(weight_of(linears[name])), local(weight_of(linears[name]))
+                    changes = (new != weight).cpu()
+                    removed.append((weight, changes, weight.cpu()[changes]))
+                    weight.copy_(new)
+            except BaseException:
+                for weight, changes, values in removed:
+                    weight.masked_scatter_(changes.to(weight.device), values.to(weight.device))
+                raise
+
+    def _linears(self, model: nn.Module) -> dict[str, nn.Module]:
+        reshard(model)
+        linears = prunable(model, output_embeddings=True)
+        found = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
+        if wrong := next((name for name in self.pruned if found.get(name) != self.shapes[name]), None):
+            raise ValueError(
+                f"plan: it was made for another model: {wrong} is {self.shapes[wrong]} there, and {found.get(wrong)} here"
+            )
+        return linears
+
+    def __str__(self) -> str:
+        alike: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
+        for name, one in self.pruned.items():
+            alike[re.sub(r"\b\d+\b", "*", name), self.shapes[name]].append(one.sparsity(math.prod(self.shapes[name])))
+        width = max([len(name) for name, _ in alike], default=0)
+        lines = [f"{self.criterion}, {self.pattern}"]
+        for (name, (out, into)), each in alike.items():
+            low, high = min(each), max(each)
+            spread = f"{low:.4f}" if high - low < 5e-5 else f"{low:.4f} to {high:.4f}"
+            lines.append(f"  {name:<{width}}  {len(each):>4} x [{out:>6,}, {into:>6,}]  sparsity {spread}")
+        lines += [f"  {name:<{width}}  not called by any batch: left as it is" for name in self.uncalled]
+        return "\n".join(lines)

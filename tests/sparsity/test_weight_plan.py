@@ -1,0 +1,106 @@
+"""A plan of weights is plain data: written, read again and applied, it does to the model what pruning does at once."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import billhook as bh
+from billhook.model.plan import Plan, apply
+from billhook.sparsity.plan import WeightPlan
+from kit.families import llama
+from kit.prune import batches_of, family
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.Refit(), bh.SparseGPT(block_size=16)], ids=["wanda", "refit", "sparsegpt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_was_read_does_what_was_planned(name, criterion, dtype):
+    model = family(name).to(dtype).eval()
+    batches = batches_of(model)
+    plan = bh.prune(model, criterion, batches, 0.5, dry_run=True)
+    text = json.dumps(plan.to_json())
+    for read in (Plan, WeightPlan):
+        again, other = read.from_json(json.loads(text), model), copy.deepcopy(model)
+        assert str(again) == str(plan)
+        assert json.dumps(again.to_json()) == text
+        apply(other, again)
+    bh.prune(model, criterion, batches, 0.5)
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in other.state_dict().items())
+
+
+def test_a_plan_of_masks_takes_a_bit_a_weight():
+    model = llama(hidden_size=256, intermediate_size=512)
+    plan = bh.prune(model, bh.Magnitude(), sparsity=0.5, dry_run=True)
+    weights = sum(module.weight.numel() for name, module in model.named_modules() if name in plan.pruned)
+    assert len(json.dumps(plan.to_json())) < weights / 8 * 1.4  # base 64, and the names
+
+
+class Partly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.called, self.other = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.called(x)
+
+
+def test_linears_that_were_not_called_are_named_in_json_too():
+    model = Partly()
+    with pytest.warns(UserWarning, match="no calibration batch has called 1 linears"):
+        plan = bh.prune(model, bh.Wanda(), [torch.randn(5, 8)], 0.5, dry_run=True)
+    again = WeightPlan.from_json(plan.to_json(), model)
+    assert again.uncalled == ("other",)
+    assert again.shapes == plan.shapes
+
+
+def test_new_values_come_first_and_go_with_an_error():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    plan, before = bh.prune(model, bh.Magnitude(), sparsity=0.5, dry_run=True), copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    model.load_state_dict(before)
+    state = {parameter: dict(own) for parameter, own in optimizer.state.items()}
+    new = {"0.weight": torch.randn(8, 8)}
+    broken = WeightPlan.from_json(plan.to_json(), model)
+    broken.pruned["1"] = None
+    with pytest.raises(AttributeError):
+        apply(model, broken, optimizer, new)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    apply(model, plan, optimizer, new)
+    assert torch.equal(model[0].weight, new["0.weight"] * plan.masks(model)["0"])
+    assert all(one[key] is own[key] for parameter, own in state.items() for one in [optimizer.state[parameter]] for key in own)
+
+
+class TestRefused:
+    @pytest.fixture
+    def plain(self):
+        return bh.prune(nn.Sequential(nn.Linear(8, 8)), bh.Magnitude(), sparsity=0.5, dry_run=True).to_json()
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"kind": "zeros"}, "its kind is 'zeros', and must be one of .*weights"),
+            ({"pruned": {"0": {"shape": [8, 8], "bits": "AA=="}}}, "1 bytes of bits for 64 weights"),
+            ({"pruned": {"0": {"shape": [8, 8], "bits": "?"}}}, "not as WeightPlan.to_json makes it"),
+            ({"pruned": {"0": {"shape": [8, 8]}}}, "KeyError: 'bits'"),
+            ({"pruned": [3]}, "not as WeightPlan.to_json makes it"),
+            ({"uncalled": 7}, "not as WeightPlan.to_json makes it"),
+            ({"pruned": {"0": {"shape": [2, 2], "bits": "8A==", "values": "AAAA", "dtype": "float16"}}}, "not as WeightPlan"),
+            (
+                {"pruned": {"0": {"shape": [2, 2], "bits": "8A==", "values": "AAA=", "dtype": "float16"}}},
+                "1 values for 4 weights",
+            ),
+            ({"pruned": {"0": {"shape": [2, 2], "bits": "8A==", "values": "AAA=", "dtype": "int8"}}}, "KeyError: 'int8'"),
+        ],
+    )
+    def test_what_is_no_plan(self, plain, change, match):
+        with pytest.raises(ValueError, match=match):
+            Plan.from_json(plain | change, nn.Sequential(nn.Linear(8, 8)))
+
+    def test_another_model(self, plain):
+        with pytest.raises(ValueError, match=r"made for another model: 0 is \(8, 8\) there, and \(4, 8\) here"):
+            Plan.from_json(plain, nn.Sequential(nn.Linear(8, 4)))

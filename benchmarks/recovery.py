@@ -113,7 +113,7 @@ def train_weights(model, pruning, calibration, look, options):
     callbacks, watch = [], Watch(look)
     if pruning is not None:
         criterion, settings = pruning
-        settings = settings or {"sparsity": bh.Cubic(0.5, end=0.6, every=max(1, options.steps // 10))}
+        settings = settings or {"sparsity": bh.schedules.Cubic(0.5, end=0.6, every=max(1, options.steps // 10))}
         callbacks = [bh.WeightPruning(criterion, **settings, calibration=calibration, measure_batches=0)]
     train(model, options.lr, [watch, *callbacks], options)
     return model, {"before": watch.seen, "step": median(watch.seconds), "trained": perplexity(model, options.held_out)}

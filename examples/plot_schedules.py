@@ -7,13 +7,13 @@ from matplotlib.figure import Figure
 import billhook as bh
 
 SCHEDULES = {
-    "Constant(0.7, start=0.2)": bh.Constant(0.7, start=0.2),
-    "Linear(0.7, start=0.1, end=0.8)": bh.Linear(0.7, start=0.1, end=0.8),
-    "Cubic(0.7, start=0.1, end=0.8)": bh.Cubic(0.7, start=0.1, end=0.8),
-    "Cubic(0.7, ..., every=100)": bh.Cubic(0.7, start=0.1, end=0.8, every=100),
-    "Cosine(0.7, start=0.1, end=0.8)": bh.Cosine(0.7, start=0.1, end=0.8),
-    "Exponential(0.7, start=0.1, end=0.8)": bh.Exponential(0.7, start=0.1, end=0.8),
-    "MultiStep([0.3, 0.5, 0.7], [0.1, 0.4, 0.7])": bh.MultiStep([0.3, 0.5, 0.7], [0.1, 0.4, 0.7]),
+    "Constant(0.7, start=0.2)": bh.schedules.Constant(0.7, start=0.2),
+    "Linear(0.7, start=0.1, end=0.8)": bh.schedules.Linear(0.7, start=0.1, end=0.8),
+    "Cubic(0.7, start=0.1, end=0.8)": bh.schedules.Cubic(0.7, start=0.1, end=0.8),
+    "Cubic(0.7, ..., every=100)": bh.schedules.Cubic(0.7, start=0.1, end=0.8, every=100),
+    "Cosine(0.7, start=0.1, end=0.8)": bh.schedules.Cosine(0.7, start=0.1, end=0.8),
+    "Exponential(0.7, start=0.1, end=0.8)": bh.schedules.Exponential(0.7, start=0.1, end=0.8),
+    "MultiStep([0.3, 0.5, 0.7], [0.1, 0.4, 0.7])": bh.schedules.MultiStep([0.3, 0.5, 0.7], [0.1, 0.4, 0.7]),
 }
 STEPS = 1000
 

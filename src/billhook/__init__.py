@@ -1,5 +1,6 @@
 """Prune and convert Hugging Face transformers inside a PyTorch Lightning fit."""
 
+from billhook import schedules as schedules
 from billhook.adapters.lora import LoRA
 from billhook.adapters.masked import mask_adapters, unmask_adapters
 from billhook.adapters.merge import Merged, merge
@@ -39,7 +40,6 @@ from billhook.pruning.request import plan
 from billhook.repairs.repair import Repair
 from billhook.report.speed import measure_speed
 from billhook.report.summary import summary
-from billhook.schedules import Constant, Cosine, Cubic, Exponential, Linear, MultiStep, Schedule
 from billhook.sparsity.allocation import OWL, Allocation, ByPattern, Uniform
 from billhook.sparsity.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaAlpha
 from billhook.sparsity.prune import prune
@@ -66,13 +66,9 @@ __all__ = [
     "BlockPlan",
     "ByPattern",
     "ClassificationDataModule",
-    "Constant",
-    "Cosine",
     "Criterion",
-    "Cubic",
     "DepthPruning",
     "Distillation",
-    "Exponential",
     "Export",
     "GateGradient",
     "Group",
@@ -82,11 +78,9 @@ __all__ = [
     "HeadPruning",
     "Importance",
     "KVHeadConversion",
-    "Linear",
     "LoRA",
     "Magnitude",
     "Merged",
-    "MultiStep",
     "OBS",
     "OWL",
     "OutputNorm",
@@ -96,7 +90,6 @@ __all__ = [
     "Refit",
     "Repair",
     "Report",
-    "Schedule",
     "Seq2SeqDataModule",
     "ShapeInCheckpoint",
     "SparseGPT",
@@ -140,6 +133,7 @@ __all__ = [
     "prune_heads",
     "repair",
     "save",
+    "schedules",
     "summary",
     "trace",
     "unit_importance",

@@ -83,11 +83,11 @@ class At:
         self.moment, self.rounds = ("start", True) if when == "rounds" else (when, False)
 
     def of(self, amount):
-        return bh.MultiStep([amount / 2, amount], [1, 3]) if self.rounds else amount
+        return bh.schedules.MultiStep([amount / 2, amount], [1, 3]) if self.rounds else amount
 
     @property
     def schedule(self):
-        return bh.MultiStep([0.5, 1.0], [1, 3]) if self.rounds else None
+        return bh.schedules.MultiStep([0.5, 1.0], [1, 3]) if self.rounds else None
 
 
 def build(kind, when):

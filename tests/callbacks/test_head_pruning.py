@@ -51,10 +51,10 @@ WHEN = {
     "a fraction": ({"ratio": 0.5, "at": 0.5}, [16] * 4 + [8] * 4),
     "the end": ({"ratio": 0.5, "at": 8}, [16] * 8),
     "nothing": ({"ratio": 0, "at": 2}, [16] * 8),
-    "constant": ({"ratio": bh.Constant(0.5, start=2)}, [16] * 2 + [8] * 6),
-    "steps": ({"ratio": bh.MultiStep([0.25, 0.3, 0.8], [2, 4, 0.75])}, [16] * 2 + [12] * 4 + [4] * 2),
-    "ramp": ({"ratio": bh.Linear(final=0.75, initial=0.25, start=0, end=4, every=2)}, [12] * 2 + [8] * 2 + [4] * 4),
-    "cubic": ({"ratio": bh.Cubic(final=0.5, start=1, end=7, every=2)}, [16] * 3 + [12] * 2 + [10] * 2 + [8]),
+    "constant": ({"ratio": bh.schedules.Constant(0.5, start=2)}, [16] * 2 + [8] * 6),
+    "steps": ({"ratio": bh.schedules.MultiStep([0.25, 0.3, 0.8], [2, 4, 0.75])}, [16] * 2 + [12] * 4 + [4] * 2),
+    "ramp": ({"ratio": bh.schedules.Linear(final=0.75, initial=0.25, start=0, end=4, every=2)}, [12] * 2 + [8] * 2 + [4] * 4),
+    "cubic": ({"ratio": bh.schedules.Cubic(final=0.5, start=1, end=7, every=2)}, [16] * 3 + [12] * 2 + [10] * 2 + [8]),
 }
 
 
@@ -77,7 +77,7 @@ def test_it_happens_at_its_step_and_rounds_do_not_compound(files, tmp_path, when
 def test_global_rounds_come_to_the_same_share_whatever_layers_lose(files, tmp_path):
     for remove in ("never", "rounds"):
         lit, watch = module(), Acting()
-        callback = pruning(bh.MultiStep([0.2, 0.4, 0.7], [1, 3, 5]), ranking="global", remove=remove, min_heads=2)
+        callback = pruning(bh.schedules.MultiStep([0.2, 0.4, 0.7], [1, 3, 5]), ranking="global", remove=remove, min_heads=2)
         trainer(tmp_path, [callback, watch]).fit(lit, data(files))
         assert watch.seen == [16] + [13] * 2 + [10] * 2 + [5] * 3
         assert min(8 - len(own) for own in callback.record.gone(callback.heads).values()) >= 2
@@ -103,7 +103,7 @@ class AgainstMasks(pl.Callback):
 @pytest.mark.parametrize(("per", "kv", "ratio"), [("head", 8, 0.375), ("head", 4, 0.5), ("kv_head", 4, 0.5), ("kv_head", 1, 0)])
 def test_between_rounds_the_masked_heads_do_not_act(files, tmp_path, per, kv, ratio):
     lit = module(num_key_value_heads=kv)
-    callback = pruning(bh.MultiStep([ratio / 2, ratio], [2, 4]), per=per, remove="never")
+    callback = pruning(bh.schedules.MultiStep([ratio / 2, ratio], [2, 4]), per=per, remove="never")
     watch = AgainstMasks(callback, lambda: llama(vocab_size=2048, num_key_value_heads=kv), per)
     trainer(tmp_path, [callback, watch]).fit(lit, data(files))
     assert watch.steps == 8
@@ -138,7 +138,7 @@ def test_heads_that_stay_masked_are_not_read_after_the_fit(files, tmp_path, per)
 @pytest.mark.parametrize("ranking", ["layer", "global"])
 @pytest.mark.parametrize("remove", ["end", "rounds"])
 def test_removed_heads_are_gone_and_training_goes_on(files, tmp_path, ranking, remove):
-    lit, callback = module(), pruning(bh.MultiStep([0.25, 0.5], [2, 5]), ranking=ranking, remove=remove)
+    lit, callback = module(), pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), ranking=ranking, remove=remove)
     run = trainer(tmp_path, [callback, bh.Export(str(tmp_path / "out"))])
     run.fit(lit, data(files))
     stay = [8 - len(own) for own in callback.record.gone({}).values()]
@@ -166,7 +166,7 @@ def test_removed_heads_are_gone_and_training_goes_on(files, tmp_path, ranking, r
 
 def test_removal_is_what_removing_by_hand_is(files, tmp_path):
     """Independent of the callback: the same steps in a plain loop, with masks and then a removal."""
-    lit, batches, callback = module(), [], pruning(bh.MultiStep([0.25, 0.5], [2, 5]), importance=bh.WeightNorm())
+    lit, batches, callback = module(), [], pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), importance=bh.WeightNorm())
 
     class Keep(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -224,7 +224,7 @@ class TestScores:
         ids = tokens(4, 9)
         batches = [{"input_ids": ids, "labels": ids}]
         kept = {}
-        callback = pruning(bh.MultiStep([0.25, 0.5], [2, 4]), calibration=batches, remove="rounds")
+        callback = pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 4]), calibration=batches, remove="rounds")
 
         class Keep(pl.Callback):
             def on_train_batch_end(self, trainer, pl_module, *_):
@@ -326,7 +326,7 @@ def loader(kind=tuple, rows=16):
 @pytest.mark.parametrize("remove", REMOVE)
 def test_a_module_of_the_users_own(tmp_path, remove):
     lit, watch = Own(mha()), Acting()
-    callback = pruning(bh.MultiStep([0.25, 0.5], [1, 3]), remove=remove)
+    callback = pruning(bh.schedules.MultiStep([0.25, 0.5], [1, 3]), remove=remove)
     trainer(tmp_path, [callback, watch], max_steps=4, accumulate_grad_batches=2).fit(lit, loader())
     assert watch.seen == [16] * 2 + [12] * 4 + [8] * 2
     assert bare(lit)
@@ -348,7 +348,7 @@ def test_lora(tmp_path, remove):
     """The adapters lose what the weights lose, frozen weights stay frozen, and merging changes nothing."""
     lit, watch = Own(peft.get_peft_model(mha(), peft.LoraConfig(r=2, target_modules="all-linear"))), Acting()
     before = {name: p.requires_grad for name, p in lit.named_parameters()}
-    run = trainer(tmp_path, [pruning(bh.MultiStep([0.25, 0.5], [1, 3]), remove=remove), watch], max_steps=5)
+    run = trainer(tmp_path, [pruning(bh.schedules.MultiStep([0.25, 0.5], [1, 3]), remove=remove), watch], max_steps=5)
     run.fit(lit, loader())
     assert watch.seen == [16] + [12] * 2 + [8] * 2
     assert {name: p.requires_grad for name, p in lit.named_parameters()} == before
@@ -374,7 +374,7 @@ def test_precision(files, tmp_path, precision, remove):
     assert all(p.isfinite().all() for p in lit.parameters())
 
 
-@pytest.mark.parametrize("ratio", [0.5, bh.MultiStep([0.25, 0.5], [100, 200])])
+@pytest.mark.parametrize("ratio", [0.5, bh.schedules.MultiStep([0.25, 0.5], [100, 200])])
 def test_fast_dev_run_tries_the_last_round(files, tmp_path, ratio):
     lit = module()
     callback = pruning(ratio, **({"at": 100} if ratio == 0.5 else {}))
@@ -397,7 +397,9 @@ def test_a_classifier(table, tmp_path, remove):
     torch.manual_seed(0)
     config = bert(vocab_size=2048, num_labels=3).config
     lit, watch = bh.TransformerModule(config, "sequence-classification", lr=1e-2), Acting()
-    callback = pruning(bh.MultiStep([0.25, 0.5], [1, 3]), remove=remove, monitor="val_accuracy", keep=0.01, measure_batches=None)
+    callback = pruning(
+        bh.schedules.MultiStep([0.25, 0.5], [1, 3]), remove=remove, monitor="val_accuracy", keep=0.01, measure_batches=None
+    )
     given = bh.ClassificationDataModule(table, "tiny", batch_size=4)
     trainer(tmp_path, [callback, watch, bh.Export(str(tmp_path / "out"))], max_steps=4).fit(lit, given)
     assert watch.seen == [8] + [6] * 2 + [4]
@@ -413,7 +415,7 @@ def test_a_classifier(table, tmp_path, remove):
 class TestMonitor:
     """A round that makes a value worse is taken back, and is the last."""
 
-    SCHEDULE = bh.MultiStep([0.25, 0.5, 0.75], [1, 3, 5])
+    SCHEDULE = bh.schedules.MultiStep([0.25, 0.5, 0.75], [1, 3, 5])
 
     @pytest.mark.parametrize(
         ("remove", "monitor", "mode", "keep"),
@@ -431,7 +433,7 @@ class TestMonitor:
         run.fit(lit, data(files))
         assert watch.seen == [16] + [12] * 7
         other, same_heads = scripted(), Acting()
-        straight = trainer(tmp_path, [pruning(bh.MultiStep([0.25], [1]), **options), same_heads])
+        straight = trainer(tmp_path, [pruning(bh.schedules.MultiStep([0.25], [1]), **options), same_heads])
         straight.fit(other, data(files))
         assert same_heads.seen == watch.seen
         if remove != "end":  # in which heads are removed at another step
@@ -521,12 +523,12 @@ def test_a_fit_that_goes_on_goes_on(files, tmp_path, remove):
 def test_training_that_ends_early_says_what_it_left_out(files, tmp_path):
     stop = EarlyStopping("val_loss", patience=1, min_delta=100.0)
     with pytest.warns(UserWarning, match=r"training has ended at step \d+, before the round at step 90"):
-        trainer(tmp_path, [pruning(bh.MultiStep([0.3, 0.5], [80, 90])), stop], max_steps=100).fit(module(), data(files))
+        trainer(tmp_path, [pruning(bh.schedules.MultiStep([0.3, 0.5], [80, 90])), stop], max_steps=100).fit(module(), data(files))
 
 
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 def test_events_are_logged(files, tmp_path):
-    callback, logger = pruning(bh.MultiStep([0.25, 0.5], [2, 5]), measure_batches=2), pl.loggers.CSVLogger(tmp_path)
+    callback, logger = pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), measure_batches=2), pl.loggers.CSVLogger(tmp_path)
     trainer(tmp_path, [callback], logger=logger).fit(module(), data(files))
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row.get("params")]
@@ -591,7 +593,7 @@ class Breaks(bh.GateGradient):
 @pytest.mark.parametrize("remove", REMOVE)
 def test_a_round_that_fails_leaves_all_as_it_was(files, tmp_path, remove):
     Breaks.rounds, seen = 0, []
-    lit, callback = module(), pruning(bh.MultiStep([0.25, 0.5], [2, 5]), importance=Breaks(), remove=remove)
+    lit, callback = module(), pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), importance=Breaks(), remove=remove)
 
     class Keep(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
@@ -611,7 +613,7 @@ def test_a_round_that_fails_leaves_all_as_it_was(files, tmp_path, remove):
     assert all(p.requires_grad for p in lit.parameters())
     assert [event["step"] for event in callback.events] == [2]
     run.save_checkpoint(tmp_path / "late.ckpt")
-    again, resumed = module(1), pruning(bh.MultiStep([0.25, 0.5], [2, 5]), importance=Breaks(), remove=remove)
+    again, resumed = module(1), pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), importance=Breaks(), remove=remove)
     watch = Acting()
     trainer(tmp_path, [resumed, watch]).fit(again, data(files), ckpt_path=tmp_path / "late.ckpt")
     assert watch.seen == [8] * 3
@@ -637,7 +639,7 @@ class TestRefused:
             ({"ratio": -0.1}, "ratio=-0.1 must be"),
             ({"ratio": True}, "ratio=True must be"),
             ({"ratio": "0.5"}, "ratio='0.5' must be"),
-            ({"ratio": bh.Linear(final=0.5), "at": 3}, "at=3: the schedule says when"),
+            ({"ratio": bh.schedules.Linear(final=0.5), "at": 3}, "at=3: the schedule says when"),
             ({"at": 1.5}, "at=1.5 .* must be in 0..1"),
             ({"at": "end"}, "at must be an int"),
             ({"at": -1}, "at=-1"),
@@ -671,9 +673,9 @@ class TestRefused:
             ({"ratio": 0.9, "min_heads": 2}, {}, "7 of 8 heads of model.layers.0.self_attn would go, and at most 6 may"),
             ({"ratio": 0.9, "min_heads": 2, "ranking": "global"}, {}, "14 of 16 heads of all layers .* at most 12 may"),
             ({"ratio": 0.5, "at": 9}, {}, "at=9 is past the end of training, which has 8 optimizer steps"),
-            ({"ratio": bh.Cubic(final=0.5, end=9)}, {}, "end=9 is past the end of training"),
-            ({"ratio": bh.Linear(initial=0.5, final=0.2, every=2)}, {}, "ratio: the schedule goes down, from 0.5 to"),
-            ({"ratio": bh.Linear(final=1.0, every=4)}, {}, r"ratio=1.0 must be .* \(by the schedule, at step 8"),
+            ({"ratio": bh.schedules.Cubic(final=0.5, end=9)}, {}, "end=9 is past the end of training"),
+            ({"ratio": bh.schedules.Linear(initial=0.5, final=0.2, every=2)}, {}, "ratio: the schedule goes down, from 0.5 to"),
+            ({"ratio": bh.schedules.Linear(final=1.0, every=4)}, {}, r"ratio=1.0 must be .* \(by the schedule, at step 8"),
         ],
     )  # fmt: skip
     def test_before_training(self, files, tmp_path, options, changes, match):
@@ -690,9 +692,9 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("ratio", "at", "options", "step"),
         [
-            (bh.MultiStep([0.25, 0.5], [2, 6]), 4, {}, 4),
-            (bh.MultiStep([0.25, 0.5], [2, 6]), 4, {"remove": "rounds"}, 4),
-            (bh.MultiStep([0.25, 0.5], [2, 6]), 2, {}, 2),
+            (bh.schedules.MultiStep([0.25, 0.5], [2, 6]), 4, {}, 4),
+            (bh.schedules.MultiStep([0.25, 0.5], [2, 6]), 4, {"remove": "rounds"}, 4),
+            (bh.schedules.MultiStep([0.25, 0.5], [2, 6]), 2, {}, 2),
             (0.25, 0.5, {"at": 2, "remove": "never"}, 4),
         ],
     )
@@ -704,7 +706,7 @@ class TestRefused:
         self.refused(files, tmp_path, callbacks, match)
 
     def test_another_that_removes_heads_in_between(self, files, tmp_path):
-        callbacks = [pruning(bh.MultiStep([0.25, 0.5], [2, 6])), pruning(0.25, at=4, importance=bh.WeightNorm())]
+        callbacks = [pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 6])), pruning(0.25, at=4, importance=bh.WeightNorm())]
         self.refused(
             files, tmp_path, callbacks, "HeadPruning changes shapes at step 4, after HeadPruning has masked heads at step 2"
         )
@@ -725,7 +727,7 @@ class TestRefused:
         endless = {"max_steps": -1, "max_epochs": -1}
         for options, match in (
             ({"ratio": 0.5, "at": 0.5}, "at=0.5 is a fraction"),
-            ({"ratio": bh.Linear(0.5)}, "a schedule needs"),
+            ({"ratio": bh.schedules.Linear(0.5)}, "a schedule needs"),
         ):
             lit = bh.TransformerModule(module().model, decay="constant", warmup=0)
             self.refused(files, tmp_path, [pruning(**options)], f"{match}.*not known: set max_steps", lit, **endless)
@@ -770,7 +772,7 @@ def test_a_layer_may_lose_all_its_heads_where_none_is_removed(files, tmp_path):
 
 
 def test_checkpoints_are_plain_and_carry_masks(files, tmp_path):
-    lit, callback = module(), pruning(bh.MultiStep([0.25, 0.5], [2, 5]))
+    lit, callback = module(), pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]))
     trainer(tmp_path, [callback, checkpoints(tmp_path)]).fit(lit, data(files))
     for step, masked, width in ((1, 0, 32), (2, 4, 32), (4, 4, 32), (5, 0, 16), (8, 0, 16)):
         checkpoint = torch.load(tmp_path / f"step={step}.ckpt", weights_only=True)

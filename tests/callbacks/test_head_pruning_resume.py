@@ -15,7 +15,7 @@ from kit.weight_pruning import checkpoints
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
 ]
-ROUNDS = bh.MultiStep([0.25, 0.5, 0.75], [2, 4, 6])
+ROUNDS = bh.schedules.MultiStep([0.25, 0.5, 0.75], [2, 4, 6])
 SEEN = [16] * 2 + [12] * 2 + [8] * 2 + [4] * 2
 
 
@@ -65,7 +65,7 @@ def test_resumed_equals_straight_through(files, tmp_path, remove, stops):
 @pytest.mark.parametrize("remove", ["end", "rounds"])
 def test_layers_that_differ(files, tmp_path, remove):
     options = {"ranking": "global", "remove": remove, "importance": bh.Taylor()}
-    resumes(files, tmp_path, lambda: pruning(bh.MultiStep([0.2, 0.5], [2, 5]), **options), [2, 5])
+    resumes(files, tmp_path, lambda: pruning(bh.schedules.MultiStep([0.2, 0.5], [2, 5]), **options), [2, 5])
 
 
 @pytest.mark.parametrize("remove", ["never", "rounds"])
@@ -125,7 +125,7 @@ def test_a_checkpoint_of_a_run_without_it_is_pruned_when_training_goes_on(files,
 
 def test_a_shorter_run_that_ended_goes_on_to_the_next_rounds(files, tmp_path):
     """Its weights that read masked heads are zero by then."""
-    run = trainer(tmp_path, [pruning(bh.MultiStep([0.25], [2]), remove="never")], max_steps=4)
+    run = trainer(tmp_path, [pruning(bh.schedules.MultiStep([0.25], [2]), remove="never")], max_steps=4)
     run.fit(module(), data(files))
     run.save_checkpoint(tmp_path / "late.ckpt")
     lit, watch = module(1), Acting()
@@ -136,12 +136,12 @@ def test_a_shorter_run_that_ended_goes_on_to_the_next_rounds(files, tmp_path):
 
 @pytest.mark.parametrize(("stage", "remove"), [("validate", "never"), ("test", "end"), ("validate", "rounds")])
 def test_outside_of_a_fit_a_checkpoint_computes_as_it_did(files, tmp_path, stage, remove):
-    callback = pruning(bh.MultiStep([0.25, 0.5], [2, 5]), remove=remove, measure_batches=None)
+    callback = pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), remove=remove, measure_batches=None)
     lit = module()
     run = trainer(tmp_path, [callback, checkpoints(tmp_path)])
     run.fit(lit, data(files))
     events = {event["step"]: event for event in callback.events}
-    fresh = trainer(tmp_path, [pruning(bh.MultiStep([0.25, 0.5], [2, 5]), remove=remove)])
+    fresh = trainer(tmp_path, [pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), remove=remove)])
     given = data(files | {"test": files["validation"]})
     for one, subject, step, heads in ((run, lit, 2, 12), (fresh, module(1), 5, 8), (run, lit, 1, 16), (run, lit, 8, 8)):
         watch = Watch()

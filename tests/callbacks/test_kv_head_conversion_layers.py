@@ -7,9 +7,10 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from billhook import Constant, Export, KVHeadConversion, Linear, MultiStep, Repair, Report, summary
+from billhook import Export, KVHeadConversion, Repair, Report, summary
 from billhook.kv_heads.bases.ready import ready_weights
 from billhook.kv_heads.convert import apply_kv_heads, kv_heads_by_layer, plan_kv_heads
+from billhook.schedules import Constant, Linear, MultiStep
 from kit.families import tokens
 from kit.fits import data, module, same, trainer, weights
 from kit.kv_zoo import build

@@ -7,8 +7,9 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from billhook import KVHeadConversion, Magnitude, MultiStep, Repair, WeightPruning
+from billhook import KVHeadConversion, Magnitude, Repair, WeightPruning
 from billhook.kv_heads.convert import kv_heads_of
+from billhook.schedules import MultiStep
 from kit.families import tokens
 from kit.fits import data, module, same, trainer, weights
 

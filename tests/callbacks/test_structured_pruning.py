@@ -48,7 +48,7 @@ WHEN = {
     "the end": ({"channels": 0.5, "at": 8}, [DENSE] * 8),
     "rounds": ({"channels": 0.5, "kv_heads": 0.5, "at": 2, "rounds": 3}, [DENSE] * 2 + [(24, 2)] * 6),
     "a schedule": (
-        {"channels": 0.5, "kv_heads": 0.5, "at": bh.Linear(final=1.0, start=0, end=6, every=2)},
+        {"channels": 0.5, "kv_heads": 0.5, "at": bh.schedules.Linear(final=1.0, start=0, end=6, every=2)},
         [DENSE] * 2 + [(40, 4)] * 2 + [(32, 3)] * 2 + [(24, 2)] * 2,
     ),
     "a multiple": ({"channels": 0.3, "round_to": 8, "at": 1}, [DENSE] + [(40, 4)] * 7),
@@ -71,7 +71,7 @@ def test_it_happens_at_its_step_and_rounds_do_not_compound(files, tmp_path, when
 def test_a_target_is_met_in_parts(files, tmp_path, ranking):
     lit = module()
     dense = bh.summary(lit)
-    callback = pruning(params=0.95, at=bh.MultiStep([0.5, 1.0], [2, 4]), ranking=ranking)
+    callback = pruning(params=0.95, at=bh.schedules.MultiStep([0.5, 1.0], [2, 4]), ranking=ranking)
     trainer(tmp_path, [callback]).fit(lit, data(files))
     one, two = (event["after"]["params"] for event in callback.events)
     assert two == bh.summary(lit).params <= 0.95 * dense.params
@@ -107,7 +107,7 @@ class TestResume:
     @pytest.mark.parametrize(
         ("options", "stops"),
         [
-            ({"channels": 0.5, "kv_heads": 0.5, "at": bh.Linear(final=1.0, start=0, end=6, every=2)}, (1, 4, 5)),
+            ({"channels": 0.5, "kv_heads": 0.5, "at": bh.schedules.Linear(final=1.0, start=0, end=6, every=2)}, (1, 4, 5)),
             ({"params": 0.94, "at": 3, "rounds": 2, "ranking": "global", "importance": bh.GateGradient()}, (1, 4)),
             ({"residual": 0.25, "at": 4, "importance": bh.WeightNorm(), "round_to": 8}, (4,)),
         ],
@@ -184,7 +184,10 @@ class TestRefused:
             ({"channels": 0.01}, "channels=0.01 is not a single unit of a place"),
             ({"experts": 0.5}, "experts=0.5: the model has none that may go"),
             ({"channels": 0.5, "first": 1, "last": 1}, "channels=0.5: all are in protected blocks"),
-            ({"channels": 0.5, "at": bh.Linear(final=0.5, start=0, end=4)}, "it says how much has gone, and must rise to 1"),
+            (
+                {"channels": 0.5, "at": bh.schedules.Linear(final=0.5, start=0, end=4)},
+                "it says how much has gone, and must rise to 1",
+            ),
             ({"channels": 0.5, "at": 20}, "at=20"),
         ],
     )

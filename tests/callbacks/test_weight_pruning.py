@@ -31,10 +31,13 @@ pytestmark = [
         ({"sparsity": 0.5, "at": 8}, [0] * 8),
         ({"pattern": "2:4", "at": 2}, [0] * 2 + [0.5] * 6),
         ({"sparsity": 0.5, "pattern": "2:4", "at": 1.0}, [0] * 8),
-        ({"sparsity": bh.Constant(0.5, start=2)}, [0] * 2 + [0.5] * 6),
-        ({"sparsity": bh.MultiStep([0.25, 0.5], [2, 0.5])}, [0] * 2 + [0.25] * 2 + [0.5] * 4),
-        ({"sparsity": bh.Linear(final=0.5, end=4, every=2)}, [0] * 2 + [0.25] * 2 + [0.5] * 4),
-        ({"sparsity": bh.Linear(final=0.5, initial=0.25, start=0, end=4, every=2)}, [0.25] * 2 + [0.375] * 2 + [0.5] * 4),
+        ({"sparsity": bh.schedules.Constant(0.5, start=2)}, [0] * 2 + [0.5] * 6),
+        ({"sparsity": bh.schedules.MultiStep([0.25, 0.5], [2, 0.5])}, [0] * 2 + [0.25] * 2 + [0.5] * 4),
+        ({"sparsity": bh.schedules.Linear(final=0.5, end=4, every=2)}, [0] * 2 + [0.25] * 2 + [0.5] * 4),
+        (
+            {"sparsity": bh.schedules.Linear(final=0.5, initial=0.25, start=0, end=4, every=2)},
+            [0.25] * 2 + [0.375] * 2 + [0.5] * 4,
+        ),
     ],
 )
 def test_it_happens_at_its_step(files, tmp_path, options, seen):
@@ -49,8 +52,11 @@ def test_it_happens_at_its_step(files, tmp_path, options, seen):
 @pytest.mark.parametrize(
     ("criterion", "schedule"),
     [
-        *((bh.Wanda(), schedule) for schedule in (bh.Cubic, bh.Linear, bh.Cosine, bh.Exponential)),
-        *((criterion, bh.Cubic) for criterion in (bh.Magnitude(), bh.SparseGPT())),
+        *(
+            (bh.Wanda(), schedule)
+            for schedule in (bh.schedules.Cubic, bh.schedules.Linear, bh.schedules.Cosine, bh.schedules.Exponential)
+        ),
+        *((criterion, bh.schedules.Cubic) for criterion in (bh.Magnitude(), bh.SparseGPT())),
     ],
 )
 def test_rounds_do_not_compound_and_masks_nest(files, tmp_path, criterion, schedule):
@@ -140,7 +146,9 @@ def test_a_fit_that_goes_on_goes_on(files, tmp_path):
     assert watch.seen == [0] * 3 + [0.5] * (2 * steps - 3)
 
 
-@pytest.mark.parametrize("options", [{"sparsity": 0.5, "at": 100}, {"sparsity": bh.Cubic(final=0.5, start=10, end=100)}])
+@pytest.mark.parametrize(
+    "options", [{"sparsity": 0.5, "at": 100}, {"sparsity": bh.schedules.Cubic(final=0.5, start=10, end=100)}]
+)
 def test_fast_dev_run_tries_the_last_round(files, tmp_path, options):
     lit = module()
     trainer(tmp_path, [pruning(**options)], max_steps=-1, fast_dev_run=1).fit(lit, data(files))
@@ -161,7 +169,9 @@ def test_sparsity_is_logged(files, tmp_path):
 def test_training_that_ends_early_says_what_it_left_out(files, tmp_path):
     stop = EarlyStopping("val_loss", patience=1, min_delta=100.0)
     with pytest.warns(UserWarning, match=r"training has ended at step \d+, before the pruning at 2 steps up to 90"):
-        trainer(tmp_path, [pruning(sparsity=bh.MultiStep([0.3, 0.5], [80, 90])), stop], max_steps=100).fit(module(), data(files))
+        trainer(tmp_path, [pruning(sparsity=bh.schedules.MultiStep([0.3, 0.5], [80, 90])), stop], max_steps=100).fit(
+            module(), data(files)
+        )
 
 
 def test_shapes_change_before_the_first_mask(files, tmp_path):
@@ -209,7 +219,7 @@ def test_masks_follow_shapes_that_change_later(files, tmp_path):
 
 
 def test_a_later_round_masks_what_has_been_mixed_anew(files, tmp_path):
-    lit, callback = module(), pruning(sparsity=bh.MultiStep([0.5, 0.6], [1, 5]))
+    lit, callback = module(), pruning(sparsity=bh.schedules.MultiStep([0.5, 0.6], [1, 5]))
     conversion = bh.KVHeadConversion(2, at=3, method="svd", measure_batches=0, examples=4)
     trainer(tmp_path, [conversion, callback]).fit(lit, data(files))
     assert zeros(lit) == pytest.approx((0.6, 0.6), abs=0.02)
@@ -252,9 +262,9 @@ class TestRefused:
         ("options", "match"),
         [
             ({"sparsity": 0.5, "at": 9}, "at=9 is past the end of training, which has 8 optimizer steps"),
-            ({"sparsity": bh.Cubic(final=0.5, end=9)}, "end=9 is past the end of training"),
-            ({"sparsity": bh.Linear(initial=0.5, final=0.2, every=2)}, "sparsity: the schedule goes down, from 0.5 to"),
-            ({"sparsity": bh.Linear(final=1.5, every=4)}, r"sparsity=1.5 must be .* \(by the schedule, at step 8\)"),
+            ({"sparsity": bh.schedules.Cubic(final=0.5, end=9)}, "end=9 is past the end of training"),
+            ({"sparsity": bh.schedules.Linear(initial=0.5, final=0.2, every=2)}, "sparsity: the schedule goes down, from 0.5 to"),
+            ({"sparsity": bh.schedules.Linear(final=1.5, every=4)}, r"sparsity=1.5 must be .* \(by the schedule, at step 8\)"),
             ({"sparsity": 0.5, "at": 8, "skip": ["*.fc1"]}, r"skip='\*.fc1' matches none"),
             ({"pattern": "5:7", "at": 8}, "model.layers.0.self_attn.q_proj has 32 inputs, which 7 does not divide"),
             ({"pattern": "2:4", "at": 8, "allocation": bh.OWL()}, "allocation=OWL"),
@@ -328,11 +338,11 @@ class Breaks(bh.Wanda):
 
 def test_a_round_that_fails_leaves_all_as_it_was(files, tmp_path):
     Breaks.calls = 0
-    lit, callback = module(), pruning(Breaks(), bh.MultiStep([0.3, 0.6], [2, 5]))
+    lit, callback = module(), pruning(Breaks(), bh.schedules.MultiStep([0.3, 0.6], [2, 5]))
     run = trainer(tmp_path, [callback])
     with pytest.raises(OSError, match="no memory"):
         run.fit(lit, data(files))
-    other, straight = module(), pruning(bh.Wanda(), bh.MultiStep([0.3], [2]))
+    other, straight = module(), pruning(bh.Wanda(), bh.schedules.MultiStep([0.3], [2]))
     same_steps = trainer(tmp_path, [straight])
     same_steps.fit_loop.epoch_loop.max_steps = 8
 

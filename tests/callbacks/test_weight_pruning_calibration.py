@@ -255,7 +255,7 @@ def test_calibration_batches_of_ones_own(tmp_path, monkeypatch, form):
         "tuples": [(part, torch.ones_like(part)) for part in ids.split(4)],
         "loader": DataLoader(TensorDataset(ids, torch.ones_like(ids)), 4, shuffle=True),
     }[form]
-    callback = pruning(sparsity=bh.MultiStep([0.25, 0.5], [1, 2]), calibration=given, examples=1)
+    callback = pruning(sparsity=bh.schedules.MultiStep([0.25, 0.5], [1, 2]), calibration=given, examples=1)
     seen = spied(Plain(), callback, loader(), tmp_path, monkeypatch, max_steps=3)
     assert sum(len(batch["input_ids"]) for batch in seen) == 2 * 8
     other = llama()

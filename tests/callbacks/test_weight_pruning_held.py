@@ -64,7 +64,7 @@ OPTIONS = [
 )
 def test_trainers(files, tmp_path, criterion, options):
     lit = module()
-    callback = pruning(criterion, bh.MultiStep([0.25, 0.5], [0, 2]), measure_batches=1)
+    callback = pruning(criterion, bh.schedules.MultiStep([0.25, 0.5], [0, 2]), measure_batches=1)
     trainer(tmp_path, [callback, checkpoints(tmp_path)], max_steps=4, **options).fit(lit, data(files))
     check_checkpoints(tmp_path, callback, 2, 4)
     dtype = torch.bfloat16 if options.get("precision") == "bf16-true" else torch.float32

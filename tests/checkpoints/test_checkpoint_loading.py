@@ -265,8 +265,8 @@ class TestWarned:
 
         def callback():
             if kind == "heads":
-                return bh.HeadPruning(bh.MultiStep([0.25, 0.5], [0.2, 0.5]), remove="never", **FEW)
-            return bh.WeightPruning(bh.Magnitude(), bh.Cubic(final=0.5, every=1), measure_batches=0)
+                return bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [0.2, 0.5]), remove="never", **FEW)
+            return bh.WeightPruning(bh.Magnitude(), bh.schedules.Cubic(final=0.5, every=1), measure_batches=0)
 
         def fractions(lit):
             if kind == "heads":

@@ -55,7 +55,7 @@ def last(folder, step):
 def heads_then_weights_then_kv_heads(folder):
     return [
         bh.HeadPruning(TWICE["heads"], **FEW),
-        bh.WeightPruning(bh.Wanda(), bh.MultiStep([0.25, 0.5], [3, 6]), **FEW),
+        bh.WeightPruning(bh.Wanda(), bh.schedules.MultiStep([0.25, 0.5], [3, 6]), **FEW),
         bh.KVHeadConversion(1, at=5, measure_batches=0),
     ]
 
@@ -71,14 +71,14 @@ def heads_then_weights(folder):
 
 def masked_heads_and_weights(folder):
     return [
-        bh.HeadPruning(bh.MultiStep([0.25, 0.5], [2, 5]), remove="never", **FEW),
+        bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), remove="never", **FEW),
         bh.WeightPruning(bh.Magnitude(), TWICE["late"], measure_batches=0),
     ]
 
 
 def units_then_blocks_then_weights(folder):
     return [
-        bh.StructuredPruning(channels=0.25, at=bh.MultiStep([0.5, 1], [1, 2]), **FEW),
+        bh.StructuredPruning(channels=0.25, at=bh.schedules.MultiStep([0.5, 1], [1, 2]), **FEW),
         bh.DepthPruning(1, at=3, **FEW),
         bh.WeightPruning(bh.SparseGPT(), TWICE["late"], **FEW),
     ]

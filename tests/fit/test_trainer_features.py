@@ -143,7 +143,7 @@ def test_many_events_leave_compiled_code_compiled(tmp_path):
             ran.append(backend.ran)
 
     lit.net.compile(backend=backend)
-    at = bh.Linear(final=1.0, start=0, end=4, every=1)
+    at = bh.schedules.Linear(final=1.0, start=0, end=4, every=1)
     callback = bh.StructuredPruning(channels=0.75, at=at, importance=bh.WeightNorm(), measure_batches=0)
     with torch._dynamo.config.patch(recompile_limit=2):
         trainer(tmp_path, [Watched(), callback], max_steps=5, limit_val_batches=0).fit(lit, loader(), loader(4, 4))

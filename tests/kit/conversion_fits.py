@@ -1,6 +1,7 @@
 """Fits that convert KV heads on data, as two processes run them."""
 
-from billhook import KVHeadConversion, MultiStep
+from billhook import KVHeadConversion
+from billhook.schedules import MultiStep
 from kit.ddp import Fit, FitOfTuples, draw
 
 

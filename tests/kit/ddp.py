@@ -20,13 +20,12 @@ from billhook import (
     DepthPruning,
     HeadPruning,
     KVHeadConversion,
-    Linear,
-    MultiStep,
     Repair,
     StructuredPruning,
     Taylor,
     WeightPruning,
 )
+from billhook.schedules import Linear, MultiStep
 from kit.families import llama
 from kit.fits import data, module, trainer
 

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 import billhook as bh
-from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, MultiStep, StructuredPruning, WeightPruning
+from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, StructuredPruning, WeightPruning
+from billhook.schedules import MultiStep
 from kit.ddp import Fit, FitOfTuples, draw, fit_all
 from kit.families import llama
 

@@ -15,7 +15,7 @@ SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "
 FEW = {"measure_batches": 0, "examples": 4}
 
 
-TWICE = {"heads": bh.MultiStep([0.25, 0.5], [1, 2]), "late": bh.MultiStep([0.25, 0.5], [5, 6])}
+TWICE = {"heads": bh.schedules.MultiStep([0.25, 0.5], [1, 2]), "late": bh.schedules.MultiStep([0.25, 0.5], [5, 6])}
 
 
 def module(seed=0, lora=False, **options):

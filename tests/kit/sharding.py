@@ -119,7 +119,7 @@ def masks(criterion, module=Own, **options):
 ONE = [(torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(3)),)]
 
 
-RAMP = bh.Linear(final=0.5, start=1, end=3)
+RAMP = bh.schedules.Linear(final=0.5, start=1, end=3)
 
 
 MASKS = {
@@ -141,7 +141,7 @@ MASKS = {
 
 HEADS = Fit(
     lambda: module(num_key_value_heads=8),
-    lambda: bh.HeadPruning(bh.MultiStep([0.25, 0.5], [1, 2]), remove="never", measure_batches=0, examples=4),
+    lambda: bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [1, 2]), remove="never", measure_batches=0, examples=4),
     lambda one: [one.record.state_dict(), one.heads, one.events],
 )
 

@@ -39,7 +39,7 @@ def checkpoints(folder, **options):
     return ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}", **options)
 
 
-RAMP = bh.Cubic(final=0.5, start=1, end=7, every=2)
+RAMP = bh.schedules.Cubic(final=0.5, start=1, end=7, every=2)
 
 
 ROUNDS = [0, 0, 0, 0.3438, 0.3438, 0.4688, 0.4688, 0.5]  # int(32 * sparsity) / 32

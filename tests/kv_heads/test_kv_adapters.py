@@ -68,7 +68,7 @@ def test_heads_then_weights_then_kv_heads_under_lora_resume(files, tmp_path):
         few = {"measure_batches": 0, "examples": 4}
         callbacks = [
             bh.HeadPruning(0.5, at=2, **few),
-            bh.WeightPruning(bh.Wanda(), bh.MultiStep([0.25, 0.5], [3, 6]), **few),
+            bh.WeightPruning(bh.Wanda(), bh.schedules.MultiStep([0.25, 0.5], [3, 6]), **few),
             bh.KVHeadConversion(1, at=5, measure_batches=0),
             ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"),
         ]

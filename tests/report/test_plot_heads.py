@@ -47,7 +47,7 @@ def test_each_round_is_drawn_to_a_file_and_to_loggers(files, tmp_path):
         def on_train_batch_end(self, trainer, pl_module, *_):
             sizes.append(size_of(path) if path.exists() else None)
 
-    callback = pruning(bh.MultiStep([0.25, 0.5], [2, 4]), remove="rounds", measure_batches=2, plot_file=str(path))
+    callback = pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 4]), remove="rounds", measure_batches=2, plot_file=str(path))
     trainer(tmp_path, [callback, Keep()], logger=board, max_steps=5).fit(module(), data(files))
     assert sizes == [None, *[(1425, 480)] * 4]
     assert [(given[0], options["global_step"]) for given, options in board.figures] == [("heads", 2), ("heads", 4)]

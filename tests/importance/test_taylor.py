@@ -11,7 +11,7 @@ from torch import nn
 
 import billhook as bh
 from billhook.importance.taylor import _shares
-from billhook.running.trials import examples_of
+from billhook.running.batches import examples_of
 from kit.families import build, llama, tokens
 from kit.taylor import BUILD, CONFIG, loud, own_loss
 

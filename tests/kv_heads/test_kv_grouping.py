@@ -11,7 +11,7 @@ from billhook.kv_heads.bases.freedom import find_freedoms, in_order
 from billhook.kv_heads.bases.grouping import moments_in_order, similar_order
 from billhook.kv_heads.bases.moments import gather
 from billhook.kv_heads.bases.stacks import find_projections, read
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from billhook.tracing.trace import trace
 from kit.families import tokens
 from kit.kv_planted import mixed, model_of, with_stacks
@@ -43,7 +43,7 @@ def test_planted_pairs_are_found(family, heads, start):
     order = torch.randperm(heads, generator=torch.Generator().manual_seed(3)).tolist()
     model = shuffled(model_of(family, heads), order)
     places = find_projections(model, trace(model))
-    found = gather(model, places, dict.fromkeys(places, 1), [Trial(lambda: model(tokens(4, 40)).logits.sum(), {}, lambda: [])])
+    found = gather(model, places, dict.fromkeys(places, 1), [Run(lambda: model(tokens(4, 40)).logits.sum())])
     freedoms = find_freedoms(model, places)
     for name, place in places.items():
         new = similar_order(read(model, place), found[name], freedoms[name], start, heads // 2)
@@ -90,7 +90,7 @@ def test_another_order_alone_changes_no_logits_and_has_the_moments_that_it_is_sa
     model, order = model_of(family, 4), [2, 0, 3, 1]
     places, ids = find_projections(model, trace(model)), tokens(3, 20)
     run = (lambda: model(ids, decoder_input_ids=ids[:, :9]).logits) if family == "bart" else lambda: model(ids).logits
-    trials = [Trial(lambda: run().sum(), {}, lambda: [])]
+    trials = [Run(lambda: run().sum())]
     before, logits = gather(model, places, dict.fromkeys(places, 1), trials), run()
     for place in places.values():
         with_stacks(model, place, in_order(read(model, place), order))

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from billhook.kv_heads.bases.moments import gather
 from billhook.kv_heads.bases.stacks import find_projections
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from billhook.tracing.trace import trace
 from kit.families import tokens
 from kit.kv_planted import model_of
@@ -22,7 +22,7 @@ def case(family="llama", heads=4, queries=2, **changes):
 
 
 def trial(model, ids, tokens=None, **more):
-    return Trial(lambda: model(input_ids=ids, **more).logits.sum(), tokens or {}, lambda: [])
+    return Run(lambda: model(input_ids=ids, **more).logits.sum(), tokens or {})
 
 
 def close(found, expected, tolerance=1e-9):
@@ -210,13 +210,13 @@ def test_the_model_stays_as_it_is_and_gives_what_it_gave():
         given.append(model(ids, labels=ids).loss)
         return given[-1]
 
-    gather(model, places, dict.fromkeys(places, 1), [Trial(loss, {}, lambda: [])])
+    gather(model, places, dict.fromkeys(places, 1), [Run(loss)])
     assert torch.equal(given[0], expected)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     with pytest.raises(KeyError):
-        gather(model, places, dict.fromkeys(places, 1), [Trial(lambda: {}["loss"], {}, lambda: [])])
+        gather(model, places, dict.fromkeys(places, 1), [Run(lambda: {}["loss"])])
     assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -225,7 +225,7 @@ def test_under_autocast_the_run_itself_has_the_models_own_values():
     model, ids = model.float(), tokens(2, 9)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         given, plain = [], model(ids).logits
-        run = Trial(lambda: given.append(model(ids).logits) or given[-1].sum(), {}, lambda: [])
+        run = Run(lambda: given.append(model(ids).logits) or given[-1].sum())
         gather(model, places, dict.fromkeys(places, 1), [run])
         assert torch.equal(given[0], plain)
         assert torch.equal(model(ids).logits, plain)
@@ -240,10 +240,10 @@ def test_refusals_name_the_attention():
     with pytest.raises(ValueError, match=r"batches: model.layers.0.self_attn is not called, or no token counts"):
         gather(model, places, groups, [trial(model, ids, nothing)])
     with pytest.raises(ValueError, match=r"batches: model.layers.0.self_attn is not called, or no token counts"):
-        gather(model, places, groups, [Trial(lambda: torch.zeros(()), {}, lambda: [])])
+        gather(model, places, groups, [Run(lambda: torch.zeros(()))])
     own = model.model.layers[1].self_attn
     with pytest.raises(ValueError, match=r"model.layers.1.self_attn is not called as a module: its values cannot be seen"):
-        gather(model, places, groups, [Trial(lambda: own.o_proj(torch.zeros(1, 3, 64).double()).sum(), {}, lambda: [])])
+        gather(model, places, groups, [Run(lambda: own.o_proj(torch.zeros(1, 3, 64).double()).sum())])
     own.k_proj.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match=r"batches: model.layers.1.self_attn gives NaN or infinite numbers"):
         gather(model, places, groups, [trial(model, ids)])

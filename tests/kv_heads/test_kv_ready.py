@@ -11,7 +11,7 @@ from billhook.kv_heads.bases.freedom import Freedoms
 from billhook.kv_heads.bases.ready import Attentions, Way, best_way
 from billhook.kv_heads.bases.stacks import find_projections, read
 from billhook.repairs.repair import Repair
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from billhook.tracing.trace import trace
 from kit import kv_zoo
 from kit.families import build, llama, tokens
@@ -29,7 +29,7 @@ def attentions_of(model, groups):
 
 
 def trials_of(model, parts):
-    return [Trial(lambda ids=ids: model(input_ids=ids, labels=ids).loss, {}, lambda: []) for ids in parts]
+    return [Run(lambda ids=ids: model(input_ids=ids, labels=ids).loss) for ids in parts]
 
 
 @functools.cache
@@ -100,7 +100,7 @@ def test_repair_works_where_each_block_ends_in_a_norm_and_with_gpt2s_linears(fam
     model, parts = kv_zoo.build(family), [tokens(8, 24) for _ in range(5)]
     attentions = attentions_of(model, 4)
     assert len(attentions.downs) == 2
-    trials = [Trial(lambda ids=ids: model(ids).logits.sum(), {}, lambda: []) for ids in parts]
+    trials = [Run(lambda ids=ids: model(ids).logits.sum()) for ids in parts]
     new = attentions.equal(Way("mean"), attentions.moments(trials, "consecutive"))
     for repair in (Repair(), Repair(catch_up=False)):
         better = attentions.repaired(new, trials, repair)
@@ -112,7 +112,7 @@ def test_a_module_that_is_called_in_every_layer_can_be_converted_but_not_repaire
     model = kv_zoo.build("albert")
     attentions, trials = (
         attentions_of(model, 4),
-        [Trial(lambda: model(tokens(4, 12)).logits.sum(), {}, lambda: []) for _ in range(3)],
+        [Run(lambda: model(tokens(4, 12)).logits.sum()) for _ in range(3)],
     )
     new = attentions.equal(Way("svd"), attentions.moments(trials, "consecutive"))
     assert distance(changed(model, new), model, tokens()) > 0

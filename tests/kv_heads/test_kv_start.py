@@ -10,7 +10,7 @@ from billhook.kv_heads.bases.freedom import Block, Freedoms, find_freedoms
 from billhook.kv_heads.bases.moments import gather
 from billhook.kv_heads.bases.stacks import find_projections, read
 from billhook.kv_heads.pooling import pool_heads
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from billhook.tracing.trace import trace
 from kit.families import tokens
 from kit.kv_planted import mixed, model_of, with_stacks
@@ -52,7 +52,7 @@ class Case:
     def moments(self, how, groups=2):
         if how == "weights":
             return {name: weight_moments(read(self.model, place), groups) for name, place in self.places.items()}
-        return gather(self.model, self.places, dict.fromkeys(self.places, groups), [Trial(self.logits, {}, lambda: [])])
+        return gather(self.model, self.places, dict.fromkeys(self.places, groups), [Run(self.logits)])
 
     def plant(self, groups=2, turn=False):
         for name, place in self.places.items():

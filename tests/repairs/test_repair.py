@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 import billhook as bh
 from billhook.repairs.least_squares import Moments, choose_ridge, refit, refit_linear
 from billhook.repairs.repair import Repair, repaired
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from kit.families import llama, tokens
 from kit.prune_ranks import Ranks
 from kit.repair import BUILD, embedded_text
@@ -155,7 +155,7 @@ def width_of(linear):
 
 
 def trials(model, batches, masks=None):
-    return [Trial(lambda batch=batch: model(**batch).logits.sum(), masks or {}, lambda: []) for batch in batches]
+    return [Run(lambda batch=batch: model(**batch).logits.sum(), masks or {}) for batch in batches]
 
 
 def matrix(linear, weight):
@@ -498,7 +498,7 @@ def test_an_expert_that_few_tokens_come_to_is_only_cut_and_named():
     model = Routed()
     masks = {f"experts.{e}": kept(8, 3, e) for e in range(3)}
     calls = [(inputs(40, 8).float(), [0, 1]) for _ in range(2)]
-    runs = [Trial(lambda call=call: model(*call), {}, lambda: []) for call in calls]
+    runs = [Run(lambda call=call: model(*call)) for call in calls]
     with pytest.warns(UserWarning, match=r"too few tokens have come to 1 linears.*: experts\.2"):
         found = repaired(model, masks, runs)
     assert torch.equal(found["experts.2"][0], model.experts[2].weight * masks["experts.2"])

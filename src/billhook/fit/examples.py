@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from billhook.fit.by_hand import loss_by_hand
 from billhook.fit.run import isolated
-from billhook.running.batches import Run, runs_of
-from billhook.running.trials import own_loss
+from billhook.running.batches import Run, own_loss, runs_of
 
 Pair = tuple[Any, Callable[[nn.Module, Any], Tensor]]
 """A batch, and from the model and it to the loss."""

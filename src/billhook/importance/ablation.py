@@ -12,7 +12,7 @@ from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import check_read
 from billhook.importance.score import trial_of
 from billhook.model.find import find_transformer
-from billhook.running.trials import Loss, Trial
+from billhook.running.batches import Loss, Run
 from billhook.running.undisturbed import resting
 from billhook.units.gates import place_gates
 from billhook.units.heads import check_layers, find_heads
@@ -29,13 +29,13 @@ class Ablation(Importance):
         ValueError: When it runs: if nothing reads the units alone.
     """
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
         """See `Importance.sums`."""
         check_read(units, type(self).__name__)
         sums = Sums.zero(units, per)
         with ablating(model, units, per) as gates, torch.no_grad():
             for trial in trials:
-                whole = float(trial.loss())
+                whole = float(trial.forward())
                 for name, gate in gates.items():
                     losses = [_without(trial, gate, unit) for unit in range(len(gate))]
                     sums.add(name, torch.tensor(losses, dtype=torch.float64) - whole, 1)
@@ -54,10 +54,10 @@ def ablating(model: nn.Module, units: Mapping[str, Units], per: Per) -> Iterator
             handle.remove()
 
 
-def _without(trial: Trial, gate: Tensor, unit: int) -> float:
+def _without(trial: Run, gate: Tensor, unit: int) -> float:
     gate[unit] = 0
     try:
-        return float(trial.loss())
+        return float(trial.forward())
     finally:
         gate[unit] = 1
 
@@ -116,11 +116,11 @@ def ablate_heads(
     whole = 0.0
     with resting(subject), ablating(subject, heads, per) as gates, torch.no_grad():
         for trial in trials:
-            whole += float(trial.loss()) / len(trials)
+            whole += float(trial.forward()) / len(trials)
             for name, gate in gates.items():
                 for head in range(len(gate)):
                     gate.fill_(1 if mode == "without" else 0)
                     gate[head] = 0 if mode == "without" else 1
-                    values[name][head] += float(trial.loss()) / len(trials)
+                    values[name][head] += float(trial.forward()) / len(trials)
                 gate.fill_(1)
     return HeadAblation(mode, whole, values)

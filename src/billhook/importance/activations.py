@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import by_unit, check_read, counted, counting, reading
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from billhook.units.units import Per, Units
 
 
@@ -27,7 +27,7 @@ class ActivationNorm(Importance):
         ValueError: When it runs: if nothing reads the units alone.
     """
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
         """See `Importance.sums`."""
         check_read(units, type(self).__name__)
         sums = Sums.zero(units, per)
@@ -67,7 +67,7 @@ class OutputNorm(Importance):
         ValueError: When it runs: if nothing reads the units alone.
     """
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
         """See `Importance.sums`."""
         check_read(units, type(self).__name__)
         sums, tables, grams = Sums.zero(units, per), dict[str, Tensor](), dict[tuple[str, str], Tensor]()
@@ -103,7 +103,7 @@ class OutputNorm(Importance):
         return mean.clamp(min=0).sqrt()
 
 
-def watch(model: nn.Module, units: Mapping[str, Units], trial: Trial, note: Callable[..., None]) -> None:
+def watch(model: nn.Module, units: Mapping[str, Units], trial: Run, note: Callable[..., None]) -> None:
     """Runs a batch, and gives `note` the place, the reader, its input and which tokens count, whenever a reader runs."""
 
     def see(name: str, reader: str, _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -115,7 +115,7 @@ def watch(model: nn.Module, units: Mapping[str, Units], trial: Trial, note: Call
             handles.append(module.register_forward_pre_hook(partial(see, name, reader)))
     try:
         with torch.no_grad():
-            trial.loss()
+            trial.forward()
     finally:
         for handle in handles:
             handle.remove()

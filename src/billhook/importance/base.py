@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from billhook.units.units import Per, Units
 
 
@@ -43,7 +43,7 @@ class Importance(ABC):
     needs_data: ClassVar[bool] = True
 
     @abstractmethod
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
         """The sums over batches.
 
         Args:

@@ -9,7 +9,7 @@ from torch import nn
 
 from billhook.importance.base import Importance, Sums
 from billhook.importance.parts import parts_of
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from billhook.units.units import Per, Units
 
 
@@ -33,7 +33,7 @@ class WeightNorm(Importance):
         if self.p not in (1, 2):
             raise ValueError(f"p={self.p!r} must be 1 or 2")
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
         """See `Importance.sums`."""
         sums = Sums.zero(units, per)
         for part in parts_of(model, units, per):
@@ -53,7 +53,7 @@ class RandomUnits(Importance):
     needs_data: ClassVar[bool] = False
     seed: int = 0
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
         """See `Importance.sums`."""
         sums, generator = Sums.zero(units, per), torch.Generator().manual_seed(self.seed)
         for name, one in units.items():

@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 
 from billhook.importance.score import Reduce, trial_of
 from billhook.model.find import find_transformer
-from billhook.running.trials import Loss, Trial, tokens_of
+from billhook.running.batches import Loss, Run, tokens_of
 from billhook.running.undisturbed import resting
 from billhook.units.blocks import Chosen, check_blocks, find_blocks, hidden_states, returned_states, skipping
 
@@ -60,7 +60,7 @@ def block_importance(
 
 
 def score_blocks(
-    stacks: Stacks, trials: list[Trial], by: By, gone: Mapping[str, list[int]], reduce: Reduce | None = None
+    stacks: Stacks, trials: list[Run], by: By, gone: Mapping[str, list[int]], reduce: Reduce | None = None
 ) -> Scores:
     """What `block_importance` does, of stacks that have been found and batches that are ready.
 
@@ -90,7 +90,7 @@ def score_blocks(
     return scores
 
 
-def block_trial(model: nn.Module, stacks: Stacks, batch: Any, loss: Loss | None = None) -> Trial:  # noqa: ANN401
+def block_trial(model: nn.Module, stacks: Stacks, batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
     """A batch, on the model's device: its loss, and for each stack which tokens count where the batch says so."""
     return replace(trial_of(model, {}, batch, loss), tokens=tokens_of(model, stacks, batch))
 
@@ -110,11 +110,11 @@ def sizes_of(stacks: Stacks) -> dict[str, int]:
     return {name: len(stack) for name, stack in stacks.items()}
 
 
-def _influences(stacks: Stacks, trials: list[Trial]) -> Scores:
+def _influences(stacks: Stacks, trials: list[Run]) -> Scores:
     """By stack: the sum of cosines over tokens, and the number of tokens; float64, `[2, blocks]`."""
     sums = _nothing(stacks)
 
-    def note(trial: Trial, name: str, number: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
+    def note(trial: Run, name: str, number: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
         given = hidden_states([*args, *kwargs.values()])
         returned = None if given is None else returned_states(given, output)
         if given is not None and returned is not None:
@@ -130,11 +130,11 @@ def _influences(stacks: Stacks, trials: list[Trial]) -> Scores:
                 for number, block in enumerate(stack):
                     hook = partial(note, trial, name, number)
                     hooks.callback(block.register_forward_hook(hook, with_kwargs=True).remove)
-            trial.loss()
+            trial.forward()
     return sums
 
 
-def _losses(stacks: Stacks, trials: list[Trial], gone: Mapping[str, list[int]]) -> Scores:
+def _losses(stacks: Stacks, trials: list[Run], gone: Mapping[str, list[int]]) -> Scores:
     """By stack: the sum of the batches' losses without each block, and the number of batches; float64, `[2, blocks]`."""
     sums = _nothing(stacks)
     for trial in trials:
@@ -142,7 +142,7 @@ def _losses(stacks: Stacks, trials: list[Trial], gone: Mapping[str, list[int]]) 
             for number in range(len(stack)):
                 if number not in gone.get(name, ()):
                     with skipping(stacks, {name: [number]}):
-                        sums[name][:, number] += torch.tensor([float(trial.loss()), 1], dtype=torch.float64)
+                        sums[name][:, number] += torch.tensor([float(trial.forward()), 1], dtype=torch.float64)
     return sums
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import Products, check_read
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from billhook.units.units import Per, Units
 
 Each = Literal["token", "example", "batch"]
@@ -37,12 +37,12 @@ class GateGradient(Importance):
         if self.each not in get_args(Each):
             raise ValueError(f"each={self.each!r} must be one of {', '.join(get_args(Each))}")
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
         """See `Importance.sums`."""
         check_read(units, type(self).__name__)
         sums = Sums.zero(units, per)
         for number, trial in enumerate(trials):
-            Products(units, per, trial.tokens, partial(self._note, sums, number)).run(model, trial.loss)
+            Products(units, per, trial.tokens, partial(self._note, sums, number)).run(model, trial.forward)
         return sums
 
     def _note(self, sums: Sums, number: int, name: str, products: Tensor, tokens: int) -> None:

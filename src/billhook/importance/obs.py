@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from billhook.importance.activations import gram_of, table_of, watch
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import check_read, counted, counting
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from billhook.units.units import Per, Units
 
 Moments = dict[tuple[str, str], tuple[Tensor, int]]
@@ -47,7 +47,7 @@ class OBS(Importance):
         if type(self.passes) is not int or self.passes < 1:
             raise ValueError(f"passes={self.passes!r} must be a whole number of at least 1")
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
         """See `Importance.sums`."""
         check_read(units, type(self).__name__)
         sums, names = Sums.zero(units, per), list(units)

@@ -81,7 +81,7 @@ class Products:
     Args:
         units: The units.
         per: What there is one number for.
-        tokens: As in `Trial`.
+        tokens: As in `Run`.
         use: Gets the place, the products of a batch (float32, `[..., units]`, zero for tokens that do not count), and how many
             tokens count.
     """

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from billhook.importance.base import Importance, Sums
 from billhook.importance.gate_gradient import GateGradient
 from billhook.model.find import find_transformer
-from billhook.running.trials import Loss, Trial, trial_for
+from billhook.running.batches import Loss, Run, run_with_loss
 from billhook.running.undisturbed import resting
 from billhook.units.heads import check_layers, find_heads
 from billhook.units.units import Per, Units
@@ -92,7 +92,7 @@ def score(
     model: nn.Module,
     units: Mapping[str, Units],
     importance: Importance,
-    trials: list[Trial],
+    trials: list[Run],
     normalize: bool = True,
     per: Per = "head",
     reduce: Reduce | None = None,
@@ -117,10 +117,10 @@ def score(
     return scores
 
 
-def trial_of(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss | None = None) -> Trial:  # noqa: ANN401
+def trial_of(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
     """A batch as `Importance` takes it, on the model's device."""
     readers = {reader: model.get_submodule(reader) for one in units.values() for reader in one.readers}
-    return trial_for(model, readers, batch, loss)
+    return run_with_loss(model, readers, batch, loss)
 
 
 def _reduced(sums: Sums, reduce: Reduce) -> Sums:

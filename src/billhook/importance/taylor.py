@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from billhook.importance.base import Importance, Sums
 from billhook.importance.gradients import independent, stream, trainable
 from billhook.importance.parts import Part, parts_of
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from billhook.units.units import Per, Units
 
 Order = Literal["first", "second", "mixed", "vector", "unit"]
@@ -61,7 +61,7 @@ class Taylor(Importance):
         if type(self.passes) is not int or self.passes < 1:
             raise ValueError(f"passes={self.passes!r} must be a whole number, 1 at least")
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Trial]) -> Sums:
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
         """See `Importance.sums`."""
         sums, parts = Sums.zero(units, per), parts_of(model, units, per)
         places = {name: [(part.place, part.name, part.dim) for part in parts if part.place == name] for name in units}
@@ -106,7 +106,7 @@ class _Pass:
         self._parts = {name: [part for part in parts if part.name == name] for name in parameters}
         self._curvature = dict[str, Tensor]()
 
-    def run(self, trial: Trial, where: str) -> None:
+    def run(self, trial: Run, where: str) -> None:
         """Runs it; `where` names the batch in messages."""
         if self._order in ("second", "mixed"):
             examples = trial.examples()
@@ -114,7 +114,7 @@ class _Pass:
                 note = partial(self._squares, 1 / len(examples), f"example {number} of {where}")
                 stream(example, self._parameters, note)
         if self._order != "second":
-            stream(trial.loss, self._parameters, partial(self._products, where))
+            stream(trial.forward, self._parameters, partial(self._products, where))
 
     def _squares(self, factor: float, where: str, name: str, gradient: Tensor) -> None:
         squares = _full(gradient).square().mul_(factor)

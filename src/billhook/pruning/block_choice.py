@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from billhook.importance.blocks import By, Scores, block_trial, check_by, score_blocks, sizes_of
 from billhook.model.find import find_transformer
-from billhook.running.trials import Loss
+from billhook.running.batches import Loss
 from billhook.running.undisturbed import resting
 from billhook.units.blocks import find_blocks
 

@@ -15,7 +15,7 @@ from billhook.model.find import find_transformer
 from billhook.model.surgery import values_kept
 from billhook.pruning.plan import Plan, check_made_for
 from billhook.repairs.repair import Repair, repaired
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from billhook.running.walk import Reduce
 from billhook.units.channels import find_units
 from billhook.units.units import Units
@@ -56,7 +56,7 @@ def repair_of(
     plan: Plan,
     model: nn.Module,
     found: Mapping[str, Units],
-    trials: Sequence[Trial],
+    trials: Sequence[Run],
     how: Repair | None = None,
     reduce: Reduce | None = None,
 ) -> Weights:

@@ -20,7 +20,7 @@ from billhook.pruning.amount import RATIOS, Amount, Ranking
 from billhook.pruning.choice import choose_units, free, most, protected_places
 from billhook.pruning.plan import Plan, plan_found
 from billhook.pruning.removal import carry_out
-from billhook.running.trials import Loss
+from billhook.running.batches import Loss
 from billhook.running.undisturbed import resting
 from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import trace

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.repairs.refits import Given, Refits, matrix_of
 from billhook.repairs.sums import agreed, followed, seen
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce, Site, Walk, find_sites, replaced
 
@@ -56,7 +56,7 @@ class Repair:
 def repaired(
     model: nn.Module,
     kept: Mapping[str, Tensor],
-    trials: Sequence[Trial],
+    trials: Sequence[Run],
     repair: Repair | None = None,
     reduce: Reduce | None = None,
     given: Given | None = None,
@@ -89,7 +89,7 @@ def repaired(
     repair = repair or Repair()
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     linears = _check(model, kept, every)
-    device, forwards = next(iter(linears.values())).get_parameter("weight").device, [trial.loss for trial in trials]
+    device, forwards = next(iter(linears.values())).get_parameter("weight").device, [trial.forward for trial in trials]
     _check_batches(len(trials), repair, device, reduce)
     with undisturbed(model):
         shown = agreed([seen(every, forward) for forward in forwards[:1]], list(every), device, reduce)

@@ -1,31 +1,36 @@
-"""Calibration batches: what the model is called with, and which of their tokens count."""
+"""Batches: what a model is called with, which of the tokens count, and the loss."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+Loss = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One forward of a model.
+    """A model run on one batch.
 
     Attributes:
-        forward: The forward.
-        tokens: Which tokens count, bool, `[batch, length]`: one for each of its sequences that has padding.
+        forward: Runs the model; returns the loss, a number with a gradient, where `run_with_loss` made the run.
+        tokens: Which tokens count, bool, `[batch, length]`, where there is padding: by the name of the module that reads them,
+            or by that of the mask, which then holds for all that is of its shape.
+        examples: Returns a forward for each example alone; raises ValueError if the batch cannot be taken apart.
     """
 
-    forward: Callable[[], object]
-    tokens: tuple[Tensor, ...] = ()
+    forward: Callable[[], Any]
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    examples: Callable[[], list[Callable[[], Tensor]]] = list
 
 
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
-    """One run a batch, on the model's device.
+    """Makes a run of each batch, on the model's device, without a loss.
 
     Args:
         model: What is called.
@@ -42,8 +47,7 @@ def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
 
 
 def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    batch = tree_map_only(Tensor, lambda x: x.to(device), dict(batch) if isinstance(batch, Mapping) else batch)
+    batch = _on_device(model, batch)
     if isinstance(batch, Tensor):
         return Run(partial(model, batch))
     if isinstance(batch, list | tuple):
@@ -51,21 +55,100 @@ def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
     if not isinstance(batch, dict):
         raise ValueError(f"batches: batch {number} is a {type(batch).__name__}, not a dictionary, a tuple or a tensor")
     config = getattr(model, "config", None)
-    if not getattr(config, "is_encoder_decoder", False):
-        if config is not None:
-            batch.pop("labels", None)  # no loss is asked for
-        return Run(partial(model, **batch), _padded(batch.get("attention_mask")))
-    batch = _told_apart(batch, getattr(config, "max_position_embeddings", None))
-    decoded = batch.get("decoder_attention_mask")
-    if decoded is None and isinstance(batch.get("labels"), Tensor):
-        decoded = batch["labels"] != -100
-    return Run(partial(model, **batch), _padded(batch.get("attention_mask")) + _padded(decoded))
+    masks = {"attention_mask": batch.get("attention_mask")}
+    if getattr(config, "is_encoder_decoder", False):
+        batch = _told_apart(batch, getattr(config, "max_position_embeddings", None))
+        masks["decoder_attention_mask"] = _decoder_mask(batch)
+    elif config is not None:
+        batch.pop("labels", None)  # no loss is asked for
+    tokens = {name: mask.bool() for name, mask in masks.items() if _is_mask(mask)}
+    return Run(partial(model, **batch), {name: mask for name, mask in tokens.items() if not mask.all()})
+
+
+def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
+    """Makes a run of a batch whose forward returns the loss, on the model's device.
+
+    Args:
+        model: What is run.
+        modules: Those for which it matters which tokens count.
+        batch: What the loss takes.
+        loss: Runs the model and returns the loss; by default `own_loss`.
+    """
+    batch = _on_device(model, batch)
+    run = partial(loss or own_loss, model)
+    return Run(partial(run, batch), tokens_of(model, modules, batch), lambda: [partial(run, one) for one in examples_of(batch)])
+
+
+def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
+    """Takes a batch apart into batches of one example: slices of its tensors along their first dimension.
+
+    A tensor that has one entry there, as positions may, is given to each of them.
+
+    Raises:
+        ValueError: If its tensors do not agree on how many there are.
+    """
+    shapes = [tuple(one.shape) for one in tree_leaves(batch) if isinstance(one, Tensor)]
+    counts = {shape[0] if shape else 0 for shape in shapes}
+    count = max(counts, default=0)
+    if not count or counts - {1, count}:
+        raise ValueError(
+            "batches: a batch with tensors of shapes "
+            f"{', '.join(map(str, shapes)) or 'none'} cannot be taken apart into its examples along the first dimension, which "
+            "order='second' and 'mixed' need"
+        )
+
+    def take(number: int, tensor: Tensor) -> Tensor:
+        return tensor if len(tensor) == 1 else tensor[number : number + 1]
+
+    return [tree_map_only(Tensor, partial(take, number), batch) for number in range(count)]
+
+
+def own_loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
+    """Returns the loss that a model gives; a causal language model predicts its inputs if there are no labels.
+
+    Raises:
+        ValueError: If it gives none.
+    """
+    if not isinstance(batch, dict):
+        raise ValueError(
+            f"batches: a {type(batch).__name__} is no dictionary of what the model takes: give `loss` to make use of it"
+        )
+    config: Any = getattr(model, "config", None)
+    writes = getattr(model, "can_generate", lambda: False)() and not getattr(config, "is_encoder_decoder", False)
+    if "labels" not in batch and writes and "input_ids" in batch:
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        if mask is not None:  # neither is padding predicted, nor does it predict
+            ids = ids.masked_fill((mask == 0) | (mask.roll(1, -1) == 0), -100)
+        batch = batch | {"labels": ids}
+    found: Tensor | None = getattr(model(**batch), "loss", None)
+    if found is None:
+        raise ValueError(f"batches: {type(model).__name__} gives no loss for {', '.join(batch)}: add labels, or give `loss`")
+    return found
+
+
+def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    """Finds which of the tokens that each module reads count, where a batch says so: bool, `[batch, length]`."""
+    if not isinstance(batch, Mapping):
+        return {}
+    decoder: Any = None
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        decoder = getattr(model, "get_decoder", lambda: None)()
+    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    first, second = batch.get("attention_mask"), _decoder_mask(batch)
+    masks = {name: second if module in inside else first for name, module in modules.items()}
+    return {name: one.bool() for name, one in masks.items() if _is_mask(one)}
+
+
+def _on_device(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def _told_apart(batch: dict[str, Any], longest: int | None) -> dict[str, Any]:
-    """Tokens of encoder and decoder are told apart by length: where it is the same, the decoder gets one that does not count.
+    """Makes the decoder's tokens one more than the encoder's if they are as many, as masks are told apart by their length.
 
-    A decoder that is as long as it can be loses its last one instead.
+    The new one does not count. A decoder that is as long as it can be loses its last one instead.
     """
     mask = batch.get("attention_mask")
     given = {key: batch[key] for key in ("decoder_input_ids", "labels") if isinstance(batch.get(key), Tensor)}
@@ -81,8 +164,11 @@ def _told_apart(batch: dict[str, Any], longest: int | None) -> dict[str, Any]:
     return batch | {key: pad(value, (0, more), value=-100 if key == "labels" else 0) for key, value in given.items()}
 
 
-def _padded(mask: Any) -> tuple[Tensor, ...]:  # noqa: ANN401
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        return ()
-    keep = mask.bool()
-    return () if keep.all() else (keep,)
+def _decoder_mask(batch: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Finds which tokens of a decoder count; without a mask, those with labels."""
+    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    return labels != -100 if mask is None and isinstance(labels, Tensor) else mask
+
+
+def _is_mask(mask: object) -> TypeGuard[Tensor]:
+    return isinstance(mask, Tensor) and mask.dim() == 2

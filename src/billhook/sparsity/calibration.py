@@ -49,7 +49,7 @@ class Calibration:
         pattern: str,
         progress: Progress | None = None,
         *,
-        tokens: Sequence[Sequence[Tensor]],
+        tokens: Sequence[Mapping[str, Tensor]],
         reduce: Reduce | None,
         adapters: Mapping[str, nn.Module],
         shared: bool,
@@ -86,7 +86,7 @@ class Calibration:
 
     def _counting(self, inputs: Tensor, run: int) -> Tensor | None:
         """Returns which tokens are not padding: the mask that fits."""
-        for keep in self.tokens[run]:
+        for keep in self.tokens[run].values():
             if keep.shape == inputs.shape[:-1] or (inputs.dim() == 2 and keep.numel() == len(inputs)):
                 return keep.reshape(inputs.shape[:-1]).to(inputs.device)
         return None

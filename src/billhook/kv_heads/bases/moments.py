@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from billhook.kv_heads.bases.stacks import Projections, instead, moved_values
 from billhook.model.handed import handing_of
-from billhook.running.trials import Trial
+from billhook.running.batches import Run
 from billhook.running.undisturbed import Ambient, undisturbed
 from billhook.running.walk import Reduce, spare
 
@@ -42,7 +42,7 @@ def gather(
     model: nn.Module,
     places: Mapping[str, Projections],
     groups: Mapping[str, int],
-    trials: Sequence[Trial],
+    trials: Sequence[Run],
     reduce: Reduce | None = None,
 ) -> dict[str, Moments]:
     """Runs the model on all batches and sums up; the model stays as it is.
@@ -70,7 +70,7 @@ def gather(
         for trial in trials:
             for one in sums.values():
                 one.masks = trial.tokens
-            trial.loss()
+            trial.forward()
     return {name: one.moments(reduce) for name, one in sums.items()}
 
 

@@ -17,7 +17,7 @@ from billhook.kv_heads.bases.moments import Moments, gather
 from billhook.kv_heads.bases.stacks import Projections, find_projections, instead, read, written
 from billhook.repairs.refits import Given, matrix_of
 from billhook.repairs.repair import Repair, repaired
-from billhook.running.trials import Loss, Trial, trial_for
+from billhook.running.batches import Loss, Run, run_with_loss
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce
 from billhook.tracing.coupling import Structure
@@ -81,14 +81,14 @@ class Attentions:
                 "gate stands between its projections and their products): 'mean' works"
             )
 
-    def trial(self, batch: Any, loss: Loss | None = None) -> Trial:  # noqa: ANN401
+    def trial(self, batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
         """A batch, on the model's device, with which tokens count for each linear."""
         linears = {rows.linear for place in self.places.values() for rows in (place.q, place.k, place.v, place.o)} | set(
             self.downs
         )
-        return trial_for(self.model, {name: self.model.get_submodule(name) for name in linears}, batch, loss)
+        return run_with_loss(self.model, {name: self.model.get_submodule(name) for name in linears}, batch, loss)
 
-    def moments(self, trials: Sequence[Trial], grouping: Grouping, reduce: Reduce | None = None) -> dict[str, Moments]:
+    def moments(self, trials: Sequence[Run], grouping: Grouping, reduce: Reduce | None = None) -> dict[str, Moments]:
         """What data shows, or without any, on all ranks, the weights."""
         groups = {name: 1 if grouping == "similar" else self.groups[name] for name in self.places}
         if any(_summed(self.model, [len(trials)], reduce)):
@@ -108,7 +108,7 @@ class Attentions:
         return new
 
     def repaired(
-        self, new: Given, trials: Sequence[Trial], repair: Repair, reduce: Reduce | None = None
+        self, new: Given, trials: Sequence[Run], repair: Repair, reduce: Reduce | None = None
     ) -> dict[str, dict[str, Tensor]]:
         """The same, with the linears behind attentions and feed-forwards refitted to what the whole model gives."""
         reading = [place.o.linear for place in self.places.values()] + self.downs
@@ -119,10 +119,10 @@ class Attentions:
         return {name: dict(parameters) for name, parameters in new.items()} | own
 
     @torch.no_grad()
-    def loss(self, new: Given, trials: Sequence[Trial], reduce: Reduce | None = None) -> float:
+    def loss(self, new: Given, trials: Sequence[Run], reduce: Reduce | None = None) -> float:
         """The mean loss of some batches with other parameters; each batch counts the same."""
         with undisturbed(self.model), instead(self.model, new):
-            total = sum(float(trial.loss().detach()) for trial in trials)
+            total = sum(float(trial.forward().detach()) for trial in trials)
         total, count = _summed(self.model, [total, len(trials)], reduce)
         return float(total / count)
 
@@ -141,7 +141,7 @@ def attentions_of(model: nn.Module, groups: Mapping[str, int]) -> Attentions:
 
 
 def best_way(
-    attentions: Attentions, trials: Sequence[Trial], repair: Repair | None, reduce: Reduce | None = None
+    attentions: Attentions, trials: Sequence[Run], repair: Repair | None, reduce: Reduce | None = None
 ) -> tuple[Way, dict[Way, float]]:
     """The way with the least loss on held-out batches, and the loss of each.
 

@@ -140,7 +140,7 @@ def test_a_cross_attention_sees_what_the_encoder_gives_and_which_of_it_counts():
     found = gather(model, places, dict.fromkeys(places, 2), [run])[name]
     hook = own.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     with torch.no_grad():
-        run.loss()
+        run.forward()
     hook.remove()
     ((args, kwargs),) = seen
     x, y = args[0] if args else kwargs["hidden_states"], kwargs.get("key_value_states", args[1] if len(args) > 1 else None)
@@ -166,7 +166,7 @@ def test_a_module_that_runs_in_every_layer_is_seen_in_every_layer():
     hook = key.register_forward_hook(lambda _, args, output: seen.append(output.flatten(0, 1)))
     run = trial(model, tokens(2, 6))
     with torch.no_grad():
-        run.loss()
+        run.forward()
     hook.remove()
     assert len(seen) == 2
     keys = torch.cat(seen).unflatten(1, (2, 4, 4))

@@ -8,6 +8,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 
+from billhook.running.overridden import overridden
+
 
 class _Loss(BaseException):
     """The loss has come."""
@@ -52,25 +54,16 @@ def loss_by_hand(pl_module: pl.LightningModule, step: Callable[[], object]) -> T
     """
     given = pl_module.optimizers()
     still = [_Still(one) for one in given] if isinstance(given, list) else _Still(given)
-    instead = {
-        "manual_backward": _here,
-        "optimizers": lambda *_, **__: still,
-        "toggle_optimizer": _nothing,
-        "untoggle_optimizer": _nothing,
-    }
-    own, gradients = vars(pl_module), {parameter: parameter.grad for parameter in pl_module.parameters()}
-    before = {name: own[name] for name in instead if name in own}
-    own.update(instead)
+    toggled = {"toggle_optimizer": _nothing, "untoggle_optimizer": _nothing}
+    gradients = {parameter: parameter.grad for parameter in pl_module.parameters()}
     try:
-        for parameter in gradients:
-            parameter.grad = None
-        step()
+        with overridden(pl_module, manual_backward=_here, optimizers=lambda *_, **__: still, **toggled):
+            for parameter in gradients:
+                parameter.grad = None
+            step()
     except _Loss as found:
         return found.loss
     finally:
-        for name in instead:
-            del own[name]
-        own.update(before)
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
     return None

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from billhook.fit.by_hand import loss_by_hand
 from billhook.fit.run import isolated
 from billhook.running.batches import Run, own_loss, runs_of
+from billhook.running.overridden import overridden
 
 Pair = tuple[Any, Callable[[nn.Module, Any], Tensor]]
 """A batch, and from the model and it to the loss."""
@@ -33,15 +34,13 @@ def aside(pl_module: pl.LightningModule, seed: int) -> Iterator[None]:
         seed: Of the random numbers.
     """
     trained = {parameter: parameter.requires_grad for parameter in pl_module.parameters()}
-    pl_module.__dict__["log"] = _nothing
     try:
-        with isolated(), torch.no_grad():
+        with overridden(pl_module, log=_nothing), isolated(), torch.no_grad():
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             yield
     finally:
-        del pl_module.__dict__["log"]
         for parameter, requires_grad in trained.items():
             parameter.requires_grad = requires_grad
 
@@ -251,11 +250,8 @@ def _call(model: nn.Module, step: Callable[[], object], what: str) -> _Call | No
     def forward(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         raise _Call(args, kwargs)
 
-    own = vars(model)
-    before = own.get("forward")
-    own["forward"] = forward
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with overridden(model, forward=forward), torch.compiler.set_stance("force_eager"):
             step()
     except _Call as call:
         return call
@@ -264,8 +260,4 @@ def _call(model: nn.Module, step: Callable[[], object], what: str) -> _Call | No
             f"calibration: training_step of {what} failed before it came to {type(model).__name__} ({error}): "
             "give batches that the model takes, as dictionaries"
         ) from error
-    finally:
-        del own["forward"]
-        if before is not None:
-            own["forward"] = before
     return None

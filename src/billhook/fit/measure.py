@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from billhook.fit.ranks import check_agreed, together
 from billhook.fit.run import isolated
+from billhook.running.overridden import overridden
 
 
 def check_limit(measure_batches: int | None) -> None:
@@ -127,12 +128,10 @@ def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule, logged: _Log
     stage, modes = trainer.state.stage, {name: m.training for name, m in pl_module.named_modules()}
     trainer.state.stage = RunningStage.VALIDATING
     pl_module.eval()
-    pl_module.__dict__["log"] = logged
     try:
-        with torch.no_grad(), isolated():
+        with overridden(pl_module, log=logged), torch.no_grad(), isolated():
             yield
     finally:
-        del pl_module.__dict__["log"]
         for metric in logged.metrics.values():
             metric.reset()
         for name, module in pl_module.named_modules():

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+from billhook.running.overridden import overridden
 
 SMALL = 2**16
 """Bytes of a tensor that is not worth a file."""
@@ -26,17 +28,11 @@ def offloaded(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[Non
         device: Where they compute.
     """
     stay = _Stay(device)
-    before = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        vars(block)["forward"] = partial(stay.compute, block, block.forward)
-    try:
+    with ExitStack() as stack:
+        stack.callback(stay.leave)
+        for block in blocks:
+            stack.enter_context(overridden(block, forward=partial(stay.compute, block, block.forward)))
         yield
-    finally:
-        for block, own in zip(blocks, before, strict=True):
-            del vars(block)["forward"]
-            if own is not None:
-                vars(block)["forward"] = own
-        stay.leave()
 
 
 class _Stay:

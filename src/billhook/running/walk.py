@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
+from billhook.running.overridden import overridden
 from billhook.running.undisturbed import Ambient
 
 Sequential = Literal["block", "layer", "none"]
@@ -192,16 +193,10 @@ class Walk:
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
-        """Takes the place of the sites' forwards, and listens to linears."""
+        """Overrides the forwards of sites, and listens to linears."""
         with ExitStack() as stack:
             for site in self.sites:
-                own = vars(site.module)
-                before = own.get("forward")
-                own["forward"] = partial(self._visit, site, site.module.forward)
-                if before is None:
-                    stack.callback(own.pop, "forward")
-                else:
-                    stack.callback(own.__setitem__, "forward", before)
+                stack.enter_context(overridden(site.module, forward=partial(self._visit, site, site.module.forward)))
                 for name, linear in site.linears.items():
                     hook = partial(self._listen, site, name)
                     stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)

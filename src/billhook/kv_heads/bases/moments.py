@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from billhook.kv_heads.bases.stacks import Projections, instead, moved_values
 from billhook.model.handed import handing_of
 from billhook.running.batches import Run
+from billhook.running.overridden import overridden
 from billhook.running.undisturbed import Ambient, undisturbed
 from billhook.running.walk import Reduce, spare
 
@@ -100,21 +101,15 @@ class _Sums:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the place of the attention's forward, and listens to its linears."""
+        """Overrides the attention's forward, and listens to its linears."""
         place, module = self._place, self._model.get_submodule(self._place.name)
-        own = vars(module)
-        before = own.get("forward")
         with ExitStack() as stack:
             for linear in {place.q.linear, place.k.linear}:
                 hook = partial(self._projected, linear)
                 stack.callback(self._model.get_submodule(linear).register_forward_hook(hook).remove)
             reader = self._model.get_submodule(place.o.linear)
             stack.callback(reader.register_forward_pre_hook(self._attended).remove)
-            own["forward"] = partial(self._visit, module.forward)
-            if before is None:
-                stack.callback(own.pop, "forward")
-            else:
-                stack.callback(own.__setitem__, "forward", before)
+            stack.enter_context(overridden(module, forward=partial(self._visit, module.forward)))
             yield
 
     def _visit(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401

@@ -16,8 +16,9 @@ from billhook.kv_heads.convert import KVHeadPlan, apply_kv_heads, convert_kv_hea
 from billhook.kv_heads.layout import find_kv
 from billhook.kv_heads.linears import cut_into_groups
 from billhook.kv_heads.scope import heads_of
+from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.figures import figures_of
-from billhook.model.shape import GROUPS, Shape, load_shape, save_shape, set_shape, shape_of
+from billhook.model.shape import GROUPS, Shape, set_shape, shape_of
 from billhook.running.inputs import make_inputs
 from kit.kv_zoo import ZOO, build, pooled_and_repeated
 

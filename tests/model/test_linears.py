@@ -8,7 +8,7 @@ from torch.nn.utils import parametrizations
 from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.model.linears import inputs_of, prunable, weight_of
+from billhook.model.linears import as_it_lies, matrix_of, prunable, turned, weight_of
 from kit import families
 
 SEVEN = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
@@ -104,10 +104,16 @@ def test_the_weight_is_a_view(linear):
     inputs = torch.randn(2, 4, 5)
     torch.testing.assert_close(linear(inputs), inputs @ weight.T + linear.bias)
     assert linear(inputs)[..., 1].eq(linear.bias[1]).all()
-    assert inputs_of(linear, inputs).shape == (8, 5)
-    assert inputs_of(linear, inputs).data_ptr() == inputs.data_ptr()
-    with pytest.raises(ValueError, match=r"activations of shape \[2, 4\] must end with 5 input features"):
-        inputs_of(linear, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize("linear", [nn.Linear(5, 3), nn.Linear(5, 3, bias=False), Conv1D(3, 5)])
+def test_matrices_are_laid_as_the_weight_lies(linear):
+    weight, bias = matrix_of(linear)
+    assert torch.equal(turned(linear, weight), linear.weight)
+    for name, value in as_it_lies(linear.half(), weight, bias).items():
+        assert torch.equal(value, linear.get_parameter(name))
+        assert value.dtype == torch.half
+        assert value.is_contiguous()
 
 
 def quantised(dtype):

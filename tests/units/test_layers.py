@@ -10,7 +10,8 @@ import transformers
 from torch import nn
 
 import billhook as bh
-from billhook.model.shape import load_shape, save_shape, set_shape, shape_of
+from billhook.model.checkpoint_shape import load_shape, save_shape
+from billhook.model.shape import set_shape, shape_of
 from billhook.pruning import block_removal
 from billhook.running.inputs import make_inputs
 from billhook.units.blocks import block_of, find_blocks, skipping

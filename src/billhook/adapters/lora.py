@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.adapters.masked import MaskedLora, active_in, check_plain, mask_as_weights, on_linears
 from billhook.adapters.merge import has_adapters
 from billhook.model.handed import handing_of
+from billhook.model.linears import weight_of
 from billhook.model.shape import KEY
 
 ADAPTERS = "billhook_adapters"
@@ -209,8 +210,7 @@ def put_back(model: PreTrainedModel, checkpoint: Mapping[str, Any], name: str) -
         raise ValueError(f"'{name}' has adapters on {unknown[0][:80]}, which is no linear of its {type(model).__name__}")
     for key, entry in said.items():
         tensors = [state.get(f"{key}.{part}.{ADAPTER}.weight") for part in ("lora_A", "lora_B")]
-        weight = model.get_submodule(key).get_parameter("weight")
-        out, into = reversed(weight.shape) if isinstance(model.get_submodule(key), Conv1D) else weight.shape
+        out, into = weight_of(model.get_submodule(key)).shape
         if [None if t is None else tuple(t.shape) for t in tensors] != [(entry["rank"], into), (out, entry["rank"])]:
             raise ValueError(f"'{name}' has adapters on {key} that do not fit its {type(model).__name__}")
     ranks = {re.escape(key): entry["rank"] for key, entry in said.items()}

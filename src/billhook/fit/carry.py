@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from billhook.adapters.lora import save_adapters
 from billhook.fit.going_on import GoingOn, gradients, set_gradients
 from billhook.fit.resume import ShapeInCheckpoint, check_callbacks, take_over
+from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
-from billhook.model.shape import Shape, load_shape, save_shape, shape_of
+from billhook.model.shape import Shape, shape_of
 
 RANDOM, GRADIENTS = "billhook_random", "billhook_gradients"
 """Where checkpoints keep the random numbers of each process, and gradients that are not yet all there are of a step."""

@@ -1,13 +1,10 @@
 """A config with fewer KV heads and wider feed-forwards: another attention at equal parameters (MQA, 1911.02150, section 4)."""
 
-import copy
-from collections.abc import Iterator, Mapping
-
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.kv_heads.config import FIELD
 from billhook.model.build import build_class_on_meta
-from billhook.model.config_fields import set_fields
+from billhook.model.config_fields import nested_configs, with_fields
 from billhook.model.meta import from_config
 from billhook.model.shape import KEY
 from billhook.tracing.trace import trace
@@ -50,13 +47,13 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
     model = from_config(config)
     finder = FieldFinder(model)
     now, fields = _feed_forward(model, finder)
-    params, fewer = _params(model, _with(config, {})), _params(model, _with(config, heads))
-    channel = (_params(model, _with(config, finder.values(now, fields, 2 * now))) - params) // now
+    params, fewer = _params(model, with_fields(config, {})), _params(model, with_fields(config, heads))
+    channel = (_params(model, with_fields(config, finder.values(now, fields, 2 * now))) - params) // now
     if fewer >= params:
         raise ValueError(f"num_key_value_heads={num_key_value_heads}: {type(model).__name__} has no fewer parameters with it")
     low = (now + (params - fewer) // channel) // multiple_of * multiple_of
     width = min((w for w in (low, low + multiple_of) if w), key=lambda w: abs(fewer + (w - now) * channel - params))
-    found = _with(config, heads | finder.values(now, fields, width))
+    found = with_fields(config, heads | finder.values(now, fields, width))
     if _params(model, found) != fewer + (width - now) * channel:
         raise ValueError(f"config: the parameters of {type(model).__name__} do not grow evenly with {', '.join(fields)}")
     return found
@@ -69,7 +66,7 @@ def _head_fields(config: PretrainedConfig, number: int) -> list[str]:
         ValueError: If there is none, or the number is not legal for one.
     """
     text = config.get_text_config(decoder=True)
-    owners = dict(_configs(config))
+    owners = dict(nested_configs(config))
     if not config.is_encoder_decoder:
         owners = {name: one for name, one in owners.items() if one is text}
     held = {f"{name}{FIELD}": one for name, one in owners.items() if type(getattr(one, FIELD, None)) is int}
@@ -104,20 +101,6 @@ def _feed_forward(model: PreTrainedModel, finder: FieldFinder) -> tuple[int, tup
     return widths[0], fields
 
 
-def _with(config: PretrainedConfig, fields: Mapping[str, int]) -> PretrainedConfig:
-    changed = copy.deepcopy(config)
-    set_fields(changed, dict(fields))
-    return changed
-
-
 def _params(model: PreTrainedModel, config: PretrainedConfig) -> int:
     """Parameters of what a model's class builds from a config; tied ones count once."""
     return sum(parameter.numel() for parameter in build_class_on_meta(type(model), config).parameters())
-
-
-def _configs(config: PretrainedConfig, prefix: str = "") -> Iterator[tuple[str, PretrainedConfig]]:
-    """A config and those nested in it, by what stands before their fields."""
-    yield prefix, config
-    for name, value in vars(config).items():
-        if isinstance(value, PretrainedConfig):
-            yield from _configs(value, f"{prefix}{name}.")

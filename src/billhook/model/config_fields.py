@@ -1,27 +1,68 @@
-"""Walks the fields of a config and sets them by dotted name."""
+"""Fields of configs by dotted name: those of nested configs stand behind the name of the config."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig
 
 Fields = dict[str, Any]
 
 
-def set_fields(config: PretrainedConfig, fields: Fields) -> None:
+def fields_of(config: PretrainedConfig, prefix: str = "") -> Fields:
+    """Returns the fields of a config and of those nested in it, except private ones, in their order.
+
+    >>> from transformers import LlamaConfig
+    >>> fields_of(LlamaConfig(hidden_size=64))["hidden_size"]
+    64
+    """
+    found: Fields = {}
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            found |= fields_of(value, f"{prefix}{name}.")
+        elif not name.startswith("_"):
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def field(config: PretrainedConfig, name: str) -> Any:  # noqa: ANN401 - any field
+    """Returns the value of a field; None if there is none of that name."""
+    owner, own = _owner(config, name)
+    return getattr(owner, own, None)
+
+
+def set_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
     """Changes fields of a config and of those nested in it."""
     for name, value in fields.items():
-        *owners, own = name.split(".")
-        owner: Any = config
-        for one in owners:
-            owner = getattr(owner, one)
+        owner, own = _owner(config, name)
         setattr(owner, own, copy.copy(value))
 
 
-def _fields(config: PretrainedConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def with_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> PretrainedConfig:
+    """Returns a copy of a config with some fields changed."""
+    changed = copy.deepcopy(config)
+    set_fields(changed, fields)
+    return changed
+
+
+def nested_configs(config: PretrainedConfig, prefix: str = "") -> Iterator[tuple[str, PretrainedConfig]]:
+    """Yields a config and those nested in it, each with what stands before the names of its fields."""
+    yield prefix, config
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
-            yield from _fields(value, f"{prefix}{name}.")
-        elif not name.startswith("_"):
-            yield f"{prefix}{name}", value
+            yield from nested_configs(value, f"{prefix}{name}.")
+
+
+def configs_of(model: nn.Module) -> list[PretrainedConfig]:
+    """Returns the configs that modules hold, and those nested in them, each once."""
+    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, PretrainedConfig)]
+    return list({id(one): one for config in held for _, one in nested_configs(config)}.values())
+
+
+def _owner(config: PretrainedConfig, name: str) -> tuple[Any, str]:
+    *owners, own = name.split(".")
+    owner: Any = config
+    for one in owners:
+        owner = getattr(owner, one)
+    return owner, own

@@ -46,22 +46,27 @@ def prunable(module: nn.Module, output_embeddings: bool = False) -> dict[str, nn
     return found
 
 
+def turned(linear: nn.Module, matrix: Tensor) -> Tensor:
+    """Transposes a matrix for a linear whose weight lies transposed in memory: from `[out, in]` to how it lies, and back."""
+    return matrix.t() if isinstance(linear, Conv1D) else matrix
+
+
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight as `[out_features, in_features]`: a view without gradient of the layer's own memory; it may be sharded."""
-    weight = linear.get_parameter("weight").detach()
-    return weight.t() if isinstance(linear, Conv1D) else weight
+    """Returns the weight as `[out_features, in_features]`: a view without gradient of the layer's own memory; may be sharded."""
+    return turned(linear, linear.get_parameter("weight").detach())
 
 
-def inputs_of(linear: nn.Module, activations: Tensor) -> Tensor:
-    """What the layer reads as `[tokens, in_features]`: a view, where memory allows, without gradient.
+def matrix_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Returns the weight as `[out_features, in_features]`, and the bias."""
+    bias = linear._parameters.get("bias")
+    return weight_of(linear), None if bias is None else bias.detach()
 
-    Raises:
-        ValueError: If the last dimension is not `in_features`.
-    """
-    width = weight_of(linear).shape[1]
-    if activations.shape[-1] != width:
-        raise ValueError(f"activations of shape {list(activations.shape)} must end with {width} input features")
-    return activations.detach().reshape(-1, width)
+
+def as_it_lies(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """Returns the parameters of a linear, by their name in it, of a matrix `[out_features, in_features]` and a bias."""
+    own = {"weight": turned(linear, weight)} | ({} if bias is None else {"bias": bias})
+    like = {name: linear.get_parameter(name) for name in own}
+    return {name: value.to(like[name].device, like[name].dtype).contiguous() for name, value in own.items()}
 
 
 def _walk(module: nn.Module, name: str, left_out: set[int]) -> Iterator[tuple[str, nn.Module]]:

@@ -6,19 +6,17 @@ A checkpoint carries it, so that a model of any other shape can take the checkpo
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.model.build import build_on_meta
-from billhook.model.find import find_transformer, locate_transformer
+from billhook.model.config_fields import Fields, fields_of, set_fields
 from billhook.model.handed import Handing, can_hand, hand, handing_of
-from billhook.model.shape_checks import check_held, check_plain_shape, check_same_model, told
+from billhook.model.shape_checks import check_plain_shape
 from billhook.model.stacks import first_of, keep, numbers_of, snapshot, taken_out
-from billhook.model.surgery import undone_by_errors
-from billhook.running.shards import class_of
 
 KEY = "billhook"
 """Where Lightning checkpoints keep the shape, and config.json what the model's class does not build of it."""
@@ -93,7 +91,7 @@ def shape_of(model: nn.Module) -> Shape:
     """The shape that a model has now."""
     tensors = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
     attributes = {name: getattr(module, attr) for name, module, attr in _numbers(model)}
-    fields = {name: vars(owner)[said] for name, owner, said in _fields(getattr(model, "config", None))}
+    fields = _fields(model)
     config = {name: value for name, value in fields.items() if isinstance(value, int)}
     lists = {name: list(value) for name, value in fields.items() if isinstance(value, list)}
     handed = {name: handing for name, module in model.named_modules() if (handing := handing_of(module)) is not None}
@@ -141,50 +139,9 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
     _set_groups(model, shape)
     for name, module, attr in list(_numbers(model)):
         setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
-    fields: dict[str, Any] = shape.config | shape.lists
-    for name, owner_config, said in list(_fields(getattr(model, "config", None))):
-        if name in fields and fields[name] != vars(owner_config)[said]:
-            setattr(owner_config, said, copy.copy(fields[name]))
-
-
-def save_shape(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Puts the shape, class and config of the Hugging Face model in a module into a Lightning checkpoint of that module."""
-    name, model = locate_transformer(module)
-    checkpoint[KEY] = {
-        "version": 1,
-        "class": class_of(model).__name__,
-        "config": model.config.to_json_string(use_diff=False),
-        "name_or_path": model.config.name_or_path or None,
-        "prefix": f"{name}." if name else "",
-        "shape": shape_of(model).to_dict(),
-    }
-
-
-def load_shape(module: nn.Module, checkpoint: Mapping[str, Any], otherwise: Shape | None = None) -> None:
-    """Gives the Hugging Face model in a module the shape that a Lightning checkpoint holds, before weights are loaded.
-
-    Args:
-        module: The module that the checkpoint is of.
-        checkpoint: The Lightning checkpoint.
-        otherwise: The shape to take where the checkpoint says nothing of shapes; by default the model stays as it is.
-
-    Raises:
-        ValueError: If the checkpoint holds another model.
-    """
-    model, held = find_transformer(module), checkpoint.get(KEY)
-    if held is None:
-        if otherwise is not None:
-            set_shape(model, otherwise)
-        return
-    check_held(held, checkpoint.get("state_dict"))
-    check_same_model(model, held)
-    try:
-        with undone_by_errors(model):
-            set_shape(model, Shape.from_dict(held["shape"]))
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # configs raise all kinds
-        raise ValueError(f"{error}; {told(model, held)}") from None
+    then: Fields = shape.config | shape.lists
+    if changed := {name: then[name] for name, value in _fields(model).items() if then.get(name, value) != value}:
+        set_fields(cast(PretrainedConfig, model.config), changed)
 
 
 def _set_handed(model: nn.Module, handed: Mapping[str, Handing] | None) -> None:
@@ -246,22 +203,18 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                     yield f"{name}.{attr}", module, attr
 
 
-def _fields(config: object, prefix: str = "") -> Iterator[tuple[str, PretrainedConfig, str]]:
-    """The fields of a config that are whole numbers, or lists of plain values: name, owner, name there."""
-    if not isinstance(config, PretrainedConfig):
-        return
-    for said, value in vars(config).items():
-        if isinstance(value, PretrainedConfig):
-            yield from _fields(value, f"{prefix}{said}.")
-        elif not said.startswith("_") and (
-            type(value) is int or (said == FLAG and type(value) is bool) or (isinstance(value, list) and _is_plain(said, value))
-        ):
-            yield f"{prefix}{said}", config, said
+def _fields(model: nn.Module) -> Fields:
+    """Returns the fields of a model's config that are whole numbers, or lists of plain values."""
+    config = getattr(model, "config", None)
+    fields = fields_of(config) if isinstance(config, PretrainedConfig) else {}
+    return {name: value for name, value in fields.items() if _is_part(name.rpartition(".")[2], value)}
 
 
-def _is_plain(said: str, values: list[Any]) -> bool:
-    """Whether a list can go with a shape; `architectures` is the class, and only there once a model has been saved."""
-    return said != "architectures" and all(value is None or isinstance(value, bool | int | float | str) for value in values)
+def _is_part(name: str, value: object) -> bool:
+    """Finds whether a field is part of a shape; `architectures` is the class, and only there once a model has been saved."""
+    if isinstance(value, list):
+        return name != "architectures" and all(one is None or isinstance(one, bool | int | float | str) for one in value)
+    return type(value) is int or (name == FLAG and type(value) is bool)
 
 
 def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList, list[int]]]:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
-from transformers import PretrainedConfig
+
+from billhook.model.config_fields import configs_of
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def undone_by_errors(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> 
     """
     tables = ("_parameters", "_buffers", "_modules")
     modules = [(m, type(m), dict(vars(m)), [(vars(m)[t], dict(vars(m)[t])) for t in tables]) for m in model.modules()]
-    mappings: list[tuple[Any, Any]] = [(vars(config), dict(vars(config))) for config in _configs(model)]
+    mappings: list[tuple[Any, Any]] = [(vars(config), dict(vars(config))) for config in configs_of(model)]
     mappings += [(optimizer.state, dict(optimizer.state)) for optimizer in optimizers]
     groups = [(group, list(group["params"])) for optimizer in optimizers for group in optimizer.param_groups]
     try:
@@ -106,18 +107,6 @@ def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
         for tensor, values in kept:
             tensor.data.copy_(values)
         raise
-
-
-def _configs(model: nn.Module) -> list[PretrainedConfig]:
-    """All configs that modules have, and those within them, each once."""
-    found: dict[int, PretrainedConfig] = {}
-    ahead = [value for module in model.modules() for value in vars(module).values()]
-    while ahead:
-        value = ahead.pop()
-        if isinstance(value, PretrainedConfig) and id(value) not in found:
-            found[id(value)] = value
-            ahead += vars(value).values()
-    return list(found.values())
 
 
 def _prepare(model: nn.Module, name: str, change: Change, optimizers: list[Optimizer]) -> _Swap:

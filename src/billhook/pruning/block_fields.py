@@ -1,6 +1,5 @@
 """What a config says when blocks are gone: found by building the model's own class, not looked up."""
 
-import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.model.build import build_on_meta
-from billhook.model.config_fields import Fields, _fields, set_fields
+from billhook.model.config_fields import Fields, fields_of, with_fields
 
 TOGETHER = 3  # fields that say a number of blocks, at most
 
 Gone = Mapping[str, Sequence[int]]
 """Blocks that go, by stack."""
-"""Fields of a config, those of nested configs with dots, and their values."""
 Numbers = dict[str, tuple[int, int]]
 """Whole-number attributes, by their names then: what they are before, and then."""
 
@@ -85,7 +83,7 @@ class _Finder:
     def __init__(self, model: PreTrainedModel, stacks: dict[str, int], gone: Gone) -> None:
         self.model, self.stacks, self.gone = model, stacks, gone
         self.told = " and ".join(f"blocks {', '.join(map(str, own))} of {name}" for name, own in gone.items())
-        self.fields = dict(_fields(model.config))
+        self.fields = fields_of(model.config)
         now = self.build({})
         if now is None or any(_count(now.tensors, name) != count for name, count in stacks.items()):
             raise ValueError(f"blocks: {type(model).__name__} does not have the blocks that its class builds from its config")
@@ -94,9 +92,8 @@ class _Finder:
 
     def build(self, fields: Fields) -> Built | None:
         """What the class builds from the config with some fields changed, as it is read back; None if it does not accept it."""
-        config = copy.deepcopy(self.model.config)
         try:
-            set_fields(config, fields)
+            config = with_fields(self.model.config, fields)
             shadow = build_on_meta(self.model, type(config).from_dict(config.to_dict()))
         except Exception:  # whatever a class of configs or models raises
             return None

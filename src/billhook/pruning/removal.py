@@ -11,13 +11,14 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from billhook.model.config_fields import set_fields
 from billhook.model.find import find_transformer
 from billhook.model.handed import Indices
 from billhook.model.shape import Shape, set_shape, shape_of
 from billhook.model.surgery import Change, replace_parameters, undone_by_errors
 from billhook.pruning.plan import PLURAL, Cuts, Plan, check_made_for, plan_found
 from billhook.pruning.repair import Weights, taken_over
-from billhook.pruning.shape_then import set_fields, shapes_then, sizes_then
+from billhook.pruning.shape_then import shapes_then, sizes_then
 from billhook.running.answers import alike, small_inputs, tolerance
 from billhook.running.undisturbed import resting
 from billhook.tracing.coupling import Structure
@@ -87,7 +88,7 @@ def carry_out(
         try:
             with undone_by_errors(subject, optimizers):
                 _cut(subject, plan, shape, optimizers)
-                set_fields(subject, fields)
+                set_fields(subject.config, fields)
                 if real:
                     _check_answer(subject, readers, expected)
             return

@@ -1,6 +1,5 @@
 """What a model's attributes and config are when units are gone: as its class builds them, or found by trial on meta tensors."""
 
-import copy
 import itertools
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import adapted, beneath, without_adapters
 from billhook.model.build import build_on_meta
+from billhook.model.config_fields import field, set_fields, with_fields
 from billhook.model.meta import to_meta
 from billhook.model.shape import Shape, set_shape, shape_of
 from billhook.pruning.plan import Plan, counts
@@ -93,7 +93,7 @@ def _fields(model: PreTrainedModel, structure: Structure, plan: Plan, finder: Fi
             if not found:
                 return {}
             for name, value in found.items():
-                already = changes.get(name) if _field(model, name) is not None else None
+                already = changes.get(name) if field(model.config, name) is not None else None
                 changes[name] = value if already is None else already // size * count
     return changes
 
@@ -139,34 +139,9 @@ def _built(model: PreTrainedModel, fields: Fields, usual: Shape, now: Shape, ten
 
 def _build_shape(model: PreTrainedModel, fields: Fields) -> Shape:
     """The shape of what the model's class builds from its config with some fields changed."""
-    config = copy.deepcopy(model.config)
-    for name, value in fields.items():
-        owner, field = _owner(config, name)
-        setattr(owner, field, value)
+    config = with_fields(model.config, fields)
     type(config).from_dict(config.to_dict())  # which refuses what its class does not allow
     return shape_of(build_on_meta(model, config))
-
-
-def _owner(config: PretrainedConfig, name: str) -> tuple[Any, str]:
-    """The config that holds a field, and its name there."""
-    *owners, field = name.split(".")
-    owner: Any = config
-    for one in owners:
-        owner = getattr(owner, one)
-    return owner, field
-
-
-def _field(model: PreTrainedModel, name: str) -> int | None:
-    owner, field = _owner(model.config, name)
-    value: int | None = getattr(owner, field, None)
-    return value
-
-
-def set_fields(model: PreTrainedModel, fields: Fields) -> None:
-    """Changes fields of a model's config."""
-    for name, value in fields.items():
-        owner, field = _owner(model.config, name)
-        setattr(owner, field, value)
 
 
 def _assignments(model: PreTrainedModel, plan: Plan, now: Shape, tensors: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
@@ -271,7 +246,7 @@ def _runs(model: PreTrainedModel, plan: Plan, shape: Shape, fields: Fields, eage
     """Whether the model's code runs with a shape, on meta tensors, and has the units that are planned."""
     shadow = to_meta(model)
     set_shape(shadow, shape)
-    set_fields(shadow, fields)
+    set_fields(shadow.config, fields)
     try:
         units = find_units(shadow, _kinds(plan))
         for module in shadow.modules() if eager else ():  # what a faster implementation does not ask for, others do

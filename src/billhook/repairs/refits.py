@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from billhook.model.linears import as_it_lies, matrix_of, turned
 from billhook.repairs.least_squares import Moments, refit_linear, wide
 from billhook.running.walk import Reduce, Site
 
@@ -100,7 +100,7 @@ class Refits:
     def own(self, name: str) -> dict[str, Tensor]:
         """What a linear has become by now, as it lies in memory: with zeros for what goes at least."""
         weight, bias = self._old[name]
-        return self._new.get(name) or self._as_it_lies(name, torch.where(self._kept[name], weight, 0), bias)
+        return self._new.get(name) or as_it_lies(self._linears[name], torch.where(self._kept[name], weight, 0), bias)
 
     def _add(self, name: str, inputs: Tensor, owed: Tensor | None, run: int, weights: Tensor | None) -> None:
         self._of(name)[run in self._choosing].add(inputs, owed, self._counting(name, inputs, run), weights)
@@ -136,7 +136,7 @@ class Refits:
         given, (weight, bias) = self._given.get(name), self._whole[name]
         if given is None:
             return weight, bias
-        new = given["weight"].t() if isinstance(self._linears[name], Conv1D) else given["weight"]
+        new = turned(self._linears[name], given["weight"])
         return new, None if bias is None else given["bias"]
 
     def _of(self, name: str) -> tuple[Moments, Moments]:
@@ -157,7 +157,7 @@ class Refits:
             raise ValueError(f"{name}: NaN or infinite inputs in {len(bad)} features, the first in feature {int(bad[0])}")
         if min(fit.tokens, held_out.tokens) and fit.tokens + held_out.tokens >= self._kept[name].sum():
             new = refit_linear(*self._old[name], self._kept[name], fit, held_out, self._ridges)
-            self._new[name] = self._as_it_lies(name, *new)
+            self._new[name] = as_it_lies(self._linears[name], *new)
 
     def _owed(self, name: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """What a linear owes in each run that can be compared with the whole model's."""
@@ -178,18 +178,6 @@ class Refits:
         if name not in self._kept:
             return 0.0
         own, (weight, bias) = self.own(name), self._old[name]
-        new = own["weight"].t() if isinstance(self._linears[name], Conv1D) else own["weight"]
+        new = turned(self._linears[name], own["weight"])
         gained = wide(inputs) @ (wide(new) - wide(weight)).t()
         return gained if bias is None else gained + wide(own["bias"]) - wide(bias)
-
-    def _as_it_lies(self, name: str, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-        linear = self._linears[name]
-        dtype = linear.get_parameter("weight").dtype
-        own = {"weight": (weight.t() if isinstance(linear, Conv1D) else weight).to(dtype).contiguous()}
-        return own if bias is None else own | {"bias": bias.to(linear.get_parameter("bias").dtype)}
-
-
-def matrix_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The weight of an `nn.Linear` or `Conv1D` as `[out_features, in_features]`, and the bias."""
-    weight, bias = linear.get_parameter("weight").detach(), linear._parameters.get("bias")
-    return weight.t() if isinstance(linear, Conv1D) else weight, None if bias is None else bias.detach()

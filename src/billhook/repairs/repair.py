@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.repairs.refits import Given, Refits, matrix_of
+from billhook.model.linears import matrix_of
+from billhook.repairs.refits import Given, Refits
 from billhook.repairs.sums import agreed, followed, seen
 from billhook.running.batches import Run
 from billhook.running.undisturbed import undisturbed

@@ -6,10 +6,9 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.masked import counted, product_of
-from billhook.model.linears import weight_of
+from billhook.model.linears import turned, weight_of
 from billhook.running.shards import whole
 from billhook.running.walk import Reduce, Site
 from billhook.sparsity.criteria import Criterion, check_finite
@@ -152,7 +151,7 @@ class Calibration:
                 if name in self.adapters:  # makes up for what the layer adds there, which merging will leave out
                     added = where_kept(product_of(self.adapters[name]), ~self.pruned[name].keep(weight))
                     weight = weight - added.to(weight.dtype)
-                new[name] = {"weight": weight.t() if isinstance(linear, Conv1D) else weight}
+                new[name] = {"weight": turned(linear, weight)}
         return new
 
 

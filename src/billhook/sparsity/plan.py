@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers.pytorch_utils import Conv1D
 
-from billhook.model.linears import prunable, weight_of
+from billhook.model.linears import prunable, turned, weight_of
 from billhook.model.plan import Plan, Weights
 from billhook.model.surgery import values_kept
 from billhook.running.shards import local, reshard, sharded_as
@@ -155,7 +154,7 @@ class WeightPlan(Plan):
         linears = self._linears(model)
         weights = {name: weight_of(linears[name]) for name in self.pruned}
         masks = {name: sharded_as(one.keep(weights[name]), weights[name]) for name, one in self.pruned.items()}
-        return {name: mask.t() if isinstance(linears[name], Conv1D) else mask for name, mask in masks.items()}
+        return {name: turned(linears[name], mask) for name, mask in masks.items()}
 
     @torch.no_grad()
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:

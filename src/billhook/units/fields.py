@@ -1,14 +1,14 @@
 """Which fields of a config say how many units there are: found by building the model's own class, not looked up."""
 
-import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.model.build import build_on_meta
+from billhook.model.config_fields import fields_of, with_fields
 from billhook.tracing.axes import leaves
 from billhook.tracing.groups import Group, times
 from billhook.tracing.trace import trace
@@ -79,7 +79,7 @@ class FieldFinder:
         return {name: beside.get(name, count) if v is None else v // size * count for name, v in said.items()}
 
     def _accepted(self, values: dict[str, int]) -> bool:
-        config = self._config(values)
+        config = with_fields(self.model.config, values)
         try:
             type(config).from_dict(config.to_dict())
         except Exception:  # whatever a class of configs raises
@@ -116,7 +116,7 @@ class FieldFinder:
     def _means(self, values: dict[str, int], groups: Sequence[Group], after: int) -> bool:
         """Whether the units have become fewer, and not something else of the same widths (heads as wide as half a head)."""
         try:
-            axes = trace(build_on_meta(self.model, self._config(values))).axes
+            axes = trace(build_on_meta(self.model, with_fields(self.model.config, values))).axes
         except ValueError:
             return False
         for group in groups:
@@ -136,22 +136,12 @@ class FieldFinder:
 
     def _build(self, values: dict[str, int]) -> Places | None:
         try:
-            then = _places(build_on_meta(self.model, self._config(values)))
+            then = _places(build_on_meta(self.model, with_fields(self.model.config, values)))
         except Exception:  # whatever a model's own code raises
             return None
         if then.keys() != self.now.keys():
             return None
         return {place: size for place, size in then.items() if size != self.now[place]}
-
-    def _config(self, values: dict[str, int]) -> PretrainedConfig:
-        config: PretrainedConfig = copy.deepcopy(self.model.config)
-        for name, value in values.items():
-            *owners, field = name.split(".")
-            owner = config
-            for one in owners:
-                owner = getattr(owner, one)
-            setattr(owner, field, value)
-        return config
 
 
 def _places(model: nn.Module) -> Places:
@@ -168,12 +158,8 @@ def _wanted(groups: Sequence[Group], fewer: int) -> Places:
     }
 
 
-def _numbers(config: PretrainedConfig, prefix: str = "") -> list[tuple[str, int | None]]:
-    """The whole numbers in a config, and what could be one but is left open."""
-    found: list[tuple[str, int | None]] = []
-    for name, value in vars(config).items():
-        if (value is None or (type(value) is int and value > 1)) and not name.startswith("_"):
-            found.append((f"{prefix}{name}", value))
-        elif isinstance(value, PretrainedConfig):
-            found += _numbers(value, f"{prefix}{name}.")
-    return found
+def _numbers(config: PretrainedConfig) -> Iterator[tuple[str, int | None]]:
+    """Yields the whole numbers in a config, and what could be one but is left open."""
+    for name, value in fields_of(config).items():
+        if value is None or (type(value) is int and value > 1):
+            yield name, value

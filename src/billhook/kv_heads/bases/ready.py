@@ -15,7 +15,8 @@ from billhook.kv_heads.bases.freedom import Freedoms, find_freedoms, in_order
 from billhook.kv_heads.bases.grouping import moments_in_order, similar_order
 from billhook.kv_heads.bases.moments import Moments, gather
 from billhook.kv_heads.bases.stacks import Projections, find_projections, instead, read, written
-from billhook.repairs.refits import Given, matrix_of
+from billhook.model.linears import matrix_of
+from billhook.repairs.refits import Given
 from billhook.repairs.repair import Repair, repaired
 from billhook.running.batches import Loss, Run, run_with_loss
 from billhook.running.undisturbed import undisturbed

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.model.handed import Indices
-from billhook.repairs.refits import matrix_of
+from billhook.model.linears import as_it_lies, matrix_of
 from billhook.running.walk import replaced
 from billhook.tracing.coupling import Structure
 from billhook.tracing.roles import Attention, Part
@@ -118,7 +118,7 @@ def written(model: nn.Module, place: Projections, stacks: Stacks) -> dict[str, d
     weight, bias = linears.get(place.o.linear) or _copy(model, place.o.linear)
     weight[:, place.o.index] = stacks.o.transpose(0, 1)
     linears[place.o.linear] = weight, bias
-    return {name: _as_it_lies(model.get_submodule(name), *both) for name, both in linears.items()}
+    return {name: as_it_lies(model.get_submodule(name), *both) for name, both in linears.items()}
 
 
 def _projections(model: nn.Module, units: Units, attention: Attention) -> Projections:
@@ -178,12 +178,6 @@ def _copy(model: nn.Module, linear: str) -> tuple[Tensor, Tensor | None]:
     return weight.double().clone(), None if bias is None else bias.double().clone()
 
 
-def _as_it_lies(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
-    own = linear.get_parameter("weight")
-    laid = {"weight": (weight.t() if isinstance(linear, Conv1D) else weight).to(own).contiguous()}
-    return laid if bias is None else laid | {"bias": bias.to(linear.get_parameter("bias"))}
-
-
 def moved_values(model: nn.Module, place: Projections, order: Sequence[int]) -> dict[str, dict[str, Tensor]]:
     """As `written`, with the values of other KV heads in the place of each, and all else as it is.
 
@@ -197,7 +191,7 @@ def moved_values(model: nn.Module, place: Projections, order: Sequence[int]) -> 
     assert weight is not None
     for tensor in (weight,) if bias is None else (weight, bias):
         tensor[to] = tensor[source]
-    return {place.v.linear: _as_it_lies(linear, weight, bias)}
+    return {place.v.linear: as_it_lies(linear, weight, bias)}
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import billhook as bh
+from billhook.model.memory import forget
 
 pytestmark = [  # of torch.compile, of transformers and of PEFT with it
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -336,7 +337,7 @@ def test_nothing_is_left_behind_also_not_by_failures_and_threads():
     before, expected, found = state(model), str(bh.trace(model)), []
     with pytest.raises(ValueError, match="these example_inputs"):
         bh.trace(model, {"input_ids": torch.ones(2, 3, 4, 5).long()})
-    threads = [threading.Thread(target=lambda: found.append(str(bh.trace(model)))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: (forget(), found.append(str(bh.trace(model))))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -358,7 +359,46 @@ def test_whatever_is_on_around(name):
     model = llama()
     expected = str(bh.trace(model))
     with AROUND[name]():
-        assert str(bh.trace(model)) == str(bh.trace(model.config)) == expected
+        for one in (model, model.config):
+            forget()
+            assert str(bh.trace(one)) == expected
+
+
+def test_what_others_have_put_in_the_place_of_indexing_is_there_again(monkeypatch):
+    get, seen = torch.Tensor.__getitem__, []
+
+    def own(x, index):
+        seen.append(index)
+        return get(x, index)
+
+    monkeypatch.setattr(torch.Tensor, "__getitem__", own)
+    bh.trace(Layers(), [X])
+    assert vars(torch.Tensor)["__getitem__"] is own
+    assert torch.ones(3)[1] == 1
+    assert 1 in seen
+
+
+SOURCE = """
+from torch import nn
+
+class Wrong(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(x).view(3, 5)
+"""
+
+
+def test_code_in_a_folder_of_billhooks_name_is_the_models_code(tmp_path):
+    path = tmp_path / "billhook" / "torch" / "models.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(SOURCE)
+    module = {}
+    exec(compile(SOURCE, path, "exec"), module)
+    with pytest.raises(ValueError, match=r"Wrong does not run .*: at models\.py:10, op view: RuntimeError"):
+        bh.trace(module["Wrong"](), [X.float()])
 
 
 INPUTS = {

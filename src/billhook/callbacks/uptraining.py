@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from billhook.fit.event import SetsLength
 from billhook.fit.ranks import SumOverRanks, together
 from billhook.fit.run import callbacks_of, is_trial, isolated
+from billhook.running.trees import tree_leaves
 
 LIGHTNING_EPOCHS = 1000
 """What Lightning takes for `max_epochs` where neither that nor `max_steps` is given."""

@@ -20,6 +20,7 @@ from billhook.model.build import build_class_on_meta
 from billhook.model.meta import model_class
 from billhook.model.shape import KEY, Shape, shape_of
 from billhook.model.shaped import build_shaped
+from billhook.model.transformers_internals import build_class
 from billhook.units.units import Per
 from billhook.units.zero import zero_heads
 
@@ -128,11 +129,7 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
             shape = Shape.from_dict(held["shape"])
             plain = _check_sizes(build_class_on_meta(kind, copy.deepcopy(config)), shape, state)
             dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
-            model: PreTrainedModel = (
-                kind._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-                if plain
-                else build_shaped(kind, config, shape, state, dtype)
-            )
+            model = build_class(kind, config, dtype) if plain else build_shaped(kind, config, shape, state, dtype)
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         model.train(False)
         with torch.no_grad():

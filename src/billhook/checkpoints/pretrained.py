@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from billhook.assets import model_path
 from billhook.model.meta import check_checkpoint, read_config
 from billhook.model.shaped import load_shaped, readable, says_shape
+from billhook.model.transformers_internals import build_class, classes_of
 
 Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
 AUTO_CLASSES: dict[str, Any] = {
@@ -74,8 +75,7 @@ def _class_for(auto: Any, config: PretrainedConfig, task: str) -> type[PreTraine
     Raises:
         ValueError: If it has none.
     """
-    found = auto._model_mapping.get(type(config), ())
-    kinds: list[type[PreTrainedModel]] = list(found) if isinstance(found, tuple | list) else [found]
+    kinds = classes_of(auto, config)
     if not kinds:
         raise ValueError(f"task={task!r}: transformers has no class for it of the family '{config.model_type}'")
     return next((kind for kind in kinds if kind.__name__ in (config.architectures or ())), kinds[0])
@@ -85,6 +85,6 @@ def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
     """A copy that no longer says it was quantised: a model loaded from GGUF refuses to be saved."""
     config = loaded.config
     del config.quantization_config
-    plain: PreTrainedModel = type(loaded)._from_config(config, dtype=loaded.dtype)  # type: ignore[no-untyped-call]
+    plain = build_class(type(loaded), config, loaded.dtype)
     plain.load_state_dict(loaded.state_dict())
     return plain

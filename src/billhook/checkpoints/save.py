@@ -22,6 +22,7 @@ from billhook.model.find import find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.shape import KEY, unbuilt_shape
 from billhook.model.shaped import load_as, readable, to_entry
+from billhook.model.transformers_internals import attention_of
 
 Way = Literal["plain", "equivalent", "shaped"]
 WAYS: dict[Way, str] = {
@@ -223,7 +224,7 @@ def verify(model: PreTrainedModel, folder: Path, probe: Mapping[str, Tensor], ki
         RuntimeError: If it is above what the dtype's rounding explains, or the model computes no finite number.
     """
     reloaded = load_as(kind or type(model), str(folder), model.dtype).to(cast(Any, model.device))
-    reloaded.set_attn_implementation(model.config._attn_implementation)
+    reloaded.set_attn_implementation(cast(str, attention_of(model.config)))
     inputs = {k: v.to(model.device) for k, v in probe.items()}
     with _evaluating(model), _evaluating(reloaded):
         expected, found = (logits_of(m, inputs) for m in (model, reloaded))

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.data import DataLoader, IterableDataset
 
 from billhook.fit.by_hand import loss_by_hand
 from billhook.fit.run import isolated
 from billhook.running.batches import Run, own_loss, runs_of
 from billhook.running.overridden import overridden
+from billhook.running.trees import tree_flatten, tree_leaves, tree_unflatten
 
 Pair = tuple[Any, Callable[[nn.Module, Any], Tensor]]
 """A batch, and from the model and it to the loss."""

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.kv_heads.config import check_as_built
@@ -22,8 +21,10 @@ from billhook.kv_heads.scope import check_kv_heads, in_scope, inside_encoder
 from billhook.model.build import build_on_meta
 from billhook.model.shape import set_shape, shape_of
 from billhook.model.surgery import Change, replace_parameters
+from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
 from billhook.running.answers import alike
 from billhook.running.inputs import make_inputs
+from billhook.running.trees import tree_leaves
 
 LAYERS = re.compile("(^|_)layers?$")
 TOLERANCE = 1e-3
@@ -49,7 +50,11 @@ def prove(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Coll
     if apart is not None and (trial := cut_into_groups(small, attentions, own, heads)) is not None:
         if find_difference(small, trial, queries // heads, implementation) is None:
             return "groups", apart
-        if implementation == "eager" and _takes_sdpa(small) and find_difference(small, trial, queries // heads, "sdpa") is None:
+        if (
+            implementation == "eager"
+            and has_sdpa(type(small))
+            and find_difference(small, trial, queries // heads, "sdpa") is None
+        ):
             raise ValueError(
                 f'{type(model).__name__} with attn_implementation="eager" cannot read {heads} KV heads, as that code repeats '
                 'none. Set another one first: model.set_attn_implementation("sdpa")'
@@ -78,7 +83,7 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         for config in (_few_layers(model.config), copy.deepcopy(model.config)):
             try:
-                small: PreTrainedModel = type(model)._from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+                small = build_class(type(model), config, torch.float32)
                 break
             except Exception as error:  # whatever a class of models raises
                 why = error
@@ -114,7 +119,7 @@ def find_difference(dense: PreTrainedModel, cut: Cut, groups: int, implementatio
     replace_parameters(converted, shrunk)
     set_shape(converted, shape)
     for model in (reference, converted):
-        if model.config._attn_implementation != implementation:
+        if attention_of(model.config) != implementation:
             model.set_attn_implementation(implementation)
     proved = 0
     for case, run in _cases(dense, groups):
@@ -216,9 +221,5 @@ def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tenso
 
 def _implementation(model: PreTrainedModel) -> str:
     """That of the model where it runs on any machine, or what stands for it."""
-    own = str(model.config._attn_implementation)
+    own = attention_of(model.config)
     return own if own in ("eager", "sdpa") else "sdpa"
-
-
-def _takes_sdpa(model: PreTrainedModel) -> bool:
-    return bool(getattr(type(model), "_supports_sdpa", False))

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from billhook.model.memory import remembered
 from billhook.model.meta import to_meta
+from billhook.model.transformers_internals import compute_every_expert
 
 CONTEXT = 512
 CANNOT_RUN = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
@@ -78,8 +79,7 @@ def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int 
 def _shadow(model: PreTrainedModel) -> PreTrainedModel:
     shadow = to_meta(model)
     shadow.config.pad_token_id = None  # code that looks for padding asks for values
-    for config in {id(c): c for m in shadow.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)}.values():
-        config._experts_implementation = "batched_mm"
+    compute_every_expert(shadow)
     return shadow
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from billhook.model.config_fields import set_fields
@@ -20,6 +19,7 @@ from billhook.pruning.plan import PLURAL, Cuts, Plan, check_made_for, plan_found
 from billhook.pruning.repair import Weights, taken_over
 from billhook.pruning.shape_then import shapes_then, sizes_then
 from billhook.running.answers import alike, small_inputs, tolerance
+from billhook.running.trees import tree_leaves
 from billhook.running.undisturbed import resting
 from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import trace

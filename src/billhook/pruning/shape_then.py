@@ -6,14 +6,15 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import adapted, beneath, without_adapters
 from billhook.model.build import build_on_meta
-from billhook.model.config_fields import field, set_fields, with_fields
+from billhook.model.config_fields import configs_of, field, set_fields, with_fields
 from billhook.model.meta import to_meta
 from billhook.model.shape import Shape, set_shape, shape_of
+from billhook.model.transformers_internals import set_attention
 from billhook.pruning.plan import Plan, counts
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Kind
@@ -249,9 +250,8 @@ def _runs(model: PreTrainedModel, plan: Plan, shape: Shape, fields: Fields, eage
     set_fields(shadow.config, fields)
     try:
         units = find_units(shadow, _kinds(plan))
-        for module in shadow.modules() if eager else ():  # what a faster implementation does not ask for, others do
-            if isinstance(config := getattr(module, "config", None), PretrainedConfig):
-                config._attn_implementation = "eager"
+        for config in configs_of(shadow) if eager else ():  # what a faster implementation does not ask for, others do
+            set_attention(config, "eager")
         trace(shadow)
     except ValueError:
         return False

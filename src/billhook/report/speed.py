@@ -9,9 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from billhook.model.meta import to_meta
+from billhook.model.transformers_internals import compute_every_expert
 from billhook.report.generation import CacheKind, Generation, cache_name, generates
 from billhook.report.peak import Peak
 
@@ -277,9 +278,7 @@ def _flops(model: PreTrainedModel, context: int) -> int | None:
     """Operations of the prefill of one prompt, counted on meta tensors; None where the model does not run there."""
     try:
         shadow = to_meta(model)
-        configs = [c for m in shadow.modules() if isinstance(c := getattr(m, "config", None), PretrainedConfig)]
-        for config in configs:
-            config._experts_implementation = "batched_mm"  # the others ask how many tokens each expert gets
+        compute_every_expert(shadow)
         shadow.config.pad_token_id = None  # code that looks for padding asks for values
         with FlopCounterMode(display=False) as counter:
             Generation(shadow, torch.zeros(1, context, dtype=torch.long, device="meta"), 0, "dynamic").prefill()

@@ -8,7 +8,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from billhook.running.trees import tree_leaves, tree_map_only
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

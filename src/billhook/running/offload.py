@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from billhook.running.overridden import overridden
+from billhook.running.trees import tree_leaves, tree_map_only
 
 SMALL = 2**16
 """Bytes of a tensor that is not worth a file."""

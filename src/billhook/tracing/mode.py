@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
+from billhook.running.trees import tree_map_only
 from billhook.tracing.assumed import EVERYTHING, first_nonzero
 from billhook.tracing.axes import Axis, Irregular, mark
 from billhook.tracing.rules import rule_for
-from billhook.tracing.tape import SMALL, Note, Tape, axes_of, given, join, note, pay, put, tensors
+from billhook.tracing.tape import SMALL, Note, Tape, axes_of, given, join, memory_of, note, pay, put, tensors
 
 NOT_THE_MODELS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 """Folders whose code is not the code of the model that runs."""
@@ -100,7 +100,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for a, b in zip(axes, axes_of(x), strict=True):
                 join(a, b)
             if before is not None and value is None:
-                self.tape.overwritten[before.untyped_storage()._cdata] = before
+                self.tape.overwritten[memory_of(before)] = before
         if value is not None:
             note(out).value = value
         return out
@@ -129,7 +129,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A tensor that no op has made, no parameter and no input: a constant of the code's own, or a parameter in disguise."""
         if (known := getattr(x, "_billhook", None)) is not None and len(known.axes) == x.dim():
             return
-        own = self.tape.parameters.get(self.tape.storages.get(x.untyped_storage()._cdata, ""))
+        own = self.tape.parameters.get(self.tape.storages.get(memory_of(x), ""))
         if own is not None and (order := _order(own, x)) is not None:
             put(x, [axes_of(own)[d] for d in order], [own], paid=True)
             return

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from billhook.running.trees import tree_leaves
 from billhook.tracing.axes import Axis, Irregular, find, leaves, mark, unify
 
 MANY = 8  # sources; a residual stream has more, and there nobody asks for them
@@ -121,7 +121,7 @@ class Tape:
     def value(self, x: Tensor) -> Tensor | None:
         """What a tensor holds, where that is known."""
         value = note(x).value if x.is_meta else x
-        return None if value is None or value.untyped_storage()._cdata in self.overwritten else value
+        return None if value is None or memory_of(value) in self.overwritten else value
 
     def read(self, name: str, dim: int) -> None:
         """A dimension of a parameter has been contracted with an activation."""
@@ -130,6 +130,12 @@ class Tape:
     def write(self, name: str, dim: int) -> None:
         """A dimension of a parameter has become one of an activation."""
         self.writes.setdefault((name, dim), len(self.reads) + len(self.writes))
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Returns what tells the memory of a tensor from that of all others that are there."""
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def note(tensor: Tensor, touch: bool = True) -> Note:

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from billhook.model.config_fields import configs_of
 from billhook.model.find import find_transformer
 from billhook.model.hooks import placed
 from billhook.model.memory import remembered
 from billhook.model.meta import from_config, from_name, to_meta
+from billhook.model.transformers_internals import attention_of, compute_every_expert, set_attention
 from billhook.running.inputs import make_inputs
 from billhook.tracing.axes import Axis, mark
 from billhook.tracing.coupling import Structure, couple
 from billhook.tracing.mode import NOT_THE_MODELS, recording
-from billhook.tracing.tape import Note, Rows, Tape, axes_of, is_data, join, note, pay, tensors
+from billhook.tracing.tape import Note, Rows, Tape, axes_of, is_data, join, memory_of, note, pay, tensors
 
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 Shapes = dict[str, tuple[int, ...]]
@@ -157,20 +159,17 @@ def _arguments(shadow: nn.Module, given: Inputs | None) -> tuple[list[Any], dict
 
 def _prepare(shadow: nn.Module) -> None:
     """Chooses, of the ways in which transformers computes the same, those that run on meta."""
-    for module in shadow.modules():
-        config = getattr(module, "config", None)
-        if isinstance(config, PretrainedConfig):
-            for own in (config, *(c for c in vars(config).values() if isinstance(c, PretrainedConfig))):
-                own._experts_implementation = "batched_mm"
-                if own._attn_implementation not in ("eager", "sdpa"):
-                    own._attn_implementation = "eager"
+    compute_every_expert(shadow)
+    for config in configs_of(shadow):
+        if attention_of(config) not in ("eager", "sdpa"):
+            set_attention(config, "eager")
 
 
 def _tape(shadow: nn.Module) -> Tape:
     tape = Tape()
     for name, tensor in [*shadow.named_parameters(), *shadow.named_buffers()]:
         tape.parameters[name] = tensor
-        tape.storages[tensor.untyped_storage()._cdata] = name
+        tape.storages[memory_of(tensor)] = name
         fresh = note(tensor)
         fresh.sources, fresh.used = {(name, -1): Rows(None)}, False
     for hook in placed(shadow):

@@ -17,7 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from billhook.kv_heads.bases.stacks import Projections, Stacks, instead, read, written
+from billhook.model.config_fields import configs_of
+from billhook.model.transformers_internals import ATTENTION, attention_of
 from billhook.running.inputs import make_inputs
+from billhook.running.overridden import overridden
 
 LENGTH = 128
 """How many tokens are shown: enough for slow turns to be seen."""
@@ -124,15 +127,11 @@ def see_calls(model: nn.Module, places: Mapping[str, Projections]) -> dict[str, 
 @contextmanager
 def plainly(model: nn.Module) -> Iterator[None]:
     """Attention by torch's own code, where the model's kernels know no float64; as before afterwards."""
-    configs: dict[int, Any] = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    others = [(one, said) for one in configs.values() if (said := _implementation(one)) not in (None, "eager", "sdpa")]
-    try:
-        for config, _ in others:
-            config._attn_implementation_internal = "sdpa"
+    with ExitStack() as stack:
+        for config in configs_of(model):
+            if attention_of(config) not in (None, "eager", "sdpa"):
+                stack.enter_context(overridden(config, **{ATTENTION: "sdpa"}))
         yield
-    finally:
-        for config, said in others:
-            config._attn_implementation_internal = said
 
 
 def _length(model: nn.Module) -> int:
@@ -140,10 +139,6 @@ def _length(model: nn.Module) -> int:
     config: Any = model.config
     said = [getattr(config.get_text_config(), name, None) for name in ("max_position_embeddings", "max_seq_len")]
     return min([LENGTH, *(max(number // 2, 1) for number in said if type(number) is int)]) if any(said) else FEW
-
-
-def _implementation(config: Any) -> str | None:  # noqa: ANN401
-    return getattr(config, "_attn_implementation_internal", None)
 
 
 def _given_noise(number: int, linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from billhook.tracing.axes import Axis, find, mark, product, unify
-from billhook.tracing.tape import Meeting, Note, Rows, Sources, Tape, axes_of, broadcast, is_data, join, note, put
+from billhook.tracing.tape import Meeting, Note, Rows, Sources, Tape, axes_of, broadcast, is_data, join, memory_of, note, put
 
 
 def contract(tape: Tape, out: Tensor, axes: list[Axis], x: Tensor, i: int, y: Tensor, j: int) -> None:
@@ -32,7 +32,7 @@ def contract(tape: Tape, out: Tensor, axes: list[Axis], x: Tensor, i: int, y: Te
 
 def stretches(tape: Tape, weight: Tensor, dim: int) -> list[tuple[str, int, Tensor | None]]:
     """The parameters that a dimension of a weight is, each with its dimension and the positions there."""
-    name = tape.storages.get(weight.untyped_storage()._cdata)
+    name = tape.storages.get(memory_of(weight))
     if name is not None and (found := _in_storage(tape.parameters[name], weight, dim)) is not None:
         return [(name, *found)]
     axis = find(axes_of(weight)[dim])  # computed from parameters: those that have the axis

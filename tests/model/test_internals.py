@@ -1,0 +1,65 @@
+"""The private names of transformers and torch that billhook uses are still there, and mean what they did."""
+
+import torch
+import transformers
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils import _python_dispatch
+from transformers.models.auto import modeling_auto
+
+from billhook.model.config_fields import configs_of
+from billhook.model.meta import MAPPINGS
+from billhook.model.transformers_internals import (
+    ATTENTION,
+    attention_of,
+    build_class,
+    classes_of,
+    compute_every_expert,
+    has_sdpa,
+    set_attention,
+)
+from kit.families import build, llama
+
+
+def test_how_attention_is_computed():
+    model = llama()
+    model.set_attn_implementation("eager")
+    assert vars(model.config)[ATTENTION] == attention_of(model.config) == "eager"
+    set_attention(model.config, "sdpa")
+    assert model.config._attn_implementation == "sdpa"
+    assert has_sdpa(type(model))
+    assert not has_sdpa(nn.Module)
+    assert attention_of(transformers.LlamaConfig()) is None
+
+
+def test_how_experts_are_computed():
+    model = build("mixtral")
+    compute_every_expert(model)
+    assert {config._experts_implementation for config in configs_of(model)} == {"batched_mm"}
+    model.set_experts_implementation("eager")
+    assert model.config._experts_implementation == "eager"
+
+
+def test_classes_are_found_and_built():
+    assert transformers.LlamaForCausalLM in classes_of(transformers.AutoModelForCausalLM, llama().config)
+    assert classes_of(transformers.AutoModelForCausalLM, transformers.ViTConfig()) == []
+    built = build_class(transformers.LlamaForCausalLM, llama().config, torch.bfloat16)
+    assert built.dtype == torch.bfloat16
+    assert all("llama" in getattr(modeling_auto, name) for name in ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_MAPPING_NAMES"))
+    assert all(isinstance(getattr(modeling_auto, name), dict) for name in MAPPINGS)
+
+
+def test_torch():
+    x, op = torch.ones(2), torch.ops.aten.add.Tensor
+    assert x[:1].untyped_storage()._cdata == x.untyped_storage()._cdata != torch.ones(2).untyped_storage()._cdata
+    version = x._version
+    x.add_(1)
+    assert x._version > version
+    assert (op._schema.name, op._overloadname) == ("aten::add", "Tensor")
+    assert callable(_python_dispatch.TorchDispatchMode.__torch_dispatch__)
+    assert callable(torch._foreach_mul_)
+    assert callable(torch._C.DisableTorchFunctionSubclass)
+    assert not nn.modules.module._has_any_global_hook()
+    tables = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}
+    assert tables <= vars(nn.Linear(1, 1)).keys()
+    assert callable(fully_shard)

@@ -217,7 +217,7 @@ class TestOptimizer:
 
     def test_state_that_cannot_follow_is_dropped_with_a_warning(self):
         model, optimizer = self.trained(torch.optim.Adafactor)
-        with pytest.warns(UserWarning, match="keeps '.*' of size .* starts anew"):
+        with pytest.warns(UserWarning, match="keeps '.*' of size .* restarts"):
             convert_kv_heads(model, 2, optimizers=[optimizer])
         assert not optimizer.state.get(model.model.layers[0].self_attn.k_proj.weight)
         optimizer.zero_grad()

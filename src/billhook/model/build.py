@@ -7,12 +7,12 @@ from transformers import PretrainedConfig, PreTrainedModel, initialization
 
 
 def build_on_meta(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
-    """What the model's own class builds from a config, without memory."""
+    """Builds on meta what the model's own class makes of a config."""
     return build_class_on_meta(type(model), config)
 
 
 def build_class_on_meta(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """What a class builds from a config, without memory."""
+    """Builds on meta what a class makes of a config."""
     safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)  # some classes read numbers off a linspace
     with torch.random.fork_rng(devices=[]), torch.device("meta"), safe():
         return kind(config)

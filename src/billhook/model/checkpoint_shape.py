@@ -132,7 +132,7 @@ def check_same_model(model: PreTrainedModel, held: Mapping[str, Any]) -> None:
 
 
 def _told_apart(model: PreTrainedModel, held: Mapping[str, Any]) -> str:
-    """What a checkpoint holds and what a run has, in words."""
+    """Describes the model that a checkpoint holds and that of a run."""
     there = _described(held["class"], json.loads(held["config"]), any(".lora_" in name for name in held["shape"]["tensors"]))
     adapted = any(".lora_" in name for name, _ in model.named_parameters())
     return f"the checkpoint holds {there}, the run has {_described(type(model).__name__, _config_of(model), adapted)}"
@@ -149,7 +149,7 @@ def _config_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _constants(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
-    """The numbers and words of a config that are of no shape."""
+    """Yields the numbers and words of a config that are of no shape."""
     for name, value in config.items():
         if isinstance(value, dict) and not name.startswith(("id2", "label2")):
             yield from _constants(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""What a model of a shape costs: parameters, bytes, key/value cache, operations; the last two from a run on meta tensors."""
+"""The costs of a model of a shape: parameters, bytes, key/value cache, operations; the last two from a run on meta tensors."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ CANNOT_RUN = (RuntimeError, NotImplementedError, TypeError, ValueError, Attribut
 
 @dataclass(frozen=True)
 class Figures:
-    """What a model costs.
+    """The costs of a model.
 
     Attributes:
         params: Parameters; tied ones count once.
@@ -38,7 +38,7 @@ class Figures:
 
 
 def figures_of(model: PreTrainedModel) -> Figures:
-    """What a model costs; nothing of it is computed, so that it may stand on meta tensors itself."""
+    """Finds the costs of a model, which may stand on meta tensors itself."""
     parameters = list(model.parameters())
     config = model.config.get_text_config(decoder=True)
     context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
@@ -48,7 +48,7 @@ def figures_of(model: PreTrainedModel) -> Figures:
 
 
 def kv_cache_bytes(model: PreTrainedModel) -> int | None:
-    """Bytes that transformers' key/value cache holds of one token; None without one, or where the code does not run on meta."""
+    """Counts the bytes of transformers' key/value cache per token; None without one, or where the code does not run on meta."""
     return remembered(partial(_cache_on_meta, model), model, "kv_cache_bytes")
 
 
@@ -62,7 +62,7 @@ def _cache_on_meta(model: PreTrainedModel) -> int | None:
 
 
 def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int | None]:
-    """KV-cache bytes per token and FLOPs per token; None where the model cannot run on meta or has no such cache."""
+    """Counts KV-cache bytes and FLOPs per token; None where the model cannot run on meta or has no such cache."""
     if model.main_input_name != "input_ids":
         return None, None
     try:
@@ -85,7 +85,7 @@ def _shadow(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def _forward(shadow: PreTrainedModel, length: int) -> int:
-    """Bytes of the key/value cache after some tokens; 0 without one."""
+    """Counts the bytes of the key/value cache after some tokens; 0 without one."""
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if shadow.config.is_encoder_decoder else {})
     cached = {"use_cache": True} if hasattr(shadow.config.get_text_config(decoder=True), "use_cache") else {}
@@ -93,7 +93,7 @@ def _forward(shadow: PreTrainedModel, length: int) -> int:
 
 
 def _cached(output: Any) -> list[Tensor]:  # noqa: ANN401 - a ModelOutput whose class depends on the model
-    """What a decoder keeps of the tokens it has seen; an encoder's memory, which does not grow, is not among it."""
+    """Returns what a decoder keeps of the tokens it has seen; an encoder's memory, which does not grow, is not among it."""
     fields = dict(output.items())  # asking the output itself for an older name logs a deprecation
     cache = fields.get("cache", fields.get("past_key_values"))
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])

@@ -5,7 +5,7 @@ from transformers import PreTrainedModel
 
 
 def find_transformer(module: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model in a module: the module itself, or what it holds (in its attribute `model`, if it has one).
+    """Finds the Hugging Face model in a module: itself, or one that it holds (in its attribute `model`, if it has one).
 
     Raises:
         ValueError: If there is none, or more than one side by side.
@@ -14,7 +14,7 @@ def find_transformer(module: nn.Module) -> PreTrainedModel:
 
 
 def locate_transformer(module: nn.Module) -> tuple[str, PreTrainedModel]:
-    """The Hugging Face model in a module, as `find_transformer` finds it, and its name there."""
+    """Finds the Hugging Face model in a module, as `find_transformer` does, and its name there."""
     if isinstance(module, PreTrainedModel):
         return "", module
     if (inner := module._modules.get("model")) is not None:
@@ -32,7 +32,7 @@ def locate_transformer(module: nn.Module) -> tuple[str, PreTrainedModel]:
 
 
 def _hidden(module: nn.Module) -> str:
-    """Where a model is that is no part of a module to torch, in words."""
+    """Describes where a model is that is no part of a module to torch."""
     for name, value in vars(module).items():
         kept = value.values() if isinstance(value, dict) and name != "_modules" else value
         if isinstance(kept, list | tuple | type({}.values())) and any(isinstance(one, PreTrainedModel) for one in kept):

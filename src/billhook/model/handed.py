@@ -20,7 +20,7 @@ class Handing:
     """How stored outputs are handed out: pieces of them, each head repeated, dealt in turn to so many blocks of outputs.
 
     The queries, keys and values of a matrix that holds them one after the other are three pieces in one block; of one that holds
-    them head by head, three pieces in as many blocks as there are heads.
+    them head by head, three pieces in one block for each head.
 
     Attributes:
         blocks: How many blocks of outputs there are, in each of which every piece has an equal part, in the order of the pieces.
@@ -46,7 +46,7 @@ class Handing:
         return min(heads for _, heads, _, _ in self.pieces)
 
     def hand_out(self, stored: Tensor) -> Tensor:
-        """Stored outputs as the code that asked for them expects them: `[..., stored]` to `[..., given]`."""
+        """Hands out stored outputs as the code that asked for them expects them: `[..., stored]` to `[..., given]`."""
         lead, parts = stored.shape[:-1], []
         for start, heads, repeats, width in self.pieces:
             part = stored.narrow(-1, start, heads * width)
@@ -56,16 +56,16 @@ class Handing:
         return (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).flatten(-2)
 
     def index(self) -> Indices:
-        """For each output that is handed out, which stored one it is: int64."""
+        """Returns for each output that is handed out the number of the stored one: int64."""
         return cast(Indices, self.hand_out(torch.arange(self.stored)).numpy())
 
     def take_back(self, given: Tensor) -> Tensor:
-        """Stored outputs, of what was handed out of them: `[..., given]` to `[..., stored]`."""
+        """Makes stored outputs of what was handed out of them: `[..., given]` to `[..., stored]`."""
         _, first = np.unique(self.index(), return_index=True)
         return given[..., torch.from_numpy(first).to(given.device)]
 
     def pooled(self, heads: int) -> Self:
-        """Where the repeated heads become fewer, from the first on."""
+        """Returns how heads are handed out if the repeated ones become fewer."""
         pieces, start = list[Piece](), 0
         for _, own, repeats, width in self.pieces:
             left = heads if repeats > 1 else own
@@ -74,12 +74,12 @@ class Handing:
         return type(self)(self.blocks, tuple(pieces))
 
     def to_list(self) -> list[Any]:
-        """As plain lists and numbers."""
+        """Returns plain lists and numbers."""
         return [self.blocks, [list(piece) for piece in self.pieces]]
 
     @classmethod
     def from_list(cls, plain: object) -> Self:
-        """What `to_list` made.
+        """Makes a handing of what `to_list` returned.
 
         Raises:
             ValueError: If it is nothing of the kind.
@@ -107,7 +107,7 @@ class HandedHeads(nn.Linear):
     handing: Handing
 
     def forward(self, input: Tensor) -> Tensor:
-        """All outputs: `[..., in]` to `[..., handing.given]`."""
+        """Returns all outputs: `[..., in]` to `[..., handing.given]`."""
         return self.handing.hand_out(super().forward(input))
 
 
@@ -117,17 +117,17 @@ class HandedConv1D(Conv1D):
     handing: Handing
 
     def forward(self, x: Tensor) -> Tensor:
-        """All outputs: `[..., in]` to `[..., handing.given]`."""
+        """Returns all outputs: `[..., in]` to `[..., handing.given]`."""
         return self.handing.hand_out(super().forward(x))  # type: ignore[no-untyped-call]
 
 
 def handing_of(module: nn.Module) -> Handing | None:
-    """How a module hands out heads; None if it gives what it stores."""
+    """Returns how a module hands out heads; None if it gives what it stores."""
     return module.handing if isinstance(module, HandedHeads | HandedConv1D) else None
 
 
 def can_hand(module: nn.Module) -> bool:
-    """Whether a module is a linear that `hand` can change."""
+    """Tells whether a module is a linear that `hand` can change."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
@@ -145,7 +145,7 @@ def hand(module: nn.Module, handing: Handing | None) -> None:
 
 
 def regular(keys: Sequence[tuple[int, int, int]], repeated: Sequence[bool], heads: int) -> Handing | None:
-    """How outputs are handed out if heads of some of them become fewer; None if they do not lie regularly.
+    """Finds how outputs are handed out if heads of some of them become fewer; None if they do not lie regularly.
 
     Args:
         keys: For each output its kind (such as query, key, value), its head and its place in the head.

@@ -39,7 +39,7 @@ class StandIn:
 
 
 def stand_ins(model: nn.Module) -> dict[int, Any]:
-    """For the id of every dictionary of hooks in a model, the one that its shadow gets."""
+    """Returns for the id of every dictionary of hooks in a model the one that its shadow gets."""
     found: dict[int, Any] = {}
     for module in model.modules():
         for kind, hooks in vars(module).items():
@@ -54,13 +54,13 @@ def stand_ins(model: nn.Module) -> dict[int, Any]:
 
 
 def placed(shadow: nn.Module) -> list[StandIn]:
-    """The stand-ins in a shadow."""
+    """Returns the stand-ins in a shadow."""
     every = [hook for m in shadow.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
     return [hook for hook in every if isinstance(hook, StandIn)]
 
 
 def gives_nothing(hook: Callable[..., Any]) -> bool:
-    """Whether a hook returns None, as far as its code tells, so that a module's input or output stays what it is."""
+    """Tells whether a hook returns None, as far as its code shows, so that a module's input or output stays what it is."""
     code = getattr(_function(hook), "__code__", None)
     if code is None:
         return False
@@ -79,7 +79,7 @@ def _is_part(hook: Callable[..., Any]) -> bool:
 
 
 def _function(hook: Callable[..., Any]) -> Any:  # noqa: ANN401 - a function, or a class that is called
-    """What is at work in a hook: behind what is filled in, decorated or bound."""
+    """Returns the code at work in a hook: behind what is filled in, decorated or bound."""
     while isinstance(hook, partial):
         hook = hook.func
     hook = inspect.unwrap(hook)

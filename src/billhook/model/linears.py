@@ -14,7 +14,7 @@ PACKED = ("qweight", "weight_packed", "W_q")
 
 
 def prunable(module: nn.Module, output_embeddings: bool = False) -> dict[str, nn.Module]:
-    """The linear layers of a module tree, by name: `nn.Linear`, transformers' `Conv1D`, and what PEFT has put adapters on.
+    """Finds the linear layers of a module tree, by name: `nn.Linear`, transformers' `Conv1D`, and what PEFT has put adapters on.
 
     Left out are embeddings, the output embedding (what `get_output_embeddings` of a model in the tree returns, or a linear whose
     weight is an embedding's), PEFT's own matrices, and modules that PEFT trains as a whole copy (`modules_to_save`).
@@ -70,7 +70,7 @@ def as_it_lies(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[s
 
 
 def _walk(module: nn.Module, name: str, left_out: set[int]) -> Iterator[tuple[str, nn.Module]]:
-    """Every module, and of what PEFT wraps only the base layer, under the name of the whole."""
+    """Yields every module; of those that PEFT wraps only the base layer, under the name of the whole."""
     if id(module) in left_out or isinstance(module, AuxiliaryTrainingWrapper):
         return
     if isinstance(module, BaseTunerLayer):
@@ -82,7 +82,7 @@ def _walk(module: nn.Module, name: str, left_out: set[int]) -> Iterator[tuple[st
 
 
 def _output_embeddings(module: nn.Module) -> set[int]:
-    """The identities of output embeddings, of their weights, and of the weights of embeddings."""
+    """Returns the identities of output embeddings, of their weights, and of the weights of embeddings."""
     identities = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     for part in module.modules():
         get = getattr(part, "get_output_embeddings", None)

@@ -31,7 +31,7 @@ MOST = 10_000
 
 
 def to_meta(model: Module) -> Module:
-    """A copy on the meta device, in eval mode; nothing is copied but what the modules are."""
+    """Copies a module to the meta device, in eval mode, without its values."""
     if is_sharded(model):
         with sizes_only(model):
             return to_meta(model)
@@ -50,7 +50,7 @@ def to_meta(model: Module) -> Module:
 
 
 def _not_copied(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """Attributes that cannot be copied, such as locks and files, by id: a shadow has the same ones."""
+    """Finds attributes that cannot be copied, such as locks and files, by id: a shadow has the same ones."""
     found = dict[int, Any]()
     for module in model.modules():
         for name, value in vars(module).items():
@@ -76,7 +76,7 @@ def check_checkpoint(name: str) -> None:
 
 
 def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
-    """The class that a config names.
+    """Returns the class that a config names.
 
     Raises:
         ValueError: If it names none, one that transformers does not have, or one that is built from other configs.
@@ -92,7 +92,7 @@ def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
 
 
 def from_config(config: PretrainedConfig) -> PreTrainedModel:
-    """The class that a config names, or else the first that its family has for language modelling and so on, on the meta device.
+    """Builds on meta the class that a config names, or else the first that its family has for language modelling and so on.
 
     Raises:
         ValueError: If transformers has no class for it, or the class does not accept it.
@@ -114,7 +114,7 @@ def from_config(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def from_name(name: str | os.PathLike[str]) -> PreTrainedModel:
-    """The model that a folder, a config.json, a hub name or "tiny" describes, on the meta device; no weights are read.
+    """Builds on meta the model that a folder, a config.json, a hub name or "tiny" describes; no weights are read.
 
     It has the shape that the config says under `"billhook"`, if it says one.
 
@@ -131,7 +131,7 @@ def from_name(name: str | os.PathLike[str]) -> PreTrainedModel:
 
 
 def read_config(name: str) -> PretrainedConfig:
-    """The config of a folder, a config.json or a hub name; no code that it brings is run.
+    """Reads the config of a folder, a config.json or a hub name; no code that it brings is run.
 
     Raises:
         ValueError: If there is none, it is of no family that transformers knows, or it asks for code, or for more blocks than any
@@ -154,7 +154,7 @@ def read_config(name: str) -> PretrainedConfig:
 
 
 def _refusal(plain: object) -> str | None:
-    """What is wrong with what a config asks for, which is seen before a config is made of it."""
+    """Says what is wrong with what a config asks for, before a config is made of it."""
     said = list(_said(plain))
     kernels = [value for key, value in said if key.endswith(KERNELS) and isinstance(value, str) and "/" in value]
     if kernels:
@@ -168,7 +168,7 @@ def _refusal(plain: object) -> str | None:
 
 
 def _said(plain: object, key: str = "") -> Iterator[tuple[str, Any]]:
-    """All that a config says, those within it too, by the names of fields."""
+    """Yields all that a config says, those within it too, by the names of fields."""
     if isinstance(plain, Mapping):
         for name, value in plain.items():
             yield from _said(value, key if key.endswith(KERNELS) else str(name))  # a kernel for each part

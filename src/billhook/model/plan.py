@@ -1,4 +1,4 @@
-"""What every plan is: units, blocks, weights and KV heads alike."""
+"""The protocol of all plans: units, blocks, weights and KV heads alike."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ Weights = Mapping[str, Tensor]
 
 
 class Plan(ABC):
-    """What is to be done to a model, found and checked before anything changes; `print` shows a table.
+    """A change of a model, found and checked before it is made; `print` shows a table.
 
     A plan is plain data: it can be shown, saved as JSON and applied later, to the model that it was made for.
 

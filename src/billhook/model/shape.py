@@ -49,7 +49,7 @@ class Shape:
     handed: dict[str, Handing] | None = None
 
     def over(self, whole: "Shape") -> "Shape":
-        """A whole shape with what this one says in the place of what that one says."""
+        """Returns a whole shape in which this one, where it says anything, stands instead."""
         return Shape(
             whole.tensors | self.tensors,
             whole.attributes | self.attributes,
@@ -60,7 +60,7 @@ class Shape:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As lists, dicts and numbers, which any checkpoint format can hold."""
+        """Returns lists, dicts and numbers, which any checkpoint format can hold."""
         return {
             "tensors": {name: list(size) for name, size in self.tensors.items()},
             "attributes": dict(self.attributes),
@@ -72,7 +72,7 @@ class Shape:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:
-        """What `to_dict` made, also before it knew of lists, blocks and linears that hand out heads.
+        """Makes a shape of what `to_dict` returned, also before it knew of lists, blocks and linears that hand out heads.
 
         Raises:
             ValueError: If it is nothing of the kind.
@@ -88,7 +88,7 @@ class Shape:
 
 
 def shape_of(model: nn.Module) -> Shape:
-    """The shape that a model has now."""
+    """Returns the shape that a model has now."""
     tensors = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
     attributes = {name: getattr(module, attr) for name, module, attr in _numbers(model)}
     fields = _fields(model)
@@ -99,7 +99,7 @@ def shape_of(model: nn.Module) -> Shape:
 
 
 def unbuilt_shape(model: PreTrainedModel) -> Shape:
-    """What of a model's shape its class does not build from its config; without tensors for a model that config.json describes.
+    """Returns the part of a model's shape that its config cannot express; without tensors if the config describes the model.
 
     The attributes alone may differ in such a model too, as when a field of the config was changed after building.
     """
@@ -218,7 +218,7 @@ def _is_part(name: str, value: object) -> bool:
 
 
 def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList, list[int]]]:
-    """The stacks whose blocks are others in a shape, and which these are; without a word on them all, or those that are there.
+    """Yields the stacks that hold other blocks in a shape, and their numbers; by default all of them, or those there.
 
     Raises:
         ValueError: If there were others at first.

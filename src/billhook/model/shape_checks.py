@@ -1,4 +1,4 @@
-"""Whether what a checkpoint says of a model's shape is as billhook writes it; asked before anything is made of it."""
+"""Checks that a shape in a checkpoint is as billhook writes it, before anything is made of it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -27,7 +27,7 @@ Sizes = Mapping[str, tuple[int, ...]]
 
 
 def to_entry(shape: Shape) -> dict[str, Any]:
-    """What config.json says of a shape under `"billhook"`."""
+    """Returns the entry of config.json under `"billhook"` for a shape."""
     plain = shape.to_dict()
     parts = ("tensors", "attributes", "handed") if shape.handed else ("tensors", "attributes")
     return {"version": VERSIONS[len(parts) - 2], "shape": {part: plain[part] for part in parts}}
@@ -67,7 +67,7 @@ def readable(name: str) -> Iterator[None]:
 
 
 def says_shape(name: str) -> bool:
-    """Whether the config of a folder or a hub name says a shape under `"billhook"`; one that cannot be read does not."""
+    """Tells whether the config of a folder or a hub name has a shape under `"billhook"`; an unreadable one has none."""
     try:
         return PretrainedConfig.get_config_dict(name)[0].get(KEY) is not None
     except OSError:
@@ -131,13 +131,13 @@ def _said_by(name: str) -> Iterator[None]:
 def build_shaped(
     kind: type[PreTrainedModel], config: PretrainedConfig, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A model of a shape that its class does not build from the config, with weights; its tensors take no more than those do."""
+    """Builds a model of a shape that its class does not build from the config, with weights, in no more memory than theirs."""
     model: PreTrainedModel = _with_tensors(kind, shape).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return _finish(model, kind, shape)
 
 
 def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedModel]:
-    """A class for one use, with the name that transformers looks things up by, whose models are built with other tensors."""
+    """Makes a class for one use, named as transformers looks it up, whose models are built with other tensors."""
 
     def build(self: PreTrainedModel, config: PretrainedConfig, *args: object, **options: object) -> None:
         kind.__init__(self, config, *args, **options)
@@ -154,7 +154,7 @@ def _finish(model: PreTrainedModel, kind: type[PreTrainedModel], shape: Shape) -
 
 
 def _from_entry(entry: object) -> Shape:
-    """The shape in an entry of config.json.
+    """Reads the shape in an entry of config.json.
 
     Raises:
         ValueError: If it is not as `to_entry` makes it.
@@ -191,7 +191,7 @@ def _built(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedM
 
 
 def _named_as_in(shadow: PreTrainedModel, said: Shape, held: Sizes) -> tuple[Shape, Sizes]:
-    """What is said and held, by the model's names where it has a head and what was saved had none, or the other way round."""
+    """Names what is said and held as the model does, where it has a head and what was saved had none, or the other way round."""
     prefix, state, built = f"{shadow.base_model_prefix}.", shadow.state_dict(), shape_of(shadow)
 
     def name(own: str, known: Container[str]) -> str:
@@ -267,7 +267,7 @@ def _numbers(sizes: Iterable[tuple[int, ...]]) -> int:
 
 
 def _file_sizes(name: str) -> Sizes:
-    """The sizes in the headers of a checkpoint's safetensors files; the tensors are not read.
+    """Reads the sizes in the headers of a checkpoint's safetensors files; the tensors are not read.
 
     Raises:
         ValueError: If it has no such files, or they cannot be read.
@@ -283,7 +283,7 @@ def _file_sizes(name: str) -> Sizes:
 
 
 def _files(name: str) -> list[str]:
-    """The files that from_pretrained reads."""
+    """Returns the files that from_pretrained reads."""
     try:
         return [cast(str, cached_file(name, SAFE_WEIGHTS_NAME))]
     except OSError:

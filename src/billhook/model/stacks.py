@@ -12,17 +12,17 @@ _GONE = "_billhook_gone"  # on a module list: by the numbers that they had at fi
 
 
 def numbers_of(stack: nn.ModuleList) -> list[int]:
-    """The numbers that the blocks of a stack had before any was taken out."""
+    """Returns the numbers that the blocks of a stack had before any was taken out."""
     return [number for number in range(first_of(stack)) if number not in _gone_of(stack)]
 
 
 def first_of(stack: nn.ModuleList) -> int:
-    """How many blocks a stack had before any was taken out."""
+    """Returns how many blocks a stack had before any was taken out."""
     return len(stack) + len(_gone_of(stack))
 
 
 def taken_out(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """By the names of stacks from which blocks were taken out: how many there were at first, and which of them are there."""
+    """Finds the stacks that have lost blocks: by name, how many blocks there were at first, and the numbers of those there."""
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     return {name: (first_of(stack), tuple(numbers_of(stack))) for name, stack in stacks.items() if _gone_of(stack)}
 
@@ -44,7 +44,7 @@ def keep(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
-    """What puts the blocks back that are in a model's stacks now."""
+    """Returns a function that puts back the blocks that are in a model's stacks now."""
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     held = [(stack, dict(stack._modules), _gone_of(stack)) for stack in stacks]
 
@@ -69,7 +69,7 @@ def _set(stack: nn.ModuleList, blocks: Mapping[str, nn.Module], gone: dict[int, 
 
 
 def _emptied(block: nn.Module) -> nn.Module | None:
-    """A copy whose parameters take no memory; None if something in it cannot be copied."""
+    """Copies a block without memory for its parameters; None if something in it cannot be copied."""
     memo: dict[int, Any] = {}
     for module in block.modules():
         memo |= {id(config): config for config in vars(module).values() if isinstance(config, PretrainedConfig)}
@@ -82,7 +82,7 @@ def _emptied(block: nn.Module) -> nn.Module | None:
 
 
 def _filled(block: nn.Module | None, number: int, device: torch.device) -> nn.Module:
-    """A block with memory in the place of its parameters; what stands there means nothing."""
+    """Copies a block with memory for its parameters, which hold nothing meaningful."""
     if block is None:
         raise ValueError(f"block {number}, which was removed, cannot come back: load the checkpoint into a model built anew")
     new = copy.deepcopy(block, {id(c): c for m in block.modules() for c in vars(m).values() if isinstance(c, PretrainedConfig)})

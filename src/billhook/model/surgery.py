@@ -21,7 +21,7 @@ class Change:
         weight: From the old values to the new.
         state: From an optimizer's state tensor of the old size to the new, by the name that the optimizer gives it
             (`exp_avg`, `momentum_buffer`, ...). State of any other size is dropped, with a warning. None where the state means
-            nothing for the new values: then the optimizer starts anew for the parameter, its count of steps too.
+            nothing for the new values: then the optimizer restarts for the parameter, its count of steps too.
         gradient: From the old gradient to the new; by default there is none afterwards.
     """
 
@@ -123,7 +123,7 @@ def _prepare(model: nn.Module, name: str, change: Change, optimizers: list[Optim
 
 
 def fresh(optimizer: Optimizer, parameter: Tensor) -> dict[str, object]:
-    """What an optimizer keeps of a parameter before its first step: nothing, but of Adagrad, which begins when it is made."""
+    """Returns the initial optimizer state of a parameter: empty, except for Adagrad."""
     if not isinstance(optimizer, Adagrad):
         return {}
     first = optimizer.defaults["initial_accumulator_value"]
@@ -138,7 +138,7 @@ def _new_state(optimizer: Optimizer, name: str, old: nn.Parameter, follow: Calla
         elif isinstance(value, Tensor) and value.ndim > 0:
             warnings.warn(
                 f"{type(optimizer).__name__} keeps '{key}' of size {tuple(value.shape)} for {name} of size "
-                f"{tuple(old.shape)}; it cannot follow, so the optimizer starts anew for this parameter",
+                f"{tuple(old.shape)}; it cannot follow, so the optimizer restarts for this parameter",
                 stacklevel=2,
             )
             return {}
@@ -149,7 +149,7 @@ def _new_state(optimizer: Optimizer, name: str, old: nn.Parameter, follow: Calla
 
 @torch.no_grad()
 def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
-    """Takes other values of the same sizes, in place; of what differs optimizer state starts anew.
+    """Takes other values of the same sizes, in place; the optimizer state of what differs restarts.
 
     Args:
         model: A Hugging Face model.
@@ -175,5 +175,5 @@ def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[O
 
 
 def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """The parameters that are to have other values than they have."""
+    """Returns the names of parameters that are to have other values than they have."""
     return [name for name, values in weights.items() if not torch.equal(model.get_parameter(name), values)]

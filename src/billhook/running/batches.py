@@ -128,7 +128,7 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
 
 
 def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
-    """Finds which of the tokens that each module reads count, where a batch says so: bool, `[batch, length]`."""
+    """Finds the tokens that count for each module, where a batch says so: bool, `[batch, length]`."""
     if not isinstance(batch, Mapping):
         return {}
     decoder: Any = None
@@ -166,7 +166,7 @@ def _told_apart(batch: dict[str, Any], longest: int | None) -> dict[str, Any]:
 
 
 def _decoder_mask(batch: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """Finds which tokens of a decoder count; without a mask, those with labels."""
+    """Finds the tokens of a decoder that count; without a mask, those with labels."""
     mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
     return labels != -100 if mask is None and isinstance(labels, Tensor) else mask
 

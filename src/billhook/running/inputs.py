@@ -12,7 +12,7 @@ __all__ = ["make_inputs"]
 
 
 def make_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, Any]:
-    """Make small random inputs on the CPU that fit a model's forward, the same ones each time.
+    """Makes small random inputs on the CPU that fit a model's forward, the same ones each time.
 
     Args:
         model: A Hugging Face model, also one that PEFT wraps.
@@ -30,7 +30,7 @@ def make_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, 
 
 
 def is_float(value: object) -> bool:
-    """Whether something is a tensor of floating-point numbers."""
+    """Tells whether something is a tensor of floating-point numbers."""
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
@@ -57,7 +57,7 @@ class _Maker:
         return {name: one.to(dtype) if is_float(one) else one for name, one in made.items()}
 
     def wanted(self) -> set[str]:
-        """The main input, those without a default, and those that a forward asks for although they have one."""
+        """Returns the main input, those without a default, and those that a forward asks for although they have one."""
         wanted = {name for name, parameter in self.named.items() if parameter.default is parameter.empty}
         main = getattr(self.model, "main_input_name", "input_ids")
         main = next((n for n in [main, *self.named] if n in self.named and n in _MAKERS and n != "decoder_input_ids"), main)
@@ -74,7 +74,7 @@ class _Maker:
         return {name for name in wanted if name in self.named or name not in optional}
 
     def configs(self, config: PreTrainedConfig | None = None) -> Iterator[PreTrainedConfig]:
-        """The config and those nested in it."""
+        """Yields the config and those nested in it."""
         config = config or self.config
         yield config
         for name in config.sub_configs:
@@ -82,12 +82,12 @@ class _Maker:
                 yield from self.configs(inner)
 
     def find(self, *names: str, default: int | None = None) -> Any:  # noqa: ANN401  (configs hold anything)
-        """The first of the names that is set in the config or in one nested in it."""
+        """Returns the first of the names that is set in the config or in one nested in it."""
         values = (getattr(config, name, None) for config in self.configs() for name in names)
         return next((value for value in values if value is not None), default)
 
     def special(self, kind: str = "") -> set[int]:
-        """The ids that the config reserves."""
+        """Returns the ids that the config reserves."""
         found: set[int] = set()
         for config in self.configs():
             for name, value in vars(config).items():
@@ -121,7 +121,7 @@ class _Maker:
         return self.real(*([frames] if frames else []), channels if isinstance(channels, int) else 3, height, width)
 
     def patches(self) -> torch.Tensor:
-        """The flat patches of images, 4 x 4 of them in each."""
+        """Makes the flat patches of images, 4 x 4 of them in each."""
         width = self.find("in_channels", "in_chans", "num_channels", default=3)
         width *= self.find("temporal_patch_size", "patch_temporal", default=1)
         return self.real(16, width * self.find("patch_size", default=14) ** 2).flatten(0, 1)
@@ -130,7 +130,7 @@ class _Maker:
         return torch.tensor([[1, 4, 4]] * self.batch)
 
     def wave(self) -> torch.Tensor:
-        """A raw waveform of 16 frames after the convolutions, or a spectrogram where there are none."""
+        """Makes a raw waveform of 16 frames after the convolutions, or a spectrogram where there are none."""
         kernels, bins = self.find("conv_kernel"), self.find("num_mel_bins")
         if self.find("audio_channels", "codebook_size"):
             return self.real(1, 2000)
@@ -142,7 +142,7 @@ class _Maker:
         return self.real(self.find("max_length", default=32), bins) if bins else self.real(2000)
 
     def features(self) -> torch.Tensor:
-        """A spectrogram, its bins first where a convolution takes them as its channels."""
+        """Makes a spectrogram, its bins first where a convolution takes them as its channels."""
         bins = self.find("num_mel_bins")
         if any(isinstance(m, nn.Conv1d) and m.in_channels == bins for m in self.model.modules()):
             return self.real(bins, 2 * self.find("max_source_positions", default=16))

@@ -11,7 +11,7 @@ import torch
 
 
 class Noise:
-    """Random numbers of each step, drawn anew from a seed, the number of the step and that of the process.
+    """Random numbers of each step, drawn again from a seed, the number of the step and that of the process.
 
     So what is drawn elsewhere does not change them, nor the other way round, and a resumed run draws as the straight run does.
 
@@ -23,7 +23,7 @@ class Noise:
         self.seed: int | None = None
 
     def draw(self) -> int:
-        """The seed, drawn if there is none, without a change to torch's own random numbers."""
+        """Returns the seed, and draws it if there is none, without a change to torch's own random numbers."""
         if self.seed is None:
             with torch.random.fork_rng(devices=[]):
                 self.seed = int(torch.randint(2**62, ()))
@@ -31,7 +31,7 @@ class Noise:
 
     @contextmanager
     def drawn(self, device: torch.device, step: int, rank: int) -> Iterator[None]:
-        """Within, torch draws from the numbers of a step, on the CPU and this device."""
+        """Has torch draw from the numbers of a step within the block, on the CPU and this device."""
         cuda = [device] if device.type == "cuda" else []
         own = int.from_bytes(hashlib.blake2b(f"{self.draw()} {step} {rank}".encode(), digest_size=7).digest())
         with torch.random.fork_rng(devices=cuda):
@@ -42,7 +42,7 @@ class Noise:
             yield
 
     def state_dict(self) -> dict[str, int]:
-        """The seed, once there is one."""
+        """Returns the seed, once there is one."""
         return {} if self.seed is None else {"seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -51,7 +51,7 @@ class Noise:
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Where the random numbers of torch (on the CPU and a device), Python and NumPy are, as plain data and tensors."""
+    """Returns the state of the random numbers of torch (on the CPU and a device), Python and NumPy, as plain data and tensors."""
     name, keys, *rest = np.random.get_state(legacy=True)
     numpy = (name, torch.from_numpy(np.asarray(keys).astype("int64")), *rest)
     state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}

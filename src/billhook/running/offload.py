@@ -19,7 +19,7 @@ SMALL = 2**16
 
 @contextmanager
 def offloaded(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Blocks compute on a device: each is there from when it is called until another one is, and then back where it was.
+    """Has blocks compute on a device: each is moved there when it is called, and back when another one is.
 
     What a block is given goes there with it, and what it returns comes back to where its first input was.
 
@@ -44,7 +44,7 @@ class _Stay:
         self.homes: dict[Tensor, torch.device] = {}
 
     def compute(self, block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """A block's forward, on the device."""
+        """Runs a block's forward on the device."""
         if block is not self.block:
             self.leave()
             self.block = block

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether parameters of a module are shards, or were before a forward gathered them."""
+    """Tells whether parameters of a module are shards, or were before a forward gathered them."""
     return any(isinstance(part, FSDPModule) for part in module.modules()) or any(
         isinstance(parameter, DTensor) for parameter in module.parameters()
     )
@@ -28,7 +28,7 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> No
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, also where FSDP has put one of its own in the place of it."""
+    """Returns the class of a module, also where FSDP has put one of its own instead."""
     return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
@@ -40,7 +40,7 @@ def reshard(module: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor as a whole, without gradient: gathered, if it is sharded."""
+    """Returns a whole tensor without gradient: gathered, if it is sharded."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     there: Any = tensor.detach().to(tensor.device_mesh.device_type)  # weights may rest on the CPU
@@ -50,13 +50,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, in the tensor's own memory; the tensor itself if it is not sharded."""
+    """Returns this rank's part of a tensor, in the tensor's own memory; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """A tensor that all ranks have, sharded and placed as another of its size is."""
+    """Shards and places a tensor that all ranks have as another of its size is."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
@@ -64,7 +64,7 @@ def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """A module as it was before it was sharded, but for its parameters, which stay shards: see `gathered` and `sizes_only`.
+    """Makes a module what it was before it was sharded, except that its parameters stay shards: see `gathered` and `sizes_only`.
 
     What gathers parameters around forwards is away, as ranks may not run as many of them; so is what cannot be copied. Autocast
     takes the place of a dtype in which FSDP would compute.
@@ -91,7 +91,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unhooked(module: nn.Module) -> Iterator[None]:
-    """Without what FSDP does before and after forwards; other hooks may come and go meanwhile."""
+    """Takes out what FSDP does before and after forwards; other hooks may come and go meanwhile."""
     stores: list[Any] = [store for part in module.modules() for store in (part._forward_pre_hooks, part._forward_hooks)]
     before = [dict(store) for store in stores]
     fsdp = FSDPModule.__module__
@@ -109,21 +109,21 @@ def _unhooked(module: nn.Module) -> Iterator[None]:
 
 
 def gathered(module: nn.Module, but: Iterable[nn.Module] = ()) -> AbstractContextManager[None]:
-    """Whole parameters in the place of shards, in a module and those within but for some; what is done to them is lost."""
+    """Puts whole parameters instead of shards into a module and those within, except some; what is done to them is lost."""
     out = {part for one in but for part in one.modules()}
     return _replaced([part for part in module.modules() if part not in out], whole)
 
 
 @contextmanager
 def sizes_only(module: nn.Module) -> Iterator[None]:
-    """A sharded module as it was before, on the meta device but for its buffers."""
+    """Makes a sharded module what it was before, on the meta device except for its buffers."""
     with unsharded(module), _replaced(module.modules(), lambda shard: torch.empty(shard.shape, dtype=shard.dtype, device="meta")):
         yield
 
 
 @contextmanager
 def _replaced(parts: Iterable[nn.Module], new: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Other parameters in the place of shards; those that are tied stay so."""
+    """Puts other parameters instead of shards; those that are tied stay tied."""
     owned = [(part, name, own) for part in parts for name, own in part._parameters.items() if own is not None]
     held = [(part, name, own) for part, name, own in owned if isinstance(own, DTensor)]
     others: dict[nn.Parameter, nn.Parameter] = {}

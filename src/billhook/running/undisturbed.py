@@ -1,4 +1,4 @@
-"""What torch and a model keep that others set, and that calibration must neither depend on nor change."""
+"""States of torch and of a model that others set, and that calibration must neither depend on nor change."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Ambient:
-    """What torch keeps for a whole thread, although each run sets it for itself; by default, what arithmetic needs.
+    """The state that torch keeps for a whole thread, although each run sets it for itself; by default, what arithmetic needs.
 
     Attributes:
         gradients: Whether gradients are recorded.
@@ -27,7 +27,7 @@ class Ambient:
 
     @classmethod
     def now(cls) -> "Ambient":
-        """What is set now."""
+        """Returns the state that is set now."""
         kinds = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _kinds()]
         return cls(torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_float32_matmul_precision(), tuple(kinds))
 
@@ -49,14 +49,14 @@ def _kinds() -> set[str]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients, key-value cache or compiled code; modes, random numbers, configs are as before afterwards."""
+    """Evaluates without gradients, key-value cache or compiled code; restores modes, random numbers and configs afterwards."""
     with resting(model), torch.no_grad():
         yield
 
 
 @contextmanager
 def resting(model: nn.Module) -> Iterator[None]:
-    """Evaluation without dropout, key-value cache or compiled code; modes, random numbers, configs are as before afterwards."""
+    """Evaluates without dropout, key-value cache or compiled code; restores modes, random numbers and configs afterwards."""
     modes = {module: module.training for module in model.modules()}
     configs: dict[int, Any] = {id(m.config): m.config for m in modes if getattr(getattr(m, "config", None), "use_cache", False)}
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}

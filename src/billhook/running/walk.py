@@ -43,16 +43,16 @@ class Site:
 
 
 class Visitor(Protocol):
-    """What is done on the way."""
+    """The work that is done at sites."""
 
     def observe(self, name: str, inputs: Tensor, run: int) -> None:
-        """A run has called a linear of a site that is not complete."""
+        """Notes the call of a linear, in a site that is not complete, by a run."""
 
     def complete(self, site: Site) -> None:
-        """All runs that come to a site with linears, on any rank, have been there."""
+        """Completes a site with linears, at which all runs that come to it, on any rank, have been."""
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
-        """What a complete site computes with from now on: linear -> its parameters that are new, by their name in it."""
+        """Returns the new parameters of a complete site: by linear, by their name in it."""
 
 
 class _Seen(BaseException):
@@ -60,7 +60,7 @@ class _Seen(BaseException):
 
 
 def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: Sequential, gates: bool = False) -> list[Site]:
-    """Where runs rest: at blocks and at linears outside of them, at every linear, or nowhere but at the end.
+    """Finds the sites where runs rest: blocks and linears outside of them, every linear, or the model as a whole.
 
     Blocks are the elements of outermost module lists of which two or more hold linears.
 
@@ -85,7 +85,7 @@ def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: S
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model, as `find_sites` knows them, of all linear layers."""
+    """Returns the blocks of a model, as `find_sites` knows them, of all linear layers."""
     return list(_blocks(model, {module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}))
 
 
@@ -174,7 +174,7 @@ class Walk:
                     at[runs[number]] = self._resume(number, runs[number])
 
     def _next(self, waiting: set[Site | None]) -> Site | None:
-        """The first site at which a run waits, on any rank; None if all runs have ended."""
+        """Returns the first site at which a run waits, on any rank; None if all runs have ended."""
         if self.reduce is None:
             return next((site for site in self.sites if site in waiting), None)
         flags = torch.tensor(
@@ -203,7 +203,7 @@ class Walk:
             yield
 
     def _visit(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """A site's forward: when all are here, with the weights as they are, to see; when all have seen, with the new ones."""
+        """Runs a site's forward: when all are here, with the old weights, to see; when all have seen, with the new ones."""
         if site not in self.complete:
             own = Ambient.now()
             if self.keep is not None:
@@ -246,7 +246,7 @@ class Walk:
 
     @contextmanager
     def _pruned(self, site: Site) -> Iterator[None]:
-        """The new parameters in the place of the old ones, which come back."""
+        """Puts the new parameters instead of the old ones, which come back."""
         if self._ready[0] is not site:
             self._ready = (site, self.visitor.parameters(site))
         with replaced({site.linears[name]: new for name, new in self._ready[1].items()}):
@@ -255,7 +255,7 @@ class Walk:
 
 @contextmanager
 def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
-    """Other values in the place of modules' own parameters, which come back.
+    """Puts other values instead of modules' own parameters, which come back.
 
     Args:
         new: By module, its parameters that are to be others, by their name in it.
@@ -272,5 +272,5 @@ def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
 
 
 def spare(value: Any) -> Any:  # noqa: ANN401
-    """A key-value cache that may be written to, in the place of the one that the forward proper is to fill."""
+    """Copies a key-value cache, so that it may be written to before the forward proper fills its own."""
     return copy.deepcopy(value) if isinstance(value, Cache) else value

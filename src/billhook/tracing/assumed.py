@@ -1,4 +1,4 @@
-"""What is answered where a result depends on values that nobody knows: that every entry is taken, or that the first is."""
+"""Answers where a result depends on values that nobody knows: that every entry is taken, or that the first is."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from billhook.tracing.tape import SMALL, axes_of, broadcast, join, keep_order, n
 
 
 def _all_nonzero(x: Tensor) -> Tensor:
-    """The places of all entries, as if none were zero: [entries, dimensions]."""
+    """Returns the places of all entries, as if none were zero: [entries, dimensions]."""
     axes = axes_of(x)
     places = torch.cartesian_prod(*(torch.arange(n) for n in x.shape)).reshape(-1, x.dim())
     for axis in axes_of(x):
@@ -21,14 +21,14 @@ def _all_nonzero(x: Tensor) -> Tensor:
 
 
 def first_nonzero(x: Tensor) -> Tensor:
-    """The place of the first entry, as if the others were zero: [1, dimensions]."""
+    """Returns the place of the first entry, as if the others were zero: [1, dimensions]."""
     out = torch.zeros(1, x.dim(), dtype=torch.int64)
     put(out, [Axis(1), Axis(x.dim())], [x], points=axes_of(x)[0] if x.dim() == 1 else None).columns = tuple(axes_of(x))
     return out
 
 
 def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
-    """x[mask] as if the mask held everywhere."""
+    """Returns x[mask] as if the mask held everywhere."""
     broadcast(x.shape, [x, mask])
     for axis in axes_of(x):
         keep_order(axis, "the code picks along it by a mask")
@@ -38,7 +38,7 @@ def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _all_indexed(x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
-    """x[..., mask] as if the mask held everywhere; None where nothing is masked."""
+    """Returns x[..., mask] as if the mask held everywhere; None where nothing is masked."""
     masks = [(d, i) for d, i in enumerate(indices) if i is not None and i.dtype == torch.bool]
     if len(masks) != 1 or sum(i is not None for i in indices) != 1:
         return None

@@ -49,7 +49,7 @@ class Axis:
 
 
 def find(axis: Axis) -> Axis:
-    """The axis that this one has been unified with (itself, if with none)."""
+    """Returns the axis that this one has been unified with (itself, if with none)."""
     while (same := axis._same) is not None:
         if same._same is not None:
             axis._same = same = same._same
@@ -58,7 +58,7 @@ def find(axis: Axis) -> Axis:
 
 
 def factors(axis: Axis) -> list[Axis]:
-    """The factors of a product, flat, without those of size 1; another axis is its own only factor."""
+    """Returns the factors of a product, flat, without those of size 1; another axis is its own only factor."""
     axis = find(axis)
     if axis.op == "product":
         return [factor for part in axis.parts for factor in factors(part)]
@@ -66,7 +66,7 @@ def factors(axis: Axis) -> list[Axis]:
 
 
 def segments(axis: Axis) -> list[Axis]:
-    """The segments of a sum, flat; another axis is its own only segment."""
+    """Returns the segments of a sum, flat; another axis is its own only segment."""
     axis = find(axis)
     if axis.op != "sum":
         return [axis]
@@ -82,7 +82,7 @@ def segments(axis: Axis) -> list[Axis]:
 
 
 def product(parts: Iterable[Axis]) -> Axis:
-    """The axis with these factors, outermost first."""
+    """Makes the axis with these factors, outermost first."""
     flat = [factor for part in parts for factor in factors(part)]
     if len(flat) == 1:
         return flat[0]
@@ -90,7 +90,7 @@ def product(parts: Iterable[Axis]) -> Axis:
 
 
 def concat(parts: Iterable[Axis]) -> Axis:
-    """The axis with these segments, one after the other."""
+    """Makes the axis with these segments, one after the other."""
     flat = [segment for part in parts for segment in segments(part) if segment.size]
     if len(flat) == 1:
         return flat[0]
@@ -98,7 +98,7 @@ def concat(parts: Iterable[Axis]) -> Axis:
 
 
 def leaves(axis: Axis) -> list[Axis]:
-    """The leaves of an axis from left to right; one that stands in several places comes several times."""
+    """Returns the leaves of an axis from left to right; one that stands in several places comes several times."""
     axis = find(axis)
     if axis.op == "leaf":
         return [axis]
@@ -112,7 +112,7 @@ def mark(axis: Axis, flag: str, reason: str = "") -> None:
 
 
 def notes_of(axis: Axis) -> dict[str, str]:
-    """The notes on all leaves of an axis."""
+    """Returns the notes on all leaves of an axis."""
     return {flag: reason for leaf in leaves(axis) for flag, reason in leaf.notes.items()}
 
 
@@ -201,7 +201,7 @@ def unify(a: Axis, b: Axis) -> Axis:
 
 
 def layout(axis: Axis, leaf: Axis) -> Indices:
-    """For each position of an axis the index along a leaf, -1 where the leaf does not reach: int64 of shape (size,)."""
+    """Returns for each position of an axis the index along a leaf, -1 where it does not reach: int64 of shape (size,)."""
     axis = find(axis)
     if axis is leaf:
         return np.arange(axis.size)
@@ -217,14 +217,14 @@ def layout(axis: Axis, leaf: Axis) -> Indices:
 
 
 def crossed(axis: Axis, leaf: Axis) -> bool:
-    """Whether a leaf is multiplied with itself somewhere in an axis, so that a position has two indices of it."""
+    """Tells whether a leaf is multiplied with itself somewhere in an axis, so that a position has two indices of it."""
     axis = find(axis)
     holding = [part for part in _parts(axis) if leaf in leaves(part)]
     return (axis.op == "product" and len(holding) > 1) or any(crossed(part, leaf) for part in holding)
 
 
 def beside(axis: Axis, leaf: Axis) -> set[Axis]:
-    """The leaves that are multiplied with a leaf wherever it stands in an axis."""
+    """Returns the leaves that are multiplied with a leaf wherever it stands in an axis."""
     axis = find(axis)
     holding = [part for part in _parts(axis) if leaf in leaves(part)]
     if axis.op == "sum":
@@ -245,7 +245,7 @@ def _refine(leaf: Axis, op: Op, parts: list[Axis]) -> None:
 
 
 def _halve(factor: Axis, outer: int) -> tuple[Axis, Axis]:
-    """A leaf or a sum as a product whose first factor has the size `outer`."""
+    """Makes a leaf or a sum a product whose first factor has the size `outer`."""
     width = factor.size // outer
     if factor.op == "leaf":
         head, tail = Axis(outer), Axis(width)

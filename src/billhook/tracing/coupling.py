@@ -1,4 +1,4 @@
-"""What a run has shown of a model: its structure."""
+"""The structure that a run has shown of a model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from billhook.tracing.tape import Tape, note
 
 
 class Structure(Findings):
-    """What belongs together in a model; `print` shows it as a table.
+    """Axes, groups and roles of a model's parameters; `print` shows them as a table.
 
     Attributes:
         model: The model's class.
@@ -28,10 +28,15 @@ class Structure(Findings):
         untouched: Parameters that the run never used, and that must be left alone.
         opaque: Why axes are opaque: an op without a rule or in an irregular place, with how often.
         assumed: Where the code asked for a value that nobody knows, and what was assumed, with how often.
+
+    Example:
+        >>> import billhook as bh
+        >>> bh.trace(bh.load("tiny")).tree("model.layers.0.self_attn.q_proj.weight")
+        '[head:8 * (f:16 + f:16), hidden:256]'
     """
 
     def tree(self, name: str) -> str:
-        """The axes of a parameter as a readable tree, such as `[kv:3 * group:3 * (f:32 + f:32), hidden:576]`.
+        """Returns the axes of a parameter as a readable tree, such as `[kv:3 * group:3 * (f:32 + f:32), hidden:576]`.
 
         Raises:
             ValueError: If the run used no parameter of that name.
@@ -42,19 +47,19 @@ class Structure(Findings):
         return show.tree(self, name)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain data."""
+        """Returns everything as plain data."""
         return show.to_json(self)
 
     def __str__(self) -> str:
         return show.table(self, self.groups)
 
     def show(self, groups: Sequence[Group]) -> str:
-        """Some of the groups as a table."""
+        """Shows some of the groups as a table."""
         return show.table(self, groups)
 
 
 def couple(model: nn.Module, tape: Tape, beside: Mapping[str, tuple[int, ...]] | None = None) -> Structure:
-    """What a run has shown, as groups with kinds, roles and reasons.
+    """Makes a structure of what a run has shown: groups with kinds, roles and reasons.
 
     Args:
         model: The model that ran, on meta.

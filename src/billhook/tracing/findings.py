@@ -1,4 +1,4 @@
-"""What a run has shown of a model, as plain fields."""
+"""Findings of a run on a model, as plain fields."""
 
 from dataclasses import dataclass, field
 
@@ -9,20 +9,7 @@ from billhook.tracing.roles import Attention, FeedForward
 
 @dataclass(eq=False)
 class Findings:
-    """What belongs together in a model.
-
-    Attributes:
-        model: The model's class.
-        axes: The axis of every dimension of every parameter and buffer that the run used.
-        groups: The groups, in the order of the parameters.
-        attention: Queries, keys, values and outputs.
-        feed_forward: Gates, ups and downs.
-        shapes: The shape of every parameter.
-        tied: Names that are the same tensor as another: alias -> name.
-        untouched: Parameters that the run never used, and that must be left alone.
-        opaque: Why axes are opaque: an op without a rule or in an irregular place, with how often.
-        assumed: Where the code asked for a value that nobody knows, and what was assumed, with how often.
-    """
+    """Fields of a `Structure`, where they are documented."""
 
     model: str
     axes: dict[str, tuple[Axis, ...]]
@@ -36,5 +23,5 @@ class Findings:
     assumed: dict[str, int] = field(default_factory=dict)
 
     def of_kind(self, *kinds: Kind) -> list[Group]:
-        """The groups of some kinds."""
+        """Returns the groups of some kinds."""
         return [group for group in self.groups if group.kind in kinds]

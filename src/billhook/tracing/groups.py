@@ -64,6 +64,12 @@ class Group:
         idle: Members that softmax cancels, as it does the bias of keys without rotary embedding: they are members all the same.
         entries: How many entries of parameters one unit takes with it.
         bytes: How many bytes these are.
+
+    Example:
+        >>> import billhook as bh
+        >>> group = bh.trace(bh.load("tiny")).of_kind("channel")[0]
+        >>> group.where, group.size, group.entries
+        ('model.layers.0.mlp', 384, 768)
     """
 
     number: int
@@ -83,7 +89,7 @@ class Group:
 
     @property
     def flags(self) -> dict[str, str]:
-        """What was noted on the axis (const, normed, opaque, ...), with the reason."""
+        """Notes on the axis (const, normed, opaque, ...), with the reason."""
         return self.leaf.notes
 
     @property
@@ -92,16 +98,16 @@ class Group:
         return innermost([member.name for member in self.members])
 
     def index(self, member: Member) -> Indices:
-        """For each position of a member's dimension the unit that it belongs to, -1 if to none: int64 of shape (size,)."""
+        """Returns for each position of a member's dimension its unit, -1 for none: int64 of shape (size,)."""
         return layout(member.axis, self.leaf)
 
     def positions(self, member: Member, units: Sequence[int]) -> Indices:
-        """The positions of a member's dimension that belong to some units, ascending: int64."""
+        """Returns the positions of a member's dimension that belong to some units, ascending: int64."""
         return np.flatnonzero(np.isin(self.index(member), units))
 
 
 def innermost(names: Sequence[str]) -> str:
-    """The innermost module that holds all these parameters."""
+    """Returns the innermost module that holds all these parameters."""
     shared = []
     for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(parts)) > 1:
@@ -111,7 +117,7 @@ def innermost(names: Sequence[str]) -> str:
 
 
 def find_groups(axes: Mapping[str, Sequence[Axis]], tape: Tape, parameters: frozenset[str]) -> list[Group]:
-    """One group for every leaf of the axes, in the order of the parameters; their kinds are not known yet."""
+    """Makes one group for every leaf of the axes, in the order of the parameters; their kinds are not known yet."""
     members: dict[Axis, list[Member]] = {}
     for name, dims in axes.items():
         for d, axis in enumerate(dims):
@@ -122,7 +128,7 @@ def find_groups(axes: Mapping[str, Sequence[Axis]], tape: Tape, parameters: froz
 
 
 def times(axis: Axis, leaf: Axis) -> int:
-    """At how many positions of an axis each index of a leaf stands."""
+    """Counts the positions of an axis at which each index of a leaf stands."""
     axis = find(axis)
     if axis is leaf:
         return 1

@@ -1,4 +1,4 @@
-"""What the units of each group are, beside what they stand, and why some may not be pruned."""
+"""Names each group's kind, finds its context, and gives the reason if it must not be pruned."""
 
 from collections.abc import Mapping, Sequence
 
@@ -60,7 +60,7 @@ def find_idle(groups: Sequence[Group], attention: Sequence[Attention], axes: Map
 
 
 def _key_heads(one: Attention, axes: Mapping[tuple[str, int], Axis]) -> set[Axis]:
-    """The leaves that stand in what makes keys or values, in the part of it that does."""
+    """Returns the leaves that stand in the part of a parameter that makes keys or values."""
     found = set[Axis]()
     for part in (*one.k, *one.v):
         if (axis := axes.get((part.name, part.dim))) is not None:
@@ -76,7 +76,7 @@ def _head_kind(leaf: Axis, queries: set[Axis], keys: set[Axis], attention: Seque
 
 
 def _width_kind(group: Group, tape: Tape) -> Kind:
-    """Residual: a table writes it, or it is made again from what was read of it, and added. Else what bends it decides."""
+    """Finds residual channels: a table writes them, or they are made again from what was read of them, and added."""
     places = [(member.name, member.dim) for member in group.members]
     reads = [tape.reads[place] for place in places if place in tape.reads]
     writes = [tape.writes[place] for place in places if place in tape.writes]

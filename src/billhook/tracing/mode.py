@@ -24,7 +24,7 @@ IRREGULAR = (Irregular, TypeError, LookupError, ValueError, AttributeError, Zero
 
 
 class Op:
-    """What is the same for every call of an op.
+    """Facts that are the same for every call of an op.
 
     Attributes:
         name: Its name, without overload.
@@ -64,7 +64,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled on meta, so torch need not ask at every op whether it should be."""
+        """Spares torch the question at every op whether it should be compiled: nothing is on meta."""
         return False
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
@@ -106,7 +106,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _do(self, func: OpOverload, op: Op, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401
-        """The op's result on meta, what it was given, moved there if it was not; layers repeat, so results are remembered."""
+        """Does an op on meta, where its arguments are moved if they were not there; layers repeat, so results are remembered."""
         key = _key(func, args, kwargs) if op.repeats else None
         if key is not None and (known := self.results.get(key)) is not None:
             shape, stride, dtype = known
@@ -126,7 +126,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out, args, kwargs
 
     def _introduce(self, x: Tensor) -> None:
-        """A tensor that no op has made, no parameter and no input: a constant of the code's own, or a parameter in disguise."""
+        """Notes the axes of a tensor that no op has made: a constant of the code's own, or a parameter in disguise."""
         if (known := getattr(x, "_billhook", None)) is not None and len(known.axes) == x.dim():
             return
         own = self.tape.parameters.get(self.tape.storages.get(memory_of(x), ""))
@@ -146,7 +146,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._give_up(f"the op {op.name} is irregular here: {error}", out, args, kwargs)
 
     def _give_up(self, reason: str, out: Any, args: Any, kwargs: Any) -> None:  # noqa: ANN401
-        """What an op touches that nobody understands may not be pruned."""
+        """Marks everything an unknown op touches as not prunable."""
         inputs = tensors((args, kwargs))
         reason = f"{reason}, in {self._where()}"
         self.tape.misses[reason] = self.tape.misses.get(reason, 0) + 1
@@ -159,7 +159,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 put(result, [Axis(n, notes={"opaque": reason}) for n in result.shape], inputs)
 
     def _read(self, x: Tensor) -> Any:  # noqa: ANN401 - a Python number
-        """Code asks for a value: the known one, or what lets a condition be true."""
+        """Answers code that asks for a value: with the known one, or with what lets a condition be true."""
         pay(note(x))
         if (value := self.tape.value(x)) is not None:
             return value.item()
@@ -167,7 +167,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True if x.dtype == torch.bool else 1.0 if x.dtype.is_floating_point else 1
 
     def _fetch(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Code wants the values in Python: the known ones, or ones."""
+        """Answers code that wants the values in Python: with the known ones, or with ones."""
         if (value := self.tape.value(x)) is None:
             self._assume("values are fetched to the CPU: taken as ones")
             value = torch.ones(x.shape, dtype=x.dtype)
@@ -182,12 +182,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.tape.assumed[what] = self.tape.assumed.get(what, 0) + 1
 
     def _where(self) -> str:
-        """The module at work and the line of its code."""
+        """Names the module at work and the line of its code."""
         return where(self.model)
 
 
 def where(model: nn.Module) -> str:
-    """The innermost module of a model that is running, and the line of its code."""
+    """Finds the innermost module of a model that is running, and the line of its code."""
     frame, line = sys._getframe(), None
     while frame is not None:
         if line is None and not frame.f_code.co_filename.startswith(NOT_THE_MODELS):
@@ -206,7 +206,7 @@ def _name(model: nn.Module, module: nn.Module) -> str | None:
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
-    """A tensor of the code's own, moved to meta with its values."""
+    """Moves a tensor of the code's own to meta, with its values."""
     if tensor.is_meta:
         return tensor
     moved = tensor.to("meta")
@@ -218,7 +218,7 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 
 def _order(parameter: Tensor, x: Tensor) -> list[int] | None:
-    """Which dimensions of a parameter those of a tensor in its memory are; None if it is not all of it, perhaps transposed."""
+    """Finds the dimensions of a parameter in a tensor in its memory; None if that is not all of it, perhaps transposed."""
     there, here = (list(zip(t.shape, t.stride(), strict=True)) for t in (parameter, x))
     if there == here:
         return list(range(x.dim()))
@@ -227,19 +227,19 @@ def _order(parameter: Tensor, x: Tensor) -> list[int] | None:
 
 
 def _before(x: Tensor) -> Tensor:
-    """What a tensor is, before its own shape is changed."""
+    """Keeps what a tensor is before its own shape is changed."""
     same = x.detach()
     same._billhook = note(x)  # type: ignore[attr-defined]
     return same
 
 
 def _written(op: Op, args: Any, kwargs: Any) -> list[Tensor]:  # noqa: ANN401
-    """The arguments that an op writes to."""
+    """Returns the arguments that an op writes to."""
     return tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in op.writes])
 
 
 def _key(func: OpOverload, args: Any, kwargs: Any) -> object:  # noqa: ANN401
-    """What the shape of an op's result follows from; None where that cannot be told."""
+    """Returns all that decides the shape of an op's result; None if that cannot be told."""
     parts: list[object] = [func]
     for x in (*args, *kwargs.items()):
         if isinstance(x, Tensor):
@@ -257,7 +257,7 @@ def _key(func: OpOverload, args: Any, kwargs: Any) -> object:  # noqa: ANN401
 
 
 def _value(tape: Tape, func: OpOverload, name: str, out: Tensor, args: Any, kwargs: Any) -> Tensor | None:  # noqa: ANN401
-    """What a small result holds, where all that it is made from is known."""
+    """Computes a small result if all that it is made from is known."""
     known: list[bool] = []
 
     def value_of(x: Any) -> Any:  # noqa: ANN401
@@ -309,7 +309,7 @@ def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator
 
 
 def _seen(get: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
-    """Indexing in which lists of whole numbers become tensors, with their values: torch makes tensors of lists unseen."""
+    """Makes tensors of lists of whole numbers in an index, with their values: torch would make them unseen."""
 
     def seen(x: Tensor, index: Any) -> Tensor:  # noqa: ANN401 - whatever a tensor can be indexed with
         if isinstance(index, tuple) and any(isinstance(one, list) for one in index):

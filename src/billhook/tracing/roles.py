@@ -75,7 +75,7 @@ class FeedForward:
 
 
 def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:
-    """The attentions of a run: a product of two activations, and then of the outcome with a third."""
+    """Finds the attentions of a run: a product of two activations, whose outcome is multiplied with a third."""
     found: dict[tuple[object, ...], Attention] = {}
     products = [meeting for meeting in tape.meetings if meeting.over is not None]
     by_leaf = {group.leaf: group for group in groups}
@@ -97,7 +97,7 @@ def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:
 
 
 def _continues(scores: Meeting, later: Meeting) -> bool:
-    """Whether a later product multiplies the outcome of an earlier one with something else."""
+    """Tells whether a later product multiplies the outcome of an earlier one with something else."""
     both = scores.left.keys() | scores.right.keys()
     return any(both <= one.keys() and other for one, other in ((later.left, later.right), (later.right, later.left)))
 
@@ -107,7 +107,7 @@ def _units(axes: Iterable[Axis]) -> list[Axis]:
 
 
 def _readers(by_leaf: dict[Axis, Group], value: Iterable[Axis], heads: Sequence[Axis], made: set[str]) -> tuple[Part, ...]:
-    """The parameters that read a value axis, of the heads at hand."""
+    """Returns the parameters that read a value axis, of the heads at hand."""
     members = [member for leaf in value if leaf in by_leaf for member in by_leaf[leaf].members]
     reading = [m for m in members if m.reads and m.name not in made and (not heads or set(heads) & set(leaves(m.axis)))]
     if len({m.name for m in reading}) > 1:  # a value axis that all layers share: the reader beside the value
@@ -133,7 +133,7 @@ def _part(tape: Tape, name: str, dim: int, rows: Rows) -> Part:
 
 
 def find_feed_forward(tape: Tape, groups: Iterable[Group]) -> list[FeedForward]:
-    """The feed-forward blocks of a run: channels that are made, bent and read."""
+    """Finds the feed-forward blocks of a run: channels that are made, bent and read."""
     gated: dict[Axis, Meeting] = {}
     for meeting in tape.meetings:
         if meeting.over is None and meeting.left_axes:
@@ -157,13 +157,13 @@ def find_feed_forward(tape: Tape, groups: Iterable[Group]) -> list[FeedForward]:
 
 
 def _ranges(positions: Indices) -> str:
-    """Ascending numbers as stretches: 0-47, 96-143."""
+    """Shows ascending numbers as stretches: 0-47, 96-143."""
     found = stretches(positions)
     shown = [f"{first}-{last}" if first != last else f"{first}" for first, last in found[:3]]
     return ", ".join(shown) + (f", ... ({len(found)} stretches)" if len(found) > 3 else "")
 
 
 def stretches(positions: Indices) -> list[tuple[int, int]]:
-    """Ascending numbers as stretches without a gap: the first and the last of each."""
+    """Finds stretches without a gap in ascending numbers: the first and the last of each."""
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     return [(int(part[0]), int(part[-1])) for part in np.split(positions, breaks) if len(part)]

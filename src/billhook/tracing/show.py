@@ -35,7 +35,7 @@ WIDTH = 130  # columns; what is longer goes on below
 
 
 def tree(structure: Findings, name: str) -> str:
-    """The axes of a parameter: leaves as kind:size, products with *, sums with +."""
+    """Shows the axes of a parameter: leaves as kind:size, products with *, sums with +."""
     kinds = {group.leaf: group.kind for group in structure.groups}
     return f"[{', '.join(_axis(axis, kinds) for axis in structure.axes[name])}]"
 
@@ -51,7 +51,7 @@ def _axis(axis: Axis, kinds: dict[Axis, Kind], inside: bool = False) -> str:
 
 
 def table(structure: Findings, groups: Sequence[Group]) -> str:
-    """One row for all groups that are alike but for the layer; then roles, and whatever a reader should know."""
+    """Shows one row for all groups that are alike except for the layer; below roles, and whatever a reader should know."""
     entries = sum(math.prod(shape) for shape in structure.shapes.values())
     folded = fold(groups)
     free = [alike for alike in folded if not alike[0].reason]
@@ -77,7 +77,7 @@ def _warnings(structure: Findings) -> list[tuple[str, str]]:
 
 
 def labelled(label: str, text: str) -> str:
-    """A line under a table, with what it is about in front."""
+    """Makes a line under a table, with what it is about in front."""
     return _wrapped(f"{label:<12} ", text)
 
 
@@ -88,12 +88,12 @@ def _wrapped(start: str, text: str) -> str:
 
 
 def pattern(name: str) -> str:
-    """A parameter's name with a * for every number in it."""
+    """Returns a parameter's name with a * for every number in it."""
     return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
 
 
 def fold(groups: Iterable[Group]) -> list[list[Group]]:
-    """Groups that differ in nothing but numbers in names, in the order of their kinds."""
+    """Folds groups that differ in nothing but numbers in names, in the order of their kinds."""
     alike: dict[tuple[object, ...], list[Group]] = {}
     for group in groups:
         members = tuple(sorted({(pattern(member.name), member.dim) for member in group.members}))
@@ -102,7 +102,7 @@ def fold(groups: Iterable[Group]) -> list[list[Group]]:
 
 
 def kind_name(group: Group) -> str:
-    """What a unit of a group is called."""
+    """Returns the name of a group's units."""
     return NAMES.get(group.kind, group.kind)
 
 
@@ -111,7 +111,7 @@ def _amount(alike: Sequence[Group]) -> str:
 
 
 def _where(group: Group, most: int = 4) -> str:
-    """What all members are in, and the modules they are, by the shortest endings of their names that tell them apart."""
+    """Names what all members are in, and the modules they are, by the shortest endings that tell them apart."""
     names = list(dict.fromkeys(pattern(m.name).removesuffix(".weight").removesuffix(".bias") for m in group.members))
     if len(names) == 1:
         return names[0]
@@ -120,7 +120,7 @@ def _where(group: Group, most: int = 4) -> str:
 
 
 def _endings(names: Sequence[str]) -> list[str]:
-    """Of each name as many parts from its end as tell it from all others."""
+    """Returns as many parts from the end of each name as tell it from all others."""
     parts = [name.split(".") for name in names]
     ends = []
     for own in parts:
@@ -139,7 +139,7 @@ def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _roles(structure: Findings) -> list[tuple[str, str]]:
-    """Who is query, key, value and output, gate, up and down; layers that are alike on one line."""
+    """Shows query, key, value and output, gate, up and down; layers that are alike on one line."""
     counted: dict[tuple[str, str], int] = {}
     roles = [("attention", {"q": one.q, "k": one.k, "v": one.v, "o": one.o}) for one in structure.attention]
     roles += [("feed-forward", {"gate": one.gate, "up": one.up, "down": one.down}) for one in structure.feed_forward]
@@ -168,7 +168,7 @@ def _some(names: Sequence[str], most: int = 6) -> str:
 
 
 def to_json(structure: Findings) -> dict[str, Any]:
-    """Everything as lists, dictionaries, numbers and strings."""
+    """Returns everything as lists, dictionaries, numbers and strings."""
     used = {name: shape for name, shape in structure.shapes.items() if name in structure.axes}
     return {
         "model": structure.model,
@@ -184,7 +184,7 @@ def to_json(structure: Findings) -> dict[str, Any]:
 
 
 def group_to_json(group: Group) -> dict[str, Any]:
-    """A group as plain data."""
+    """Returns a group as plain data."""
     return {
         "number": group.number,
         "kind": group.kind,

@@ -1,4 +1,4 @@
-"""What a run on meta tensors has shown: a note on every tensor, and the facts that lie between tensors."""
+"""The record of a run on meta tensors: a note on every tensor, and the facts that lie between tensors."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,11 +28,11 @@ class Rows:
     more: tuple[Tensor, ...] = ()
 
     def as_set(self) -> "Rows":
-        """The same rows, no longer position by position."""
+        """Returns the same rows, no longer position by position."""
         return Rows(self.positions, more=self.more) if self.exact else self
 
     def union(self, other: "Rows") -> "Rows":
-        """The rows of both."""
+        """Returns the rows of both."""
         if self.positions is None or other.positions is None:
             return Rows(None)
         both = {id(one): one for one in (self.positions, *self.more, other.positions, *other.more)}
@@ -44,7 +44,7 @@ Sources = dict[tuple[str, int], Rows]
 
 
 class Note:
-    """What is known of one tensor.
+    """The facts known of one tensor.
 
     Attributes:
         axes: One a dimension.
@@ -119,16 +119,16 @@ class Tape:
     overwritten: dict[int, Tensor] = field(default_factory=dict)
 
     def value(self, x: Tensor) -> Tensor | None:
-        """What a tensor holds, where that is known."""
+        """Returns the values of a tensor, where they are known."""
         value = note(x).value if x.is_meta else x
         return None if value is None or memory_of(value) in self.overwritten else value
 
     def read(self, name: str, dim: int) -> None:
-        """A dimension of a parameter has been contracted with an activation."""
+        """Notes the contraction of a parameter's dimension with an activation."""
         self.reads.setdefault((name, dim), len(self.reads) + len(self.writes))
 
     def write(self, name: str, dim: int) -> None:
-        """A dimension of a parameter has become one of an activation."""
+        """Notes a parameter's dimension as one that has become an activation's."""
         self.writes.setdefault((name, dim), len(self.reads) + len(self.writes))
 
 
@@ -139,7 +139,7 @@ def memory_of(tensor: Tensor) -> int:
 
 
 def note(tensor: Tensor, touch: bool = True) -> Note:
-    """The note on a tensor; one that nobody has noted anything on gets fresh axes."""
+    """Returns the note on a tensor; one that nobody has noted anything on gets fresh axes."""
     found: Note | None = getattr(tensor, "_billhook", None)
     if found is None or len(found.axes) != tensor.dim():
         found = Note([Axis(n) for n in tensor.shape])
@@ -149,12 +149,12 @@ def note(tensor: Tensor, touch: bool = True) -> Note:
 
 
 def axes_of(tensor: Tensor) -> list[Axis]:
-    """The axes of a tensor, one a dimension."""
+    """Returns the axes of a tensor, one a dimension."""
     return note(tensor).axes
 
 
 def pay(one: Note, points: Axis | None = None) -> None:
-    """The values of a tensor are used: what was due is marked, and where they point unless the result still points there."""
+    """Uses the values of a tensor: marks what was due, and where they point unless the result still points there."""
     for axis, flag, reason in one.debts:
         mark(axis, flag, reason)
     one.debts = ()
@@ -194,7 +194,7 @@ def gather(into: Sources, more: Sources) -> None:
 
 
 def move(out: Tensor, axes: Sequence[Axis], x: Tensor, along: Callable[[Tensor], Tensor]) -> Note:
-    """As `put`, for an op that only moves entries: `along` does to any tensor of that shape what the op did."""
+    """Notes the result of an op that only moves entries, as `along` moves those of any tensor of that shape; see `put`."""
     before = note(x)
     new = put(out, axes, [x], before.points, paid=True)
     new.debts, new.pool = before.debts, before.pool
@@ -206,12 +206,12 @@ def move(out: Tensor, axes: Sequence[Axis], x: Tensor, along: Callable[[Tensor],
 
 
 def tensors(tree: Any) -> list[Tensor]:  # noqa: ANN401 - whatever an op takes or gives
-    """The tensors in nested lists, tuples and dicts."""
+    """Returns the tensors in nested lists, tuples and dicts."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def given(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """The tensors among the arguments of an op; lists of them are never nested."""
+    """Yields the tensors among the arguments of an op; lists of them are never nested."""
     for x in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(x, Tensor):
             yield x
@@ -230,7 +230,7 @@ def join(a: Axis, b: Axis) -> Axis:
 
 
 def broadcast(shape: Sequence[int], inputs: Sequence[Tensor]) -> list[Axis]:
-    """The axes of an elementwise result: aligned from the right, equal sizes are the same axis."""
+    """Returns the axes of an elementwise result: aligned from the right, equal sizes are the same axis."""
     out: list[Axis | None] = [None] * len(shape)
     for tensor in inputs:
         missing = len(shape) - tensor.dim()
@@ -242,18 +242,18 @@ def broadcast(shape: Sequence[int], inputs: Sequence[Tensor]) -> list[Axis]:
 
 
 def spend(points: Axis | None, reason: str) -> None:
-    """The values of an index were used as numbers: the order of the axis that they point into matters."""
+    """Marks the axis that an index points into, as its values are used as numbers: the order of the axis matters."""
     if points is not None:
         mark(points, "const", reason)
 
 
 def is_data(axis: Axis) -> bool:
-    """Whether an axis is made of batch, sequence or image positions alone."""
+    """Tells whether an axis is made of batch, sequence or image positions alone."""
     return all("data" in leaf.notes for leaf in leaves(axis))
 
 
 def keep_order(axis: Axis, reason: str) -> None:
-    """What of an axis is not data may not be reordered."""
+    """Marks the part of an axis that is not data as not to be reordered."""
     for leaf in leaves(axis):
         if "data" not in leaf.notes:
             mark(leaf, "const", reason)

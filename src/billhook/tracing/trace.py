@@ -46,6 +46,12 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
     Raises:
         ValueError: If inputs are needed and cannot be guessed, or the forward does not run on meta tensors: the message names the
             inputs, or the op and the line of the model's code.
+
+    Example:
+        >>> import billhook as bh
+        >>> structure = bh.trace(bh.load("tiny"))
+        >>> [(group.kind, group.size) for group in structure.groups if not group.reason][:3]
+        [('residual', 256), ('head', 8), ('value', 32)]
     """
     _check(model, example_inputs)
     with _alone, torch.inference_mode(False), torch.device("cpu"):  # whatever is on around
@@ -124,7 +130,7 @@ def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], whol
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
-    """What a wrapper without parameters of its own wraps: torch.compile, DDP, PEFT."""
+    """Returns what a wrapper without parameters of its own wraps: torch.compile, DDP, PEFT."""
     wrapper: Any = module
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         inner: nn.Module | None = wrapper.module
@@ -136,7 +142,7 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _prompts(module: nn.Module) -> bool:
-    """Whether PEFT puts prompts before the model that a module wraps: parameters that no forward of that model uses."""
+    """Tells whether PEFT puts prompts before the model that a module wraps: parameters that no forward of that model uses."""
     adapters = getattr(module, "peft_config", None)
     values = adapters.values() if isinstance(adapters, Mapping) else ()
     return hasattr(module, "get_base_model") and any(getattr(one, "is_prompt_learning", False) for one in values)
@@ -158,7 +164,7 @@ def _arguments(shadow: nn.Module, given: Inputs | None) -> tuple[list[Any], dict
 
 
 def _prepare(shadow: nn.Module) -> None:
-    """Chooses, of the ways in which transformers computes the same, those that run on meta."""
+    """Chooses those of transformers' ways to compute the same that run on meta."""
     compute_every_expert(shadow)
     for config in configs_of(shadow):
         if attention_of(config) not in ("eager", "sdpa"):
@@ -190,7 +196,7 @@ def _opaque(reason: str, given: object) -> None:
 
 
 def _vocabulary(shadow: nn.Module) -> Axis | None:
-    """The axis of token ids."""
+    """Makes the axis of token ids."""
     model = next((child for child in shadow.modules() if isinstance(child, PreTrainedModel)), None)
     if model is None:
         return None
@@ -204,7 +210,7 @@ def _vocabulary(shadow: nn.Module) -> Axis | None:
 
 
 def _noted(value: Any, vocab: Axis | None) -> Any:  # noqa: ANN401 - whatever a forward takes
-    """An input on meta, every dimension of it data."""
+    """Makes an input on meta, every dimension of it data."""
     if isinstance(value, Tensor):
         moved = torch.empty_like(value, device="meta")
         moved._billhook = Note([Axis(n, notes={"data": "an input"}) for n in value.shape], True)  # type: ignore[attr-defined]
@@ -218,7 +224,7 @@ def _noted(value: Any, vocab: Axis | None) -> Any:  # noqa: ANN401 - whatever a 
 
 
 def _close(output: Any, vocab: Axis | None) -> None:  # noqa: ANN401 - whatever a forward gives
-    """What leaves the model is seen by others: logits are over the vocabulary or over labels, the rest is output."""
+    """Marks what leaves the model, as others see it: logits are over the vocabulary or over labels, the rest is output."""
     fields = dict(output.items()) if isinstance(output, Mapping) else {}
     answers = {key: one for key, one in fields.items() if "logits" in str(key) and isinstance(one, Tensor) and one.dim()}
     for logits in answers.values():

@@ -1,4 +1,4 @@
-"""What each aten op says about axes.
+"""The rules of aten ops: how each relates the axes of its arguments and results.
 
 A rule is called after the op as `rule(tape, out, *args, **kwargs)` and notes the axes of `out`.
 """
@@ -24,7 +24,7 @@ RULES: dict[str, Rule] = {
 
 
 def rule_for(op: OpOverload) -> Rule | None:
-    """The rule of an op: its own, or by its tag that of elementwise ops or of reductions; None if there is none."""
+    """Returns the rule of an op: its own, or by its tag that of elementwise ops or of reductions; None if there is none."""
     name = op._schema.name.removeprefix("aten::")
     plain = name.removesuffix("_")  # x.abs_() does what abs(x) does
     if (own := RULES.get(name, RULES.get(plain))) is not None:

@@ -31,7 +31,7 @@ def contract(tape: Tape, out: Tensor, axes: list[Axis], x: Tensor, i: int, y: Te
 
 
 def stretches(tape: Tape, weight: Tensor, dim: int) -> list[tuple[str, int, Tensor | None]]:
-    """The parameters that a dimension of a weight is, each with its dimension and the positions there."""
+    """Finds the parameters that a dimension of a weight is, each with its dimension and the positions there."""
     name = tape.storages.get(memory_of(weight))
     if name is not None and (found := _in_storage(tape.parameters[name], weight, dim)) is not None:
         return [(name, *found)]
@@ -42,7 +42,7 @@ def stretches(tape: Tape, weight: Tensor, dim: int) -> list[tuple[str, int, Tens
 
 
 def _in_storage(parameter: Tensor, weight: Tensor, dim: int) -> tuple[int, Tensor] | None:
-    """Where a view's dimension lies in the parameter that it views, by strides."""
+    """Finds by strides where a view's dimension lies in the parameter that it views."""
     stride, size = weight.stride(dim), weight.shape[dim]
     for d, unit in enumerate(parameter.stride()):
         if unit and stride % unit == 0 and stride // unit * (size - 1) < parameter.shape[d] and parameter.shape[d] > 1:
@@ -52,7 +52,7 @@ def _in_storage(parameter: Tensor, weight: Tensor, dim: int) -> tuple[int, Tenso
 
 
 def _sources(tape: Tape, out: Tensor, weight: Tensor, kept: int, place: int) -> Sources:
-    """The rows of a weight that a result comes from, along its dimension `place`."""
+    """Returns the rows of a weight that a result comes from, along its dimension `place`."""
     shape = [out.shape[d] if d == place else 1 for d in range(out.dim())]
     return {
         (name, dim): Rows(None) if positions is None else Rows(positions.view(shape).expand(out.shape), exact=True)
@@ -61,18 +61,18 @@ def _sources(tape: Tape, out: Tensor, weight: Tensor, kept: int, place: int) -> 
 
 
 def mm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - dtype
-    """[a, k] x [k, b]."""
+    """Contracts [a, k] with [k, b]."""
     contract(tape, out, [axes_of(x)[0], axes_of(y)[1]], x, 1, y, 0)
 
 
 def addmm(tape: Tape, out: Tensor, bias: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - factors
-    """A product with something added."""
+    """Contracts and adds something."""
     mm(tape, out, x, y)
     _add(out, bias)
 
 
 def bmm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - dtype
-    """[n, a, k] x [n, k, b], for each n by itself."""
+    """Contracts [n, a, k] with [n, k, b], for each n by itself."""
     batch = join(axes_of(x)[0], axes_of(y)[0])
     if note(x).active and note(y).active:
         mark(batch, "batched", tape.op)
@@ -80,38 +80,38 @@ def bmm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  
 
 
 def baddbmm(tape: Tape, out: Tensor, bias: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - factors
-    """A batch of products with something added."""
+    """Contracts a batch, and adds something."""
     bmm(tape, out, x, y)
     _add(out, bias)
 
 
 def mv(tape: Tape, out: Tensor, x: Tensor, y: Tensor) -> None:
-    """[a, k] x [k]."""
+    """Contracts [a, k] with [k]."""
     join(axes_of(x)[1], axes_of(y)[0])
     put(out, axes_of(x)[:1], [x, y])
 
 
 def addmv(tape: Tape, out: Tensor, bias: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - factors
-    """A product with something added."""
+    """Contracts and adds something."""
     mv(tape, out, x, y)
     _add(out, bias)
 
 
 def dot(tape: Tape, out: Tensor, x: Tensor, y: Tensor) -> None:
-    """[k] x [k]."""
+    """Contracts [k] with [k]."""
     join(axes_of(x)[0], axes_of(y)[0])
     put(out, [], [x, y])
 
 
 def linear(tape: Tape, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """[..., k] x [b, k], where a device does not take it apart."""
+    """Contracts [..., k] with [b, k], where a device does not take it apart."""
     contract(tape, out, [*axes_of(x)[:-1], axes_of(weight)[0]], x, x.dim() - 1, weight, 1)
     if bias is not None:
         _add(out, bias)
 
 
 def attention(tape: Tape, out: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-    """softmax(q k^T) v in one op: [b, heads, s, d]; where there are fewer KV heads, each serves a group of query heads."""
+    """Computes softmax(q k^T) v in one op, [b, heads, s, d]; each KV head, if fewer, serves a group of query heads."""
     Q, K, V = axes_of(q), axes_of(k), axes_of(v)
     unify(Q[1], product([K[1], Axis(Q[1].size // K[1].size)]))
     for a, b in ((Q[0], K[0]), (K[0], V[0]), (K[1], V[1]), (K[2], V[2]), (Q[3], K[3])):
@@ -132,7 +132,7 @@ def attention(tape: Tape, out: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any,
 
 
 def solve(tape: Tape, out: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - which triangle
-    """a^-1 b, or with left=False b a^-1, for each matrix of a batch: [..., n, n] with [..., n, k]."""
+    """Computes a^-1 b, or with left=False b a^-1, for each matrix of a batch: [..., n, n] with [..., n, k]."""
     axes, own = list(axes_of(b)), axes_of(a)
     for d in range(1, b.dim() - 1):
         if d <= a.dim() - 2 and a.shape[-2 - d] == b.shape[-2 - d]:

@@ -41,7 +41,7 @@ OTHERS = {"floor_divide", "remainder", "fmod", "hardswish", "hardsigmoid", "hard
 
 
 def elementwise(tape: Tape, out: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Equal positions, aligned from the right: their axes are the same."""
+    """Joins the axes of equal positions, aligned from the right."""
     inputs = list(given(args, kwargs))
     name = tape.op.removesuffix("_")
     for result in tensors(out):
@@ -64,14 +64,14 @@ def _mark_units(axes: list[Axis], flag: str, reason: str) -> None:
 
 
 def _adds(left: Note, right: Note) -> bool:
-    """Whether what a matrix has just made is added to something else."""
+    """Tells whether what a matrix has just made is added to something else."""
     if not (left.active and right.active) or left.sources.keys() == right.sources.keys():
         return False
     return any(rows.exact for one in (left, right) for rows in one.sources.values())
 
 
 def _points(op: str, out: Tensor, inputs: list[Tensor], args: tuple[Any, ...]) -> Axis | None:
-    """What the values of the result point into, after those of the inputs have been spent, compared or kept."""
+    """Finds the axis that values of the result index, after those of the inputs have been spent, compared or kept."""
     pointing = [points for tensor in inputs if (points := note(tensor).points) is not None]
     if not pointing:
         return None
@@ -95,7 +95,7 @@ def _points(op: str, out: Tensor, inputs: list[Tensor], args: tuple[Any, ...]) -
 
 
 def _may_point(x: Any, size: int) -> bool:  # noqa: ANN401 - an argument
-    """Whether what stands beside indices, and is none, may yet be mistaken for one."""
+    """Tells whether what stands next to indices, and is none, may yet be mistaken for one."""
     if isinstance(x, Tensor):
         if x.dtype == torch.bool or note(x).points is not None:
             return False
@@ -105,14 +105,14 @@ def _may_point(x: Any, size: int) -> bool:  # noqa: ANN401 - an argument
 
 
 def _same_for_all(op: str, size: int, number: float) -> bool:
-    """Whether a comparison with a number comes out the same for every index."""
+    """Tells whether a comparison with a number comes out the same for every index."""
     if op in ("eq", "ne"):
         return not 0 <= number < size
     return ORDERS[op](0.0, float(number)) == ORDERS[op](float(size - 1), float(number))
 
 
 def _harmless(op: str, size: int, *bounds: Any) -> bool:  # noqa: ANN401 - a number, a tensor or None
-    """Whether bounds leave every index as it is."""
+    """Tells whether bounds leave every index as it is."""
     low, high = (*bounds, None)[:2] if op != "clamp_max" else (None, bounds[0])
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return False
@@ -134,13 +134,13 @@ def _meet(tape: Tape, inputs: list[Tensor]) -> bool:
 
 
 def factory(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """The same value everywhere, or memory to be written: nothing is known of its axes, and no index is special."""
+    """Fills with one value, or makes memory to be written: nothing is known of its axes, and no index is special."""
     new = put(out, [Axis(n) for n in out.shape], [])
     new.active, new.pool = True, {}
 
 
 def copy(tape: Tape, out: Tensor, x: Tensor, source: Tensor, *args: Any) -> None:  # noqa: ANN401 - non_blocking
-    """Written into memory that may be a piece of something larger, which then comes from there too."""
+    """Writes into memory that may be a piece of something larger, which then comes from there too."""
     pool = note(x).pool
     elementwise(tape, out, x, source)
     if pool is not None:
@@ -149,13 +149,13 @@ def copy(tape: Tape, out: Tensor, x: Tensor, source: Tensor, *args: Any) -> None
 
 
 def like(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """The same value everywhere, in the shape of something: the axes are the same, nothing is used."""
+    """Fills the shape of something with one value: the axes are the same, nothing is used."""
     new = put(out, axes_of(x), [])
     new.active, new.pool = True, {}
 
 
 def constant(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Values that differ from index to index."""
+    """Makes values that differ from index to index."""
     notes = {"const": f"its values are a constant of the code ({tape.op})"}
     put(out, [Axis(n, notes=notes) for n in out.shape], []).active = True
 
@@ -170,7 +170,7 @@ def eye(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: AN
 
 
 def arange(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any overload
-    """0, 1, 2 ...: numbers that point into the axis along which they stand; other progressions are constants."""
+    """Counts 0, 1, 2 ...: numbers that index the axis along which they stand; other progressions are constants."""
     start, step = (args[0], args[2] if len(args) > 2 else 1) if len(args) > 1 else (0, 1)
     if (start, step) != (0, 1) or out.dtype.is_floating_point:
         return constant(tape, out)
@@ -180,14 +180,14 @@ def arange(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa:
 
 
 def compare(tape: Tape, out: Tensor, x: Tensor, others: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Every entry by itself, against all of some others; for bucketize those are in order."""
+    """Compares every entry by itself with all of some others; for bucketize those are in order."""
     if tape.op == "bucketize":
         mark(product(axes_of(others)), "const", f"its order matters to {tape.op}")
     put(out, axes_of(x), [x, others])
 
 
 def triangle(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Where an entry stands decides whether it is kept."""
+    """Keeps an entry or not, depending on where it stands."""
     elementwise(tape, out, x)
     for axis in note(out).axes[-2:]:
         mark(axis, "const", f"its order decides what {tape.op} keeps")

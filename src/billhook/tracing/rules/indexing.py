@@ -14,7 +14,7 @@ from billhook.tracing.tape import Note, Tape, axes_of, broadcast, is_data, join,
 
 
 def point(index: Tensor, axis: Axis) -> None:
-    """The values of a tensor of whole numbers pick along an axis."""
+    """Picks along an axis by the values of a tensor of whole numbers."""
     points = note(index).points
     pay(note(index), points)
     if points is not None and points.size == axis.size:
@@ -32,7 +32,7 @@ def picked(out: Tensor, axes: Sequence[Axis], x: Tensor, *picks: Tensor) -> Note
 
 
 def embedding(tape: Tape, out: Tensor, weight: Tensor, ids: Tensor, *args: Any) -> None:  # noqa: ANN401 - padding and so on
-    """Rows of a table."""
+    """Picks rows of a table."""
     point(ids, axes_of(weight)[0])
     new = picked(out, [*axes_of(ids), axes_of(weight)[1]], weight, ids)
     new.active, new.sources = True, {}
@@ -42,7 +42,7 @@ def embedding(tape: Tape, out: Tensor, weight: Tensor, ids: Tensor, *args: Any) 
 
 
 def index_select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor) -> None:
-    """Along one dimension, the indices that a tensor names."""
+    """Picks the indices that a tensor names, along one dimension."""
     axes = list(axes_of(x))
     point(index, axes[dim])
     axes[dim] = axes_of(index)[0] if index.dim() else Axis(1)
@@ -50,7 +50,7 @@ def index_select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor) ->
 
 
 def index(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> None:
-    """x[i, j]: the dimensions that are picked along give way to those of the indices."""
+    """Picks x[i, j]: the dimensions that are picked along give way to those of the indices."""
     if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
         _masked(out, x, indices)
         return
@@ -75,7 +75,7 @@ def index(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) 
 
 
 def _masked(out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> None:
-    """x[mask]: the masked dimensions become one."""
+    """Picks x[mask]: the masked dimensions become one."""
     d, mask = next((d, i) for d, i in enumerate(indices) if i is not None)
     axes = axes_of(x)
     for axis, other in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
@@ -86,7 +86,7 @@ def _masked(out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> None:
 
 
 def index_put(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None], values: Tensor, *args: Any) -> None:  # noqa: ANN401
-    """x[i] = values: what is written has the axes of what would be read."""
+    """Writes x[i] = values: what is written has the axes of what would be read."""
     at, picks = zip(*[(d, i) for d, i in enumerate(indices) if i is not None], strict=True)
     if picks[0].dtype not in (torch.bool, torch.uint8):
         size = np.broadcast_shapes(*[i.shape for i in picks])
@@ -107,7 +107,7 @@ def index_put(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | Non
 
 
 def masked_scatter(tape: Tape, out: Tensor, x: Tensor, mask: Tensor, source: Tensor) -> None:
-    """What a mask says is overwritten by the source, entry after entry: whole rows, where the mask is the same along them."""
+    """Overwrites what a mask names by the source, entry after entry: whole rows, where the mask is the same along them."""
     axes = broadcast(out.shape, [x, mask])
     rows = mask.expand(out.shape).stride(-1) == 0 and source.shape[-1] == out.shape[-1]
     for axis in axes_of(source)[: -1 if rows else None]:
@@ -120,7 +120,7 @@ def masked_scatter(tape: Tape, out: Tensor, x: Tensor, mask: Tensor, source: Ten
 
 
 def nll_loss(tape: Tape, out: Sequence[Tensor], x: Tensor, target: Tensor, *args: Any) -> None:  # noqa: ANN401 - weights
-    """The losses of classes [n, classes, *places] that targets [n, *places] name, as one number or one a target."""
+    """Picks the losses of classes [n, classes, *places] that targets [n, *places] name, as one number or one a target."""
     axes = list(axes_of(x))
     point(target, axes.pop(-1 if x.dim() < 2 else 1))
     for axis, other in zip(axes, axes_of(target), strict=True):
@@ -130,13 +130,13 @@ def nll_loss(tape: Tape, out: Sequence[Tensor], x: Tensor, target: Tensor, *args
 
 
 def gather(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - sparse_grad
-    """Along one dimension, the index that stands at each place."""
+    """Picks the index that stands at each place, along one dimension."""
     _align(x, dim, index)
     picked(out, axes_of(index), x, index)
 
 
 def scatter(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-    """Gather the other way round."""
+    """Gathers the other way round."""
     _align(x, dim, index)
     for source in tensors(args):
         for d in range(source.dim()):
@@ -147,7 +147,7 @@ def scatter(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, *args: 
 
 
 def _align(x: Tensor, dim: int, index: Tensor) -> None:
-    """In the other dimensions, an index that is shorter stands at the first places."""
+    """Joins the other dimensions, in which an index that is shorter stands at the first places."""
     point(index, axes_of(x)[dim])
     for d in range(x.dim()):
         if d != dim % x.dim():
@@ -163,19 +163,19 @@ def index_add(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, sourc
 
 
 def topk(tape: Tape, out: Sequence[Tensor], x: Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-    """The largest values, and the indices where they stood."""
+    """Picks the largest values, and the indices where they stood."""
     mark(axes_of(x)[dim], "taken", str(k))
     _rank(out, x, dim)
 
 
 def sort(tape: Tape, out: Sequence[Tensor], x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - two overloads
-    """All values in order, and the indices where they stood."""
+    """Orders all values, and returns the indices where they stood."""
     numbers = [a for a in args if isinstance(a, int) and not isinstance(a, bool)]
     _rank(out, x, kwargs.get("dim", numbers[0] if numbers else -1))
 
 
 def argsort(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - two overloads
-    """The indices alone."""
+    """Returns the indices alone."""
     sort(tape, (out, out), x, *args, **kwargs)
 
 
@@ -192,13 +192,13 @@ def _rank(out: Sequence[Tensor], x: Tensor, dim: int) -> None:
 
 
 def as_complex(tape: Tape, out: Tensor, x: Tensor) -> None:
-    """The last dimension, of two, becomes real and imaginary part."""
+    """Makes real and imaginary part of the last dimension, of two."""
     mark(axes_of(x)[-1], "fixed", "real and imaginary part")
     put(out, axes_of(x)[:-1], [x]).sources = {key: rows.as_set() for key, rows in note(x).sources.items()}
 
 
 def as_real(tape: Tape, out: Tensor, x: Tensor) -> None:
-    """Real and imaginary part become a last dimension, of two."""
+    """Makes a last dimension, of two, of real and imaginary part."""
     put(out, [*axes_of(x), Axis(2, notes={"fixed": "real and imaginary part"})], [x])
 
 

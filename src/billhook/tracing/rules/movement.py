@@ -14,7 +14,7 @@ from billhook.tracing.tape import Tape, axes_of, broadcast, is_data, join, move,
 
 
 def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any reshaping op
-    """The factors in their order, taken again by other sizes."""
+    """Regroups the factors, in their order, by other sizes."""
     rest, axes = [factor for axis in axes_of(x) for factor in factors(axis)], list[Axis]()
     if not out.numel():
         put(out, [Axis(n, notes={"data": "empty"}) for n in out.shape], [x])
@@ -33,7 +33,7 @@ def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def _rearranged(rest: list[Axis], sizes: Sequence[int]) -> tuple[list[Axis], list[Axis]]:
-    """Factors that are never pruned may be cut anyhow: the new axes up to where both sides meet again, and the factors left.
+    """Cuts factors that are never pruned anyhow: the new axes up to where both sides meet again, and the factors left.
 
     Raises:
         Irregular: If units of parameters are among them.
@@ -52,12 +52,12 @@ def _rearranged(rest: list[Axis], sizes: Sequence[int]) -> tuple[list[Axis], lis
 
 
 def permute(tape: Tape, out: Tensor, x: Tensor, dims: Sequence[int]) -> None:
-    """The axes in another order."""
+    """Reorders the axes."""
     move(out, [axes_of(x)[d] for d in dims], x, lambda t: t.permute(*dims))
 
 
 def transpose(tape: Tape, out: Tensor, x: Tensor, first: int = 0, second: int = 1) -> None:
-    """Two axes change places."""
+    """Swaps two axes."""
     if x.dim() < 2:
         move(out, axes_of(x), x, lambda t: t)
         return
@@ -67,7 +67,7 @@ def transpose(tape: Tape, out: Tensor, x: Tensor, first: int = 0, second: int = 
 
 
 def copies(n: int) -> Axis:
-    """An axis along which all is the same."""
+    """Adds an axis along which all is the same."""
     return Axis(n, notes={"copied": f"the same {n} times"})
 
 
@@ -79,21 +79,21 @@ def ranked(axis: Axis) -> None:
 
 
 def expand(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sizes are in out
-    """Size 1 becomes an axis of its own, along which all is the same."""
+    """Makes size 1 an axis of its own, along which all is the same."""
     new, old = out.dim() - x.dim(), axes_of(x)
     axes = [old[d - new] if d >= new and x.shape[d - new] == n else copies(n) for d, n in enumerate(out.shape)]
     move(out, axes, x, lambda t: t.expand(out.shape))
 
 
 def repeat(tape: Tape, out: Tensor, x: Tensor, repeats: Sequence[int]) -> None:
-    """The whole axis, so many times."""
+    """Repeats the whole axis so many times."""
     new, old = out.dim() - x.dim(), axes_of(x)
     axes = [product([copies(n), old[d - new]]) if d >= new else copies(n) for d, n in enumerate(repeats)]
     move(out, axes, x, lambda t: t.repeat(repeats))
 
 
 def repeat_interleave(tape: Tape, out: Tensor, x: Tensor, repeats: int, dim: int | None = None, **kwargs: Any) -> None:  # noqa: ANN401
-    """Each index so many times."""
+    """Repeats each index so many times."""
     if not isinstance(repeats, int):
         raise Irregular("how often each index is repeated depends on data")
     axes = list(axes_of(x)) if dim is not None else [product(axes_of(x))]
@@ -102,7 +102,7 @@ def repeat_interleave(tape: Tape, out: Tensor, x: Tensor, repeats: int, dim: int
 
 
 def narrow(axis: Axis, start: int, end: int) -> Axis:
-    """The stretch of an axis from one position to another."""
+    """Returns the stretch of an axis from one position to another."""
     if start == 0 and end == axis.size:
         return axis
     if start >= end:
@@ -119,7 +119,7 @@ def narrow(axis: Axis, start: int, end: int) -> Axis:
 def slice_(
     tape: Tape, out: Tensor, x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> None:
-    """A stretch; with a step, the outer factor of the axis, whose inner one is fixed."""
+    """Takes a stretch; with a step, the outer factor of the axis, whose inner one is fixed."""
     axes, n = list(axes_of(x)), x.shape[dim]
     debts: tuple[tuple[Axis, str, str], ...] = ()
     low, high = (min(max(v + n if v < 0 else v, 0), n) for v in (start or 0, n if end is None else end))
@@ -136,7 +136,7 @@ def slice_(
 
 
 def select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: int) -> None:
-    """One index: the others are no longer like it."""
+    """Takes one index: the others are no longer like it."""
     axes = list(axes_of(x))
     taken = axes.pop(dim)
     new = move(out, axes, x, lambda t: t.select(dim, index))
@@ -146,13 +146,13 @@ def select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: int) -> None:
 
 
 def unbind(tape: Tape, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> None:
-    """Every index by itself."""
+    """Takes every index by itself."""
     for i, result in enumerate(out):
         select(tape, result, x, dim, i)
 
 
 def split_(tape: Tape, out: Sequence[Tensor], x: Tensor, sizes: int | Sequence[int], dim: int = 0) -> None:
-    """Consecutive stretches."""
+    """Takes consecutive stretches."""
     start = 0
     for result in out:
         axes, n = list(axes_of(x)), result.shape[dim]
@@ -162,7 +162,7 @@ def split_(tape: Tape, out: Sequence[Tensor], x: Tensor, sizes: int | Sequence[i
 
 
 def cat(tape: Tape, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> None:
-    """One after the other; in the other dimensions they are alike."""
+    """Puts tensors one after the other; in the other dimensions they are alike."""
     parts = [part for part in parts if part.dim() == out.dim()]
     axes = list(axes_of(parts[0]))
     for part in parts[1:]:
@@ -180,14 +180,14 @@ def cat(tape: Tape, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> None:
 
 
 def stack(tape: Tape, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> None:
-    """Side by side along a new axis, whose indices are not alike."""
+    """Puts tensors side by side along a new axis, whose indices are not alike."""
     axes = broadcast(parts[0].shape, parts)
     axes.insert(dim % out.dim(), Axis(len(parts), notes={"fixed": "different things are stacked there"}))
     put(out, axes, parts)
 
 
 def pad(tape: Tape, out: Tensor, x: Tensor, pads: Sequence[int], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the value
-    """New positions before and behind, or fewer where a pad is negative."""
+    """Adds positions before and behind, or takes some away where a pad is negative."""
     axes = list(axes_of(x))
     for i, (left, right) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
         d = x.dim() - 1 - i
@@ -199,7 +199,7 @@ def pad(tape: Tape, out: Tensor, x: Tensor, pads: Sequence[int], *args: Any, **k
 
 
 def reorder(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - flip and roll differ
-    """flip, roll: the same positions in another, fixed order."""
+    """Moves the same positions into another, fixed order: flip, roll."""
     dims = args[0] if tape.op == "flip" else args[1] if len(args) > 1 else ()
     axes = list(axes_of(x))
     for d in {d % x.dim() for d in dims} or range(x.dim()):
@@ -209,7 +209,7 @@ def reorder(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> No
 
 
 def as_strided(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sizes, strides, offset
-    """Any view of the memory: known as far as sizes and strides stay, where behind that nothing but places is rearranged."""
+    """Views the memory anyhow: known as far as sizes and strides stay, where behind that nothing but places is rearranged."""
     axes, (old, new) = axes_of(x), ([(n, s if n > 1 else 0) for n, s in zip(t.shape, t.stride(), strict=True)] for t in (x, out))
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
     shift = out.storage_offset() - x.storage_offset()

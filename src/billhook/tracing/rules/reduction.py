@@ -16,7 +16,7 @@ INDICES = {"max", "min", "median", "mode"}  # of those that also say where
 
 
 def reduction(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any reduction
-    """A dimension goes; in whatever order its indices stood, the result is the same."""
+    """Removes a dimension; in whatever order its indices stood, the result is the same."""
     if args and isinstance(args[0], Tensor):
         elementwise(tape, out, x, *args, **kwargs)  # max(x, y)
         return
@@ -33,7 +33,7 @@ def reduction(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Non
 
 
 def distance(tape: Tape, out: Tensor, x: Tensor, y: Tensor, *args: Any) -> None:  # noqa: ANN401 - how it is reduced, and more
-    """A loss between two tensors, entry by entry or as one number."""
+    """Compares two tensors in a loss, entry by entry or as one number."""
     axes = broadcast(np.broadcast_shapes(x.shape, y.shape), [x, y])
     if out.dim() != len(axes):
         for axis in axes:
@@ -42,7 +42,7 @@ def distance(tape: Tape, out: Tensor, x: Tensor, y: Tensor, *args: Any) -> None:
 
 
 def _dims(op: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
-    """The dimensions that go; all of them where none is named."""
+    """Returns the dimensions that are removed; all of them where none is named."""
     dim = kwargs.get("dim")
     if dim is None:  # norms take their order before the dimensions, as a plain number
         numbers = [a for a in args if not isinstance(a, bool | float) and a is not None]
@@ -54,7 +54,7 @@ def _dims(op: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def softmax(tape: Tape, out: Tensor, x: Tensor, dim: int, *args: Any) -> None:  # noqa: ANN401 - dtype
-    """Weights that sum to one along a dimension."""
+    """Weighs entries so that they sum to one along a dimension."""
     mark(axes_of(x)[dim], "softmax", tape.op)
     put(out, axes_of(x), [x])
 
@@ -62,7 +62,7 @@ def softmax(tape: Tape, out: Tensor, x: Tensor, dim: int, *args: Any) -> None:  
 def layer_norm(
     tape: Tape, out: Any, x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, *args: Any  # noqa: ANN401
 ) -> None:  # fmt: skip
-    """The last dimensions, normalised and scaled."""
+    """Normalises and scales the last dimensions."""
     for i in range(1, len(shape) + 1):
         mark(axes_of(x)[-i], "normed", tape.op)
         for parameter in (weight, bias):
@@ -83,7 +83,7 @@ def group_norm(
 
 
 def batch_norm(tape: Tape, out: Any, x: Tensor, *parameters: Any, **kwargs: Any) -> None:  # noqa: ANN401 - several overloads
-    """Each channel by itself, with weight, bias and running statistics of its own."""
+    """Normalises each channel by itself, with weight, bias and running statistics of its own."""
     _scale(x, *tensors(parameters))
     put(tensors(out)[0], axes_of(x), [x, *tensors(parameters)])
 
@@ -95,7 +95,7 @@ def _scale(x: Tensor, *parameters: Tensor | None) -> None:
 
 
 def weight_norm(tape: Tape, out: Any, v: Tensor, g: Tensor, dim: int = 0) -> None:  # noqa: ANN401 - two tensors
-    """A weight as direction times length."""
+    """Makes a weight of direction times length."""
     for d in range(v.dim()):
         if g.shape[d] == v.shape[d]:
             join(axes_of(v)[d], axes_of(g)[d])
@@ -105,7 +105,7 @@ def weight_norm(tape: Tape, out: Any, v: Tensor, g: Tensor, dim: int = 0) -> Non
 
 
 def ordered(position: int) -> Callable[..., None]:
-    """The rule of an op that runs along the dimensions named by its argument at `position`, where order matters."""
+    """Makes the rule of an op that runs along the dimensions named by its argument at `position`, where order matters."""
 
     def rule(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
         dim = args[position] if len(args) > position else kwargs.get("dim", -1)

@@ -15,7 +15,7 @@ def convolution(
     tape: Tape, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
 ) -> None:  # fmt: skip
-    """[n, channels in, *places] with [channels out, channels in of a group, *window]."""
+    """Convolves [n, channels in, *places] with [channels out, channels in of a group, *window]."""
     X, W = axes_of(x), axes_of(weight)
     if groups == 1:
         into, outof = (W[0], W[1]) if transposed else (W[1], W[0])
@@ -58,7 +58,7 @@ def _grouped(X: Sequence[Axis], W: Sequence[Axis], transposed: bool, groups: int
 
 
 def places(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any pooling or resizing op
-    """Batch and channels stay, places change."""
+    """Keeps batch and channels, and changes places."""
     axes = axes_of(x)
     for result in tensors(out):
         kept = result.dim() - (1 if "1d" in tape.op else 3 if "3d" in tape.op else 2)
@@ -69,7 +69,7 @@ def places(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None: 
 
 
 def windows(tape: Tape, out: Tensor, x: Tensor, kernel: Sequence[int], *args: Any) -> None:  # noqa: ANN401 - strides
-    """im2col: every channel with every place of its window, for every place."""
+    """Spreads im2col: every channel with every place of its window, for every place."""
     axes = axes_of(x)
     for axis in axes[-2:]:
         keep_order(axis, f"its order matters to {tape.op}")
@@ -78,7 +78,7 @@ def windows(tape: Tape, out: Tensor, x: Tensor, kernel: Sequence[int], *args: An
 
 
 def unwindows(tape: Tape, out: Tensor, x: Tensor, size: Sequence[int], kernel: Sequence[int], *args: Any) -> None:  # noqa: ANN401
-    """col2im, the other way round."""
+    """Gathers col2im, the other way round."""
     axes = axes_of(x)
     channels, window = split(axes[-2], out.shape[-3])
     mark(product(window), "fixed", "the window of col2im")
@@ -96,7 +96,7 @@ def unfold(tape: Tape, out: Tensor, x: Tensor, dim: int, size: int, step: int) -
 
 
 def grid_sampler(tape: Tape, out: Tensor, x: Tensor, grid: Tensor, *args: Any) -> None:  # noqa: ANN401 - how, and at edges
-    """[n, channels, *places] read at the places that a grid [n, *places, coordinates] names."""
+    """Reads [n, channels, *places] at the places that a grid [n, *places, coordinates] names."""
     axes, at = axes_of(x), axes_of(grid)
     for axis in axes[2:]:
         keep_order(axis, f"its order matters to {tape.op}")
@@ -105,7 +105,7 @@ def grid_sampler(tape: Tape, out: Tensor, x: Tensor, grid: Tensor, *args: Any) -
 
 
 def glu(tape: Tape, out: Tensor, x: Tensor, dim: int = -1) -> None:
-    """The first half, gated by the second."""
+    """Gates the first half by the second."""
     axes, n = list(axes_of(x)), x.shape[dim] // 2
     axes[dim] = join(narrow(axes[dim], 0, n), narrow(axes_of(x)[dim], n, 2 * n))
     mark(axes[dim], "bent", tape.op)
@@ -113,7 +113,7 @@ def glu(tape: Tape, out: Tensor, x: Tensor, dim: int = -1) -> None:
 
 
 def _data(axis: Axis) -> dict[str, str]:
-    """That places are data, and what refuses them, go on to places made from them."""
+    """Hands on that places are data, and what refuses them, to places made from them."""
     return {flag: why for flag, why in notes_of(axis).items() if flag in ("data", "opaque", "const")}
 
 

@@ -33,6 +33,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 import billhook as bh
+from billhook.pruning.choice import choose
 
 CLASSES, ENTRIES, LENGTH = 12, 600, 128
 SHARES = tuple(range(10, 100, 10))
@@ -43,8 +44,8 @@ SCORES = {
     "Taylor": bh.Taylor("unit"),
     "activation norm": bh.ActivationNorm(),
     "weight norm": bh.WeightNorm(),
-    "random, seed 0": bh.RandomUnits(0),
-    "random, seed 1": bh.RandomUnits(1),
+    "random, seed 0": bh.importance.baselines.RandomUnits(0),
+    "random, seed 1": bh.importance.baselines.RandomUnits(1),
 }
 COLORS = dict(zip(SCORES, ("#1f5f8b", "#b03a2e", "#3d8b5f", "#c98a1b", "#7d5ba6", "0.6", "0.6"), strict=True))
 TAG = re.compile(r"<([a-z][^<>@/]*)>\s*")
@@ -118,15 +119,15 @@ class Lab:
         """Which of the test entries are told, 0 or 1, without these heads."""
         key = frozenset((layer, head) for layer, heads in masked.items() for head in heads)
         if key not in self.known:
-            with bh.mask_heads(self.model, masked), torch.no_grad():
+            with bh.mask(self.model, masked), torch.no_grad():
                 told = [self.model(**batch).logits.argmax(-1) == batch["labels"] for batch in self.tested]
             self.known[key] = torch.cat(told).double()
         return self.known[key]
 
     def scores(self, importance, masked):
         """How much each head matters while some are masked; these come before all others."""
-        with bh.mask_heads(self.model, masked):
-            scores = bh.head_importance(self.model, self.scored, importance)
+        with bh.mask(self.model, masked):
+            scores = bh.score(self.model, bh.find_units(self.model, "head"), importance, self.scored, normalize=True)
         for layer, heads in masked.items():
             scores[layer][heads] = -torch.inf
         return scores
@@ -135,7 +136,14 @@ class Lab:
         """The heads that go, of all layers, at a share in percent."""
         total = sum(map(len, scores.values()))
         ratio = round(share * total / 100) / total
-        return bh.choose_heads(self.model, scores, ratio, "global", max(self.keep, int(remove)), remove=remove)
+        return choose(
+            bh.find_units(self.model, "head"),
+            scores,
+            ratio,
+            ranking="global",
+            min_units=max(self.keep, int(remove)),
+            remove=remove,
+        )
 
 
 def curve(lab, importance, again):
@@ -216,8 +224,8 @@ def table_of_speed(lab):
     scores = lab.scores(SCORES[TOKEN], {})
     heads = lab.lowest(scores, 50, remove=True)
     models = {name: copy.deepcopy(lab.model) for name in ("dense", "masked", "removed")}
-    bh.mask_heads(models["masked"], heads)
-    bh.prune_heads(models["removed"], heads)
+    bh.mask(models["masked"], heads)
+    bh.prune_units(models["removed"], heads)
     lines = ["| 128 tokens, ms an example | dense | masked | removed | removed is faster |", "|---:" * 5 + "|"]
     for size in (1, 16, 64):
         ids = torch.randint(1000, 20000, (size, LENGTH), generator=torch.Generator().manual_seed(0))

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import billhook as bh
+from billhook.pruning.choice import choose
 
 SHARES = (0.1, 0.2, 0.3, 0.5)
 METHODS = {
@@ -28,7 +29,7 @@ METHODS = {
     "Taylor": bh.Taylor("unit"),
     "activation norm": bh.ActivationNorm(),
     "weight norm": bh.WeightNorm(),
-    "random": bh.RandomUnits(),
+    "random": bh.importance.baselines.RandomUnits(),
 }
 SHAPES = [(1, 64), (1, 512), (16, 64)]
 
@@ -54,7 +55,7 @@ def curves(model, scores, rows):
     for name, own in scores.items():
         shown = []
         for share in SHARES:
-            with bh.mask_heads(model, bh.choose_heads(model, own, share, "global", min_heads=0, remove=False)):
+            with bh.mask(model, choose(bh.find_units(model, "head"), own, share, ranking="global", min_units=0, remove=False)):
                 shown.append(f"{perplexity(model, rows):,.2f}")
         yield f"| {name} | {' | '.join(shown)} |"
 
@@ -77,11 +78,13 @@ def speed(models, shape, rounds):
 def removal(model, scores, per, rows, rounds):
     """A line: what is left, perplexity, and how much faster a forward is."""
     count = model.config.num_key_value_heads
-    chosen = bh.choose_heads(model, scores, 1 / count if per == "kv_head" else count / model.config.num_attention_heads, per=per)
+    chosen = choose(
+        bh.find_units(model, "head"), scores, 1 / count if per == "kv_head" else count / model.config.num_attention_heads, per=per
+    )
     smaller, masked = copy.deepcopy(model), copy.deepcopy(model)
-    plan = bh.prune_heads(smaller, chosen, per=per)
+    plan = bh.prune_units(smaller, chosen, per=per)
     what = "a KV head with its query heads" if per == "kv_head" else "a query head of each KV head"
-    with bh.mask_heads(masked, chosen, per):
+    with bh.mask(masked, chosen, per=per):
         ratios = [speed([model, masked, smaller], shape, rounds) for shape in SHAPES]
     told = " | ".join(f"{one:.2f} / {other:.2f}" for one, other in ratios)
     return f"| {what} | {1 - plan.parameters[1] / plan.parameters[0]:.1%} | {perplexity(smaller, rows):,.2f} | {told} |"
@@ -114,14 +117,24 @@ def main():
         lines.append(line)
         print(line, flush=True)
 
-    scores = {name: bh.head_importance(model, batches, method) for name, method in METHODS.items()}
+    scores = {
+        name: bh.score(model, bh.find_units(model, "head"), method, batches, normalize=True) for name, method in METHODS.items()
+    }
     for line in curves(model, scores, rows):
         tell(line)
     tell(f"\n| removed in every layer | parameters | perplexity | {' | '.join(f'{b} x {n} tokens' for b, n in SHAPES)} |")
     tell("|---|---:|---:" + "|---:" * len(SHAPES) + "|")
     best = bh.GateGradient()
     for per in ("head", "kv_head"):
-        tell(removal(model, bh.head_importance(model, batches, best, per=per), per, rows, options.rounds))
+        tell(
+            removal(
+                model,
+                bh.score(model, bh.find_units(model, "head"), best, batches, normalize=True, per=per),
+                per,
+                rows,
+                options.rounds,
+            )
+        )
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")
 

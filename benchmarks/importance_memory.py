@@ -67,7 +67,7 @@ def measure(options):
     if "at once" in options.row:
         at_once(model, ids, options.row.startswith("mixed"))
     else:
-        bh.unit_importance(model, units, [{"input_ids": ids}], IMPORTANCE[options.row], normalize=False)
+        bh.score(model, units, IMPORTANCE[options.row], [{"input_ids": ids}])
     print(f"| {options.row} | {resident('VmHWM') - before:,.0f} | {time.process_time() - start:.1f} |", flush=True)
 
 

@@ -35,7 +35,7 @@ ROWS = {
     "Wanda, 50 %, none": (bh.Wanda(), HALF | {"sequential": "none"}),
     "Wanda, 2:4": (bh.Wanda(), PAIRS),
     "Wanda, 50 %, OWL": (bh.Wanda(), HALF | {"allocation": bh.OWL()}),
-    "WandaAlpha, 50 %": (bh.WandaAlpha(), HALF),
+    "WandaAlpha, 50 %": (bh.sparsity.criteria.WandaAlpha(), HALF),
     "RIA, 50 %": (bh.RIA(), HALF),
     "RIA, 2:4": (bh.RIA(), PAIRS),
     "SparseGPT, 50 %": (bh.SparseGPT(), HALF),

@@ -50,7 +50,10 @@ def main(steps):
     trainer = pl.Trainer(max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
     trainer.fit(module, DataLoader(words(1, 48_000), batch_size=32, collate_fn=batch_of, shuffle=True))
     model.eval()
-    held_out, scores = batch_of(words(2, 500)), bh.head_importance(model, [batch_of(words(3, 256))])
+    held_out, scores = (
+        batch_of(words(2, 500)),
+        bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), [batch_of(words(3, 256))], normalize=True),
+    )
     print(f"with all heads {accuracy(model, held_out):.1%} of the letters are right; without the least important of one kind:")
     for kind, part in KINDS.items():
         names = [name for name in scores if part in name and ("encoder_attn" in name) == ("cross" in kind)]
@@ -58,7 +61,7 @@ def main(steps):
         shown = []
         for share in (0.25, 0.5, 0.75, 1.0):
             gone = [(name, head) for _, name, head in ranked[: int(share * len(ranked))]]
-            with bh.mask_heads(model, {name: [head for own, head in gone if own == name] for name in names}):
+            with bh.mask(model, {name: [head for own, head in gone if own == name] for name in names}):
                 shown.append(f"{share:.0%}: {accuracy(model, held_out):.1%}")
         print(f"{kind:<15} {',  '.join(shown)}")
 

@@ -66,6 +66,7 @@ def model():
 
 
 PLAN = {
+    "kind": "units",
     "model": "LlamaForCausalLM",
     "kinds": {f"model.layers.{n}.mlp": "channel" for n in (0, 1)},
     "units": {f"model.layers.{n}.mlp": [1, 2, 3] for n in (0, 1)},
@@ -77,12 +78,12 @@ PLAN = {
 @given(plain=wrong(PLAN))
 def test_plans(model, plain):
     with contextlib.suppress(ValueError):
-        assert bh.plan_from_json(model, json.loads(json.dumps(plain))).model == "LlamaForCausalLM"
+        assert bh.Plan.from_json(json.loads(json.dumps(plain)), model).model == "LlamaForCausalLM"
 
 
 @pytest.fixture(scope="module")
 def block_plan(model):
-    return json.loads(json.dumps(bh.plan_blocks(model, [1]).to_json()))
+    return json.loads(json.dumps(bh.plan_units(model, [1], "block").to_json()))
 
 
 @settings(ANY, max_examples=60)
@@ -90,8 +91,8 @@ def block_plan(model):
 def test_plans_of_blocks(model, block_plan, data):
     plain = data.draw(wrong(block_plan))
     with contextlib.suppress(ValueError):
-        plan = bh.BlockPlan.from_json(plain)
-        bh.apply_blocks(plan, copy.deepcopy(model))
+        own = copy.deepcopy(model)
+        bh.apply(own, bh.Plan.from_json(plain, own))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folders")
     bh.save(llama(**SMALL), folder / "plain")
     uneven = llama(**SMALL)
-    bh.apply(bh.plan(uneven, bh.WeightNorm(), channels=0.5, first=1), uneven)
+    bh.apply(uneven, bh.plan(uneven, bh.WeightNorm(), amount=bh.Amount(channels=0.5, first=1)))
     assert bh.save(uneven, folder / "shaped").way == "shaped"
     return folder
 
@@ -140,7 +141,7 @@ CALLBACKS = [
         "StructuredPruning",
         {"channels": 0.2, "params": 0.8, "at": "start", "rounds": 2, "first": 1, "repair": {"validation": 0.1}},
     ),
-    ("DepthPruning", {"count": 1, "ratio": 0.5, "by": "loss", "greedy": True, "first": 1}),
+    ("DepthPruning", {"count": 1, "ratio": 0.5, "importance": {"class_path": "Ablation"}, "greedy": True, "first": 1}),
     ("Uptraining", {"alpha": 0.05, "pretraining_steps": 100}),
     ("Export", {"folder": "out"}),
     ("Report", {"plot_file": "report.png", "metric": "val_loss", "measure_batches": 2}),

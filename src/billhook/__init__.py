@@ -1,141 +1,54 @@
 """Prune and convert Hugging Face transformers inside a PyTorch Lightning fit."""
 
+# ruff: noqa: I001 - by theme
+
+from billhook.tracing.trace import trace as trace
+from billhook.units.find import find_units as find_units
+from billhook.units.units import Units as Units
+from billhook.units.gates import gates as gates, mask as mask
+
+from billhook.importance.score import score as score
+from billhook.importance.ablation import Ablation as Ablation, ablate_heads as ablate_heads
+from billhook.importance.activations import ActivationNorm as ActivationNorm, OutputNorm as OutputNorm
+from billhook.importance.baselines import WeightNorm as WeightNorm
+from billhook.importance.blocks import BlockInfluence as BlockInfluence
+from billhook.importance.gate_gradient import GateGradient as GateGradient
+from billhook.importance.obs import OBS as OBS
+from billhook.importance.taylor import Taylor as Taylor
+
+from billhook.model.plan import Plan as Plan, apply as apply
+from billhook.pruning.amount import Amount as Amount
+from billhook.pruning.planning import plan as plan, plan_units as plan_units, prune_units as prune_units
+from billhook.pruning.repair import repair as repair
+from billhook.repairs.repair import Repair as Repair
+
+from billhook.sparsity.prune import prune as prune
+from billhook.sparsity.criteria import RIA as RIA, Magnitude as Magnitude, Wanda as Wanda
+from billhook.sparsity.sparsegpt import SparseGPT as SparseGPT
+from billhook.sparsity.refit import Refit as Refit
+from billhook.sparsity.allocation import OWL as OWL
+
+from billhook.kv_heads.convert import convert_kv_heads as convert_kv_heads
+from billhook.kv_heads.equal_parameters import equal_parameters as equal_parameters
+
+from billhook.adapters.lora import LoRA as LoRA
+from billhook.adapters.masked import mask_adapters as mask_adapters, unmask_adapters as unmask_adapters
+from billhook.adapters.merge import merge as merge
+
+from billhook.checkpoints.save import load as load, save as save
+from billhook.fit.resume import ShapeInCheckpoint as ShapeInCheckpoint, load_from_checkpoint as load_from_checkpoint
+from billhook.report.speed import measure_speed as measure_speed
+from billhook.report.summary import summary as summary
+
 from billhook import schedules as schedules
-from billhook.adapters.lora import LoRA
-from billhook.adapters.masked import mask_adapters, unmask_adapters
-from billhook.adapters.merge import Merged, merge
-from billhook.callbacks import (
-    DepthPruning,
-    Export,
-    HeadPruning,
-    KVHeadConversion,
-    Report,
-    StructuredPruning,
-    Uptraining,
-    WeightPruning,
-)
-from billhook.checkpoints.save import load, save
-from billhook.fit.resume import ShapeInCheckpoint, load_from_checkpoint
-from billhook.importance.ablation import Ablation, HeadAblation, ablate_heads
-from billhook.importance.activations import ActivationNorm, OutputNorm
-from billhook.importance.base import Importance
-from billhook.importance.baselines import RandomUnits, WeightNorm
-from billhook.importance.blocks import block_importance
-from billhook.importance.gate_gradient import GateGradient
-from billhook.importance.obs import OBS
-from billhook.importance.score import head_importance, unit_importance
-from billhook.importance.taylor import Taylor
-from billhook.kv_heads.convert import convert_kv_heads
-from billhook.kv_heads.equal_parameters import equal_parameters
-from billhook.pruning.amount import Amount
-from billhook.pruning.block_choice import greedy_blocks
-from billhook.pruning.block_plan import BlockPlan, plan_blocks
-from billhook.pruning.block_removal import apply_blocks, prune_blocks
-from billhook.pruning.choice import choose_heads
-from billhook.pruning.heads import plan_heads, prune_heads
-from billhook.pruning.plan import Plan, plan_from_json, plan_units
-from billhook.pruning.removal import apply
-from billhook.pruning.repair import repair
-from billhook.pruning.request import plan
-from billhook.repairs.repair import Repair
-from billhook.report.speed import measure_speed
-from billhook.report.summary import summary
-from billhook.sparsity.allocation import OWL, Allocation, ByPattern, Uniform
-from billhook.sparsity.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaAlpha
-from billhook.sparsity.prune import prune
-from billhook.sparsity.refit import Refit
-from billhook.sparsity.sparsegpt import SparseGPT
-from billhook.tracing.coupling import Structure
-from billhook.tracing.groups import Group
-from billhook.tracing.trace import trace
-from billhook.training.data import ClassificationDataModule, Seq2SeqDataModule, TextDataModule
-from billhook.training.distillation import Distillation
-from billhook.training.module import TransformerModule
-from billhook.units.blocks import find_blocks
-from billhook.units.channels import find_units
-from billhook.units.gates import HeadMask, head_gates, mask_heads
-from billhook.units.units import Units
+from billhook.callbacks import DepthPruning as DepthPruning, HeadPruning as HeadPruning
+from billhook.callbacks import KVHeadConversion as KVHeadConversion, Uptraining as Uptraining
+from billhook.callbacks import StructuredPruning as StructuredPruning, WeightPruning as WeightPruning
+from billhook.callbacks import Export as Export, Report as Report
+
+from billhook.training.module import TransformerModule as TransformerModule
+from billhook.training.data import TextDataModule as TextDataModule, ClassificationDataModule as ClassificationDataModule
+from billhook.training.data import Seq2SeqDataModule as Seq2SeqDataModule
+from billhook.training.distillation import Distillation as Distillation
 
 __version__ = "0.1.0.dev0"
-
-__all__ = [
-    "Ablation",
-    "ActivationNorm",
-    "Allocation",
-    "Amount",
-    "BlockPlan",
-    "ByPattern",
-    "ClassificationDataModule",
-    "Criterion",
-    "DepthPruning",
-    "Distillation",
-    "Export",
-    "GateGradient",
-    "Group",
-    "HeadAblation",
-    "HeadMask",
-    "Plan",
-    "HeadPruning",
-    "Importance",
-    "KVHeadConversion",
-    "LoRA",
-    "Magnitude",
-    "Merged",
-    "OBS",
-    "OWL",
-    "OutputNorm",
-    "RIA",
-    "Random",
-    "RandomUnits",
-    "Refit",
-    "Repair",
-    "Report",
-    "Seq2SeqDataModule",
-    "ShapeInCheckpoint",
-    "SparseGPT",
-    "Structure",
-    "StructuredPruning",
-    "Taylor",
-    "TextDataModule",
-    "TransformerModule",
-    "Uniform",
-    "Units",
-    "Uptraining",
-    "Wanda",
-    "WandaAlpha",
-    "WeightNorm",
-    "WeightPruning",
-    "ablate_heads",
-    "apply_blocks",
-    "apply",
-    "block_importance",
-    "choose_heads",
-    "convert_kv_heads",
-    "equal_parameters",
-    "find_units",
-    "find_blocks",
-    "greedy_blocks",
-    "head_gates",
-    "head_importance",
-    "load",
-    "load_from_checkpoint",
-    "mask_adapters",
-    "mask_heads",
-    "measure_speed",
-    "merge",
-    "plan_from_json",
-    "plan",
-    "plan_blocks",
-    "plan_heads",
-    "plan_units",
-    "prune",
-    "prune_blocks",
-    "prune_heads",
-    "repair",
-    "save",
-    "schedules",
-    "summary",
-    "trace",
-    "unit_importance",
-    "unmask_adapters",
-]

@@ -65,10 +65,9 @@ def bare(lit):
 
 WHEN = {
     "start": ({}, [2] * 8),
-    "a step": ({"at": 3, "by": "loss"}, [4] * 3 + [2] * 5),
+    "a step": ({"at": 3, "importance": bh.Ablation()}, [4] * 3 + [2] * 5),
     "a fraction": ({"count": None, "ratio": 0.25, "at": 0.5}, [4] * 4 + [3] * 4),
     "the end": ({"at": 8, "greedy": True}, [4] * 8),
-    "nothing": ({"count": 0, "at": 2}, [4] * 8),
 }
 
 
@@ -85,7 +84,7 @@ class TestFit:
         assert {id(p) for group in run.optimizers[0].param_groups for p in group["params"]} == {id(p) for p in lit.parameters()}
         assert bare(lit)
         (event,) = callback.events
-        assert event["what"].startswith(f"4 -> {left} blocks ({callback.by}): without ")
+        assert event["what"].startswith(f"4 -> {left} blocks ({type(callback.importance).__name__}): without ")
         assert event["after"]["params"] == sum(p.numel() for p in lit.parameters())
 
     @pytest.mark.parametrize("greedy", [False, True])
@@ -98,7 +97,7 @@ class TestFit:
             for _ in range(2):
                 lowest = int(influence(model, whole)[1:].argmin()) + 1
                 expected.append(left.pop(lowest))
-                bh.prune_blocks(model, [lowest])
+                bh.prune_units(model, [lowest], kind="block")
         else:
             expected = sorted(range(1, 4), key=lambda n: float(scores[n]))[:2]
         lit = module()
@@ -106,12 +105,12 @@ class TestFit:
         callback = pruning(2, calibration=given, first=1, greedy=greedy)
         loader = DataLoader(given, None)
         trainer(tmp_path, [callback], max_steps=1).fit(lit, loader, loader)
-        assert callback.plan.blocks == {LAYERS: sorted(expected)}
+        assert callback.plan.units == {LAYERS: sorted(expected)}
 
     def test_what_it_draws_leaves_no_trace(self, files, tmp_path):
         """Up to the step at which blocks go, training is what it is without it."""
         runs = []
-        for callbacks in ([], [pruning(2, at=4, by="loss", measure_batches=None)]):
+        for callbacks in ([], [pruning(2, at=4, importance=bh.Ablation(), measure_batches=None)]):
             lit, losses = module(attention_dropout=0.1), Losses()
             torch.manual_seed(5)
             trainer(tmp_path, [*callbacks, losses]).fit(lit, data(files))
@@ -151,7 +150,7 @@ class TestCheckpoints:
         ("make", "options", "stops"),
         [
             (module, {"at": 3}, [1, 3, 6]),
-            (module, {"at": "start", "by": "loss", "greedy": True}, [2]),
+            (module, {"at": "start", "importance": bh.Ablation(), "greedy": True}, [2]),
             (mixed, {"at": 4, "first": 1}, [2, 4]),
         ],
     )
@@ -226,10 +225,9 @@ class TestRefused:
         [
             ({"count": None}, "count=None, ratio=None: give one of them"),
             ({"ratio": 0.5}, "count=2, ratio=0.5: give one of them"),
-            ({"count": 1.5}, "count=1.5 must be a whole number"),
-            ({"count": None, "ratio": 1.0}, "ratio=1.0 must be in"),
+            ({"count": 1.5}, "blocks=1.5 must be a fraction of these units"),
+            ({"count": None, "ratio": 1.0}, "blocks=1.0 must be a fraction"),
             ({"first": -1}, "first=-1 must be a whole number"),
-            ({"by": "depth"}, "by='depth' must be one of influence, loss"),
             ({"at": "end"}, "at='end' must be 'start'"),
             ({"examples": 0}, "examples=0 must be at least 1"),
             ({"calibration": iter([])}, "can be read only once"),
@@ -245,9 +243,9 @@ class TestRefused:
         [
             (
                 lambda: [pruning(4)],
-                f"count=4 takes 4 of the 4 blocks of {LAYERS}; with first=0 and last=0 protected, 0 to 3 can go",
+                f"blocks=4: 4 of 4 blocks of {LAYERS} would be removed, and at most 3 may: 0.75",
             ),
-            (lambda: [pruning(2, first=2, last=1)], "0 to 1 can go"),
+            (lambda: [pruning(2, first=2, last=1)], "2 of 4 blocks .* would be removed, and at most 1 may"),
             (lambda: [pruning(1, at=99)], "99"),
             (lambda: [pruning(1), EMAWeightAveraging()], "EMAWeightAveraging cannot follow"),
         ],
@@ -276,6 +274,6 @@ class TestRefused:
 def test_a_users_own_module(tmp_path):
     """Batches that are tuples, and a model that is not called `model`."""
     lit = FitOfTuples()
-    trainer(tmp_path, [pruning(1, at=2, by="loss")], max_steps=4).fit(lit)
+    trainer(tmp_path, [pruning(1, at=2, importance=bh.Ablation())], max_steps=4).fit(lit)
     assert len(find_transformer(lit).model.layers) == 1
     assert isinstance(find_transformer(lit), type(llama()))

@@ -315,15 +315,15 @@ ONESHOT = {
     "svd": lambda model, optimizer: bh.convert_kv_heads(
         model, 2, "svd", optimizer, batches=batches(4), grouping="similar", repair=bh.Repair()
     ),
-    "heads": lambda model, optimizer: bh.prune_heads(model, {0: [0, 1], 1: [2, 3]}, optimizer),
-    "blocks": lambda model, optimizer: bh.prune_blocks(model, [0], optimizer),
-    "structure": lambda model, optimizer: bh.apply(bh.plan(model, bh.WeightNorm(), channels=0.5), model, optimizer),
+    "heads": lambda model, optimizer: bh.prune_units(model, {0: [0, 1], 1: [2, 3]}, optimizer),
+    "blocks": lambda model, optimizer: bh.prune_units(model, [0], optimizer, kind="block"),
+    "structure": lambda model, optimizer: bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.5), optimizer),
     "repaired": lambda model, optimizer: repaired(bh.plan(model, bh.WeightNorm(), channels=0.5), model, optimizer),
 }
 
 
 def repaired(plan, model, optimizer):
-    bh.apply(plan, model, optimizer, bh.repair(plan, model, batches(4)))
+    bh.apply(model, plan, optimizer, bh.repair(model, plan, batches(4)))
 
 
 @cache

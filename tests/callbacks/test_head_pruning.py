@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.checkpoints.export import export_checkpoint
-from billhook.units.heads import find_heads
+from billhook.pruning.choice import choose
+from billhook.units.find import find_units
 from kit import fits
 from kit.families import llama, tokens
 from kit.fits import data, same, trainer, weights
@@ -40,7 +41,14 @@ pytestmark = [
 ]
 IMPORTANCE = [
     *(bh.GateGradient(each) for each in ("token", "example", "batch")),
-    *(bh.Taylor("unit"), bh.Taylor("first"), bh.WeightNorm(), bh.ActivationNorm(), bh.RandomUnits(3), bh.Ablation()),
+    *(
+        bh.Taylor("unit"),
+        bh.Taylor("first"),
+        bh.WeightNorm(),
+        bh.ActivationNorm(),
+        bh.importance.baselines.RandomUnits(3),
+        bh.Ablation(),
+    ),
 ]
 
 
@@ -67,7 +75,7 @@ def test_it_happens_at_its_step_and_rounds_do_not_compound(files, tmp_path, when
     trainer(tmp_path, [callback, watch]).fit(lit, data(files))
     assert watch.seen == seen
     left = {"the end": 8}.get(when, seen[-1])
-    assert [one.count() for one in find_heads(lit).values()] == ([8, 8] if remove == "never" else [left / 2] * 2)
+    assert [one.count() for one in find_units(lit, "head").values()] == ([8, 8] if remove == "never" else [left / 2] * 2)
     assert silent(lit) == (16 - left if remove == "never" else 0)
     assert bare(lit)
     gone = callback.record.gone(callback.heads)
@@ -92,7 +100,7 @@ class AgainstMasks(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         other = self.build()
         other.load_state_dict(transformer(pl_module).state_dict())
-        with bh.mask_heads(other, self.callback.heads, self.per):
+        with bh.mask(other, self.callback.heads, per=self.per):
             self.expected = other.train()(**batch).loss.detach()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, *_):
@@ -128,7 +136,7 @@ def test_heads_that_stay_masked_are_not_read_after_the_fit(files, tmp_path, per)
     ids = tokens(4)
     with torch.no_grad():
         dense = other.model.eval()(ids).logits
-        with bh.mask_heads(other.model, callback.heads, per):
+        with bh.mask(other.model, callback.heads, per=per):
             masked = other.model(ids).logits
         torch.testing.assert_close(exported(ids).logits, masked)
         torch.testing.assert_close(lit.model.eval()(ids).logits, masked)
@@ -177,19 +185,19 @@ def test_removal_is_what_removing_by_hand_is(files, tmp_path):
     groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) is wide]} for wide in (True, False)]
     optimizer = torch.optim.AdamW([groups[0] | {"weight_decay": 0.01}, groups[1] | {"weight_decay": 0.0}], 1e-2, fused=True)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, 2, 8)
-    mask = bh.mask_heads(model, {})
+    mask = bh.mask(model, {})
     for step, batch in enumerate(batches):
         if step in (2, 5):
-            scores = bh.head_importance(model, importance=bh.WeightNorm())
+            scores = bh.score(model, bh.find_units(model, "head"), bh.WeightNorm(), normalize=True)
             for name, own in mask.heads.items():
                 scores[name][own] = -1
             mask.remove()
-            chosen = bh.choose_heads(model, scores, {2: 0.25, 5: 0.5}[step])
+            chosen = choose(bh.find_units(model, "head"), scores, {2: 0.25, 5: 0.5}[step])
             assert all(set(mask.heads.get(name, ())) <= set(own) for name, own in chosen.items())
             if step == 2:
-                mask = bh.mask_heads(model, chosen)
+                mask = bh.mask(model, chosen)
             else:
-                bh.prune_heads(model, chosen, optimizer)
+                bh.prune_units(model, chosen, optimizer)
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
@@ -199,7 +207,7 @@ def test_removal_is_what_removing_by_hand_is(files, tmp_path):
 
 
 class TestScores:
-    """They are those of `head_importance` on the same batches, and lead to the heads of `choose_heads`."""
+    """They are those of `score` on the same batches, and lead to the heads of `choose`."""
 
     @pytest.mark.parametrize(
         ("importance", "per", "ranking"),
@@ -214,11 +222,11 @@ class TestScores:
             0.5, importance=importance, per=per, ranking=ranking, calibration=batches, normalize=normalize, remove="never"
         )
         trainer(tmp_path, [callback], max_steps=1).fit(lit, data(files))
-        scores = bh.head_importance(dense.model, batches, importance, normalize=normalize, per=per)
+        scores = bh.score(dense.model, bh.find_units(dense.model, "head"), importance, batches, normalize=normalize, per=per)
         assert callback.record.scores.keys() == scores.keys()
         for name, own in scores.items():
             torch.testing.assert_close(callback.record.scores[name], own)
-        assert callback.heads == bh.choose_heads(dense.model, scores, 0.5, ranking, per=per, remove=False)
+        assert callback.heads == choose(bh.find_units(dense.model, "head"), scores, 0.5, ranking=ranking, per=per, remove=False)
 
     def test_of_heads_that_act_beside_masked_ones(self, files, tmp_path):
         ids = tokens(4, 9)
@@ -234,11 +242,11 @@ class TestScores:
         # before the second round the copy is of the model without the heads of the first
         trainer(tmp_path, [Keep(), callback]).fit(module(), data(files))
         (_, first), (model, _) = kept[3], kept[4]
-        scores = bh.head_importance(model, batches)
+        scores = bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), batches, normalize=True)
         for name, own in scores.items():
             torch.testing.assert_close(callback.record.scores[name][first.numbers[name]], own)
             assert callback.record.scores[name].isnan().sum() == 2
-        again = bh.choose_heads(model, scores, 1 / 3)
+        again = choose(bh.find_units(model, "head"), scores, 1 / 3)
         gone = {name: [first.numbers[name][head] for head in own] for name, own in again.items()}
         assert all(set(gone[name]) < set(own) for name, own in callback.record.gone({}).items())
 
@@ -250,7 +258,9 @@ class TestScores:
         rows = given.splits["train"]
         batches = [given.collate()([row]) for row in rows]
         assert len(batches) == 43
-        for name, own in bh.head_importance(dense.model, batches).items():
+        for name, own in bh.score(
+            dense.model, bh.find_units(dense.model, "head"), bh.GateGradient(), batches, normalize=True
+        ).items():
             torch.testing.assert_close(callback.record.scores[name], own)
 
     def test_the_seed_says_which_examples(self, files, tmp_path):
@@ -455,7 +465,7 @@ class TestMonitor:
         masked = pruning(self.SCHEDULE, monitor="val_share", keep=0.7, remove="never", **options)
         trainer(tmp_path, [masked]).fit(other, data(files))
         assert callback.record.gone(callback.heads) == masked.record.gone(masked.heads)
-        bh.prune_heads(other.model, masked.heads)
+        bh.prune_units(other.model, masked.heads)
         for name, value in other.state_dict().items():
             torch.testing.assert_close(lit.state_dict()[name], value, atol=1e-4, rtol=1e-3)
 
@@ -670,7 +680,7 @@ class TestRefused:
             ({"ratio": 0.25}, {"num_key_value_heads": 4}, "ratio=0.25 takes not a single head: 0.5 does"),
             ({"ratio": 0.2, "per": "kv_head"}, {"num_key_value_heads": 4}, "0.2 takes not a single head: 0.25 does"),
             ({"ratio": 0.5}, {"num_attention_heads": 1, "num_key_value_heads": 1}, "no ratio does"),
-            ({"ratio": 0.9, "min_heads": 2}, {}, "7 of 8 heads of model.layers.0.self_attn would go, and at most 6 may"),
+            ({"ratio": 0.9, "min_heads": 2}, {}, "7 of 8 heads of model.layers.0.self_attn would be removed, and at most 6 may"),
             ({"ratio": 0.9, "min_heads": 2, "ranking": "global"}, {}, "14 of 16 heads of all layers .* at most 12 may"),
             ({"ratio": 0.5, "at": 9}, {}, "at=9 is past the end of training, which has 8 optimizer steps"),
             ({"ratio": bh.schedules.Cubic(final=0.5, end=9)}, {}, "end=9 is past the end of training"),
@@ -717,7 +727,7 @@ class TestRefused:
 
     def test_a_model_without_attention(self, files, tmp_path):
         config = transformers.MambaConfig(vocab_size=2048, hidden_size=32, num_hidden_layers=1)
-        self.refused(files, tmp_path, [pruning(0.5)], "MambaForCausalLM has no attention", bh.TransformerModule(config))
+        self.refused(files, tmp_path, [pruning(0.5)], "MambaForCausalLM has no heads", bh.TransformerModule(config))
 
     @pytest.mark.parametrize("remove", ["end", "rounds"])
     def test_heads_that_cannot_be_removed(self, files, tmp_path, remove):

@@ -9,7 +9,7 @@ import transformers
 
 import billhook as bh
 from billhook.checkpoints.export import export_checkpoint
-from billhook.units.channels import find_units
+from billhook.units.find import find_units
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
 from kit.weight_pruning import checkpoints
@@ -86,7 +86,7 @@ def test_it_removes_what_the_plan_of_the_same_batches_says(files, tmp_path):
     plan = bh.plan(dense, bh.Taylor("first"), batches, channels=0.25, kv_heads=0.5)
     callback = pruning(channels=0.25, kv_heads=0.5, importance=bh.Taylor("first"), calibration=batches)
     trainer(tmp_path, [callback], max_steps=1).fit(lit, data(files))
-    bh.apply(plan, dense)
+    bh.apply(dense, plan)
     pruned = module()
     trainer(tmp_path, [pruning(channels=0.25, kv_heads=0.5, calibration=batches)], max_steps=1).fit(pruned, data(files))
     assert same(weights(lit), weights(pruned))
@@ -180,9 +180,9 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({"params": 10}, r"params=10: 10 cannot be reached; with what may go, [\d,]+ to [\d,]+ can"),
+            ({"params": 10}, r"params=10: 10 cannot be reached; with what may be removed, [\d,]+ to [\d,]+ can"),
             ({"channels": 0.01}, "channels=0.01 is not a single unit of a place"),
-            ({"experts": 0.5}, "experts=0.5: the model has none that may go"),
+            ({"experts": 0.5}, "experts=0.5: the model has none that may be removed"),
             ({"channels": 0.5, "first": 1, "last": 1}, "channels=0.5: all are in protected blocks"),
             (
                 {"channels": 0.5, "at": bh.schedules.Linear(final=0.5, start=0, end=4)},

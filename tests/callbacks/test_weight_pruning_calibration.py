@@ -26,7 +26,7 @@ class Batches(pl.Callback):
         self.seen.append([random.random(), torch.rand(1).item(), *torch.utils._pytree.tree_leaves(dict(batch))])
 
 
-@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.SparseGPT(), bh.Magnitude(), bh.Random()])
+@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.SparseGPT(), bh.Magnitude(), bh.sparsity.criteria.Random()])
 def test_a_round_that_prunes_nothing_leaves_no_trace(files, tmp_path, criterion):
     """The same data in the same order, the same random numbers, the same weights bit for bit."""
     runs = []

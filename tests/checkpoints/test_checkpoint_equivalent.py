@@ -12,7 +12,7 @@ from billhook.checkpoints.equivalent import EQUIVALENT, Family
 from billhook.checkpoints.export import export
 from billhook.checkpoints.save import WAYS, load, save
 from billhook.model.shape import KEY, shape_of
-from billhook.pruning.heads import prune_heads
+from billhook.pruning.planning import prune_units
 from kit.families import EXTRA, build, llama, tokens
 from kit.fits import trainer
 from kit.shaped import narrow
@@ -44,7 +44,7 @@ def three_of_four(family: str = "llama", **changes: object) -> PreTrainedModel:
     """With three of four query heads for each of what the config says, which does not divide the width of 32."""
     model = build(family, **FOUR | changes)
     groups = model.config.num_attention_heads // 4
-    prune_heads(model, {0: [1], 1: [2]} if groups == 1 else {0: [2, 3], 1: [4, 5]})
+    prune_units(model, {0: [1], 1: [2]} if groups == 1 else {0: [2, 3], 1: [4, 5]})
     return model
 
 
@@ -160,7 +160,7 @@ def test_all_layers_narrower_by_hand_is_plain(tmp_path):
 
 def test_layers_that_differ_are_shaped(tmp_path):
     model = build("llama", **FOUR)
-    prune_heads(model, {0: [1]})
+    prune_units(model, {0: [1]})
     assert save(model, tmp_path / "a").way == "shaped"
     assert same(load(tmp_path / "a"), model)
 
@@ -169,7 +169,7 @@ def test_layers_that_differ_are_shaped(tmp_path):
 def test_other_heads(task, tmp_path):
     kind = getattr(transformers, f"Llama{task}")
     model = kind(transformers.LlamaConfig.from_dict(build("llama", **FOUR).config.to_dict())).eval()
-    prune_heads(model, {0: [1], 1: [2]})
+    prune_units(model, {0: [1], 1: [2]})
     assert save(model, tmp_path / "a").family == "mistral"
     again = load(tmp_path / "a")
     assert type(again).__name__ == f"Mistral{task}"
@@ -180,7 +180,7 @@ def test_other_heads(task, tmp_path):
 
 def test_a_family_with_other_names_of_tensors_is_passed_over(tmp_path):
     model = transformers.LlamaForQuestionAnswering(build("llama", **FOUR).config).eval()  # Mistral's has it as `model`
-    prune_heads(model, {0: [1], 1: [2]})
+    prune_units(model, {0: [1], 1: [2]})
     assert save(model, tmp_path / "a").family == "seed_oss"
     again, ids = load(tmp_path / "a"), tokens()
     with torch.no_grad():

@@ -102,7 +102,7 @@ WAYS = {
 
 def uneven():
     model = llama(**SMALL)
-    bh.apply(bh.plan(model, bh.WeightNorm(), channels=0.4, ranking="global"), model)
+    bh.apply(model, bh.plan(model, bh.WeightNorm(), amount=bh.Amount(channels=0.4, ranking="global")))
     return model
 
 

@@ -9,7 +9,8 @@ import transformers
 
 import billhook as bh
 from billhook.cli.main import main
-from billhook.units.heads import find_heads
+from billhook.pruning.choice import choose
+from billhook.units.find import find_units
 from kit import fits
 from kit.oneshot_heads import blocks, drawn, option, perplexity, tokenizer
 from kit.shaped import bert
@@ -24,7 +25,7 @@ def prune(model, out, *arguments):
 
 
 def heads_of(model):
-    return [one.count() for one in find_heads(model).values()]
+    return [one.count() for one in find_units(model, "head").values()]
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +87,11 @@ def test_tiny_with_fewer_heads_and_its_perplexity(files, tmp_path, capsys):
     }
     assert record["importance"] == {"by": "GateGradient(each='token')", "ranking": "layer", "per": "head", "rounds": 1}
     assert record["calibration"] == {"data": files, "examples": 6, "length": 16, "batch_size": 4, "seed": 0}
-    importance = bh.head_importance(dense, drawn(blocks(files["train"]), 4))
-    assert record["heads"] == bh.choose_heads(dense, importance, 0.5)
-    plan = bh.prune_heads(dense, record["heads"])
+    importance = bh.score(
+        dense, bh.find_units(dense, "head"), bh.GateGradient(), drawn(blocks(files["train"]), 4), normalize=True
+    )
+    assert record["heads"] == choose(bh.find_units(dense, "head"), importance, 0.5)
+    plan = bh.prune_units(dense, record["heads"])
     assert str(plan) in said
     assert f"perplexity {record['perplexity']['before']:,.4g} before, {record['perplexity']['after']:,.4g} after" in said
     assert "plain from_pretrained loads it" in said
@@ -106,11 +109,11 @@ def test_rounds(small, files, tmp_path, ranking, per, importance):
     model, gone = bh.load(small), {}
     batches = drawn(blocks(files["train"]), 4, seed=3)
     for number in (1, 2, 3):
-        with bh.mask_heads(model, gone, per):
-            scores = bh.head_importance(model, batches, getattr(bh, importance)(), per=per)
+        with bh.mask(model, gone, per=per):
+            scores = bh.score(model, bh.find_units(model, "head"), getattr(bh, importance)(), batches, normalize=True, per=per)
         for name, own in gone.items():
             scores[name][own] = -1
-        gone = bh.choose_heads(model, scores, number / 6, ranking, per=per)
+        gone = choose(bh.find_units(model, "head"), scores, number / 6, ranking=ranking, per=per)
     assert record["heads"] == gone
     assert record["importance"]["rounds"] == 3
     assert sum(heads_of(bh.load(tmp_path / "out"))) == 8
@@ -124,8 +127,8 @@ def test_settings(small, files, tmp_path):
     run = [small, tmp_path / "out", "--ratio", "0.4", *option(files), *SHORT]
     record = prune(*run, "--importance", "RandomUnits", "--importance.seed", "5", "--evaluate", "0", "--normalize", "false")
     assert record["perplexity"] == {"before": None, "after": None, "examples": 0}
-    scores = bh.head_importance(bh.load(small), importance=bh.RandomUnits(5), normalize=False)
-    assert record["heads"] == bh.choose_heads(bh.load(small), scores, 0.4)
+    scores = bh.score(bh.load(small), bh.find_units(bh.load(small), "head"), bh.importance.baselines.RandomUnits(5))
+    assert record["heads"] == choose(bh.find_units(bh.load(small), "head"), scores, 0.4)
     record = prune(*run, "--ranking", "global", "--min_heads", "4", "--importance", "WeightNorm", "--dtype", "bfloat16")
     model = bh.load(tmp_path / "out")
     assert min(heads_of(model)) >= 4
@@ -146,7 +149,7 @@ def test_a_classifier_and_its_accuracy(classifier, table, tmp_path, capsys):
     assert record["accuracy"] == {"before": pytest.approx(expected[0]), "after": pytest.approx(expected[1]), "examples": 17}
     assert record["calibration"]["length"] == 64
     assert f"accuracy {expected[0]:,.4g} before, {expected[1]:,.4g} after" in capsys.readouterr().out
-    bh.prune_heads(dense, record["heads"])
+    bh.prune_units(dense, record["heads"])
     batch = tokenizer()(rows[5][0], return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, dense(**batch).logits)
@@ -177,8 +180,8 @@ def test_of_a_model_that_predicts_no_next_token_there_is_no_perplexity(files, tm
     [
         ([], "ratio: say which fraction of the heads goes"),
         (["--ratio", "1"], r"ratio=1.0 must be a fraction of the heads in \[0, 1\)"),
-        (["--ratio", "0.5", "--min_heads", "0"], "min_heads=0: where heads are removed, one at least stays"),
-        (["--ratio", "0.9", "--min_heads", "2"], "7 of 8 heads of model.layers.0.self_attn would go, and at most 6 may"),
+        (["--ratio", "0.5", "--min_heads", "0"], "min_heads=0 must be a whole number of at least 1"),
+        (["--ratio", "0.9", "--min_heads", "2"], "7 of 8 heads of model.layers.0.self_attn would be removed, and at most 6 may"),
         (["--ratio", "0.1"], "ratio=0.1 is not a single head of a layer"),
         (["--ratio", "0.5", "--rounds", "0"], "rounds=0 must be at least 1"),
         (["--ratio", "0.5", "--examples", "0"], "examples=0 must be at least 1"),
@@ -206,7 +209,7 @@ def test_models_whose_heads_cannot_go(files, tmp_path):
     config = transformers.BloomConfig(vocab_size=2048, hidden_size=32, n_layer=2, n_head=4)
     for name, model, message in (
         ("bloom", transformers.BloomForCausalLM(config), "cannot be removed"),
-        ("mamba", transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=2048, hidden_size=32)), "has no attention"),
+        ("mamba", transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=2048, hidden_size=32)), "has no heads"),
     ):
         model.save_pretrained(tmp_path / name)
         tokenizer().save_pretrained(tmp_path / name)

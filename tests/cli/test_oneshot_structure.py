@@ -40,7 +40,7 @@ def test_ratios(small, files, tmp_path, capsys):
     assert record["plans"] == [plan.to_json()]
     held_out = blocks(files["validation"])[:5]
     before = perplexity(dense, held_out)
-    bh.apply(plan, dense)
+    bh.apply(dense, plan)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert (again.config.intermediate_size, again.config.num_key_value_heads) == (36, 2)
     with torch.no_grad():
@@ -58,12 +58,12 @@ def test_a_target_in_rounds(small, files, tmp_path):
     )
     dense, again = bh.load(small), bh.load(tmp_path / "out")
     assert len(record["plans"]) == 2
-    first = bh.plan_from_json(dense, record["plans"][0])
+    first = bh.Plan.from_json(record["plans"][0], dense)
     whole = bh.summary(dense).params
     assert 0.97 * whole < first.parameters[1] <= 0.975 * whole
     replayed = copy.deepcopy(dense)
-    bh.apply(first, replayed)
-    bh.apply(bh.plan_from_json(replayed, record["plans"][1]), replayed)
+    bh.apply(replayed, first)
+    bh.apply(replayed, bh.Plan.from_json(record["plans"][1], replayed))
     assert bh.summary(again).params == bh.summary(replayed).params <= 0.95 * whole
     with torch.no_grad():
         ids = blocks(files["train"])[:2]
@@ -79,9 +79,9 @@ def test_what_stays_makes_up_for_what_goes(small, files, tmp_path):
     dense, rows = bh.load(small), blocks(files["train"])
     batches = drawn(rows, 8, 24)
     plan = bh.plan(dense, bh.Taylor(), batches, channels=0.5)
-    weights = bh.repair(plan, dense, batches)
-    assert set(weights) == {f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)}
-    bh.apply(plan, dense, weights=weights)
+    weights = bh.repair(dense, plan, batches)
+    assert set(weights) == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)}
+    bh.apply(dense, plan, weights=weights)
     with torch.no_grad():
         assert torch.equal(bh.load(tmp_path / "one")(rows[:2]).logits, dense(rows[:2]).logits)
 
@@ -97,12 +97,12 @@ def test_blocks_and_then_what_is_within(small, files, tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert (again.config.num_hidden_layers, again.config.intermediate_size) == (1, 24)
     dense, batches = bh.load(small), drawn(blocks(files["train"]), 4)
-    scores = bh.block_importance(dense, batches)
-    (gone,) = record["plans"][0]["blocks"]["model.layers"]
+    scores = bh.score(dense, bh.find_units(dense, "block"), bh.BlockInfluence(), batches)
+    (gone,) = record["plans"][0]["units"]["model.layers"]
     assert gone == int(scores["model.layers"].argmin())
     assert record["plans"][1]["before"] == {"model.layers.0.mlp": [48]}
     alone = prune(small, tmp_path / "alone", "--blocks", "1", "--first", "1", *SHORT, *option(files))
-    assert alone["plans"][0]["blocks"] == {"model.layers": [1]}
+    assert alone["plans"][0]["units"] == {"model.layers": [1]}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_blocks_and_then_what_is_within(small, files, tmp_path):
     [
         ([], "nothing is asked for: give a ratio"),
         (["--channels", "1.5"], r"channels=1.5 must be a fraction of these units in \[0, 1\)"),
-        (["--params", "10"], "params=10: 10 cannot be reached; with what may go"),
+        (["--params", "10"], "params=10: 10 cannot be reached; with what may be removed"),
         (["--channels", "0.5", "--rounds", "0"], "rounds=0 must be at least 1"),
         (["--blocks", "-1"], "blocks=-1 must be at least 0"),
         (["--channels", "0.5", "--evaluate", "-1"], "evaluate=-1 must be at least 0"),

@@ -28,7 +28,7 @@ def batches():
 
 
 def scores(model, given, importance, kind="channel", **options):
-    found = bh.unit_importance(model, bh.find_units(model, [kind]), given, importance, own_loss, False, **options)
+    found = bh.score(model, bh.find_units(model, kind), importance, given, own_loss, **options)
     return torch.stack(list(found.values())).double()
 
 
@@ -128,7 +128,7 @@ def test_readers_that_run_several_times():
     }
     importance = {"gradient": bh.GateGradient(), "norm": bh.ActivationNorm(), "output": bh.OutputNorm()}
     for name, one in importance.items():
-        (found,) = bh.unit_importance(model, units, [batch], one, own_loss, normalize=False).values()
+        (found,) = bh.score(model, units, one, [batch], loss=own_loss).values()
         torch.testing.assert_close(found.double(), expected[name], rtol=1e-5, atol=1e-12)
 
 
@@ -189,6 +189,6 @@ def test_experts_channels_that_no_module_reads_are_refused():
     with pytest.raises(
         ValueError, match=r"OutputNorm looks at what modules read, and the units of model.layers.0.mlp.experts \(chan"
     ):
-        bh.unit_importance(model, units, [{"input_ids": tokens()}], bh.OutputNorm())
-    found = bh.unit_importance(model, units, [{"input_ids": tokens()}], bh.Taylor())
+        bh.score(model, units, bh.OutputNorm(), [{"input_ids": tokens()}], normalize=True)
+    found = bh.score(model, units, bh.Taylor(), [{"input_ids": tokens()}], normalize=True)
     assert all(one.isfinite().all() and one.min() > 0 for one in found.values())

@@ -9,15 +9,24 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.importance.score import score, trial_of
-from billhook.units.heads import find_heads
+from billhook.importance.base import Importance
+from billhook.importance.score import run_of, score
+from billhook.units.find import find_units
 from kit.families import build, llama, tokens
 from kit.heads_small import ATTENTIVE, SEQ2SEQ, hooks, small
 
+GATES = bh.GateGradient()
 CONFIG = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
-EVERY = [
-    *(bh.GateGradient(), bh.Taylor("unit"), bh.Taylor(), bh.Taylor("mixed"), bh.WeightNorm(), bh.WeightNorm(1)),
-    *(bh.ActivationNorm(), bh.OutputNorm(), bh.RandomUnits(), bh.Ablation()),
+
+
+def subclasses(kind):
+    return [kind, *(one for own in kind.__subclasses__() for one in subclasses(own))]
+
+
+OURS = [kind for kind in subclasses(Importance) if kind.__module__.startswith("billhook.") and not kind.__abstractmethods__]
+EVERY = [  # of heads, with its defaults and as it is used otherwise
+    *(kind() for kind in OURS if kind is not bh.BlockInfluence),
+    *(bh.Taylor("unit"), bh.Taylor("mixed"), bh.WeightNorm(1)),
 ]
 
 
@@ -90,9 +99,9 @@ def differences(model, family, loss):
     )
 
 
-def scores(model, family, *args, **options):
+def scores(model, family, batches, importance=GATES, **options):
     """The scores as a tensor, checked to be those of the layers by name."""
-    found = bh.head_importance(model, *args, **({"normalize": False} | options))
+    found = bh.score(model, bh.find_units(model, "head"), importance, batches, **options)
     assert list(found) == [READERS[family][0].format(layer) for layer in (0, 1)]
     assert all(one.dtype == torch.float32 and one.device.type == "cpu" for one in found.values())
     return torch.stack(list(found.values()))
@@ -174,7 +183,7 @@ def test_longer_padding_changes_nothing():
 @pytest.mark.parametrize("name", [*ATTENTIVE, *SEQ2SEQ])
 def test_of_a_whole_batch_it_is_the_gradient_of_the_gates(name):
     case = small(name)
-    batch = [trial_of(case.model, case.heads, {}, case.loss)]
+    batch = [run_of(case.model, case.heads, {}, case.loss)]
     found = score(case.model, case.heads, bh.GateGradient("batch"), batch, normalize=False)
     kv = score(case.model, case.heads, bh.GateGradient("batch"), batch, normalize=False, per="kv_head")
     for attention, one in case.heads.items():
@@ -270,17 +279,17 @@ def test_ablation_by_hand(per):
             whole = model(**batch).loss
             for layer in (0, 1):
                 for head in range(expected.shape[1]):
-                    with bh.mask_heads(model, {layer: [head]}, per):
+                    with bh.mask(model, {layer: [head]}, per=per):
                         expected[layer, head] += (model(**batch).loss - whole) / 2
     near(scores(model, "llama", batches, bh.Ablation(), per=per), expected, 1e-5)
 
 
 def test_random_heads_depend_on_the_seed_alone():
     model = BUILD["llama"]()
-    one, same, other = (scores(model, "llama", None, bh.RandomUnits(seed)) for seed in (1, 1, 2))
+    one, same, other = (scores(model, "llama", None, bh.importance.baselines.RandomUnits(seed)) for seed in (1, 1, 2))
     torch.manual_seed(5)
     assert torch.equal(one, same)
-    assert torch.equal(one, scores(model, "llama", [{"input_ids": tokens()}], bh.RandomUnits(1)))
+    assert torch.equal(one, scores(model, "llama", [{"input_ids": tokens()}], bh.importance.baselines.RandomUnits(1)))
     assert not torch.equal(one, other)
     assert 0 <= float(one.min()) < float(one.max()) < 1
     assert not torch.equal(one[0], one[1])
@@ -293,7 +302,9 @@ def test_scores_of_each_layer_have_unit_length(importance):
     found = scores(model, "llama", batches, importance, normalize=True)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(2))
     torch.testing.assert_close(found, raw / raw.norm(dim=1, keepdim=True))
-    assert torch.equal(found, torch.stack(list(bh.head_importance(model, batches, importance).values())))
+    assert torch.equal(
+        found, torch.stack(list(bh.score(model, bh.find_units(model, "head"), importance, batches, normalize=True).values()))
+    )
 
 
 def test_a_kv_head_has_the_credit_of_its_query_heads_summed_before_the_absolute_value():
@@ -338,11 +349,11 @@ def test_the_model_is_as_before_whatever_happens(importance):
 
     before, batches = state(model), [{"input_ids": tokens()}]
     before["random"] = torch.get_rng_state().tolist()
-    bh.head_importance(model, batches, importance)
+    bh.score(model, bh.find_units(model, "head"), importance, batches, normalize=True)
     assert state(model) == before
     if importance.needs_data:
         with pytest.raises(RuntimeError, match="third"):
-            bh.head_importance(model, batches * 3, importance, loss)
+            bh.score(model, bh.find_units(model, "head"), importance, batches * 3, loss=loss, normalize=True)
         assert state(model) == before
         assert set(seen) == {(False, False, False)}
 
@@ -367,7 +378,7 @@ def test_a_loss_that_asks_nothing_of_a_layer_names_it(importance):
 
     for loss, layer in ((first, 1), (lambda model, _: model.model.embed_tokens.weight.sum(), 0)):
         with pytest.raises(ValueError, match=rf"loss: it does not depend on the units of model\.layers\.{layer}\.self_attn;"):
-            bh.head_importance(model, batches, importance, loss)
+            bh.score(model, bh.find_units(model, "head"), importance, batches, loss=loss, normalize=True)
 
 
 def test_what_is_no_loss_is_refused():
@@ -382,12 +393,12 @@ def test_what_is_no_loss_is_refused():
     ):
         for importance in (bh.GateGradient(), bh.Taylor()):
             with pytest.raises(ValueError, match=said):
-                bh.head_importance(model, batches, importance, loss)
+                bh.score(model, bh.find_units(model, "head"), importance, batches, loss=loss, normalize=True)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0] = math.inf
     for importance in (bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()):
         with pytest.raises(ValueError, match="is NaN or infinite: the loss, or the model, is not finite on a batch"):
-            bh.head_importance(model, batches, importance)
+            bh.score(model, bh.find_units(model, "head"), importance, batches, normalize=True)
 
 
 def test_batches_that_do_not_do_are_refused():
@@ -395,20 +406,29 @@ def test_batches_that_do_not_do_are_refused():
     for importance in (one for one in EVERY if one.needs_data):
         name = type(importance).__name__
         with pytest.raises(ValueError, match=f"batches=None: {name} needs batches"):
-            bh.head_importance(model, None, importance)
+            bh.score(model, bh.find_units(model, "head"), importance, normalize=True)
         with pytest.raises(ValueError, match=f"batches: {name} needs at least one batch"):
-            bh.head_importance(model, [], importance)
+            bh.score(model, bh.find_units(model, "head"), importance, [], normalize=True)
     with pytest.raises(ValueError, match="BertForMaskedLM gives no loss for input_ids: add labels, or give `loss`"):
-        bh.head_importance(bert(), [{"input_ids": tokens()}])
+        bh.score(bert(), bh.find_units(bert(), "head"), bh.GateGradient(), [{"input_ids": tokens()}], normalize=True)
     with pytest.raises(ValueError, match="a Tensor is no dictionary of what the model takes: give `loss`"):
-        bh.head_importance(model, [tokens()])
+        bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), [tokens()], normalize=True)
     with pytest.raises(ValueError, match="each='x' must be one of token, example, batch"):
         bh.GateGradient("x")
     with pytest.raises(ValueError, match="p=3 must be 1 or 2"):
         bh.WeightNorm(3)
     ids = tokens()  # with a loss of one's own, a batch may be anything
-    found = bh.head_importance(model, [ids], loss=lambda model, ids: model(ids, labels=ids).loss)
-    torch.testing.assert_close(found, bh.head_importance(model, [{"input_ids": ids}]))
+    found = bh.score(
+        model,
+        bh.find_units(model, "head"),
+        bh.GateGradient(),
+        [ids],
+        loss=lambda model, ids: model(ids, labels=ids).loss,
+        normalize=True,
+    )
+    torch.testing.assert_close(
+        found, bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), [{"input_ids": ids}], normalize=True)
+    )
 
 
 def test_tokens_of_a_decoder_are_those_with_labels():
@@ -417,7 +437,7 @@ def test_tokens_of_a_decoder_are_those_with_labels():
     model = loud(transformers.BartForConditionalGeneration(config))
     batch = padded() | {"labels": tokens(3, 5)}
     batch["labels"][1, 3:] = -100
-    found = bh.head_importance(model, [batch], normalize=False)
+    found = bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), [batch])
     counts = {"encoder.layers.0.self_attn": batch["attention_mask"].bool()}
     counts |= dict.fromkeys(["decoder.layers.0.self_attn", "decoder.layers.0.encoder_attn"], batch["labels"] != -100)
     assert list(found) == [f"model.{name}" for name in counts]
@@ -431,11 +451,14 @@ def test_tokens_of_a_decoder_are_those_with_labels():
         near(found[f"model.{name}"], gradient[asked].abs().mean(0), 1e-4)
 
 
-@pytest.mark.parametrize("importance", [*EVERY, bh.GateGradient("example"), bh.Taylor("second")], ids=repr)
+ADDING = [one for one in EVERY if not isinstance(one, bh.OBS)]  # which takes the mean of what each rank finds
+
+
+@pytest.mark.parametrize("importance", [*ADDING, bh.GateGradient("example"), bh.Taylor("second")], ids=repr)
 def test_ranks_add_up(importance):
     model, batches = BUILD["llama"](), [padded(), padded(rows=2, length=6), padded(rows=4, length=5)]
-    heads = find_heads(model)
-    trials = [trial_of(model, heads, batch) for batch in batches]
+    heads = find_units(model, "head")
+    trials = [run_of(model, heads, batch) for batch in batches]
     whole = score(model, heads, importance, trials)
     parts = []
 
@@ -457,10 +480,13 @@ def test_adapters_and_half_precision():
     model, batches = peft.get_peft_model(loud(llama()), config).eval(), [{"input_ids": tokens()}]
     merged = copy.deepcopy(model).merge_and_unload()
     for importance in (bh.GateGradient(), bh.GateGradient("batch"), bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()):
-        found, expected = (list(bh.head_importance(one, batches, importance).values()) for one in (model, merged))
+        found, expected = (
+            list(bh.score(one, bh.find_units(one, "head"), importance, batches, normalize=True).values())
+            for one in (model, merged)
+        )
         torch.testing.assert_close(found, expected)
     model = build("llama")
-    expected = bh.head_importance(model, batches)
-    found = bh.head_importance(model.bfloat16(), batches)
+    expected = bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), batches, normalize=True)
+    found = bh.score(model.bfloat16(), bh.find_units(model.bfloat16(), "head"), bh.GateGradient(), batches, normalize=True)
     for name, one in expected.items():
         torch.testing.assert_close(found[name], one, rtol=0.1, atol=0.02)

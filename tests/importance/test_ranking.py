@@ -41,7 +41,7 @@ def test_each_head_against_masks(mode, metric):
             assert found.values[name].dtype == torch.float64
             for head in range(4):
                 masked = [head] if mode == "without" else [other for other in range(4) if other != head]
-                with bh.mask_heads(model, {name: masked}):
+                with bh.mask(model, {name: masked}):
                     expected = sum(float(measure(model, batch)) for batch in batches) / 2
                 assert float(found.values[name][head]) == pytest.approx(expected, rel=1e-6)
     assert len({float(value) for values in found.values.values() for value in values}) > 2
@@ -57,7 +57,7 @@ def test_kv_heads_and_a_causal_model(mode):
             for head in range(4):
                 queries = [2 * head, 2 * head + 1]
                 masked = queries if mode == "without" else [other for other in range(8) if other not in queries]
-                with bh.mask_heads(model, {layer: masked}):
+                with bh.mask(model, {layer: masked}):
                     assert float(values[head]) == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-6)
 
 
@@ -78,13 +78,15 @@ def test_padding_neither_predicts_nor_is_predicted(side, attention):
 
 def test_it_is_a_table():
     values = {"first": torch.tensor([0.5, 0.75]).double(), "the second": torch.tensor([1.0, 0.25]).double()}
-    lines = str(bh.HeadAblation("without", 0.5, values)).splitlines()
+    lines = str(bh.importance.ablation.HeadAblation("without", 0.5, values)).splitlines()
     assert lines == [
         "without each head: change of 0.5000",
         "  first       +0.0000  +0.2500",
         "  the second  +0.5000  -0.2500",
     ]
-    assert str(bh.HeadAblation("only", 0.5, values)).startswith("each head alone in its layer: change of 0.5000\n")
+    assert str(bh.importance.ablation.HeadAblation("only", 0.5, values)).startswith(
+        "each head alone in its layer: change of 0.5000\n"
+    )
 
 
 def test_the_model_is_as_before():

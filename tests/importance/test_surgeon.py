@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.units.channels import find_units
+from billhook.units.find import find_units
 from kit.families import build, tokens
 from kit.shaped import bert
 
@@ -43,7 +43,7 @@ def test_it_is_what_least_squares_leaves(name, per, passes):
     batches[0]["attention_mask"][1, 6:] = 0
     if name == "bert":
         batches = [batch | {"labels": batch["input_ids"]} for batch in batches]
-    found = bh.unit_importance(model, units, batches, bh.OBS(0.02, passes), normalize=False, per=per)
+    found = bh.score(model, units, bh.OBS(0.02, passes), batches, per=per)
     assert list(found) == list(units)
     for place, one in units.items():
         (reader,) = one.readers
@@ -60,15 +60,15 @@ def test_a_unit_that_others_can_make_up_for_is_worth_nothing():
         mlp.gate_proj.weight[7] = mlp.gate_proj.weight[3]
         mlp.up_proj.weight[7] = 2 * mlp.up_proj.weight[3]
     units, batches = find_units(model, ["channel"]), [{"input_ids": tokens(16, 12)}]
-    scores = bh.unit_importance(model, units, batches, bh.OBS(1e-6), normalize=False)["model.layers.0.mlp"]
-    alone = bh.unit_importance(model, units, batches, bh.OutputNorm(), normalize=False)["model.layers.0.mlp"]
+    scores = bh.score(model, units, bh.OBS(1e-6), batches)["model.layers.0.mlp"]
+    alone = bh.score(model, units, bh.OutputNorm(), batches)["model.layers.0.mlp"]
     others = [i for i in range(48) if i not in (3, 7)]
     assert scores[[3, 7]].max() < 0.1 * scores[others].min()
     assert alone[[3, 7]].min() > 0.1 * alone[others].min()
 
 
 @pytest.mark.parametrize(
-    ("options", "match"), [({"damping": 0}, "damping=0 must be above 0"), ({"passes": 0}, "passes=0 must be")]
+    ("options", "match"), [({"damping": 0}, "damping=0 must be a number above 0"), ({"passes": 0}, "passes=0 must be")]
 )
 def test_refused(options, match):
     with pytest.raises(ValueError, match=match):
@@ -79,4 +79,4 @@ def test_experts_are_read_by_nobody():
     model = build("mixtral")
     units = find_units(model, ["expert"])
     with pytest.raises(ValueError, match="OBS looks at what modules read, and the units of .*experts.* are read by none"):
-        bh.unit_importance(model, units, [{"input_ids": tokens()}], bh.OBS())
+        bh.score(model, units, bh.OBS(), [{"input_ids": tokens()}], normalize=True)

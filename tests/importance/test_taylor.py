@@ -89,7 +89,7 @@ def by_hand(model, family, batches, order, kind="head", per="head", reduce=lambd
 
 def scores(model, batches, importance, kind="head", per="head", **options):
     units = bh.find_units(model, [kind])
-    found = bh.unit_importance(model, units, batches, importance, **({"normalize": False, "loss": own_loss} | options), per=per)
+    found = bh.score(model, units, importance, batches, **({"loss": own_loss} | options), per=per)
     assert list(found) == list(units)
     assert all(one.shape == (units[name].count(per),) for name, one in found.items())
     return torch.stack(list(found.values())).double()
@@ -137,7 +137,7 @@ def test_a_kv_head_has_the_credit_of_the_query_heads_that_it_serves(order):
         def loss(model, batch, head=head):
             return model.model.layers[0].self_attn.q_proj.weight[4 * head : 4 * head + 4].square().sum()
 
-        (found,) = bh.unit_importance(model, places, BATCHES, bh.Taylor(order), loss, per="kv_head").values()
+        (found,) = bh.score(model, places, bh.Taylor(order), BATCHES, loss=loss, normalize=True, per="kv_head").values()
         assert found.nonzero().flatten().tolist() == [head // 2]
 
 
@@ -236,7 +236,7 @@ def test_tied_weights_and_parameters_that_are_used_several_times():
     for model, kind in ((tied, "residual"), (albert, "head")):
         units = bh.find_units(model, [kind])
         expected = naive(model, BATCHES[0], units)
-        found = bh.unit_importance(model, units, BATCHES[:1], bh.Taylor(), own_loss, normalize=False)
+        found = bh.score(model, units, bh.Taylor(), BATCHES[:1], loss=own_loss)
         assert list(found) == list(expected)
         assert len(found) == 1
         for place, one in found.items():
@@ -264,7 +264,7 @@ def test_half_precision_is_multiplied_in_float32():
     model = build("llama").bfloat16()
     units = bh.find_units(model, ["channel"])
     expected = naive(model, BATCHES[0], units)
-    found = bh.unit_importance(model, units, BATCHES[:1], bh.Taylor(), own_loss, normalize=False)
+    found = bh.score(model, units, bh.Taylor(), BATCHES[:1], loss=own_loss)
     for place, one in found.items():
         torch.testing.assert_close(one.double(), expected[place], rtol=1e-5, atol=0)
     model = build("llama")
@@ -282,16 +282,16 @@ def test_experts_and_their_router():
     units = bh.find_units(model, ["expert"])
     assert [one.readers for one in units.values()] == [(), ()]
     expected = naive(model, BATCHES[0], units)
-    found = bh.unit_importance(model, units, BATCHES[:1], bh.Taylor(), own_loss, normalize=False)
+    found = bh.score(model, units, bh.Taylor(), BATCHES[:1], loss=own_loss)
     for place, one in found.items():
         torch.testing.assert_close(one.double(), expected[place], rtol=1e-5, atol=0)
         mlp = model.get_submodule(place)
         weights = (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj)
         norms = sum(weight.detach().flatten(1).square().sum(1) for weight in weights).sqrt()
-        torch.testing.assert_close(bh.unit_importance(model, units, None, bh.WeightNorm(), normalize=False)[place], norms)
+        torch.testing.assert_close(bh.score(model, units, bh.WeightNorm())[place], norms)
     for importance in (bh.GateGradient(), bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()):
         with pytest.raises(ValueError, match=r"of model.layers.0.mlp \(experts\) .* Taylor, WeightNorm and RandomUnits work"):
-            bh.unit_importance(model, units, BATCHES, importance, own_loss)
+            bh.score(model, units, importance, BATCHES, loss=own_loss, normalize=True)
 
 
 @pytest.mark.parametrize(("order", "where"), [("first", "batch 1"), ("mixed", "batch 1"), ("second", "example 2 of batch 1")])
@@ -344,7 +344,7 @@ def test_batches_that_cannot_be_taken_apart(batch, shapes):
     ({"order": "third"}, "order='third' must be one of first, second, mixed, vector, unit"),
     ({"reduce": "min"}, "reduce='min' must be one of sum, mean, max, product, first, last"),
     ({"order": "unit", "reduce": "max"}, "reduce='max' must be sum with order='unit'"),
-    ({"passes": 0}, "passes=0 must be a whole number, 1 at least"),
+    ({"passes": 0}, "passes=0 must be a whole number of at least 1"),
     ({"passes": True}, "passes=True must be a whole number"),
 ])  # fmt: skip
 def test_what_is_not_legal_is_refused(arguments, said):

@@ -155,9 +155,11 @@ DIFFER = {
     "WeightPruning: what becomes zero": stop(lambda: [WeightPruning(OfRank(), sparsity=0.5, at=1, **NONE)]),
     "KVHeadConversion: what heads become": stop(lambda: [Apart(), KVHeadConversion(2, at=1, **NONE)]),
     "KVHeadConversion: how heads are turned": stop(lambda: [Apart(), KVHeadConversion(2, 2, "aligned", over=1, **NONE)]),
-    "HeadPruning: the heads that are masked": stop(lambda: [HeadPruning(0.5, 1, bh.RandomUnits(rank()), **NONE)]),
+    "HeadPruning: the heads that are masked": stop(
+        lambda: [HeadPruning(0.5, 1, bh.importance.baselines.RandomUnits(rank()), **NONE)]
+    ),
     "StructuredPruning: the plan of what goes": stop(
-        lambda: [StructuredPruning(channels=0.5, at=1, importance=bh.RandomUnits(rank()), **NONE)]
+        lambda: [StructuredPruning(channels=0.5, at=1, importance=bh.importance.baselines.RandomUnits(rank()), **NONE)]
     ),
     "HeadPruning: whether monitor='own' is worse": replace(
         stop(lambda: [HeadPruning(0.5, 1, bh.WeightNorm(), monitor="own")], Validated), options={}

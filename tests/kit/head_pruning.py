@@ -4,8 +4,8 @@ import lightning.pytorch as pl
 import torch
 
 import billhook as bh
+from billhook.units.find import find_units
 from billhook.units.gates import Gate
-from billhook.units.heads import find_heads
 from kit import fits
 from kit.families import llama
 
@@ -40,7 +40,7 @@ def acting(lit):
 def silent(lit, per="head"):
     """How many heads there are that nothing reads."""
     model, number = transformer(lit), 0
-    for one in find_heads(model).values():
+    for one in find_units(model, "head").values():
         for reader in one.readers:
             module = model.get_submodule(reader)
             dead = (module.weight == 0).all(0)

@@ -14,9 +14,9 @@ from small_configs import build as small
 import billhook as bh
 from billhook.model.shape import shape_of
 from billhook.pruning import removal
-from billhook.pruning.plan import coupled
+from billhook.pruning.cuts import coupled
 from billhook.running.inputs import make_inputs
-from billhook.units.heads import find_heads
+from billhook.units.find import find_units
 from kit.families import llama, tokens
 from kit.shaped import gpt2
 
@@ -36,7 +36,7 @@ def make(name, **changes):
 
 
 def counts(model):
-    return {name: (one.count(), one.count("kv_head")) for name, one in find_heads(model).items()}
+    return {name: (one.count(), one.count("kv_head")) for name, one in find_units(model, "head").items()}
 
 
 def some_heads(heads, alike=False, whole=True):
@@ -117,7 +117,7 @@ class TestNothingIsHalfDone:
 
         monkeypatch.setattr(removal, where, fails)
         with pytest.raises(KeyError, match="in the middle"):
-            bh.prune_heads(model, self.CHOSEN["llama"], optimizer)
+            bh.prune_units(model, self.CHOSEN["llama"], optimizer)
         assert self.everything(model, optimizer) == before
         self.goes_on(model, optimizer, "llama")
 
@@ -127,7 +127,7 @@ class TestNothingIsHalfDone:
         before = self.everything(model, optimizer)
         monkeypatch.setattr(removal, "alike", lambda *_: False)
         with pytest.raises(ValueError, match="does not follow"):
-            bh.prune_heads(model, self.CHOSEN[name], optimizer)
+            bh.prune_units(model, self.CHOSEN[name], optimizer)
         assert self.everything(model, optimizer) == before
         monkeypatch.undo()
         self.goes_on(model, optimizer, name)
@@ -137,11 +137,11 @@ class TestNothingIsHalfDone:
         optimizer.zero_grad()
         model(tokens(), labels=tokens()).loss.backward()
         optimizer.step()
-        bh.prune_heads(model, self.CHOSEN[name], optimizer)
+        bh.prune_units(model, self.CHOSEN[name], optimizer)
 
     def test_weights_that_are_not_finite_stay_so(self):
         model = llama()
         with torch.no_grad():
             model.model.layers[0].self_attn.q_proj.weight[0] = float("nan")
-        bh.prune_heads(model, {1: [0, 1]})
+        bh.prune_units(model, {1: [0, 1]})
         assert counts(model)["model.layers.1.self_attn"] == (6, 3)

@@ -9,7 +9,7 @@ import transformers
 from small_configs import architectures, build, has_experts, small_config
 
 from billhook.running.inputs import make_inputs
-from billhook.units.heads import find_heads
+from billhook.units.find import find_units
 from kit.oracle_families import FAMILIES
 
 WITHOUT = ("mamba", "recurrent_gemma", "convnext", "resnet")  # two layers of recurrent_gemma have none
@@ -32,7 +32,7 @@ class Small:
             config = small_config(made[2], **({"n_heads": 8} if name == "mpt" else {}))
             self.model = build(config, made[3], "batched_mm" if has_experts(config) else "eager")
             inputs = make_inputs(self.model)
-            self.heads = find_heads(self.model)
+            self.heads = find_units(self.model, "head")
         self.model.double()
         oracle.randomise(self.model)
         self.inputs = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}

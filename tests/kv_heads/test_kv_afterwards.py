@@ -85,8 +85,8 @@ def test_units_of_one_with_fewer_heads_in_place_are_removed(family, units, tmp_p
     model = build(family)
     bh.convert_kv_heads(model, 2)
     before = sum(p.numel() for p in model.parameters())
-    plan = bh.plan(model, importance=bh.WeightNorm(), **units)
-    bh.apply(plan, model)
+    plan = bh.plan(model, importance=bh.WeightNorm(), amount=bh.Amount(**units))
+    bh.apply(model, plan)
     assert sum(p.numel() for p in model.parameters()) == plan.parameters[1] < before
     assert bh.save(model, tmp_path / "cut").way == "shaped"
     inputs = {"input_ids": tokens()}

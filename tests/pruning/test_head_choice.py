@@ -8,7 +8,7 @@ import transformers
 
 import billhook as bh
 from billhook.pruning.choice import choose
-from billhook.units.heads import find_heads
+from billhook.units.find import find_units
 from kit.families import build, llama
 from kit.shaped import bert
 
@@ -21,8 +21,8 @@ def heads_of(kind):
     """Of a model with eight heads in two layers, or of a T5."""
     if kind == "t5":
         config = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": 64}
-        return find_heads(transformers.T5ForConditionalGeneration(transformers.T5Config(**config)))
-    return find_heads(llama(num_key_value_heads={"mha": 8, "gqa": 4, "mqa": 1}[kind]))
+        return find_units(transformers.T5ForConditionalGeneration(transformers.T5Config(**config)), "head")
+    return find_units(llama(num_key_value_heads={"mha": 8, "gqa": 4, "mqa": 1}[kind]), "head")
 
 
 def scores(*layers, names=LAYERS):
@@ -59,7 +59,9 @@ def test_a_ratio_that_is_no_binary_fraction_counts_exactly():
     for kept in range(1, 8):
         chosen = choose(heads_of("mha"), scores(ASCENDING, ASCENDING), 1 - kept / 8)
         assert chosen[LAYERS[0]] == list(range(8 - kept))
-    wide = find_heads(llama(hidden_size=100, num_attention_heads=100, num_key_value_heads=100, head_dim=2, num_hidden_layers=1))
+    wide = find_units(
+        llama(hidden_size=100, num_attention_heads=100, num_key_value_heads=100, head_dim=2, num_hidden_layers=1), "head"
+    )
     for ratio in (0.07, 0.14, 0.28, 0.29, 0.55, 0.56, 0.57, 0.58):  # 100 * 0.29 is 28.999999999999996
         assert len(choose(wide, scores(range(100), names=LAYERS[:1]), ratio)[LAYERS[0]]) == round(100 * ratio)
 
@@ -75,16 +77,16 @@ def test_of_equal_scores_the_first_go():
 def test_min_heads_stay_in_each_layer():
     low, high = [0.0] * 8, [1.0] * 8
     found = heads_of("mha")
-    assert choose(found, scores(low, high), 0.5, "global", min_heads=3) == {LAYERS[0]: [0, 1, 2, 3, 4], LAYERS[1]: [0, 1, 2]}
-    assert choose(found, scores(low, high), 0.5, "global", min_heads=0, remove=False) == {LAYERS[0]: list(range(8))}
-    assert choose(found, scores(low, high), 0.25, min_heads=6) == {LAYERS[0]: [0, 1], LAYERS[1]: [0, 1]}
-    assert choose(found, scores(low, high), 0, min_heads=100) == {}
-    message = r"ratio=0.5: 4 of 8 heads of model.layers.0.self_attn would go, and at most 2 may: 0.25"
+    assert choose(found, scores(low, high), 0.5, "global", min_units=3) == {LAYERS[0]: [0, 1, 2, 3, 4], LAYERS[1]: [0, 1, 2]}
+    assert choose(found, scores(low, high), 0.5, "global", min_units=0, remove=False) == {LAYERS[0]: list(range(8))}
+    assert choose(found, scores(low, high), 0.25, min_units=6) == {LAYERS[0]: [0, 1], LAYERS[1]: [0, 1]}
+    assert choose(found, scores(low, high), 0, min_units=100) == {}
+    message = r"ratio=0.5: 4 of 8 heads of model.layers.0.self_attn would be removed, and at most 2 may: 0.25"
     with pytest.raises(ValueError, match=message):
-        choose(found, scores(low, high), 0.5, min_heads=6)
-    with pytest.raises(ValueError, match=r"ratio=0.5: 8 of 16 heads of all layers would go, and at most 4 may: 0.25"):
-        choose(found, scores(low, high), 0.5, "global", min_heads=6)
-    with pytest.raises(ValueError, match=r"ratio=0.9: 14 of 16 heads of all layers would go, and at most 8 may: 0.5"):
+        choose(found, scores(low, high), 0.5, min_units=6)
+    with pytest.raises(ValueError, match=r"ratio=0.5: 8 of 16 heads of all layers would be removed, and at most 4 may: 0.25"):
+        choose(found, scores(low, high), 0.5, "global", min_units=6)
+    with pytest.raises(ValueError, match=r"ratio=0.9: 14 of 16 heads of all layers would be removed, and at most 8 may: 0.5"):
         choose(heads_of("gqa"), scores(low, high), 0.9, "global")  # one of each KV head's two at least
 
 
@@ -106,7 +108,7 @@ def test_kv_heads_themselves():
     assert choose(found, own, 0.5, per="kv_head") == {LAYERS[0]: [0, 1], LAYERS[1]: [2, 3]}
     assert choose(found, own, 0.5, "global", per="kv_head") == {LAYERS[0]: [0, 1, 3], LAYERS[1]: [3]}
     assert choose(found, own, 0.75, "global", 1, "kv_head", remove=False) == {LAYERS[0]: [0, 1, 3], LAYERS[1]: [1, 2, 3]}
-    with pytest.raises(ValueError, match="ratio=0.9: 1 of 2 heads of all layers would go, and at most 0 may: 0"):
+    with pytest.raises(ValueError, match="ratio=0.9: 1 of 2 heads of all layers would be removed, and at most 0 may: 0"):
         choose(heads_of("mqa"), scores([1.0], [1.0]), 0.9, "global", 1, "kv_head")
 
 
@@ -138,22 +140,22 @@ def test_any_tensor_is_a_score():
 
 def test_of_a_model():
     model = bert()
-    importance = bh.head_importance(model, importance=bh.WeightNorm())
-    chosen = bh.choose_heads(model, importance, 0.5)
+    importance = bh.score(model, bh.find_units(model, "head"), bh.WeightNorm(), normalize=True)
+    chosen = choose(bh.find_units(model, "head"), importance, 0.5)
     assert chosen == {name: importance[name].argsort()[:2].sort().values.tolist() for name in BERT}
-    plan = bh.prune_heads(model, chosen)
+    plan = bh.prune_units(model, chosen)
     assert plan.after == dict.fromkeys(BERT, (2, 2))
     model = build("qwen3")
-    importance = bh.head_importance(model, importance=bh.RandomUnits(3))
-    chosen = bh.choose_heads(model, importance, 0.5, "global")
+    importance = bh.score(model, bh.find_units(model, "head"), bh.importance.baselines.RandomUnits(3), normalize=True)
+    chosen = choose(bh.find_units(model, "head"), importance, 0.5, ranking="global")
     assert sum(map(len, chosen.values())) == 8
-    assert sum(query for query, _ in bh.plan_heads(model, chosen).after.values()) == 8
+    assert sum(query for query, _ in bh.plan_units(model, chosen).after.values()) == 8
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"ratio": 1}, r"ratio=1 must be a fraction of the heads in \[0, 1\)"),
+        ({"ratio": 1}, r"ratio=1 must be a fraction of the units in \[0, 1\)"),
         ({"ratio": 1.0}, r"ratio=1.0 must be"),
         ({"ratio": -0.1}, r"ratio=-0.1 must be"),
         ({"ratio": float("nan")}, r"ratio=nan must be"),
@@ -161,10 +163,10 @@ def test_of_a_model():
         ({"ratio": False}, r"ratio=False must be"),
         ({"ratio": "half"}, r"ratio='half' must be"),
         ({"ranking": "model"}, "ranking='model' must be one of layer, global"),
-        ({"min_heads": -1}, "min_heads=-1 must be a whole number, 0 at least"),
-        ({"min_heads": 1.0}, "min_heads=1.0 must be a whole number"),
-        ({"min_heads": True}, "min_heads=True must be a whole number"),
-        ({"min_heads": 0}, "min_heads=0: where heads are removed, one at least stays in each layer"),
+        ({"min_units": -1}, "min_units=-1 must be a whole number of at least 0"),
+        ({"min_units": 1.0}, "min_units=1.0 must be a whole number"),
+        ({"min_units": True}, "min_units=True must be a whole number"),
+        ({"min_units": 0}, "min_units=0: where units are removed, one at least stays in each place"),
         ({"per": "layer"}, "per='layer' must be one of head, kv_head"),
     ],
 )

@@ -10,7 +10,7 @@ from small_configs import build as small
 
 import billhook as bh
 from billhook.model.shape import shape_of
-from billhook.units.heads import find_heads
+from billhook.units.find import find_units
 from kit.families import build, llama
 from kit.shaped import bert, gpt2
 from kit.tied_biases import t5
@@ -22,15 +22,15 @@ def refused(model, heads, match, **options):
     before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     shape = shape_of(model)
     with pytest.raises(ValueError, match=match):
-        bh.prune_heads(model, heads, **options)
+        bh.prune_units(model, heads, **options)
     with pytest.raises(ValueError, match=match):
-        bh.plan_heads(model, heads, **options)
+        bh.plan_units(model, heads, **options)
     assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == before
     assert shape_of(model) == shape
 
 
 def test_a_plan_says_what_stays():
-    plan = bh.plan_heads(llama(), {0: [1, 2, 5, 7], LAYERS[1]: [6, 7]})
+    plan = bh.plan_units(llama(), {0: [1, 2, 5, 7], LAYERS[1]: [6, 7]})
     assert plan.units == {LAYERS[0]: [1, 2, 5, 7], LAYERS[1]: [6, 7]}
     assert plan.before == dict.fromkeys(LAYERS, (8, 4))
     assert plan.after == {LAYERS[0]: (4, 4), LAYERS[1]: (6, 3)}
@@ -47,52 +47,52 @@ def test_a_plan_says_what_stays():
 
 def test_its_parameters_are_those_that_are_left():
     for model in (llama(tie_word_embeddings=True), bert(), gpt2(), t5()):
-        heads = list(find_heads(model))
-        plan = bh.plan_heads(model, {heads[-1]: [0, 1], heads[-1 if len(heads) == 2 else -3]: [0, 1]})
+        heads = list(find_units(model, "head"))
+        plan = bh.plan_units(model, {heads[-1]: [0, 1], heads[-1 if len(heads) == 2 else -3]: [0, 1]})
         assert plan.parameters[0] == model.num_parameters()
-        bh.apply(plan, model)
+        bh.apply(model, plan)
         assert plan.parameters[1] == model.num_parameters()
 
 
 def test_the_table():
-    plan = bh.plan_heads(llama(), {0: [1, 2, 5, 7]})
+    plan = bh.plan_units(llama(), {0: [1, 2, 5, 7]})
     before, after = plan.parameters
     assert str(plan).splitlines() == [
         f"LlamaForCausalLM: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)",
         "  model.layers.0.self_attn  8 -> 4 query, 4 KV heads; without 1, 2, 5, 7",
         "  model.layers.1.self_attn  8 -> 8 query, 4 KV heads; without none",
     ]
-    assert str(bh.plan_heads(bert(), {1: [3]})).splitlines()[2] == "  bert.encoder.layer.1.attention  4 -> 3 heads; without 3"
+    assert str(bh.plan_units(bert(), {1: [3]})).splitlines()[2] == "  bert.encoder.layer.1.attention  4 -> 3 heads; without 3"
 
 
 def test_as_plain_data_and_back():
     model = llama()
-    plan = bh.plan_heads(model, {1: [2, 3, 0, 1, 1], 0: []})
+    plan = bh.plan_units(model, {1: [2, 3, 0, 1, 1], 0: []})
     plain = json.loads(json.dumps(plan.to_json()))
     assert (plain["model"], plain["units"]) == ("LlamaForCausalLM", {LAYERS[1]: [0, 1, 2, 3]})
-    again = bh.plan_heads(model, plain["units"])
+    again = bh.plan_units(model, plain["units"])
     assert str(again) == str(plan)
     assert {key: stays.tolist() for key, stays in again.cuts.items()} == {key: s.tolist() for key, s in plan.cuts.items()}
-    bh.apply(again, model)
-    assert plan.after == {name: (one.count(), one.count("kv_head")) for name, one in find_heads(model).items()}
+    bh.apply(model, again)
+    assert plan.after == {name: (one.count(), one.count("kv_head")) for name, one in find_units(model, "head").items()}
 
 
 def test_kv_heads_are_their_query_heads():
     model = llama()
-    one, other = bh.plan_heads(model, {0: [1, 3], 1: [0]}, per="kv_head"), bh.plan_heads(model, {0: [2, 3, 6, 7], 1: [0, 1]})
+    one, other = bh.plan_units(model, {0: [1, 3], 1: [0]}, per="kv_head"), bh.plan_units(model, {0: [2, 3, 6, 7], 1: [0, 1]})
     assert one.units == other.units
     assert one.cuts.keys() == other.cuts.keys()
     assert all((one.cuts[key] == other.cuts[key]).all() for key in one.cuts)
-    mixed = bh.plan_heads(model, {0: [0, 1, 2, 4, 7]})  # a whole KV head, and one of two from each of the others
+    mixed = bh.plan_units(model, {0: [0, 1, 2, 4, 7]})  # a whole KV head, and one of two from each of the others
     assert mixed.after[LAYERS[0]] == (3, 3)
 
 
 def test_nothing_changes_by_a_plan_and_an_empty_plan_is_none():
     model = llama()
     weights, shape = {name: id(p) for name, p in model.named_parameters()}, shape_of(model)
-    bh.plan_heads(model, {0: [0, 1]})
+    bh.plan_units(model, {0: [0, 1]})
     for heads in ({}, {0: []}, {0: [], LAYERS[1]: ()}):
-        plan = bh.prune_heads(model, heads)
+        plan = bh.prune_units(model, heads)
         assert (plan.units, plan.cuts) == ({}, {})
         assert plan.before == plan.after
         assert plan.parameters[0] == plan.parameters[1]
@@ -104,13 +104,13 @@ class TestRefused:
     def test_layers_and_heads_that_are_not_there(self):
         model = llama()
         order = "in this order: model.layers.0.self_attn, model.layers.1.self_attn"
-        refused(model, {2: [0]}, f"heads: there is no layer 2; there are 0 to 1, {order}")
-        refused(model, {-1: [0]}, "heads: there is no layer -1; there are 0 to 1")
-        refused(model, {"layers.0": [0]}, "heads: there is no layer 'layers.0'")
-        refused(model, {True: [0]}, "heads: there is no layer True")
-        refused(model, {0: [0], 1: [8]}, "heads: layer 1 has no head 8; it has 0 to 7")
-        refused(model, {0: [-1]}, "heads: layer 0 has no head -1")
-        refused(model, {0: [4]}, "heads: layer 0 has no head 4; it has 0 to 3", per="kv_head")
+        refused(model, {2: [0]}, f"heads: there is no place 2; there are 0 to 1, {order}")
+        refused(model, {-1: [0]}, "heads: there is no place -1; there are 0 to 1")
+        refused(model, {"layers.0": [0]}, "heads: there is no place 'layers.0'")
+        refused(model, {True: [0]}, "heads: there is no place True")
+        refused(model, {0: [0], 1: [8]}, f"heads: {LAYERS[1]} has no head 8; it has 0 to 7")
+        refused(model, {0: [-1]}, f"heads: {LAYERS[0]} has no head -1")
+        refused(model, {0: [4]}, f"heads: {LAYERS[0]} has no KV head 4; it has 0 to 3", per="kv_head")
         refused(model, {0: [0]}, "per='query' must be one of head, kv_head", per="query")
 
     def test_a_layer_without_heads(self):
@@ -119,8 +119,10 @@ class TestRefused:
         refused(llama(num_key_value_heads=1), {0: [0]}, "at least one of its 8 must stay", per="kv_head")
 
     def test_a_single_head(self):
-        refused(bert(num_attention_heads=1), {0: [0]}, "heads: bert.encoder.layer.0.attention has one head, which cannot go")
-        refused(gpt2(n_head=1), {1: [0]}, "heads: transformer.h.1.attn has one head, which cannot go")
+        refused(
+            bert(num_attention_heads=1), {0: [0]}, "heads: bert.encoder.layer.0.attention has one head, which cannot be removed"
+        )
+        refused(gpt2(n_head=1), {1: [0]}, "heads: transformer.h.1.attn has one head, which cannot be removed")
         refused(llama(num_attention_heads=1, num_key_value_heads=1), {0: [0]}, "self_attn has one head", per="kv_head")
 
     def test_kv_heads_that_would_serve_different_numbers(self):
@@ -134,15 +136,13 @@ class TestRefused:
         refused(
             wide, {1: [0, 1, 2, 4]}, r"layers.1.self_attn would serve \[1, 3\] query heads each, .* 1 to 3, from each of its 2"
         )
-        assert bh.plan_heads(wide, {1: [0, 2, 6, 7]}).after[LAYERS[1]] == (4, 2)
-        assert bh.plan_heads(llama(num_key_value_heads=1), {0: [3]}).after[LAYERS[0]] == (7, 1)
+        assert bh.plan_units(wide, {1: [0, 2, 6, 7]}).after[LAYERS[1]] == (4, 2)
+        assert bh.plan_units(llama(num_key_value_heads=1), {0: [3]}).after[LAYERS[0]] == (7, 1)
 
     def test_other_heads_of_layers_that_share_a_bias(self):
         model = t5()
-        names = list(find_heads(model))
-        share = (
-            r"share a position bias that has one column a head, so the same heads must go in all of them; masks \(mask_heads\)"
-        )
+        names = list(find_units(model, "head"))
+        share = r"share a position bias that has one column a head, so all of them must lose the same heads; masks \(bh.mask\)"
         refused(model, {names[0]: [1], names[1]: [2]}, f"heads: {names[0]}, {names[1]} {share}")
         refused(model, {names[1]: [1]}, f"heads: {names[0]}, {names[1]} {share}")
         refused(model, {"decoder.block.0.layer.0.SelfAttention": [1]}, f"decoder.block.1.layer.0.SelfAttention {share}")
@@ -150,7 +150,7 @@ class TestRefused:
         refused(transformers.T5EncoderModel(deep).eval(), {0: [1]}, f"encoder.block.2.layer.0.SelfAttention and more {share}")
 
     def test_slopes_that_are_constants_of_the_code(self):
-        masked = r"cannot be removed: its values are a constant of the code \(arange\); they can be masked \(mask_heads\)"
+        masked = r"cannot be removed: its values are a constant of the code \(arange\); they can be masked \(bh.mask\)"
         bloom = small(small_config(transformers.BloomConfig), transformers.BloomForCausalLM)
         refused(bloom, {0: [1]}, f"heads: those of transformer.h.0.self_attention {masked}")
         mpt = small(small_config(transformers.MptConfig, n_heads=8), transformers.MptForCausalLM)
@@ -161,12 +161,12 @@ class TestRefused:
         refused(build("olmo2"), {0: [0, 1]}, f"heads: those of model.layers.0.self_attn {normed}")
         config = small_config(transformers.Mamba2Config)
         refused(small(config, transformers.Mamba2ForCausalLM), {1: [0]}, f"heads: those of backbone.layers.1.mixer {normed}")
-        with bh.mask_heads(build("olmo2"), {0: [0, 1]}):
+        with bh.mask(build("olmo2"), {0: [0, 1]}):
             pass
 
     def test_models_without_attention(self):
         mamba = small(small_config(transformers.MambaConfig), transformers.MambaForCausalLM)
-        refused(mamba, {0: [0]}, "model: MambaForCausalLM has no attention, so there are no heads")
+        refused(mamba, {0: [0]}, "model: MambaForCausalLM has no heads")
 
     def test_a_quantised_model(self):
         model = llama()
@@ -177,7 +177,7 @@ class TestRefused:
 
     def test_a_plan_of_another_model(self):
         model = llama()
-        plan = bh.plan_heads(model, {0: [0, 1]})
+        plan = bh.plan_units(model, {0: [0, 1]})
         others = [build("qwen2"), llama(num_key_value_heads=2), llama(num_hidden_layers=1), llama(head_dim=8), llama(head_dim=2)]
         for other in others:
             before = {name: id(tensor) for name, tensor in other.named_parameters()}
@@ -185,24 +185,24 @@ class TestRefused:
             with pytest.raises(
                 ValueError, match=f"plan: it was made for a LlamaForCausalLM with other units than this {own} has"
             ):
-                bh.apply(plan, other)
+                bh.apply(other, plan)
             assert {name: id(tensor) for name, tensor in other.named_parameters()} == before
             assert shape_of(other) == shape
-        bh.apply(plan, model)
+        bh.apply(model, plan)
         with pytest.raises(ValueError, match="plan: it was made for a LlamaForCausalLM with other units"):
-            bh.apply(plan, model)  # it is another one now
-        bh.apply(bh.plan_heads(llama(), {0: [0, 1]}), llama(intermediate_size=20))  # what it is of is the heads
+            bh.apply(model, plan)  # it is another one now
+        bh.apply(llama(intermediate_size=20), bh.plan_units(llama(), {0: [0, 1]}))  # what it is of is the heads
 
     def test_heads_that_are_masked(self):
         model = llama()
         match = r"units: a mask or gates stand before model.layers.1.self_attn.o_proj: remove them first \(mask.remove\(\)\)"
-        mask = bh.mask_heads(model, {1: [1]})
+        mask = bh.mask(model, {1: [1]})
         with pytest.raises(ValueError, match=match):
-            bh.prune_heads(model, {0: [0, 1]})
+            bh.prune_units(model, {0: [0, 1]})
         mask.remove()
-        with bh.head_gates(model), pytest.raises(ValueError, match="a mask or gates stand before"):
-            bh.prune_heads(model, {0: [0, 1]})
-        assert bh.prune_heads(model, {0: [0, 1]}).after[LAYERS[0]] == (6, 3)
+        with bh.gates(model, bh.find_units(model, "head")), pytest.raises(ValueError, match="a mask or gates stand before"):
+            bh.prune_units(model, {0: [0, 1]})
+        assert bh.prune_units(model, {0: [0, 1]}).after[LAYERS[0]] == (6, 3)
 
 
 def test_codegen_deals_its_heads_to_four_cores():
@@ -211,6 +211,6 @@ def test_codegen_deals_its_heads_to_four_cores():
     model = small(config, transformers.CodeGenForCausalLM)
     shape = shape_of(model)
     with pytest.raises(ValueError, match="the code of CodeGenForCausalLM does not follow when heads are removed"):
-        bh.prune_heads(model, {0: [0, 1, 2, 5]})  # the cores would have one, none, one and two
+        bh.prune_units(model, {0: [0, 1, 2, 5]})  # the cores would have one, none, one and two
     assert shape_of(model) == shape
-    assert bh.prune_heads(model, {0: [0, 2, 4, 7]}).after["transformer.h.0.attn"] == (4, 4)
+    assert bh.prune_units(model, {0: [0, 2, 4, 7]}).after["transformer.h.0.attn"] == (4, 4)

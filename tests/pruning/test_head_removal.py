@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 import billhook as bh
 from billhook.model.shape import shape_of
 from billhook.pruning import removal
-from billhook.units.heads import find_heads
+from billhook.units.find import find_units
 from kit.families import build, llama, tokens
 from kit.head_removal import ALIKE, TestNothingIsHalfDone, counts, make, questions, some_heads
 from kit.oracle_families import FAMILIES
@@ -58,9 +58,9 @@ def assert_removes(model, chosen, per="head"):
     """Sliced equals masked, and does not equal what it was."""
     asked = questions(model)
     whole = answers(model, asked)
-    with bh.mask_heads(model, chosen, per):
+    with bh.mask(model, chosen, per=per):
         expected = answers(model, asked)
-    plan = bh.prune_heads(model, chosen, per=per)
+    plan = bh.prune_units(model, chosen, per=per)
     found = answers(model, asked)
     assert_same(found, expected)
     assert counts(model) == plan.after != plan.before
@@ -72,20 +72,20 @@ class TestSlicedEqualsMasked:
     @pytest.mark.parametrize("name", REMOVABLE)
     def test_in_every_family(self, name):
         model = make(name)
-        heads = {one: own for one, own in find_heads(model).items() if not one.endswith("mamba")}
+        heads = {one: own for one, own in find_units(model, "head").items() if not one.endswith("mamba")}
         assert_removes(model, some_heads(heads, alike=name in ALIKE))
 
     @pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "dbrx", "glm4", "phi3"])
     def test_by_kv_heads_and_then_by_query_heads(self, name):
         model, alike = make(name), name in ALIKE
-        names = list(find_heads(model))
+        names = list(find_units(model, "head"))
         assert_removes(model, {names[0]: [1], names[1]: [0]} if alike else {names[1]: [0]}, per="kv_head")
         assert_removes(model, {names[0]: [2], names[1]: [0]} if alike else {names[0]: [1, 5], names[1]: [0, 2]})
 
     @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "T5ForConditionalGeneration"])
     def test_down_to_one_head(self, name):
         model = make(name)  # of six heads
-        plan = assert_removes(model, {one: [0, 1, 2, 3, 4] for one in find_heads(model)})
+        plan = assert_removes(model, {one: [0, 1, 2, 3, 4] for one in find_units(model, "head")})
         assert set(plan.after.values()) == {(1, 1)}
 
     @pytest.mark.parametrize("name", ["qwen2", "dbrx", "gpt2", "bert", "t5"])
@@ -104,7 +104,7 @@ class TestSlicedEqualsMasked:
             changes |= {"attn_config": attention, "ffn_config": feed}
         model = make(name, **changes)
         before = shape_of(model).attributes
-        chosen = some_heads(find_heads(model))
+        chosen = some_heads(find_units(model, "head"))
         if name == "dbrx":  # 3 KV heads of 4 stay with 2 query heads each of 4
             chosen = {one: [0, 1, 2, 3, 4, 6, 9, 10, 12, 15] for one in chosen}
         assert_removes(model, chosen)
@@ -121,7 +121,7 @@ class TestSlicedEqualsMasked:
         model = small(small_config(transformers.StableLmConfig), transformers.StableLmForCausalLM).bfloat16()
         rotary = {f"model.layers.{layer}.self_attn.rotary_ndims": 2 for layer in (0, 1)}  # and two KV heads
         assert rotary.items() <= shape_of(model).attributes.items()
-        plan = bh.prune_heads(model, {0: [0], 1: [1]}, per="kv_head")
+        plan = bh.prune_units(model, {0: [0], 1: [1]}, per="kv_head")
         assert set(plan.after.values()) == {(3, 1)}
         assert rotary.items() <= shape_of(model).attributes.items()
         assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
@@ -132,16 +132,16 @@ class TestSlicedEqualsMasked:
         with pytest.raises(
             ValueError, match="the code of Phi3ForCausalLM does not follow when heads are removed from its tensors"
         ):
-            bh.prune_heads(model, {0: [0]}, per="kv_head")
+            bh.prune_units(model, {0: [0]}, per="kv_head")
         assert ({name: id(p) for name, p in model.named_parameters()}, shape_of(model)) == before
-        plan = bh.prune_heads(model, {0: [0], 1: [1]}, per="kv_head")
+        plan = bh.prune_units(model, {0: [0], 1: [1]}, per="kv_head")
         assert set(plan.after.values()) == {(3, 1)}
         assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (3, 1)
 
     def test_a_model_inside_another_module_and_a_part_of_it(self):
         outer = nn.Module()
         outer.model = llama()
-        assert bh.prune_heads(outer, {0: [0, 1]}).after == counts(outer.model)
+        assert bh.prune_units(outer, {0: [0, 1]}).after == counts(outer.model)
         encoder = transformers.T5EncoderModel(transformers.T5Config(d_model=32, d_kv=8, num_heads=4, num_layers=2, vocab_size=64))
         assert_removes(encoder.eval().double(), {0: [1, 2], 1: [1, 2]})
 
@@ -150,7 +150,7 @@ class TestGeneration:
     @pytest.mark.parametrize("name", GENERATE)
     def test_from_a_cache_and_with_beams(self, name):
         model = make({"bart": "BartForConditionalGeneration", "t5": "T5ForConditionalGeneration"}.get(name, name))
-        self.check(model, some_heads(find_heads(model), alike=name in ALIKE))
+        self.check(model, some_heads(find_units(model, "head"), alike=name in ALIKE))
 
     def test_where_the_number_of_a_layer_is_that_of_its_heads(self):
         model = make("gpt2", n_layer=7)  # of six heads
@@ -165,9 +165,9 @@ class TestGeneration:
         options |= {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
         options |= {"output_scores": True, "return_dict_in_generate": True, "attention_mask": mask}
         ways = [{"use_cache": True}, {"use_cache": False}, {"num_beams": 3}]
-        with bh.mask_heads(model, chosen):
+        with bh.mask(model, chosen):
             expected = [model.generate(ids, **options, **way) for way in ways]
-        bh.prune_heads(model, chosen)
+        bh.prune_units(model, chosen)
         for way, one in zip(ways, expected, strict=True):
             found = model.generate(ids, **options, **way)
             assert torch.equal(found.sequences, one.sequences)
@@ -176,14 +176,14 @@ class TestGeneration:
 
     def test_seq2seq_from_states_of_the_encoder(self):
         model = make("BartForConditionalGeneration")
-        heads = list(find_heads(model))
+        heads = list(find_units(model, "head"))
         cross = {name: [0, 5] for name in heads if "encoder_attn" in name}
         own = {name: [1] for name in heads if "decoder" in name and "self_attn" in name}
         states = torch.randn(2, 7, 48, dtype=torch.double)
         asked = {"encoder_outputs": BaseModelOutput(states), "decoder_input_ids": tokens(2, 4)}
-        with torch.no_grad(), bh.mask_heads(model, cross | own):
+        with torch.no_grad(), bh.mask(model, cross | own):
             expected = model(**asked).logits
-        bh.prune_heads(model, cross | own)
+        bh.prune_units(model, cross | own)
         torch.testing.assert_close(model(**asked).logits, expected)
 
 
@@ -193,7 +193,7 @@ class TestWeights:
     def test_llama(self):
         model, size = llama().eval(), 4  # 8 query heads, 4 KV heads
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        bh.prune_heads(model, {0: [0, 1, 2, 4, 7], 1: [1, 2, 4, 6]})
+        bh.prune_units(model, {0: [0, 1, 2, 4, 7], 1: [1, 2, 4, 6]})
         stays = {0: ([3, 5, 6], [1, 2, 3]), 1: ([0, 3, 5, 7], [0, 1, 2, 3])}
         for name, parameter in model.named_parameters():
             expected = before[name]
@@ -216,7 +216,7 @@ class TestWeights:
     def test_bert(self):
         model = bert()  # 4 heads of 8
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        bh.prune_heads(model, {0: [3], 1: [0, 2]})
+        bh.prune_units(model, {0: [3], 1: [0, 2]})
         for name, parameter in model.named_parameters():
             expected = before[name]
             if ".attention." in name and "LayerNorm" not in name:
@@ -240,7 +240,7 @@ class TestWeights:
         for parameter in kept.values():
             parameter.grad = torch.ones_like(parameter)
         random_state = torch.get_rng_state()
-        bh.prune_heads(model, {0: [0, 1], 1: [0, 2, 4, 6]})
+        bh.prune_units(model, {0: [0, 1], 1: [0, 2, 4, 6]})
         assert torch.equal(random_state, torch.get_rng_state())
         assert {name for name, p in model.named_parameters() if not p.requires_grad} == set(frozen)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -288,7 +288,7 @@ class TestOptimizer:
         states = {id(p): optimizer.state[p] for p in trained}
 
         chosen = {0: [0, 3, 4, 6], 1: [6, 7]} if per == "head" else {0: [1, 3], 1: [3]}
-        plan = bh.prune_heads(model, chosen, optimizer, per)
+        plan = bh.prune_units(model, chosen, optimizer, per=per)
 
         def cut(name, tensor):
             for dim in range(tensor.dim()):
@@ -308,7 +308,7 @@ class TestOptimizer:
             assert "self_attn" in name or state is states[id(parameter)]
         assert all(torch.equal(p, cut(name, twin.get_parameter(name))) for name, p in model.named_parameters())
 
-        with bh.mask_heads(twin, chosen, per):
+        with bh.mask(twin, chosen, per=per):
             self.steps(twin, twin_optimizer, 1)
             self.steps(model, optimizer, 1)
         for name, parameter in model.named_parameters():
@@ -329,7 +329,7 @@ class TestOptimizer:
         model(tokens(), labels=tokens()).loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-        bh.prune_heads(model, {0: [0, 1]}, iter(optimizers))
+        bh.prune_units(model, {0: [0, 1]}, iter(optimizers))
         assert {id(p) for o in optimizers for g in o.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
         assert all(v.shape == p.shape for p, s in optimizers[0].state.items() for v in s.values() if v.dim())
         model(tokens(), labels=tokens()).loss.backward()
@@ -341,7 +341,7 @@ class TestOptimizer:
         optimizer = transformers.Adafactor(model.parameters(), lr=1e-2, relative_step=False, scale_parameter=False)
         self.steps(model, optimizer, 2)
         with pytest.warns(UserWarning, match="Adafactor keeps 'exp_avg_sq_row' of size .* it cannot follow"):
-            bh.prune_heads(model, {0: [0, 1]}, optimizer)
+            bh.prune_units(model, {0: [0, 1]}, optimizer)
         self.steps(model, optimizer, 1)
 
 
@@ -355,14 +355,14 @@ class TestAdapters:
         model, ids = peft.get_peft_model(llama(), config).eval().double(), tokens()
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         merged = copy.deepcopy(model).merge_and_unload()
-        with torch.no_grad(), bh.mask_heads(model, chosen):
+        with torch.no_grad(), bh.mask(model, chosen):
             expected = model(ids).logits
             with model.disable_adapter():
                 off = model(ids).logits
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
         model(ids, labels=ids).loss.backward()
         whole = {name: p.detach().clone() for name, p in model.named_parameters()}
-        plan = bh.prune_heads(model, chosen, optimizer)
+        plan = bh.prune_units(model, chosen, optimizer)
         torch.testing.assert_close(model(ids).logits, expected)
         with model.disable_adapter():
             torch.testing.assert_close(model(ids).logits, off)
@@ -382,7 +382,7 @@ class TestAdapters:
         assert torch.equal(layer.q_proj.lora_B.default.weight, whole[name.format("q_proj.lora_B")][rows])
         assert torch.equal(layer.o_proj.lora_A.default.weight, whole[name.format("o_proj.lora_A")][:, rows])
 
-        bh.prune_heads(merged, chosen)
+        bh.prune_units(merged, chosen)
         torch.testing.assert_close(merged(ids).logits, expected)
         torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(ids).logits, expected)
         model(ids, labels=ids).loss.backward()
@@ -396,19 +396,19 @@ class TestAdapters:
             return peft.get_peft_model(llama(), config).eval().double()
 
         model, ids = dora("q_proj", "v_proj"), tokens()
-        with torch.no_grad(), bh.mask_heads(model, {0: [0, 1], 1: [1, 2, 4, 6]}):
+        with torch.no_grad(), bh.mask(model, {0: [0, 1], 1: [1, 2, 4, 6]}):
             expected = model(ids).logits
-        bh.prune_heads(model, {0: [0, 1], 1: [1, 2, 4, 6]})
+        bh.prune_units(model, {0: [0, 1], 1: [1, 2, 4, 6]})
         torch.testing.assert_close(model(ids).logits, expected)
         with pytest.raises(ValueError, match=r"cannot be removed: a norm goes over all of them"):  # of the columns that are read
-            bh.prune_heads(dora("o_proj"), {0: [0, 1]})
+            bh.prune_units(dora("o_proj"), {0: [0, 1]})
 
     def test_on_one_matrix_of_all(self):
         config = peft.LoraConfig(target_modules=["c_attn", "c_proj"], r=2, fan_in_fan_out=True, init_lora_weights=False)
         model, ids = peft.get_peft_model(gpt2(), config).eval().double(), tokens()
-        with torch.no_grad(), bh.mask_heads(model, {0: [1], 1: [0, 3]}):
+        with torch.no_grad(), bh.mask(model, {0: [1], 1: [0, 3]}):
             expected = model(ids).logits
-        bh.prune_heads(model, {0: [1], 1: [0, 3]})
+        bh.prune_units(model, {0: [1], 1: [0, 3]})
         torch.testing.assert_close(model(ids).logits, expected)
         torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected)
 
@@ -469,9 +469,9 @@ class TestCodeOfSomebodysOwn:
 
     def test_buffers_follow(self):
         model, ids = self.own(), tokens()
-        with bh.mask_heads(model, {0: [0], 1: [1, 2]}):
+        with bh.mask(model, {0: [0], 1: [1, 2]}):
             expected = model(ids).logits
-        bh.prune_heads(model, {0: [0], 1: [1, 2]})
+        bh.prune_units(model, {0: [0], 1: [1, 2]})
         torch.testing.assert_close(model(ids).logits, expected)
         whole = torch.linspace(0.5, 2, 4, dtype=torch.double)
         assert torch.allclose(model.layers[0].sharpness, whole[1:])
@@ -484,9 +484,9 @@ class TestCodeOfSomebodysOwn:
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         before = TestNothingIsHalfDone.everything(model, optimizer)
         with pytest.raises(ValueError, match="the code of OwnModel does not follow when heads are removed .* can be masked"):
-            bh.prune_heads(model, {0: [0, 1], 1: [0, 2]}, optimizer)
+            bh.prune_units(model, {0: [0, 1], 1: [0, 2]}, optimizer)
         assert TestNothingIsHalfDone.everything(model, optimizer) == before
-        with bh.mask_heads(model, {0: [0, 1]}):
+        with bh.mask(model, {0: [0, 1]}):
             model(tokens())
 
     def test_buffers_are_put_back(self, monkeypatch):
@@ -495,7 +495,7 @@ class TestCodeOfSomebodysOwn:
         before = TestNothingIsHalfDone.everything(model, optimizer)
         monkeypatch.setattr(removal, "alike", lambda *_: False)
         with pytest.raises(ValueError, match="the code of OwnModel does not follow"):
-            bh.prune_heads(model, {0: [0, 1]}, optimizer)
+            bh.prune_units(model, {0: [0, 1]}, optimizer)
         assert TestNothingIsHalfDone.everything(model, optimizer) == before
 
 
@@ -517,9 +517,9 @@ class TestRoundTrip:
     def test_alike_in_all_layers(self, name, tmp_path):
         model = self.t5() if name == "t5" else build(name)
         if name == "t5":
-            bh.prune_heads(model, dict.fromkeys(find_heads(model), [1, 2]))
+            bh.prune_units(model, dict.fromkeys(find_units(model, "head"), [1, 2]))
         else:
-            bh.prune_heads(model, {0: [0, 1], 1: [0, 3]}, per="kv_head")
+            bh.prune_units(model, {0: [0, 1], 1: [0, 3]}, per="kv_head")
         expected = self.logits(model)
         saved = bh.save(model, tmp_path / "a")
         assert (saved.way, saved.difference) == ("plain", 0)
@@ -531,7 +531,7 @@ class TestRoundTrip:
             said = bh.summary(model)
             assert (said.query_heads, said.kv_heads) == self.UNIFORM[name]
             assert name == "mixtral" or said.kv_cache_bytes == 2 * 2 * 2 * model.model.layers[0].self_attn.head_dim * 4
-            bh.prune_heads(again, {0: [0, 2], 1: [1, 3]})  # pruned again, after loading
+            bh.prune_units(again, {0: [0, 2], 1: [1, 3]})  # pruned again, after loading
             assert set(counts(again).values()) == {(2, 2)}
             assert bh.save(again, tmp_path / "b").way == "plain"
             assert torch.equal(self.logits(bh.load(tmp_path / "b")), self.logits(again))
@@ -542,7 +542,7 @@ class TestRoundTrip:
         if name == "lora":
             model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=2)).eval()
         chosen = {0: [0, 1], 1: [2, 3, 4, 5]} if name in ("llama", "lora") else {0: [0], 1: [1, 2]}
-        plan = bh.prune_heads(model, chosen)
+        plan = bh.prune_units(model, chosen)
         model = model.merge_and_unload() if name == "lora" else model
         saved = bh.save(model, tmp_path / "a")
         assert (saved.way, saved.difference) == ("shaped", 0)
@@ -552,12 +552,12 @@ class TestRoundTrip:
         assert counts(again) == plan.after
         chosen = {0: [2, 3], 1: [0, 1]} if name in ("llama", "lora") else {0: [1], 1: [0]}
         ids = tokens()
-        with torch.no_grad(), bh.mask_heads(again, chosen):
+        with torch.no_grad(), bh.mask(again, chosen):
             expected = again(ids).logits
         optimizer = torch.optim.SGD(again.parameters(), 0.1)
-        bh.prune_heads(again, chosen, optimizer)
+        bh.prune_units(again, chosen, optimizer)
         torch.testing.assert_close(again(ids).logits, expected)
-        bh.prune_heads(model, chosen)
+        bh.prune_units(model, chosen)
         assert torch.equal(self.logits(again), self.logits(model))
         assert shape_of(again) == shape_of(model)
         assert bh.save(again, tmp_path / "b").difference == 0
@@ -567,7 +567,7 @@ class TestRoundTrip:
     def test_trace_and_summary_of_what_is_left(self, make_one):
         model = make_one()
         before = bh.summary(model)
-        plan = bh.prune_heads(model, {1: [0, 1]})
+        plan = bh.prune_units(model, {1: [0, 1]})
         said, structure = bh.summary(model), bh.trace(model)
         assert (before.params, said.params) == plan.parameters
         assert not structure.opaque
@@ -582,6 +582,6 @@ class TestRoundTrip:
     def test_query_heads_alone_keep_the_cache(self):
         model = llama()
         before = bh.summary(model)
-        bh.prune_heads(model, {0: [0, 2, 4, 6], 1: [1, 2, 4, 7]})
+        bh.prune_units(model, {0: [0, 2, 4, 6], 1: [1, 2, 4, 7]})
         said = bh.summary(model)
         assert (said.query_heads, said.kv_heads, said.kv_cache_bytes) == (4, 4, before.kv_cache_bytes)

@@ -11,7 +11,7 @@ from torch import nn
 
 import billhook as bh
 from billhook.model.shape import shape_of
-from billhook.units.channels import find_units
+from billhook.units.find import find_units
 from kit.families import build, llama
 from kit.head_removal import make
 from kit.plans import ATTENTIONS, MLPS
@@ -29,7 +29,7 @@ def refused(model, units, match, kinds=("head", "channel", "residual", "expert")
 class TestWhatGoes:
     def test_channels(self):
         model = llama()
-        plan = bh.plan_units(model, {MLPS[0]: [0, 3, 47], MLPS[1]: []})
+        plan = bh.plan_units(model, {MLPS[0]: [0, 3, 47], MLPS[1]: []}, "channel")
         stays = [n for n in range(48) if n not in (0, 3, 47)]
         assert {place: kept.tolist() for place, kept in plan.cuts.items()} == {
             (f"{MLPS[0]}.gate_proj.weight", 0): stays,
@@ -42,7 +42,7 @@ class TestWhatGoes:
 
     def test_residual_channels_of_tied_embeddings_go_once(self):
         model = llama(tie_word_embeddings=True)
-        plan = bh.plan_units(model, {"model": [1, 30]})
+        plan = bh.plan_units(model, {"model": [1, 30]}, "residual")
         assert len(plan.cuts) == 1 + 2 * 9 + 1
         assert all(len(kept) == 30 for kept in plan.cuts.values())
         rows = 64 + 2 * (32 + 16 + 16 + 32 + 48 * 3 + 2) + 1  # embeddings; q, k, v, o, mlp and norms; the last norm
@@ -58,7 +58,7 @@ class TestWhatGoes:
         }
 
     def test_kinds_in_one_matrix(self):
-        plan = bh.plan_units(llama(), {MLPS[0]: [0], "": [5], ATTENTIONS[0]: [0, 1]})
+        plan = bh.plan_units(llama(), {MLPS[0]: [0], "": [5], ATTENTIONS[0]: [0, 1]}, ["head", "channel", "residual"])
         assert len(plan.cuts[f"{MLPS[0]}.up_proj.weight", 0]) == 47
         assert len(plan.cuts[f"{MLPS[0]}.up_proj.weight", 1]) == 31
         assert len(plan.cuts[f"{ATTENTIONS[0]}.o_proj.weight", 0]) == 31
@@ -71,15 +71,15 @@ class TestWhatGoes:
         gone = {name: range(one.count() // 4) for name, one in units.items()}
         plan = bh.plan_units(model, gone, ["channel", "residual", "expert"])
         assert plan.parameters[0] == sum(p.numel() for p in model.parameters())
-        bh.apply(plan, model)
+        bh.apply(model, plan)
         assert plan.parameters[1] == sum(p.numel() for p in model.parameters())
 
     def test_nothing_changes_by_a_plan_and_an_empty_plan_is_none(self):
         model = llama()
         before = {name: id(p) for name, p in model.named_parameters()}, shape_of(model)
-        bh.plan_units(model, {MLPS[0]: [0, 1]})
-        plan = bh.plan_units(model, {MLPS[0]: ()})
-        bh.apply(plan, model)
+        bh.plan_units(model, {MLPS[0]: [0, 1]}, "channel")
+        plan = bh.plan_units(model, {MLPS[0]: ()}, "channel")
+        bh.apply(model, plan)
         assert (plan.units, plan.cuts, plan.told) == ({}, {}, "")
         assert plan.before == plan.after
         assert ({name: id(p) for name, p in model.named_parameters()}, shape_of(model)) == before
@@ -97,7 +97,11 @@ class TestTable:
         assert plan.told == "24 channels of 2 places, 1 residual channels of 1 places"
 
     def test_of_layers_that_differ_and_with_costs(self):
-        plan = bh.plan(llama(num_hidden_layers=4), bh.RandomUnits(), kv_heads=0.25, channels=0.5, first=1, last=1)
+        plan = bh.plan(
+            llama(num_hidden_layers=4),
+            bh.importance.baselines.RandomUnits(),
+            amount=bh.Amount(kv_heads=0.25, channels=0.5, first=1, last=1),
+        )
         lines = str(plan).splitlines()
         now, then = plan.costs
         assert lines[1:4] == [
@@ -122,7 +126,7 @@ class TestJson:
     def test_out_and_in(self):
         model = build("mixtral")
         plan = bh.plan(model, bh.WeightNorm(), channels=0.25, experts=0.5, residual=0.25, kv_heads=0.5)
-        again = bh.plan_from_json(model, json.loads(json.dumps(plan.to_json())))
+        again = bh.Plan.from_json(json.loads(json.dumps(plan.to_json())), model)
         assert again.units == plan.units
         assert (again.before, again.after, again.parameters, again.kinds) == (
             plan.before,
@@ -132,21 +136,25 @@ class TestJson:
         )
         assert again.cuts.keys() == plan.cuts.keys()
         assert all((again.cuts[place] == kept).all() for place, kept in plan.cuts.items())
-        bh.apply(again, model)
+        bh.apply(model, again)
         assert model.num_parameters() == plan.parameters[1]
 
     def test_of_something_else(self):
         model = llama()
         plain = bh.plan_units(model, {MLPS[0]: [0]}, ["channel"]).to_json()
-        for broken in ({}, [], None, {key: value for key, value in plain.items() if key != "kinds"}):
-            with pytest.raises(ValueError, match=r"plan: a mapping with model, kinds, units, before is needed"):
-                bh.plan_from_json(model, broken)
-        with pytest.raises(ValueError, match=f"units: {MLPS[0]} has no unit 48; it has 0 to 47"):
-            bh.plan_from_json(model, plain | {"units": {MLPS[0]: [48]}})
+        for broken in ({}, [], None, plain | {"kind": "heads"}):
+            with pytest.raises(ValueError, match=r"plan: its kind is (None|'heads'), and must be one of blocks, "):
+                bh.Plan.from_json(broken, model)
+        for missing in ("model", "kinds", "units", "before"):
+            broken = {key: value for key, value in plain.items() if key != missing}
+            with pytest.raises(ValueError, match="plan: a mapping with model, kinds, units, before is needed"):
+                bh.Plan.from_json(broken, model)
+        with pytest.raises(ValueError, match=f"channels: {MLPS[0]} has no channel 48; it has 0 to 47"):
+            bh.Plan.from_json(plain | {"units": {MLPS[0]: [48]}}, model)
         with pytest.raises(ValueError, match=f"made for a LlamaForCausalLM .*{MLPS[0]}: 48 then, 20 now"):
-            bh.plan_from_json(llama(intermediate_size=20), plain)
+            bh.Plan.from_json(plain, llama(intermediate_size=20))
         with pytest.raises(ValueError, match=r"than this Qwen2ForCausalLM has \(another class\)"):
-            bh.plan_from_json(build("qwen2"), plain)
+            bh.Plan.from_json(plain, build("qwen2"))
 
 
 class TestStale:
@@ -157,20 +165,20 @@ class TestStale:
         for other in others:
             before = [id(p) for p in other.parameters()], shape_of(other)
             with pytest.raises(ValueError, match="plan: it was made for a LlamaForCausalLM with other units than this"):
-                bh.apply(plan, other)
+                bh.apply(other, plan)
             assert ([id(p) for p in other.parameters()], shape_of(other)) == before
-        bh.apply(plan, model)
+        bh.apply(model, plan)
         with pytest.raises(ValueError, match=f"{MLPS[0]}: 48 then, 46 now"):
-            bh.apply(plan, model)  # twice
+            bh.apply(model, plan)  # twice
         tied = bh.plan_units(llama(tie_word_embeddings=True), {"model": [0]}, ["residual"])
         with pytest.raises(ValueError, match="plan: it was made for a LlamaForCausalLM with other units"):
-            bh.apply(tied, llama())
+            bh.apply(llama(), tied)
 
     def test_what_has_changed_elsewhere_does_not_matter(self):
         model = llama()
-        first, second = bh.plan_units(model, {MLPS[0]: [0]}, ["channel"]), bh.plan_heads(model, {0: [0, 1]})
-        bh.apply(first, model)
-        bh.apply(second, model)
+        first, second = bh.plan_units(model, {MLPS[0]: [0]}, ["channel"]), bh.plan_units(model, {0: [0, 1]})
+        bh.apply(model, first)
+        bh.apply(model, second)
         assert model.num_parameters() == llama().num_parameters() - 3 * 32 - 2 * 32 * 8 - 2 * 32 * 4
 
 
@@ -189,11 +197,13 @@ class BiasedByItself(nn.Module):
 class TestRefused:
     def test_places_and_units_that_are_not_there(self):
         model = llama()
-        refused(model, {"model.layers.2.mlp": [0]}, r"units: there is no place 'model.layers.2.mlp'; there are .*, \.\.\.")
-        refused(model, {MLPS[0]: [0]}, f"there is no place '{MLPS[0]}'; there are {ATTENTIONS[0]}, {ATTENTIONS[1]}$", ["head"])
+        refused(
+            model, {"model.layers.2.mlp": [0]}, r"units: there is no place 'model.layers.2.mlp'; there are 0 to 4, .*, \.\.\."
+        )
+        refused(model, {MLPS[0]: [0]}, f"place '{MLPS[0]}'; there are 0 to 1, in this order: {', '.join(ATTENTIONS)}$", ["head"])
         for unit in (48, -1, True, 1.0, "0"):
-            refused(model, {MLPS[0]: [0, unit]}, f"units: {MLPS[0]} has no unit {unit!r}; it has 0 to 47")
-        refused(model, {MLPS[0]: [0]}, "kinds='rank' must be one of", ["rank"])
+            refused(model, {MLPS[0]: [0, unit]}, f"units: {MLPS[0]} has no channel {unit!r}; it has 0 to 47")
+        refused(model, {MLPS[0]: [0]}, "kind='rank' must be one of", ["rank"])
 
     def test_a_place_without_units(self):
         refused(llama(), {MLPS[1]: range(48)}, f"channels: {MLPS[1]} would be left without channels; at least one of its 48")
@@ -208,9 +218,9 @@ class TestRefused:
         model = llama()
         model.model.layers[1].mlp = BiasedByItself()
         refused(model, {MLPS[1]: [0]}, f"channels: those of {MLPS[1]} cannot be removed: no rule for the op histc", ["channel"])
-        bh.apply(bh.plan_units(model, {MLPS[0]: [0]}, ["channel"]), model)
+        bh.apply(model, bh.plan_units(model, {MLPS[0]: [0]}, ["channel"]))
         with pytest.raises(ValueError, match="no rule for the op histc"):
-            bh.plan(model, bh.RandomUnits(), channels=0.5)
+            bh.plan(model, bh.importance.baselines.RandomUnits(), channels=0.5)
 
     def test_parameters_that_the_run_does_not_use(self):
         match = "residual channels: those of model.decoder cannot be removed: .* which the run never used, may have it too"
@@ -219,9 +229,10 @@ class TestRefused:
     def test_a_norm_over_the_channels(self):
         config = small_config(transformers.Mamba2Config)
         model = small(config, transformers.Mamba2ForCausalLM)
-        assert find_units(model, ["channel"]) == {}
-        with pytest.raises(ValueError, match=r"channels=0.5: the model has none that may go"):
-            bh.plan(model, bh.RandomUnits(), channels=0.5)
+        with pytest.raises(ValueError, match="Mamba2ForCausalLM has no channels"):
+            find_units(model, "channel")
+        with pytest.raises(ValueError, match=r"channels=0.5: the model has none that may be removed"):
+            bh.plan(model, bh.importance.baselines.RandomUnits(), channels=0.5)
 
     def test_a_quantised_model(self):
         model = llama()
@@ -235,9 +246,9 @@ class TestRefused:
 
     def test_a_mask_that_stands_before_what_reads(self):
         model = llama()
-        plan = bh.plan_units(model, {MLPS[0]: [0]})
-        mask = bh.mask_heads(model, {1: [1]})
-        with pytest.raises(ValueError, match="units: a mask or gates stand before model.layers.1.self_attn.o_proj"):
-            bh.apply(plan, model)
+        plan = bh.plan_units(model, {MLPS[0]: [0]}, "channel")
+        mask = bh.mask(model, {1: [1]}, "channel")
+        with pytest.raises(ValueError, match="units: a mask or gates stand before model.layers.1.mlp.down_proj"):
+            bh.apply(model, plan)
         mask.remove()
-        bh.apply(plan, model)
+        bh.apply(model, plan)

@@ -11,8 +11,8 @@ from billhook.model.figures import figures_of
 from billhook.model.shape import shape_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.progress import First, first_from
-from billhook.pruning.request import Request, lowest
-from billhook.units.channels import find_units, of_kind
+from billhook.pruning.target import Search, lowest
+from billhook.units.find import find_units, of_kind
 from kit.families import build, llama, tokens
 from kit.plans import ATTENTIONS, MLPS
 from kit.shaped import bert, gpt2
@@ -24,40 +24,42 @@ def lost(plan):
 
 
 def scored(model, amount):
-    """A request and random scores for it."""
-    request = Request(model, amount)
-    return request, request.scores(bh.RandomUnits(), None)
+    """Units that may be removed, random scores of them, and the plan that they lead to."""
+    units = Search(model, amount).free()
+    scores = bh.score(model, units, bh.importance.baselines.RandomUnits(), per=amount.per)
+    return units, scores, bh.plan(model, scores=scores, amount=amount)
 
 
 class TestRatios:
     @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.3, 1 / 3, 0.99])
     def test_of_each_layer_rounded_down(self, ratio):
-        plan = bh.plan(llama(intermediate_size=50), bh.RandomUnits(), channels=ratio)
+        plan = bh.plan(llama(intermediate_size=50), bh.importance.baselines.RandomUnits(), channels=ratio)
         assert lost(plan) == dict.fromkeys(MLPS, math.floor(ratio * 50 + 1e-9))
 
     def test_of_all_layers(self):
         model = llama(num_hidden_layers=3)
-        request, scores = scored(model, Amount(channels=0.3, ranking="global"))
-        found = lost(request.plan(scores))
+        _, scores, plan = scored(model, Amount(channels=0.3, ranking="global"))
+        found = lost(plan)
         assert sum(found.values()) == math.floor(0.3 * 3 * 48)
         flat = sorted((float(value), name, unit) for name, own in scores.items() for unit, value in enumerate(own))
         expected = {(name, unit) for _, name, unit in flat[: math.floor(0.3 * 3 * 48)]}
-        assert {(name, unit) for name, own in request.plan(scores).units.items() for unit in own} == expected
-        least = bh.plan(model, bh.RandomUnits(), channels=0.9, ranking="global", min_units=4)
+        assert {(name, unit) for name, own in plan.units.items() for unit in own} == expected
+        least = bh.plan(
+            model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(channels=0.9, ranking="global", min_units=4)
+        )
         assert min(after[0] for after in least.after.values()) >= 4
 
     def test_the_least_important_go(self):
         model = llama()
         importance = bh.WeightNorm()
-        scores = bh.unit_importance(model, find_units(model, ["channel"]), importance=importance, normalize=False)
+        scores = bh.score(model, find_units(model, ["channel"]), importance)
         plan = bh.plan(model, importance, channels=0.25)
         assert plan.units == {name: sorted(own.argsort()[:12].tolist()) for name, own in scores.items()}
 
     @pytest.mark.parametrize(("multiple", "stay"), [(1, 34), (4, 36), (5, 35)])
     def test_widths_are_multiples_and_the_best_of_what_goes_stays(self, multiple, stay):
         model = llama()
-        request, scores = scored(model, Amount(channels=0.3, residual=0.25, round_to=multiple))
-        plan = request.plan(scores)
+        _, scores, plan = scored(model, Amount(channels=0.3, residual=0.25, round_to=multiple))
         assert all(plan.after[name] == (stay,) for name in MLPS)
         assert plan.after[""] == (min(-(-24 // multiple) * multiple, 32),)
         for name in MLPS:
@@ -67,33 +69,42 @@ class TestRatios:
         with pytest.raises(
             ValueError, match=r"channels=0.3 \(round_to=16\) is not a single unit of a place, so that nothing would"
         ):
-            bh.plan(llama(), bh.RandomUnits(), channels=0.3, round_to=16)
+            bh.plan(llama(), bh.importance.baselines.RandomUnits(), amount=bh.Amount(channels=0.3, round_to=16))
 
     def test_heads_of_grouped_queries(self):
-        plan = bh.plan(llama(), bh.RandomUnits(), heads=0.5)
+        plan = bh.plan(llama(), bh.importance.baselines.RandomUnits(), heads=0.5)
         assert all(plan.after[name] == (4, 4) for name in ATTENTIONS)
-        plan = bh.plan(llama(), bh.RandomUnits(), kv_heads=0.5)
+        plan = bh.plan(llama(), bh.importance.baselines.RandomUnits(), kv_heads=0.5)
         assert all(plan.after[name] == (4, 2) for name in ATTENTIONS)
         one = llama(num_key_value_heads=1)
-        assert all(bh.plan(one, bh.RandomUnits(), heads=0.25).after[name] == (6, 1) for name in ATTENTIONS)
+        assert all(bh.plan(one, bh.importance.baselines.RandomUnits(), heads=0.25).after[name] == (6, 1) for name in ATTENTIONS)
         with pytest.raises(ValueError, match=r"kv_heads=0.5 is not a single unit of a place, so that nothing would be removed"):
-            bh.plan(one, bh.RandomUnits(), kv_heads=0.5)
+            bh.plan(one, bh.importance.baselines.RandomUnits(), kv_heads=0.5)
         each = llama(num_key_value_heads=8)
         for name in ("heads", "kv_heads"):
-            assert all(bh.plan(each, bh.RandomUnits(), **{name: 0.25}).after[own] == (6, 6) for own in ATTENTIONS)
+            assert all(
+                bh.plan(each, bh.importance.baselines.RandomUnits(), amount=bh.Amount(**{name: 0.25})).after[own] == (6, 6)
+                for own in ATTENTIONS
+            )
 
     def test_first_and_last_blocks_of_each_stack_stay(self):
-        plan = bh.plan(llama(num_hidden_layers=5), bh.RandomUnits(), channels=0.5, kv_heads=0.5, first=2, last=1)
+        plan = bh.plan(
+            llama(num_hidden_layers=5),
+            bh.importance.baselines.RandomUnits(),
+            amount=bh.Amount(channels=0.5, kv_heads=0.5, first=2, last=1),
+        )
         assert {int(name.split(".")[2]) for name, count in lost(plan).items() if count} == {2, 3}
         model = t5()
-        plan = bh.plan(model, bh.RandomUnits(), channels=0.5, first=1)
+        plan = bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(channels=0.5, first=1))
         assert lost(plan) == {name: 24 * (".block.1." in name) for name in find_units(model, ["channel"])}
-        assert lost(bh.plan(model, bh.RandomUnits(), residual=0.5, first=2))[""] == 16  # a stream is of no block
+        assert (
+            lost(bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(residual=0.5, first=2)))[""] == 16
+        )  # a stream is of no block
         with pytest.raises(ValueError, match=r"channels=0.5: all are in protected blocks"):
-            bh.plan(llama(), bh.RandomUnits(), channels=0.5, first=1, last=1)
+            bh.plan(llama(), bh.importance.baselines.RandomUnits(), amount=bh.Amount(channels=0.5, first=1, last=1))
 
     def test_layers_that_share_a_bias_lose_the_same_heads(self):
-        plan = bh.plan(t5(), bh.RandomUnits(), heads=0.5)
+        plan = bh.plan(t5(), bh.importance.baselines.RandomUnits(), heads=0.5)
         for stack in ("encoder", "decoder"):
             own = [heads for name, heads in plan.units.items() if name.startswith(stack) and "SelfAttention" in name]
             assert own[0] == own[1]
@@ -116,8 +127,8 @@ class TestTargets:
     def test_what_is_promised_is_achieved_and_is_enough(self, target, asked, ranking):
         model = llama()
         before = figures_of(model)
-        plan = bh.plan(model, bh.WeightNorm(), **{target: asked}, ranking=ranking)
-        bh.apply(plan, model)
+        plan = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(ranking=ranking, **{target: asked}))
+        bh.apply(model, plan)
         assert plan.costs == (before, figures_of(model))
         assert plan.parameters == (before.params, model.num_parameters())
         said = bh.summary(model)
@@ -132,19 +143,18 @@ class TestTargets:
     )
     def test_one_unit_fewer_in_each_place_would_not_be(self, target, asked, first):
         model = llama(num_hidden_layers=2 + first)
-        request, scores = scored(model, Amount(**{target: asked}, first=first))
-        plan = request.plan(scores)
-        limit = request._limit(target)
+        units, _, plan = scored(model, Amount(**{target: asked}, first=first))
+        limit = Search(model, Amount(**{target: asked}, first=first)).limit(target)
         kind = "head" if target == "kv_cache_bytes" else "channel"
-        places = [name for name, one in of_kind(request.units, kind).items() if name in plan.units]
+        places = [name for name, one in of_kind(units, kind).items() if name in plan.units]
         assert len({plan.after[name] for name in places}) == 1
         fewer = dict(plan.units)
         for name in places:
             own = plan.units[name]
-            kv_of = request.units[name].kv_of
+            kv_of = units[name].kv_of
             fewer[name] = own[1:] if kind == "channel" else [head for head in own if kv_of[head] != kv_of[own[0]]]
         twin = llama(num_hidden_layers=2 + first)
-        bh.apply(bh.plan_units(twin, fewer), twin)
+        bh.apply(twin, bh.plan_units(twin, fewer, ["head", "channel"]))
         assert getattr(figures_of(twin), target) > limit >= getattr(plan.costs[1], target)
 
     @pytest.mark.parametrize(("make_one", "target"), [
@@ -154,8 +164,8 @@ class TestTargets:
     def test_of_other_families(self, make_one, target):
         model = make_one()
         now = getattr(figures_of(model), target)
-        plan = bh.plan(model, bh.WeightNorm(), **{target: 0.75})
-        bh.apply(plan, model)
+        plan = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(**{target: 0.75}))
+        bh.apply(model, plan)
         assert plan.costs[1] == figures_of(model)
         assert getattr(plan.costs[1], target) <= int(0.75 * now)
 
@@ -164,33 +174,34 @@ class TestTargets:
         plan = bh.plan(model, bh.WeightNorm(), params=0.6, kv_heads=0.5, residual=0.25)
         assert all(plan.after[name] == (4, 2) for name in ATTENTIONS)
         assert plan.after[""] == (24,)
-        bh.apply(plan, model)
+        bh.apply(model, plan)
         assert figures_of(model) == plan.costs[1]
-        rounded = bh.plan(llama(), bh.WeightNorm(), params=0.6, round_to=8)
+        rounded = bh.plan(llama(), bh.WeightNorm(), amount=bh.Amount(params=0.6, round_to=8))
         assert all(rounded.after[name][0] % 8 == 0 for name in MLPS)
 
     @pytest.mark.parametrize(("target", "first"), [("params", 1), ("bytes", 0), ("kv_cache_bytes", 1)])
     def test_what_cannot_be_reached_says_what_can(self, target, first):
         model = llama(num_hidden_layers=3)
         before = shape_of(model)
-        with pytest.raises(ValueError, match=f"{target}=1: 1 cannot be reached; with what may go, ") as refusal:
-            bh.plan(model, bh.RandomUnits(), **{target: 1}, first=first)
+        with pytest.raises(ValueError, match=f"{target}=1: 1 cannot be reached; with what may be removed, ") as refusal:
+            bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(first=first, **{target: 1}))
         least, most = (
-            int(number.replace(",", "")) for number in re.search(r"go, ([\d,]+) to ([\d,]+) can", str(refusal.value)).groups()
+            int(number.replace(",", ""))
+            for number in re.search(r"removed, ([\d,]+) to ([\d,]+) can", str(refusal.value)).groups()
         )
         assert most == getattr(figures_of(model), target)
         assert shape_of(model) == before
-        plan = bh.plan(model, bh.RandomUnits(), **{target: least}, first=first)
+        plan = bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(first=first, **{target: least}))
         assert getattr(plan.costs[1], target) == least
         with pytest.raises(ValueError, match="cannot be reached"):
-            bh.plan(model, bh.RandomUnits(), **{target: least - 1}, first=first)
+            bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(first=first, **{target: least - 1}))
 
     def test_what_is_there_already_or_cannot_be_told(self):
         now = llama().num_parameters()
         with pytest.raises(ValueError, match=f"params={now}: the model has no more than that, {now:,}"):
-            bh.plan(llama(), bh.RandomUnits(), params=now)
+            bh.plan(llama(), bh.importance.baselines.RandomUnits(), params=now)
         with pytest.raises(ValueError, match="kv_cache_bytes=0.5: it cannot be told of a BertForMaskedLM"):
-            bh.plan(bert(), bh.RandomUnits(), kv_cache_bytes=0.5)
+            bh.plan(bert(), bh.importance.baselines.RandomUnits(), amount=bh.Amount(kv_cache_bytes=0.5))
 
     def test_the_first_that_is_low_enough(self):
         for count in (1, 2, 3, 10, 57):
@@ -223,18 +234,18 @@ class TestRefused:
         ({"params": 0}, "params=0 must be a whole number above 0"),
         ({"params": float("nan")}, "params=nan must be"),
         ({"channels": 0.5, "ranking": "block"}, "ranking='block' must be one of layer, global"),
-        ({"channels": 0.5, "round_to": 0}, "round_to=0 must be a whole number, 1 at least"),
-        ({"channels": 0.5, "first": -1}, "first=-1 must be a whole number, 0 at least"),
+        ({"channels": 0.5, "round_to": 0}, "round_to=0 must be a whole number of at least 1"),
+        ({"channels": 0.5, "first": -1}, "first=-1 must be a whole number of at least 0"),
         ({"channels": 0.5, "min_units": True}, "min_units=True must be a whole number"),
         ({"channels": 0.01}, "channels=0.01 is not a single unit of a place, so that nothing would be removed"),
-        ({"experts": 0.5}, "experts=0.5: the model has none that may go"),
-        ({"channels": 0.9, "min_units": 40}, r"43 of 48 channels of model.layers.0.mlp would go, and at most 8 may"),
+        ({"experts": 0.5}, "experts=0.5: the model has none that may be removed"),
+        ({"channels": 0.9, "min_units": 40}, r"43 of 48 channels of model.layers.0.mlp would be removed, and at most 8 may"),
     ])  # fmt: skip
     def test_arguments(self, arguments, match):
         model = llama()
         before = shape_of(model)
         with pytest.raises(ValueError, match=match):
-            bh.plan(model, bh.RandomUnits(), **arguments)
+            bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(**arguments))
         assert shape_of(model) == before
 
     def test_what_data_must_tell(self):
@@ -275,8 +286,7 @@ class TestParts:
             due = first.part(model, amount, share)
             found.append(due is not None)
             if due is not None:
-                request, scores = scored(model, due)
-                bh.apply(request.plan(scores), model)
+                bh.apply(model, scored(model, due)[-1])
         assert first.part(model, amount, progress[-1]) is None
         return found
 
@@ -287,18 +297,19 @@ class TestParts:
     ])  # fmt: skip
     def test_come_to_the_whole(self, amount, progress):
         whole, model = llama(), llama()
-        request, scores = scored(whole, Amount(**amount))
-        plan = request.plan(scores)
-        self.in_parts(model, Amount(**amount), progress)
-        if request.amount.target is None:
+        amount = Amount(**amount)
+        plan = scored(whole, amount)[-1]
+        limit = None if amount.target is None else Search(whole, amount).limit(amount.target)
+        self.in_parts(model, amount, progress)
+        if amount.target is None:
             kinds = ["head", "channel", "residual"]
             assert {name: one.count() for name, one in find_units(model, kinds).items()} == {
                 name: plan.after.get(name, (one.count(),))[0] for name, one in find_units(whole, kinds).items()
             }
             assert figures_of(model) == plan.costs[1]
         else:
-            target = request.amount.target
-            assert getattr(figures_of(model), target) <= request._limit(target)
+            target = amount.target
+            assert getattr(figures_of(model), target) <= limit
 
     def test_a_part_that_is_less_than_a_unit_waits(self):
         assert self.in_parts(llama(), Amount(kv_heads=0.5), (0.25, 0.5, 0.75, 1.0)) == [False, True, False, True]

@@ -16,8 +16,7 @@ from torch import nn
 import billhook as bh
 from billhook.model.shape import shape_of
 from billhook.pruning import removal
-from billhook.units.channels import find_units, of_kind
-from billhook.units.heads import find_heads
+from billhook.units.find import find_units, of_kind, units_of
 from kit.channels import EVERY, EXPERTS, HELD, WITHOUT, down_projections
 from kit.families import build, llama, tokens
 from kit.head_removal import ALIKE, make, questions, some_heads
@@ -88,14 +87,14 @@ class TestSlicedEqualsMasked:
         by_name = {(linear | fused)[place]: own for place, own in gone.items()}
         heads = {}
         if name not in NO_HEADS:
-            found = {one: own for one, own in find_heads(model).items() if not one.endswith("mamba")}
+            found = {one: own for one, own in find_units(model, "head").items() if not one.endswith("mamba")}
             heads = some_heads(found, alike=name in ALIKE)
         inputs = questions(model)[1]
         whole = answer(model, inputs)
-        with without_channels(model, name, by_name), bh.mask_heads(model, heads) if heads else nullcontext():
+        with without_channels(model, name, by_name), bh.mask(model, heads) if heads else nullcontext():
             expected = answer(model, inputs)
         plan = bh.plan_units(model, gone | heads, ["channel", *(["head"] if heads else [])])
-        bh.apply(plan, model)
+        bh.apply(model, plan)
         found = answer(model, inputs)
         assert oracle.difference(found, expected) < 1e-6
         assert oracle.difference(found, whole) > 1e-3
@@ -107,7 +106,7 @@ class TestSlicedEqualsMasked:
     def test_weights_by_hand(self):
         model = llama()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        bh.apply(bh.plan_units(model, {"model.layers.0.mlp": [0, 5, 47], "model.layers.1.mlp": range(1, 40)}), model)
+        bh.apply(model, bh.plan_units(model, {"model.layers.0.mlp": [0, 5, 47], "model.layers.1.mlp": range(1, 40)}, "channel"))
         stays = {"0": [n for n in range(48) if n not in (0, 5, 47)], "1": [0, *range(40, 48)]}
         for name, parameter in model.named_parameters():
             expected = before[name]
@@ -126,7 +125,7 @@ class TestSlicedEqualsMasked:
         ids = tokens()
         with torch.no_grad(), without_channels(model, "llama", {f"{place}.down_proj": own for place, own in gone.items()}):
             expected = model(ids).logits
-        bh.apply(bh.plan_units(model, gone, ["channel"]), model)
+        bh.apply(model, bh.plan_units(model, gone, ["channel"]))
         torch.testing.assert_close(model(ids).logits, expected)
 
     @pytest.mark.parametrize("name", ["llama", "gpt2", "T5ForConditionalGeneration"])
@@ -135,7 +134,7 @@ class TestSlicedEqualsMasked:
         units = find_units(model, ["head", "channel"])
         gone = {place: a_third(one.count(), number) for number, (place, one) in enumerate(of_kind(units, "channel").items())}
         gone |= some_heads(of_kind(units, "head"))
-        bh.apply(bh.plan_units(model, gone, ["head", "channel"]), model)
+        bh.apply(model, bh.plan_units(model, gone, ["head", "channel"]))
         ids = torch.randint(11, 100, (2, 6), generator=torch.Generator().manual_seed(0))
         options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
         options |= {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
@@ -151,7 +150,7 @@ class TestSlicedEqualsMasked:
 def assert_permutation_exact(model, kinds, gone, inputs):
     """With the units that go put last, everywhere, it computes the same; without them it is what is left before these."""
     structure = bh.trace(model)
-    units = find_units(model, kinds, structure)
+    units = units_of(model, structure, kinds)
     whole, twin = answer(model, inputs), copy.deepcopy(model)
     tensors = dict([*twin.named_parameters(), *twin.named_buffers()])
     groups = {place: next(group for group in structure.groups if group.leaf in units[place].leaves) for place in gone}
@@ -167,8 +166,8 @@ def assert_permutation_exact(model, kinds, gone, inputs):
             kept[member.name, member.dim] = stays & kept.get((member.name, member.dim), True)
     for (name, dim), stays in kept.items():
         tensors[name].data = tensors[name].data.index_select(dim, torch.from_numpy(np.flatnonzero(stays)))
-    plan = bh.plan_units(model, gone, kinds, structure)
-    bh.apply(plan, model)
+    plan = bh.plan_units(model, gone, kinds)
+    bh.apply(model, plan)
     assert all(
         torch.equal(p, tensors[name]) for name, p in [*model.named_parameters(), *model.named_buffers()] if name in tensors
     )
@@ -188,7 +187,7 @@ class TestResidual:
         if name in STAYS:
             before = {own: id(tensor) for own, tensor in model.state_dict(keep_vars=True).items()}, shape_of(model)
             with pytest.raises(ValueError, match=f"residual channels: .*{STAYS[name]}"):
-                bh.apply(bh.plan_units(model, gone, ["residual"]), model)
+                bh.apply(model, bh.plan_units(model, gone, ["residual"]))
             assert ({own: id(tensor) for own, tensor in model.state_dict(keep_vars=True).items()}, shape_of(model)) == before
             return
         assert_permutation_exact(model, ["residual"], gone, questions(model)[1])
@@ -218,7 +217,7 @@ class TestResidual:
         ids = tokens()
         more = {"decoder_input_ids": tokens(2, 5)} if name == "t5" else {}
         (place,) = find_units(model, ["residual"])
-        bh.apply(bh.plan_units(model, {place: sorted(set(range(40)) - set(stays.tolist()))}), model)
+        bh.apply(model, bh.plan_units(model, {place: sorted(set(range(40)) - set(stays.tolist()))}, "residual"))
         assert torch.equal(model(ids, **more).logits, narrow(ids, **more).logits)
         assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in narrow.named_parameters()}
         embedded = model.get_input_embeddings()
@@ -227,7 +226,7 @@ class TestResidual:
 
     def test_what_norms_keep_of_their_size(self):
         model = gpt2()
-        bh.apply(bh.plan_units(model, {"transformer": [0, 3, 31]}), model)
+        bh.apply(model, bh.plan_units(model, {"transformer": [0, 3, 31]}, "residual"))
         norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
         assert {norm.normalized_shape for norm in norms} == {(29,)}
         assert model.transformer.wpe.embedding_dim == model.transformer.wte.embedding_dim == 29
@@ -249,7 +248,7 @@ class TestResidual:
     def test_generation_from_a_cache(self, name):
         model = make(name)
         place = next(iter(find_units(model, ["residual"])))
-        bh.apply(bh.plan_units(model, {place: [1, 7, 20, 21]}, ["residual"]), model)
+        bh.apply(model, bh.plan_units(model, {place: [1, 7, 20, 21]}, ["residual"]))
         ids = torch.randint(11, 100, (2, 6), generator=torch.Generator().manual_seed(0))
         options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
         options |= {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
@@ -280,7 +279,7 @@ class TestExperts:
         gone = {place: [number, 3] for number, place in enumerate(find_units(model, ["expert"]))}
         if name in EXPERTS_STAY:
             with pytest.raises(ValueError, match=f"experts: those of .* cannot be removed: {EXPERTS_STAY[name]}"):
-                bh.plan_units(model, gone)
+                bh.plan_units(model, gone, "expert")
             return
         assert_permutation_exact(model, ["expert"], gone, questions(model)[1])
 
@@ -294,7 +293,7 @@ class TestExperts:
         with torch.no_grad(), barred(monkeypatch, model, gone):
             expected = model(ids).logits
         whole = model(ids).logits.detach()
-        bh.apply(bh.plan_units(model, gone), model)
+        bh.apply(model, bh.plan_units(model, gone, "expert"))
         torch.testing.assert_close(model(ids).logits, expected)
         assert oracle.difference(whole, expected) > 1e-3
         said = [value for key, value in vars(model.config).items() if key in ("num_local_experts", "num_experts")]
@@ -307,17 +306,17 @@ class TestExperts:
         before = shape_of(model)
         match = f"experts: {place} would be left with 1 of 4 experts, and each token takes 2: at least 2 must stay"
         with pytest.raises(ValueError, match=match):
-            bh.plan_units(model, {place: [0, 1, 2]})
+            bh.plan_units(model, {place: [0, 1, 2]}, "expert")
         with pytest.raises(ValueError, match="each token takes 2"):
-            bh.plan(model, bh.RandomUnits(), experts=0.75)
+            bh.plan(model, bh.importance.baselines.RandomUnits(), experts=0.75)
         assert shape_of(model) == before
         one = build("mixtral", num_experts_per_tok=1)
-        bh.apply(bh.plan_units(one, {place: [0, 1, 2]}, ["expert"]), one)
+        bh.apply(one, bh.plan_units(one, {place: [0, 1, 2]}, ["expert"]))
         assert one(tokens()).logits.isfinite().all()
 
     def test_the_loss_of_the_router_follows(self):
         model = build("mixtral")
-        bh.apply(bh.plan(model, bh.RandomUnits(), experts=0.5), model)
+        bh.apply(model, bh.plan(model, bh.importance.baselines.RandomUnits(), experts=0.5))
         said = model.train()(tokens(), labels=tokens(), output_router_logits=True)
         assert said.router_logits[0].shape[-1] == model.num_experts == 2
         said.loss.backward()
@@ -328,15 +327,15 @@ class TestExperts:
         with pytest.raises(
             ValueError, match=r"channels: the code of MixtralForCausalLM does not follow .* \(strides should be mul"
         ):
-            bh.apply(bh.plan(model, bh.RandomUnits(), channels=0.3), model)
+            bh.apply(model, bh.plan(model, bh.importance.baselines.RandomUnits(), channels=0.3))
         assert (shape_of(model), [id(p) for p in model.parameters()]) == before
-        bh.apply(bh.plan(model, bh.RandomUnits(), channels=0.3, round_to=4), model)
+        bh.apply(model, bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(channels=0.3, round_to=4)))
         model.train()(tokens(), labels=tokens()).loss.backward()
 
 
 def every_kind(model):
     """A plan of heads, channels and residual channels of a small Llama."""
-    return bh.plan(model, bh.RandomUnits(), heads=0.5, channels=0.25, residual=0.25)
+    return bh.plan(model, bh.importance.baselines.RandomUnits(), heads=0.5, channels=0.25, residual=0.25)
 
 
 def cut(plan, name, tensor):
@@ -376,7 +375,7 @@ class TestTraining:
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         modes = [(module.training, *module._forward_hooks, *module._forward_pre_hooks) for module in model.modules()]
         plan = every_kind(model)
-        bh.apply(plan, model, optimizer)
+        bh.apply(model, plan, optimizer)
 
         assert torch.equal(torch.get_rng_state(), random_state)
         assert model.generation_config.to_dict() == generation.to_dict()
@@ -411,8 +410,8 @@ class TestTraining:
         average.update_parameters(model)
         twin = copy.deepcopy(average.module)
         plan = every_kind(model)
-        bh.apply(plan, model)
-        bh.apply(plan, average)
+        bh.apply(model, plan)
+        bh.apply(average, plan)
         for name, parameter in average.module.named_parameters():
             assert torch.equal(parameter, cut(plan, name, twin.get_parameter(name)))
         average.update_parameters(model)
@@ -435,8 +434,8 @@ class TestTraining:
         plain = list(find_units(merged, ["channel", "residual"]))
         gone = [a_third(48 if name == "llama" else 128, n) for n in (0, 1)] + [[0, 5, 6, 31]]
         ranks = {p.shape for n, p in adapted.named_parameters() if "lora_" in n}
-        bh.apply(bh.plan_units(adapted, dict(zip(names, gone, strict=True)), ["channel", "residual"]), adapted, optimizer)
-        bh.apply(bh.plan_units(merged, dict(zip(plain, gone, strict=True)), ["channel", "residual"]), merged)
+        bh.apply(adapted, bh.plan_units(adapted, dict(zip(names, gone, strict=True)), ["channel", "residual"]), optimizer)
+        bh.apply(merged, bh.plan_units(merged, dict(zip(plain, gone, strict=True)), ["channel", "residual"]))
         torch.testing.assert_close(adapted(ids).logits, merged(ids).logits)
         torch.testing.assert_close(copy.deepcopy(adapted).merge_and_unload()(ids).logits, merged(ids).logits)
         assert {p.shape for n, p in adapted.named_parameters() if "lora_" in n} != ranks
@@ -459,7 +458,7 @@ class TestNothingIsHalfDone:
     ])  # fmt: skip
     def test_an_error_in_the_middle(self, name, where, kinds, monkeypatch):
         model, optimizer = self.trained(llama() if name == "llama" else gpt2())
-        plan = bh.plan(model, bh.RandomUnits(), **kinds)
+        plan = bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(**kinds))
         before = self.everything(model, optimizer)
         real, calls = getattr(removal, where), []
         last = 2 if where == "_answer" and "residual" not in kinds else 1
@@ -472,15 +471,15 @@ class TestNothingIsHalfDone:
 
         monkeypatch.setattr(removal, where, fails)
         with pytest.raises(KeyError, match="in the middle"):
-            bh.apply(plan, model, optimizer)
+            bh.apply(model, plan, optimizer)
         assert self.everything(model, optimizer) == before
         monkeypatch.undo()
-        bh.apply(plan, model, optimizer)
+        bh.apply(model, plan, optimizer)
         optimizer.step()
 
     def test_code_that_does_not_run(self, monkeypatch):
         model, optimizer = self.trained(gpt2())
-        plan = bh.plan(model, bh.RandomUnits(), residual=0.25)
+        plan = bh.plan(model, bh.importance.baselines.RandomUnits(), residual=0.25)
         before = self.everything(model, optimizer)
 
         def fails(*_):
@@ -490,7 +489,7 @@ class TestNothingIsHalfDone:
         with pytest.raises(
             ValueError, match=r"residual channels: the code of GPT2LMHeadModel does not follow .* \(strange strides\)$"
         ):
-            bh.apply(plan, model, optimizer)
+            bh.apply(model, plan, optimizer)
         assert self.everything(model, optimizer) == before
 
 
@@ -508,7 +507,7 @@ class TestRoundTrip:
     ])  # fmt: skip
     def test_saved_and_loaded(self, name, amount, way, tmp_path):
         model = {"gpt2": gpt2, "bert": bert, "t5": t5}.get(name, lambda: build(name))()
-        bh.apply(bh.plan(model, bh.WeightNorm(), **amount), model)
+        bh.apply(model, bh.plan(model, bh.WeightNorm(), amount=bh.Amount(**amount)))
         more = {"decoder_input_ids": torch.arange(10).view(2, 5)} if name == "t5" else {}
         ids = torch.arange(24).view(2, 12)
         expected = model(ids, **more).logits

@@ -238,7 +238,7 @@ def test_plot_touches_no_global_state(tmp_path):
 
 def test_heads_of_a_model_whose_config_cannot_say_them():
     model = llama()
-    billhook.prune_heads(model, {0: [1], 1: [2], 2: [3]})  # three heads do not divide 16
+    billhook.prune_units(model, {0: [1], 1: [2], 2: [3]})  # three heads do not divide 16
     assert (summary(model).query_heads, summary(model).kv_heads) == (3, 3)
-    billhook.prune_heads(model, {0: [0]})
+    billhook.prune_units(model, {0: [0]})
     assert (summary(model).query_heads, summary(model).kv_heads) == (None, None)

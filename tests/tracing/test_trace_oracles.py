@@ -46,7 +46,7 @@ class Case:
     def run(self, model: torch.nn.Module | None = None) -> torch.Tensor:
         return oracle.answer((model or self.model)(**self.inputs))
 
-    def one_of_each(self) -> list[bh.Group]:
+    def one_of_each(self) -> list[bh.tracing.groups.Group]:
         return [own[0] for own in fold(self.structure.groups)]
 
 

@@ -240,7 +240,7 @@ class TestSaved:
 
     def test_a_folder_that_was_cut_before(self, files, tmp_path):
         dense = llama(vocab_size=2048, num_key_value_heads=8)
-        bh.prune_heads(dense, {name: [1, 5] for name in ("model.layers.0.self_attn", "model.layers.1.self_attn")})
+        bh.prune_units(dense, {name: [1, 5] for name in ("model.layers.0.self_attn", "model.layers.1.self_attn")})
         bh.save(dense, tmp_path / "cut")
         lit = module(model=str(tmp_path / "cut"))
         trainer(tmp_path, [bh.Export(str(tmp_path / "out"))]).fit(lit, data(files))
@@ -249,7 +249,7 @@ class TestSaved:
 
     def test_layers_that_differ(self, files, tmp_path):
         lit = module()
-        bh.prune_heads(lit, {"model.layers.1.self_attn": [1, 5]})
+        bh.prune_units(lit, {"model.layers.1.self_attn": [1, 5]})
         run = trainer(tmp_path, [], max_steps=4)
         run.fit(lit, data(files))
         run.save_checkpoint(tmp_path / "a.ckpt")

@@ -8,12 +8,14 @@ import pytest
 
 import billhook as bh
 from billhook.tracing.trace import trace
-from billhook.units.channels import find_units, of_kind
+from billhook.units.find import find_units, of_kind, units_of
 from kit.channels import EVERY, EXPERTS, HELD, WITHOUT, down_projections
 from kit.families import build, llama, tokens
 from kit.head_removal import make
 from kit.shaped import bert, gpt2
 from kit.tied_biases import t5
+
+ALL = ["head", "channel", "residual", "expert"]
 
 RESIDUAL = {  # streams, where there is not one
     "albert": 2,  # the embeddings are projected
@@ -52,7 +54,7 @@ class TestByName:
         return {(member.name, member.dim, member.reads) for member in one.members}
 
     def test_llama(self):
-        found = find_units(llama())
+        found = find_units(llama(), ALL)
         assert list(found) == [
             "model.layers.0.self_attn", "model.layers.1.self_attn", "model.layers.0.mlp", "model.layers.1.mlp", "",
         ]  # fmt: skip
@@ -72,7 +74,7 @@ class TestByName:
         assert set(found[""].readers) == {n.removesuffix(".weight") for n in reads}
 
     def test_gpt2_whose_matrices_lie_the_other_way(self):
-        found = find_units(gpt2())
+        found = find_units(gpt2(), ALL)
         mlp = "transformer.h.0.mlp"
         assert self.members(found[mlp]) == {
             (f"{mlp}.c_fc.weight", 1, False), (f"{mlp}.c_fc.bias", 0, False), (f"{mlp}.c_proj.weight", 0, True),
@@ -89,7 +91,7 @@ class TestByName:
         }
 
     def test_bert(self):
-        found = find_units(bert())
+        found = find_units(bert(), ALL)
         layer = "bert.encoder.layer.1"
         assert self.members(found[layer]) == {
             (f"{layer}.intermediate.dense.weight", 0, False), (f"{layer}.intermediate.dense.bias", 0, False),
@@ -101,7 +103,7 @@ class TestByName:
         assert {n for n, _, _ in self.members(found[""]) if "embeddings" in n} == expected
 
     def test_mixtral(self):
-        found = find_units(build("mixtral"))
+        found = find_units(build("mixtral"), ALL)
         mlp = "model.layers.0.mlp"
         assert self.members(found[f"{mlp}.experts"]) == {
             (f"{mlp}.experts.gate_up_proj", 1, False), (f"{mlp}.experts.down_proj", 2, True),
@@ -127,15 +129,17 @@ class TestWhichOnes:
     def test_kinds_that_are_asked_for_in_their_order(self):
         model = build("mixtral")
         assert [one.kind for one in find_units(model, ["expert", "residual", "expert"]).values()] == ["expert"] * 2 + ["residual"]
-        assert find_units(llama(), ["expert"]) == {}
-        assert find_units(model, []) == {}
-        with pytest.raises(ValueError, match="kinds='rank' must be one of head, channel, residual, expert"):
+        with pytest.raises(ValueError, match="LlamaForCausalLM has no experts"):
+            find_units(llama(), "expert")
+        with pytest.raises(ValueError, match="LlamaForCausalLM has no units"):
+            find_units(llama(), [])
+        with pytest.raises(ValueError, match="kind='rank' must be one of head, channel, residual, expert, block"):
             find_units(model, ["head", "rank"])
 
     def test_a_structure_that_is_known(self):
         model = llama()
         structure = trace(model)
-        found = find_units(model, structure=structure)
+        found = units_of(model, structure, ALL)
         assert all(set(one.leaves) <= {group.leaf for group in structure.groups} for one in found.values())
 
     def test_two_of_one_name(self):
@@ -178,7 +182,7 @@ class TestWhichOnes:
 
     def test_what_is_left_is_found_again(self):
         model = llama()
-        bh.apply(bh.plan(model, bh.RandomUnits(), channels=0.5, residual=0.25), model)
+        bh.apply(model, bh.plan(model, bh.importance.baselines.RandomUnits(), channels=0.5, residual=0.25))
         found = find_units(model, ["channel", "residual"])
         assert [one.count() for one in found.values()] == [24, 24, 24]
         model(tokens())

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.units.gates import place_gates, place_mask
-from billhook.units.heads import find_heads
+from billhook.units.find import find_units
+from billhook.units.gates import place_gates
 from kit.families import build, llama, tokens
 from kit.heads_small import ATTENTIVE, SEQ2SEQ, hooks, small, weight_of
 
@@ -45,7 +45,7 @@ def without_columns(model, columns):
 
 @contextmanager
 def gated(case, per="head"):
-    """What `head_gates` does, with the heads that were found before the model became float64."""
+    """What `gates` does, with the heads that were found before the model became float64."""
     gates = {name: torch.ones(one.count(per), requires_grad=True) for name, one in case.heads.items()}
     handles = place_gates(case.model, case.heads, gates, per)
     try:
@@ -94,7 +94,7 @@ def test_a_masked_head_is_one_whose_columns_nobody_reads(name):
             for per, heads in masks.items():
                 groups = count // one.count("kv_head")
                 queries = heads if per == "head" else range(heads[0] * groups, (heads[0] + 1) * groups)
-                with place_mask(case.model, case.heads, {attention: heads}, per):
+                with bh.mask(case.model, {attention: heads}, per=per):
                     masked = case.run()
                 with without_columns(case.model, [(reader, head, size) for reader in one.readers for head in queries]):
                     assert_same(masked, case.run())
@@ -135,33 +135,33 @@ def test_through_the_front_door(family, attention):
     inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     size = 16 if family == "t5" else 32 // (8 if family == "llama" else 4)
     readers = [pattern.format(1) for pattern in readers]
-    names = {r: next(n for n, one in find_heads(model).items() if one.readers == (r,)) for r in readers}
+    names = {r: next(n for n, one in find_units(model, "head").items() if one.readers == (r,)) for r in readers}
     with torch.no_grad():
-        with bh.head_gates(model) as gates:
+        with bh.gates(model, bh.find_units(model, "head")) as gates:
             ones = model(**inputs)[0]
         plain = model(**inputs)[0]
         assert torch.equal(ones, plain)
         assert all(gate.dtype == torch.float32 and gate.is_leaf and gate.requires_grad for gate in gates.values())
         for reader in readers:
-            with bh.mask_heads(model, {names[reader]: [1, 3]}) as mask:
+            with bh.mask(model, {names[reader]: [1, 3]}) as mask:
                 masked = model(**inputs)[0]
-            assert mask.heads == {names[reader]: [1, 3]}
+            assert mask.units == {names[reader]: [1, 3]}
             assert_same(masked, zeroed(model, [(reader, 1, size), (reader, 3, size)])(**inputs)[0])
-        with bh.mask_heads(model, {names[reader]: [1] for reader in readers}):
+        with bh.mask(model, {names[reader]: [1] for reader in readers}):
             both = model(**inputs)[0]
         assert_same(both, zeroed(model, [(reader, 1, size) for reader in readers])(**inputs)[0])
 
 
 def test_kv_heads_take_their_query_heads_with_them():
     model, ids = llama(), tokens()
-    with bh.mask_heads(model, {1: [0, 2]}, per="kv_head"):
+    with bh.mask(model, {1: [0, 2]}, per="kv_head"):
         masked = model(ids).logits
-    with bh.mask_heads(model, {1: [0, 1, 4, 5]}):
+    with bh.mask(model, {1: [0, 1, 4, 5]}):
         assert torch.equal(masked, model(ids).logits)
-    with bh.head_gates(model, per="kv_head") as gates:
+    with bh.gates(model, bh.find_units(model, "head"), per="kv_head") as gates:
         assert {len(gate) for gate in gates.values()} == {4}
         of_kv = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
-    with bh.head_gates(model) as gates:
+    with bh.gates(model, bh.find_units(model, "head")) as gates:
         of_query = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
     for kv, query in zip(of_kv, of_query, strict=True):
         torch.testing.assert_close(kv, query.reshape(4, 2).sum(1))
@@ -178,25 +178,25 @@ def test_nothing_is_left_on_the_model():
         assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
         assert torch.equal(model(ids).logits, plain)
 
-    with bh.mask_heads(model, {0: [1], 1: [2, 3]}):
+    with bh.mask(model, {0: [1], 1: [2, 3]}):
         assert hooks(model) != before
         assert list(model.state_dict()) == list(state)
         assert [name for name, _ in model.named_parameters()] == parameters
     untouched()
-    mask = bh.mask_heads(model, {"model.layers.0.self_attn": [1]})
+    mask = bh.mask(model, {"model.layers.0.self_attn": [1]})
     mask.remove()
     untouched()
     mask.remove()
     untouched()
-    with bh.head_gates(model):
+    with bh.gates(model, bh.find_units(model, "head")):
         assert [name for name, _ in model.named_parameters()] == parameters
     untouched()
-    for block in (bh.head_gates, lambda model: bh.mask_heads(model, {0: [1]})):
+    for block in (lambda model: bh.gates(model, bh.find_units(model, "head")), lambda model: bh.mask(model, {0: [1]})):
         with pytest.raises(RuntimeError, match="inside"), block(model):
             raise RuntimeError("inside")
         untouched()
     own = model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda *_: None)
-    with bh.mask_heads(model, {0: [1]}):
+    with bh.mask(model, {0: [1]}):
         pass
     assert len(model.model.layers[0].self_attn.o_proj._forward_pre_hooks) == 1
     own.remove()
@@ -204,21 +204,21 @@ def test_nothing_is_left_on_the_model():
 
 def test_masks_and_gates_compose():
     model, ids = llama(), tokens()
-    with bh.mask_heads(model, {0: [0, 1], 1: [3]}):
+    with bh.mask(model, {0: [0, 1], 1: [3]}):
         expected = model(ids).logits
-    outer = bh.mask_heads(model, {0: [0]})
-    with bh.mask_heads(model, {0: [1], 1: [3]}):
+    outer = bh.mask(model, {0: [0]})
+    with bh.mask(model, {0: [1], 1: [3]}):
         torch.testing.assert_close(model(ids).logits, expected)
-        with bh.mask_heads(model, {0: [0, 1]}):
+        with bh.mask(model, {0: [0, 1]}):
             torch.testing.assert_close(model(ids).logits, expected)
-        with bh.head_gates(model) as gates:
+        with bh.gates(model, bh.find_units(model, "head")) as gates:
             assert torch.equal(model(ids).logits, expected)
             first, second = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
             assert [head for head, gradient in enumerate(first) if gradient == 0] == [0, 1]
             assert [head for head, gradient in enumerate(second) if gradient == 0] == [3]
         outer.remove()
         alone = model(ids).logits
-    with bh.mask_heads(model, {0: [1], 1: [3]}):
+    with bh.mask(model, {0: [1], 1: [3]}):
         assert torch.equal(model(ids).logits, alone)
 
 
@@ -229,9 +229,9 @@ def test_a_model_inside_another_module():
             self.model = model
 
     outer, ids = Outer(llama()), tokens()
-    with bh.mask_heads(outer, {0: [1]}):
+    with bh.mask(outer, {0: [1]}):
         masked = outer.model(ids).logits
-    with bh.mask_heads(outer.model, {0: [1]}):
+    with bh.mask(outer.model, {0: [1]}):
         assert torch.equal(masked, outer.model(ids).logits)
 
 
@@ -240,36 +240,36 @@ def test_adapters(dora):
     config = peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=2, use_dora=dora, init_lora_weights=False)
     model, ids = peft.get_peft_model(llama(), config).eval().double(), tokens()
     merged = copy.deepcopy(model).merge_and_unload()
-    with bh.mask_heads(model, {0: [2], 1: [0, 7]}) as mask, bh.mask_heads(merged, {0: [2], 1: [0, 7]}) as other:
-        assert mask.heads == other.heads
+    with bh.mask(model, {0: [2], 1: [0, 7]}) as mask, bh.mask(merged, {0: [2], 1: [0, 7]}) as other:
+        assert mask.units == other.units
         assert_same(model(ids).logits, merged(ids).logits)
         masked = model(ids).logits
     layers = [f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)]
     assert_same(masked, zeroed(merged, [(layers[0], 2, 4), (layers[1], 0, 4), (layers[1], 7, 4)])(ids).logits)
-    with bh.head_gates(model) as gates, bh.head_gates(merged) as others:
+    with bh.gates(model, bh.find_units(model, "head")) as gates, bh.gates(merged, bh.find_units(merged, "head")) as others:
         found = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
         expected = torch.autograd.grad(merged(ids).logits.square().mean(), list(others.values()))
     torch.testing.assert_close(found, expected)
-    with bh.mask_heads(model, {0: [2]}), model.disable_adapter():
+    with bh.mask(model, {0: [2]}), model.disable_adapter():
         off = model(ids).logits
-    with bh.mask_heads(model.unload(), {0: [2]}):
+    with bh.mask(model.unload(), {0: [2]}):
         assert_same(off, model(ids).logits)
 
 
 def test_compiled():
     model, ids = llama(num_hidden_layers=1), tokens(1, 4)
     plain = model(ids).logits
-    with bh.mask_heads(model, {0: [1, 2]}):
+    with bh.mask(model, {0: [1, 2]}):
         expected = model(ids).logits
         compiled = torch.compile(model, backend="eager")
         torch.testing.assert_close(compiled(ids).logits, expected)  # placed before
     torch.testing.assert_close(compiled(ids).logits, plain)
-    with bh.mask_heads(compiled, {0: [1, 2]}):
+    with bh.mask(compiled, {0: [1, 2]}):
         torch.testing.assert_close(compiled(ids).logits, expected)  # placed after
     torch.testing.assert_close(compiled(ids).logits, plain)
-    with bh.head_gates(model) as gates:
+    with bh.gates(model, bh.find_units(model, "head")) as gates:
         wanted = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
-    with bh.head_gates(compiled) as gates:
+    with bh.gates(compiled, bh.find_units(compiled, "head")) as gates:
         found = torch.autograd.grad(compiled(ids).logits.square().mean(), list(gates.values()))
         torch.testing.assert_close(found, wanted)
         with torch.no_grad():
@@ -288,7 +288,7 @@ def test_gradient_checkpointing(reentrant):
                 model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         model.train()
-        with bh.head_gates(model) as gates:
+        with bh.gates(model, bh.find_units(model, "head")) as gates:
             model(ids, use_cache=False).logits.square().mean().backward()
         found.append([gate.grad for gate in gates.values()])
     torch.testing.assert_close(found[0], found[1])
@@ -297,16 +297,16 @@ def test_gradient_checkpointing(reentrant):
 def test_half_precision():
     model, ids = llama().bfloat16(), tokens()
     plain = model(ids).logits
-    with bh.head_gates(model) as gates:
+    with bh.gates(model, bh.find_units(model, "head")) as gates:
         logits = model(ids).logits
         assert torch.equal(logits, plain)
         gradients = torch.autograd.grad(logits.float().square().mean(), list(gates.values()))
     assert all(gate.dtype == gradient.dtype == torch.float32 for gate, gradient in zip(gates.values(), gradients, strict=True))
-    with bh.mask_heads(model, {1: [5]}):
+    with bh.mask(model, {1: [5]}):
         masked = model(ids).logits
     assert torch.equal(masked, zeroed(model, [("model.layers.1.self_attn.o_proj", 5, 4)])(ids).logits)
     model = llama()
-    with torch.autocast("cpu", torch.bfloat16), bh.mask_heads(model, {1: [5]}):
+    with torch.autocast("cpu", torch.bfloat16), bh.mask(model, {1: [5]}):
         masked = model(ids).logits
         assert torch.equal(masked, zeroed(model, [("model.layers.1.self_attn.o_proj", 5, 4)])(ids).logits)
 
@@ -317,7 +317,11 @@ def test_a_trace_does_not_mind():
 
     model = llama()
     before = bh.trace(model)
-    with bh.mask_heads(model, {0: [1]}), bh.head_gates(model), bh.head_gates(model, per="kv_head"):
+    with (
+        bh.mask(model, {0: [1]}),
+        bh.gates(model, bh.find_units(model, "head")),
+        bh.gates(model, bh.find_units(model, "head"), per="kv_head"),
+    ):
         after = bh.trace(model)
     assert described(after) == described(before)
     assert repr(after.attention[0].o) == repr(before.attention[0].o)
@@ -337,11 +341,11 @@ def test_generation_from_a_cache(family):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
-    size = model.get_submodule(reader).in_features // len(find_heads(model)[list(find_heads(model))[layer]].kv_of)
+    size = model.get_submodule(reader).in_features // len(find_units(model, "head")[list(find_units(model, "head"))[layer]].kv_of)
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     options |= {"output_scores": True, "return_dict_in_generate": True}
     plain = model.generate(ids, **options)
-    with bh.mask_heads(model, {layer: [1, 3]}):
+    with bh.mask(model, {layer: [1, 3]}):
         masked = model.generate(ids, **options)
     expected = zeroed(model, [(reader, 1, size), (reader, 3, size)]).generate(ids, **options)
     assert torch.equal(masked.sequences, expected.sequences)

@@ -7,8 +7,7 @@ from small_configs import architectures, build, small_config
 from torch import nn
 
 import billhook as bh
-from billhook.units.gates import place_mask
-from billhook.units.heads import check_layers, find_heads
+from billhook.units.find import find_units, numbered
 from kit.families import SMALL
 from kit.heads_small import ATTENTIVE, SEQ2SEQ, WITHOUT, hooks, small, weight_of
 
@@ -59,8 +58,8 @@ def test_members_are_the_rows_of_queries_and_the_columns_that_are_read():
 @pytest.mark.parametrize("name", WITHOUT)
 def test_models_without_attention_are_refused(name):
     _, _, config, cls = next(one for one in architectures() if one[1] == name)
-    with pytest.raises(ValueError, match=f"{cls.__name__} has no attention"):
-        find_heads(build(small_config(config), cls))
+    with pytest.raises(ValueError, match=f"{cls.__name__} has no heads"):
+        find_units(build(small_config(config), cls), "head")
 
 
 def test_readers_are_those_of_all_query_heads_of_the_layer():
@@ -79,7 +78,7 @@ def test_what_no_head_gives_has_no_gate():
     assert heads.positions("kv_head").tolist() == heads.index.tolist()
     weight = weight_of(case.model, heads.readers[0])
     with torch.no_grad():
-        with place_mask(case.model, case.heads, {name: [0, 1, 2]}):
+        with bh.mask(case.model, {name: [0, 1, 2]}):
             masked = case.run()
         saved = weight[:24].clone()
         weight[:24] = 0
@@ -90,7 +89,7 @@ def test_what_no_head_gives_has_no_gate():
 def test_heads_that_cannot_be_told_apart_are_refused():
     config = small_config(transformers.MptConfig, n_heads=6)  # the slopes of ALiBi are interleaved, but for powers of two
     with pytest.raises(ValueError, match=r"heads of transformer\.blocks\.0\.attn cannot be told apart"):
-        find_heads(build(config, transformers.MptForCausalLM))
+        find_units(build(config, transformers.MptForCausalLM), "head")
 
 
 def test_attention_of_torch_itself_is_refused():
@@ -103,7 +102,7 @@ def test_attention_of_torch_itself_is_refused():
             return self.attention(x, x, x, need_weights=False)[0]
 
     with pytest.raises(ValueError, match=r"attention\.out_proj\.weight is read by torch\.nn\.MultiheadAttention at once"):
-        bh.mask_heads(Own(), {0: [0]}, example_inputs={"x": torch.randn(2, 5, 32)})
+        bh.mask(Own(), {0: [0]}, example_inputs={"x": torch.randn(2, 5, 32)})
 
 
 def test_modules_of_ones_own_have_heads_too():
@@ -117,7 +116,7 @@ def test_modules_of_ones_own_have_heads_too():
             return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     model, x = Own(), torch.randn(2, 5, 32)
-    with bh.mask_heads(model, {0: [1, 2]}, example_inputs={"x": x}):
+    with bh.mask(model, {0: [1, 2]}, example_inputs={"x": x}):
         masked = model(x)
     with torch.no_grad():
         model.o.weight[:, 8:24] = 0
@@ -127,23 +126,29 @@ def test_modules_of_ones_own_have_heads_too():
 def test_what_is_not_there_is_refused_and_what_is_legal_is_said():
     sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL | sizes))
-    heads = find_heads(model)
+    heads = find_units(model, "head")
     layers = r"there are 0 to 1, in this order: model\.layers\.0\.self_attn, model\.layers\.1\.self_attn$"
     for layer in (2, -1, True, "model.layers.0", None, 1.0):
-        with pytest.raises(ValueError, match=rf"no layer {layer!r}; {layers}"):
-            bh.mask_heads(model, {layer: [0]})
+        with pytest.raises(ValueError, match=rf"no place {layer!r}; {layers}"):
+            bh.mask(model, {layer: [0]})
     for head in (6, -1, True, "0", 0.0):
-        with pytest.raises(ValueError, match=rf"layer 1 has no head {head!r}; it has 0 to 5"):
-            bh.mask_heads(model, {0: [0], 1: [1, head]})
-    with pytest.raises(ValueError, match="has no head 2; it has 0 to 1"):
-        bh.mask_heads(model, {0: [2]}, per="kv_head")
-    for refused in (lambda: bh.mask_heads(model, {0: [0]}, per="x"), lambda: bh.head_importance(model, per="x")):
+        with pytest.raises(ValueError, match=rf"layers.1.self_attn has no head {head!r}; it has 0 to 5"):
+            bh.mask(model, {0: [0], 1: [1, head]})
+    with pytest.raises(ValueError, match="has no KV head 2; it has 0 to 1"):
+        bh.mask(model, {0: [2]}, per="kv_head")
+    for refused in (
+        lambda: bh.mask(model, {0: [0]}, per="x"),
+        lambda: bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), normalize=True, per="x"),
+    ):
         with pytest.raises(ValueError, match=r"per='x' must be one of head, kv_head"):
             refused()
-    with pytest.raises(ValueError, match=r"per='x' must be one of head, kv_head"), bh.head_gates(model, per="x"):
+    with (
+        pytest.raises(ValueError, match=r"per='x' must be one of head, kv_head"),
+        bh.gates(model, bh.find_units(model, "head"), per="x"),
+    ):
         pass
     assert not any("Gate" in repr(found) for found in hooks(model).values())
-    assert check_layers(heads, {0: [3, 1, 3], "model.layers.0.self_attn": [2]}) == {"model.layers.0.self_attn": [1, 2, 3]}
-    assert check_layers(heads, {0: (head for head in (1, 2))}) == {"model.layers.0.self_attn": [1, 2]}  # read once
+    assert numbered(heads, {0: [3, 1, 3], "model.layers.0.self_attn": [2]}) == {"model.layers.0.self_attn": [1, 2, 3]}
+    assert numbered(heads, {0: (head for head in (1, 2))}) == {"model.layers.0.self_attn": [1, 2]}  # read once
     with pytest.raises(ValueError, match=r"decoder\.block\.0\.layer\.1\.EncDecAttention, \.\.\.$"):
-        bh.mask_heads(small("t5").model, {6: [0]})
+        bh.mask(small("t5").model, {6: [0]})

@@ -11,6 +11,7 @@ from torch import nn
 
 import billhook as bh
 from billhook.model.checkpoint_shape import load_shape, save_shape
+from billhook.model.find import find_transformer
 from billhook.model.shape import set_shape, shape_of
 from billhook.pruning import block_removal
 from billhook.running.inputs import make_inputs
@@ -106,67 +107,80 @@ def padded():
     return {"input_ids": ids, "attention_mask": mask}
 
 
+INFLUENCE = bh.BlockInfluence()
+EVERY = [INFLUENCE, bh.Ablation()]
+
+
+def scored(model, batches, importance=INFLUENCE, **options):
+    return bh.score(model, bh.find_units(model, "block"), importance, batches, **options)
+
+
 class TestImportance:
     def test_influence_is_the_papers_formula(self):
         model, batch = deep(), padded()
-        found = bh.block_importance(model, [batch])
+        found = scored(model, [batch])
         assert list(found) == [LAYERS]
         assert found[LAYERS].shape == (5,)
-        torch.testing.assert_close(found[LAYERS], influence(model, batch), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(found[LAYERS], influence(model, batch).float(), rtol=1e-5, atol=1e-7)
 
     def test_every_token_counts_the_same_whatever_batch_it_is_in(self):
         model, batch = deep(), padded()
         rows = [{name: value[n : n + 1] for name, value in batch.items()} for n in range(2)]
-        one, two = bh.block_importance(model, [batch])[LAYERS], bh.block_importance(model, rows)[LAYERS]
+        one, two = scored(model, [batch])[LAYERS], scored(model, rows)[LAYERS]
         torch.testing.assert_close(one, two)
         bare = {"input_ids": batch["input_ids"][1:, 3:]}
-        alone = bh.block_importance(model, [rows[0], bare])[LAYERS]
+        alone = scored(model, [rows[0], bare])[LAYERS]
         torch.testing.assert_close(alone, two, rtol=1e-4, atol=1e-6)  # rotary positions are relative
 
     def test_loss_is_that_of_the_model_without_the_block(self):
         model, batches = deep(), [{"input_ids": tokens(2, n)} for n in (7, 9)]
-        found = bh.block_importance(model, batches, by="loss")[LAYERS]
+        found = scored(model, batches, bh.Ablation())[LAYERS]
         for n in range(5):
             small = without(model, LAYERS, [n])
-            losses = [small(**batch, labels=batch["input_ids"]).loss.item() for batch in batches]
-            assert float(found[n]) == pytest.approx(sum(losses) / 2, rel=1e-5)
+            losses = [own(**batch, labels=batch["input_ids"]).loss.item() for own in (small, model) for batch in batches]
+            assert float(found[n]) == pytest.approx(sum(losses[:2]) / 2 - sum(losses[2:]) / 2, rel=1e-4, abs=1e-6)
 
     def test_a_loss_of_the_users_own(self):
         model, batch = deep(), {"input_ids": tokens()}
-        found = bh.block_importance(model, [batch], "loss", loss=lambda m, b: m(**b).logits.square().mean())[LAYERS]
-        expected = without(model, LAYERS, [2])(**batch).logits.square().mean().item()
+
+        def loss(m, b):
+            return m(**b).logits.square().mean()
+
+        found = scored(model, [batch], bh.Ablation(), loss=loss)[LAYERS]
+        expected = loss(without(model, LAYERS, [2]), batch).item() - loss(model, batch).item()
         assert float(found[2]) == pytest.approx(expected, rel=1e-5)
 
-    @pytest.mark.parametrize("by", ["influence", "loss"])
-    def test_encoder_and_decoder_and_blocks_that_are_gone_already(self, by):
-        batch = {"input_ids": tokens(), "labels": tokens(2, 5)}
-        found = bh.block_importance(t5(), [batch], by, without={"decoder.block": [2]})
+    @pytest.mark.parametrize("importance", EVERY, ids=repr)
+    def test_encoder_and_decoder_and_blocks_that_are_masked(self, importance):
+        model, batch = t5(), {"input_ids": tokens(), "labels": tokens(2, 5)}
+        with bh.mask(model, {"decoder.block": [2]}, "block"):
+            found = scored(model, [batch], importance)
         assert {name: len(own) for name, own in found.items()} == {"encoder.block": 3, "decoder.block": 4}
-        assert found["decoder.block"].isinf().tolist() == [False, False, True, False]
-        assert found["encoder.block"].isfinite().all()
+        assert all(own.isfinite().all() for own in found.values())
+        assert float(found["decoder.block"][2]) == pytest.approx(0, abs=1e-6)  # which changes nothing any more
 
     def test_labels_say_which_tokens_of_a_decoder_count(self):
         model, labels = t5(), tokens(2, 5)
         short = [{"input_ids": tokens(), "labels": labels[:, :3].contiguous()}]
         masked = labels.clone()
         masked[:, 3:] = -100
-        one, two = (bh.block_importance(model, given) for given in (short, [{**short[0], "labels": masked}]))
+        one, two = (scored(model, given) for given in (short, [{**short[0], "labels": masked}]))
         torch.testing.assert_close(one["decoder.block"], two["decoder.block"], rtol=1e-5, atol=1e-8)
 
-    @pytest.mark.parametrize("by", ["influence", "loss"])
-    def test_the_model_is_as_before(self, by):
+    @pytest.mark.parametrize("importance", EVERY, ids=repr)
+    def test_the_model_is_as_before(self, importance):
         model, batch = deep(attention_dropout=0.5).train(), padded()
         before = everything(model)
-        bh.block_importance(model, [batch], by)
-        bh.greedy_blocks(model, [batch], 2, by=by)
+        scored(model, [batch], importance)
+        bh.plan(model, importance, [batch], blocks=2, greedy=True)
         assert everything(model) == before
 
-    @pytest.mark.parametrize("by", ["influence", "loss"])
-    def test_one_at_a_time_is_ranking_again_without_it(self, by):
+    @pytest.mark.parametrize("importance", EVERY, ids=repr)
+    def test_one_at_a_time_is_ranking_again_without_it(self, importance):
         model, batch = deep(), padded()
         small, left, expected = copy.deepcopy(model), list(range(5)), []
         for _ in range(3):
-            if by == "influence":
+            if isinstance(importance, bh.BlockInfluence):
                 scores = influence(small, batch)
             else:
                 labels = batch["input_ids"].masked_fill((batch["attention_mask"] == 0), -100)
@@ -176,102 +190,136 @@ class TestImportance:
             lowest = 1 + int(scores[1:].argmin())
             expected.append(left.pop(lowest))
             small = without(small, LAYERS, [lowest])
-        assert bh.greedy_blocks(model, [batch], 3, by=by, first=1) == {LAYERS: expected}
+        plan = bh.plan(model, importance, [batch], amount=bh.Amount(blocks=3, first=1), greedy=True)
+        assert plan.units == {LAYERS: sorted(expected)}
 
     def test_refused(self):
         model, batch = deep(), {"input_ids": tokens()}
-        with pytest.raises(ValueError, match="by='cosine' must be one of influence, loss"):
-            bh.block_importance(model, [batch], "cosine")
-        with pytest.raises(ValueError, match=f"not one token reaches the blocks of {LAYERS}; at least one batch"):
-            bh.block_importance(model, [])
+        with pytest.raises(ValueError, match="batches: BlockInfluence needs at least one batch, with tokens that count"):
+            scored(model, [])
+        with pytest.raises(ValueError, match="BlockInfluence scores blocks, and the units of model.layers.0.self_attn are heads"):
+            bh.score(model, bh.find_units(model, "head"), bh.BlockInfluence(), [batch])
+        for importance in (bh.OutputNorm(), bh.GateGradient(), bh.OBS()):
+            with pytest.raises(
+                ValueError, match=r"\(blocks\) are read by none .*; BlockInfluence, Ablation and RandomUnits work"
+            ):
+                scored(model, [batch], importance)
+        for importance in (bh.Taylor(), bh.WeightNorm()):
+            with pytest.raises(ValueError, match="of blocks, BlockInfluence, Ablation and RandomUnits work"):
+                scored(model, [batch], importance)
         with torch.no_grad():
             model.model.layers[1].mlp.down_proj.weight.fill_(torch.nan)
-        for by in ("influence", "loss"):
+        for importance in EVERY:
             with pytest.raises(ValueError, match=f"a score of {LAYERS} is NaN or infinite"):
-                bh.block_importance(model, [batch], by)
-        with pytest.raises(ValueError, match=f"there is no stack 'layers'; there are {LAYERS} \\(5 blocks\\)"):
-            bh.block_importance(model, [batch], without={"layers": [1]})
-        with pytest.raises(ValueError, match="count=5 takes 5 of the 5 blocks of .* 0 to 4 can go"):
-            bh.greedy_blocks(model, [batch], 5)
+                scored(model, [batch], importance)
+        with pytest.raises(ValueError, match=f"blocks: there is no place 'layers'; there are 0 to 0, in this order: {LAYERS}"):
+            bh.mask(model, {"layers": [1]}, "block")
+        with pytest.raises(ValueError, match="blocks=5: 5 of 5 blocks of model.layers would be removed, and at most 4 may"):
+            bh.plan(model, batches=[batch], blocks=5, greedy=True)
 
 
 class TestPlan:
     def test_the_lowest_but_for_the_protected(self):
         scores = {LAYERS: torch.tensor([0.0, 0.5, 0.2, 0.2, 0.1])}
         model = deep()
-        assert bh.plan_blocks(model, count=2, importance=scores).blocks == {LAYERS: [0, 4]}
-        assert bh.plan_blocks(model, count=2, importance=scores, first=1).blocks == {LAYERS: [3, 4]}
-        assert bh.plan_blocks(model, ratio=0.41, importance=scores, first=1, last=1).blocks == {LAYERS: [2, 3]}
-        assert bh.plan_blocks(model, ratio=0.6, importance=scores).blocks == {LAYERS: [0, 3, 4]}  # 0.6 * 5 is not quite 3
-        assert bh.plan_blocks(model, count=0, importance=scores).blocks == {}
+
+        def chosen(**amount):
+            return bh.plan(model, scores=scores, amount=bh.Amount(**amount)).units
+
+        assert chosen(blocks=2) == {LAYERS: [0, 4]}
+        assert chosen(blocks=2, first=1) == {LAYERS: [3, 4]}
+        assert chosen(blocks=0.41, first=1, last=1) == {LAYERS: [2, 3]}
+        assert chosen(blocks=0.6) == {LAYERS: [0, 3, 4]}  # 0.6 * 5 is not quite 3
+
+    def test_over_all_stacks_the_lowest_go(self):
+        scores = {"encoder.block": torch.tensor([3.0, 2.0, 9.0]), "decoder.block": torch.tensor([8.0, 1.0, 7.0, 6.0])}
+        model = t5()
+        assert bh.plan(model, scores=scores, blocks=1).units == {"encoder.block": [1], "decoder.block": [1]}
+        plan = bh.plan(model, scores=scores, amount=bh.Amount(blocks=0.3, ranking="global", first=1))
+        assert plan.units == {"encoder.block": [1], "decoder.block": [1]}  # two of seven
 
     def test_it_says_what_happens_and_is_plain_data(self):
         model = deep()
-        plan = bh.plan_blocks(model, count=2, importance={LAYERS: torch.tensor([1.0, 0.25, 1.0, 0.125, 1.0])})
+        plan = bh.plan(model, scores={LAYERS: torch.tensor([1.0, 0.25, 1.0, 0.125, 1.0])}, blocks=2)
         block = sum(p.numel() for p in model.model.layers[0].parameters())
         assert plan.parameters == (model.num_parameters(), model.num_parameters() - 2 * block)
         assert plan.fields == {"num_hidden_layers": 3}
-        told = str(plan)
-        assert f"{LAYERS}  5 -> 3 blocks; without 1 (0.25), 3 (0.125)" in told
-        assert f"{plan.parameters[0]:,} -> {plan.parameters[1]:,} parameters" in told
-        again = bh.BlockPlan.from_json(json.loads(json.dumps(plan.to_json())))
+        assert (plan.before, plan.after, plan.kinds) == ({LAYERS: (5,)}, {LAYERS: (3,)}, {LAYERS: "block"})
+        shown = str(plan)
+        assert f"{LAYERS}  5 -> 3 blocks; without 1 (0.25), 3 (0.125)" in shown
+        assert f"{plan.parameters[0]:,} -> {plan.parameters[1]:,} parameters" in shown
+        again = bh.Plan.from_json(json.loads(json.dumps(plan.to_json())), model)
         assert again == plan
-        assert str(again) == told
-        bh.apply_blocks(again, model)
+        assert str(again) == shown
+        bh.apply(model, again)
         assert (len(model.model.layers), model.num_parameters()) == (3, plan.parameters[1])
 
-    @pytest.mark.parametrize("change", [lambda m: bh.prune_blocks(m, [0]), lambda m: bh.convert_kv_heads(m, 1)])
+    @pytest.mark.parametrize("change", [lambda m: remove(m, [0]), lambda m: bh.convert_kv_heads(m, 1)])
     def test_a_stale_plan(self, change):
         model = deep()
-        plan = bh.plan_blocks(model, [1, 3])
+        plan = bh.plan_units(model, [1, 3], "block")
         change(model)
         before = everything(model)
-        with pytest.raises(ValueError, match=f"made for a LlamaForCausalLM with 5 blocks in {LAYERS}; this LlamaForCausalLM has"):
-            bh.apply_blocks(plan, model)
+        match = f"made for a LlamaForCausalLM with 5 blocks in {LAYERS}; this LlamaForCausalLM has"
+        with pytest.raises(ValueError, match=match):
+            bh.apply(model, plan)
+        with pytest.raises(ValueError, match=match):
+            bh.Plan.from_json(plan.to_json(), model)
         assert everything(model) == before
 
     def test_one_of_another_history(self):
         one, two = deep(), deep()
-        bh.prune_blocks(one, [0])
-        bh.prune_blocks(two, [4])
+        remove(one, [0])
+        remove(two, [4])
         with pytest.raises(ValueError, match="or other tensors"):
-            bh.apply_blocks(bh.plan_blocks(one, [1]), two)
+            bh.apply(two, bh.plan_units(one, [1], "block"))
 
     def test_one_that_was_tampered_with(self):
         model = deep()
-        plain = bh.plan_blocks(model, [1]).to_json()
+        plain = bh.plan_units(model, [1], "block").to_json()
         plain["fields"]["num_hidden_layers"] = 3
-        with pytest.raises(ValueError, match="it is not what plan_blocks makes"):
-            bh.apply_blocks(bh.BlockPlan.from_json(plain), model)
+        with pytest.raises(ValueError, match="it is not what removes these blocks"):
+            bh.Plan.from_json(plain, model)
 
+    SCORES = {"scores": {LAYERS: torch.ones(5)}}
     REFUSED = [
-        ({"blocks": [5]}, f"{LAYERS} has no block 5; it has 0 to 4"),
-        ({"blocks": [True]}, "has no block True"),
-        ({"blocks": {"layers": [0]}}, f"there is no stack 'layers'; there are {LAYERS} \\(5 blocks\\)"),
-        ({"blocks": range(5)}, f"{LAYERS} would be left without blocks; at least one of its 5 must stay"),
-        ({"blocks": [0, 2], "first": 1}, "block 0 of .* is protected by first=1 and last=0"),
-        ({"blocks": [4], "last": 2}, "block 4 of .* is protected"),
-        ({}, "give blocks, or count, or ratio"),
-        ({"blocks": [1], "count": 1}, "give blocks, or count, or ratio"),
-        ({"count": 1}, "count and ratio need the importance of blocks"),
-        ({"count": 1, "importance": {"h": torch.ones(5)}}, "there is no stack 'h'"),
-        ({"count": 1, "importance": {LAYERS: torch.ones(4)}}, f"{LAYERS} has 5 blocks, and 4 scores"),
-        (
-            {"count": 3, "importance": {LAYERS: torch.ones(5)}, "first": 2, "last": 1},
-            "with first=2 and last=1 protected, 0 to 2 can",
-        ),
-        ({"count": -1, "importance": {LAYERS: torch.ones(5)}}, "count=-1 must be a whole number"),
-        ({"ratio": 1.0, "importance": {LAYERS: torch.ones(5)}}, "ratio=1.0 must be in"),
+        ({"blocks": 1, "scores": {"h": torch.ones(5)}}, f"a score for each of the 5 blocks of {LAYERS} is needed"),
+        ({"blocks": 1, "scores": {LAYERS: torch.ones(4)}}, f"a score for each of the 5 blocks of {LAYERS} is needed"),
+        ({"blocks": 1}, "batches=None: BlockInfluence needs batches"),
+        ({"blocks": 1, "channels": 0.5}, "blocks=1 and channels: blocks are planned alone"),
+        ({"amount": bh.Amount(blocks=3, first=2, last=1), **SCORES}, "3 of 5 blocks .* would be removed, and at most 2 may"),
+        ({"blocks": -1, **SCORES}, "blocks=-1 must be a whole number of at least 0"),
+        ({"blocks": 0, **SCORES}, "nothing is asked for"),
+        ({"blocks": True, **SCORES}, "blocks=True must be a fraction"),
+        ({"blocks": 1.0, **SCORES}, r"blocks=1.0 must be a fraction of these units in \[0, 1\)"),
+        ({"blocks": 1, "amount": bh.Amount(blocks=1), **SCORES}, "amount and blocks: give one of them"),
+        ({"channels": 0.5, "greedy": True}, "greedy=True: only blocks are removed one at a time"),
     ]
 
     @pytest.mark.parametrize(("given", "message"), REFUSED)
     def test_refused(self, given, message):
         with pytest.raises(ValueError, match=message):
-            bh.plan_blocks(deep(), **given)
+            bh.plan(deep(), **given)
+
+    @pytest.mark.parametrize(("blocks", "message"), [
+        ([5], f"{LAYERS} has no block 5; it has 0 to 4"), ([True], "has no block True"),
+        ({"layers": [0]}, "there is no place 'layers'"), (range(5), f"{LAYERS} would be left without blocks"),
+    ])  # fmt: skip
+    def test_blocks_that_may_not_be_removed(self, blocks, message):
+        with pytest.raises(ValueError, match=message):
+            bh.plan_units(deep(), blocks, "block")
+
+    def test_blocks_are_planned_alone(self):
+        with pytest.raises(ValueError, match="blocks are planned alone"):
+            bh.plan_units(deep(), {0: [0]}, ["head", "block"])
 
     def test_two_stacks_must_be_told_apart(self):
-        with pytest.raises(ValueError, match=r"say of which stack.* encoder.block \(3 blocks\), decoder.block \(4 blocks\)"):
-            bh.plan_blocks(t5(), [1])
+        with pytest.raises(ValueError, match=r"say of which place.* encoder.block, decoder.block"):
+            bh.plan_units(t5(), [1], "block")
+
+
+def remove(model, blocks, optimizers=()):
+    return bh.prune_units(model, blocks, optimizers, kind="block")
 
 
 REMOVED = {
@@ -305,11 +353,11 @@ class TestRemoval:
         make, gone = REMOVED[family]
         model = make()
         inputs, generation = inputs_of(model), getattr(model, "generation_config", None)
-        with torch.no_grad(), skipping(find_blocks(model), gone) as runs:
+        with torch.no_grad(), skipping(model, gone) as runs:
             expected = model(**inputs).logits
         assert set(runs.values()) == {1}
         counts = {name: len(stack) - len(gone.get(name, ())) for name, stack in find_blocks(model).items()}
-        plan = bh.prune_blocks(model, gone)
+        plan = remove(model, gone)
         assert {name: len(stack) for name, stack in find_blocks(model).items()} == counts
         assert plan.parameters[1] == model.num_parameters()
         assert getattr(model, "generation_config", None) is generation
@@ -326,7 +374,7 @@ class TestRemoval:
     def test_generation_with_a_cache_equals_generation_without(self, family):
         make, gone = REMOVED[family]
         model = make()
-        bh.prune_blocks(model, gone)
+        remove(model, gone)
         ids = tokens(2, 9)
         told = {
             "max_new_tokens": 8,
@@ -344,7 +392,7 @@ class TestRemoval:
     def test_numbers_and_config_follow(self):
         model = build("gemma3_text", num_hidden_layers=4, **MIXED)
         kept = [model.model.layers[n] for n in (1, 2)]
-        bh.prune_blocks(model, [0, 3])
+        remove(model, [0, 3])
         assert list(model.model.layers) == kept
         assert [layer.self_attn.layer_idx for layer in kept] == [0, 1]
         assert model.config.num_hidden_layers == 2
@@ -361,7 +409,7 @@ class TestRemoval:
         moments = {p: own["exp_avg"].clone() for p, own in optimizer.state.items()}
         lists = [group["params"] for group in optimizer.param_groups]
         orders = [[named[id(p)] for p in own if not named[id(p)].startswith((f"{LAYERS}.1.", f"{LAYERS}.4."))] for own in lists]
-        bh.prune_blocks(model, [1, 4], optimizer)
+        remove(model, [1, 4], optimizer)
         for own, order in zip(lists, orders, strict=True):
             assert [named[id(p)] for p in own] == order
         assert {id(p) for own in lists for p in own} == {id(p) for p in model.parameters()} == {id(p) for p in optimizer.state}
@@ -374,9 +422,9 @@ class TestRemoval:
         torch.manual_seed(1)
         adapted = peft.get_peft_model(deep(), peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
         ids = tokens()
-        with torch.no_grad(), skipping(find_blocks(adapted), {LAYERS: [2]}):
+        with torch.no_grad(), skipping(find_transformer(adapted), {LAYERS: [2]}):
             expected = adapted(ids).logits
-        bh.prune_blocks(adapted, [2])
+        remove(adapted, [2])
         with torch.no_grad():
             torch.testing.assert_close(adapted(ids).logits, expected)
         assert not any("layers.4." in name for name, _ in adapted.named_parameters())
@@ -384,8 +432,8 @@ class TestRemoval:
     def test_in_half_precision_and_twice(self):
         model = deep().bfloat16()
         dense = copy.deepcopy(model)
-        bh.prune_blocks(model, [1])
-        bh.prune_blocks(model, [2])
+        remove(model, [1])
+        remove(model, [2])
         assert shape_of(model).blocks == {LAYERS: (5, (0, 2, 4))}
         ids = tokens()
         assert torch.equal(model(ids).logits, without(dense, LAYERS, [1, 3]).bfloat16()(ids).logits)
@@ -393,7 +441,7 @@ class TestRemoval:
     def test_nothing(self):
         model = deep()
         before = everything(model)
-        assert bh.prune_blocks(model, []).blocks == {}
+        assert remove(model, []).units == {}
         assert everything(model) == before
 
 
@@ -417,7 +465,7 @@ REFUSED = {
         lambda: build("qwen3_moe", num_hidden_layers=4, decoder_sparse_step=2), {LAYERS: [1]}, "is missing in what its class then"
     ),
     "a table for all": (
-        lambda: other("Gemma4ForCausalLM", num_hidden_layers=3), {LAYERS: [0]}, "Gemma4ForCausalLM cannot say that blocks 0"
+        lambda: other("Gemma4ForCausalLM", num_hidden_layers=3), {LAYERS: [0]}, "cannot say that blocks 0 .* are removed"
     ),
     "the config is of another": (lambda: unlike(), {LAYERS: [0]}, "does not have the blocks that its class builds"),
 }  # fmt: skip
@@ -443,7 +491,7 @@ class TestRefused:
         optimizer = torch.optim.AdamW(model.parameters())
         before = everything(model, optimizer)
         with pytest.raises(ValueError, match=message):
-            bh.prune_blocks(model, gone, optimizer)
+            remove(model, gone, optimizer)
         assert everything(model, optimizer) == before
 
     def test_an_error_in_the_midst_of_it(self, monkeypatch):
@@ -462,7 +510,7 @@ class TestRefused:
 
         monkeypatch.setattr(block_removal, "answer", failing)
         with pytest.raises(KeyboardInterrupt):
-            bh.prune_blocks(model, [0, 1], optimizer)
+            remove(model, [0, 1], optimizer)
         assert everything(model, optimizer) == before
         assert list(model.model.layers) == blocks
         assert model.config is config
@@ -476,9 +524,9 @@ class TestShape:
         make, gone = REMOVED[family]
         dense, other = make(), make()
         small, inputs = copy.deepcopy(dense), inputs_of(dense)
-        bh.prune_blocks(small, gone)
+        remove(small, gone)
         twice = copy.deepcopy(small)
-        bh.prune_blocks(twice, {next(iter(gone)): [0] if family != "t5" else [1]})
+        bh.prune_units(twice, {next(iter(gone)): [0] if family != "t5" else [1]}, kind="block")
         for target in (small, dense, twice, small, dense):
             checkpoint = {}
             save_shape(target, checkpoint)
@@ -494,7 +542,7 @@ class TestShape:
     def test_blocks_that_are_there_stay_the_very_ones_and_adapters_come_back(self):
         model = peft.get_peft_model(deep(), peft.LoraConfig(target_modules=["q_proj"])).base_model.model
         dense, blocks = shape_of(model), list(model.model.layers)
-        bh.prune_blocks(model, [1, 2])
+        remove(model, [1, 2])
         small = shape_of(model)
         set_shape(model, dense)
         assert [model.model.layers[n] is blocks[n] for n in range(5)] == [True, False, False, True, True]
@@ -505,12 +553,12 @@ class TestShape:
 
     def test_another_model_is_refused_and_nothing_changes(self):
         small, dense, third = llama(num_hidden_layers=4), deep(), shape_of(llama(num_hidden_layers=3))
-        bh.prune_blocks(small, [0])
+        remove(small, [0])
         before = everything(dense)
         with pytest.raises(ValueError, match=f"{LAYERS} had 4 blocks at first, and has 5 in LlamaForCausalLM"):
             set_shape(dense, shape_of(small))
         cut = copy.deepcopy(dense)
-        bh.prune_blocks(cut, [0])
+        remove(cut, [0])
         with pytest.raises(ValueError, match="the checkpoint holds another model than the run"):
             set_shape(cut, third)
         assert everything(dense) == before
@@ -526,9 +574,9 @@ class TestShape:
 
     def test_heads_go_from_a_model_that_has_lost_blocks(self):
         model = deep()
-        bh.prune_blocks(model, [1])
+        remove(model, [1])
         bh.convert_kv_heads(model, 1)
-        bh.prune_heads(model, {0: [0, 1]})
+        bh.prune_units(model, {0: [0, 1]})
         assert shape_of(model).blocks == {LAYERS: (5, (0, 2, 3, 4))}
         other = deep()
         set_shape(other, shape_of(model))

@@ -26,19 +26,18 @@ from billhook.fit.rounds import find_rounds, still_due
 from billhook.fit.run import callbacks_of, is_trial, training_steps
 from billhook.importance.base import Importance
 from billhook.importance.gate_gradient import GateGradient
-from billhook.importance.score import score, trial_of
+from billhook.importance.score import run_of, score
 from billhook.model.find import find_transformer
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import check_choice, choose
-from billhook.pruning.heads import plan_heads, prune_heads
+from billhook.pruning.planning import plan_units, prune_units
 from billhook.report.summary import summary
 from billhook.running.shards import gathered, unsharded
-from billhook.running.undisturbed import resting
 from billhook.schedules import Schedule, check_step
-from billhook.units.gates import HeadMask, place_mask
-from billhook.units.heads import find_heads
+from billhook.units.find import find_units
+from billhook.units.gates import Mask, mask
 from billhook.units.units import Per
-from billhook.units.zero import zero_heads
+from billhook.units.zero import zero_units
 
 Remove = Literal["end", "rounds", "never"]
 
@@ -99,7 +98,7 @@ class HeadPruning(ShapeCallback):
         plot_file: str | None = None,
     ) -> None:
         super().__init__([], measure_batches)
-        check_choice(0 if isinstance(ratio, Schedule) else ratio, ranking, min_heads, per)
+        check_choice(0 if isinstance(ratio, Schedule) else ratio, ranking, min_heads, per, "heads")
         if isinstance(ratio, Schedule) and at != "start":
             raise ValueError(f"at={at!r}: the schedule says when; give it start and end instead")
         if at != "start":
@@ -126,7 +125,7 @@ class HeadPruning(ShapeCallback):
         self._start: float | None = None
         self._done, self._stopped = -1, False
         self._asked: float | None = None
-        self._mask: HeadMask | None = None
+        self._mask: Mask | None = None
 
     @property
     def state_key(self) -> str:
@@ -147,7 +146,7 @@ class HeadPruning(ShapeCallback):
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses a model that has no heads, and a second callback of the same kind."""
-        find_heads(find_transformer(model))
+        find_units(model, "head")
         others = [c for c in callbacks_of(trainer, HeadPruning) if c.state_key == self.state_key and c is not self]
         if others:
             raise ValueError(f"two HeadPruning by {type(self.importance).__name__}: one is enough, with a schedule")
@@ -157,16 +156,16 @@ class HeadPruning(ShapeCallback):
 
     def _check_ratio(self, model: nn.Module, ratio: float) -> None:
         """Refuses a ratio that cannot be reached, and heads that cannot be removed."""
-        heads = find_heads(model)
+        heads = find_units(model, "head")
         flat = {name: torch.zeros(one.count(self.per)) for name, one in heads.items()}
-        take = partial(choose, heads, flat, ranking=self.ranking, min_heads=self.min_heads, per=self.per, remove=self._removes)
+        take = partial(choose, heads, flat, ranking=self.ranking, min_units=self.min_heads, per=self.per, remove=self._removes)
         chosen = take(self.record.left(ratio))
         if ratio > 0 and not chosen and not self.record.first:
             total = sum(map(len, flat.values()))
             least = next((number / total for number in range(1, total) if take(number / total)), None)
             raise ValueError(f"ratio={ratio} takes not a single head: " + (f"{least:.4g} does" if least else "no ratio does"))
         if self._removes:
-            plan_heads(model, chosen, self.per)
+            plan_units(model, chosen, per=self.per)
 
     def _check_others(self, trainer: pl.Trainer, total: int) -> None:
         """Refuses what changes shapes between rounds, or where heads stay masked."""
@@ -269,15 +268,15 @@ class HeadPruning(ShapeCallback):
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, ratio: float) -> dict[str, list[int]]:
         """The heads of the model as it is that are to be masked, those that are already among them."""
         model = find_transformer(pl_module)
-        heads = find_heads(model)
+        heads = find_units(model, "head")
         self.record.begin({name: one.count(self.per) for name, one in heads.items()})
         whole = unsharded(pl_module), gathered(pl_module)
-        with aside(pl_module, self.seed), resting(model), gradient_precision(trainer), whole[0], whole[1]:
+        with aside(pl_module, self.seed), gradient_precision(trainer), whole[0], whole[1]:
             needed = self.importance.needs_data
             pairs = scoring_batches(trainer, pl_module, self.calibration, self.examples) if needed else ()
-            trials = [trial_of(model, heads, *pair) for pair in pairs]
+            trials = [run_of(model, heads, *pair) for pair in pairs]
             reduce = None if trainer.world_size == 1 else SumOverRanks(trainer)
-            scores = score(model, heads, self.importance, trials, self.normalize, self.per, reduce)
+            scores = score(model, heads, self.importance, trials, None, self.normalize, self.per, reduce)
         self.record.scored(scores)
         for name, own in self.heads.items():
             scores[name][own] = -torch.inf
@@ -305,8 +304,7 @@ class HeadPruning(ShapeCallback):
         self._unmask()
         self.heads = heads
         if heads:
-            model = find_transformer(pl_module)
-            self._mask = place_mask(model, find_heads(model), heads, self.per)
+            self._mask = mask(pl_module, heads, per=self.per)
 
     def _unmask(self) -> None:
         if self._mask is not None:
@@ -318,13 +316,13 @@ class HeadPruning(ShapeCallback):
         gone = self.heads
         self._unmask()
         try:
-            plan = prune_heads(model, gone, optimizers, self.per)
+            plan = prune_units(model, gone, optimizers, per=self.per)
         except BaseException:
             self._put_mask(model, gone)
             raise
         self.record.removed(gone)
         self.heads = {}
-        before, after = (sum(query for query, _ in counts.values()) for counts in (plan.before, plan.after))
+        before, after = (sum(own[0] for own in counts.values()) for counts in (plan.before, plan.after))
         return f"{before} -> {after} attention heads ({type(self.importance).__name__})"
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -336,7 +334,7 @@ class HeadPruning(ShapeCallback):
 
     def _zero(self, pl_module: nn.Module) -> None:
         if self._mask is not None:
-            zero_heads(find_transformer(pl_module), self.heads, self.per)
+            zero_units(pl_module, self.heads, per=self.per)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Outside of a fit, masks what the checkpoint says is masked."""

@@ -17,17 +17,20 @@ from billhook.fit.ranks import SumOverRanks, check_agreed, together
 from billhook.fit.rounds import shares_of
 from billhook.fit.run import callbacks_of, is_trial, training_steps
 from billhook.importance.base import Importance
-from billhook.importance.score import trial_of
+from billhook.importance.score import run_of
 from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
+from billhook.model.plan import Weights, apply
 from billhook.pruning.amount import Amount, Ranking
-from billhook.pruning.plan import Plan
+from billhook.pruning.plan import UnitPlan
+from billhook.pruning.planning import plan
 from billhook.pruning.progress import First, first_from
-from billhook.pruning.removal import apply
-from billhook.pruning.repair import Weights, repair_of
-from billhook.pruning.request import Request
+from billhook.pruning.repair import repair
+from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.schedules import Schedule, check_step, resolve_step
+from billhook.tracing.trace import trace
+from billhook.units.find import units_of
 
 
 class StructuredPruning(ShapeCallback):
@@ -98,8 +101,8 @@ class StructuredPruning(ShapeCallback):
     ) -> None:
         super().__init__([], measure_batches)
         self.amount = Amount(
-            heads, kv_heads, channels, residual, experts, params, flops, kv_cache_bytes, bytes,
-            ranking, first, last, round_to,
+            heads, kv_heads, channels, residual, experts, None, params, flops, kv_cache_bytes, bytes,
+            ranking, normalize, first, last, round_to,
         )  # fmt: skip
         if not isinstance(at, Schedule) and at != "start":
             check_step(at, "at")
@@ -107,7 +110,7 @@ class StructuredPruning(ShapeCallback):
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         check_calibration(calibration)
-        self.moment, self.rounds, self.importance, self.normalize = at, rounds, importance or Taylor(), normalize
+        self.moment, self.rounds, self.importance = at, rounds, importance or Taylor()
         self.repair, self.calibration, self.examples, self.seed = repair, calibration, examples, seed
         self._moments: dict[int, float] = {}
         self._reset()
@@ -115,7 +118,7 @@ class StructuredPruning(ShapeCallback):
     def _reset(self) -> None:
         self._first: First | None = None
         self._done = -1
-        self._plan: Plan | None = None
+        self._plan: UnitPlan | None = None
         self._weights: Weights | None = None
 
     @property
@@ -140,7 +143,7 @@ class StructuredPruning(ShapeCallback):
         if others:
             raise ValueError("two StructuredPruning ask for the same amount: one is enough, with a schedule")
         if trainer.ckpt_path is None:
-            Request(find_transformer(model), self.amount)
+            Search(find_transformer(model), self.amount)
 
     def steps(self, total_steps: int, trainer: pl.Trainer) -> list[int]:
         """The steps at which shapes change."""
@@ -202,21 +205,21 @@ class StructuredPruning(ShapeCallback):
         for event in self.events[before:]:
             log_event(trainer, event)
 
-    def _planned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, share: float) -> Plan | None:
+    def _planned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, share: float) -> UnitPlan | None:
         """What goes for a share of the amount, of the model as it is; None if nothing does."""
         model = find_transformer(pl_module)
         assert self._first is not None
         amount = self._first.part(model, self.amount, share)
         if amount is None:
             return None
-        request = Request(model, amount)
         with aside(pl_module, self.seed), gradient_precision(trainer):
             reduce = None if trainer.world_size == 1 else SumOverRanks(trainer)
-            pairs = list(self._pairs(trainer, pl_module))
-            plan = request.plan(request.scores(self.importance, pairs, self.normalize, reduce))
-            trials = [trial_of(model, request.units, *pair) for pair in pairs]
-            self._weights = repair_of(plan, model, request.units, trials, self.repair, reduce) if self.repair else None
-            return plan
+            units = units_of(model, trace(model), amount.kinds)
+            trials = [run_of(model, units, *pair) for pair in self._pairs(trainer, pl_module)]
+            made = plan(model, self.importance, trials, amount=amount, reduce=reduce)
+            assert isinstance(made, UnitPlan)
+            self._weights = repair(model, made, trials, self.repair, reduce) if self.repair else None
+            return made
 
     def _pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterable[Pair]:
         needed = self.importance.needs_data or self.repair is not None
@@ -225,7 +228,7 @@ class StructuredPruning(ShapeCallback):
     def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, and says how much that is."""
         assert self._plan is not None
-        apply(self._plan, find_transformer(model), optimizers, self._weights)
+        apply(model, self._plan, optimizers, self._weights)
         before, after = self._plan.parameters
         return f"{before:,} -> {after:,} parameters ({self._plan.told}; {type(self.importance).__name__})"
 

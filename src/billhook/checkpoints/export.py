@@ -22,7 +22,7 @@ from billhook.model.shape import KEY, Shape, shape_of
 from billhook.model.shaped import build_shaped
 from billhook.model.transformers_internals import build_class
 from billhook.units.units import Per
-from billhook.units.zero import zero_heads
+from billhook.units.zero import zero_units
 
 IGNORED = {
     *("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config"),
@@ -76,7 +76,7 @@ def _zero_masked(model: PreTrainedModel, masked: Any, name: str) -> None:  # noq
     heads = masked.get("heads") if isinstance(masked, dict) else None
     if not isinstance(heads, dict) or not all(isinstance(own, list) for own in heads.values()):
         raise ValueError(f"'{name}' does not say which heads are masked as billhook writes it")
-    zero_heads(model, heads, cast(Per, masked.get("per")))  # which is checked there
+    zero_units(model, heads, per=cast(Per, masked.get("per")))  # which is checked there
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

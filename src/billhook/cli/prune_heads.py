@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from billhook.arguments import whole
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.pretrained import load_tokenizer
 from billhook.checkpoints.save import load, save
@@ -13,15 +14,13 @@ from billhook.cli.material import Material
 from billhook.cli.prune import device_of
 from billhook.importance.base import Importance
 from billhook.importance.gate_gradient import GateGradient
-from billhook.importance.score import score, trial_of
+from billhook.importance.score import run_of, score
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import check_choice, choose
-from billhook.pruning.heads import plan_heads
-from billhook.pruning.heads import prune_heads as remove_heads
-from billhook.running.undisturbed import resting
+from billhook.pruning.planning import plan_units, prune_units
 from billhook.training.rows import Data
-from billhook.units.gates import place_mask
-from billhook.units.heads import find_heads
+from billhook.units.find import find_units
+from billhook.units.gates import mask
 from billhook.units.units import Per
 
 
@@ -76,7 +75,8 @@ def prune_heads(
     """
     if ratio is None:
         raise ValueError("ratio: say which fraction of the heads goes, in [0, 1)")
-    check_choice(ratio, ranking, min_heads, per)
+    check_choice(ratio, ranking, min_heads, per, "heads")
+    whole("min_heads", min_heads)
     check_target(out)
     for name, value in {"rounds": rounds, "examples": examples, "batch_size": batch_size}.items():
         if value < 1:
@@ -91,7 +91,7 @@ def prune_heads(
     before = given.measure(dense, evaluate)
     batches = given.batches(examples, seed)
     chosen = _chosen(dense, importance or GateGradient(), batches, ratio, rounds, ranking, per, min_heads, normalize)
-    plan = remove_heads(dense, chosen, per=per)
+    plan = prune_units(dense, chosen, per=per)
     after = given.measure(dense, evaluate)
     record = {
         "heads": plan.to_json()["units"],
@@ -108,12 +108,12 @@ def prune_heads(
 
 def _check(model: PreTrainedModel, ratio: float, ranking: Ranking, per: Per, min_heads: int) -> None:
     """Refuses a ratio that no scores could lead to, and heads that cannot be removed."""
-    heads = find_heads(model)
+    heads = find_units(model, "head")
     flat = {name: torch.zeros(one.count(per)) for name, one in heads.items()}
     chosen = choose(heads, flat, ratio, ranking, min_heads, per)
     if not chosen:
         raise ValueError(f"ratio={ratio} is not a single head of a layer, so that nothing would be removed")
-    plan_heads(model, chosen, per)
+    plan_units(model, chosen, per=per)
 
 
 def _chosen(
@@ -128,11 +128,11 @@ def _chosen(
     normalize: bool,
 ) -> dict[str, list[int]]:
     """The heads that go: in rounds, scored anew with those masked that have been chosen before."""
-    heads, gone = find_heads(model), dict[str, list[int]]()
-    trials = [trial_of(model, heads, batch) for batch in batches]
+    heads, gone = find_units(model, "head"), dict[str, list[int]]()
+    trials = [run_of(model, heads, batch) for batch in batches]
     for number in range(1, rounds + 1):
-        with resting(model), place_mask(model, heads, gone, per):
-            scores = score(model, heads, importance, trials, normalize, per)
+        with mask(model, gone, per=per):
+            scores = score(model, heads, importance, trials, None, normalize, per)
         for name, own in gone.items():
             scores[name][own] = -torch.inf
         gone = choose(heads, scores, ratio * number / rounds, ranking, min_heads, per)

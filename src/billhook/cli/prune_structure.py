@@ -12,16 +12,15 @@ from billhook.checkpoints.save import load, save
 from billhook.cli.material import Material
 from billhook.cli.prune import device_of
 from billhook.importance.base import Importance
-from billhook.importance.blocks import By, block_importance
 from billhook.importance.taylor import Taylor
+from billhook.model.plan import apply
 from billhook.pruning.amount import Amount, Ranking
-from billhook.pruning.block_plan import BlockPlan, plan_blocks
-from billhook.pruning.block_removal import apply_blocks
-from billhook.pruning.plan import Plan
+from billhook.pruning.block_plan import BlockPlan
+from billhook.pruning.plan import UnitPlan
+from billhook.pruning.planning import plan as planned
 from billhook.pruning.progress import First
-from billhook.pruning.removal import apply
 from billhook.pruning.repair import repair as repair_weights
-from billhook.pruning.request import Request
+from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.training.rows import Data
 
@@ -41,7 +40,7 @@ def prune_structure(
     residual: float | None = None,
     experts: float | None = None,
     blocks: int = 0,
-    by: By = "influence",
+    block_importance: Importance | None = None,
     importance: Importance | None = None,
     ranking: Ranking = "layer",
     first: int = 0,
@@ -80,7 +79,8 @@ def prune_structure(
         residual: Fraction of the channels of the residual stream (the hidden size).
         experts: Fraction of the experts.
         blocks: How many whole blocks go of each stack, before anything else.
-        by: What a block is worth: "influence" (ShortGPT, 2403.03853) or "loss", one forward a block.
+        block_importance: What a block is worth: `BlockInfluence` (ShortGPT, 2403.03853; the default), or `Ablation`, one forward
+            a block.
         importance: `Taylor` (LLM-Pruner, 2305.11627; the default), `OBS`, `OutputNorm`, `GateGradient`, `WeightNorm`,
             `ActivationNorm` or `RandomUnits`, or a class of your own.
         ranking: "layer": as many go in each layer; "global": the lowest of all layers; then the layers differ.
@@ -106,9 +106,9 @@ def prune_structure(
     Raises:
         ValueError: If an argument is not legal, or the model cannot give what is asked; before anything is written.
     """
-    ratios = (heads, kv_heads, channels, residual, experts)
+    ratios = (heads, kv_heads, channels, residual, experts, None)
     asked = any(given is not None for given in (*ratios, params, flops, kv_cache_bytes, bytes))
-    how = (ranking, first, last, round_to)
+    how = (ranking, normalize, first, last, round_to)
     amount = Amount(*ratios, params, flops, kv_cache_bytes, bytes, *how) if asked or not blocks else None
     if blocks < 0:
         raise ValueError(f"blocks={blocks} must be at least 0")
@@ -121,19 +121,17 @@ def prune_structure(
     dense, importance = load(model, dtype), importance or Taylor()
     dense.to(device_of(device))  # type: ignore[arg-type]
     if amount is not None:
-        Request(dense, amount)
+        Search(dense, amount)
     given = Material(dense, model, data, column, label_column, length, batch_size)
     batches = given.batches(examples, seed)
     before = None if dry_run else given.measure(dense, evaluate)
     plans: list[dict[str, Any]] = []
-    for plan in _plans(dense, batches, amount, blocks, by, (first, last), importance, normalize, rounds):
+    lost = Amount(blocks=blocks, first=first, last=last) if blocks else None
+    for plan in _plans(dense, batches, amount, lost, block_importance, importance, rounds):
         print(plan)
         if dry_run:
             return
-        if isinstance(plan, BlockPlan):
-            apply_blocks(plan, dense)
-        else:
-            apply(plan, dense, weights=repair_weights(plan, dense, batches, repair) if repair else None)
+        apply(dense, plan, weights=repair_weights(dense, plan, batches, repair) if repair and plan.kind == "units" else None)
         plans.append(plan.to_json())
     after = given.measure(dense, evaluate)
     record = {
@@ -152,20 +150,17 @@ def _plans(
     model: PreTrainedModel,
     batches: list[dict[str, Tensor]],
     amount: Amount | None,
-    blocks: int,
-    by: By,
-    protected: tuple[int, int],
+    blocks: Amount | None,
+    block_importance: Importance | None,
     importance: Importance,
-    normalize: bool,
     rounds: int,
-) -> Iterator[BlockPlan | Plan]:
-    """What goes, one plan after the other, each of the model as it is when the one before has been carried out."""
-    if blocks:
-        yield plan_blocks(model, None, blocks, None, block_importance(model, batches, by), *protected)
+) -> Iterator[BlockPlan | UnitPlan]:
+    """Yields one plan after the other, each of the model as it is when the one before has been carried out."""
+    if blocks is not None:
+        yield planned(model, block_importance, batches, amount=blocks)
     if amount is None:
         return
     start = First.of(model, amount)
     for number in range(1, rounds + 1):
         if (due := start.part(model, amount, number / rounds)) is not None:
-            request = Request(model, due)
-            yield request.plan(request.scores(importance, [(batch, None) for batch in batches], normalize))
+            yield planned(model, importance, batches, amount=due)

@@ -14,7 +14,7 @@ from billhook.checkpoints.export import MASKED
 from billhook.fit.run import callbacks_of
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
-from billhook.units.zero import zero_heads
+from billhook.units.zero import zero_units
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
 
@@ -108,12 +108,12 @@ def _take_masks(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[
     heads = [key for key, state in unheld.items() if isinstance(state, dict) and state.get("heads")]
     weights = [key for key, state in unheld.items() if isinstance(state, dict) and state.get("masks")]
     if masked and heads and trainer is not None and trainer.strategy.restore_checkpoint_after_setup:  # FSDP2 has loaded them
-        zero_heads(find_transformer(module), masked["heads"], masked["per"])
+        zero_units(module, masked["heads"], per=masked["per"])
     elif masked and heads:
 
         def silence(*_: object) -> None:
             hook.remove()
-            zero_heads(find_transformer(module), masked["heads"], masked["per"])
+            zero_units(module, masked["heads"], per=masked["per"])
 
         hook = module.register_load_state_dict_post_hook(silence)  # type: ignore[no-untyped-call]
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING:

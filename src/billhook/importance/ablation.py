@@ -1,21 +1,26 @@
-"""How much higher the loss is without a unit: the measure that the others stand for, and the dearest."""
+"""How much higher the loss is without a unit: what all other importances estimate, and the most expensive.
+
+"Are Sixteen Heads Really Better than One?" (Michel, Levy & Neubig, 2019, https://arxiv.org/abs/1905.10650), section 3.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from billhook.arguments import one_of
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import check_read
-from billhook.importance.score import trial_of
+from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
 from billhook.running.batches import Loss, Run
 from billhook.running.undisturbed import resting
+from billhook.units.blocks import skipping
+from billhook.units.find import find_units, numbered
 from billhook.units.gates import place_gates
-from billhook.units.heads import check_layers, find_heads
 from billhook.units.units import Per, Units
 
 Mode = Literal["without", "only"]
@@ -23,28 +28,42 @@ Mode = Literal["without", "only"]
 
 @dataclass(frozen=True)
 class Ablation(Importance):
-    """How much higher the loss is without the unit, all others being there (1905.10650, section 3.2): one forward a unit.
+    """How much higher the loss is without the unit, all others being there (Michel et al., section 3.2): one forward a unit.
+
+    Units are masked by gates; blocks are skipped.
 
     Raises:
-        ValueError: When it runs: if nothing reads the units alone.
+        ValueError: When it runs: if units are neither blocks nor read by modules of their own.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> scores = bh.score(model, bh.find_units(model, "block"), bh.Ablation(), [model.dummy_inputs])
+        >>> {name: len(own) for name, own in scores.items()}
+        {'model.layers': 4}
     """
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
-        """See `Importance.sums`."""
-        check_read(units, type(self).__name__)
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+        """Sums over batches; see `Importance.sums`."""
+        gated = {name: one for name, one in units.items() if one.kind != "block"}
+        check_read(gated, type(self).__name__)
         sums = Sums.zero(units, per)
-        with ablating(model, units, per) as gates, torch.no_grad():
-            for trial in trials:
-                whole = float(trial.forward())
-                for name, gate in gates.items():
-                    losses = [_without(trial, gate, unit) for unit in range(len(gate))]
+        with ablating(model, gated, per) as gates, torch.no_grad():
+            for run in runs:
+                whole = float(run.forward())
+                for name, one in units.items():
+                    losses = []
+                    for unit in range(one.count(per)):
+                        without = skipping(model, {one.name: [unit]}) if name not in gates else _closed(gates[name], unit)
+                        with without:
+                            losses.append(float(run.forward()))
                     sums.add(name, torch.tensor(losses, dtype=torch.float64) - whole, 1)
         return sums
 
 
 @contextmanager
 def ablating(model: nn.Module, units: Mapping[str, Units], per: Per) -> Iterator[dict[str, Tensor]]:
-    """Gates that are to be set by hand, all 1."""
+    """Places gates that are to be set by hand, all 1."""
     gates = {name: torch.ones(one.count(per)) for name, one in units.items()}
     handles = place_gates(model, units, gates, per)
     try:
@@ -54,20 +73,21 @@ def ablating(model: nn.Module, units: Mapping[str, Units], per: Per) -> Iterator
             handle.remove()
 
 
-def _without(trial: Run, gate: Tensor, unit: int) -> float:
+@contextmanager
+def _closed(gate: Tensor, unit: int) -> Iterator[None]:
     gate[unit] = 0
     try:
-        return float(trial.forward())
+        yield
     finally:
         gate[unit] = 1
 
 
 @dataclass(frozen=True)
 class HeadAblation:
-    """What a metric is when heads are masked, the paper's tables 1 to 3.
+    """A metric of a model in which heads are masked, the paper's tables 1 to 3.
 
     Attributes:
-        mode: `"without"` each head alone, or with it as the `"only"` one of its layer.
+        mode: `"without"` each head alone, or with each as the `"only"` one of its layer.
         whole: The metric with all heads.
         values: By attention, the metric for each of its heads: float64, `[heads]`.
     """
@@ -92,35 +112,41 @@ def ablate_heads(
     mode: Mode = "without",
     per: Per = "head",
 ) -> HeadAblation:
-    """A metric without each head alone, or with it as the only one of its layer (1905.10650, sections 3.2 and 3.3).
+    """Measures a model without each head alone, or with each as the only one of its layer (Michel et al., 3.2 and 3.3).
 
     Args:
-        model: As in `head_importance`.
-        batches: As in `head_importance`; each is run once for every head.
+        model: A Hugging Face model, also with LoRA attached, or a module that holds one.
+        batches: Inputs of the model's forward, as dictionaries, labels included; each is run once for every head.
         metric: From model and batch to a number, such as accuracy; by default the loss. Its mean over the batches is taken.
         mode: `"without"` or `"only"`.
-        per: Whether heads are query heads, or KV heads with the query heads that they serve.
+        per: For heads, whether they are query heads, or KV heads with the query heads that they serve.
 
     Raises:
         ValueError: If there are no heads or no batches, or `mode` or `per` are not legal.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> found = bh.ablate_heads(model, [model.dummy_inputs])
+        >>> [len(own) for own in found.values.values()]
+        [8, 8, 8, 8]
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode={mode!r} must be one of {', '.join(get_args(Mode))}")
+    one_of("mode", mode, Mode)
     subject = find_transformer(model)
-    heads = find_heads(subject)
-    check_layers(heads, {}, per)
-    trials = [trial_of(subject, heads, batch, metric) for batch in batches]
-    if not trials:
+    heads = find_units(subject, "head")
+    numbered(heads, {}, per)
+    runs = [run_of(subject, heads, batch, metric) for batch in batches]
+    if not runs:
         raise ValueError("batches: at least one is needed")
     values = {name: torch.zeros(one.count(per), dtype=torch.float64) for name, one in heads.items()}
     whole = 0.0
     with resting(subject), ablating(subject, heads, per) as gates, torch.no_grad():
-        for trial in trials:
-            whole += float(trial.forward()) / len(trials)
+        for run in runs:
+            whole += float(run.forward()) / len(runs)
             for name, gate in gates.items():
                 for head in range(len(gate)):
                     gate.fill_(1 if mode == "without" else 0)
                     gate[head] = 0 if mode == "without" else 1
-                    values[name][head] += float(trial.forward()) / len(trials)
+                    values[name][head] += float(run.forward()) / len(runs)
                 gate.fill_(1)
     return HeadAblation(mode, whole, values)

@@ -1,4 +1,4 @@
-"""Importance from forward passes alone: what units give, and how far whoever reads them moves by it."""
+"""Importance from forward passes alone: the outputs of units, and how far they move the module that reads them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,21 +18,30 @@ from billhook.units.units import Per, Units
 
 @dataclass(frozen=True)
 class ActivationNorm(Importance):
-    """The mean over tokens of the L2 norm of what a unit gives (Minitron, 2407.14679, section 2.2); needs no loss.
+    """The mean over tokens of the L2 norm of a unit's output; needs no loss.
 
-    Of a head it is the norm of its context vector, of a channel the absolute value. Of a residual channel it is what norms make
-    of it, over all norms; what several modules read at once counts once.
+    "Compact Language Models via Pruning and Knowledge Distillation" (Minitron; Muralidharan et al., 2024,
+    https://arxiv.org/abs/2407.14679), section 2.2. Of a head it is the norm of its context vector, of a channel the absolute
+    value. Of a residual channel it is that of the outputs of norms, over all norms; an output that several modules read counts
+    once.
 
     Raises:
         ValueError: When it runs: if nothing reads the units alone.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> scores = bh.score(model, bh.find_units(model, "head"), bh.ActivationNorm(), [model.dummy_inputs])
+        >>> [len(own) for own in scores.values()]
+        [8, 8, 8, 8]
     """
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
-        """See `Importance.sums`."""
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+        """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
         sums = Sums.zero(units, per)
-        for trial in trials:
-            watch(model, units, trial, partial(self._note, sums, units, per, {}))
+        for run in runs:
+            watch(model, units, run, partial(self._note, sums, units, per, {}))
         return sums
 
     @staticmethod
@@ -54,29 +63,37 @@ class ActivationNorm(Importance):
 
 @dataclass(frozen=True)
 class OutputNorm(Importance):
-    """How far the output of whoever reads a unit moves without it: the root of the mean over tokens of |W_u a_u|^2.
+    """How far the output of the module that reads a unit moves without it: the root of the mean over tokens of |W_u a_u|^2.
 
-    a_u is what the unit gives and W_u the columns that read it. Of a channel this is |W_u| |a_u|, Wanda's product (2306.11695,
-    equation 1) for a column in place of a weight; of a head, whose positions move the output together, it comes from W_u^T W_u
-    and the sums of a_u a_u^T. It needs no loss and no gradient.
+    a_u is the unit's output and W_u the columns that read it. Of a channel this is |W_u| |a_u|, the product of "A Simple and
+    Effective Pruning Approach for Large Language Models" (Wanda; Sun et al., 2023, https://arxiv.org/abs/2306.11695), equation 1,
+    for a column instead of a weight; of a head, whose positions move the output together, it comes from W_u^T W_u and the sums
+    of a_u a_u^T. It needs no loss and no gradient.
 
     Costs: a forward for each batch; memory for the sums of one reader, and `[units, size, size]` numbers for each reader, with
     `size` positions a unit (a head's width; 1 for a channel). W is found by giving a reader unit vectors, so that adapters count.
 
     Raises:
         ValueError: When it runs: if nothing reads the units alone.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> scores = bh.score(model, bh.find_units(model, "channel"), bh.OutputNorm(), [model.dummy_inputs])
+        >>> [len(own) for own in scores.values()]
+        [384, 384, 384, 384]
     """
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
-        """See `Importance.sums`."""
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+        """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
         sums, tables, grams = Sums.zero(units, per), dict[str, Tensor](), dict[tuple[str, str], Tensor]()
         for name, one in units.items():
             tables[name], there = table_of(one, per)
             for reader, module in reading(model, one).items():
                 grams[name, reader] = gram_of(module, tables[name], there, len(one.index))
-        for trial in trials:
-            watch(model, units, trial, partial(self._note, sums, tables, grams))
+        for run in runs:
+            watch(model, units, run, partial(self._note, sums, tables, grams))
         return sums
 
     @staticmethod
@@ -99,15 +116,15 @@ class OutputNorm(Importance):
         sums.add(name, (moments * grams[name, reader]).sum((1, 2)), counted(inputs, tokens))
 
     def of_mean(self, mean: Tensor) -> Tensor:
-        """See `Importance.of_mean`."""
+        """Returns the scores of a place; see `Importance.of_mean`."""
         return mean.clamp(min=0).sqrt()
 
 
-def watch(model: nn.Module, units: Mapping[str, Units], trial: Run, note: Callable[..., None]) -> None:
-    """Runs a batch, and gives `note` the place, the reader, its input and which tokens count, whenever a reader runs."""
+def watch(model: nn.Module, units: Mapping[str, Units], run: Run, note: Callable[..., None]) -> None:
+    """Runs a batch, and calls `note` with place, reader, its input and which tokens count, whenever a reader runs."""
 
     def see(name: str, reader: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        note(name, reader, args[0], trial.tokens.get(reader))
+        note(name, reader, args[0], run.tokens.get(reader))
 
     handles = []
     for name, one in units.items():
@@ -115,14 +132,14 @@ def watch(model: nn.Module, units: Mapping[str, Units], trial: Run, note: Callab
             handles.append(module.register_forward_pre_hook(partial(see, name, reader)))
     try:
         with torch.no_grad():
-            trial.forward()
+            run.forward()
     finally:
         for handle in handles:
             handle.remove()
 
 
 def table_of(units: Units, per: Per) -> tuple[Tensor, Tensor]:
-    """The positions of each unit, `[units, size]`, int64; and which of them are there, as some may have fewer: bool."""
+    """Returns the positions of each unit, `[units, size]`, int64; and which of them exist, as some may have fewer: bool."""
     positions = units.positions(per)
     there = np.flatnonzero(positions >= 0)
     there = there[np.argsort(positions[there], kind="stable")]
@@ -134,7 +151,7 @@ def table_of(units: Units, per: Per) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def gram_of(reader: nn.Module, table: Tensor, there: Tensor, width: int) -> Tensor:
-    """W_u^T W_u of each unit: float32, `[units, size, size]`."""
+    """Returns W_u^T W_u of each unit: float32, `[units, size, size]`."""
     like = next((one for one in reader.parameters() if one.is_floating_point()), torch.zeros(()))
     each = torch.eye(width, dtype=like.dtype, device=like.device)
     with torch.autocast(like.device.type, enabled=False):
@@ -144,6 +161,6 @@ def gram_of(reader: nn.Module, table: Tensor, there: Tensor, width: int) -> Tens
 
 
 def _square(rows: Tensor) -> Tensor:
-    """The products of rows with each other, in their own precision."""
+    """Multiplies rows with each other, in their own precision."""
     with torch.autocast(rows.device.type, enabled=False):
         return rows @ rows.mT

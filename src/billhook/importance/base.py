@@ -1,4 +1,4 @@
-"""How much each unit matters: scores of heads, channels or experts, of any model that `trace` knows."""
+"""How much each unit of a model matters: one score for each head, channel, expert or block."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,11 @@ from billhook.units.units import Per, Units
 
 @dataclass(eq=False)
 class Sums:
-    """Sums over batches, of which the ratio is the importance; those of several ranks add up.
+    """Sums over batches, whose ratio is the importance; those of several ranks add up.
 
     Attributes:
         totals: By place, float64, `[units]`.
-        counts: By place, of how many tokens, examples or batches: float64, no dimensions.
+        counts: By place, the number of tokens, examples or batches that were summed for each unit: float64, `[units]`.
     """
 
     totals: dict[str, Tensor]
@@ -26,36 +26,40 @@ class Sums:
 
     @classmethod
     def zero(cls, units: Mapping[str, Units], per: Per) -> "Sums":
-        """Nothing yet."""
-        totals = {name: torch.zeros(one.count(per), dtype=torch.float64) for name, one in units.items()}
-        return cls(totals, {name: torch.zeros((), dtype=torch.float64) for name in units})
+        """Returns sums over nothing."""
+        empty = ({name: torch.zeros(one.count(per), dtype=torch.float64) for name, one in units.items()} for _ in range(2))
+        return cls(*empty)
 
-    def add(self, name: str, total: Tensor, count: float) -> None:
-        """Adds what one batch gives for one place."""
+    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
+        """Adds the sums of one batch for one place."""
         self.totals[name] += total.detach().double().cpu()
         self.counts[name] += count
 
 
 @dataclass(frozen=True)
 class Importance(ABC):
-    """How much a unit matters; the higher, the longer it stays."""
+    """How much a unit matters; the higher, the longer it stays. A subclass is one file, also one of your own by `class_path`.
+
+    Attributes:
+        needs_data: Whether it needs batches.
+    """
 
     needs_data: ClassVar[bool] = True
 
     @abstractmethod
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
-        """The sums over batches.
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+        """Sums over batches.
 
         Args:
             model: The model, in eval mode.
             units: Its units, by place.
-            per: Whether heads are query heads or KV heads; of other units it says nothing.
-            trials: The batches.
+            per: For heads, whether there is a score for each query head or each KV head.
+            runs: The batches.
 
         Raises:
-            ValueError: If it cannot tell of such units, a batch gives none, or the loss does not depend on a place.
+            ValueError: If it cannot score such units, a batch gives no score, or the loss does not depend on a place.
         """
 
     def of_mean(self, mean: Tensor) -> Tensor:
-        """The scores of a place, of the ratio of its sums: float64, `[units]`."""
+        """Returns the scores of a place from the ratio of its sums: float64, `[units]`."""
         return mean

@@ -1,4 +1,4 @@
-"""Weight norm and random numbers: what every importance is compared with."""
+"""Weight norm and random numbers: the baselines of every importance."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,21 @@ from billhook.units.units import Per, Units
 class WeightNorm(Importance):
     """The norm of a unit's own parameters: the rows that make it and the columns that read it; needs no data.
 
-    LLM-Pruner's baselines L1 and L2 (2305.11627, section 4.1) rank in the same order.
+    The baselines L1 and L2 of "LLM-Pruner" (Ma, Fang & Wang, 2023, https://arxiv.org/abs/2305.11627), section 4.1, rank in the
+    same order.
 
     Args:
         p: 1 (the sum of |w|) or 2 (the root of the sum of w^2).
 
     Raises:
         ValueError: If `p` is another.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> scores = bh.score(model, bh.find_units(model, "channel"), bh.WeightNorm())
+        >>> [len(own) for own in scores.values()]
+        [384, 384, 384, 384]
     """
 
     needs_data: ClassVar[bool] = False
@@ -33,8 +41,8 @@ class WeightNorm(Importance):
         if self.p not in (1, 2):
             raise ValueError(f"p={self.p!r} must be 1 or 2")
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
-        """See `Importance.sums`."""
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+        """Sums over batches; see `Importance.sums`."""
         sums = Sums.zero(units, per)
         for part in parts_of(model, units, per):
             weight = model.get_parameter(part.name).detach().double()
@@ -53,8 +61,8 @@ class RandomUnits(Importance):
     needs_data: ClassVar[bool] = False
     seed: int = 0
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
-        """See `Importance.sums`."""
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+        """Sums over batches; see `Importance.sums`."""
         sums, generator = Sums.zero(units, per), torch.Generator().manual_seed(self.seed)
         for name, one in units.items():
             sums.add(name, torch.rand(one.count(per), generator=generator), 1)

@@ -1,12 +1,16 @@
-"""Michel et al.: the gradient of a gate on each unit."""
+"""How much a unit matters by the gradient of a gate on it.
+
+"Are Sixteen Heads Really Better than One?" (Michel, Levy & Neubig, 2019, https://arxiv.org/abs/1905.10650).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor, nn
 
+from billhook.arguments import one_of
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import Products, check_read
 from billhook.running.batches import Run
@@ -17,32 +21,38 @@ Each = Literal["token", "example", "batch"]
 
 @dataclass(frozen=True)
 class GateGradient(Importance):
-    """I_u = E_x |dL(x) / d gate_u| = E_x |a_u(x)^T dL(x) / d a_u(x)| (Michel et al., 1905.10650, section 4.1, equation 2).
+    """I_u = E_x |dL(x) / d gate_u| = E_x |a_u(x)^T dL(x) / d a_u(x)| (Michel et al., section 4.1, equation 2).
 
-    a_u is what a unit gives to those that read it: of a head its context vector, of a channel one number. One backward pass a
-    batch gives it for all units. The loss is taken as it is: where it is a mean over a batch, batches should be of one size.
+    a_u is a unit's output: of a head its context vector, of a channel one number. One backward pass a batch gives it for all
+    units. The loss is taken as it is: where it is a mean over a batch, batches should be of one size.
 
     Args:
-        each: Of what the absolute value is taken, and the mean over: `"token"`, as the authors' code does, `"example"` (a
-            sequence or image), or `"batch"`. Signs within what is summed first cancel, so they rank differently.
+        each: The x whose absolute values are averaged: `"token"`, as in the authors' code, `"example"` (a sequence or image), or
+            `"batch"`. Signs within one x cancel, so the three rank differently.
 
     Raises:
         ValueError: If `each` is not one of these. When it runs: if nothing reads the units alone, a gradient is NaN or infinite,
             or the loss does not depend on a place.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> scores = bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), [model.dummy_inputs])
+        >>> [len(own) for own in scores.values()]
+        [8, 8, 8, 8]
     """
 
     each: Each = "token"
 
     def __post_init__(self) -> None:
-        if self.each not in get_args(Each):
-            raise ValueError(f"each={self.each!r} must be one of {', '.join(get_args(Each))}")
+        one_of("each", self.each, Each)
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
-        """See `Importance.sums`."""
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+        """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
         sums = Sums.zero(units, per)
-        for number, trial in enumerate(trials):
-            Products(units, per, trial.tokens, partial(self._note, sums, number)).run(model, trial.forward)
+        for number, run in enumerate(runs):
+            Products(units, per, run.tokens, partial(self._note, sums, number)).run(model, run.forward)
         return sums
 
     def _note(self, sums: Sums, number: int, name: str, products: Tensor, tokens: int) -> None:

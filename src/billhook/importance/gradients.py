@@ -1,4 +1,4 @@
-"""Gradients that are made use of as they come and then dropped, so that there is never more than one."""
+"""Uses gradients one by one as they come and drops them, so that there is never more than one."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def scalar(loss: Tensor) -> Tensor:
-    """A loss that can be differentiated.
+    """Returns a loss that can be differentiated.
 
     Raises:
         ValueError: If it is more than one number, or has no gradient.
@@ -22,13 +22,13 @@ def scalar(loss: Tensor) -> Tensor:
 
 
 def independent(name: str) -> str:
-    """Says that the loss does not depend on a place."""
+    """Returns the message for a loss that does not depend on a place."""
     return f"loss: it does not depend on the units of {name}; score the other places, or use a loss that it has a part in"
 
 
 @contextmanager
 def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
-    """Parameters by name, which need gradients for now; `grad` stays as it is.
+    """Yields parameters by name, which need gradients for now; `grad` stays as it is.
 
     Raises:
         ValueError: If one cannot have a gradient.
@@ -55,11 +55,11 @@ def stream(loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter], u
 
     Args:
         loss: Runs the model and gives one number.
-        parameters: Those whose gradients are wanted; they need gradients.
-        use: Gets each name and gradient; those on which the loss does not depend do not come.
+        parameters: Those whose gradients are used; they need gradients.
+        use: Called with each name and gradient, except those on which the loss does not depend.
 
     Raises:
-        ValueError: As `scalar`.
+        ValueError: If the loss is more than one number, or has no gradient.
     """
 
     def note(name: str, gradient: Tensor) -> Tensor:

@@ -1,4 +1,9 @@
-"""What is lost without a unit when the others make up for it: the importance that goes with `Repair`."""
+"""How much is lost without a unit when the others make up for it: the importance that belongs to `Repair`.
+
+"Second order derivatives for network pruning: Optimal Brain Surgeon" (Hassibi & Stork, 1993,
+https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050-Abstract.html), of structures as in "ZipLM:
+Inference-Aware Structured Pruning of Language Models" (Kurtic, Frantar & Alistarh, 2023, https://arxiv.org/abs/2302.04089).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from billhook.arguments import number, whole
 from billhook.importance.activations import gram_of, table_of, watch
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import check_read, counted, counting
@@ -21,11 +27,11 @@ TOKENS = 1024
 
 @dataclass(frozen=True)
 class OBS(Importance):
-    """How far the output of whoever reads a unit moves without it, when the columns of all other units are refitted.
+    """How far the output of the module that reads a unit moves without it, when the columns of all other units are refitted.
 
     The root of the mean over tokens of min |W x - W' x|^2 over all W' that do not read the unit, which is
-    tr(W_u^T W_u ([H^-1]_uu)^-1), H = sum of x x^T: the optimal brain surgeon's saliency (Hassibi & Stork, 1993), of a structure
-    as in ZipLM (2302.04089, equation 2). It needs no loss and no gradient.
+    tr(W_u^T W_u ([H^-1]_uu)^-1), H = sum of x x^T: the optimal brain surgeon's saliency, of a structure as in ZipLM, equation 2.
+    It needs no loss and no gradient.
 
     Costs: a forward for each batch and pass; memory for a float32 matrix `[in_features, in_features]` of each reader of a pass,
     and five in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds.
@@ -36,25 +42,30 @@ class OBS(Importance):
 
     Raises:
         ValueError: If an argument is not legal; when it runs, if nothing reads the units alone.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> scores = bh.score(model, bh.find_units(model, "channel"), bh.OBS(), [model.dummy_inputs])
+        >>> [len(own) for own in scores.values()]
+        [384, 384, 384, 384]
     """
 
     damping: float = 0.01
     passes: int = 1
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
-            raise ValueError(f"damping={self.damping!r} must be above 0")
-        if type(self.passes) is not int or self.passes < 1:
-            raise ValueError(f"passes={self.passes!r} must be a whole number of at least 1")
+        number("damping", self.damping, above=0)
+        whole("passes", self.passes)
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
-        """See `Importance.sums`."""
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+        """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
         sums, names = Sums.zero(units, per), list(units)
         for first in range(min(self.passes, len(names))):
             own, moments = {name: units[name] for name in names[first :: self.passes]}, Moments()
-            for trial in trials:
-                watch(model, own, trial, partial(_note, moments))
+            for run in runs:
+                watch(model, own, run, partial(_note, moments))
             for name, reader in list(moments):
                 products, tokens = moments.pop((name, reader))
                 table, there = table_of(units[name], per)
@@ -63,19 +74,19 @@ class OBS(Importance):
         return sums
 
     def of_mean(self, mean: Tensor) -> Tensor:
-        """See `Importance.of_mean`."""
+        """Returns the scores of a place; see `Importance.of_mean`."""
         return mean.clamp(min=0).sqrt()
 
 
 def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor, damping: float) -> Tensor:
-    """tr(W_u^T W_u ([H^-1]_uu)^-1) of each unit u, H = X X^T + damping * mean(diag) I.
+    """Returns tr(W_u^T W_u ([H^-1]_uu)^-1) of each unit u, H = X X^T + damping * mean(diag) I.
 
     Args:
         products: X X^T, `[in_features, in_features]`.
-        gram: W_u^T W_u, `[units, size, size]`, zero for positions that are not there.
+        gram: W_u^T W_u, `[units, size, size]`, zero for positions that do not exist.
         table: The positions of each unit, `[units, size]`, int64.
-        there: Which of them are there, as some units may have fewer: bool.
-        damping: See above.
+        there: Which of them exist, as some units may have fewer: bool.
+        damping: Share of the mean of the diagonal that is added to it.
 
     Returns:
         float64, `[units]`.

@@ -1,4 +1,4 @@
-"""Where units stand in parameters: sums of something of a parameter's shape over each unit."""
+"""Finds where units stand in parameters, and sums values of a parameter's shape over each unit."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,18 +28,18 @@ class Part:
     count: int
 
     def along(self, values: Tensor) -> Tensor:
-        """Sums something of the parameter's shape over all other dimensions: `[positions]`."""
+        """Sums values of the parameter's shape over all other dimensions: `[positions]`."""
         others = [dim for dim in range(values.dim()) if dim != self.dim]
         return values.sum(others) if others else values
 
     def by_unit(self, positions: Tensor) -> Tensor:
-        """Sums something of the positions over those of each unit: float64, `[units]`, on the CPU."""
+        """Sums values of the positions over those of each unit: float64, `[units]`, on the CPU."""
         sums = torch.zeros(self.count + 1, dtype=torch.float64)
         return sums.index_add_(0, self.units, positions.detach().double().cpu())[: self.count]
 
 
 def parts_of(model: nn.Module, units: Mapping[str, Units], per: Per) -> list[Part]:
-    """The parts of all places, in their order; a parameter under several names has its first one's.
+    """Returns the parts of all places, in their order; a parameter under several names has its first one's.
 
     Raises:
         ValueError: If a place has none.
@@ -54,5 +54,6 @@ def parts_of(model: nn.Module, units: Mapping[str, Units], per: Per) -> list[Par
                 of = torch.from_numpy(one.of_member(member, per) % (count + 1))
                 parts.setdefault((place, name, member.dim), Part(place, name, member.dim, of, count))
         if not any(part.place == place for part in parts.values()):
-            raise ValueError(f"importance: no parameter of {place} has its units one by one")
+            other = "; of blocks, BlockInfluence, Ablation and RandomUnits work" if one.kind == "block" else ""
+            raise ValueError(f"importance: no parameter of {place} has its units one by one{other}")
     return list(parts.values())

@@ -1,7 +1,6 @@
-"""What a batch shows of each unit: what its readers get, and the products of that with the loss's gradient."""
+"""Observes units while a batch runs: their outputs, and the products of these with the loss's gradient."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,46 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from billhook.importance.gradients import independent, scalar
-from billhook.units.units import Per, Units
+from billhook.units.units import PLURAL, Per, Units
 
 
 def check_read(units: Mapping[str, Units], who: str) -> None:
-    """Refuses units that no module of its own reads, as experts.
+    """Refuses units that no module of its own reads, as experts and blocks.
 
     Raises:
-        ValueError: With what works.
+        ValueError: With the importances that work.
     """
     for name, one in units.items():
         if not one.readers:
+            works = "BlockInfluence, Ablation" if one.kind == "block" else "Taylor, WeightNorm"
             raise ValueError(
-                f"importance: {who} looks at what modules read, and the units of {name} ({one.kind}s) are read by none of their "
-                "own; Taylor, WeightNorm and RandomUnits work"
+                f"importance: {who} looks at what modules read, and the units of {name} ({PLURAL[one.kind]}) are read by none of "
+                f"their own; {works} and RandomUnits work"
             )
 
 
-@contextmanager
-def watching(model: nn.Module, units: Mapping[str, Units], note: Callable[[str, str, Tensor], None]) -> Iterator[None]:
-    """Gives `note` the place, the reader and its input whenever a reader runs; what several read in turn comes once."""
-    last = dict[str, Tensor]()
-    handles = []
-
-    def see(name: str, reader: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        if last.get(name) is not args[0]:
-            last[name] = args[0]
-            note(name, reader, args[0].detach())
-
-    for name, one in units.items():
-        for reader in one.readers:
-            handles.append(model.get_submodule(reader).register_forward_pre_hook(partial(see, name, reader)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def reading(model: nn.Module, units: Units) -> dict[str, nn.Module]:
-    """The modules that read units, each once, though it may stand in several places of the model."""
+    """Returns the modules that read units, each once, though it may stand in several places of the model."""
     named = {id(model.get_submodule(reader)): reader for reader in reversed(units.readers)}
     return {reader: model.get_submodule(reader) for reader in units.readers if reader in named.values()}
 
@@ -161,12 +140,12 @@ def by_unit(values: Tensor, units: Units, per: Per) -> Tensor:
 
 
 def counting(values: Tensor, tokens: Tensor | None) -> Tensor:
-    """Zero for tokens that do not count, if it is them that the values are of."""
+    """Sets the values of tokens that do not count to zero, if there is one value for each token."""
     if tokens is None or tokens.shape != values.shape[:-1]:
         return values
     return values.masked_fill(~tokens.to(values.device)[..., None], 0)
 
 
 def counted(values: Tensor, tokens: Tensor | None) -> int:
-    """How many tokens count."""
+    """Counts the tokens that count."""
     return values.shape[:-1].numel() if tokens is None or tokens.shape != values.shape[:-1] else int(tokens.sum())

@@ -1,13 +1,18 @@
-"""What a unit's parameters are worth by a Taylor expansion of the loss (LLM-Pruner, 2305.11627, section 3.2)."""
+"""How much a unit matters by a Taylor expansion of the loss in its parameters.
+
+"LLM-Pruner: On the Structural Pruning of Large Language Models" (Ma, Fang & Wang, 2023, https://arxiv.org/abs/2305.11627),
+section 3.2.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from billhook.arguments import one_of, whole
 from billhook.importance.base import Importance, Sums
 from billhook.importance.gradients import independent, stream, trainable
 from billhook.importance.parts import Part, parts_of
@@ -22,21 +27,22 @@ Scores = dict[tuple[str, str, int], Tensor]
 
 @dataclass(frozen=True)
 class Taylor(Importance):
-    """How much the loss changes when a unit's parameters w become zero, by its gradient g (LLM-Pruner, 2305.11627).
+    """How much the loss changes when a unit's parameters w become zero, by its gradient g (LLM-Pruner).
 
     A unit has the rows that make it and the columns that read it: of a head those of q and o (and of k and v, where it has its
     own, or `per` is KV heads), of a channel those of gate, up and down. Each such matrix gives it a number; `reduce` makes one of
     these. Scores of several batches are averaged; the authors take one batch, of 10 sequences of 64 tokens.
 
-    Costs: beside the model and the activations of a batch there is one gradient at a time, not one for each parameter.
+    Costs: next to the model and the activations of a batch there is one gradient at a time, not one for each parameter.
     `"first"`, `"vector"` and `"unit"` run a batch forward and back once; `"second"` once for each example; `"mixed"` both,
     `passes` times, and keeps H of a share of the parameters meanwhile, in float32.
 
     Args:
-        order: What a matrix gives a unit. `"first"`: sum of |w g| over its parameters (the authors' element-wise, first order).
-            `"second"`: sum of |w^2 H|, with H = 1/N sum over the N examples of a batch of the square of the gradient of each
-            alone (the diagonal of the Fisher matrix). `"mixed"`: sum of |w g - 1/2 w^2 H| (equation 5). `"vector"`: |sum of w g|
-            of each row or column, summed over those of a unit (equation 3). `"unit"`: |sum of w g| over all of a unit.
+        order: The number that a matrix gives a unit. `"first"`: sum of |w g| over its parameters (the authors' element-wise,
+            first order). `"second"`: sum of |w^2 H|, with H = 1/N sum over the N examples of a batch of the square of the
+            gradient of each alone (the diagonal of the Fisher matrix). `"mixed"`: sum of |w g - 1/2 w^2 H| (equation 5).
+            `"vector"`: |sum of w g| of each row or column, summed over those of a unit (equation 3). `"unit"`: |sum of w g| over
+            all of a unit.
         reduce: How the numbers that its matrices give a unit become one: `"sum"`, `"mean"`, `"max"`, `"product"`, or that of the
             `"first"` or `"last"` matrix in the model's order (section 3.2 names sum, product, max and last). Queries, keys and
             values in one matrix are one.
@@ -45,6 +51,13 @@ class Taylor(Importance):
     Raises:
         ValueError: If one of these is not legal. When it runs: if a gradient is NaN or infinite, the loss does not depend on a
             place, or a batch cannot be taken apart into its examples.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> scores = bh.score(model, bh.find_units(model, "head"), bh.Taylor(), [model.dummy_inputs])
+        >>> [len(own) for own in scores.values()]
+        [8, 8, 8, 8]
     """
 
     order: Order = "first"
@@ -52,24 +65,21 @@ class Taylor(Importance):
     passes: int = 4
 
     def __post_init__(self) -> None:
-        if self.order not in get_args(Order):
-            raise ValueError(f"order={self.order!r} must be one of {', '.join(get_args(Order))}")
-        if self.reduce not in get_args(Reduction):
-            raise ValueError(f"reduce={self.reduce!r} must be one of {', '.join(get_args(Reduction))}")
+        one_of("order", self.order, Order)
+        one_of("reduce", self.reduce, Reduction)
         if self.order == "unit" and self.reduce != "sum":
             raise ValueError(f"reduce={self.reduce!r} must be sum with order='unit', which sums over all of a unit")
-        if type(self.passes) is not int or self.passes < 1:
-            raise ValueError(f"passes={self.passes!r} must be a whole number, 1 at least")
+        whole("passes", self.passes)
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, trials: Sequence[Run]) -> Sums:
-        """See `Importance.sums`."""
+    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+        """Sums over batches; see `Importance.sums`."""
         sums, parts = Sums.zero(units, per), parts_of(model, units, per)
         places = {name: [(part.place, part.name, part.dim) for part in parts if part.place == name] for name in units}
         with trainable(model, [part.name for part in parts]) as parameters:
-            for number, trial in enumerate(trials):
+            for number, run in enumerate(runs):
                 scores: Scores = {}
                 for share in _shares(parameters, self.passes if self.order == "mixed" else 1):
-                    _Pass(self.order, share, parts, scores).run(trial, f"batch {number}")
+                    _Pass(self.order, share, parts, scores).run(run, f"batch {number}")
                 for name, own in places.items():
                     if not any(part in scores for part in own):
                         raise ValueError(independent(name))
@@ -78,7 +88,7 @@ class Taylor(Importance):
         return sums
 
     def _reduced(self, scores: Tensor) -> Tensor:
-        """One number a unit, from what each matrix gives."""
+        """Makes one number a unit of the numbers that its matrices give."""
         match self.reduce:
             case "sum":
                 return scores.sum(0).abs() if self.order == "unit" else scores.sum(0)
@@ -96,9 +106,9 @@ class _Pass:
 
     Args:
         order: As in `Taylor`.
-        parameters: Those whose gradients are wanted.
+        parameters: Those whose gradients are used.
         parts: Where units stand in them.
-        scores: Where the scores go.
+        scores: The scores so far, which it adds to.
     """
 
     def __init__(self, order: Order, parameters: Mapping[str, nn.Parameter], parts: Sequence[Part], scores: Scores) -> None:
@@ -106,15 +116,15 @@ class _Pass:
         self._parts = {name: [part for part in parts if part.name == name] for name in parameters}
         self._curvature = dict[str, Tensor]()
 
-    def run(self, trial: Run, where: str) -> None:
+    def run(self, run: Run, where: str) -> None:
         """Runs it; `where` names the batch in messages."""
         if self._order in ("second", "mixed"):
-            examples = trial.examples()
+            examples = run.examples()
             for number, example in enumerate(examples):
                 note = partial(self._squares, 1 / len(examples), f"example {number} of {where}")
                 stream(example, self._parameters, note)
         if self._order != "second":
-            stream(trial.forward, self._parameters, partial(self._products, where))
+            stream(run.forward, self._parameters, partial(self._products, where))
 
     def _squares(self, factor: float, where: str, name: str, gradient: Tensor) -> None:
         squares = _full(gradient).square().mul_(factor)
@@ -131,7 +141,7 @@ class _Pass:
         self._note(where, name, products)
 
     def _note(self, where: str, name: str, products: Tensor) -> None:
-        """Adds what one parameter gives to the scores of its parts."""
+        """Adds the products of one parameter to the scores of its parts."""
         values = products if self._order in ("vector", "unit") else products.abs_()
         for part in self._parts[name]:
             along = part.along(values)

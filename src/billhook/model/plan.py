@@ -1,24 +1,34 @@
-"""The protocol of all plans: units, blocks, weights and KV heads alike."""
+"""Plans of what is done to a model: to its units, blocks, weights or KV heads."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from billhook.model.surgery import values_kept
 
 Weights = Mapping[str, Tensor]
 """New values of parameters, by the parameter's name."""
 
 
 class Plan(ABC):
-    """A change of a model, found and checked before it is made; `print` shows a table.
+    """A change of a model, found and checked before anything changes; `print` shows a table.
 
     A plan is plain data: it can be shown, saved as JSON and applied later, to the model that it was made for.
 
     Attributes:
-        kind: What the plan changes; JSON names it.
+        kind: The plan's kind in JSON.
         model: The name of the model's class.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> plain = bh.plan_units(model, {0: [0, 1]}).to_json()
+        >>> plain["kind"], bh.Plan.from_json(plain, model).to_json() == plain
+        ('units', True)
     """
 
     kind: ClassVar[str]
@@ -26,23 +36,23 @@ class Plan(ABC):
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as plain data, from which `Plan.from_json` makes it again; `"kind"` says which plan it is."""
+        """Returns the plan as plain data, from which `Plan.from_json` makes it again."""
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
-        """Makes a plan of any kind from what its `to_json` returned.
+        """Makes a plan of any kind from its plain data.
 
         Args:
-            plain: What `to_json` returned, also after it was written and read again.
+            plain: The result of `to_json`, also after it was written and read again.
             model: The model that the plan was made for, as it was then.
 
         Raises:
-            ValueError: If it is nothing of the kind, or was made for a model of another class or shape.
+            ValueError: If it is no such data, or was made for a model of another class or shape.
         """
         kinds = {plan.kind: plan for plan in _subclasses(cls) if "kind" in vars(plan)}
         kind = plain.get("kind") if isinstance(plain, Mapping) else None
         if kind not in kinds:
-            raise ValueError(f"plan: its kind is {kind!r}, and must be one of {', '.join(sorted(kinds))}, as to_json says it")
+            raise ValueError(f"plan: its kind is {kind!r}, and must be one of {', '.join(sorted(kinds))}, as to_json returns it")
         made: Self = kinds[kind]._read(plain, model)
         return made
 
@@ -68,6 +78,16 @@ def _subclasses(kind: type[Plan]) -> list[type[Any]]:
     return [kind, *(one for own in kind.__subclasses__() for one in _subclasses(own))]
 
 
+@contextmanager
+def starting_from(model: nn.Module, weights: Weights | None) -> Iterator[None]:
+    """Gives parameters new values, in place; the old ones come back if an error is raised within."""
+    pairs = [(model.get_parameter(name), value) for name, value in (weights or {}).items()]
+    with values_kept(parameter for parameter, _ in pairs):
+        for parameter, value in pairs:
+            parameter.data.copy_(value)
+        yield
+
+
 def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
     """Carries out a plan, in place; the model and the optimizers are as before if that fails.
 
@@ -75,12 +95,20 @@ def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimiz
 
     Args:
         model: The model that the plan was made for, as it is now.
-        plan: What `plan`, `plan_units`, `prune(dry_run=True)` or `Plan.from_json` returned.
+        plan: A plan of any kind, from `plan`, `plan_units`, `prune(dry_run=True)` or `Plan.from_json`.
         optimizers: The optimizer, or optimizers, that train the model; their state follows.
         weights: New values of parameters, in their sizes before, from which the plan starts, as `repair` returns them.
 
     Raises:
         ValueError: If the plan was not made for this model, or the model's code does not follow.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
+        >>> bh.apply(model, plan)
+        >>> model.num_parameters() == plan.parameters[1]
+        True
     """
     plan.check_made_for(model)
     plan.apply(model, [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers), weights)

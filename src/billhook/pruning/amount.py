@@ -1,8 +1,9 @@
-"""How much of a model goes: a ratio for each kind of unit, or one target."""
+"""How much of a model is removed: a ratio for each kind of unit, or one target."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from billhook.arguments import fraction, one_of, whole
 from billhook.units.units import Per, UnitKind
 
 Ranking = Literal["layer", "global"]
@@ -13,36 +14,46 @@ RATIOS: dict[str, tuple[UnitKind, Per]] = {
     "channels": ("channel", "head"),
     "residual": ("residual", "head"),
     "experts": ("expert", "head"),
+    "blocks": ("block", "head"),
 }
 TARGETS = ("params", "flops", "kv_cache_bytes", "bytes")
 
 
 @dataclass(frozen=True)
 class Amount:
-    """How much goes: a ratio for each kind of unit, or one target, for which the ratios are found that were left open.
+    """How much is removed: a ratio for each kind of unit, or one target, for which the ratios that were left open are found.
 
-    A ratio is a fraction in [0, 1) of the units that are there, of those in blocks that are not protected, rounded down. A target
-    is what is left at most: a number (int), or a fraction (float in 0..1) of what is there now. KV heads and channels go for it
-    in equal ratios, unless theirs is given; for `kv_cache_bytes` KV heads alone.
+    A ratio is a fraction in [0, 1) of the units that are there, in blocks that are not protected, rounded down. A target is the
+    most that may be left: a number (int), or a fraction (float in 0..1) of what is there now. KV heads and channels are removed
+    for it in equal ratios, unless theirs is given; for `kv_cache_bytes` KV heads alone.
 
     Args:
-        heads: Query heads, as many of each KV head.
-        kv_heads: KV heads, with the query heads that they serve; of a model without grouped queries, heads.
-        channels: Channels of feed-forward blocks.
-        residual: Channels of the residual stream (the hidden size).
-        experts: Experts, with their row of the router.
+        heads: Ratio of the query heads, as many of each KV head.
+        kv_heads: Ratio of the KV heads, with the query heads that they serve; of a model without grouped queries, of the heads.
+        channels: Ratio of the channels of feed-forwards.
+        residual: Ratio of the channels of the residual stream (the hidden size).
+        experts: Ratio of the experts, with their row of the router.
+        blocks: Ratio of the whole blocks of each stack, or their number (int); nothing else may be asked for with it.
         params: Target: parameters.
         flops: Target: operations of the forward pass, per token.
         kv_cache_bytes: Target: bytes that the key/value cache takes for each token.
         bytes: Target: bytes of all parameters.
-        ranking: `"layer"`: as many go in each layer, so that layers stay alike; `"global"`: the lowest of all layers, by kind.
-        first: Blocks at the beginning of each stack that keep their heads, channels and experts.
-        last: Blocks at the end of each stack that do.
-        round_to: The number of channels, of feed-forward and residual, that stay is a multiple of it.
-        min_units: How many units stay in each place, at least.
+        ranking: `"layer"`: as many are removed in each layer, so that layers stay alike; `"global"`: the lowest of all layers.
+        normalize: Whether the scores of each place are divided by their L2 norm, which matters for `ranking="global"` alone.
+        first: Blocks at the beginning of each stack that are kept, with their heads, channels and experts.
+        last: Blocks at the end of each stack that are kept.
+        round_to: The number of channels that remain, of feed-forwards and residual, is a multiple of it.
+        min_units: The fewest units that remain in each place.
 
     Raises:
-        ValueError: If a number is not legal, nothing is asked for, or two things that are contradict each other.
+        ValueError: If a number is not legal, nothing is asked for, or two requests contradict each other.
+
+    Example:
+        >>> import billhook as bh
+        >>> amount = bh.Amount(params=0.8, first=1, last=1)
+        >>> bh.Amount(heads=1.0)
+        Traceback (most recent call last):
+        ValueError: heads=1.0 must be a fraction of these units in [0, 1)
     """
 
     heads: float | None = None
@@ -50,11 +61,13 @@ class Amount:
     channels: float | None = None
     residual: float | None = None
     experts: float | None = None
+    blocks: int | float | None = None
     params: int | float | None = None
     flops: int | float | None = None
     kv_cache_bytes: int | float | None = None
     bytes: int | float | None = None
     ranking: Ranking = "layer"
+    normalize: bool = False
     first: int = 0
     last: int = 0
     round_to: int = 1
@@ -62,11 +75,17 @@ class Amount:
 
     def __post_init__(self) -> None:
         for name, ratio in self.ratios.items():
-            if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 <= ratio < 1:
-                raise ValueError(f"{name}={ratio!r} must be a fraction of these units in [0, 1)")
+            if name == "blocks" and type(ratio) is int:
+                whole(name, ratio, 0)
+            else:
+                fraction(name, ratio, of="these units")
         if self.heads is not None and self.kv_heads is not None:
             raise ValueError(f"heads={self.heads} and kv_heads={self.kv_heads}: give one, as a KV head takes its heads along")
         targets = [name for name in TARGETS if getattr(self, name) is not None]
+        if self.blocks is not None and (others := [*(name for name in self.ratios if name != "blocks"), *targets]):
+            raise ValueError(
+                f"blocks={self.blocks} and {others[0]}: blocks are planned alone, and the rest of the model after that"
+            )
         if len(targets) > 1:
             raise ValueError(f"{' and '.join(targets)}: give one target")
         if targets and not self.open:
@@ -78,15 +97,13 @@ class Amount:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or value <= 0 or (isinstance(value, float) and not value < 1):
                 raise ValueError(f"{name}={value!r} must be a whole number above 0, or a fraction in (0, 1) of what is there")
-        if self.ranking not in get_args(Ranking):
-            raise ValueError(f"ranking={self.ranking!r} must be one of {', '.join(get_args(Ranking))}")
+        one_of("ranking", self.ranking, Ranking)
         for name, least in {"first": 0, "last": 0, "round_to": 1, "min_units": 1}.items():
-            if type(getattr(self, name)) is not int or getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a whole number, {least} at least")
+            whole(name, getattr(self, name), least)
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The ratios that are given."""
+        """The given ratios."""
         return {name: getattr(self, name) for name in RATIOS if getattr(self, name) is not None}
 
     @property
@@ -96,7 +113,7 @@ class Amount:
 
     @property
     def open(self) -> tuple[str, ...]:
-        """The ratios that are found for the target."""
+        """Names of the ratios that are found for the target."""
         given = set(self.ratios) | ({"kv_heads"} if self.heads is not None else set())
         if self.target is None:
             return ()
@@ -106,5 +123,15 @@ class Amount:
 
     @property
     def asked(self) -> dict[str, tuple[UnitKind, Per]]:
-        """The ratios that matter, with the kind of unit and what there is a score for."""
+        """The ratios that matter, with the kind of unit and of score."""
         return {name: of for name, of in RATIOS.items() if self.ratios.get(name) or name in self.open}
+
+    @property
+    def kinds(self) -> list[UnitKind]:
+        """The kinds of units that are asked for, in one order on every rank."""
+        return list(dict.fromkeys(kind for kind, _ in self.asked.values()))
+
+    @property
+    def per(self) -> Per:
+        """The heads that have scores: query heads, or KV heads."""
+        return "head" if "heads" in self.asked else "kv_head"

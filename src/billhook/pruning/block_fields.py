@@ -1,4 +1,4 @@
-"""What a config says when blocks are gone: found by building the model's own class, not looked up."""
+"""Finds how a config says that blocks were removed, by building the model's own class; nothing is looked up."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,18 +14,18 @@ from billhook.model.config_fields import Fields, fields_of, with_fields
 TOGETHER = 3  # fields that say a number of blocks, at most
 
 Gone = Mapping[str, Sequence[int]]
-"""Blocks that go, by stack."""
+"""Removed blocks, by stack."""
 Numbers = dict[str, tuple[int, int]]
-"""Whole-number attributes, by their names then: what they are before, and then."""
+"""Whole-number attributes, by their new names: their values before and after."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """What a class builds from a config.
+    """A model as its class builds it from a config.
 
     Attributes:
-        tensors: The sizes of what `state_dict` holds.
-        said: What modules that hold parameters keep as attributes: numbers, strings, truth values, None.
+        tensors: The sizes of the tensors in `state_dict`.
+        said: Attributes of modules that hold parameters: numbers, strings, truth values, None.
     """
 
     tensors: dict[str, tuple[int, ...]]
@@ -34,10 +34,10 @@ class Built:
 
 @dataclass(frozen=True)
 class Then:
-    """How a model's config and attributes change when blocks go.
+    """How a model's config and attributes change when blocks are removed.
 
     Attributes:
-        fields: What fields of the config become.
+        fields: Fields of the config, with their new values.
         attributes: The attributes that number blocks.
     """
 
@@ -46,22 +46,22 @@ class Then:
 
 
 def find_then(model: PreTrainedModel, stacks: Mapping[str, int], gone: Gone) -> Then:
-    """Finds how the config says that blocks are gone, so that the model's class builds just those that stay.
+    """Finds how the config says that blocks are removed, so that the model's class builds just those that remain.
 
     - Lists with a value for each block: those without which the class does not build, or builds something else, when they are
-      shorter. They lose the values of the blocks that go.
+      shorter. They lose the values of the removed blocks.
     - Numbers of blocks, or one in a list of them: the fewest fields that, changed together, make the class build as many blocks,
       and all else as it is.
-    - Where the blocks that are then built are not those that stay, one more field: a number of first blocks, or a list of numbers
-      of blocks, as of those without experts.
+    - Where the blocks that are then built are not those that remain, one more field: a number of first blocks, or a list of
+      numbers of blocks, as of those without experts.
 
     Args:
         model: The model, with all blocks.
         stacks: How many blocks each stack has.
-        gone: The blocks that go.
+        gone: The removed blocks.
 
     Raises:
-        ValueError: If the config cannot say it: the message says which tensor or attribute would be another.
+        ValueError: If the config cannot say it: the message says which tensor or attribute would differ.
     """
     finder = _Finder(model, dict(stacks), gone)
     reasons = list[str]()
@@ -74,7 +74,7 @@ def find_then(model: PreTrainedModel, stacks: Mapping[str, int], gone: Gone) -> 
                 return Then(lists | fields, numbers)
             reasons.append(reason)
     raise ValueError(
-        f"blocks: the config of {type(model).__name__} cannot say that {finder.told} go: "
+        f"blocks: the config of {type(model).__name__} cannot say that {finder.words} are removed: "
         + next(filter(None, reasons), "no field of it says how many there are")
     )
 
@@ -82,7 +82,7 @@ def find_then(model: PreTrainedModel, stacks: Mapping[str, int], gone: Gone) -> 
 class _Finder:
     def __init__(self, model: PreTrainedModel, stacks: dict[str, int], gone: Gone) -> None:
         self.model, self.stacks, self.gone = model, stacks, gone
-        self.told = " and ".join(f"blocks {', '.join(map(str, own))} of {name}" for name, own in gone.items())
+        self.words = " and ".join(f"blocks {', '.join(map(str, own))} of {name}" for name, own in gone.items())
         self.fields = fields_of(model.config)
         now = self.build({})
         if now is None or any(_count(now.tensors, name) != count for name, count in stacks.items()):
@@ -91,7 +91,7 @@ class _Finder:
         self.wanted = {new: size for name, size in now.tensors.items() if (new := self.moved(name)) is not None}
 
     def build(self, fields: Fields) -> Built | None:
-        """What the class builds from the config with some fields changed, as it is read back; None if it does not accept it."""
+        """Builds the class from the config with some fields changed, as it is read back; None if the class refuses it."""
         try:
             config = with_fields(self.model.config, fields)
             shadow = build_on_meta(self.model, type(config).from_dict(config.to_dict()))
@@ -100,7 +100,7 @@ class _Finder:
         return Built({name: tuple(tensor.shape) for name, tensor in shadow.state_dict().items()}, dict(_said(shadow)))
 
     def moved(self, name: str) -> str | None:
-        """What a tensor or attribute is called then; None if it is gone."""
+        """Returns the new name of a tensor or attribute; None if it is removed."""
         if (stack := self._stack_of(name)) is None:
             return name
         place, rest = _place(name, stack)
@@ -108,9 +108,9 @@ class _Finder:
         return None if place in gone else f"{stack}.{place - sum(number < place for number in gone)}.{rest}"
 
     def lists(self) -> Iterator[Fields]:
-        """The lists with a value for each block, without those of blocks that go: all of them, then fewer.
+        """Yields the lists with a value for each block, without those of removed blocks: all of them, then fewer.
 
-        Where two stacks are as deep as each other, some are not of the one from which blocks go.
+        Where two stacks are equally deep, some lists do not belong to the one that loses blocks.
         """
         found: Fields = {}
         for (name, value), (stack, gone) in itertools.product(self.fields.items(), self.gone.items()):
@@ -121,9 +121,9 @@ class _Finder:
             yield from map(dict, itertools.combinations(found.items(), number))
 
     def counts(self, lists: Fields) -> tuple[list[Fields], str]:
-        """Fields that say how many blocks there are, and what they become: of several such, those with the fewest.
+        """Returns fields that say how many blocks there are, with their new values: of several such, those with the fewest.
 
-        Where there are none, what else would change, in words.
+        If there are none, it also says what else would change.
         """
         options = [
             (name, lower)
@@ -140,7 +140,7 @@ class _Finder:
         return [], reason
 
     def others(self, counts: Sequence[Fields]) -> Iterator[Fields]:
-        """One more field that may speak of single blocks, if any say how many there are: a number of first ones, or numbers."""
+        """Yields one more field that may name single blocks, if others count them: a number of first ones, or numbers."""
         if not counts:
             return
         for (name, value), (stack, gone) in itertools.product(self.fields.items(), self.gone.items()):
@@ -151,7 +151,7 @@ class _Finder:
                 yield {name: type(value)(left.index(number) for number in value if number in left)}
 
     def compare(self, built: Built | None) -> tuple[str, Numbers]:
-        """What of the blocks that stay is built otherwise, in words, and the numbers of blocks that change."""
+        """Describes the first difference in the remaining blocks, and returns the block numbers that change."""
         if built is None:
             return "its class does not accept it", {}
         if different := self._different(built):
@@ -170,7 +170,7 @@ class _Finder:
         return all(_count(built.tensors, stack) == self.stacks[stack] - len(gone) for stack, gone in self.gone.items())
 
     def _different(self, built: Built, outside: bool = False) -> str:
-        """The first tensor of another size than what stays, or only of those outside of blocks; in words."""
+        """Describes the first tensor whose size differs from what remains, or only of those outside of blocks."""
         for name in [*self.wanted, *built.tensors]:
             if outside and self._stack_of(name) is not None:
                 continue
@@ -180,7 +180,7 @@ class _Finder:
         return ""
 
     def _numbering(self, name: str, new: str, value: int, made: int) -> bool:
-        """Whether a whole number that would change says nothing but which block it is in, or how many blocks there are."""
+        """Tells whether a whole number that would change only says which block it is in, or how many blocks there are."""
         stack, counts = (
             self._stack_of(name),
             [(self.stacks[own], self.stacks[own] - len(gone)) for own, gone in self.gone.items()],
@@ -206,7 +206,7 @@ def _said(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _lowered(value: Any, count: int, by: int) -> list[Any]:  # noqa: ANN401 - any field of a config
-    """A number of blocks when some go; of a list of such numbers, as where there are stages, one of them."""
+    """Returns a number of blocks less the removed ones; of a list of such numbers, as of stages, one is changed."""
     if _is_number(value):
         return [value - by] if value == count else []
     if not isinstance(value, list | tuple) or not all(map(_is_number, value)):
@@ -215,7 +215,7 @@ def _lowered(value: Any, count: int, by: int) -> list[Any]:  # noqa: ANN401 - an
 
 
 def _place(name: str, stack: str) -> tuple[int, str]:
-    """A block's place in its stack, and what comes after it in a name."""
+    """Returns a block's place in its stack, and the rest of the name."""
     number, _, rest = name.removeprefix(f"{stack}.").partition(".")
     return int(number), rest
 

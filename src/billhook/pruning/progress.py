@@ -1,4 +1,4 @@
-"""How much of an amount is due, as it goes in parts: always of what there was at first, so that parts do not compound."""
+"""Divides an amount into parts: always of what there was at first, so that parts do not compound."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,17 +10,18 @@ from transformers import PreTrainedModel
 from billhook.model.figures import figures_of
 from billhook.pruning.amount import RATIOS, Amount
 from billhook.pruning.choice import choose_units, free, protected_places
-from billhook.units.channels import find_units, of_kind
-from billhook.units.units import Per, Units
+from billhook.tracing.trace import trace
+from billhook.units.find import of_kind, units_of
+from billhook.units.units import Units
 
 
 @dataclass(frozen=True)
 class First:
-    """What a model was before any of an amount had gone.
+    """A model before any part of an amount was removed.
 
     Attributes:
-        counts: By ratio and place, how many units there were of those that may go.
-        figure: What the target counts, if there is one.
+        counts: By ratio and place, the number of units that may be removed.
+        figure: The figure that the target limits, if there is one.
     """
 
     counts: dict[str, dict[str, int]]
@@ -28,21 +29,21 @@ class First:
 
     @classmethod
     def of(cls, model: PreTrainedModel, amount: Amount) -> "First":
-        """What a model is now."""
+        """Notes a model as it is now."""
         figure = getattr(figures_of(model), amount.target) if amount.target else None
         units = _units(model, amount)
         return cls(_counts(units, amount, protected_places(model, units, amount)), figure)
 
     def part(self, model: PreTrainedModel, amount: Amount, progress: float) -> Amount | None:
-        """What is due of an amount, in terms of the model as it is; None if nothing is.
+        """Returns the part of an amount that is due, in terms of the model as it is; None if nothing is.
 
         Args:
-            model: The model, of which some may have gone already.
+            model: The model, from which earlier parts may have been removed.
             amount: The whole amount.
-            progress: How much of it is due, in 0..1.
+            progress: How much of it is due by now, in 0..1.
 
         Returns:
-            What is due in ratios of what is left. Parts add up to the whole where the places of a kind have as many units each;
+            The part in ratios of what is left. Parts add up to the whole where the places of a kind have as many units each;
             else a place may have lost one more or less.
         """
         units = _units(model, amount)
@@ -61,13 +62,12 @@ class First:
         elif not any(changes.values()):
             return None
         due = replace(amount, **changes)
-        per: Per = "head" if "heads" in amount.asked else "kv_head"
-        flat = {name: torch.zeros(one.count(per)) for name, one in units.items()}
+        flat = {name: torch.zeros(one.count(amount.per)) for name, one in units.items()}
         return due if amount.target is not None or choose_units(units, flat, due, due.ratios, protected) else None
 
 
 def _units(model: PreTrainedModel, amount: Amount) -> dict[str, Units]:
-    return find_units(model, dict.fromkeys(kind for kind, _ in amount.asked.values()))
+    return units_of(model, trace(model), amount.kinds)
 
 
 def _counts(units: Mapping[str, Units], amount: Amount, protected: frozenset[str]) -> dict[str, dict[str, int]]:
@@ -79,5 +79,5 @@ def _counts(units: Mapping[str, Units], amount: Amount, protected: frozenset[str
 
 
 def first_from(plain: Mapping[str, Any] | None) -> First | None:
-    """What was saved of it."""
+    """Makes it from its saved fields."""
     return None if plain is None else First(plain["counts"], plain["figure"])

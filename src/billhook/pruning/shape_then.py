@@ -1,4 +1,4 @@
-"""What a model's attributes and config are when units are gone: as its class builds them, or found by trial on meta tensors."""
+"""Finds a model's attributes and config without some units: as its class builds them, or by trial on meta tensors."""
 
 import itertools
 from collections.abc import Collection, Iterator
@@ -11,64 +11,49 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import adapted, beneath, without_adapters
 from billhook.model.build import build_on_meta
-from billhook.model.config_fields import configs_of, field, set_fields, with_fields
+from billhook.model.config_fields import Fields, configs_of, field, set_fields, with_fields
 from billhook.model.meta import to_meta
 from billhook.model.shape import Shape, set_shape, shape_of
 from billhook.model.transformers_internals import set_attention
-from billhook.pruning.plan import Plan, counts
-from billhook.tracing.coupling import Structure
+from billhook.pruning.cuts import Cut
 from billhook.tracing.groups import Kind
 from billhook.tracing.trace import trace
-from billhook.units.channels import find_units
 from billhook.units.fields import FieldFinder
-from billhook.units.units import UnitKind
+from billhook.units.find import units_of
+from billhook.units.units import UnitKind, counts
 
 GROUPS = ".num_key_value_groups"
-"""What attentions are told of heads that have become fewer in place; the eager code of such families does not ask."""
+"""The attribute by which an attention says how many query heads share a KV head; the eager code of such families does not ask."""
 TRIALS = 256
-"""How many assignments of whole-number attributes are tried, at most."""
+"""The most assignments of whole-number attributes that are tried."""
 
 
-Fields = dict[str, int | None]
-"""Fields of a config, those of nested configs with dots, and their values."""
-
-
-def shapes_then(
-    model: PreTrainedModel,
-    structure: Structure,
-    plan: Plan,
-    now: Shape,
-    tensors: dict[str, tuple[int, ...]],
-    finder: FieldFinder | None = None,
-) -> Iterator[tuple[Shape, Fields]]:
-    """Shapes that the model might have then, the likeliest first: as its class builds it, or with attributes that are tried.
-
-    `finder` is one of the model, or of one like it, that remembers what it has built.
-    """
-    usual = _build_shape(model, {})
+def shapes_then(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Fields]]:
+    """Yields shapes that the model may have then, the likeliest first: as its class builds it, or with attributes by trial."""
+    now, tensors, usual = shape_of(model), _sizes_then(model, cut), _build_shape(model, {})
     if adapted(model):
-        built, fields = _beneath_adapters(model, plan, usual, now, tensors)
+        built, fields = _beneath_adapters(model, cut, usual, now, tensors)
     else:
-        fields = _fields(model, structure, plan, finder or FieldFinder(model)) if usual.tensors == now.tensors else {}
+        fields = _fields(model, cut) if usual.tensors == now.tensors else {}
         built = _built(model, fields, usual, now, tensors) if fields else None
     if built is not None:
         yield built, fields
         return
     eager = all(usual.attributes.get(name) == value for name, value in now.attributes.items() if name.endswith(GROUPS))
-    for changed in ({}, _heads_said(model, plan)):  # some code asks the config in the middle of a forward
-        for attributes in itertools.islice(_assignments(model, plan, now, tensors), TRIALS):
+    for changed in ({}, _heads_said(model, cut)):  # some code asks the config in the middle of a forward
+        for attributes in itertools.islice(_assignments(model, cut, now, tensors), TRIALS):
             shape = Shape(tensors, now.attributes | attributes, now.config)
-            if _runs(model, plan, shape, changed, eager):
+            if _runs(model, cut, shape, changed, eager):
                 yield shape, changed
 
 
 def _beneath_adapters(
-    model: PreTrainedModel, plan: Plan, usual: Shape, now: Shape, tensors: dict[str, tuple[int, ...]]
+    model: PreTrainedModel, cut: Cut, usual: Shape, now: Shape, tensors: dict[str, tuple[int, ...]]
 ) -> tuple[Shape | None, Fields]:
-    """The same of a model with LoRA, from what its class builds beneath that."""
+    """Finds the shape of a model with LoRA, from what its class builds beneath that."""
     base, layers = without_adapters(model), adapted(model)
     before = shape_of(base)
-    fields = _fields(base, trace(base), plan, FieldFinder(base)) if usual.tensors == before.tensors else {}
+    fields = _fields(base, cut) if usual.tensors == before.tensors else {}
     plain = {name.replace(".base_layer.", "."): size for name, size in tensors.items() if ".lora_" not in name}
     built = _built(base, fields, usual, before, plain) if fields else None
     if built is None:
@@ -77,13 +62,14 @@ def _beneath_adapters(
     return Shape(tensors, now.attributes | attributes, now.config), fields
 
 
-def _fields(model: PreTrainedModel, structure: Structure, plan: Plan, finder: FieldFinder) -> Fields:
-    """What the config's fields would be, if they can say it: as many units of a kind everywhere."""
-    leaves = {leaf for one in find_units(model, _kinds(plan), structure).values() for leaf in one.leaves}
+def _fields(model: PreTrainedModel, cut: Cut) -> Fields:
+    """Returns the config's fields with their new values, if they can say them: as many units of a kind everywhere."""
+    structure, finder = trace(model), FieldFinder(model)
+    leaves = {leaf for one in units_of(model, structure, _kinds(cut)).values() for leaf in one.leaves}
     groups = [group for group in structure.groups if group.leaf in leaves]
-    changes: dict[str, int | None] = {}
-    for kind in _kinds(plan):
-        steps = _steps(plan, kind)
+    changes: Fields = {}
+    for kind in _kinds(cut):
+        steps = _steps(cut, kind)
         if steps is None:
             return {}
         for kinds, size, count in steps:
@@ -99,27 +85,26 @@ def _fields(model: PreTrainedModel, structure: Structure, plan: Plan, finder: Fi
     return changes
 
 
-def _kinds(plan: Plan) -> list[UnitKind]:
-    return list(dict.fromkeys(plan.kinds.values()))
+def _kinds(cut: Cut) -> list[UnitKind]:
+    return list(dict.fromkeys(cut.kinds.values()))
 
 
-def _steps(plan: Plan, kind: UnitKind) -> list[tuple[tuple[Kind, ...], int, int]] | None:
-    """How many units there are of the kinds of groups that a kind of unit is made of, and then; None where layers differ."""
-    places = [name for name, own in plan.kinds.items() if own == kind]
-    before, after = ({numbers[name] for name in places} for numbers in (plan.before, plan.after))
+def _steps(cut: Cut, kind: UnitKind) -> list[tuple[tuple[Kind, ...], int, int]] | None:
+    """Returns the kinds of groups that a kind of unit is made of, each with its size before and after; None if layers differ."""
+    places = [name for name, own in cut.kinds.items() if own == kind]
+    before, after = ({numbers[name] for name in places} for numbers in (cut.before, cut.after))
     if len(before) != 1 or len(after) != 1:
         return None if before != after else []
     if kind != "head":
+        assert kind != "block"
         return [((kind,), before.pop()[0], after.pop()[0])]
     (query, kv), (query_then, kv_then) = before.pop(), after.pop()
     return [(("kv_head", "head"), kv, kv_then), (("query_head",), query // kv, query_then // kv_then)]
 
 
-def _heads_said(model: PreTrainedModel, plan: Plan) -> Fields:
-    """The fields of the config that are numbers of heads, as they would be then; none where layers differ."""
-    before, after = (
-        {numbers[name] for name, kind in plan.kinds.items() if kind == "head"} for numbers in (plan.before, plan.after)
-    )
+def _heads_said(model: PreTrainedModel, cut: Cut) -> Fields:
+    """Returns the fields of the config that are numbers of heads, with their new values; none if layers differ."""
+    before, after = ({numbers[name] for name, kind in cut.kinds.items() if kind == "head"} for numbers in (cut.before, cut.after))
     if len(before) != 1 or len(after) != 1:
         return {}
     becomes = dict(zip(before.pop(), after.pop(), strict=True))
@@ -127,7 +112,7 @@ def _heads_said(model: PreTrainedModel, plan: Plan) -> Fields:
 
 
 def _built(model: PreTrainedModel, fields: Fields, usual: Shape, now: Shape, tensors: dict[str, tuple[int, ...]]) -> Shape | None:
-    """What the model's class builds from a changed config, if it has these tensors."""
+    """Returns the shape that the model's class builds from a changed config, if it has these tensors."""
     try:
         built = _build_shape(model, fields)
     except Exception:  # whatever a class of configs or models raises
@@ -139,16 +124,16 @@ def _built(model: PreTrainedModel, fields: Fields, usual: Shape, now: Shape, ten
 
 
 def _build_shape(model: PreTrainedModel, fields: Fields) -> Shape:
-    """The shape of what the model's class builds from its config with some fields changed."""
+    """Builds the model's class from its config with some fields changed, and returns its shape."""
     config = with_fields(model.config, fields)
     type(config).from_dict(config.to_dict())  # which refuses what its class does not allow
     return shape_of(build_on_meta(model, config))
 
 
-def _assignments(model: PreTrainedModel, plan: Plan, now: Shape, tensors: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
-    """Values of whole-number attributes, the likeliest first: of few attributes another meaning than that."""
+def _assignments(model: PreTrainedModel, cut: Cut, now: Shape, tensors: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:
+    """Yields values of whole-number attributes, the likeliest first: few attributes with another meaning than the likeliest."""
     certain = _certain(model, tensors)
-    options = _meanings(model, plan, now, tensors, certain)
+    options = _meanings(model, cut, now, tensors, certain)
     for count in range(len(options) + 1):
         for others in itertools.combinations(range(len(options)), count):
             some = (own[1:] if number in others else own[:1] for number, own in enumerate(options))
@@ -157,7 +142,7 @@ def _assignments(model: PreTrainedModel, plan: Plan, now: Shape, tensors: dict[s
 
 
 def _certain(model: PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Attributes that say the size of a tensor."""
+    """Returns the attributes that say the size of a tensor."""
     certain: dict[str, int] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
@@ -173,13 +158,13 @@ def _certain(model: PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dic
 
 
 def _meanings(
-    model: PreTrainedModel, plan: Plan, now: Shape, tensors: dict[str, tuple[int, ...]], certain: Collection[str]
+    model: PreTrainedModel, cut: Cut, now: Shape, tensors: dict[str, tuple[int, ...]], certain: Collection[str]
 ) -> list[list[dict[str, int]]]:
-    """What the attributes of the places become, by what they may mean: the same wherever a class has them.
+    """Returns new values of the attributes of places, by what they may mean: the same wherever a class has them.
 
     So the number of a layer is not taken for a number of heads, nor that for how many query heads a KV head serves.
     """
-    numbers = {name: _numbers(plan, name, now, tensors) for name in plan.before}
+    numbers = {name: _numbers(cut, name, now, tensors) for name in cut.before}
     alone = {name: _alone(model, name) for name in numbers}
     places: dict[tuple[type, str, UnitKind], list[tuple[str, str]]] = {}
     for key in now.attributes:
@@ -187,7 +172,7 @@ def _meanings(
         if inside and key not in certain:
             owner, _, attr = key.rpartition(".")
             name = max(inside, key=lambda name: len(alone[name]))
-            places.setdefault((type(model.get_submodule(owner)), attr, plan.kinds[name]), []).append((key, name))
+            places.setdefault((type(model.get_submodule(owner)), attr, cut.kinds[name]), []).append((key, name))
     found = []
     for (_, attr, _), own in places.items():
         means = [m for m in numbers[own[0][1]] if all(numbers[n].get(m, (0, 0))[0] == now.attributes[k] for k, n in own)]
@@ -201,13 +186,13 @@ def _meanings(
 
 
 def _prefix(place: str) -> str:
-    """What the names of all that is in a place start with; what comes after a space is its kind."""
+    """Returns the prefix of all names in a place; after a space stands its kind."""
     module = place.partition(" ")[0]
     return f"{module}." if module else ""
 
 
 def _alone(model: PreTrainedModel, place: str) -> str:
-    """What the names start with of all that is in the outermost module that holds a place and no parameter beside it."""
+    """Returns the prefix of the outermost module that contains this place and no other parameters."""
     prefix = _prefix(place)
     while "." in prefix[:-1]:
         outer = prefix[:-1].rpartition(".")[0]
@@ -217,11 +202,11 @@ def _alone(model: PreTrainedModel, place: str) -> str:
     return prefix
 
 
-def _numbers(plan: Plan, place: str, now: Shape, tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    """Numbers of units, and sizes of tensors, before and then; the last word of a number of units is one for its name."""
-    before, after = plan.before[place], plan.after[place]
-    numbers: dict[str, tuple[int, int]] = {plan.kinds[place]: (before[0], after[0])}
-    if plan.kinds[place] == "head":
+def _numbers(cut: Cut, place: str, now: Shape, tensors: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
+    """Returns numbers of units and sizes of tensors, before and after; the last word of a key may be in an attribute's name."""
+    before, after = cut.before[place], cut.after[place]
+    numbers: dict[str, tuple[int, int]] = {cut.kinds[place]: (before[0], after[0])}
+    if cut.kinds[place] == "head":
         numbers |= {"kv head": (before[1], after[1]), "group": (before[0] // before[1], after[0] // after[1])}
     prefix = _prefix(place)
     for name, size in now.tensors.items():
@@ -235,7 +220,7 @@ def _numbers(plan: Plan, place: str, now: Shape, tensors: dict[str, tuple[int, .
 
 
 def _says(module: nn.Module) -> dict[str, int]:
-    """Which attributes of a layer say the size of which dimension of its weight: what it takes, and what it gives."""
+    """Returns the attributes of a layer that say a size of its weight, and of which dimension: its inputs, and its outputs."""
     if isinstance(module, nn.Linear):
         return {"in_features": 1, "out_features": 0}
     if isinstance(module, Conv1D):
@@ -243,27 +228,27 @@ def _says(module: nn.Module) -> dict[str, int]:
     return {"num_embeddings": 0, "embedding_dim": 1} if isinstance(module, nn.Embedding) else {}
 
 
-def _runs(model: PreTrainedModel, plan: Plan, shape: Shape, fields: Fields, eager: bool) -> bool:
-    """Whether the model's code runs with a shape, on meta tensors, and has the units that are planned."""
+def _runs(model: PreTrainedModel, cut: Cut, shape: Shape, fields: Fields, eager: bool) -> bool:
+    """Tells whether the model's code runs with a shape, on meta tensors, and has the planned units."""
     shadow = to_meta(model)
     set_shape(shadow, shape)
     set_fields(shadow.config, fields)
     try:
-        units = find_units(shadow, _kinds(plan))
-        for config in configs_of(shadow) if eager else ():  # what a faster implementation does not ask for, others do
+        units = units_of(shadow, trace(shadow), _kinds(cut))
+        for config in configs_of(shadow) if eager else ():  # other implementations may ask for what a faster one does not
             set_attention(config, "eager")
         trace(shadow)
     except ValueError:
         return False
-    expected = {name: left for name, left in plan.after.items() if name in units or max(left) > 1}  # one alone is no group
+    expected = {name: left for name, left in cut.after.items() if name in units or max(left) > 1}  # one alone is no group
     return {name: counts(one) for name, one in units.items()} == expected
 
 
-def sizes_then(model: PreTrainedModel, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """The sizes of all tensors then, also of those that are the same under another name."""
+def _sizes_then(model: PreTrainedModel, cut: Cut) -> dict[str, tuple[int, ...]]:
+    """Returns the sizes of all tensors after the cut, also of those that are the same under another name."""
     first = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     sizes = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         own = first.get(id(tensor), name)
-        sizes[name] = tuple(len(plan.cuts.get((own, d), range(n))) for d, n in enumerate(tensor.shape))
+        sizes[name] = tuple(len(cut.cuts.get((own, d), range(n))) for d, n in enumerate(tensor.shape))
     return sizes

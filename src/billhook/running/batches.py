@@ -135,9 +135,10 @@ def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) ->
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         decoder = getattr(model, "get_decoder", lambda: None)()
     inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
-    first, second = batch.get("attention_mask"), _decoder_mask(batch)
+    pair = (batch.get("attention_mask"), _decoder_mask(batch))
+    first, second = (mask.bool() if _is_mask(mask) else None for mask in pair)  # modules with the same tokens share one tensor
     masks = {name: second if module in inside else first for name, module in modules.items()}
-    return {name: one.bool() for name, one in masks.items() if _is_mask(one)}
+    return {name: one for name, one in masks.items() if one is not None}
 
 
 def _on_device(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401

@@ -1,4 +1,9 @@
-"""The blocks of a model: which module lists hold them, and what it computes without some of them."""
+"""Finds the blocks of a model, by the module lists that hold them, and lets it compute without some of them.
+
+A block takes hidden states and returns others of the same shape, which the next block takes. That is seen by running the model,
+not by its structure: stages that change the shape are module lists too. Calibration (`running/walk.py`) asks for less, that
+linears in one element of a list run before those in the next, so it has a wider definition that needs no run.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,28 +14,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from billhook.model.find import find_transformer
 from billhook.running.answers import small_inputs
 from billhook.running.undisturbed import resting
 
-Chosen = Mapping[str, Iterable[int]] | Iterable[int]
-"""Blocks by stack, or those of the only one."""
-
 
 @dataclass(frozen=True, eq=False)
 class _Call:
-    """A block was called with hidden states, and gave others of their shape, or None."""
+    """One call of a block: the hidden states it was given, and those of the same shape that it returned, if any."""
 
     given: Tensor
     returned: Tensor | None
 
 
 def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> dict[str, nn.ModuleList]:
-    """The stacks of blocks of a model: by name, the outermost module lists whose modules hand hidden states on, one to the next.
+    """Finds the stacks of blocks of a model: the outermost module lists whose modules hand hidden states on, one to the next.
 
-    The model is run once. Every module of such a list gives hidden states of the shape that it takes, so that stages which make
-    them wider or shorter are no blocks, and what is within them may be.
+    The model is run once. Every module of such a list returns hidden states of the shape that it is given, so that stages which
+    make them wider or shorter are no blocks, and lists within them may be.
 
     Args:
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
@@ -47,8 +50,8 @@ def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = Non
         with _watching(lists) as calls, resting(subject), torch.no_grad():
             subject(**inputs)
     except Exception as error:  # whatever a model's own code raises
-        told = f"{type(subject).__name__} does not run with inputs {', '.join(inputs)}: {type(error).__name__}: {error}"
-        raise ValueError(f"model: {told}") from error
+        what = f"{type(subject).__name__} does not run with inputs {', '.join(inputs)}"
+        raise ValueError(f"model: {what}: {type(error).__name__}: {error}") from error
     found: dict[str, nn.ModuleList] = {}
     for name, stack in lists.items():  # outer ones come first
         if not any(name.startswith(f"{outer}.") for outer in found) and _is_stack(calls[name], len(stack)):
@@ -59,7 +62,7 @@ def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = Non
 
 
 def block_of(name: str, stacks: Mapping[str, Sequence[nn.Module] | nn.ModuleList]) -> tuple[str, int] | None:
-    """The stack in which a module or parameter is, and its block's place there, from 0; None if it is in none.
+    """Returns the stack in which a module or parameter is, and its block's place there, from 0; None if it is in none.
 
     Args:
         name: Its name.
@@ -71,61 +74,45 @@ def block_of(name: str, stacks: Mapping[str, Sequence[nn.Module] | nn.ModuleList
     return None
 
 
-def check_blocks(stacks: Mapping[str, nn.ModuleList], chosen: Chosen) -> dict[str, list[int]]:
-    """Blocks by the names of their stacks, ascending; only stacks of which there are any.
+def skip(model: nn.Module, blocks: Mapping[str, Iterable[int]]) -> tuple[list[RemovableHandle], dict[tuple[str, int], int]]:
+    """Lets a model compute without some blocks: each returns the hidden states that it is given, instead of its own.
 
-    Raises:
-        ValueError: If there is no such stack or block, or none would be left in a stack.
+    Args:
+        model: The model.
+        blocks: The blocks, by the name of their stack.
+
+    Returns:
+        Handles that let the blocks act again, and how often each has been called so far, by stack and number.
     """
-    told = ", ".join(f"{name} ({len(stack)} blocks)" for name, stack in stacks.items())
-    if not isinstance(chosen, Mapping):
-        if len(stacks) > 1:
-            raise ValueError(f"blocks: say of which stack, as {{name: [numbers]}}; there are {told}")
-        chosen = {next(iter(stacks)): chosen}
-    named: dict[str, list[int]] = {}
-    for name, given in chosen.items():
-        numbers = list(given)
-        if name not in stacks:
-            raise ValueError(f"blocks: there is no stack {name!r}; there are {told}")
-        count = len(stacks[name])
-        if wrong := [number for number in numbers if type(number) is not int or not 0 <= number < count]:
-            raise ValueError(f"blocks: {name} has no block {wrong[0]!r}; it has 0 to {count - 1}")
-        if len(set(numbers)) == count:
-            raise ValueError(f"blocks: {name} would be left without blocks; at least one of its {count} must stay")
-        if numbers:
-            named[name] = sorted(set(numbers))
-    return named
+    runs = {(name, number): 0 for name, numbers in blocks.items() for number in numbers}
+    handles = []
+    for name, number in runs:
+        block = model.get_submodule(f"{name}.{number}")
+        handles.append(block.register_forward_hook(partial(_skip, runs, (name, number)), with_kwargs=True))
+    return handles, runs
 
 
 @contextmanager
-def skipping(stacks: Mapping[str, nn.ModuleList], blocks: Mapping[str, Iterable[int]]) -> Iterator[dict[tuple[str, int], int]]:
-    """Lets a model compute without some blocks: each gives the hidden states that it takes, in the place of its own.
-
-    Args:
-        stacks: What `find_blocks` found.
-        blocks: The blocks, by stack.
-
-    Yields:
-        How often each of them has been called so far, by stack and number.
-    """
-    runs = {(name, number): 0 for name, numbers in blocks.items() for number in numbers}
-    with ExitStack() as hooks:
-        for name, number in runs:
-            hook = partial(_skip, runs, (name, number))
-            hooks.callback(stacks[name][number].register_forward_hook(hook, with_kwargs=True).remove)
+def skipping(model: nn.Module, blocks: Mapping[str, Iterable[int]]) -> Iterator[dict[tuple[str, int], int]]:
+    """Skips blocks as `skip` does, for as long as the `with` block lasts, and yields how often each has been called."""
+    handles, runs = skip(model, blocks)
+    try:
         yield runs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def hidden_states(values: Iterable[Any], shape: torch.Size | None = None) -> Tensor | None:
-    """The first of some values that can be hidden states: real numbers of two dimensions or more, of a shape if one is said."""
+    """Returns the first value that can be hidden states: real numbers of two dimensions or more, of a shape if one is given."""
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 and shape in (None, value.shape):
             return value
     return None
 
 
-def returned_states(given: Tensor, output: Any) -> Tensor | None:  # noqa: ANN401 - whatever a block gives
-    """The hidden states in what a block gives for hidden states; None if there are none of their shape."""
+def returned_states(given: Tensor, output: Any) -> Tensor | None:  # noqa: ANN401 - whatever a block returns
+    """Returns the hidden states in the output of a block; None if none have the shape of those that it was given."""
     return hidden_states([output] if isinstance(output, Tensor) else _several(output), given.shape)
 
 
@@ -151,7 +138,7 @@ def _several(output: Any) -> Iterable[Any]:  # noqa: ANN401
 
 @contextmanager
 def _watching(lists: Mapping[str, nn.ModuleList]) -> Iterator[dict[str, list[tuple[int, _Call]]]]:
-    """Notes calls of the modules of lists, each with its place in the list."""
+    """Notes calls of the modules in lists, each with its place in the list."""
     calls: dict[str, list[tuple[int, _Call]]] = {name: [] for name in lists}
 
     def note(name: str, number: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401

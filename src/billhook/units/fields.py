@@ -1,27 +1,28 @@
-"""Which fields of a config say how many units there are: found by building the model's own class, not looked up."""
+"""Finds the fields of a config that say how many units there are, by building the model's own class; none is looked up."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, partial
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import fields_of, with_fields
+from billhook.model.memory import remembered
 from billhook.tracing.axes import leaves
 from billhook.tracing.groups import Group, times
 from billhook.tracing.trace import trace
 
 TOGETHER = 3  # fields that must change at once, at most
-TRIED, SHOWN = 512, 4  # numbers of units, when it is asked which ones a config accepts
+TRIED, SHOWN = 512, 4  # numbers of units that a config may accept: the most that are tried, and returned
 
 Places = dict[tuple[str, int], int]
 """Sizes of dimensions of parameters: (parameter, dimension) -> size."""
 
 
 class FieldFinder:
-    """Finds config fields by changing them; what has been built once is remembered.
+    """Finds config fields by changing them; fields once found are remembered for all models alike.
 
     Args:
         model: The model, on any device.
@@ -31,22 +32,18 @@ class FieldFinder:
         self.model = model
         self.now = _places(model)
         self._built: dict[tuple[tuple[str, int], ...], Places | None] = {}
-        self._found: dict[tuple[int, ...], tuple[str, ...]] = {}
 
     def find(self, groups: Sequence[Group]) -> tuple[str, ...]:
-        """The fields that, changed together, give all these groups fewer units and change nothing else.
+        """Finds the fields that, changed together, give all these groups fewer units and change nothing else.
 
         Args:
-            groups: Groups of one size, of which all get as many units.
+            groups: Groups of one size, which all get as many units.
 
         Returns:
-            Names of fields, those of nested configs with dots, also such as must be said since what they follow from changes;
+            Names of fields, those of nested configs with dots, with such as must be given because others change that they follow;
             nothing if no fields do that.
         """
-        key = tuple(group.number for group in groups)
-        if key not in self._found:
-            self._found[key] = self._find_new(groups)
-        return self._found[key]
+        return remembered(partial(self._find_new, groups), self.model, "fields", *(group.number for group in groups))
 
     def _find_new(self, groups: Sequence[Group]) -> tuple[str, ...]:
         before = groups[0].size
@@ -58,11 +55,11 @@ class FieldFinder:
         return found or (self._find(said, wanted, groups, after, self._defaults) if self._defaults else ())
 
     def counts(self, size: int, fields: Sequence[str]) -> tuple[int, ...]:
-        """How many units of `size` there may be by the class of the config, which may refuse some: the highest few below.
+        """Returns numbers of units that the class of the config accepts: the highest few below `size`.
 
         Args:
             size: Units now.
-            fields: What `find` has found.
+            fields: The fields, as `find` returns them.
         """
         found: list[int] = []
         for count in range(size - 1, max(size - TRIED, 1) - 1, -1):
@@ -73,10 +70,10 @@ class FieldFinder:
         return tuple(found)
 
     def values(self, size: int, fields: Sequence[str], count: int) -> dict[str, int]:
-        """What the fields are when there are `count` units instead of `size`; what is open beside others keeps its default."""
+        """Returns the fields for `count` units instead of `size`; a field left open next to others keeps its default."""
         said = {name: value for name, value in _numbers(self.model.config) if name in fields}
-        beside = {} if all(value is None for value in said.values()) else self._defaults
-        return {name: beside.get(name, count) if v is None else v // size * count for name, v in said.items()}
+        open_ones = {} if all(value is None for value in said.values()) else self._defaults
+        return {name: open_ones.get(name, count) if v is None else v // size * count for name, v in said.items()}
 
     def _accepted(self, values: dict[str, int]) -> bool:
         config = with_fields(self.model.config, values)
@@ -88,7 +85,7 @@ class FieldFinder:
 
     @cached_property
     def _defaults(self) -> dict[str, int]:
-        """What the class takes instead of fields that are left open, where parameters follow from it."""
+        """The defaults of fields that are left open, where parameters follow from them."""
         found: dict[str, int] = {}
         for name, value in _numbers(self.model.config):
             if value is None and (changed := self._changed({name: 2})):
@@ -114,7 +111,7 @@ class FieldFinder:
         return ()
 
     def _means(self, values: dict[str, int], groups: Sequence[Group], after: int) -> bool:
-        """Whether the units have become fewer, and not something else of the same widths (heads as wide as half a head)."""
+        """Tells whether the units have become fewer, and not others of the same widths (as heads half as wide)."""
         try:
             axes = trace(build_on_meta(self.model, with_fields(self.model.config, values))).axes
         except ValueError:
@@ -128,7 +125,7 @@ class FieldFinder:
         return True
 
     def _changed(self, values: dict[str, int]) -> Places | None:
-        """What another assignment of fields changes; None where the class does not accept it or has other parameters then."""
+        """Returns the sizes that an assignment of fields changes; None if the class refuses it or has other parameters then."""
         key = tuple(sorted(values.items()))
         if key not in self._built:
             self._built[key] = self._build(values)
@@ -149,7 +146,7 @@ def _places(model: nn.Module) -> Places:
 
 
 def _wanted(groups: Sequence[Group], fewer: int) -> Places:
-    """The sizes of all dimensions that change, when each group has so many units fewer."""
+    """Returns the sizes of all dimensions that change when each group has so many units fewer."""
     return {
         (member.name, member.dim): member.axis.size - fewer * times(member.axis, group.leaf)
         for group in groups
@@ -158,8 +155,6 @@ def _wanted(groups: Sequence[Group], fewer: int) -> Places:
     }
 
 
-def _numbers(config: PretrainedConfig) -> Iterator[tuple[str, int | None]]:
-    """Yields the whole numbers in a config, and what could be one but is left open."""
-    for name, value in fields_of(config).items():
-        if value is None or (type(value) is int and value > 1):
-            yield name, value
+def _numbers(config: PretrainedConfig) -> list[tuple[str, int | None]]:
+    """Returns the whole numbers in a config, and fields that could be one but are left open."""
+    return [(name, value) for name, value in fields_of(config).items() if value is None or (type(value) is int and value > 1)]

@@ -1,14 +1,16 @@
-"""Gates on heads: each head's output is multiplied by a number before anything reads it (1905.10650, section 2.2, equation 1).
+"""Gates on units: the output of each unit is multiplied by a number before anything reads it.
 
-MHAtt(x, q) = sum over h of gate_h Att_h(x, q): a gate of 1 leaves the model as it is, a gate of 0 takes the head out. A gate
-stands before the module that reads the heads, so that it does not matter how the attention is computed. Code that torch.compile
-has made knows nothing of gates that come or go later, so it is made anew then.
+"Are Sixteen Heads Really Better than One?" (Michel, Levy & Neubig, 2019, https://arxiv.org/abs/1905.10650), section 2.2,
+equation 1: MHAtt(x, q) = sum over h of gate_h Att_h(x, q). A gate of 1 leaves the model as it is, a gate of 0 removes the head;
+channels of a feed-forward are gated alike. A gate stands before the module that reads the units, so that it does not matter how
+they are computed. Code that torch.compile has made knows nothing of gates that are placed or removed later, so it is compiled
+again then.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,19 +18,20 @@ from torch.utils.hooks import RemovableHandle
 
 from billhook.model.find import find_transformer
 from billhook.tracing.trace import Inputs
-from billhook.units.heads import Chosen, check_layers, find_heads
-from billhook.units.units import Per, Units
+from billhook.units.blocks import skip
+from billhook.units.find import Chosen, find_units, numbered
+from billhook.units.units import PLURAL, Per, UnitKind, Units
 
 
 class Gate:
-    """A forward pre-hook that multiplies each head by its gate.
+    """A forward pre-hook that multiplies each unit by its gate.
 
     Args:
-        values: One number a head, float32.
-        index: For each position of the input, the head that it belongs to, -1 if to none.
+        values: One number for each unit, float32.
+        index: For each position of the input, the unit that it belongs to, -1 if to none.
 
     Attributes:
-        keeps_shapes: What it returns has the shape that it was given, so a trace may leave it out.
+        keeps_shapes: It returns inputs of the same shape, so a trace may leave it out.
     """
 
     keeps_shapes = True
@@ -37,26 +40,26 @@ class Gate:
         self.values, self.index = values, index
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The inputs, gated."""
+        """Returns the inputs, gated."""
         inputs, *rest = args
         values = torch.cat([self.values, self.values.new_ones(1)]).to(inputs.device)
         gates = values[self.index.to(inputs.device)]
         return (inputs * gates.to(inputs.dtype), *rest)
 
 
-class HeadMask:
-    """Heads that are masked until `remove` is called, or until the end of a `with` block.
+class Mask:
+    """Units that are masked until `remove` is called, or until the end of a `with` block.
 
     Attributes:
-        heads: The masked heads by the name of their attention.
+        units: The masked units by place; of an attention, query heads.
     """
 
-    def __init__(self, heads: dict[str, list[int]], handles: list[RemovableHandle]) -> None:
-        self.heads, self._handles = heads, handles
+    def __init__(self, units: dict[str, list[int]], handles: list[RemovableHandle]) -> None:
+        self.units, self._handles = units, handles
 
     def remove(self) -> None:
-        """Lets the heads act again; nothing of the mask is left on the model."""
-        _take_away(self._handles)
+        """Lets the units act again; nothing of the mask is left on the model."""
+        _remove(self._handles)
         self._handles = []
 
     def __enter__(self) -> Self:
@@ -66,94 +69,137 @@ class HeadMask:
         self.remove()
 
 
+class Planned(Protocol):
+    """A plan of units, as `plan` and `plan_units` return it."""
+
+    @property
+    def units(self) -> Mapping[str, list[int]]:
+        """The chosen units by place."""
+
+    @property
+    def kinds(self) -> Mapping[str, UnitKind]:
+        """The kind of each place."""
+
+
 @contextmanager
-def head_gates(model: nn.Module, per: Per = "head", example_inputs: Inputs | None = None) -> Iterator[dict[str, Tensor]]:
-    """Puts a differentiable gate on every head, for as long as the `with` block lasts.
+def gates(model: nn.Module, units: Mapping[str, Units], per: Per = "head") -> Iterator[dict[str, Tensor]]:
+    """Puts a differentiable gate on every unit, for as long as the `with` block lasts.
 
     Args:
-        model: A Hugging Face model, also with LoRA attached or inside another module; or any module, with `example_inputs`.
-        per: One gate for each `"head"` (query head), or for each `"kv_head"` with the query heads that it serves.
-        example_inputs: As in `trace`.
+        model: The model, or a module that holds it.
+        units: Units that modules of their own read, as heads and channels: `find_units(model, "head")`.
+        per: For heads, one gate for each `"head"` (query head), or for each `"kv_head"` with the query heads that it serves.
 
-    Returns:
-        By the name of each attention, in the order in which they run, its gates: float32, `[heads]`, all 1, leaves that require
-        gradients. They are no parameters of the model.
+    Yields:
+        By place, its gates: float32, `[units]`, all 1, leaves that require gradients. They are no parameters of the model.
 
     Raises:
-        ValueError: If the model has no attention, or one whose heads no module of its own reads; or if `per` is
-            not legal.
+        ValueError: If no module of its own reads the units of a place, as of experts and blocks; or if `per` is not legal.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> with bh.gates(model, bh.find_units(model, "head")) as gates:
+        ...     model(**model.dummy_inputs).logits.mean().backward()
+        >>> all(gate.grad is not None for gate in gates.values())
+        True
     """
-    heads = find_heads(model, example_inputs=example_inputs)
-    check_layers(heads, {}, per)
-    subject = model if example_inputs is not None else find_transformer(model)
-    gates = {name: torch.ones(one.count(per), device=_device(subject, one), requires_grad=True) for name, one in heads.items()}
-    handles = place_gates(subject, heads, gates, per)
+    numbered(units, {}, per)
+    subject = _root(model, units)
+    values = {name: torch.ones(one.count(per), device=_device(subject, one), requires_grad=True) for name, one in units.items()}
+    handles = place_gates(subject, units, values, per)
     torch.compiler.reset()
     try:
-        yield gates
+        yield values
     finally:
-        _take_away(handles)
+        _remove(handles)
 
 
-def mask_heads(model: nn.Module, heads: Chosen, per: Per = "head", example_inputs: Inputs | None = None) -> HeadMask:
-    """Takes heads out of a model without changing its weights: their gates are 0.
+def mask(
+    model: nn.Module,
+    units: Chosen | Planned,
+    kind: UnitKind | Iterable[UnitKind] = "head",
+    per: Per = "head",
+    example_inputs: Inputs | None = None,
+) -> Mask:
+    """Masks units without changing the model's weights: their gates are 0, and blocks are skipped.
 
     Args:
-        model: As in `head_gates`.
-        heads: The heads to mask, by layer: its number (in the order in which the attentions run) or the attention's name.
-        per: Whether heads are query heads (`"head"`), or KV heads with the query heads that they serve (`"kv_head"`).
-        example_inputs: As in `trace`.
+        model: A Hugging Face model, also with LoRA attached, or a module that holds one; any module with `example_inputs`.
+        units: A plan; or the units by place: its name, or its number in the order in which `find_units` gives places.
+        kind: The kind of the units, or several, if no plan says it.
+        per: For heads, whether the numbers are of query heads, or of KV heads with the query heads that they serve.
+        example_inputs: Inputs of the forward, as `trace` takes them; by default guessed from the config.
 
     Returns:
-        What undoes it: `mask.remove()`, or a `with` block.
+        A mask, which `mask.remove()` or the end of a `with` block removes.
 
     Raises:
-        ValueError: As `head_gates`, or if there is no such layer or head.
+        ValueError: If there is no such place or unit, or no module of its own reads them, as of experts.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> with bh.mask(model, {0: [1]}) as mask:
+        ...     mask.units
+        {'model.layers.0.self_attn': [1]}
     """
-    found = find_heads(model, example_inputs=example_inputs)
+    if isinstance(units, Iterable):
+        chosen: Chosen = units
+    else:
+        chosen, kind = units.units, dict.fromkeys(units.kinds.values())
+    found = find_units(model, kind, example_inputs)
     subject = model if example_inputs is not None else find_transformer(model)
-    return place_mask(subject, found, check_layers(found, heads, per), per)
-
-
-def place_mask(model: nn.Module, heads: Mapping[str, Units], chosen: Mapping[str, list[int]], per: Per = "head") -> HeadMask:
-    """What `mask_heads` does, of heads that have been found and checked."""
-    gates = {}
-    for name, numbers in chosen.items():
-        gates[name] = torch.ones(heads[name].count(per), device=_device(model, heads[name]))
-        gates[name][numbers] = 0
-    mask = HeadMask({name: list(numbers) for name, numbers in chosen.items()}, place_gates(model, heads, gates, per))
+    numbers = numbered(found, chosen, per)
+    values = {}
+    for name in (name for name in numbers if found[name].kind != "block"):
+        values[name] = torch.ones(found[name].count(), device=_device(subject, found[name]))
+        values[name][numbers[name]] = 0
+    blocks = {found[name].name: own for name, own in numbers.items() if found[name].kind == "block"}
+    handles = [*place_gates(subject, found, values), *skip(subject, blocks)[0]]
     torch.compiler.reset()
-    return mask
+    return Mask(numbers, handles)
 
 
 def place_gates(
-    model: nn.Module, heads: Mapping[str, Units], gates: Mapping[str, Tensor], per: Per = "head"
+    model: nn.Module, units: Mapping[str, Units], gates: Mapping[str, Tensor], per: Per = "head"
 ) -> list[RemovableHandle]:
-    """Puts gates before whatever reads the heads.
+    """Puts gates before the modules that read units.
 
     Args:
         model: The model.
-        heads: Its heads.
-        gates: By attention, `[heads]`.
-        per: What there is one gate for.
+        units: Its units.
+        gates: By place, `[units]`.
+        per: For heads, whether there is a gate for each query head or each KV head.
 
     Returns:
-        What takes them away.
+        Handles that remove them.
     """
     handles = []
     for name, values in gates.items():
-        index = torch.from_numpy(heads[name].positions(per)).to(values.device)
-        for reader in heads[name].readers:
+        index = torch.from_numpy(units[name].positions(per)).to(values.device)
+        for reader in units[name].readers:
             handles.append(model.get_submodule(reader).register_forward_pre_hook(Gate(values, index)))
     return handles
 
 
-def _take_away(handles: Iterable[RemovableHandle]) -> None:
+def _remove(handles: Iterable[RemovableHandle]) -> None:
     for handle in handles:
         handle.remove()
     torch.compiler.reset()
 
 
-def _device(model: nn.Module, heads: Units) -> torch.device:
-    device = next(model.get_submodule(heads.readers[0]).parameters()).device
+def _root(model: nn.Module, units: Mapping[str, Units]) -> nn.Module:
+    """Returns the module in which the readers of units have their names: the model itself, or the Hugging Face model in it."""
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    return model if all(reader in names for one in units.values() for reader in one.readers) else find_transformer(model)
+
+
+def _device(model: nn.Module, units: Units) -> torch.device:
+    if not units.readers:
+        what = PLURAL[units.kind]
+        raise ValueError(
+            f"{what}: no module of its own reads those of {units.name or 'the model'}, so no gate can stand before it"
+        )
+    device = next(model.get_submodule(units.readers[0]).parameters()).device
     return torch.device("cpu") if device.type == "meta" else device

@@ -1,6 +1,6 @@
-"""Units: what can be taken out of one place of a model, and which positions of which tensors belong to each."""
+"""Units: the parts that can be removed from one place of a model, and the positions of tensors that belong to each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,25 +11,39 @@ from billhook.tracing.axes import Axis, layout, leaves
 from billhook.tracing.groups import Member
 
 Per = Literal["head", "kv_head"]
-"""What there is one number for: a query head, or a key/value head with the query heads that it serves."""
+"""One number for each query head, or for each key/value head with the query heads that it serves."""
 
-UnitKind = Literal["head", "channel", "residual", "expert"]
-"""Heads of an attention, channels of a feed-forward, channels of the residual stream, experts of a mixture."""
+UnitKind = Literal["head", "channel", "residual", "expert", "block"]
+"""Heads of an attention, channels of a feed-forward, channels of the residual stream, experts of a mixture, blocks of a stack."""
+
+PLURAL: dict[UnitKind, str] = {
+    "head": "heads",
+    "channel": "channels",
+    "residual": "residual channels",
+    "expert": "experts",
+    "block": "blocks",
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Units:
-    """The units of one place: the heads of one attention, the channels of one feed-forward.
+    """The units of one place: the heads of one attention, the channels of one feed-forward, the blocks of one stack.
 
     Attributes:
-        kind: What a unit is.
-        name: The innermost module that makes and reads the units.
+        kind: The kind of all these units.
+        name: The innermost module that makes and reads the units; of blocks, the module list that holds them.
         readers: The modules that read the units and nothing but them, as their only input; none where code reads them.
         index: For each position of what the readers read, the unit that it belongs to, -1 if to none: int64.
         kv_of: For each query head, the KV head that serves it; of other units, the unit itself: int64.
-        leaves: The leaves of the axis that counts units; of heads, those of KV heads and of query heads beside them.
-        kv_leaves: Those that count KV heads; of other units, the same.
-        members: What holds units.
+        leaves: The leaves of the axis that counts units; of heads, those of KV heads and of query heads in each.
+        kv_leaves: The leaves that count KV heads; of other units, the same.
+        members: The parameters that hold units along a dimension.
+
+    Example:
+        >>> import billhook as bh
+        >>> heads = bh.find_units(bh.load("tiny"), "head")["model.layers.0.self_attn"]
+        >>> heads.count(), heads.count("kv_head"), heads.readers
+        (8, 4, ('model.layers.0.self_attn.o_proj',))
     """
 
     kind: UnitKind
@@ -42,20 +56,20 @@ class Units:
     members: tuple[Member, ...]
 
     def count(self, per: Per = "head") -> int:
-        """How many units, or KV heads, there are."""
+        """Counts the units, or KV heads."""
         return len(self.kv_of) if per == "head" else int(self.kv_of.max()) + 1
 
     def positions(self, per: Per = "head") -> Indices:
-        """For each position of what the readers read, the unit, or KV head, that it belongs to, -1 if to none: int64."""
+        """Returns for each position of what the readers read its unit, or KV head, -1 if it has none: int64."""
         return self.index if per == "head" else np.where(self.index < 0, -1, self.kv_of[self.index])
 
     def held_by(self, per: Per = "head") -> tuple[Member, ...]:
-        """The members that hold units one by one; keys and values that serve several query heads hold KV heads only."""
+        """Returns the members that hold units one by one; keys and values of several query heads hold KV heads only."""
         wanted = set(self.leaves if per == "head" or not self.kv_leaves else self.kv_leaves)
         return tuple(member for member in self.members if wanted <= set(leaves(member.axis)))
 
     def of_member(self, member: Member, per: Per = "head") -> Indices:
-        """For each position of a member's dimension the unit, or KV head, that it belongs to, -1 if to none: int64."""
+        """Returns for each position of a member's dimension its unit, or KV head, -1 if it has none: int64."""
         if per == "kv_head" and self.kv_leaves:
             columns = [self.leaves.index(leaf) for leaf in self.kv_leaves]
             first = [int(np.flatnonzero(self.kv_of == kv)[0]) for kv in range(self.count("kv_head"))]
@@ -65,7 +79,7 @@ class Units:
 
     @property
     def keys(self) -> Indices:
-        """For each unit, its number along every leaf: int64, `[units, leaves]`."""
+        """Number of each unit along every leaf: int64, `[units, leaves]`."""
         if self.kind != "head":
             return np.arange(len(self.kv_of))[:, None]
         reader = next(member for member in self.held_by() if member.reads)
@@ -73,15 +87,30 @@ class Units:
         return keys[[int(np.flatnonzero(self.index == unit)[0]) for unit in range(len(self.kv_of))]]
 
 
+def counts(units: Units) -> tuple[int, ...]:
+    """Counts the units; of an attention, query heads and KV heads."""
+    return (units.count(), units.count("kv_head")) if units.kind == "head" else (units.count(),)
+
+
+def plural(kinds: Iterable[UnitKind]) -> str:
+    """Names units in a message: by their kind if it is one.
+
+    >>> plural(["head", "head"]), plural(["head", "channel"])
+    ('heads', 'units')
+    """
+    own = set(kinds)
+    return PLURAL[own.pop()] if len(own) == 1 else "units"
+
+
 def along(axis: Axis, own: Sequence[Axis]) -> Indices:
-    """For each position of an axis its number along some leaves, -1 along one that it has not: int64, `[size, leaves]`."""
+    """Returns for each position of an axis its number along some leaves, -1 where it has none: int64, `[size, leaves]`."""
     if not own:
         return np.zeros((axis.size, 1), dtype=np.int64)
     return np.stack([layout(axis, leaf) for leaf in own], axis=1)
 
 
 def match(keys: Indices, units: Indices) -> Indices:
-    """For each row of keys the unit whose own keys it has, -1 if none: int64.
+    """Returns for each row of keys the unit that has the same keys, -1 if none has: int64.
 
     >>> match(np.array([[0, 1], [1, 0], [-1, 0]]), np.array([[1, 0], [0, 1]])).tolist()
     [1, 0, -1]

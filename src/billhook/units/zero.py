@@ -8,43 +8,41 @@ from torch import Tensor, nn
 
 from billhook.model.find import find_transformer
 from billhook.running.shards import local, reshard, sharded_as
-from billhook.units.heads import Chosen, check_layers, find_heads
-from billhook.units.units import Per, Units
+from billhook.units.find import Chosen, find_units, numbered
+from billhook.units.units import Per, UnitKind, Units
 
 
-def zero_heads(model: nn.Module, heads: Chosen, per: Per = "head") -> None:
-    """Makes zero the weights that read some heads, in place: the model computes what it does with them masked, without a mask.
+def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Per = "head") -> None:
+    """Sets the weights that read some units to zero, in place: the model computes what it does with them masked.
 
     Args:
-        model: As in `prune_heads`.
-        heads: The heads, as in `prune_heads`.
-        per: Whether heads are query heads, or KV heads with the query heads that they serve.
+        model: A Hugging Face model, also with LoRA attached, or a module that holds one.
+        units: The units by place: its name, or its number in the order in which `find_units` gives places.
+        kind: The kind of the units.
+        per: For heads, whether the numbers are of query heads, or of KV heads with the query heads that they serve.
 
     Raises:
-        ValueError: If there is no such layer or head.
+        ValueError: If there is no such place or unit.
     """
     subject = find_transformer(model)
-    found = find_heads(subject)
-    chosen = check_layers(found, heads, per)
-    if per == "kv_head":
-        chosen = {name: np.flatnonzero(np.isin(found[name].kv_of, own)).tolist() for name, own in chosen.items()}
-    zero_units(subject, found, chosen)
+    found = find_units(subject, kind)
+    zero_found(subject, found, numbered(found, units, per))
 
 
 @torch.no_grad()
-def zero_units(model: nn.Module, found: Mapping[str, Units], gone: Mapping[str, Sequence[int]]) -> None:
-    """Makes zero the weights that read some units, in place: the model computes what it does with them masked."""
+def zero_found(model: nn.Module, found: Mapping[str, Units], units: Mapping[str, Sequence[int]]) -> None:
+    """Sets the weights that read some of these units to zero, in place."""
     reshard(model)
-    for weight, dim, positions in _reading(model, found, gone):
+    for weight, dim, positions in reading(model, found, units):
         read = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device).index_fill_(dim, positions, True)
         local(weight).masked_fill_(local(sharded_as(read, weight)), 0)
 
 
-def _reading(
-    model: nn.Module, found: Mapping[str, Units], gone: Mapping[str, Sequence[int]]
+def reading(
+    model: nn.Module, found: Mapping[str, Units], units: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
-    """What reads some units: the parameters, which of their dimensions, and the positions along it."""
-    for name, numbers in gone.items():
+    """Yields what reads some units: a parameter, one of its dimensions, and the positions along it."""
+    for name, numbers in units.items():
         for member in found[name].held_by():
             if member.reads:
                 weight = model.get_parameter(member.name)

@@ -1,0 +1,214 @@
+"""Plans what is removed from a model: `plan` chooses units by their scores, `plan_units` takes those that are given."""
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from billhook.importance.base import Importance
+from billhook.importance.blocks import BlockInfluence
+from billhook.importance.score import Reduce, score
+from billhook.importance.taylor import Taylor
+from billhook.model.find import find_transformer
+from billhook.model.plan import apply
+from billhook.pruning.amount import Amount
+from billhook.pruning.block_plan import BlockPlan, find_block_plan
+from billhook.pruning.choice import choose_units, ranked
+from billhook.pruning.cuts import find_cut
+from billhook.pruning.plan import UnitPlan
+from billhook.pruning.target import Search
+from billhook.running.batches import Loss
+from billhook.tracing.trace import trace
+from billhook.units.find import Chosen, check_any, find_units, kinds_of, numbered, units_of
+from billhook.units.gates import mask
+from billhook.units.units import Per, UnitKind, Units
+
+
+def plan(
+    model: nn.Module,
+    importance: Importance | None = None,
+    batches: Iterable[Any] | None = None,
+    *,
+    heads: float | None = None,
+    kv_heads: float | None = None,
+    channels: float | None = None,
+    residual: float | None = None,
+    experts: float | None = None,
+    blocks: int | float | None = None,
+    params: int | float | None = None,
+    amount: Amount | None = None,
+    scores: Mapping[str, Tensor] | None = None,
+    greedy: bool = False,
+    loss: Loss | None = None,
+    reduce: Reduce | None = None,
+) -> UnitPlan | BlockPlan:
+    """Chooses the least important units of a model, for `apply` or `mask`; the model stays as it is.
+
+    "LLM-Pruner: On the Structural Pruning of Large Language Models" (Ma, Fang & Wang, 2023, https://arxiv.org/abs/2305.11627),
+    section 3, and of blocks "ShortGPT" (Men et al., 2024, https://arxiv.org/abs/2403.03853).
+
+    Args:
+        model: A Hugging Face model, also with LoRA attached, or a module that holds one.
+        importance: Any `Importance`; by default `Taylor()`, of blocks `BlockInfluence()`, as in the papers.
+        batches: Inputs of the model's forward, as dictionaries, labels included; a causal language model's own inputs are its
+            labels where there are none. Padding (by `attention_mask`) does not count.
+        heads: Fraction of the query heads that is removed, in [0, 1), as many of each KV head.
+        kv_heads: Fraction of the KV heads, with the query heads that they serve.
+        channels: Fraction of the channels of feed-forwards.
+        residual: Fraction of the channels of the residual stream (the hidden size).
+        experts: Fraction of the experts.
+        blocks: Fraction of the blocks of each stack, or their number (int); blocks are planned alone.
+        params: Parameters that are left at most, a number (int) or a fraction (float); KV heads and channels are removed for it.
+        amount: Instead of the seven above, an `Amount`, which also says other targets, the ranking and what is protected.
+        scores: Instead of `importance` and `batches`, the scores of all units that may be removed, as `score` returns them.
+        greedy: Of blocks, whether one is removed at a time, and the others are scored again without it.
+        loss: From model and batch to the number that is to be small; by default the loss that the model returns.
+        reduce: Sums a tensor over ranks, if each has batches of its own.
+
+    Returns:
+        The plan; `print` shows it, with what the model then costs, and `plan.units` are the chosen units by place.
+
+    Raises:
+        ValueError: If an argument is not legal, a target cannot be reached (then with what can), the units may not be removed,
+            or they cannot be scored, as without batches, labels or a finite gradient.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
+        >>> {(plan.before[name], plan.after[name]) for name in plan.units}
+        {((384,), (288,))}
+    """
+    given = {
+        "heads": heads, "kv_heads": kv_heads, "channels": channels, "residual": residual, "experts": experts, "blocks": blocks,
+        "params": params,
+    }  # fmt: skip
+    if amount is not None and (twice := [name for name, value in given.items() if value is not None]):
+        raise ValueError(f"amount and {twice[0]}: give one of them; an Amount has the other as its own argument")
+    amount = amount or Amount(heads, kv_heads, channels, residual, experts, blocks, params)
+    subject = find_transformer(model)
+    if amount.blocks is not None:
+        return _plan_blocks(subject, amount, importance or BlockInfluence(), batches, scores, greedy, loss, reduce)
+    if greedy:
+        raise ValueError("greedy=True: only blocks are removed one at a time")
+    search = Search(subject, amount)
+    if scores is None:
+        scores = score(subject, search.free(), importance or Taylor(), batches, loss, amount.normalize, amount.per, reduce)
+    cut = search.cut(scores)
+    return UnitPlan.of(cut, search.costs(cut))
+
+
+def plan_units(
+    model: nn.Module, units: Chosen, kind: UnitKind | Iterable[UnitKind] = "head", per: Per = "head"
+) -> UnitPlan | BlockPlan:
+    """Plans the removal of given units: rows that make them, columns that read them, biases, norms, adapters, routers.
+
+    A KV head is removed with the last of its query heads.
+
+    Args:
+        model: A Hugging Face model, also with LoRA attached, or a module that holds one.
+        units: The units that are removed, by place: its name, or its number in the order in which `find_units` gives places; or
+            the numbers alone, if there is one place, as of blocks.
+        kind: The kind of the units, or several; `"block"` alone.
+        per: For heads, whether the numbers are of query heads, or of KV heads with the query heads that they serve.
+
+    Raises:
+        ValueError: If there is no such place or unit, a place would be left without units, KV heads would serve different
+            numbers of query heads, layers that share a position bias would lose different heads, the config cannot say which
+            blocks are left, or the units may not be removed at all; the message says why and what is legal.
+
+    Example:
+        >>> import billhook as bh
+        >>> print(bh.plan_units(bh.load("tiny"), [1], "block"))
+        LlamaForCausalLM: 2,754,816 -> 2,197,248 parameters (20.2% fewer)
+          model.layers  4 -> 3 blocks; without 1
+    """
+    subject, kinds = find_transformer(model), kinds_of(kind)
+    if kinds == ["block"]:
+        return find_block_plan(subject, numbered(find_units(subject, kinds), units))
+    if "block" in kinds:
+        raise ValueError(f"kind={kind!r}: blocks are planned alone")
+    structure = trace(subject)
+    found = units_of(subject, structure, kinds)
+    check_any(subject, found, kinds)
+    return UnitPlan.of(find_cut(subject, structure, found, units, per))
+
+
+def prune_units(
+    model: nn.Module,
+    units: Chosen,
+    optimizers: Optimizer | Iterable[Optimizer] = (),
+    kind: UnitKind | Iterable[UnitKind] = "head",
+    per: Per = "head",
+) -> UnitPlan | BlockPlan:
+    """Removes given units from a model in place: it computes what it did with these units masked, and is smaller.
+
+    Where the config of the model's class, or of a family that computes the same, can say the new shape, plain `from_pretrained`
+    loads what `bh.save` writes; otherwise the config says the shape in an entry of its own, and `bh.load` loads it.
+
+    Args:
+        model: A Hugging Face model, also with LoRA attached, or a module that holds one.
+        units: The units that are removed, by place: its name, or its number in the order in which `find_units` gives places; or
+            the numbers alone, if there is one place, as of blocks.
+        optimizers: The optimizer, or optimizers, that train the model; their state follows.
+        kind: The kind of the units, or several; `"block"` alone.
+        per: For heads, whether the numbers are of query heads, or of KV heads with the query heads that they serve.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        ValueError: As `plan_units`, or if the model's code does not follow; then nothing has changed.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> plan = bh.prune_units(model, {0: [0, 1]})
+        >>> model.num_parameters() == plan.parameters[1]
+        True
+    """
+    made = plan_units(model, units, kind, per)
+    apply(model, made, optimizers)
+    return made
+
+
+def _plan_blocks(
+    model: PreTrainedModel,
+    amount: Amount,
+    importance: Importance,
+    batches: Iterable[Any] | None,
+    scores: Mapping[str, Tensor] | None,
+    greedy: bool,
+    loss: Loss | None,
+    reduce: Reduce | None,
+) -> BlockPlan:
+    stacks = find_units(model, "block")
+    flat = {name: torch.zeros(one.count()) for name, one in stacks.items()}
+    numbers = {name: len(own) for name, own in choose_units(stacks, flat, amount, amount.ratios).items()}
+    if greedy and scores is None:
+        rank = partial(score, model, stacks, importance, None if batches is None else list(batches), loss, reduce=reduce)
+        return find_block_plan(model, _one_by_one(model, stacks, rank, numbers, (amount.first, amount.last)))
+    if scores is None:
+        scores = score(model, stacks, importance, batches, loss, amount.normalize, reduce=reduce)
+    return find_block_plan(model, choose_units(stacks, scores, amount, amount.ratios), scores)
+
+
+def _one_by_one(
+    model: PreTrainedModel,
+    stacks: Mapping[str, Units],
+    rank: Callable[[], dict[str, Tensor]],
+    numbers: Mapping[str, int],
+    ends: tuple[int, int],
+) -> dict[str, list[int]]:
+    """Chooses the least important block of each stack, scores again without it, and so on."""
+    gone: dict[str, list[int]] = {name: [] for name in numbers}
+    while left := [name for name, number in numbers.items() if len(gone[name]) < number]:
+        with mask(model, gone, "block"):
+            scores = rank()
+        for name in left:
+            gone[name].append(next(n for n in ranked(stacks[name], scores[name], ends) if n not in gone[name]))
+    return gone

@@ -1,0 +1,174 @@
+"""Finds the ratios that lead to a target, and what a model then costs."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.model.figures import Figures, figures_of
+from billhook.model.meta import to_meta
+from billhook.pruning.amount import RATIOS, Amount
+from billhook.pruning.choice import choose_units, free, most, protected_places
+from billhook.pruning.cuts import Cut, find_cut
+from billhook.pruning.removal import remove
+from billhook.tracing.trace import trace
+from billhook.units.find import of_kind, units_of
+from billhook.units.units import Units
+
+
+class Search:
+    """The ratios of an amount, found for one model; it remembers what models of each shape cost.
+
+    Args:
+        model: The model.
+        amount: How much is removed.
+
+    Raises:
+        ValueError: If so much cannot be removed, whatever the scores.
+
+    Attributes:
+        units: The model's units of the kinds that are asked for, by place.
+    """
+
+    def __init__(self, model: PreTrainedModel, amount: Amount) -> None:
+        self.model, self.amount = model, amount
+        self._structure = trace(model)
+        self.units: dict[str, Units] = units_of(model, self._structure, amount.kinds)
+        self._protected = protected_places(model, self.units, amount)
+        self._ratios: dict[str, float] | None = None
+        self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Figures] = {}
+        self.cut({name: torch.zeros(one.count(amount.per)) for name, one in self.units.items()})
+
+    def free(self) -> dict[str, Units]:
+        """Returns the places that may lose units."""
+        return {name: one for kind in self.amount.kinds for name, one in free(of_kind(self.units, kind), self._protected).items()}
+
+    def cut(self, scores: Mapping[str, Tensor]) -> Cut:
+        """Finds the cut that scores lead to.
+
+        Raises:
+            ValueError: If so much cannot be removed, or no unit would be.
+        """
+        if self._ratios is None or self.amount.ranking == "global":
+            self._ratios = self._found_ratios(scores)
+        found = self._cut(scores, self._ratios)
+        if not found.units:
+            ratios = ", ".join(f"{name}={ratio:g}" for name, ratio in self._ratios.items())
+            rounded = f" (round_to={self.amount.round_to})" if self.amount.round_to > 1 else ""
+            raise ValueError(f"{ratios}{rounded} is not a single unit of a place, so that nothing would be removed")
+        return found
+
+    def costs(self, cut: Cut) -> tuple[Figures, Figures]:
+        """Returns what the model costs before and after a cut; how many units are removed decides it, not which."""
+        remains = tuple(cut.after.items())
+        if remains not in self._known:
+            shadow = to_meta(self.model)
+            remove(shadow, cut, [])
+            self._known[remains] = figures_of(shadow)
+        return self._now, self._known[remains]
+
+    def limit(self, target: str) -> int:
+        """Returns a target as a number.
+
+        Raises:
+            ValueError: If the model has none of it, or no more than that already.
+        """
+        asked, now = getattr(self.amount, target), getattr(self._now, target)
+        if now is None:
+            raise ValueError(f"{target}={asked}: it cannot be told of a {type(self.model).__name__}")
+        limit = int(asked * now) if isinstance(asked, float) else int(asked)
+        if limit >= now:
+            raise ValueError(f"{target}={asked}: the model has no more than that, {now:,}")
+        return limit
+
+    def _cut(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float]) -> Cut:
+        chosen = choose_units(self.units, scores, self.amount, ratios, self._protected)
+        return find_cut(self.model, self._structure, self.units, chosen)
+
+    def _found_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
+        """Returns the given ratios, and those that lead to the target."""
+        ratios, target, names = self.amount.ratios, self.amount.target, self.amount.open
+        if target is None:
+            return ratios
+        limit = self.limit(target)
+        common = self._lowest(scores, names, ratios, target, limit)
+        ratios |= {name: min(common, self._most(name)) for name in names}
+        if len(names) > 1:  # heads are few and large: channels alone then come as close as they can
+            ratios[names[-1]] = self._lowest(scores, names[-1:], ratios, target, limit)
+        return ratios
+
+    def _lowest(
+        self, scores: Mapping[str, Tensor], names: Sequence[str], ratios: dict[str, float], target: str, limit: int
+    ) -> float:
+        """Finds the lowest ratio, of several kinds alike and next to other ratios, at which a target is met.
+
+        Raises:
+            ValueError: If there is none: with what can be reached.
+        """
+        tried = self._tries(names)
+
+        def cost(number: int) -> int:
+            own = {name: min(tried[number], self._most(name)) for name in names}
+            return self._cost(self._cut(scores, ratios | own), target)
+
+        place = lowest(len(tried), cost, limit)
+        if place is None:
+            asked, reached = getattr(self.amount, target), f"{cost(len(tried) - 1):,} to {cost(0):,}"
+            raise ValueError(f"{target}={asked}: {limit:,} cannot be reached; with what may be removed, {reached} can")
+        return tried[place]
+
+    @cached_property
+    def _now(self) -> Figures:
+        return figures_of(self.model)
+
+    def _tries(self, names: Sequence[str]) -> list[float]:
+        """Returns the ratios at which one more unit is removed."""
+        tries = {0.0}
+        for name in names:
+            kind, per = RATIOS[name]
+            counts = [one.count(per) for one in free(of_kind(self.units, kind), self._protected).values()]
+            steps = dict.fromkeys(counts if self.amount.ranking == "layer" else [sum(counts)])
+            tries |= {number / count for count in steps for number in range(count)}
+        return sorted(tries)
+
+    def _most(self, name: str) -> float:
+        return most(self.units, name, self.amount, self._protected)
+
+    def _cost(self, cut: Cut, target: str) -> int:
+        if target == "params":
+            return cut.parameters[1]
+        if target == "bytes":
+            sizes = {name: (p.element_size(), p.shape) for name, p in self.model.named_parameters()}
+            return sum(
+                size * math.prod(len(cut.cuts.get((name, d), range(n))) for d, n in enumerate(shape))
+                for name, (size, shape) in sizes.items()
+            )
+        value: int = getattr(self.costs(cut)[1], target)
+        return value
+
+
+def lowest(count: int, cost: Callable[[int], int], limit: int) -> int | None:
+    """Finds the first of some numbers from 0 at which a falling cost is within a limit; None if it never is.
+
+    It looks where that would be if the cost fell evenly, and every other time in the middle.
+
+    >>> lowest(100, lambda number: 1000 - 7 * number, 500)
+    72
+    """
+    low, high = -1, count - 1
+    above, below = cost(0), cost(high)
+    if below > limit:
+        return None
+    halve = False
+    while high - low > 1:
+        even = low + (above - limit) / max(above - below, 1) * (high - low)
+        middle = (low + high) // 2 if halve else min(max(math.ceil(even), low + 1), high - 1)
+        if (now := cost(middle)) <= limit:
+            high, below = middle, now
+        else:
+            low, above = middle, now
+        halve = not halve and high - low > 8
+    return high

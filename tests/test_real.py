@@ -10,7 +10,7 @@ from oracle import answer, check
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from billhook import convert_kv_heads, load, save, summary, trace
-from billhook.kv_heads.convert import kv_heads_of, pool_heads
+from billhook.kv_heads.scope import kv_heads_of
 from billhook.tracing.show import fold
 
 MODELS = os.environ.get("BILLHOOK_MODELS", "")
@@ -39,7 +39,7 @@ def test_smollm2_to_multi_query_equals_pooled_heads_repeated_and_survives_a_roun
     reference, converted = copy.deepcopy(smollm2), copy.deepcopy(smollm2)
     for layer in reference.model.layers:
         for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
-            projection.weight.copy_(pool_heads(projection.weight, 3, 1).repeat(3, 1))
+            projection.weight.copy_(projection.weight.unflatten(0, (3, -1)).mean(0).repeat(3, 1))
     convert_kv_heads(converted, 1)
     logits = converted(**batch).logits
     torch.testing.assert_close(logits, reference(**batch).logits, atol=5e-4, rtol=1e-4)

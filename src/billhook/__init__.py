@@ -30,6 +30,10 @@ from billhook.sparsity.allocation import OWL as OWL
 
 from billhook.kv_heads.convert import convert_kv_heads as convert_kv_heads
 from billhook.kv_heads.equal_parameters import equal_parameters as equal_parameters
+from billhook.kv_heads.methods.mean import Mean as Mean
+from billhook.kv_heads.methods.aligned import Aligned as Aligned
+from billhook.kv_heads.methods.svd import SVD as SVD
+from billhook.kv_heads.methods.auto import Auto as Auto
 
 from billhook.adapters.lora import LoRA as LoRA
 from billhook.adapters.masked import mask_adapters as mask_adapters, unmask_adapters as unmask_adapters

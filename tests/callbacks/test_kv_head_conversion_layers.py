@@ -7,9 +7,12 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from billhook import Export, KVHeadConversion, Repair, Report, summary
+from billhook import Export, KVHeadConversion, Mean, Repair, Report, summary
 from billhook.kv_heads.bases.ready import ready_weights
-from billhook.kv_heads.convert import apply_kv_heads, kv_heads_by_layer, plan_kv_heads
+from billhook.kv_heads.methods.svd import SVD
+from billhook.kv_heads.plan import plan_kv_heads
+from billhook.kv_heads.scope import kv_heads_by_layer
+from billhook.model.plan import apply
 from billhook.schedules import Constant, Linear, MultiStep
 from kit.families import tokens
 from kit.fits import data, module, same, trainer, weights
@@ -74,8 +77,8 @@ def test_each_event_sees_the_model_as_it_then_is(files, tmp_path):
     callback = conversion(at, method="svd", repair=Repair(), calibration=batches)
     trainer(tmp_path, [Still(), callback], max_steps=3).fit(lit, data(files))
     for name in reversed(list(kv_heads_by_layer(hand))):
-        given, told = ready_weights(hand, {name: 2}, "svd", [(one, None) for one in batches], repair=Repair())
-        apply_kv_heads(plan_kv_heads(hand, 2, layers=[name]), hand, weights=given)
+        given, told = ready_weights(hand, {name: 2}, SVD(), [(one, None) for one in batches], Repair())
+        apply(hand, plan_kv_heads(hand, 2, layers=[name]), weights=given)
     for name, value in hand.state_dict().items():
         torch.testing.assert_close(
             lit.model.state_dict()[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
@@ -198,5 +201,5 @@ class TestRefused:
         """A position bias knows heads by their number."""
         lit, loader = OfTwo("t5"), DataLoader(tokens(4), batch_size=2)
         self.refused(
-            files, tmp_path, [conversion(2, grouping="similar")], "grouping='similar' puts heads in another", lit, loader
+            files, tmp_path, [conversion(2, method=Mean("similar"))], "grouping='similar' puts heads in another", lit, loader
         )

@@ -11,7 +11,10 @@ from torch.utils.data import DataLoader, IterableDataset
 import billhook as bh
 from billhook import KVHeadConversion, Repair
 from billhook.kv_heads.bases.ready import ready_weights
-from billhook.kv_heads.convert import convert_kv_heads, kv_heads_of, plan_kv_heads
+from billhook.kv_heads.convert import convert_kv_heads
+from billhook.kv_heads.methods.named import method_of
+from billhook.kv_heads.plan import plan_kv_heads
+from billhook.kv_heads.scope import kv_heads_of
 from kit.families import llama
 from kit.fits import data, module, same, trainer, weights
 
@@ -21,9 +24,9 @@ WAYS = {
     "aligned": {"method": "aligned"},
     "svd": {"method": "svd"},
     "auto": {"method": "auto"},
-    "mean, similar": {"grouping": "similar"},
+    "mean, similar": {"method": bh.Mean("similar")},
     "mean, repaired": {"repair": Repair()},
-    "svd, similar, repaired": {"method": "svd", "grouping": "similar", "repair": Repair()},
+    "svd, similar, repaired": {"method": bh.SVD("similar"), "repair": Repair()},
 }
 
 
@@ -54,7 +57,7 @@ def batches(count=3):
 @pytest.mark.parametrize(("way", "at"), [*((way, 2) for way in WAYS), ("svd", "start"), ("aligned", 0)])
 def test_it_is_what_is_done_by_hand(files, tmp_path, way, at):
     """Independent of the fit: the heads of a group are equal by then, so that the first of each is all that there is."""
-    options = {"grouping": "consecutive", "method": "mean", "repair": None} | WAYS[way]
+    options = {"method": "mean", "repair": None} | WAYS[way]
     step = 0 if at == "start" else at
     lit, before = module(num_hidden_layers=1), module(num_hidden_layers=1)
     seen, callback = Seen(), conversion(at=at, calibration=batches(), **WAYS[way])
@@ -63,7 +66,7 @@ def test_it_is_what_is_done_by_hand(files, tmp_path, way, at):
         trainer(tmp_path, [], max_steps=2).fit(before, data(files))
     pairs = [(one, None) for one in batches()]
     names = dict.fromkeys(plan_kv_heads(before, 2).layers, 2)
-    given, told = ready_weights(before.model, names, options["method"], pairs, options["grouping"], options["repair"])
+    given, told = ready_weights(before.model, names, method_of(options["method"]), pairs, options["repair"])
     expected = {name.removeprefix("model."): value for name, value in before.state_dict().items()} | given
     for name, value in expected.items():
         kv = "k_proj" in name or "v_proj" in name
@@ -164,7 +167,7 @@ class TestHint:
         assert len(told) == 1
         assert "14,841 with 'mean', 109 with 'svd'" in told[0]
 
-    @pytest.mark.parametrize("options", [{"method": "aligned"}, {"method": "first"}, {"grouping": "similar"}])
+    @pytest.mark.parametrize("options", [{"method": "aligned"}, {"method": "first"}, {"method": bh.Mean("similar")}])
     def test_not_where_another_way_was_chosen(self, files, tmp_path, hints, options):
         assert not hints(files, tmp_path, [conversion(at=0, **options)])
 
@@ -184,8 +187,6 @@ class TestRefused:
         ("options", "match"),
         [
             ({"method": "median"}, "method='median' must be one of mean, first, random, aligned, svd, auto"),
-            ({"grouping": "alike"}, "grouping='alike' must be one of consecutive, similar"),
-            ({"method": "first", "grouping": "similar"}, "grouping='similar' goes with method 'mean', .* not with 'first'"),
             ({"method": "random", "repair": Repair()}, "repair goes with method 'mean', .* not with 'random'"),
             ({"examples": 0}, "examples=0 must be a whole number of at least 1"),
             ({"calibration": iter([])}, "calibration=list_iterator can be read only once"),

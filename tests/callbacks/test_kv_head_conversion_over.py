@@ -7,8 +7,9 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+import billhook as bh
 from billhook import KVHeadConversion, Magnitude, Repair, WeightPruning
-from billhook.kv_heads.convert import kv_heads_of
+from billhook.kv_heads.scope import kv_heads_of
 from billhook.schedules import MultiStep
 from kit.families import tokens
 from kit.fits import data, module, same, trainer, weights
@@ -78,7 +79,7 @@ def test_each_step_goes_an_equal_part_of_the_way(files, tmp_path, method, at, ov
         ({}, "mean"),
         ({"method": "first"}, "first"),
         ({"method": "aligned"}, "aligned"),
-        ({"grouping": "similar"}, "mean, similar heads grouped"),
+        ({"method": bh.Mean("similar")}, "mean, similar heads grouped"),
     ],
     ids=["mean", "first", "aligned", "similar"],
 )
@@ -131,7 +132,7 @@ def test_optimizer_state_stays_on_the_way_and_starts_anew_where_heads_are_turned
 
 @pytest.mark.parametrize(
     ("options", "stops"),
-    [({"method": "aligned"}, (1, 2, 3, 4, 5)), ({}, (3,)), ({"method": "aligned", "grouping": "similar"}, (3,))],
+    [({"method": "aligned"}, (1, 2, 3, 4, 5)), ({}, (3,)), ({"method": bh.Aligned("similar")}, (3,))],
     ids=["aligned", "mean", "similar"],
 )
 def test_resumed_equals_straight_through(files, tmp_path, options, stops):

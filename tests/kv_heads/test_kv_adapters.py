@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
 from billhook.adapters.lora import LoRA, attach
-from billhook.kv_heads.convert import kv_heads_by_layer
+from billhook.kv_heads.scope import kv_heads_by_layer
 from kit.families import llama, tokens
 from kit.fits import data, same, trainer, weights
 from kit.kv_zoo import build
@@ -45,7 +45,7 @@ def test_converted_and_merged_is_merged_and_converted(family, method):
 @pytest.mark.parametrize(
     ("family", "lora", "method", "match"),
     [
-        ("llama", None, "random", "what is drawn anew says nothing of adapters"),
+        ("llama", None, "random", "method='random' pools weights in a way that their adapters cannot follow"),
         ("llama", None, "svd", "with LoRA attached, heads stay in their bases"),
         ("llama", peft.LoraConfig(target_modules=["k_proj"], use_dora=True), "mean", "adapters that are not plain LoRA"),
         ("opt", None, "mean", "which LoRA cannot do: merge"),

@@ -2,8 +2,12 @@ import pytest
 import torch
 
 from billhook.kv_heads.approach import approach
-from billhook.kv_heads.bases.ready import Way, check_ready, turned_weights
-from billhook.kv_heads.convert import plan_kv_heads
+from billhook.kv_heads.bases.ready import check_ready, turned_weights
+from billhook.kv_heads.methods.aligned import Aligned
+from billhook.kv_heads.methods.auto import Auto
+from billhook.kv_heads.methods.mean import Mean
+from billhook.kv_heads.methods.named import method_of
+from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.surgery import changed, take
 from kit.families import build, tokens
 from kit.kv_zoo import build as zoo
@@ -18,29 +22,29 @@ def test_n_moves_of_equal_parts_lead_to_the_pool_whatever_happens_in_between(how
     plan, weight = plan_kv_heads(model, 2), model.get_parameter(K)
     heads = weight.detach().view(2, 2, 4, 32).clone()
     target = heads.mean(1, keepdim=True) if how == "mean" else heads[:, :1]
-    approach(model, plan.parameters, 1 / 4, how)
+    approach(model, plan.parameters, 1 / 4, method_of(how).pool)
     torch.testing.assert_close(weight.view(2, 2, 4, 32), heads + (target - heads) / 4)
-    approach(model, plan.parameters, 1 / 3, how)
+    approach(model, plan.parameters, 1 / 3, method_of(how).pool)
     torch.testing.assert_close(weight.view(2, 2, 4, 32), heads + (target - heads) / 2)
     with torch.no_grad():
         weight.add_(torch.randn_like(weight))
     moved = weight.detach().view(2, 2, 4, 32).clone()
-    approach(model, plan.parameters, 1 / 2, how)
-    approach(model, plan.parameters, 1, how)
+    approach(model, plan.parameters, 1 / 2, method_of(how).pool)
+    approach(model, plan.parameters, 1, method_of(how).pool)
     ends = weight.view(2, 2, 4, 32)
     assert torch.equal(ends[:, 0], ends[:, 1])
     torch.testing.assert_close(ends[:, 0], moved.mean(1) if how == "mean" else moved[:, 0])
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("way", [Way("aligned"), Way("aligned", "similar"), Way("mean", "similar")], ids=str)
+@pytest.mark.parametrize("method", [Aligned(), Aligned("similar"), Mean("similar")], ids=str)
 @pytest.mark.parametrize("seen", [True, False])
-def test_turned_heads_change_nothing_in_the_model(family, way, seen):
+def test_turned_heads_change_nothing_in_the_model(family, method, seen):
     model, ids = build(family), tokens()
     before = model(ids).logits
     names = plan_kv_heads(model, 2).layers
     pairs = [({"input_ids": tokens(), "labels": tokens()}, None) for _ in range(2 if seen else 0)]
-    weights = turned_weights(model, dict.fromkeys(names, 2), way, pairs)
+    weights = turned_weights(model, dict.fromkeys(names, 2), method, pairs)
     assert torch.equal(model(ids).logits, before)
     take(model, weights, [])
     assert len(changed(model, weights)) == 0
@@ -54,7 +58,7 @@ def test_aligned_heads_lie_nearer_to_their_mean():
 
     model = build("llama")
     before, names = apart(model), plan_kv_heads(model, 2).layers
-    take(model, turned_weights(model, dict.fromkeys(names, 2), Way("aligned")), [])
+    take(model, turned_weights(model, dict.fromkeys(names, 2), Aligned()), [])
     assert apart(model) < 0.95 * before
 
 
@@ -99,7 +103,7 @@ def test_heads_that_cannot_change_places_are_refused():
     """A position bias knows heads by their number."""
     model = zoo("t5")
     names = dict.fromkeys(plan_kv_heads(model, 2).layers, 2)
-    check_ready(model, names, "aligned", "consecutive")
-    check_ready(model, names, None, "consecutive")
+    check_ready(model, names, Aligned())
+    check_ready(model, names, Auto())
     with pytest.raises(ValueError, match="grouping='similar' puts heads in another order"):
-        check_ready(model, names, "aligned", "similar")
+        check_ready(model, names, Aligned("similar"))

@@ -12,12 +12,15 @@ from transformers import PreTrainedModel
 from billhook.checkpoints.export import build_model, read_checkpoint
 from billhook.checkpoints.save import load, save
 from billhook.kv_heads import proof as kv_proof
-from billhook.kv_heads.convert import KVHeadPlan, apply_kv_heads, convert_kv_heads, kv_heads_by_layer, kv_heads_of, plan_kv_heads
+from billhook.kv_heads.convert import convert_kv_heads
 from billhook.kv_heads.layout import find_kv
 from billhook.kv_heads.linears import cut_into_groups
-from billhook.kv_heads.scope import heads_of
+from billhook.kv_heads.methods.baselines import RandomHeads
+from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
+from billhook.kv_heads.scope import heads_of, kv_heads_by_layer, kv_heads_of
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.figures import figures_of
+from billhook.model.plan import apply
 from billhook.model.shape import GROUPS, Shape, set_shape, shape_of
 from billhook.running.inputs import make_inputs
 from kit.kv_zoo import ZOO, build, pooled_and_repeated
@@ -245,7 +248,7 @@ def test_optimizers_follow_in_a_fused_matrix(family):
 
 def test_random_leaves_the_queries_of_a_fused_matrix():
     dense, model = build("gpt2"), build("gpt2")
-    convert_kv_heads(model, 2, "random", seed=3)
+    convert_kv_heads(model, 2, RandomHeads(3))
     old, new = (one.transformer.h[0].attn.c_attn.weight for one in (dense, model))
     assert torch.equal(old[:, :32], new[:, :32])
     assert new[:, 32:].std().item() == pytest.approx(0.02, rel=0.15)
@@ -365,7 +368,7 @@ class TestWeights:
         )
         convert_kv_heads(expected, 2)
         given = {one: other.get_parameter(one).detach() for one in (name, beside)}
-        apply_kv_heads(plan, dense, optimizer, weights=given)
+        apply(dense, plan, optimizer, given)
         for one in (name, beside):
             assert torch.equal(dense.get_parameter(one), expected.get_parameter(one))
         assert torch.equal(optimizer.state[dense.get_parameter(beside)]["exp_avg"], kept)
@@ -377,9 +380,9 @@ class TestWeights:
         name = "model.layers.0.self_attn.o_proj.weight"
         for weights in ({name: torch.zeros(3)}, {"nothing": torch.zeros(3)}):
             with pytest.raises(ValueError, match="weights: .* is \\[3\\], and must be"):
-                apply_kv_heads(plan, model, weights=weights)
+                apply(model, plan, weights=weights)
         with pytest.raises(ValueError, match="the new values are not finite"):
-            apply_kv_heads(plan, model, weights={name: torch.full((32, 32), torch.nan)})
+            apply(model, plan, weights={name: torch.full((32, 32), torch.nan)})
         assert shape_of(model) == shape
 
     def test_a_plan_of_another_model_is_refused(self):
@@ -387,7 +390,7 @@ class TestWeights:
         plan = plan_kv_heads(model, 2)
         convert_kv_heads(model, 4)
         with pytest.raises(ValueError, match="plan: it was made for another model"):
-            apply_kv_heads(plan, model)
+            apply(model, plan)
 
 
 class TestSavedAsGPTBigCode:

@@ -11,6 +11,8 @@ from billhook.kv_heads.bases.freedom import find_freedoms, in_order
 from billhook.kv_heads.bases.grouping import moments_in_order, similar_order
 from billhook.kv_heads.bases.moments import gather
 from billhook.kv_heads.bases.stacks import find_projections, read
+from billhook.kv_heads.methods.named import method_of
+from billhook.kv_heads.methods.svd import SVD
 from billhook.running.batches import Run
 from billhook.tracing.trace import trace
 from kit.families import tokens
@@ -46,7 +48,7 @@ def test_planted_pairs_are_found(family, heads, start):
     found = gather(model, places, dict.fromkeys(places, 1), [Run(lambda: model(tokens(4, 40)).logits.sum())])
     freedoms = find_freedoms(model, places)
     for name, place in places.items():
-        new = similar_order(read(model, place), found[name], freedoms[name], start, heads // 2)
+        new = similar_order(read(model, place), found[name], freedoms[name], method_of(start), heads // 2)
         assert sorted(new) == list(range(heads))
         pairs = {frozenset(order[head] // 2 for head in new[number : number + 2]) for number in range(0, heads, 2)}
         assert pairs == {frozenset([number]) for number in range(heads // 2)}
@@ -61,12 +63,12 @@ def test_no_other_grouping_loses_less_over_its_pairs(heads, groups):
     (place, *_) = find_projections(model, trace(model)).values()
     stacks, freedoms = read(model, place), find_freedoms(model, {place.name: place})[place.name]
     moments = weight_moments(stacks, 1)
-    new = similar_order(stacks, moments, freedoms, "svd", groups)
+    new = similar_order(stacks, moments, freedoms, SVD(), groups)
 
     @functools.cache
     def together(pair):
         two = in_order(stacks, pair)
-        return sum(own.lost for own in find_bases(two, weight_moments(two, 1), freedoms, "svd"))
+        return sum(own.lost for own in find_bases(two, weight_moments(two, 1), freedoms, SVD()))
 
     def loses(partition):
         return sum(together(pair) for group in partition for pair in itertools.combinations(sorted(group), 2))
@@ -82,7 +84,7 @@ def test_equal_heads_stay_where_they_are():
     stacks = read(model, place)
     stacks = type(stacks)(stacks.q[:1].expand(4, -1, -1), *(one[:1].expand(4, -1, -1) for one in (stacks.k, stacks.v, stacks.o)))
     freedoms = find_freedoms(model, {place.name: place})[place.name]
-    assert similar_order(stacks, weight_moments(stacks, 1), freedoms, "svd", 2) == [0, 1, 2, 3]
+    assert similar_order(stacks, weight_moments(stacks, 1), freedoms, SVD(), 2) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "bart"])

@@ -5,7 +5,11 @@ import torch
 import transformers
 from torch import nn
 
-from billhook.kv_heads.convert import Pooled, convert_kv_heads, kv_heads_of, plan_kv_heads, pool_heads
+from billhook.kv_heads.convert import convert_kv_heads
+from billhook.kv_heads.methods.baselines import RandomHeads
+from billhook.kv_heads.plan import plan_kv_heads
+from billhook.kv_heads.pooling import Pooled
+from billhook.kv_heads.scope import kv_heads_of
 from billhook.model.shape import shape_of
 from kit.families import EXTRA, build, llama, tokens
 from kit.shaped import uneven_llama
@@ -89,7 +93,7 @@ def test_random_is_drawn_anew_as_the_model_initialises_and_depends_on_the_seed_a
     models = [llama(hidden_size=128, num_hidden_layers=4) for _ in range(3)]
     for model, seed in zip(models, [1, 1, 2], strict=True):
         torch.manual_seed(model.num_parameters() + seed)
-        convert_kv_heads(model, 2, "random", seed=seed)
+        convert_kv_heads(model, 2, RandomHeads(seed))
     a, b, c = (m.model.layers[1].self_attn.k_proj.weight for m in models)
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
@@ -138,13 +142,14 @@ def test_only_the_decoder_of_an_encoder_decoder_is_converted():
 
 def test_pooling_is_done_in_float32():
     halves = torch.tensor([2048.0, 1.0, 1.0, 1.0], dtype=torch.float16)  # in float16, 2048 + 1 is 2048
-    assert pool_heads(halves, 4, 1).item() == torch.tensor(2051 / 4).half().item()
-    assert pool_heads(halves, 4, 1).dtype == torch.float16
+    pooled = Pooled(0, (0, 0, 0, 0)).pool(halves)
+    assert pooled.item() == torch.tensor(2051 / 4).half().item()
+    assert pooled.dtype == torch.float16
 
 
 def test_pooling_along_another_dimension():
     weight = torch.randn(3, 8, 2)
-    pooled = pool_heads(weight, 4, 2, dim=1)
+    pooled = Pooled(1, (0, 1, 0, 1, 2, 3, 2, 3)).pool(weight)
     torch.testing.assert_close(pooled[:, :2], (weight[:, 0:2] + weight[:, 2:4]) / 2)
     assert pooled.shape == (3, 4, 2)
 

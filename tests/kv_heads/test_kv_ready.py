@@ -1,4 +1,4 @@
-"""The best way is the one that loses least on held-out text, and repair brings a trained model nearer to what it was."""
+"""The best method is the one that loses least on held-out text, and repair brings a trained model nearer to what it was."""
 
 import copy
 import functools
@@ -8,8 +8,13 @@ import torch
 
 import billhook as bh
 from billhook.kv_heads.bases.freedom import Freedoms
-from billhook.kv_heads.bases.ready import Attentions, Way, best_way
+from billhook.kv_heads.bases.ready import Attentions, best_method
 from billhook.kv_heads.bases.stacks import find_projections, read
+from billhook.kv_heads.methods.aligned import Aligned
+from billhook.kv_heads.methods.auto import Auto
+from billhook.kv_heads.methods.mean import Mean
+from billhook.kv_heads.methods.named import method_of
+from billhook.kv_heads.methods.svd import SVD
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run
 from billhook.tracing.trace import trace
@@ -19,7 +24,7 @@ from kit.kv_planted import model_of
 from kit.prune_ranks import Ranks
 from kit.repair import embedded_text
 
-WAYS = [Way("mean"), Way("aligned"), Way("svd"), Way("aligned", "similar"), Way("svd", "similar")]
+METHODS = [Mean(), Aligned(), SVD(), Aligned("similar"), SVD("similar")]
 
 
 def attentions_of(model, groups):
@@ -61,19 +66,19 @@ def test_auto_takes_what_loses_least_on_held_out_batches(monkeypatch):
     (number,) = Repair().chooses(len(parts))
     held_out, compared, loss = parts[number], [], attentions.loss
     monkeypatch.setattr(attentions, "loss", lambda new, *rest: compared.append(new) or loss(new, *rest))
-    way, losses = best_way(attentions, trials_of(attentions.model, parts), None)
-    assert list(losses) == WAYS
+    chosen, losses = best_method(attentions, METHODS, trials_of(attentions.model, parts), None)
+    assert list(losses) == METHODS == list(Auto().candidates)
     with torch.no_grad():
         for new, expected in zip(compared, losses.values(), strict=True):
             other = changed(attentions.model, new)
             assert float(other(input_ids=held_out, labels=held_out).loss) == pytest.approx(expected, rel=1e-4)
     seen = trials_of(attentions.model, [part for part in parts if part is not held_out])
-    for linear, own in attentions.equal(Way("svd"), attentions.moments(seen, "consecutive")).items():
+    for linear, own in attentions.equal(SVD(), attentions.moments(seen, "consecutive")).items():
         torch.testing.assert_close(own["weight"], compared[2][linear]["weight"])
-    assert way == min(losses, key=losses.get)
-    assert losses[Way("svd")] < losses[Way("aligned")] < losses[Way("mean")]
-    assert losses[way] <= losses[Way("svd")]
-    assert [str(one) for one in WAYS[2::2]] == ["svd", "svd, similar heads grouped"]
+    assert chosen == min(losses, key=losses.get)
+    assert losses[SVD()] < losses[Aligned()] < losses[Mean()]
+    assert losses[chosen] <= losses[SVD()]
+    assert [str(one) for one in METHODS[2::2]] == ["svd", "svd, similar heads grouped"]
 
 
 @pytest.mark.parametrize("start", ["mean", "svd"])
@@ -81,7 +86,7 @@ def test_repair_brings_a_trained_model_nearer_to_what_it_was_on_text_it_has_not_
     attentions, parts, unseen = trained()
     model, trials = attentions.model, trials_of(attentions.model, parts)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    new = attentions.equal(Way(start), attentions.moments(trials, "consecutive"))
+    new = attentions.equal(method_of(start), attentions.moments(trials, "consecutive"))
     better = attentions.repaired(new, trials, Repair())
     assert better.keys() == new.keys() | set(attentions.downs)
     assert len(attentions.downs) == 4
@@ -101,7 +106,7 @@ def test_repair_works_where_each_block_ends_in_a_norm_and_with_gpt2s_linears(fam
     attentions = attentions_of(model, 4)
     assert len(attentions.downs) == 2
     trials = [Run(lambda ids=ids: model(ids).logits.sum()) for ids in parts]
-    new = attentions.equal(Way("mean"), attentions.moments(trials, "consecutive"))
+    new = attentions.equal(Mean(), attentions.moments(trials, "consecutive"))
     for repair in (Repair(), Repair(catch_up=False)):
         better = attentions.repaired(new, trials, repair)
         far, near = (distance(changed(model, one), model, tokens(8, 24)) for one in (new, better))
@@ -114,7 +119,7 @@ def test_a_module_that_is_called_in_every_layer_can_be_converted_but_not_repaire
         attentions_of(model, 4),
         [Run(lambda: model(tokens(4, 12)).logits.sum()) for _ in range(3)],
     )
-    new = attentions.equal(Way("svd"), attentions.moments(trials, "consecutive"))
+    new = attentions.equal(SVD(), attentions.moments(trials, "consecutive"))
     assert distance(changed(model, new), model, tokens()) > 0
     with pytest.raises(ValueError, match=r"repair: .*attention.* is called several times in a run, so it cannot be compared"):
         attentions.repaired(new, trials, Repair())
@@ -123,7 +128,7 @@ def test_a_module_that_is_called_in_every_layer_can_be_converted_but_not_repaire
 def test_the_loss_is_the_mean_of_batches_and_leaves_the_model_as_it_is():
     model, parts = llama(), [tokens(2, 9) for _ in range(3)]
     attentions = attentions_of(model, 2)
-    new = attentions.equal(Way("mean"), attentions.moments([], "consecutive"))
+    new = attentions.equal(Mean(), attentions.moments([], "consecutive"))
     before = copy.deepcopy(model.state_dict())
     for autocast in (False, True):  # which keeps the weights that it has cast
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
@@ -139,14 +144,14 @@ def test_without_pooling_nothing_changes_and_without_data_weights_are_looked_at(
     model, ids = model_of("llama", 4), tokens()
     attentions = attentions_of(model, 2)
     for moments in (attentions.moments([], "consecutive"), attentions.moments(trials_of(model, [ids]), "consecutive")):
-        new = attentions.equal(Way("aligned"), moments, pool=False)
+        new = attentions.equal(Aligned(), moments, pool=False)
         assert distance(changed(model, new), model, ids) < 1e-6
     whole = attentions.moments([], "similar")
-    new = attentions.equal(Way("aligned", "similar"), whole, pool=False)
+    new = attentions.equal(Aligned("similar"), whole, pool=False)
     assert distance(changed(model, new), model, ids) < 1e-6
 
 
-def test_a_way_that_loses_a_number_that_is_none_is_not_taken():
+def test_a_method_that_loses_a_number_that_is_none_is_not_taken():
     model = llama()
     attentions = attentions_of(model, 1)
     plain = attentions.loss
@@ -154,10 +159,10 @@ def test_a_way_that_loses_a_number_that_is_none_is_not_taken():
         float("nan") if not calls.append(0) and len(calls) == 1 else plain(new, trials)
     )
     calls = []
-    way, losses = best_way(attentions, trials_of(model, [tokens() for _ in range(3)]), None)
-    assert list(losses) == WAYS[:3]  # of one group alone there is no choice
-    assert losses[Way("mean")] != losses[Way("mean")]
-    assert way != Way("mean")
+    chosen, losses = best_method(attentions, METHODS, trials_of(model, [tokens() for _ in range(3)]), None)
+    assert list(losses) == METHODS[:3]  # of one group alone there is no choice
+    assert losses[Mean()] != losses[Mean()]
+    assert chosen != Mean()
 
 
 def test_ranks_choose_the_same_and_are_refused_together():
@@ -166,15 +171,13 @@ def test_ranks_choose_the_same_and_are_refused_together():
 
     def one(rank, reduce, cut):
         trials = trials_of(models[rank], cut[rank])
-        return best_way(attentions_of(models[rank], 2), trials, None, reduce)
+        return best_method(attentions_of(models[rank], 2), METHODS, trials, None, reduce)
 
     first, second = Ranks(2).run(functools.partial(one, cut=(parts[:2], parts[2:])))
     assert first == second
 
     def refused(rank, reduce):
-        with pytest.raises(
-            ValueError, match=rf"'auto' needs two at least on each rank, as some are held out; got {[3, 1][rank]}"
-        ):
+        with pytest.raises(ValueError, match=rf"'auto' needs 2 at least on each rank, as some are held out; got {[3, 1][rank]}"):
             one(rank, reduce, (parts[:3], parts[3:]))
         return True
 
@@ -186,18 +189,18 @@ def test_refusals_say_what_works():
     with pytest.raises(
         ValueError, match=r"grouping='similar' puts heads in another order, .*h.0.self_attention.*'consecutive' works"
     ):
-        bloom.check(Way("svd", "similar"))
-    bloom.check(Way("svd"))
+        bloom.check(SVD("similar"))
+    bloom.check(SVD())
     trials = trials_of(bloom.model, [tokens() for _ in range(3)])
-    assert list(best_way(bloom, trials, None)[1]) == WAYS[:3]
+    assert list(best_method(bloom, METHODS, trials, None)[1]) == METHODS[:3]
     fixed = attentions_of(kv_zoo.build("deberta"), 4)
     assert set(fixed.freedoms.values()) == {Freedoms((), (), False)}
     for start in ("aligned", "svd"):
         with pytest.raises(
             ValueError, match=rf"method='{start}': no change of basis leaves what deberta.*attention computes .*'mean' works"
         ):
-            fixed.check(Way(start))
-    fixed.check(Way("mean"))
-    attentions_of(build("qwen3"), 2).check(Way("svd", "similar"))  # of which values are free
-    with pytest.raises(ValueError, match=r"'auto' needs two at least on each rank, as some are held out; got 1"):
-        best_way(bloom, trials[:1], None)
+            fixed.check(method_of(start))
+    fixed.check(Mean())
+    attentions_of(build("qwen3"), 2).check(SVD("similar"))  # of which values are free
+    with pytest.raises(ValueError, match=r"'auto' needs 2 at least on each rank, as some are held out; got 1"):
+        best_method(bloom, METHODS, trials[:1], None)

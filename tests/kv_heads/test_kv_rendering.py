@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from billhook.kv_heads.bases.rendering import aligned, low_rank, mean
+from billhook.kv_heads.methods.aligned import Aligned
+from billhook.kv_heads.methods.mean import Mean
+from billhook.kv_heads.methods.svd import SVD
 
+mean, aligned, low_rank = Mean().render, Aligned().render, SVD().render
 KINDS = {"real": torch.float64, "complex": torch.complex128}
 
 
@@ -150,7 +153,7 @@ def test_the_mean_is_the_mean(kind):
     torch.testing.assert_close(rendered(found, samples), samples.mean(1, keepdim=True).expand_as(samples))
 
 
-@pytest.mark.parametrize("method", [mean, aligned, low_rank], ids=lambda method: method.__name__)
+@pytest.mark.parametrize("method", [mean, aligned, low_rank], ids=["mean", "aligned", "svd"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_degenerate_stays_finite(kind, method):
     samples, rows = heads(kind, 3, 4), readers(kind, 3, 4)

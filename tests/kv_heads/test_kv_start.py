@@ -9,7 +9,7 @@ from billhook.kv_heads.bases.bases import find_bases, pooled, turned, weight_mom
 from billhook.kv_heads.bases.freedom import Block, Freedoms, find_freedoms
 from billhook.kv_heads.bases.moments import gather
 from billhook.kv_heads.bases.stacks import find_projections, read
-from billhook.kv_heads.pooling import pool_heads
+from billhook.kv_heads.methods.named import method_of
 from billhook.running.batches import Run
 from billhook.tracing.trace import trace
 from kit.families import tokens
@@ -63,7 +63,7 @@ class Case:
         moments, lost = self.moments(how, groups), {}
         for name, place in self.places.items():
             stacks = read(self.model, place)
-            bases = find_bases(stacks, moments[name], self.freedoms[name], start)
+            bases = find_bases(stacks, moments[name], self.freedoms[name], method_of(start))
             with_stacks(self.model, place, become(stacks, *bases))
             lost[name] = tuple(one.lost for one in bases)
         return lost
@@ -120,10 +120,10 @@ def test_the_mean_is_that_of_pooling_repeated(family):
     one = case(family)
     for name, place in one.places.items():
         stacks, groups = read(one.model, place), place.kv_heads // 2
-        bases = find_bases(stacks, weight_moments(stacks, groups), one.freedoms[name], "mean")
+        bases = find_bases(stacks, weight_moments(stacks, groups), one.freedoms[name], method_of("mean"))
         found = pooled(stacks, *bases)
         for new, old in ((found.k, stacks.k), (found.v, stacks.v)):
-            expected = pool_heads(old.flatten(0, 1), place.kv_heads, groups).unflatten(0, (groups, -1)).repeat_interleave(2, 0)
+            expected = old.unflatten(0, (groups, -1)).mean(1).repeat_interleave(2, 0)
             torch.testing.assert_close(new, expected)
         assert torch.equal(found.q, stacks.q)
         assert torch.equal(found.o, stacks.o)
@@ -136,7 +136,9 @@ def test_what_is_lost_is_counted_on_data_and_least_with_svd(family, groups):
     moments = one.moments("data", groups)
     for name, place in one.places.items():
         stacks = read(one.model, place)
-        lost = {start: find_bases(stacks, moments[name], one.freedoms[name], start) for start in ("mean", "aligned", "svd")}
+        lost = {
+            start: find_bases(stacks, moments[name], one.freedoms[name], method_of(start)) for start in ("mean", "aligned", "svd")
+        }
         for number in (0, 1):
             svd, aligned, mean = (lost[start][number].lost for start in ("svd", "aligned", "mean"))
             assert 0 < svd <= aligned + 1e-12
@@ -165,7 +167,7 @@ def test_bases_mix_no_more_than_may_be_mixed(name):
     for start in ("mean", "aligned", "svd"):
         moments = one.moments("weights")
         for attention, place in one.places.items():
-            keys, _ = find_bases(read(one.model, place), moments[attention], one.freedoms[attention], start)
+            keys, _ = find_bases(read(one.model, place), moments[attention], one.freedoms[attention], method_of(start))
             allowed = torch.zeros(keys.basis.shape[1:], dtype=torch.bool)
             for block in one.freedoms[attention].keys:
                 own = torch.tensor([*block.real, *block.imaginary])
@@ -184,7 +186,7 @@ def test_complex_keys_by_hand():
     stacks = read(case("llama").model, case("llama").places["model.layers.0.self_attn"])
     stacks = type(stacks)(stacks.q[:2], stacks.k[:2], stacks.v[:2], stacks.o[:2])
     freedoms = case("llama").freedoms["model.layers.0.self_attn"]
-    keys, _ = find_bases(stacks, weight_moments(stacks, 1), freedoms, "svd")
+    keys, _ = find_bases(stacks, weight_moments(stacks, 1), freedoms, method_of("svd"))
     half = stacks.k.shape[1] // 2
     for f in range(half):
         z = torch.complex(stacks.k[:, f], stacks.k[:, f + half])
@@ -201,7 +203,7 @@ def test_complex_keys_by_hand():
 def test_numbers_in_no_block_are_averaged_and_a_group_of_nothing_loses_nothing():
     stacks = read(case("llama").model, case("llama").places["model.layers.0.self_attn"])
     some = Freedoms((Block((0,), (4,)),), (), True)
-    keys, values = find_bases(stacks, weight_moments(stacks, 2), some, "svd")
+    keys, values = find_bases(stacks, weight_moments(stacks, 2), some, method_of("svd"))
     eye = torch.eye(8, dtype=torch.float64).expand(4, -1, -1)
     rest = [1, 2, 3, 5, 6, 7]
     torch.testing.assert_close(keys.basis[:, rest][:, :, rest], eye[:, rest][:, :, rest])
@@ -211,7 +213,7 @@ def test_numbers_in_no_block_are_averaged_and_a_group_of_nothing_loses_nothing()
     torch.testing.assert_close(values.shared, eye / 2)
     silent = type(stacks)(stacks.q, 0 * stacks.k, 0 * stacks.v, stacks.o)
     for start in ("mean", "aligned", "svd"):
-        for one in find_bases(silent, weight_moments(silent, 2), some, start):
+        for one in find_bases(silent, weight_moments(silent, 2), some, method_of(start)):
             assert one.lost == 0
             assert one.basis.isfinite().all()
             assert one.shared.isfinite().all()

@@ -1,6 +1,7 @@
 """Multi-head to grouped-query to multi-query attention, at given steps of a fit."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,17 +10,21 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.kv_preparation import Preparation, method_of_pooling
+from billhook.callbacks.kv_preparation import Preparation
 from billhook.callbacks.kv_stages import Stage, check_order, steps_over
 from billhook.fit.event import At, ShapeCallback, unwrapped
 from billhook.fit.ranks import check_agreed, together
 from billhook.fit.rounds import shares_of
 from billhook.fit.run import callbacks_of, is_trial
 from billhook.kv_heads.approach import approach
-from billhook.kv_heads.bases.ready import Grouping
-from billhook.kv_heads.convert import KVHeadPlan, Method, apply_kv_heads, check_request, kv_heads_of, plan_kv_heads
-from billhook.kv_heads.line import check_told_apart, heads_in_scope, next_in_line
+from billhook.kv_heads.layerwise import check_in_part, next_layers
+from billhook.kv_heads.methods.base import KVMethod
+from billhook.kv_heads.methods.mean import Mean
+from billhook.kv_heads.methods.named import Name, method_of
+from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
+from billhook.kv_heads.scope import check_number, kv_heads_by_layer, kv_heads_of
 from billhook.model.find import find_transformer
+from billhook.model.plan import apply
 from billhook.model.surgery import changed, take
 from billhook.repairs.repair import Repair
 from billhook.schedules import Schedule, check_step
@@ -48,7 +53,6 @@ class KVHeadConversion(ShapeCallback):
             turned towards each other, which changes nothing in the model, and then the mean; `"svd"`: the best low-rank rendering
             of what examples show; `"auto"`: the best of `"mean"`, `"aligned"` and `"svd"`, of both groupings, on examples that
             are held out.
-        grouping: Which heads share a group: those that stand beside each other, or the most alike (`"similar"`).
         repair: How what reads the heads, and the feed-forwards, make up for what is lost: least squares on the examples (see
             `Repair`); by default they keep their weights.
         over: Steps (int), or a fraction of training (float), before each `at` in which the heads of a group move towards their
@@ -73,8 +77,7 @@ class KVHeadConversion(ShapeCallback):
         self,
         num_key_value_heads: int | list[int],
         at: At | list[At] | Schedule = "start",
-        method: Method = "mean",
-        grouping: Grouping = "consecutive",
+        method: KVMethod | Name = "mean",
         repair: Repair | None = None,
         over: int | float = 0,
         encoder: bool = False,
@@ -83,7 +86,7 @@ class KVHeadConversion(ShapeCallback):
         seed: int = 0,
         measure_batches: int | None = None,
     ) -> None:
-        self.preparation = Preparation(method, grouping, repair, calibration, examples, seed)
+        self.preparation = Preparation(method_of(method), repair, calibration, examples, seed)
         moments: list[At | Schedule] = [*at] if isinstance(at, list | tuple) else [at]
         _check_over(over, moments, self.preparation)
         super().__init__([0 if m == "start" and self.preparation.needed else m for m in moments], measure_batches)
@@ -93,7 +96,7 @@ class KVHeadConversion(ShapeCallback):
         if len(heads) > 1 and any(isinstance(moment, Schedule) for moment in moments):
             raise ValueError(f"at={self.at}: a schedule goes with one number of heads, not with num_key_value_heads={heads}")
         for number in heads:
-            check_request(number, "mean")
+            check_number(number)
         if any(before <= after or before % after for before, after in zip(heads, heads[1:], strict=False)):
             raise ValueError(f"num_key_value_heads={heads}: each stage must have fewer heads than the one before, and divide it")
         self.heads, self.over, self.encoder = heads, over, encoder
@@ -136,9 +139,9 @@ class KVHeadConversion(ShapeCallback):
             return
         plan = plan_kv_heads(model, first, encoder=self.encoder)
         if self._by_layer:
-            check_told_apart(model, plan_kv_heads(model, first, layers=plan.layers[-1:], encoder=self.encoder))
+            check_in_part(model, plan_kv_heads(model, first, layers=plan.layers[-1:], encoder=self.encoder))
         self.preparation.check(find_transformer(model), dict.fromkeys(plan.layers, first))
-        means = [one for one in callbacks_of(trainer, KVHeadConversion) if one.preparation.method == "mean"]
+        means = [one for one in callbacks_of(trainer, KVHeadConversion) if type(one.preparation.method) is Mean]
         if means[:1] == [self] and not self.preparation.needed:
             rank_zero_info(HINT)
 
@@ -197,17 +200,18 @@ class KVHeadConversion(ShapeCallback):
         plan, own = self._plan(model, stage), self.preparation
         told = f"{plan.before} -> {plan.after} KV heads"
         if self._by_layer:
-            told += f" in {len(plan.layers)} of {len(heads_in_scope(model, self.encoder))} attentions"
+            told += f" in {len(plan.layers)} of {len(kv_heads_by_layer(model, self.encoder))} attentions"
         moved = self.over and self._stages[stage].begin <= self._moved
         if moved or not own.needed:
             self._check_agreed(model, plan, {}, optimizers)
-            apply_kv_heads(plan, model, optimizers, own.seed)
-            return f"{told} ({own.told}{f', over {self._stages[stage].over} steps' if moved else ''})"
+            apply(model, plan, optimizers)
+            return f"{told} ({own.method}{f', over {self._stages[stage].over} steps' if moved else ''})"
         weights, how = own.weights(model.trainer, model, dict.fromkeys(plan.layers, plan.after))
-        if not own.turns:  # what the mean pools is as it was
+        if not own.method.turns:  # what the mean pools is as it was
             weights = {name: values for name, values in weights.items() if name not in plan.parameters}
         self._check_agreed(model, plan, weights, optimizers)
-        apply_kv_heads(plan, model, optimizers, own.seed, weights, changed(find_transformer(model), weights))
+        restart = tuple(changed(find_transformer(model), weights))
+        apply(model, replace(plan, restart=restart), optimizers, weights)
         return f"{told} ({how})"
 
     def _check_agreed(
@@ -233,7 +237,7 @@ class KVHeadConversion(ShapeCallback):
             self._path = None if self.is_done(model, stage) else self._plan(model, stage)
         if self._path is None:
             return
-        if self.preparation.turns and stage not in self._turned:
+        if self.preparation.method.turns and stage not in self._turned:
             groups = dict.fromkeys(self._path.layers, self._path.after)
             with unwrapped(trainer), together(trainer, "KVHeadConversion"):
                 weights = self.preparation.turned(trainer, pl_module, groups)
@@ -241,22 +245,22 @@ class KVHeadConversion(ShapeCallback):
                 take(model, weights, trainer.optimizers)
             self._turned.append(stage)
         share = min(1.0, stride / (self._stages[stage].step - step))
-        approach(model, self._path.parameters, share, "first" if self.preparation.method == "first" else "mean")
+        approach(model, self._path.parameters, share, self.preparation.method.pool)
         self._moved = step
 
     def _plan(self, model: nn.Module, stage: int) -> KVHeadPlan:
         """What a stage does to the model as it is."""
-        method, layers = self.preparation.method, self._next(model, stage) if self._by_layer else None
-        return plan_kv_heads(model, self._heads(stage), method_of_pooling(method), layers, self.encoder)
+        layers = self._next(model, stage) if self._by_layer else None
+        return plan_kv_heads(model, self._heads(stage), self.preparation.method, layers, self.encoder)
 
     def _heads(self, stage: int) -> int:
         return self.heads[0 if self._by_layer else stage]
 
     def _next(self, model: nn.Module, stage: int) -> list[str]:
-        return next_in_line(heads_in_scope(model, self.encoder), self._heads(stage), self._stages[stage].share)
+        return next_layers(kv_heads_by_layer(model, self.encoder), self._heads(stage), self._stages[stage].share)
 
     def _most(self, model: nn.Module) -> int:
-        return max(heads_in_scope(model, self.encoder).values()) if self.encoder else kv_heads_of(model)
+        return max(kv_heads_by_layer(model, self.encoder).values()) if self.encoder else kv_heads_of(model)
 
     def state_dict(self) -> dict[str, Any]:
         """What has happened so far; the shape itself is in the LightningModule's part of the checkpoint."""
@@ -287,8 +291,8 @@ def _check_over(over: int | float, moments: Sequence[At | Schedule], preparation
         raise ValueError(f"over={over}: before at='start' there are no steps in which heads could move: give a later step")
     if preparation.repair is not None:
         raise ValueError(f"over={over} and repair: heads that have moved lose nothing when they are cut; leave one out")
-    if preparation.method in ("random", "svd", "auto"):
+    if not preparation.method.has_path:
         raise ValueError(
-            f"over={over}: method={preparation.method!r} has no path between the heads and what they become; 'mean', 'first' "
-            "and 'aligned' have one"
+            f"over={over}: method='{preparation.method.name}' has no path between the heads and what they become; 'mean', "
+            "'first' and 'aligned' have one"
         )

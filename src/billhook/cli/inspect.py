@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook.kv_heads.convert import kv_heads_of, plan_kv_heads
+from billhook.kv_heads.plan import plan_kv_heads
+from billhook.kv_heads.scope import kv_heads_of
 from billhook.model.meta import from_name
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold, kind_name, labelled

@@ -9,18 +9,19 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import MERGE, adapted, beneath
+from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.pooling import Pooled
 from billhook.model.shape import Shape, shape_of
 
 
-def check_adapters(model: nn.Module, method: str) -> None:
+def check_adapters(model: nn.Module, method: KVMethod) -> None:
     """Refuses adapters that cannot be pooled.
 
     Raises:
-        ValueError: If they are not plain LoRA, or heads are drawn anew.
+        ValueError: If they are not plain LoRA, or the method does not pool them as it pools weights.
     """
-    if method == "random":
-        raise ValueError(f"method='random': what is drawn anew says nothing of adapters: {MERGE}")
+    if not method.pools_adapters:
+        raise ValueError(f"method='{method.name}' pools weights in a way that their adapters cannot follow: {MERGE}")
     for name, layer in adapted(model).items():
         own = {part.partition(".")[0] for part, _ in layer.named_parameters()} - {"base_layer"}
         if not isinstance(layer, LoraLayer) or own - {"lora_A", "lora_B"}:
@@ -28,7 +29,7 @@ def check_adapters(model: nn.Module, method: str) -> None:
 
 
 def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shape: Shape) -> tuple[dict[str, Pooled], Shape]:
-    """What is pooled of a model, and its shape then, from the same of the model beneath its adapters.
+    """Returns what is pooled of a model, and its shape afterwards, from the same of the model beneath its adapters.
 
     Raises:
         ValueError: If what the adapters of a layer read becomes less.

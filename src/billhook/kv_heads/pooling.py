@@ -1,9 +1,8 @@
 """Heads are pooled: parameters, and the state that optimizers keep of them."""
 
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,9 +11,29 @@ from torch import Tensor
 from billhook.model.handed import Indices
 from billhook.model.surgery import Change
 
-How = Literal["mean", "first"]
+Pool = Callable[[Sequence[Tensor]], Tensor]
+"""From the heads of a group to one."""
+
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 """What Adam and AdamW, RMSprop and Adadelta, and Adagrad call the mean or sum of squared gradients."""
+
+
+def mean(heads: Sequence[Tensor]) -> Tensor:
+    """Returns the mean of some heads, summed in float32 at least.
+
+    >>> mean([torch.tensor([0.0, 1.0]), torch.tensor([2.0, 5.0])])
+    tensor([1., 3.])
+    """
+    wide = torch.promote_types(heads[0].dtype, torch.float32)
+    total = heads[0].to(wide, copy=True)
+    for head in heads[1:]:
+        total += head
+    return (total / len(heads)).to(heads[0].dtype)
+
+
+def first(heads: Sequence[Tensor]) -> Tensor:
+    """Returns the first of some heads."""
+    return heads[0]
 
 
 @dataclass(frozen=True)
@@ -35,96 +54,45 @@ class Pooled:
         return np.bincount(np.asarray(self.index))
 
     @cached_property
-    def rounds(self) -> list[tuple[Indices, Indices]]:
-        """The first old position of every new one, the second of those that have one, and so on: old and new positions."""
-        index = np.asarray(self.index)
-        order = np.argsort(index, kind="stable")
-        place = np.arange(len(index)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
-        return [(own := order[place == number], index[own]) for number in range(int(self.counts.max()))]
+    def groups(self) -> list[tuple[Indices, Indices]]:
+        """New positions that are pooled from equally many old ones, and these, `[old for each new, new]`, in their order."""
+        order, starts = np.argsort(np.asarray(self.index), kind="stable"), np.cumsum(self.counts) - self.counts
+        found = []
+        for count in np.unique(self.counts).tolist():
+            new = np.flatnonzero(self.counts == count)
+            found.append((new, order[starts[new] + np.arange(count)[:, None]]))
+        return found
+
+    def size(self, old: Sequence[int]) -> tuple[int, ...]:
+        """Returns the new size of a tensor."""
+        return (*old[: self.dim], len(self.counts), *old[self.dim + 1 :])
 
     def along(self, tensor: Tensor) -> Tensor:
-        """The number of old positions of every new one, to be multiplied with a new tensor."""
+        """Returns the number of old positions of every new one, to be multiplied with a new tensor."""
         shape = [1] * tensor.ndim
         shape[self.dim] = -1
         return torch.from_numpy(self.counts).to(tensor.device, tensor.dtype).reshape(shape)
 
-    def pool(self, tensor: Tensor, how: How = "mean") -> Tensor:
-        """The new tensor: the mean, summed in float32 at least, or the first, of the old positions of every new one."""
-        size = list(tensor.shape)
-        size[self.dim] = len(self.counts)
-        wide = tensor.dtype if how == "first" else torch.promote_types(tensor.dtype, torch.float32)
-        new = torch.zeros(size, dtype=wide, device=tensor.device)
-        for old, then in self.rounds[: 1 if how == "first" else None]:  # no two of a round add to one place, in any order
-            part = tensor.index_select(self.dim, torch.from_numpy(old).to(tensor.device)).to(wide)
-            new.index_add_(self.dim, torch.from_numpy(then).to(tensor.device), part)
-        return new if how == "first" else (new / self.along(new)).to(tensor.dtype)
+    def pool(self, tensor: Tensor, how: Pool = mean) -> Tensor:
+        """Returns the new tensor, in which the old positions of every new one are pooled where there are several."""
+        new = tensor.new_empty(self.size(tensor.shape))
+        for then, old in self.groups:
+            heads = [tensor.index_select(self.dim, torch.from_numpy(own).to(tensor.device)) for own in old]
+            one = how(heads) if len(heads) > 1 else heads[0]
+            new.index_copy_(self.dim, torch.from_numpy(then).to(tensor.device), one.to(tensor.dtype))
+        return new
 
     def spread(self, tensor: Tensor) -> Tensor:
-        """A new tensor at the old positions: what was pooled, repeated."""
+        """Returns a new tensor at the old positions: what was pooled, repeated."""
         return tensor.index_select(self.dim, torch.tensor(self.index, device=tensor.device))
 
 
-def pool_heads(tensor: Tensor, before: int, after: int, method: How = "mean", dim: int = 0) -> Tensor:
-    """One head for each group of `before / after` consecutive heads along a dimension.
-
-    Args:
-        tensor: The heads one after the other along `dim`, `[..., before * width, ...]`.
-        before: Heads in `tensor`.
-        after: Heads in the result; divides `before`.
-        method: `"mean"`: W_group = 1/G * sum over the group of W_head (GQA, section 2.1), summed in float32 at least;
-            `"first"`: the first head of the group.
-        dim: The dimension that holds the heads.
-
-    Returns:
-        `[..., after * width, ...]`, in the dtype of `tensor`.
-
-    >>> pool_heads(torch.tensor([0.0, 1.0, 2.0, 5.0]), before=4, after=2)
-    tensor([0.5000, 3.5000])
-    """
-    position = np.arange(tensor.shape[dim])
-    width = len(position) // before
-    index = position // width // (before // after) * width + position % width
-    return Pooled(dim % tensor.ndim, tuple(index.tolist())).pool(tensor, method)
-
-
-def pooling(pooled: Pooled, how: How, values: Tensor | None = None) -> Change:
-    """Pools a parameter, or other values of it; first moments follow like the weights, and second ones, times G^2."""
-
-    def weight(old: Tensor) -> Tensor:
-        return pooled.pool(old if values is None else values.to(old), how)
+def pooling(pooled: Pooled, how: Pool) -> Change:
+    """Pools a parameter; first moments of optimizers follow like the weights, and second ones, times G^2 for G heads."""
 
     def state(key: str, value: Tensor) -> Tensor:
         new = pooled.pool(value, how)
         power = 2 if key in SECOND_MOMENTS else 1 if key == "exp_inf" else 0
         return new * pooled.along(new) ** power
 
-    return Change(weight, state)
-
-
-def drawing(
-    pooled: Pooled, size: tuple[int, ...], std: float, generator: torch.Generator, values: Tensor | None = None
-) -> Change:
-    """Draws what is pooled anew (biases are zero), and keeps the rest; optimizers begin with zero there."""
-    drawn = torch.randn(size, generator=generator) * std if len(size) > 1 else torch.zeros(size)
-    lone = [1] * len(size)
-    lone[pooled.dim] = -1
-    anew = torch.from_numpy(pooled.counts > 1).reshape(lone)
-
-    def weight(old: Tensor) -> Tensor:
-        kept = pooled.pool(old if values is None else values.to(old), "first")
-        return torch.where(anew.to(old.device), drawn.to(old), kept)
-
-    return Change(weight, lambda _, value: pooled.pool(value, "first").masked_fill(anew.to(value.device), 0))
-
-
-def taking(values: Tensor) -> Change:
-    """Takes other values of the same size; optimizer state stays."""
-    return Change(lambda old: values.to(old), lambda _, value: value)
-
-
-def std_of(config: object, size: tuple[int, ...], dim: int) -> float:
-    """The deviation with which a model draws a weight that has its outputs along a dimension; 1 / sqrt(inputs) where unsaid."""
-    inputs = math.prod(size) // size[dim]
-    usual = float(getattr(config, "initializer_factor", 1.0)) * inputs**-0.5
-    said = (getattr(config, name, None) for name in ("initializer_range", "init_std"))
-    return float(next((value for value in said if isinstance(value, float | int)), usual))
+    return Change(lambda old: pooled.pool(old, how), state)

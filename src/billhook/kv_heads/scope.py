@@ -2,13 +2,54 @@
 
 from collections.abc import Collection, Mapping
 
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from billhook.kv_heads.config import FIELD, FIELDS
 from billhook.kv_heads.layout import KVAttention, find_kv
+from billhook.model.find import find_transformer
 from billhook.model.handed import handing_of
-from billhook.model.shape import FLAG, unbuilt_shape
+from billhook.model.shape import FLAG, shape_of, unbuilt_shape
+
+
+def kv_heads_by_layer(model: nn.Module, encoder: bool = True) -> dict[str, int]:
+    """Returns the number of KV heads that every attention has, by its name, in the order in which they run.
+
+    Args:
+        model: A Hugging Face model, or a module that holds one.
+        encoder: Whether the self-attentions of an encoder-decoder's encoder are among them.
+
+    Raises:
+        ValueError: If it has no attention, or its heads cannot be told apart.
+    """
+    model = find_transformer(model)
+    found = find_kv(model)
+    return {name: found[name].heads for name in in_scope(model, found, encoder)}
+
+
+def kv_heads_of(model: nn.Module) -> int:
+    """Returns the number of KV heads of a Hugging Face model: as its config states it, or else as its code shows.
+
+    Where layers differ it is the most; of an encoder-decoder whose config has no such field, those of the decoder count.
+
+    Raises:
+        ValueError: If the config has another number for each layer, or the model has no attention.
+    """
+    model = find_transformer(model)
+    known = config_heads(model)
+    return known if known is not None and not shape_of(model).handed else max(kv_heads_by_layer(model, encoder=False).values())
+
+
+def check_number(num_key_value_heads: int) -> int:
+    """Returns a number of KV heads.
+
+    Raises:
+        ValueError: If it is not a whole number of at least 1.
+    """
+    if type(num_key_value_heads) is not int or num_key_value_heads < 1:
+        raise ValueError(f"num_key_value_heads={num_key_value_heads!r} must be a whole number, 1 at least")
+    return num_key_value_heads
 
 
 def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int) -> None:
@@ -26,7 +67,7 @@ def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int) -> N
         )
 
 
-def said_heads(model: PreTrainedModel) -> int | None:
+def config_heads(model: PreTrainedModel) -> int | None:
     """The number of KV heads in the config; None if it has no such field.
 
     Raises:

@@ -3,21 +3,15 @@
 Everything is done in the sizes that the model has: its own code runs the outcome, and to pool equal heads loses nothing more.
 """
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from billhook.kv_heads.bases.freedom import Block, Freedom, Freedoms
 from billhook.kv_heads.bases.moments import Moments
-from billhook.kv_heads.bases.rendering import Rendering, aligned, low_rank, mean
 from billhook.kv_heads.bases.stacks import Stacks
-
-Start = Literal["mean", "aligned", "svd"]
-Render = Callable[[Tensor, Tensor], Rendering]
-RENDERINGS: Mapping[Start, Render] = {"mean": mean, "aligned": aligned, "svd": low_rank}
+from billhook.kv_heads.methods.base import Rendered
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,19 +43,18 @@ def weight_moments(stacks: Stacks, groups: int) -> Moments:
     return Moments(crossed(stacks.k), crossed(stacks.v), torch.einsum("jhan,jhbn->jab", queries, queries))
 
 
-def find_bases(stacks: Stacks, moments: Moments, freedoms: Freedoms, start: Start) -> tuple[Bases, Bases]:
-    """The renderings of the keys and of the values of an attention.
+def find_bases(stacks: Stacks, moments: Moments, freedoms: Freedoms, method: Rendered) -> tuple[Bases, Bases]:
+    """Finds the renderings of the keys and of the values of an attention.
 
     Args:
         stacks: Its weights.
         moments: What data shows of it.
         freedoms: How its numbers may be mixed; those that may not are averaged.
-        start: How.
+        method: How a group is rendered.
     """
     outputs = _in_groups(stacks.o, len(stacks.k))
     readers = torch.einsum("jhoa,jhob->jab", outputs, outputs)
-    render = RENDERINGS[start]
-    return _bases(moments.queries, moments.keys, freedoms.keys, render), _bases(readers, moments.values, freedoms.values, render)
+    return _bases(moments.queries, moments.keys, freedoms.keys, method), _bases(readers, moments.values, freedoms.values, method)
 
 
 def pooled(stacks: Stacks, keys: Bases, values: Bases) -> Stacks:
@@ -90,7 +83,7 @@ def _shared(stack: Tensor, own: Bases) -> Tensor:
     return summed.expand(-1, len(stack) // own.groups, -1, -1).flatten(0, 1)
 
 
-def _bases(metric: Tensor, moments: Tensor, freedom: Freedom, render: Render) -> Bases:
+def _bases(metric: Tensor, moments: Tensor, freedom: Freedom, method: Rendered) -> Bases:
     """The renderings of all groups; numbers in no block are averaged."""
     groups, size, width = moments.shape[:3]
     metrics, found, lost, whole = _in_groups(metric, groups), [], 0.0, 0.0
@@ -98,7 +91,7 @@ def _bases(metric: Tensor, moments: Tensor, freedom: Freedom, render: Render) ->
         basis, shared = (torch.eye(width, dtype=torch.float64, device=metric.device).repeat(size, 1, 1) for _ in range(2))
         shared /= size
         for block in freedom:
-            one = render(*_of_block(metrics[group], moments[group], block))
+            one = method.render(*_of_block(metrics[group], moments[group], block))
             _put(basis, block, one.basis)
             _put(shared, block, one.shared)
         found.append((basis, shared))

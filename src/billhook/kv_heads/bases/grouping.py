@@ -5,15 +5,16 @@ import itertools
 import torch
 from torch import Tensor
 
-from billhook.kv_heads.bases.bases import Start, find_bases
+from billhook.kv_heads.bases.bases import find_bases
 from billhook.kv_heads.bases.freedom import Freedoms
 from billhook.kv_heads.bases.moments import Moments
 from billhook.kv_heads.bases.stacks import Stacks
+from billhook.kv_heads.methods.base import Rendered
 
 RESTARTS = 20
 
 
-def similar_order(stacks: Stacks, moments: Moments, freedoms: Freedoms, start: Start, groups: int) -> list[int]:
+def similar_order(stacks: Stacks, moments: Moments, freedoms: Freedoms, method: Rendered, groups: int) -> list[int]:
     """An order of the KV heads in which those that share a group stand beside each other.
 
     What a group loses is taken for the sum of what its pairs lose, of keys and of values, each as a share of what there is. Heads
@@ -25,13 +26,13 @@ def similar_order(stacks: Stacks, moments: Moments, freedoms: Freedoms, start: S
         stacks: The weights.
         moments: Of one group of all heads.
         freedoms: How the numbers may be mixed.
-        start: How a group is rendered by one head.
+        method: How a group is rendered by one head.
         groups: How many groups of one size there are to be.
     """
     count = len(stacks.k)
     loss = torch.zeros(count, count, dtype=torch.float64)
     for pair in itertools.combinations(range(count), 2):
-        found = find_bases(_only(stacks, pair), moments_in_order(moments, list(pair), 1), freedoms, start)
+        found = find_bases(_only(stacks, pair), moments_in_order(moments, list(pair), 1), freedoms, method)
         loss[pair] = loss[pair[::-1]] = sum(one.lost for one in found)
     generator, own = torch.Generator().manual_seed(0), torch.arange(count) // (count // groups)
     starts = [own, *(own[torch.randperm(count, generator=generator)] for _ in range(RESTARTS))]

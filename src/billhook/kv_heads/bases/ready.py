@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import MERGE, adapted
-from billhook.kv_heads.bases.bases import Start, find_bases, pooled, turned, weight_moments
+from billhook.kv_heads.bases.bases import find_bases, pooled, turned, weight_moments
 from billhook.kv_heads.bases.freedom import Freedoms, find_freedoms, in_order
 from billhook.kv_heads.bases.grouping import moments_in_order, similar_order
 from billhook.kv_heads.bases.moments import Moments, gather
 from billhook.kv_heads.bases.stacks import Projections, find_projections, instead, read, written
+from billhook.kv_heads.methods.base import Grouping, KVMethod, Rendered
 from billhook.model.linears import matrix_of
 from billhook.repairs.refits import Given
 from billhook.repairs.repair import Repair, repaired
@@ -24,26 +25,8 @@ from billhook.running.walk import Reduce
 from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import trace
 
-Grouping = Literal["consecutive", "similar"]
-
-Pair = tuple[Any, Loss | None]
+BatchAndLoss = tuple[Any, Loss | None]
 """A batch and, from the model and it, the loss; None for the model's own."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """How the heads of a group become equal.
-
-    Attributes:
-        start: By what rendering.
-        grouping: Which heads share a group: those that stand beside each other, or those that are most alike.
-    """
-
-    start: Start
-    grouping: Grouping = "consecutive"
-
-    def __str__(self) -> str:
-        return self.start if self.grouping == "consecutive" else f"{self.start}, similar heads grouped"
 
 
 class Attentions:
@@ -64,54 +47,70 @@ class Attentions:
         downs = [part.name.rpartition(".")[0] for one in structure.feed_forward for part in one.down]
         self.downs = [name for name in dict.fromkeys(downs) if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
 
-    def check(self, way: Way) -> None:
+    def check(self, method: Rendered) -> None:
         """Refuses what cannot be done.
 
         Raises:
             ValueError: If heads cannot change places, or none of their numbers may be mixed.
         """
         fixed = [name for name, own in self.freedoms.items() if not own.order]
-        if way.grouping == "similar" and fixed:
+        if method.grouping == "similar" and fixed:
             raise ValueError(
                 f"grouping='similar' puts heads in another order, which changes what {fixed[0]} computes (its code knows heads "
                 "by their place, as a position bias for each does): 'consecutive' works"
             )
-        if way.start != "mean" and not any(own.keys or own.values for own in self.freedoms.values()):
+        if method.changes_basis and not any(own.keys or own.values for own in self.freedoms.values()):
             raise ValueError(
-                f"method={way.start!r}: no change of basis leaves what {next(iter(self.places))} computes as it is (a norm or a "
-                "gate stands between its projections and their products): 'mean' works"
+                f"method='{method.name}': no change of basis leaves what {next(iter(self.places))} computes as it is (a norm or "
+                "a gate stands between its projections and their products): 'mean' works"
             )
 
+    def allowed(self, methods: Sequence[Rendered]) -> list[Rendered]:
+        """Returns the methods that suit the attentions.
+
+        Raises:
+            ValueError: If none does, with the reason.
+        """
+        found, why = list[Rendered](), None
+        for method in methods:
+            try:
+                self.check(method)
+                found.append(method)
+            except ValueError as error:
+                why = error
+        if not found and why is not None:
+            raise why
+        return found
+
     def trial(self, batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
-        """A batch, on the model's device, with which tokens count for each linear."""
-        linears = {rows.linear for place in self.places.values() for rows in (place.q, place.k, place.v, place.o)} | set(
-            self.downs
-        )
-        return run_with_loss(self.model, {name: self.model.get_submodule(name) for name in linears}, batch, loss)
+        """Returns a batch, on the model's device, with which tokens count for each linear."""
+        linears = {rows.linear for place in self.places.values() for rows in (place.q, place.k, place.v, place.o)}
+        names = linears | set(self.downs)
+        return run_with_loss(self.model, {name: self.model.get_submodule(name) for name in names}, batch, loss)
 
     def moments(self, trials: Sequence[Run], grouping: Grouping, reduce: Reduce | None = None) -> dict[str, Moments]:
-        """What data shows, or without any, on all ranks, the weights."""
+        """Returns the moments that data shows, or where no rank has any, those of the weights."""
         groups = {name: 1 if grouping == "similar" else self.groups[name] for name in self.places}
         if any(_summed(self.model, [len(trials)], reduce)):
             return gather(self.model, self.places, groups, trials, reduce)
         return {name: weight_moments(read(self.model, place), groups[name]) for name, place in self.places.items()}
 
-    def equal(self, way: Way, moments: Mapping[str, Moments], pool: bool = True) -> dict[str, dict[str, Tensor]]:
-        """By linear, the parameters with which the heads of each group are equal; without pooling, in one basis."""
+    def equal(self, method: Rendered, moments: Mapping[str, Moments], pool: bool = True) -> dict[str, dict[str, Tensor]]:
+        """Returns by linear the parameters with which the heads of each group are equal; without pooling, in one basis."""
         new: dict[str, dict[str, Tensor]] = {}
         for name, place in self.places.items():
             stacks, freedom, groups, own = read(self.model, place), self.freedoms[name], self.groups[name], moments[name]
-            if way.grouping == "similar":
-                order = similar_order(stacks, own, freedom, way.start, groups)
+            if method.grouping == "similar":
+                order = similar_order(stacks, own, freedom, method, groups)
                 stacks, own = in_order(stacks, order), moments_in_order(own, order, groups)
             become = pooled if pool else turned
-            new |= written(self.model, place, become(stacks, *find_bases(stacks, own, freedom, way.start)))
+            new |= written(self.model, place, become(stacks, *find_bases(stacks, own, freedom, method)))
         return new
 
     def repaired(
         self, new: Given, trials: Sequence[Run], repair: Repair, reduce: Reduce | None = None
     ) -> dict[str, dict[str, Tensor]]:
-        """The same, with the linears behind attentions and feed-forwards refitted to what the whole model gives."""
+        """Returns the same, with the linears behind attentions and feed-forwards refitted to what the whole model gives."""
         reading = [place.o.linear for place in self.places.values()] + self.downs
         widths = {name: matrix_of(self.model.get_submodule(name))[0].shape[1] for name in dict.fromkeys(reading)}
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in widths.items()}
@@ -121,7 +120,7 @@ class Attentions:
 
     @torch.no_grad()
     def loss(self, new: Given, trials: Sequence[Run], reduce: Reduce | None = None) -> float:
-        """The mean loss of some batches with other parameters; each batch counts the same."""
+        """Returns the mean loss of some batches with other parameters; each batch counts the same."""
         with undisturbed(self.model), instead(self.model, new):
             total = sum(float(trial.forward().detach()) for trial in trials)
         total, count = _summed(self.model, [total, len(trials)], reduce)
@@ -129,7 +128,7 @@ class Attentions:
 
 
 def attentions_of(model: nn.Module, groups: Mapping[str, int]) -> Attentions:
-    """The attentions that are named, and what is known of them.
+    """Returns the attentions that are named, and what is known of them.
 
     Raises:
         ValueError: If heads are not made by one linear each, or there are adapters.
@@ -141,43 +140,42 @@ def attentions_of(model: nn.Module, groups: Mapping[str, int]) -> Attentions:
     return Attentions(model, places, groups, structure)
 
 
-def best_way(
-    attentions: Attentions, trials: Sequence[Run], repair: Repair | None, reduce: Reduce | None = None
-) -> tuple[Way, dict[Way, float]]:
-    """The way with the least loss on held-out batches, and the loss of each.
+def best_method(
+    attentions: Attentions,
+    methods: Sequence[Rendered],
+    trials: Sequence[Run],
+    repair: Repair | None = None,
+    reduce: Reduce | None = None,
+) -> tuple[Rendered, dict[Rendered, float]]:
+    """Finds the method with the least loss on held-out batches, and returns the loss of each, too.
 
     Args:
         attentions: What is to be converted.
-        trials: The batches; those that choose a repair's ridge are held out of what the ways see.
+        methods: The methods that are compared, as far as the attentions allow them.
+        trials: The batches; those that choose a repair's ridge are held out of what the methods see.
         repair: If asked for, each is repaired before it is compared, where more than one batch is not held out on any rank.
         reduce: Sums over ranks.
 
     Raises:
-        ValueError: If there are fewer than two batches, on any rank.
+        ValueError: If there are fewer than two batches, on any rank, or no method is allowed.
     """
     chosen = (repair or Repair()).chooses(len(trials)) if len(trials) > 1 else set()
     few, cannot_repair = _summed(attentions.model, [not chosen, len(trials) - len(chosen) < 2], reduce)
     if few:
-        raise ValueError(f"batches: 'auto' needs two at least on each rank, as some are held out; got {len(trials)}")
+        raise ValueError(f"batches: 'auto' needs 2 at least on each rank, as some are held out; got {len(trials)}")
     seen = [trial for number, trial in enumerate(trials) if number not in chosen]
     held_out = [trial for number, trial in enumerate(trials) if number in chosen]
-    losses: dict[Way, float] = {}
-    for grouping in get_args(Grouping):
-        moments: dict[str, Moments] | None = None
-        for start in get_args(Start):
-            way = Way(start, grouping)
-            if grouping == "similar" and (start == "mean" or not _may_group(attentions)):
-                continue
-            try:
-                attentions.check(way)
-            except ValueError:
-                continue
-            moments = moments or attentions.moments(seen, grouping, reduce)
-            new = attentions.equal(way, moments)
+    losses: dict[Rendered, float] = {}
+    for grouping, alike in groupby(attentions.allowed(methods), lambda method: method.grouping):
+        if grouping == "similar" and not _may_group(attentions):
+            continue
+        moments = attentions.moments(seen, grouping, reduce)
+        for method in alike:
+            new = attentions.equal(method, moments)
             if repair is not None and not cannot_repair:
                 new = attentions.repaired(new, seen, repair, reduce)
-            losses[way] = attentions.loss(new, held_out, reduce)
-    return min(losses, key=lambda way: math.inf if math.isnan(losses[way]) else losses[way]), losses
+            losses[method] = attentions.loss(new, held_out, reduce)
+    return min(losses, key=lambda method: math.inf if math.isnan(losses[method]) else losses[method]), losses
 
 
 def _summed(model: nn.Module, numbers: Sequence[float], reduce: Reduce | None) -> list[float]:
@@ -188,7 +186,7 @@ def _summed(model: nn.Module, numbers: Sequence[float], reduce: Reduce | None) -
 
 
 def _may_group(attentions: Attentions) -> bool:
-    """Whether there is a choice which heads share a group, and heads may change places."""
+    """Returns whether there is a choice which heads share a group, and heads may change places."""
     some = any(1 < attentions.groups[name] < place.kv_heads for name, place in attentions.places.items())
     return some and all(own.order for own in attentions.freedoms.values())
 
@@ -196,20 +194,18 @@ def _may_group(attentions: Attentions) -> bool:
 def ready_weights(
     model: nn.Module,
     groups: Mapping[str, int],
-    method: Start | Literal["auto"],
-    pairs: Iterable[Pair] = (),
-    grouping: Grouping = "consecutive",
+    method: KVMethod,
+    batches: Iterable[BatchAndLoss] = (),
     repair: Repair | None = None,
     reduce: Reduce | None = None,
 ) -> tuple[dict[str, Tensor], str]:
-    """By parameter, the values with which the heads of each group are equal, and how they came to be; the model stays as it is.
+    """Returns by parameter the values with which the heads of each group are equal, and how they came to be.
 
     Args:
-        model: A Hugging Face model.
+        model: A Hugging Face model; it stays as it is.
         groups: How many KV heads each attention is to have, by the attention's name; others stay as they are.
-        method: "mean", "aligned", "svd", or "auto" for the best of these on held-out batches.
-        pairs: Batches, each with its loss (None for the model's own).
-        grouping: Which heads share a group; with "auto" both are tried.
+        method: How heads become equal; of several `candidates` the best on held-out batches.
+        batches: Batches, each with its loss (None for the model's own).
         repair: If given, what reads the heads, and the feed-forwards, are refitted to what the whole model gives.
         reduce: Sums over ranks.
 
@@ -217,76 +213,78 @@ def ready_weights(
         ValueError: If batches are missing, or the method does not suit the model.
     """
     attentions = attentions_of(model, groups)
-    way = Way("mean" if method == "auto" else method, grouping)
-    if method != "auto":
-        attentions.check(way)
-    trials = [attentions.trial(*pair) for pair in pairs]
+    chosen, *others = attentions.allowed(method.candidates)
+    trials = [attentions.trial(*pair) for pair in batches]
     check_batches(model, method, repair, len(trials), reduce)
-    if method == "auto":
-        way, _ = best_way(attentions, trials, repair, reduce)
-    new = attentions.equal(way, attentions.moments(trials, way.grouping, reduce))
+    if len(method.candidates) > 1:
+        chosen, _ = best_method(attentions, [chosen, *others], trials, repair, reduce)
+    new = attentions.equal(chosen, attentions.moments(trials, chosen.grouping, reduce))
     if repair is not None:
         new = attentions.repaired(new, trials, repair, reduce)
-    told = f"auto: {way}" if method == "auto" else str(way)
-    weights = {f"{linear}.{name}": value for linear, own in new.items() for name, value in own.items()}
-    return weights, told + (", repaired" if repair is not None else "")
+    how = f"{method}: {chosen}" if len(method.candidates) > 1 else str(method)
+    return _by_parameter(new), how + (", repaired" if repair is not None else "")
 
 
-def check_batches(model: nn.Module, method: str, repair: Repair | None, count: int, reduce: Reduce | None = None) -> None:
+def _by_parameter(new: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{linear}.{name}": value for linear, own in new.items() for name, value in own.items()}
+
+
+def batches_needed(method: KVMethod, repair: Repair | None) -> tuple[int, str]:
+    """Returns how many batches are needed at least, and what needs them, in words."""
+    if repair is not None and method.least_batches < 2:
+        return 2, "repair"
+    return method.least_batches, f"method='{method.name}'"
+
+
+def check_batches(model: nn.Module, method: KVMethod, repair: Repair | None, count: int, reduce: Reduce | None = None) -> None:
     """Refuses too few batches, on all ranks if on one.
 
     Raises:
         ValueError: With what needs them.
     """
-    held_out = method == "auto" or repair is not None
-    (few,) = _summed(model, [count < 2 if held_out else method == "svd" and not count], reduce)
-    if few and held_out:
-        what = "method='auto'" if method == "auto" else "repair"
-        raise ValueError(f"batches: {what} needs two at least on each rank, as some are held out; got {count}")
+    least, what = batches_needed(method, repair)
+    (few,) = _summed(model, [count < least], reduce)
     if few:
-        raise ValueError("batches: method='svd' needs one at least, to see what the heads are given; 'aligned' can do without")
+        why = "as some are held out" if least > 1 else "to see what the heads are given"
+        raise ValueError(f"batches: {what} needs {least} at least on each rank, {why}; got {count}")
 
 
 def turned_weights(
     model: nn.Module,
     groups: Mapping[str, int],
-    way: Way,
-    pairs: Iterable[Pair] = (),
+    method: Rendered,
+    batches: Iterable[BatchAndLoss] = (),
     reduce: Reduce | None = None,
 ) -> dict[str, Tensor]:
-    """By parameter, the values with which the heads of each group lie in one basis and beside each other.
+    """Returns by parameter the values with which the heads of each group lie in one basis and next to each other.
 
     Nothing is pooled, and the model computes what it did.
 
     Args:
         model: A Hugging Face model; it stays as it is.
         groups: How many KV heads each attention is to have, by the attention's name.
-        way: How heads become equal.
-        pairs: Batches, each with its loss (None for the model's own); without any the weights alone tell which basis.
+        method: How heads become equal.
+        batches: Batches, each with its loss (None for the model's own); without any the weights alone say which basis.
         reduce: Sums over ranks.
 
     Raises:
-        ValueError: If the way does not suit the model.
+        ValueError: If the method does not suit the model.
     """
     attentions = attentions_of(model, groups)
-    attentions.check(way)
-    trials = [attentions.trial(*pair) for pair in pairs]
-    new = attentions.equal(way, attentions.moments(trials, way.grouping, reduce), pool=False)
-    return {f"{linear}.{name}": value for linear, own in new.items() for name, value in own.items()}
+    attentions.check(method)
+    trials = [attentions.trial(*pair) for pair in batches]
+    return _by_parameter(attentions.equal(method, attentions.moments(trials, method.grouping, reduce), pool=False))
 
 
-def check_ready(model: nn.Module, groups: Mapping[str, int], start: Start | None, grouping: Grouping) -> None:
+def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod) -> None:
     """Refuses a model whose heads cannot be made ready for fewer.
 
     Args:
         model: A Hugging Face model.
         groups: How many KV heads each attention is to have, by the attention's name.
-        start: How a group is rendered; None if that is yet to be chosen among all that suit the model.
-        grouping: Which heads share a group.
+        method: How heads become equal; of several `candidates` one must suit the model.
 
     Raises:
         ValueError: If its heads are not made by one linear each, or neither turned nor put in another order.
     """
-    attentions = attentions_of(model, groups)
-    if start is not None:
-        attentions.check(Way(start, grouping))
+    attentions_of(model, groups).allowed(method.candidates)

@@ -1,0 +1,55 @@
+"""The methods by their short names."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
+
+from billhook.kv_heads.methods.aligned import Aligned
+from billhook.kv_heads.methods.auto import Auto
+from billhook.kv_heads.methods.base import KVMethod
+from billhook.kv_heads.methods.baselines import First, RandomHeads
+from billhook.kv_heads.methods.mean import Mean
+from billhook.kv_heads.methods.svd import SVD
+
+Name = Literal["mean", "first", "random", "aligned", "svd", "auto"]
+METHODS: dict[Name, type[KVMethod]] = {
+    "mean": Mean,
+    "first": First,
+    "random": RandomHeads,
+    "aligned": Aligned,
+    "svd": SVD,
+    "auto": Auto,
+}
+
+
+def method_of(method: KVMethod | Name) -> KVMethod:
+    """Returns the method, made with its defaults if only its short name is given.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(method, KVMethod):
+        return method
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} must be one of {', '.join(get_args(Name))}, or a KVMethod")
+    return METHODS[method]()
+
+
+def read_method(plain: Any) -> KVMethod:  # noqa: ANN401
+    """Makes a method of its class's name and its arguments, as a plan's JSON has them.
+
+    Raises:
+        ValueError: If it is nothing of the kind, or no class of that name has been imported.
+    """
+    known = {kind.__name__: kind for kind in _kinds(KVMethod)}
+    if not isinstance(plain, Mapping) or len(plain) != 1 or not isinstance(arguments := next(iter(plain.values())), Mapping):
+        raise ValueError(f"plan: method is {plain!r}, and must be a class's name with its arguments, as to_json makes it")
+    (name,) = plain
+    if name not in known:
+        raise ValueError(f"plan: there is no method {name!r} among {', '.join(sorted(known))}: import what defines it first")
+    return known[name](**arguments)
+
+
+def _kinds(parent: type[KVMethod]) -> Iterator[type[KVMethod]]:
+    for kind in parent.__subclasses__():
+        yield kind
+        yield from _kinds(kind)

@@ -1,0 +1,221 @@
+"""A plan for fewer KV heads: what shrinks, and the proof that the model's own code follows; found before anything changes."""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from billhook.adapters.beneath import MERGE, adapted, without_adapters
+from billhook.kv_heads.adapters import check_adapters, with_adapters
+from billhook.kv_heads.config import cut_by_config
+from billhook.kv_heads.layout import find_kv
+from billhook.kv_heads.methods.base import KVMethod
+from billhook.kv_heads.methods.named import Name, method_of, read_method
+from billhook.kv_heads.pooling import Pooled
+from billhook.kv_heads.proof import Way, prove
+from billhook.kv_heads.scope import (
+    check_each,
+    check_kv_heads,
+    check_number,
+    check_plain,
+    choose,
+    config_heads,
+    hands_out,
+    inside_encoder,
+)
+from billhook.model.figures import kv_cache_bytes
+from billhook.model.find import find_transformer
+from billhook.model.meta import to_meta
+from billhook.model.plan import Plan, Weights
+from billhook.model.shape import Shape, set_shape, shape_of
+from billhook.model.surgery import Change, replace_parameters, undone_by_errors
+from billhook.tracing.show import pattern
+
+UNCHANGED = Change(lambda old: old, lambda _, value: value)
+
+
+@dataclass(frozen=True)
+class KVHeadPlan(Plan):
+    """What a conversion will do, as plain data; `print` shows a table.
+
+    Attributes:
+        model: The name of the model's class.
+        before: KV heads now; of layers that differ, the most.
+        after: KV heads afterwards.
+        method: How the heads of a group become one.
+        parameters: The parameters that shrink, and how.
+        shape: The shape of the model afterwards.
+        way: How the model comes to have fewer: `"config"`, as its class builds it from a changed config; `"groups"`, as its code
+            reads however many heads keys and values have, and attentions are given `num_key_value_groups`; `"handed"`, by linears
+            that store few heads and hand out many.
+        saves_cache: Whether the key/value cache of transformers, where there is one, shrinks too. With `"handed"` only parameters
+            are saved, and likewise in Falcon, whose code repeats heads before it keeps them.
+        layers: The names of the attentions that are converted.
+        restart: The parameters whose optimizer state restarts, as their new values are in another basis, or refitted.
+    """
+
+    kind: ClassVar[str] = "kv_heads"
+    model: str
+    before: int
+    after: int
+    method: KVMethod
+    parameters: dict[str, Pooled]
+    shape: Shape
+    way: Way
+    saves_cache: bool
+    layers: tuple[str, ...]
+    restart: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plan as plain data, from which `Plan.from_json` makes it again."""
+        return {
+            "kind": self.kind,
+            "model": self.model,
+            "before": self.before,
+            "after": self.after,
+            "method": {type(self.method).__name__: dict(vars(self.method))},
+            "layers": list(self.layers),
+            "restart": list(self.restart),
+        }
+
+    @classmethod
+    def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
+        layers, restart = (plain.get(part) for part in ("layers", "restart"))
+        if not all(isinstance(own, list) and all(isinstance(name, str) for name in own) for own in (layers, restart)):
+            raise ValueError("plan: layers and restart must be lists of names, as KVHeadPlan.to_json makes them")
+        plan = plan_kv_heads(model, plain.get("after", 0), read_method(plain.get("method")), layers)
+        if (plan.model, plan.before, plan.layers) != (plain.get("model"), plain.get("before"), tuple(layers or ())):
+            raise ValueError(f"plan: it was made for another model than this {plan.model} with {plan.before} KV heads")
+        made: Self = replace(plan, restart=tuple(restart or ()))  # type: ignore[assignment]
+        return made
+
+    def __str__(self) -> str:
+        cache = "the KV cache shrinks" if self.saves_cache else "the KV cache stays as it is"
+        lines = [
+            f"{self.model}: {self.before} -> {self.after} KV heads in {len(self.layers)} attentions ({self.method}); {cache}"
+        ]
+        rows: dict[tuple[str, str], int] = {}
+        for name, pooled in self.parameters.items():
+            row = pattern(name), f"{len(pooled.index)} -> {len(pooled.counts)} along dimension {pooled.dim}"
+            rows[row] = rows.get(row, 0) + 1
+        width = max(len(name) for name, _ in rows)
+        lines += [f"  {name:<{width}}  {change}, in each of {count}" for (name, change), count in rows.items()]
+        return "\n".join(lines)
+
+    def check_made_for(self, model: nn.Module) -> None:
+        """Refuses a model that the plan was not made for.
+
+        Raises:
+            ValueError: If its class or its tensors are others.
+        """
+        model = find_transformer(model)
+        sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        for name, pooled in self.parameters.items():
+            if name not in sizes or sizes[name][pooled.dim] != len(pooled.index):
+                raise ValueError(f"plan: it was made for another model: {name} is {list(sizes.get(name, ())) or 'not there'}")
+        if self.model != type(model).__name__ or self.shape.tensors.keys() != shape_of(model).tensors.keys():
+            raise ValueError(f"plan: it was made for another model than this {type(model).__name__}")
+
+    def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
+        """Carries the plan out, in place; the model and the optimizers are as before if that fails.
+
+        Args:
+            model: The model that the plan was made for, as it is now.
+            optimizers: Those that train the model; see `convert_kv_heads`.
+            weights: New values, in the old sizes, of any parameters, from which the conversion starts; also of some that do not
+                shrink, as queries and outputs.
+        """
+        model, given, trained_by = find_transformer(model), weights or {}, list(optimizers)
+        _check_weights(model, given)
+        changes = dict.fromkeys(given, UNCHANGED) | self.method.changes(model, self.parameters)
+        changes |= {name: _starting(values, changes[name]) for name, values in given.items()}
+        changes |= {name: replace(changes[name], state=None) for name in changes.keys() & set(self.restart)}
+        with undone_by_errors(model, trained_by):
+            replace_parameters(model, changes, trained_by)
+            set_shape(model, self.shape)
+
+
+def _starting(values: Any, change: Change) -> Change:  # noqa: ANN401
+    return replace(change, weight=lambda old: change.weight(values.to(old)))
+
+
+def _check_weights(model: PreTrainedModel, weights: Weights) -> None:
+    sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, values in weights.items():
+        if sizes.get(name) != tuple(values.shape):
+            raise ValueError(f"weights: {name} is {list(values.shape)}, and must be {list(sizes.get(name, ())) or 'a parameter'}")
+
+
+def plan_kv_heads(
+    model: nn.Module,
+    num_key_value_heads: int,
+    method: KVMethod | Name = "mean",
+    layers: Collection[int | str] | None = None,
+    encoder: bool = False,
+) -> KVHeadPlan:
+    """Finds what a conversion changes, and proves that the model's own code then computes what it should.
+
+    No names of architectures or projections are needed. The first of three ways is taken that holds: the model's class builds it
+    from a changed config, also where queries, keys and values are one matrix; or the code reads however many heads keys and
+    values have; or linears store few heads and hand out many. The last two are proved on a small copy of the model against the
+    dense class with heads pooled and repeated: at several lengths and batches, padded, and with a cache. Of LoRA, B is
+    pooled along with the linear.
+
+    Args:
+        model: A Hugging Face model, or a module that holds one.
+        num_key_value_heads: KV heads afterwards.
+        method: How the heads of a group become one. The plan pools them; what makes them equal before is in the `weights` with
+            which it is applied.
+        layers: The attentions to convert, by name or by their place in the order in which they run; by default all with more KV
+            heads.
+        encoder: Whether the self-attention of an encoder-decoder's encoder is converted too.
+
+    Raises:
+        ValueError: If the number, method or layers are not legal, or the model cannot be converted; it says what is missing.
+    """
+    heads, method = check_number(num_key_value_heads), method_of(method)
+    model = find_transformer(model)
+    check_plain(model)
+    if adapted(model):
+        return _plan_under_adapters(model, heads, method, layers, encoder)
+    known = config_heads(model) if layers is None and not shape_of(model).handed else None
+    if known is not None:
+        check_kv_heads(heads, known, getattr(model.config.get_text_config(decoder=True), "num_attention_heads", known))
+    found = find_kv(model)
+    chosen = choose(model, found, heads, layers, encoder)
+    if known is None:
+        check_each(found, chosen, heads)
+    inside = encoder or any(name in inside_encoder(model, found) for name in chosen)
+    handed = any(hands_out(model, found[name]) for name in chosen)
+    built = None if handed else cut_by_config(model, found, chosen, heads, inside, every=layers is not None)
+    if built is not None:
+        chosen, (parameters, shape) = built
+        way: Way = "config"
+        saves = _saves_cache(model, shape)
+    else:
+        check_each(found, chosen, heads)
+        way, (parameters, shape) = prove(model, found, chosen, heads)
+        saves = way == "groups"
+    before = max(found[name].heads for name in chosen)
+    return KVHeadPlan(type(model).__name__, before, heads, method, parameters, shape, way, saves, tuple(chosen))
+
+
+def _plan_under_adapters(
+    model: PreTrainedModel, heads: int, method: KVMethod, layers: Collection[int | str] | None, encoder: bool
+) -> KVHeadPlan:
+    check_adapters(model, method)
+    plan = plan_kv_heads(without_adapters(model), heads, method, layers, encoder)
+    if plan.way == "handed":
+        raise ValueError(f"linears of {type(model).__name__} would hand out few heads many times, which LoRA cannot do: {MERGE}")
+    parameters, shape = with_adapters(model, plan.parameters, plan.shape)
+    return replace(plan, model=type(model).__name__, parameters=parameters, shape=shape)
+
+
+def _saves_cache(model: PreTrainedModel, shape: Shape) -> bool:
+    shadow = to_meta(model)
+    set_shape(shadow, shape)
+    before, after = kv_cache_bytes(model), kv_cache_bytes(shadow)
+    return before is None or after is None or after < before

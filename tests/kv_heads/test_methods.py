@@ -1,0 +1,225 @@
+"""What every method must be, found by its class; and one from a file that is not billhook's."""
+
+import copy
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import FrozenInstanceError, dataclass
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+import billhook as bh
+from billhook.kv_heads.methods.base import KVMethod, Rendered, Rendering
+from billhook.kv_heads.methods.named import METHODS, method_of
+from billhook.kv_heads.plan import plan_kv_heads
+from billhook.kv_heads.scope import kv_heads_of
+from billhook.model.plan import Plan, apply
+from kit.families import build, tokens
+from kit.fits import data, module, trainer
+from kit.kv_zoo import build as zoo
+
+K = "model.layers.0.self_attn.k_proj.weight"
+
+
+def kinds(parent=KVMethod):
+    """All classes of methods that come with billhook."""
+    for kind in parent.__subclasses__():
+        if not inspect.isabstract(kind) and kind.__module__.startswith("billhook."):
+            yield kind
+        yield from kinds(kind)
+
+
+EVERY = sorted(kinds(), key=lambda kind: kind.__name__)
+
+
+@dataclass(frozen=True)
+class Last(KVMethod):
+    """The last head of the group."""
+
+    def pool(self, heads: Sequence[Tensor]) -> Tensor:
+        return heads[-1]
+
+
+@dataclass(frozen=True)
+class Weighted(Rendered):
+    """A mean in which heads with larger numbers count for more, to some power."""
+
+    power: float = 1.0
+
+    def render(self, metric: Tensor, moments: Tensor) -> Rendering:
+        eye = torch.eye(moments.shape[1], dtype=moments.dtype).expand(len(moments), -1, -1)
+        size = torch.einsum("jaja->j", moments).real ** (self.power / 2)
+        return Rendering(eye, eye * (size / size.sum())[:, None, None])
+
+
+def batches(count=3):
+    return [{"input_ids": ids, "labels": ids} for ids in tokens(8 * count, 24).split(8)]
+
+
+def with_equal_heads():
+    model = build("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                heads = linear.weight.view(2, 2, 4, 32)
+                heads[:, 1] = heads[:, 0]
+    return model
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
+class TestContract:
+    def test_it_has_a_short_name_and_is_a_value(self, kind):
+        method = kind()
+        assert METHODS[method.name] is kind
+        assert method_of(method.name) == method == method_of(method) == copy.deepcopy(method)
+        assert str(method) == method.name
+        assert hash(method) == hash(kind())
+        with pytest.raises(FrozenInstanceError):
+            method.seed = 1
+
+    def test_equal_heads_convert_with_no_change_of_logits(self, kind):
+        model, ids = with_equal_heads(), tokens()
+        before = model(ids).logits
+        plan = bh.convert_kv_heads(model, 2, kind(), batches())
+        assert (plan.method, kv_heads_of(model)) == (kind(), 2)
+        if kind().pools_adapters:
+            torch.testing.assert_close(model(ids).logits, before, atol=1e-5, rtol=1e-4)
+
+    def test_what_is_equal_is_pooled_to_itself(self, kind):
+        head = torch.randn(4, 32)
+        assert torch.equal(kind().pool([head, head]), head)
+
+    def test_a_plan_is_the_same_after_json(self, kind):
+        model = zoo("bart")
+        plan = plan_kv_heads(model, 2, kind(), encoder=True)
+        assert Plan.from_json(json.loads(json.dumps(plan.to_json())), model) == plan
+
+    def test_too_few_batches_are_refused_and_nothing_changes(self, kind):
+        model = build("llama")
+        before = copy.deepcopy(model.state_dict())
+        if kind().least_batches:
+            with pytest.raises(ValueError, match=f"method='{kind().name}' needs {kind().least_batches} at least on each rank"):
+                bh.convert_kv_heads(model, 2, kind(), batches()[: kind().least_batches - 1])
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def test_a_repair_is_made_or_refused(self, kind):
+        model = build("llama")
+        if kind().candidates:
+            bh.convert_kv_heads(model, 2, kind(), batches(), repair=bh.Repair())
+            assert kv_heads_of(model) == 2
+        else:
+            with pytest.raises(ValueError, match=f"repair goes with .*, not with '{kind().name}'"):
+                bh.convert_kv_heads(model, 2, kind(), batches(), repair=bh.Repair())
+
+
+def test_every_short_name_has_its_class():
+    assert sorted(METHODS.values(), key=lambda kind: kind.__name__) == EVERY
+
+
+class TestFromAFileOfTheUsersOwn:
+    def test_it_pools(self):
+        model = build("llama")
+        dense = model.get_parameter(K).detach().view(2, 2, 4, 32).clone()
+        plan = bh.convert_kv_heads(model, 2, Last())
+        assert torch.equal(model.get_parameter(K).view(2, 4, 32), dense[:, 1])
+        assert "4 -> 2 KV heads in 2 attentions (last)" in str(plan)
+
+    def test_optimizer_state_follows(self):
+        model = build("llama").train()
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        old = {key: value.clone() for key, value in optimizer.state[model.get_parameter(K)].items()}
+        bh.convert_kv_heads(model, 2, Last(), optimizers=optimizer)
+        new = optimizer.state[model.get_parameter(K)]
+        assert torch.equal(new["exp_avg"].view(2, 4, 32), old["exp_avg"].view(2, 2, 4, 32)[:, 1])
+        assert torch.equal(new["exp_avg_sq"].view(2, 4, 32), 4 * old["exp_avg_sq"].view(2, 2, 4, 32)[:, 1])
+
+    def test_it_renders_in_groups_of_its_choice(self):
+        model, ids = build("llama"), tokens()
+        plain = copy.deepcopy(model)
+        bh.convert_kv_heads(plain, 2, "mean")
+        bh.convert_kv_heads(model, 2, Weighted(power=0.0))
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+        bh.convert_kv_heads(model, 1, Weighted("similar", 2.0), batches(), repair=bh.Repair())
+        assert kv_heads_of(model) == 1
+
+    def test_it_moves_heads_in_a_fit(self, files, tmp_path):
+        lit = module()
+        callback = bh.KVHeadConversion(2, at=3, method=Last(), over=2, measure_batches=0)
+        trainer(tmp_path, [callback], max_steps=4).fit(lit, data(files))
+        assert callback.events[0]["what"] == "4 -> 2 KV heads (last, over 2 steps)"
+        assert kv_heads_of(lit) == 2
+
+    @pytest.mark.parametrize(
+        ("given", "method"),
+        [
+            ("{class_path: %s.Last}", Last()),
+            ("%s.Last", Last()),
+            ("{class_path: %s.Weighted, init_args: {power: 2, grouping: similar}}", Weighted("similar", 2.0)),
+            ("{class_path: billhook.SVD, init_args: {grouping: similar}}", bh.SVD("similar")),
+            ("{class_path: SVD}", bh.SVD()),
+            ("svd", bh.SVD()),
+        ],
+    )
+    def test_yaml_names_it(self, given, method):
+        parser = ArgumentParser()
+        parser.add_subclass_arguments(bh.KVHeadConversion, "callback")
+        given = given % __name__ if "%" in given else given
+        line = f"{{class_path: billhook.KVHeadConversion, init_args: {{num_key_value_heads: 2, method: {given}}}}}"
+        callback = parser.instantiate(parser.parse_args([f"--callback={line}"])).callback
+        assert callback.preparation.method == method
+
+    def test_json_names_it_by_its_class(self):
+        model = build("llama")
+        plan = plan_kv_heads(model, 2, Weighted("similar", 2.0))
+        plain = json.loads(json.dumps(plan.to_json()))
+        assert plain["method"] == {"Weighted": {"grouping": "similar", "power": 2.0}}
+        assert Plan.from_json(plain, model) == plan
+        with pytest.raises(ValueError, match="there is no method 'Median' among .*: import what defines it first"):
+            Plan.from_json(plain | {"method": {"Median": {}}}, model)
+
+
+class TestPlan:
+    def test_it_is_applied_from_json_as_it_was(self):
+        model = build("llama")
+        other = copy.deepcopy(model)
+        plain = json.dumps(plan_kv_heads(model, 2, bh.Mean()).to_json())
+        apply(other, Plan.from_json(json.loads(plain), other))
+        bh.convert_kv_heads(model, 2)
+        assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
+
+    def test_what_restarts_is_a_part_of_it(self):
+        model = build("llama")
+        plan = bh.convert_kv_heads(model, 2, "aligned")
+        assert plan.to_json()["restart"] == [
+            f"model.layers.{layer}.self_attn.{linear}_proj.weight" for layer in range(2) for linear in "qkvo"
+        ]
+
+    def test_it_prints_a_table(self):
+        assert str(plan_kv_heads(build("llama"), 2)).splitlines() == [
+            "LlamaForCausalLM: 4 -> 2 KV heads in 2 attentions (mean); the KV cache shrinks",
+            "  model.layers.*.self_attn.k_proj.weight  16 -> 8 along dimension 0, in each of 2",
+            "  model.layers.*.self_attn.v_proj.weight  16 -> 8 along dimension 0, in each of 2",
+        ]
+
+    @pytest.mark.parametrize(
+        ("change", "match"),
+        [
+            ({"model": "GPT2LMHeadModel"}, "made for another model than this LlamaForCausalLM with 4 KV heads"),
+            ({"before": 8}, "made for another model than this LlamaForCausalLM with 4 KV heads"),
+            ({"layers": ["nowhere"]}, "layers: there is no 'nowhere'"),
+            ({"layers": None}, "layers and restart must be lists of names"),
+            ({"restart": [1]}, "layers and restart must be lists of names"),
+            ({"after": "2"}, "num_key_value_heads='2' must be a whole number"),
+            ({"method": "mean"}, "method is 'mean', and must be a class's name with its arguments"),
+            ({"method": {"Mean": {"grouping": "alike"}}}, "grouping='alike' must be one of consecutive, similar"),
+        ],
+    )
+    def test_what_is_no_plan_of_the_model_is_refused(self, change, match):
+        model = build("llama")
+        with pytest.raises(ValueError, match=match):
+            Plan.from_json(plan_kv_heads(model, 2).to_json() | change, model)

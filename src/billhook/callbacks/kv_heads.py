@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from billhook.arguments import whole
 from billhook.callbacks.kv_preparation import Preparation
 from billhook.callbacks.kv_stages import Stage, check_order, steps_over
 from billhook.fit.event import At, ShapeCallback, unwrapped
@@ -22,7 +23,7 @@ from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.mean import Mean
 from billhook.kv_heads.methods.named import Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
-from billhook.kv_heads.scope import check_number, kv_heads_by_layer, kv_heads_of
+from billhook.kv_heads.scope import kv_heads_by_layer, kv_heads_of
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.model.surgery import changed, take
@@ -96,7 +97,7 @@ class KVHeadConversion(ShapeCallback):
         if len(heads) > 1 and any(isinstance(moment, Schedule) for moment in moments):
             raise ValueError(f"at={self.at}: a schedule goes with one number of heads, not with num_key_value_heads={heads}")
         for number in heads:
-            check_number(number)
+            whole("num_key_value_heads", number)
         if any(before <= after or before % after for before, after in zip(heads, heads[1:], strict=False)):
             raise ValueError(f"num_key_value_heads={heads}: each stage must have fewer heads than the one before, and divide it")
         self.heads, self.over, self.encoder = heads, over, encoder

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from billhook.arguments import whole
 from billhook.fit.examples import Pair, aside, check_calibration, check_readable, scoring_batches
 from billhook.fit.ranks import SumOverRanks
 from billhook.kv_heads.bases.ready import batches_needed, check_ready, ready_weights, turned_weights
@@ -40,8 +41,7 @@ class Preparation:
 
     def __post_init__(self) -> None:
         check_repair(self.method, self.repair)
-        if type(self.examples) is not int or self.examples < 1:
-            raise ValueError(f"examples={self.examples!r} must be a whole number of at least 1")
+        whole("examples", self.examples)
         check_calibration(self.calibration)
 
     @property

@@ -2,6 +2,7 @@
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from billhook.arguments import whole
 from billhook.kv_heads.config import FIELD
 from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import nested_configs, with_fields
@@ -39,8 +40,7 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
     """
     if not isinstance(config, PretrainedConfig):
         raise ValueError(f"config: a config of transformers is needed, not {type(config).__name__}")
-    if type(multiple_of) is not int or multiple_of < 1:
-        raise ValueError(f"multiple_of={multiple_of!r} must be a whole number, 1 at least")
+    whole("multiple_of", multiple_of)
     if vars(config).get(KEY) is not None:
         raise ValueError(f"config: its layers have widths of their own ('{KEY}' in it says which), so no one field says them")
     heads = dict.fromkeys(_head_fields(config, num_key_value_heads), num_key_value_heads)

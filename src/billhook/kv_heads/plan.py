@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.adapters.beneath import MERGE, adapted, without_adapters
+from billhook.arguments import whole
 from billhook.kv_heads.adapters import check_adapters, with_adapters
 from billhook.kv_heads.config import cut_by_config
 from billhook.kv_heads.layout import find_kv
@@ -19,7 +20,6 @@ from billhook.kv_heads.proof import Way, prove
 from billhook.kv_heads.scope import (
     check_each,
     check_kv_heads,
-    check_number,
     check_plain,
     choose,
     config_heads,
@@ -176,7 +176,8 @@ def plan_kv_heads(
     Raises:
         ValueError: If the number, method or layers are not legal, or the model cannot be converted; it says what is missing.
     """
-    heads, method = check_number(num_key_value_heads), method_of(method)
+    whole("num_key_value_heads", num_key_value_heads)
+    heads, method = num_key_value_heads, method_of(method)
     model = find_transformer(model)
     check_plain(model)
     if adapted(model):

@@ -41,17 +41,6 @@ def kv_heads_of(model: nn.Module) -> int:
     return known if known is not None and not shape_of(model).handed else max(kv_heads_by_layer(model, encoder=False).values())
 
 
-def check_number(num_key_value_heads: int) -> int:
-    """Returns a number of KV heads.
-
-    Raises:
-        ValueError: If it is not a whole number of at least 1.
-    """
-    if type(num_key_value_heads) is not int or num_key_value_heads < 1:
-        raise ValueError(f"num_key_value_heads={num_key_value_heads!r} must be a whole number, 1 at least")
-    return num_key_value_heads
-
-
 def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int) -> None:
     """Refuses a number of KV heads that a model with so many heads cannot have.
 

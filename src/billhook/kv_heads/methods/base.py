@@ -16,11 +16,12 @@ A method that renders is a choice of B and P. All of them see second moments alo
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.arguments import one_of
 from billhook.kv_heads.pooling import Pooled, mean, pooling
 from billhook.model.surgery import Change
 
@@ -113,8 +114,7 @@ class Rendered(KVMethod):
     changes_basis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.grouping not in get_args(Grouping):
-            raise ValueError(f"grouping={self.grouping!r} must be one of {', '.join(get_args(Grouping))}")
+        one_of("grouping", self.grouping, Grouping)
 
     @property
     def turns(self) -> bool:

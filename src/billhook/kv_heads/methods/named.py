@@ -1,8 +1,9 @@
 """The methods by their short names."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from billhook.arguments import one_of
 from billhook.kv_heads.methods.aligned import Aligned
 from billhook.kv_heads.methods.auto import Auto
 from billhook.kv_heads.methods.base import KVMethod
@@ -29,8 +30,7 @@ def method_of(method: KVMethod | Name) -> KVMethod:
     """
     if isinstance(method, KVMethod):
         return method
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} must be one of {', '.join(get_args(Name))}, or a KVMethod")
+    one_of("method", method, Name)
     return METHODS[method]()
 
 

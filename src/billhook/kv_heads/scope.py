@@ -10,7 +10,8 @@ from billhook.kv_heads.config import FIELD, FIELDS
 from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.model.find import find_transformer
 from billhook.model.handed import handing_of
-from billhook.model.shape import FLAG, shape_of, unbuilt_shape
+from billhook.model.shape import shape_of, unbuilt_shape
+from billhook.model.shape_checks import FLAG
 
 
 def kv_heads_by_layer(model: nn.Module, encoder: bool = True) -> dict[str, int]:

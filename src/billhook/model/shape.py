@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, fields_of, set_fields
 from billhook.model.handed import Handing, can_hand, hand, handing_of
-from billhook.model.shape_checks import check_plain_shape
+from billhook.model.shape_checks import FLAG, check_plain_shape
 from billhook.model.stacks import first_of, keep, numbers_of, snapshot, taken_out
 
 KEY = "billhook"
@@ -23,9 +23,6 @@ KEY = "billhook"
 
 GROUPS = "num_key_value_groups"
 """The attribute of an attention, its class's or given to it, with which transformers reads fewer KV heads than query heads."""
-
-FLAG = "multi_query"
-"""What says of some families, in config and attention, that there is one KV head: the only flags that are part of a shape."""
 
 
 @dataclass(frozen=True)
@@ -78,13 +75,10 @@ class Shape:
             ValueError: If it is nothing of the kind.
         """
         check_plain_shape(plain)
-        tensors = {str(name): tuple(int(n) for n in size) for name, size in plain["tensors"].items()}
-        attributes, config = ({str(k): _whole(v) for k, v in plain[key].items()} for key in ("attributes", "config"))
-        lists = {str(name): list(values) for name, values in plain.get("lists", {}).items()}
-        blocks = plain.get("blocks", {}).items()
-        there = {str(name): (int(first), tuple(int(n) for n in numbers)) for name, (first, numbers) in blocks}
-        handed = {str(name): Handing.from_list(one) for name, one in plain.get("handed", {}).items()}
-        return cls(tensors, attributes, config, lists, there, handed)
+        tensors = {name: tuple(size) for name, size in plain["tensors"].items()}
+        blocks = {name: (first, tuple(there)) for name, (first, there) in plain.get("blocks", {}).items()}
+        handed = {name: Handing.from_list(one) for name, one in plain.get("handed", {}).items()}
+        return cls(tensors, dict(plain["attributes"]), dict(plain["config"]), dict(plain.get("lists", {})), blocks, handed)
 
 
 def shape_of(model: nn.Module) -> Shape:
@@ -236,10 +230,6 @@ def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList
             )
         if list(there) != now:
             yield stack, list(there)
-
-
-def _whole(value: Any) -> int:  # noqa: ANN401 - what a checkpoint holds
-    return value if isinstance(value, bool) else int(value)
 
 
 def _some(names: list[str]) -> str:

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+FLAG = "multi_query"
+"""The field of config and attention that says in some families that there is one KV head: the only flag in a shape."""
 DIMENSIONS = 8  # more than any layer's weight has
 
 
@@ -12,36 +14,36 @@ def check_plain_shape(plain: object) -> None:
     Raises:
         ValueError: With the part that is not as it should be.
     """
-    parts: dict[str, tuple[Callable[[Any], bool], str]] = {
+    parts: dict[str, tuple[Callable[[str, Any], bool], str]] = {
         "tensors": (_is_size, "a short list of whole numbers"),
         "attributes": (_is_whole, "a whole number of 64 bits"),
         "config": (_is_whole, "a whole number of 64 bits"),
         "lists": (_is_plain_list, "a list of plain values"),
         "blocks": (_are_blocks, "a number of blocks, and which of them are there, ascending"),
-        "handed": (lambda said: isinstance(said, list), "a list"),
+        "handed": (lambda _, said: isinstance(said, list), "a list"),
     }
     for part, (holds, legal) in parts.items():
         said = plain.get(part, {} if part in ("lists", "blocks", "handed") else None) if isinstance(plain, Mapping) else None
         if not isinstance(said, Mapping):
             raise ValueError(f"shape.{part} is {str(said)[:80]!r}, and must be a mapping")
         for name, value in said.items():
-            if not isinstance(name, str) or not holds(value):
+            if not isinstance(name, str) or not holds(name, value):
                 raise ValueError(f"shape.{part}: {str(name)[:200]} is {str(value)[:80]!r}, and must be {legal}")
 
 
-def _is_size(said: object) -> bool:
+def _is_size(_: str, said: object) -> bool:
     return isinstance(said, list | tuple) and len(said) <= DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in said)
 
 
-def _is_whole(said: object) -> bool:
-    return isinstance(said, int) and abs(said) < 2**63
+def _is_whole(name: str, said: object) -> bool:
+    return (type(said) is int and abs(said) < 2**63) or (type(said) is bool and name.rpartition(".")[2] == FLAG)
 
 
-def _is_plain_list(said: object) -> bool:
+def _is_plain_list(_: str, said: object) -> bool:
     return isinstance(said, list) and all(value is None or isinstance(value, bool | int | float | str) for value in said)
 
 
-def _are_blocks(said: object) -> bool:
+def _are_blocks(_: str, said: object) -> bool:
     if not isinstance(said, list) or len(said) != 2 or type(said[0]) is not int or not isinstance(said[1], list | tuple):
         return False
     first, there = said

@@ -17,11 +17,10 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from billhook.model.build import build_class_on_meta
 from billhook.model.handed import Handing, can_hand
-from billhook.model.shape import FLAG, GROUPS, KEY, Shape, set_shape, shape_of
+from billhook.model.shape import GROUPS, KEY, Shape, set_shape, shape_of
 
 VERSIONS = (1, 2)
 """What is written: the first where nothing is said of linears that hand out heads, as billhook did before it knew of them."""
-DIMENSIONS = 8  # more than any layer's weight has
 LARGEST = 2**48  # numbers in one tensor: far more than memory holds, and few enough for torch to count their bytes
 Sizes = Mapping[str, tuple[int, ...]]
 
@@ -163,24 +162,11 @@ def _from_entry(entry: object) -> Shape:
         came = entry.get("version") if isinstance(entry, dict) else entry
         known = " and ".join(map(str, VERSIONS))
         raise ValueError(f"the version is {str(came)[:80]!r}, and {known} are those that this billhook knows")
-    shape = entry.get("shape")
-    parts = [shape.get(part) if isinstance(shape, dict) else None for part in ("tensors", "attributes")]
-    for part, said in zip(("tensors", "attributes"), parts, strict=True):
-        if not isinstance(said, dict):
-            raise ValueError(f"shape.{part} is {str(said)[:80]!r}, and must be a mapping")
-    tensors, attributes = cast(list[dict[str, Any]], parts)
-    for name, size in tensors.items():
-        if not isinstance(size, list) or len(size) > DIMENSIONS or not all(type(n) is int and n > 0 for n in size):
-            raise ValueError(f"the size of {name[:200]} is {str(size)[:80]}, and must be a short list of whole numbers above 0")
-    for name, value in attributes.items():
-        flag = name.endswith(f".{FLAG}") and type(value) is bool
-        if not flag and (type(value) is not int or abs(value) >= 2**63):
-            raise ValueError(f"{name[:200]} is {str(value)[:80]!r}, and must be a whole number of 64 bits")
-    handed = cast(dict[str, Any], shape).get("handed", {})
-    if not isinstance(handed, dict):
-        raise ValueError(f"shape.handed is {str(handed)[:80]!r}, and must be a mapping")
-    given = {name: Handing.from_list(one) for name, one in handed.items()}
-    return Shape({name: tuple(size) for name, size in tensors.items()}, attributes, {}, handed=given or None)
+    plain = entry.get("shape")
+    shape = Shape.from_dict({**plain, "config": {}} if isinstance(plain, dict) else {})
+    if empty := next((name for name, size in shape.tensors.items() if 0 in size), None):
+        raise ValueError(f"shape.tensors: {empty[:200]} is {shape.tensors[empty]}, and must be a short list of numbers above 0")
+    return Shape(shape.tensors, shape.attributes, {}, handed=shape.handed or None)
 
 
 def _built(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:

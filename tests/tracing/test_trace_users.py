@@ -391,12 +391,12 @@ class Wrong(nn.Module):
 """
 
 
-def test_code_in_a_folder_of_billhooks_name_is_the_models_code(tmp_path):
-    path = tmp_path / "billhook" / "torch" / "models.py"
-    path.parent.mkdir(parents=True)
-    path.write_text(SOURCE)
+@pytest.mark.parametrize(
+    "folder", ["/home/billhook/torch", "/billhook/.venv/site-packages/own", f"{Path(bh.__file__).parent}_own"]
+)
+def test_code_in_a_folder_of_billhooks_name_is_the_models_code(folder):
     module = {}
-    exec(compile(SOURCE, path, "exec"), module)
+    exec(compile(SOURCE, f"{folder}/models.py", "exec"), module)
     with pytest.raises(ValueError, match=r"Wrong does not run .*: at models\.py:10, op view: RuntimeError"):
         bh.trace(module["Wrong"](), [X.float()])
 

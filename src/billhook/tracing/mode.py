@@ -1,9 +1,7 @@
 """The run itself: every op is done on meta tensors, small constants are computed, and the op's rule notes the axes."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +14,8 @@ from billhook.tracing.assumed import EVERYTHING, first_nonzero
 from billhook.tracing.axes import Axis, Irregular, mark
 from billhook.tracing.rules import rule_for
 from billhook.tracing.tape import SMALL, Note, Tape, axes_of, given, join, memory_of, note, pay, put, tensors
+from billhook.tracing.where import where
 
-NOT_THE_MODELS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-"""Folders whose code is not the code of the model that runs."""
 FACTORIES = {"arange", "zeros", "ones", "full", "scalar_tensor", "linspace", "tril_indices", "triu_indices", "eye"}
 IRREGULAR = (Irregular, TypeError, LookupError, ValueError, AttributeError, ZeroDivisionError, AssertionError)
 
@@ -148,7 +145,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _give_up(self, reason: str, out: Any, args: Any, kwargs: Any) -> None:  # noqa: ANN401
         """Marks everything an unknown op touches as not prunable."""
         inputs = tensors((args, kwargs))
-        reason = f"{reason}, in {self._where()}"
+        reason = f"{reason}, in {where(self.model)}"
         self.tape.misses[reason] = self.tape.misses.get(reason, 0) + 1
         for tensor in [*inputs, *tensors(out)]:
             pay(note(tensor))
@@ -178,31 +175,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _assume(self, what: str) -> None:
-        what = f"{what}, in {self._where()}"
+        what = f"{what}, in {where(self.model)}"
         self.tape.assumed[what] = self.tape.assumed.get(what, 0) + 1
-
-    def _where(self) -> str:
-        """Names the module at work and the line of its code."""
-        return where(self.model)
-
-
-def where(model: nn.Module) -> str:
-    """Finds the innermost module of a model that is running, and the line of its code."""
-    frame, line = sys._getframe(), None
-    while frame is not None:
-        if line is None and not frame.f_code.co_filename.startswith(NOT_THE_MODELS):
-            line = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and (name := _name(model, owner)) is not None:
-            return f"{name} ({line})" if line else name
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
-    return line or "the model"
-
-
-def _name(model: nn.Module, module: nn.Module) -> str | None:
-    return next((name or type(model).__name__ for name, own in model.named_modules() if own is module), None)
 
 
 def _to_meta(tensor: Tensor) -> Tensor:

@@ -21,8 +21,9 @@ from billhook.model.transformers_internals import attention_of, compute_every_ex
 from billhook.running.inputs import make_inputs
 from billhook.tracing.axes import Axis, mark
 from billhook.tracing.coupling import Structure, couple
-from billhook.tracing.mode import NOT_THE_MODELS, recording
+from billhook.tracing.mode import recording
 from billhook.tracing.tape import Note, Rows, Tape, axes_of, is_data, join, memory_of, note, pay, tensors
+from billhook.tracing.where import line_of
 
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 Shapes = dict[str, tuple[int, ...]]
@@ -251,16 +252,10 @@ def _answered(logits: Tensor, vocab: Axis | None) -> None:
 
 
 def _refusal(shadow: nn.Module, tape: Tape, error: Exception, inputs: str) -> str:
-    frames, line = error.__traceback__, "?"
-    while frames is not None:
-        name = frames.tb_frame.f_code.co_filename
-        if not name.startswith(NOT_THE_MODELS):
-            line = f"{name.rsplit('/', 1)[-1]}:{frames.tb_lineno}"
-        frames = frames.tb_next
     first = str(error).strip().splitlines()
     op = f", op {tape.op}" if tape.op else ""
     assumed = f" (before that, {next(iter(tape.assumed))})" if tape.assumed else ""
     return (
-        f"{type(shadow).__name__} does not run on meta tensors with {inputs}: at {line}{op}: "
+        f"{type(shadow).__name__} does not run on meta tensors with {inputs}: at {line_of(error) or '?'}{op}: "
         f"{type(error).__name__}: {first[0] if first else ''}{assumed}"
     )

@@ -183,6 +183,17 @@ def test_the_latest_are_remembered_and_errors_are_not(monkeypatch):
     assert remembered(lambda: 5, model, "d") == 5
 
 
+def test_what_is_too_deep_to_be_written_is_not_remembered():
+    model, deep, runs = llama(), [], []
+    for _ in range(100_000):
+        deep = [deep]
+    for _ in range(2):
+        assert remembered(lambda: runs.append(1) or deep, model, "deep") is deep
+    assert len(runs) == 2
+    while deep:  # Python itself would go too deep to free it
+        deep = deep.pop()
+
+
 def test_neither_a_model_nor_its_class_is_held():
     model = llama()
     another_class(model)

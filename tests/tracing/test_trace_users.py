@@ -96,7 +96,7 @@ def test_a_wrapper_is_traced_whole_with_inputs_and_its_model_alone_without():
 def test_what_stands_beside_the_model_may_belong_to_it():
     inputs = {"input_ids": IDS, "features": torch.randn(2, 3, 5).double()}
     alone = asked(Captioner(), inputs, inside="language")
-    assert reason_of(alone, "residual").startswith("projection.weight, beside the model that was traced, may have it too")
+    assert reason_of(alone, "residual").startswith("projection.weight, outside of the model that was traced, may have it too")
     assert ("residual", 24) in free(asked(Captioner(), inputs, inputs))
 
 

@@ -120,9 +120,9 @@ def check_same_model(model: PreTrainedModel, held: Mapping[str, Any]) -> None:
     attributes = held["shape"]["attributes"]
     for name, module in model.named_modules():
         for own in PER_HEAD:
-            said, here = attributes.get(f"{name}.{own}"), vars(module).get(own)
-            if type(said) is int and type(here) is int and said != here:
-                reasons.append(f"{name} has heads of {said}, here they are of {here}")
+            stated, here = attributes.get(f"{name}.{own}"), vars(module).get(own)
+            if type(stated) is int and type(here) is int and stated != here:
+                reasons.append(f"{name} has heads of {stated}, here they are of {here}")
     if reasons:
         raise ValueError(f"the checkpoint holds another model than the run: {reasons[0]}; {_told_apart(model, held)}")
     here = dict(_constants(now))

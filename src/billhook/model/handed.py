@@ -23,7 +23,7 @@ class Handing:
     them head by head, three pieces in one block for each head.
 
     Attributes:
-        blocks: How many blocks of outputs there are, in each of which every piece has an equal part, in the order of the pieces.
+        blocks: How many blocks of outputs there are; every piece has an equal part in each, in the order of the pieces.
         pieces: For each piece its first stored output, the heads in it, how often each is handed out, and outputs in a head.
     """
 
@@ -93,12 +93,12 @@ class Handing:
         numbers = [blocks, *(number for piece in pieces for number in piece)]
         if any(type(number) is not int or not 0 <= number < LARGEST for number in numbers) or blocks == 0:
             raise wrong
-        said, start = cls(blocks, tuple(cast(Piece, tuple(piece)) for piece in pieces)), 0
-        for first, heads, repeats, width in said.pieces:
+        handing, start = cls(blocks, tuple(cast(Piece, tuple(piece)) for piece in pieces)), 0
+        for first, heads, repeats, width in handing.pieces:
             if first != start or 0 in (heads, repeats, width) or heads * repeats * width % blocks:
                 raise wrong
             start += heads * width
-        return said
+        return handing
 
 
 class HandedHeads(nn.Linear):
@@ -133,15 +133,15 @@ def can_hand(module: nn.Module) -> bool:
 
 def hand(module: nn.Module, handing: Handing | None) -> None:
     """Makes a linear hand out heads, in place, or with None the plain linear that it was; its tensors are not touched."""
-    told: dict[str, Any] = vars(module)
+    own: dict[str, Any] = vars(module)
     if handing is None:
-        module.__class__ = told.pop("_billhook_was")
-        del told["handing"]
+        module.__class__ = own.pop("_billhook_was")
+        del own["handing"]
         return
     if handing_of(module) is None:
-        told["_billhook_was"] = type(module)
+        own["_billhook_was"] = type(module)
         module.__class__ = HandedConv1D if isinstance(module, Conv1D) else HandedHeads
-    told["handing"] = handing
+    own["handing"] = handing
 
 
 def regular(keys: Sequence[tuple[int, int, int]], repeated: Sequence[bool], heads: int) -> Handing | None:

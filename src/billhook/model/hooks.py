@@ -28,9 +28,9 @@ class StandIn:
         self.harmless, self.before = gives_nothing(hook), before
         self.note: Callable[[object], None] | None = None
         name, moment = _function(hook).__qualname__, "before" if before else "after"
-        said = f"the hook {name} {moment} the forward of {type(module).__name__} is not called"
+        what = f"the hook {name} {moment} the forward of {type(module).__name__} is not called"
         does = "it returns nothing, so it should change nothing" if self.harmless else "what it returns would count; remove it"
-        self.says = f"{said}: {does}"
+        self.says = f"{what}: {does}"
 
     def __call__(self, module: nn.Module, *given: Any) -> None:  # noqa: ANN401 - what hooks get
         """Notes what the hook could have replaced."""

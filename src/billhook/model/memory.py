@@ -45,8 +45,12 @@ def remembered(find: Callable[[], Found], model: nn.Module, *given: Hashable) ->
         again: Found = pickle.loads(known)
         return again
     found = find()
+    try:
+        written = pickle.dumps(found)
+    except RecursionError:  # some axes are made of thousands of others
+        return found
     with _lock:
-        _findings[key] = pickle.dumps(found)
+        _findings[key] = written
         while len(_findings) > MOST:
             _findings.popitem(last=False)
     return found

@@ -146,8 +146,8 @@ def read_config(name: str) -> PretrainedConfig:
     except Exception as error:  # transformers raises all kinds
         first = (str(error).strip().splitlines() or [""])[0]
         unread = isinstance(error, OSError)
-        said = "has no config that can be read" if unread else "is not a config of a family that transformers knows"
-        raise ValueError(f"'{name}' {said}: {type(error).__name__}: {first}") from error
+        what = "has no config that can be read" if unread else "is not a config of a family that transformers knows"
+        raise ValueError(f"'{name}' {what}: {type(error).__name__}: {first}") from error
     if config is None:
         raise ValueError(f"'{name}' {refusal}")
     return config
@@ -155,26 +155,26 @@ def read_config(name: str) -> PretrainedConfig:
 
 def _refusal(plain: object) -> str | None:
     """Says what is wrong with what a config asks for, before a config is made of it."""
-    said = list(_said(plain))
-    kernels = [value for key, value in said if key.endswith(KERNELS) and isinstance(value, str) and "/" in value]
+    fields = list(_fields_in(plain))
+    kernels = [value for key, value in fields if key.endswith(KERNELS) and isinstance(value, str) and "/" in value]
     if kernels:
         return f"asks for the kernel {kernels[0][:80]!r}, which is code from a hub; billhook does not run it"
     blocks, experts = (
-        max((value for key, value in said if key.endswith(kind) and type(value) is int), default=1) for kind in (BLOCKS, EXPERTS)
+        max((n for key, n in fields if key.endswith(kind) and type(n) is int), default=1) for kind in (BLOCKS, EXPERTS)
     )
     if max(blocks, experts) > MOST or blocks * max(experts, 1) > 100 * MOST:
         return f"asks for {blocks} blocks and {experts} experts, more than any model has"
     return None
 
 
-def _said(plain: object, key: str = "") -> Iterator[tuple[str, Any]]:
+def _fields_in(plain: object, key: str = "") -> Iterator[tuple[str, Any]]:
     """Yields all that a config says, those within it too, by the names of fields."""
     if isinstance(plain, Mapping):
         for name, value in plain.items():
-            yield from _said(value, key if key.endswith(KERNELS) else str(name))  # a kernel for each part
+            yield from _fields_in(value, key if key.endswith(KERNELS) else str(name))  # a kernel for each part
     elif isinstance(plain, list | tuple):
         for value in plain:
-            yield from _said(value, key)
+            yield from _fields_in(value, key)
     else:
         yield key, plain
 

@@ -1,4 +1,4 @@
-"""The shape of a model, absolute: the sizes of its tensors, its blocks, and what modules and config say that goes with them.
+"""The shape of a model, absolute: the sizes of its tensors, its blocks, and what modules and config say of both.
 
 A checkpoint carries it, so that a model of any other shape can take the checkpoint's shape before the weights are loaded.
 """
@@ -108,7 +108,7 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
     """Gives a model another shape; tensors whose size changes are new and hold nothing meaningful until weights are loaded.
 
     What else a module says of a tensor's size follows it: `normalized_shape` of a `LayerNorm`. Blocks that were removed by then
-    go, and those that were not yet removed come back; so it is with what attentions and linears are told of fewer KV heads.
+    are removed, and those that were not come back; what attentions and linears have of fewer KV heads follows likewise.
 
     Raises:
         ValueError: If the shape is of a model with other tensors.
@@ -140,18 +140,18 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
 
 def _set_handed(model: nn.Module, handed: Mapping[str, Handing] | None) -> None:
     for name, module in list(model.named_modules()) if handed is not None else ():
-        said = (handed or {}).get(name)
-        if said != handing_of(module):
-            hand(module, said)
+        stated = (handed or {}).get(name)
+        if stated != handing_of(module):
+            hand(module, stated)
 
 
 def _set_groups(model: nn.Module, shape: Shape) -> None:
     """Gives attentions the attribute that others of their class lack; a whole shape that lacks it takes it from them."""
     whole = shape.handed is not None
     for name, module in model.named_modules():
-        said = shape.attributes.get(f"{name}.{GROUPS}")
-        if said is not None:
-            setattr(module, GROUPS, said)
+        stated = shape.attributes.get(f"{name}.{GROUPS}")
+        if stated is not None:
+            setattr(module, GROUPS, stated)
         elif whole and type(vars(module).get(GROUPS)) is int and next(module.parameters(), None) is not None:
             delattr(module, GROUPS)
 

@@ -20,31 +20,31 @@ def check_plain_shape(plain: object) -> None:
         "config": (_is_whole, "a whole number of 64 bits"),
         "lists": (_is_plain_list, "a list of plain values"),
         "blocks": (_are_blocks, "a number of blocks, and which of them are there, ascending"),
-        "handed": (lambda _, said: isinstance(said, list), "a list"),
+        "handed": (lambda _, stated: isinstance(stated, list), "a list"),
     }
     for part, (holds, legal) in parts.items():
-        said = plain.get(part, {} if part in ("lists", "blocks", "handed") else None) if isinstance(plain, Mapping) else None
-        if not isinstance(said, Mapping):
-            raise ValueError(f"shape.{part} is {str(said)[:80]!r}, and must be a mapping")
-        for name, value in said.items():
+        stated = plain.get(part, {} if part in ("lists", "blocks", "handed") else None) if isinstance(plain, Mapping) else None
+        if not isinstance(stated, Mapping):
+            raise ValueError(f"shape.{part} is {str(stated)[:80]!r}, and must be a mapping")
+        for name, value in stated.items():
             if not isinstance(name, str) or not holds(name, value):
                 raise ValueError(f"shape.{part}: {str(name)[:200]} is {str(value)[:80]!r}, and must be {legal}")
 
 
-def _is_size(_: str, said: object) -> bool:
-    return isinstance(said, list | tuple) and len(said) <= DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in said)
+def _is_size(_: str, size: object) -> bool:
+    return isinstance(size, list | tuple) and len(size) <= DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in size)
 
 
-def _is_whole(name: str, said: object) -> bool:
-    return (type(said) is int and abs(said) < 2**63) or (type(said) is bool and name.rpartition(".")[2] == FLAG)
+def _is_whole(name: str, stated: object) -> bool:
+    return (type(stated) is int and abs(stated) < 2**63) or (type(stated) is bool and name.rpartition(".")[2] == FLAG)
 
 
-def _is_plain_list(_: str, said: object) -> bool:
-    return isinstance(said, list) and all(value is None or isinstance(value, bool | int | float | str) for value in said)
+def _is_plain_list(_: str, stated: object) -> bool:
+    return isinstance(stated, list) and all(value is None or isinstance(value, bool | int | float | str) for value in stated)
 
 
-def _are_blocks(_: str, said: object) -> bool:
-    if not isinstance(said, list) or len(said) != 2 or type(said[0]) is not int or not isinstance(said[1], list | tuple):
+def _are_blocks(_: str, stated: object) -> bool:
+    if not isinstance(stated, list) or len(stated) != 2 or type(stated[0]) is not int or not isinstance(stated[1], list | tuple):
         return False
-    first, there = said
+    first, there = stated
     return all(type(n) is int and 0 <= n < first for n in there) and list(there) == sorted(set(there))

@@ -20,7 +20,7 @@ from billhook.model.handed import Handing, can_hand
 from billhook.model.shape import GROUPS, KEY, Shape, set_shape, shape_of
 
 VERSIONS = (1, 2)
-"""What is written: the first where nothing is said of linears that hand out heads, as billhook did before it knew of them."""
+"""Those that are read: the first has no linears that hand out heads, and is written where there are none."""
 LARGEST = 2**48  # numbers in one tensor: far more than memory holds, and few enough for torch to count their bytes
 Sizes = Mapping[str, tuple[int, ...]]
 
@@ -176,22 +176,22 @@ def _built(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedM
         raise ValueError(f"{kind.__name__} does not accept its config: {type(error).__name__}: {error}") from error
 
 
-def _named_as_in(shadow: PreTrainedModel, said: Shape, held: Sizes) -> tuple[Shape, Sizes]:
-    """Names what is said and held as the model does, where it has a head and what was saved had none, or the other way round."""
+def _named_as_in(shadow: PreTrainedModel, stated: Shape, held: Sizes) -> tuple[Shape, Sizes]:
+    """Names what is stated and held as the model does, if it has a head and what was saved had none, or the other way round."""
     prefix, state, built = f"{shadow.base_model_prefix}.", shadow.state_dict(), shape_of(shadow)
 
     def name(own: str, known: Container[str]) -> str:
         return next((one for one in (own, prefix + own, own.removeprefix(prefix)) if one in known), own)
 
-    tensors, files = ({name(own, state): size for own, size in sizes.items()} for sizes in (said.tensors, held))
+    tensors, files = ({name(own, state): size for own, size in sizes.items()} for sizes in (stated.tensors, held))
     modules = dict(shadow.named_modules())
     attributes = built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
-    handed = None if said.handed is None else {name(own, modules): one for own, one in said.handed.items()}
-    return Shape(tensors, {name(own, attributes): n for own, n in said.attributes.items()}, {}, handed=handed), files
+    handed = None if stated.handed is None else {name(own, modules): one for own, one in stated.handed.items()}
+    return Shape(tensors, {name(own, attributes): n for own, n in stated.attributes.items()}, {}, handed=handed), files
 
 
-def _check(shadow: PreTrainedModel, said: Shape, held: Sizes | None) -> None:
-    """Compares what is said with what the class builds, on meta tensors, which take it, and with what the files hold if known.
+def _check(shadow: PreTrainedModel, stated: Shape, held: Sizes | None) -> None:
+    """Compares what is stated with what the class builds, on meta tensors, which take it, and with what the files hold if known.
 
     A tensor may be in the files under the name of one that it is tied to, or, where transformers changes the format as it loads,
     under no name of the model's; all such together may be no larger than what is there under no name of the model's.
@@ -202,22 +202,22 @@ def _check(shadow: PreTrainedModel, said: Shape, held: Sizes | None) -> None:
     state, built = shadow.state_dict(keep_vars=True), shape_of(shadow)
     modules = dict(shadow.named_modules())
     attributes = built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
-    handed = said.handed or {}
-    named = (said.tensors.keys() - built.tensors, said.attributes.keys() - attributes, handed.keys() - modules)
+    handed = stated.handed or {}
+    named = (stated.tensors.keys() - built.tensors, stated.attributes.keys() - attributes, handed.keys() - modules)
     if unknown := next(iter([name for names in named for name in names]), None):
         raise ValueError(f"{unknown[:200]} is named, and {type(shadow).__name__} has nothing of that name")
     for name, handing in handed.items():
-        _check_handed(modules[name], name, handing, said.tensors)
+        _check_handed(modules[name], name, handing, stated.tensors)
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
     unnamed = dict[int, int]()
-    for name, size in said.tensors.items():
+    for name, size in stated.tensors.items():
         if len(size) != len(usual := built.tensors[name]):
             raise ValueError(f"{name} is said to be {size}, and {type(shadow).__name__} has it with {len(usual)} dimensions")
         tied = names[id(state[name])]
         known = {held[other] for other in tied if other in held} if held is not None else set()
-        known |= {said.tensors.get(other, built.tensors[other]) for other in tied}
+        known |= {stated.tensors.get(other, built.tensors[other]) for other in tied}
         if others := known - {size}:
             raise ValueError(f"{name} is said to be {size}, and is {others.pop()} in the files or where it is tied")
         if held is None and prod(size) > LARGEST:
@@ -226,7 +226,7 @@ def _check(shadow: PreTrainedModel, said: Shape, held: Sizes | None) -> None:
             unnamed[id(state[name])] = prod(size)
     if held is not None and sum(unnamed.values()) > _numbers(size for name, size in held.items() if name not in state):
         raise ValueError(f"{names[next(iter(unnamed))][0]} is not in the files, nor anything that holds as many numbers")
-    set_shape(shadow, Shape(said.tensors, {}, {}).over(built))
+    set_shape(shadow, Shape(stated.tensors, {}, {}).over(built))
     if held is None:
         return
     asked = sum(tensor.numel() for tensor in chain(shadow.parameters(), shadow.buffers()))

@@ -8,64 +8,64 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-_GONE = "_billhook_gone"  # on a module list: by the numbers that they had at first, the blocks that are gone, without weights
+_REMOVED = "_billhook_removed"  # on a module list: by their first numbers, the blocks that were removed, without weights
 
 
 def numbers_of(stack: nn.ModuleList) -> list[int]:
     """Returns the numbers that the blocks of a stack had before any was taken out."""
-    return [number for number in range(first_of(stack)) if number not in _gone_of(stack)]
+    return [number for number in range(first_of(stack)) if number not in _removed_from(stack)]
 
 
 def first_of(stack: nn.ModuleList) -> int:
     """Returns how many blocks a stack had before any was taken out."""
-    return len(stack) + len(_gone_of(stack))
+    return len(stack) + len(_removed_from(stack))
 
 
 def taken_out(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Finds the stacks that have lost blocks: by name, how many blocks there were at first, and the numbers of those there."""
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    return {name: (first_of(stack), tuple(numbers_of(stack))) for name, stack in stacks.items() if _gone_of(stack)}
+    return {name: (first_of(stack), tuple(numbers_of(stack))) for name, stack in stacks.items() if _removed_from(stack)}
 
 
 def keep(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
-    """Leaves these blocks in a stack, by the numbers that they had at first; those that were gone come back, without weights.
+    """Leaves these blocks in a stack, by the numbers that they had at first; those that were removed come back, without weights.
 
     Raises:
-        ValueError: If one that was gone cannot come back.
+        ValueError: If one that was removed cannot come back.
     """
-    there, gone = dict(zip(numbers_of(stack), stack, strict=True)), dict(_gone_of(stack))
+    there, removed = dict(zip(numbers_of(stack), stack, strict=True)), dict(_removed_from(stack))
     tensor = next(stack.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
-    back = {number: _filled(gone.pop(number), number, device) for number in numbers if number not in there}
-    gone |= {number: _emptied(block) for number, block in there.items() if number not in numbers}
+    back = {number: _filled(removed.pop(number), number, device) for number in numbers if number not in there}
+    removed |= {number: _emptied(block) for number, block in there.items() if number not in numbers}
     for block in back.values():
         block.train(stack.training)
-    _set(stack, {str(place): (there | back)[number] for place, number in enumerate(numbers)}, gone)
+    _set(stack, {str(place): (there | back)[number] for place, number in enumerate(numbers)}, removed)
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
     """Returns a function that puts back the blocks that are in a model's stacks now."""
     stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    held = [(stack, dict(stack._modules), _gone_of(stack)) for stack in stacks]
+    held = [(stack, dict(stack._modules), _removed_from(stack)) for stack in stacks]
 
     def restore() -> None:
-        for stack, blocks, gone in held:
-            _set(stack, blocks, gone)
+        for stack, blocks, removed in held:
+            _set(stack, blocks, removed)
 
     return restore
 
 
-def _gone_of(stack: nn.ModuleList) -> dict[int, nn.Module | None]:
-    found: dict[int, nn.Module | None] = vars(stack).get(_GONE, {})
+def _removed_from(stack: nn.ModuleList) -> dict[int, nn.Module | None]:
+    found: dict[int, nn.Module | None] = vars(stack).get(_REMOVED, {})
     return found
 
 
-def _set(stack: nn.ModuleList, blocks: Mapping[str, nn.Module], gone: dict[int, nn.Module | None]) -> None:
+def _set(stack: nn.ModuleList, blocks: Mapping[str, nn.Module], removed: dict[int, nn.Module | None]) -> None:
     stack._modules.clear()
     stack._modules.update(blocks)
-    vars(stack)[_GONE] = gone
-    if not gone:
-        del vars(stack)[_GONE]
+    vars(stack)[_REMOVED] = removed
+    if not removed:
+        del vars(stack)[_REMOVED]
 
 
 def _emptied(block: nn.Module) -> nn.Module | None:
@@ -84,7 +84,7 @@ def _emptied(block: nn.Module) -> nn.Module | None:
 def _filled(block: nn.Module | None, number: int, device: torch.device) -> nn.Module:
     """Copies a block with memory for its parameters, which hold nothing meaningful."""
     if block is None:
-        raise ValueError(f"block {number}, which was removed, cannot come back: load the checkpoint into a model built anew")
+        raise ValueError(f"block {number}, which was removed, cannot come back: load the checkpoint into a new model")
     new = copy.deepcopy(block, {id(c): c for m in block.modules() for c in vars(m).values() if isinstance(c, PretrainedConfig)})
     made = {p: nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in new.parameters()}
     for module in new.modules():

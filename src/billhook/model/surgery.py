@@ -1,4 +1,4 @@
-"""Put new parameters in the place of old ones, in a model and in the optimizers that train it."""
+"""New parameters instead of old ones, in a model and in the optimizers that train it."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -84,9 +84,9 @@ def undone_by_errors(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> 
     try:
         yield
     except BaseException:
-        for module, kind, said, own in modules:
+        for module, kind, attributes, own in modules:
             module.__class__ = kind
-            for now, before in [(vars(module), said), *own]:
+            for now, before in [(vars(module), attributes), *own]:
                 now.clear()
                 now.update(before)
         for now, before in mappings:

@@ -21,10 +21,10 @@ SMALL = 2**16
 def offloaded(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Has blocks compute on a device: each is moved there when it is called, and back when another one is.
 
-    What a block is given goes there with it, and what it returns comes back to where its first input was.
+    What a block is given is moved with it, and what it returns comes back to where its first input was.
 
     Args:
-        blocks: Modules of which none is within another.
+        blocks: Modules, none within another.
         device: Where they compute.
     """
     stay = _Stay(device)
@@ -66,7 +66,7 @@ class Shelf:
     """Keeps tensors in files, mapped into memory: the system writes them out when it needs the room, and reads them back in.
 
     Args:
-        folder: Where the files are made; they are gone when the shelf is closed.
+        folder: Where the files are made; they are removed when the shelf is closed.
     """
 
     def __init__(self, folder: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs a model on all batches side by side: each rests at every site until all have been there, and then all go on.
+"""Runs a model on all batches side by side: each rests at every site until all have been there, then all continue.
 
 A site is a module whose linears are pruned together: a block, one linear, or the whole model. Every run is the model's own
 forward, in a greenlet of its own, so that masks, rotary embeddings, states of an encoder and whatever else one block hands to the
@@ -62,7 +62,7 @@ class _Seen(BaseException):
 def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: Sequential, gates: bool = False) -> list[Site]:
     """Finds the sites where runs rest: blocks and linears outside of them, every linear, or the model as a whole.
 
-    Blocks are the elements of outermost module lists of which two or more hold linears.
+    Blocks are the elements of outermost module lists in which two or more hold linears.
 
     Args:
         model: The model.
@@ -111,8 +111,8 @@ class Walk:
         visitor: What is done there.
         reduce: Sums over ranks, where each rank has runs of its own: all then complete the same sites in the same order, also
             those that no run of their own comes to.
-        keep: Is told what a run keeps while it waits for others: the arguments of a site's forward.
-        untouched: The numbers of runs that go all the way with the old parameters, for comparison.
+        keep: Called with what a run keeps while it waits for others: the arguments of a site's forward.
+        untouched: The numbers of runs that keep the old parameters to the end, for comparison.
         around: What a site's module needs while runs are in it; by default nothing.
     """
 
@@ -184,7 +184,7 @@ class Walk:
         return self.sites[first[0]] if first else None
 
     def _resume(self, number: int, run: greenlet) -> Site | None:
-        """Lets a run go on, to where it rests next; None if that is its end."""
+        """Lets a run continue to where it rests next; None if that is its end."""
         self._run = number
         self._caller.restore()
         site: Site = run.switch()

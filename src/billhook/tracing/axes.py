@@ -223,14 +223,14 @@ def crossed(axis: Axis, leaf: Axis) -> bool:
     return (axis.op == "product" and len(holding) > 1) or any(crossed(part, leaf) for part in holding)
 
 
-def beside(axis: Axis, leaf: Axis) -> set[Axis]:
+def multiplied_with(axis: Axis, leaf: Axis) -> set[Axis]:
     """Returns the leaves that are multiplied with a leaf wherever it stands in an axis."""
     axis = find(axis)
     holding = [part for part in _parts(axis) if leaf in leaves(part)]
     if axis.op == "sum":
-        return set.intersection(*[beside(part, leaf) for part in holding]) if holding else set()
+        return set.intersection(*[multiplied_with(part, leaf) for part in holding]) if holding else set()
     others = [other for part in axis.parts if part not in holding for other in leaves(part)]
-    return {other for part in holding for other in [*beside(part, leaf), *others]}
+    return {other for part in holding for other in [*multiplied_with(part, leaf), *others]}
 
 
 def _parts(axis: Axis) -> list[Axis]:

@@ -9,7 +9,7 @@ from billhook.tracing import show
 from billhook.tracing.axes import find
 from billhook.tracing.findings import Findings
 from billhook.tracing.groups import Group, find_groups, weigh
-from billhook.tracing.kinds import find_contexts, find_idle, give_reason, mind_beside, mind_untouched, name_kinds
+from billhook.tracing.kinds import find_contexts, find_idle, give_reason, mind_outside, mind_untouched, name_kinds
 from billhook.tracing.roles import find_attention, find_feed_forward
 from billhook.tracing.tape import Tape, note
 
@@ -58,13 +58,13 @@ class Structure(Findings):
         return show.table(self, groups)
 
 
-def couple(model: nn.Module, tape: Tape, beside: Mapping[str, tuple[int, ...]] | None = None) -> Structure:
+def couple(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]] | None = None) -> Structure:
     """Makes a structure of what a run has shown: groups with kinds, roles and reasons.
 
     Args:
         model: The model that ran, on meta.
         tape: What the run has shown.
-        beside: The shapes of parameters that stand beside the model and may belong to it.
+        outside: The shapes of parameters that stand next to the model and may belong to it.
     """
     parameters = dict(model.named_parameters())
     used = {name: note(tensor, touch=False) for name, tensor in tape.parameters.items()}
@@ -80,7 +80,7 @@ def couple(model: nn.Module, tape: Tape, beside: Mapping[str, tuple[int, ...]] |
         give_reason(group)
         weigh(group, axes, sizes)
     mind_untouched(groups, untouched)
-    mind_beside(groups, beside or {})
+    mind_outside(groups, outside or {})
     find_contexts(groups, axes)
     find_idle(groups, attention, axes)
     first = {id(parameter): name for name, parameter in parameters.items()}

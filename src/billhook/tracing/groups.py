@@ -38,7 +38,7 @@ class Member:
     Attributes:
         name: The parameter or buffer.
         dim: Which dimension of it.
-        axis: The whole axis of that dimension, of which the group's is a part.
+        axis: The whole axis of that dimension; the group's is a part of it.
         reads: Whether the parameter is contracted with the units along it; otherwise it makes or scales them.
         buffer: Whether it is a buffer and no parameter.
     """
@@ -60,7 +60,7 @@ class Group:
         leaf: The axis of the units.
         members: Where it is.
         reason: Why it may not be pruned; empty if it may.
-        context: Numbers of the groups beside which it stands everywhere: which unit goes may differ for each unit of theirs.
+        context: Numbers of the groups next to which it stands everywhere: other units may be removed for each unit of theirs.
         idle: Members that softmax cancels, as it does the bias of keys without rotary embedding: they are members all the same.
         entries: How many entries of parameters one unit takes with it.
         bytes: How many bytes these are.

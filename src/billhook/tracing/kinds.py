@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from billhook.tracing.axes import Axis, beside, crossed, layout, leaves, mark
+from billhook.tracing.axes import Axis, crossed, layout, leaves, mark, multiplied_with
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.roles import Attention
 from billhook.tracing.tape import Tape
@@ -87,12 +87,12 @@ def _width_kind(group: Group, tape: Tape) -> Kind:
 
 
 def find_contexts(groups: Sequence[Group], axes: Mapping[str, Sequence[Axis]]) -> None:
-    """Finds beside which groups each stands in every member: multiplied within a dimension, or experts in another one."""
+    """Finds the groups next to which each stands in every member: multiplied in a dimension, or experts in another one."""
     numbers = {group.leaf: group.number for group in groups}
     for group in groups:
         near: set[Axis] | None = None
         for member in group.members:
-            here = beside(member.axis, group.leaf)
+            here = multiplied_with(member.axis, group.leaf)
             for d, axis in enumerate(axes[member.name]):
                 here |= {leaf for leaf in leaves(axis) if "topk" in leaf.notes} if d != member.dim else set()
             near = here if near is None else near & here
@@ -105,7 +105,7 @@ def give_reason(group: Group) -> None:
         if crossed(member.axis, group.leaf):
             mark(group.leaf, "opaque", f"it is multiplied with itself in dimension {member.dim} of {member.name}")
     flags = group.flags
-    data = "it goes along positions of the input" if "data" in flags else None
+    data = "its units are positions of the input" if "data" in flags else None
     reasons = [flags.get("opaque"), data, NEVER.get(group.kind), *(flags.get(flag) for flag in ("fixed", "const", "output"))]
     group.reason = next((reason for reason in reasons if reason), "")
 
@@ -116,12 +116,12 @@ def mind_untouched(groups: Sequence[Group], untouched: Mapping[str, tuple[int, .
         plain = any(member.axis is group.leaf for member in group.members)
         name = next((name for name, shape in untouched.items() if group.size in shape), None)
         if plain and name is not None and not group.reason:
-            group.reason = f"{name}, which the run never used, may have it too; example_inputs that make use of it would tell"
+            group.reason = f"{name}, which the run never used, may have it too; pass example_inputs that make use of it"
 
 
-def mind_beside(groups: Sequence[Group], beside: Mapping[str, tuple[int, ...]]) -> None:
+def mind_outside(groups: Sequence[Group], outside: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses residual channels that a parameter outside of the model may write or read: one that is as wide."""
     for group in groups:
-        name = next((name for name, shape in beside.items() if group.size in shape), None)
+        name = next((name for name, shape in outside.items() if group.size in shape), None)
         if group.kind == "residual" and name is not None and not group.reason:
-            group.reason = f"{name}, beside the model that was traced, may have it too; example_inputs for the whole would tell"
+            group.reason = f"{name}, outside of the model that was traced, may have it too; pass example_inputs for the whole"

@@ -48,7 +48,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes on the tape what each op says of axes.
 
     Args:
-        tape: Where facts go.
+        tape: Where facts are noted.
         model: The model that runs, whose modules messages name.
         everything: Whether code that asks which entries are not zero hears that all are, or that the first is.
     """
@@ -213,7 +213,7 @@ def _written(op: Op, args: Any, kwargs: Any) -> list[Tensor]:  # noqa: ANN401
 
 
 def _key(func: OpOverload, args: Any, kwargs: Any) -> object:  # noqa: ANN401
-    """Returns all that decides the shape of an op's result; None if that cannot be told."""
+    """Returns all that decides the shape of an op's result; None if that is not known."""
     parts: list[object] = [func]
     for x in (*args, *kwargs.items()):
         if isinstance(x, Tensor):
@@ -264,7 +264,7 @@ def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator
     """Notes on a tape all that is done meanwhile, without gradients and without torch's fused encoder layers.
 
     Args:
-        tape: Where facts go.
+        tape: Where facts are noted.
         model: The model that runs.
         everything: Whether code that asks which entries are not zero hears that all are, or that the first is.
     """

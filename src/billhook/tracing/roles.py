@@ -110,7 +110,7 @@ def _readers(by_leaf: dict[Axis, Group], value: Iterable[Axis], heads: Sequence[
     """Returns the parameters that read a value axis, of the heads at hand."""
     members = [member for leaf in value if leaf in by_leaf for member in by_leaf[leaf].members]
     reading = [m for m in members if m.reads and m.name not in made and (not heads or set(heads) & set(leaves(m.axis)))]
-    if len({m.name for m in reading}) > 1:  # a value axis that all layers share: the reader beside the value
+    if len({m.name for m in reading}) > 1:  # a value axis that all layers share: the reader next to the value
         near = [m for m in reading if any(m.name.rsplit(".", 2)[0] == name.rsplit(".", 2)[0] for name in made)]
         reading = near or reading
     unique = {(m.name, m.dim): m for m in reading}

@@ -56,18 +56,18 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
     """
     _check(model, example_inputs)
     with _alone, torch.inference_mode(False), torch.device("cpu"):  # whatever is on around
-        subject, beside = _subject(model, example_inputs is not None)
-        find = partial(_find, subject, beside, example_inputs)
+        subject, outside = _subject(model, example_inputs is not None)
+        find = partial(_find, subject, outside, example_inputs)
         if example_inputs is not None or not isinstance(subject, PreTrainedModel):
             return find()
-        return remembered(find, subject, "structure", *beside.items())
+        return remembered(find, subject, "structure", *outside.items())
 
 
-def _find(subject: nn.Module, beside: Shapes, example_inputs: Inputs | None) -> Structure:
+def _find(subject: nn.Module, outside: Shapes, example_inputs: Inputs | None) -> Structure:
     try:
-        return _run(to_meta(subject), beside, example_inputs, everything=True)
+        return _run(to_meta(subject), outside, example_inputs, everything=True)
     except _EntriesDiffer as error:  # code for which not every entry can be taken: then one, if that is enough to see all
-        structure = _run(to_meta(subject), beside, example_inputs, everything=False)
+        structure = _run(to_meta(subject), outside, example_inputs, everything=False)
         if structure.untouched:
             raise ValueError(str(error)) from error
         return structure
@@ -88,7 +88,7 @@ def _check(model: object, inputs: object) -> None:
             raise ValueError(f"model: its parameter {name} has no shape before the first forward (a lazy module); run it once")
 
 
-def _run(shadow: nn.Module, beside: Shapes, example_inputs: Inputs | None, everything: bool) -> Structure:
+def _run(shadow: nn.Module, outside: Shapes, example_inputs: Inputs | None, everything: bool) -> Structure:
     args, kwargs = _arguments(shadow, example_inputs)
     _prepare(shadow)
     tape, vocab = _tape(shadow), _vocabulary(shadow)
@@ -103,7 +103,7 @@ def _run(shadow: nn.Module, beside: Shapes, example_inputs: Inputs | None, every
         guessed, given = f"guessed inputs ({names}; example_inputs would replace them)", f"these example_inputs ({names})"
         raise kind(_refusal(shadow, tape, error, guessed if example_inputs is None else given)) from error
     _close(output, vocab)
-    return couple(shadow, tape, beside)
+    return couple(shadow, tape, outside)
 
 
 def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], whole: bool) -> tuple[nn.Module, Shapes]:
@@ -180,8 +180,8 @@ def _tape(shadow: nn.Module) -> Tape:
         fresh = note(tensor)
         fresh.sources, fresh.used = {(name, -1): Rows(None)}, False
     for hook in placed(shadow):
-        said = tape.assumed if hook.harmless else tape.misses
-        said[hook.says] = said.get(hook.says, 0) + 1
+        notes = tape.assumed if hook.harmless else tape.misses
+        notes[hook.says] = notes.get(hook.says, 0) + 1
         hook.note = partial(_opaque, hook.says)
     config = getattr(shadow, "config", None)
     if getattr(config, "quantization_config", None) is not None and not hasattr(shadow, "hf_quantizer"):

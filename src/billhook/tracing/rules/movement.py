@@ -172,7 +172,7 @@ def cat(tape: Tape, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> None:
     joined = [axes_of(part)[dim] for part in parts]
     if any(is_data(axis) for axis in joined if axis.size):
         for axis in joined:
-            mark(axis, "data", "it stands beside positions of the input")
+            mark(axis, "data", "it stands next to positions of the input")
     axes[dim] = concat(joined)
     if axes[dim].size != out.shape[dim]:
         axes[dim] = Axis(out.shape[dim])

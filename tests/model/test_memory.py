@@ -110,7 +110,7 @@ def test_values_modes_gates_and_copies_do_not_count():
     nn.init.ones_(model.lm_head.weight)
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     model.register_full_backward_hook(lambda *_: None)
-    with bh.mask_heads(model, {0: [1]}):
+    with bh.mask(model, {0: [1]}):
         assert sight(model) == before
     assert sight(copy.deepcopy(model)) == before
 

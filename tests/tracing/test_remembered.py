@@ -33,7 +33,7 @@ def runs(monkeypatch):
 def test_a_plan_and_its_application_trace_a_model_once(runs):
     model = llama()
     plan = bh.plan(model, importance=bh.WeightNorm(), kv_heads=0.5, channels=0.25)
-    bh.apply(plan, model)
+    bh.apply(model, plan)
     assert runs.count(runs[0]) == 1
 
 
@@ -83,7 +83,7 @@ def test_a_model_that_has_changed_is_traced_again(runs):
     model = llama()
     bh.trace(model)
     plan = bh.plan(model, importance=bh.WeightNorm(), channels=0.5)
-    bh.apply(plan, model)
+    bh.apply(model, plan)
     narrow = bh.trace(model)
     assert {group.size for group in narrow.of_kind("channel")} == {model.config.intermediate_size}
     handle = model.model.register_forward_hook(lambda module, args, output: output)
@@ -101,7 +101,7 @@ def test_costs_are_found_once_and_again_after_a_change(monkeypatch):
     before = figures_of(model)
     assert figures_of(model) == before
     assert len(seen) == 1
-    bh.prune_heads(model, {0: [0]}, per="kv_head")
+    bh.prune_units(model, {0: [0]}, per="kv_head")
     assert figures_of(model) != before
     assert len(seen) == 2
     forget()

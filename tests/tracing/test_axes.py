@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from billhook.tracing.axes import (
     Axis,
     Irregular,
-    beside,
     concat,
     crossed,
     cut,
@@ -20,6 +19,7 @@ from billhook.tracing.axes import (
     layout,
     leaves,
     mark,
+    multiplied_with,
     notes_of,
     product,
     segments,
@@ -127,7 +127,7 @@ def test_layout_crossed_and_beside_say_what_the_positions_say(world, pairs):
                 assert crossed(axis, leaf) == any(sum(one is leaf for one, _ in place) > 1 for place in at)
                 if not crossed(axis, leaf):
                     there = [{one for one, _ in place} for place in at if any(one is leaf for one, _ in place)]
-                    others = {one for one in beside(axis, leaf) if one.size > 1}
+                    others = {one for one in multiplied_with(axis, leaf) if one.size > 1}
                     assert set.intersection(*there) - {leaf} <= others <= set.union(*there) - {leaf}
             assert (layout(axis, Axis(5)) == -1).all()
         world.tried(unify, world.axes[i], world.axes[j])
@@ -285,10 +285,10 @@ def test_notes_pass_to_pieces_and_to_what_is_unified():
 
 def test_crossed_and_beside():
     h, q, k, v, x = axes(4, 2, 2, 2, 3)
-    assert beside(product([h, concat([q, k, v])]), q) == {h}
-    assert beside(product([h, concat([q, k, v])]), h) == {q, k, v}
-    assert beside(concat([product([h, q]), q]), q) == set()
-    assert beside(concat([product([h, q]), product([x, h, q])]), q) == {h}
+    assert multiplied_with(product([h, concat([q, k, v])]), q) == {h}
+    assert multiplied_with(product([h, concat([q, k, v])]), h) == {q, k, v}
+    assert multiplied_with(concat([product([h, q]), q]), q) == set()
+    assert multiplied_with(concat([product([h, q]), product([x, h, q])]), q) == {h}
     assert crossed(product([h, x, concat([h, q])]), h)
     assert not crossed(concat([product([h, x]), h]), h)
     assert layout(product([q, q]), q).tolist() == [0, 1, 1, 1]
@@ -345,7 +345,7 @@ def test_gpt2_has_its_heads_in_q_k_and_v():
     assert layout(qkv, h).tolist() == [0, 0, 1, 1, 2, 2, 3, 3] * 3
     assert layout(qkv, d).tolist() == [0, 1] * 8 + [-1] * 8
     assert factors(out) == [h, w]
-    assert (beside(qkv, d), beside(qkv, h)) == ({h}, set())
+    assert (multiplied_with(qkv, d), multiplied_with(qkv, h)) == ({h}, set())
 
 
 def test_neox_has_q_k_and_v_in_each_head():
@@ -433,4 +433,4 @@ def test_thousands_of_pieces_are_no_matter():
     assert layout(shifted, leaf).tolist() == [0, 1] * 1501
     assert repr(shifted).count(":2") == 1501
     assert not crossed(shifted, leaf)
-    assert beside(shifted, leaf) == set()
+    assert multiplied_with(shifted, leaf) == set()

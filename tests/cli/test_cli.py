@@ -6,7 +6,7 @@ import transformers
 import yaml
 
 from billhook.cli.main import main
-from kit.commands import QUICK, ROOT, callbacks_in
+from kit.cli import QUICK, ROOT, callbacks_in
 from kit.fits import write_text
 
 FRAGMENTS = sorted(ROOT.glob("callbacks/*.yaml"))

@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from kit.fits import data, same, trainer, weights
-from kit.killed import Seed, fit
-from kit.resumable import Own, heads_then_kv_heads_then_weights, module, rows
+from kit.resumable import Own, Seed, fit, heads_then_kv_heads_then_weights, module, rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
@@ -42,7 +41,7 @@ def test_killed(files, tmp_path, straight, how):
     here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
     command = [
         sys.executable,
-        Path(__file__).parents[1] / "kit" / "killed.py",
+        Path(__file__).parents[1] / "kit" / "resumable.py",
         how,
         tmp_path,
         json.dumps(files),

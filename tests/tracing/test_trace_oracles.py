@@ -13,7 +13,7 @@ from small_configs import architectures, build, has_experts, small_config
 import billhook as bh
 from billhook.running.inputs import make_inputs
 from billhook.tracing.show import fold
-from kit.oracle_families import FAMILIES
+from kit.units import FAMILIES
 
 NOT_ASKED = ("vocab", "position", "label", "fixed")  # indices that mean something to the tokenizer, to the task or to the code
 # what may not be permuted, and trace flags by itself

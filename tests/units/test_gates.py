@@ -13,7 +13,7 @@ import billhook as bh
 from billhook.units.find import find_units
 from billhook.units.gates import place_gates
 from kit.families import build, llama, tokens
-from kit.heads_small import ATTENTIVE, SEQ2SEQ, hooks, small, weight_of
+from kit.units import ATTENTIVE, SEQ2SEQ, hooks, small, weight_of
 
 STEP = 2**-13  # parts of many models compute in float32, so that a smaller one would measure rounding
 

@@ -16,6 +16,9 @@ from kit.fits import trainer
 from kit.ranks import FitOfTuples, outcome, run_script
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def fitted(files, tmp_path_factory):
     """Two processes take seconds to start, so they start once for all."""

@@ -25,6 +25,9 @@ fit_all()
 """
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def fitted(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")

@@ -35,6 +35,7 @@ def straight(files, tmp_path_factory):
     return weights(fit(tmp_path_factory.mktemp("straight"), files))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["step", "writing"])
 def test_killed(files, tmp_path, straight, how):
     """By SIGKILL, in the middle of a step, or of writing a checkpoint: those that are there are whole, and the last resumes."""

@@ -256,6 +256,7 @@ def test_adapters(dora):
         assert_same(off, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_compiled():
     model, ids = llama(num_hidden_layers=1), tokens(1, 4)
     plain = model(ids).logits

@@ -76,7 +76,9 @@ def test_units_change_places_and_the_answer_stays(name, cls, kinds):
     structure = trace(model)
     groups = [own[0] for own in fold([group for group in structure.groups if not group.reason])]
     assert {group.kind for group in groups} == kinds
-    findings = list(check(model, structure, lambda: answer(model(**ids)), groups, necessity=9))  # the residual stream has hundreds
+    findings = list(
+        check(model, structure, lambda: answer(model(**ids)), groups, necessity=9)
+    )  # the residual stream has hundreds
     assert len(findings) == len(groups)
     for finding in findings:
         assert finding.holds, f"{finding.group.kind}: {finding.error:.1e}"

@@ -15,7 +15,6 @@ from kit.ddp import DIFFER, FAIL, FITS, RESUMED, SCRIPT, UNEQUAL, kept, resumed
 from kit.fits import trainer
 from kit.ranks import FitOfTuples, outcome, run_script
 
-
 pytestmark = pytest.mark.slow
 
 

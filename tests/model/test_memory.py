@@ -70,6 +70,7 @@ CHANGES = {
     "whole number as a real one": lambda m: setattr(first(m).self_attn, "head_dim", float(first(m).self_attn.head_dim)),
     "list": lambda m: setattr(first(m), "sizes", [1, 2]),
     "object": held,
+    "recurrent layer": lambda m: setattr(m, "own", nn.LSTM(2, 2)),
     "function": lambda m: setattr(first(m).mlp, "bend", torch.relu),
     "method": lambda m: setattr(first(m), "helper", MethodType(narrow, first(m))),
     "config": lambda m: setattr(m.config, "rms_norm_eps", 0.5),
@@ -115,6 +116,14 @@ def test_values_modes_gates_and_copies_do_not_count():
     assert sight(copy.deepcopy(model)) == before
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_is_as_it_was():
+    model = llama()
+    before = sight(model)
+    model.compile()
+    assert sight(model) == before
+
+
 def replaced(model):
     mlp = first(model).mlp
     mlp.forward = mlp.forward
@@ -126,6 +135,7 @@ UNSEEN = {
     "forward": replaced,
     "tensor": lambda m: setattr(m, "table", torch.ones(3)),
     "lock": lambda m: setattr(m, "lock", threading.Lock()),
+    "a copy of its own making": lambda m: setattr(m, "own", type("Own", (nn.Linear,), {"__deepcopy__": copy.copy})(2, 2)),
     "closure": lambda m: setattr(m, "closure", lambda: m),
     "weights of another class": lambda m: setattr(
         m.lm_head, "weight", type("Own", (nn.Parameter,), {})(m.lm_head.weight.detach())

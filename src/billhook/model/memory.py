@@ -117,9 +117,12 @@ class _Writer(pickle.Pickler):
         return None
 
     def reducer_override(self, one: object) -> Any:  # noqa: ANN401 - as pickle has it
-        """Writes all attributes of a module, and the function behind a method."""
+        """Writes the attributes that a copy of a module has, and the function behind a method."""
         if isinstance(one, nn.Module):
-            return object.__new__, (type(one),), {name: value for name, value in vars(one).items() if name not in self.UNSEEN}
+            if hasattr(one, "__deepcopy__"):
+                raise TypeError("a copy of this module may have other attributes")
+            state: dict[str, Any] = one.__getstate__()  # type: ignore[no-untyped-call]
+            return object.__new__, (type(one),), {name: value for name, value in state.items() if name not in self.UNSEEN}
         if isinstance(one, MethodType):
             return MethodType, (one.__func__, one.__self__)
         if isinstance(one, FunctionType):

@@ -65,6 +65,7 @@ CHANGES = {
     "block removed": lambda m: m.model.layers.__delitem__(0),
     "blocks swapped": lambda m: m.model.layers.__setitem__(0, nn.Identity()),
     "LoRA": lora,
+    "hook of transformers": lambda m: m.enable_input_require_grads(),
     "class of the same name": another_class,
     "number": lambda m: setattr(first(m).self_attn, "scaling", 2.0),
     "whole number as a real one": lambda m: setattr(first(m).self_attn, "head_dim", float(first(m).self_attn.head_dim)),

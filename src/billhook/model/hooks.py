@@ -48,7 +48,7 @@ def stand_ins(model: nn.Module) -> dict[int, Any]:
         for kind, before in (("_forward_pre_hooks", True), ("_forward_hooks", False)):
             own: dict[int, Callable[..., Any]] = vars(module).get(kind, {})
             counting = {key: hook for key, hook in own.items() if not getattr(hook, "keeps_shapes", False)}
-            new = {key: hook if _is_part(hook) else StandIn(hook, module, before) for key, hook in counting.items()}
+            new = {key: hook if is_part(hook) else StandIn(hook, module, before) for key, hook in counting.items()}
             found[id(own)] = OrderedDict(new)
     return found
 
@@ -74,7 +74,8 @@ def _loads_nothing(step: dis.Instruction) -> bool:
     return step.opname == "LOAD_CONST" and step.argval is None
 
 
-def _is_part(hook: Callable[..., Any]) -> bool:
+def is_part(hook: Callable[..., Any]) -> bool:
+    """Tells whether a hook belongs to the model: torch or transformers have put it there."""
     return (_function(hook).__module__ or "").startswith(PARTS)
 
 

@@ -14,6 +14,8 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
+from billhook.model.hooks import is_part
+
 Found = TypeVar("Found")
 
 MOST = 64
@@ -69,12 +71,11 @@ def sight(model: nn.Module) -> Hashable | None:
     the size, strides, dtype, whether it is trained, and which other names hold it. Values, devices and modes do not count.
 
     Returns:
-        None if something may decide it that cannot be seen: hooks (except those that keep shapes), a `forward` of a module's
-        own, tensors that are quantised, sharded or neither parameters nor buffers, or an attribute that cannot be pickled.
+        None if something may decide it that cannot be seen: hooks of others (except such as keep shapes), a module's own
+        `forward`, tensors that are quantised, sharded or neither parameters nor buffers, or an attribute that is not pickled.
     """
     for module in model.modules():
-        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if "forward" in vars(module) or not all(getattr(hook, "keeps_shapes", False) for hook in hooks):
+        if "forward" in vars(module) or not all(map(is_part, _counting_hooks(module))):
             return None
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
@@ -122,12 +123,18 @@ class _Writer(pickle.Pickler):
             if hasattr(one, "__deepcopy__"):
                 raise TypeError("a copy of this module may have other attributes")
             state: dict[str, Any] = one.__getstate__()  # type: ignore[no-untyped-call]
-            return object.__new__, (type(one),), {name: value for name, value in state.items() if name not in self.UNSEEN}
+            seen = {name: value for name, value in state.items() if name not in self.UNSEEN}
+            return object.__new__, (type(one),), seen | {"hooks": _counting_hooks(one)}
         if isinstance(one, MethodType):
             return MethodType, (one.__func__, one.__self__)
         if isinstance(one, FunctionType):
             raise TypeError("what this function holds may decide how the model runs")
         return NotImplemented
+
+
+def _counting_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if not getattr(hook, "keeps_shapes", False)]
 
 
 def _is_plain(function: FunctionType) -> bool:

@@ -1,6 +1,6 @@
 """Scores units by an importance, from batches."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,11 +10,9 @@ from billhook.importance.base import Importance, Sums
 from billhook.model.find import find_transformer
 from billhook.running.batches import Loss, Run, run_with_loss
 from billhook.running.undisturbed import resting
+from billhook.running.walk import Reduce
 from billhook.units.find import numbered
 from billhook.units.units import Per, Units
-
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over all ranks, in place."""
 
 
 def score(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.score import Reduce, score
+from billhook.importance.score import score
 from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply
@@ -22,6 +22,7 @@ from billhook.pruning.cuts import find_cut
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.target import Search
 from billhook.running.batches import Loss
+from billhook.running.walk import Reduce
 from billhook.tracing.trace import trace
 from billhook.units.find import Chosen, check_any, find_units, kinds_of, numbered, units_of
 from billhook.units.gates import mask

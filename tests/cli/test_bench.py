@@ -9,7 +9,7 @@ import transformers
 import billhook as bh
 from billhook.cli import bench as command
 from billhook.cli.bench import table
-from billhook.cli.main import DESCRIPTION, main
+from billhook.cli.main import description, main
 from billhook.report.speed import Row
 from kit.families import EXTRA, SMALL
 from kit.shaped import uneven_llama
@@ -102,11 +102,11 @@ def test_what_is_assumed_or_missing_is_said(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--dtype", "int8"], "dtype=int8 must be one of auto, float32"),
-        (["--threads", "0"], "threads=0 must be at least 1"),
+        (["--dtype", "int8"], "dtype='int8' must be one of auto, float32"),
+        (["--threads", "0"], "threads=0 must be a whole number of at least 1"),
         (["--plot", "o.svg"], "plot='o.svg' must be a file that ends in .png"),
         (["--json", "nowhere/o.json"], "json='nowhere/o.json'"),
-        (["--rounds", "0"], "rounds=[0] must be at least 1"),
+        (["--rounds", "0"], "rounds=0 must be a whole number of at least 1"),
         (["--contexts", "[100]"], "reads 64 tokens at once"),
         (["--device", "cuda:99"], "device"),
     ],
@@ -131,7 +131,7 @@ def test_weights_that_are_missing_are_refused_without_random(folders):
 
 
 def test_help_names_it(capsys):
-    assert "billhook bench MODEL" in DESCRIPTION
+    assert "billhook bench MODEL" in description()
     with pytest.raises(SystemExit):
         bench("--help")
     printed = " ".join(capsys.readouterr().out.split())

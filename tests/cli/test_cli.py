@@ -1,14 +1,17 @@
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import transformers
 import yaml
 
-from billhook.cli.main import main
-from kit.cli import QUICK, ROOT, callbacks_in
+from billhook.cli.main import COMMANDS, command_of, description, main
+from kit.commands import QUICK, ROOT, callbacks_in
+from kit.commands import pytestmark as quiet
 from kit.fits import write_text
 
+pytestmark = quiet
 FRAGMENTS = sorted(ROOT.glob("callbacks/*.yaml"))
 
 
@@ -93,17 +96,30 @@ class TestHelp:
         assert stopped.value.code == 0
         return " ".join(capsys.readouterr().out.split())
 
-    def test_the_front_page_names_every_command(self, capsys):
-        told = self.told("--help", capsys)
-        for command in ("billhook fit", "billhook export", "billhook summary", "validate", "predict"):
-            assert command in told
+    def test_the_front_page_names_and_describes_every_command(self, capsys):
+        """A command is a module of cli/ with a function of the same name."""
+        told, front = self.told("--help", capsys), " ".join(description().split())
+        assert front in told
+        names = [path.stem for path in (ROOT / "src/billhook/cli").glob("[!_]*.py") if path.stem != "main"]
+        commands = [name for name in names if hasattr(import_module(f"billhook.cli.{name}"), name)]
+        assert sorted(commands) == sorted(name.replace("-", "_") for name in COMMANDS) != []
+        for name in COMMANDS:
+            first = " ".join(command_of(name).__doc__.partition("\n\n")[0].split())
+            assert f"billhook {name} " in told
+            assert first in told
+        assert all(word in told for word in ("billhook fit", "validate", "predict"))
 
     @pytest.mark.parametrize(
         ("line", "words"),
         [
             (
                 "fit --trainer.callbacks.help KVHeadConversion",
-                ["Fewer key/value heads", "1 for multi-query attention", "{mean,first,random,aligned,svd,auto}"],
+                [
+                    "Fewer key/value heads",
+                    "1 for multi-query attention",
+                    "'mean', 'first', 'random', 'aligned', 'svd', 'auto'",
+                    "billhook.Aligned",
+                ],
             ),
             ("fit --model.help TransformerModule", ["token-weighted perplexity", "The highest learning rate", "GGUF"]),
             ("fit --data.help TextDataModule", ["packed into blocks", "Tokens in a block"]),
@@ -157,8 +173,8 @@ class TestRefused:
             ("fit --config wrong.yaml", ["max_stepz", "Did you mean 'max_steps'?"]),
             ("fit --model.lrr 1", ["lrr"]),
             ("fit --model.task poetry", ["poetry"]),
-            ("prunes", ["prunes", "Other commands: export, summary"]),
-            ("", ["Other commands: export, summary"]),
+            ("prunes", ["prunes", "Other commands: prune, prune-heads"]),
+            ("", ["Other commands: prune, prune-heads"]),
             ("fit --trainer.max_epochs 1 --model.model ./nowhere", ["'./nowhere' is not a folder with"]),
             ("export nowhere.ckpt out", ["'nowhere.ckpt' is not a file"]),
             ("summary ./nowhere", ["'./nowhere' is not a folder with"]),

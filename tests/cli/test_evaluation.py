@@ -209,7 +209,7 @@ def test_before_and_after_from_the_command_line(tmp_path, file, files, cut, toke
     ("arguments", "message"),
     [
         ([], "one of data, text and tasks are needed"),
-        (["--data", "FILE", "--limit", "0"], "limit=0 must be at least 1"),
+        (["--data", "FILE", "--limit", "0"], "limit=0 must be a whole number of at least 1"),
         (["--data", "FILE", "--length", "513"], r"length=513 must be in 2..512: 'tiny' reads no more"),
         (["--data", "FILE", "--length", "3"], r"q.jsonl, line 1: choice 1 has 7 tokens"),
         (["--data=FILE", "--json", "out.txt"], "json='out.txt' must be a file that ends in .json"),

@@ -99,7 +99,7 @@ def test_all_kinds_are_in_one_choice() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["tiny", "--group", "wrong"], "billhook inspect: group=wrong must be one of heads, channels, residual"),
+        (["tiny", "--group", "wrong"], "billhook inspect: group='wrong' must be one of heads, channels, residual"),
         (["/nowhere/at/all"], "is not a folder with a Hugging Face checkpoint"),
         (["tests"], "the folder 'tests' has no config.json"),
         (["pyproject.toml"], "'pyproject.toml' is not a config of a family that transformers knows"),

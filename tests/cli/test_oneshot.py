@@ -49,7 +49,7 @@ def test_a_checkpoint_with_half_of_the_weights_and_its_perplexity(tmp_path, data
         "sparsity": 0.5,
         "sequential": "block",
     }
-    assert f"perplexity {record['perplexity']['before']:,.2f} before, {record['perplexity']['after']:,.2f} after" in said
+    assert f"perplexity {record['perplexity']['before']:,.4g} before, {record['perplexity']['after']:,.4g} after" in said
     assert "model.layers.*.mlp.down_proj" in said
     assert "plain from_pretrained loads it" in said
 
@@ -74,7 +74,7 @@ def test_settings_of_criteria_and_allocations(tmp_path, data, capsys):
         ([], "sparsity=None with pattern='unstructured'"),
         (["--sparsity", "0.3", "--pattern", "2:4"], "sparsity=0.3 contradicts pattern='2:4'"),
         (["--sparsity", "0.5", "--length", "100000"], "length=100000 must be in 2..512"),
-        (["--sparsity", "0.5", "--examples", "0"], "examples=0 must be at least 1"),
+        (["--sparsity", "0.5", "--examples", "0"], "examples=0 must be a whole number of at least 1"),
         (["--sparsity", "0.5", "--skip", "nothing", *SHORT], "skip='nothing' matches none"),
     ],
 )

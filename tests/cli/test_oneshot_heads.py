@@ -12,7 +12,7 @@ from billhook.cli.main import main
 from billhook.pruning.choice import choose
 from billhook.units.find import find_units
 from kit import fits
-from kit.cli import blocks, drawn, option, perplexity, tokenizer
+from kit.oneshot_heads import blocks, drawn, option, perplexity, tokenizer
 from kit.shaped import bert
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
@@ -178,15 +178,15 @@ def test_of_a_model_that_predicts_no_next_token_there_is_no_perplexity(files, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "ratio: say which fraction of the heads goes"),
+        ([], "ratio: say which fraction of the heads to remove"),
         (["--ratio", "1"], r"ratio=1.0 must be a fraction of the heads in \[0, 1\)"),
         (["--ratio", "0.5", "--min_heads", "0"], "min_heads=0 must be a whole number of at least 1"),
         (["--ratio", "0.9", "--min_heads", "2"], "7 of 8 heads of model.layers.0.self_attn would be removed, and at most 6 may"),
         (["--ratio", "0.1"], "ratio=0.1 is not a single head of a layer"),
-        (["--ratio", "0.5", "--rounds", "0"], "rounds=0 must be at least 1"),
-        (["--ratio", "0.5", "--examples", "0"], "examples=0 must be at least 1"),
-        (["--ratio", "0.5", "--batch_size", "0"], "batch_size=0 must be at least 1"),
-        (["--ratio", "0.5", "--evaluate", "-1"], "evaluate=-1 must be at least 0"),
+        (["--ratio", "0.5", "--rounds", "0"], "rounds=0 must be a whole number of at least 1"),
+        (["--ratio", "0.5", "--examples", "0"], "examples=0 must be a whole number of at least 1"),
+        (["--ratio", "0.5", "--batch_size", "0"], "batch_size=0 must be a whole number of at least 1"),
+        (["--ratio", "0.5", "--evaluate", "-1"], "evaluate=-1 must be a whole number of at least 0"),
         (["--ratio", "0.5", "--length", "100"], "length=100 must be in 2..64"),
         (["--ratio", "0.5", "--column", "content"], "'train' .*content"),
     ],

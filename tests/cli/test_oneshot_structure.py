@@ -10,7 +10,7 @@ import transformers
 import billhook as bh
 from billhook.cli.main import main
 from kit import fits
-from kit.cli import blocks, drawn, option, perplexity, tokenizer
+from kit.oneshot_heads import blocks, drawn, option, perplexity, tokenizer
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
 
@@ -111,9 +111,9 @@ def test_blocks_and_then_what_is_within(small, files, tmp_path):
         ([], "nothing is asked for: give a ratio"),
         (["--channels", "1.5"], r"channels=1.5 must be a fraction of these units in \[0, 1\)"),
         (["--params", "10"], "params=10: 10 cannot be reached; with what may be removed"),
-        (["--channels", "0.5", "--rounds", "0"], "rounds=0 must be at least 1"),
-        (["--blocks", "-1"], "blocks=-1 must be at least 0"),
-        (["--channels", "0.5", "--evaluate", "-1"], "evaluate=-1 must be at least 0"),
+        (["--channels", "0.5", "--rounds", "0"], "rounds=0 must be a whole number of at least 1"),
+        (["--blocks", "-1"], "blocks=-1 must be a whole number of at least 0"),
+        (["--channels", "0.5", "--evaluate", "-1"], "evaluate=-1 must be a whole number of at least 0"),
     ],
 )
 def test_refused_before_anything_is_written(small, tmp_path, arguments, match):

@@ -1,7 +1,6 @@
 """Every callback beside every feature of a Trainer: events happen at their step, and training goes on as it would."""
 
 import csv
-import sys
 
 import lightning.pytorch as pl
 import pytest
@@ -173,9 +172,8 @@ PLACES = {
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("event", EVENTS)
-def test_other_ways_to_run(tmp_path, event, place, monkeypatch):
+def test_other_ways_to_run(tmp_path, event, place):
     """With all that records and saves at the end."""
-    monkeypatch.setattr(sys, "tracebacklimit", 1, raising=False)  # where anomalies are looked for, each op keeps the stack
     folder, picture = tmp_path / "out", tmp_path / "report.png"
     more = [bh.Export(str(folder)), bh.Report(str(picture))]
     lit, callback, _ = fit(tmp_path, event, more=more, **PLACES[place])

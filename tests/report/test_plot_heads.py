@@ -53,7 +53,7 @@ def test_each_round_is_drawn_to_a_file_and_to_loggers(files, tmp_path):
     assert [(given[0], options["global_step"]) for given, options in board.figures] == [("heads", 2), ("heads", 4)]
     assert all(type(given[1]) is Figure for given, _ in board.figures)
     heads, curve, _ = board.figures[-1][0][1].axes
-    assert heads.get_title() == "8 of 16 heads gone"
+    assert heads.get_title() == "8 of 16 heads removed"
     shares, losses = curve.lines[0].get_data()
     assert list(shares) == [0, 25, 50]
     assert losses[0] == callback.events[0]["before"]["val_loss"]
@@ -92,7 +92,7 @@ class TestPlot:
         gone = {"decoder.0.self.attn": [1], "decoder.1.cross.attn": [0, 1]}
         figure = self.draw(tmp_path, scores, gone)
         heads, bar = figure.axes
-        assert heads.get_title() == "3 of 6 heads gone"
+        assert heads.get_title() == "3 of 6 heads removed"
         assert [label.get_text() for label in heads.get_yticklabels()] == ["0.self", "1.self", "1.cross"]
         assert [list(map(list, line.get_data())) for line in heads.lines] == [[[1], [0]], [[0, 1], [2, 2]]]
         table = heads.images[0].get_array()
@@ -113,7 +113,7 @@ class TestPlot:
     def test_curves(self, tmp_path, curve):
         figure = self.draw(tmp_path, {"a.0": torch.rand(4), "a.1": torch.rand(4)}, {"a.0": [2]}, curve, "val_loss")
         assert len(figure.axes) == 3
-        assert figure.axes[1].get_xlabel() == "heads gone, %"
+        assert figure.axes[1].get_xlabel() == "heads removed, %"
 
     def test_many_layers(self, tmp_path):
         scores = {f"model.layers.{layer}.self_attn": torch.rand(32) for layer in range(80)}

@@ -6,10 +6,10 @@ _HERE = Path(__file__).parent
 
 
 def model_path(name: str) -> str:
-    """The folder of the embedded model for `"tiny"`; any other name as it came."""
+    """Returns the folder of the embedded model for `"tiny"`, and any other name as it is."""
     return str(_HERE / "model") if name == "tiny" else name
 
 
 def text_files() -> dict[str, str]:
-    """The embedded text as Parquet files by split, one work per row in the column `text`."""
+    """Returns the embedded text as Parquet files by split, one work per row in the column `text`."""
     return {split: str(_HERE / f"{split}.parquet") for split in ("train", "validation")}

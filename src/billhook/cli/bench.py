@@ -1,9 +1,6 @@
-"""`billhook bench`: how fast checkpoints read prompts and decode, side by side, and which share of the ideal they reach."""
+"""`billhook bench`: the speed of checkpoints in prefill and decoding, side by side, and their share of the ideal speed-up."""
 
-import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import metadata
+from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
 
@@ -13,14 +10,16 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedModel
 
+from billhook.arguments import one_of, whole
 from billhook.checkpoints.save import load
-from billhook.cli.prune import device_of
+from billhook.cli.machine import check_file, device_of, machine_name, threads_of, versions
 from billhook.model.meta import from_name
 from billhook.model.shape import unbuilt_shape
 from billhook.report.generation import CacheKind, generates
 from billhook.report.plot_bench import plot_bench
 from billhook.report.speed import Phase, Row, check_speed, measure_speed, spread
 from billhook.report.summary import Summary, summary
+from billhook.report.table import aligned
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -44,34 +43,34 @@ def bench(
 ) -> None:
     """Measures how fast models read prompts (prefill) and decode, side by side, and which share of the ideal they reach.
 
-    Models are measured in interleaved rounds, each round every model once, in turning order: what disturbs the machine disturbs
-    all of them. A speed-up is the median over rounds of the ratio to the first model in the same round; quartiles stand beside
-    medians. Prompts are random tokens without padding, what is decoded is greedy, and the logits of the last token alone are
-    computed.
+    Models are measured in interleaved rounds, each of which measures every model once, in turning order, so that a disturbance of
+    the machine hits all of them. A speed-up is the median over rounds of the ratio to the first model in the same round;
+    quartiles stand next to medians. Prompts are random tokens without padding, decoding is greedy, and only the logits of the
+    last token are computed.
 
-    The ideal speed-up of decoding is the ratio of the bytes that a step moves: all weights once (tables that are only looked up
-    apart) and the key/value cache of all sequences, as measured on the cache itself. It is reached where memory is what bounds a
-    step; GB/s tells how far from that the machine is. That of prefill is the ratio of floating-point operations, attention
-    counted as a whole square. Of a mixture all experts count as read. Where a model predicts no next token, the prefill alone is
-    measured.
+    The ideal speed-up of decoding is the ratio of the bytes that a step moves: all weights once (except tables that are only
+    looked up) and the key/value cache of all sequences, as measured on the cache itself. It is reached where memory bounds a
+    step; GB/s tells how far from that the machine is. The ideal of prefill is the ratio of floating-point operations, with
+    attention counted as a whole square. All experts of a mixture count as read. If a model predicts no next token, only prefill
+    is measured.
 
     Args:
-        models: Folders, hub names or "tiny"; first the one that the others are compared with: `bench dense converted ...`.
+        models: Folders, hub names or "tiny"; first the one to compare the others with: `bench dense converted ...`.
         batch_sizes: Sequences at once, as in '[1, 16]' (the default).
         contexts: Tokens of each prompt, as in '[512, 2048]' (the default).
         new_tokens: Tokens that are decoded after the prompt, in each round.
         rounds: How often each model is measured.
-        warmup: Rounds before these, which do not count.
+        warmup: Rounds before these that do not count.
         phases: '[prefill, decode]' (the default), or one of them. For decoding alone, one prompt is read, and
             its keys and values stand for all sequences.
-        cache: "static": all room is allocated once, and the query heads that share a KV head are one matrix: by far the fastest
-            for these on a CPU. "reserved": allocated once too, without a mask, `enable_gqa` on: for CUDA's kernels. "dynamic":
-            what `generate` does by default; it copies the cache at each step, which flatters the model with the smaller one.
+        cache: "static": allocated once, and the query heads that share a KV head are one matrix: by far the fastest for these on
+            a CPU. "reserved": allocated once too, without a mask, `enable_gqa` on: for CUDA's kernels. "dynamic": the default of
+            `generate`; it copies the cache at each step, which flatters the model with the smaller one.
         random: Whether weights are random instead of read: a folder needs a config.json only.
         dtype: Of the weights and the cache: "auto" (as saved), "float32", "bfloat16" or "float16".
         device: Where it is computed: "auto" takes an accelerator if there is one.
-        threads: Of the CPU; by default torch's number.
-        seed: Of the prompts and the random weights.
+        threads: Threads of the CPU; by default torch's number.
+        seed: Seed of the prompts and the random weights.
         plot: A file, ending in .png, for the picture.
         json: A file, ending in .json, for the seconds of each round, the settings and the versions.
 
@@ -85,13 +84,13 @@ def bench(
     loaded = _randomised(models, shadows, dtype, seed) if random else [load(name, dtype) for name in models]
     for one in loaded:
         one.to(place)  # type: ignore[arg-type]
-    with _threads(threads) as used, Progress(console=Console(stderr=True), transient=True) as bar:
+    with threads_of(threads) as used, Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring", total=len(sizes) * len(lengths) * len(wanted) * len(models) * (warmup + rounds))
         rows = measure_speed(
             loaded, sizes, lengths, new_tokens, rounds, warmup, cache, wanted, seed, tell=lambda: bar.advance(task)
         )  # fmt: skip
-    names, summaries, machine = _short(models), [summary(one) for one in loaded], _machine(place, used)
-    print(f"{machine}, {', '.join(sorted({_dtype(one) for one in loaded}))}, cache={cache}\n")
+    names, summaries, where = _last_parts(models), [summary(one) for one in loaded], machine_name(place, used)
+    print(f"{where}, {', '.join(sorted({_dtype(one) for one in loaded}))}, cache={cache}\n")
     print(table(rows, names))
     print("\n".join(_notes(rows, names, loaded, summaries)))
     if plot is not None:
@@ -100,33 +99,19 @@ def bench(
         settings = {"new_tokens": new_tokens, "rounds": rounds, "warmup": warmup, "cache": cache, "random": random, "seed": seed}
         about = [{"name": name, "dtype": _dtype(one)} for name, one in zip(models, loaded, strict=True)]
         about = [mine | own.to_dict() for mine, own in zip(about, summaries, strict=True)]
-        record = {"versions": _versions(), "machine": machine, "settings": settings, "models": about}
+        record = {"versions": versions(), "machine": where, "settings": settings, "models": about}
         Path(json).write_text(dumps(record | {"rows": [row.to_dict() for row in rows]}, indent=1, allow_nan=False) + "\n")
 
 
-@contextmanager
-def _threads(asked: int | None) -> Iterator[int]:
-    """Threads of the CPU within; gives how many there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(asked or before)
-    try:
-        yield asked or before
-    finally:
-        torch.set_num_threads(before)
-
-
 def _check(dtype: str, threads: int | None, plot: str | None, json: str | None) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype} must be one of {', '.join(DTYPES)}")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads} must be at least 1")
-    for name, file, suffix in (("plot", plot, ".png"), ("json", json, ".json")):
-        if file is not None and (Path(file).suffix != suffix or not Path(file).absolute().parent.is_dir()):
-            raise ValueError(f"{name}='{file}' must be a file that ends in {suffix}, in a folder that exists")
+    one_of("dtype", dtype, DTYPES)
+    whole("threads", 1 if threads is None else threads)
+    check_file("plot", plot, ".png")
+    check_file("json", json, ".json")
 
 
 def _randomised(models: Sequence[str], shadows: Sequence[PreTrainedModel], dtype: str, seed: int) -> list[PreTrainedModel]:
-    """Models of these shapes with random weights."""
+    """Makes models of these shapes with random weights."""
     for name, shadow in zip(models, shadows, strict=True):
         if unbuilt_shape(shadow).tensors:
             raise ValueError(f"random: '{name}' has a shape that its class does not build; measure it with its weights")
@@ -142,11 +127,11 @@ def _randomised(models: Sequence[str], shadows: Sequence[PreTrainedModel], dtype
 
 
 def table(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """A table of each phase, a line for each batch size, context and model.
+    """Shows a table for each phase, with a line for each batch size, context and model.
 
     Args:
-        rows: What `measure_speed` gives.
-        names: Of the models.
+        rows: Rows from `measure_speed`.
+        names: Names of the models.
     """
     tables = []
     for phase, time, rate in (("prefill", "ms", "GFLOP/s"), ("decode", "ms/token", "GB/s")):
@@ -154,10 +139,8 @@ def table(rows: Sequence[Row], names: Sequence[str]) -> str:
         heads = [phase, "batch", "context", time, "(quartiles)", "tokens/s", "peak MB", "cache MB", rate]
         lines = [heads + (["speed-up", "(quartiles)", "ideal", "reached"] if len(names) > 1 else [])]
         lines += [[names[row.model], *_cells(row), *(_compared(row) if len(names) > 1 else [])] for row in own]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        shown = ["  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]) for first, *rest in lines]
         if own:
-            tables.append("\n".join([shown[0], "-" * len(shown[0]), *shown[1:]]))
+            tables.append(aligned(lines))
     return "\n\n".join(tables)
 
 
@@ -180,7 +163,7 @@ def _compared(row: Row) -> list[str]:
 def _notes(
     rows: Sequence[Row], names: Sequence[str], models: Sequence[PreTrainedModel], summaries: Sequence[Summary]
 ) -> list[str]:
-    """What a table cannot say: the cache per token against what the shape predicts, and what was assumed or not measured."""
+    """Notes the cache per token next to the prediction from the shape, and figures that were assumed or not measured."""
     lines = [""]
     cached = {row.model: row.cache_bytes_per_token for row in rows if row.cache_bytes}
     for number, own in cached.items():
@@ -200,7 +183,7 @@ def _notes(
     if any(row.peak_bytes is None for row in rows):
         lines.append("peak MB: nothing counts it on this system")
     elif models[0].device.type == "cpu":
-        lines.append("peak MB: weights, cache, and by how much the resident memory of the process rose beside")
+        lines.append("peak MB: weights, cache, and by how much the resident memory of the process rose")
     mixed = [name for name, model in zip(names, models, strict=True) if _experts(model)]
     if mixed:
         lines.append(f"ideal: all experts of {', '.join(mixed)} count as read in each step")
@@ -212,22 +195,11 @@ def _experts(model: PreTrainedModel) -> bool:
     return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
-def _short(models: Sequence[str]) -> list[str]:
-    """The names' last parts, where these differ."""
+def _last_parts(models: Sequence[str]) -> list[str]:
+    """Shortens names to their last parts, where these differ."""
     last = [Path(name).name for name in models]
     return last if len({*last}) == len(last) else list(models)
 
 
 def _dtype(model: PreTrainedModel) -> str:
     return str(model.dtype).removeprefix("torch.")
-
-
-def _machine(place: torch.device, threads: int) -> str:
-    if place.type == "cuda":
-        return torch.cuda.get_device_name(place)
-    return f"{place.type} ({platform.processor() or platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _versions() -> dict[str, str]:
-    names = ("billhook", "torch", "transformers")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}

@@ -1,4 +1,4 @@
-"""Multiple-choice questions, and how likely a language model finds each choice after the question."""
+"""Multiple-choice questions, and the likelihood of each choice under a language model."""
 
 import json
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ class Question:
     """A question.
 
     Attributes:
-        file: Where it stands.
-        line: On which line there, from 1.
-        context: What the model reads.
-        choices: What may follow it, after a space.
-        label: Which of them is right, from 0.
+        file: The file that it comes from.
+        line: Its line in the file, from 1.
+        context: The text that the model reads.
+        choices: Possible continuations, after a space.
+        label: The number of the right choice, from 0.
     """
 
     file: str
@@ -38,7 +38,7 @@ class Row:
 
     Attributes:
         ids: Tokens of the context and the choice.
-        scored: How many of them, the last ones, are the choice's.
+        scored: How many of the last tokens are the choice's.
         cut: Whether the context was longer and lost its beginning.
     """
 
@@ -48,14 +48,14 @@ class Row:
 
 
 def read_questions(file: str, limit: int | None = None) -> list[Question]:
-    """Questions from JSON Lines: `{"context": "Question: ... Answer:", "choices": ["one", "two"], "label": 1}`.
+    """Reads questions from JSON Lines: `{"context": "Question: ... Answer:", "choices": ["one", "two"], "label": 1}`.
 
     Args:
         file: The file; blank lines and further keys do not count.
-        limit: At most so many, the first ones; None for all.
+        limit: At most so many questions, the first ones; None for all.
 
     Raises:
-        ValueError: If there is no such file, it holds no question, or a line is none: with its number and what is legal.
+        ValueError: If there is no such file or no question in it, or a line is no question: with its number and what is legal.
     """
     path, questions = Path(file), list[Question]()
     if not path.is_file():
@@ -84,17 +84,17 @@ def _question(row: object, file: str, number: int) -> Question:
 
 
 def encode(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[Row]]:
-    """The rows of each question, one for each choice.
+    """Encodes each question as rows, one for each choice.
 
-    Context, space and choice are encoded as one text, as lm-eval does it, for a space belongs to the token behind it in most
-    vocabularies; spaces that end the context go with the choice. The choice's tokens are those behind the ones that the context
-    alone begins with too: so a token that joins the end of a context with a choice is the choice's. A token for the beginning
-    stands in front if the tokenizer puts one there.
+    Context, space and choice are encoded as one text, as in lm-eval, because in most vocabularies a space belongs to the token
+    after it; spaces at the end of the context count as the choice's. All tokens from the first difference to the context alone
+    are the choice's, also one that joins the end of the context with the choice. A token for the beginning stands in front if the
+    tokenizer puts one there.
 
     Args:
         questions: Questions.
         tokenizer: The model's tokenizer.
-        length: Tokens that the model reads; longer contexts lose their beginning. (The last token is never read, only scored.)
+        length: Tokens that the model reads; longer contexts lose their beginning. The last token is scored, but never read.
 
     Raises:
         ValueError: If a choice has no token of its own, or more than `length`.
@@ -124,16 +124,16 @@ def encode(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, le
 
 
 def batches(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
-    """Rows in batches, the longest first and equal ones once: what is alike has exactly the same likelihood."""
+    """Groups rows into batches, the longest first and equal ones once, so that equal rows have exactly the same likelihood."""
     distinct = sorted(dict.fromkeys(rows), key=lambda row: -len(row.ids))
     return [distinct[i : i + batch_size] for i in range(0, len(distinct), batch_size)]
 
 
 @torch.no_grad()
 def log_likelihoods(model: PreTrainedModel, batch: Sequence[Row]) -> list[float]:
-    """The sum of the log-probabilities of each row's scored tokens, in nats.
+    """Sums the log-probabilities of each row's scored tokens, in nats.
 
-    The rows are padded on the right and the padding is masked: then positions begin with 0 in every model, and no token that
+    Rows are padded on the right and the padding is masked, so that positions begin with 0 in every model, and no token that
     counts sees the padding.
 
     Args:

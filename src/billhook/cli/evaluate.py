@@ -1,11 +1,10 @@
 """`billhook evaluate`: checkpoints before and after, side by side: zero-shot accuracy, perplexity, lm-eval's tasks."""
 
 import math
-import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module, metadata, util
+from importlib import import_module, util
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,20 @@ from rich.console import Console
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from billhook.arguments import whole
 from billhook.assets import model_path
 from billhook.checkpoints.pretrained import load_tokenizer
 from billhook.checkpoints.save import load
 from billhook.cli.choices import Question, Row, batches, encode, log_likelihoods, read_questions
-from billhook.cli.prune import LONGEST, device_of, perplexity
+from billhook.cli.machine import check_file, device_of, versions
+from billhook.cli.metrics import perplexity
 from billhook.model.meta import model_class, read_config
+from billhook.report.table import aligned
 from billhook.training.data import TextDataModule
 from billhook.training.rows import Rows
+
+LONGEST = 2048
+"""Tokens that models read at once, unless another length is asked for."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +34,11 @@ class Figure:
     """A figure of one model.
 
     Attributes:
-        of: What it was taken on: a set of questions, a text, or a task of lm-eval's.
-        measure: "acc", "acc_norm", "perplexity", or what lm-eval calls it.
+        of: The set of questions, the text, or the task of lm-eval's that it was measured on.
+        measure: "acc", "acc_norm", "perplexity", or lm-eval's own name.
         value: The figure.
         error: Its standard error, where there is one.
-        each: Of a set of questions: whether each was answered right, 1 or 0.
+        each: For a set of questions: whether each was answered right, 1 or 0.
     """
 
     of: str
@@ -45,7 +50,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be measured of one model, with its own tokenizer."""
+    """Everything to measure on one model, with its own tokenizer."""
 
     model: str
     tokenizer: PreTrainedTokenizerBase
@@ -71,20 +76,20 @@ def evaluate(
     """Measures language models side by side: zero-shot accuracy on multiple-choice questions, perplexity, lm-eval's tasks.
 
     An answer is the choice with the highest log-likelihood (acc), or the highest one per character (acc_norm), both as in
-    lm-eval; of equal ones the first counts. Standard errors are binomial,
-    sqrt(p (1 - p) / (n - 1)). What a later model differs by from the first has the standard error of the differences question
-    by question, as both answer the same questions: most often it is smaller than each model's own.
+    lm-eval; the first of equal ones counts. Standard errors are binomial, sqrt(p (1 - p) / (n - 1)). The difference between a
+    later model and the first has the standard error of the differences question by question, as both answer the same questions:
+    most often it is smaller than each model's own.
 
     Args:
-        models: Folders, hub names or "tiny"; first the one that the others are compared with: `evaluate before after ...`.
+        models: Folders, hub names or "tiny"; first the one to compare the others with: `evaluate before after ...`.
         data: Files of questions, JSON Lines: `{"context": "Question: ... Answer:", "choices": ["one", "two"], "label": 1}`. A
-            choice stands after the context and a space; its log-likelihood is the sum over its tokens (acc), for acc_norm divided
-            by its characters, as in lm-eval.
-        text: A file (.txt, .jsonl, .csv, .parquet) on which the perplexity is taken. Those of models with other tokenizers
+            choice follows the context and a space; its log-likelihood is the sum over its tokens (acc), for acc_norm divided by
+            its characters, as in lm-eval.
+        text: A file (.txt, .jsonl, .csv, .parquet) to measure perplexity on. Perplexities of models with different tokenizers
             cannot be compared.
-        tasks: Tasks of lm-eval's by name, as in `--tasks hellaswag,arc_easy`; `pip install 'billhook[eval]'` installs it. The
-            differences come without standard errors.
-        limit: Questions of each file, and of each of lm-eval's tasks: the first ones; by default all.
+        tasks: Tasks of lm-eval by name, as in `--tasks hellaswag,arc_easy`; `pip install 'billhook[eval]'` installs it. Their
+            differences have no standard errors.
+        limit: Questions of each file, and of each task of lm-eval: the first ones; by default all.
         length: Tokens that the models read at once: longer contexts lose their beginning, and the text is cut into blocks of so
             many. By default 2048, or as many as all of the models read.
         examples: Blocks of the text, the first ones.
@@ -97,9 +102,11 @@ def evaluate(
     Raises:
         ValueError: If an argument is not legal, before any model is loaded; or a model computes no finite number.
     """
-    _check({"limit": limit, "examples": examples, "batch_size": batch_size}, json)
+    for name, value in {"limit": 1 if limit is None else limit, "examples": examples, "batch_size": batch_size}.items():
+        whole(name, value)
+    check_file("json", json, ".json")
     if not models or not (data or text or tasks):
-        raise ValueError("models and one of data, text and tasks are needed: what is measured, and on what")
+        raise ValueError("models and one of data, text and tasks are needed: what to measure, and on what")
     place, wanted = device_of(device), _tasks(tasks or [])
     tokens = _length(models, length)
     questions = [read_questions(file, limit) for file in data or []]
@@ -123,20 +130,12 @@ def evaluate(
         settings |= {"batch_size": batch_size, "column": column, "dtype": dtype, "device": str(place)}
         first = results[0][0]
         of_models = [about | {"figures": _plain(figures, first)} for figures, about in results]
-        record = {"versions": _versions(wanted), "settings": settings, "models": of_models}
+        record = {"versions": versions("tokenizers", *(["lm_eval"] if wanted else [])), "settings": settings, "models": of_models}
         Path(json).write_text(dumps(record, indent=1, allow_nan=False) + "\n")
 
 
-def _check(counts: Mapping[str, int | None], json: str | None) -> None:
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if json is not None and (Path(json).suffix != ".json" or not Path(json).absolute().parent.is_dir()):
-        raise ValueError(f"json='{json}' must be a file that ends in .json, in a folder that exists")
-
-
 def _length(models: Sequence[str], asked: int | None) -> int:
-    """Tokens that each of the models reads at once; refuses what predicts no next token."""
+    """Finds how many tokens all of the models read at once; refuses models that predict no next token."""
     longest = dict[str, int]()
     for name in models:
         path = model_path(name)
@@ -165,7 +164,7 @@ def _work(name: str, questions: Sequence[list[Question]], text: str | None, colu
 def _measure(
     model: PreTrainedModel, work: _Work, length: int, examples: int, batch_size: int, limit: int | None
 ) -> tuple[list[Figure], dict[str, Any]]:
-    """All figures of a model, and the likelihoods of each file's choices."""
+    """Measures all figures of a model, and the likelihoods of each file's choices."""
     tasks = _harness(model, work, length, batch_size, limit) if work.tasks else []
     rows = [row for own in work.sets.values() for _, choices in own for row in choices]
     likelihoods = dict[Row, float]()
@@ -188,7 +187,7 @@ def _measure(
 
 
 def accuracies(of: str, answers: Sequence[tuple[Question, Sequence[float]]]) -> list[Figure]:
-    """`acc` and `acc_norm` of questions with the log-likelihood of each of their choices."""
+    """Measures `acc` and `acc_norm` on questions with the log-likelihood of each of their choices."""
     plain, norm = list[int](), list[int]()
     for question, sums in answers:
         per_character = [total / len(choice) for total, choice in zip(sums, question.choices, strict=True)]
@@ -198,33 +197,31 @@ def accuracies(of: str, answers: Sequence[tuple[Question, Sequence[float]]]) -> 
 
 
 def mean(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and its standard error, s / sqrt(n); None for the error of a single value."""
+    """Returns the mean and its standard error, s / sqrt(n); None for the error of a single value."""
     count, middle = len(values), sum(values) / len(values)
     return middle, math.sqrt(sum((value - middle) ** 2 for value in values) / (count - 1) / count) if count > 1 else None
 
 
 def difference(figure: Figure, first: Figure) -> tuple[float, float | None]:
-    """What a figure differs by from the first model's; its standard error is that of the differences question by question."""
+    """Returns the difference of a figure to the first model's, with the standard error of the differences by question."""
     if figure.each is None or first.each is None:
         return figure.value - first.value, None
     return mean([a - b for a, b in zip(figure.each, first.each, strict=True)])
 
 
 def table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> str:
-    """Figures as rows and models as columns, with what they differ by from the first.
+    """Shows figures as rows and models as columns, with their differences to the first model.
 
     Args:
         models: Names.
-        figures: Of each model, the same ones in the same order.
+        figures: The figures of each model, the same ones in the same order.
     """
     rows = [["", "", *models]]
     for first, *others in zip(*figures, strict=True):
         cells = [f"{_shown(one.value, one.error)}  ({_shown(*difference(one, first), sign='+')})" for one in others]
         rows.append([first.of, first.measure, _shown(first.value, first.error), *cells])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    legend = ["", f"(difference to {models[0]}; ± standard error)" if len(models) > 1 else "(± standard error)"]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *legend])
+    legend = f"(difference to {models[0]}; ± standard error)" if len(models) > 1 else "(± standard error)"
+    return f"{aligned(rows, len(rows[0]))}\n\n{legend}"
 
 
 def _shown(value: float, error: float | None, sign: str = "") -> str:
@@ -232,7 +229,7 @@ def _shown(value: float, error: float | None, sign: str = "") -> str:
 
 
 def _plain(figures: Sequence[Figure], first: Sequence[Figure]) -> list[dict[str, Any]]:
-    """Figures as JSON can hold them."""
+    """Turns figures into JSON, with their differences to the first model."""
     found = []
     for one, other in zip(figures, first, strict=True):
         numbers = {"value": one.value, "error": one.error}
@@ -242,13 +239,8 @@ def _plain(figures: Sequence[Figure], first: Sequence[Figure]) -> list[dict[str,
     return found
 
 
-def _versions(tasks: Sequence[str]) -> dict[str, str]:
-    names = ["billhook", "torch", "transformers", "tokenizers", *(["lm_eval"] if tasks else [])]
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
-
-
 def _tasks(asked: Sequence[str]) -> list[str]:
-    """Names of tasks, also of several in a text; refused where lm-eval is not installed."""
+    """Splits names of tasks at commas; refuses them if lm-eval is not installed."""
     names = [name.strip() for text in asked for name in text.split(",") if name.strip()]
     if asked and util.find_spec("lm_eval") is None:
         raise ValueError(f"tasks={','.join(asked)} are lm-eval's, which is not installed: pip install 'billhook[eval]'")
@@ -256,7 +248,7 @@ def _tasks(asked: Sequence[str]) -> list[str]:
 
 
 def _harness(model: PreTrainedModel, work: _Work, length: int, batch_size: int, limit: int | None) -> list[Figure]:
-    """What lm-eval finds on its tasks, each measure with the standard error that it states."""
+    """Runs tasks of lm-eval, and returns each measure with the standard error that lm-eval states."""
     wrapper = import_module("lm_eval.models.huggingface").HFLM
     wrapped = wrapper(pretrained=model, tokenizer=work.tokenizer, batch_size=batch_size, max_length=length)
     found = import_module("lm_eval").simple_evaluate(model=wrapped, tasks=work.tasks, limit=limit, log_samples=False)

@@ -1,4 +1,4 @@
-"""`billhook inspect`: what belongs together in a model, what can be pruned, converted and saved; no weights are read."""
+"""`billhook inspect`: coupled units of a model, and what can be pruned, converted and saved; no weights are read."""
 
 import json as json_format
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from billhook.arguments import one_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_of
 from billhook.model.meta import from_name
@@ -27,7 +28,7 @@ CHOICES: dict[str, tuple[Kind, ...]] = {
 
 
 def inspect(model: str, group: str | None = None, json: bool = False) -> None:
-    """Prints what belongs together in a model: units, where they are, what can be pruned, converted and saved.
+    """Prints the coupled units of a model, where they are, and what can be pruned, converted and saved.
 
     Only the config is read: no weights are downloaded.
 
@@ -37,10 +38,10 @@ def inspect(model: str, group: str | None = None, json: bool = False) -> None:
         json: Print everything as JSON.
 
     Raises:
-        ValueError: If there is no such kind, the config is of no model that transformers has, or the model cannot be traced.
+        ValueError: If there is no such kind, transformers has no such model, or the model cannot be traced.
     """
-    if group is not None and group not in CHOICES:
-        raise ValueError(f"group={group} must be one of {', '.join(CHOICES)}")
+    if group is not None:
+        one_of("group", group, CHOICES)
     shadow = from_name(model)
     structure = trace(shadow)
     groups = [one for one in structure.groups if group is None or one.kind in CHOICES[group]]
@@ -65,9 +66,9 @@ def _in(plain: dict[str, Any], groups: Sequence[Group]) -> bool:
 
 
 def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[tuple[list[Group], tuple[str, ...]]]:
-    """For each kind of group that may be pruned, alike in all layers: the config fields that say how many units there are.
+    """Finds the config fields that count the units of each kind of group that may be pruned, alike in all layers.
 
-    Where there are none, a model with fewer of them is no plain checkpoint of its family.
+    Without such a field, a model with fewer units is not a plain checkpoint of its family.
     """
     finder = FieldFinder(model)
     alike: dict[tuple[Kind, int], list[Group]] = {}
@@ -92,7 +93,7 @@ def _saved_lines(saved: Sequence[tuple[list[Group], tuple[str, ...]]], finder: F
 
 
 def _numbers(size: int, legal: Sequence[int]) -> str:
-    """In words: which numbers below a size are legal, of which the highest few are given."""
+    """Names the legal numbers below a size, given the highest few."""
     if list(legal) == list(range(size - 1, max(size - 1 - SHOWN, 0), -1)):
         return "any fewer"
     *most, last = [f"{number:,}" for number in legal] or ["none"]
@@ -102,7 +103,7 @@ def _numbers(size: int, legal: Sequence[int]) -> str:
 
 
 def conversion(model: PreTrainedModel) -> dict[str, Any]:
-    """To how many KV heads a model can be converted, or why it cannot.
+    """Finds the numbers of KV heads that a model can be converted to, or why it cannot.
 
     Returns:
         `num_key_value_heads`: now, or None; `legal`: the numbers; `says`: a sentence.

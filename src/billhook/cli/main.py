@@ -3,85 +3,65 @@
 import argparse
 import difflib
 import inspect
-import json
 import os
 import pkgutil
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, cast
 
 import lightning.pytorch as pl
-from jsonargparse import DefaultHelpFormatter, auto_cli
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook  # short class names in YAML work for what is imported
-from billhook.checkpoints.export import export
-from billhook.cli.bench import bench
-from billhook.cli.evaluate import evaluate
-from billhook.cli.inspect import inspect as inspect_model
-from billhook.cli.prune import prune
-from billhook.cli.prune_heads import prune_heads
-from billhook.cli.prune_structure import prune_structure
-from billhook.report.summary import summary as summarise
+from billhook.cli.options import Command, manual, run
 
-DESCRIPTION = """Prune and convert Hugging Face transformers inside a Lightning fit.
-
-  billhook fit --config examples/quickstart.yaml      train, with what the callbacks in the config do on the way
-  billhook prune MODEL OUT --sparsity 0.5             weights to zero in one shot (Wanda, magnitude, SparseGPT), saved, verified
-  billhook prune-heads MODEL OUT --ratio 0.3          attention heads removed (Michel et al.), saved, verified
-  billhook prune-structure MODEL OUT --params 0.8     heads, channels, hidden size, experts removed (LLM-Pruner), saved, verified
-  billhook export last.ckpt OUT                       a Lightning checkpoint to a Hugging Face folder, verified
-  billhook summary MODEL                              parameters, zeros, heads, KV-cache bytes per token, FLOPs
-  billhook inspect MODEL                              what belongs together in it; what can be pruned, converted, saved
-  billhook evaluate MODEL [MODEL ...] --data Q.jsonl  zero-shot accuracy, perplexity, lm-eval's tasks: side by side
-  billhook bench MODEL [MODEL ...] --plot P.png       prefill and decoding: tokens/s, memory, KV cache; speed-up beside the ideal
-
-What a callback, model or data module takes: `billhook fit --trainer.callbacks.help KVHeadConversion`,
-`billhook fit --model.help TransformerModule`, `billhook fit --data.help TextDataModule`."""
+COMMANDS = ("prune", "prune-heads", "prune-structure", "export", "summary", "inspect", "evaluate", "bench")
+"""A command is a module of this folder and the function in it of the same name; its docstring is the manual."""
 
 
-def summary(model: str) -> None:
-    """Prints what a checkpoint weighs: parameters, zeros, heads, KV-cache bytes per token, FLOPs.
-
-    Args:
-        model: A folder, a hub name, or "tiny".
-    """
-    print(summarise(billhook.load(model)))
+def command_of(name: str) -> Command:
+    """Returns the function of a command."""
+    name = name.replace("-", "_")
+    return cast(Command, getattr(import_module(f"billhook.cli.{name}"), name))
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "export": export,
-    "summary": summary,
-    "inspect": inspect_model,
-    "evaluate": evaluate,
-    "bench": bench,
-    "prune": prune,
-    "prune-heads": prune_heads,
-    "prune-structure": prune_structure,
-}
+def description() -> str:
+    """Returns the front page of `billhook --help`: all commands, each with the first sentence of its docstring."""
+    commands = "\n".join(manual(command_of(name)) for name in COMMANDS)
+    return f"""Prune and convert Hugging Face transformers inside a Lightning fit.
+
+  billhook fit --config examples/quickstart.yaml
+      Trains, with the callbacks in the config.
+{commands}
+
+Options of a command: `billhook prune --help`. Of a callback, model or data module:
+`billhook fit --trainer.callbacks.help KVHeadConversion`, `billhook fit --model.help TransformerModule`,
+`billhook fit --data.help TextDataModule`."""
 
 
 class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written."""
+    """Keeps the line breaks of the description."""
 
 
 class _Parser(LightningArgumentParser):
-    """Says what was wrong and what is legal, instead of the whole usage."""
+    """Parser that reports the error and what is legal, instead of the whole usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        others = f"Other commands: {', '.join(COMMANDS)}. `billhook --help` tells more.\n" if "subcommand" in message else ""
+        others = f"Other commands: {', '.join(COMMANDS)}. `billhook --help` describes them.\n" if "subcommand" in message else ""
         sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {message}\n{_legal(message)}{others}")
         self.exit(2)
 
 
 def _legal(message: str) -> str:
-    """The arguments of the classes that a message says were given an unknown one."""
+    """Lists the legal arguments of the classes for which an error message reports an unknown one."""
     unknown = re.findall(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message)
     unknown += [("lightning.pytorch.Trainer", name) for name in re.findall(r"not accept option 'trainer\.(\w+)", message)]
     lines = []
@@ -95,7 +75,7 @@ def _legal(message: str) -> str:
 
 
 class BillhookCLI(LightningCLI):
-    """LightningCLI in which model and data are billhook's own unless a config names others."""
+    """LightningCLI with billhook's own model and data as defaults."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Makes `model: {model: ...}` and `data: {data: ...}` enough."""
@@ -111,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; `billhook --help` lists them.
 
     Args:
-        arguments: What stands behind `billhook` on the command line; by default what really does.
+        arguments: The words after `billhook` on the command line; by default those of this process.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     # batches come from memory, where more processes would not help; the other is between Lightning and torch
@@ -123,10 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = given[0] if given else ""
     try:
         if command in COMMANDS:
-            function = COMMANDS[command]
-            auto_cli(
-                function, args=_lists(function, _switches(function, given[1:])), prog=f"billhook {command}", as_positional=True
-            )
+            run(command_of(command), given[1:])
         else:
             _lightning(arguments)
     except BrokenPipeError:  # who reads has seen enough
@@ -138,35 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"billhook {command}: {refusal or error}")
 
 
-def _switches(command: Callable[..., Any], given: list[str]) -> list[str]:
-    """`--json` alone means `--json true`."""
-    flags = {f"--{name}" for name, one in inspect.signature(command).parameters.items() if one.annotation is bool}
-    following = [*given[1:], ""]
-    return [
-        f"{argument}=true" if argument in flags and value not in ("true", "false") else argument
-        for argument, value in zip(given, following, strict=True)
-    ]
-
-
-def _lists(command: Callable[..., Any], given: list[str]) -> list[str]:
-    """Values in a row are a list where the command takes one: `evaluate before after --data a.jsonl b.jsonl`."""
-    parameters = inspect.signature(command).parameters
-    lists = [f"--{name}" for name, one in parameters.items() if one.annotation in (list[str], list[str] | None)]
-    runs = [[f"--{next(iter(parameters))}"]]  # what stands before all options is the first argument's
-    for argument in given:
-        if argument.startswith("-"):
-            runs.append(argument.split("=", 1) if argument.partition("=")[0] in lists else [argument])
-        else:
-            runs[-1].append(argument)
-    joined = [
-        [option, json.dumps(values)] if option in lists and values and not values[0].startswith("[") else [option, *values]
-        for option, *values in runs
-    ]
-    return [argument for run in joined for argument in run][1:]
-
-
 def _refusal(error: BaseException | None) -> BaseException | None:
-    """The error, or what caused it, if billhook itself raised it: its message says all; a traceback would hide it."""
+    """Returns the error, or its cause, if billhook itself raised it: then the message says more than a traceback."""
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
         own = frames and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
@@ -184,7 +134,7 @@ def _lightning(arguments: Sequence[str] | None) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "billhook", "description": DESCRIPTION, "formatter_class": _Help},
+        parser_kwargs={"prog": "billhook", "description": description(), "formatter_class": _Help},
         parser_class=_Parser,
         args=arguments,  # type: ignore[arg-type]
     )

@@ -7,18 +7,13 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.arguments import whole
-from billhook.checkpoints.place import check_target
-from billhook.checkpoints.pretrained import load_tokenizer
-from billhook.checkpoints.save import load, save
-from billhook.cli.material import Material
-from billhook.cli.prune import device_of
+from billhook.cli.oneshot import Examples, OneShot
 from billhook.importance.base import Importance
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import run_of, score
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import check_choice, choose
 from billhook.pruning.planning import plan_units, prune_units
-from billhook.training.rows import Data
 from billhook.units.find import find_units
 from billhook.units.gates import mask
 from billhook.units.units import Per
@@ -27,6 +22,7 @@ from billhook.units.units import Per
 def prune_heads(
     model: str,
     out: str,
+    given: Examples,
     ratio: float | None = None,
     importance: Importance | None = None,
     ranking: Ranking = "layer",
@@ -34,76 +30,40 @@ def prune_heads(
     min_heads: int = 1,
     rounds: int = 1,
     normalize: bool = True,
-    data: Data = "tiny",
-    column: str = "text",
-    label_column: str = "label",
-    length: int | None = None,
-    examples: int = 128,
-    batch_size: int = 8,
-    evaluate: int = 64,
-    seed: int = 0,
-    dtype: str = "auto",
-    device: str = "auto",
 ) -> None:
     """Removes the least important attention heads of a language model or a text classifier and saves it, verified.
+
+    The method is Michel et al., Are Sixteen Heads Really Better than One? (2019), https://arxiv.org/abs/1905.10650.
 
     Args:
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        ratio: Fraction of the heads that go, in [0, 1), rounded down.
-        importance: `GateGradient` (1905.10650; the default), `Taylor`, `WeightNorm`, `ActivationNorm`, `Ablation` or
-            `RandomUnits`, or a class of your own.
+        given: Examples to score and to measure on, and the place to compute.
+        ratio: Fraction of the heads to remove, in [0, 1), rounded down.
+        importance: How heads are scored: `GateGradient` (the paper's; the default), or any other `Importance`, also a class of
+            your own.
         ranking: "layer": as many in each layer; "global": the lowest of all layers, as in the paper; then the layers differ.
         per: Whether heads are query heads ("head"), or KV heads with the query heads that they serve ("kv_head").
-        min_heads: How many stay in each layer, at least.
-        rounds: In how many rounds, with scores taken anew in each.
-        normalize: Whether the scores of each layer are divided by their L2 norm, as the paper does.
-        data: What scores are taken from (split train) and the metric (split test, or else validation): "tiny", a hub name, a
-            folder, or files by split, as in '{train: a.txt, test: b.txt}'. Of a classifier, tables with a text and a label.
-        column: The column that holds the text.
-        label_column: The column that holds a classifier's labels, whole numbers from 0.
-        length: Tokens of an example; by default 512, or as many as the model reads.
-        examples: Examples that scores are taken from, drawn by `seed`.
-        batch_size: Examples in a batch.
-        evaluate: Examples on which the metric is taken, the first ones: perplexity, or accuracy; 0 for none.
-        seed: Which examples.
-        dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
-        device: Where it is computed: "auto" takes an accelerator if there is one.
+        min_heads: Heads that are kept in each layer, at least.
+        rounds: In how many rounds, each with new scores.
+        normalize: Whether the scores of each layer are divided by their L2 norm, as in the paper.
 
     Raises:
         ValueError: If an argument is not legal, or the heads cannot be removed; before anything is written.
     """
     if ratio is None:
-        raise ValueError("ratio: say which fraction of the heads goes, in [0, 1)")
+        raise ValueError("ratio: say which fraction of the heads to remove, in [0, 1)")
     check_choice(ratio, ranking, min_heads, per, "heads")
     whole("min_heads", min_heads)
-    check_target(out)
-    for name, value in {"rounds": rounds, "examples": examples, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if evaluate < 0:
-        raise ValueError(f"evaluate={evaluate} must be at least 0")
-    place = device_of(device)
-    dense = load(model, dtype)
-    dense.to(place)  # type: ignore[arg-type]
-    _check(dense, ratio, ranking, per, min_heads)
-    given = Material(dense, model, data, column, label_column, length, batch_size)
-    before = given.measure(dense, evaluate)
-    batches = given.batches(examples, seed)
-    chosen = _chosen(dense, importance or GateGradient(), batches, ratio, rounds, ranking, per, min_heads, normalize)
-    plan = prune_units(dense, chosen, per=per)
-    after = given.measure(dense, evaluate)
-    record = {
-        "heads": plan.to_json()["units"],
-        "importance": {"by": str(importance or GateGradient()), "ranking": ranking, "per": per, "rounds": rounds},
-        "calibration": given.said(examples, seed),
-        given.metric: {"before": before, "after": after, "examples": evaluate},
-    }
-    saved = save(dense, out, load_tokenizer(model), record)
-    print(plan)
-    if before is not None and after is not None:
-        print(f"{given.metric} {before:,.4g} before, {after:,.4g} after")
-    print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
+    whole("rounds", rounds)
+    work = OneShot(model, out, given)
+    _check(work.model, ratio, ranking, per, min_heads)
+    batches, before = work.batches(), work.measure()
+    importance = importance or GateGradient()
+    chosen = _chosen(work.model, importance, batches, ratio, rounds, ranking, per, min_heads, normalize)
+    plan = prune_units(work.model, chosen, per=per)
+    how = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}
+    work.save(before, {"heads": plan.to_json()["units"], "importance": how}, plan)
 
 
 def _check(model: PreTrainedModel, ratio: float, ranking: Ranking, per: Per, min_heads: int) -> None:
@@ -127,13 +87,13 @@ def _chosen(
     min_heads: int,
     normalize: bool,
 ) -> dict[str, list[int]]:
-    """The heads that go: in rounds, scored anew with those masked that have been chosen before."""
-    heads, gone = find_units(model, "head"), dict[str, list[int]]()
-    trials = [run_of(model, heads, batch) for batch in batches]
+    """Chooses heads in rounds, each scored with the heads masked that were chosen before."""
+    heads, removed = find_units(model, "head"), dict[str, list[int]]()
+    runs = [run_of(model, heads, batch) for batch in batches]
     for number in range(1, rounds + 1):
-        with mask(model, gone, per=per):
-            scores = score(model, heads, importance, trials, None, normalize, per)
-        for name, own in gone.items():
+        with mask(model, removed, per=per):
+            scores = score(model, heads, importance, runs, None, normalize, per)
+        for name, own in removed.items():
             scores[name][own] = -torch.inf
-        gone = choose(heads, scores, ratio * number / rounds, ranking, min_heads, per)
-    return gone
+        removed = choose(heads, scores, ratio * number / rounds, ranking, min_heads, per)
+    return removed

@@ -1,4 +1,4 @@
-"""A model as a good generation loop runs it: prompts in one go, then a token of each sequence at a time, on one cache."""
+"""A generation loop as a good server runs it: prompts in one go, then one token of each sequence at a time, on one cache."""
 
 import inspect
 from typing import Any, Literal
@@ -12,21 +12,21 @@ CacheKind = Literal["static", "reserved", "dynamic"]
 
 
 def generates(model: PreTrainedModel) -> bool:
-    """Whether a model predicts next tokens, so that there is something to decode."""
+    """Says whether a model predicts next tokens, so that there is something to decode."""
     return "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
 
 
 def cache_name(model: PreTrainedModel) -> str | None:
-    """What a model calls the cache that it takes: as transformers says now, or said before 5.20; None if it takes none."""
+    """Returns the name of a model's cache argument, which changed in transformers 5.20; None if it takes no cache."""
     names = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 class Generation:
-    """Prompts of one length, and the tokens that a model says after them, greedily.
+    """Prompts of one length, and the tokens that a model generates after them, greedily.
 
-    No padding and no mask are given, and of the prompts only the last logits are asked for where the class can
-    (`logits_to_keep`): both are what a server does.
+    As on a server, there is no padding and no mask, and only the last logits of the prompts are computed where the class can
+    do so (`logits_to_keep`).
 
     Attributes:
         model: The model, in eval mode.
@@ -34,12 +34,12 @@ class Generation:
         new_tokens: How many tokens `decode` adds to each.
         kind: How the key/value cache is kept.
 
-            - "static": all its room is allocated once, and each step attends over all of it with a mask that hides what is not
-              filled yet. Under a mask, transformers hands the query heads that share a KV head to SDPA as the rows of one matrix,
-              so that their keys and values are read once. The mask costs a model without shared heads a little.
-            - "reserved": allocated once as well, but the model sees the filled part alone, without a mask. Transformers then says
-              `enable_gqa`, for which CUDA has a kernel, whereas the CPU's reads keys and values anew for each query head.
-            - "dynamic", what `generate` does by default: as "reserved", but each step copies the whole cache to append a token.
+            - "static": allocated once, and each step attends over all of it with a mask that hides the part not filled yet.
+              Under a mask, transformers hands the query heads that share a KV head to SDPA as the rows of one matrix, so that
+              their keys and values are read once. The mask costs a model without shared heads a little.
+            - "reserved": allocated once as well, but the model sees only the filled part, without a mask. Transformers then sets
+              `enable_gqa`, for which CUDA has a kernel; the CPU's kernel reads keys and values again for each query head.
+            - "dynamic", the default of `generate`: like "reserved", but each step copies the whole cache to append a token.
     """
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, kind: CacheKind = "static") -> None:
@@ -61,30 +61,30 @@ class Generation:
 
     @property
     def capacity(self) -> int:
-        """Tokens of each sequence, all in all."""
+        """Tokens of each sequence, prompt and new ones."""
         return self.ids.shape[1] + self.new_tokens
 
     @property
     def _plain(self) -> bool:
-        """Whether all that the cache holds is keys and values of all tokens: no windows, no states."""
+        """True if the cache holds keys and values of all tokens and nothing else: no windows, no states."""
         layers = [] if self._cache is None else self._cache.layers
         return all(type(layer) in (StaticLayer, _Reserved, DynamicLayer) for layer in layers)
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of each sequence that the cache has room for now; what grows has none to spare."""
+        """Tokens of each sequence that the cache has room for now; a growing cache has none to spare."""
         return self.ids.shape[1] + self._decoded if self.kind == "dynamic" else self.capacity
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What the cache holds."""
+        """All tensors of the cache."""
         layers = [] if self._cache is None else self._cache.layers
         held = [value for layer in layers for value in vars(layer).values()]
-        held += [state for value in held if isinstance(value, dict) for state in value.values()]  # what linear attention keeps
+        held += [state for value in held if isinstance(value, dict) for state in value.values()]  # states of linear attention
         return list({id(one): one for one in held if isinstance(one, Tensor) and one.ndim > 1}.values())
 
     def start(self) -> None:
-        """Empties the cache; what was allocated ahead stays."""
+        """Empties the cache; memory that was allocated ahead is kept."""
         self._decoded = 0
         if self._cache is not None:
             self._cache.reset()  # type: ignore[no-untyped-call]
@@ -96,7 +96,7 @@ class Generation:
             self._token = logits[:, -1:].argmax(-1)
 
     def fill(self) -> None:
-        """As `prefill`, of one prompt whose keys and values then stand for all sequences, where the cache holds nothing else."""
+        """Reads one prompt for all sequences where the cache holds nothing but keys and values; otherwise does as `prefill`."""
         if self._cache is None or not self._plain:
             self.prefill()
             return
@@ -108,19 +108,19 @@ class Generation:
         self._token = one._token.expand(rows, 1)
 
     def decode(self) -> Tensor:
-        """Says `new_tokens` tokens after the prompts and the one that `prefill` found.
+        """Generates `new_tokens` tokens after the prompts and the token that `prefill` found.
 
         Returns:
             All these tokens, `[batch, 1 + new_tokens]`.
         """
-        said = [self._token]
+        tokens = [self._token]
         for _ in range(self.new_tokens):
-            said.append(self._forward(said[-1])[:, -1:].argmax(-1))
+            tokens.append(self._forward(tokens[-1])[:, -1:].argmax(-1))
         self._decoded += self.new_tokens
-        return torch.cat(said, 1)
+        return torch.cat(tokens, 1)
 
     def rewind(self) -> None:
-        """Forgets what was said after the prompts; where a cache cannot forget, the prompts are read anew."""
+        """Forgets the tokens after the prompts; where a cache cannot forget, the prompts are read again."""
         if not self._decoded or self._cache is None:
             return
         if self._plain:
@@ -139,7 +139,7 @@ class Generation:
 
 
 class _Reserved(DynamicLayer):
-    """A layer whose room is allocated once; it hands out the part that is filled."""
+    """A layer that is allocated once and returns the part that is filled."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

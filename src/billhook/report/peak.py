@@ -1,4 +1,4 @@
-"""The most memory that a piece of work takes above what was taken before it."""
+"""Peak memory of a piece of work, above the memory that was in use before."""
 
 from pathlib import Path
 from typing import Self
@@ -11,11 +11,11 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class Peak:
     """Within `with`, follows the memory of a device.
 
-    On CUDA it is what torch has allocated there. On a CPU it is what the process has resident, which the system counts (Linux
-    only): memory that was freed before and not yet given back, and is taken anew, is missing from it.
+    On CUDA that is torch's allocated memory. On a CPU it is the resident memory of the process, which the system counts (Linux
+    only): memory that was freed before, kept by the process and used again is not seen.
 
     Attributes:
-        rise: Bytes by which the most that was taken exceeds what was taken before; None where nothing counts it.
+        rise: Bytes by which the peak exceeds the memory in use before; None where nothing counts it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,7 +40,7 @@ class Peak:
 
 
 def _forget_peak() -> bool:
-    """Makes the system count this process's peak anew; whether it does."""
+    """Resets the system's count of this process's peak, and says whether that worked."""
     try:
         RESET.write_text("5")
     except OSError:

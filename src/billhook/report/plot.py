@@ -1,4 +1,4 @@
-"""A validation figure over the steps of a run, with what happened to the model marked, as a PNG."""
+"""A picture of a validation figure over the steps of a run, with events marked."""
 
 import math
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ def plot(
 
     Args:
         history: Pairs of step and value. Values that are not finite, or beyond 1e100, leave a gap.
-        events: Step, what happened, and the value right before and right after.
-        name: What the figure is called.
-        path: Where the PNG goes.
-        dense: The value of the model before anything happened, drawn as a line.
+        events: Step, description, and the value right before and right after.
+        name: Name of the figure.
+        path: The file to write.
+        dense: Value of the model before all events, drawn as a line.
     """
     from matplotlib.figure import Figure  # slow to import, and needed once
 
@@ -63,7 +63,7 @@ def _log_scale(axes: Any, span: float) -> None:  # noqa: ANN401 - matplotlib has
 
 
 def _mark(axes: Any, events: Sequence[tuple[int, str]]) -> None:  # noqa: ANN401 - matplotlib has no types
-    """A line at each event, and its name above the axes, as low as the others leave room."""
+    """Draws a line at each event, and its name above the axes, as low as the other names leave room."""
     axes.figure.draw_without_rendering()
     texts = [
         (step, axes.text(step, 1, f" {shorten(what, 60)} ", color=EVENT, fontsize=8, parse_math=False))
@@ -84,7 +84,7 @@ def _mark(axes: Any, events: Sequence[tuple[int, str]]) -> None:  # noqa: ANN401
 
 
 def _label(axes: Any, curve: Any, points: Sequence[tuple[int, float, str]]) -> None:  # noqa: ANN401 - matplotlib has no types
-    """Writes values beside their points: where the least is in the way, not nearer to others, nor where another value stands."""
+    """Writes values next to their points, where they cross the fewest lines and are nearer to no other point or value."""
     axes.figure.draw_without_rendering()
     lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
     lines.append(curve.get_path().transformed(axes.transData))  # counts twice

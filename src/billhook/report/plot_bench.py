@@ -1,4 +1,4 @@
-"""How fast models are over contexts, and their speed-up beside the ideal one."""
+"""A picture of the speed of models over contexts, and of their speed-up next to the ideal one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,13 +10,13 @@ MARKERS = "os^Dvx*"
 
 
 def plot_bench(rows: Sequence[Row], names: Sequence[str]) -> Any:  # noqa: ANN401 - matplotlib has no types
-    """Draws tokens per second over contexts for each phase; of several models also the speed-up, the ideal one dashed.
+    """Draws tokens per second over contexts for each phase; for several models also the speed-up, the ideal one dashed.
 
     Bars are quartiles. A colour is a model, a marker a batch size.
 
     Args:
-        rows: What `measure_speed` gives.
-        names: Of the models.
+        rows: Rows from `measure_speed`.
+        names: Names of the models.
 
     Returns:
         A matplotlib figure; `savefig` writes it.
@@ -43,7 +43,7 @@ def plot_bench(rows: Sequence[Row], names: Sequence[str]) -> Any:  # noqa: ANN40
 
 
 def _curves(rows: Sequence[Row]) -> list[tuple[list[Row], dict[str, Any]]]:
-    """Rows of each model and batch size, by context, and how they are drawn."""
+    """Groups rows by model and batch size, ordered by context, each with its style."""
     batches = sorted({row.batch_size for row in rows})
     found = dict[tuple[int, int], list[Row]]()
     for row in sorted(rows, key=lambda row: row.context):

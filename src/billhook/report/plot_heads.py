@@ -1,26 +1,26 @@
-"""Which heads matter and which are left, layers x heads, beside what a metric is at each share of heads that has gone."""
+"""A picture of the importance of heads, and of a metric over the share of heads that is removed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-GONE = "#b03a2e"
+REMOVED = "#b03a2e"
 
 
 def plot_heads(
     importance: Mapping[str, Tensor],
-    gone: Mapping[str, Sequence[int]],
+    removed: Mapping[str, Sequence[int]],
     curve: Sequence[tuple[float, float]] = (),
     name: str = "",
 ) -> Any:  # noqa: ANN401 - matplotlib has no types
-    """Draws a heat map of heads, those that have gone crossed out, and the pruning curve.
+    """Draws a heat map of heads, with removed ones crossed out, and the pruning curve.
 
     Args:
-        importance: By attention, `[heads]`; NaN for heads that have no score, as they were removed before.
-        gone: By attention, the heads that have gone.
-        curve: Pairs of the share of heads that has gone, and the value of a metric.
-        name: What the metric is called.
+        importance: Scores by attention, `[heads]`; NaN for heads without a score, as they were removed before.
+        removed: The removed heads, by attention.
+        curve: Pairs of the share of heads that is removed, and the value of a metric.
+        name: Name of the metric.
 
     Returns:
         A matplotlib figure; `savefig` writes it.
@@ -38,22 +38,23 @@ def plot_heads(
     shown = axes[0].imshow(table, aspect="auto", cmap="Blues", vmin=np.nanmin(table, initial=0))
     figure.colorbar(shown, ax=axes[0], label="importance", shrink=0.8)
     for row, layer in enumerate(importance):
-        if own := list(gone.get(layer, ())):
-            axes[0].plot(own, [row] * len(own), "x", color=GONE, markersize=4, markeredgewidth=1.2)
+        if own := list(removed.get(layer, ())):
+            axes[0].plot(own, [row] * len(own), "x", color=REMOVED, markersize=4, markeredgewidth=1.2)
     axes[0].set(
-        xlabel="head (x: gone)", title=f"{sum(map(len, gone.values()))} of {sum(map(len, importance.values()))} heads gone"
+        xlabel="head (x: removed)",
+        title=f"{sum(map(len, removed.values()))} of {sum(map(len, importance.values()))} heads removed",
     )
-    axes[0].set_yticks(range(len(table)), _short(list(importance)), fontsize=max(4, min(8, 200 // len(table))))
+    axes[0].set_yticks(range(len(table)), _distinct(list(importance)), fontsize=max(4, min(8, 200 // len(table))))
     if curve:
         axes[1].plot(*zip(*[(100 * share, value) for share, value in curve], strict=True), "o-", markersize=3.5, color="#1f5f8b")
-        axes[1].set(xlabel="heads gone, %", ylabel=name.replace("val_", "validation ").replace("_", " "))
+        axes[1].set(xlabel="heads removed, %", ylabel=name.replace("val_", "validation ").replace("_", " "))
         axes[1].grid(alpha=0.25)
         axes[1].spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _short(names: Sequence[str]) -> list[str]:
-    """Names without what all begin and end with."""
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Shortens names by their common beginning and end."""
     split = [name.split(".") for name in names]
     least = min(map(len, split)) - 1
     start = next((i for i in range(least) if len({parts[i] for parts in split}) > 1), 0)

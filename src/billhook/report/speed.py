@@ -1,16 +1,17 @@
-"""How fast models read prompts and decode, side by side: cell by cell in interleaved rounds, and what would be ideal."""
+"""How fast models read prompts and decode, side by side in interleaved rounds, and the ideal speed-up."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median, quantiles
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from billhook.arguments import one_of, whole
 from billhook.model.meta import to_meta
 from billhook.model.transformers_internals import compute_every_expert
 from billhook.report.generation import CacheKind, Generation, cache_name, generates
@@ -21,22 +22,22 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True)
 class Row:
-    """What one model took for one phase at one batch size and context.
+    """Time and memory that one model took for one phase at one batch size and context.
 
     Attributes:
         model: Its number among the models; 0 is the reference.
         phase: "prefill": all prompts in one go. "decode": a step, which gives each sequence a token.
         batch_size: Sequences.
         context: Tokens of each prompt.
-        seconds: Of each round: seconds of the whole prefill, or of a step, the mean over the steps of the round.
-        ratios: Of each round: the reference's seconds over the model's; above 1 is faster.
+        seconds: For each round: seconds of the whole prefill, or of a decoding step, as the mean over the steps of the round.
+        ratios: For each round: the reference's seconds over the model's; above 1 is faster.
         weight_bytes: Bytes of the weights that a step reads.
-        cache_bytes: Bytes of the key/value cache, the sum over the tensors that it holds; 0 where there is none.
-        cache_tokens: Tokens of each sequence that it has room for.
+        cache_bytes: Bytes of all tensors in the key/value cache; 0 where there is none.
+        cache_tokens: Tokens of each sequence that the cache has room for.
         flops: Floating-point operations of the prefill, attention as a whole square; None where the model cannot run on meta
             tensors.
-        ideal: The speed-up that would be ideal against the reference; None where it is not known.
-        peak_bytes: The most memory taken: weights, cache, and what the phase needed beside; None where it cannot be measured.
+        ideal: The ideal speed-up against the reference; None where it is not known.
+        peak_bytes: The most memory taken: weights, cache, and the phase's own needs; None where it cannot be measured.
     """
 
     model: int
@@ -59,7 +60,7 @@ class Row:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens that are read, or said, in a second of the median round."""
+        """Tokens read, or generated, in a second of the median round."""
         return self.batch_size * (self.context if self.phase == "prefill" else 1) / self.median
 
     @property
@@ -84,13 +85,13 @@ class Row:
         return None if done is None else done / self.median
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, with the properties."""
+        """Returns plain data, with the properties."""
         names = ("median", "tokens_per_second", "cache_bytes_per_token", "speed_up", "share", "rate")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
-    """The first and the third quartile."""
+    """Returns the first and the third quartile."""
     first, _, third = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
     return first, third
 
@@ -110,31 +111,37 @@ def measure_speed(
 ) -> list[Row]:
     """Measures prefill and decoding of models in interleaved rounds: each round measures every model once, in turning order.
 
-    What disturbs a machine for a while thus disturbs all models alike; of each round the ratio to the reference is taken, and of
-    the ratios the median. Prompts are random tokens; the first `warmup` rounds of each cell are not kept.
+    A disturbance of the machine thus hits all models alike. The speed-up is the median over rounds of the ratio to the reference
+    in the same round. Prompts are random tokens; the first `warmup` rounds of each cell are not kept.
 
-    The ideal speed-up is the ratio of what the reference and the model must do. Of decoding, which memory bounds: bytes moved in
-    a step, that is all weights once (embedding tables that are only looked up apart) and the cache of all sequences. Of prefill,
-    which arithmetic bounds: floating-point operations. All experts of a mixture count as read.
+    The ideal speed-up is the ratio of the work that the reference and the model must do. Decoding is bound by memory: the bytes
+    moved in a step are all weights once (except embedding tables that are only looked up) and the cache of all sequences. Prefill
+    is bound by arithmetic: floating-point operations. All experts of a mixture count as read.
 
     Args:
-        models: The first is the reference. They stay as they are, and must be in eval mode.
+        models: The first is the reference. They are not changed, and must be in eval mode.
         batch_sizes: Sequences at once.
         contexts: Tokens of each prompt.
         new_tokens: Tokens decoded after the prompt in each round.
         rounds: Rounds of each phase and cell.
         warmup: Rounds before these.
         cache: How the key/value cache is kept: see `Generation`.
-        phases: What is measured. For "decode" alone, one prompt is read in each cell, and stands for all sequences: see
-            `Generation.fill`.
-        seed: Of the prompts.
+        phases: Phases to measure. For "decode" alone, one prompt is read in each cell, and its keys and values stand for all
+            sequences.
+        seed: Seed of the prompts.
         tell: Called after each measurement.
 
     Returns:
-        Rows by batch size, context, phase and model; none of "decode" where one of the models predicts no next token.
+        Rows by batch size, context, phase and model; none for "decode" if one of the models predicts no next token.
 
     Raises:
         ValueError: If an argument is not legal, before anything is run.
+
+    Example:
+        >>> import billhook as bh
+        >>> rows = bh.measure_speed([bh.load("tiny")], batch_sizes=[2], contexts=[8], new_tokens=2, rounds=1)
+        >>> [(row.phase, row.cache_tokens, row.speed_up) for row in rows]
+        [('prefill', 10, 1.0), ('decode', 10, 1.0)]
     """
     check_speed(models, batch_sizes, contexts, new_tokens, rounds, warmup, cache, phases)
     rows = list[Row]()
@@ -161,20 +168,22 @@ def check_speed(
     cache: CacheKind,
     phases: Sequence[Phase],
 ) -> None:
-    """Refuses what cannot be measured.
+    """Refuses arguments and models that cannot be measured.
 
     Raises:
         ValueError: With the argument, what came and what is legal.
     """
-    if not models:
-        raise ValueError("models: at least one is needed")
-    lists = {"batch_sizes": (batch_sizes, 1), "contexts": (contexts, 2), "new_tokens": ([new_tokens], 1)}
-    for name, (values, least) in (lists | {"rounds": ([rounds], 1), "warmup": ([warmup], 0)}).items():
-        if not values or min(values) < least:
-            raise ValueError(f"{name}={values} must be at least {least}, and at least one number")
-    for name, given, legal in (("cache", [cache], get_args(CacheKind)), ("phases", phases, get_args(Phase))):
-        if not given or not set(given) <= set(legal):
-            raise ValueError(f"{name}={given} must be of {', '.join(legal)}")
+    given: dict[str, Sequence[object]] = {"models": models, "batch_sizes": batch_sizes, "contexts": contexts, "phases": phases}
+    for name, values in given.items():
+        if not values:
+            raise ValueError(f"{name}: at least one is needed")
+    given |= {"new_tokens": [new_tokens], "rounds": [rounds], "warmup": [warmup]}
+    for name, least in {"batch_sizes": 1, "contexts": 2, "new_tokens": 1, "rounds": 1, "warmup": 0}.items():
+        for number in given[name]:
+            whole(name, number, least)
+    one_of("cache", cache, CacheKind)
+    for phase in phases:
+        one_of("phases", phase, Phase)
     for number, model in enumerate(models):
         tokens = max(contexts) + (new_tokens if generates(model) else 0)
         _check_model(model, f"models: number {number}, a {type(model).__name__},", tokens)
@@ -197,7 +206,7 @@ def _check_model(model: PreTrainedModel, name: str, tokens: int) -> None:
 
 
 def _prompts(model: PreTrainedModel, batch_size: int, context: int, seed: int) -> Tensor:
-    """Random tokens, `[batch_size, context]`, the same for all models of one vocabulary."""
+    """Draws random tokens, `[batch_size, context]`, the same for all models of one vocabulary."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch_size, context), generator=torch.Generator().manual_seed(seed))
     return ids.to(model.device)
@@ -211,7 +220,7 @@ def _rounds(
     work: Callable[[Generation], object],
     tell: Callable[[], None],
 ) -> list[list[tuple[float, int | None]]]:
-    """Of each model and round: seconds of the work, and the most bytes that were taken."""
+    """Measures, for each model and round, the seconds of the work and the most bytes that were taken."""
     found: list[list[tuple[float, int | None]]] = [[] for _ in made]
     for number in range(warmup + rounds):
         order = range(len(made)) if number % 2 == 0 else reversed(range(len(made)))
@@ -268,14 +277,14 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _read(model: PreTrainedModel) -> int:
-    """Bytes of the weights that a step reads: all but tables of which a few rows are looked up."""
+    """Counts bytes of the weights that a step reads: all except tables in which a few rows are looked up."""
     looked_up = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     used = {id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     return _bytes(p for p in model.parameters() if id(p) in used or id(p) not in looked_up)
 
 
 def _flops(model: PreTrainedModel, context: int) -> int | None:
-    """Operations of the prefill of one prompt, counted on meta tensors; None where the model does not run there."""
+    """Counts operations of the prefill of one prompt on meta tensors; None where the model does not run there."""
     try:
         shadow = to_meta(model)
         compute_every_expert(shadow)

@@ -1,4 +1,4 @@
-"""What a model is and what was done to it: a summary, and the table before and after."""
+"""Size and cost of a model, and a table of them before and after."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,12 +10,13 @@ from torch import nn
 from billhook.kv_heads.scope import heads_of
 from billhook.model.figures import figures_of
 from billhook.model.find import find_transformer
+from billhook.report.table import aligned
 from billhook.running.shards import is_sharded, reshard, sizes_only, whole
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a model weighs.
+    """Size and cost of a model; `print` shows a table.
 
     Attributes:
         model: The model's class.
@@ -40,11 +41,11 @@ class Summary:
     context: int
 
     def numbers(self) -> dict[str, Any]:
-        """What changes when a model is pruned or converted."""
+        """Returns the numbers that change when a model is pruned or converted."""
         return {key: getattr(self, key) for key in ("params", "zeros", "kv_cache_bytes", "flops")}
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Returns plain data."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -62,12 +63,23 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """What a model weighs: parameters, zeros, KV-cache bytes per token and FLOPs, the last two from a run on meta tensors.
+    """Counts parameters, zeros, KV-cache bytes per token and FLOPs, the last two by a run on meta tensors.
 
-    Where the model is sharded over ranks, all of them ask together.
+    If the model is sharded, all ranks must call this together.
 
     Args:
         model: A Hugging Face model, or a module that holds one.
+
+    Example:
+        >>> import billhook as bh
+        >>> print(bh.summary(bh.load("tiny")))
+        model                           LlamaForCausalLM
+        parameters                      2,754,816
+        zeros                           3 (0.0%)
+        size of the weights             5.5 MB
+        query heads / KV heads          8 / 8
+        KV cache per token              4,096 bytes
+        forward FLOPs per token at 512  7,602,176
     """
     model = find_transformer(model)
     reshard(model)
@@ -90,10 +102,10 @@ def summary(model: nn.Module) -> Summary:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table: what the model was at some point of the run.
+    """One row of the table: the model at some point of a run.
 
     Attributes:
-        name: What the point is called.
+        name: Name of the point.
         step: The optimizer step.
         numbers: Measured values by name.
     """
@@ -104,7 +116,7 @@ class Stage:
 
 
 def table(stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric: str | None = None) -> str:
-    """The stages as rows, their numbers as columns (`metric` too, if it is none of the usual ones), and notes below."""
+    """Shows stages as rows and their numbers as columns (`metric` too, if it is none of the usual ones), and notes below."""
     columns = {
         "perplexity": "val_perplexity",
         "accuracy": "val_accuracy",
@@ -119,13 +131,8 @@ def table(stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric
         shown.pop("loss", None)
     rows = [["", "step", *shown]]
     rows += [[stage.name, str(stage.step), *(_number(stage.numbers.get(key)) for key in shown.values())] for stage in stages]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]) for row in rows
-    ]
-    lines.insert(1, "-" * len(lines[0]))
     label_width = max((len(label) for label, _ in notes), default=0)
-    return "\n".join([*lines, *([""] if notes else []), *(f"{label:<{label_width}}  {text}" for label, text in notes)])
+    return "\n".join([aligned(rows), *([""] if notes else []), *(f"{label:<{label_width}}  {text}" for label, text in notes)])
 
 
 def _number(value: float | None) -> str:

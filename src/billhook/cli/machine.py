@@ -1,0 +1,57 @@
+"""Where a command computes, with what versions, and where it may write its figures."""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from billhook.sparsity.checks import check_device
+
+
+def device_of(asked: str) -> torch.device:
+    """Returns the device of a name; for "auto", an accelerator if there is one.
+
+    Raises:
+        ValueError: If there is none of that name here.
+    """
+    if asked == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return cast(torch.device, check_device(asked, "device"))
+
+
+@contextmanager
+def threads_of(asked: int | None) -> Iterator[int]:
+    """Sets the threads of the CPU within, and gives how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(asked or before)
+    try:
+        yield asked or before
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine_name(place: torch.device, threads: int) -> str:
+    """Names the machine on which figures were measured."""
+    if place.type == "cuda":
+        return torch.cuda.get_device_name(place)
+    return f"{place.type} ({platform.processor() or platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Returns the versions of Python, billhook, torch, transformers and further packages."""
+    names = ("billhook", "torch", "transformers", *packages)
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+def check_file(name: str, file: str | None, suffix: str) -> None:
+    """Refuses a file to write that has another ending, or lies in no folder.
+
+    Raises:
+        ValueError: With what is legal.
+    """
+    if file is not None and (Path(file).suffix != suffix or not Path(file).absolute().parent.is_dir()):
+        raise ValueError(f"{name}='{file}' must be a file that ends in {suffix}, in a folder that exists")

@@ -1,0 +1,42 @@
+"""Perplexity of a language model, and accuracy of a classifier."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from billhook.training.rows import Rows
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int) -> float | None:
+    """Measures exp of the mean negative log-likelihood of each next token; None for a model that predicts none.
+
+    Args:
+        model: A causal language model.
+        rows: Rows of `input_ids`.
+        examples: At most so many of them, the first ones.
+    """
+    if rows is None or not examples or "CausalLM" not in type(model).__name__ and "LMHead" not in type(model).__name__:
+        return None
+    total, count, every = torch.zeros((), dtype=torch.float64), 0, rows  # type: Tensor, int, Any
+    for number in range(min(examples, len(every))):
+        ids = torch.tensor([every[number]["input_ids"]], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        total += cross_entropy(logits, ids[0, 1:], reduction="none").double().sum().cpu()
+        count += ids.shape[1] - 1
+    return math.exp(total / count)
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> float | None:
+    """Measures the share of examples whose label has the highest logit; None if there are no examples."""
+    right = list[bool]()
+    for batch in batches:
+        inputs: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+        right += (model(**inputs).logits.argmax(-1).cpu() == batch["labels"]).tolist()
+    return sum(right) / len(right) if right else None

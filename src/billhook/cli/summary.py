@@ -1,0 +1,13 @@
+"""`billhook summary`: what a checkpoint weighs."""
+
+from billhook.checkpoints.save import load
+from billhook.report.summary import summary as summarise
+
+
+def summary(model: str) -> None:
+    """Prints what a checkpoint weighs: parameters, zeros, heads, KV-cache bytes per token, FLOPs.
+
+    Args:
+        model: A folder, a hub name, or "tiny".
+    """
+    print(summarise(load(model)))

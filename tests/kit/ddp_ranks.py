@@ -1,0 +1,240 @@
+"""Fits of two processes with unequal data."""
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+
+import billhook as bh
+from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, StructuredPruning, WeightPruning
+from billhook.schedules import MultiStep
+from kit.ddp import Fit, FitOfTuples, draw, fit_all
+from kit.families import llama
+
+SCRIPT = """
+from kit.ddp_ranks import fit_two
+fit_two()
+"""
+
+
+def batches(number):
+    return [(one,) for one in draw(number, 2, 12, seed=1)]
+
+
+def each(number, **options):
+    """All callbacks, one after the other, each on so many batches."""
+    given = {"calibration": batches(number), "measure_batches": 0}
+    return Fit(
+        lambda: FitOfTuples(**options),
+        lambda: [
+            DepthPruning(1, at=1, **given),
+            KVHeadConversion(2, at=2, method="aligned", **given),
+            HeadPruning(0.5, at=3, per="kv_head", importance=bh.Taylor(), **given),
+            StructuredPruning(channels=0.25, at=4, **given),
+            WeightPruning(sparsity=0.5, at=5, **given),
+        ],
+        told,
+        {"accumulate_grad_batches": 2},
+    )
+
+
+class Hooked(DDPStrategy):
+    """Lightning registers hooks on GPUs only."""
+
+    def __init__(self, state, hook):
+        super().__init__(ddp_comm_state=state, ddp_comm_hook=hook)
+
+    def _register_ddp_hooks(self):
+        self.model.register_comm_hook(self._ddp_comm_state, self._ddp_comm_hook)
+
+
+def told(callbacks):
+    return [(event["step"], event["what"]) for one in callbacks if hasattr(one, "events") for event in one.events]
+
+
+def converted(strategy, at=2):
+    return Fit(FitOfTuples, lambda: [KVHeadConversion(1, at=at, measure_batches=0)], told, {}, at + 2, strategy)
+
+
+def distilled():
+    """LoRA and a teacher, on text, with validation within an epoch."""
+
+    def build():
+        torch.manual_seed(0)
+        given = {"lora": bh.LoRA(r=2, dropout=0.0), "distillation": bh.Distillation()}
+        return bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, warmup=2, **given)
+
+    return Fit(
+        build,
+        lambda: [
+            StructuredPruning(channels=0.25, kv_heads=0.5, at=2, importance=bh.ActivationNorm(), examples=5, measure_batches=1),
+            WeightPruning(bh.Magnitude(), sparsity=0.5, at=3, measure_batches=1, mask_adapters=True),
+        ],
+        told,
+        {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2},
+        5,
+    )
+
+
+FITS = {
+    "three batches": each(3, examples=9),
+    "one batch": each(1, examples=9, drop_last=True),
+    "unused and views": converted(lambda: DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True)),
+    "static graph": converted(lambda: DDPStrategy(static_graph=True)),
+    "half precision": converted(lambda: Hooked(None, fp16_compress_hook)),
+    "low rank": converted(lambda: Hooked(PowerSGDState(None, 64, 2, min_compression_rate=0.1), powerSGD_hook), at=4),
+    "distilled": distilled(),
+}
+
+
+class OfRank(bh.Magnitude):
+    """What each rank makes of its own."""
+
+    def score(self, weight, statistics=None):
+        return super().score(weight, statistics).roll(rank(), 1)
+
+
+class Apart(pl.Callback):
+    """The weights of the second rank become others."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        with torch.no_grad():
+            pl_module.net.model.layers[0].self_attn.v_proj.weight += 0.1 * rank()
+
+
+class Validated(FitOfTuples):
+    """Logs what is not summed over ranks: on the second it becomes worse each time. Or fails there."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.fails, self.own, self.times = fails, MeanMetric(sync_on_compute=False), 0
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(draw(2, 12)))
+
+    def validation_step(self, batch, batch_idx):
+        if self.fails and rank():
+            raise ValueError("no such file")
+        self.times += 1
+        self.own.update(1 - rank() * self.times)
+        self.log("own", self.own)
+
+
+class Full(Export):
+    def _free_folder(self):
+        raise OSError("No space left on device")
+
+
+def rank():
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def stray():
+    """Batches of which the second rank's has a token that is in no vocabulary."""
+    return {"calibration": [(one,) for one in draw(2, 2, 12) + torch.tensor([0, 99])[:, None, None]], "measure_batches": 0}
+
+
+def stop(callback, module=FitOfTuples):
+    return Fit(module, callback, told, {"limit_val_batches": 0}, 3)
+
+
+NONE = {"measure_batches": 0}
+
+
+DIFFER = {
+    "WeightPruning: what becomes zero": stop(lambda: [WeightPruning(OfRank(), sparsity=0.5, at=1, **NONE)]),
+    "KVHeadConversion: what heads become": stop(lambda: [Apart(), KVHeadConversion(2, at=1, **NONE)]),
+    "KVHeadConversion: how heads are turned": stop(lambda: [Apart(), KVHeadConversion(2, 2, "aligned", over=1, **NONE)]),
+    "HeadPruning: the heads that are masked": stop(
+        lambda: [HeadPruning(0.5, 1, bh.importance.baselines.RandomUnits(rank()), **NONE)]
+    ),
+    "StructuredPruning: the plan of what goes": stop(
+        lambda: [StructuredPruning(channels=0.5, at=1, importance=bh.importance.baselines.RandomUnits(rank()), **NONE)]
+    ),
+    "HeadPruning: whether monitor='own' is worse": replace(
+        stop(lambda: [HeadPruning(0.5, 1, bh.WeightNorm(), monitor="own")], Validated), options={}
+    ),
+}
+
+
+FAIL = {
+    "weights": stop(lambda: [WeightPruning(sparsity=0.5, at=1, **stray())]),
+    "heads": stop(lambda: [HeadPruning(0.5, at=1, **stray())]),
+    "structure": stop(lambda: [StructuredPruning(channels=0.5, at=1, **stray())]),
+    "depth": stop(lambda: [DepthPruning(1, at=1, **stray())]),
+    "conversion": stop(lambda: [KVHeadConversion(2, at=1, method="svd", **stray())]),
+    "way": stop(lambda: [KVHeadConversion(2, at=2, method="aligned", over=1, **stray())]),
+    "validation": replace(stop(lambda: [KVHeadConversion(2, at=1)], partial(Validated, fails=True)), options={}),
+    "export": stop(lambda: [Full("unused")]),
+}
+
+
+def taught_apart():
+    torch.manual_seed(rank())
+    return bh.TransformerModule(llama(vocab_size=2048), distillation=bh.Distillation())
+
+
+TEACHERS = {"teachers": Fit(taught_apart, lambda: [KVHeadConversion(2, at=1, **NONE)], told, {"limit_val_batches": 0}, 3)}
+
+
+RESUMED = {
+    "conversion": Fit(
+        partial(FitOfTuples, examples=8),
+        lambda: [KVHeadConversion(2, 1, **NONE), WeightPruning(bh.Magnitude(), MultiStep([0.3, 0.6], [2, 6]), **NONE)],
+        lambda both: [both[0].events, both[1].events, both[1].masks],
+        steps=8,
+    ),
+    "heads": Fit(
+        partial(FitOfTuples, examples=8),
+        lambda: [HeadPruning(MultiStep([0.25, 0.5], [2, 6]), remove="rounds", calibration=batches(2), **NONE)],
+        lambda all_: [all_[0].events, all_[0].record.numbers],
+        steps=8,
+    ),
+}
+
+
+class Keep(pl.Callback):
+    """Keeps a checkpoint of the first epoch."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if not trainer.current_epoch:
+            trainer.save_checkpoint(self.path)
+
+
+def kept(name, folder):
+    keep, export = partial(Keep, folder / f"{name}.ckpt"), partial(Export, str(folder / name))
+    return replace(RESUMED[name], callback=lambda: [*RESUMED[name].callback(), keep(), export()])
+
+
+def resumed(name, folder):
+    return replace(RESUMED[name], resumed=folder / f"{name}.ckpt")
+
+
+def fit_two():
+    """In each of two processes."""
+    fit_all(FITS)
+    (files, out), stopped = json.loads(sys.argv[1]), {}
+    for name, one in (DIFFER | FAIL | TEACHERS).items():
+        callbacks = one.callback()
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - what it says is looked at later
+            replace(one, callback=lambda own=callbacks: own).run(Path(out), files, ranks=2)
+        stopped[name] = [None, None]
+        own = [type(caught.value).__name__, str(caught.value), told(callbacks)]
+        torch.distributed.all_gather_object(stopped[name], own)
+    Path(out, "stopped.json").write_text(json.dumps(stopped))
+    for name in RESUMED:
+        kept(name, Path(out, "two")).run(Path(out), files, ranks=2)
+    fit_all({name: resumed(name, Path(out, "one")) for name in RESUMED})

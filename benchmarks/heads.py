@@ -136,14 +136,8 @@ class Lab:
         """The heads that go, of all layers, at a share in percent."""
         total = sum(map(len, scores.values()))
         ratio = round(share * total / 100) / total
-        return choose(
-            bh.find_units(self.model, "head"),
-            scores,
-            ratio,
-            ranking="global",
-            min_units=max(self.keep, int(remove)),
-            remove=remove,
-        )
+        heads = bh.find_units(self.model, "head")
+        return choose(heads, scores, ratio, "global", max(self.keep, int(remove)), remove=remove)
 
 
 def curve(lab, importance, again):

@@ -78,9 +78,8 @@ def speed(models, shape, rounds):
 def removal(model, scores, per, rows, rounds):
     """A line: what is left, perplexity, and how much faster a forward is."""
     count = model.config.num_key_value_heads
-    chosen = choose(
-        bh.find_units(model, "head"), scores, 1 / count if per == "kv_head" else count / model.config.num_attention_heads, per=per
-    )
+    ratio = 1 / count if per == "kv_head" else count / model.config.num_attention_heads
+    chosen = choose(bh.find_units(model, "head"), scores, ratio, per=per)
     smaller, masked = copy.deepcopy(model), copy.deepcopy(model)
     plan = bh.prune_units(smaller, chosen, per=per)
     what = "a KV head with its query heads" if per == "kv_head" else "a query head of each KV head"
@@ -117,24 +116,15 @@ def main():
         lines.append(line)
         print(line, flush=True)
 
-    scores = {
-        name: bh.score(model, bh.find_units(model, "head"), method, batches, normalize=True) for name, method in METHODS.items()
-    }
+    heads = bh.find_units(model, "head")
+    scores = {name: bh.score(model, heads, method, batches, normalize=True) for name, method in METHODS.items()}
     for line in curves(model, scores, rows):
         tell(line)
     tell(f"\n| removed in every layer | parameters | perplexity | {' | '.join(f'{b} x {n} tokens' for b, n in SHAPES)} |")
     tell("|---|---:|---:" + "|---:" * len(SHAPES) + "|")
     best = bh.GateGradient()
     for per in ("head", "kv_head"):
-        tell(
-            removal(
-                model,
-                bh.score(model, bh.find_units(model, "head"), best, batches, normalize=True, per=per),
-                per,
-                rows,
-                options.rounds,
-            )
-        )
+        tell(removal(model, bh.score(model, heads, best, batches, normalize=True, per=per), per, rows, options.rounds))
     if options.out:
         options.out.write_text("\n".join(lines) + "\n")
 

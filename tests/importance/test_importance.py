@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import contextmanager
+from typing import get_args
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import billhook as bh
 from billhook.importance.base import Importance
 from billhook.importance.score import run_of, score
 from billhook.units.find import find_units
+from billhook.units.units import UnitKind
 from kit.families import build, llama, tokens
 from kit.heads_small import ATTENTIVE, SEQ2SEQ, hooks, small
 
@@ -317,6 +319,20 @@ def test_a_kv_head_has_the_credit_of_its_query_heads_summed_before_the_absolute_
     wanted = {"token": products.abs().mean((1, 2)), "example": products.sum(2).abs().mean(1), "batch": products.sum((1, 2)).abs()}
     for each, expected in wanted.items():
         near(scores(model, "llama", [batch], bh.GateGradient(each), per="kv_head"), expected, 1e-4)
+
+
+@pytest.mark.parametrize("kind", get_args(UnitKind))
+@pytest.mark.parametrize("importance", [kind() for kind in OURS], ids=repr)
+def test_it_scores_each_unit_or_says_which_importance_does(importance, kind):
+    model = build("mixtral")
+    units = bh.find_units(model, kind)
+    try:
+        found = bh.score(model, units, importance, [{"input_ids": tokens()}])
+    except ValueError as error:
+        assert str(error).startswith("importance: ")  # noqa: PT017 - either is right
+        assert isinstance(importance, bh.BlockInfluence) or not all(one.readers for one in units.values())
+    else:
+        assert {name: len(own) for name, own in found.items()} == {name: one.count() for name, one in units.items()}
 
 
 def state(model):

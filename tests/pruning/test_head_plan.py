@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 import transformers
 from small_configs import OVERRIDES, small_config
 from small_configs import build as small
@@ -157,7 +156,7 @@ class TestRefused:
         refused(mpt, {1: [1]}, f"heads: those of transformer.blocks.1.attn {masked}")
 
     def test_a_norm_over_all_heads(self):
-        normed = "cannot be removed: a norm goes over all of them at once, so that without some it would give something else"
+        normed = "cannot be removed: a norm spans all of them, so that without some it would compute something else"
         refused(build("olmo2"), {0: [0, 1]}, f"heads: those of model.layers.0.self_attn {normed}")
         config = small_config(transformers.Mamba2Config)
         refused(small(config, transformers.Mamba2ForCausalLM), {1: [0]}, f"heads: those of backbone.layers.1.mixer {normed}")
@@ -167,13 +166,6 @@ class TestRefused:
     def test_models_without_attention(self):
         mamba = small(small_config(transformers.MambaConfig), transformers.MambaForCausalLM)
         refused(mamba, {0: [0]}, "model: MambaForCausalLM has no heads")
-
-    def test_a_quantised_model(self):
-        model = llama()
-        weight = model.model.layers[1].mlp.up_proj.weight
-        model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
-        name = "model.layers.1.mlp.up_proj.weight"
-        refused(model, {0: [0, 1]}, rf"{name} is quantised \(torch.int8\): remove units before the model is quantised")
 
     def test_a_plan_of_another_model(self):
         model = llama()

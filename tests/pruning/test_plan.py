@@ -80,7 +80,7 @@ class TestWhatGoes:
         bh.plan_units(model, {MLPS[0]: [0, 1]}, "channel")
         plan = bh.plan_units(model, {MLPS[0]: ()}, "channel")
         bh.apply(model, plan)
-        assert (plan.units, plan.cuts, plan.told) == ({}, {}, "")
+        assert (plan.units, plan.cuts, plan.words) == ({}, {}, "")
         assert plan.before == plan.after
         assert ({name: id(p) for name, p in model.named_parameters()}, shape_of(model)) == before
 
@@ -94,7 +94,7 @@ class TestTable:
             "  model.layers.*.mlp  48 -> 36 channels in each of 2",
             "  the model           32 -> 31 residual channels",
         ]
-        assert plan.told == "24 channels of 2 places, 1 residual channels of 1 places"
+        assert plan.words == "24 channels of 2 places, 1 residual channels of 1 places"
 
     def test_of_layers_that_differ_and_with_costs(self):
         plan = bh.plan(
@@ -238,7 +238,8 @@ class TestRefused:
         model = llama()
         weight = model.model.layers[1].mlp.up_proj.weight
         model.model.layers[1].mlp.up_proj.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
-        refused(model, {MLPS[0]: [0]}, r"model.layers.1.mlp.up_proj.weight is quantised \(torch.int8\)", ["channel"])
+        refused(model, {MLPS[0]: [0]}, r"up_proj.weight is quantised \(torch.int8\): remove units before", ["channel"])
+        refused(model, {ATTENTIONS[0]: [0, 1]}, r"up_proj.weight is quantised \(torch.int8\)", ["head"])
 
     def test_other_heads_of_layers_that_share_a_bias(self):
         model = t5()

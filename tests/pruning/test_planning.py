@@ -200,7 +200,7 @@ class TestTargets:
         now = llama().num_parameters()
         with pytest.raises(ValueError, match=f"params={now}: the model has no more than that, {now:,}"):
             bh.plan(llama(), bh.importance.baselines.RandomUnits(), params=now)
-        with pytest.raises(ValueError, match="kv_cache_bytes=0.5: it cannot be told of a BertForMaskedLM"):
+        with pytest.raises(ValueError, match="kv_cache_bytes=0.5: it cannot be measured of a BertForMaskedLM"):
             bh.plan(bert(), bh.importance.baselines.RandomUnits(), amount=bh.Amount(kv_cache_bytes=0.5))
 
     def test_the_first_that_is_low_enough(self):
@@ -228,7 +228,7 @@ class TestRefused:
         ({"heads": float("nan")}, "heads=nan must be a fraction"),
         ({"heads": 0.5, "kv_heads": 0.5}, "heads=0.5 and kv_heads=0.5: give one"),
         ({"params": 0.5, "flops": 0.5}, "params and flops: give one target"),
-        ({"params": 0.5, "kv_heads": 0.1, "channels": 0.1}, "params=0.5: nothing is left open that could go for it"),
+        ({"params": 0.5, "kv_heads": 0.1, "channels": 0.1}, "params=0.5: nothing is left open that could be removed for it"),
         ({"kv_cache_bytes": 0.5, "heads": 0.1}, "kv_cache_bytes=0.5: nothing is left open"),
         ({"params": 1.5}, "params=1.5 must be a whole number above 0, or a fraction"),
         ({"params": 0}, "params=0 must be a whole number above 0"),

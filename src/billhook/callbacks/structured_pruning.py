@@ -230,7 +230,7 @@ class StructuredPruning(ShapeCallback):
         assert self._plan is not None
         apply(model, self._plan, optimizers, self._weights)
         before, after = self._plan.parameters
-        return f"{before:,} -> {after:,} parameters ({self._plan.told}; {type(self.importance).__name__})"
+        return f"{before:,} -> {after:,} parameters ({self._plan.words}; {type(self.importance).__name__})"
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warns if training has ended before all events."""

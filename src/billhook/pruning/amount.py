@@ -89,7 +89,7 @@ class Amount:
         if len(targets) > 1:
             raise ValueError(f"{' and '.join(targets)}: give one target")
         if targets and not self.open:
-            raise ValueError(f"{targets[0]}={getattr(self, targets[0])}: nothing is left open that could go for it")
+            raise ValueError(f"{targets[0]}={getattr(self, targets[0])}: nothing is left open that could be removed for it")
         if not targets and not any(self.ratios.values()):
             raise ValueError(f"nothing is asked for: give a ratio ({', '.join(RATIOS)}) or a target ({', '.join(TARGETS)})")
         for name in targets:

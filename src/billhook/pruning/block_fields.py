@@ -10,8 +10,7 @@ from transformers import PreTrainedModel
 
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, fields_of, with_fields
-
-TOGETHER = 3  # fields that say a number of blocks, at most
+from billhook.units.fields import TOGETHER
 
 Gone = Mapping[str, Sequence[int]]
 """Removed blocks, by stack."""
@@ -25,11 +24,11 @@ class Built:
 
     Attributes:
         tensors: The sizes of the tensors in `state_dict`.
-        said: Attributes of modules that hold parameters: numbers, strings, truth values, None.
+        attributes: Those of modules that hold parameters: numbers, strings, truth values, None.
     """
 
     tensors: dict[str, tuple[int, ...]]
-    said: dict[str, Any]
+    attributes: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class _Finder:
             shadow = build_on_meta(self.model, type(config).from_dict(config.to_dict()))
         except Exception:  # whatever a class of configs or models raises
             return None
-        return Built({name: tuple(tensor.shape) for name, tensor in shadow.state_dict().items()}, dict(_said(shadow)))
+        return Built({name: tuple(tensor.shape) for name, tensor in shadow.state_dict().items()}, dict(_attributes(shadow)))
 
     def moved(self, name: str) -> str | None:
         """Returns the new name of a tensor or attribute; None if it is removed."""
@@ -157,8 +156,8 @@ class _Finder:
         if different := self._different(built):
             return different, {}
         numbers: Numbers = {}
-        for name, value in self.now.said.items():
-            if (new := self.moved(name)) is None or (made := built.said.get(new)) == value:
+        for name, value in self.now.attributes.items():
+            if (new := self.moved(name)) is None or (made := built.attributes.get(new)) == value:
                 continue
             if _is_number(value) and _is_number(made) and self._numbering(name, new, value, made):
                 numbers[new] = (value, made)
@@ -188,16 +187,16 @@ class _Finder:
         if stack is None or (value, made) in counts:
             return True
         (place, rest), (then, _) = _place(name, stack), _place(new, stack)
-        own = {number: self.now.said.get(f"{stack}.{number}.{rest}") for number in range(self.stacks[stack])}
-        there = [(number, said) for number, said in own.items() if _is_number(said)]
+        own = {number: self.now.attributes.get(f"{stack}.{number}.{rest}") for number in range(self.stacks[stack])}
+        there = [(number, known) for number, known in own.items() if _is_number(known)]
         step, odd = divmod(value - made, place - then) if place != then else (0, 1)
-        return not odd and step > 0 and all(said - value == step * (number - place) for number, said in there)
+        return not odd and step > 0 and all(known - value == step * (number - place) for number, known in there)
 
     def _stack_of(self, name: str) -> str | None:
         return next((stack for stack in self.gone if name.startswith(f"{stack}.")), None)
 
 
-def _said(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if next(module.parameters(), None) is not None:
             for attr, value in vars(module).items():

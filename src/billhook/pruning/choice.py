@@ -32,7 +32,7 @@ class _Step:
 
 
 def check_choice(ratio: float, ranking: str, least: int, per: str, what: str = "units") -> None:
-    """Refuses arguments that no model allows; `what` is `"heads"` where the last but one is called `min_heads`.
+    """Refuses arguments that no model allows; `what` names the units in messages, and `least` there is `min_heads` of heads.
 
     Raises:
         ValueError: With the legal values.
@@ -184,7 +184,7 @@ def choose_units(
         chosen = choose(own, scores, ratio, amount.ranking, amount.min_units, per, ends=ends, name=name)
         for place, numbers in chosen.items():
             kept = _rounded(own[place], scores[place], numbers, amount.round_to)
-            gone |= {place: query_heads(own[place], kept, per)} if kept else {}
+            gone |= {place: own[place].query_heads(kept) if per == "kv_head" else kept} if kept else {}
     return gone
 
 
@@ -194,18 +194,13 @@ def free(units: Mapping[str, Units], protected: frozenset[str]) -> dict[str, Uni
     return {place: one for place, one in units.items() if place not in bound}
 
 
-def query_heads(units: Units, numbers: list[int], per: Per) -> list[int]:
-    """Returns the query heads of KV heads; other units as they are."""
-    return np.flatnonzero(np.isin(units.kv_of, numbers)).tolist() if per == "kv_head" else numbers
-
-
 def _rounded(units: Units, scores: Tensor, gone: list[int], multiple: int) -> list[int]:
     """Keeps as many of the chosen channels, those of the highest scores, as leaves a multiple."""
     if units.kind not in ("channel", "residual") or multiple == 1:
         return gone
     stay = -(-(units.count() - len(gone)) // multiple) * multiple
-    ranked = sorted(gone, key=lambda unit: float(scores[unit]))
-    return sorted(ranked[: max(units.count() - stay, 0)])
+    order = sorted(gone, key=lambda unit: float(scores[unit]))
+    return sorted(order[: max(units.count() - stay, 0)])
 
 
 def most(units: Mapping[str, Units], name: str, amount: Amount, protected: frozenset[str]) -> float:

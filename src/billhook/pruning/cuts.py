@@ -127,7 +127,7 @@ def _check_allowed(structure: Structure, units: Sequence[Units]) -> None:
         for leaf in one.leaves:
             reason = by_leaf[leaf].reason if leaf in by_leaf else "no parameter has them"
             if not reason and "normed" in leaf.notes and one.kind != "residual":
-                reason = "a norm goes over all of them at once, so that without some it would give something else"
+                reason = "a norm spans all of them, so that without some it would compute something else"
             if reason:
                 masked = "; they can be masked (bh.mask)" if one.kind == "head" else ""
                 raise ValueError(f"{what}: those of {one.name or 'the model'} cannot be removed: {reason}{masked}")

@@ -36,7 +36,7 @@ class UnitPlan(Cut, Plan):
         return cls(**vars(cut), costs=costs)
 
     @property
-    def told(self) -> str:
+    def words(self) -> str:
         """How many units of each kind are removed, in words."""
         gone = {kind: [len(own) for name, own in self.units.items() if self.kinds[name] == kind] for kind in self.kinds.values()}
         return ", ".join(f"{sum(own):,} {PLURAL[kind]} of {len(own)} places" for kind, own in gone.items() if own)

@@ -85,9 +85,9 @@ def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, optimizers: list[
     smaller = {name: partial(_smaller, {d: s for (own, d), s in cut.cuts.items() if own == name}) for name, _ in cut.cuts}
     buffers = {name: take(model.get_buffer(name)) for name, take in smaller.items() if name not in parameters}
     changes = {n: Change(take, partial(_smaller_state, take), take) for n, take in smaller.items() if n in parameters}
-    said = list(_sizes_said(model))
+    sizes = list(_whole_sizes(model))
     replace_parameters(model, changes, optimizers)
-    for module, attr in said:
+    for module, attr in sizes:
         setattr(module, attr, type(getattr(module, attr))(module.get_parameter("weight").shape))
     for name, buffer in buffers.items():
         owner, _, attr = name.rpartition(".")
@@ -95,7 +95,7 @@ def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, optimizers: list[
     set_shape(model, shape)
 
 
-def _sizes_said(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+def _whole_sizes(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Yields attributes in which a module keeps the whole size of its weight, as a norm does."""
     for module in model.modules():
         weight = module._parameters.get("weight")

@@ -13,7 +13,7 @@ from billhook.adapters.beneath import adapted, beneath, without_adapters
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, configs_of, field, set_fields, with_fields
 from billhook.model.meta import to_meta
-from billhook.model.shape import Shape, set_shape, shape_of
+from billhook.model.shape import GROUPS, Shape, set_shape, shape_of
 from billhook.model.transformers_internals import set_attention
 from billhook.pruning.cuts import Cut
 from billhook.tracing.groups import Kind
@@ -22,8 +22,6 @@ from billhook.units.fields import FieldFinder
 from billhook.units.find import units_of
 from billhook.units.units import UnitKind, counts
 
-GROUPS = ".num_key_value_groups"
-"""The attribute by which an attention says how many query heads share a KV head; the eager code of such families does not ask."""
 TRIALS = 256
 """The most assignments of whole-number attributes that are tried."""
 
@@ -39,7 +37,7 @@ def shapes_then(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Field
     if built is not None:
         yield built, fields
         return
-    eager = all(usual.attributes.get(name) == value for name, value in now.attributes.items() if name.endswith(GROUPS))
+    eager = all(usual.attributes.get(name) == value for name, value in now.attributes.items() if name.endswith(f".{GROUPS}"))
     for changed in ({}, _heads_said(model, cut)):  # some code asks the config in the middle of a forward
         for attributes in itertools.islice(_assignments(model, cut, now, tensors), TRIALS):
             shape = Shape(tensors, now.attributes | attributes, now.config)

@@ -78,7 +78,7 @@ class Search:
         """
         asked, now = getattr(self.amount, target), getattr(self._now, target)
         if now is None:
-            raise ValueError(f"{target}={asked}: it cannot be told of a {type(self.model).__name__}")
+            raise ValueError(f"{target}={asked}: it cannot be measured of a {type(self.model).__name__}")
         limit = int(asked * now) if isinstance(asked, float) else int(asked)
         if limit >= now:
             raise ValueError(f"{target}={asked}: the model has no more than that, {now:,}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from billhook.model.find import find_transformer
+from billhook.model.memory import remembered
 from billhook.running.answers import small_inputs
 from billhook.running.undisturbed import resting
 
@@ -30,10 +31,10 @@ class _Call:
 
 
 def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> dict[str, nn.ModuleList]:
-    """Finds the stacks of blocks of a model: the outermost module lists whose modules hand hidden states on, one to the next.
+    """Finds the stacks of blocks of a model: the outermost module lists whose modules hand hidden states to the next one.
 
-    The model is run once. Every module of such a list returns hidden states of the shape that it is given, so that stages which
-    make them wider or shorter are no blocks, and lists within them may be.
+    The model is run once, and not again for models alike. Every module of such a list returns hidden states of the shape that it
+    is given, so that stages which make them wider or shorter are no blocks, and lists within them may be.
 
     Args:
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
@@ -43,6 +44,15 @@ def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = Non
         ValueError: If the inputs cannot be guessed, the model does not run with them, or there are no blocks.
     """
     subject = find_transformer(model)
+    find = partial(_find_names, subject, example_inputs)
+    names = remembered(find, subject, "blocks") if example_inputs is None else find()
+    if not names:
+        raise ValueError(f"model: {type(subject).__name__} has no blocks that hand hidden states on, one to the next")
+    return {name: stack for name, stack in subject.named_modules() if name in names and isinstance(stack, nn.ModuleList)}
+
+
+def _find_names(subject: nn.Module, example_inputs: Mapping[str, Any] | None) -> list[str]:
+    """Runs a model and returns the names of its stacks of blocks."""
     lists = {name: module for name, module in subject.named_modules() if isinstance(module, nn.ModuleList)}
     lists = {name: module for name, module in lists.items() if len(module) and None not in module._modules.values()}
     inputs = small_inputs(subject) if example_inputs is None else dict(example_inputs)
@@ -52,12 +62,10 @@ def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = Non
     except Exception as error:  # whatever a model's own code raises
         what = f"{type(subject).__name__} does not run with inputs {', '.join(inputs)}"
         raise ValueError(f"model: {what}: {type(error).__name__}: {error}") from error
-    found: dict[str, nn.ModuleList] = {}
+    found: list[str] = []
     for name, stack in lists.items():  # outer ones come first
         if not any(name.startswith(f"{outer}.") for outer in found) and _is_stack(calls[name], len(stack)):
-            found[name] = stack
-    if not found:
-        raise ValueError(f"model: {type(subject).__name__} has no blocks that hand hidden states on, one to the next")
+            found.append(name)
     return found
 
 
@@ -74,6 +82,32 @@ def block_of(name: str, stacks: Mapping[str, Sequence[nn.Module] | nn.ModuleList
     return None
 
 
+class Skip:
+    """A forward hook by which a block returns the hidden states that it is given.
+
+    Args:
+        runs: Counts the calls.
+        key: The block, by stack and number.
+
+    Attributes:
+        keeps_shapes: It returns hidden states of the same shape, so a trace may leave it out.
+    """
+
+    keeps_shapes = True
+
+    def __init__(self, runs: dict[tuple[str, int], int], key: tuple[str, int]) -> None:
+        self.runs, self.key = runs, key
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ANN401
+        """Returns the output with the given hidden states instead of the block's own."""
+        self.runs[self.key] += 1
+        given = hidden_states([*args, *kwargs.values()])
+        if given is None or isinstance(output, Tensor):
+            return given
+        own = returned_states(given, output)
+        return type(output)([given if value is own else value for value in output])
+
+
 def skip(model: nn.Module, blocks: Mapping[str, Iterable[int]]) -> tuple[list[RemovableHandle], dict[tuple[str, int], int]]:
     """Lets a model compute without some blocks: each returns the hidden states that it is given, instead of its own.
 
@@ -88,7 +122,7 @@ def skip(model: nn.Module, blocks: Mapping[str, Iterable[int]]) -> tuple[list[Re
     handles = []
     for name, number in runs:
         block = model.get_submodule(f"{name}.{number}")
-        handles.append(block.register_forward_hook(partial(_skip, runs, (name, number)), with_kwargs=True))
+        handles.append(block.register_forward_hook(Skip(runs, (name, number)), with_kwargs=True))
     return handles, runs
 
 
@@ -114,22 +148,6 @@ def hidden_states(values: Iterable[Any], shape: torch.Size | None = None) -> Ten
 def returned_states(given: Tensor, output: Any) -> Tensor | None:  # noqa: ANN401 - whatever a block returns
     """Returns the hidden states in the output of a block; None if none have the shape of those that it was given."""
     return hidden_states([output] if isinstance(output, Tensor) else _several(output), given.shape)
-
-
-def _skip(
-    runs: dict[tuple[str, int], int],
-    key: tuple[str, int],
-    _: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Any,  # noqa: ANN401
-) -> Any:  # noqa: ANN401
-    runs[key] += 1
-    given = hidden_states([*args, *kwargs.values()])
-    if given is None or isinstance(output, Tensor):
-        return given
-    own = returned_states(given, output)
-    return type(output)([given if value is own else value for value in output])
 
 
 def _several(output: Any) -> Iterable[Any]:  # noqa: ANN401

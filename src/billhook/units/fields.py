@@ -49,10 +49,10 @@ class FieldFinder:
         before = groups[0].size
         after = next(before // n for n in range(2, before + 1) if before % n == 0)
         wanted = _wanted(groups, before - after)
-        said = {name: value // before * after for name, value in _numbers(self.model.config) if value and value % before == 0}
-        unsaid = {name: after for name, value in _numbers(self.model.config) if value is None}
-        found = self._find(said, wanted, groups, after) or self._find(unsaid, wanted, groups, after)
-        return found or (self._find(said, wanted, groups, after, self._defaults) if self._defaults else ())
+        given = {name: value // before * after for name, value in _numbers(self.model.config) if value and value % before == 0}
+        unset = {name: after for name, value in _numbers(self.model.config) if value is None}
+        found = self._find(given, wanted, groups, after) or self._find(unset, wanted, groups, after)
+        return found or (self._find(given, wanted, groups, after, self._defaults) if self._defaults else ())
 
     def counts(self, size: int, fields: Sequence[str]) -> tuple[int, ...]:
         """Returns numbers of units that the class of the config accepts: the highest few below `size`.
@@ -71,9 +71,9 @@ class FieldFinder:
 
     def values(self, size: int, fields: Sequence[str], count: int) -> dict[str, int]:
         """Returns the fields for `count` units instead of `size`; a field left open next to others keeps its default."""
-        said = {name: value for name, value in _numbers(self.model.config) if name in fields}
-        open_ones = {} if all(value is None for value in said.values()) else self._defaults
-        return {name: open_ones.get(name, count) if v is None else v // size * count for name, v in said.items()}
+        given = {name: value for name, value in _numbers(self.model.config) if name in fields}
+        left_open = {} if all(value is None for value in given.values()) else self._defaults
+        return {name: left_open.get(name, count) if v is None else v // size * count for name, v in given.items()}
 
     def _accepted(self, values: dict[str, int]) -> bool:
         config = with_fields(self.model.config, values)

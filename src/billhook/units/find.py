@@ -116,7 +116,7 @@ def numbered(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> d
         if wrong := [number for number in numbers if type(number) is not int or not 0 <= number < count]:
             raise ValueError(f"{what}: {name} has no {_single(one, per)} {wrong[0]!r}; it has 0 to {count - 1}")
         if per == "kv_head":
-            numbers = np.flatnonzero(np.isin(one.kv_of, numbers)).tolist()
+            numbers = one.query_heads(numbers)
         found[name] = sorted({*found.get(name, []), *numbers})
     return found
 

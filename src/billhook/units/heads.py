@@ -47,7 +47,7 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
     own = made if made & set(query) else set(query)  # heads that other attentions count along may be fewer here
     kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head" and leaf in own)
     keys = along(axis, query)
-    there = np.flatnonzero((keys >= 0).any(1))  # elsewhere stands what no head gives, as a convolution beside the attention
+    there = np.flatnonzero((keys >= 0).any(1))  # other positions belong to no head, as of a convolution next to the attention
     numbers, first = _number(keys[there])
     if len(set(np.bincount(numbers).tolist())) > 1:
         raise ValueError(f"model: the heads of {name} cannot be told apart: they would not be of one size")

@@ -43,7 +43,7 @@ class Units:
         >>> import billhook as bh
         >>> heads = bh.find_units(bh.load("tiny"), "head")["model.layers.0.self_attn"]
         >>> heads.count(), heads.count("kv_head"), heads.readers
-        (8, 4, ('model.layers.0.self_attn.o_proj',))
+        (8, 8, ('model.layers.0.self_attn.o_proj',))
     """
 
     kind: UnitKind
@@ -58,6 +58,10 @@ class Units:
     def count(self, per: Per = "head") -> int:
         """Counts the units, or KV heads."""
         return len(self.kv_of) if per == "head" else int(self.kv_of.max()) + 1
+
+    def query_heads(self, kv_heads: Iterable[int]) -> list[int]:
+        """Returns the query heads of some KV heads."""
+        return np.flatnonzero(np.isin(self.kv_of, list(kv_heads))).tolist()
 
     def positions(self, per: Per = "head") -> Indices:
         """Returns for each position of what the readers read its unit, or KV head, -1 if it has none: int64."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import dataclass
 
 import peft
 import pytest
@@ -10,6 +11,7 @@ import transformers
 from torch import nn
 
 import billhook as bh
+from billhook.importance.base import Importance, Sums
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
 from billhook.model.shape import set_shape, shape_of
@@ -218,7 +220,27 @@ class TestImportance:
             bh.plan(model, batches=[batch], blocks=5, greedy=True)
 
 
+@dataclass(frozen=True)
+class Width(Importance):
+    """An importance of a user's own: the square of a block's first weights."""
+
+    needs_data = False
+
+    def sums(self, model, units, per, runs):
+        sums = Sums.zero(units, per)
+        for name, one in units.items():
+            blocks = [model.get_submodule(f"{one.name}.{number}") for number in range(one.count())]
+            sums.add(name, torch.stack([next(block.parameters()).square().sum() for block in blocks]), 1)
+        return sums
+
+
 class TestPlan:
+    def test_an_importance_of_a_users_own(self):
+        model = deep()
+        with torch.no_grad():
+            model.model.layers[3].self_attn.q_proj.weight.mul_(0.1)
+        assert bh.plan(model, Width(), blocks=1).units == {LAYERS: [3]}
+
     def test_the_lowest_but_for_the_protected(self):
         scores = {LAYERS: torch.tensor([0.0, 0.5, 0.2, 0.2, 0.1])}
         model = deep()

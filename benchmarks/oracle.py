@@ -67,9 +67,12 @@ def permuted(tensor: Tensor, dim: int, index: np.ndarray, order: np.ndarray) -> 
 
 
 def check(
-    model: nn.Module, structure: Structure, run: Callable[[], Tensor], groups: Sequence[Group], necessity: bool = False
+    model: nn.Module, structure: Structure, run: Callable[[], Tensor], groups: Sequence[Group], necessity: float = 0
 ) -> Iterator[Finding]:
-    """Permutes the units of each group in a real model and compares what it answers."""
+    """Permutes the units of each group in a real model and compares what it answers.
+
+    Those of groups with at most so many members as `necessity` says are also permuted in all members but one.
+    """
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
     rng = np.random.default_rng(0)
     with torch.no_grad():
@@ -82,7 +85,7 @@ def check(
             order = np.roll(np.arange(group.size), 1) if group.size < 4 else rng.permutation(group.size)
             if (order == np.arange(group.size)).all():
                 order = np.roll(order, 1)
-            yield _finding(tensors, group, order, base, run, tolerance, necessity)
+            yield _finding(tensors, group, order, base, run, tolerance, len(group.members) <= necessity)
 
 
 def _finding(

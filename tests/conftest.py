@@ -1,13 +1,15 @@
 import atexit
+import gc
 import os
 import shutil
 import sys
 import tempfile
 
-# before datasets is imported: no hub, and a cache of the tests' own
-cache = tempfile.mkdtemp(prefix="billhook-tests-")
-atexit.register(shutil.rmtree, cache, ignore_errors=True)
-os.environ["HF_DATASETS_CACHE"] = cache
+# before datasets is imported: no hub, and a cache of the tests' own, which the workers of a run share
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    cache = tempfile.mkdtemp(prefix="billhook-tests-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ["HF_DATASETS_CACHE"] = cache
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["OMP_NUM_THREADS"] = "1"  # models are so small that threads, of children too, only wait for one another
@@ -16,6 +18,31 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+FOLDERS = {"tmp_path", "tmp_path_factory", "files"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Puts `slow` tests first, so that none is left to the end, and marks as `fast` one case of each test of the others.
+
+    Of tests that need a folder, which are fits, checkpoints and commands, that is the first of each file.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    seen = set()
+    for item in items:
+        slow = item.get_closest_marker("slow") or item.get_closest_marker("real")
+        if slow or getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            continue
+        once = item.path if FOLDERS & set(getattr(item, "fixturenames", ())) else item.nodeid.partition("[")[0]
+        if once not in seen:
+            seen.add(once)
+            item.add_marker("fast")
+
+
+def pytest_collection_finish():
+    """Leaves what has been imported out of each later search for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

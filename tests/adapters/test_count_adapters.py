@@ -13,8 +13,8 @@ import billhook as bh
 from billhook.model.linears import prunable, weight_of
 from billhook.sparsity.masks import sparsity_of
 from kit.adapters import BUILD, lora, q_proj
-from kit.criteria import CRITERIA
 from kit.families import llama, tokens
+from kit.sparsity import CRITERIA
 
 PREFIX = "base_model.model."
 

@@ -12,10 +12,10 @@ from billhook.checkpoints.export import export_checkpoint
 from billhook.model.find import find_transformer
 from billhook.model.shape import shape_of
 from kit import fits
-from kit.ddp import FitOfTuples
 from kit.families import build, llama, tokens
 from kit.fits import data, same, trainer, weights
-from kit.stacks import MIXED, influence, t5
+from kit.ranks import FitOfTuples
+from kit.units import MIXED, influence, t5
 from kit.weight_pruning import checkpoints
 
 # the resumed runs do without the ModelCheckpoint of the straight one

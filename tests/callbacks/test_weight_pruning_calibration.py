@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomS
 import billhook as bh
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
-from kit.weight_pruning import pruning
-from kit.weight_pruning_held import Plain, loader
+from kit.weight_pruning import Plain, loader, pruning
 
 
 class Batches(pl.Callback):

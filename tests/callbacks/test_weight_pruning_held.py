@@ -12,8 +12,7 @@ import billhook as bh
 from billhook.model.linears import prunable
 from kit.families import llama
 from kit.fits import data, module, same, trainer, weights
-from kit.weight_pruning import FEW, checkpoints, pruning
-from kit.weight_pruning_held import EPOCHS, OPTIMIZERS, Plain, loader
+from kit.weight_pruning import EPOCHS, FEW, OPTIMIZERS, Plain, checkpoints, loader, pruning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),

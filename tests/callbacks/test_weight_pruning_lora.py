@@ -14,9 +14,7 @@ from billhook.model.linears import prunable
 from kit.adapters import gpt2
 from kit.families import llama
 from kit.fits import data, same, trainer, weights
-from kit.weight_pruning import RAMP, ROUNDS, checkpoints, pruning
-from kit.weight_pruning_held import EPOCHS, Plain, loader
-from kit.weight_pruning_lora import injected
+from kit.weight_pruning import EPOCHS, RAMP, ROUNDS, Plain, checkpoints, injected, loader, pruning
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 

@@ -17,8 +17,7 @@ from billhook.model.linears import prunable
 from kit.adapters import BUILD, IDS, logits, lora, pruned
 from kit.families import llama
 from kit.fits import data, module, trainer
-from kit.weight_pruning import checkpoints
-from kit.weight_pruning_lora import injected
+from kit.weight_pruning import checkpoints, injected
 
 LOSSY = pytest.mark.filterwarnings("ignore:the checkpoint does not compute what the model does")
 

@@ -7,8 +7,8 @@ import transformers
 import yaml
 
 from billhook.cli.main import COMMANDS, command_of, description, main
-from kit.commands import QUICK, ROOT, callbacks_in
-from kit.commands import pytestmark as quiet
+from kit.cli import QUICK, ROOT, callbacks_in
+from kit.cli import pytestmark as quiet
 from kit.fits import write_text
 
 pytestmark = quiet

@@ -12,7 +12,7 @@ from billhook.cli.main import main
 from billhook.pruning.choice import choose
 from billhook.units.find import find_units
 from kit import fits
-from kit.oneshot_heads import blocks, drawn, option, perplexity, tokenizer
+from kit.cli import blocks, drawn, option, perplexity, tokenizer
 from kit.shaped import bert
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]

@@ -10,7 +10,7 @@ import transformers
 import billhook as bh
 from billhook.cli.main import main
 from kit import fits
-from kit.oneshot_heads import blocks, drawn, option, perplexity, tokenizer
+from kit.cli import blocks, drawn, option, perplexity, tokenizer
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
 

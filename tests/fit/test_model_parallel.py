@@ -8,9 +8,9 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import billhook as bh
 from billhook.checkpoints.export import export_checkpoint
 from billhook.model.linears import prunable
-from kit.ddp import run_script
 from kit.families import llama
 from kit.fits import same
+from kit.ranks import run_script
 from kit.sharding import (
     HEADS,
     MASKS,
@@ -23,6 +23,9 @@ os.environ["PYTHONHASHSEED"] = "4"
 from kit.sharding import fit_all
 fit_all()
 """
+
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from kit.fits import data, same, trainer, weights
-from kit.killed import Seed, fit
-from kit.resumable import Own, heads_then_kv_heads_then_weights, module, rows
+from kit.resumable import Own, Seed, fit, heads_then_kv_heads_then_weights, module, rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
@@ -36,13 +35,14 @@ def straight(files, tmp_path_factory):
     return weights(fit(tmp_path_factory.mktemp("straight"), files))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["step", "writing"])
 def test_killed(files, tmp_path, straight, how):
     """By SIGKILL, in the middle of a step, or of writing a checkpoint: those that are there are whole, and the last resumes."""
     here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
     command = [
         sys.executable,
-        Path(__file__).parents[1] / "kit" / "killed.py",
+        Path(__file__).parents[1] / "kit" / "resumable.py",
         how,
         tmp_path,
         json.dumps(files),

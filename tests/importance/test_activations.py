@@ -7,7 +7,7 @@ import transformers
 import billhook as bh
 from billhook.importance.probes import by_unit
 from kit.families import build, llama, tokens
-from kit.taylor import BUILD, own_loss
+from kit.losses import LOUD, own_loss
 
 LAST = {
     "llama": "model.layers.{}.mlp.down_proj",
@@ -57,7 +57,7 @@ def columns(reader):
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
 def test_channels(family):
-    model, given = BUILD[family](), batches()
+    model, given = LOUD[family](), batches()
     count = sum(int(batch["attention_mask"].sum()) for batch in given)
     gradient, norm, squares = 0, 0, 0
     for batch in given:
@@ -75,7 +75,7 @@ def test_channels(family):
 
 
 def test_channels_one_by_one():
-    model, given = BUILD["llama"](), batches()[:1]
+    model, given = LOUD["llama"](), batches()[:1]
     found = scores(model, given, bh.Ablation())
     with torch.no_grad():
         whole = own_loss(model, given[0])
@@ -90,7 +90,7 @@ def test_channels_one_by_one():
 
 def test_channels_of_the_stream():
     """Minitron's: what norms give, each once, though q, k and v read the first of a block, and gate and up the second."""
-    model, given = BUILD["llama"](), batches()
+    model, given = LOUD["llama"](), batches()
     count = sum(int(batch["attention_mask"].sum()) for batch in given)
     first = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
     names = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in first] + ["lm_head"]
@@ -111,7 +111,7 @@ def test_channels_of_the_stream():
 
 def test_readers_that_run_several_times():
     """Two blocks share one feed-forward: its channels have one gate, and give twice."""
-    model = BUILD["llama"]()
+    model = LOUD["llama"]()
     first, second = (layer.mlp for layer in model.model.layers)
     second.gate_proj, second.up_proj, second.down_proj = first.gate_proj, first.up_proj, first.down_proj
     units, batch = dict(list(bh.find_units(model, ["channel"]).items())[:1]), {"input_ids": tokens(2, 6)}
@@ -172,7 +172,7 @@ def test_sums_over_positions_and_outputs_without_a_unit(index):
 
 
 def test_outputs_in_mixed_precision_are_summed_in_float32():
-    model, batch, given = BUILD["llama"]().float(), {"input_ids": tokens(2, 6)}, []
+    model, batch, given = LOUD["llama"]().float(), {"input_ids": tokens(2, 6)}, []
     reader = model.model.layers[0].self_attn.o_proj
     handle = reader.register_forward_pre_hook(lambda _, args: given.append(args[0].detach().double()))
     with torch.autocast("cpu", torch.bfloat16):

@@ -15,7 +15,7 @@ from billhook.importance.score import run_of, score
 from billhook.units.find import find_units
 from billhook.units.units import UnitKind
 from kit.families import build, llama, tokens
-from kit.heads_small import ATTENTIVE, SEQ2SEQ, hooks, small
+from kit.units import ATTENTIVE, SEQ2SEQ, hooks, small
 
 GATES = bh.GateGradient()
 CONFIG = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}

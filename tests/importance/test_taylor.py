@@ -13,7 +13,7 @@ import billhook as bh
 from billhook.importance.taylor import _shares
 from billhook.running.batches import examples_of
 from kit.families import build, llama, tokens
-from kit.taylor import BUILD, CONFIG, loud, own_loss
+from kit.losses import BERT, LOUD, loud, own_loss
 
 ORDERS = ["first", "second", "mixed", "vector", "unit"]
 
@@ -102,7 +102,7 @@ BATCHES = [{"input_ids": tokens(3, 8)}, {"input_ids": tokens(2, 5)}]
 @pytest.mark.parametrize(("family", "per"), [("llama", "head"), ("llama", "kv_head"), ("mha", "head"), ("bert", "head"),
                                              ("gpt2", "head")])  # fmt: skip
 def test_heads_by_the_authors_formulas(family, per, order):
-    model = BUILD[family]()
+    model = LOUD[family]()
     expected = by_hand(model, family, BATCHES, order, per=per)
     torch.testing.assert_close(scores(model, BATCHES, bh.Taylor(order), per=per), expected, rtol=1e-5, atol=0)
 
@@ -110,7 +110,7 @@ def test_heads_by_the_authors_formulas(family, per, order):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
 def test_channels_by_the_authors_formulas(family, order):
-    model = BUILD[family]()
+    model = LOUD[family]()
     expected = by_hand(model, family, BATCHES, order, "channel")
     torch.testing.assert_close(scores(model, BATCHES, bh.Taylor(order), "channel"), expected, rtol=1e-5, atol=0)
 
@@ -121,7 +121,7 @@ def test_channels_by_the_authors_formulas(family, order):
     ("first", lambda rows: rows[0]), ("last", lambda rows: rows[-1]),
 ])  # fmt: skip
 def test_what_matrices_give_becomes_one_number(order, reduce, how):
-    model = BUILD["llama"]()
+    model = LOUD["llama"]()
     for kind, per in (("channel", "head"), ("head", "kv_head")):
         expected = by_hand(model, "llama", BATCHES, order, kind, per, how)
         torch.testing.assert_close(scores(model, BATCHES, bh.Taylor(order, reduce), kind, per), expected, rtol=1e-5, atol=0)
@@ -130,7 +130,7 @@ def test_what_matrices_give_becomes_one_number(order, reduce, how):
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_kv_head_has_the_credit_of_the_query_heads_that_it_serves(order):
     """The authors' code gives query head h to KV head h mod 4; with 8 query heads and 4 KV heads it is h // 2."""
-    model = BUILD["llama"]()
+    model = LOUD["llama"]()
     places = dict([next(iter(bh.find_units(model, ["head"]).items()))])
     for head in range(8):
 
@@ -143,7 +143,7 @@ def test_a_kv_head_has_the_credit_of_the_query_heads_that_it_serves(order):
 
 @pytest.mark.parametrize("kind", ["head", "channel"])
 def test_shares_change_nothing(kind):
-    model = BUILD["llama"]()
+    model = LOUD["llama"]()
     found = [scores(model, BATCHES, bh.Taylor("mixed", passes=passes), kind) for passes in (1, 2, 3, 1000)]
     assert all(torch.equal(one, found[0]) for one in found)
 
@@ -176,7 +176,7 @@ def living(model, run):
 
 
 def test_no_two_gradients_live_at_a_time():
-    model, batch = BUILD["llama"](), BATCHES[0]
+    model, batch = LOUD["llama"](), BATCHES[0]
     whole = living(model, lambda: torch.autograd.grad(own_loss(model, batch), list(model.parameters())))
     assert whole == len(list(model.parameters()))
     for order in ORDERS:
@@ -185,7 +185,7 @@ def test_no_two_gradients_live_at_a_time():
 
 
 def test_gradients_that_are_there_stay_and_nobody_else_is_called():
-    model, called = BUILD["llama"](), []
+    model, called = LOUD["llama"](), []
     own_loss(model, BATCHES[1]).backward()
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
     before = {name: (one.grad, one.grad.clone(), one.requires_grad) for name, one in model.named_parameters()}
@@ -232,7 +232,7 @@ def naive(model, batch, units, per="head"):
 def test_tied_weights_and_parameters_that_are_used_several_times():
     tied = loud(llama(tie_word_embeddings=True))
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
-    albert = loud(transformers.AlbertForMaskedLM(transformers.AlbertConfig(**CONFIG, embedding_size=16, num_hidden_groups=1)))
+    albert = loud(transformers.AlbertForMaskedLM(transformers.AlbertConfig(**BERT, embedding_size=16, num_hidden_groups=1)))
     for model, kind in ((tied, "residual"), (albert, "head")):
         units = bh.find_units(model, [kind])
         expected = naive(model, BATCHES[0], units)
@@ -296,7 +296,7 @@ def test_experts_and_their_router():
 
 @pytest.mark.parametrize(("order", "where"), [("first", "batch 1"), ("mixed", "batch 1"), ("second", "example 2 of batch 1")])
 def test_a_gradient_that_is_not_finite_is_said(order, where):
-    model, batches = BUILD["llama"](), [{"input_ids": tokens(3, 5)} for _ in range(3)]
+    model, batches = LOUD["llama"](), [{"input_ids": tokens(3, 5)} for _ in range(3)]
     batches[1]["weights"] = torch.tensor([1.0, 1.0, math.nan])
 
     def loss(model, batch):
@@ -329,7 +329,7 @@ def test_examples():
     ({"text": "none"}, "none"),
 ])  # fmt: skip
 def test_batches_that_cannot_be_taken_apart(batch, shapes):
-    model = BUILD["llama"]()
+    model = LOUD["llama"]()
 
     def loss(model, batch):
         return own_loss(model, {"input_ids": batch.get("input_ids", tokens(1, 4))})

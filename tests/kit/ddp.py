@@ -1,85 +1,34 @@
-"""Two processes on the CPU, started as a user would start them, and fits for them."""
+"""Fits that two processes do as one does, and those of which one decides otherwise, fails, or goes on where the other ended."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
+import pytest
 import torch
-from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
-from billhook import (
-    DepthPruning,
-    HeadPruning,
-    KVHeadConversion,
-    Repair,
-    StructuredPruning,
-    Taylor,
-    WeightPruning,
-)
+import billhook as bh
+from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, Repair, StructuredPruning, Taylor, WeightPruning
+from billhook.importance.baselines import RandomUnits
 from billhook.schedules import Linear, MultiStep
 from kit.families import llama
-from kit.fits import data, module, trainer
+from kit.fits import module
+from kit.ranks import Fit, FitOfTuples, draw, fit_all
 
-
-class FitOfTuples(pl.LightningModule):
-    """A user's own module, on batches that are tuples; one process reads examples that two would read again, or leave out."""
-
-    def __init__(self, kv_heads=4, examples=24, drop_last=False):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = llama(num_key_value_heads=kv_heads).train()
-        self.examples, self.drop_last = examples, drop_last
-
-    def train_dataloader(self):
-        ids, ranks = draw(self.examples, 12), self.trainer.world_size
-        sampler = partial(DistributedSampler, ids, 2, shuffle=False, drop_last=self.drop_last)
-        if ranks == 2:
-            return DataLoader(TensorDataset(ids), 1, sampler=sampler(self.trainer.global_rank))
-        pairs = zip(sampler(0), sampler(1), strict=True)
-        return DataLoader(TensorDataset(ids[[number for pair in pairs for number in pair]]), 2)
-
-    def training_step(self, batch, batch_idx):
-        loss = self.net(batch[0], labels=batch[0]).loss
-        self.log("loss", loss, sync_dist=True)
-        return loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
-
-
-def draw(*size, seed=0):
-    return torch.randint(3, 60, size, generator=torch.Generator().manual_seed(seed))
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What is done by one process, and by two on the same global batches: of the text, or of the module's own."""
-
-    module: Callable[[], pl.LightningModule]
-    callback: Callable[[], Any]  # or a list of them
-    told: Callable[[Any], Any]  # of the callbacks, the same on both
-    options: dict[str, Any] = field(default_factory=dict)
-    steps: int = 6
-    strategy: Callable[[], Any] = field(default=lambda: "ddp")
-    resumed: Path | None = None  # a checkpoint
-
-    def run(self, folder: Path, files: dict[str, str], ranks: int = 1) -> tuple[pl.Trainer, dict[str, torch.Tensor], Any]:
-        torch.manual_seed(0)
-        lit, callback = self.module(), self.callback()
-        text = not isinstance(lit, FitOfTuples)
-        two = {"devices": 2, "strategy": self.strategy(), "use_distributed_sampler": text} if ranks == 2 else {}
-        run = trainer(folder, callback if isinstance(callback, list) else [callback], self.steps, **self.options, **two)
-        run.fit(lit, data(files, batch_size=2 // ranks) if text else None, ckpt_path=self.resumed)
-        return run, {name: value.detach() for name, value in lit.state_dict().items()}, self.told(callback)
+SCRIPT = """
+import os
+os.environ["PYTHONHASHSEED"] = "4"  # the second's; the first has 3: as any user's, they do not order sets of strings alike
+from kit.ddp import fit_two
+fit_two()
+"""
 
 
 def conversion(heads, at):
@@ -125,6 +74,12 @@ def depth_pruning():
     return Fit(lambda: module(**four), lambda: DepthPruning(2, **options), lambda one: one.plan.blocks, steps=4)
 
 
+def with_own_batches(at, **options):
+    """On batches of the user's own, two to a process."""
+    given = {"calibration": [(one,) for one in draw(4, 2, 12, seed=1)], "measure_batches": 0}
+    return Fit(FitOfTuples, lambda: KVHeadConversion(2, at, **given | options), lambda one: one.events, steps=4)
+
+
 FITS = {
     "convert at the start": conversion(2, "start"),
     "convert in stages": conversion([2, 1], [2, 4]),
@@ -134,43 +89,217 @@ FITS = {
     "heads at the end": head_pruning("end", given=True),
     "structure": structured_pruning(),
     "depth": depth_pruning(),
+    "layer by layer": with_own_batches(MultiStep([0.5, 1.0], [1, 3]), method="svd"),
+    "interpolated": with_own_batches(3, method="aligned", over=2),
 }
 
 
-def fit_all(fits: dict[str, Fit] = FITS) -> None:
-    """What each of the two processes runs: all fits, and whether the outcome is the same on both."""
-    files, out = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    for name, one in fits.items():
-        run, *result = one.run(Path(out), files, ranks=2)
-        gathered = [None, None]
-        torch.distributed.all_gather_object(gathered, repr(tree_map_only(torch.Tensor, torch.Tensor.tolist, result)))
-        if run.is_global_zero:
-            torch.save([gathered[0] == gathered[1], *result], Path(out, f"{name}.pt"))
+def batches(number):
+    return [(one,) for one in draw(number, 2, 12, seed=1)]
 
 
-def run_script(folder, text, arguments):
-    """Runs a script as the first of two processes, which starts the other."""
-    script = folder / "run.py"
-    script.write_text(text)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment = os.environ | {
-        "MASTER_PORT": port,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]),
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONHASHSEED": "3",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(script), json.dumps(arguments)], env=environment, capture_output=True, text=True, timeout=300
+def each(number, **options):
+    """All callbacks, one after the other, each on so many batches."""
+    given = {"calibration": batches(number), "measure_batches": 0}
+    return Fit(
+        lambda: FitOfTuples(**options),
+        lambda: [
+            DepthPruning(1, at=1, **given),
+            KVHeadConversion(2, at=2, method="aligned", **given),
+            HeadPruning(0.5, at=3, per="kv_head", importance=bh.Taylor(), **given),
+            StructuredPruning(channels=0.25, at=4, **given),
+            WeightPruning(sparsity=0.5, at=5, **given),
+        ],
+        told,
+        {"accumulate_grad_batches": 2},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
-def outcome(folder, name):
-    """The weights after a fit by two processes, and what its callback told."""
-    alike, state, told = torch.load(folder / f"{name}.pt", weights_only=True)
-    assert alike, "the ranks differ"
-    return state, told
+class Hooked(DDPStrategy):
+    """Lightning registers hooks on GPUs only."""
+
+    def __init__(self, state, hook):
+        super().__init__(ddp_comm_state=state, ddp_comm_hook=hook)
+
+    def _register_ddp_hooks(self):
+        self.model.register_comm_hook(self._ddp_comm_state, self._ddp_comm_hook)
+
+
+def told(callbacks):
+    return [(event["step"], event["what"]) for one in callbacks if hasattr(one, "events") for event in one.events]
+
+
+def converted(strategy, at=2):
+    return Fit(FitOfTuples, lambda: [KVHeadConversion(1, at=at, measure_batches=0)], told, {}, at + 2, strategy)
+
+
+def distilled():
+    """LoRA and a teacher, on text, with validation within an epoch."""
+
+    def build():
+        torch.manual_seed(0)
+        given = {"lora": bh.LoRA(r=2, dropout=0.0), "distillation": bh.Distillation()}
+        return bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, warmup=2, **given)
+
+    return Fit(
+        build,
+        lambda: [
+            StructuredPruning(channels=0.25, kv_heads=0.5, at=2, importance=bh.ActivationNorm(), examples=5, measure_batches=1),
+            WeightPruning(bh.Magnitude(), sparsity=0.5, at=3, measure_batches=1, mask_adapters=True),
+        ],
+        told,
+        {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2},
+        5,
+    )
+
+
+UNEQUAL = {
+    "three batches": each(3, examples=9),
+    "one batch": each(1, examples=9, drop_last=True),
+    "unused and views": converted(lambda: DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True)),
+    "static graph": converted(lambda: DDPStrategy(static_graph=True)),
+    "half precision": converted(lambda: Hooked(None, fp16_compress_hook)),
+    "low rank": converted(lambda: Hooked(PowerSGDState(None, 64, 2, min_compression_rate=0.1), powerSGD_hook), at=4),
+    "distilled": distilled(),
+}
+
+
+class OfRank(bh.Magnitude):
+    """What each rank makes of its own."""
+
+    def score(self, weight, statistics=None):
+        return super().score(weight, statistics).roll(rank(), 1)
+
+
+class Apart(pl.Callback):
+    """The weights of the second rank become others."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        with torch.no_grad():
+            pl_module.net.model.layers[0].self_attn.v_proj.weight += 0.1 * rank()
+
+
+class Validated(FitOfTuples):
+    """Logs what is not summed over ranks: on the second it becomes worse each time. Or fails there."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.fails, self.own, self.times = fails, MeanMetric(sync_on_compute=False), 0
+
+    def val_dataloader(self):
+        return DataLoader(TensorDataset(draw(2, 12)))
+
+    def validation_step(self, batch, batch_idx):
+        if self.fails and rank():
+            raise ValueError("no such file")
+        self.times += 1
+        self.own.update(1 - rank() * self.times)
+        self.log("own", self.own)
+
+
+class Full(Export):
+    def _free_folder(self):
+        raise OSError("No space left on device")
+
+
+def rank():
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def stray():
+    """Batches of which the second rank's has a token that is in no vocabulary."""
+    return {"calibration": [(one,) for one in draw(2, 2, 12) + torch.tensor([0, 99])[:, None, None]], "measure_batches": 0}
+
+
+def stop(callback, module=FitOfTuples):
+    return Fit(module, callback, told, {"limit_val_batches": 0}, 3)
+
+
+NONE = {"measure_batches": 0}
+
+
+DIFFER = {
+    "WeightPruning: what becomes zero": stop(lambda: [WeightPruning(OfRank(), sparsity=0.5, at=1, **NONE)]),
+    "KVHeadConversion: what heads become": stop(lambda: [Apart(), KVHeadConversion(2, at=1, **NONE)]),
+    "KVHeadConversion: how heads are turned": stop(lambda: [Apart(), KVHeadConversion(2, 2, "aligned", over=1, **NONE)]),
+    "HeadPruning: the heads that are masked": stop(lambda: [HeadPruning(0.5, 1, RandomUnits(rank()), **NONE)]),
+    "StructuredPruning: the plan of what goes": stop(
+        lambda: [StructuredPruning(channels=0.5, at=1, importance=RandomUnits(rank()), **NONE)]
+    ),
+    "HeadPruning: whether monitor='own' is worse": replace(
+        stop(lambda: [HeadPruning(0.5, 1, bh.WeightNorm(), monitor="own")], Validated), options={}
+    ),
+}
+
+
+FAIL = {
+    "weights": stop(lambda: [WeightPruning(sparsity=0.5, at=1, **stray())]),
+    "heads": stop(lambda: [HeadPruning(0.5, at=1, **stray())]),
+    "structure": stop(lambda: [StructuredPruning(channels=0.5, at=1, **stray())]),
+    "depth": stop(lambda: [DepthPruning(1, at=1, **stray())]),
+    "conversion": stop(lambda: [KVHeadConversion(2, at=1, method="svd", **stray())]),
+    "way": stop(lambda: [KVHeadConversion(2, at=2, method="aligned", over=1, **stray())]),
+    "validation": replace(stop(lambda: [KVHeadConversion(2, at=1)], partial(Validated, fails=True)), options={}),
+    "export": stop(lambda: [Full("unused")]),
+}
+
+
+def taught_apart():
+    torch.manual_seed(rank())
+    return bh.TransformerModule(llama(vocab_size=2048), distillation=bh.Distillation())
+
+
+TEACHERS = {"teachers": Fit(taught_apart, lambda: [KVHeadConversion(2, at=1, **NONE)], told, {"limit_val_batches": 0}, 3)}
+
+
+RESUMED = {
+    "conversion": Fit(
+        partial(FitOfTuples, examples=8),
+        lambda: [KVHeadConversion(2, 1, **NONE), WeightPruning(bh.Magnitude(), MultiStep([0.3, 0.6], [2, 6]), **NONE)],
+        lambda both: [both[0].events, both[1].events, both[1].masks],
+        steps=8,
+    ),
+    "heads": Fit(
+        partial(FitOfTuples, examples=8),
+        lambda: [HeadPruning(MultiStep([0.25, 0.5], [2, 6]), remove="rounds", calibration=batches(2), **NONE)],
+        lambda all_: [all_[0].events, all_[0].record.numbers],
+        steps=8,
+    ),
+}
+
+
+class Keep(pl.Callback):
+    """Keeps a checkpoint of the first epoch."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if not trainer.current_epoch:
+            trainer.save_checkpoint(self.path)
+
+
+def kept(name, folder):
+    keep, export = partial(Keep, folder / f"{name}.ckpt"), partial(Export, str(folder / name))
+    return replace(RESUMED[name], callback=lambda: [*RESUMED[name].callback(), keep(), export()])
+
+
+def resumed(name, folder):
+    return replace(RESUMED[name], resumed=folder / f"{name}.ckpt")
+
+
+def fit_two():
+    """In each of two processes."""
+    fit_all(FITS | UNEQUAL)
+    (files, out), stopped = json.loads(sys.argv[1]), {}
+    for name, one in (DIFFER | FAIL | TEACHERS).items():
+        callbacks = one.callback()
+        with pytest.raises(Exception) as caught:  # noqa: PT011 - what it says is looked at later
+            replace(one, callback=lambda own=callbacks: own).run(Path(out), files, ranks=2)
+        stopped[name] = [None, None]
+        own = [type(caught.value).__name__, str(caught.value), told(callbacks)]
+        torch.distributed.all_gather_object(stopped[name], own)
+    Path(out, "stopped.json").write_text(json.dumps(stopped))
+    for name in RESUMED:
+        kept(name, Path(out, "two")).run(Path(out), files, ranks=2)
+    fit_all({name: resumed(name, Path(out, "one")) for name in RESUMED})

@@ -56,3 +56,39 @@ def llama(**changes: object) -> transformers.LlamaForCausalLM:
 
 def tokens(rows: int = 2, length: int = 12) -> torch.Tensor:
     return torch.randint(3, SMALL["vocab_size"], (rows, length))
+
+
+BERT = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+T5 = {
+    "vocab_size": 2048,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 1,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+}
+
+
+VIT = {
+    "image_size": 8,
+    "patch_size": 4,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+def t5():
+    config = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": 64}
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**config, decoder_start_token_id=0)).eval()
+
+
+MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]  # of families.llama: 48 channels each, 32 residual channels
+
+
+ATTENTIONS = ["model.layers.0.self_attn", "model.layers.1.self_attn"]

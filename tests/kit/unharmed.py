@@ -3,8 +3,10 @@
 import random
 import sys
 from contextlib import contextmanager
+from functools import cache
 from inspect import CO_GENERATOR
 from pathlib import Path
+from types import CodeType
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ def everything(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str
         groups = [{k: [id(p) for p in v] if k == "params" else v for k, v in group.items()} for group in one.param_groups]
         kept = {id(p): {k: _tensor(v) for k, v in own.items()} for p, own in one.state.items()}
         state[f"optimizer {number}"] = (groups, kept)
-    state["random"] = (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist())
+    state["random"] = (_bits(torch.get_rng_state()), random.getstate(), np.random.get_state()[1].tobytes())
     state["torch"] = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.is_autocast_enabled("cpu"))
     return state
 
@@ -43,9 +45,13 @@ def _module(module: nn.Module) -> tuple[object, ...]:
 def _tensor(value: object) -> object:
     if not isinstance(value, Tensor):
         return value
-    bits = repr((value.detach() + 0).tolist())  # -0 is 0, and NaN is NaN
-    gradient = None if value.grad is None or not value.is_leaf else (id(value.grad), repr(value.grad.tolist()))
-    return id(value), tuple(value.shape), value.dtype, value.requires_grad, bits, gradient
+    gradient = None if value.grad is None or not value.is_leaf else (id(value.grad), _bits(value.grad))
+    return id(value), tuple(value.shape), value.dtype, value.requires_grad, _bits(value), gradient
+
+
+def _bits(value: Tensor) -> bytes:
+    """The bits of all numbers; -0 is 0, and NaN is NaN."""
+    return (value.detach() + 0).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def differing(one: dict[str, object], other: dict[str, object]) -> list[str]:
@@ -65,18 +71,23 @@ def interrupted(at: int):
     calls: list[object] = [0, ""]
 
     def watch(frame, event, _):
-        code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(SOURCE) or code.co_name[0] == "<" or code.co_flags & CO_GENERATOR:
-            return
-        if (own := code.co_filename[len(SOURCE) + 1 :]).startswith(TRACING):
-            return
-        calls[0] += 1
-        if calls[0] == at:
-            calls[1] = f"{own}: {code.co_qualname}"
-            raise Interrupt
+        if (name := _watched(frame.f_code)) is not None:
+            calls[0] += 1
+            if calls[0] == at:
+                calls[1] = name
+                raise Interrupt
 
-    sys.setprofile(watch)
+    sys.settrace(watch)  # told of calls alone, as it asks for nothing more of a frame
     try:
         yield calls
     finally:
-        sys.setprofile(None)
+        sys.settrace(None)
+
+
+@cache
+def _watched(code: CodeType) -> str | None:
+    """File and name of a function of billhook's that may be interrupted."""
+    if not code.co_filename.startswith(SOURCE) or code.co_name[0] == "<" or code.co_flags & CO_GENERATOR:
+        return None
+    own = code.co_filename[len(SOURCE) + 1 :]
+    return None if own.startswith(TRACING) else f"{own}: {code.co_qualname}"

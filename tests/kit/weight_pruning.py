@@ -1,11 +1,15 @@
-"""Fits that prune weights."""
+"""Fits that prune weights, of billhook's module and of a user's own."""
 
 import lightning.pytorch as pl
+import peft
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 import billhook as bh
 from billhook.model.linears import prunable
 from kit import fits
+from kit.families import llama, tokens
 
 FEW = {"examples": 6, "measure_batches": 0}
 
@@ -43,3 +47,50 @@ RAMP = bh.schedules.Cubic(final=0.5, start=1, end=7, every=2)
 
 
 ROUNDS = [0, 0, 0, 0.3438, 0.3438, 0.4688, 0.4688, 0.5]  # int(32 * sparsity) / 32
+
+
+EPOCHS = {"max_steps": -1, "max_epochs": 3, "limit_train_batches": 4}
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "foreach": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1, foreach=True),
+    "fused": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.1, fused=True),
+    "amsgrad": lambda p: torch.optim.Adam(p, 1e-2, amsgrad=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p),
+    "muon": lambda p: torch.optim.Muon([w for w in p if w.dim() == 2]),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, 1e-2, max_iter=2),
+}
+
+
+class Plain(pl.LightningModule):
+    """A module of a user's own, which knows nothing of billhook; batches are tuples."""
+
+    optimizer = "sgd"
+
+    def __init__(self, net=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = (net or llama()).train()
+
+    def training_step(self, batch, batch_idx):
+        ids, mask = batch
+        loss = self.net(ids, attention_mask=mask, labels=ids).loss
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return OPTIMIZERS[self.optimizer](list(self.parameters()))
+
+
+def loader(rows=16):
+    torch.manual_seed(1)
+    return DataLoader(TensorDataset(tokens(rows), torch.ones(rows, 12, dtype=torch.long)), batch_size=2)
+
+
+def injected(seed=0, **options):
+    """billhook's module, with LoRA in its model; every linear has 32 inputs."""
+    lit = fits.module(seed, intermediate_size=32)
+    torch.manual_seed(seed)
+    peft.inject_adapter_in_model(peft.LoraConfig(**{"r": 2, "target_modules": "all-linear"} | options), lit.model)
+    return lit

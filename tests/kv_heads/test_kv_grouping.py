@@ -16,7 +16,7 @@ from billhook.kv_heads.methods.svd import SVD
 from billhook.running.batches import Run
 from billhook.tracing.trace import trace
 from kit.families import tokens
-from kit.kv_planted import mixed, model_of, with_stacks
+from kit.kv_zoo import mixed, model_of, with_stacks
 
 
 def partitions(heads, groups):

@@ -12,8 +12,8 @@ from billhook.kv_heads.bases.stacks import find_projections
 from billhook.running.batches import Run
 from billhook.tracing.trace import trace
 from kit.families import tokens
-from kit.kv_planted import model_of
-from kit.prune_ranks import Ranks
+from kit.kv_zoo import model_of
+from kit.ranks import Ranks
 
 
 def case(family="llama", heads=4, queries=2, **changes):

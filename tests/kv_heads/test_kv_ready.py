@@ -20,9 +20,9 @@ from billhook.running.batches import Run
 from billhook.tracing.trace import trace
 from kit import kv_zoo
 from kit.families import build, llama, tokens
-from kit.kv_planted import model_of
-from kit.prune_ranks import Ranks
-from kit.repair import embedded_text
+from kit.kv_zoo import model_of
+from kit.losses import embedded_text
+from kit.ranks import Ranks
 
 METHODS = [Mean(), Aligned(), SVD(), Aligned("similar"), SVD("similar")]
 

@@ -13,7 +13,7 @@ from billhook.kv_heads.methods.named import method_of
 from billhook.running.batches import Run
 from billhook.tracing.trace import trace
 from kit.families import tokens
-from kit.kv_planted import mixed, model_of, with_stacks
+from kit.kv_zoo import mixed, model_of, with_stacks
 
 ROTARY = ("llama", "mistral", "gemma2", "phi3", "phi", "gpt_neox", "gptj", "codegen", "cohere", "falcon", "smollm3", "modernbert")
 PLAIN = ("gpt2", "bert", "t5", "bart", "bloom", "opt", "vit", "albert", "whisper")

@@ -10,9 +10,8 @@ from small_configs import build as small
 import billhook as bh
 from billhook.model.shape import shape_of
 from billhook.units.find import find_units
-from kit.families import build, llama
+from kit.families import build, llama, t5
 from kit.shaped import bert, gpt2
-from kit.tied_biases import t5
 
 LAYERS = ["model.layers.0.self_attn", "model.layers.1.self_attn"]  # of families.llama: 8 query heads of 4, 4 KV heads
 

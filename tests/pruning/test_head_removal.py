@@ -17,9 +17,9 @@ from billhook.model.shape import shape_of
 from billhook.pruning import removal
 from billhook.units.find import find_units
 from kit.families import build, llama, tokens
-from kit.head_removal import ALIKE, TestNothingIsHalfDone, counts, make, questions, some_heads
-from kit.oracle_families import FAMILIES
+from kit.removal import ALIKE, TestNothingIsHalfDone, counts, make, questions, some_heads
 from kit.shaped import bert, features, gpt2
+from kit.units import FAMILIES
 
 NONE = ("mamba", "recurrent_gemma", "convnext", "resnet")  # without attention
 REFUSED = ("bloom", "mpt", "olmo2", "mamba2", "codegen")  # in test_head_plan

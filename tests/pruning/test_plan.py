@@ -12,11 +12,9 @@ from torch import nn
 import billhook as bh
 from billhook.model.shape import shape_of
 from billhook.units.find import find_units
-from kit.families import build, llama
-from kit.head_removal import make
-from kit.plans import ATTENTIONS, MLPS
+from kit.families import ATTENTIONS, MLPS, build, llama, t5
+from kit.removal import make
 from kit.shaped import bert, gpt2
-from kit.tied_biases import t5
 
 
 def refused(model, units, match, kinds=("head", "channel", "residual", "expert")):

@@ -13,10 +13,8 @@ from billhook.pruning.amount import Amount
 from billhook.pruning.progress import First, first_from
 from billhook.pruning.target import Search, lowest
 from billhook.units.find import find_units, of_kind
-from kit.families import build, llama, tokens
-from kit.plans import ATTENTIONS, MLPS
+from kit.families import ATTENTIONS, MLPS, build, llama, t5, tokens
 from kit.shaped import bert, gpt2
-from kit.tied_biases import t5
 
 
 def lost(plan):

@@ -17,12 +17,11 @@ import billhook as bh
 from billhook.model.shape import shape_of
 from billhook.pruning import removal
 from billhook.units.find import find_units, of_kind, units_of
-from kit.channels import EVERY, EXPERTS, HELD, WITHOUT, down_projections
-from kit.families import build, llama, tokens
-from kit.head_removal import ALIKE, make, questions, some_heads
-from kit.head_removal import TestNothingIsHalfDone as _OfHeads
+from kit.families import build, llama, t5, tokens
+from kit.removal import ALIKE, make, questions, some_heads
+from kit.removal import TestNothingIsHalfDone as _OfHeads
 from kit.shaped import bert, gpt2
-from kit.tied_biases import t5
+from kit.units import EVERY, EXPERTS, HELD, WITHOUT_CHANNELS, down_projections
 
 NO_HEADS = ("mamba", "recurrent_gemma", "convnext", "resnet", "bloom", "mpt", "olmo2", "mamba2", "codegen")  # none, or they stay
 UNUSED = "which the run never used, may have it too"
@@ -76,7 +75,7 @@ def readers_by_name(model, name):
 
 
 class TestSlicedEqualsMasked:
-    @pytest.mark.parametrize("name", [name for name in EVERY if name not in WITHOUT])
+    @pytest.mark.parametrize("name", [name for name in EVERY if name not in WITHOUT_CHANNELS])
     def test_channels_and_heads_in_one_plan(self, name):
         model = make(name)
         channels = find_units(model, ["channel"])

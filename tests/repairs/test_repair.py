@@ -13,8 +13,8 @@ from billhook.repairs.least_squares import Moments, choose_ridge, refit, refit_l
 from billhook.repairs.repair import Repair, repaired
 from billhook.running.batches import Run
 from kit.families import llama, tokens
-from kit.prune_ranks import Ranks
-from kit.repair import BUILD, embedded_text
+from kit.losses import BUILD, embedded_text
+from kit.ranks import Ranks
 
 READERS = {
     "llama": ("o_proj", "down_proj"),

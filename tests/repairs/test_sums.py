@@ -8,8 +8,8 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.repairs.sums import Linears, agreed, followed, seen
 from kit.families import build, tokens
-from kit.prune_ranks import Ranks
-from kit.repair import BUILD
+from kit.losses import BUILD
+from kit.ranks import Ranks
 
 
 def shown_by(model, **batch):

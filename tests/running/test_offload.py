@@ -10,7 +10,7 @@ import billhook as bh
 from billhook.running import offload
 from billhook.running.offload import Shelf, offloaded
 from kit.families import llama, tokens
-from kit.prune import batches_of, family
+from kit.sparsity import batches_of, family
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

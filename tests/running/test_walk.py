@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Walk, find_sites
-from kit.prune import batches_of
+from kit.sparsity import batches_of
 
 FAMILIES = [
     "llama",

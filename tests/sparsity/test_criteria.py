@@ -13,7 +13,7 @@ from billhook.sparsity.masks import pruned_count, sparsity_of
 from billhook.sparsity.refit import Refit
 from billhook.sparsity.sparsegpt import SparseGPT
 from billhook.sparsity.statistics import InputNorms
-from kit.criteria import CRITERIA, IN, OUT, make_inputs, seen, stable_sort_layer, stable_sort_rows
+from kit.sparsity import CRITERIA, IN, OUT, make_inputs, seen, stable_sort_layer, stable_sort_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

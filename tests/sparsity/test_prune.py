@@ -13,10 +13,9 @@ import billhook as bh
 from billhook.model.linears import prunable, weight_of
 from billhook.model.plan import apply
 from billhook.sparsity.statistics import InputMoments, InputNorms
-from kit.criteria import CRITERIA
 from kit.families import build as build_family
 from kit.families import llama, tokens
-from kit.prune import batches_of, family, masks_of
+from kit.sparsity import CRITERIA, batches_of, family, masks_of
 
 FAMILIES = ["llama", "gpt2", "t5", "bert", "mixtral", "vit", "falcon", "gpt_neox", "bart", "whisper", "mamba", "clip"]
 

@@ -9,8 +9,7 @@ from transformers import BatchEncoding
 import billhook as bh
 from billhook.sparsity.statistics import InputNorms
 from kit.families import llama, tokens
-from kit.prune import family, masks_of
-from kit.prune_batches import Forked
+from kit.sparsity import Forked, family, masks_of
 
 LENGTHS = [12, 7, 9, 3]
 

@@ -8,8 +8,8 @@ from torch import nn
 
 import billhook as bh
 from kit.families import llama, tokens
-from kit.prune_batches import Forked
-from kit.prune_ranks import Ranks
+from kit.ranks import Ranks
+from kit.sparsity import Forked
 
 
 def planned(model, batches, ranks, **options):

@@ -7,7 +7,7 @@ from billhook.sparsity.criteria import Magnitude, Wanda
 from billhook.sparsity.masks import pruned_count
 from billhook.sparsity.sparsegpt import SparseGPT, inverse_factor
 from billhook.sparsity.statistics import InputMoments
-from kit.criteria import IN, OUT, make_inputs, seen, stable_sort_layer, stable_sort_rows
+from kit.sparsity import IN, OUT, make_inputs, seen, stable_sort_layer, stable_sort_rows
 
 
 def obs(weight, products, sparsity, kept, block_size, damping=0.01):

@@ -11,7 +11,7 @@ import billhook as bh
 from billhook.model.plan import Plan, apply
 from billhook.sparsity.plan import WeightPlan
 from kit.families import llama
-from kit.prune import batches_of, family
+from kit.sparsity import batches_of, family
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

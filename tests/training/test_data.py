@@ -84,6 +84,7 @@ def test_streaming_gives_the_same_blocks(text):
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(prepared, streamed, strict=True))
 
 
+@pytest.mark.slow
 def test_the_embedded_text():
     data = TextDataModule(tokenizer="tiny", block_size=64)
     data.setup("fit")

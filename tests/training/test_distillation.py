@@ -17,9 +17,8 @@ from billhook.model.find import find_transformer
 from billhook.training import distillation
 from billhook.training.distillation import Distillation, fingerprint, kl_divergence
 from kit import fits
-from kit.families import llama, tokens
+from kit.families import BERT, T5, VIT, llama, tokens
 from kit.fits import data, same, trainer, weights
-from kit.tiny_configs import BERT, T5, VIT
 
 # the resumed runs do without the ModelCheckpoint of the straight one
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")

@@ -20,11 +20,10 @@ from billhook.checkpoints.export import build_model, read_checkpoint
 from billhook.cli.main import main
 from billhook.model.linears import prunable
 from kit.adapters import gpt2
-from kit.commands import QUICK, ROOT, callbacks_in
-from kit.commands import pytestmark as quiet
-from kit.families import llama, tokens
+from kit.cli import QUICK, ROOT, callbacks_in
+from kit.cli import pytestmark as quiet
+from kit.families import BERT, T5, VIT, llama, tokens
 from kit.fits import data, same, trainer, weights, write_text
-from kit.tiny_configs import BERT, T5, VIT
 
 pytestmark = [
     *quiet,

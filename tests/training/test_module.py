@@ -13,10 +13,9 @@ from billhook import ClassificationDataModule, KVHeadConversion, LoRA, Seq2SeqDa
 from billhook.checkpoints.save import save
 from billhook.model.shape import shape_of
 from billhook.training.module import TokenPerplexity
-from kit.families import SMALL, build, llama, tokens
+from kit.families import BERT, SMALL, T5, VIT, build, llama, tokens
 from kit.fits import data, module, same, trainer, weights
 from kit.shaped import SHAPED, uneven_llama
-from kit.tiny_configs import BERT, T5, VIT
 
 
 def test_validation_perplexity_is_torchmetrics_own(files, tmp_path):

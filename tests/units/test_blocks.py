@@ -20,7 +20,7 @@ from billhook.running.inputs import make_inputs
 from billhook.units.blocks import block_of, find_blocks, skipping
 from kit.families import build, llama, tokens
 from kit.shaped import bert, gpt2, uneven_llama
-from kit.stacks import MIXED, influence, other, t5
+from kit.units import MIXED, influence, other, t5
 
 LAYERS = "model.layers"
 

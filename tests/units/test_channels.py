@@ -9,11 +9,10 @@ import pytest
 import billhook as bh
 from billhook.tracing.trace import trace
 from billhook.units.find import find_units, of_kind, units_of
-from kit.channels import EVERY, EXPERTS, HELD, WITHOUT, down_projections
-from kit.families import build, llama, tokens
-from kit.head_removal import make
+from kit.families import build, llama, t5, tokens
+from kit.removal import make
 from kit.shaped import bert, gpt2
-from kit.tied_biases import t5
+from kit.units import EVERY, EXPERTS, HELD, WITHOUT_CHANNELS, down_projections
 
 ALL = ["head", "channel", "residual", "expert"]
 
@@ -36,7 +35,7 @@ def test_in_every_family(name):
     parameter, dim = HELD.get(name, ("-", 0))
     held = [[(m.name, m.dim) for m in one.members if m.reads] for one in channels.values() if not one.readers]
     assert held == [[(own, dim)] for own, _ in model.named_parameters() if own.endswith(parameter)]
-    assert bool(channels) == (name not in WITHOUT)
+    assert bool(channels) == (name not in WITHOUT_CHANNELS)
     for one in channels.values():
         assert one.kv_of.tolist() == list(range(one.count()))
         if one.readers:

@@ -13,7 +13,7 @@ import billhook as bh
 from billhook.units.find import find_units
 from billhook.units.gates import place_gates
 from kit.families import build, llama, tokens
-from kit.heads_small import ATTENTIVE, SEQ2SEQ, hooks, small, weight_of
+from kit.units import ATTENTIVE, SEQ2SEQ, hooks, small, weight_of
 
 STEP = 2**-13  # parts of many models compute in float32, so that a smaller one would measure rounding
 
@@ -256,6 +256,7 @@ def test_adapters(dora):
         assert_same(off, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_compiled():
     model, ids = llama(num_hidden_layers=1), tokens(1, 4)
     plain = model(ids).logits

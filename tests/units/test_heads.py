@@ -9,7 +9,7 @@ from torch import nn
 import billhook as bh
 from billhook.units.find import find_units, numbered
 from kit.families import SMALL
-from kit.heads_small import ATTENTIVE, SEQ2SEQ, WITHOUT, hooks, small, weight_of
+from kit.units import ATTENTIVE, SEQ2SEQ, WITHOUT_HEADS, hooks, small, weight_of
 
 
 @pytest.mark.parametrize("name", [*ATTENTIVE, *SEQ2SEQ])
@@ -55,7 +55,7 @@ def test_members_are_the_rows_of_queries_and_the_columns_that_are_read():
     assert heads.of_member(fused).tolist() == blocks + [-1] * 32
 
 
-@pytest.mark.parametrize("name", WITHOUT)
+@pytest.mark.parametrize("name", WITHOUT_HEADS)
 def test_models_without_attention_are_refused(name):
     _, _, config, cls = next(one for one in architectures() if one[1] == name)
     with pytest.raises(ValueError, match=f"{cls.__name__} has no heads"):

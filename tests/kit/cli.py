@@ -1,9 +1,14 @@
-"""The quickstart config, and callbacks of a fragment."""
+"""What commands are run with: the quickstart config, a tokenizer, text and options."""
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 import yaml
+
+import billhook as bh
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,3 +35,26 @@ pytestmark = [
 def callbacks_in(path: str) -> list[str]:
     config = yaml.safe_load(Path(path).read_text())
     return [c["class_path"].rpartition(".")[2] for c in config["trainer"]["callbacks"]]
+
+
+def option(files):
+    return ["--data", "{" + ", ".join(f"{split}: {path}" for split, path in files.items()) + "}"]
+
+
+def tokenizer():
+    return transformers.AutoTokenizer.from_pretrained(bh.load("tiny").name_or_path)
+
+
+def blocks(path, length=16):
+    ids = tokenizer()(Path(path).read_text(), add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+@torch.no_grad()
+def perplexity(model, rows):
+    return math.exp(sum(float(model(input_ids=ids[None], labels=ids[None]).loss) for ids in rows) / len(rows))
+
+
+def drawn(rows, batch, examples=6, seed=0):
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:examples].split(batch)
+    return [{"input_ids": rows[own], "labels": rows[own]} for own in order]

@@ -1,4 +1,4 @@
-"""Small models to repair, and embedded text."""
+"""Small models to repair, or with a loss that depends on every weight, and embedded text."""
 
 import pyarrow.parquet as pq
 import torch
@@ -33,3 +33,23 @@ def embedded_text(split, rows):
     text = " ".join(pq.read_table(text_files()[split])["text"].to_pylist())[:60000]
     ids = transformers.AutoTokenizer.from_pretrained(model_path("tiny"))(text, add_special_tokens=False)["input_ids"]
     return torch.tensor(ids[: rows * 128]).view(rows, 128)
+
+
+def loud(model):
+    """Weights so large that losses depend on them, in float64."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4) if parameter.dim() > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval().double()
+
+
+LOUD = {
+    "llama": lambda: loud(llama()),
+    "mha": lambda: loud(llama(num_key_value_heads=8)),
+    "bert": lambda: loud(transformers.BertForMaskedLM(transformers.BertConfig(**BERT))),
+    "gpt2": lambda: loud(transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))),
+}
+
+
+def own_loss(model, batch):
+    return model(**batch, labels=batch["input_ids"]).loss

@@ -458,7 +458,7 @@ class TestFromALightningCheckpoint:
 
 HOSTILE = {
     "no mapping": (lambda shape: shape.update(handed=[1]), "shape.handed is '.1.', and must be a mapping"),
-    "no handing": (lambda shape: change_first(shape, "text"), "which is not how billhook writes it"),
+    "no handing": (lambda shape: change_first(shape, "text"), "is .text., and must be a list"),
     "another module": (lambda shape: shape["handed"].update(nothing=first(shape)), "nothing is named, and"),
     "no linear": (
         lambda shape: shape["handed"].update(gpt_neox=first(shape)),

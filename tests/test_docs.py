@@ -52,7 +52,6 @@ UNFINISHED = [  # folders whose owner is at it: who is done takes the line out
     "callbacks",
     "checkpoints",
     "fit",
-    "kv_heads",
     "repairs",
     "sparsity",
     "training",

@@ -21,19 +21,19 @@ Cut = tuple[dict[str, Pooled], Shape]
 def cut_by_config(
     model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int, encoder: bool, every: bool
 ) -> tuple[list[str], Cut] | None:
-    """What a model with fewer KV heads is, where its class builds it.
+    """Finds the shape of a model with fewer KV heads, where its class builds it from a config.
 
     Args:
         model: The model.
         found: Its attentions.
         chosen: Those that are to have fewer KV heads.
         heads: How many then.
-        encoder: Whether the encoder's config is told as well.
+        encoder: Whether the encoder's config changes as well.
         every: Whether all of the chosen must follow, or those that do are enough.
 
     Returns:
-        The attentions that follow and are chosen, how parameters shrink, and the shape then; None if no field of the config is
-        followed.
+        The attentions that follow and are chosen, how parameters shrink, and the shape afterwards; None if the class follows
+        no field of the config.
 
     Raises:
         ValueError: If the model is not as its class builds it, or its code does not follow.
@@ -59,7 +59,7 @@ def cut_by_config(
 
 
 def _changed(model: PreTrainedModel, heads: int, encoder: bool) -> Iterator[PretrainedConfig]:
-    """The config, told in the ways that families have to say how many KV heads there are."""
+    """Yields the config, changed in each of the ways in which families state how many KV heads there are."""
     ways: list[Callable[[PretrainedConfig], bool]] = [lambda own, f=field: _set(own, f, heads) for field in FIELDS]  # type: ignore[misc]
     if heads == 1:
         ways.append(lambda own: _set(own, FLAG, True) and (_set(own, FIELD, 1) or True))
@@ -81,7 +81,7 @@ def _set(config: PretrainedConfig, field: str, value: int) -> bool:
 
 
 def _owner(name: str, found: Mapping[str, KVAttention]) -> str | None:
-    """The attention that a parameter belongs to."""
+    """Returns the attention that a parameter belongs to."""
     for own, one in found.items():
         if name in one.rows:
             return own
@@ -93,7 +93,7 @@ def check_as_built(model: PreTrainedModel, now: Shape, built: Shape, but: Collec
     """Refuses a model that in anything but some tensors is no longer what its class builds from its config.
 
     Raises:
-        ValueError: With what is another.
+        ValueError: With what differs.
     """
     names = now.tensors.keys() | built.tensors.keys()
     different = sorted(name for name in names - set(but) if now.tensors.get(name) != built.tensors.get(name))
@@ -116,7 +116,7 @@ def _shape_then(
     found: Mapping[str, KVAttention],
     heads: int,
 ) -> Shape:
-    """The shape now with what differs between the two that the class builds; what a user set by hand stays."""
+    """Returns the present shape with what differs between the two that the class builds; what a user set by hand stays."""
     complete = all(name in told or found[name].heads == heads for name in {own for own in follow.values() if own is not None})
     tensors = {name: size for name, size in built.tensors.items() if follow.get(name) in told}
     attributes = {name: value for name, value in built.attributes.items() if usual.attributes.get(name, value) != value}
@@ -134,7 +134,7 @@ def _matched(
     then: Shape,
     names: Collection[str],
 ) -> dict[str, Pooled]:
-    """Where every position of what shrinks comes, from what the model's own code does with it now and then.
+    """Finds the new place of each position of what shrinks, from what the model's own code does with it before and after.
 
     Raises:
         ValueError: If the code does not follow, or a position has no place.

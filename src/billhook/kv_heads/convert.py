@@ -75,6 +75,9 @@ def convert_kv_heads(
         >>> import billhook as bh
         >>> model = bh.load("tiny")
         >>> print(bh.convert_kv_heads(model, 2, "first"))
+        LlamaForCausalLM: 8 -> 2 KV heads in 4 attentions (first); the KV cache shrinks
+          model.layers.*.self_attn.k_proj.weight  256 -> 64 along dimension 0, in each of 4
+          model.layers.*.self_attn.v_proj.weight  256 -> 64 along dimension 0, in each of 4
     """
     method = method_of(method)
     check_repair(method, repair)

@@ -1,4 +1,7 @@
-"""A config with fewer KV heads and wider feed-forwards: another attention at equal parameters (MQA, 1911.02150, section 4)."""
+"""A config with fewer KV heads and wider feed-forwards: another attention at equal parameters.
+
+Shazeer, "Fast Transformer Decoding: One Write-Head is All You Need", 2019 (https://arxiv.org/abs/1911.02150), section 4.
+"""
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -13,9 +16,9 @@ from billhook.units.fields import FieldFinder
 
 
 def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multiple_of: int = 1) -> PretrainedConfig:
-    """A config with fewer KV heads whose feed-forwards are wider, so that a model of it has as many parameters as before.
+    """Returns a config with fewer KV heads whose feed-forwards are wider, so that a model of it has as many parameters as before.
 
-    The MQA paper compares models that are trained from scratch in this way (1911.02150, section 4: 8 KV heads and d_ff 4096
+    The MQA paper compares models that are trained from scratch in this way (section 4: 8 KV heads and d_ff 4096
     against 1 and 5440). With P(h, w) parameters at h KV heads and feed-forwards of width w, the new width is what is closest to
 
         w' = w + (P(h, w) - P(h', w)) / (P(h, w + 1) - P(h, w)).
@@ -28,7 +31,7 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
         config: The config of a family with `num_key_value_heads`; it is not changed. In a mixture of experts all experts become
             wider: all parameters are as many as before, not those that a token meets. Where encoder and decoder have a config
             each, both get as few KV heads, as in the paper.
-        num_key_value_heads: KV heads then: fewer than now, and a divisor of the query heads.
+        num_key_value_heads: KV heads afterwards: fewer than now, and a divisor of the query heads.
         multiple_of: The new width is a multiple of this; 64 suits the kernels of GPUs.
 
     Returns:
@@ -36,7 +39,13 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
 
     Raises:
         ValueError: If a number is not legal, the config has no such field, or its feed-forwards have several widths or none that
-            fields of the config say.
+            fields of the config state.
+
+    Example:
+        >>> import billhook as bh
+        >>> config = bh.equal_parameters(bh.load("tiny").config, 1)
+        >>> config.num_key_value_heads, config.intermediate_size
+        (1, 533)
     """
     if not isinstance(config, PretrainedConfig):
         raise ValueError(f"config: a config of transformers is needed, not {type(config).__name__}")
@@ -60,7 +69,7 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
 
 
 def _head_fields(config: PretrainedConfig, number: int) -> list[str]:
-    """The fields that say how many KV heads there are: of encoder and decoder, or of the model of text.
+    """Returns the fields that state how many KV heads there are: of encoder and decoder, or of the model of text.
 
     Raises:
         ValueError: If there is none, or the number is not legal for one.
@@ -84,7 +93,7 @@ def _head_fields(config: PretrainedConfig, number: int) -> list[str]:
 
 
 def _feed_forward(model: PreTrainedModel, finder: FieldFinder) -> tuple[int, tuple[str, ...]]:
-    """The width of all feed-forwards, and the fields of the config that say it.
+    """Returns the width of all feed-forwards, and the fields of the config that state it.
 
     Raises:
         ValueError: If they have several widths, or no fields say it.
@@ -102,5 +111,5 @@ def _feed_forward(model: PreTrainedModel, finder: FieldFinder) -> tuple[int, tup
 
 
 def _params(model: PreTrainedModel, config: PretrainedConfig) -> int:
-    """Parameters of what a model's class builds from a config; tied ones count once."""
+    """Counts the parameters of what a model's class builds from a config; tied ones count once."""
     return sum(parameter.numel() for parameter in build_class_on_meta(type(model), config).parameters())

@@ -22,11 +22,11 @@ KV = KEY | VALUE | BESIDE
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What the positions along a dimension of a parameter make.
+    """The roles of the positions along a dimension of a parameter.
 
     Attributes:
         dim: The dimension.
-        role: For each position QUERY, KEY or VALUE, or BESIDE of what is beside keys such as a norm of them: int64.
+        role: For each position QUERY, KEY or VALUE, or BESIDE of what is next to keys such as a norm of them: int64.
         head: For each position the query head, or the KV head, -1 of what belongs to none: int64.
     """
 
@@ -36,11 +36,11 @@ class Rows:
 
     @property
     def fused(self) -> bool:
-        """Whether there is more than keys, or more than values."""
+        """True if there is more than keys, or more than values."""
         return len(set(self.role.tolist())) > 1 or not self.role[0] & KV
 
     def keys(self, groups: int = 1) -> list[tuple[int, int, int]]:
-        """For each position its role, its head and its place in that; of KV heads the group of so many that the head is in."""
+        """Returns for each position its role, its head and its place in that; of KV heads the head's group of so many."""
         counts: dict[tuple[int, int], int] = defaultdict(int)
         found = []
         for role, head in zip(self.role.tolist(), self.head.tolist(), strict=True):
@@ -71,14 +71,14 @@ class KVAttention:
         return self.units.count()
 
     def rows_beside(self, name: str, dim: int, size: int) -> Rows:
-        """Of another parameter all of whose positions belong to KV heads, such as a norm over all keys."""
+        """Returns the rows of another parameter that belongs to KV heads altogether, such as a norm over all keys."""
         member = next((one for one in self.units.members if (one.name, one.dim) == (name, dim)), None)
         head = np.zeros(size, np.int64) if member is None or self.heads == 1 else self.units.of_member(member, "kv_head")
         return Rows(dim, np.full(size, BESIDE), head)
 
 
 def find_kv(model: PreTrainedModel, structure: Structure | None = None) -> dict[str, KVAttention]:
-    """The attentions of a model as `find_heads` names and orders them, from one run on meta tensors.
+    """Finds the attentions of a model as `find_heads` names and orders them, from one run on meta tensors.
 
     Raises:
         ValueError: As `find_heads`.

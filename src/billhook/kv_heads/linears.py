@@ -1,4 +1,4 @@
-"""Fewer KV heads where no config says so: keys and values shrink with a word to the attention, or linears hand out heads."""
+"""Fewer KV heads where no config states it: keys and values shrink and the attention counts on it, or linears hand out heads."""
 
 from collections.abc import Collection, Mapping
 
@@ -16,7 +16,7 @@ Cut = tuple[dict[str, Pooled], Shape]
 
 
 def cut_into_groups(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Cut | None:
-    """Keys and values shrink, and the attention is told how many query heads share each: parameters and shape then.
+    """Shrinks keys and values and sets the number of query heads that share each; returns parameters and shape afterwards.
 
     Nothing is known yet of whether the code follows. None if keys and values are not made by linears of their own.
     """
@@ -40,7 +40,7 @@ def cut_into_groups(model: PreTrainedModel, found: Mapping[str, KVAttention], ch
 
 
 def cut_into_handed(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Cut:
-    """The linears that make keys and values store fewer heads and hand out as many as before: parameters and shape then.
+    """Lets the linears of keys and values store fewer heads and hand out as many as before; returns parameters and shape.
 
     Raises:
         ValueError: If keys or values are not made by a linear, or their heads do not lie regularly.
@@ -75,7 +75,7 @@ def _handing(parameter: str, rows: Rows, heads: int, before: int) -> Handing:
 
 
 def _index(before: Handing | None, then: Handing) -> tuple[int, ...]:
-    """Where each stored output of now comes; both hand out as many."""
+    """Returns the new place of each stored output; both hand out as many."""
     given = then.index()
     stored = np.arange(then.given) if before is None else before.index()
     index = np.zeros(int(stored.max()) + 1, np.int64)
@@ -95,7 +95,7 @@ def _take(
 
 
 def _sizes(model: PreTrainedModel, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """What linears say of how many outputs they store."""
+    """Returns the attributes in which linears state how many outputs they store."""
     said = dict[str, int]()
     for name, size in tensors.items():
         owner, _, attr = name.rpartition(".")

@@ -39,7 +39,7 @@ UNCHANGED = Change(lambda old: old, lambda _, value: value)
 
 @dataclass(frozen=True)
 class KVHeadPlan(Plan):
-    """What a conversion will do, as plain data; `print` shows a table.
+    """A conversion to fewer KV heads, as plain data; `print` shows a table.
 
     Attributes:
         model: The name of the model's class.

@@ -1,6 +1,6 @@
 """Proof by running: a small copy with fewer KV heads computes what the dense class does with heads pooled and repeated.
 
-Silent wrongness is the danger: code that views keys as `(batch, -1, heads, width)` folds time into heads where there are fewer,
+The danger is a silent error: code that views keys as `(batch, -1, heads, width)` folds time into heads where there are fewer,
 and runs at some lengths. So lengths, batches, padding and the cache are all tried.
 """
 
@@ -33,7 +33,7 @@ Inputs = dict[str, Any]
 
 
 def prove(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> tuple[Way, Cut]:
-    """The way that a small copy of the model shows to be right.
+    """Finds the way that a small copy of the model shows to be right.
 
     Raises:
         ValueError: If there is none, or it needs another implementation of attention.
@@ -68,13 +68,13 @@ def prove(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Coll
 
 
 def _every_name(model: PreTrainedModel, names: Collection[str]) -> set[str]:
-    """Parameters under all of their names."""
+    """Returns parameters under all of their names."""
     own = {id(model.get_parameter(name)) for name in names}
     return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in own}
 
 
 def small_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model that the class builds from the config with few layers, on the CPU, with random weights that make every part count.
+    """Builds a model of the class from the config with few layers, on the CPU, with random weights that make every part count.
 
     Raises:
         ValueError: If its class builds none.
@@ -100,16 +100,16 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def find_difference(dense: PreTrainedModel, cut: Cut, groups: int, implementation: str) -> str | None:
-    """Where a copy of a dense model with fewer KV heads computes something else than with heads pooled and repeated.
+    """Finds where a copy of a dense model with fewer KV heads differs from one with heads pooled and repeated.
 
     Args:
         dense: A small model.
-        cut: How its parameters shrink, and its shape then.
+        cut: How its parameters shrink, and its shape afterwards.
         groups: How many heads become one.
         implementation: Of attention.
 
     Returns:
-        The first case in which the outcome is another, or in which the code fails; None if it is the same everywhere.
+        The first case in which the result differs or the code fails; None if it is the same everywhere.
     """
     reference, converted = (copy.deepcopy(dense, {id(one): one for one in dense.parameters()}) for _ in range(2))
     pooled, shape = cut
@@ -163,7 +163,7 @@ def _cases(model: PreTrainedModel, groups: int) -> Iterator[tuple[str, Callable[
 
 
 def _inputs(model: PreTrainedModel, batch: int, length: int, other: int) -> Inputs:
-    """Inputs of a length; of an encoder-decoder the encoder's are of another one."""
+    """Makes inputs of a length; of an encoder-decoder the encoder's have another one."""
     inputs = make_inputs(model, batch, length)
     if "decoder_input_ids" in inputs:
         inputs["decoder_input_ids"] = (
@@ -192,7 +192,7 @@ def _mask(ids: Tensor, side: str) -> Tensor:
 
 @torch.no_grad()
 def _outcome(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
-    """What a model gives, where it is not padded."""
+    """Returns what a model gives, where it is not padded."""
     fields = dict(model(**inputs, return_dict=True).items())
     given = [one for name, one in fields.items() if name not in ("past_key_values", "cache", "loss") for one in tree_leaves(one)]
     mask = inputs.get("attention_mask")
@@ -201,14 +201,14 @@ def _outcome(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
 
 
 def _cache(model: PreTrainedModel) -> str | None:
-    """What the forward calls the key/value cache that it takes."""
+    """Returns the name of the forward's argument for the key/value cache."""
     taken = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in taken and "use_cache" in taken), None)
 
 
 @torch.no_grad()
 def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tensor]:
-    """What a model gives for a token, and for two, that follow what it has in its cache."""
+    """Returns what a model gives for a token, and for two, that follow what it has in its cache."""
     told = model(**inputs | {"use_cache": True}, return_dict=True)
     ids, given = ("decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"), list[Tensor]()
     memory = {"encoder_outputs": (told.encoder_last_hidden_state,)} if "decoder_input_ids" in inputs else {}
@@ -220,6 +220,6 @@ def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tenso
 
 
 def _implementation(model: PreTrainedModel) -> str:
-    """That of the model where it runs on any machine, or what stands for it."""
+    """Returns the model's implementation of attention where it runs on any machine, otherwise sdpa."""
     own = attention_of(model.config)
     return own if own in ("eager", "sdpa") else "sdpa"

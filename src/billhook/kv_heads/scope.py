@@ -1,4 +1,4 @@
-"""Which attentions are to have fewer KV heads, and what no model could do."""
+"""How many KV heads attentions have, which are to have fewer, and how many are legal."""
 
 from collections.abc import Collection, Mapping
 
@@ -58,10 +58,10 @@ def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int) -> N
 
 
 def config_heads(model: PreTrainedModel) -> int | None:
-    """The number of KV heads in the config; None if it has no such field.
+    """Returns the number of KV heads in the config; None if it has no such field.
 
     Raises:
-        ValueError: If it says another number for each layer.
+        ValueError: If it has another number for each layer.
     """
     config = model.config.get_text_config(decoder=True)
     said = getattr(config, FIELD, None)
@@ -74,7 +74,7 @@ def config_heads(model: PreTrainedModel) -> int | None:
 
 
 def inside_encoder(model: PreTrainedModel, found: Mapping[str, KVAttention]) -> set[str]:
-    """The attentions that stand in the encoder of an encoder-decoder."""
+    """Returns the attentions in the encoder of an encoder-decoder."""
     if not model.config.is_encoder_decoder:
         return set()
     inner = model.get_encoder()
@@ -83,7 +83,7 @@ def inside_encoder(model: PreTrainedModel, found: Mapping[str, KVAttention]) -> 
 
 
 def in_scope(model: PreTrainedModel, found: Mapping[str, KVAttention], encoder: bool) -> list[str]:
-    """The attentions that are converted by default: of an encoder-decoder those of the decoder, and with `encoder` all."""
+    """Returns the attentions converted by default: of an encoder-decoder those of the decoder, and with `encoder` all."""
     left_out = set() if encoder else inside_encoder(model, found)
     return [name for name in found if name not in left_out]
 
@@ -95,7 +95,7 @@ def choose(
     layers: Collection[int | str] | None,
     encoder: bool,
 ) -> list[str]:
-    """The attentions that are to have fewer KV heads, of those that have more.
+    """Returns the attentions that are to have fewer KV heads, of those that have more.
 
     Raises:
         ValueError: If there is no such layer, or none has more.
@@ -130,7 +130,7 @@ def check_each(found: Mapping[str, KVAttention], names: Collection[str], heads: 
 
 
 def hands_out(model: PreTrainedModel, attention: KVAttention) -> bool:
-    """Whether linears of an attention store fewer heads than they hand out."""
+    """Returns whether linears of an attention store fewer heads than they hand out."""
     return any(handing_of(model.get_submodule(name.rpartition(".")[0])) is not None for name in attention.rows)
 
 
@@ -148,7 +148,7 @@ def check_plain(model: PreTrainedModel) -> None:
 
 
 def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:
-    """Query heads and KV heads of a layer: as the config says, or where it does not, as the code of the model shows.
+    """Returns the query heads and KV heads of a layer: as the config states, or where it does not, as the model's code shows.
 
     None where layers differ (those of an encoder apart), or heads cannot be told apart.
     """

@@ -1,7 +1,7 @@
 """One attention run by itself, on random numbers and in float64: it shows what its code does with its projections, no more.
 
-The model runs once, to see how it calls its attentions: with what masks, positions, rotary angles. Then each is called so again,
-as often as is asked, with other projections in the place of its own and random numbers in the place of what these would be
+The model runs once, to see how it calls its attentions: with what masks, positions, rotary angles. Then each is called in the
+same way as often as is asked, with other projections instead of its own and random numbers instead of what these would be
 given. In float64 what is the same differs by 1e-15, or by 1e-7 where the code computes scores in float32; so a rotary embedding
 still shows where it turns numbers by less than a millionth of a circle from one token to the next.
 """
@@ -31,7 +31,7 @@ FEW = 7
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """What a module is called with.
+    """The arguments of a call of a module.
 
     Attributes:
         args: The arguments.
@@ -57,9 +57,9 @@ class Alone:
 
     @contextmanager
     def wide(self) -> Iterator[Stacks]:
-        """All its numbers in float64, for a while; gives its weights.
+        """Puts all its numbers in float64 for a while, and yields its weights.
 
-        Other tensors stand in the place of its own: a parameter whose dtype changes loses the hooks that DDP has on its gradient.
+        Other tensors replace its own: a parameter whose dtype changes would lose the hooks that DDP has on its gradient.
         """
         owners: list[dict[str, Any]] = [own for module in self._module.modules() for own in (module._parameters, module._buffers)]
         held = [(own, name, one) for own in owners for name, one in own.items() if one is not None and one.is_floating_point()]
@@ -73,7 +73,7 @@ class Alone:
                 own[name] = one
 
     def __call__(self, stacks: Stacks) -> Tensor:
-        """What the linear behind its heads gives, with these weights, `[calls * tokens, hidden]`."""
+        """Returns what the linear behind its heads gives with these weights, `[calls * tokens, hidden]`."""
         found: list[Tensor] = []
         place = self._place
         with ExitStack() as stack:
@@ -98,7 +98,7 @@ class _WideNumbers(TorchFunctionMode):
 
 
 def see_calls(model: nn.Module, places: Mapping[str, Projections]) -> dict[str, Call]:
-    """What a model calls its attentions with, the first time each, when it is given random tokens.
+    """Runs a model on random tokens and returns with what it calls each of its attentions the first time.
 
     Args:
         model: A Hugging Face model.
@@ -126,7 +126,7 @@ def see_calls(model: nn.Module, places: Mapping[str, Projections]) -> dict[str, 
 
 @contextmanager
 def plainly(model: nn.Module) -> Iterator[None]:
-    """Attention by torch's own code, where the model's kernels know no float64; as before afterwards."""
+    """Switches to torch's own attention for a while, where the model's kernels know no float64."""
     with ExitStack() as stack:
         for config in configs_of(model):
             if attention_of(config) not in (None, "eager", "sdpa"):
@@ -135,7 +135,7 @@ def plainly(model: nn.Module) -> Iterator[None]:
 
 
 def _length(model: nn.Module) -> int:
-    """Half of what the model is made for, as some lose places at the start; few, if it does not say."""
+    """Returns half of the length that the model is made for, as some lose places at the start; few, if that is unknown."""
     config: Any = model.config
     said = [getattr(config.get_text_config(), name, None) for name in ("max_position_embeddings", "max_seq_len")]
     return min([LENGTH, *(max(number // 2, 1) for number in said if type(number) is int)]) if any(said) else FEW
@@ -152,7 +152,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _widened(value: Any) -> Any:  # noqa: ANN401
-    """The same in float64: a tensor, or one within tuples, lists and dicts."""
+    """Returns the same in float64: a tensor, or one within tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, tuple | list) and type(value) in (tuple, list):

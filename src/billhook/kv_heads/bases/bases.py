@@ -1,6 +1,6 @@
-"""What the projections of an attention become before KV heads are pooled: such that the heads of a group are equal.
+"""Weights of an attention with which the KV heads of a group are equal, before they are pooled.
 
-Everything is done in the sizes that the model has: its own code runs the outcome, and to pool equal heads loses nothing more.
+Everything is done in the sizes that the model has: its own code runs the result, and pooling equal heads loses nothing more.
 """
 
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from billhook.kv_heads.methods.base import Rendered
 
 @dataclass(frozen=True, eq=False)
 class Bases:
-    """How heads are rendered by one for each group, in real numbers: head j is taken for B_j times its group's sum of P_i k_i.
+    """How one head renders each group, in real numbers: B_j times its group's sum of P_i k_i stands for head j.
 
     Attributes:
         basis: B, `[heads, width, width]`, float64.
         shared: P, `[heads, width, width]`, float64.
         groups: How many groups there are.
-        lost: The share that is lost of what the heads give, in the metric of what reads them: the sums over all heads of
+        lost: The share of what the heads give that is lost, in the metric of what reads them: the sums over all heads of
             E||S_j (k_j - B_j kbar)||^2 and of E||S_j k_j||^2, the one divided by the other.
     """
 
@@ -33,7 +33,7 @@ class Bases:
 
 
 def weight_moments(stacks: Stacks, groups: int) -> Moments:
-    """Moments without data, as if all that the projections are given were independent and of one size."""
+    """Returns moments without data, as if all that the projections are given were independent and of one size."""
 
     def crossed(stack: Tensor) -> Tensor:
         grouped = _in_groups(stack, groups)
@@ -58,12 +58,12 @@ def find_bases(stacks: Stacks, moments: Moments, freedoms: Freedoms, method: Ren
 
 
 def pooled(stacks: Stacks, keys: Bases, values: Bases) -> Stacks:
-    """The weights with each head in the place of which its group's rendering stands: k' = sum of P_i k_i, v' likewise."""
+    """Returns the weights with each head replaced by its group's rendering: k' = sum of P_i k_i, v' likewise."""
     return _taken(stacks, keys, values, _shared(stacks.k, keys), _shared(stacks.v, values))
 
 
 def turned(stacks: Stacks, keys: Bases, values: Bases) -> Stacks:
-    """The weights with each head in its group's basis, and none pooled, so that the model computes what it did: k' = B_j^-1 k.
+    """Returns the weights with each head in its group's basis and none pooled; the model computes what it did: k' = B_j^-1 k.
 
     Raises:
         torch.linalg.LinAlgError: If a basis has no inverse, as that of a head without any part in what its group shares may not.
@@ -72,7 +72,7 @@ def turned(stacks: Stacks, keys: Bases, values: Bases) -> Stacks:
 
 
 def _taken(stacks: Stacks, keys: Bases, values: Bases, k: Tensor, v: Tensor) -> Stacks:
-    """New keys and values, and who reads them: q' = B_j^T q, W_O' = W_O B_j."""
+    """Returns new keys and values, and what reads them: q' = B_j^T q, W_O' = W_O B_j."""
     queries = len(stacks.q) // len(stacks.k)
     q = keys.basis.mT.repeat_interleave(queries, 0) @ stacks.q
     return Stacks(q, k, v, stacks.o @ values.basis.repeat_interleave(queries, 0))
@@ -84,7 +84,7 @@ def _shared(stack: Tensor, own: Bases) -> Tensor:
 
 
 def _bases(metric: Tensor, moments: Tensor, freedom: Freedom, method: Rendered) -> Bases:
-    """The renderings of all groups; numbers in no block are averaged."""
+    """Finds the renderings of all groups; numbers in no block are averaged."""
     groups, size, width = moments.shape[:3]
     metrics, found, lost, whole = _in_groups(metric, groups), [], 0.0, 0.0
     for group in range(groups):
@@ -102,7 +102,7 @@ def _bases(metric: Tensor, moments: Tensor, freedom: Freedom, method: Rendered) 
 
 
 def _loss(metric: Tensor, moments: Tensor, basis: Tensor, shared: Tensor) -> tuple[float, float]:
-    """The sum over heads of E||S_j (k_j - B_j kbar)||^2, and of E||S_j k_j||^2."""
+    """Returns the sum over heads of E||S_j (k_j - B_j kbar)||^2, and of E||S_j k_j||^2."""
     crossed = torch.einsum("iab,ibjc->jac", shared, moments)  # E[kbar k_j^T]
     own = torch.einsum("jac,jbc->ab", crossed, shared)
     heads = torch.einsum("jajb->jab", moments)
@@ -113,7 +113,7 @@ def _loss(metric: Tensor, moments: Tensor, basis: Tensor, shared: Tensor) -> tup
 
 
 def _of_block(metric: Tensor, moments: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """A block's part of a metric and of moments; pairs as complex numbers: E[z_i conj(z_j)]."""
+    """Returns a block's part of a metric and of moments; pairs as complex numbers: E[z_i conj(z_j)]."""
     r, i = list(block.real), list(block.imaginary)
     if not i:
         return metric[:, r][:, :, r], moments[:, r][:, :, :, r]

@@ -1,10 +1,10 @@
-"""How the numbers of a head may be mixed without a change to the model: found by trying it on the model's own code.
+"""How the numbers of a head may be mixed without changing the model: found by trying it on the model's own code.
 
 Attention does not change when keys are multiplied by a matrix A and queries by its inverse transpose, q^T A^-1 A k = q^T k, or
-values by A and output columns by A^-1; but for what the code does between. A rotary embedding turns pairs of numbers (all, or
+values by A and output columns by A^-1; except for the code in between. A rotary embedding turns pairs of numbers (all, or
 some of a head), in one of two layouts; a norm scales with what it is given; a gate stands at each number. So random projections
-are put in the place of the model's own, once as they are and once with such a matrix in between; where the attention gives the
-same, the matrix is free. Each is tried by itself, in float64, so that also slow turns show (see `kv_alone`).
+replace the model's own, once as they are and once with such a matrix in between; where the attention gives the
+same, the matrix is free. Each is tried by itself, in float64, so that also slow turns show (see `alone`).
 """
 
 import math
@@ -60,7 +60,7 @@ SHARES = (*(n / 8 for n in range(1, 9)), *(n / 10 for n in range(1, 10)))
 
 
 def candidates(width: int) -> Iterator[Freedom]:
-    """All together; pairs half a rotary width apart, or side by side, and the rest together; a more free one always first."""
+    """Yields all together; pairs half a rotary width apart, or side by side, and the rest together; freer ones first."""
     yield (Block(tuple(range(width))),)
     widths = sorted({int(width * share) for share in SHARES if width * share % 2 == 0})
     for rotary in reversed(widths):
@@ -75,7 +75,7 @@ def _rest(start: int, width: int) -> Freedom:
 
 
 def find_freedoms(model: nn.Module, places: Mapping[str, Projections]) -> dict[str, Freedoms]:
-    """How the heads of each attention may be mixed, by the attention's name; the model stays as it is.
+    """Finds how the heads of each attention may be mixed, by the attention's name; the model stays as it is.
 
     It runs the model once, on a few random tokens, and each attention some four times where it is of one of the usual kinds.
 
@@ -108,14 +108,14 @@ def _freedoms(attention: Alone) -> Freedoms:
 
 
 def in_order(stacks: Stacks, order: Sequence[int]) -> Stacks:
-    """The KV heads in another order, with their query heads."""
+    """Returns the KV heads in another order, with their query heads."""
     queries = len(stacks.q) // len(stacks.k)
     heads = [head * queries + query for head in order for query in range(queries)]
     return Stacks(stacks.q[heads], stacks.k[list(order)], stacks.v[list(order)], stacks.o[heads])
 
 
 def _drawn(stacks: Stacks, generator: torch.Generator) -> Stacks:
-    """Projections of the same sizes, with which scores are of the size of one where inputs are."""
+    """Draws projections of the same sizes, with which scores are of the size of one where inputs are."""
 
     def draw(stack: Tensor, width: int) -> Tensor:
         return torch.randn(stack.shape, generator=generator, dtype=stack.dtype).to(stack.device) / math.sqrt(width)
@@ -125,7 +125,7 @@ def _drawn(stacks: Stacks, generator: torch.Generator) -> Stacks:
 
 
 def _mixed(stack: Tensor, freedom: Freedom, generator: torch.Generator) -> Tensor:
-    """For each head a matrix that mixes the numbers of its blocks, `[heads, width, width]`: not orthogonal, well conditioned."""
+    """Draws for each head a matrix that mixes its blocks' numbers, `[heads, width, width]`: not orthogonal, well conditioned."""
     count, width = stack.shape[:2]
     matrix = torch.eye(width, dtype=stack.dtype).repeat(count, 1, 1)
     for head in range(count):
@@ -148,7 +148,7 @@ def _mix(matrix: Tensor, block: Block, generator: torch.Generator) -> None:
 
 
 def _scales(stack: Tensor) -> Tensor:
-    """For each head another factor: what no norm over all heads lets pass."""
+    """Returns another factor for each head: what no norm over all heads lets pass."""
     sizes = torch.linspace(0.5, 2, len(stack), dtype=stack.dtype, device=stack.device)
     return sizes[:, None, None] * torch.eye(stack.shape[1], dtype=stack.dtype, device=stack.device)
 

@@ -15,12 +15,12 @@ RESTARTS = 20
 
 
 def similar_order(stacks: Stacks, moments: Moments, freedoms: Freedoms, method: Rendered, groups: int) -> list[int]:
-    """An order of the KV heads in which those that share a group stand beside each other.
+    """Returns an order of the KV heads in which those that share a group are next to each other.
 
-    What a group loses is taken for the sum of what its pairs lose, of keys and of values, each as a share of what there is. Heads
-    are exchanged between groups as long as that helps, from the order that there is and from random ones; the best outcome is
+    The loss of a group is estimated as the sum of the losses of its pairs, of keys and of values, each as a share of what there
+    is. Heads are exchanged between groups as long as that helps, from the present order and from random ones; the best result is
     taken, and of equal ones the first. One exchange of a, in group g, with b, in group h, changes the sum over pairs by
-    l(a, h) + l(b, g) - l(a, g) - l(b, h) - 2 l(a, b), l(a, h) being what a loses with all of h.
+    l(a, h) + l(b, g) - l(a, g) - l(b, h) - 2 l(a, b), l(a, h) being the loss of a with all of h.
 
     Args:
         stacks: The weights.
@@ -42,7 +42,7 @@ def similar_order(stacks: Stacks, moments: Moments, freedoms: Freedoms, method: 
 
 
 def moments_in_order(moments: Moments, order: list[int], groups: int) -> Moments:
-    """The moments of one group of all heads, for heads in another order and in several groups.
+    """Returns the moments of one group of all heads as those of heads in another order and in several groups.
 
     Of keys and queries these are what `gather` would find of the model in that order. Values are still seen as all query heads of
     the attention attend to them, not only those of their group.

@@ -1,8 +1,8 @@
-"""What calibration data shows of the heads of each attention: how its keys, queries and values vary together.
+"""Second moments of the heads of each attention on calibration data: how its keys, queries and values vary together.
 
 Keys and queries are seen where their projections give them, before any rotary embedding. Of values it matters what attention
-makes of them: head h is given a mean of v_j over what it attends to, and it is to be known what it would be given of the other
-heads of the group. So each attention runs once more for each of these, with their values in the place of its own: the model's own
+makes of them: head h is given a mean of v_j over what it attends to, and needed is also what it would be given of the other
+heads of the group. So each attention runs once more for each of these, with their values instead of its own: the model's own
 code, whatever its masks and scores are, and nothing but the attention runs again.
 """
 
@@ -76,7 +76,7 @@ def gather(
 
 
 class _Enough(BaseException):
-    """What reads the heads has been reached; the rest of the attention would be for nothing."""
+    """Ends an attention's forward at the linear that reads the heads: the rest would be for nothing."""
 
 
 class _Sums:
@@ -113,7 +113,7 @@ class _Sums:
             yield
 
     def _visit(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """The attention's forward: with the values of each of the others of the group, and then as it is."""
+        """Runs the attention's forward with the values of each of the others of the group, and then as it is."""
         self._given = []
         for shift in range(1, self._size):
             others = moved_values(self._model, self._place, self._others(shift))
@@ -126,7 +126,7 @@ class _Sums:
             self._proper, self._given = False, None
 
     def _others(self, shift: int) -> list[int]:
-        """For each KV head the one that is so many places further in its group."""
+        """Returns for each KV head the one that is so many places further in its group."""
         size = self._size
         return [head // size * size + (head + shift) % size for head in range(self._place.kv_heads)]
 
@@ -175,7 +175,7 @@ class _Sums:
         return mask if mask is not None and mask.numel() == tokens.shape[:-1].numel() else None
 
     def moments(self, reduce: Reduce | None) -> Moments:
-        """The means of what was added up."""
+        """Returns the means of what was added up."""
         for sums in (self._keys, self._values, self._queries, self._tokens) if reduce is not None else ():
             assert reduce is not None
             reduce(sums)
@@ -193,14 +193,14 @@ class _Sums:
 
 
 def _plain(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """What counts, one token after the other, in float32 at least."""
+    """Returns the tokens that count, one after the other, in float32 at least."""
     tensor = tensor.detach().flatten(0, -2) if mask is None else tensor.detach()[mask.reshape(tensor.shape[:-1])]
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 @contextmanager
 def _precisely() -> Iterator[None]:
-    """Products in full, whatever the run has set."""
+    """Computes products in full precision, whatever the run has set."""
     own = Ambient.now()
     Ambient().restore()
     try:

@@ -79,7 +79,7 @@ class Stacks:
 
 
 def find_projections(model: nn.Module, structure: Structure) -> dict[str, Projections]:
-    """Where the projections of each attention lie, by the attention's name, in the order in which they run.
+    """Finds where the projections of each attention lie, by the attention's name, in the order in which they run.
 
     Args:
         model: The model.
@@ -94,14 +94,14 @@ def find_projections(model: nn.Module, structure: Structure) -> dict[str, Projec
 
 
 def read(model: nn.Module, place: Projections) -> Stacks:
-    """The weights of an attention as stacks of heads."""
+    """Returns the weights of an attention as stacks of heads."""
     q, k, v = (_augmented(model, rows)[rows.index] for rows in (place.q, place.k, place.v))
     o = matrix_of(model.get_submodule(place.o.linear))[0].double()
     return Stacks(q, k, v, o[:, place.o.index].transpose(0, 1))
 
 
 def written(model: nn.Module, place: Projections, stacks: Stacks) -> dict[str, dict[str, Tensor]]:
-    """What the linears of an attention become: by linear, its parameters, in their own sizes and dtypes.
+    """Returns the new parameters of an attention's linears, by linear, in their own sizes and dtypes.
 
     Args:
         model: The model, which stays as it is.
@@ -133,7 +133,7 @@ def _projections(model: nn.Module, units: Units, attention: Attention) -> Projec
         if not isinstance(model.get_submodule(rows.linear), nn.Linear | Conv1D):
             raise ValueError(f"{rows.linear} is a {type(model.get_submodule(rows.linear)).__name__}, not an nn.Linear or Conv1D")
     if not np.array_equal(units.kv_of, np.arange(len(units.kv_of)) // (len(units.kv_of) // units.count("kv_head"))):
-        raise ValueError(f"{units.name}: query heads that share a KV head do not lie beside each other")
+        raise ValueError(f"{units.name}: query heads that share a KV head do not lie next to each other")
     if q.index.shape[1] != k.index.shape[1]:
         raise ValueError(
             f"{units.name}: {q.index.shape[1]} numbers of a query, {k.index.shape[1]} of a key come from its projections"
@@ -161,7 +161,7 @@ def _rows(model: nn.Module, units: Units, part: Part, per: Per) -> Rows:
 
 
 def _split(number: Indices, count: int, what: str) -> Indices:
-    """The positions of each head, in their order."""
+    """Returns the positions of each head, in their order."""
     own = [np.flatnonzero(number == head) for head in range(count)]
     if len({len(positions) for positions in own}) != 1 or not len(own[0]):
         raise ValueError(f"{what}: its {count} heads are not of one width")
@@ -179,7 +179,7 @@ def _copy(model: nn.Module, linear: str) -> tuple[Tensor, Tensor | None]:
 
 
 def moved_values(model: nn.Module, place: Projections, order: Sequence[int]) -> dict[str, dict[str, Tensor]]:
-    """As `written`, with the values of other KV heads in the place of each, and all else as it is.
+    """Returns new parameters as `written` does, with the values of other KV heads instead of each one's own, all else unchanged.
 
     Args:
         model: The model, which stays as it is.
@@ -196,7 +196,7 @@ def moved_values(model: nn.Module, place: Projections, order: Sequence[int]) -> 
 
 @contextmanager
 def instead(model: nn.Module, new: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
-    """Other parameters in the place of linears' own, which come back; what autocast has kept of either is forgotten.
+    """Replaces the parameters of linears for a while; what autocast has kept of either is forgotten.
 
     Args:
         model: The model.
@@ -211,5 +211,5 @@ def instead(model: nn.Module, new: Mapping[str, Mapping[str, Tensor]]) -> Iterat
 
 
 def modules_of(model: nn.Module, new: Mapping[str, Mapping[str, Tensor]]) -> dict[nn.Module, Mapping[str, Tensor]]:
-    """The same by module."""
+    """Returns the same by module."""
     return {model.get_submodule(name): own for name, own in new.items()}

@@ -61,7 +61,7 @@ class KVMethod(ABC):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name that messages use."""
         return type(self).__name__.lower()
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What the GQA paper compares the mean with.
+"""The first head, and heads drawn at random: the ablation of the GQA paper.
 
 Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints", 2023
 (https://arxiv.org/abs/2305.13245), section 3.3 and figure 4.
@@ -44,7 +44,7 @@ class RandomHeads(KVMethod):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name that messages use."""
         return "random"
 
     def pool(self, heads: Sequence[Tensor]) -> Tensor:

@@ -30,7 +30,7 @@ HEADER = "callbacks | tokens in a step | step, CPU s | in hooks | with / without
 ROWS = {
     "WeightPruning, idle": lambda: [bh.WeightPruning(bh.Wanda(), sparsity=0.5, at=LATE)],
     "HeadPruning, idle": lambda: [bh.HeadPruning(0.5, at=LATE)],
-    "StructuredPruning, idle": lambda: [bh.StructuredPruning(channels=0.2, at=LATE)],
+    "StructuredPruning, idle": lambda: [bh.StructuredPruning(bh.Amount(channels=0.2), at=LATE)],
     "DepthPruning, idle": lambda: [bh.DepthPruning(1, at=LATE)],
     "KVHeadConversion, idle": lambda: [bh.KVHeadConversion(1, at=LATE)],
     "all of them, idle": lambda: [

@@ -51,7 +51,6 @@ UNFINISHED = [  # folders whose owner is at it: who is done takes the line out
     "billhook",
     "callbacks",
     "checkpoints",
-    "fit",
     "repairs",
     "sparsity",
     "training",

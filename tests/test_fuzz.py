@@ -133,13 +133,13 @@ def test_records(folders, record):
 CALLBACKS = [
     ("WeightPruning", {"criterion": {"class_path": "SparseGPT", "init_args": {"damp": 0.1}}, "sparsity": 0.5, "at": 2}),
     ("WeightPruning", {"sparsity": {"class_path": "Cubic", "init_args": {"final": 0.5, "start": 0, "end": 4, "every": 2}}}),
-    ("WeightPruning", {"pattern": "2:4", "skip": ["*.down_proj"], "allocation": {"class_path": "OWL"}, "examples": 4}),
-    ("KVHeadConversion", {"num_key_value_heads": [4, 1], "at": [0.1, 0.3], "method": "svd", "examples": 4}),
+    ("WeightPruning", {"pattern": "2:4", "skip": ["*.down_proj"], "allocation": {"class_path": "OWL"}, "calibration": 4}),
+    ("KVHeadConversion", {"num_key_value_heads": [4, 1], "at": [0.1, 0.3], "method": "svd", "calibration": 4}),
     ("KVHeadConversion", {"num_key_value_heads": 1, "at": {"class_path": "Linear", "init_args": {"final": 1.0, "every": 2}}}),
     ("HeadPruning", {"ratio": 0.5, "at": 3, "importance": {"class_path": "Taylor", "init_args": {"how": "unit"}}, "keep": 0.9}),
     (
         "StructuredPruning",
-        {"channels": 0.2, "params": 0.8, "at": "start", "rounds": 2, "first": 1, "repair": {"validation": 0.1}},
+        {"amount": {"channels": 0.2, "params": 0.8, "first": 1}, "at": "start", "rounds": 2, "repair": {"validation": 0.1}},
     ),
     ("DepthPruning", {"count": 1, "ratio": 0.5, "importance": {"class_path": "Ablation"}, "greedy": True, "first": 1}),
     ("Uptraining", {"alpha": 0.05, "pretraining_steps": 100}),
@@ -168,7 +168,7 @@ def test_callbacks_in_python(own, data):
     plain = data.draw(wrong(arguments))
     given = {key: value for key, value in plain.items() if key in arguments and not isinstance(value, dict)}
     kind = getattr(bh, name)
-    if missing := {"KVHeadConversion": "num_key_value_heads", "HeadPruning": "ratio"}.get(name):
-        given.setdefault(missing, 1)
+    needed = {"KVHeadConversion": {"num_key_value_heads": 1}, "HeadPruning": {"ratio": 1}}
+    needed["StructuredPruning"] = {"amount": bh.Amount(channels=0.2)}
     with contextlib.suppress(ValueError):
-        kind(**given)
+        kind(**needed.get(name, {}) | given)

@@ -99,7 +99,7 @@ def test_a_folder_that_fills_during_the_fit_does_not_cost_the_result(files, tmp_
             (tmp_path / "model" / "thesis.txt").write_text("years of work")
 
     export = Export(str(tmp_path / "model"))
-    with pytest.warns(UserWarning, match="did not write .* it goes to '.*model-2'"):
+    with pytest.warns(UserWarning, match="did not write .* the model is saved to '.*model-2'"):
         trainer(tmp_path, [Intruder(), export], max_steps=1).fit(module(), data(files))
     assert export.saved.folder == str(tmp_path / "model-2")
     assert (tmp_path / "model" / "thesis.txt").exists()

@@ -9,11 +9,12 @@ import peft
 import pytest
 import torch
 import transformers
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.checkpoints.export import export_checkpoint
+from billhook.fit.calibration import Calibration
 from billhook.pruning.choice import choose
 from billhook.units.find import find_units
 from kit import fits
@@ -59,6 +60,7 @@ WHEN = {
     "a fraction": ({"ratio": 0.5, "at": 0.5}, [16] * 4 + [8] * 4),
     "the end": ({"ratio": 0.5, "at": 8}, [16] * 8),
     "nothing": ({"ratio": 0, "at": 2}, [16] * 8),
+    "progress": ({"ratio": 0.5, "at": bh.schedules.MultiStep([0.5, 1.0], [2, 5])}, [16] * 2 + [12] * 3 + [8] * 3),
     "constant": ({"ratio": bh.schedules.Constant(0.5, start=2)}, [16] * 2 + [8] * 6),
     "steps": ({"ratio": bh.schedules.MultiStep([0.25, 0.3, 0.8], [2, 4, 0.75])}, [16] * 2 + [12] * 4 + [4] * 2),
     "ramp": ({"ratio": bh.schedules.Linear(final=0.75, initial=0.25, start=0, end=4, every=2)}, [12] * 2 + [8] * 2 + [4] * 4),
@@ -189,11 +191,11 @@ def test_removal_is_what_removing_by_hand_is(files, tmp_path):
     for step, batch in enumerate(batches):
         if step in (2, 5):
             scores = bh.score(model, bh.find_units(model, "head"), bh.WeightNorm(), normalize=True)
-            for name, own in mask.heads.items():
+            for name, own in mask.units.items():
                 scores[name][own] = -1
             mask.remove()
             chosen = choose(bh.find_units(model, "head"), scores, {2: 0.25, 5: 0.5}[step])
-            assert all(set(mask.heads.get(name, ())) <= set(own) for name, own in chosen.items())
+            assert all(set(mask.units.get(name, ())) <= set(own) for name, own in chosen.items())
             if step == 2:
                 mask = bh.mask(model, chosen)
             else:
@@ -253,7 +255,7 @@ class TestScores:
     def test_of_training_data(self, files, tmp_path):
         """All of it, one row at a time, so that it does not matter in which order it is drawn."""
         lit, dense, given = module(), module(), data(files, batch_size=1)
-        callback = pruning(0.25, remove="never", examples=1000)
+        callback = pruning(0.25, remove="never", calibration=1000)
         trainer(tmp_path, [callback], max_steps=1).fit(lit, given)
         rows = given.splits["train"]
         batches = [given.collate()([row]) for row in rows]
@@ -266,7 +268,7 @@ class TestScores:
     def test_the_seed_says_which_examples(self, files, tmp_path):
         found = []
         for seed in (0, 0, 1):
-            callback = pruning(0.25, remove="never", examples=4, seed=seed)
+            callback = pruning(0.25, remove="never", calibration=Calibration(examples=4, seed=seed))
             trainer(tmp_path, [callback], max_steps=1).fit(module(), data(files))
             found.append(callback.record.scores)
         assert same(found[0], found[1])
@@ -302,27 +304,6 @@ class Own(pl.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
 
 
-class Manual(Own):
-    """Two optimizers, stepped by hand."""
-
-    def __init__(self, net):
-        super().__init__(net)
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        loss = self.net(**batch).loss
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        for optimizer in self.optimizers():
-            optimizer.step()
-
-    def configure_optimizers(self):
-        attention = [p for name, p in self.named_parameters() if "self_attn" in name]
-        others = [p for name, p in self.named_parameters() if "self_attn" not in name]
-        return [torch.optim.AdamW(attention, 1e-2), torch.optim.SGD(others, 1e-2)]
-
-
 def mha():
     torch.manual_seed(0)
     return llama(num_key_value_heads=8)
@@ -331,26 +312,6 @@ def mha():
 def loader(kind=tuple, rows=16):
     ids = tokens(rows)
     return DataLoader([(row,) if kind is tuple else {"input_ids": row, "labels": row} for row in ids], batch_size=2)
-
-
-@pytest.mark.parametrize("remove", REMOVE)
-def test_a_module_of_the_users_own(tmp_path, remove):
-    lit, watch = Own(mha()), Acting()
-    callback = pruning(bh.schedules.MultiStep([0.25, 0.5], [1, 3]), remove=remove)
-    trainer(tmp_path, [callback, watch], max_steps=4, accumulate_grad_batches=2).fit(lit, loader())
-    assert watch.seen == [16] * 2 + [12] * 4 + [8] * 2
-    assert bare(lit)
-    assert acting(lit) - silent(lit) == 8
-
-
-@pytest.mark.parametrize("remove", ["never", "end"])
-def test_manual_optimization(tmp_path, remove):
-    lit, watch = Manual(mha()), Acting()
-    run = trainer(tmp_path, [pruning(0.25, at=0.5, remove=remove), watch], max_steps=12)
-    run.fit(lit, loader(dict))
-    assert watch.seen == [16] * 3 + [12] * 3  # two steps a batch
-    held = {id(p) for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]}
-    assert held == {id(p) for p in lit.parameters()}
 
 
 @pytest.mark.parametrize("remove", ["never", "rounds"])
@@ -375,19 +336,8 @@ def test_lora(tmp_path, remove):
     assert silent(merged) == (8 if remove == "never" else 0)
 
 
-@pytest.mark.parametrize(("precision", "remove"), [("bf16-mixed", "never"), ("bf16-mixed", "end"), ("bf16-true", "rounds")])
-def test_precision(files, tmp_path, precision, remove):
-    lit, watch = module(), Acting()
-    trainer(tmp_path, [pruning(0.25, at=2, remove=remove), watch], max_steps=4, precision=precision).fit(lit, data(files))
-    assert watch.seen == [16] * 2 + [12] * 2
-    assert {p.dtype for p in lit.parameters()} == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
-    assert all(p.isfinite().all() for p in lit.parameters())
-
-
-@pytest.mark.parametrize("ratio", [0.5, bh.schedules.MultiStep([0.25, 0.5], [100, 200])])
-def test_fast_dev_run_tries_the_last_round(files, tmp_path, ratio):
-    lit = module()
-    callback = pruning(ratio, **({"at": 100} if ratio == 0.5 else {}))
+def test_fast_dev_run_tries_the_last_round_of_a_schedule(files, tmp_path):
+    lit, callback = module(), pruning(bh.schedules.MultiStep([0.25, 0.5], [100, 200]))
     trainer(tmp_path, [callback], max_steps=-1, fast_dev_run=1).fit(lit, data(files))
     assert acting(lit) == 8
 
@@ -453,7 +403,7 @@ class TestMonitor:
         assert acting(lit) == (16 if remove == "never" else 12)
         assert [event["step"] for event in callback.events] == [1, 3]
         masked = 4 if remove == "rounds" else 8
-        assert f"{masked} heads masked, taken back: {monitor} " in callback.events[1]["what"]
+        assert f"{masked} heads masked, undone: {monitor} " in callback.events[1]["what"]
         assert ("16 -> 12 attention heads" in callback.events[1]["what"]) == (remove == "end")
 
     def test_masks_of_the_round_before_are_removed_at_the_end(self, files, tmp_path):
@@ -510,32 +460,6 @@ class TestMonitor:
         assert bare(lit)
 
 
-def test_a_second_fit_starts_anew(files, tmp_path):
-    callback = pruning(0.25, at=3, remove="never")
-    for seed in (0, 1):
-        lit, watch = module(seed), Acting()
-        trainer(tmp_path, [callback, watch]).fit(lit, data(files))
-        assert watch.seen == [16] * 3 + [12] * 5
-        assert [event["step"] for event in callback.events] == [3]
-
-
-@pytest.mark.parametrize("remove", ["never", "end"])
-def test_a_fit_that_goes_on_goes_on(files, tmp_path, remove):
-    lit, watch = module(), Acting()
-    run = trainer(tmp_path, [pruning(0.25, at=3, remove=remove), watch], max_steps=-1, max_epochs=1)
-    run.fit(lit, data(files))
-    steps = len(watch.seen)
-    run.fit_loop.max_epochs = 2
-    run.fit(lit, data(files))
-    assert watch.seen == [16] * 3 + [12] * (2 * steps - 3)
-
-
-def test_training_that_ends_early_says_what_it_left_out(files, tmp_path):
-    stop = EarlyStopping("val_loss", patience=1, min_delta=100.0)
-    with pytest.warns(UserWarning, match=r"training has ended at step \d+, before the round at step 90"):
-        trainer(tmp_path, [pruning(bh.schedules.MultiStep([0.3, 0.5], [80, 90])), stop], max_steps=100).fit(module(), data(files))
-
-
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 def test_events_are_logged(files, tmp_path):
     callback, logger = pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), measure_batches=2), pl.loggers.CSVLogger(tmp_path)
@@ -560,7 +484,7 @@ def test_averaged_weights_do_not_bring_masked_heads_back(tmp_path):
 
 
 def test_beside_weights_that_become_zero(files, tmp_path):
-    weight = {"sparsity": 0.5, "examples": 6, "measure_batches": 0, "criterion": bh.Magnitude()}
+    weight = {"sparsity": 0.5, "calibration": 6, "measure_batches": 0, "criterion": bh.Magnitude()}
     for heads, at, order in (("start", "start", 1), (2, 4, -1)):
         lit, callback = module(), bh.WeightPruning(**weight, at=at)
         trainer(tmp_path, [pruning(0.25, at=heads), callback][::order]).fit(lit, data(files))
@@ -651,7 +575,7 @@ class TestRefused:
             ({"ratio": "0.5"}, "ratio='0.5' must be"),
             ({"ratio": bh.schedules.Linear(final=0.5), "at": 3}, "at=3: the schedule says when"),
             ({"at": 1.5}, "at=1.5 .* must be in 0..1"),
-            ({"at": "end"}, "at must be an int"),
+            ({"at": "end"}, "at='end' must be 'start', an int"),
             ({"at": -1}, "at=-1"),
             ({"ranking": "all"}, "ranking='all' must be one of layer, global"),
             ({"per": "layer"}, "per='layer' must be one of head, kv_head"),
@@ -663,8 +587,8 @@ class TestRefused:
             ({"monitor": "val_loss", "keep": 1.1}, "needs keep=1.1 in"),
             ({"monitor": "val_loss", "mode": "low"}, "mode='low' 'max' or 'min'"),
             ({"monitor": "val_loss", "measure_batches": 0}, "needs .* and measure_batches"),
-            ({"measure_batches": -1}, "measure_batches=-1 must be at least 0"),
-            ({"examples": 0}, "examples=0 must be at least 1"),
+            ({"measure_batches": -1}, "measure_batches=-1 must be a whole number of at least 0"),
+            ({"calibration": 0}, "examples=0 must be a whole number of at least 1"),
             ({"calibration": iter([])}, "calibration=list_iterator can be read only once"),
         ],
     )
@@ -675,10 +599,11 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "changes", "match"),
         [
-            ({"ratio": 0.1}, {}, "ratio=0.1 takes not a single head: 0.125 does"),
-            ({"ratio": 0.05, "ranking": "global"}, {}, "ratio=0.05 takes not a single head: 0.0625 does"),
-            ({"ratio": 0.25}, {"num_key_value_heads": 4}, "ratio=0.25 takes not a single head: 0.5 does"),
-            ({"ratio": 0.2, "per": "kv_head"}, {"num_key_value_heads": 4}, "0.2 takes not a single head: 0.25 does"),
+            ({"ratio": 0.5, "at": bh.schedules.Linear(final=0.5, every=2)}, {}, "it says which share .* must rise to 1"),
+            ({"ratio": 0.1}, {}, "ratio=0.1 removes no head; the smallest ratio that does is 0.125"),
+            ({"ratio": 0.05, "ranking": "global"}, {}, "ratio=0.05 removes no head; the smallest ratio that does is 0.0625"),
+            ({"ratio": 0.25}, {"num_key_value_heads": 4}, "ratio=0.25 removes no head; the smallest ratio that does is 0.5"),
+            ({"ratio": 0.2, "per": "kv_head"}, {"num_key_value_heads": 4}, "0.2 removes no head; .* is 0.25"),
             ({"ratio": 0.5}, {"num_attention_heads": 1, "num_key_value_heads": 1}, "no ratio does"),
             ({"ratio": 0.9, "min_heads": 2}, {}, "7 of 8 heads of model.layers.0.self_attn would be removed, and at most 6 may"),
             ({"ratio": 0.9, "min_heads": 2, "ranking": "global"}, {}, "14 of 16 heads of all layers .* at most 12 may"),
@@ -690,14 +615,6 @@ class TestRefused:
     )  # fmt: skip
     def test_before_training(self, files, tmp_path, options, changes, match):
         self.refused(files, tmp_path, [pruning(**options)], match, module(**changes))
-
-    def test_two_alike(self, files, tmp_path):
-        callbacks = [pruning(0.25), pruning(0.5, at=3)]
-        with pytest.raises(RuntimeError, match="more than one stateful callback of type `HeadPruning`"):
-            trainer(tmp_path, callbacks)
-        lit = module()
-        lit.configure_callbacks = lambda: callbacks  # these Lightning does not look at
-        self.refused(files, tmp_path, [], "two HeadPruning by GateGradient: one is enough", lit)
 
     @pytest.mark.parametrize(
         ("ratio", "at", "options", "step"),

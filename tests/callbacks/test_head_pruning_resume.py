@@ -114,15 +114,6 @@ def test_a_run_that_failed_resumes_too(files, tmp_path, remove):
     assert same(weights(lit), weights(straight))
 
 
-def test_a_checkpoint_of_a_run_without_it_is_pruned_when_training_goes_on(files, tmp_path):
-    trainer(tmp_path, [checkpoints(tmp_path)], max_steps=4).fit(module(), data(files))
-    for remove in ("never", "rounds"):
-        lit, watch, callback = module(seed=1), Acting(), pruning(ROUNDS, remove=remove)
-        trainer(tmp_path, [callback, watch]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
-        assert watch.seen == SEEN[4:]
-        assert [event["step"] for event in callback.events] == [4, 6]
-
-
 def test_a_shorter_run_that_ended_goes_on_to_the_next_rounds(files, tmp_path):
     """Its weights that read masked heads are zero by then."""
     run = trainer(tmp_path, [pruning(bh.schedules.MultiStep([0.25], [2]), remove="never")], max_steps=4)

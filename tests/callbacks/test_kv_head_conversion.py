@@ -438,7 +438,7 @@ class TestRefused:
             trainer(tmp_path, [KVHeadConversion(2)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
 
 
-@pytest.mark.parametrize(("at", "told"), [([2, 6], "the stage at step 6"), ([5, 6], "the 2 stages up to that at step 6")])
+@pytest.mark.parametrize(("at", "told"), [([2, 6], "the event at step 6"), ([5, 6], "the event at step 6, the last of 2")])
 def test_training_that_ends_before_a_stage_says_so(files, tmp_path, at, told):
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer, *_):

@@ -19,7 +19,7 @@ from kit.fits import data, module, same, trainer, weights
 from kit.kv_zoo import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
-QUICK = {"examples": 4, "measure_batches": 0}
+QUICK = {"calibration": 4, "measure_batches": 0}
 FOUR = {"num_hidden_layers": 4, "intermediate_size": 16}
 STEPS = MultiStep([0.25, 0.75, 1.0], [1, 3, 4])
 
@@ -99,7 +99,7 @@ def test_resumed_equals_straight_through(files, tmp_path):
 
 
 def test_at_the_end_it_is_an_ordinary_checkpoint(files, tmp_path, capsys):
-    lit, callback = module(), KVHeadConversion(2, MultiStep([0.5, 1.0], [1, 2]), method="svd", examples=4)
+    lit, callback = module(), KVHeadConversion(2, MultiStep([0.5, 1.0], [1, 2]), method="svd", calibration=4)
     callbacks = [callback, Export(str(tmp_path / "out")), Report(str(tmp_path / "report.png"))]
     trainer(tmp_path, callbacks, max_steps=3).fit(lit, data(files))
     assert "plain from_pretrained loads it" in (out := capsys.readouterr().out)
@@ -178,7 +178,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("at", "match"),
         [
-            (Linear(final=0.5, end=4), "it says which share has been converted, and must rise to 1 before training ends"),
+            (Linear(final=0.5, end=4), "it says which share of the amount is pruned, and must rise to 1 before training ends"),
             (MultiStep([0.5, 2.0], [1, 2]), "it must rise to 1 at most, and is 2 at step 2 after 0.5"),
             (MultiStep([0.5, 0.25, 1.0], [1, 2, 3]), "is 0.25 at step 2 after 0.5"),
             (MultiStep([0.5, 1.0], [1, 9]), "steps=9 is past the end of training"),
@@ -195,7 +195,7 @@ class TestRefused:
         lit = module()
         lit.decay = "constant"
         options = {"max_steps": -1, "max_epochs": -1}
-        self.refused(files, tmp_path, [conversion()], "whose length is not known: set max_steps", lit, **options)
+        self.refused(files, tmp_path, [conversion()], "which is not known: set max_steps", lit, **options)
 
     def test_heads_that_cannot_change_places(self, files, tmp_path):
         """A position bias knows heads by their number."""

@@ -19,7 +19,7 @@ from kit.families import llama
 from kit.fits import data, module, same, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
-QUICK = {"examples": 8, "measure_batches": 0}
+QUICK = {"calibration": 8, "measure_batches": 0}
 WAYS = {
     "aligned": {"method": "aligned"},
     "svd": {"method": "svd"},
@@ -188,7 +188,7 @@ class TestRefused:
         [
             ({"method": "median"}, "method='median' must be one of mean, first, random, aligned, svd, auto"),
             ({"method": "random", "repair": Repair()}, "repair goes with method 'mean', .* not with 'random'"),
-            ({"examples": 0}, "examples=0 must be a whole number of at least 1"),
+            ({"calibration": 0}, "examples=0 must be a whole number of at least 1"),
             ({"calibration": iter([])}, "calibration=list_iterator can be read only once"),
         ],
     )
@@ -206,7 +206,7 @@ class TestRefused:
         ("options", "match"),
         [
             (
-                {"method": "auto", "examples": 2},
+                {"method": "auto", "calibration": 2},
                 "examples=2: method='auto' needs 2 batches at least on each device, .* there are 1",
             ),
             (

@@ -16,7 +16,7 @@ from kit.fits import data, module, same, trainer, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 K = "model.model.layers.0.self_attn.k_proj.weight"
-QUICK = {"examples": 4, "measure_batches": 0}
+QUICK = {"calibration": 4, "measure_batches": 0}
 
 
 def conversion(heads=2, at=5, over=3, **options):

@@ -1,6 +1,7 @@
 """Heads and channels that are removed in a fit: when, how many, and what the model is then."""
 
 import copy
+from dataclasses import fields
 
 import lightning.pytorch as pl
 import pytest
@@ -21,7 +22,8 @@ pytestmark = [
 
 
 def pruning(**options):
-    return bh.StructuredPruning(**{"examples": 6, "measure_batches": 0} | options)
+    amount = {field.name: options.pop(field.name) for field in fields(bh.Amount) if field.name in options}
+    return bh.StructuredPruning(bh.Amount(**amount), **{"calibration": 6, "measure_batches": 0} | options)
 
 
 def widths(lit):
@@ -177,6 +179,10 @@ class TestRefused:
         with pytest.raises(ValueError, match=match):
             pruning(**options)
 
+    def test_a_schedule_in_the_place_of_an_amount(self):
+        with pytest.raises(ValueError, match="amount=Linear.* must be an Amount, .*; a schedule is given as at"):
+            bh.StructuredPruning(bh.schedules.Linear(final=0.5))
+
     @pytest.mark.parametrize(
         ("options", "match"),
         [
@@ -186,7 +192,7 @@ class TestRefused:
             ({"channels": 0.5, "first": 1, "last": 1}, "channels=0.5: all are in protected blocks"),
             (
                 {"channels": 0.5, "at": bh.schedules.Linear(final=0.5, start=0, end=4)},
-                "it says how much has gone, and must rise to 1",
+                "it says which share of the amount is pruned, and must rise to 1",
             ),
             ({"channels": 0.5, "at": 20}, "at=20"),
         ],
@@ -206,12 +212,3 @@ class TestRefused:
         with pytest.raises(ValueError, match="batch 0.*(NaN|infinite)"):
             trainer(tmp_path, [pruning(channels=0.5)]).fit(lit, data(files))
         assert [tuple(p.shape) for p in lit.parameters()] == before
-
-
-def test_training_that_ends_before_an_event_says_so(files, tmp_path):
-    class Stop(pl.Callback):
-        def on_train_batch_end(self, trainer, *_):
-            trainer.should_stop = trainer.global_step >= 2
-
-    with pytest.warns(UserWarning, match="StructuredPruning: training has ended at step 2, before the event at step 5"):
-        trainer(tmp_path, [pruning(channels=0.5, at=5, importance=bh.WeightNorm()), Stop()]).fit(module(), data(files))

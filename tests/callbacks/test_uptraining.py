@@ -140,13 +140,13 @@ def test_without_epochs(files, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"alpha": 0.0, "pretraining_steps": 10}, r"alpha=0.0 must be above 0 and at most 1"),
+        ({"alpha": 0.0, "pretraining_steps": 10}, r"alpha=0.0 must be in .0, 1."),
         ({"alpha": 5, "pretraining_steps": 10}, r"alpha=5 must"),
         ({"alpha": True, "pretraining_steps": 10}, r"alpha=True must"),
         ({"alpha": math.nan, "pretraining_steps": 10}, r"alpha=nan must"),
         ({}, "one of pretraining_steps and pretraining_tokens must be given, got neither"),
         ({"pretraining_steps": 10, "pretraining_tokens": 10}, "one of pretraining_steps and pretraining_tokens"),
-        ({"pretraining_steps": 0}, "pretraining_steps=0 must be a whole number, 1 at least"),
+        ({"pretraining_steps": 0}, "pretraining_steps=0 must be a whole number of at least 1"),
         ({"pretraining_steps": True}, "pretraining_steps=True must"),
         ({"pretraining_tokens": 1.5}, "pretraining_tokens=1.5 must"),
         ({"pretraining_tokens": math.inf}, "pretraining_tokens=inf must"),

@@ -1,7 +1,5 @@
 """When weights become zero, how many, and that a run which was stopped goes on as if it had not been."""
 
-import csv
-
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -33,6 +31,7 @@ pytestmark = [
         ({"sparsity": 0.5, "pattern": "2:4", "at": 1.0}, [0] * 8),
         ({"sparsity": bh.schedules.Constant(0.5, start=2)}, [0] * 2 + [0.5] * 6),
         ({"sparsity": bh.schedules.MultiStep([0.25, 0.5], [2, 0.5])}, [0] * 2 + [0.25] * 2 + [0.5] * 4),
+        ({"sparsity": 0.5, "at": bh.schedules.MultiStep([0.5, 1.0], [2, 0.5])}, [0] * 2 + [0.25] * 2 + [0.5] * 4),
         ({"sparsity": bh.schedules.Linear(final=0.5, end=4, every=2)}, [0] * 2 + [0.25] * 2 + [0.5] * 4),
         (
             {"sparsity": bh.schedules.Linear(final=0.5, initial=0.25, start=0, end=4, every=2)},
@@ -126,49 +125,23 @@ def test_validate_takes_a_checkpoint_as_it_is(files, tmp_path):
     assert zeros(lit) == (0.5, 0.5)
 
 
-def test_a_second_fit_starts_anew(files, tmp_path):
-    callback = pruning(sparsity=0.5, at=3)
-    for seed in (0, 1):
-        lit, watch = module(seed), Zeros()
-        trainer(tmp_path, [callback, watch]).fit(lit, data(files))
-        assert watch.seen == [0] * 3 + [0.5] * 5
-        assert [event["step"] for event in callback.events] == [3]
-
-
-def test_a_fit_that_goes_on_goes_on(files, tmp_path):
-    lit, watch = module(), Zeros()
-    run = trainer(tmp_path, [pruning(sparsity=0.5, at=3), watch], max_steps=-1, max_epochs=1)
-    run.fit(lit, data(files))
-    steps = len(watch.seen)
-    run.fit_loop.max_epochs = 2
-    run.fit(lit, data(files))
-    assert len(watch.seen) == 2 * steps
-    assert watch.seen == [0] * 3 + [0.5] * (2 * steps - 3)
-
-
 @pytest.mark.parametrize(
-    "options", [{"sparsity": 0.5, "at": 100}, {"sparsity": bh.schedules.Cubic(final=0.5, start=10, end=100)}]
+    "options",
+    [
+        {"sparsity": bh.schedules.Cubic(final=0.5, start=10, end=100)},
+        {"sparsity": 0.5, "at": bh.schedules.Linear(final=1.0, start=10, end=100)},
+    ],
+    ids=["amount", "progress"],
 )
-def test_fast_dev_run_tries_the_last_round(files, tmp_path, options):
+def test_fast_dev_run_tries_the_last_round_of_a_schedule(files, tmp_path, options):
     lit = module()
     trainer(tmp_path, [pruning(**options)], max_steps=-1, fast_dev_run=1).fit(lit, data(files))
     assert zeros(lit) == (0.5, 0.5)
 
 
-@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
-def test_sparsity_is_logged(files, tmp_path):
-    callback, logger = pruning(sparsity=RAMP, measure_batches=2), pl.loggers.CSVLogger(tmp_path)
-    trainer(tmp_path, [callback], logger=logger).fit(module(), data(files))
-    with open(f"{logger.log_dir}/metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("sparsity")]
-    assert [(int(row["step"]), round(float(row["sparsity"]), 4)) for row in rows] == [(3, 0.3438), (5, 0.4688), (7, 0.5)]
-    assert float(rows[0]["val_loss_after"]) == callback.events[0]["after"]["val_loss"]
-    assert callback.events[0]["before"]["zeros"] < callback.events[0]["after"]["zeros"]
-
-
 def test_training_that_ends_early_says_what_it_left_out(files, tmp_path):
     stop = EarlyStopping("val_loss", patience=1, min_delta=100.0)
-    with pytest.warns(UserWarning, match=r"training has ended at step \d+, before the pruning at 2 steps up to 90"):
+    with pytest.warns(UserWarning, match=r"training has ended at step \d+, before the event at step 90, the last of 2"):
         trainer(tmp_path, [pruning(sparsity=bh.schedules.MultiStep([0.3, 0.5], [80, 90])), stop], max_steps=100).fit(
             module(), data(files)
         )
@@ -193,12 +166,12 @@ def test_masks_follow_shapes_that_change_later(files, tmp_path):
 
     lit, callback = fits.module(num_hidden_layers=3), pruning(sparsity=0.5, at=1, criterion=bh.Magnitude())
     changes = [
-        bh.DepthPruning(1, at=2, last=1, measure_batches=0, examples=4),
-        bh.StructuredPruning(channels=0.25, at=3, measure_batches=0, importance=bh.WeightNorm()),
+        bh.DepthPruning(1, at=2, last=1, measure_batches=0, calibration=4),
+        bh.StructuredPruning(bh.Amount(channels=0.25), at=3, measure_batches=0, importance=bh.WeightNorm()),
         bh.KVHeadConversion(2, at=4, measure_batches=0),
     ]
     trainer(tmp_path, [*changes, callback, Note()], max_steps=5).fit(lit, data(files))
-    (gone,) = changes[0].plan.blocks["model.layers"]
+    (gone,) = changes[0].plan.units["model.layers"]
     kept = [number for number in range(3) if number != gone]
     for name, mask in seen[2][0].items():
         block = int(name.split(".")[2])
@@ -220,7 +193,7 @@ def test_masks_follow_shapes_that_change_later(files, tmp_path):
 
 def test_a_later_round_masks_what_has_been_mixed_anew(files, tmp_path):
     lit, callback = module(), pruning(sparsity=bh.schedules.MultiStep([0.5, 0.6], [1, 5]))
-    conversion = bh.KVHeadConversion(2, at=3, method="svd", measure_batches=0, examples=4)
+    conversion = bh.KVHeadConversion(2, at=3, method="svd", measure_batches=0, calibration=4)
     trainer(tmp_path, [conversion, callback]).fit(lit, data(files))
     assert zeros(lit) == pytest.approx((0.6, 0.6), abs=0.02)
 
@@ -242,7 +215,7 @@ class TestRefused:
         self.refused(files, tmp_path, callbacks, match)
 
     @pytest.mark.parametrize(
-        ("options", "over", "match"), [({"mask_adapters": True}, 0, "masks LoRA by the shapes"), ({}, 2, "moves weights")]
+        ("options", "over", "match"), [({"mask_adapters": True}, 0, "masks LoRA in the shapes"), ({}, 2, "moves weights")]
     )
     def test_shapes_that_masks_cannot_follow(self, files, tmp_path, options, over, match):
         callbacks = [
@@ -252,7 +225,7 @@ class TestRefused:
         lit = module()
         if options:
             attach(lit.model, bh.LoRA(r=2))
-            callbacks[0] = bh.StructuredPruning(channels=0.25, at=5, measure_batches=0, importance=bh.WeightNorm())
+            callbacks[0] = bh.StructuredPruning(bh.Amount(channels=0.25), at=5, measure_batches=0, importance=bh.WeightNorm())
         with pytest.raises(
             ValueError, match=f"changes shapes at step 5, after WeightPruning has made masks at step 2, and.*{match}"
         ):
@@ -296,8 +269,12 @@ class TestRefused:
             ({"sparsity": RAMP, "at": 3}, "at=3: the schedule says when"),
             ({"sparsity": RAMP, "pattern": "2:4"}, "pattern='2:4' is a sparsity of its own"),
             ({"sparsity": 0.5, "at": 1.5}, "at=1.5 .* must be in 0..1"),
-            ({"sparsity": 0.5, "at": "end"}, "at must be an int"),
-            ({"sparsity": 0.5, "examples": 0}, "examples=0 must be at least 1"),
+            (
+                {"pattern": "2:4", "at": bh.schedules.Linear(final=1.0)},
+                "pattern='2:4' is a sparsity of its own, which a schedule contradicts",
+            ),
+            ({"sparsity": 0.5, "at": "end"}, "at='end' must be 'start', an int"),
+            ({"sparsity": 0.5, "calibration": 0}, "examples=0 must be a whole number of at least 1"),
             ({"sparsity": 0.5, "measure_batches": -1}, "measure_batches=-1"),
             ({"sparsity": 0.5, "calibration": iter([])}, "calibration=list_iterator can be read only once"),
         ],

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import billhook as bh
+from billhook.fit.calibration import Calibration
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
 from kit.weight_pruning import Plain, loader, pruning
@@ -48,9 +49,9 @@ def test_a_round_that_prunes_nothing_leaves_no_trace(files, tmp_path, criterion)
 
 def spied(lit, callback, loaders, folder, monkeypatch, **options):
     """The batches that a round calibrates on, as the model is called with them."""
-    seen, runs_of = [], bh.fit.examples.runs_of
+    seen, runs_of = [], bh.fit.training_step.runs_of
     with monkeypatch.context() as patch:
-        patch.setattr(bh.fit.examples, "runs_of", lambda model, batches: seen.extend(batches) or runs_of(model, batches))
+        patch.setattr(bh.fit.training_step, "runs_of", lambda model, batches: seen.extend(batches) or runs_of(model, batches))
         trainer(folder, [callback], max_steps=options.pop("max_steps", 2), **options).fit(lit, loaders)
     return seen
 
@@ -128,7 +129,16 @@ def test_examples_of_every_loader(tmp_path, monkeypatch, kind):
 
 def test_the_seed_draws_others(tmp_path, monkeypatch):
     rows = [
-        rows_of(spied(Plain(), pruning(sparsity=0.5, seed=seed), LOADERS["shuffled"](), tmp_path, monkeypatch)) for seed in (0, 1)
+        rows_of(
+            spied(
+                Plain(),
+                pruning(sparsity=0.5, calibration=Calibration(examples=6, seed=seed)),
+                LOADERS["shuffled"](),
+                tmp_path,
+                monkeypatch,
+            )
+        )
+        for seed in (0, 1)
     ]
     assert rows[0] != rows[1]
 
@@ -254,7 +264,7 @@ def test_calibration_batches_of_ones_own(tmp_path, monkeypatch, form):
         "tuples": [(part, torch.ones_like(part)) for part in ids.split(4)],
         "loader": DataLoader(TensorDataset(ids, torch.ones_like(ids)), 4, shuffle=True),
     }[form]
-    callback = pruning(sparsity=bh.schedules.MultiStep([0.25, 0.5], [1, 2]), calibration=given, examples=1)
+    callback = pruning(sparsity=bh.schedules.MultiStep([0.25, 0.5], [1, 2]), calibration=given)
     seen = spied(Plain(), callback, loader(), tmp_path, monkeypatch, max_steps=3)
     assert sum(len(batch["input_ids"]) for batch in seen) == 2 * 8
     other = llama()

@@ -6,7 +6,7 @@ import torch
 
 import billhook as bh
 from kit.fits import data, same, trainer, weights
-from kit.weight_pruning import RAMP, ROUNDS, Zeros, checkpoints, module, pruning, zeros
+from kit.weight_pruning import RAMP, checkpoints, module, pruning, zeros
 
 pytestmark = [
     # the resumed runs do without the ModelCheckpoint of the straight one
@@ -56,14 +56,6 @@ def test_a_run_that_failed_resumes_too(files, tmp_path):
     assert not run.optimizers[0]._optimizer_step_post_hooks
     trainer(tmp_path, [callback]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
     assert same(weights(lit), weights(straight))
-
-
-def test_a_checkpoint_of_a_run_without_it_is_pruned_when_training_goes_on(files, tmp_path):
-    trainer(tmp_path, [checkpoints(tmp_path)], max_steps=4).fit(module(), data(files))
-    lit, watch, callback = module(seed=1), Zeros(), pruning(sparsity=RAMP)
-    trainer(tmp_path, [callback, watch]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
-    assert watch.seen == ROUNDS[4:]
-    assert [event["step"] for event in callback.events] == [4, 5, 7]
 
 
 def test_two_callbacks_each_have_their_own_linears(files, tmp_path):

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
 ]
 SIZES = {"vocab_size": 2048, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
-FEW = {"measure_batches": 0, "examples": 4}
+FEW = {"measure_batches": 0, "calibration": 4}
 
 
 def module(seed=0, family="llama", lora=None, **changes):

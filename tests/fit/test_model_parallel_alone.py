@@ -39,7 +39,7 @@ REFUSED = {
     "heads move": (lambda: bh.KVHeadConversion(2, at=2, over=1), Own, REVERTS),
     "needs data": (lambda: bh.KVHeadConversion(2, method="svd"), Own, REVERTS),
     "heads removed": (lambda: bh.HeadPruning(0.5), Own, REVERTS),
-    "structure": (lambda: bh.StructuredPruning(channels=0.5), Own, REVERTS),
+    "structure": (lambda: bh.StructuredPruning(bh.Amount(channels=0.5)), Own, REVERTS),
     "depth": (lambda: bh.DepthPruning(1), Own, REVERTS),
     "made late": (lambda: bh.KVHeadConversion(2), MadeLate, "make the model in `__init__` and only shard it"),
     "LoRA counts": (lambda: bh.WeightPruning(sparsity=0.5, count_adapters=True), Own, "need weights that are not sharded"),
@@ -60,14 +60,14 @@ def test_one_block_is_gathered_at_a_time(tmp_path, alone):
     layers = lit.net.model.layers
     for layer in layers:
         layer.mlp.register_forward_pre_hook(lambda *_: seen.append([type(own.mlp.up_proj.weight.data) for own in layers]))
-    callback = bh.WeightPruning(bh.SparseGPT(), sparsity=0.5, examples=2, measure_batches=0)
+    callback = bh.WeightPruning(bh.SparseGPT(), sparsity=0.5, calibration=2, measure_batches=0)
     trainer(tmp_path, [callback], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)
     assert len(seen) > 4
     assert all(kinds in ([torch.Tensor, DTensor], [DTensor, torch.Tensor]) for kinds in seen)
 
 
 def test_weights_are_masked_in_a_model_that_is_made_late(tmp_path, alone):
-    callback, lit = bh.WeightPruning(sparsity=0.5, examples=2), MadeLate()
+    callback, lit = bh.WeightPruning(sparsity=0.5, calibration=2), MadeLate()
     trainer(tmp_path, [callback], max_steps=2, strategy=alone).fit(lit)
     assert not any(whole(lit.net.get_parameter(f"{name}.weight"))[~mask].any() for name, mask in callback.masks.items())
 
@@ -100,7 +100,7 @@ def test_other_ways_to_shard_are_refused(callback, kind):
 
 @pytest.mark.filterwarnings("ignore:.*the checkpoint", "ignore:You're resuming from a checkpoint")
 def test_heads_that_a_checkpoint_has_masked_do_nothing_in_a_run_without_the_callback(tmp_path, alone):
-    one, lit = bh.HeadPruning(0.5, remove="never", measure_batches=0, examples=2), Own()
+    one, lit = bh.HeadPruning(0.5, remove="never", measure_batches=0, calibration=2), Own()
     saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     trainer(tmp_path, [one, saves], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)
     again, zeros = Own(), []

@@ -78,7 +78,7 @@ def masked_heads_and_weights(folder):
 
 def units_then_blocks_then_weights(folder):
     return [
-        bh.StructuredPruning(channels=0.25, at=bh.schedules.MultiStep([0.5, 1], [1, 2]), **FEW),
+        bh.StructuredPruning(bh.Amount(channels=0.25), at=bh.schedules.MultiStep([0.5, 1], [1, 2]), **FEW),
         bh.DepthPruning(1, at=3, **FEW),
         bh.WeightPruning(bh.SparseGPT(), TWICE["late"], **FEW),
     ]

@@ -145,7 +145,7 @@ KINDS = {"tuples": Tuples, "configure_model": Groups, "setup": lambda: Groups("s
 
 def loaders(kind):
     own = tuples if kind == "tuples" else loader
-    return own(), own(4, 4)
+    return own(number=4), own(4, 4)
 
 
 class Live(pl.Callback):
@@ -167,12 +167,12 @@ def test_events_in_modules_of_any_kind(tmp_path, kind, event):
     lit, again, callback, other = KINDS[kind](), KINDS[kind](), EVENTS[event](2), EVENTS[event](2)
     own, names = set(vars(lit)), f"{kind}-{{step}}"
     keep = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename=names)
-    run = trainer(tmp_path, [Live(), callback, keep], max_steps=16 if kind == "by hand" else 8)
+    run = trainer(tmp_path, [Live(), callback, keep], max_steps=8 if kind == "by hand" else 4)
     run.fit(lit, *loaders(kind))
     assert [one["step"] for one in callback.events] == [2]
     assert figures(lit) == END[event]
     assert set(vars(lit)) - own <= {"_hparams"}
-    first = tmp_path / f"{kind}-step={8 if kind == 'by hand' else 4}.ckpt"
+    first = tmp_path / f"{kind}-step={4 if kind == 'by hand' else 2}.ckpt"
     trainer(tmp_path, [other], max_steps=run.max_steps).fit(again, *loaders(kind), ckpt_path=first)
     assert same(weights(again), weights(lit))
     assert repr(other.events) == repr(callback.events)

@@ -40,7 +40,7 @@ def weight_pruning(module):
     ramp = Linear(final=0.5, start=1, end=5, every=2)
     return Fit(
         module,
-        lambda: WeightPruning(sparsity=ramp, examples=7, measure_batches=2),
+        lambda: WeightPruning(sparsity=ramp, calibration=7, measure_batches=2),
         lambda one: [one.masks, one.events],
         {"accumulate_grad_batches": 2},
     )
@@ -49,7 +49,7 @@ def weight_pruning(module):
 def head_pruning(remove, given):
     """With batches of the user's own, two to a process, or ten examples of the training data."""
     ids = draw(4, 2, 12, seed=1)
-    options = {"calibration": [(one,) for one in ids], "importance": Taylor("first")} if given else {"examples": 10}
+    options = {"calibration": [(one,) for one in ids], "importance": Taylor("first")} if given else {"calibration": 10}
     return Fit(
         lambda: FitOfTuples(8),
         lambda: HeadPruning(MultiStep([0.25, 0.5], [2, 4]), remove=remove, measure_batches=0, **options),
@@ -63,15 +63,15 @@ def structured_pruning():
     options = {"calibration": [(one,) for one in ids], "importance": Taylor("first"), "repair": Repair(), "measure_batches": 0}
     return Fit(
         FitOfTuples,
-        lambda: StructuredPruning(channels=0.5, kv_heads=0.5, at=MultiStep([0.5, 1.0], [2, 4]), **options),
+        lambda: StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), MultiStep([0.5, 1.0], [2, 4]), **options),
         lambda one: one.events,
     )
 
 
 def depth_pruning():
-    options = {"at": 2, "by": "influence", "examples": 8, "greedy": True, "measure_batches": 0}
+    options = {"at": 2, "calibration": 8, "greedy": True, "measure_batches": 0}
     four = {"num_hidden_layers": 4}
-    return Fit(lambda: module(**four), lambda: DepthPruning(2, **options), lambda one: one.plan.blocks, steps=4)
+    return Fit(lambda: module(**four), lambda: DepthPruning(2, **options), lambda one: one.plan.units, steps=4)
 
 
 def with_own_batches(at, **options):
@@ -107,7 +107,7 @@ def each(number, **options):
             DepthPruning(1, at=1, **given),
             KVHeadConversion(2, at=2, method="aligned", **given),
             HeadPruning(0.5, at=3, per="kv_head", importance=bh.Taylor(), **given),
-            StructuredPruning(channels=0.25, at=4, **given),
+            StructuredPruning(bh.Amount(channels=0.25), at=4, **given),
             WeightPruning(sparsity=0.5, at=5, **given),
         ],
         told,
@@ -144,7 +144,9 @@ def distilled():
     return Fit(
         build,
         lambda: [
-            StructuredPruning(channels=0.25, kv_heads=0.5, at=2, importance=bh.ActivationNorm(), examples=5, measure_batches=1),
+            StructuredPruning(
+                bh.Amount(channels=0.25, kv_heads=0.5), at=2, importance=bh.ActivationNorm(), calibration=5, measure_batches=1
+            ),
             WeightPruning(bh.Magnitude(), sparsity=0.5, at=3, measure_batches=1, mask_adapters=True),
         ],
         told,
@@ -224,7 +226,7 @@ DIFFER = {
     "KVHeadConversion: how heads are turned": stop(lambda: [Apart(), KVHeadConversion(2, 2, "aligned", over=1, **NONE)]),
     "HeadPruning: the heads that are masked": stop(lambda: [HeadPruning(0.5, 1, RandomUnits(rank()), **NONE)]),
     "StructuredPruning: the plan of what goes": stop(
-        lambda: [StructuredPruning(channels=0.5, at=1, importance=RandomUnits(rank()), **NONE)]
+        lambda: [StructuredPruning(bh.Amount(channels=0.5), at=1, importance=RandomUnits(rank()), **NONE)]
     ),
     "HeadPruning: whether monitor='own' is worse": replace(
         stop(lambda: [HeadPruning(0.5, 1, bh.WeightNorm(), monitor="own")], Validated), options={}
@@ -235,7 +237,7 @@ DIFFER = {
 FAIL = {
     "weights": stop(lambda: [WeightPruning(sparsity=0.5, at=1, **stray())]),
     "heads": stop(lambda: [HeadPruning(0.5, at=1, **stray())]),
-    "structure": stop(lambda: [StructuredPruning(channels=0.5, at=1, **stray())]),
+    "structure": stop(lambda: [StructuredPruning(bh.Amount(channels=0.5), at=1, **stray())]),
     "depth": stop(lambda: [DepthPruning(1, at=1, **stray())]),
     "conversion": stop(lambda: [KVHeadConversion(2, at=1, method="svd", **stray())]),
     "way": stop(lambda: [KVHeadConversion(2, at=2, method="aligned", over=1, **stray())]),

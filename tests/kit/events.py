@@ -13,12 +13,12 @@ from kit.families import llama
 from kit.fits import trainer
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4}
-FEW = {"examples": 4, "measure_batches": 1}
+FEW = {"calibration": 4, "measure_batches": 1}
 EVENTS = {
     "wanda": lambda at: bh.WeightPruning(sparsity=0.5, at=at, **FEW),
     "heads": lambda at: bh.HeadPruning(0.5, at=at, **FEW),
     "masked": lambda at: bh.HeadPruning(0.5, at=at, remove="never", **FEW),
-    "structure": lambda at: bh.StructuredPruning(channels=0.5, kv_heads=0.5, at=at, **FEW),
+    "structure": lambda at: bh.StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), at=at, **FEW),
     "depth": lambda at: bh.DepthPruning(1, at=at, **FEW),
     "mean": lambda at: bh.KVHeadConversion(2, at=at, measure_batches=FEW["measure_batches"]),
     "svd": lambda at: bh.KVHeadConversion(2, at=at, method="svd", **FEW),

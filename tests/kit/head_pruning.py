@@ -18,7 +18,7 @@ def module(seed=0, **changes):
 
 
 def pruning(*args, **options):
-    return bh.HeadPruning(*args, **{"examples": 6, "measure_batches": 0} | options)
+    return bh.HeadPruning(*args, **{"calibration": 6, "measure_batches": 0} | options)
 
 
 def transformer(lit):

@@ -20,7 +20,7 @@ from kit.fits import data, trainer
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 
-FEW = {"measure_batches": 0, "examples": 4}
+FEW = {"measure_batches": 0, "calibration": 4}
 
 
 TWICE = {"heads": bh.schedules.MultiStep([0.25, 0.5], [1, 2]), "late": bh.schedules.MultiStep([0.25, 0.5], [5, 6])}

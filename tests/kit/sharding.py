@@ -111,7 +111,7 @@ def sharding(data_parallel_size, tensor_parallel_size=1, **options):
 
 def masks(criterion, module=Own, **options):
     """With batches that two processes cannot share out evenly, or training examples."""
-    given = {"at": 2, "examples": 3, "measure_batches": 1} | options
+    given = {"at": 2, "calibration": 3, "measure_batches": 1} | options
     given |= {} if "sparsity" in options or "pattern" in options else {"sparsity": 0.5}
     return Fit(module, lambda: bh.WeightPruning(criterion, **given), lambda one: [one.masks, one.events])
 
@@ -141,12 +141,12 @@ MASKS = {
 
 HEADS = Fit(
     lambda: module(num_key_value_heads=8),
-    lambda: bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [1, 2]), remove="never", measure_batches=0, examples=4),
+    lambda: bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [1, 2]), remove="never", measure_batches=0, calibration=4),
     lambda one: [one.record.state_dict(), one.heads, one.events],
 )
 
 
-EVERYTHING = {"output_embeddings": True, "examples": 3, "measure_batches": 0}
+EVERYTHING = {"output_embeddings": True, "calibration": 3, "measure_batches": 0}
 
 
 RESUMED = {
@@ -179,7 +179,11 @@ def fit_all() -> None:
 
 
 def export(files, out):
-    callbacks = [bh.WeightPruning(sparsity=0.5, examples=3), bh.Export(str(out / "exported")), bh.Report(str(out / "plot.png"))]
+    callbacks = [
+        bh.WeightPruning(sparsity=0.5, calibration=3),
+        bh.Export(str(out / "exported")),
+        bh.Report(str(out / "plot.png")),
+    ]
     run = trainer(out, callbacks, max_steps=1, devices=2, strategy=sharding(2), limit_val_batches=1)
     run.fit(module(), data(files, batch_size=1))
 

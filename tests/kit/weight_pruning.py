@@ -11,7 +11,7 @@ from billhook.model.linears import prunable
 from kit import fits
 from kit.families import llama, tokens
 
-FEW = {"examples": 6, "measure_batches": 0}
+FEW = {"calibration": 6, "measure_batches": 0}
 
 
 def module(seed=0):

@@ -65,7 +65,7 @@ def test_heads_then_weights_then_kv_heads_under_lora_resume(files, tmp_path):
     def fit(seed, folder, ckpt_path=None):
         torch.manual_seed(seed)
         lit = bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, warmup=2, lora=bh.LoRA(r=2, dropout=0.2))
-        few = {"measure_batches": 0, "examples": 4}
+        few = {"measure_batches": 0, "calibration": 4}
         callbacks = [
             bh.HeadPruning(0.5, at=2, **few),
             bh.WeightPruning(bh.Wanda(), bh.schedules.MultiStep([0.25, 0.5], [3, 6]), **few),

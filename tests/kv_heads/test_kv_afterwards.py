@@ -66,7 +66,7 @@ def test_the_dense_model_teaches_the_converted_one(files, tmp_path, method):
     def fitted(**options):
         torch.manual_seed(0)
         lit = bh.TransformerModule(build("opt", vocab_size=2048), lr=1e-2, warmup=2, **options)
-        callback = bh.KVHeadConversion(2, at=2, method=method, examples=4, measure_batches=0)
+        callback = bh.KVHeadConversion(2, at=2, method=method, calibration=4, measure_batches=0)
         trainer(tmp_path, [callback], max_steps=4).fit(lit, data(files))
         return lit
 

@@ -250,7 +250,7 @@ class TestTheTeacher:
     def test_it_is_the_dense_model_however_the_student_is_cut(self, files, tmp_path):
         before = llama(vocab_size=2048, num_key_value_heads=8)
         lit = bh.TransformerModule(copy.deepcopy(before), lr=1e-2, warmup=2, distillation=Distillation(weight=0.9, hidden=0.1))
-        pruning = bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [2, 4]), remove="rounds", examples=4, measure_batches=0)
+        pruning = bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [2, 4]), remove="rounds", calibration=4, measure_batches=0)
         losses = Losses()
         trainer(tmp_path, [pruning, losses]).fit(lit, data(files))
         assert same(lit.teacher.model.state_dict(), before.state_dict())
@@ -325,7 +325,7 @@ class TestResuming:
         return bh.TransformerModule(model, lr=1e-2, warmup=2, distillation=self.SETTINGS, **options)
 
     def callbacks(self):
-        return [bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), remove="rounds", examples=4, measure_batches=0)]
+        return [bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), remove="rounds", calibration=4, measure_batches=0)]
 
     @pytest.mark.parametrize(("options", "stops"), [({}, [4]), ({"lora": bh.LoRA(r=2)}, [1, 6])], ids=["full", "lora"])
     def test_resumed_equals_straight_through(self, files, tmp_path, options, stops):

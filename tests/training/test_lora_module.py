@@ -213,7 +213,9 @@ class TestSaved:
     @pytest.mark.parametrize("remove", ["rounds", "end"])
     def test_heads_that_are_removed_while_it_is_on(self, remove, files, tmp_path):
         lit, out = module(), tmp_path / "out"
-        pruning = bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [2, 4]), remove=remove, importance=bh.Taylor(), examples=4)
+        pruning = bh.HeadPruning(
+            bh.schedules.MultiStep([0.25, 0.5], [2, 4]), remove=remove, importance=bh.Taylor(), calibration=4
+        )
         trainer(tmp_path, [pruning, bh.Export(str(out)), every_step(tmp_path)]).fit(lit, data(files))
         layer = lit.model.model.layers[0].self_attn
         assert [tuple(layer.q_proj.lora_B["default"].weight.shape), tuple(layer.o_proj.lora_A["default"].weight.shape)] == [
@@ -229,7 +231,7 @@ class TestSaved:
         """At the start adapters add nothing."""
         scores = []
         for lora in (bh.LoRA(r=2), None):
-            pruning = bh.HeadPruning(0.5, at=0, importance=bh.Taylor(), examples=4, measure_batches=0)
+            pruning = bh.HeadPruning(0.5, at=0, importance=bh.Taylor(), calibration=4, measure_batches=0)
             trainer(tmp_path, [pruning], max_steps=1).fit(module(lora=lora), data(files))
             scores.append(pruning.record.scores)
         assert scores[0].keys() == scores[1].keys()

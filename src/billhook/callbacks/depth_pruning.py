@@ -1,16 +1,16 @@
-"""Whole blocks are ranked and removed at a given step of a fit (ShortGPT, 2403.03853)."""
+"""Ranks and removes whole blocks at a given step of a fit."""
 
-from collections.abc import Iterable
-from typing import Any
+from functools import partial
 
 import lightning.pytorch as pl
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.fit.event import At, ShapeCallback
-from billhook.fit.examples import aside, check_readable, check_source, scoring_batches
-from billhook.fit.ranks import SumOverRanks, check_agreed
+from billhook.fit.calibration import Calibration, Given
+from billhook.fit.ranks import check_agreed, sum_over
+from billhook.fit.rounds import At, check_at, rounds_of
+from billhook.fit.shape_event import ShapeCallback
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import run_of
@@ -20,33 +20,33 @@ from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.choice import choose_units
 from billhook.pruning.planning import plan
+from billhook.schedules import Schedule
 from billhook.units.find import find_units
 
 
 class DepthPruning(ShapeCallback):
-    """Removes the least important blocks at a given step of a fit; training then goes on (ShortGPT, 2403.03853).
+    """Removes the least important blocks at a given step of a fit; training then continues.
 
-    Scores are taken from training examples. Optimizer state follows, checkpoints carry which blocks are there, and a resumed run
-    ends as the straight run does.
+    This is ShortGPT (Men et al., 2024, https://arxiv.org/abs/2403.03853) in the middle of a fit. Scores are taken from
+    training examples. Optimizer state follows, checkpoints carry which blocks there are, and a resumed run ends as the
+    straight run does.
 
     Args:
-        count: How many blocks are removed; of a model with an encoder and a decoder, of each.
+        count: How many blocks are removed; of a model with an encoder and a decoder, from each.
         ratio: Instead of `count`, the fraction that is removed, in [0, 1), rounded down.
         at: When: a step (int), a fraction of training (float in 0..1), or `"start"` (before the first step).
-        importance: How much a block matters: `BlockInfluence` (the paper's; the default), or `Ablation` (the training loss when
-            it is skipped; one forward a block).
-        greedy: Whether one is removed at a time, and the others are scored again without it; as many times the work.
-        first: So many first blocks stay.
-        last: So many last blocks stay.
-        calibration: Batches that scores are taken from: what `training_step` takes, and can be read again and again. By default
-            drawn from the training data.
-        examples: How many training examples are drawn, on all devices together.
-        seed: Which ones.
-        measure_batches: Validation batches on which the model is measured before and after; by default as many as validation
-            takes, 0 for none.
+        importance: How much a block matters: any `Importance`; by default `BlockInfluence`, the paper's.
+        greedy: True to remove one at a time and score the others again without it; as many times the work.
+        first: So many first blocks are kept.
+        last: So many last blocks are kept.
+        calibration: Batches that scores are taken from, or a number of training examples, by default 128; see `Calibration`.
+        measure_batches: Validation batches to measure before and after each event; by default all of validation, 0 for none.
 
     Raises:
-        ValueError: If an argument is not legal, or so many blocks cannot go; before training.
+        ValueError: If an argument is not legal, or so many blocks cannot be removed; before training.
+
+    >>> import billhook as bh
+    >>> callback = bh.DepthPruning(count=1, at=0.1)  # for Trainer(callbacks=[callback])
     """
 
     def __init__(
@@ -58,84 +58,65 @@ class DepthPruning(ShapeCallback):
         greedy: bool = False,
         first: int = 0,
         last: int = 0,
-        calibration: Iterable[Any] | None = None,
-        examples: int = 128,
-        seed: int = 0,
+        calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
-        super().__init__([0 if at == "start" else at], measure_batches)
-        check_source(examples, calibration)
         if (count is None) == (ratio is None):
             raise ValueError(f"count={count}, ratio={ratio}: give one of them")
-        self.amount, self.greedy = Amount(blocks=ratio if count is None else count, first=first, last=last), greedy
-        self.importance = importance or BlockInfluence()
-        self.calibration, self.examples, self.seed = calibration, examples, seed
+        if isinstance(at, Schedule):
+            raise ValueError(f"at={at}: blocks are removed in one event: give a step, a fraction of training or 'start'")
+        check_at(at)
+        self.amount = Amount(blocks=ratio if count is None else count, first=first, last=last)
+        self.importance, self.at, self.greedy = importance or BlockInfluence(), at, greedy
         self.plan: BlockPlan | None = None
-        self._done = False
+        super().__init__(Calibration.of(calibration), measure_batches)
 
     @property
     def state_key(self) -> str:
-        """Under which checkpoints keep this callback's state."""
+        """The key of this callback's state in checkpoints."""
         return self._generate_state_key(importance=type(self.importance).__qualname__)
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Makes checkpoints carry the shape, checks the model, and starts anew."""
-        if stage == "fit" and trainer.global_step == 0:
-            self._done = False
-        super().setup(trainer, pl_module, stage)
+    @property
+    def needs_data(self) -> bool:
+        """True until blocks are removed."""
+        return self.done < 0
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses a model that has no blocks."""
         find_units(model, "block")
 
-    def is_done(self, model: nn.Module, stage: int) -> bool:
-        """Whether the blocks are gone, in this run or in the one that it goes on with."""
-        return self._done
+    def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+        """Returns the step at which all of it happens."""
+        return rounds_of(1.0, self.at, total, trainer, "count")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finds the step, and refuses a model of which so many blocks cannot go."""
+        """Finds the step, and refuses a model from which so many blocks cannot be removed."""
         super().on_fit_start(trainer, pl_module)
-        if not self._done:
+        if self.done < 0:
             stacks = find_units(pl_module, "block")
             flat = {name: torch.zeros(one.count()) for name, one in stacks.items()}
             choose_units(stacks, flat, self.amount, self.amount.ratios)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Carries out what is due before the first step (after a resume: what the checkpoint had not yet)."""
-        if self.calibration is None and not self._done:
-            check_readable(trainer)
-        super().on_train_start(trainer, pl_module)
+    def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
+        """Removes the blocks, and measures before and after."""
+        self.happen(trainer, pl_module, partial(self._remove, trainer, pl_module, moment))
 
-    def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
+    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int, optimizers: list[Optimizer]) -> str:
         """Ranks the blocks, removes the least important, and says how many there were and are."""
-        assert isinstance(model, pl.LightningModule)
-        self.plan = self._planned(model.trainer, model)
-        check_agreed(model.trainer, "DepthPruning", "the blocks that go", self.plan.units)
-        apply(model, self.plan, optimizers)
-        self._done = True
-        before, after = (sum(count for (count,) in own.values()) for own in (self.plan.before, self.plan.after))
-        return f"{before} -> {after} blocks ({type(self.importance).__name__}): without {self._told()}"
+        self.plan = made = self._plan(trainer, pl_module)
+        check_agreed(trainer, "DepthPruning", "the blocks that are removed", made.units)
+        apply(pl_module, made, optimizers)
+        self.done, self.asked = moment, 1.0
+        before, after = (sum(count for (count,) in own.values()) for own in (made.before, made.after))
+        removed = "; ".join(f"{', '.join(map(str, own))} of {name}" for name, own in made.units.items()) or "none"
+        return f"{before} -> {after} blocks ({type(self.importance).__name__}): without {removed}"
 
-    def _told(self) -> str:
-        gone = self.plan.units if self.plan is not None else {}
-        return "; ".join(f"{', '.join(map(str, own))} of {name}" for name, own in gone.items()) or "none"
-
-    def _planned(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> BlockPlan:
-        """Plans which blocks are removed, the same ones on every rank."""
+    def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> BlockPlan:
+        """Plans which blocks are removed, the same on every rank."""
         model = find_transformer(pl_module)
         stacks = find_units(model, "block")
-        reduce = None if trainer.world_size == 1 else SumOverRanks(trainer)
-        with aside(pl_module, self.seed), trainer.precision_plugin.forward_context():
-            pairs = scoring_batches(trainer, pl_module, self.calibration, self.examples)
-            trials = [run_of(model, stacks, *pair) for pair in pairs]
-            made = plan(model, self.importance, trials, amount=self.amount, greedy=self.greedy, reduce=reduce)
+        with self.calibration.aside(pl_module), trainer.precision_plugin.forward_context():
+            runs = [run_of(model, stacks, *pair) for pair in self.calibration.pairs(trainer, pl_module)]
+            made = plan(model, self.importance, runs, amount=self.amount, greedy=self.greedy, reduce=sum_over(trainer))
         assert isinstance(made, BlockPlan)
         return made
-
-    def state_dict(self) -> dict[str, Any]:
-        """What has happened so far; which blocks are there is in the LightningModule's part of the checkpoint."""
-        return {"events": self.events, "done": self._done}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over what had happened."""
-        self.events, self._done = state_dict["events"], state_dict["done"]

@@ -1,4 +1,4 @@
-"""The result of a fit as a Hugging Face checkpoint, verified."""
+"""Saves the result of a fit as a verified Hugging Face checkpoint."""
 
 import itertools
 from pathlib import Path
@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import Saved, check_names, save
-from billhook.fit.event import ShapeCallback
 from billhook.fit.ranks import together
 from billhook.fit.run import callbacks_of, is_trial
+from billhook.fit.shape_event import ShapeCallback
 from billhook.model.find import find_transformer
 from billhook.running.shards import gathered, unsharded
 
@@ -24,10 +24,13 @@ class Export(Callback):
     Nothing is saved in a `fast_dev_run`.
 
     Args:
-        folder: Where to; new, empty, or an earlier export.
+        folder: The folder; new, empty, or an earlier export.
 
     Raises:
-        ValueError: Before training, if something that billhook did not write stands at `folder`.
+        ValueError: Before training, if `folder` holds something that billhook did not write.
+
+    >>> import billhook as bh
+    >>> callback = bh.Export("outputs/model")  # last in Trainer(callbacks=[...])
     """
 
     def __init__(self, folder: str = "outputs/model") -> None:
@@ -77,11 +80,11 @@ class Export(Callback):
         rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.says}{adapters}")
 
     def _free_folder(self) -> str:
-        """The folder; or one beside it, where something has come to stand there in the meantime: the result is not lost."""
+        """Returns the folder, or one next to it if the folder has been filled in the meantime, so that the result is not lost."""
         try:
             check_target(self.folder)
         except ValueError as error:
             number = next(n for n in itertools.count(2) if not Path(f"{self.folder}-{n}").exists())
-            rank_zero_warn(f"{error}; it goes to '{self.folder}-{number}'")
+            rank_zero_warn(f"{error}; the model is saved to '{self.folder}-{number}'")
             return f"{self.folder}-{number}"
         return self.folder

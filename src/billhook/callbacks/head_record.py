@@ -1,4 +1,4 @@
-"""What has become of a model's heads in a fit, by the numbers that they had at first."""
+"""Records the heads of a model in a fit by their first numbers: scores, removals, and a metric."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +12,13 @@ from billhook.report.plot_heads import plot_heads
 
 
 class HeadRecord:
-    """Heads by their first numbers, what their last scores were, and what a metric was at each share of heads gone.
+    """Heads by their first numbers, their last scores, and a metric at each share of removed heads.
 
     Attributes:
         first: By attention, how many heads there were at first.
-        numbers: By attention, the first numbers of the heads that there are now.
+        numbers: By attention, the first numbers of the remaining heads.
         scores: By attention, the last scores: `[heads at first]`, NaN for those that had none.
-        curve: Pairs of the share of heads that has gone, and the metric.
+        curve: Pairs of the share of removed heads, and the metric.
     """
 
     def __init__(self) -> None:
@@ -28,28 +28,28 @@ class HeadRecord:
         self.curve: list[tuple[float, float]] = []
 
     def begin(self, counts: Mapping[str, int]) -> None:
-        """Takes how many heads there are, where nothing is known yet."""
+        """Sets how many heads there are, unless that is known."""
         self.first = self.first or dict(counts)
         self.numbers = self.numbers or {name: list(range(count)) for name, count in counts.items()}
 
     def scored(self, scores: Mapping[str, Tensor]) -> None:
-        """Takes scores of the heads that there are now."""
+        """Keeps scores of the remaining heads."""
         self.scores = {name: torch.full([count], torch.nan) for name, count in self.first.items()}
         for name, own in scores.items():
             self.scores[name][self.numbers[name]] = own
 
     def removed(self, heads: Mapping[str, Sequence[int]]) -> None:
-        """Takes which of the heads that there were are not there any more."""
+        """Drops heads that have been removed."""
         for name, own in heads.items():
             self.numbers[name] = [number for i, number in enumerate(self.numbers[name]) if i not in own]
 
     def left(self, ratio: float) -> float:
-        """Which fraction of the heads that there are now comes to a fraction of those that there were at first."""
+        """Converts a fraction of the first heads into one of the remaining heads."""
         first, now = sum(self.first.values()), sum(map(len, self.numbers.values()))
         return max(0.0, (ratio * first - first + now) / now) if now else ratio
 
     def gone(self, masked: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-        """The first numbers of heads that are removed or masked."""
+        """Returns the first numbers of heads that are removed or masked."""
         stay = {name: {n for i, n in enumerate(own) if i not in masked.get(name, ())} for name, own in self.numbers.items()}
         return {name: sorted(set(range(count)) - stay[name]) for name, count in self.first.items()}
 
@@ -62,7 +62,7 @@ class HeadRecord:
         after: Mapping[str, float],
         path: str | None,
     ) -> None:
-        """Adds to the curve, and draws it beside the heads: to a file, and to loggers that take figures."""
+        """Adds to the curve, and draws it next to the heads: to a file, and to loggers that take figures."""
         gone = self.gone(masked)
         if metric in before and not self.curve:
             self.curve.append((0.0, before[metric]))
@@ -80,10 +80,10 @@ class HeadRecord:
             figure.savefig(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it."""
+        """Returns all of it."""
         return {"first": self.first, "numbers": self.numbers, "scores": self.scores, "curve": self.curve}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what was saved."""
+        """Restores what was saved."""
         self.first, self.numbers, self.scores = dict(state["first"]), dict(state["numbers"]), dict(state["scores"])
         self.curve = [(share, value) for share, value in state["curve"]]

@@ -1,6 +1,6 @@
 """Multi-head to grouped-query to multi-query attention, at given steps of a fit."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +13,12 @@ from torch.optim import Optimizer
 from billhook.arguments import whole
 from billhook.callbacks.kv_preparation import Preparation
 from billhook.callbacks.kv_stages import Stage, check_order, steps_over
-from billhook.fit.event import At, ShapeCallback, unwrapped
+from billhook.fit.calibration import Calibration, Given
 from billhook.fit.ranks import check_agreed, together
-from billhook.fit.rounds import shares_of
-from billhook.fit.run import callbacks_of, is_trial
+from billhook.fit.rounds import At, shares_of
+from billhook.fit.run import callbacks_of, is_trial, training_steps
+from billhook.fit.shape_event import unwrapped
+from billhook.fit.stages import StageCallback
 from billhook.kv_heads.approach import approach
 from billhook.kv_heads.layerwise import check_in_part, next_layers
 from billhook.kv_heads.methods.base import KVMethod
@@ -36,7 +38,7 @@ HINT = (
 )
 
 
-class KVHeadConversion(ShapeCallback):
+class KVHeadConversion(StageCallback):
     """Fewer key/value heads at given steps of a fit; training then goes on (uptraining; GQA, 2305.13245, section 2.1).
 
     Optimizer state follows, checkpoints carry the shape, and a resumed run ends as the straight run does. Where heads are turned,
@@ -60,10 +62,8 @@ class KVHeadConversion(ShapeCallback):
             mean (with `"first"` towards the first), so that nothing is lost when they are cut: at t of n steps by 1 / (n - t) of
             the way that is left. With `"aligned"`, or similar heads grouped, they are turned and put in order first.
         encoder: Whether the self-attention of an encoder-decoder's encoder is converted too; as in the paper it is not.
-        calibration: Batches that show what heads do: what `training_step` takes, and can be read again and again. By default
-            drawn from the training data. `"aligned"` and similar heads do without where these can be read only once.
-        examples: How many training examples are drawn, on all devices together.
-        seed: Which ones; and for `"random"`.
+        calibration: Batches that show what heads do, or a number of training examples, by default 32; see `Calibration`.
+            `"aligned"` and similar heads do without them where these can be read only once.
         measure_batches: Validation batches on which the model is measured before and after each stage; by default as many
             as validation takes, 0 for none.
 
@@ -71,8 +71,6 @@ class KVHeadConversion(ShapeCallback):
         ValueError: If an argument is not legal, arguments contradict each other, the model cannot be converted, or the fit cannot
             give the batches that are needed; before training.
     """
-
-    keeps_what_it_did = False  # the shape says it
 
     def __init__(
         self,
@@ -82,15 +80,15 @@ class KVHeadConversion(ShapeCallback):
         repair: Repair | None = None,
         over: int | float = 0,
         encoder: bool = False,
-        calibration: Iterable[Any] | None = None,
-        examples: int = 32,
-        seed: int = 0,
+        calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
-        self.preparation = Preparation(method_of(method), repair, calibration, examples, seed)
+        self.preparation = Preparation(method_of(method), repair, Calibration.of(calibration, examples=32))
         moments: list[At | Schedule] = [*at] if isinstance(at, list | tuple) else [at]
         _check_over(over, moments, self.preparation)
-        super().__init__([0 if m == "start" and self.preparation.needed else m for m in moments], measure_batches)
+        self._stages: list[Stage] = []
+        at_steps = [0 if moment == "start" and self.preparation.needed else moment for moment in moments]
+        super().__init__(at_steps, self.preparation.calibration, measure_batches)
         heads = list(num_key_value_heads) if isinstance(num_key_value_heads, list | tuple) else [num_key_value_heads]
         if len(heads) != len(self.at) or not heads:
             raise ValueError(f"num_key_value_heads={heads} and at={self.at} must have the same length, one at least")
@@ -102,10 +100,10 @@ class KVHeadConversion(ShapeCallback):
             raise ValueError(f"num_key_value_heads={heads}: each stage must have fewer heads than the one before, and divide it")
         self.heads, self.over, self.encoder = heads, over, encoder
         self.moves = bool(over)
-        self._stages: list[Stage] = []
-        self._reset()
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
+        """Forgets all stages, and how far heads have moved."""
+        super().reset()
         self._moved, self._turned = -1, list[int]()
         self._path: KVHeadPlan | None = None
 
@@ -115,25 +113,11 @@ class KVHeadConversion(ShapeCallback):
         return self._generate_state_key(num_key_value_heads=self.heads)
 
     @property
-    def needs_length(self) -> bool:
-        """Whether it depends on the length of training when heads move or are cut."""
-        return super().needs_length or isinstance(self.over, float)
-
-    @property
     def _by_layer(self) -> bool:
         return isinstance(self.at[0], Schedule)
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Makes checkpoints carry the shape; checks all stages; carries out those at the start."""
-        if stage == "fit" and trainer.global_step == 0:
-            self._reset()
-        super().setup(trainer, pl_module, stage)
-
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses a model, or a number of heads, that cannot be converted."""
-        for callback in callbacks_of(trainer, KVHeadConversion):
-            if callback.state_key == self.state_key and callback is not self:
-                raise ValueError(f"two KVHeadConversion lead to num_key_value_heads={self.heads}: one is enough")
         most = self._most(model)
         first = next((heads for heads in self.heads if heads < most), self.heads[-1])
         if first == most:
@@ -146,32 +130,32 @@ class KVHeadConversion(ShapeCallback):
         if means[:1] == [self] and not self.preparation.needed:
             rank_zero_info(HINT)
 
-    def stages(self, total_steps: int, trainer: pl.Trainer) -> list[Stage]:
+    def stages(self, total: int | None, trainer: pl.Trainer) -> list[Stage]:
         """When heads move and when they are cut.
 
         Raises:
             ValueError: As `steps`; or if a schedule does not rise to 1.
         """
         trial, (moment, *_) = is_trial(trainer), self.at
-        over = steps_over(self.over, total_steps)
+        over = steps_over(self.over, total)
         if isinstance(moment, Schedule):
-            shares = shares_of(moment, total_steps, trial, "which share has been converted")
+            shares = shares_of(moment, total, trial)
             cuts = [(step, self.heads[0], share) for step, share in shares.items()]
         else:
-            steps = super().steps(total_steps, trainer)
+            steps = super().steps(total, trainer)
             cuts = [(step, heads, 1.0) for step, heads in zip(steps, self.heads, strict=True)]
         return [Stage(*cut, over=min(over, max(cut[0], 0)) if trial else over) for cut in cuts]
 
-    def steps(self, total_steps: int, trainer: pl.Trainer) -> list[int]:
+    def steps(self, total: int | None, trainer: pl.Trainer) -> list[int]:
         """The step of each stage, -1 for the start."""
-        return [stage.step for stage in self.stages(total_steps, trainer)]
+        return [stage.step for stage in self.stages(total, trainer)]
 
-    def check_together(self, trainer: pl.Trainer, total_steps: int) -> None:
+    def check_together(self, trainer: pl.Trainer, total: int | None) -> None:
         """Refuses stages, also of several callbacks together, that contradict each other."""
-        super().check_together(trainer, total_steps)
+        super().check_together(trainer, total)
         callbacks = callbacks_of(trainer, KVHeadConversion)
         if not is_trial(trainer):
-            check_order([(stage, callback) for callback in callbacks for stage in callback.stages(total_steps, trainer)])
+            check_order([(stage, callback) for callback in callbacks for stage in callback.stages(total, trainer)])
 
     def is_done(self, model: nn.Module, stage: int) -> bool:
         """Whether the model has as few KV heads as a stage leads to."""
@@ -186,7 +170,7 @@ class KVHeadConversion(ShapeCallback):
                 f"num_key_value_heads={self.heads}: the checkpoint holds a model with {self._most(pl_module)} KV heads, which is "
                 f"fewer than the {least} that this run leads to"
             )
-        self._stages = self.stages(self.length(trainer), trainer)
+        self._stages = self.stages(training_steps(trainer), trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks that there are batches, and carries out what is due before the first step."""
@@ -224,9 +208,9 @@ class KVHeadConversion(ShapeCallback):
         before = {name: module.get_parameter(name) for name in plan.parameters} if optimizers else {}
         check_agreed(model.trainer, "KVHeadConversion", "what heads become", [pooled, before, weights])
 
-    def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule, after: int) -> None:
-        super()._run(trainer, pl_module, after)
-        step = trainer.global_step
+    def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        after, step = self._last_step, trainer.global_step
+        super()._run(trainer, pl_module)
         moving = [index for index, stage in enumerate(self._stages) if stage.begin <= step < stage.step]
         if moving and step > self._moved:
             self._approach(trainer, pl_module, moving[0], stride=max(1, step - after) if after >= 0 else 1)
@@ -265,12 +249,12 @@ class KVHeadConversion(ShapeCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """What has happened so far; the shape itself is in the LightningModule's part of the checkpoint."""
-        return {"events": self.events, "moved": self._moved, "turned": self._turned}
+        return super().state_dict() | {"moved": self._moved, "turned": self._turned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over what had happened."""
-        self.events, self._path = state_dict["events"], None
-        self._moved, self._turned = state_dict.get("moved", -1), list(state_dict.get("turned", []))
+        super().load_state_dict(state_dict)
+        self._path, self._moved, self._turned = None, state_dict["moved"], list(state_dict["turned"])
 
 
 def _fits(plan: KVHeadPlan, model: nn.Module) -> bool:

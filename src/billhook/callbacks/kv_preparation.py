@@ -1,6 +1,6 @@
 """Batches of a fit, with which KV heads are made ready to be pooled."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -10,15 +10,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from billhook.arguments import whole
-from billhook.fit.examples import Pair, aside, check_calibration, check_readable, scoring_batches
-from billhook.fit.ranks import SumOverRanks
+from billhook.fit.calibration import Calibration, Pair
+from billhook.fit.ranks import SumOverRanks, sum_over
 from billhook.kv_heads.bases.ready import batches_needed, check_ready, ready_weights, turned_weights
 from billhook.kv_heads.convert import check_repair
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.model.find import find_transformer
 from billhook.repairs.repair import Repair
-from billhook.running.walk import Reduce
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,21 +26,15 @@ class Preparation:
     Attributes:
         method: How heads become one.
         repair: Whether, and how, what reads the heads is refitted.
-        calibration: Batches; None for training examples.
-        examples: How many of these.
-        seed: Which ones.
+        calibration: Batches that show what heads do.
     """
 
     method: KVMethod
     repair: Repair | None
-    calibration: Iterable[Any] | None
-    examples: int
-    seed: int
+    calibration: Calibration
 
     def __post_init__(self) -> None:
         check_repair(self.method, self.repair)
-        whole("examples", self.examples)
-        check_calibration(self.calibration)
 
     @property
     def needed(self) -> bool:
@@ -67,12 +59,11 @@ class Preparation:
         least, what = batches_needed(self.method, self.repair)
         if not least:
             return
-        if self.calibration is None:
-            check_readable(trainer)
-        with aside(pl_module, self.seed):
+        self.calibration.check(trainer)
+        with self.calibration.aside(pl_module):
             count = sum(1 for _ in islice(self._pairs(trainer, pl_module), least))
         if int(SumOverRanks(trainer)(torch.tensor(count < least, dtype=torch.int64))):
-            source = f"examples={self.examples}" if self.calibration is None else "calibration"
+            source = f"examples={self.calibration.examples}" if self.calibration.batches is None else "calibration"
             held_out = ", as some are held out" if least > 1 else ""
             raise ValueError(f"{source}: {what} needs {least} batches at least on each device{held_out}; here there are {count}")
 
@@ -81,24 +72,24 @@ class Preparation:
     ) -> tuple[dict[str, Tensor], str]:
         """Returns by parameter, in the old sizes, values with which the heads of a group are equal, and how they came to be."""
         model = find_transformer(pl_module)
-        with aside(pl_module, self.seed):
+        with self.calibration.aside(pl_module):
             batches = list(self._pairs(trainer, pl_module))
-            return ready_weights(model, groups, self.method, batches, self.repair, _reduce(trainer))
+            return ready_weights(model, groups, self.method, batches, self.repair, sum_over(trainer))
 
     def turned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: Mapping[str, int]) -> dict[str, Tensor]:
         """Returns values with which the heads of a group lie in one basis, and the model computes what it did."""
-        with aside(pl_module, self.seed):
+        with self.calibration.aside(pl_module):
             batches, (method,) = list(self._pairs(trainer, pl_module)), self.method.candidates
-            return turned_weights(find_transformer(pl_module), groups, method, batches, _reduce(trainer))
+            return turned_weights(find_transformer(pl_module), groups, method, batches, sum_over(trainer))
 
     def _pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Pair]:
         """Yields this rank's batches; none where they can be read only once and are not needed."""
-        if self.calibration is None and not batches_needed(self.method, self.repair)[0]:
+        if not batches_needed(self.method, self.repair)[0]:
             try:
-                check_readable(trainer)
+                self.calibration.check(trainer)
             except ValueError:
                 return
-        for batch, loss in scoring_batches(trainer, pl_module, self.calibration, self.examples):
+        for batch, loss in self.calibration.pairs(trainer, pl_module):
             yield batch, partial(_precisely, trainer, loss)
 
 
@@ -107,7 +98,3 @@ def _precisely(trainer: pl.Trainer, loss: Any, model: nn.Module, batch: Any) -> 
     with trainer.precision_plugin.forward_context():
         found: Tensor = loss(model, batch)
     return found
-
-
-def _reduce(trainer: pl.Trainer) -> Reduce | None:
-    return None if trainer.world_size == 1 else SumOverRanks(trainer)

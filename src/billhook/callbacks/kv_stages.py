@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from billhook.schedules import resolve_step
+from billhook.fit.rounds import step_of
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Stage:
         return self.step - self.over
 
 
-def steps_over(over: int | float, total: int) -> int:
+def steps_over(over: int | float, total: int | None) -> int:
     """For how many steps heads move towards each other; of a fraction of training one at least."""
-    return max(1, resolve_step(over, total, "over")) if isinstance(over, float) and over else int(over)
+    return max(1, step_of(over, total, name="over")) if isinstance(over, float) and over else int(over)
 
 
 def check_order(stages: Sequence[tuple[Stage, object]]) -> None:

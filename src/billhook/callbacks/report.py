@@ -1,4 +1,4 @@
-"""The run as one table and one picture."""
+"""Reports the run as one table and one picture."""
 
 from pathlib import Path
 from typing import Any
@@ -8,23 +8,27 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 from billhook.callbacks.export import Export
-from billhook.fit.event import Event, ShapeCallback
+from billhook.fit.event import Event
 from billhook.fit.measure import measure
 from billhook.fit.run import callbacks_of
+from billhook.fit.shape_event import ShapeCallback
 from billhook.report.plot import plot
 from billhook.report.summary import Stage, summary, table
 
 
 class Report(Callback):
-    """Prints what the model was before, right after each change, and at the end; draws validation over steps.
+    """Prints figures of the model before, right after each change, and at the end; draws validation over steps.
 
-    Put it last, after `Export`, to have it say where the checkpoint is.
+    Put it last, after `Export`, so that it reports where the checkpoint is.
 
     Args:
-        plot_file: Where the picture goes (PNG); none is drawn where the run has no validation.
+        plot_file: Path of the picture (PNG); none is drawn where the run has no validation.
         metric: The logged validation figure to draw; by default the first there is of `val_perplexity`, `val_accuracy`,
             `val_loss` and all others that begin with `val`.
         measure_batches: Validation batches for the figures at the end; by default as many as validation takes.
+
+    >>> import billhook as bh
+    >>> callback = bh.Report("outputs/report.png")  # last in Trainer(callbacks=[...])
     """
 
     def __init__(
@@ -35,18 +39,18 @@ class Report(Callback):
         self.first: Event | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Starts anew."""
+        """Forgets an earlier fit."""
         if stage == "fit":
             self.history, self.first = [], None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures the model before training, where no conversion at this very step does it."""
+        """Measures the model before training."""
         if self.first is None:
             numbers = summary(pl_module).numbers() | measure(trainer, pl_module, self.measure_batches)
             self.first = {"step": trainer.global_step, "after": numbers}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps the figure that validation gave."""
+        """Keeps the figure that validation logged."""
         if not trainer.sanity_checking and trainer.state.fn == "fit" and (name := self._name(trainer.callback_metrics)):
             self.history.append([trainer.global_step, float(trainer.callback_metrics[name])])
 
@@ -102,9 +106,9 @@ class Report(Callback):
         return next((name for name in ([self.metric] if self.metric else known) if name in figures), None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The figures so far."""
+        """Returns the figures so far."""
         return {"history": self.history, "first": self.first}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the figures of the run that is resumed."""
+        """Restores the figures of the run that is resumed."""
         self.history, self.first = state_dict["history"], state_dict["first"]

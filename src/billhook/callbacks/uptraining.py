@@ -1,4 +1,4 @@
-"""The length of a fit as a fraction of what the model was pretrained with."""
+"""Sets the length of a fit as a fraction of the pretraining."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -13,21 +13,24 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from billhook.arguments import fraction
 from billhook.fit.event import SetsLength
+from billhook.fit.lightning_internals import set_length
 from billhook.fit.ranks import SumOverRanks, together
 from billhook.fit.run import callbacks_of, is_trial, isolated
 from billhook.running.trees import tree_leaves
 
 LIGHTNING_EPOCHS = 1000
-"""What Lightning takes for `max_epochs` where neither that nor `max_steps` is given."""
+"""Lightning's `max_epochs` where neither that nor `max_steps` is given."""
 
 
 class Uptraining(SetsLength):
-    """Ends the fit after a fraction alpha of the steps that pretraining took (uptraining; GQA, 2305.13245, section 2.2).
+    """Ends the fit after a fraction alpha of the steps that pretraining took.
 
-    The length is set before optimizer and learning-rate schedule are made, in the place of the Trainer's `max_steps`; fractions
-    of training in other callbacks (`at: 0.1`) are fractions of it. `Trainer(max_epochs=-1)` goes with it: without it Lightning
-    warns of 1000 epochs, which do not bound the fit either.
+    This is uptraining (GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints, Ainslie et al.,
+    2023, https://arxiv.org/abs/2305.13245, section 2.2). The length is set before optimizer and learning-rate schedule are made,
+    instead of the Trainer's `max_steps`; fractions of training in other callbacks (`at: 0.1`) are fractions of it. Give
+    `Trainer(max_epochs=-1)` too: without it Lightning warns of 1000 epochs, which do not bound the fit either.
 
         steps = ceil(alpha * pretraining_steps), or ceil(alpha * pretraining_tokens / tokens of an optimizer step)
 
@@ -43,20 +46,22 @@ class Uptraining(SetsLength):
     Raises:
         ValueError: If a number is out of range, or not one of the two is given; when the fit starts, if the Trainer has another
             `max_steps` or a `max_epochs`, tokens cannot be counted, or a resumed fit would be of another length than it was.
+
+    >>> import billhook as bh
+    >>> callback = bh.Uptraining(alpha=0.05, pretraining_tokens=2e12)  # for Trainer(max_epochs=-1, callbacks=[callback])
     """
 
     def __init__(
         self, alpha: float = 0.05, pretraining_steps: int | None = None, pretraining_tokens: int | float | None = None
     ) -> None:
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= 1:
-            raise ValueError(f"alpha={alpha!r} must be above 0 and at most 1")
+        fraction("alpha", alpha, "(0, 1]")
         given = {"pretraining_steps": pretraining_steps, "pretraining_tokens": pretraining_tokens}
         budget = {name: value for name, value in given.items() if value is not None}
         if len(budget) != 1:
             raise ValueError(f"one of pretraining_steps and pretraining_tokens must be given, got {budget or 'neither'}")
         for name, value in budget.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value < math.inf or value % 1:
-                raise ValueError(f"{name}={value!r} must be a whole number, 1 at least")
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
         self.alpha, self.pretraining_steps, self.pretraining_tokens = alpha, pretraining_steps, pretraining_tokens
         self.steps: int | None = None
 
@@ -85,10 +90,10 @@ class Uptraining(SetsLength):
             )
         if trainer.max_steps == -1:
             rank_zero_info(f"billhook: uptraining takes {steps:,} steps, {self.alpha:g} of pretraining")
-        trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_epochs = steps, -1
+        set_length(trainer, steps)
 
     def _length(self, trainer: pl.Trainer) -> int:
-        """Optimizer steps of the fit."""
+        """Returns the optimizer steps of the fit."""
         alpha = Fraction(str(self.alpha))  # as a binary number 0.07 is a little more than that
         if self.pretraining_tokens is None:
             assert self.pretraining_steps is not None
@@ -97,11 +102,11 @@ class Uptraining(SetsLength):
             return math.ceil(alpha * int(self.pretraining_tokens) / _tokens_per_step(trainer))
 
     def state_dict(self) -> dict[str, Any]:
-        """How many steps the fit takes."""
+        """Returns how many steps the fit takes."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses to go on with a fit of another length.
+        """Refuses to continue with a fit of another length.
 
         Raises:
             ValueError: With both lengths.
@@ -115,7 +120,7 @@ class Uptraining(SetsLength):
 
 
 def _tokens_per_step(trainer: pl.Trainer) -> int:
-    """Tokens of the first batch on all devices, times the batches of an optimizer step.
+    """Counts the tokens of the first batch on all devices, times the batches of an optimizer step.
 
     Raises:
         ValueError: If they cannot be counted.
@@ -141,7 +146,7 @@ def _tokens_per_step(trainer: pl.Trainer) -> int:
 
 @contextmanager
 def _untouched(loader: object) -> Iterator[None]:
-    """Random numbers, those of a loader too, are as before afterwards."""
+    """Restores random numbers afterwards, those of a loader too."""
     held = [getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None))]
     states = [(one, one.get_state()) for one in held if isinstance(one, torch.Generator)]
     with isolated():

@@ -1,6 +1,5 @@
-"""What the user's own validation says of the model as it is now, between two training steps."""
+"""Measures the model between two training steps by the user's own validation."""
 
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,19 +12,11 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torchmetrics import Metric
 
+from billhook.fit.lightning_internals import is_sequential, to_device, validation_loaders
 from billhook.fit.ranks import check_agreed, together
 from billhook.fit.run import isolated
+from billhook.fit.training_step import with_parameters
 from billhook.running.overridden import overridden
-
-
-def check_limit(measure_batches: int | None) -> None:
-    """Refuses what is no number of batches.
-
-    Raises:
-        ValueError: With what is legal.
-    """
-    if measure_batches is not None and (type(measure_batches) is not int or measure_batches < 0):
-        raise ValueError(f"measure_batches={measure_batches!r} must be at least 0")
 
 
 def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | None = None) -> dict[str, float]:
@@ -36,20 +27,19 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | Non
     Args:
         trainer: The trainer, in the middle of a fit.
         pl_module: The module in training.
-        limit: At most so many batches of each loader; by default as many as validation takes.
+        limit: At most so many batches of each loader, 0 for none; by default as many as validation takes.
 
     Returns:
         Values by name; empty where the run has no validation.
     """
-    loop = trainer.fit_loop.epoch_loop.val_loop
+    if limit == 0:
+        return {}
     logged = _Logged()
     with together(trainer, "validation"), _validating(trainer, pl_module, logged):
-        if trainer.enable_validation:
-            loop.setup_data()
-        if (batches := loop._combined_loader) is None:
+        if (batches := validation_loaders(trainer)) is None:
             return {}
         most = [count if limit is None else min(count, limit) for count in trainer.num_val_batches]
-        several = len(most) > 1 and batches._mode == "sequential"
+        several = len(most) > 1 and is_sequential(batches)
         limits, batches.limits = batches.limits, most
         try:
             _call(pl_module, "on_validation_start", "on_validation_epoch_start")
@@ -70,7 +60,7 @@ def _call(pl_module: pl.LightningModule, *hooks: str) -> None:
 
 
 class _Logged:
-    """Stands in for `LightningModule.log`: keeps what is logged as Lightning would, weighted by batch size."""
+    """Stands in for `LightningModule.log`: keeps values as Lightning would, weighted by batch size."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}  # weighted sum, sum of weights, smallest, largest, plain sum
@@ -80,7 +70,7 @@ class _Logged:
         self.suffix = ""
 
     def take(self, batch: Any, suffix: str) -> None:  # noqa: ANN401
-        """Sets of which batch, and of which loader, the next values are."""
+        """Sets the batch, and the loader, of the next values."""
         self.batch, self.suffix = batch, suffix
 
     def __call__(
@@ -105,7 +95,7 @@ class _Logged:
         self.sums[name] = torch.stack([old[0] + new[0], old[1] + new[1], old[2].min(new[2]), old[3].max(new[3]), old[4] + one])
 
     def values(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Each value reduced over all batches and devices; what metrics compute, and then are reset."""
+        """Returns each value reduced over all batches and devices, and computes metrics."""
         values = {}
         names = [*self.how.items(), *self.metrics]
         check_agreed(trainer, "validation", "what is logged (nothing, where a rank has no batches)", names)
@@ -140,11 +130,7 @@ def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule, logged: _Log
 
 
 def _validation_step(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int, loader: int | None) -> None:  # noqa: ANN401
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=loader or 0)
-    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=loader or 0)
-    parameters = inspect.signature(pl_module.validation_step).parameters.values()
-    anything = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    batch = to_device(trainer, batch, loader or 0)
     arguments = (batch, index) if loader is None else (batch, index, loader)
     with trainer.precision_plugin.val_step_context():
-        pl_module.validation_step(*(arguments if anything else arguments[: len(parameters)]))
+        with_parameters(pl_module.validation_step, *arguments)()

@@ -1,7 +1,7 @@
-"""What the ranks of a fit know together: sums, that all have decided alike, and that none of them has failed.
+"""Sums over the ranks of a fit, and checks that all have decided alike and that none has failed.
 
-Before each exchange the ranks meet: each says where it is, what it has decided, and whether it has failed. So one that has gone
-another way than the others, or has failed alone, stops all of them, and none waits for what never comes.
+Before each exchange the ranks meet: each reports where it is, what it has decided, and whether it has failed. So a rank that
+takes another path than the others, or fails alone, stops all of them, and none waits for a message that never comes.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 LENGTH = 1024
-"""Bytes of what a rank says when ranks meet."""
+"""Bytes of a rank's message when ranks meet."""
 
 
 class RanksDiffer(RuntimeError):
-    """The ranks of a fit cannot go on together; it is raised on all of them, but where one has an error of its own."""
+    """Raised on every rank when ranks disagree or one fails; the failing rank raises its own error."""
 
 
 class SumOverRanks:
@@ -33,7 +33,7 @@ class SumOverRanks:
         self.trainer = trainer
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The sum.
+        """Returns the sum.
 
         Raises:
             RanksDiffer: If a rank sums something else, or has failed.
@@ -44,13 +44,18 @@ class SumOverRanks:
         return tensor.copy_(summed)
 
 
+def sum_over(trainer: pl.Trainer) -> SumOverRanks | None:
+    """Returns the sum over all ranks; None where there is one rank."""
+    return None if trainer.world_size == 1 else SumOverRanks(trainer)
+
+
 def check_agreed(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None:  # noqa: ANN401
     """Makes sure that all ranks have decided the same, by a hash of it; on one rank it does nothing.
 
     Args:
         trainer: The trainer of the fit.
-        who: Whose decision it is, for the message.
-        what: What has been decided, for the message.
+        who: The callback that decides, for the message.
+        what: The subject of the decision, for the message.
         decided: The decision: tensors, arrays, numbers and strings, and lists and dictionaries of these.
 
     Raises:
@@ -64,14 +69,14 @@ def check_agreed(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None
 
 @contextmanager
 def together(trainer: pl.Trainer, who: str) -> Iterator[None]:
-    """Where one rank fails within, all do, and all end at the same time; not within another of its kind.
+    """Stops all ranks where one fails within, and has all end at the same time; not to be nested.
 
     Args:
         trainer: The trainer of the fit.
-        who: What happens within, for the message.
+        who: The name of the work within, for the message.
 
     Raises:
-        RanksDiffer: On the ranks that have not failed, with what the others say.
+        RanksDiffer: On the ranks that have not failed, with the errors of the others.
     """
     try:
         yield
@@ -85,20 +90,20 @@ def together(trainer: pl.Trainer, who: str) -> Iterator[None]:
 
 
 def _meet(trainer: pl.Trainer, where: str, digest: str = "", failed: str = "") -> None:
-    """Tells all ranks where this one is, and hears where they are."""
+    """Exchanges where each rank is, what it has decided and how it has failed."""
     if trainer.world_size == 1:
         return
-    said = "\0".join((where, digest, failed)).encode()[:LENGTH].ljust(LENGTH, b"\0")
-    own = torch.frombuffer(bytearray(said), dtype=torch.uint8).to(trainer.strategy.root_device)
-    heard = trainer.strategy.all_gather(own).cpu().numpy()
-    ranks = [row.tobytes().decode(errors="ignore").split("\0")[:3] for row in heard]
+    message = "\0".join((where, digest, failed)).encode()[:LENGTH].ljust(LENGTH, b"\0")
+    own = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(trainer.strategy.root_device)
+    gathered = trainer.strategy.all_gather(own).cpu().numpy()
+    ranks = [row.tobytes().decode(errors="ignore").split("\0")[:3] for row in gathered]
     step = f"step {trainer.global_step}, rank {trainer.global_rank} of {trainer.world_size}"
     if errors := {rank: error for rank, (_, _, error) in enumerate(ranks) if error}:
-        told = "; ".join(f"rank {rank} ({error})" for rank, error in errors.items())
-        raise RanksDiffer(f"{step}: this rank stops, as another has failed: {told}")
+        listed = "; ".join(f"rank {rank} ({error})" for rank, error in errors.items())
+        raise RanksDiffer(f"{step}: this rank stops, as another has failed: {listed}")
     if len({place for place, _, _ in ranks}) > 1:
-        told = "; ".join(f"rank {rank} is at {place}" for rank, (place, _, _) in enumerate(ranks))
-        raise RanksDiffer(f"{step}: the ranks have gone different ways: {told}")
+        listed = "; ".join(f"rank {rank} is at {place}" for rank, (place, _, _) in enumerate(ranks))
+        raise RanksDiffer(f"{step}: the ranks have gone different ways: {listed}")
     if others := [str(rank) for rank, (_, other, _) in enumerate(ranks) if other != ranks[0][1]]:
         raise RanksDiffer(
             f"{step}: {where} must be the same on every rank, and on rank{'s' * (len(others) > 1)} {', '.join(others)} it is not "

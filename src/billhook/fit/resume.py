@@ -1,4 +1,4 @@
-"""What Lightning checkpoints say of the shape of a module's model, and of callbacks that a run does not have."""
+"""Restores a model's shape from a Lightning checkpoint, and handles the state of callbacks that a run does not have."""
 
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -24,25 +24,29 @@ class ShapeInCheckpoint:
 
     Callbacks that change shapes do this for any module in a fit; with this class before `LightningModule` among the bases,
     `load_from_checkpoint` does it too.
+
+    >>> import billhook as bh, lightning.pytorch as pl
+    >>> class Module(bh.ShapeInCheckpoint, pl.LightningModule):
+    ...     '''Holds a Hugging Face model and trains it.'''
     """
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the shape, and how LoRA is scaled."""
+        """Adds the shape, and the scaling of LoRA."""
         assert isinstance(self, nn.Module)
         save_shape(self, checkpoint)
         save_adapters(find_transformer(self), checkpoint)
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the shape before weights are loaded; heads that are masked in the checkpoint do nothing in the module, either."""
+        """Sets the shape before weights are loaded; heads that are masked in the checkpoint are masked in the module, too."""
         assert isinstance(self, nn.Module)
         load_shape(self, checkpoint)
-        take_over(self, getattr(self, "_trainer", None), checkpoint)
+        before_weights(self, getattr(self, "_trainer", None), checkpoint)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
 
 def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **options: Any) -> ModuleT:  # noqa: ANN401
-    """`kind.load_from_checkpoint(checkpoint_path, **options)`, also where callbacks have changed the model's shape.
+    """Calls `kind.load_from_checkpoint(checkpoint_path, **options)`, also where callbacks have changed the model's shape.
 
     `TransformerModule`, and a class with `ShapeInCheckpoint` among its bases, can do it themselves; any other class of a
     LightningModule that holds a Hugging Face model needs this. Heads that the checkpoint has masked do nothing in the module.
@@ -54,6 +58,10 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
 
     Returns:
         A module of that class.
+
+    Example:
+        >>> import billhook as bh
+        >>> bh.load_from_checkpoint(bh.TransformerModule, "run.ckpt")  # doctest: +SKIP
 
     Raises:
         ValueError: If the checkpoint holds another model than the class makes.
@@ -68,21 +76,21 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
 
 
 def left_behind(trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The states of callbacks, by key, that no callback of a run takes over."""
+    """Returns the states of callbacks, by key, that no callback of a run restores."""
     taken = set() if trainer is None else {callback.state_key for callback in callbacks_of(trainer, Callback)}
     return {key: state for key, state in (checkpoint.get("callbacks") or {}).items() if key not in taken}
 
 
 def check_callbacks(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Refuses to go on with a callback in the place of another of its kind, whose state would be lost.
+    """Refuses to continue with a callback instead of another of its kind, whose state would be lost.
 
     Raises:
-        ValueError: With what the checkpoint holds and what the run has.
+        ValueError: With the callback of the checkpoint and that of the run.
     """
-    others, said = left_behind(trainer, checkpoint), checkpoint.get("callbacks") or {}
+    others, states = left_behind(trainer, checkpoint), checkpoint.get("callbacks") or {}
     for callback in callbacks_of(trainer, Callback):
         named = [key for key in others if key.startswith(f"{type(callback).__qualname__}{{")]
-        if getattr(callback, "keeps_what_it_did", False) and callback.state_key not in said and named:
+        if getattr(callback, "keeps_what_it_did", False) and callback.state_key not in states and named:
             raise ValueError(
                 f"the checkpoint is of a run with {', '.join(named)}, and this run has {callback.state_key} in its place, which "
                 "does not know what has been done: go on with the arguments of that run, or begin a new fit with the weights "
@@ -90,19 +98,19 @@ def check_callbacks(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
             )
 
 
-def take_over(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> None:
-    """What is to be done with a checkpoint before its weights are loaded, once the model has its shape."""
-    _take_masks(module, trainer, checkpoint)
+def before_weights(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> None:
+    """Prepares for the weights of a checkpoint, once the model has its shape: masked heads, and the place in the data."""
+    _restore_masks(module, trainer, checkpoint)
     fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
     fit_checkpoint = getattr(trainer.datamodule, "fit_checkpoint", None) if fits else None  # type: ignore[union-attr]
     if fit_checkpoint is not None:
         fit_checkpoint(checkpoint)
 
 
-def _take_masks(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> None:
-    """Makes zero what reads heads that a checkpoint has masked, once its weights are loaded, if no callback masks them again.
+def _restore_masks(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> None:
+    """Zeroes the weights that read heads masked in a checkpoint, once they are loaded, if no callback masks these heads again.
 
-    Where training goes on without what held masks, it warns.
+    It warns where training continues without the callback that held masks.
     """
     unheld, masked = left_behind(trainer, checkpoint), checkpoint.get(MASKED)
     heads = [key for key, state in unheld.items() if isinstance(state, dict) and state.get("heads")]

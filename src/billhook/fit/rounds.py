@@ -1,110 +1,99 @@
-"""When something is pruned in a fit, and how much of it."""
+"""When something is pruned in a fit, and how much of it.
+
+All callbacks read schedules alike. A schedule of the amount is given as the amount: `ratio=Linear(final=0.5)` removes half by the
+end. A schedule of progress is given as `at`: `at=Linear(final=1.0)` says which share of the amount has been removed by a step,
+and rises to 1.
+"""
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
+from typing import Literal
 
+import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from billhook.fit.event import At
-from billhook.schedules import Schedule, check_step, resolve_step
-from billhook.sparsity.masks import check_amount
+from billhook.fit.run import is_trial
+from billhook.schedules import Schedule, Step, check_step, resolve_step
+
+At = Step | Literal["start"]
+"""A step (int), a fraction of training (float in 0..1), or `"start"`."""
 
 
-def check_times(sparsity: float | Schedule | None, pattern: str, at: At) -> None:
-    """Checks what can be said before the length of training is known.
+def check_at(at: At | Schedule) -> None:
+    """Refuses a moment that is none.
 
     Raises:
-        ValueError: If sparsity, pattern and time are not legal or contradict each other.
+        ValueError: With the legal values.
     """
-    if not isinstance(sparsity, Schedule):
-        check_amount(sparsity, pattern)
-    elif at != "start":
-        raise ValueError(f"at={at!r}: the schedule says when; give it start and end instead")
-    elif pattern != "unstructured":
-        raise ValueError(f"pattern={pattern!r} is a sparsity of its own, which a schedule contradicts: give at instead")
-    if at != "start":
+    if isinstance(at, str) and at != "start":
+        raise ValueError(f"at={at!r} must be 'start', an int (a step) or a float in 0..1 (a fraction of training)")
+    if not isinstance(at, Schedule | str):
         check_step(at, "at")
 
 
-def find_rounds(
-    amount: float | Schedule | None, at: At, total: int | None, trial: bool, name: str = "sparsity"
-) -> dict[int, float | None]:
-    """From which step how much is pruned.
+def check_when(amount: object, at: At | Schedule) -> None:
+    """Refuses a moment that is none, or that contradicts a schedule of the amount.
+
+    Raises:
+        ValueError: With the legal values.
+    """
+    check_at(at)
+    if isinstance(amount, Schedule) and at != "start":
+        raise ValueError(f"at={at!r}: the schedule says when; give it start and end instead")
+
+
+def rounds_of(amount: float | Schedule, at: At | Schedule, total: int | None, trainer: pl.Trainer, name: str) -> dict[int, float]:
+    """Finds from which step on how much is pruned; in a `fast_dev_run` there is only the last round.
 
     Args:
         amount: A fraction, or a schedule of it.
-        at: When, if it is no schedule.
+        at: When, or a schedule of the share of the amount.
         total: Steps of training; None where that is not known.
-        trial: Whether it is a trial, which may be shorter than the schedule: then there is only the last round.
-        name: What the amount is called.
+        trainer: The trainer.
+        name: The name of the argument that is the amount.
 
     Raises:
-        ValueError: If the length must be known and is not, or a schedule goes down or leaves [0, 1).
+        ValueError: If the length must be known and is not, or a schedule falls or leaves its range.
     """
-    if not isinstance(amount, Schedule):
-        return {_moment(at, total, trial): amount}
-    if total is None:
-        raise ValueError(f"{name}: a schedule needs the length of training, which is not known: set max_steps")
+    trial = is_trial(trainer)
+    if isinstance(amount, Schedule):
+        if total is None:
+            raise ValueError(f"{name}: a schedule needs the length of training, which is not known: set max_steps")
+        return _amounts(amount, total, trial, name)
+    if isinstance(at, Schedule):
+        return {step: share * amount for step, share in shares_of(at, total, trial).items()}
+    return {step_of(at, total, trial): amount}
+
+
+def _amounts(schedule: Schedule, total: int, trial: bool, name: str) -> dict[int, float]:
     if trial:
-        rounds = {total: amount.bind(sys.maxsize)(sys.maxsize)}
+        rounds = {total: schedule.bind(sys.maxsize)(sys.maxsize)}
     else:
-        bound = amount.bind(total)
-        rounds = {step: bound(step) for step in amount.changes(total)}
+        bound = schedule.bind(total)
+        rounds = {step: bound(step) for step in bound.changes(total)}
     for step, value in rounds.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name}={value!r} must be a fraction in [0, 1) (by the schedule, at step {step})")
     for higher, lower in pairwise(rounds.values()):
         if lower < higher:
             raise ValueError(f"{name}: the schedule goes down, from {higher:g} to {lower:g}: what is pruned does not come back")
-    return dict(rounds)
+    return rounds
 
 
-def still_due(
-    rounds: Mapping[int, float | None], done: int, asked: float | None, amount: Callable[[float | None], float], name: str
-) -> dict[int, float | None]:
-    """The rounds without those that would give back what is pruned, as may be where a resumed fit has another schedule or length.
-
-    Args:
-        rounds: All rounds of the fit.
-        done: The last step by which rounds have been carried out; -1 for none.
-        asked: How much was asked for by then; None where that is not known.
-        amount: What a round asks for, as a fraction.
-        name: What the amount is called.
-    """
-    before = max((amount(value) for step, value in rounds.items() if step <= done), default=0.0)
-    if done < 0 or asked is None or math.isclose(before, asked):
-        return dict(rounds)
-    rank_zero_warn(
-        f"{name}: the fit of the checkpoint had come to {asked:g} at step {done}, where this fit, by its arguments and length, "
-        f"comes to {before:g}: what is pruned stays so, and rounds that ask for less are left out"
-    )
-    return {step: value for step, value in rounds.items() if step <= done or amount(value) > asked}
-
-
-def _moment(at: At, total: int | None, trial: bool) -> int:
-    if at == "start":
-        return 0
-    if total is None and isinstance(at, float):
-        raise ValueError(f"at={at} is a fraction of training, whose length is not known: set max_steps")
-    moment = min(at, total) if trial and isinstance(at, int) and total is not None else at
-    return resolve_step(moment, int(moment) if total is None else total, "at")
-
-
-def shares_of(schedule: Schedule, total: int, trial: bool, what: str) -> dict[int, float]:
-    """From which step on which share has been done.
+def shares_of(schedule: Schedule, total: int | None, trial: bool) -> dict[int, float]:
+    """Finds from which step on which share of the amount is pruned.
 
     Args:
         schedule: The share at each step.
-        total: Steps of training.
-        trial: Whether it is a trial, which may be shorter than the schedule: then there is only the end of it.
-        what: What the schedule says, in words.
+        total: Steps of training; None where that is not known.
+        trial: True for a trial, which may be shorter than the schedule: then there is only the end of it.
 
     Raises:
-        ValueError: If the schedule falls, exceeds 1, or does not come to 1.
+        ValueError: If the length is not known, or the schedule falls, exceeds 1, or does not reach 1.
     """
-    if total == sys.maxsize:
+    if total is None:
         raise ValueError(f"at={schedule}: a schedule needs the length of training, which is not known: set max_steps")
     bound = schedule.bind(sys.maxsize if trial else total)
     shares = {total: bound(sys.maxsize)} if trial else {step: bound(step) for step in bound.changes(total)}
@@ -112,5 +101,41 @@ def shares_of(schedule: Schedule, total: int, trial: bool, what: str) -> dict[in
         if not before <= value <= 1:
             raise ValueError(f"at={schedule}: it must rise to 1 at most, and is {value:g} at step {step} after {before:g}")
     if max(shares.values(), default=0) < 1:
-        raise ValueError(f"at={schedule}: it says {what}, and must rise to 1 before training ends")
+        raise ValueError(
+            f"at={schedule}: it says which share of the amount is pruned, and must rise to 1 before training ends; how much is "
+            "pruned in all is said by the amount"
+        )
     return shares
+
+
+def step_of(at: At, total: int | None, trial: bool = False, name: str = "at") -> int:
+    """Returns the step of a moment, 0 for the start; in a trial, which may be shorter, the last step at most.
+
+    Raises:
+        ValueError: If it is a fraction of a length that is not known, or lies past the end of training.
+    """
+    if at == "start":
+        return 0
+    if total is None and isinstance(at, float):
+        raise ValueError(f"{name}={at} is a fraction of training, whose length is not known: set max_steps")
+    moment = min(at, total or 0) if trial and isinstance(at, int) else at
+    return resolve_step(moment, sys.maxsize if total is None else total, name)
+
+
+def still_due(rounds: Mapping[int, float], done: int, asked: float, name: str) -> dict[int, float]:
+    """Drops rounds that would un-prune, which can happen if a resumed fit has another schedule or length.
+
+    Args:
+        rounds: All rounds of the fit.
+        done: The last step by which rounds have been carried out; -1 for none.
+        asked: The amount that was due by that step in the fit of the checkpoint.
+        name: The name of the callback.
+    """
+    before = max((amount for step, amount in rounds.items() if step <= done), default=0.0)
+    if done < 0 or math.isclose(before, asked):
+        return dict(rounds)
+    rank_zero_warn(
+        f"{name}: the fit of the checkpoint had come to {asked:g} at step {done}, where this fit, by its arguments and length, "
+        f"comes to {before:g}: what is pruned stays so, and rounds that ask for less are left out"
+    )
+    return {step: amount for step, amount in rounds.items() if step <= done or amount > asked}

@@ -1,7 +1,6 @@
-"""Under which of Lightning's strategies callbacks work; what cannot be done is refused, with the reason and the way out."""
+"""Refuses strategies of Lightning under which callbacks do not work, with the reason and the way out."""
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -9,9 +8,8 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from billhook.fit.run import callbacks_of
+from billhook.fit.lightning_internals import averages, forks_or_spawns
 from billhook.model.find import find_transformer
 from billhook.running.shards import is_sharded
 
@@ -23,7 +21,7 @@ def check_masks(trainer: pl.Trainer, name: str, adapters: bool) -> None:
 
     Args:
         trainer: The trainer.
-        name: Of the callback.
+        name: The name of the callback.
         adapters: Whether LoRA counts or is masked, too.
 
     Raises:
@@ -36,7 +34,7 @@ def check_masks(trainer: pl.Trainer, name: str, adapters: bool) -> None:
             f"{name} under ModelParallelStrategy: count_adapters and mask_adapters need weights that are not sharded: leave them "
             f"out, or {FIRST}"
         )
-    averaging = [type(one).__name__ for one in callbacks_of(trainer, Callback) if hasattr(one, "_average_model")]
+    averaging = [type(one).__name__ for one, _ in averages(trainer)]
     if averaging:
         raise ValueError(
             f"{name} under ModelParallelStrategy cannot mask the copy that {averaging[0]} keeps: leave {averaging[0]} out"
@@ -49,14 +47,14 @@ def check_shapes(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, 
     Args:
         trainer: The trainer.
         pl_module: The module that is to be trained.
-        name: Of the callback.
+        name: The name of the callback.
         at_start: Whether they change before the fit, in `setup`, and never in the middle of it.
 
     Raises:
         ValueError: With the reason, and the way out.
     """
     sharded = _shards(trainer, name)
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if forks_or_spawns(trainer):
         raise ValueError(
             f"{name} changes shapes, and processes that are forked or spawned (ddp_notebook, ddp_fork, ddp_spawn) give back "
             f"nothing but weights, which the model they came from cannot take then: use strategy='ddp' in a script, or {FIRST}"
@@ -76,11 +74,11 @@ def check_shapes(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, 
             f"it in `configure_model`, or {FIRST}"
         ) from None
     if is_sharded(model):
-        raise ValueError(f"{name}: {type(pl_module).__name__} is sharded already, by an earlier fit: make it anew, or {FIRST}")
+        raise ValueError(f"{name}: {type(pl_module).__name__} is sharded already, by an earlier fit: make a new one, or {FIRST}")
 
 
 def _shards(trainer: pl.Trainer, name: str) -> bool:
-    """Whether the fit is sharded, in the way that is known.
+    """Returns whether the fit is sharded by FSDP2.
 
     Raises:
         ValueError: If it is sharded in another way, or the strategy is not known.

@@ -1,4 +1,4 @@
-"""Masks that are held: pruned weights are zero after every step of an optimizer."""
+"""Holds masks: pruned weights are zero after every step of an optimizer."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -36,13 +36,13 @@ class Hold:
         copies: Sequence[nn.Module] = (),
         adapted: Collection[str] = (),
     ) -> None:
-        """Holds from now on: in the model after each step of these optimizers, and in averaged copies of it.
+        """Begins to hold: in the model after each step of these optimizers, and in averaged copies of it.
 
         Args:
             model: The model in training.
-            optimizers: Those that step it.
+            optimizers: The optimizers that step it.
             copies: Averaged copies of it.
-            adapted: Linears whose adapters are masked too, and are not before there are masks.
+            adapted: Linears whose adapters are masked too, once there are masks.
 
         Raises:
             ValueError: If the masks are of another model.
@@ -55,11 +55,11 @@ class Hold:
         self._hooks = [optimizer.register_step_post_hook(self._step) for optimizer in optimizers]
 
     def hold(self, masks: Mapping[str, Tensor], change: Callable[[], None] | None = None) -> None:
-        """Takes other masks, and applies them.
+        """Replaces the masks, and applies them.
 
         Args:
             masks: Keep-masks by linear.
-            change: A change of the weights that goes with them; if it fails, the masks before are held.
+            change: A change of the weights that belongs to them; if it fails, the masks before are held.
 
         Raises:
             ValueError: If the masks are of another model.
@@ -87,7 +87,7 @@ class Hold:
             mask_adapters(model, own_masks)
 
     def follow(self) -> None:
-        """Takes the shape that the model has been given: of weights that are new, what is zero stays zero, and no more."""
+        """Follows new shapes: in weights that are new, zeros stay zeros, and no others."""
         if not self.masks or not self._models:
             return
         of, masks = {id(weight): self.masks[name] for name, weight in self._weights.items()}, dict[str, Tensor]()
@@ -100,7 +100,7 @@ class Hold:
         self.hold(masks)
 
     def apply(self) -> None:
-        """Makes zero what the masks say, in the model and in its copies."""
+        """Zeroes masked weights, in the model and in its copies."""
         for model, linears in zip(self._models, self._linears, strict=False) if self.masks else ():
             reshard(model)
             weights = [linears[name].get_parameter("weight").data for name in self.masks]
@@ -129,14 +129,14 @@ class Hold:
             _mask([own[name].data for name in moved], [self.masks[name] for name in moved])
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks, one bit a weight."""
+        """Returns the masks, one bit a weight."""
         return {
             name: {"shape": list(mask.shape), "bits": torch.from_numpy(np.packbits(whole(mask).cpu().numpy()))}
             for name, mask in self.masks.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Masks that were saved."""
+        """Restores masks that were saved."""
         self.masks = {}
         for name, saved in state.items():
             bits = np.unpackbits(saved["bits"].cpu().numpy(), count=int(np.prod(saved["shape"])))
@@ -144,5 +144,5 @@ class Hold:
 
 
 def _mask(weights: list[Tensor], masks: list[Tensor]) -> None:
-    """Multiplies by the masks, in place: read as the bytes 0 and 1, which takes a third of the time that bool does."""
+    """Multiplies by the masks, in place: as the bytes 0 and 1, which takes a third of the time of bool."""
     torch._foreach_mul_([local(weight) for weight in weights], [local(mask).view(torch.uint8) for mask in masks])

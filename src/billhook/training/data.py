@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from billhook.checkpoints.pretrained import load_tokenizer
+from billhook.fit.lightning_internals import drop_training_loaders
 from billhook.model.find import find_transformer
 from billhook.training.loader import EpochSampler, ResumableLoader, batches_seen, fit_place, place_of
 from billhook.training.rows import (
@@ -134,7 +135,7 @@ class DatasetModule(pl.LightningDataModule):
             return
         self._resume = {name: value for name, value in state_dict.get("train", {}).items() if name != "examples"}
         # whoever asked for the length of training before this had a loader made that starts at the beginning
-        self.trainer.fit_loop._combined_loader = None
+        drop_training_loaders(self.trainer)
 
     def val_dataloader(self) -> list[ResumableLoader]:
         """Batches of the split `validation`, in order; none where the data has no such split."""

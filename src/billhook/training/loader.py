@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
+from billhook.fit.lightning_internals import batch_progress, saved_place
+
 
 class EpochSampler(DistributedSampler[int]):
     """An order that depends on seed and epoch alone, split over ranks; it can start in the middle once.
@@ -92,8 +94,7 @@ class ResumableLoader(DataLoader[Any]):
 
 def batches_seen(trainer: pl.Trainer) -> int:
     """How many training batches a trainer has used in all."""
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
-    return int(progress.total.processed)
+    return int(batch_progress(trainer).total.processed)
 
 
 def place_of(trainer: pl.Trainer) -> dict[str, int] | None:
@@ -101,7 +102,7 @@ def place_of(trainer: pl.Trainer) -> dict[str, int] | None:
     loader = trainer.train_dataloader
     if not isinstance(loader, ResumableLoader):
         return None
-    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    progress = batch_progress(trainer)
     if not loader.begun or loader.seen == batches_seen(trainer):
         place = {"epoch": loader.epoch, "batch": loader.batch, "seen": loader.seen}
     else:
@@ -125,5 +126,5 @@ def fit_place(place: dict[str, int], checkpoint: dict[str, Any], at_once: int) -
     if batch == place["batch"]:
         return
     place["batch"] = batch
-    current = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    current = saved_place(checkpoint)
     current.update(ready=batch, started=batch, processed=batch, completed=batch - current["processed"] + current["completed"])

@@ -1,4 +1,4 @@
-"""What must wait until a LightningModule has made its model, in `setup` or `configure_model`."""
+"""Waits until a LightningModule has made its model, in `setup` or `configure_model`."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ _WAITING = "_billhook_waiting"
 _HOOK = "configure_model"
 
 
-def when_made(pl_module: pl.LightningModule, step: Callable[[], None]) -> None:
+def once_model_exists(pl_module: pl.LightningModule, step: Callable[[], None]) -> None:
     """Takes a step at once where there is a Hugging Face model, else right after `configure_model`.
 
     That is after the module's `setup`, and before checkpoints are loaded, strategies wrap the model and optimizers are made.
@@ -27,8 +27,8 @@ def when_made(pl_module: pl.LightningModule, step: Callable[[], None]) -> None:
     pl_module.__dict__[_WAITING].append(step)
 
 
-def forget(pl_module: pl.LightningModule) -> None:
-    """Leaves the module's hook as it was; what still waits never happens."""
+def drop_waiting(pl_module: pl.LightningModule) -> None:
+    """Drops the steps that still wait, and restores the module's hook."""
     if pl_module.__dict__.pop(_WAITING, None) is not None:
         del pl_module.__dict__[_HOOK]
 
@@ -37,10 +37,10 @@ def _then(pl_module: pl.LightningModule, configure: Callable[[], None]) -> Calla
     def configure_model() -> None:
         configure()
         steps = pl_module.__dict__[_WAITING]
-        forget(pl_module)
+        drop_waiting(pl_module)
         before = Ambient.now()
         try:
-            with torch.device("cpu"):  # Lightning has set a device and a dtype in which the model is to be made
+            with torch.device("cpu"):  # Lightning has set a device and a dtype for new models
                 Ambient(gradients=before.gradients, precision=before.precision, autocast=before.autocast).restore()
                 for step in steps:
                     step()

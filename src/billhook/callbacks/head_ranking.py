@@ -1,0 +1,84 @@
+"""Scores the heads of the model in a fit, and chooses those that are masked."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import lightning.pytorch as pl
+import torch
+from transformers import PreTrainedModel
+
+from billhook.callbacks.head_record import HeadRecord
+from billhook.fit.calibration import Calibration, gradient_precision
+from billhook.fit.ranks import sum_over
+from billhook.importance.base import Importance
+from billhook.importance.score import run_of, score
+from billhook.model.find import find_transformer
+from billhook.pruning.amount import Ranking
+from billhook.pruning.choice import choose
+from billhook.pruning.planning import plan_units
+from billhook.running.shards import gathered, unsharded
+from billhook.units.find import find_units
+from billhook.units.units import Per
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRanking:
+    """How heads are ranked, and how many of a layer may be chosen.
+
+    Attributes:
+        importance: How much a head matters.
+        ranking: Whether heads compete within their layer or with those of all layers.
+        per: Whether heads are query heads or KV heads.
+        min_heads: How many are kept in each layer, at least.
+        normalize: True to divide the scores of each layer by their L2 norm.
+        removes: True if heads are removed, and not only masked.
+    """
+
+    importance: Importance
+    ranking: Ranking
+    per: Per
+    min_heads: int
+    normalize: bool
+    removes: bool
+
+    def check(self, model: PreTrainedModel, record: HeadRecord, ratio: float) -> None:
+        """Refuses a ratio that cannot be reached, and heads that cannot be removed.
+
+        Raises:
+            ValueError: With the least ratio that removes a head, if there is one.
+        """
+        heads = find_units(model, "head")
+        flat = {name: torch.zeros(one.count(self.per)) for name, one in heads.items()}
+        take = partial(choose, heads, flat, ranking=self.ranking, min_units=self.min_heads, per=self.per, remove=self.removes)
+        chosen = take(record.left(ratio))
+        if ratio > 0 and not chosen and not record.first:
+            total = sum(map(len, flat.values()))
+            least = next((number / total for number in range(1, total) if take(number / total)), None)
+            which = f"the smallest ratio that does is {least:.4g}" if least else "no ratio does"
+            raise ValueError(f"ratio={ratio} removes no head; {which}")
+        if self.removes:
+            plan_units(model, chosen, per=self.per)
+
+    def choose(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        calibration: Calibration,
+        record: HeadRecord,
+        masked: Mapping[str, Sequence[int]],
+        ratio: float,
+    ) -> dict[str, list[int]]:
+        """Returns the heads to mask of the model as it is, among them all that are masked already; the record gets the scores."""
+        model = find_transformer(pl_module)
+        heads = find_units(model, "head")
+        record.begin({name: one.count(self.per) for name, one in heads.items()})
+        whole = unsharded(pl_module), gathered(pl_module)
+        with calibration.aside(pl_module), gradient_precision(trainer), whole[0], whole[1]:
+            pairs = calibration.pairs(trainer, pl_module) if self.importance.needs_data else ()
+            trials = [run_of(model, heads, *pair) for pair in pairs]
+            scores = score(model, heads, self.importance, trials, None, self.normalize, self.per, sum_over(trainer))
+        record.scored(scores)
+        for name, own in masked.items():
+            scores[name][own] = -torch.inf
+        return choose(heads, scores, record.left(ratio), self.ranking, self.min_heads, self.per, self.removes)

@@ -1,0 +1,138 @@
+"""Events that change tensor shapes in the middle of a fit: model, optimizers, DDP and compiled code follow."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from billhook.fit.event import Event, EventCallback, FollowsShapes, SetsLength, log_event
+from billhook.fit.late_models import once_model_exists
+from billhook.fit.lightning_internals import averages, communication_state
+from billhook.fit.ranks import together
+from billhook.fit.run import callbacks_of, training_steps
+from billhook.fit.strategies import check_shapes
+
+
+class ShapeCallback(EventCallback):
+    """Changes tensor shapes at given steps of a fit.
+
+    Attributes:
+        moves: True if it moves weights between its events, too.
+    """
+
+    moves = False
+
+    @abstractmethod
+    def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
+        """Raises `ValueError` if an event cannot happen; called once the model exists, before checkpoints are loaded."""
+
+    @property
+    def only_at_start(self) -> bool:
+        """True if no shape changes in the middle of the fit."""
+        return False
+
+    def steps(self, total: int | None, trainer: pl.Trainer) -> list[int]:
+        """Returns the steps at which shapes change; -1 for before the optimizer exists."""
+        return sorted(self.moments(total, trainer))
+
+    def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses strategies, and averages of weights, that cannot follow."""
+        name, averaging = type(self).__name__, averages(trainer)
+        check_shapes(trainer, pl_module, name, self.only_at_start)
+        if averaging and not self.only_at_start:
+            raise ValueError(
+                f"{name} changes shapes when the fit is under way, which {type(averaging[0][0]).__name__} cannot follow: prune "
+                "or convert first and train the result, or use KVHeadConversion(at='start') without calibration"
+            )
+        if early := [type(callback).__name__ for callback, copy in averaging if copy is not None]:
+            raise ValueError(f"{name} must stand before {early[0]} in the list of callbacks, which has already copied the model")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Adds the shape to checkpoints, and checks trainer and model."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            for one in callbacks_of(trainer, SetsLength):
+                one.settle(trainer)  # even if it is later in the list
+            once_model_exists(pl_module, partial(self.begin, trainer, pl_module))
+
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks the model once it exists."""
+        self.check(pl_module, trainer)
+
+    def happen(self, trainer: pl.Trainer, pl_module: pl.LightningModule, change: Callable[[list[Optimizer]], str]) -> None:
+        """Carries out a change as an event of its own, measured before and after, and logged."""
+        event = self.reshape(trainer, pl_module, self.measured(trainer, pl_module), change)
+        event["after"] |= self.measured(trainer, pl_module)
+        log_event(trainer, event)
+
+    def reshape(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        metrics: dict[str, float],
+        change: Callable[[list[Optimizer]], str],
+    ) -> Event:
+        """Carries out a change of model and optimizers, also where DDP has wrapped the model; see `as_event`."""
+        with unwrapped(trainer), together(trainer, type(self).__name__):
+            event = self.as_event(trainer, pl_module, metrics, partial(change, trainer.optimizers))
+        for callback in callbacks_of(trainer, FollowsShapes):
+            callback.follow()
+        torch.compiler.reset()  # torch stops compiling after so many shapes
+        return event
+
+
+@contextmanager
+def unwrapped(trainer: pl.Trainer) -> Iterator[None]:
+    """Drops DDP, whose hooks are on the old parameters, and wraps the model again afterwards."""
+    wrapped = isinstance(trainer.strategy.model, DistributedDataParallel)
+    if wrapped:
+        trainer.strategy.model = trainer.strategy.lightning_module
+    yield
+    if wrapped:
+        assert isinstance(trainer.strategy, DDPStrategy)
+        trainer.strategy.configure_ddp()
+        if isinstance(state := communication_state(trainer), PowerSGDState):
+            _restart(state)
+
+
+def _restart(state: PowerSGDState) -> None:
+    """Drops the gradients that PowerSGD keeps by their place in DDP's buckets, which change in the first two steps."""
+    state.iter = max(0, min(state.iter, state.start_powerSGD_iter - 2))
+    for kept in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+        kept.clear()
+
+
+def refuse_shape_changes(
+    trainer: pl.Trainer, mine: EventCallback, after: int, before: int, what: str, why: Callable[[ShapeCallback], str | None]
+) -> None:
+    """Refuses other callbacks that change shapes between two events of one; at one step their order in the list decides.
+
+    Args:
+        trainer: The trainer.
+        mine: The callback.
+        after: The step of its first event.
+        before: The step of its last event.
+        what: A phrase that says what the first event did.
+        why: Returns a phrase that says why another callback cannot change shapes; None if it can.
+
+    Raises:
+        ValueError: With the first such step.
+    """
+    total, seen = training_steps(trainer), False
+    for callback in callbacks_of(trainer, EventCallback):
+        seen |= callback is mine
+        if callback is mine or not isinstance(callback, ShapeCallback) or (reason := why(callback)) is None:
+            continue
+        if steps := [step for step in callback.steps(total, trainer) if (after, False) < (step, seen) < (before, True)]:
+            raise ValueError(
+                f"{type(callback).__name__} changes shapes at step {steps[0]}, after {type(mine).__name__} has {what} at step "
+                f"{after}{reason}: let it come first, at an earlier step or before it in the list of callbacks"
+            )

@@ -1,0 +1,125 @@
+"""Finds out what a user's `training_step` makes of a batch: the call of the model, and the loss."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from billhook.fit.manual import manual_loss
+from billhook.running.batches import Run, own_loss, runs_of
+from billhook.running.overridden import overridden
+
+
+def with_parameters(method: Callable[..., object], *arguments: object) -> Callable[[], object]:
+    """Binds as many arguments to a step as it has parameters."""
+    parameters = inspect.signature(method).parameters.values()
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    return partial(method, *(arguments if takes_any else arguments[: len(parameters)]))
+
+
+def runs_as_in_training(pl_module: pl.LightningModule, model: nn.Module, batches: Iterable[Any]) -> list[Run]:
+    """Makes a run of each batch: of the model on the arguments that `training_step` gives it.
+
+    A dictionary of nothing but arguments of the model's forward is given to the model directly. For any other batch the step
+    runs until it calls the model. Where it does not call the model as a whole, the step itself is the run.
+
+    Args:
+        pl_module: The module in training.
+        model: The model in it.
+        batches: The batches.
+
+    Raises:
+        ValueError: If neither is possible.
+    """
+    names = list(inspect.signature(model.forward).parameters)
+    runs: list[Run] = []
+    for number, batch in enumerate(batches):
+        step = with_parameters(pl_module.training_step, batch, number)
+        if isinstance(batch, Mapping) and set(batch) <= set(names):
+            runs += runs_of(model, [batch])
+        elif (call := _call(model, step, f"{type(pl_module).__name__} on batch {number}, a {type(batch).__name__}")) is not None:
+            runs += runs_of(model, [dict(zip(names, call.args, strict=False)) | call.kwargs])
+        elif pl_module.automatic_optimization:
+            runs.append(Run(step))
+        else:
+            raise ValueError(
+                f"calibration: training_step of {type(pl_module).__name__} steps its optimizers itself and does not call "
+                f"{type(model).__name__} as a whole: give batches that the model takes, as dictionaries"
+            )
+    return runs
+
+
+def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Module, Any], Tensor]:
+    """Returns the loss as a function of model and batch: that of `training_step`, or what it gives to `manual_backward`.
+
+    Args:
+        pl_module: The module in training.
+        number: The batch's number.
+    """
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
+        step = with_parameters(pl_module.training_step, batch, number)
+        if not pl_module.automatic_optimization:
+            return _manual_loss(pl_module, model, step, batch, number)
+        given: Any = step()
+        found = given["loss"] if isinstance(given, Mapping) else given
+        if not isinstance(found, Tensor):
+            raise ValueError(f"training_step of {type(pl_module).__name__} gives no loss for batch {number}: {found!r}")
+        return found
+
+    return loss
+
+
+def _manual_loss(
+    pl_module: pl.LightningModule,
+    model: nn.Module,
+    step: Callable[[], object],
+    batch: Any,  # noqa: ANN401
+    number: int,
+) -> Tensor:
+    """Returns the loss of a module that steps its optimizers itself; for batches that only the model takes, the model's own."""
+    try:
+        found = manual_loss(pl_module, step)
+        reason: object = "it gives nothing to manual_backward"
+    except Exception as error:
+        found, reason = None, error
+    if found is not None:
+        return found
+    try:
+        return own_loss(model, dict(batch) if isinstance(batch, Mapping) else batch)
+    except Exception as error:
+        raise ValueError(
+            f"calibration: training_step of {type(pl_module).__name__}, which steps its optimizers itself, has no loss for batch "
+            f"{number} ({reason}), and neither has {type(model).__name__} ({error})"
+        ) from error
+
+
+class _Call(BaseException):
+    """Ends a training step at its call of the model, with the arguments of the call."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.args, self.kwargs = args, kwargs
+
+
+def _call(model: nn.Module, step: Callable[[], object], what: str) -> _Call | None:
+    """Returns a training step's first call of the model; None if it does not call it."""
+
+    def forward(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        raise _Call(args, kwargs)
+
+    try:
+        with overridden(model, forward=forward), torch.compiler.set_stance("force_eager"):
+            step()
+    except _Call as call:
+        return call
+    except Exception as error:
+        raise ValueError(
+            f"calibration: training_step of {what} failed before it came to {type(model).__name__} ({error}): "
+            "give batches that the model takes, as dictionaries"
+        ) from error
+    return None

@@ -2,13 +2,32 @@
 
 import math
 
+import jsonargparse
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from billhook.schedules import Constant, Cosine, Cubic, Exponential, Linear, MultiStep, Ramp, check_step, resolve_step
+from billhook.schedules import (
+    Constant,
+    Cosine,
+    Cubic,
+    Exponential,
+    Linear,
+    MultiStep,
+    Ramp,
+    Schedule,
+    check_step,
+    resolve_step,
+)
 
-RAMPS = [Linear, Cubic, Cosine, Exponential]
+
+def all_schedules(parent=Schedule):
+    for kind in parent.__subclasses__():
+        yield from [kind, *all_schedules(kind)]
+
+
+EVERY = [kind for kind in all_schedules() if kind.__module__ == "billhook.schedules" and kind is not Ramp]
+RAMPS = [kind for kind in EVERY if issubclass(kind, Ramp)]
 fractions = st.floats(0.0, 0.99)
 
 
@@ -190,3 +209,42 @@ def test_a_users_own_ramp_needs_only_its_shape():
             return self.final * progress**2
 
     assert Square(final=1.0, end=0.5).bind(20)(5) == 0.25
+
+
+def settings_of(kind, final, start):
+    """Each kind rises from 0 to a value, from a time on."""
+    if kind is MultiStep:
+        return {"values": [final / 2, final], "steps": [start, 1.0 if isinstance(start, float) else start + 5]}
+    return {"value": final, "start": start} if kind is Constant else {"final": final, "start": start, "every": 2}
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
+class TestEverySchedule:
+    def test_it_rises_to_its_last_value_as_amount_or_progress(self, kind):
+        for final in (0.5, 0.99):
+            bound = kind(**settings_of(kind, final, 0.25)).bind(20)
+            values = [bound(step) for step in range(21)]
+            assert values[:5] == [0] * 5
+            assert values == sorted(values)
+            assert values[-1] == bound(10**6) == final
+            assert list(bound.changes(20)) == [step for step in range(1, 21) if values[step] != values[step - 1]]
+
+    def test_binding_again_changes_nothing(self, kind):
+        bound = kind(**settings_of(kind, 0.5, 3)).bind(20)
+        assert bound.bind(20) == bound
+        assert bound.bind(50) == bound
+
+    def test_fractions_must_be_bound(self, kind):
+        with pytest.raises(ValueError, match="is a fraction of training: call bind"):
+            kind(**settings_of(kind, 0.5, 0.25))(7)
+
+    def test_values_must_be_finite(self, kind):
+        with pytest.raises(ValueError, match="must be a number|must be below 1"):
+            kind(**settings_of(kind, math.inf, 3))
+
+    def test_configured_by_its_place_or_its_short_name(self, kind):
+        settings, parser = settings_of(kind, 0.5, 3), jsonargparse.ArgumentParser()
+        parser.add_argument("--sparsity", type=float | Schedule)
+        for name in (f"billhook.schedules.{kind.__name__}", kind.__name__):
+            plain = {"class_path": name, "init_args": settings}
+            assert parser.instantiate(parser.parse_object({"sparsity": plain})).sparsity == kind(**settings)

@@ -1,7 +1,10 @@
 """Schedules: from a training step to a value.
 
-A schedule is a callable `step -> value`. Steps are optimizer steps. Where a schedule takes a step it takes an `int` (that
-step) or a `float` in 0..1 (that fraction of training); a schedule with fractions is bound to the length of training first:
+A schedule is a callable `step -> value`. Its values are whatever the argument means that it is given to: an amount where an
+amount is asked for (`sparsity`, `ratio`), and progress from 0 to 1, the share of the whole change, where `at` asks for a time.
+
+Steps are optimizer steps. Where a schedule takes a step it takes an `int` (that step) or a `float` in 0..1 (that fraction of
+training); a schedule with fractions is bound to the length of training first:
 
 >>> ramp = Cubic(final=0.5, end=0.5, every=10).bind(total_steps=200)
 >>> [round(ramp(step), 3) for step in (0, 9, 20, 50, 100, 199)]
@@ -15,17 +18,19 @@ from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Self
 
+from billhook.arguments import number, whole
+
 Step = int | float
 """An optimizer step (`int`), or a fraction of training (`float` in 0..1)."""
 
 
 def resolve_step(step: Step, total_steps: int, name: str = "step") -> int:
-    """The optimizer step that `step` means in a training of `total_steps` steps.
+    """Returns the optimizer step that `step` means in a training of `total_steps` steps.
 
     Args:
         step: A step as `int`, or a fraction of training as `float` in 0..1.
         total_steps: Length of training in optimizer steps.
-        name: What the step is called in the error message.
+        name: The argument that the error message names.
 
     Raises:
         ValueError: If the step is negative, past the end of training, or a fraction outside 0..1.
@@ -42,7 +47,7 @@ def resolve_step(step: Step, total_steps: int, name: str = "step") -> int:
 
 
 def check_step(step: Step, name: str = "step") -> None:
-    """Refuses what is neither a step nor a fraction of training.
+    """Refuses values that are neither a step nor a fraction of training.
 
     Raises:
         ValueError: If the step is negative or a fraction outside 0..1.
@@ -56,22 +61,22 @@ def check_step(step: Step, name: str = "step") -> None:
 
 
 class Schedule(ABC):
-    """A value that depends on the training step."""
+    """A value that depends on the training step: an amount, or with `at` the progress from 0 to 1."""
 
     @abstractmethod
     def __call__(self, step: int) -> float:
-        """The value at an optimizer step."""
+        """Returns the value at an optimizer step."""
 
     @abstractmethod
     def bind(self, total_steps: int) -> Self:
-        """The same schedule with every fraction of training turned into a step.
+        """Returns the same schedule with every fraction of training turned into a step.
 
         Raises:
             ValueError: If a step lies past the end of training.
         """
 
     def changes(self, total_steps: int) -> Iterator[int]:
-        """The steps in 0..total_steps at which the value differs from the step before (and 0 if it starts above zero).
+        """Yields the steps in 0..total_steps at which the value differs from the step before (and 0 if it starts above zero).
 
         >>> list(Linear(final=1.0, start=10, end=30, every=10).changes(100))
         [20, 30]
@@ -104,17 +109,17 @@ class Constant(Schedule):
         _check(self)
 
     def __call__(self, step: int) -> float:
-        """The value at an optimizer step."""
+        """Returns the value at an optimizer step."""
         return self.value if step >= _bound(self.start, "start") else self.initial
 
     def bind(self, total_steps: int) -> Self:
-        """The same schedule with fractions of training turned into steps."""
+        """Returns the same schedule with fractions of training turned into steps."""
         return replace(self, start=resolve_step(self.start, total_steps, "start"))
 
 
 @dataclass(frozen=True)
 class Ramp(Schedule):
-    """From `initial` at `start` to `final` at `end`; the shape between is what subclasses say.
+    """From `initial` at `start` to `final` at `end`; subclasses give the shape between.
 
     Args:
         final: The value from `end` on.
@@ -135,13 +140,12 @@ class Ramp(Schedule):
 
     def __post_init__(self) -> None:
         _check(self)
-        if self.every < 1:
-            raise ValueError(f"every={self.every} must be at least 1 step")
+        whole("every", self.every)
         if type(self.start) is type(self.end) and self.end < self.start:
             raise ValueError(f"end={self.end} comes before start={self.start}")
 
     def __call__(self, step: int) -> float:
-        """The value at an optimizer step."""
+        """Returns the value at an optimizer step."""
         start, end = _bound(self.start, "start"), _bound(self.end, "end")
         if step >= end:
             return self.final
@@ -150,18 +154,18 @@ class Ramp(Schedule):
         return self.at((step - start) // self.every * self.every / (end - start))
 
     def at(self, progress: float) -> float:
-        """The value when the ramp has come `progress` (0..1) of its way."""
+        """Returns the value at a share `progress` (0..1) of the ramp."""
         return self.initial + (self.final - self.initial) * progress
 
     def bind(self, total_steps: int) -> Self:
-        """The same schedule with fractions of training turned into steps."""
+        """Returns the same schedule with fractions of training turned into steps."""
         start, end = resolve_step(self.start, total_steps, "start"), resolve_step(self.end, total_steps, "end")
         return replace(self, start=start, end=end)
 
 
 @dataclass(frozen=True)
 class Linear(Ramp):
-    """In equal parts: initial + (final - initial) t, where t runs from 0 at `start` to 1 at `end`.
+    """A straight line: initial + (final - initial) t, where t runs from 0 at `start` to 1 at `end`.
 
     >>> Linear(final=0.8, end=100)(50)
     0.4
@@ -170,14 +174,17 @@ class Linear(Ramp):
 
 @dataclass(frozen=True)
 class Cubic(Ramp):
-    """Fast at first, then slower: final + (initial - final) (1 - t)^3 (Zhu & Gupta 2017, 1710.01878, eq. 1).
+    """Fast at first, then slower: final + (initial - final) (1 - t)^3.
+
+    Equation 1 of "To Prune, or Not to Prune: Exploring the Efficacy of Pruning for Model Compression", Zhu & Gupta, 2017,
+    https://arxiv.org/abs/1710.01878.
 
     >>> round(Cubic(final=0.8, end=100)(50), 3)
     0.7
     """
 
     def at(self, progress: float) -> float:
-        """The value when the ramp has come `progress` (0..1) of its way."""
+        """Returns the value at a share `progress` (0..1) of the ramp."""
         return self.final + (self.initial - self.final) * (1 - progress) ** 3
 
 
@@ -190,15 +197,15 @@ class Cosine(Ramp):
     """
 
     def at(self, progress: float) -> float:
-        """The value when the ramp has come `progress` (0..1) of its way."""
+        """Returns the value at a share `progress` (0..1) of the ramp."""
         return self.initial + (self.final - self.initial) * (1 - math.cos(math.pi * progress)) / 2
 
 
 @dataclass(frozen=True)
 class Exponential(Ramp):
-    """The same fraction of what is left at each step: 1 - (1 - initial)^(1-t) (1 - final)^t.
+    """An equal fraction of the rest at each step: 1 - (1 - initial)^(1-t) (1 - final)^t.
 
-    Values are fractions removed, so what is left, 1 - value, falls geometrically, as in pruning by rounds.
+    Values are fractions removed, so the rest, 1 - value, falls geometrically, as in pruning by rounds.
 
     Raises:
         ValueError: If `initial` or `final` is not below 1.
@@ -216,7 +223,7 @@ class Exponential(Ramp):
                 )
 
     def at(self, progress: float) -> float:
-        """The value when the ramp has come `progress` (0..1) of its way."""
+        """Returns the value at a share `progress` (0..1) of the ramp."""
         left: float = (1 - self.initial) ** (1 - progress) * (1 - self.final) ** progress
         return 1 - left
 
@@ -249,19 +256,19 @@ class MultiStep(Schedule):
             )
         for step, value in zip(self.steps, self.values, strict=True):
             check_step(step, "steps")
-            _check_finite(value, "values")
-        _check_finite(self.initial, "initial")
+            number("values", value)
+        number("initial", self.initial)
         # equal steps are what fractions become in a training that is very short: the last one holds
         if len({type(s) for s in self.steps}) == 1 and any(b < a for a, b in pairwise(self.steps)):
             raise ValueError(f"steps={self.steps} must ascend")
 
     def __call__(self, step: int) -> float:
-        """The value at an optimizer step."""
+        """Returns the value at an optimizer step."""
         passed = [v for v, s in zip(self.values, self.steps, strict=True) if step >= _bound(s, "steps")]
         return passed[-1] if passed else self.initial
 
     def bind(self, total_steps: int) -> Self:
-        """The same schedule with fractions of training turned into steps."""
+        """Returns the same schedule with fractions of training turned into steps."""
         return replace(self, steps=[resolve_step(s, total_steps, "steps") for s in self.steps])
 
 
@@ -270,12 +277,7 @@ def _check(schedule: Constant | Ramp) -> None:
         if field.name in ("start", "end"):
             check_step(getattr(schedule, field.name), field.name)
         else:
-            _check_finite(getattr(schedule, field.name), field.name)
-
-
-def _check_finite(value: float, name: str) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name}={value} is not a finite number")
+            number(field.name, getattr(schedule, field.name))
 
 
 def _bound(step: Step, name: str) -> int:

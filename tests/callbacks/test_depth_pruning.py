@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
 import billhook as bh
-from billhook.checkpoints.export import export_checkpoint
+from billhook.checkpoints.export import export
 from billhook.model.shape import shape_of
 from kit import fits
 from kit.families import build, tokens
@@ -189,7 +189,7 @@ class TestCheckpoints:
         trainer(tmp_path, [pruning(2, at=2), checkpoints(tmp_path, save_weights_only=True)], max_steps=4).fit(lit, data(files))
         loaded = bh.TransformerModule.load_from_checkpoint(tmp_path / "step=4.ckpt", model=make(seed=1).model)
         assert same(weights(loaded), weights(lit))
-        saved = export_checkpoint(tmp_path / "step=4.ckpt", tmp_path / "out")
+        saved = export(tmp_path / "step=4.ckpt", tmp_path / "out")
         assert saved.way == "plain"
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         ids = tokens()

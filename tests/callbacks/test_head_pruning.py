@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader
 
 import billhook as bh
-from billhook.checkpoints.export import export_checkpoint
+from billhook.checkpoints.export import export
 from billhook.fit.calibration import Calibration
 from billhook.pruning.choice import choose
 from billhook.units.find import find_units
@@ -714,11 +714,11 @@ def test_checkpoints_are_plain_and_carry_masks(files, tmp_path):
 def test_a_checkpoint_in_which_heads_are_masked_is_exported_as_it_computes(files, tmp_path):
     lit, callback = module(), pruning(0.25, at=2, remove="never")
     trainer(tmp_path, [callback, checkpoints(tmp_path)], max_steps=4).fit(lit, data(files))
-    export_checkpoint(tmp_path / "step=4.ckpt", tmp_path / "out", tokenizer="tiny")
+    export(tmp_path / "step=4.ckpt", tmp_path / "out", tokenizer="tiny")
     ids = tokens()
     assert torch.equal(bh.load(tmp_path / "out")(ids).logits, transformer(lit).eval()(ids).logits)
     hostile = torch.load(tmp_path / "step=4.ckpt", weights_only=True)
     hostile["billhook_masked_heads"]["heads"] = {LAYERS[0]: [99]}
     torch.save(hostile, tmp_path / "hostile.ckpt")
     with pytest.raises(ValueError, match="has no head 99"):
-        export_checkpoint(tmp_path / "hostile.ckpt", tmp_path / "other")
+        export(tmp_path / "hostile.ckpt", tmp_path / "other")

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.checkpoints.export import export_checkpoint
+from billhook.checkpoints.export import export
 from billhook.units.find import find_units
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
@@ -130,7 +130,7 @@ class TestResume:
 
     def test_a_lightning_checkpoint_is_exported(self, files, tmp_path):
         lit, *_ = self.straight(files, tmp_path, lambda: pruning(channels=0.25, kv_heads=0.5, at=3))
-        export_checkpoint(tmp_path / "step=8.ckpt", tmp_path / "out")
+        export(tmp_path / "step=8.ckpt", tmp_path / "out")
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
         ids = tokens()
         with torch.no_grad():

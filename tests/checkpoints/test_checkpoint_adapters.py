@@ -12,7 +12,7 @@ import transformers
 import billhook as bh
 from billhook.adapters.lora import ADAPTERS
 from billhook.adapters.merge import merged_copy
-from billhook.checkpoints.export import export_checkpoint
+from billhook.checkpoints.export import export
 from billhook.model.linears import prunable
 from kit.adapters import BUILD, IDS, logits, lora, pruned
 from kit.families import llama
@@ -189,7 +189,7 @@ def test_a_lightning_checkpoint_with_adapters_is_exported_merged(files, tmp_path
     trainer(tmp_path, [bh.WeightPruning(bh.Magnitude(), 0.5, measure_batches=0), checkpoints(tmp_path)], max_steps=1).fit(
         lit, data(files)
     )
-    export_checkpoint(tmp_path / "step=1.ckpt", tmp_path / "out")
+    export(tmp_path / "step=1.ckpt", tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     expected = merged_copy(lit.model.eval()).model
     assert not [name for name, _ in again.named_parameters() if "lora" in name]
@@ -207,4 +207,4 @@ def test_adapters_of_which_a_checkpoint_does_not_say_how_they_are_scaled_are_ref
     with pytest.raises(
         ValueError, match=r"holds adapters beside the weights \(.*base_layer.weight\), but not how they are scaled"
     ):
-        export_checkpoint(tmp_path / "without.ckpt", tmp_path / "out")
+        export(tmp_path / "without.ckpt", tmp_path / "out")

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import billhook
-from billhook.checkpoints.export import export, export_checkpoint
+from billhook.checkpoints.export import export
 from billhook.model.checkpoint_shape import save_shape
 from billhook.model.shape import KEY, shape_of
 from kit.shaped import SHAPED, uneven_llama
@@ -69,23 +69,22 @@ def same_logits(folder, model) -> bool:
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
-def test_a_converted_model_in_training(weights_only, tmp_path, capsys):
+def test_a_converted_model_in_training(weights_only, tmp_path):
     module = billhook.TransformerModule(build())
     path = fit(module, tmp_path, [conversion()], weights_only)
-    export(path, str(tmp_path / "out"))
-    assert "an ordinary Hugging Face checkpoint" in capsys.readouterr().out
+    assert "an ordinary Hugging Face checkpoint" in str(export(path, str(tmp_path / "out")))
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_key_value_heads"] == 2
     assert json.loads((tmp_path / "out" / "billhook.json").read_text())["steps"] == 2
     assert same_logits(tmp_path / "out", module.model)
     state = torch.get_rng_state()
-    assert export_checkpoint(path, tmp_path / "out").difference == 0  # over an earlier export
+    assert export(path, tmp_path / "out").difference == 0  # over an earlier export
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("name", ["model", "net"])
 def test_a_module_of_the_users_own(name, tmp_path):
     module = Own(name, build(tie_word_embeddings=True))
-    export_checkpoint(fit(module, tmp_path, [conversion()]), tmp_path / "out")
+    export(fit(module, tmp_path, [conversion()]), tmp_path / "out")
     assert same_logits(tmp_path / "out", getattr(module, name))
 
 
@@ -93,33 +92,33 @@ def test_a_model_in_bfloat16_keeps_its_dtype(tmp_path):
     model = transformers.LlamaForCausalLM._from_config(build().config, dtype=torch.bfloat16)
     module = billhook.TransformerModule(model)
     path = fit(module, tmp_path, [conversion()], precision="bf16-true")
-    assert export_checkpoint(path, tmp_path / "out").difference == 0
+    assert export(path, tmp_path / "out").difference == 0
     assert billhook.load(tmp_path / "out").dtype == torch.bfloat16
 
 
 def test_the_tokenizer_is_the_one_that_training_started_from(tmp_path, recwarn):
     module = billhook.TransformerModule("tiny")
     path = fit(module, tmp_path, [])
-    export_checkpoint(path, tmp_path / "out")
+    export(path, tmp_path / "out")
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("to be")["input_ids"]
     with pytest.raises(ValueError, match="tokenizer: none can be read from './nowhere'"):
-        export_checkpoint(path, tmp_path / "other", "./nowhere")
+        export(path, tmp_path / "other", "./nowhere")
     checkpoint = torch.load(path)
     checkpoint[KEY]["name_or_path"] = "/gone/since"
     torch.save(checkpoint, tmp_path / "moved.ckpt")
     with pytest.warns(UserWarning, match="no tokenizer is saved along, since none can be read from '/gone/since'"):
-        export_checkpoint(tmp_path / "moved.ckpt", tmp_path / "moved")
+        export(tmp_path / "moved.ckpt", tmp_path / "moved")
 
 
 @pytest.mark.parametrize("family", SHAPED)
-def test_a_shape_that_the_class_does_not_build(family, tmp_path, capsys):
+def test_a_shape_that_the_class_does_not_build(family, tmp_path):
     model = SHAPED[family]()
     module = Own("model", model)
     checkpoint = {"state_dict": module.state_dict()}
     save_shape(module, checkpoint)
     torch.save(checkpoint, tmp_path / "a.ckpt")
-    export(str(tmp_path / "a.ckpt"), str(tmp_path / "out"))
-    assert "bh.load loads it, plain from_pretrained refuses it; largest difference of logits 0" in capsys.readouterr().out
+    saved = export(str(tmp_path / "a.ckpt"), str(tmp_path / "out"))
+    assert "bh.load loads it, plain from_pretrained refuses it; largest difference of logits 0" in str(saved)
     again = billhook.load(tmp_path / "out")
     assert shape_of(again) == shape_of(model)
     with torch.no_grad():
@@ -136,17 +135,17 @@ def test_weights_of_another_shape_than_is_said_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=rf"{name} is \(32, 48\) by its config, \(32, 20\) by its shape, \(32, 4\) by its weights"
     ):
-        export_checkpoint(tmp_path / "a.ckpt", tmp_path / "out")
+        export(tmp_path / "a.ckpt", tmp_path / "out")
     del checkpoint["state_dict"][f"model.{name}"]
     torch.save(checkpoint, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=rf"{name} .* not there by its weights"):
-        export_checkpoint(tmp_path / "a.ckpt", tmp_path / "out")
+        export(tmp_path / "a.ckpt", tmp_path / "out")
 
 
 def test_a_checkpoint_that_billhook_knows_nothing_of(tmp_path):
     path = fit(Own("model", build()), tmp_path, [])
     with pytest.raises(ValueError, match="was not written with a billhook callback or module"):
-        export_checkpoint(path, tmp_path / "out")
+        export(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -165,14 +164,14 @@ def test_files_that_are_no_checkpoints(tmp_path, monkeypatch):
     (tmp_path / "truncated").write_bytes((tmp_path / "whole").read_bytes()[:300])
     for name in ("text", "empty", "pickle", "bomb", "truncated"):
         with pytest.raises(ValueError, match=f"'{name}' cannot be read as a Lightning checkpoint"):
-            export_checkpoint(name, "out")
+            export(name, "out")
     for name, content in [("list", [1]), ("no", {"a": 1}), ("odd", {"state_dict": 1}), ("ints", {"state_dict": {1: 2}})]:
         torch.save(content, name)
         with pytest.raises(ValueError, match="it has no state_dict"):
-            export_checkpoint(name, "out")
+            export(name, "out")
     for name in ("nowhere", "."):
         with pytest.raises(ValueError, match="is not a file"):
-            export_checkpoint(name, "out")
+            export(name, "out")
     assert not (tmp_path / "exploded").exists()
     assert not (tmp_path / "out").exists()
 
@@ -180,7 +179,7 @@ def test_files_that_are_no_checkpoints(tmp_path, monkeypatch):
 def test_an_occupied_folder_is_refused_before_reading(tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(ValueError, match="billhook did not write"):
-        export_checkpoint(tmp_path / "nowhere.ckpt", tmp_path)
+        export(tmp_path / "nowhere.ckpt", tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +248,7 @@ def test_a_config_far_larger_than_the_weights_takes_no_memory(good, tmp_path, mo
         change(checkpoint[KEY])
     torch.save(checkpoint, tmp_path / "hostile.ckpt")
     monkeypatch.setattr(transformers.LlamaForCausalLM, "_from_config", lambda *_, **__: pytest.fail("built by its config"))
-    saved = export_checkpoint(tmp_path / "hostile.ckpt", tmp_path / "out")
+    saved = export(tmp_path / "hostile.ckpt", tmp_path / "out")
     assert saved.way == "shaped"
     assert saved.megabytes < 0.1
 
@@ -260,7 +259,7 @@ def test_a_hostile_entry_is_refused(case, good, tmp_path):
     HOSTILE[case](checkpoint[KEY])
     torch.save(checkpoint, tmp_path / "hostile.ckpt")
     with pytest.raises(ValueError, match="hostile.ckpt"):
-        export_checkpoint(tmp_path / "hostile.ckpt", tmp_path / "out")
+        export(tmp_path / "hostile.ckpt", tmp_path / "out")
     assert os.listdir(tmp_path) == ["hostile.ckpt"]
 
 
@@ -268,7 +267,7 @@ def test_an_entry_that_is_no_dict_is_refused(good, tmp_path):
     for entry in ("text", [1], 3):
         torch.save(good | {KEY: entry}, tmp_path / "hostile.ckpt")
         with pytest.raises(ValueError, match="does not say what model it holds"):
-            export_checkpoint(tmp_path / "hostile.ckpt", tmp_path / "out")
+            export(tmp_path / "hostile.ckpt", tmp_path / "out")
 
 
 def test_what_would_fetch_code_is_not_looked_at(good, tmp_path, monkeypatch):
@@ -287,7 +286,7 @@ def test_what_would_fetch_code_is_not_looked_at(good, tmp_path, monkeypatch):
     _config(**fields)(checkpoint[KEY])
     _shape("attributes", model__layers__0__self_attn__head_dim=2**60)(checkpoint[KEY])  # follows from the config
     torch.save(checkpoint, "hostile.ckpt")
-    export_checkpoint("hostile.ckpt", "out")
+    export("hostile.ckpt", "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert not set(fields) & set(written)
     assert not (tmp_path / "exploded").exists()

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 import billhook as bh
-from billhook.checkpoints.export import export_checkpoint
+from billhook.checkpoints.export import export
 from billhook.checkpoints.place import RECORD
 from billhook.cli.main import main
 from kit.families import llama
@@ -95,7 +95,7 @@ def by_callback(folder, _):
 WAYS = {
     "save": lambda folder, _: bh.save(llama(**SMALL), folder),
     "shaped": lambda folder, _: bh.save(uneven(), folder),
-    "export": lambda folder, ckpt: export_checkpoint(ckpt, folder),
+    "export": lambda folder, ckpt: export(ckpt, folder),
     "callback": by_callback,
 }
 

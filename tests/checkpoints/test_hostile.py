@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.checkpoints.export import export_checkpoint
+from billhook.checkpoints.export import export
 from billhook.checkpoints.place import RECORD
 from kit.families import llama
 
@@ -278,7 +278,7 @@ def test_a_lightning_checkpoint(case, kept, tmp_path):
     assert {name: (id(one), one.shape) for name, one in given.named_parameters()} == before
     if message == "Weights only load failed":
         with pytest.raises(ValueError, match="cannot be read as a Lightning checkpoint"):
-            export_checkpoint(tmp_path / "bad.ckpt", tmp_path / "out")
+            export(tmp_path / "bad.ckpt", tmp_path / "out")
 
 
 @pytest.mark.parametrize("said", ["x", {"__class__": 1, "forward": 2}])

@@ -6,7 +6,7 @@ import transformers
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import billhook as bh
-from billhook.checkpoints.export import export_checkpoint
+from billhook.checkpoints.export import export
 from billhook.model.linears import prunable
 from kit.families import llama
 from kit.fits import same
@@ -104,7 +104,7 @@ def test_a_full_checkpoint_loads_elsewhere(of_two, fitted, tmp_path):
     path = fitted / "heads, True" / "step=4.ckpt"
     lit = bh.TransformerModule.load_from_checkpoint(path, model=llama(vocab_size=2048))
     assert same(lit.state_dict(), state)
-    export_checkpoint(path, tmp_path / "exported")
+    export(path, tmp_path / "exported")
     assert bh.load(tmp_path / "exported").config.num_key_value_heads == 2
 
 

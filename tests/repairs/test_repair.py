@@ -9,8 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
-from billhook.repairs.least_squares import Moments, choose_ridge, refit, refit_linear
-from billhook.repairs.repair import Repair, repaired
+from billhook.repairs.least_squares import OwedMoments, choose_ridge, refit_linear, solve_ridge
+from billhook.repairs.repair import Repair, repair_linears
 from billhook.running.batches import Run
 from kit.families import llama, tokens
 from kit.losses import BUILD, embedded_text
@@ -32,7 +32,7 @@ def inputs(tokens=400, width=24, seed=0):
 
 
 def moments(*parts, owed=None):
-    found = Moments(10 if owed is None else owed.shape[-1], parts[0].shape[-1])
+    found = OwedMoments(10 if owed is None else owed.shape[-1], parts[0].shape[-1])
     for part in parts:
         found.add(part, owed)
     return found
@@ -59,7 +59,7 @@ def by_lstsq(weight, keep, x, ridge, owed=0.0, counts=None):
 def test_the_closed_form_is_the_least_squares_solution(ridge, owing):
     x, weight, keep = inputs(), torch.randn(10, 24, dtype=torch.float64), kept(24, 7)
     owed = torch.randn(400, 10).double() + x[:, :10] if owing else torch.zeros(400, 10).double()
-    new = refit(weight, keep, moments(x, owed=owed).about(), ridge)
+    new = solve_ridge(weight, keep, moments(x, owed=owed).about(), ridge)
     torch.testing.assert_close(new, by_lstsq(weight, keep, x, ridge, owed), rtol=1e-8, atol=1e-8)
     assert torch.equal(new[:, ~keep], torch.zeros(10, 7, dtype=torch.float64))
 
@@ -80,7 +80,7 @@ def test_moments_of_parts_and_padding_are_those_of_the_whole():
     counts = torch.rand(3, 700) < 0.7
     padded = torch.where(counts[..., None], x.reshape(3, 700, 24), torch.nan)
     owed = padded[..., :10] + torch.randn(3, 700, 10)
-    found = Moments(10, 24)
+    found = OwedMoments(10, 24)
     found.add(padded, owed, counts)
     own, due, centre = x.reshape(3, 700, 24)[counts], owed[counts], (torch.randn(24).double(), torch.randn(10).double())
     assert int(found.tokens) == int(counts.sum())
@@ -93,7 +93,7 @@ def test_moments_of_parts_and_padding_are_those_of_the_whole():
 
 def test_a_token_that_counts_twice_is_one_that_is_there_twice():
     x, owed, counts = inputs(tokens=60), torch.randn(60, 10).double(), torch.randint(0, 4, (60,))
-    found = Moments(10, 24)
+    found = OwedMoments(10, 24)
     found.add(x, owed, weights=counts.double())
     expected = moments(x.repeat_interleave(counts, 0), owed=owed.repeat_interleave(counts, 0))
     for one, other in zip(found.tensors(), expected.tensors(), strict=True):
@@ -108,7 +108,7 @@ def test_a_token_that_is_owed_a_thousand_times_as_much_does_not_decide_alone():
     others, masks = other_parameters(model, ("v_proj",)), {name: torch.ones(32, dtype=torch.bool)}
 
     def found():
-        (own,) = repaired(model, masks, trials(model, batches), Repair(ridges=[0.01]), given=others).values()
+        (own,) = repair_linears(model, masks, trials(model, batches), Repair(ridges=[0.01]), given=others).values()
         return own[0]
 
     without, start = found(), model.get_submodule(name).weight.detach().clone()
@@ -225,7 +225,7 @@ def slowly(model, masks, batches, repair, others=None):
         linear, keep = model.get_submodule(name), masks[name]
         x, _ = given(model, name, batches)
         old = matrix(linear, linear.weight.detach())
-        fit, held_out = Moments(*old.shape), Moments(*old.shape)
+        fit, held_out = OwedMoments(*old.shape), OwedMoments(*old.shape)
         target, start = (streams(whole, name, batches)[1], streams(model, name, batches)[0]) if repair.catch_up else (None, None)
         dues, squares = [], []
         for number, one in enumerate(x):
@@ -262,7 +262,7 @@ def test_linear_after_linear_on_what_the_repaired_ones_before_give(family, catch
         del masks["model.layers.1.self_attn.o_proj"]
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     model.train()
-    found = repaired(model, masks, trials(model, batches), Repair(catch_up))
+    found = repair_linears(model, masks, trials(model, batches), Repair(catch_up))
     assert model.training
     assert torch.equal(torch.get_rng_state(), rng)
     model.eval()
@@ -306,7 +306,7 @@ def test_with_other_parameters_a_linear_makes_up_for_them_by_least_squares(bias)
     name = "model.layers.0.self_attn.o_proj"
     batches, others = [{"input_ids": tokens(6, 40)} for _ in range(4)], other_parameters(model, ("v_proj", "k_proj", "o_proj"))
     masks = {name: torch.ones(32, dtype=torch.bool)}
-    ((weight, shift),) = repaired(model, masks, trials(model, batches), Repair(False, ridges=[0.01]), given=others).values()
+    ((weight, shift),) = repair_linears(model, masks, trials(model, batches), Repair(False, ridges=[0.01]), given=others).values()
     changed = copy.deepcopy(model)
     put(changed, {linear: (own["weight"], own.get("bias")) for linear, own in others.items()})
     (x,) = [torch.cat(given(changed, name, batches)[0])]
@@ -334,7 +334,7 @@ def test_with_other_parameters_linear_after_linear_as_in_whole_runs(family, catc
     masks = {name: torch.ones_like(keep) for name, keep in masks.items()}
     others = other_parameters(model, ("v_proj", "q_proj", "layers.0.self_attn.o_proj") if family == "llama" else ("c_attn",), 0.2)
     before = copy.deepcopy(model.state_dict())
-    found = repaired(model, masks, trials(model, batches), Repair(catch_up), given=others)
+    found = repair_linears(model, masks, trials(model, batches), Repair(catch_up), given=others)
     expected = slowly(model, masks, batches, Repair(catch_up), others)
     assert found.keys() == masks.keys()
     assert sum(not torch.equal(weight, model.get_submodule(name).weight) for name, (weight, _) in found.items()) >= 2
@@ -349,7 +349,7 @@ def test_with_the_models_own_parameters_given_nothing_is_owed():
     model, masks, batches = case("llama")
     masks = {name: torch.ones_like(keep) for name, keep in masks.items()}
     own = {name: {"weight": model.get_submodule(name).weight.detach().clone()} for name in masks}
-    for name, (weight, _) in repaired(model, masks, trials(model, batches), given=own).items():
+    for name, (weight, _) in repair_linears(model, masks, trials(model, batches), given=own).items():
         torch.testing.assert_close(weight, own[name]["weight"])
 
 
@@ -366,17 +366,17 @@ def test_other_parameters_that_cannot_be_are_refused():
         ({name: {"weight": weight, "bias": weight[:, 0]}}, r"must be {'weight': \[16, 32\]}, got {'weight': .*'bias': \[16\]}"),
     ):
         with pytest.raises(ValueError, match=message):
-            repaired(model, masks, runs, given=wrong)
+            repair_linears(model, masks, runs, given=wrong)
     model, masks, batches = case("albert")
     with pytest.raises(
         ValueError, match=r"repair: .* is called several times in a run, so it cannot be compared with the whole model"
     ):
-        repaired(model, masks, trials(model, batches), given=other_parameters(model, "value"))
+        repair_linears(model, masks, trials(model, batches), given=other_parameters(model, "value"))
 
 
 def test_a_linear_that_is_called_in_every_layer_is_refitted_on_all_calls():
     model, masks, batches = case("albert")
-    found = repaired(model, masks, trials(model, batches), Repair(ridges=[0.01]))
+    found = repair_linears(model, masks, trials(model, batches), Repair(ridges=[0.01]))
     cut = copy.deepcopy(model)
     for name, keep in masks.items():
         cut.get_submodule(name).weight.data[:, ~keep] = 0
@@ -384,7 +384,7 @@ def test_a_linear_that_is_called_in_every_layer_is_refitted_on_all_calls():
         x, calls = given(cut, name, batches)
         assert calls == 3
         linear = model.get_submodule(name)
-        fit, held_out = Moments(*linear.weight.shape), Moments(*linear.weight.shape)
+        fit, held_out = OwedMoments(*linear.weight.shape), OwedMoments(*linear.weight.shape)
         for number, one in enumerate(x):
             (fit if number < 2 else held_out).add(one)
         weight, bias = refit_linear(linear.weight.detach(), linear.bias.detach(), keep, fit, held_out, [0.01])
@@ -400,7 +400,7 @@ def test_where_channels_that_go_are_copies_of_others_nothing_is_lost():
             part.weight.data[gone] = part.weight.data[keep][: len(gone)]
     with torch.no_grad():
         whole = model(**batches[0]).logits
-        new = repaired(model, masks, trials(model, batches), Repair(ridges=[1e-4]))
+        new = repair_linears(model, masks, trials(model, batches), Repair(ridges=[1e-4]))
         cut = copy.deepcopy(model)
         put(cut, {name: (cut.get_submodule(name).weight * keep, None) for name, keep in masks.items()})
         put(model, new)
@@ -424,7 +424,7 @@ def test_it_helps_on_text_that_it_has_not_seen_and_catching_up_helps_more():
     losses = [loss_of(model, unseen)]
     for catch_up in (False, True):
         put(model, old)
-        put(model, repaired(model, masks, trials(model, batches), Repair(catch_up)))
+        put(model, repair_linears(model, masks, trials(model, batches), Repair(catch_up)))
         losses.append(loss_of(model, unseen))
     assert losses[0] - losses[1] > 0.3 * (losses[0] - whole)
     assert losses[2] < losses[1]
@@ -440,11 +440,11 @@ def test_padding_does_not_count():
     mask = torch.arange(40).expand(6, 40) < torch.tensor([[40], [15], [9], [30], [22], [18]])
     padded = [batch | {"attention_mask": mask.long()} for batch in batches]
     counts = dict.fromkeys(masks, mask)
-    one = repaired(model, masks, trials(model, padded, counts))
+    one = repair_linears(model, masks, trials(model, padded, counts))
     for batch in padded:
         batch["input_ids"] = torch.where(mask, batch["input_ids"], 7)
-    other = repaired(model, masks, trials(model, padded, counts))
-    blind = repaired(model, masks, trials(model, padded))
+    other = repair_linears(model, masks, trials(model, padded, counts))
+    blind = repair_linears(model, masks, trials(model, padded))
     for name in masks:
         torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-11)
         assert not torch.allclose(one[name][0], blind[name][0], rtol=1e-3)
@@ -454,13 +454,13 @@ def test_padding_does_not_count():
 def test_half_precision_keeps_its_dtype(dtype):
     model, masks, batches = case("llama")
     model = model.to(dtype)
-    found = repaired(model, masks, trials(model, batches))
+    found = repair_linears(model, masks, trials(model, batches))
     assert all(weight.dtype == dtype and weight.isfinite().all() for weight, _ in found.values())
     first = "model.layers.0.self_attn.o_proj"
     x, _ = given(model, first, batches)
     weight = model.get_submodule(first).weight.detach()
     (choosing,) = Repair().chooses(4)
-    fit, held_out = Moments(*weight.shape), Moments(*weight.shape)
+    fit, held_out = OwedMoments(*weight.shape), OwedMoments(*weight.shape)
     lost = [(one.float() @ (weight * ~masks[first]).float().t()).square().sum(1) for one in x]  # of inputs that go
     usual = torch.cat(lost).log().mean().exp()
     for number, one in enumerate(x):
@@ -471,14 +471,14 @@ def test_half_precision_keeps_its_dtype(dtype):
 
 def test_ranks_together_come_to_what_one_comes_to_alone():
     model, masks, batches = case("gpt2", number=4)
-    alone = repaired(model, masks, trials(model, batches), Repair(held_out=0.5))
+    alone = repair_linears(model, masks, trials(model, batches), Repair(held_out=0.5))
     assert Repair(held_out=0.5).chooses(4) == {1, 3}
     assert Repair(held_out=0.5).chooses(2) == {1}
     copies = [copy.deepcopy(model) for _ in range(2)]
 
     def one(rank, reduce):
         runs = trials(copies[rank], batches[2 * rank : 2 * rank + 2])
-        return repaired(copies[rank], masks, runs, Repair(held_out=0.5), reduce)
+        return repair_linears(copies[rank], masks, runs, Repair(held_out=0.5), reduce)
 
     found = Ranks(2).run(one)
     for name, own in alone.items():
@@ -500,12 +500,12 @@ def test_an_expert_that_few_tokens_come_to_is_only_cut_and_named():
     calls = [(inputs(40, 8).float(), [0, 1]) for _ in range(2)]
     runs = [Run(lambda call=call: model(*call)) for call in calls]
     with pytest.warns(UserWarning, match=r"too few tokens have come to 1 linears.*: experts\.2"):
-        found = repaired(model, masks, runs)
+        found = repair_linears(model, masks, runs)
     assert torch.equal(found["experts.2"][0], model.experts[2].weight * masks["experts.2"])
     assert torch.equal(found["experts.2"][1], model.experts[2].bias)
     assert not torch.equal(found["experts.0"][0], model.experts[0].weight * masks["experts.0"])
     with pytest.raises(ValueError, match=r"too few tokens that count for any refit; the first linear is experts\.2"):
-        repaired(model, {"experts.2": masks["experts.2"]}, runs)
+        repair_linears(model, {"experts.2": masks["experts.2"]}, runs)
 
 
 def test_refusals_name_what_came_and_change_nothing():
@@ -521,16 +521,16 @@ def test_refusals_name_what_came_and_change_nothing():
         ({}, "no linear is named"),
     ):
         with pytest.raises(ValueError, match=message):
-            repaired(model, wrong, runs)
+            repair_linears(model, wrong, runs)
     with pytest.raises(ValueError, match="two on a rank are needed at least.* got 1 in all"):
-        repaired(model, masks, runs[:1])
-    with pytest.raises(ValueError, match="held_out=1 must be between 0 and 1"):
+        repair_linears(model, masks, runs[:1])
+    with pytest.raises(ValueError, match="held_out=1 must be in .0, 1."):
         Repair(held_out=1)
     with pytest.raises(ValueError, match="ridges=.0.0, 1.0. must be finite numbers of at least 0.0001"):
         Repair(ridges=(0.0, 1.0))
     model.model.layers[1].mlp.up_proj.weight.data[5] = torch.nan
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: NaN or infinite inputs in 1 features, the first in feature 5"):
-        repaired(model, masks, runs)
+        repair_linears(model, masks, runs)
     assert all(torch.equal(value, before[name]) or value.isnan().any() for name, value in model.state_dict().items())
     assert not any("forward" in vars(m) or m._forward_pre_hooks for m in model.modules())

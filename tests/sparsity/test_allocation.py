@@ -1,5 +1,7 @@
 """How much each layer gives, against the papers' formula, and that the whole comes to what was asked."""
 
+from inspect import isabstract
+
 import jsonargparse
 import pytest
 import torch
@@ -66,17 +68,46 @@ def test_owl_keeps_the_whole_and_stays_within_bounds(blocks, sparsity, lam):
     assert all(amounts[str(a)] >= amounts[str(b)] for a, b in zip(ordered, ordered[1:], strict=False))
 
 
-def test_only_owl_measures():
-    assert [a.measures for a in (Uniform(), ByPattern({"*": 0.5}), OWL())] == [False, False, True]
-    assert Uniform().measure([torch.ones(2, 2)]) == 0
+def all_allocations(parent=Allocation):
+    for kind in parent.__subclasses__():
+        yield from [*([] if isabstract(kind) else [kind]), *all_allocations(kind)]
 
 
-@pytest.mark.parametrize("allocation", [Uniform(), ByPattern({"*.up": 0.25}), OWL(lam=0.1)])
-def test_configured_by_name(allocation):
-    parser = jsonargparse.ArgumentParser()
+SETTINGS = {"ByPattern": {"sparsities": {"*.up": 0.25}}, "OWL": {"lam": 0.1}}
+EVERY = [kind for kind in all_allocations() if kind.__module__.startswith("billhook.")]
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.99])
+def test_every_allocation_gives_each_linear_a_legal_sparsity(kind, sparsity):
+    allocation = kind(**SETTINGS.get(kind.__name__, {}))
+    scores = [[torch.rand(6, 10) ** power, torch.rand(4, 10) ** power] for power in (1, 9, 3)]
+    before = [one.clone() for block in scores for one in block]
+    measured = [allocation.measure(block) for block in scores] if allocation.measures else ()
+    assert all(torch.equal(one, old) for one, old in zip([one for block in scores for one in block], before, strict=True))
+    amounts = allocation.allocate(BLOCKS, sparsity, measured)
+    assert list(amounts) == [name for block in BLOCKS for name in block]
+    assert all(0 <= amount < 1 for amount in amounts.values())
+    assert amounts == allocation.allocate(BLOCKS, sparsity, measured)
+    if kind is not ByPattern:
+        assert whole(BLOCKS, amounts) == pytest.approx(sparsity)
+    for wrong in (1.0, -0.1):
+        with pytest.raises(ValueError, match="sparsity=.* must be"):
+            allocation.allocate(BLOCKS, wrong, measured)
+
+
+@pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
+def test_configured_by_name(kind):
+    settings, parser = SETTINGS.get(kind.__name__, {}), jsonargparse.ArgumentParser()
     parser.add_argument("--allocation", type=Allocation)
-    settings = {"class_path": f"{type(allocation).__module__}.{type(allocation).__name__}", "init_args": vars(allocation)}
-    assert parser.instantiate(parser.parse_object({"allocation": settings})).allocation == allocation
+    for name in (f"{kind.__module__}.{kind.__name__}", kind.__name__):
+        plain = {"class_path": name, "init_args": settings}
+        assert parser.instantiate(parser.parse_object({"allocation": plain})).allocation == kind(**settings)
+
+
+def test_only_owl_measures():
+    assert [kind for kind in EVERY if kind(**SETTINGS.get(kind.__name__, {})).measures] == [OWL]
+    assert Uniform().measure([torch.ones(2, 2)]) == 0
 
 
 @pytest.mark.parametrize(
@@ -88,7 +119,7 @@ def test_configured_by_name(allocation):
         (lambda: ByPattern({"*.up": 0.5, "*.gate": 0.5}).allocate(BLOCKS, 0.5), r"'\*.gate'\] matches none of the 6 linears"),
         (lambda: ByPattern({"*": 0.5}).allocate(BLOCKS, -1), "sparsity=-1 must be"),
         (lambda: OWL(lam=0.6), r"lam=0.6 must be in \[0, 0.5\]"),
-        (lambda: OWL(multiple=0), "multiple=0 must be positive"),
+        (lambda: OWL(multiple=0), "multiple=0 must be a number above 0"),
         (lambda: OWL().allocate(BLOCKS, 0.5), "measured must have one value for each of 3 blocks, got 0"),
         (lambda: OWL().allocate(BLOCKS, 2, [1, 2, 3]), "sparsity=2 must be"),
     ],

@@ -8,11 +8,11 @@ import jsonargparse
 import pytest
 import torch
 
+from billhook.running.statistics import InputNorms
 from billhook.sparsity.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaAlpha
 from billhook.sparsity.masks import pruned_count, sparsity_of
 from billhook.sparsity.refit import Refit
 from billhook.sparsity.sparsegpt import SparseGPT
-from billhook.sparsity.statistics import InputNorms
 from kit.sparsity import CRITERIA, IN, OUT, make_inputs, seen, stable_sort_layer, stable_sort_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -274,7 +274,7 @@ def test_bad_amounts_are_refused(criterion):
         (lambda: Random(compares=0), "compares=0 must be"),
         (lambda: RIA(exponent=-1), "exponent=-1 must be"),
         (lambda: RIA(compares="matrix"), "compares='matrix' must be"),
-        (lambda: SparseGPT(damping=0), r"damping=0 must be above 0 and at most 1"),
+        (lambda: SparseGPT(damping=0), r"damping=0 must be in .0, 1."),
         (lambda: SparseGPT(damping=2.0), "damping=2.0 must be"),
         (lambda: SparseGPT(block_size=0), "block_size=0 must be"),
         (lambda: SparseGPT(block_size=1.5), "block_size=1.5 must be"),

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import billhook as bh
 from billhook.model.linears import prunable, weight_of
 from billhook.model.plan import apply
-from billhook.sparsity.statistics import InputMoments, InputNorms
+from billhook.running.statistics import InputMoments, InputNorms
 from kit.families import build as build_family
 from kit.families import llama, tokens
 from kit.sparsity import CRITERIA, batches_of, family, masks_of

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from billhook import Magnitude, Refit, SparseGPT, Wanda
-from billhook.sparsity.refit import refit
-from billhook.sparsity.statistics import InputMoments, InputNorms
+from billhook.running.statistics import InputMoments, InputNorms
+from billhook.sparsity.refit import conjugate_gradients
 
 
 def problem(rows=12, columns=40, tokens=300, dead=0):
@@ -37,7 +37,7 @@ def error(weight, solution, inputs):
 def test_enough_steps_reach_the_least_squares_solution(damping):
     weight, _, statistics = problem()
     pruned, keep = Wanda().prune(weight, statistics, 0.5)
-    found = refit(weight, pruned, keep, statistics.products, damping, 60)
+    found = conjugate_gradients(weight, pruned, keep, statistics.products, damping, 60)
     torch.testing.assert_close(found, exactly(weight, keep, statistics.products, damping), atol=2e-4, rtol=1e-3)
     assert torch.equal(found != 0, keep)
 
@@ -46,7 +46,9 @@ def test_every_step_lowers_the_error():
     weight, inputs, statistics = problem()
     pruned, keep = Wanda().prune(weight, statistics, 0.5)
     errors = [error(weight, pruned, inputs)]
-    errors += [error(weight, refit(weight, pruned, keep, statistics.products, 0.0, steps), inputs) for steps in range(1, 8)]
+    errors += [
+        error(weight, conjugate_gradients(weight, pruned, keep, statistics.products, 0.0, steps), inputs) for steps in range(1, 8)
+    ]
     assert all(after < before for before, after in zip(errors, errors[1:], strict=False))
     assert errors[-1] < 0.9 * errors[0]
 
@@ -78,7 +80,7 @@ def test_dead_inputs_and_weights_of_low_precision():
 def test_refusals_name_what_came():
     with pytest.raises(ValueError, match="steps=0 must be a whole number"):
         Refit(steps=0)
-    with pytest.raises(ValueError, match="damping=-1 must be at least 0"):
+    with pytest.raises(ValueError, match="damping=-1 must be a number of at least 0"):
         Refit(damping=-1)
     with pytest.raises(ValueError, match="Refit needs InputMoments .* got InputNorms"):
         Refit().prune(torch.ones(2, 4), InputNorms(4), 0.5)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from billhook.running.statistics import InputMoments
 from billhook.sparsity.criteria import Magnitude, Wanda
 from billhook.sparsity.masks import pruned_count
 from billhook.sparsity.sparsegpt import SparseGPT, inverse_factor
-from billhook.sparsity.statistics import InputMoments
 from kit.sparsity import IN, OUT, make_inputs, seen, stable_sort_layer, stable_sort_rows
 
 

@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
-from billhook.adapters.lora import ADAPTERS, put_back, without_adapters
+from billhook.adapters.lora import ADAPTERS, base_checkpoint, put_back
 from billhook.checkpoints.export import build_model, read_checkpoint
 from billhook.cli.main import main
 from billhook.model.linears import prunable
@@ -74,7 +74,7 @@ def every_step(folder):
 def exported(path):
     """What `billhook export` is to make of a checkpoint with adapters, before it is saved."""
     checkpoint = read_checkpoint(path)
-    model = build_model(without_adapters(checkpoint, str(path)), str(path))
+    model = build_model(base_checkpoint(checkpoint, str(path)), str(path))
     put_back(model, checkpoint, str(path))
     return model
 
@@ -273,7 +273,7 @@ class TestSaved:
             run.save_checkpoint(tmp_path / "a.ckpt")
             checkpoint = read_checkpoint(tmp_path / "a.ckpt")
             assert ADAPTERS not in checkpoint
-            assert without_adapters(checkpoint, "a.ckpt") is checkpoint
+            assert base_checkpoint(checkpoint, "a.ckpt") is checkpoint
 
     @pytest.mark.parametrize(
         ("change", "match"),
@@ -340,7 +340,7 @@ class TestYaml:
         ("line", "words"),
         [
             ("--model.lora '{rank: 3}'", ["rank", "not accepted"]),
-            ("--model.lora '{r: 0}'", ["r=0 must be at least 1"]),
+            ("--model.lora '{r: 0}'", ["r=0 must be a whole number of at least 1"]),
             ("--model.distillation '{temprature: 3}'", ["temprature", "not accepted"]),
             ("--model.distillation '{weight: 3}'", ["weight=3.0 must be in [0, 1]"]),
         ],
@@ -362,8 +362,8 @@ class TestYaml:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"r": 0}, "r=0 must be at least 1"),
-        ({"alpha": 0}, "alpha=0 must be above 0"),
+        ({"r": 0}, "r=0 must be a whole number of at least 1"),
+        ({"alpha": 0}, "alpha=0 must be a number above 0"),
         ({"dropout": 1.0}, re.escape("dropout=1.0 must be in [0, 1)")),
         ({"target": []}, "must be 'all-linear' or the ends of the names"),
     ],

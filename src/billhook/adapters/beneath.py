@@ -1,4 +1,4 @@
-"""Looks beneath adapters: whether a linear has one, and what it wraps."""
+"""Looks beneath adapters: finds them, and the names and modules that they wrap."""
 
 from collections.abc import Collection
 from typing import Any
@@ -13,12 +13,12 @@ MERGE = "merge the adapters first (bh.merge)"
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
-    """The layers of a model that PEFT has put adapters on, by name."""
+    """Finds the layers of a model that PEFT has put adapters on, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as it is beneath its adapters, on the meta device."""
+    """Copies the model beneath its adapters, to the meta device."""
     shadow = to_meta(model)
     for name, layer in adapted(shadow).items():
         owner, _, attr = name.rpartition(".")
@@ -27,6 +27,6 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def beneath(name: str, layers: Collection[str]) -> str:
-    """What a tensor or attribute is called where adapters are on some layers."""
-    owner, _, own = name.rpartition(".")
-    return f"{owner}.base_layer.{own}" if owner in layers else name
+    """Renames a tensor or attribute as it is called where adapters are on some layers."""
+    owner, _, attribute = name.rpartition(".")
+    return f"{owner}.base_layer.{attribute}" if owner in layers else name

@@ -1,4 +1,8 @@
-"""LoRA on a Hugging Face model: put on as the paper of LLM-Pruner does, and told to Lightning checkpoints."""
+"""LoRA on a Hugging Face model: attached as in LLM-Pruner, and recorded in Lightning checkpoints.
+
+"LoRA: Low-Rank Adaptation of Large Language Models", Hu et al., 2021, https://arxiv.org/abs/2106.09685; "LLM-Pruner: On the
+Structural Pruning of Large Language Models", Ma, Fang & Wang, 2023, https://arxiv.org/abs/2305.11627.
+"""
 
 import json
 import re
@@ -15,30 +19,35 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.masked import MaskedLora, active_in, check_plain, mask_as_weights, on_linears
 from billhook.adapters.merge import has_adapters
+from billhook.arguments import fraction, number, whole
 from billhook.model.handed import handing_of
 from billhook.model.linears import weight_of
 from billhook.model.shape import KEY
 
 ADAPTERS = "billhook_adapters"
-"""Where Lightning checkpoints keep how the adapters on their linears are scaled."""
+"""The key of Lightning checkpoints under which they keep how the adapters on their linears are scaled."""
 ALL = "all-linear"
 ADAPTER = "default"
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """LoRA (2106.09685): W x + alpha / r B A x on linears whose W is frozen; the defaults are LLM-Pruner's (2305.11627).
+    """LoRA: W x + alpha / r B A x on linears whose W is frozen; the defaults are LLM-Pruner's.
 
     Args:
-        r: Rank of what is added: A is `[r, in_features]`, B `[out_features, r]`, zero at first.
-        alpha: What is added is scaled by alpha / r.
+        r: Rank of the product: A is `[r, in_features]`, B `[out_features, r]`, zero at first.
+        alpha: The product is scaled by alpha / r.
         dropout: Share of the inputs of A that are zero in training.
-        target: `"all-linear"` (every linear but the output embedding, the head of a classifier and those that hand out KV
-            heads; experts whose weights are one tensor are no linears), or the linears by the ends of their names, such as
-            `[q_proj, v_proj]`.
+        target: `"all-linear"` (every linear except the output embedding, the head of a classifier and those that store fewer KV
+            heads than they give; experts whose weights are one tensor are no linears), or the linears by the ends of their
+            names, such as `[q_proj, v_proj]`.
 
     Raises:
         ValueError: If a number is out of range, or `target` is empty.
+
+    Example:
+        >>> LoRA(r=16, target=["q_proj", "v_proj"])
+        LoRA(r=16, alpha=16, dropout=0.05, target=['q_proj', 'v_proj'])
     """
 
     r: int = 8
@@ -47,12 +56,9 @@ class LoRA:
     target: str | list[str] = ALL
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"r={self.r} must be at least 1")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha={self.alpha} must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} must be in [0, 1)")
+        whole("r", self.r)
+        number("alpha", self.alpha, above=0)
+        fraction("dropout", self.dropout)
         if not self.target:
             raise ValueError(f"target={self.target!r} must be {ALL!r} or the ends of the names of linears")
 
@@ -62,9 +68,9 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
 
     Args:
         model: The model.
-        lora: What to put where. PEFT's own config is taken as it stands.
-        classifies: Whether what is not in the base model is the head of a classifier, which may be new and so trains in full
-            (under PEFT's own config: if its `modules_to_save` says so).
+        lora: The settings. PEFT's own config is taken as it is.
+        classifies: Whether modules outside the base model are the head of a classifier, which may be new and so trains in full
+            (under PEFT's own config: if its `modules_to_save` names it).
 
     Raises:
         ValueError: If the model has adapters already, or `target` names no linear in it, or one that hands out KV heads.
@@ -99,7 +105,7 @@ def _check_not_handed(model: nn.Module, config: LoraConfig) -> None:
 
 
 def _head(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The modules beside the base model, if it is not the whole."""
+    """Finds the modules outside the base model, if that is not the whole."""
     children = dict(model.named_children())
     return {name: module for name, module in children.items() if module is not model.base_model is not model}
 
@@ -126,23 +132,23 @@ def _linear(module: nn.Module) -> bool:
 
 
 def to_plain(lora: LoRA | LoraConfig) -> dict[str, Any]:
-    """As numbers, strings, lists and dicts, which any checkpoint can hold; `from_plain` undoes it."""
+    """Converts to numbers, strings, lists and dicts, which any checkpoint can hold; `from_plain` undoes it."""
     plain = asdict(lora) if isinstance(lora, LoRA) else lora.to_dict()  # type: ignore[no-untyped-call]
     found: dict[str, Any] = json.loads(json.dumps(plain, default=sorted))  # PEFT's sets of names
     return found
 
 
 def from_plain(lora: Mapping[str, Any]) -> LoRA | LoraConfig:
-    """What `to_plain` made."""
+    """Makes the settings from what `to_plain` returned."""
     if "peft_type" not in lora:
         return LoRA(**lora)
     return LoraConfig(**{name: value for name, value in lora.items() if name != "peft_type"})
 
 
 def save_adapters(model: PreTrainedModel, checkpoint: dict[str, Any]) -> None:
-    """Tells a Lightning checkpoint how the adapters in it are scaled, so that it can be exported without the script.
+    """Records in a Lightning checkpoint how the adapters in it are scaled, so that it can be exported without the script.
 
-    It says nothing of a model without adapters, and of one with other adapters than one plain LoRA on each of some linears.
+    Nothing is recorded of a model without adapters, or with other adapters than one plain LoRA on each of some linears.
     """
     layers = on_linears(model)
     if not layers or sum(1 for name, _ in model.named_modules() if name.endswith("lora_A")) != len(layers):
@@ -162,21 +168,21 @@ def save_adapters(model: PreTrainedModel, checkpoint: dict[str, Any]) -> None:
         }
 
 
-def without_adapters(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
-    """A Lightning checkpoint of the base model alone; the checkpoint itself, if it does not say how its adapters are scaled.
+def base_checkpoint(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
+    """Makes a Lightning checkpoint of the base model alone; returns the checkpoint itself, if it records no adapters.
 
     Args:
-        checkpoint: A checkpoint that says what model it holds; it is not changed.
-        name: Of its file.
+        checkpoint: A checkpoint that names its model; it is not changed.
+        name: The name of its file.
 
     Raises:
-        ValueError: If what it says of adapters is not as `save_adapters` writes it.
+        ValueError: If its record of adapters is not as `save_adapters` writes it.
     """
-    said = checkpoint.get(ADAPTERS)
-    if said is None:
+    recorded = checkpoint.get(ADAPTERS)
+    if recorded is None:
         return checkpoint
     kinds = {"rank": int, "scaling": float, "masked": bool}
-    entries = list(said.values()) if isinstance(said, dict) else [None]
+    entries = list(recorded.values()) if isinstance(recorded, dict) else [None]
     if not all(isinstance(e, dict) and all(type(e.get(k)) is kind for k, kind in kinds.items()) for e in entries):
         raise ValueError(f"'{name}' does not say how its adapters are scaled as billhook writes it")
     shape = checkpoint[KEY]["shape"]
@@ -186,39 +192,39 @@ def without_adapters(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _of_base(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """What is by the name of a tensor or attribute, without those of adapters, and by the names of the base model."""
+    """Drops adapter entries and renames the rest to the base model's names."""
     return {name.replace(".base_layer.", "."): value for name, value in entries.items() if ".lora_" not in name}
 
 
 def put_back(model: PreTrainedModel, checkpoint: Mapping[str, Any], name: str) -> None:
-    """Puts the adapters of a Lightning checkpoint on its base model, if it says how they are scaled.
+    """Puts the adapters of a Lightning checkpoint on its base model, if it records how they are scaled.
 
     Args:
-        model: What was built from `without_adapters`.
+        model: The model that was built from `base_checkpoint`.
         checkpoint: The whole checkpoint.
-        name: Of its file.
+        name: The name of its file.
 
     Raises:
         ValueError: If they do not fit the model.
     """
-    if not (said := checkpoint.get(ADAPTERS)):
+    if not (recorded := checkpoint.get(ADAPTERS)):
         return
     prefix = checkpoint[KEY]["prefix"]
     state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items()}
     linears = {key for key, module in model.named_modules() if _linear(module)}
-    if unknown := sorted(said.keys() - linears):
+    if unknown := sorted(recorded.keys() - linears):
         raise ValueError(f"'{name}' has adapters on {unknown[0][:80]}, which is no linear of its {type(model).__name__}")
-    for key, entry in said.items():
+    for key, entry in recorded.items():
         tensors = [state.get(f"{key}.{part}.{ADAPTER}.weight") for part in ("lora_A", "lora_B")]
         out, into = weight_of(model.get_submodule(key)).shape
         if [None if t is None else tuple(t.shape) for t in tensors] != [(entry["rank"], into), (out, entry["rank"])]:
             raise ValueError(f"'{name}' has adapters on {key} that do not fit its {type(model).__name__}")
-    ranks = {re.escape(key): entry["rank"] for key, entry in said.items()}
-    config = LoraConfig(r=1, rank_pattern=ranks, target_modules=list(said), fan_in_fan_out=_conv1d(model))
+    ranks = {re.escape(key): entry["rank"] for key, entry in recorded.items()}
+    config = LoraConfig(r=1, rank_pattern=ranks, target_modules=list(recorded), fan_in_fan_out=_conv1d(model))
     inject_adapter_in_model(config, model)
     layers = on_linears(model)
-    for key, entry in said.items():
+    for key, entry in recorded.items():
         layers[key].scaling[ADAPTER] = entry["scaling"]
     model.load_state_dict({key: state[key] for key in model.state_dict()})
-    if any(entry["masked"] for entry in said.values()):
+    if any(entry["masked"] for entry in recorded.values()):
         mask_as_weights(model)

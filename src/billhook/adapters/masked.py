@@ -1,4 +1,4 @@
-"""LoRA on pruned weights: what it adds to a weight, and masks under which it adds nothing where the weight is zero."""
+"""LoRA on pruned weights: the product that it adds to a weight, and masks that keep it from changing zeros."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from torch.nn.functional import linear
 from billhook.model.linears import prunable, weight_of
 
 WRAPPED = "base_model.model."
-"""What PEFT puts before the names of the model that it wraps."""
+"""Prefix of PEFT's for the names of the model that it wraps."""
 PRUNED = 0.01
-"""The share of zeros from which on a linear counts as pruned, if nobody says so: a few weights are zero by chance."""
+"""The share of zeros from which on a linear counts as pruned where no masks are given: a few weights are zero by chance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class Mask:
 
 
 class MaskedLora(LoraLinear):
-    """LoRA that adds nothing where a mask says so, in the forward and when it is merged. `mask_adapters` makes layers of it.
+    """LoRA that adds nothing where a mask is False, in the forward and when it is merged; `mask_adapters` makes such layers.
 
     Attributes:
         mask: Where it may add, as the weight lies in memory; no part of the state dict.
@@ -43,12 +43,12 @@ class MaskedLora(LoraLinear):
         return self.mask.keep
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The product scale B A, masked; PEFT merges and unmerges this."""
+        """Computes the product scale B A, masked; PEFT merges and unmerges this."""
         product = super().get_delta_weight(adapter)
         return torch.where(self.keep.to(product.device), product, 0)
 
     def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
-        """The base layer's output and what the active adapters add.
+        """Computes the base layer's output plus those of the active adapters.
 
         Raises:
             ValueError: If each example is to have an adapter of its own.
@@ -63,8 +63,8 @@ class MaskedLora(LoraLinear):
         dtype = result.dtype
         for adapter in active_in(self):
             product = self.get_delta_weight(adapter)
-            given = self.lora_dropout[adapter](x.to(product.dtype))
-            result = result + linear(given, product.t() if self.fan_in_fan_out else product)
+            inputs = self.lora_dropout[adapter](x.to(product.dtype))
+            result = result + linear(inputs, product.t() if self.fan_in_fan_out else product)
         return result.to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -80,14 +80,24 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -
 
     Args:
         model: A model with LoRA attached, not merged.
-        masks: Keep-masks by linear, bool, as the weights lie in memory; what is zero stays without in any case, and linears
-            without a mask stay as they are. By default what is not zero now, in linears of which 1 % or more is zero.
+        masks: Keep-masks by linear, bool, as the weights lie in memory; zeros stay zeros in any case, and linears without a mask
+            stay as they are. By default all weights that are not zero now, in linears of which 1 % or more is zero.
 
     Raises:
         ValueError: If no adapters are attached, one is not plain LoRA on a linear layer or merged already, a mask is not bool or
             of another shape, none fits, or there is none and no linear is pruned.
+
+    Example:
+        >>> import billhook as bh
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = bh.load("tiny")
+        >>> plan = bh.prune(model, bh.Magnitude(), sparsity=0.5)
+        >>> model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+        >>> mask_adapters(model)
+        >>> bh.merge(model).lost
+        False
     """
-    layers = adapted(model)
+    layers = adapted_linears(model)
     kept = fitting(layers, masks)
     if not kept:
         raise ValueError(f"masks=None: of no linear with adapters, such as {next(iter(layers))}, is 1 % zero: prune first")
@@ -109,8 +119,16 @@ def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
 
     Raises:
         ValueError: If no adapters are attached.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> weight = nn.init.eye_(model[0].weight)
+        >>> model = get_peft_model(model, LoraConfig(target_modules=["0"]))
+        >>> mask_adapters(model)
+        >>> unmask_adapters(model)
     """
-    layers = adapted(model)
+    layers = adapted_linears(model)
     for name in layers if names is None else names:
         if isinstance(layers[name], MaskedLora):
             del layers[name].mask
@@ -118,7 +136,7 @@ def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
 
 
 def on_linears(model: nn.Module) -> dict[str, Any]:
-    """The layers that adapters on linears are, by the name of the linear."""
+    """Finds PEFT's layers on linears, by the name of the linear."""
     owners: dict[int, nn.Module] = {}
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -127,8 +145,8 @@ def on_linears(model: nn.Module) -> dict[str, Any]:
     return {name: owners[id(one)] for name, one in linears.items() if id(one) in owners}
 
 
-def adapted(model: nn.Module) -> dict[str, Any]:
-    """The layers that adapters on linears are, of which there must be some.
+def adapted_linears(model: nn.Module) -> dict[str, Any]:
+    """Finds PEFT's layers on linears, and refuses a model without any.
 
     Raises:
         ValueError: If there are none.
@@ -143,42 +161,42 @@ def mask_as_weights(model: nn.Module) -> None:
     """Masks LoRA as the weights are now, also if none of them is pruned: `mask_adapters`, or else `unmask_adapters`.
 
     Raises:
-        ValueError: As `mask_adapters`.
+        ValueError: If no adapters are attached, or one cannot be masked.
     """
-    if fitting(adapted(model), None):
+    if fitting(adapted_linears(model), None):
         mask_adapters(model)
     else:
         unmask_adapters(model)
 
 
 def plain_adapters(model: nn.Module, linears: Iterable[str], asked: str) -> dict[str, Any]:
-    """The layers with plain LoRA on these linears, by linear.
+    """Finds the layers with plain LoRA on these linears, by linear.
 
     Args:
         model: The model.
         linears: Names of linears.
-        asked: What they are asked for: the argument, with its value.
+        asked: The argument that needs them, with its value.
 
     Raises:
         ValueError: If there are none, or one is not plain LoRA or merged already.
     """
     try:
-        layers = adapted(model)
+        layers = adapted_linears(model)
     except ValueError as error:
         raise ValueError(f"{asked} needs LoRA on the linears, and there is none: {error}") from None
-    own = {name: layers[name] for name in linears if name in layers}
-    if not own:
+    found = {name: layers[name] for name in linears if name in layers}
+    if not found:
         raise ValueError(f"{asked} needs LoRA on the linears that are pruned; it is only on others, such as {next(iter(layers))}")
-    check_plain(own, asked)
-    return own
+    check_plain(found, asked)
+    return found
 
 
 def check_plain(layers: Mapping[str, Any], asked: str) -> None:
     """Refuses adapters whose product is not simply scale B A, or is in the weight already.
 
     Args:
-        layers: The layers that adapters are on, by the name of their linear.
-        asked: What it is refused for: the argument, with its value.
+        layers: PEFT's layers, by the name of their linear.
+        asked: The argument that needs plain LoRA, with its value.
 
     Raises:
         ValueError: If there is such an adapter.
@@ -186,11 +204,11 @@ def check_plain(layers: Mapping[str, Any], asked: str) -> None:
     for name, layer in layers.items():
         kind = type(layer).__name__
         if type(layer) in (LoraLinear, MaskedLora):
-            said = [type(one).__name__ for one in layer.lora_variant.values()]
-            said += ["a bias of its own"] * any(layer.lora_bias.values())
-            said += ["another forward in its place"] * ("forward" in vars(layer))
-            said += ["another adapter inside"] * (layer.base_layer is not layer.get_base_layer())
-            kind = f"LoRA with {', '.join(said)}" if said else ""
+            extras = [type(one).__name__ for one in layer.lora_variant.values()]
+            extras += ["a bias of its own"] * any(layer.lora_bias.values())
+            extras += ["another forward in its place"] * ("forward" in vars(layer))
+            extras += ["another adapter inside"] * (layer.base_layer is not layer.get_base_layer())
+            kind = f"LoRA with {', '.join(extras)}" if extras else ""
         if kind:
             raise ValueError(f"{asked}: the adapter of {name} must be plain LoRA without bias, got {kind}")
         if layer.merged:
@@ -198,7 +216,7 @@ def check_plain(layers: Mapping[str, Any], asked: str) -> None:
 
 
 def fitting(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """The keep-masks of these layers' weights, by linear; what is not zero, of the pruned ones, where none are given.
+    """Returns the keep-masks of these layers' weights, by linear; by default the nonzero weights of those that are pruned.
 
     Raises:
         ValueError: If a mask is not bool or of another shape, or none fits.
@@ -219,13 +237,13 @@ def fitting(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> di
 
 
 def active_in(layer: Any) -> list[str]:  # noqa: ANN401 - PEFT does not type its layers
-    """The adapters with which a layer of LoRA computes now."""
+    """Lists the adapters with which a layer of LoRA computes now."""
     return [] if layer.disable_adapters else [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
 
 
 @torch.no_grad()
 def product_of(layer: Any) -> Tensor:  # noqa: ANN401
-    """What plain LoRA adds to its weight now: scale B A of the active adapters, float32, `[out_features, in_features]`."""
+    """Computes scale B A, which plain LoRA adds to its weight: of the active adapters, float32, `[out_features, in_features]`."""
     weight = weight_of(layer.base_layer)
     product = torch.zeros(weight.shape, device=weight.device)
     for adapter in active_in(layer):
@@ -238,7 +256,7 @@ def product_of(layer: Any) -> Tensor:  # noqa: ANN401
 
 
 def counted(weight: Tensor, layer: Any | None) -> Tensor:  # noqa: ANN401
-    """What a criterion sees of a weight: W, or W + scale B A in float32, and zero where W is, for what is pruned stays so.
+    """Returns the weight that a criterion scores: W, or W + scale B A in float32, zero where W is, as pruned weights stay so.
 
     Args:
         weight: W, `[out_features, in_features]`.

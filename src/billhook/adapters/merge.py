@@ -1,4 +1,4 @@
-"""Adapters go into the weights that they are on, so that every zero of a pruned weight stays."""
+"""Merges adapters into the weights that they are on, so that every zero of a pruned weight stays."""
 
 import copy
 from collections import Counter
@@ -11,17 +11,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from billhook.adapters.masked import adapted, fitting, on_linears
+from billhook.adapters.masked import adapted_linears, fitting, on_linears
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` did; `print` says it in a line.
+    """The result of `merge`; `print` shows it in a line.
 
     Attributes:
         model: The model without adapters.
-        error: How much of what the adapters add falls on zeros and was left out: its Frobenius norm as a share of the whole's,
-            by linear; 0 where the adapters were masked.
+        error: The part of the adapters' product that falls on zeros and was left out: its Frobenius norm as a share of the
+            whole's, by linear; 0 where the adapters were masked.
         pruned: The linears whose zeros were kept; the others were merged in full.
     """
 
@@ -31,7 +31,7 @@ class Merged:
 
     @property
     def lost(self) -> bool:
-        """Whether anything was left out."""
+        """True if anything was left out."""
         return any(self.error.values())
 
     def __str__(self) -> str:
@@ -52,62 +52,69 @@ class Merged:
 
 @torch.no_grad()
 def merge(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Merged:
-    """Merges adapters into weights of which the zeros stay zero: W' = (W + scale B A) * mask.
+    """Merges adapters into weights whose zeros stay zero: W' = (W + scale B A) * mask.
 
-    What the adapters do at the zeros is lost, unless they were trained under `mask_adapters`.
+    The effect of the adapters at the zeros is lost, unless they were trained under `mask_adapters`.
 
     Args:
         model: A model with PEFT's adapters attached; its base weights are changed in place.
-        masks: Keep-masks by linear, bool, as the weights lie in memory; linears without one are merged in full. By default what
-            is not zero now, in linears of which 1 % or more is zero: fewer are zero by chance.
+        masks: Keep-masks by linear, bool, as the weights lie in memory; linears without one are merged in full. By default all
+            weights that are not zero now, in linears of which 1 % or more is zero: fewer are zero by chance.
 
     Raises:
         ValueError: If no adapters are attached, they are merged already or cannot be, or a mask is not bool or of another shape,
             or none fits.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> weight = nn.init.eye_(model[0].weight)
+        >>> print(merge(get_peft_model(model, LoraConfig(target_modules=["0"]))))
+        merged adapters of 1 linears, zeros kept; nothing of what the adapters add was left out
     """
-    layers = adapted(model)
+    layers = adapted_linears(model)
     if merged := next((name for name, layer in layers.items() if layer.merged), None):
         raise ValueError(f"model: the adapters of {merged} are merged already, and which weights were zero is not known any more")
     _check_alone(model)
     kept = fitting(layers, masks)
     error = {name: _merge(name, layer, kept.get(name)) for name, layer in layers.items()}
-    return Merged(_without_adapters(model), error, tuple(kept))
+    return Merged(_removed(model), error, tuple(kept))
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Whether anything of PEFT's is in a model."""
+    """Returns True if anything of PEFT's is in a model."""
     return next(_places(model), None) is not None
 
 
 def merged_copy(model: nn.Module) -> Merged:
-    """What `merge` gives of a copy; the model is not changed. Adapters on no linear, or merged already, are only taken off.
+    """Merges a copy; the model is not changed. Adapters on no linear, or merged already, are only taken off.
 
     Raises:
-        ValueError: As `merge`.
+        ValueError: If adapters cannot be merged.
     """
     copied = copy.deepcopy(model)
     if all(layer.merged for layer in on_linears(copied).values()):
         _check_alone(copied)
-        return Merged(_without_adapters(copied), {}, ())
+        return Merged(_removed(copied), {}, ())
     return merge(copied)
 
 
 def _check_alone(model: nn.Module) -> None:
-    """Refuses what merging would change in two places, or cannot know of."""
+    """Refuses adapters that merging would apply in two places, or that compute more than it can know of."""
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer) or module.merged:
             continue
         base: Any = BaseTunerLayer.get_base_layer(module)
         if "forward" in vars(module) or getattr(module, "base_layer", base) is not base:
-            said = "another forward in its place" if "forward" in vars(module) else "another adapter inside"
-            raise ValueError(f"model: the adapter of {name} has {said}, so it cannot be merged alone")
+            why = "another forward in its place" if "forward" in vars(module) else "another adapter inside"
+            raise ValueError(f"model: the adapter of {name} has {why}, so it cannot be merged alone")
         if any(owners[id(parameter)] > 1 for parameter in base.parameters(recurse=False)):
             raise ValueError(f"model: {name} has its weight in common with another module, which merging would change too")
 
 
 def _merge(name: str, layer: Any, keep: Tensor | None) -> float:  # noqa: ANN401 - PEFT does not type its layers
-    """Merges a layer; the share of what it adds that falls on zeros."""
+    """Merges a layer; returns the share of its product that falls on zeros."""
     weight = layer.get_base_layer().weight
     before = weight.detach().clone()
     _into(name, layer)
@@ -120,7 +127,7 @@ def _merge(name: str, layer: Any, keep: Tensor | None) -> float:  # noqa: ANN401
 
 
 def _into(name: str, layer: Any) -> None:  # noqa: ANN401
-    """Merges what is active and not merged yet."""
+    """Merges the active adapters, if they are not merged yet."""
     if layer.merged or layer.disable_adapters:
         return
     try:
@@ -129,8 +136,8 @@ def _into(name: str, layer: Any) -> None:  # noqa: ANN401
         raise ValueError(f"model: the adapters of {name} cannot be merged: {error}") from error
 
 
-def _without_adapters(model: nn.Module) -> nn.Module:
-    """The model that PEFT has wrapped or got into, with what is not merged yet merged in full, and without PEFT's layers."""
+def _removed(model: nn.Module) -> nn.Module:
+    """Removes PEFT's layers and wrapper from a model, merging in full those that are not merged yet."""
     wrapped: Any = model
     inner: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     for parent, name, child in list(_places(inner)):
@@ -144,7 +151,7 @@ def _without_adapters(model: nn.Module) -> nn.Module:
 
 
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Where PEFT's outermost layers are."""
+    """Yields the places of PEFT's outermost layers."""
     for name, child in model.named_children():
         if isinstance(child, BaseTunerLayer | AuxiliaryTrainingWrapper):
             yield model, name, child
@@ -153,7 +160,7 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def _taken_off(name: str, child: Any) -> nn.Module:  # noqa: ANN401
-    """What is under a layer of PEFT's, changed as the layer changes it."""
+    """Returns the module beneath a layer of PEFT's, changed as the layer changes it."""
     if not isinstance(child, AuxiliaryTrainingWrapper):
         _into(name, child)
         return child.get_base_layer()  # type: ignore[no-any-return]
@@ -163,7 +170,7 @@ def _taken_off(name: str, child: Any) -> nn.Module:  # noqa: ANN401
 
 
 def _untie(model: Any) -> None:  # noqa: ANN401
-    """Says in the config that the embeddings are two, where PEFT has trained a copy of one."""
+    """Reports in the config that the embeddings are two, where PEFT has trained a copy of one."""
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         one, other = (getattr(get(), "weight", None) for get in (model.get_input_embeddings, model.get_output_embeddings))

@@ -1,4 +1,4 @@
-"""Configs that plain from_pretrained builds a model of an unusual shape from: its own class's, or an equivalent family's."""
+"""Finds configs from which plain from_pretrained builds a model of an unusual shape: its own class's, or another family's."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -13,22 +13,21 @@ from billhook.model.build import build_class_on_meta
 from billhook.model.shape import KEY, Shape, shape_of
 
 ANY = object()
-"""For a field of a config that no code reads."""
-
+"""Any value, of a config field that no code reads."""
 
 SUMMARY = tuple(f"summary_{what}" for what in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"))
-"""What GPT-2's config says of a head for two tasks at once."""
+"""Fields of GPT-2's config for a head for two tasks at once."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family that computes what another one does, from tensors of the same names; linears of the one may be transposed.
+    """A family that computes the same as another one, from tensors of the same names; its linears may be transposed.
 
     Attributes:
-        name: What the names of its classes begin with.
+        name: Prefix of the names of its classes.
         adds: Its config fields that the other lacks: the values with which it computes the same, or the other's field as `=name`.
         lacks: Config fields of the other that it lacks: the values at which the other computes the same.
-        tasks: What the names of its classes end with where those of the other end with something else.
+        tasks: Endings of the other's class names that are different in its own.
     """
 
     name: str
@@ -59,7 +58,7 @@ EQUIVALENT = {
         ),
     ),
 }
-"""By what the names of a family's classes begin with: families that stand for it, the best known first."""
+"""Families that can stand for another, the best known first, by the prefix of the other's class names."""
 
 COUNTED = {
     "num_attention_heads": (".q_proj.weight", True),
@@ -69,16 +68,16 @@ COUNTED = {
 """Config fields: the tensor of each layer that has as many rows, and whether each is of a head, that is `head_dim` rows."""
 
 NOT_COPIED = {"model_type", "auto_map"}
-"""What a config says of its own family."""
+"""Config fields that name its own family."""
 
 Candidate = tuple[type[PreTrainedModel], PretrainedConfig]
 
 
 def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
-    """Classes, and configs from which they build exactly this model's tensors and whole-number attributes.
+    """Yields classes, and configs from which they build exactly this model's tensors and whole-number attributes.
 
-    The model's own class comes first: many read the field `head_dim` that their config does not declare. What they compute is
-    still to be compared.
+    The model's own class comes first: many read the field `head_dim` that their config does not declare. Their outputs are still
+    to be compared.
     """
     now, config = shape_of(model), model.config
     counts = _counts(now, config)
@@ -86,11 +85,11 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
         return
     for kind, changes in _classes(type(model), config):
         own = kind is type(model)
-        said = {name: value for name, value in config.to_dict().items() if name != KEY and (own or name not in NOT_COPIED)}
+        copied = {name: value for name, value in config.to_dict().items() if name != KEY and (own or name not in NOT_COPIED)}
         reads = type(config) if own else cast(type[PretrainedConfig], kind.config_class)
         try:
             known = counts if own else {name: count for name, count in counts.items() if name in _declared(reads)}
-            candidate = reads.from_dict(said | known | changes | {"architectures": [kind.__name__]})
+            candidate = reads.from_dict(copied | known | changes | {"architectures": [kind.__name__]})
             built = shape_of(build_class_on_meta(kind, candidate))
         except Exception:  # whatever a class of configs or models raises
             continue
@@ -100,7 +99,7 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
 
 
 def rendered(model: PreTrainedModel, kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel | None:
-    """The model in a class that stands for its own, with its tensors, some transposed; None where all are as they are."""
+    """Builds the model in a class that stands for its own, with its tensors, some transposed; None if none has to be."""
     turned = _transposed(model, kind)
     if not turned:
         return None
@@ -114,13 +113,13 @@ def rendered(model: PreTrainedModel, kind: type[PreTrainedModel], config: Pretra
 
 
 def _transposed(model: PreTrainedModel, kind: type[PreTrainedModel]) -> list[str]:
-    """The weights that another class has transposed."""
+    """Lists the weights that another class has transposed."""
     linears = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     return [f"{name}.weight" for name in linears] if kind is not type(model) else []
 
 
 def _classes(kind: type[PreTrainedModel], config: PretrainedConfig) -> Iterator[tuple[type[PreTrainedModel], dict[str, Any]]]:
-    """The class itself, and those that stand for it with this config: with the fields that they add."""
+    """Yields the class itself, and those that can stand for it with this config, each with the fields that it adds."""
     yield kind, {}
     if getattr(transformers, kind.__name__, None) is not kind:
         return
@@ -128,17 +127,17 @@ def _classes(kind: type[PreTrainedModel], config: PretrainedConfig) -> Iterator[
         task = kind.__name__.removeprefix(start)
         for family in families if task[:1].isupper() and task != kind.__name__ else ():
             other = getattr(transformers, family.name + family.tasks.get(task, task), None)
-            if other is not None and _says_all(family, config, cast(type[PretrainedConfig], other.config_class)):
+            if other is not None and _is_complete(family, config, cast(type[PretrainedConfig], other.config_class)):
                 yield other, {name: _value(value, config) for name, value in family.adds.items()}
 
 
-def _says_all(family: Family, config: PretrainedConfig, kind: type[PretrainedConfig]) -> bool:
-    """Whether a family's config, of the class `kind`, says all that this config says, and nothing besides."""
+def _is_complete(family: Family, config: PretrainedConfig, kind: type[PretrainedConfig]) -> bool:
+    """Returns True if a family's config, of the class `kind`, holds all that this config does, and nothing more."""
     own, other = _declared(type(config)), _declared(kind)
     known = own - other <= family.lacks.keys() and other - own <= family.adds.keys()
     neutral = all(value is ANY or getattr(config, name, value) == value for name, value in family.lacks.items())
-    unsaid = all(getattr(config, name, value) == value for name, raw in family.adds.items() for value in [_value(raw, config)])
-    return known and neutral and unsaid
+    agreed = all(getattr(config, name, value) == value for name, raw in family.adds.items() for value in [_value(raw, config)])
+    return known and neutral and agreed
 
 
 def _declared(kind: type[PretrainedConfig]) -> set[str]:
@@ -150,7 +149,7 @@ def _value(value: object, config: PretrainedConfig) -> object:
 
 
 def _counts(shape: Shape, config: PretrainedConfig) -> dict[str, int] | None:
-    """The config fields that the sizes of a model's tensors tell; None where layers differ, or say no number."""
+    """Derives config fields from the sizes of a model's tensors; None where layers differ, or give no whole number."""
     sizes = {value for name, value in shape.attributes.items() if name.endswith(".head_dim")}
     if len(sizes) != 1:
         return None

@@ -1,4 +1,4 @@
-"""From a Lightning checkpoint to a Hugging Face folder, without the training script."""
+"""Exports a Lightning checkpoint to a Hugging Face folder, without the training script."""
 
 import copy
 import json
@@ -12,10 +12,11 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.adapters.lora import put_back, without_adapters
+from billhook.adapters.lora import base_checkpoint, put_back
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.pretrained import load_tokenizer
-from billhook.checkpoints.save import Saved, logits_of, make_probe, save
+from billhook.checkpoints.save import Saved, save
+from billhook.checkpoints.verify import logits_of, make_probe
 from billhook.model.build import build_class_on_meta
 from billhook.model.meta import model_class
 from billhook.model.shape import KEY, Shape, shape_of
@@ -30,34 +31,27 @@ IGNORED = {
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
     KEY,
 }
-"""Config fields with which transformers would fetch code, or that say how and not what to compute, or of what shape it was."""
+"""Config fields that make transformers fetch code, choose kernels, or that billhook wrote."""
 MASKED = "billhook_masked_heads"
-"""Where Lightning checkpoints keep which heads are masked."""
+"""The key of Lightning checkpoints under which they keep which heads are masked."""
 REPEATED = re.compile("(layers?|depths?|blocks|experts)$")
-"""Config fields that say how often something is built."""
+"""Config fields that set how often something is built."""
 
 
-def export(ckpt: str, out: str, tokenizer: str | None = None) -> None:
+def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> Saved:
     """Turns a Lightning checkpoint that billhook's callbacks or module wrote into a Hugging Face folder, verified.
 
     Args:
         ckpt: The Lightning checkpoint, a .ckpt file.
         out: The folder to write; new, empty, or an earlier export.
-        tokenizer: The tokenizer to put beside the model, a name or folder; by default the one the training started from.
-    """
-    saved = export_checkpoint(ckpt, out, tokenizer)
-    print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
-
-
-def export_checkpoint(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> Saved:
-    """What `export` does.
+        tokenizer: The tokenizer to save with the model, a name or folder; by default the one that training started from.
 
     Raises:
         ValueError: If the file is not a Lightning checkpoint that billhook can read, or `out` holds something else.
     """
     check_target(out)
     checkpoint = read_checkpoint(ckpt)
-    model = build_model(without_adapters(checkpoint, str(ckpt)), str(ckpt))
+    model = build_model(base_checkpoint(checkpoint, str(ckpt)), str(ckpt))
     put_back(model, checkpoint, str(ckpt))
     _zero_masked(model, checkpoint.get(MASKED), str(ckpt))
     steps = checkpoint.get("global_step", 0)
@@ -66,7 +60,7 @@ def export_checkpoint(ckpt: str | Path, out: str | Path, tokenizer: str | None =
 
 
 def _zero_masked(model: PreTrainedModel, masked: Any, name: str) -> None:  # noqa: ANN401 - what a file holds
-    """Makes zero the weights that read heads which were masked in training.
+    """Zeroes the weights that read heads which were masked in training.
 
     Raises:
         ValueError: If the model has no such heads.
@@ -80,10 +74,10 @@ def _zero_masked(model: PreTrainedModel, masked: Any, name: str) -> None:  # noq
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A Lightning checkpoint as data; nothing in it can run code.
+    """Reads a Lightning checkpoint as data; nothing in it can run code.
 
     Raises:
-        ValueError: If the file does not exist, is not such a checkpoint, or does not say what model it holds.
+        ValueError: If the file does not exist, is not such a checkpoint, or does not name its model.
     """
     if not Path(path).is_file():
         raise ValueError(f"'{path}' is not a file: a Lightning checkpoint (.ckpt) is needed")
@@ -104,10 +98,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
-    """The Hugging Face model that a Lightning checkpoint holds.
+    """Builds the Hugging Face model that a Lightning checkpoint holds.
 
     It is built on meta tensors first, and takes memory only when its sizes are those of the tensors in the checkpoint. Where its
-    class builds other sizes from the config, it takes those that the checkpoint says and holds.
+    class builds other sizes from the config, it takes those that the checkpoint records and holds.
 
     Raises:
         ValueError: If its class is unknown, its weights are not where that class has them, or it cannot be built or run.
@@ -140,7 +134,7 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
 
 
 def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
-    """The fields of a config without those that make transformers fetch code or choose kernels.
+    """Drops the fields of a config that make transformers fetch code or choose kernels.
 
     Raises:
         ValueError: If there are more layers than `limit`; even empty ones take memory.
@@ -156,7 +150,7 @@ def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
     return {key: _harmless(value, limit) for key, value in fields.items() if key not in IGNORED and not key.startswith("__")}
 
 
-def _check_sizes(shadow: PreTrainedModel, said: Shape, state: dict[str, Tensor]) -> bool:
+def _check_sizes(shadow: PreTrainedModel, recorded: Shape, state: dict[str, Tensor]) -> bool:
     """Compares what the config builds, on meta tensors, with the shape and the tensors in the checkpoint.
 
     Returns:
@@ -166,17 +160,17 @@ def _check_sizes(shadow: PreTrainedModel, said: Shape, state: dict[str, Tensor])
         ValueError: If shape and tensors are not the same, or of a model with other tensors.
     """
     built = shape_of(shadow)
-    if differing := [k for k, v in built.config.items() if said.config.get(k, v) != v]:
+    if differing := [k for k, v in built.config.items() if recorded.config.get(k, v) != v]:
         raise ValueError(f"config and shape do not agree on {differing[0]}")
-    for name in [*built.tensors, *said.tensors]:
+    for name in [*built.tensors, *recorded.tensors]:
         held = tuple(state[name].shape) if name in state else None
-        sizes = {"config": built.tensors.get(name), "shape": said.tensors.get(name), "weights": held}
+        sizes = {"config": built.tensors.get(name), "shape": recorded.tensors.get(name), "weights": held}
         if held != sizes["shape"] or len({None if size is None else len(size) for size in sizes.values()}) > 1:
-            told = ", ".join(f"{size or 'not there'} by its {where}" for where, size in sizes.items())
-            raise ValueError(f"{name} is {told}")
+            found = ", ".join(f"{size or 'not there'} by its {where}" for where, size in sizes.items())
+            raise ValueError(f"{name} is {found}")
     if sum(buffer.numel() for buffer in shadow.buffers()) > 10**8 + 10 * sum(tensor.numel() for tensor in state.values()):
         raise ValueError("the config asks for far more than the checkpoint holds")
-    return built.tensors == said.tensors
+    return built.tensors == recorded.tensors
 
 
 def _find_tokenizer(asked: str | None, started_from: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:

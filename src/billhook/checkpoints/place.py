@@ -1,4 +1,4 @@
-"""Put a folder in its place in one step: written beside, flushed to disk, renamed; also if the process is killed."""
+"""Puts a folder in its place in one step: written as a draft, flushed to disk, renamed; also if the process is killed."""
 
 import json
 import os
@@ -11,14 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 RECORD = "billhook.json"
-"""The file that says that billhook wrote a folder, and what belongs to it."""
+"""The file that shows that billhook wrote a folder, and lists its files."""
 
 
 def check_target(folder: str | Path) -> None:
-    """Refuses a folder to save to that holds what billhook did not write, or that cannot be replaced.
+    """Refuses a folder to save to that holds anything that billhook did not write, or that cannot be replaced.
 
     Raises:
-        ValueError: If so.
+        ValueError: With the reason.
     """
     path = Path(folder).resolve()
     if path.is_mount():
@@ -45,13 +45,13 @@ def _foreign(folder: Path) -> str | None:
 
 
 @contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """An empty folder beside the target, gone afterwards; those that a killed process left are cleared away first."""
+def drafted(target: Path) -> Iterator[Path]:
+    """Yields an empty folder next to the target, and removes it afterwards; drafts of killed processes are removed first."""
     missing = [parent for parent in target.parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    left = re.compile(rf"\.{re.escape(target.name)}\.draft-[0-9a-f]{{8}}")
+    drafts = re.compile(rf"\.{re.escape(target.name)}\.draft-[0-9a-f]{{8}}")
     for path in list(target.parent.iterdir()):
-        if left.fullmatch(path.name):
+        if drafts.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
     draft = _draft_name(target)
     draft.mkdir()
@@ -69,7 +69,7 @@ def _draft_name(target: Path, suffix: str | None = None) -> Path:
 
 
 def move(draft: Path, target: Path) -> None:
-    """Puts the draft, safely on disk, in the target's place; an older checkpoint there is complete until the new one stands."""
+    """Moves the draft, safely on disk, to the target; an older checkpoint there stays complete until the new one is in place."""
     mode = stat.S_IMODE(draft.stat().st_mode)
     for path in draft.rglob("*"):
         if path.is_file():
@@ -91,16 +91,16 @@ def move(draft: Path, target: Path) -> None:
                 target.mkdir()
             raise
     finally:
-        repair(target)
+        recover(target)
 
 
-def repair(target: Path) -> None:
-    """Where a move was cut off: puts the older checkpoint back if no new one stands, else clears it away."""
+def recover(target: Path) -> None:
+    """Recovers from a move that was cut off: puts the older checkpoint back if no new one is in place, else removes it."""
     old = _draft_name(target, "old")
     if old.is_symlink() or not old.is_dir():
         return
     if target.is_dir() and any(target.iterdir()):
-        with suppress(OSError):  # the next save clears it away
+        with suppress(OSError):  # the next save removes it
             shutil.rmtree(old.rename(_draft_name(target)), ignore_errors=True)  # under a draft's name it is never put back
     elif not target.exists() or target.is_dir():
         old.rename(target)
@@ -115,5 +115,5 @@ def _flush(path: Path) -> None:
 
 
 def size(folder: Path) -> int:
-    """The bytes of all files in a folder."""
+    """Adds up the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""The model that a name, a folder, a config.json or a config means, in the class that a task needs; and its tokenizer."""
+"""Loads the model of a name, a folder, a config.json or a config, in the class that a task needs; and its tokenizer."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ def load_model(
     num_labels: int | None = None,
     gguf_file: str | None = None,
 ) -> PreTrainedModel:
-    """The model that a name, a folder, a config.json or a config means (see `TransformerModule`)."""
+    """Loads or builds the model of a name, a folder, a config.json or a config (see `TransformerModule`)."""
     options = {k: v for k, v in options.items() if v is not None}
     labels = {} if num_labels is None else {"num_labels": num_labels}
     auto = AUTO_CLASSES[task]
@@ -52,7 +52,7 @@ def load_model(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, a hub name or `"tiny"`; no code that it brings is run.
+    """Loads the tokenizer of a folder, a hub name or `"tiny"`; no code that it brings is run.
 
     Raises:
         ValueError: If the files are not those of a tokenizer, or it is one that brings code.
@@ -70,7 +70,7 @@ def _built(auto: Any, config: PretrainedConfig, options: dict[str, Any], labels:
 
 
 def _class_for(auto: Any, config: PretrainedConfig, task: str) -> type[PreTrainedModel]:  # noqa: ANN401 - an auto class
-    """The class that an auto class takes for a config: of several, the one that it names, or else the first.
+    """Finds the class that an auto class takes for a config: of several, the one that the config names, or else the first.
 
     Raises:
         ValueError: If it has none.
@@ -82,7 +82,7 @@ def _class_for(auto: Any, config: PretrainedConfig, task: str) -> type[PreTraine
 
 
 def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
-    """A copy that no longer says it was quantised: a model loaded from GGUF refuses to be saved."""
+    """Copies a model without its note that it was quantised: one loaded from GGUF refuses to be saved."""
     config = loaded.config
     del config.quantization_config
     plain = build_class(type(loaded), config, loaded.dtype)

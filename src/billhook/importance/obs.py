@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from billhook.arguments import number, whole
 from billhook.importance.activations import gram_of, table_of, watch
 from billhook.importance.base import Importance, Sums
-from billhook.importance.probes import check_read, counted, counting
+from billhook.importance.probes import check_read
 from billhook.running.batches import Run
+from billhook.running.statistics import InputMoments
 from billhook.units.units import Per, Units
 
-Moments = dict[tuple[str, str], tuple[Tensor, int]]
-"""(place, reader) -> the sum of x x^T of what it reads, and of how many tokens."""
-TOKENS = 1024
-"""How many tokens are multiplied at a time."""
+Moments = dict[tuple[str, str], InputMoments]
+"""(place, reader) -> the moments of what it reads."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,10 @@ class OBS(Importance):
             for run in runs:
                 watch(model, own, run, partial(_note, moments))
             for name, reader in list(moments):
-                products, tokens = moments.pop((name, reader))
+                seen = moments.pop((name, reader))
                 table, there = table_of(units[name], per)
-                gram = gram_of(model.get_submodule(reader), table, there, len(products))
-                sums.add(name, errors_without(products, gram, table, there, self.damping), tokens)
+                gram = gram_of(model.get_submodule(reader), table, there, seen.in_features)
+                sums.add(name, errors_without(seen.products, gram, table, there, self.damping), int(seen.tokens))
         return sums
 
     def of_mean(self, mean: Tensor) -> Tensor:
@@ -102,10 +101,7 @@ def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor,
 
 
 def _note(moments: Moments, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
-    rows = counting(inputs.detach().float(), tokens).flatten(0, -2)
-    empty = rows.new_zeros(rows.shape[1], rows.shape[1])
-    products, number = moments.setdefault((name, reader), (empty, 0))
-    with torch.autocast(rows.device.type, enabled=False):
-        for some in torch.split(rows, TOKENS):
-            products += some.t() @ some
-    moments[name, reader] = products, number + counted(inputs, tokens)
+    if (name, reader) not in moments:
+        moments[name, reader] = InputMoments(inputs.shape[-1], inputs.device)
+    fits = tokens is not None and tokens.shape == inputs.shape[:-1]
+    moments[name, reader].add(inputs, tokens.to(inputs.device) if tokens is not None and fits else None)

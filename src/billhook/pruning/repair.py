@@ -13,7 +13,7 @@ from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
 from billhook.model.plan import Plan, Weights
 from billhook.pruning.plan import UnitPlan
-from billhook.repairs.repair import Repair, repaired
+from billhook.repairs.repair import Repair, repair_linears
 from billhook.running.walk import Reduce
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -68,7 +68,7 @@ def repair(
     runs = [run_of(subject, found, batch, _forward) for batch in batches]
     under = {reader: _linear(subject, reader) for reader in kept}
     runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
-    refitted = repaired(subject, {under[reader]: stays for reader, stays in kept.items()}, runs, how, reduce)
+    refitted = repair_linears(subject, {under[reader]: stays for reader, stays in kept.items()}, runs, how, reduce)
     parts = [(f"{name}.{part}", value) for name, own in refitted.items() for part, value in zip(PARTS, own, strict=True)]
     return {name: value for name, value in parts if value is not None}
 

@@ -1,7 +1,9 @@
-"""Least squares of what reads a pruned input: from moments of the inputs to the weights that make up best for what goes.
+"""Solves for the weights of a linear that make up best for inputs that are removed, in closed form, from moments of the inputs.
 
-The closed form is that of ZipLM (2302.04089) and OSSCAR (2403.12983), with a ridge towards the old weights in the place of one
-towards zero, chosen on held-out data.
+The closed form is that of "ZipLM: Inference-Aware Structured Pruning of Language Models" (Kurtic, Frantar & Alistarh, 2023,
+https://arxiv.org/abs/2302.04089) and "OSSCAR: One-Shot Structured Pruning in Vision and Language Models with Combinatorial
+Optimization" (Meng, Ibrahim, Behdin, Hazimeh, Ponomareva & Mazumder, 2024, https://arxiv.org/abs/2403.12983), with a ridge
+towards the old weights instead of one towards zero, chosen on held-out data.
 """
 
 import math
@@ -11,12 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK = 1024
-"""How many tokens are multiplied at a time."""
+from billhook.running.statistics import TOKENS, add_products
 
 
-class Moments:
-    """First and second moments of what a linear is given, and of what it owes beside its own output, float64.
+class OwedMoments:
+    """First and second moments of a linear's inputs, and of what it owes in addition to its own output, float64.
 
     Args:
         out_features: The width of its outputs.
@@ -41,33 +42,33 @@ class Moments:
         """Adds what a linear is given in one call.
 
         Args:
-            inputs: `[..., in_features]`, of any floating dtype; multiplied in float32, float64 as it is.
-            owed: What is to be added to its own outputs, `[..., out_features]`; nothing if None.
+            inputs: `[..., in_features]`, of any floating dtype; multiplied in float32, or in float64 if they are.
+            owed: Addition that its outputs need, `[..., out_features]`; nothing if None.
             keep: Which tokens count, bool, `[...]`; all if None.
             weights: How much each token counts, `[...]`; all one if None.
         """
         weights = torch.ones(inputs.shape[:-1], device=inputs.device) if weights is None else weights
-        each = torch.split(_flat(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32)), CHUNK)
-        chunks = torch.split(_flat(inputs, keep), CHUNK)
+        each = torch.split(_flat(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32)), TOKENS)
+        chunks = torch.split(_flat(inputs, keep), TOKENS)
         for chunk, share in zip(chunks, each, strict=True):
             weighted = wide(chunk) * share
             self.tokens += share.sum(dtype=torch.float64)
             self.sums += weighted.sum(0, dtype=torch.float64)
-            self.products += weighted.t() @ wide(chunk)
+            add_products(self.products, weighted, wide(chunk))
         if owed is not None:
-            for chunk, due, share in zip(chunks, torch.split(_flat(owed, keep), CHUNK), each, strict=True):
+            for chunk, due, share in zip(chunks, torch.split(_flat(owed, keep), TOKENS), each, strict=True):
                 weighted = wide(due) * share
                 self.owed_sums += weighted.sum(0, dtype=torch.float64)
-                self.owed_products += weighted.t() @ wide(chunk)
+                add_products(self.owed_products, weighted, wide(chunk))
 
     def tensors(self) -> list[Tensor]:
-        """The sums themselves, not copies: what is summed over ranks, in place."""
+        """Returns the sums themselves, not copies, to be summed over ranks in place."""
         return [self.tokens, self.sums, self.products, self.owed_sums, self.owed_products]
 
-    def merged(self, other: "Moments") -> "Moments":
-        """The moments of both."""
+    def merged(self, other: "OwedMoments") -> "OwedMoments":
+        """Returns the moments of both."""
         rows, columns = self.owed_products.shape
-        both = Moments(rows, columns, self.tokens.device)
+        both = OwedMoments(rows, columns, self.tokens.device)
         for sums, one, two in zip(both.tensors(), self.tensors(), other.tensors(), strict=True):
             torch.add(one, two, out=sums)
         return both
@@ -77,8 +78,8 @@ class Moments:
         """The means of x and d, `[in_features]` and `[out_features]`."""
         return self.sums / self.tokens, self.owed_sums / self.tokens
 
-    def about(self, centre: tuple[Tensor, Tensor] | None = None) -> "Second":
-        """The means of (x - c) (x - c)^T and of (d - e) (x - c)^T.
+    def about(self, centre: tuple[Tensor, Tensor] | None = None) -> "SecondMoments":
+        """Computes the means of (x - c) (x - c)^T and of (d - e) (x - c)^T.
 
         Args:
             centre: c and e, `[in_features]` and `[out_features]`; zero if None.
@@ -88,11 +89,11 @@ class Moments:
             (c, e), (x, d) = centre, self.centre
             inputs = inputs - torch.outer(x, c) - torch.outer(c, x) + torch.outer(c, c)
             owed = owed - torch.outer(d, c) - torch.outer(e, x) + torch.outer(e, c)
-        return Second(inputs, owed)
+        return SecondMoments(inputs, owed)
 
 
-class Second(NamedTuple):
-    """Second moments.
+class SecondMoments(NamedTuple):
+    """Means of products.
 
     Attributes:
         inputs: H, the mean of x x^T, `[in_features, in_features]`.
@@ -104,7 +105,7 @@ class Second(NamedTuple):
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In float32; float64 as it is."""
+    """Converts to float32; float64 stays as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -112,16 +113,16 @@ def _flat(tensor: Tensor, keep: Tensor | None) -> Tensor:
     return tensor.detach().reshape(-1, tensor.shape[-1]) if keep is None else tensor.detach()[keep]
 
 
-def refit(weight: Tensor, keep: Tensor, second: Second, ridge: float) -> Tensor:
-    """The weights that do best from the inputs that stay, W' = argmin E ||W x + d - W' x||^2 + ridge.
+def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: float) -> Tensor:
+    """Solves for the weights that do best from the inputs that are kept, W' = argmin E ||W x + d - W' x||^2 + ridge.
 
-    With S what stays, R what goes, H the second moments of the inputs and D the diagonal of H_SS:
+    With S the inputs that are kept, R those removed, H the second moments of the inputs and D the diagonal of H_SS:
     W'_S = W_S + (W_R H_RS + E d x_S^T) (H_SS + ridge D)^-1, W'_R = 0, the minimum of
     E ||W x + d - W'_S x_S||^2 + ridge ||(W'_S - W_S) D^1/2||^2.
 
     Args:
         weight: W, `[out_features, in_features]`.
-        keep: Which inputs stay, bool, `[in_features]`.
+        keep: Which inputs are kept, bool, `[in_features]`.
         second: The second moments, float64; about the means where a bias makes up for those.
         ridge: How strongly W'_S is held at W_S; infinity leaves it there.
 
@@ -139,36 +140,36 @@ def refit(weight: Tensor, keep: Tensor, second: Second, ridge: float) -> Tensor:
     return new
 
 
-def choose_ridge(weight: Tensor, keep: Tensor, second: Second, held_out: Second, ridges: Sequence[float]) -> float:
-    """The ridge with which the refit errs least on held-out data; infinity if none helps.
+def choose_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, held_out: SecondMoments, ridges: Sequence[float]) -> float:
+    """Chooses the ridge with which the solution errs least on held-out data; infinity if none helps.
 
-    With M = W - W' it errs by E ||M x + d||^2 = tr(M H M^T) + 2 tr(M (E d x^T)^T) + what no ridge changes.
+    With M = W - W' the error is E ||M x + d||^2 = tr(M H M^T) + 2 tr(M (E d x^T)^T) + a part that no ridge changes.
 
     Args:
-        weight: As in `refit`.
-        keep: As in `refit`.
-        second: As in `refit`.
+        weight: W, `[out_features, in_features]`.
+        keep: Which inputs are kept, bool, `[in_features]`.
+        second: The second moments that the weights are solved from.
         held_out: The second moments of held-out data, about the same means.
         ridges: The candidates.
     """
     errors = {}
     for ridge in (math.inf, *ridges):
-        missing = weight.double() - refit(weight, keep, second, ridge)
+        missing = weight.double() - solve_ridge(weight, keep, second, ridge)
         errors[ridge] = float(((missing @ held_out.inputs + 2 * held_out.owed) * missing).sum())
     return min(errors, key=lambda ridge: errors[ridge])
 
 
 def refit_linear(
-    weight: Tensor, bias: Tensor | None, keep: Tensor, fit: Moments, held_out: Moments, ridges: Sequence[float]
+    weight: Tensor, bias: Tensor | None, keep: Tensor, fit: OwedMoments, held_out: OwedMoments, ridges: Sequence[float]
 ) -> tuple[Tensor, Tensor | None]:
-    """A linear's new weight and bias: the ridge from held-out data, and then a refit on all.
+    """Refits a linear's weight and bias: chooses the ridge on held-out data, and solves on all.
 
-    A bias makes up for the mean of what is missing, b' = b + (W - W') E x + E d, and the weight then for the rest.
+    A bias makes up for the mean of what is missing, b' = b + (W - W') E x + E d, and the weight for the rest.
 
     Args:
         weight: `[out_features, in_features]`.
         bias: `[out_features]`, or None.
-        keep: Which inputs stay, bool, `[in_features]`.
+        keep: Which inputs are kept, bool, `[in_features]`.
         fit: Moments of some data.
         held_out: Moments of other data.
         ridges: The candidates.
@@ -179,7 +180,7 @@ def refit_linear(
     centre = None if bias is None else fit.centre
     ridge = choose_ridge(weight, keep, fit.about(centre), held_out.about(centre), ridges)
     both = fit.merged(held_out)
-    new = refit(weight, keep, both.about(None if bias is None else both.centre), ridge)
+    new = solve_ridge(weight, keep, both.about(None if bias is None else both.centre), ridge)
     if bias is None:
         return new, None
     mean, owed = both.centre

@@ -1,10 +1,10 @@
-"""Repair: when units are chosen to go, the linears that read them are refitted, so that they make up for what goes.
+"""Refits the linears that read removed units, so that they make up for them.
 
-Linear after linear, in the order in which the model calls them, each on what it is given when all before it have lost their
-inputs and been refitted. What each is to give is its part of the whole model's stream: where the outputs of linears are added up,
-as in a residual stream, it also makes up for what those before it still owe (`sums.py` finds that out). A ridge pulls towards the
-old weights; how strongly is chosen for each linear on batches that the refit has not seen, and to leave the old weights as they
-are is always among the candidates.
+Linear after linear is refitted, in the order in which the model calls them, each on its inputs once all before it have lost
+inputs and been refitted. Its target is its part of the whole model's stream: where the outputs of linears are added up, as in a
+residual stream, it also makes up for what those before it still owe (`sums.py` finds that out). A ridge pulls towards the old
+weights; its strength is chosen for each linear on batches that the refit has not seen, and to leave the old weights as they are
+is always among the candidates.
 """
 
 import math
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from billhook.arguments import fraction
 from billhook.model.linears import matrix_of
-from billhook.repairs.refits import Given, Refits
 from billhook.repairs.sums import agreed, followed, seen
+from billhook.repairs.visitor import Given, RepairVisitor
 from billhook.running.batches import Run
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce, Site, Walk, find_sites, replaced
@@ -26,16 +27,20 @@ from billhook.running.walk import Reduce, Site, Walk, find_sites, replaced
 
 @dataclass(frozen=True)
 class Repair:
-    """How the linears that read removed units are refitted; the defaults are what has done best without training.
+    """How the linears that read removed units are refitted; the defaults did best in experiments without training.
 
     Args:
         catch_up: Whether a linear also makes up for what those before it have lost of the stream that it adds to. It takes a
-            second run of each batch, of the whole model, beside the first.
+            second run of each batch, of the whole model.
         held_out: Share of the calibration batches that choose the ridge, at least one; in (0, 1).
         ridges: Candidates for the ridge, each a share of every input's own mean square (or variance, where there is a bias).
 
     Raises:
         ValueError: If the share is not between 0 and 1, or there is no ridge or one that is not at least 0.0001.
+
+    Example:
+        >>> Repair(catch_up=False, ridges=[0.1, 1.0])
+        Repair(catch_up=False, held_out=0.2, ridges=[0.1, 1.0])
     """
 
     catch_up: bool = True
@@ -43,18 +48,17 @@ class Repair:
     ridges: Sequence[float] = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
     def __post_init__(self) -> None:
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"held_out={self.held_out} must be between 0 and 1")
+        fraction("held_out", self.held_out, "(0, 1)")
         if not self.ridges or not all(1e-4 <= ridge < math.inf for ridge in self.ridges):
             raise ValueError(f"ridges={self.ridges!r} must be finite numbers of at least 0.0001, one or more")
 
     def chooses(self, runs: int) -> set[int]:
-        """Which of some runs choose the ridge: spread evenly over them, and never all."""
+        """Returns the runs that choose the ridge: spread evenly over all, and never all."""
         number = min(max(1, round(self.held_out * runs)), runs - 1)
         return {(2 * place + 1) * runs // (2 * number) for place in range(number)}
 
 
-def repaired(
+def repair_linears(
     model: nn.Module,
     kept: Mapping[str, Tensor],
     trials: Sequence[Run],
@@ -62,30 +66,30 @@ def repaired(
     reduce: Reduce | None = None,
     given: Given | None = None,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """What linears become when some of their inputs go and they are refitted; the model stays as it is.
+    """Refits linears that lose some of their inputs, and returns the new weights; the model stays as it is.
 
-    It takes, beside the model: the new weights; of every batch, what its run (or two) of the model holds while it waits before a
-    linear for the others, and what its streams owe; and, of one linear at a time, some seven float64 matrices of in_features^2.
-    Where one of the linears is called several times in a run, there is no catching up.
+    In addition to the model, memory holds: the new weights; of every batch, what its run (or two) of the model holds while it
+    waits before a linear for the others, and what its streams owe; and, of one linear at a time, some seven float64 matrices of
+    in_features^2. Where one of the linears is called several times in a run, there is no catching up.
 
     Args:
         model: The model.
-        kept: By the name of a linear (`nn.Linear` or `Conv1D`), which of its inputs stay: bool, `[in_features]`. One that keeps
-            all is refitted, too, where it can catch up, or other parameters are given.
+        kept: By the name of a linear (`nn.Linear` or `Conv1D`), which of its inputs are kept: bool, `[in_features]`. One that
+            keeps all is refitted, too, where it can catch up, or other parameters are given.
         trials: The batches, two at least, of which some choose the ridge.
-        repair: How; `Repair()` by default.
+        repair: The settings; `Repair()` by default.
         reduce: Sums over ranks, where each has batches of its own.
         given: By linear, other parameters that it is to have, refitted or not, as they lie in memory; with them each refitted
-            linear makes up for what it then falls short of in the whole model, which has its own.
+            linear makes up for what it then falls short of in the whole model, which keeps its own.
 
     Returns:
-        By linear, its weight, zero for what goes, and its bias, None where it has none: in its own dtype and layout. One that was
-        given fewer tokens than inputs stay is not refitted, and a warning names it.
+        By linear, its weight, zero for removed inputs, and its bias, None where it has none: in its own dtype and layout. One
+        with fewer tokens than kept inputs is not refitted, and a warning names it.
 
     Raises:
-        ValueError: If a name is of no linear, a mask does not fit or keeps nothing, there are too few batches or tokens, or a
-            linear is given NaN or infinite inputs, or what is given is of no linear, of another size, or of one called more
-            than once in a run.
+        ValueError: If a name is of no linear, a mask does not fit or keeps nothing, there are too few batches or tokens, a
+            linear has NaN or infinite inputs, or given parameters are of no linear, of another size, or of one called more than
+            once in a run.
     """
     repair = repair or Repair()
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
@@ -100,20 +104,20 @@ def repaired(
             _check_given(given, every, shown.calls, often)
             before = dict.fromkeys(linears) | before
         tokens, choosing = [trial.tokens for trial in trials], repair.chooses(len(trials))
-        refits = Refits(every, kept, before, tokens, repair.ridges, choosing, reduce, given)
+        visitor = RepairVisitor(every, kept, before, tokens, repair.ridges, choosing, reduce, given)
         if often:
-            with replaced({linear: refits.own(name) for name, linear in linears.items()}):
-                Walk([Site(model, often)], refits, reduce)(forwards)
+            with replaced({linear: visitor.own(name) for name, linear in linears.items()}):
+                Walk([Site(model, often)], visitor, reduce)(forwards)
         if once := {name: every[name] for name in every if name in {*before, *(given or {}), *linears} - often.keys()}:
             whole = range(len(trials), 2 * len(trials)) if before else ()
-            with replaced({linear: refits.own(name) for name, linear in often.items()}):
-                Walk(find_sites(model, once, "layer"), refits, reduce, untouched=whole)(forwards * (2 if before else 1))
-    _warn_of(refits.left)
-    return {name: (own["weight"], own.get("bias")) for name, own in ((name, refits.own(name)) for name in linears)}
+            with replaced({linear: visitor.own(name) for name, linear in often.items()}):
+                Walk(find_sites(model, once, "layer"), visitor, reduce, untouched=whole)(forwards * (2 if before else 1))
+    _warn_of(visitor.left)
+    return {name: (own["weight"], own.get("bias")) for name, own in ((name, visitor.own(name)) for name in linears)}
 
 
 def _check(model: nn.Module, kept: Mapping[str, Tensor], every: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The linears, in the order of the model's modules."""
+    """Returns the linears, in the order of the model's modules, if the masks fit them."""
     for name, keep in kept.items():
         if name not in every:
             found = type(dict(model.named_modules()).get(name)).__name__.replace("NoneType", "nothing")
@@ -149,7 +153,7 @@ def _check_batches(runs: int, repair: Repair, device: torch.device, reduce: Redu
 
 
 def _warn_of(left: Mapping[str, bool]) -> None:
-    """Of linears that were not refitted."""
+    """Warns about linears that were not refitted."""
     names = [name for name, is_left in left.items() if is_left]
     if len(names) == len(left):
         raise ValueError(f"batches: too few tokens that count for any refit; the first linear is {names[0]}")

@@ -1,7 +1,7 @@
-"""Which linears add to one and the same stream: seen in one run of the model, by where their outputs go.
+"""Finds which linears add to one and the same stream, in one run of the model.
 
-What a linear gives may first of all be added to something else, after no more than a dropout that is off or a cast; and that may
-be the very sum that another linear's output went into, as in a residual stream. No name and no architecture is asked for.
+The output of a linear may first of all be added to something else, after no more than a dropout that is off or a cast; and that
+may be the very sum that contains another linear's output, as in a residual stream. No names and no architectures are needed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +22,11 @@ SAME: frozenset[Any] = frozenset({dropout, torch.dropout, Tensor.to, Tensor.cont
 
 @dataclass(frozen=True)
 class Linears:
-    """What a run shows of linears.
+    """Facts about linears from one run.
 
     Attributes:
         calls: How often each is called.
-        before: Of those whose output is added to something, the linear whose output went into that last; None if not known.
+        before: Of those whose output is added to something, the linear whose output was added to that last; None if not known.
     """
 
     calls: dict[str, int]
@@ -34,7 +34,7 @@ class Linears:
 
 
 def seen(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Linears:
-    """Runs a model once, without gradients, and says what its linears do.
+    """Runs a model once, without gradients, and records its linears.
 
     Args:
         linears: The linears, by name.
@@ -54,10 +54,10 @@ def seen(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Linears
 
 
 def agreed(shown: Sequence[Linears], names: Sequence[str], device: torch.device, reduce: Reduce | None) -> Linears:
-    """What all ranks have seen, of which some may have had no run; where they differ, nothing is known.
+    """Combines the facts of all ranks, some perhaps without a run; where they differ, nothing is known.
 
     Args:
-        shown: What this rank has seen: one, or none.
+        shown: This rank's facts: of one run, or none.
         names: The linears.
         device: Where sums over ranks are made.
         reduce: Sums over ranks.
@@ -80,13 +80,13 @@ def agreed(shown: Sequence[Linears], names: Sequence[str], device: torch.device,
 
 
 def followed(shown: Linears, wanted: set[str]) -> dict[str, str | None]:
-    """Of linears that add to one sum in turn, and of those that do so between two of them, which one has added there before.
+    """Orders linears that add to one sum in turn, with those between them: each is followed by the one that added there before.
 
-    What comes before the first of them is left out: it computes as ever. So are those that have a sum to themselves: nothing that
+    Linears before the first of them are left out: they compute as ever. So are those that have a sum to themselves: nothing that
     others have lost can be made up for there.
 
     Args:
-        shown: What a run has shown.
+        shown: Facts from a run.
         wanted: The linears that are to change.
     """
     known = {name: last for name, last in shown.before.items() if shown.calls[name] == 1}
@@ -102,7 +102,7 @@ def followed(shown: Linears, wanted: set[str]) -> dict[str, str | None]:
 
 
 class _Marked(Tensor):
-    """The output of a linear, or a sum that it went into; what is computed from it is a plain tensor but for the next sum."""
+    """The output of a linear, or a sum that contains it; results computed from it are plain tensors, except for the next sum."""
 
     before: dict[str, str | None]
     linear: str | None

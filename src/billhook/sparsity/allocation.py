@@ -1,35 +1,38 @@
-"""Allocation: how much each linear layer gives, when the model as a whole is to give a fraction.
+"""Allocations: how the sparsity of the whole model is shared among its linear layers.
 
-A model is described block by block, as what each linear's name and number of weights are. An allocation that goes by how
-important weights are measures each block's scores first, one block at a time.
+A model is described block by block, by the name and number of weights of each linear. An allocation that depends on how important
+weights are measures each block's scores first, one block at a time.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import ClassVar
 
 from torch import Tensor
 
+from billhook.arguments import fraction, number
 from billhook.sparsity.masks import check_amount
 
 HIGHEST = 0.99
-"""No linear gives more, unless the model as a whole is to."""
+"""The highest sparsity of a linear, unless that of the whole model is higher."""
 
 Block = Mapping[str, int]
 """The number of weights of each linear of a block, by name."""
 
 
 class Allocation(ABC):
-    """How much each linear gives."""
+    """How sparse each linear becomes.
 
-    @property
-    def measures(self) -> bool:
-        """Whether `allocate` needs what `measure` says of each block."""
-        return False
+    Attributes:
+        measures: Whether `allocate` needs the results of `measure`, one for each block.
+    """
+
+    measures: ClassVar[bool] = False
 
     def measure(self, scores: Sequence[Tensor]) -> float:
-        """What has to be known of a block.
+        """Measures a block.
 
         Args:
             scores: Wanda's scores of each linear of the dense block, `[out_features, in_features]`.
@@ -38,12 +41,12 @@ class Allocation(ABC):
 
     @abstractmethod
     def allocate(self, blocks: Sequence[Block], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
-        """The sparsity of each linear by name, each in [0, 1).
+        """Returns the sparsity of each linear by name, each in [0, 1).
 
         Args:
             blocks: The linears' sizes, block by block.
             sparsity: Of the model as a whole, in [0, 1).
-            measured: What `measure` said of each block.
+            measured: The result of `measure` for each block.
 
         Raises:
             ValueError: If the sparsity is not legal, or `measured` is needed and has not one value a block.
@@ -52,21 +55,21 @@ class Allocation(ABC):
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """The same for each linear."""
+    """The same sparsity for each linear."""
 
     def allocate(self, blocks: Sequence[Block], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
-        """The sparsity itself. See `Allocation.allocate`."""
+        """Returns the sparsity itself. See `Allocation.allocate`."""
         return dict.fromkeys((name for block in blocks for name in block), check_amount(sparsity))
 
 
 @dataclass(frozen=True)
 class ByPattern(Allocation):
-    """What is said of each linear by name; what no pattern matches gives the sparsity of the whole.
+    """A sparsity for linears of some names; those that no pattern matches get the sparsity of the whole.
 
-    The whole then comes to what the parts come to, not to the sparsity asked for.
+    The sparsity of the whole is then the average of the parts, not the one asked for.
 
     Args:
-        sparsities: By glob pattern, such as `"*.down_proj"` or `"model.layers.[0-3].*"`. The first that matches a name holds.
+        sparsities: By glob pattern, such as `"*.down_proj"` or `"model.layers.[0-3].*"`. The first that matches a name counts.
 
     Raises:
         ValueError: If there are none, or a sparsity is outside [0, 1).
@@ -87,7 +90,7 @@ class ByPattern(Allocation):
                 raise ValueError(f"sparsities[{pattern!r}]: {error}") from None
 
     def allocate(self, blocks: Sequence[Block], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
-        """What the first matching pattern says. See `Allocation.allocate`.
+        """Returns the sparsity of the first pattern that matches. See `Allocation.allocate`.
 
         Raises:
             ValueError: If a pattern matches no name.
@@ -97,19 +100,17 @@ class ByPattern(Allocation):
         for pattern in self.sparsities:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(f"sparsities[{pattern!r}] matches none of the {len(names)} linears, such as {names[:3]}")
-        return {name: self._said(name, sparsity) for name in names}
-
-    def _said(self, name: str, otherwise: float) -> float:
-        return next((s for pattern, s in self.sparsities.items() if fnmatchcase(name, pattern)), otherwise)
+        return {name: next((s for p, s in self.sparsities.items() if fnmatchcase(name, p)), sparsity) for name in names}
 
 
 @dataclass(frozen=True)
 class OWL(Allocation):
-    """Blocks with more outliers give less (2310.05175, section 3.2); all linears of a block give the same.
+    """Lower sparsity for blocks with more outliers; the same for all linears of a block.
 
-    D_b is the percentage of a block's scores above `multiple` times their mean. D rescaled to [0, 2 lam] is taken from the
-    sparsity, and centred, so that the average over all weights is the sparsity asked for. What would leave [0, 0.99] stops there,
-    and the other blocks make up for it.
+    D_b is the percentage of a block's scores above `multiple` times their mean. D rescaled to [0, 2 lam] is subtracted from the
+    sparsity, and centred, so that the average over all weights is the sparsity asked for. Values that would leave [0, 0.99] stop
+    there, and the other blocks make up for it. From "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning
+    LLMs to High Sparsity", Yin et al., 2023, https://arxiv.org/abs/2310.05175, section 3.2.
 
     Args:
         lam: Half of the widest gap between blocks; the paper's lambda, which it tunes at each sparsity (0.08 at 70 %).
@@ -117,30 +118,31 @@ class OWL(Allocation):
 
     Raises:
         ValueError: If `lam` is outside [0, 0.5], or `multiple` is not positive.
+
+    Example:
+        >>> import torch
+        >>> owl = OWL(lam=0.1)
+        >>> few, many = owl.measure([torch.tensor([1.0] * 10)]), owl.measure([torch.tensor([1.0] * 9 + [20.0])])
+        >>> {name: round(s, 2) for name, s in owl.allocate([{"0.up": 8}, {"1.up": 8}], 0.5, [few, many]).items()}
+        {'0.up': 0.6, '1.up': 0.4}
     """
 
+    measures: ClassVar[bool] = True
     lam: float = 0.08
     multiple: float = 5.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.lam <= 0.5:
-            raise ValueError(f"lam={self.lam} must be in [0, 0.5]: the gap between blocks is twice that")
-        if not self.multiple > 0:
-            raise ValueError(f"multiple={self.multiple} must be positive")
-
-    @property
-    def measures(self) -> bool:
-        """True: the outliers of each block."""
-        return True
+        fraction("lam", self.lam, "[0, 0.5]")
+        number("multiple", self.multiple, above=0)
 
     def measure(self, scores: Sequence[Tensor]) -> float:
-        """The percentage of outliers, D_b = 100 mean(S > multiple * mean(S)) over all scores of the block."""
+        """Computes the percentage of outliers, D_b = 100 mean(S > multiple * mean(S)) over all scores of the block."""
         size = sum(s.numel() for s in scores)
         bound = self.multiple * sum(float(s.sum()) for s in scores) / size
         return 100 * sum(int((s > bound).sum()) for s in scores) / size
 
     def allocate(self, blocks: Sequence[Block], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
-        """Less where more was measured. See `Allocation.allocate`."""
+        """Lowers the sparsity where more outliers were measured. See `Allocation.allocate`."""
         sparsity = check_amount(sparsity)
         if len(measured) != len(blocks):
             raise ValueError(f"measured must have one value for each of {len(blocks)} blocks, got {len(measured)}")
@@ -152,7 +154,7 @@ class OWL(Allocation):
 
 
 def _centre(values: Sequence[float], sizes: Sequence[int], mean: float) -> list[float]:
-    """The values moved by one number, and stopped at 0 and `HIGHEST`, so that their mean weighted by size is as asked."""
+    """Shifts all values by one number, and clamps them to 0 and `HIGHEST`, so that their mean weighted by size is as asked."""
     highest = max(HIGHEST, mean)
     low, high = -max(values), highest - min(values)
     for _ in range(100):

@@ -1,6 +1,7 @@
 """Prunes during a walk over a model: gathers statistics of each linear's inputs, and keeps the pruned weights aside."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 from weakref import ReferenceType, ref
 
@@ -10,11 +11,11 @@ from torch import Tensor, nn
 from billhook.adapters.masked import counted, product_of
 from billhook.model.linears import turned, weight_of
 from billhook.running.shards import whole
+from billhook.running.statistics import Statistics
 from billhook.running.walk import Reduce, Site
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.masks import keep_global, where_kept
 from billhook.sparsity.plan import Pruned
-from billhook.sparsity.statistics import Statistics
 
 Progress = Callable[[int, int], None]
 """Called with how many linears are done, and of how many."""
@@ -84,7 +85,7 @@ class Calibration:
         return last[2] if self.shared and last and last[0]() is inputs and last[1] == inputs._version else None
 
     def _counting(self, inputs: Tensor, run: int) -> Tensor | None:
-        """Returns which tokens are not padding: the mask that fits."""
+        """Finds the mask of tokens that are not padding, if one fits the inputs."""
         for keep in self.tokens[run].values():
             if keep.shape == inputs.shape[:-1] or (inputs.dim() == 2 and keep.numel() == len(inputs)):
                 return keep.reshape(inputs.shape[:-1]).to(inputs.device)
@@ -102,8 +103,6 @@ class Calibration:
             raise InputsDiffer
         called = {name: linear for name, linear in site.linears.items() if name in self._first}
         self.finish({name: linear for name, linear in called.items() if self.statistics[self._first[name]].tokens})
-        if self.progress is not None:
-            self.progress(len(self.pruned), len(self.sparsities))
         self._complete |= site.linears.keys()
         if site.module not in called.values() or self.reduce is not None:
             self._last = {run: last for run, last in self._last.items() if last[2] not in self._complete}
@@ -128,16 +127,30 @@ class Calibration:
                 reduce(tensor)
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
-        """Prunes linears whose statistics are complete.
+        """Prunes linears whose statistics are complete, or are not needed.
 
         Raises:
-            ValueError: The criterion's, after the linear's name.
+            ValueError: The criterion's, after the linear's name; and if it changes kept weights where an adapter counts.
         """
         for name, linear in linears.items():
-            statistics, adapter = self.statistics[self._first[name]], self.adapters.get(name)
-            self.pruned[name] = prune_linear(
-                name, linear, self.criterion, statistics, self.sparsities[name], self.pattern, adapter
-            )
+            weight, adapter = whole(weight_of(linear)), self.adapters.get(name)
+            scored = counted(weight, adapter)
+            with _naming(name):
+                new, keep = self.criterion.prune(scored, self._statistics(name), self.sparsities[name], self.pattern)
+            if adapter is not None:
+                if not torch.equal(new, where_kept(scored, keep)):
+                    kind = type(self.criterion).__name__
+                    raise ValueError(f"{name}: count_adapters=True, and {kind} changes kept weights (`updates` is False)")
+                new = where_kept(weight, keep)
+            self.pruned[name] = Pruned.of(weight, new, keep)
+            self._tell()
+
+    def _statistics(self, name: str) -> Statistics | None:
+        return self.statistics[self._first[name]] if name in self._first else None
+
+    def _tell(self) -> None:
+        if self.progress is not None:
+            self.progress(len(self.pruned), len(self.sparsities))
 
     def close(self) -> None:
         """Ends the calibration, when all runs have been everywhere."""
@@ -160,71 +173,35 @@ class Together(Calibration):
 
     def __init__(self, *args: Any, **walk: Any) -> None:  # noqa: ANN401 - those of a calibration
         super().__init__(*args, **walk)
-        self._seen: dict[str, tuple[nn.Module, Statistics]] = {}
+        self._seen: dict[str, tuple[nn.Module, Statistics | None]] = {}
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Keeps the statistics of linears."""
-        self._seen |= {name: (linear, self.statistics[self._first[name]]) for name, linear in linears.items()}
+        self._seen |= {name: (linear, self._statistics(name)) for name, linear in linears.items()}
 
     def close(self) -> None:
-        """Prunes all linears at once."""
-        linears = {name: linear for name, (linear, _) in self._seen.items()}
-        statistics = {name: one for name, (_, one) in self._seen.items()}
-        sparsity = next(iter(self.sparsities.values()))
-        self.pruned = prune_together(linears, self.criterion, statistics, sparsity, self.adapters)
-        if self.progress is not None:
-            self.progress(len(self.pruned), len(self.sparsities))
+        """Prunes all linears at once; all scores are in memory.
+
+        Raises:
+            ValueError: The criterion's, after the linear's name.
+        """
+        scores = []
+        for name, (linear, statistics) in self._seen.items():
+            weight = counted(whole(weight_of(linear)), self.adapters.get(name))
+            with _naming(name):
+                check_finite(weight, "the weight")
+                scores.append(self.criterion.score(weight, statistics))
+        keeps = keep_global(scores, next(iter(self.sparsities.values())))
+        for (name, (linear, _)), keep in zip(self._seen.items(), keeps, strict=True):
+            weight = whole(weight_of(linear))
+            self.pruned[name] = Pruned.of(weight, where_kept(weight, keep), keep)
+        self._tell()
 
 
-def prune_together(
-    linears: Mapping[str, nn.Module],
-    criterion: Criterion,
-    statistics: Mapping[str, Statistics | None],
-    sparsity: float,
-    adapters: Mapping[str, nn.Module],
-) -> dict[str, Pruned]:
-    """Prunes linears whose weights are compared globally; returns the results without changing them.
-
-    All scores are in memory at once.
-
-    Raises:
-        ValueError: The criterion's, after the linear's name.
-    """
-    scores = []
-    for name, linear in linears.items():
-        weight = counted(whole(weight_of(linear)), adapters.get(name))
-        try:
-            check_finite(weight, "the weight")
-            scores.append(criterion.score(weight, statistics[name]))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    keeps = keep_global(scores, sparsity)
-    weights = ((name, whole(weight_of(linear))) for name, linear in linears.items())  # one at a time
-    return {name: Pruned.of(weight, where_kept(weight, keep), keep) for (name, weight), keep in zip(weights, keeps, strict=True)}
-
-
-def prune_linear(
-    name: str,
-    linear: nn.Module,
-    criterion: Criterion,
-    statistics: Statistics | None,
-    sparsity: float,
-    pattern: str,
-    adapter: nn.Module | None = None,
-) -> Pruned:
-    """Prunes a linear; returns the result without changing it.
-
-    Raises:
-        ValueError: The criterion's, after the linear's name; and if it changes kept weights where an adapter counts.
-    """
-    weight = whole(weight_of(linear))
-    seen = counted(weight, adapter)
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Puts a linear's name before the criterion's refusal."""
     try:
-        new, keep = criterion.prune(seen, statistics, sparsity, pattern)
+        yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    if adapter is None:
-        return Pruned.of(weight, new, keep)
-    if not torch.equal(new, where_kept(seen, keep)):
-        raise ValueError(f"{name}: count_adapters=True, and {type(criterion).__name__} changes kept weights (`updates` is False)")
-    return Pruned.of(weight, where_kept(weight, keep), keep)

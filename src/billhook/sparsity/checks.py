@@ -1,16 +1,16 @@
-"""What may be asked of pruning, and what may not: all that can be said before there is data."""
+"""Checks the arguments of pruning, as far as that is possible before there is data."""
 
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import nn
 
 from billhook.adapters.masked import active_in, plain_adapters
+from billhook.arguments import one_of
 from billhook.model.linears import prunable, weight_of
 from billhook.running.walk import Reduce, Sequential, find_sites
 from billhook.sparsity.allocation import Allocation, Uniform
@@ -21,7 +21,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 
 
 def needs_data(criterion: Criterion) -> bool:
-    """Whether a criterion needs to see what a linear is given."""
+    """Returns True for a criterion that needs statistics of a linear's inputs."""
     return criterion.statistics(1, "meta") is not None
 
 
@@ -34,14 +34,26 @@ def check_pruning(
     skip: Sequence[str] = (),
     output_embeddings: bool = False,
 ) -> dict[str, nn.Module]:
-    """Checks all that can be said of `prune` before there is data; the linears to prune by name. See `prune`."""
-    linears = _chosen(model, skip, output_embeddings)
-    _check(criterion, linears, pattern, sequential, allocation or Uniform())
+    """Checks arguments of `prune` before there is data; returns the linears to prune, by name. See `prune`."""
+    if not isinstance(criterion, Criterion):
+        raise ValueError(f"criterion={criterion!r} must be a Criterion, such as Wanda()")
+    one_of("sequential", sequential, Sequential)
+    linears, kept, all_layers = _linears(model, skip, output_embeddings), parse_pattern(pattern), criterion.compares == "global"
+    if all_layers and kept is not None:
+        raise ValueError(f"criterion={criterion} compares all layers, and pattern={pattern!r} within groups: ask for one")
+    if all_layers and needs_data(criterion) and sequential != "none":
+        raise ValueError(f"criterion={criterion} compares all layers at once: sequential must be 'none', got {sequential!r}")
+    if not isinstance(allocation, Uniform | None) and (kept is not None or all_layers):
+        other = f"criterion={criterion} compares all of them" if kept is None else f"pattern={pattern!r} says it for all"
+        raise ValueError(f"allocation={allocation} says how sparse each linear is, and {other}: ask for one")
+    for name, linear in linears.items():
+        if kept is not None and (width := weight_of(linear).shape[1]) % kept[1]:
+            raise ValueError(f"pattern={pattern!r}: {name} has {width} inputs, which {kept[1]} does not divide; skip it")
     return linears
 
 
 def adapters_to_count(model: nn.Module, criterion: Criterion, linears: Iterable[str]) -> dict[str, nn.Module]:
-    """The layers of LoRA on these linears, by linear, for a criterion that is to count them in.
+    """Finds the layers of LoRA on these linears, by linear, for a criterion that is to count them in.
 
     Raises:
         ValueError: If the criterion updates weights, or there is no plain LoRA that is active and not merged.
@@ -57,7 +69,7 @@ def adapters_to_count(model: nn.Module, criterion: Criterion, linears: Iterable[
     return layers
 
 
-def _chosen(model: nn.Module, skip: Sequence[str], output_embeddings: bool) -> dict[str, nn.Module]:
+def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool) -> dict[str, nn.Module]:
     skip = [skip] if isinstance(skip, str) else skip
     linears = prunable(model, output_embeddings)
     if not linears:
@@ -73,31 +85,10 @@ def _chosen(model: nn.Module, skip: Sequence[str], output_embeddings: bool) -> d
     return chosen
 
 
-def _check(criterion: Criterion, linears: Mapping[str, nn.Module], pattern: str, sequential: str, allocation: Allocation) -> None:
-    if not isinstance(criterion, Criterion):
-        raise ValueError(f"criterion={criterion!r} must be a Criterion, such as Wanda()")
-    if sequential not in get_args(Sequential):
-        raise ValueError(f"sequential={sequential!r} must be one of {get_args(Sequential)}")
-    kept = parse_pattern(pattern)
-    if criterion.compares == "global" and kept is not None:
-        raise ValueError(f"criterion={criterion} compares all layers, and pattern={pattern!r} within groups: ask for one")
-    if criterion.compares == "global" and needs_data(criterion) and sequential != "none":
-        raise ValueError(f"criterion={criterion} compares all layers at once: sequential must be 'none', got {sequential!r}")
-    if not isinstance(allocation, Uniform) and (kept is not None or criterion.compares == "global"):
-        other = f"criterion={criterion} compares all of them" if kept is None else f"pattern={pattern!r} says it for all"
-        raise ValueError(f"allocation={allocation} says how sparse each linear is, and {other}: ask for one")
-    if kept is None:
-        return
-    for name, linear in linears.items():
-        width = weight_of(linear).shape[1]
-        if width % kept[1]:
-            raise ValueError(f"pattern={pattern!r}: {name} has {width} inputs, which {kept[1]} does not divide; skip it")
-
-
 def check_sharded(
     criterion: Criterion, allocation: Allocation, reduce: Reduce | None, offload: object, count_adapters: bool
 ) -> None:
-    """Refuses what cannot be done to a model that is sharded over ranks.
+    """Refuses arguments that do not suit a model that is sharded over ranks.
 
     Raises:
         ValueError: With the reason, and the way out.
@@ -112,20 +103,20 @@ def check_sharded(
 
 
 def warn_of_others(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
-    """Names what holds matrices, but is no linear: of three dimensions, and no convolution, as experts in one tensor are."""
+    """Warns about weights that hold several matrices but are no linears: of three dimensions, as experts in one tensor are."""
     inside = {module for site in find_sites(model, linears, "block") for module in site.module.modules()}
     found = {}
     for name, module in model.named_modules():
-        for own, parameter in module.named_parameters(recurse=False) if module in inside else ():
+        for attribute, parameter in module.named_parameters(recurse=False) if module in inside else ():
             if parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, CONVOLUTIONS):
-                found[re.sub(r"\b\d+\b", "*", f"{name}.{own}")] = list(parameter.shape)
+                found[re.sub(r"\b\d+\b", "*", f"{name}.{attribute}")] = list(parameter.shape)
     if found:
         what = ", ".join(f"{name} {shape}" for name, shape in found.items())
         warnings.warn(f"these hold several matrices each, but are no linear layers and stay as they are: {what}", stacklevel=3)
 
 
 def check_device(offload: str | torch.device | None, name: str = "offload") -> torch.device | None:
-    """The device that an argument of some name names.
+    """Returns the device that an argument names.
 
     Raises:
         ValueError: If there is none here.
@@ -139,7 +130,7 @@ def check_device(offload: str | torch.device | None, name: str = "offload") -> t
 
 
 def check_folder(activations: str | None) -> str | None:
-    """The folder of that name.
+    """Returns the folder of that name.
 
     Raises:
         ValueError: If there is none.

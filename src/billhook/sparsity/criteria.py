@@ -1,23 +1,22 @@
-"""Criteria: how important each weight of a linear layer is, and what pruning by that gives.
+"""Criteria: how important each weight of a linear layer is, and pruning by that.
 
 A criterion is a set of immutable settings. It says which statistics of the layer's inputs it needs, scores a weight by them, and
-prunes it. A weight that is zero has the lowest score by every criterion, so pruning again goes on from where it was.
+prunes it. A weight that is zero has the lowest score by every criterion, so pruning again continues from where it was.
 """
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, TypeVar, get_args
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from billhook.arguments import number, one_of
+from billhook.running.statistics import InputNorms, Statistics
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern, where_kept
-from billhook.sparsity.statistics import InputNorms, Statistics
 
 Comparison = Literal["row", "layer", "global"]
 """Which weights compete: those of one output (a row of the weight), those of the whole layer, or those of all layers."""
-
 
 ROWS = 256
 """Rows that are sorted at a time, where something has to be sorted."""
@@ -30,23 +29,24 @@ class Criterion(ABC):
 
     Attributes:
         compares: Which weights compete; patterns N:M compare within each group of M instead.
+        needs: The kind of statistics of a layer's inputs that are needed; None if none are.
         updates: Whether pruning changes weights that it keeps, too.
     """
 
     compares: Comparison
+    needs: ClassVar[type[Statistics] | None] = None
     updates: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.compares not in get_args(Comparison):
-            raise ValueError(f"compares={self.compares!r} must be one of {get_args(Comparison)}")
+        one_of("compares", self.compares, Comparison)
 
     def statistics(self, in_features: int, device: torch.device | str = "cpu") -> Statistics | None:
-        """Empty statistics of what must be known of a layer's inputs; None if nothing."""
-        return None
+        """Makes empty statistics of a layer's inputs; None if none are needed."""
+        return None if self.needs is None else self.needs(in_features, device)
 
     @abstractmethod
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """The scores, float32, `[out_features, in_features]`; higher = more important.
+        """Computes the scores, float32, `[out_features, in_features]`; higher = more important.
 
         Raises:
             ValueError: If the statistics are missing, or not of this weight's inputs.
@@ -60,7 +60,7 @@ class Criterion(ABC):
         Args:
             weight: `[out_features, in_features]`, of any floating dtype.
             statistics: Of the layer's inputs, as `statistics()` made them; None where it makes none.
-            sparsity: Fraction that becomes zero, in [0, 1); None with a pattern N:M, which says it.
+            sparsity: Fraction that becomes zero, in [0, 1); None with a pattern N:M, which implies it.
             pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive input features.
 
         Returns:
@@ -80,6 +80,16 @@ class Criterion(ABC):
             keep = keep_rows(scores, sparsity) if self.compares == "row" else keep_layer(scores, sparsity)
         return where_kept(weight, keep), keep
 
+    def _of_inputs(self, statistics: Statistics | None, weight: Tensor, kind: type[S]) -> S:
+        """Returns the statistics, if they are of the kind that is needed, and of this weight's inputs."""
+        if not isinstance(statistics, kind):
+            given = "none" if statistics is None else type(statistics).__name__
+            raise ValueError(f"{type(self).__name__} needs {kind.__name__} of the layer's inputs (calibration data), got {given}")
+        if statistics.in_features != weight.shape[1]:
+            raise ValueError(f"statistics of {statistics.in_features} input features do not suit a weight of {weight.shape[1]}")
+        statistics.check()
+        return statistics
+
 
 @dataclass(frozen=True)
 class Random(Criterion):
@@ -94,7 +104,7 @@ class Random(Criterion):
     compares: Comparison = "layer"
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Uniform in (0, 1], and 0 where the weight is zero."""
+        """Draws scores uniform in (0, 1], and 0 where the weight is zero."""
         # the weight itself takes part in the seed: linears of one size must not all get one mask
         first_row = weight.detach()[0].float().contiguous().view(torch.int32)
         seed = (self.seed * 1_000_003 + int(first_row.sum(dtype=torch.int64))) % 2**63
@@ -104,59 +114,69 @@ class Random(Criterion):
 
 @dataclass(frozen=True)
 class Magnitude(Criterion):
-    """S_ij = |W_ij|, compared within the whole layer (the baseline of 2306.11695, section 4).
+    """S_ij = |W_ij|, compared within the whole layer: the baseline of Wanda's paper, section 4.
 
     Args:
         compares: Which weights compete.
+
+    Example:
+        >>> Magnitude().prune(torch.tensor([[1.0, -2.0], [3.0, -4.0]]), sparsity=0.5)[0]
+        tensor([[ 0.,  0.],
+                [ 3., -4.]])
     """
 
     compares: Comparison = "layer"
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """|W_ij|."""
+        """Computes |W_ij|."""
         return weight.detach().abs().float()
 
 
 @dataclass(frozen=True)
 class Wanda(Criterion):
-    """S_ij = |W_ij| ||X_j||, compared within each output (2306.11695, equation 1 and algorithm 1).
+    """S_ij = |W_ij| ||X_j||, compared within each output (equation 1 and algorithm 1).
 
-    The weights of an input that was always zero score zero.
+    From "A Simple and Effective Pruning Approach for Large Language Models", Sun, Liu, Bair & Kolter, 2023,
+    https://arxiv.org/abs/2306.11695. The weights of an input that was always zero score zero.
 
     Args:
         compares: Which weights compete.
+
+    Example:
+        >>> norms = Wanda().statistics(in_features=2)
+        >>> norms.add(torch.tensor([[1.0, 0.1], [1.0, 0.1]]))
+        >>> Wanda().prune(torch.tensor([[1.0, -2.0], [3.0, -4.0]]), norms, sparsity=0.5)[0]
+        tensor([[1., 0.],
+                [3., 0.]])
     """
 
     compares: Comparison = "row"
-
-    def statistics(self, in_features: int, device: torch.device | str = "cpu") -> Statistics:
-        """Empty norms of the inputs."""
-        return InputNorms(in_features, device)
+    needs: ClassVar[type[Statistics] | None] = InputNorms
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """|W_ij| ||X_j||."""
-        norms = _seen(statistics, weight, self, Statistics).squares.sqrt()
+        """Computes |W_ij| ||X_j||."""
+        norms = self._of_inputs(statistics, weight, Statistics).squares.sqrt()
         return weight.detach().abs().float().mul_(norms)
 
 
 @dataclass(frozen=True)
 class WandaAlpha(Wanda):
-    """Wanda's variant: a row loses what its lowest scores add up to a share alpha of its sum (2306.11695, appendix).
+    """Wanda's variant (its appendix): of each row, the lowest scores that add up to a share alpha of its sum are removed.
 
-    With the scores of row i in ascending order, those with S_i(1) + ... + S_i(k) <= alpha (S_i(1) + ... + S_i(n)) go. The paper
-    bisects for the alpha, one for all rows, that gives the sparsity to within 0.001. Here each score is its own share, the left
-    sum over the right one, so comparing these within the layer finds that alpha exactly.
+    With the scores of row i in ascending order, those with S_i(1) + ... + S_i(k) <= alpha (S_i(1) + ... + S_i(n)) are removed.
+    The paper bisects for the alpha, one for all rows, that gives the sparsity to within 0.001. Here each score is its own share,
+    the left sum over the right one, so comparing these within the layer finds that alpha exactly.
     """
 
     compares: Comparison = field(default="layer", init=False, repr=False)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """The share of its row's sum that a score and the lower ones add up to."""
+        """Computes the share of its row's sum that a score and the lower ones add up to."""
         scores = super().score(weight, statistics)
         for row in torch.split(scores, ROWS):
             ascending, order = row.sort(dim=1, stable=True)
             sums = ascending.cumsum(1)
-            row.scatter_(1, order, sums / _nonzero(sums[:, -1:]))
+            row.scatter_(1, order, sums / nonzero(sums[:, -1:]))
         return scores
 
 
@@ -164,8 +184,8 @@ class WandaAlpha(Wanda):
 class RIA(Criterion):
     """S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||^a (relative importance and activations).
 
-    From "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", Zhang et al., ICLR 2024. Its
-    permutation of channels for N:M is not part of it here.
+    From "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", Zhang, Bai, Lin, Zhao, Hou &
+    Cannistraci, ICLR 2024, https://openreview.net/forum?id=Tr0lPx9woF. Its permutation of channels for N:M is left out.
 
     Args:
         exponent: a, of the inputs' norms.
@@ -173,39 +193,29 @@ class RIA(Criterion):
 
     Raises:
         ValueError: If the exponent is negative.
+
+    Example:
+        >>> norms = RIA().statistics(in_features=2)
+        >>> norms.add(torch.ones(1, 2))
+        >>> RIA().score(torch.tensor([[1.0, -1.0], [3.0, -1.0]]), norms)
+        tensor([[0.7500, 1.0000],
+                [1.5000, 0.7500]])
     """
 
     exponent: float = 0.5
     compares: Comparison = "layer"
+    needs: ClassVar[type[Statistics] | None] = InputNorms
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.exponent < math.inf:
-            raise ValueError(f"exponent={self.exponent} must be a number of at least 0")
-
-    def statistics(self, in_features: int, device: torch.device | str = "cpu") -> Statistics:
-        """Empty norms of the inputs."""
-        return InputNorms(in_features, device)
+        number("exponent", self.exponent, least=0)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||^a."""
-        norms = _seen(statistics, weight, self, Statistics).squares.sqrt()
+        """Computes (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||^a."""
+        norms = self._of_inputs(statistics, weight, Statistics).squares.sqrt()
         size = weight.detach().abs().float()
-        relative = size / _nonzero(size.sum(0)) + size / _nonzero(size.sum(1, keepdim=True))
+        relative = size / nonzero(size.sum(0)) + size / nonzero(size.sum(1, keepdim=True))
         return relative.mul_(norms**self.exponent)
-
-
-def _seen(statistics: Statistics | None, weight: Tensor, criterion: Criterion, kind: type[S]) -> S:
-    """The statistics, if they are what the criterion needs for this weight."""
-    if not isinstance(statistics, kind):
-        given = "none" if statistics is None else type(statistics).__name__
-        raise ValueError(
-            f"{type(criterion).__name__} needs {kind.__name__} of the layer's inputs (calibration data), got {given}"
-        )
-    if statistics.in_features != weight.shape[1]:
-        raise ValueError(f"statistics of {statistics.in_features} input features do not suit a weight of {weight.shape[1]}")
-    statistics.check()
-    return statistics
 
 
 def check_finite(values: Tensor, what: str) -> None:
@@ -219,6 +229,6 @@ def check_finite(values: Tensor, what: str) -> None:
         raise ValueError(f"{what} holds NaN or inf")
 
 
-def _nonzero(sums: Tensor) -> Tensor:
-    """Divisors: what is zero over zero is to be zero."""
+def nonzero(sums: Tensor) -> Tensor:
+    """Replaces zero divisors by one, so that zero over zero is zero."""
     return torch.where(sums > 0, sums, 1)

@@ -67,24 +67,24 @@ class Hold:
         for model in self._models:
             reshard(model)
         linears = [prunable(model, output_embeddings=True) for model in self._models]
-        own = linears[0]
+        first = linears[0]
         for name, mask in masks.items():
-            if name not in own or own[name].weight.shape != mask.shape:
+            if name not in first or first[name].weight.shape != mask.shape:
                 raise ValueError(f"the masks are of another model: it has no {name} of shape {list(mask.shape)}")
         before = self._linears, self.masks
         self._linears = linears
-        self.masks = {name: sharded_as(mask, own[name].get_parameter("weight")).contiguous() for name, mask in masks.items()}
+        self.masks = {name: sharded_as(mask, first[name].get_parameter("weight")).contiguous() for name, mask in masks.items()}
         try:
             if change is not None:
                 change()
         except BaseException:
             self._linears, self.masks = before
             raise
-        self._weights = {name: own[name].get_parameter("weight") for name in self.masks}
+        self._weights = {name: first[name].get_parameter("weight") for name in self.masks}
         self.apply()
-        own_masks = {name: self.masks[name] for name in self._adapted if name in self.masks}
-        for model in self._models if own_masks else ():
-            mask_adapters(model, own_masks)
+        adapted = {name: self.masks[name] for name in self._adapted if name in self.masks}
+        for model in self._models if adapted else ():
+            mask_adapters(model, adapted)
 
     def follow(self) -> None:
         """Follows new shapes: in weights that are new, zeros stay zeros, and no others."""
@@ -123,10 +123,10 @@ class Hold:
     def _step(self, *_: object) -> None:
         for model in self._models[:1]:
             reshard(model)
-        own = {name: self._linears[0][name].get_parameter("weight") for name in self.masks} if self._linears else {}
-        moved = [name for name, weight in own.items() if weight.requires_grad or weight.grad is not None]
+        held = {name: self._linears[0][name].get_parameter("weight") for name in self.masks} if self._linears else {}
+        moved = [name for name, weight in held.items() if weight.requires_grad or weight.grad is not None]
         if moved:
-            _mask([own[name].data for name in moved], [self.masks[name] for name in moved])
+            _mask([held[name].data for name in moved], [self.masks[name] for name in moved])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the masks, one bit a weight."""

@@ -1,7 +1,7 @@
-"""Keep-masks from scores: bool, True = kept; the lowest scores go, by exact count.
+"""Keep-masks from scores: bool, True = kept; the lowest scores are removed, by exact count.
 
-The mask is the one of a full stable ascending sort: of equal scores the lower column goes first. Nothing is sorted, though: what
-is looked for is only the lowest score that stays, in blocks of rows, so memory is that of the mask and of a few blocks. Scores of
+The mask is that of a full stable ascending sort: of equal scores the lower column is removed first. Nothing is sorted, though:
+only the lowest score that is kept is searched, in blocks of rows, so memory is that of the mask and of a few blocks. Scores of
 any floating dtype are compared as float32.
 """
 
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**24
-"""Scores in a block: what stays in a core's cache, and what keeps an accelerator busy."""
+"""Scores in a block: few enough for a core's cache, and enough to keep an accelerator busy."""
 
 MAX_PAIRED = 8
 """The widest N:M group in which comparing every pair is faster than selection."""
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """(N, M) of a pattern in which N of every M weights are kept, None for `"unstructured"`.
+    """Parses a pattern in which N of every M weights are kept to (N, M), and `"unstructured"` to None.
 
     Raises:
         ValueError: If the pattern is neither `"unstructured"` nor `"N:M"` with 1 <= N < M.
@@ -38,10 +38,10 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
 
 
 def check_amount(sparsity: float | None, pattern: str = "unstructured") -> float:
-    """The fraction of weights that become zero.
+    """Returns the fraction of weights that become zero.
 
     Args:
-        sparsity: That fraction, in [0, 1). With a pattern N:M it may be None, or must say the same as the pattern.
+        sparsity: That fraction, in [0, 1). With a pattern N:M it may be None, or must agree with the pattern.
         pattern: `"unstructured"` or `"N:M"`.
 
     Raises:
@@ -75,7 +75,7 @@ def check_width(in_features: int, pattern: str) -> None:
 
 
 def pruned_count(size: int, sparsity: float) -> int:
-    """How many of `size` weights go: int(size * sparsity), where a product that only rounding keeps from a whole number is it.
+    """Computes how many of `size` weights are removed: int(size * sparsity), or the whole number that only rounding misses.
 
     >>> pruned_count(10, 0.7), pruned_count(100, 0.29), int(100 * 0.29)
     (7, 29, 28)
@@ -86,11 +86,11 @@ def pruned_count(size: int, sparsity: float) -> int:
 
 
 def keep_rows(scores: Tensor, sparsity: float) -> Tensor:
-    """Compares within each row: int(columns * sparsity) of each row go.
+    """Compares within each row: int(columns * sparsity) of each row are removed.
 
     Args:
         scores: `[rows, columns]`, higher = more important.
-        sparsity: Fraction that goes, in [0, 1).
+        sparsity: Fraction that is removed, in [0, 1).
 
     Returns:
         The keep-mask, bool, of the size of the scores.
@@ -110,11 +110,11 @@ def keep_rows(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def keep_layer(scores: Tensor, sparsity: float) -> Tensor:
-    """Compares within the whole matrix: int(numel * sparsity) go; of equal scores the one in the lower row, then column.
+    """Compares within the whole matrix: int(numel * sparsity) are removed, of equal scores those in lower rows, then columns.
 
     Args:
         scores: Of any shape, higher = more important.
-        sparsity: Fraction that goes, in [0, 1).
+        sparsity: Fraction that is removed, in [0, 1).
 
     Returns:
         The keep-mask, bool, of the size of the scores.
@@ -126,11 +126,11 @@ def keep_layer(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def keep_global(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
-    """Compares across matrices: int(total numel * sparsity) go; of equal scores the one in the earlier matrix, row, column.
+    """Compares across matrices: int(total numel * sparsity) are removed, of equal scores those in earlier matrices, then rows.
 
     Args:
         scores: One tensor a matrix, each of any shape and on any device, higher = more important.
-        sparsity: Fraction of all that goes, in [0, 1).
+        sparsity: Fraction of all that is removed, in [0, 1).
 
     Returns:
         The keep-masks, bool, each of the size and on the device of its scores.
@@ -182,7 +182,7 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def where_kept(values: Tensor, keep: Tensor) -> Tensor:
-    """The values where a keep-mask is True, and elsewhere 0, whatever stood there, also NaN.
+    """Returns the values where a keep-mask is True, and 0 elsewhere, also instead of NaN.
 
     The bits are multiplied as whole numbers, which takes a tenth of the time of `masked_fill` on a mask without a pattern.
 
@@ -198,7 +198,7 @@ def where_kept(values: Tensor, keep: Tensor) -> Tensor:
 
 
 def sparsity_of(tensors: Iterable[Tensor]) -> float:
-    """The fraction of all elements that are zero (of keep-masks: that are pruned); 0 if there are none.
+    """Computes the fraction of all elements that are zero (of keep-masks: that are pruned); 0 if there are none.
 
     >>> sparsity_of([torch.tensor([0.0, 1.0]), torch.tensor([True, True])])
     0.25
@@ -209,7 +209,7 @@ def sparsity_of(tensors: Iterable[Tensor]) -> float:
 
 
 def _blocks(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Runs of rows in float32."""
+    """Yields blocks of rows in float32."""
     if scores.numel() == 0:
         return
     size = CPU_BLOCK if scores.device.type == "cpu" else DEVICE_BLOCK
@@ -225,7 +225,7 @@ def _blocks(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _drop_lowest(block: Tensor, count: int, keep: Tensor) -> None:
-    """Writes which scores of each row are not among its `count` lowest."""
+    """Writes a mask of the scores that are not among the `count` lowest of their row."""
     if block.device.type == "cpu":
         lowest_kept = torch.from_numpy(np.partition(block.numpy(), count, axis=1)[:, count : count + 1])
     else:
@@ -239,7 +239,7 @@ def _drop_lowest(block: Tensor, count: int, keep: Tensor) -> None:
 
 
 def _find(scores: Sequence[Tensor], position: int) -> tuple[float, int]:
-    """The score at a position of all scores in ascending order, and how many are lower: a radix selection, 16 bits at a time."""
+    """Finds the score at a position in ascending order, and how many are lower: a radix selection, 16 bits at a time."""
     if not any(one.numel() for one in scores):
         return 0.0, 0
     high, lower = _digit_at(((keys >> 16) + 2**15 for keys in _keys(scores)), position)
@@ -250,7 +250,7 @@ def _find(scores: Sequence[Tensor], position: int) -> tuple[float, int]:
 
 
 def _digit_at(digits: Iterable[Tensor], position: int) -> tuple[int, int]:
-    """The digit, in 0..2^16 - 1, at a position in ascending order, and how many are lower."""
+    """Finds the digit, in 0..2^16 - 1, at a position in ascending order, and how many are lower."""
     counts = torch.zeros(2**16, dtype=torch.int64)
     for some in digits:
         counts += torch.bincount(some, minlength=2**16).cpu()
@@ -260,23 +260,23 @@ def _digit_at(digits: Iterable[Tensor], position: int) -> tuple[int, int]:
 
 
 def _keys(scores: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Integers in the order of the scores, block by block."""
+    """Yields integers in the order of the scores, block by block."""
     for one in scores:
         for _, block in _blocks(one):
             yield _flip((block.flatten() + 0.0).view(torch.int32))  # + 0.0: -0.0 and 0.0 are equal scores
 
 
 def _flip(bits: Tensor) -> Tensor:
-    """Between the bits of a float32 and an int32 of the same order; its own inverse."""
+    """Converts between the bits of a float32 and an int32 of the same order; its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def _ranks(groups: Tensor) -> Tensor:
-    """The place of each score in its column in stable ascending order, uint8."""
+    """Ranks each score in its column in stable ascending order, uint8."""
     ranks = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
     for later in range(1, len(groups)):
         for earlier in range(later):
-            goes_first = groups[earlier] <= groups[later]
-            ranks[later] += goes_first
-            ranks[earlier] += ~goes_first
+            lower = groups[earlier] <= groups[later]
+            ranks[later] += lower
+            ranks[earlier] += ~lower
     return ranks

@@ -18,7 +18,7 @@ from billhook.running.shards import gathered, is_sharded, reshard, unsharded, wh
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites
 from billhook.sparsity.allocation import Allocation, Uniform
-from billhook.sparsity.calibration import Calibration, InputsDiffer, Progress, Together, prune_linear, prune_together
+from billhook.sparsity.calibration import Calibration, InputsDiffer, Progress, Together
 from billhook.sparsity.checks import (
     adapters_to_count,
     check_device,
@@ -110,36 +110,14 @@ def prune(
     walks = _Walks(model, linears, _runs(model, batches, needing, reduce), reduce, device, folder, adapters)
     warn_of_others(model, linears)
     sparsities = _sparsities(walks, amount, allocation)
-    if needs_data(criterion):
-        kind = Together if criterion.compares == "global" else Calibration
-        pruned = walks(sequential, partial(kind, criterion, sparsities, pattern, progress)).pruned
-        uncalled = _uncalled(linears, pruned)
-    else:
-        pruned, uncalled = _at_once(walks, criterion, sparsities, pattern, progress), ()
+    kind = Together if criterion.compares == "global" else Calibration
+    pruned = walks(sequential if needs_data(criterion) else None, partial(kind, criterion, sparsities, pattern, progress)).pruned
+    uncalled = _uncalled(linears, pruned)
     shapes = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
     plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, uncalled)
     if not dry_run:
         plan.apply(model)
     return plan
-
-
-def _at_once(
-    walks: "_Walks",
-    criterion: Criterion,
-    sparsities: Mapping[str, float],
-    pattern: str,
-    progress: Progress | None,
-) -> dict[str, Pruned]:
-    """Prunes by a criterion that needs no data."""
-    if criterion.compares == "global":
-        statistics = dict.fromkeys(walks.linears)
-        return prune_together(walks.linears, criterion, statistics, next(iter(sparsities.values())), walks.adapters)
-    pruned: dict[str, Pruned] = {}
-    for name, linear in walks.linears.items():
-        pruned[name] = prune_linear(name, linear, criterion, None, sparsities[name], pattern, walks.adapters.get(name))
-        if progress is not None:
-            progress(len(pruned), len(walks.linears))
-    return pruned
 
 
 def _runs(
@@ -177,13 +155,19 @@ class _Walks:
     activations: str | None
     adapters: Mapping[str, nn.Module]
 
-    def __call__(self, sequential: Sequential, make: Callable[..., C]) -> C:
-        """Runs a calibration and returns it; retries without shared statistics if inputs are shared in some runs only."""
+    def __call__(self, sequential: Sequential | None, make: Callable[..., C]) -> C:
+        """Runs a calibration and returns it; retries without shared statistics if inputs are shared in some runs only.
+
+        With `sequential=None` nothing runs: the calibration needs no data.
+        """
         tokens = [run.tokens for run in self.runs]
         for shared in (True, False):
             calibration = make(tokens=tokens, reduce=self.reduce, adapters=self.adapters, shared=shared)
             try:
-                self._walk(sequential, calibration)
+                if sequential is None:
+                    calibration.finish(self.linears)
+                else:
+                    self._walk(sequential, calibration)
                 calibration.close()
                 break
             except InputsDiffer:

@@ -1,6 +1,8 @@
-"""SparseGPT's solver (2301.00774, algorithm 1): prune column by column, and let the columns to the right make up for it.
+"""SparseGPT: prunes column by column, and lets the columns to the right make up for it.
 
-The weight is worked on transposed, `[in_features, out_features]`, so that a column of the paper's W is a row in memory.
+From "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", Frantar & Alistarh, 2023,
+https://arxiv.org/abs/2301.00774, algorithm 1. The weight is worked on transposed, `[in_features, out_features]`, so that a column
+of the paper's W is a row in memory.
 """
 
 import warnings
@@ -10,16 +12,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from billhook.sparsity.criteria import Comparison, Criterion, _seen, check_finite
+from billhook.arguments import fraction, whole
+from billhook.running.statistics import InputMoments, Statistics
+from billhook.sparsity.criteria import Comparison, Criterion, check_finite
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, parse_pattern
-from billhook.sparsity.statistics import InputMoments, Statistics
 
 MAX_DAMPING = 1.0
 """Of the mean of the Hessian's diagonal: with more, the weights' interplay would hardly count."""
 
 
 def inverse_factor(products: Tensor, damping: float) -> Tensor:
-    """The upper triangular U with H^-1 = U^T U, for H = X^T X + damping * mean(diag(X^T X)) * I.
+    """Computes the upper triangular U with H^-1 = U^T U, for H = X^T X + damping * mean(diag(X^T X)) * I.
 
     The paper's H is twice that over the number of samples, but such a factor of H changes neither mask nor update. With the
     inputs taken in reverse order H = L L^T gives H = R R^T with R upper triangular, so U = R^-1: one factorisation, and H^-1 is
@@ -54,7 +57,7 @@ def inverse_factor(products: Tensor, damping: float) -> Tensor:
 
 
 def saliency(weight: Tensor, factor: Tensor) -> Tensor:
-    """W_ij^2 / U_jj^2: the error from pruning a weight when those to its left are settled (2301.00774, algorithm 1).
+    """Computes W_ij^2 / U_jj^2: the error from pruning a weight when those to its left are settled.
 
     Args:
         weight: `[out_features, in_features]`, float32.
@@ -68,13 +71,13 @@ def solve(
 ) -> tuple[Tensor, Tensor]:
     """Prunes and updates a weight, block of columns by block.
 
-    Unstructured, the int(rows * columns * sparsity) lowest saliencies of a block go when the block is reached; N:M, the lowest
-    M - N of each row's group of M when the group is reached.
+    Unstructured, the int(rows * columns * sparsity) lowest saliencies of a block are removed when the block is reached; N:M, the
+    lowest M - N of each row's group of M when the group is reached.
 
     Args:
         weight: `[out_features, in_features]`, float32. It is not changed.
         factor: U with H^-1 = U^T U, float32, `[in_features, in_features]`.
-        sparsity: Fraction that goes, in [0, 1), when unstructured.
+        sparsity: Fraction that is removed, in [0, 1), when unstructured.
         kept: (N, M), N of every M are kept; None for unstructured.
         block_size: Columns in a block; with N:M a multiple of M.
 
@@ -109,12 +112,12 @@ def _solve_block(block: Tensor, factor: Tensor, keep: Tensor, kept: tuple[int, i
 
 @dataclass(frozen=True)
 class SparseGPT(Criterion):
-    """Prunes column by column and updates the weights to the right, so that they make up for it (2301.00774, algorithm 1).
+    """Prunes column by column and updates the weights to the right, so that they make up for it.
 
     With H = X^T X + damping * mean(diag(X^T X)) I and H^-1 = U^T U, U upper triangular, the saliency of a weight is
     W_ij^2 / U_jj^2, and pruning it adds -W_ij / U_jj * U_jk to each W_ik to its right. Unstructured, the lowest saliencies of
-    each block of columns go, by exact count; N:M, the lowest of each row's group. The weights of an input that was always zero
-    become zero, whether the mask keeps them or not.
+    each block of columns are removed, by exact count; N:M, the lowest of each row's group. The weights of an input that was
+    always zero become zero, whether the mask keeps them or not. Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774.
 
     Args:
         damping: Share of the mean of the diagonal of X^T X that is added to it. Raised tenfold, up to 1, with a warning, while
@@ -123,43 +126,45 @@ class SparseGPT(Criterion):
 
     Raises:
         ValueError: If the damping is outside (0, 1], or the block size below 1.
+
+    Example:
+        >>> sparsegpt = SparseGPT(damping=1e-4)
+        >>> moments = sparsegpt.statistics(in_features=2)
+        >>> moments.add(torch.tensor([[0.5, 1.0], [0.5, 1.0]]))  # the second input is always twice the first
+        >>> sparsegpt.prune(torch.tensor([[2.0, 4.0]]), moments, sparsity=0.5)[0].round()
+        tensor([[0., 5.]])
     """
 
     damping: float = 0.01
     block_size: int = 128
     compares: Comparison = field(default="layer", init=False, repr=False)
+    needs: ClassVar[type[Statistics] | None] = InputMoments
     updates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping <= MAX_DAMPING:
-            raise ValueError(f"damping={self.damping} must be above 0 and at most {MAX_DAMPING:g}")
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size!r} must be a whole number of columns, at least 1")
-
-    def statistics(self, in_features: int, device: torch.device | str = "cpu") -> Statistics:
-        """Empty second moments of the inputs."""
-        return InputMoments(in_features, device)
+        fraction("damping", self.damping, f"(0, {MAX_DAMPING:g}]")
+        whole("block_size", self.block_size)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """W_ij^2 / U_jj^2 of the weight as it is, before any update."""
-        moments = _seen(statistics, weight, self, InputMoments)
+        """Computes W_ij^2 / U_jj^2 of the weight as it is, before any update."""
+        moments = self._of_inputs(statistics, weight, InputMoments)
         return saliency(_without_dead(weight, moments), inverse_factor(moments.products, self.damping))
 
     def prune(
         self, weight: Tensor, statistics: Statistics | None = None, sparsity: float | None = None, pattern: str = "unstructured"
     ) -> tuple[Tensor, Tensor]:
-        """Zeroes the lowest saliencies and updates what is kept. See `Criterion.prune`.
+        """Zeroes the lowest saliencies and updates the kept weights. See `Criterion.prune`.
 
         Raises:
-            ValueError: As there; also if M does not divide the block size, X^T X cannot be inverted, or the updated weight does
-                not fit its dtype.
+            ValueError: As `Criterion.prune`; also if M does not divide the block size, X^T X cannot be inverted, or the updated
+                weight does not fit its dtype.
         """
         sparsity, kept = check_amount(sparsity, pattern), parse_pattern(pattern)
         if kept is not None and self.block_size % kept[1]:
             raise ValueError(f"block_size={self.block_size} must be a multiple of {kept[1]} for pattern={pattern!r}")
         check_width(weight.shape[1], pattern)
         check_finite(weight, "the weight")
-        moments = _seen(statistics, weight, self, InputMoments)
+        moments = self._of_inputs(statistics, weight, InputMoments)
         factor = inverse_factor(moments.products, self.damping)
         solved, keep = solve(_without_dead(weight, moments), factor, sparsity, kept, self.block_size)
         updated = solved.to(weight.dtype)

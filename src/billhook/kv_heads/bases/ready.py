@@ -17,8 +17,8 @@ from billhook.kv_heads.bases.moments import Moments, gather
 from billhook.kv_heads.bases.stacks import Projections, find_projections, instead, read, written
 from billhook.kv_heads.methods.base import Grouping, KVMethod, Rendered
 from billhook.model.linears import matrix_of
-from billhook.repairs.refits import Given
-from billhook.repairs.repair import Repair, repaired
+from billhook.repairs.repair import Repair, repair_linears
+from billhook.repairs.visitor import Given
 from billhook.running.batches import Loss, Run, run_with_loss
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce
@@ -114,7 +114,7 @@ class Attentions:
         reading = [place.o.linear for place in self.places.values()] + self.downs
         widths = {name: matrix_of(self.model.get_submodule(name))[0].shape[1] for name in dict.fromkeys(reading)}
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in widths.items()}
-        found = repaired(self.model, kept, trials, repair, reduce, given=new)
+        found = repair_linears(self.model, kept, trials, repair, reduce, given=new)
         own = {name: {"weight": weight} | ({} if bias is None else {"bias": bias}) for name, (weight, bias) in found.items()}
         return {name: dict(parameters) for name, parameters in new.items()} | own
 

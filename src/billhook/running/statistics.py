@@ -1,6 +1,6 @@
-"""What the inputs of a linear layer were: sums over its tokens, in float32 whatever the inputs' dtype.
+"""Sums over the tokens that a linear layer reads, in float32 whatever the inputs' dtype.
 
-Each sum is over tokens, so the sums of parts (batches, ranks) add up: `merge`, or an all-reduce of `tensors()`.
+The sums of parts (batches, ranks) add up: `merge`, or an all-reduce of `tensors()`.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +12,20 @@ from torch import Tensor
 
 TOKENS = 1024
 """How many tokens are multiplied at a time."""
+
+
+def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left^T right, the second moments of what is in their rows, to sums; in the dtype of left, also under autocast.
+
+    Args:
+        sums: `[m, n]`, float32 or float64; changed in place.
+        left: `[tokens, m]`.
+        right: `[tokens, n]`, of the same dtype.
+    """
+    product = torch.empty(sums.shape, dtype=left.dtype, device=left.device)
+    for some, others in zip(torch.split(left, TOKENS), torch.split(right, TOKENS), strict=True):
+        torch.mm(some.t(), others, out=product)  # given where to, autocast leaves it in float32
+        sums += product  # one sum first: some kernels round after each token
 
 
 class Statistics(ABC):
@@ -61,7 +75,7 @@ class Statistics(ABC):
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """The sums themselves, not copies: what is summed over ranks, in place."""
+        """Returns the sums themselves, not copies, to be summed over ranks in place."""
 
     def merge(self, other: "Statistics") -> None:
         """Adds another's sums to these.
@@ -74,8 +88,8 @@ class Statistics(ABC):
                 f"{type(self).__name__} of {self.in_features} input features cannot take in {type(other).__name__} "
                 f"of {other.in_features}"
             )
-        for own, others in zip(self.tensors(), other.tensors(), strict=True):
-            own += others.to(own.device)
+        for these, those in zip(self.tensors(), other.tensors(), strict=True):
+            these += those.to(these.device)
 
     def check(self) -> None:
         """Refuses sums that mean nothing.
@@ -124,7 +138,7 @@ class InputNorms(Statistics):
         return self._squares
 
     def tensors(self) -> list[Tensor]:
-        """The sums of squares and the number of tokens."""
+        """Returns the sums of squares and the number of tokens."""
         return [self._squares, self.tokens]
 
     def _add(self, chunks: Iterator[Tensor]) -> None:
@@ -157,12 +171,9 @@ class InputMoments(Statistics):
         return self.products.diagonal()
 
     def tensors(self) -> list[Tensor]:
-        """The sums of products and the number of tokens."""
+        """Returns the sums of products and the number of tokens."""
         return [self.products, self.tokens]
 
     def _add(self, chunks: Iterator[Tensor]) -> None:
-        product = torch.empty_like(self.products)
         for chunk in chunks:
-            for some in torch.split(chunk, TOKENS):
-                torch.mm(some.t(), some, out=product)  # given where to, autocast leaves it in float32
-                self.products += product  # one sum first, as above: some kernels round after each token
+            add_products(self.products, chunk, chunk)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from billhook.sparsity.statistics import InputMoments, InputNorms, Statistics
+from billhook.running.statistics import InputMoments, InputNorms, Statistics
 
 KINDS = [InputNorms, InputMoments]
 

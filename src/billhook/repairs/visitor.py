@@ -1,4 +1,4 @@
-"""What a walk over a model does for repair: moments of what linears are given and owe, and the refitted weights, kept aside."""
+"""Repairs linears during a walk over a model: gathers moments of their inputs and debts, and keeps the new weights aside."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -7,30 +7,30 @@ import torch
 from torch import Tensor, nn
 
 from billhook.model.linears import as_it_lies, matrix_of, turned
-from billhook.repairs.least_squares import Moments, refit_linear, wide
+from billhook.repairs.least_squares import OwedMoments, refit_linear, wide
 from billhook.running.walk import Reduce, Site
 
 Given = Mapping[str, Mapping[str, Tensor]]
 """By linear, its parameters by their name in it, as they lie in memory."""
 
 
-class Refits:
-    """Gathers what linears are given, and refits each when all runs have been there; the model stays as it is.
+class RepairVisitor:
+    """Gathers moments of the inputs of linears, and refits each when all runs have been there; the model stays as it is.
 
-    Where linears are to catch up, runs come in two series of the same batches, the second of the whole model. What a linear then
-    owes beside its old outputs is d = W (x* - x) + s: x* is what it is given in the whole model, and s what the sum, to which it
-    adds, is short of. When it has been refitted, that sum is short of d - (W' - W) x - (b' - b).
+    Where linears are to catch up, runs come in two series of the same batches, the second of the whole model. A linear then owes,
+    in addition to its old outputs, d = W (x* - x) + s: x* is its input in the whole model, and s the shortfall of the sum to
+    which it adds. Once it has been refitted, that sum is short of d - (W' - W) x - (b' - b).
 
     Args:
         linears: All linears of the model, by name.
-        kept: Of those to refit, which inputs stay.
+        kept: Of those to refit, which inputs are kept.
         before: Of those that are to catch up or to be followed, the linear that has added to the same sum before.
         tokens: Of each run, by linear, which tokens count, where not all do: bool, `[batch, length]`.
         ridges: Candidates for the ridge.
         choosing: The runs that choose it.
         reduce: Sums over ranks.
-        given: By linear, other parameters that it has from the start but in runs of the whole model, as they lie in memory; also
-            of ones that are not refitted.
+        given: By linear, other parameters that it has from the start except in runs of the whole model, as they lie in memory;
+            also of ones that are not refitted.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Refits:
         self._whole = {name: matrix_of(linears[name]) for name in {**kept, **before}}  # others may stand in the linears meanwhile
         self._old = {name: self._start(name) for name in self._whole}
         self._kept = {name: keep.to(self._old[name][0].device) for name, keep in kept.items()}
-        self._moments: dict[str, tuple[Moments, Moments]] = {}
+        self._moments: dict[str, tuple[OwedMoments, OwedMoments]] = {}
         self._inputs: dict[str, dict[int, Tensor]] = {}
         self._short: dict[str, dict[int, Tensor]] = {}  # by linear and run, of the sum that it has added to
         self._after = Counter(before.values())
@@ -58,11 +58,11 @@ class Refits:
 
     @property
     def left(self) -> dict[str, bool]:
-        """Whether each linear has been left without a refit."""
+        """True for each linear that was left without a refit."""
         return {name: name not in self._new for name in self._kept}
 
     def observe(self, name: str, inputs: Tensor, run: int) -> None:
-        """Adds what a linear is given, or keeps it until it can be compared with the whole model's."""
+        """Adds the inputs of a linear, or keeps them until they can be compared with the whole model's."""
         if name in self._before:
             self._inputs.setdefault(name, {})[run] = inputs.detach()
         elif name in self._kept:
@@ -72,7 +72,7 @@ class Refits:
         """Refits the linears of a site.
 
         Raises:
-            ValueError: If what one is given is not finite.
+            ValueError: If the inputs of one are not finite.
         """
         for name in site.linears:
             inputs = self._inputs.pop(name, {})
@@ -93,12 +93,12 @@ class Refits:
                 self._short.pop(last, None)
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
-        """What the linears of a site become, as they lie in memory."""
+        """Returns the new parameters of a site's linears, as they lie in memory."""
         given = {name: dict(self._given[name]) for name in site.linears if name in self._given and name not in self._kept}
         return given | {name: self.own(name) for name in site.linears if name in self._kept}
 
     def own(self, name: str) -> dict[str, Tensor]:
-        """What a linear has become by now, as it lies in memory: with zeros for what goes at least."""
+        """Returns a linear's new parameters so far, as they lie in memory: at least with zeros for removed inputs."""
         weight, bias = self._old[name]
         return self._new.get(name) or as_it_lies(self._linears[name], torch.where(self._kept[name], weight, 0), bias)
 
@@ -106,19 +106,19 @@ class Refits:
         self._of(name)[run in self._choosing].add(inputs, owed, self._counting(name, inputs, run), weights)
 
     def _counting(self, name: str, inputs: Tensor, run: int) -> Tensor | None:
-        """Which tokens count, if not all do: bool, `[batch, length]`."""
+        """Finds the tokens that count, bool, `[batch, length]`; None if all do."""
         keep = self._tokens[run].get(name)
         if keep is None or keep.numel() != inputs.shape[:-1].numel():
             return None
         return keep.reshape(inputs.shape[:-1]).to(inputs.device)
 
     def _lost(self, name: str, inputs: Tensor, owed: Tensor) -> Tensor:
-        """The square of what each token lacks without a refit, d and what the inputs that go gave: `[...]`, float64."""
-        gone, (weight, _) = ~self._kept[name], self._old[name]
-        return (wide(owed) + wide(inputs[..., gone]) @ wide(weight[:, gone]).t()).square().sum(-1, dtype=torch.float64)
+        """Computes the square of what each token lacks without a refit, d and what removed inputs gave: `[...]`, float64."""
+        removed, (weight, _) = ~self._kept[name], self._old[name]
+        return (wide(owed) + wide(inputs[..., removed]) @ wide(weight[:, removed]).t()).square().sum(-1, dtype=torch.float64)
 
     def _typical(self, name: str, lost: Mapping[int, Tensor]) -> Tensor | None:
-        """The geometric mean m of the squares of what tokens lack, over all ranks; None if none lacks anything.
+        """Computes the geometric mean m of the squares of what tokens lack, over all ranks; None if none lacks anything.
 
         A few tokens carry numbers a thousand times as large as others, and would alone decide what a refit makes good; so a
         token counts 2 m / (m + its own square): one that lacks as much as others once, and none without bound.
@@ -132,18 +132,18 @@ class Refits:
         return (total / count).exp() if count else None
 
     def _start(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias that a linear has before it is refitted."""
+        """Returns the weight and bias of a linear before it is refitted."""
         given, (weight, bias) = self._given.get(name), self._whole[name]
         if given is None:
             return weight, bias
         new = turned(self._linears[name], given["weight"])
         return new, None if bias is None else given["bias"]
 
-    def _of(self, name: str) -> tuple[Moments, Moments]:
+    def _of(self, name: str) -> tuple[OwedMoments, OwedMoments]:
         if name not in self._moments:
             weight, _ = self._old[name]
             rows, columns = weight.shape
-            self._moments[name] = Moments(rows, columns, weight.device), Moments(rows, columns, weight.device)
+            self._moments[name] = OwedMoments(rows, columns, weight.device), OwedMoments(rows, columns, weight.device)
         return self._moments[name]
 
     def _refit(self, name: str) -> None:
@@ -160,7 +160,7 @@ class Refits:
             self._new[name] = as_it_lies(self._linears[name], *new)
 
     def _owed(self, name: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """What a linear owes in each run that can be compared with the whole model's."""
+        """Computes the debt of a linear in each run that can be compared with the whole model's."""
         owed, short = {}, self._short.get(self._before.get(name) or "", {})
         for run in range(len(self._tokens)):
             cut, whole = inputs.get(run), inputs.get(run + len(self._tokens))
@@ -174,7 +174,7 @@ class Refits:
         return owed
 
     def _gained(self, name: str, inputs: Tensor) -> Tensor | float:
-        """How much more a linear gives than with its old weights: (W' - W) x + b' - b."""
+        """Computes how much more a linear gives than with its old weights: (W' - W) x + b' - b."""
         if name not in self._kept:
             return 0.0
         own, (weight, bias) = self.own(name), self._old[name]

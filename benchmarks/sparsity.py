@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import billhook as bh
+from billhook.sparsity.criteria import WandaAlpha
 from billhook.sparsity.masks import sparsity_of
 
 HALF, PAIRS = {"sparsity": 0.5}, {"pattern": "2:4"}
@@ -35,7 +36,7 @@ ROWS = {
     "Wanda, 50 %, none": (bh.Wanda(), HALF | {"sequential": "none"}),
     "Wanda, 2:4": (bh.Wanda(), PAIRS),
     "Wanda, 50 %, OWL": (bh.Wanda(), HALF | {"allocation": bh.OWL()}),
-    "WandaAlpha, 50 %": (bh.sparsity.criteria.WandaAlpha(), HALF),
+    "WandaAlpha, 50 %": (WandaAlpha(), HALF),
     "RIA, 50 %": (bh.RIA(), HALF),
     "RIA, 2:4": (bh.RIA(), PAIRS),
     "SparseGPT, 50 %": (bh.SparseGPT(), HALF),

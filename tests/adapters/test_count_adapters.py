@@ -11,6 +11,7 @@ from torch import nn
 
 import billhook as bh
 from billhook.model.linears import prunable, weight_of
+from billhook.sparsity.criteria import WandaAlpha
 from billhook.sparsity.masks import sparsity_of
 from kit.adapters import BUILD, lora, q_proj
 from kit.families import llama, tokens
@@ -47,7 +48,7 @@ CASES = [
     (bh.Wanda(), {"sparsity": 0.5, "sequential": "layer"}),
     (bh.Wanda(compares="global"), {"sparsity": 0.5, "sequential": "none"}),
     (bh.RIA(), {"pattern": "2:4"}),
-    (bh.sparsity.criteria.WandaAlpha(), {"sparsity": 0.5, "allocation": bh.OWL()}),
+    (WandaAlpha(), {"sparsity": 0.5, "allocation": bh.OWL()}),
 ]
 
 

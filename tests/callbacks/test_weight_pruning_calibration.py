@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomS
 
 import billhook as bh
 from billhook.fit.calibration import Calibration
+from billhook.sparsity.criteria import Random
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
 from kit.weight_pruning import Plain, loader, pruning
@@ -26,7 +27,7 @@ class Batches(pl.Callback):
         self.seen.append([random.random(), torch.rand(1).item(), *torch.utils._pytree.tree_leaves(dict(batch))])
 
 
-@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.SparseGPT(), bh.Magnitude(), bh.sparsity.criteria.Random()])
+@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.SparseGPT(), bh.Magnitude(), Random()])
 def test_a_round_that_prunes_nothing_leaves_no_trace(files, tmp_path, criterion):
     """The same data in the same order, the same random numbers, the same weights bit for bit."""
     runs = []

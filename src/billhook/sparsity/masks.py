@@ -112,15 +112,9 @@ def keep_rows(scores: Tensor, sparsity: float) -> Tensor:
 def keep_layer(scores: Tensor, sparsity: float) -> Tensor:
     """Compares within the whole matrix: int(numel * sparsity) are removed, of equal scores those in lower rows, then columns.
 
-    Args:
-        scores: Of any shape, higher = more important.
-        sparsity: Fraction that is removed, in [0, 1).
-
-    Returns:
-        The keep-mask, bool, of the size of the scores.
-
-    Raises:
-        ValueError: As `keep_rows`.
+    >>> keep_layer(torch.tensor([[3.0, 1.0], [1.0, 2.0]]), 0.25).int()
+    tensor([[1, 0],
+            [1, 1]], dtype=torch.int32)
     """
     return keep_global([scores], sparsity)[0]
 
@@ -136,7 +130,7 @@ def keep_global(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
         The keep-masks, bool, each of the size and on the device of its scores.
 
     Raises:
-        ValueError: As `keep_rows`.
+        ValueError: If a score is NaN, or the sparsity is outside [0, 1).
     """
     count = pruned_count(sum(s.numel() for s in scores), sparsity)
     lowest_kept, lower = _find(scores, count)

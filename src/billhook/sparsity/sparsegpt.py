@@ -57,12 +57,7 @@ def inverse_factor(products: Tensor, damping: float) -> Tensor:
 
 
 def saliency(weight: Tensor, factor: Tensor) -> Tensor:
-    """Computes W_ij^2 / U_jj^2: the error from pruning a weight when those to its left are settled.
-
-    Args:
-        weight: `[out_features, in_features]`, float32.
-        factor: U, `[in_features, in_features]`.
-    """
+    """Computes W_ij^2 / U_jj^2: the error from pruning a weight when those to its left are settled."""
     return (weight / factor.diagonal()).square()
 
 

@@ -5,6 +5,8 @@ import shutil
 import sys
 import tempfile
 
+gc.disable()  # nothing of what is imported becomes garbage
+
 # before datasets is imported: no hub, and a cache of the tests' own, which the workers of a run share
 if "PYTEST_XDIST_WORKER" not in os.environ:
     cache = tempfile.mkdtemp(prefix="billhook-tests-")
@@ -41,8 +43,8 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     """Leaves what has been imported out of each later search for garbage."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

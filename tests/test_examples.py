@@ -35,6 +35,7 @@ def test_plot_schedules(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
+@pytest.mark.slow
 def test_cross_attention(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["cross_attention.py", "--steps", "3"])
     runpy.run_path(str(ROOT / "examples" / "cross_attention.py"), run_name="__main__")

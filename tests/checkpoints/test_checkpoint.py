@@ -70,6 +70,7 @@ def listing(folder: Path) -> dict[str, bytes | None]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
+@pytest.mark.slow
 def test_plain_transformers_loads_what_was_saved(tmp_path):
     (tmp_path / "inputs").mkdir()
     for name, build in BUILD.items():

@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 
-def every_step(folder):
-    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+def every_step(folder, each=1):
+    return ModelCheckpoint(folder, filename="{step}", every_n_train_steps=each, save_top_k=-1)
 
 
 def differing(one, other, path=""):
@@ -106,6 +106,7 @@ def turned_kv_heads_then_weights(folder):
     ],
     ids=["all", "accumulated", "weights between", "recorded", "lora", "masked", "structure", "turned"],
 )
+@pytest.mark.slow
 def test_stopped_at_any_step(files, tmp_path, callbacks, lora, stops, options):
     """Weights, optimizer, schedules, loops, masks, shapes, events and random numbers are those of the straight run."""
     straight = module(lora=lora)
@@ -114,7 +115,7 @@ def test_stopped_at_any_step(files, tmp_path, callbacks, lora, stops, options):
     for stop in stops:
         resumed, folder = module(seed=1, lora=lora), tmp_path / str(stop)
         torch.manual_seed(100 + stop)
-        run = trainer(tmp_path, [*callbacks(tmp_path), every_step(folder)], **options)
+        run = trainer(tmp_path, [*callbacks(tmp_path), every_step(folder, 8)], **options)
         run.fit(resumed, data(files), ckpt_path=tmp_path / "all" / f"step={stop}.ckpt")
         assert differing(last(folder, 8), expected) == [], stop
         assert same(weights(resumed), weights(straight)), stop
@@ -157,8 +158,9 @@ def test_stopped_by_the_length_of_the_fit(files, tmp_path, first, second):
     def fitted(seed, length, ckpt_path=None):
         lit = module(seed, decay="constant")
         callbacks = [bh.KVHeadConversion(1, at=2, measure_batches=0), bh.WeightPruning(sparsity=TWICE["late"], **FEW)]
-        keep = ModelCheckpoint(tmp_path / str(length), save_last=True, every_n_train_steps=1)
-        run = trainer(tmp_path, [*callbacks, keep], **{"max_steps": -1, "max_epochs": None, **length})
+        if length is first:
+            callbacks.append(ModelCheckpoint(tmp_path / str(length), save_last=True, every_n_train_steps=1))
+        run = trainer(tmp_path, callbacks, **{"max_steps": -1, "max_epochs": None, **length})
         run.fit(lit, data(files), ckpt_path=ckpt_path)
         return lit
 
@@ -174,7 +176,8 @@ def own(folder, path=None, seed=0, workers=0, callbacks=None, **options):
     random.seed(seed)
     np.random.seed(seed)
     used = [bh.KVHeadConversion(2, at=1, measure_batches=1)] if callbacks is None else callbacks
-    run = trainer(folder, [*used, every_step(folder)], max_steps=-1, **{"max_epochs": 3, **options})
+    kept = [] if path else [every_step(folder)]
+    run = trainer(folder, [*used, *kept], max_steps=-1, **{"max_epochs": 3, **options})
     train, held_out = DataLoader(rows(8), 2, shuffle=True, num_workers=workers), DataLoader(rows(2), 2)
     run.fit(lit, train, held_out, ckpt_path=path)
     return lit

@@ -61,6 +61,7 @@ def test_what_cannot_be_pooled_is_refused(family, lora, method, match):
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.slow
 def test_heads_then_weights_then_kv_heads_under_lora_resume(files, tmp_path):
     def fit(seed, folder, ckpt_path=None):
         torch.manual_seed(seed)

@@ -409,6 +409,7 @@ def test_where_channels_that_go_are_copies_of_others_nothing_is_lost():
     assert lost > 0.1
 
 
+@pytest.mark.slow
 def test_it_helps_on_text_that_it_has_not_seen_and_catching_up_helps_more():
     model = bh.load("tiny").float().eval()
     ids = embedded_text("train", 24)

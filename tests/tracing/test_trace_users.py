@@ -262,6 +262,7 @@ def test_attributes_that_cannot_be_copied():
     assert free(bh.trace(Layers(**odd), X.float())) == {("channel", 12)}
 
 
+@pytest.mark.slow
 def test_code_that_is_compiled_inside():
     model = Layers(lambda s, x: s.b(s.c(s.a(x))), c=torch.compile(nn.ReLU()))
     assert free(bh.trace(model, X.float())) == {("channel", 12)}

@@ -86,10 +86,10 @@ def test_streaming_gives_the_same_blocks(text):
 
 @pytest.mark.slow
 def test_the_embedded_text():
-    data = TextDataModule(tokenizer="tiny", block_size=64)
+    data = TextDataModule(tokenizer="tiny", block_size=32)
     data.setup("fit")
     assert set(data.splits) == {"train", "validation"}
-    assert next(iter(data.train_dataloader()))["input_ids"].shape == (8, 64)
+    assert next(iter(data.train_dataloader()))["input_ids"].shape == (8, 32)
 
 
 def test_another_column(table, tokenizer):

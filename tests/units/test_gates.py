@@ -352,3 +352,52 @@ def test_generation_from_a_cache(family):
     assert torch.equal(masked.sequences, expected.sequences)
     torch.testing.assert_close(masked.scores, expected.scores, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(masked.scores[0], plain.scores[0], rtol=1e-2)
+
+
+def test_a_plan_masks_what_it_removes():
+    model, ids = llama(), tokens()
+    plan = bh.plan(model, bh.WeightNorm(), channels=0.25, kv_heads=0.5)
+    with bh.mask(model, plan) as mask:
+        masked = model(ids).logits
+    assert mask.units == plan.units
+    bh.apply(model, plan)
+    torch.testing.assert_close(model(ids).logits, masked)
+
+
+def test_channels_have_gates_too():
+    model, ids = llama(), tokens()
+    channels = bh.find_units(model, "channel")
+    plain = model(ids).logits
+    with bh.gates(model, channels) as gates:
+        assert {name: len(gate) for name, gate in gates.items()} == {name: one.count() for name, one in channels.items()}
+        assert torch.equal(model(ids).logits, plain)
+        with torch.no_grad():
+            gates["model.layers.1.mlp"][[3, 7]] = 0
+        gated = model(ids).logits
+    with bh.mask(model, {1: [3, 7]}, "channel"):
+        assert torch.equal(model(ids).logits, gated)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[:, [3, 7]] = 0
+    torch.testing.assert_close(model(ids).logits, gated)
+
+
+def test_what_no_module_of_its_own_reads_has_no_gate():
+    model = build("mixtral")
+    with pytest.raises(ValueError, match="experts: no module of its own reads those of model.layers.0.mlp, so no gate can stand"):
+        bh.mask(model, {0: [1]}, "expert")
+    with pytest.raises(ValueError, match="blocks: no module of its own reads"), bh.gates(model, bh.find_units(model, "block")):
+        pass
+
+
+def test_blocks_are_skipped_and_a_trace_does_not_mind():
+    model, ids = llama(), tokens()
+    before, plain = hooks(model), model(ids).logits
+    groups = [(group.kind, group.size, group.reason) for group in bh.trace(model).groups]
+    with bh.mask(model, [1], "block") as mask:
+        assert mask.units == {"model.layers": [1]}
+        masked = model(ids).logits
+        assert [(group.kind, group.size, group.reason) for group in bh.trace(model).groups] == groups
+    assert hooks(model) == before
+    assert torch.equal(model(ids).logits, plain)
+    bh.prune_units(model, [1], kind="block")
+    torch.testing.assert_close(model(ids).logits, masked)

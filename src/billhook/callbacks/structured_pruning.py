@@ -94,7 +94,7 @@ class StructuredPruning(ShapeCallback):
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses an amount that the model cannot give."""
         if trainer.ckpt_path is None:
-            Search(find_transformer(model), self.amount)
+            Search(find_transformer(model), self.amount).check()
 
     def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
         """Returns from which step on which share of the amount is removed."""

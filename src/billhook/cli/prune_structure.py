@@ -78,7 +78,7 @@ def prune_structure(
     whole("rounds", rounds)
     work, importance = OneShot(model, out, given), importance or Taylor()
     if amount.within is not None:
-        Search(work.model, amount.within)
+        Search(work.model, amount.within).check()
     batches = work.batches()
     before = None if dry_run else work.measure()
     plans: list[dict[str, Any]] = []

@@ -97,6 +97,7 @@ def plan(
     if greedy:
         raise ValueError("greedy=True: only blocks are removed one at a time")
     search = Search(subject, amount)
+    search.check()
     if scores is None:
         scores = score(subject, search.free(), importance or Taylor(), batches, loss, amount.normalize, amount.per, reduce)
     cut = search.cut(scores)

@@ -26,9 +26,6 @@ class Search:
         model: The model.
         amount: How much is removed.
 
-    Raises:
-        ValueError: If so much cannot be removed, whatever the scores.
-
     Attributes:
         units: The model's units of the kinds that are asked for, by place.
     """
@@ -40,7 +37,14 @@ class Search:
         self._protected = protected_places(model, self.units, amount)
         self._ratios: dict[str, float] | None = None
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Figures] = {}
-        self.cut({name: torch.zeros(one.count(amount.per)) for name, one in self.units.items()})
+
+    def check(self) -> None:
+        """Refuses the amount if so much cannot be removed, whatever the scores.
+
+        Raises:
+            ValueError: If it cannot; the message says what can.
+        """
+        self.cut({name: torch.zeros(one.count(self.amount.per)) for name, one in self.units.items()})
 
     def free(self) -> dict[str, Units]:
         """Returns the places that may lose units."""

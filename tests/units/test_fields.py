@@ -1,0 +1,34 @@
+"""Fields of configs that count units: found by building, and once."""
+
+import billhook as bh
+from billhook.units import fields
+from billhook.units.fields import FieldFinder
+from kit.families import llama
+
+
+def groups_of(model, *kinds):
+    return [group for group in bh.trace(model).groups if group.kind in kinds]
+
+
+def test_of_kinds_of_units():
+    model = llama()
+    finder = FieldFinder(model)
+    assert finder.find(groups_of(model, "channel")) == ("intermediate_size",)
+    assert finder.values(48, ("intermediate_size",), 40) == {"intermediate_size": 40}
+    assert finder.find(groups_of(model, "channel")[:1]) == ()  # of one layer alone no field says it
+    assert finder.find(groups_of(model, "kv_head")) == ("num_attention_heads", "num_key_value_heads")  # with their query heads
+    assert finder.find(groups_of(model, "query_head")) == ("num_attention_heads",)
+    assert finder.find(groups_of(model, "residual")) == ("hidden_size",)
+
+
+def test_what_is_found_of_one_model_is_known_of_those_alike(monkeypatch):
+    model, built = llama(intermediate_size=44), []
+    build = fields.build_on_meta
+    monkeypatch.setattr(fields, "build_on_meta", lambda *given: built.append(given) or build(*given))
+    found = FieldFinder(model).find(groups_of(model, "channel"))
+    assert found == ("intermediate_size",)
+    assert built
+    built.clear()
+    twin = llama(intermediate_size=44)
+    assert FieldFinder(twin).find(groups_of(twin, "channel")) == found
+    assert not built

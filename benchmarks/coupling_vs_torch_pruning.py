@@ -34,6 +34,7 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
+from billhook.model.memory import forget
 from billhook.running.inputs import make_inputs
 from billhook.tracing.trace import trace
 
@@ -340,6 +341,7 @@ def cost(name, repetitions):
     work = {who: tool(name, who) for who in memory}
     for i in range(repetitions + 1):
         for who, do in work.items():
+            forget()
             start = time.process_time()
             do()
             times[who] += [time.process_time() - start] if i else []

@@ -9,11 +9,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from billhook.cli.oneshot import OneShot, Text
 from billhook.running.walk import Sequential
 from billhook.sparsity.allocation import Allocation
-from billhook.sparsity.calibration import Progress as Tell
 from billhook.sparsity.checks import check_folder
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import check_amount, sparsity_of
 from billhook.sparsity.prune import prune as prune_weights
+from billhook.sparsity.visitor import Progress as Tell
 
 
 def prune(

@@ -18,7 +18,6 @@ from billhook.running.shards import gathered, is_sharded, reshard, unsharded, wh
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites
 from billhook.sparsity.allocation import Allocation, Uniform
-from billhook.sparsity.calibration import Calibration, InputsDiffer, Progress, Together
 from billhook.sparsity.checks import (
     adapters_to_count,
     check_device,
@@ -31,9 +30,10 @@ from billhook.sparsity.checks import (
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.plan import Pruned, WeightPlan
+from billhook.sparsity.visitor import GlobalPruningVisitor, InputsDiffer, Progress, PruningVisitor
 
 Blocks = Sequence[Mapping[str, nn.Module]]
-C = TypeVar("C", bound=Calibration)
+V = TypeVar("V", bound=PruningVisitor)
 
 
 def prune(
@@ -110,7 +110,7 @@ def prune(
     walks = _Walks(model, linears, _runs(model, batches, needing, reduce), reduce, device, folder, adapters)
     warn_of_others(model, linears)
     sparsities = _sparsities(walks, amount, allocation)
-    kind = Together if criterion.compares == "global" else Calibration
+    kind = GlobalPruningVisitor if criterion.compares == "global" else PruningVisitor
     pruned = walks(sequential if needs_data(criterion) else None, partial(kind, criterion, sparsities, pattern, progress)).pruned
     uncalled = _uncalled(linears, pruned)
     shapes = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
@@ -155,27 +155,27 @@ class _Walks:
     activations: str | None
     adapters: Mapping[str, nn.Module]
 
-    def __call__(self, sequential: Sequential | None, make: Callable[..., C]) -> C:
-        """Runs a calibration and returns it; retries without shared statistics if inputs are shared in some runs only.
+    def __call__(self, sequential: Sequential | None, make: Callable[..., V]) -> V:
+        """Walks with a visitor and returns it; retries without shared statistics if inputs are shared in some runs only.
 
-        With `sequential=None` nothing runs: the calibration needs no data.
+        With `sequential=None` nothing runs: the visitor needs no data.
         """
         tokens = [run.tokens for run in self.runs]
         for shared in (True, False):
-            calibration = make(tokens=tokens, reduce=self.reduce, adapters=self.adapters, shared=shared)
+            visitor = make(tokens=tokens, reduce=self.reduce, adapters=self.adapters, shared=shared)
             try:
                 if sequential is None:
-                    calibration.finish(self.linears)
+                    visitor.finish(self.linears)
                 else:
-                    self._walk(sequential, calibration)
-                calibration.close()
+                    self._walk(sequential, visitor)
+                visitor.close()
                 break
             except InputsDiffer:
                 if not shared:
                     raise
-        return calibration
+        return visitor
 
-    def _walk(self, sequential: Sequential, calibration: Calibration) -> None:
+    def _walk(self, sequential: Sequential, visitor: PruningVisitor) -> None:
         with ExitStack() as stack:
             stack.enter_context(undisturbed(self.model))
             keep = None
@@ -185,15 +185,15 @@ class _Walks:
                 keep = stack.enter_context(closing(Shelf(self.activations))).keep
             forwards = [run.forward for run in self.runs]
             if is_sharded(self.model):
-                self._walk_sharded(sequential, calibration, keep, forwards)
+                self._walk_sharded(sequential, visitor, keep, forwards)
                 return
             sites = find_sites(self.model, self.linears, sequential, gates=self.offload is not None)
-            Walk(sites, calibration, self.reduce, keep)(forwards)
+            Walk(sites, visitor, self.reduce, keep)(forwards)
 
     def _walk_sharded(
         self,
         sequential: Sequential,
-        calibration: Calibration,
+        visitor: PruningVisitor,
         keep: Callable[[object], None] | None,
         forwards: Sequence[Callable[[], object]],
     ) -> None:
@@ -202,7 +202,7 @@ class _Walks:
         owner = {module: block for block in blocks for module in block.modules()}
         sites = find_sites(self.model, self.linears, "block" if sequential == "none" else sequential, gates=True)
         dense = range(len(forwards)) if sequential == "none" else ()
-        walk = Walk(sites, calibration, self.reduce, keep, dense, lambda module: gathered(owner[module]))
+        walk = Walk(sites, visitor, self.reduce, keep, dense, lambda module: gathered(owner[module]))
         with unsharded(self.model), gathered(self.model, but=blocks):
             walk(forwards)
 
@@ -222,10 +222,10 @@ def _sparsities(walks: _Walks, amount: float, allocation: Allocation) -> dict[st
     return dict.fromkeys(walks.linears, amount) | (allocation.allocate(sizes, amount, list(measured.values())) if sizes else {})
 
 
-class _Measured(Calibration):
-    """A calibration that prunes nothing, and measures each block."""
+class _Measured(PruningVisitor):
+    """A visitor that prunes nothing, and measures each block."""
 
-    def __init__(self, blocks: Blocks, allocation: Allocation, **walk: Any) -> None:  # noqa: ANN401 - those of a calibration
+    def __init__(self, blocks: Blocks, allocation: Allocation, **walk: Any) -> None:  # noqa: ANN401 - those of a visitor
         super().__init__(Wanda(), {}, "unstructured", **walk)
         self.blocks, self.allocation = blocks, allocation
         self.measured: dict[int, float] = {}

@@ -25,7 +25,7 @@ class InputsDiffer(Exception):
     """Two linears that read one and the same tensor in one run do not in another, of this rank or of another."""
 
 
-class Calibration:
+class PruningVisitor:
     """Gathers a criterion's statistics, and prunes each linear of a site when all runs have been there; the model stays as it is.
 
     Args:
@@ -153,7 +153,7 @@ class Calibration:
             self.progress(len(self.pruned), len(self.sparsities))
 
     def close(self) -> None:
-        """Ends the calibration, when all runs have been everywhere."""
+        """Ends the walk, when all runs have been everywhere."""
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new weights of a site's linears, as they lie in memory."""
@@ -168,10 +168,10 @@ class Calibration:
         return new
 
 
-class Together(Calibration):
-    """A calibration in which the weights of all linears compete with one another, when all statistics are complete."""
+class GlobalPruningVisitor(PruningVisitor):
+    """A visitor for which the weights of all linears compete with one another, when all statistics are complete."""
 
-    def __init__(self, *args: Any, **walk: Any) -> None:  # noqa: ANN401 - those of a calibration
+    def __init__(self, *args: Any, **walk: Any) -> None:  # noqa: ANN401 - those of a visitor
         super().__init__(*args, **walk)
         self._seen: dict[str, tuple[nn.Module, Statistics | None]] = {}
 

@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from billhook.fit.rounds import step_of
+from billhook.arguments import whole
+from billhook.callbacks.kv_preparation import Preparation
+from billhook.fit.rounds import At, step_of
+from billhook.schedules import Schedule, check_step
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,46 @@ class Stage:
 
 
 def steps_over(over: int | float, total: int | None) -> int:
-    """For how many steps heads move towards each other; of a fraction of training one at least."""
+    """Returns for how many steps heads move towards each other; of a fraction of training one at least."""
     return max(1, step_of(over, total, name="over")) if isinstance(over, float) and over else int(over)
+
+
+def check_heads(num_key_value_heads: int | list[int], at: Sequence[At | Schedule]) -> list[int]:
+    """Returns the KV heads of all stages.
+
+    Raises:
+        ValueError: If they do not fall, each dividing the one before, or there is not one for each moment.
+    """
+    heads = list(num_key_value_heads) if isinstance(num_key_value_heads, list | tuple) else [num_key_value_heads]
+    if len(heads) != len(at) or not heads:
+        raise ValueError(f"num_key_value_heads={heads} and at={at} must have the same length, one at least")
+    if len(heads) > 1 and any(isinstance(moment, Schedule) for moment in at):
+        raise ValueError(f"at={at}: a schedule goes with one number of heads, not with num_key_value_heads={heads}")
+    for number in heads:
+        whole("num_key_value_heads", number)
+    if any(before <= after or before % after for before, after in pairwise(heads)):
+        raise ValueError(f"num_key_value_heads={heads}: each stage must have fewer heads than the one before, and divide it")
+    return heads
+
+
+def check_over(over: int | float, moments: Sequence[At | Schedule], preparation: Preparation) -> None:
+    """Refuses a way between heads and what they become where there is none.
+
+    Raises:
+        ValueError: With the reason.
+    """
+    check_step(over, "over")
+    if not over:
+        return
+    if "start" in moments:
+        raise ValueError(f"over={over}: before at='start' there are no steps in which heads could move: give a later step")
+    if preparation.repair is not None:
+        raise ValueError(f"over={over} and repair: heads that have moved lose nothing when they are cut; leave one out")
+    if not preparation.method.has_path:
+        raise ValueError(
+            f"over={over}: method='{preparation.method.name}' has no path between the heads and what they become; 'mean', "
+            "'first' and 'aligned' have one"
+        )
 
 
 def check_order(stages: Sequence[tuple[Stage, object]]) -> None:

@@ -230,16 +230,16 @@ def test_a_module_without_a_name_needs_a_tokenizer(text):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TextDataModule(block_size=1), "block_size=1 must be at least 2"),
-        (lambda: TextDataModule(batch_size=0), "batch_size=0 must be at least 1"),
-        (lambda: TextDataModule(mlm_probability=1.0), r"mlm_probability=1.0 must be in \[0, 1\)"),
+        (lambda: TextDataModule(block_size=1), "block_size=1 must be a whole number of at least 2"),
+        (lambda: TextDataModule(batch_size=0), "batch_size=0 must be a whole number of at least 1"),
+        (lambda: TextDataModule(mlm_probability=1.0), r"mlm_probability=1.0 must be a fraction in \[0, 1\)"),
         (lambda: TextDataModule(mlm_probability=-0.1), "mlm_probability=-0.1 must be"),
         (lambda: ClassificationDataModule("x", text_columns=["a", "b", "c"]), r"text_columns=\['a', 'b', 'c'\]: one column"),
         (lambda: ClassificationDataModule("x", batch_size=0), "batch_size=0"),
-        (lambda: ClassificationDataModule("x", max_length=0), "max_length=0 must be at least 1"),
+        (lambda: ClassificationDataModule("x", max_length=0), "max_length=0 must be a whole number of at least 1"),
         (lambda: Seq2SeqDataModule("x", batch_size=-1), "batch_size=-1"),
-        (lambda: Seq2SeqDataModule("x", max_source_length=0), "max_source_length=0 must be at least 1"),
-        (lambda: Seq2SeqDataModule("x", max_target_length=0), "max_target_length=0 must be at least 1"),
+        (lambda: Seq2SeqDataModule("x", max_source_length=0), "max_source_length=0 must be a whole number of at least 1"),
+        (lambda: Seq2SeqDataModule("x", max_target_length=0), "max_target_length=0 must be a whole number of at least 1"),
     ],
 )
 def test_arguments_that_are_refused(make, message):

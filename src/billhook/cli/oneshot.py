@@ -19,7 +19,8 @@ from billhook.cli.metrics import accuracy, perplexity
 from billhook.model.linears import prunable
 from billhook.running.offload import offloaded
 from billhook.running.walk import find_sites
-from billhook.training.data import ClassificationDataModule, DatasetModule, TextDataModule
+from billhook.training.data import ClassificationDataModule, TextDataModule
+from billhook.training.dataset_module import DatasetModule
 from billhook.training.rows import Data, Rows
 
 

@@ -1,4 +1,4 @@
-"""Distillation: a model in training also learns from what another one, the teacher, computes for the same batch."""
+"""Distillation: a model in training also learns from the outputs of another one, the teacher, on the same batch."""
 
 import zlib
 from collections.abc import Mapping
@@ -11,18 +11,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from billhook.arguments import fraction, number
+
 CHUNK = 2**22
 """How many logits are in work at once: 16 MB in float32."""
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Learning from a teacher (Hinton et al., 1503.02531): (1 - weight) CE + weight T^2 KL(p || q) + hidden MSE.
+    """Learning from a teacher: (1 - weight) CE + weight T^2 KL(p || q) + hidden MSE.
 
-    p = softmax(teacher's logits / T) and q = softmax(student's logits / T); KL is the mean over the tokens that count, which are
-    those whose label is not -100, each against the logits that predict it (examples, for classification). CE is the model's own
-    loss on the labels. MSE is between the hidden states behind blocks, at tokens that are no padding; where the student has
-    fewer blocks, its block i of n is held against the teacher's block round(i N / n) of N.
+    Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (2015), https://arxiv.org/abs/1503.02531.
+
+    p = softmax(teacher's logits / T) and q = softmax(student's logits / T); KL is the mean over all tokens whose label
+    is not -100, each with the logits that predict it (over examples, for classification). CE is the model's own loss on the
+    labels. MSE is between the hidden states after blocks, except at padding; if the student has fewer blocks, its block i of n is
+    compared with the teacher's block round(i N / n) of N.
 
     It costs a forward pass of the teacher in each step, and in memory its weights (no gradients, no optimizer state), the logits
     of the batch once in the forward pass and once more in the backward pass. With SmolLM2-135M in float32 on a CPU, a step on
@@ -33,12 +37,19 @@ class Distillation:
         teacher: The model to learn from, a name or folder like the student's, with the same vocabulary. By default a frozen copy
             of the student as it is when the module is made, before any callback cuts it.
         temperature: T, above 0; both distributions are softer above 1.
-        weight: Share of the teacher in the loss on logits, in [0, 1]; 0 leaves it to the labels.
+        weight: Share of the teacher in the loss on logits, in [0, 1]; with 0 only the labels count.
         hidden: Weight of the MSE between hidden states, at least 0; 0 leaves it out. Both must be equally wide. The MSE has the
-            scale of the model's own states, which may be large at a few places: begin small.
+            scale of the model's own states, which may be large in a few places: begin small.
 
     Raises:
         ValueError: If a number is out of range.
+
+    Example:
+        >>> import billhook as bh
+        >>> module = bh.TransformerModule("tiny", distillation=bh.Distillation(temperature=3.0, weight=0.9))
+        >>> bh.Distillation(weight=2.0)
+        Traceback (most recent call last):
+        ValueError: weight=2.0 must be a fraction in [0, 1]
     """
 
     teacher: str | None = None
@@ -47,24 +58,21 @@ class Distillation:
     hidden: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} must be above 0")
-        if not 0 <= self.weight <= 1:
-            raise ValueError(f"weight={self.weight} must be in [0, 1]")
-        if not self.hidden >= 0:
-            raise ValueError(f"hidden={self.hidden} must be at least 0")
+        number("temperature", self.temperature, above=0)
+        fraction("weight", self.weight, "[0, 1]")
+        number("hidden", self.hidden, 0)
         if self.weight == self.hidden == 0:
             raise ValueError("weight=0 and hidden=0 leave nothing to learn from a teacher: leave distillation out")
 
 
 class Teacher:
-    """A frozen model and what is learnt from it. It is no part of any module: not trained, saved, nor found in one.
+    """A frozen model to learn from. It is not part of any module: it is neither trained, saved nor found in one.
 
     Copies of the module that has it, deep ones too, share it.
 
     Args:
         model: The model, which is frozen and put in eval mode.
-        settings: What is learnt.
+        settings: The terms of the loss.
         causal: Whether logits predict the label one further, as causal language models do.
     """
 
@@ -78,30 +86,30 @@ class Teacher:
 
     @property
     def asks(self) -> dict[str, bool]:
-        """What student and teacher are called with beside the batch."""
+        """Arguments of student and teacher in addition to the batch."""
         return {"output_hidden_states": True} if self.settings.hidden else {}
 
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - a ModelOutput
-        """The loss on a batch, and the KL in it, in nats per token.
+        """Returns the loss on a batch, and the KL in it, in nats per token.
 
         Args:
-            output: The student's, with its loss on the labels.
-            batch: What it was computed from, with `labels`.
+            output: The student's output, with its loss on the labels.
+            batch: The batch, with `labels`.
 
         Raises:
             ValueError: If logits or hidden states of the two are not equally wide.
         """
-        said = self._output(batch)
+        taught = self._output(batch)
         counted = counted_in(batch["labels"], output.logits, self.causal)
-        divergence = kl_divergence(output.logits, said.logits, counted, self.settings.temperature)
+        divergence = kl_divergence(output.logits, taught.logits, counted, self.settings.temperature)
         weight, squared = self.settings.weight, self.settings.temperature**2
         loss = (1 - weight) * output.loss + weight * squared * divergence
         if self.settings.hidden:
-            loss = loss + self.settings.hidden * hidden_error(output, said, batch)
+            loss = loss + self.settings.hidden * hidden_error(output, taught, batch)
         return loss, divergence.detach()
 
     def follow(self, student: PreTrainedModel) -> None:
-        """Goes to the device and the dtype that the student has now."""
+        """Moves the teacher to the student's device and dtype."""
         if (self.model.device, self.model.dtype) != (student.device, student.dtype):
             self.model.to(student.device, student.dtype)
 
@@ -116,7 +124,7 @@ class Teacher:
 
 
 def counted_in(labels: Tensor, logits: Tensor, causal: bool) -> Tensor:
-    """Which logits count, bool, `[*, tokens]` or `[examples]`.
+    """Marks the logits that count, bool, `[*, tokens]` or `[examples]`.
 
     Args:
         labels: `[*, tokens]`, where -100 does not count, or `[examples]`.
@@ -129,11 +137,11 @@ def counted_in(labels: Tensor, logits: Tensor, causal: bool) -> Tensor:
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
-    """KL(softmax(teacher / T) || softmax(student / T)): the mean over what counts, in float32 or better; 0 if nothing does.
+    """Computes the mean of KL(softmax(teacher / T) || softmax(student / T)) over counted logits, in float32 or better.
 
-    The gradient is found with the value and kept in the memory of the teacher's logits, which are overwritten: no other tensor of
-    their size is made in the forward pass, and one, the gradient itself, in the backward pass. Beside them no more than 4 million
-    logits are in work at once.
+    The gradient is computed with the value and kept in the memory of the teacher's logits, which are overwritten: the forward
+    pass makes no other tensor of that size, the backward pass only the gradient itself. Apart from them, at most 4 million logits are
+    in use at once.
 
     Args:
         student: Logits, `[..., classes]`.
@@ -186,12 +194,12 @@ def _chunks(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
 
 
 def hidden_error(student: Any, teacher: Any, batch: Mapping[str, Tensor]) -> Tensor:  # noqa: ANN401
-    """The mean squared error between hidden states behind blocks, mean over the student's blocks.
+    """Computes the mean squared error between hidden states after blocks, averaged over the student's blocks.
 
     Args:
         student: The student's output, with hidden states.
         teacher: The teacher's.
-        batch: What they were computed from; its `attention_mask`, or -100 in a decoder's `labels`, says what is padding.
+        batch: Their batch; its `attention_mask`, or -100 in a decoder's `labels`, marks padding.
 
     Raises:
         ValueError: If they are not equally wide.
@@ -219,25 +227,25 @@ def _squared_error(ours: Tensor, theirs: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: Distillation, classifies: bool) -> None:
-    """Refuses a teacher that says something else than the student by its logits, or reads something else.
+    """Refuses a teacher whose logits or inputs mean something else than the student's.
 
     Raises:
         ValueError: If vocabularies or classes differ, or hidden sizes where hidden states are compared.
     """
     one, other = student.config.get_text_config(), teacher.config.get_text_config()
-    told = f"distillation: teacher={settings.teacher!r}"
+    name = f"distillation: teacher={settings.teacher!r}"
     fields = ["num_labels"] * classifies + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden)
     for field in fields:
         ours, theirs = (getattr(config, field, None) for config in (one, other))
         if ours != theirs:
-            raise ValueError(f"{told} has {field}={theirs}, the student {ours}: they must be the same")
+            raise ValueError(f"{name} has {field}={theirs}, the student {ours}: they must be the same")
     ours, theirs = (_vocabulary(model.config) for model in (student, teacher))
     if ours and theirs and ours != theirs:
-        raise ValueError(f"{told} has a tokenizer that gives other tokens other numbers than the student's: it must be the same")
+        raise ValueError(f"{name} has a tokenizer that gives other tokens other numbers than the student's: it must be the same")
 
 
 def _vocabulary(config: PretrainedConfig) -> dict[str, int] | None:
-    """Token ids by token, if a tokenizer is beside the model."""
+    """Returns token ids by token, if the model was saved with a tokenizer."""
     try:
         vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(config.name_or_path, trust_remote_code=False).get_vocab()
     except Exception:  # there is none, or of a kind that cannot be read here: then the sizes must do
@@ -246,7 +254,7 @@ def _vocabulary(config: PretrainedConfig) -> dict[str, int] | None:
 
 
 def fingerprint(model: nn.Module) -> int:
-    """A checksum (CRC-32) of all weights and buffers as they lie in memory, which tells whether two models are the same."""
+    """Computes a checksum (CRC-32) of all weights and buffers, which shows whether two models are the same."""
     checksum = 0
     for tensor in [*model.parameters(), *model.buffers()]:
         plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

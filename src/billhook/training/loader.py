@@ -1,4 +1,4 @@
-"""A DataLoader that can start in the middle of a pass over the data, and so go on where a checkpoint was saved."""
+"""A DataLoader that can start in the middle of a pass over the data, where a checkpoint was saved."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -85,20 +85,20 @@ class ResumableLoader(DataLoader[Any]):
             raise ValueError(f"batch_size={self.batch_size}: the stream ended before a single batch was full")
 
     def state_dict(self) -> dict[str, int]:
-        """Nothing: the data module saves the place, since Lightning restores a loader later than it asks its length."""
+        """Returns nothing: the data module saves the place, as Lightning asks for a loader's length before it restores it."""
         return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Nothing to do: a loader is made with its place."""
+        """Ignores the state: a loader is made with its place."""
 
 
 def batches_seen(trainer: pl.Trainer) -> int:
-    """How many training batches a trainer has used in all."""
+    """Returns how many training batches a trainer has used in all."""
     return int(batch_progress(trainer).total.processed)
 
 
 def place_of(trainer: pl.Trainer) -> dict[str, int] | None:
-    """What to make a `ResumableLoader` with, so that it goes on where a trainer is; None if the trainer has no such loader."""
+    """Returns where a `ResumableLoader` must start to continue a trainer's fit; None if the trainer has no such loader."""
     loader = trainer.train_dataloader
     if not isinstance(loader, ResumableLoader):
         return None
@@ -115,10 +115,10 @@ def place_of(trainer: pl.Trainer) -> dict[str, int] | None:
 def fit_place(place: dict[str, int], checkpoint: dict[str, Any], at_once: int) -> None:
     """Makes a place, and how many batches of the epoch Lightning takes for used, fit another batch size or number of devices.
 
-    Examples that do not fill a batch then are seen again.
+    Examples that then do not fill a batch are seen again.
 
     Args:
-        place: What `place_of` gave; it is changed.
+        place: The place from `place_of`; it is changed.
         checkpoint: The checkpoint that holds it; it is changed.
         at_once: Examples in a batch now, on all devices together.
     """

@@ -15,10 +15,10 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from peft import LoraConfig
 from torch import Tensor, nn
 from torchmetrics import Metric
-from torchmetrics.classification import MulticlassAccuracy
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.adapters.lora import LoRA, attach, from_plain, to_plain
+from billhook.arguments import number, one_of
 from billhook.checkpoints.pretrained import AUTO_CLASSES, Task, load_model
 from billhook.fit.resume import ShapeInCheckpoint
 from billhook.fit.run import training_steps
@@ -28,6 +28,7 @@ from billhook.running.walk import blocks_of
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.training.distillation import Distillation, Teacher, check_teacher
 from billhook.training.loader import batches_seen
+from billhook.training.metrics import TokenPerplexity, metric_of
 from billhook.training.trainable import Trainable, check_trainable, freeze_others
 
 Decay = Literal["cosine", "linear", "constant"]
@@ -40,16 +41,16 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
 
     Logs `train_loss`, `val_loss`, and `val_perplexity` or `val_accuracy` (`test_...` likewise).
 
-    After pruning, three ways bring quality back. Full training (`lora=None`) is for where there is memory for gradients and
-    AdamW's state, 12 bytes a weight in float32, and enough text. `lora` trains a few weights beside frozen ones, for little
-    memory or text. Either it is on when callbacks remove units in the same fit, and is cut too, or it is put on a folder that was
-    cut before (`billhook prune-heads MODEL OUT`, then `model: OUT`), as the paper does and as `KVHeadConversion` needs, which
-    pools no adapters. `Export` writes merged weights in both cases. `distillation` goes with any of it.
+    After pruning, three ways restore quality. Full training (`lora=None`) needs memory for gradients and AdamW's state, 12 bytes
+    a weight in float32, and enough text. `lora` trains a few weights next to frozen ones, for little memory or text. It is either
+    attached while callbacks remove units in the same fit, and is then cut too, or attached to a folder that was pruned before
+    (`billhook prune-heads MODEL OUT`, then `model: OUT`), as in the paper and as `KVHeadConversion` needs, which pools no
+    adapters. `Export` writes merged weights in both cases. `distillation` combines with all of them.
 
     Args:
         model: `"tiny"` (the embedded Llama), a hub name, a folder (whatever `bh.save` wrote, too), a `config.json` file or a
             config (random weights), or a ready `PreTrainedModel`.
-        task: What the model is to do; it chooses the class and the metric.
+        task: Task of the model; it decides the class and the metric.
         lr: The highest learning rate.
         weight_decay: AdamW's weight decay; never on biases and norms (parameters with one dimension).
         warmup: Steps (int) or fraction of training (float) over which the learning rate rises from 0.
@@ -62,7 +63,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         trust_remote_code: Run the modelling code that a repository brings. Off unless asked.
         lora: Freeze the model and train LoRA on its linears: `{}` for the defaults of LLM-Pruner (r 8, alpha 16, dropout 0.05,
             all linears; the paper's `lr` is 1e-4), `{r: 16}` and so on for others, or PEFT's own `peft.LoraConfig` by
-            `class_path`. The head of a classifier trains in full beside it.
+            `class_path`. The head of a classifier trains in full, too.
         distillation: Learn from a teacher too, by (1 - weight) CE + weight T^2 KL(teacher || student) + hidden MSE, as
             `Distillation` says: `{}` for temperature T 2, weight 0.5, hidden 0 and as teacher the model as it is now, before it
             is cut; `{teacher: FOLDER, weight: 0.9}` and so on for others, as a model needs that is cut already. It costs a
@@ -71,12 +72,18 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         trainable: Which parameters train: `"all"` (those that a ready model has not frozen), `"attention"` (its projections, with
             biases and norms within, of whatever family, and the head of a classifier), or those whose names in the model match
             one of some glob patterns, as in `["*.k_proj.*", "*.v_proj.*"]`. The others are frozen: they get no gradient and no
-            optimizer state. Not with `lora`, which says itself what trains.
+            optimizer state. Not with `lora`, which decides itself which parameters train.
 
     Raises:
         ValueError: If a number is out of range, the model's name leads nowhere, it has adapters already and `lora` is given,
-            `trainable` matches nothing or stands beside `lora`, or the teacher has another vocabulary; on resuming, if the
+            `trainable` matches nothing or is given with `lora`, or the teacher has another vocabulary; on resuming, if the
             teacher is not the one that the run started with.
+
+    Example:
+        >>> import billhook as bh
+        >>> module = bh.TransformerModule("tiny", lr=1e-4, lora=bh.LoRA(r=4))
+        >>> module.metric_name, sum(p.numel() for p in module.parameters() if p.requires_grad)
+        ('perplexity', 63488)
     """
 
     def __init__(
@@ -98,10 +105,8 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         trainable: Trainable = "all",
     ) -> None:
         super().__init__()
-        if task not in AUTO_CLASSES:
-            raise ValueError(f"task={task!r} must be one of {', '.join(AUTO_CLASSES)}")
-        if lr <= 0:
-            raise ValueError(f"lr={lr} must be above 0")
+        one_of("task", task, AUTO_CLASSES)
+        number("lr", lr, above=0)
         check_step(warmup, "warmup")
         check_trainable(trainable)
         if lora is not None and trainable != "all":
@@ -123,7 +128,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         classes = self.model.config.num_labels
-        self.metrics = nn.ModuleDict({f"{stage}_metric": _metric(task, classes) for stage in ("val", "test")})
+        self.metrics = nn.ModuleDict({f"{stage}_metric": metric_of(task, classes) for stage in ("val", "test")})
         self.metric_name = "accuracy" if task.endswith("classification") else "perplexity"
         self.model.train()
         self.example_input_array = self._example()
@@ -131,7 +136,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
     def _plain_hyperparameters(
         self, lora: LoRA | LoraConfig | None, distillation: Distillation | None
     ) -> tuple[LoRA | LoraConfig | None, Distillation | None]:
-        """Makes plain data of what checkpoints hold of them, which no class is needed to load, and of such data what it means."""
+        """Stores both as plain data in checkpoints, which load without any class, and reads them from such data."""
         if isinstance(held := self.hparams.get("lora"), LoRA | LoraConfig):
             self.hparams["lora"] = to_plain(held)
         if isinstance(held := self.hparams.get("distillation"), Distillation):
@@ -140,7 +145,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         return lora, Distillation(**distillation) if isinstance(distillation, dict) else distillation
 
     def _teacher(self, distillation: Distillation, options: dict[str, Any]) -> Teacher:
-        """The teacher: a copy of the model as it is now, or another one."""
+        """Makes the teacher: a copy of the model as it is now, or another model."""
         if distillation.teacher is None:
             model = copy.deepcopy(self.model)
         else:
@@ -157,7 +162,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             checkpoint[TEACHER] = self.teacher.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to go on with another teacher; takes the shape before weights are loaded."""
+        """Refuses to continue with another teacher; sets the shape before weights are loaded."""
         resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if resuming and self.teacher is not None and checkpoint.get(TEACHER) not in (None, self.teacher.fingerprint):
             raise ValueError(
@@ -176,7 +181,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             shard(self.model, blocks_of(self.model), self.device_mesh["data_parallel"])
 
     def _example(self) -> dict[str, Tensor] | None:
-        """A batch of one example, for tracing and summaries."""
+        """Makes a batch of one example, for tracing and summaries."""
         if self.model.main_input_name != "input_ids":
             return None
         ids = torch.zeros(1, 8, dtype=torch.long)
@@ -191,16 +196,16 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
                 config.pad_token_id = getattr(tokenizer, "pad_token_id", None)
 
     def forward(self, **batch: Tensor) -> Any:  # noqa: ANN401 - a ModelOutput whose class depends on the model
-        """The model's own output for a batch of its own arguments."""
+        """Returns the model's own output for a batch of its own arguments."""
         return self.model(**batch)
 
     def generate(self, **arguments: Any) -> Tensor:  # noqa: ANN401 - transformers' own arguments
-        """Token ids from `model.generate` with the same arguments."""
+        """Returns token ids from `model.generate` with the same arguments."""
         generated: Tensor = self.model.generate(**arguments)  # type: ignore[operator]
         return generated
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The model's loss; with a teacher, the sum of `Distillation`."""
+        """Returns the model's loss; with a teacher, the sum of `Distillation`."""
         with self._noise():
             output = self(**batch, **({} if self.teacher is None else self.teacher.asks))
         loss: Tensor = output.loss
@@ -212,13 +217,13 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         return loss
 
     def _noise(self) -> AbstractContextManager[None]:
-        """The random numbers of this step, which are the same in a resumed run."""
+        """Sets the random numbers of this step, which are the same in a resumed run."""
         if self._trainer is None:
             return nullcontext()
         return self.noise.drawn(self.device, batches_seen(self.trainer), self.global_rank)
 
     def on_train_start(self) -> None:
-        """Draws the seed of dropout, if no checkpoint has said it; refuses teachers that differ over ranks."""
+        """Draws the seed of dropout, if it is in no checkpoint; refuses teachers that differ over ranks."""
         if self.teacher is not None:
             own = torch.tensor(self.teacher.fingerprint, device=self.device)
             if (cast(Tensor, self.all_gather(own)) != own).any():
@@ -239,7 +244,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Classes; generated ids (sequence to sequence; up to the generation config's `max_new_tokens`, or 128); or logits."""
+        """Returns classes, generated ids (sequence to sequence; at most the config's `max_new_tokens`, or 128), or logits."""
         if self.task == "seq2seq-lm":
             length = getattr(self.model.generation_config, "max_new_tokens", None) or 128
             return self.generate(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), max_new_tokens=length)
@@ -261,7 +266,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self.log(f"{stage}_{self.metric_name}", metric, prog_bar=True, batch_size=int(weight))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW (fused where it can be) with warm-up and decay by optimizer step."""
+        """Makes AdamW (fused where possible) with warm-up and decay by optimizer step."""
         trained = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
@@ -285,39 +290,10 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         ):
             rank_zero_info(
                 f"billhook: the fit of the checkpoint was to take {self._steps} steps, and this one takes {total}: the learning "
-                "rate goes on as if it had been so from the start"
+                "rate continues as if that had been so from the start"
             )
         self._steps = total
         kind = {"constant": "constant_with_warmup"}.get(self.decay, self.decay)
         warmup = self.warmup if isinstance(self.warmup, int) else resolve_step(self.warmup, total, "warmup")
         scheduler = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
-
-
-class TokenPerplexity(Metric):
-    """exp of the mean loss per token, whatever the number of tokens in each batch: exp(sum of losses / number of tokens)."""
-
-    full_state_update = False
-    total: Tensor
-    tokens: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("tokens", torch.tensor(0.0), dist_reduce_fx="sum")
-
-    def update(self, loss: Tensor, tokens: Tensor) -> None:
-        """Takes a batch's mean loss and the number of tokens that it is the mean of."""
-        # not in place: after trainer.validate the states are inference tensors, which a fit may not write into
-        self.total = self.total + loss.detach().float() * tokens
-        self.tokens = self.tokens + tokens
-
-    def compute(self) -> Tensor:
-        """exp(sum of losses / number of tokens)."""
-        return torch.exp(self.total / self.tokens)
-
-
-def _metric(task: str, num_labels: int | None) -> Metric:
-    if task.endswith("classification"):
-        return MulticlassAccuracy(num_classes=num_labels or 2, average="micro")
-    return TokenPerplexity()

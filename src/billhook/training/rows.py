@@ -23,11 +23,11 @@ Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 def load_splits(data: Data, streaming: bool = False) -> dict[str, Rows]:
-    """The splits that `data` names, as `datasets` gives them.
+    """Loads the splits of `data` with `datasets`.
 
     Args:
         data: `"tiny"`, a hub name (`"name"` or `"name:config"`), a folder, a file (the split `train`), or files by split.
-        streaming: Read when rows are asked for.
+        streaming: Read rows only when they are needed.
 
     Raises:
         ValueError: If a split is unknown, or a file is missing, empty, of an unknown kind or unreadable.
@@ -47,7 +47,7 @@ def load_splits(data: Data, streaming: bool = False) -> dict[str, Rows]:
 
 
 def runs_on(rows: Rows) -> bool:
-    """Whether a row is a line of a .txt file, not a document."""
+    """Says whether a row is a line of a .txt file, not a document."""
     return bool(rows.info.builder_name == "text")
 
 
@@ -64,7 +64,7 @@ def _unreadable(what: str, error: Exception) -> ValueError:
 
 
 def _kind(file: str) -> str | None:
-    """The format that a file's ending means; one more ending may say how it is compressed."""
+    """Returns the format of a file by its ending; one more ending may name its compression."""
     suffixes = [suffix.lower() for suffix in Path(file).suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -107,7 +107,7 @@ def check_columns(rows: Rows, split: str, *columns: str) -> None:
 
 
 def _column_names(rows: Rows) -> list[str]:
-    """The columns; a stream that does not know them is asked for its first row."""
+    """Returns the columns; reads the first row of a stream that does not know them."""
     if rows.column_names:
         return list(rows.column_names)
     try:
@@ -123,14 +123,14 @@ def map_rows(
     tokenizer: PreTrainedTokenizerBase,
     **arguments: Any,  # noqa: ANN401
 ) -> Rows:
-    """`rows.map(function)`, cached under what the result depends on (a tokenizer's own hash changes with use).
+    """Runs `rows.map(function)`, cached by everything that decides the result (a tokenizer's own hash changes with use).
 
     Args:
         rows: A split.
         function: Takes many rows as lists by column, the tokenizer and the arguments.
-        split: What the progress bar calls the rows.
+        split: Name of the rows in the progress bar.
         tokenizer: The tokenizer.
-        **arguments: What else the function needs.
+        **arguments: Further arguments of the function.
     """
     options = {
         "batched": True,
@@ -146,7 +146,7 @@ def map_rows(
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """What a tokenizer's output depends on, without the padding and truncation of its last call."""
+    """Returns everything that decides a tokenizer's output, without the padding and truncation of its last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return [repr(tokenizer), tokenizer.get_vocab()]
@@ -154,7 +154,7 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 
 
 def pack(rows: Batch, tokenizer: PreTrainedTokenizerBase, block_size: int, column: str, documents: bool) -> Batch:
-    """Texts to blocks of `block_size` token ids; what does not fill the last block is left out.
+    """Packs texts into blocks of `block_size` token ids; tokens that do not fill the last block are left out.
 
     Args:
         rows: Texts; null and blank ones do not count.
@@ -177,7 +177,7 @@ def pack(rows: Batch, tokenizer: PreTrainedTokenizerBase, block_size: int, colum
 def classify(
     rows: Batch, tokenizer: PreTrainedTokenizerBase, text_columns: list[str], label_column: str, max_length: int
 ) -> Batch:
-    """Texts, or pairs of texts, to token ids with their labels."""
+    """Encodes texts, or pairs of texts, with their labels."""
     labels = rows[label_column]
     if wrong := [label for label in labels if not isinstance(label, int)]:
         raise ValueError(f"the column '{label_column}' must hold labels, whole numbers from 0; it holds {wrong[0]!r}")
@@ -187,7 +187,7 @@ def classify(
 
 
 def translate(rows: Batch, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], lengths: Sequence[int]) -> Batch:
-    """Sources to token ids, with those of the targets as labels."""
+    """Encodes sources, with the token ids of the targets as labels."""
     source, target = (_texts(rows[column], column) for column in columns)
     encoded = tokenizer(source, truncation=True, max_length=lengths[0])
     labels = tokenizer(text_target=target, truncation=True, max_length=lengths[1])
@@ -202,19 +202,19 @@ def _texts(values: list[Any], column: str) -> list[str]:
 
 
 def blocks_to_batch(blocks: list[Batch]) -> Batch:
-    """Blocks of token ids to a batch in which every token is a label."""
+    """Makes a batch of blocks of token ids in which every token is a label."""
     batch: Batch = default_data_collator(blocks)
     return {"input_ids": batch["input_ids"], "labels": batch["input_ids"].clone()}
 
 
 class SteadyMasking(DataCollatorForLanguageModeling):
-    """Blocks of token ids to a masked batch; the masks depend on the blocks alone.
+    """Collator that makes a masked batch of blocks of token ids; the masks depend on the blocks alone.
 
     So they are the same in each evaluation and after a resume, and differ between epochs that shuffle.
     """
 
     def __call__(self, blocks: list[Batch], return_tensors: str | None = None) -> Batch:
-        """A masked batch."""
+        """Returns a masked batch."""
         tokens = torch.tensor([block["input_ids"] for block in blocks]).flatten()
         self.generator = torch.Generator().manual_seed(int((tokens * torch.arange(len(tokens))).sum()))
         batch: Batch = super().__call__(blocks, return_tensors)

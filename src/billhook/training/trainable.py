@@ -19,7 +19,7 @@ Trainable = Literal["all", "attention"] | list[str]
 
 
 def check_trainable(trainable: Trainable) -> None:
-    """Refuses what no model could have.
+    """Refuses a value that is legal for no model.
 
     Raises:
         ValueError: With what is legal.
@@ -30,13 +30,13 @@ def check_trainable(trainable: Trainable) -> None:
 
 
 def freeze_others(model: PreTrainedModel, trainable: Trainable, classifies: bool = False) -> None:
-    """Freezes what is not to train, in place; what was frozen before stays so, and with `"all"` nothing changes.
+    """Freezes all other parameters, in place; parameters that were frozen before stay so, and with `"all"` nothing changes.
 
     Args:
         model: The model.
-        trainable: What is to train. A tied parameter trains if one of its names says so.
-        classifies: Whether what is not in the base model is the head of a classifier, which may be new and so trains beside
-            attention.
+        trainable: The parameters to train. A tied parameter trains if one of its names matches.
+        classifies: Whether parameters outside of the base model are the head of a classifier, which may be new and so trains
+            with attention.
 
     Raises:
         ValueError: If `trainable` is not legal, a pattern matches no parameter, or the model has no attention; then nothing has
@@ -62,11 +62,11 @@ def freeze_others(model: PreTrainedModel, trainable: Trainable, classifies: bool
 
 
 def attention_parameters(model: nn.Module, structure: Structure | None = None) -> list[str]:
-    """The parameters of all attentions of a model: projections, their biases, norms and position biases within.
+    """Finds the parameters of all attentions of a model: projections, their biases, norms and position biases within.
 
     An attention is the innermost module that holds the projections of queries, keys, values and output, as `trace` finds them by
-    what the model computes, not by names; what computes as attention does counts as one (state-space layers of Mamba-2). Where
-    that module holds a feed-forward too, it is the projections and what else has heads, or dimensions of heads.
+    the model's operations, not by names; modules that compute the same as attention count too (state-space layers of Mamba-2).
+    If that module holds a feed-forward too, only projections and parameters with heads, or dimensions of heads, count.
 
     Args:
         model: A Hugging Face model, or a module that holds one.
@@ -87,7 +87,7 @@ def attention_parameters(model: nn.Module, structure: Structure | None = None) -
 
 
 def _of(attention: Attention, structure: Structure) -> set[str]:
-    """The parameters of one attention."""
+    """Finds the parameters of one attention."""
     parts = {part.name for part in (*attention.q, *attention.k, *attention.v, *attention.o)}
     where = innermost(list(parts))
     others = {part.name for one in structure.feed_forward for part in (*one.gate, *one.up, *one.down)} - parts

@@ -1,0 +1,157 @@
+"""The part that all data modules share: splits from `datasets`, a tokenizer, and loaders in a resumable order."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import lightning.pytorch as pl
+from datasets.distributed import split_dataset_by_node
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedTokenizerBase
+
+from billhook.arguments import whole
+from billhook.checkpoints.pretrained import load_tokenizer
+from billhook.fit.lightning_internals import drop_training_loaders
+from billhook.model.find import find_transformer
+from billhook.training.loader import EpochSampler, ResumableLoader, batches_seen, fit_place, place_of
+from billhook.training.rows import SPLITS, Batch, Data, Rows, load_splits
+
+
+class DatasetModule(pl.LightningDataModule):
+    """Base of the data modules: splits from `datasets`, a tokenizer, and loaders in a deterministic, resumable order.
+
+    Args:
+        data: `"tiny"` (the embedded text), a hub name (`"name"` or `"name:config"`) or a folder of that form, or local files
+            by split, as in `{train: a.jsonl, validation: [b.jsonl, c.jsonl]}` (.txt, .json, .jsonl, .csv, .parquet; may be
+            compressed). The name of one file is that of the split `train`.
+        tokenizer: A name or folder; by default the tokenizer saved with the model in training.
+        batch_size: Examples in a batch, per device.
+        seed: The order of the training examples depends on this seed and the epoch alone.
+        num_workers: Processes that load batches; 0 loads in the main process.
+        streaming: Read while training instead of preparing and caching everything first.
+
+    Raises:
+        ValueError: If a file is empty, is missing or has an unknown ending, or a split has no such column.
+    """
+
+    def __init__(
+        self,
+        data: Data = "tiny",
+        tokenizer: str | None = None,
+        batch_size: int = 8,
+        seed: int = 0,
+        num_workers: int = 0,
+        streaming: bool = False,
+    ) -> None:
+        super().__init__()
+        whole("batch_size", batch_size)
+        self.data, self.tokenizer_name = data, tokenizer
+        self.batch_size, self.seed, self.num_workers, self.streaming = batch_size, seed, num_workers, streaming
+        self.splits: dict[str, Rows] = {}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._resume: dict[str, int] = {}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when first asked for."""
+        if self._tokenizer is None:
+            name = self.tokenizer_name or self._name_of_model()
+            tokenizer: PreTrainedTokenizerBase = load_tokenizer(name)
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    def _name_of_model(self) -> str:
+        module = getattr(self.trainer, "lightning_module", None)
+        name = None if module is None else find_transformer(module).config.name_or_path
+        if not name:
+            raise ValueError("tokenizer: the model in training does not say where it came from; name a tokenizer")
+        return str(name)
+
+    def prepare_data(self) -> None:
+        """Reads, tokenises and caches the data in one process, for the others to find in the cache."""
+        if not self.streaming:
+            self.setup("fit")
+
+    def setup(self, stage: str) -> None:
+        """Makes the splits."""
+        if not self.splits:
+            rows = load_splits(self.data, self.streaming)
+            self.splits = {split: self.encode(rows[split], split) for split in SPLITS if split in rows}
+
+    @abstractmethod
+    def encode(self, rows: Rows, split: str) -> Rows:
+        """Turns rows of text into rows of token ids."""
+
+    @abstractmethod
+    def collate(self) -> Callable[[list[Batch]], Batch]:
+        """Returns the function that makes a batch of examples."""
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Returns batches of the split `train`, in another order each epoch; examples that do not fill a batch are left out.
+
+        Raises:
+            ValueError: If there is no such split, or it does not fill one batch.
+        """
+        if "train" not in self.splits:
+            raise ValueError(f"data has no split 'train'; it has {', '.join(sorted(self.splits)) or 'none that is used'}")
+        begin = self._resume or {"epoch": 0 if self.trainer is None else self.trainer.current_epoch}
+        self._resume = {}
+        return self._loader("train", shuffle=True, **begin)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the place in the training data."""
+        place = None if self.trainer is None else place_of(self.trainer)
+        return {} if place is None else {"train": place}
+
+    def fit_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Makes the place in a checkpoint fit this batch size and number of devices, before it is loaded."""
+        place = checkpoint.get(type(self).__qualname__, {}).get("train", {})
+        if self.trainer is not None and "examples" in place:
+            fit_place(place, checkpoint, self.batch_size * self.trainer.world_size)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a saved place, if a fit has begun."""
+        if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._resume = {name: value for name, value in state_dict.get("train", {}).items() if name != "examples"}
+        # whoever asked for the length of training before this had a loader made that starts at the beginning
+        drop_training_loaders(self.trainer)
+
+    def val_dataloader(self) -> list[ResumableLoader]:
+        """Returns batches of the split `validation`, in order; none if the data has no such split."""
+        return [self._loader("validation")] if "validation" in self.splits else []
+
+    def test_dataloader(self) -> list[ResumableLoader]:
+        """Returns batches of the split `test`, in order; of `validation` if there is no `test`."""
+        return [self._loader("test")] if "test" in self.splits else self.val_dataloader()
+
+    def predict_dataloader(self) -> list[ResumableLoader]:
+        """Returns the batches of `test_dataloader`."""
+        return self.test_dataloader()
+
+    def _loader(self, split: str, shuffle: bool = False, **place: int) -> ResumableLoader:
+        rows, trainer = self.splits[split], self.trainer
+        world, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+        sampler = None
+        if isinstance(rows, datasets.IterableDataset):
+            rows = split_dataset_by_node(rows.shuffle(self.seed) if shuffle else rows, rank=rank, world_size=world)
+        elif shuffle and len(rows) // world < self.batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size}: the split '{split}' has only {len(rows)} examples for {world} device(s)"
+            )
+        else:
+            # torch adds seed and epoch: without a factor, one seed's second epoch would be the next seed's first
+            sampler = EpochSampler(rows, world, rank, shuffle=shuffle, seed=self.seed * 1_000_003, drop_last=shuffle)
+        return ResumableLoader(
+            rows,
+            count=None if trainer is None else lambda: batches_seen(trainer),
+            **place,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=shuffle,
+            collate_fn=self.collate(),
+            num_workers=self.num_workers,
+        )

@@ -223,7 +223,7 @@ def test_a_tokenizer_that_cannot_pad(table, tmp_path):
 
 
 def test_a_module_without_a_name_needs_a_tokenizer(text):
-    with pytest.raises(ValueError, match="tokenizer: there is no model in training .* name a tokenizer"):
+    with pytest.raises(ValueError, match="tokenizer: the model in training does not say .* name a tokenizer"):
         batches(TextDataModule({"train": text}))
 
 
@@ -232,7 +232,7 @@ def test_a_module_without_a_name_needs_a_tokenizer(text):
     [
         (lambda: TextDataModule(block_size=1), "block_size=1 must be a whole number of at least 2"),
         (lambda: TextDataModule(batch_size=0), "batch_size=0 must be a whole number of at least 1"),
-        (lambda: TextDataModule(mlm_probability=1.0), r"mlm_probability=1.0 must be a fraction in \[0, 1\)"),
+        (lambda: TextDataModule(mlm_probability=1.0), r"mlm_probability=1.0 must be in \[0, 1\)"),
         (lambda: TextDataModule(mlm_probability=-0.1), "mlm_probability=-0.1 must be"),
         (lambda: ClassificationDataModule("x", text_columns=["a", "b", "c"]), r"text_columns=\['a', 'b', 'c'\]: one column"),
         (lambda: ClassificationDataModule("x", batch_size=0), "batch_size=0"),

@@ -342,7 +342,7 @@ class TestYaml:
             ("--model.lora '{rank: 3}'", ["rank", "not accepted"]),
             ("--model.lora '{r: 0}'", ["r=0 must be a whole number of at least 1"]),
             ("--model.distillation '{temprature: 3}'", ["temprature", "not accepted"]),
-            ("--model.distillation '{weight: 3}'", ["weight=3.0 must be a fraction in [0, 1]"]),
+            ("--model.distillation '{weight: 3}'", ["weight=3.0 must be in [0, 1]"]),
         ],
     )
     def test_refused(self, line, words, quick, capsys):

@@ -364,7 +364,7 @@ class TestTrainable:
     ("options", "match"),
     [
         ({"task": "poetry"}, "task='poetry' must be one of causal-lm, seq2seq-lm"),
-        ({"lr": 0}, "lr=0 must be above 0"),
+        ({"lr": 0}, "lr=0 must be a number above 0"),
         ({"warmup": 1.5}, "warmup=1.5"),
         ({"model": "no/such/folder/config.json"}, "there is no config file"),
     ],

@@ -49,7 +49,7 @@ class Distillation:
         >>> module = bh.TransformerModule("tiny", distillation=bh.Distillation(temperature=3.0, weight=0.9))
         >>> bh.Distillation(weight=2.0)
         Traceback (most recent call last):
-        ValueError: weight=2.0 must be a fraction in [0, 1]
+        ValueError: weight=2.0 must be in [0, 1]
     """
 
     teacher: str | None = None
@@ -140,8 +140,8 @@ def kl_divergence(student: Tensor, teacher: Tensor, counted: Tensor, temperature
     """Computes the mean of KL(softmax(teacher / T) || softmax(student / T)) over counted logits, in float32 or better.
 
     The gradient is computed with the value and kept in the memory of the teacher's logits, which are overwritten: the forward
-    pass makes no other tensor of that size, the backward pass only the gradient itself. Apart from them, at most 4 million logits are
-    in use at once.
+    pass makes no other tensor of that size, the backward pass only the gradient itself. Apart from them, at most 4 million
+    logits are in use at once.
 
     Args:
         student: Logits, `[..., classes]`.

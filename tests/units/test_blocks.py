@@ -331,6 +331,11 @@ class TestPlan:
         with pytest.raises(ValueError, match=message):
             bh.plan_units(deep(), blocks, "block")
 
+    def test_nothing_makes_up_for_a_block(self):
+        model = deep()
+        with pytest.raises(ValueError, match="plan: repair makes up for units, and this is a plan of blocks"):
+            bh.repair(model, bh.plan_units(model, [1], "block"), [{"input_ids": tokens()}])
+
     def test_blocks_are_planned_alone(self):
         with pytest.raises(ValueError, match="blocks are planned alone"):
             bh.plan_units(deep(), {0: [0]}, ["head", "block"])

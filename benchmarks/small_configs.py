@@ -383,14 +383,19 @@ AUTO_CLASSES = {
 }
 
 
-def architectures():
-    """Yield (auto class name, model type, config class, model class), `AutoModel` only for what no other list has."""
+def architectures(name=None):
+    """Yield (auto class name, model type, config class, model class), `AutoModel` only for what no other list has.
+
+    With the name of a model type or a class only those, and no code of others is imported.
+    """
     seen = set()
     for auto, mapping in AUTO_CLASSES.items():
-        for model_type in getattr(modeling_auto, f"{mapping}_NAMES"):
+        for model_type, classes in getattr(modeling_auto, f"{mapping}_NAMES").items():
             if auto == "AutoModel" and model_type in seen:
                 continue
             seen.add(model_type)
+            if name not in (None, model_type, classes if isinstance(classes, str) else classes[0]):
+                continue
             config_class = CONFIG_MAPPING[model_type]
             try:
                 model_class = getattr(modeling_auto, mapping)[config_class]

@@ -115,7 +115,7 @@ def test_refusals(arguments, said) -> None:
     [("t5", "6 KV heads to 1 or 2 or 3"), ("mpt", "no: MptForCausalLM cannot be told to use fewer KV heads")],
 )
 def test_long_names_go_on_below(capsys, tmp_path, family, said) -> None:
-    config_class = next(one[2] for one in architectures() if one[1] == family)
+    config_class = next(architectures(family))[2]
     small_config(config_class).save_pretrained(tmp_path)
     text = printed(capsys, tmp_path)
     assert max(map(len, text.splitlines())) <= WIDTH

@@ -28,7 +28,7 @@ def make(name, **changes):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
-        config_class, model_class = next(one[2:] for one in architectures() if name in (one[1], one[3].__name__))
+        config_class, model_class = next(architectures(name))[2:]
         config = small_config(config_class, **changes)
         model = small(config, model_class, "batched_mm" if has_experts(config) else "eager").double()
     oracle.randomise(model)

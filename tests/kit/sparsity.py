@@ -65,7 +65,7 @@ def batches_of(model, number=3):
 
 
 def family(name):
-    _, _, config_class, model_class = max((one for one in architectures() if one[1] == name), key=lambda one: "Seq2Seq" in one[0])
+    _, _, config_class, model_class = max(architectures(name), key=lambda one: "Seq2Seq" in one[0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return build(small_config(config_class), model_class)

@@ -38,7 +38,7 @@ class Small:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             transformers.logging.set_verbosity_error()
-            made = next(one for one in architectures() if name in (one[1], one[3].__name__))
+            made = next(architectures(name))
             config = small_config(made[2], **({"n_heads": 8} if name == "mpt" else {}))
             self.model = build(config, made[3], "batched_mm" if has_experts(config) else "eager")
             inputs = make_inputs(self.model)

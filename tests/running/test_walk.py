@@ -30,7 +30,6 @@ FAMILIES = [
     "mixtral",
     "xlm",
 ]
-ALL = list(architectures())
 UNCALLED = {
     "mamba": ["backbone.layers.0.mixer.dt_proj", "backbone.layers.1.mixer.dt_proj"]
 }  # its weight is used, not its forward
@@ -39,9 +38,7 @@ STACKS = {"llama": 2, "gpt2": 2, "bert": 2, "t5": 4, "bart": 4, "vit": 2}
 
 def case(family):
     torch.manual_seed(0)
-    _, _, config_class, model_class = max(
-        (one for one in architectures() if one[1] == family), key=lambda one: "Seq2Seq" in one[0]
-    )
+    _, _, config_class, model_class = max(architectures(family), key=lambda one: "Seq2Seq" in one[0])
     model = build(small_config(config_class), model_class).eval()
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and "lm_head" not in n}
     return model, linears, batches_of(model)

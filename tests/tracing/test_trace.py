@@ -16,7 +16,7 @@ from billhook.tracing.roles import Part
 
 
 def small(family: str, **changes: object) -> transformers.PreTrainedModel:
-    _, _, config_class, model_class = next(one for one in architectures() if one[1] == family)
+    _, _, config_class, model_class = next(architectures(family))
     config = small_config(config_class)
     for name, value in changes.items():
         setattr(config, name, value)

@@ -35,7 +35,7 @@ class Case:
     """A small real model, what it is run with, and its structure."""
 
     def __init__(self, family: str) -> None:
-        _, _, config_class, model_class = next(one for one in architectures() if one[1] == family)
+        _, _, config_class, model_class = next(architectures(family))
         config = small_config(config_class)
         self.model = build(config, model_class, "batched_mm" if has_experts(config) else "eager")
         inputs = make_inputs(self.model)

@@ -57,7 +57,7 @@ def test_members_are_the_rows_of_queries_and_the_columns_that_are_read():
 
 @pytest.mark.parametrize("name", WITHOUT_HEADS)
 def test_models_without_attention_are_refused(name):
-    _, _, config, cls = next(one for one in architectures() if one[1] == name)
+    _, _, config, cls = next(architectures(name))
     with pytest.raises(ValueError, match=f"{cls.__name__} has no heads"):
         find_units(build(small_config(config), cls), "head")
 

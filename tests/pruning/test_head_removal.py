@@ -400,7 +400,7 @@ class TestAdapters:
             expected = model(ids).logits
         bh.prune_units(model, {0: [0, 1], 1: [1, 2, 4, 6]})
         torch.testing.assert_close(model(ids).logits, expected)
-        with pytest.raises(ValueError, match=r"cannot be removed: a norm goes over all of them"):  # of the columns that are read
+        with pytest.raises(ValueError, match=r"cannot be removed: a norm spans all of them"):  # of the columns that are read
             bh.prune_units(dora("o_proj"), {0: [0, 1]})
 
     def test_on_one_matrix_of_all(self):

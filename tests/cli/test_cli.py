@@ -115,7 +115,7 @@ class TestHelp:
             (
                 "fit --trainer.callbacks.help KVHeadConversion",
                 [
-                    "Fewer key/value heads",
+                    "Converts to fewer key/value heads",
                     "1 for multi-query attention",
                     "'mean', 'first', 'random', 'aligned', 'svd', 'auto'",
                     "billhook.Aligned",

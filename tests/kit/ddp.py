@@ -221,11 +221,11 @@ NONE = {"measure_batches": 0}
 
 
 DIFFER = {
-    "WeightPruning: what becomes zero": stop(lambda: [WeightPruning(OfRank(), sparsity=0.5, at=1, **NONE)]),
+    "WeightPruning: the weights that become zero": stop(lambda: [WeightPruning(OfRank(), sparsity=0.5, at=1, **NONE)]),
     "KVHeadConversion: what heads become": stop(lambda: [Apart(), KVHeadConversion(2, at=1, **NONE)]),
     "KVHeadConversion: how heads are turned": stop(lambda: [Apart(), KVHeadConversion(2, 2, "aligned", over=1, **NONE)]),
     "HeadPruning: the heads that are masked": stop(lambda: [HeadPruning(0.5, 1, RandomUnits(rank()), **NONE)]),
-    "StructuredPruning: the plan of what goes": stop(
+    "StructuredPruning: the plan of what is removed": stop(
         lambda: [StructuredPruning(bh.Amount(channels=0.5), at=1, importance=RandomUnits(rank()), **NONE)]
     ),
     "HeadPruning: whether monitor='own' is worse": replace(

@@ -112,7 +112,7 @@ class DepthPruning(ShapeCallback):
         return f"{before} -> {after} blocks ({type(self.importance).__name__}): without {removed}"
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> BlockPlan:
-        """Plans which blocks are removed, the same on every rank."""
+        """Plans the removal of blocks, the same on every rank."""
         model = find_transformer(pl_module)
         stacks = find_units(model, "block")
         with self.calibration.aside(pl_module), trainer.precision_plugin.forward_context():

@@ -172,8 +172,7 @@ class HeadPruning(HeadMasking):
                 event = self.as_event(trainer, find_transformer(pl_module), before, change)
         event["after"] |= after
         log_event(trainer, event)
-        metric = self.monitor.name or next(iter(before), "")
-        self.record.draw(trainer, self.heads, metric, before, event["after"], self.plot_file)
+        self.record.draw(trainer, self.heads, self.monitor.name or next(iter(before), ""), before, event["after"], self.plot_file)
 
     def _finish(self, module: nn.Module, moment: int, worse: bool, what: str, optimizers: list[Optimizer] | None = None) -> str:
         """Ends a round; with optimizers, removes the heads that are masked, and says how many there were and are."""

@@ -34,8 +34,7 @@ class WeightPruning(EventCallback, FollowsShapes):
     """Zeroes the least important weights at given steps of a fit, and holds them at zero while training continues.
 
     The sparsity is always of all weights, so that rounds do not compound. Masks are held through momentum, weight decay,
-    accumulation, mixed precision and weight averaging, saved in checkpoints (one bit a weight), and follow later shapes:
-    zeros stay zeros, an average is zero where all of its weights were, and mixed weights are masked by a later round.
+    accumulation, mixed precision and weight averaging, saved in checkpoints, and follow later shapes.
 
     Args:
         criterion: How important a weight is: any `Criterion`; by default `Wanda`.
@@ -47,8 +46,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         skip: Glob patterns of linears to leave alone.
         output_embeddings: True to prune an untied output embedding, too.
         count_adapters: True to count LoRA in the scores, as in `prune`.
-        mask_adapters: True to have LoRA act only where weights are kept, so that `merge` loses nothing of it, also after the fit
-            (`unmask_adapters` undoes it) and, by the zeros of loaded weights, in `trainer.validate`, `test` and `predict`.
+        mask_adapters: True to have LoRA act only where weights are kept, during and after the fit; see `mask_adapters`.
         calibration: Batches that the criterion sees, or a number of training examples, by default 128; see `Calibration`.
         measure_batches: Validation batches to measure before and after each round; by default all of validation, 0 for none.
 
@@ -84,8 +82,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         self.criterion, self.sparsity, self.pattern, self.at = criterion or Wanda(), sparsity, pattern, at
         self.sequential, self.allocation, self.skip = sequential, allocation, list(self.skip)
         self.output_embeddings, self.count_adapters, self.mask_adapters = output_embeddings, count_adapters, mask_adapters
-        self._adapted: list[str] = []
-        self._hold = Hold()
+        self._hold, self._adapted = Hold(), list[str]()
         super().__init__(Calibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
@@ -120,9 +117,8 @@ class WeightPruning(EventCallback, FollowsShapes):
         """Finds the rounds, and checks all that can be checked before training."""
         super().on_fit_start(trainer, pl_module)
         model = find_transformer(pl_module)
-        linears = check_pruning(
-            model, self.criterion, self.pattern, self.sequential, self.allocation, self.skip, self.output_embeddings
-        )
+        how = self.sequential, self.allocation, self.skip, self.output_embeddings
+        linears = check_pruning(model, self.criterion, self.pattern, *how)
         if self.count_adapters:
             adapters_to_count(model, self.criterion, linears)
         self._adapted = list(plain_adapters(model, linears, "mask_adapters=True")) if self.mask_adapters else []
@@ -161,22 +157,22 @@ class WeightPruning(EventCallback, FollowsShapes):
 
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
         """Prunes to the sparsity of a round, and measures before and after."""
-        metrics = self.measured(trainer, pl_module)
+        model, metrics = find_transformer(pl_module), self.measured(trainer, pl_module)
         with together(trainer, "WeightPruning"):
             pruning = self._plan(trainer, pl_module, self._moments[moment])
             decided = {name: [one.bits, one.values] for name, one in pruning.pruned.items()}
             check_agreed(trainer, "WeightPruning", "the weights that become zero", decided)
-            model = find_transformer(pl_module)
             event = self.as_event(trainer, model, metrics, partial(self._apply, model, pruning, moment))
         event["after"]["sparsity"] = pruning.sparsity
         event["after"] |= self.measured(trainer, pl_module)
         log_event(trainer, event)
 
     def _apply(self, model: nn.Module, pruning: WeightPlan, moment: int) -> str:
-        masks = pruning.masks(model)
-        self._hold.hold(masks, partial(pruning.apply, model))
+        self._hold.hold(pruning.masks(model), partial(pruning.apply, model))
         self.done, self.asked = moment, self._moments[moment]
-        return f"{type(self.criterion).__name__}, {self.pattern}: sparsity {pruning.sparsity:.4f} in {len(masks)} linears"
+        return (
+            f"{type(self.criterion).__name__}, {self.pattern}: sparsity {pruning.sparsity:.4f} in {len(pruning.pruned)} linears"
+        )
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float) -> WeightPlan:
         model = find_transformer(pl_module)

@@ -145,7 +145,7 @@ class KVHeadConversion(StageCallback):
         self._stages = self.stages(training_steps(trainer), trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks that there are batches, and carries out what is due before the first step."""
+        """Refuses a fit without batches, and carries out what is due before the first step."""
         if self._most(pl_module) > self.heads[-1]:
             with together(trainer, "KVHeadConversion"):
                 self.preparation.check_data(trainer, pl_module)

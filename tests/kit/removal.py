@@ -12,7 +12,7 @@ from small_configs import architectures, has_experts, small_config
 from small_configs import build as small
 
 import billhook as bh
-from billhook.model.shape import shape_of
+from billhook.model.shapes.shape import shape_of
 from billhook.pruning import removal
 from billhook.pruning.cuts import coupled
 from billhook.running.inputs import make_inputs

@@ -5,7 +5,7 @@ import pytest
 from billhook.kv_heads.layerwise import check_in_part, next_layers
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_by_layer
-from billhook.model.shape import shape_of
+from billhook.model.shapes.shape import shape_of
 from kit.kv_zoo import build
 
 

@@ -10,7 +10,7 @@ from small_configs import small_config
 from torch import nn
 
 import billhook as bh
-from billhook.model.shape import shape_of
+from billhook.model.shapes.shape import shape_of
 from billhook.units.find import find_units
 from kit.families import ATTENTIONS, MLPS, build, llama, t5
 from kit.removal import make

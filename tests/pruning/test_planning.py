@@ -8,7 +8,7 @@ import torch
 
 import billhook as bh
 from billhook.model.figures import figures_of
-from billhook.model.shape import shape_of
+from billhook.model.shapes.shape import shape_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.progress import First, first_from
 from billhook.pruning.target import Search, lowest

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import billhook as bh
-from billhook.model.shape import shape_of
+from billhook.model.shapes.shape import shape_of
 from billhook.pruning import removal
 from billhook.units.find import find_units, of_kind, units_of
 from kit.families import build, llama, t5, tokens

@@ -11,7 +11,7 @@ from torchmetrics.text import Perplexity
 
 from billhook import ClassificationDataModule, KVHeadConversion, LoRA, Seq2SeqDataModule, TextDataModule, TransformerModule
 from billhook.checkpoints.save import save
-from billhook.model.shape import shape_of
+from billhook.model.shapes.shape import shape_of
 from billhook.training.metrics import TokenPerplexity
 from kit.families import BERT, SMALL, T5, VIT, build, llama, tokens
 from kit.fits import data, module, same, trainer, weights

@@ -20,9 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from billhook.adapters.masked import MaskedLora, active_in, check_plain, mask_as_weights, on_linears
 from billhook.adapters.merge import has_adapters
 from billhook.arguments import fraction, number, whole
-from billhook.model.handed import handing_of
 from billhook.model.linears import weight_of
-from billhook.model.shape import KEY
+from billhook.model.shapes.handed import handing_of
+from billhook.model.shapes.shape import KEY
 
 ADAPTERS = "billhook_adapters"
 """The key of Lightning checkpoints under which they keep how the adapters on their linears are scaled."""

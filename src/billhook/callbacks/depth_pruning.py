@@ -8,9 +8,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.fit.calibration import Calibration, Given
+from billhook.fit.events.rounds import At, check_at, rounds_of
+from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, sum_over
-from billhook.fit.rounds import At, check_at, rounds_of
-from billhook.fit.shape_event import ShapeCallback
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import run_of

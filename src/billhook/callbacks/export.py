@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import Saved, check_names, save
+from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import together
 from billhook.fit.run import callbacks_of, is_trial
-from billhook.fit.shape_event import ShapeCallback
 from billhook.model.find import find_transformer
 from billhook.running.shards import gathered, unsharded
 

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from billhook.checkpoints.export import MASKED
-from billhook.fit.shape_event import ShapeCallback
+from billhook.fit.events.shape_event import ShapeCallback
 from billhook.units.gates import Mask, mask
 from billhook.units.units import Per
 from billhook.units.zero import zero_units

@@ -17,12 +17,12 @@ from billhook.callbacks.head_monitor import Mode, Monitor
 from billhook.callbacks.head_ranking import HeadRanking
 from billhook.callbacks.head_record import HeadRecord
 from billhook.fit.calibration import Calibration, Given
-from billhook.fit.event import log_event
+from billhook.fit.events.event import log_event
+from billhook.fit.events.rounds import At, check_when, rounds_of
+from billhook.fit.events.shape_event import refuse_shape_changes
 from billhook.fit.measure import measure
 from billhook.fit.ranks import check_agreed, together
-from billhook.fit.rounds import At, check_when, rounds_of
 from billhook.fit.run import callbacks_of
-from billhook.fit.shape_event import refuse_shape_changes
 from billhook.importance.base import Importance
 from billhook.importance.gate_gradient import GateGradient
 from billhook.model.find import find_transformer

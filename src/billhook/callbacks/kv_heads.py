@@ -11,10 +11,10 @@ from billhook.callbacks.kv_moving import Moving
 from billhook.callbacks.kv_preparation import HINT, Preparation
 from billhook.callbacks.kv_stages import Stage, check_heads, check_order, check_over, steps_over
 from billhook.fit.calibration import Calibration, Given
+from billhook.fit.events.rounds import At, shares_of
+from billhook.fit.events.stages import StageCallback
 from billhook.fit.ranks import together
-from billhook.fit.rounds import At, shares_of
 from billhook.fit.run import callbacks_of, is_trial, training_steps
-from billhook.fit.stages import StageCallback
 from billhook.kv_heads.layerwise import check_in_part, next_layers
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.mean import Mean

@@ -3,8 +3,8 @@
 import lightning.pytorch as pl
 
 from billhook.callbacks.kv_preparation import Preparation
+from billhook.fit.events.shape_event import unwrapped
 from billhook.fit.ranks import check_agreed, together
-from billhook.fit.shape_event import unwrapped
 from billhook.kv_heads.approach import approach
 from billhook.kv_heads.plan import KVHeadPlan
 from billhook.model.find import find_transformer

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from billhook.arguments import whole
 from billhook.callbacks.kv_preparation import Preparation
-from billhook.fit.rounds import At, step_of
+from billhook.fit.events.rounds import At, step_of
 from billhook.schedules import Schedule, check_step
 
 

@@ -8,10 +8,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 from billhook.callbacks.export import Export
-from billhook.fit.event import Event
+from billhook.fit.events.event import Event
+from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.measure import measure
 from billhook.fit.run import callbacks_of
-from billhook.fit.shape_event import ShapeCallback
 from billhook.report.plot import plot
 from billhook.report.summary import Stage, summary, table
 

@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 from billhook.arguments import whole
 from billhook.fit.calibration import Calibration, Given, gradient_precision
-from billhook.fit.event import log_event
+from billhook.fit.events.event import log_event
+from billhook.fit.events.rounds import At, check_at, rounds_of
+from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, sum_over, together
-from billhook.fit.rounds import At, check_at, rounds_of
-from billhook.fit.shape_event import ShapeCallback
 from billhook.importance.base import Importance
 from billhook.importance.score import run_of
 from billhook.importance.taylor import Taylor

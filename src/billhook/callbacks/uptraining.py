@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from billhook.arguments import fraction
-from billhook.fit.event import SetsLength
+from billhook.fit.events.event import SetsLength
 from billhook.fit.lightning_internals import set_length
 from billhook.fit.ranks import SumOverRanks, together
 from billhook.fit.run import callbacks_of, is_trial, isolated

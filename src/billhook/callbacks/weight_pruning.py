@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from billhook.adapters.masked import mask_as_weights, plain_adapters
 from billhook.fit.calibration import Calibration, Given
-from billhook.fit.event import EventCallback, FollowsShapes, log_event
+from billhook.fit.events.event import EventCallback, FollowsShapes, log_event
+from billhook.fit.events.rounds import At, check_when, rounds_of
+from billhook.fit.events.shape_event import ShapeCallback, refuse_shape_changes
 from billhook.fit.lightning_internals import averages
 from billhook.fit.ranks import check_agreed, sum_over, together
-from billhook.fit.rounds import At, check_when, rounds_of
-from billhook.fit.shape_event import ShapeCallback, refuse_shape_changes
 from billhook.fit.strategies import check_masks
 from billhook.model.find import find_transformer
 from billhook.running.shards import gathered, unsharded, whole

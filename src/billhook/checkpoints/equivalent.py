@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.model.build import build_class_on_meta
-from billhook.model.shape import KEY, Shape, shape_of
+from billhook.model.shapes.shape import KEY, Shape, shape_of
 
 ANY = object()
 """Any value, of a config field that no code reads."""

@@ -19,8 +19,8 @@ from billhook.checkpoints.save import Saved, save
 from billhook.checkpoints.verify import logits_of, make_probe
 from billhook.model.build import build_class_on_meta
 from billhook.model.meta import model_class
-from billhook.model.shape import KEY, Shape, shape_of
-from billhook.model.shaped import build_shaped
+from billhook.model.shapes.shape import KEY, Shape, shape_of
+from billhook.model.shapes.shaped import build_shaped
 from billhook.model.transformers_internals import build_class
 from billhook.units.units import Per
 from billhook.units.zero import zero_units

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 
 from billhook.assets import model_path
 from billhook.model.meta import check_checkpoint, read_config
-from billhook.model.shaped import load_shaped, readable, says_shape
+from billhook.model.shapes.shaped import load_shaped, readable, says_shape
 from billhook.model.transformers_internals import build_class, classes_of
 
 Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]

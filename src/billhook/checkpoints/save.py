@@ -21,8 +21,8 @@ from billhook.checkpoints.place import RECORD, check_target, drafted, move, reco
 from billhook.checkpoints.verify import make_probe, verify
 from billhook.model.find import find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
-from billhook.model.shape import KEY, unbuilt_shape
-from billhook.model.shaped import load_as, readable, to_entry
+from billhook.model.shapes.shape import KEY, unbuilt_shape
+from billhook.model.shapes.shaped import load_as, readable, to_entry
 
 Way = Literal["plain", "equivalent", "shaped"]
 WAYS: dict[Way, str] = {

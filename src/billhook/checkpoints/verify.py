@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.model.shaped import load_as
+from billhook.model.shapes.shaped import load_as
 from billhook.model.transformers_internals import attention_of
 
 

@@ -14,7 +14,7 @@ from billhook.arguments import one_of, whole
 from billhook.checkpoints.save import load
 from billhook.cli.machine import check_file, device_of, machine_name, threads_of, versions
 from billhook.model.meta import from_name
-from billhook.model.shape import unbuilt_shape
+from billhook.model.shapes.shape import unbuilt_shape
 from billhook.report.generation import CacheKind, generates
 from billhook.report.plot_bench import plot_bench
 from billhook.report.speed import Phase, Row, check_speed, measure_speed, spread

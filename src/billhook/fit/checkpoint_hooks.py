@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from billhook.adapters.lora import save_adapters
 from billhook.fit.resume import ShapeInCheckpoint, before_weights, check_callbacks
 from billhook.fit.resume_state import ResumeState, set_gradients, unfinished_gradients
-from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
-from billhook.model.shape import Shape, shape_of
+from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
+from billhook.model.shapes.shape import Shape, shape_of
 
 RANDOM, GRADIENTS = "billhook_random", "billhook_gradients"
 """Where checkpoints keep the random numbers of each process, and the gradients of an unfinished step."""

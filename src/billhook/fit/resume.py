@@ -12,8 +12,8 @@ from torch import nn
 from billhook.adapters.lora import save_adapters
 from billhook.checkpoints.export import MASKED
 from billhook.fit.run import callbacks_of
-from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
+from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
 from billhook.units.zero import zero_units
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.adapters.beneath import MERGE, adapted, beneath
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.pooling import Pooled
-from billhook.model.shape import Shape, shape_of
+from billhook.model.shapes.shape import Shape, shape_of
 
 
 def check_adapters(model: nn.Module, method: KVMethod) -> None:

@@ -8,7 +8,7 @@ from billhook.kv_heads.plan import KVHeadPlan
 from billhook.kv_heads.scope import kv_heads_by_layer
 from billhook.model.find import find_transformer
 from billhook.model.meta import to_meta
-from billhook.model.shape import set_shape
+from billhook.model.shapes.shape import set_shape
 
 
 def next_layers(heads: Mapping[str, int], fewer: int, share: float) -> list[str]:

@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.kv_heads.layout import KV, QUERY, KVAttention, Rows
 from billhook.kv_heads.pooling import Pooled
-from billhook.model.handed import Handing, can_hand, handing_of, regular
-from billhook.model.shape import GROUPS, Shape, shape_of
+from billhook.model.shapes.handed import Handing, can_hand, handing_of, regular
+from billhook.model.shapes.shape import GROUPS, Shape, shape_of
 
 Cut = tuple[dict[str, Pooled], Shape]
 

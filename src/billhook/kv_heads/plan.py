@@ -30,7 +30,7 @@ from billhook.model.figures import kv_cache_bytes
 from billhook.model.find import find_transformer
 from billhook.model.meta import to_meta
 from billhook.model.plan import Plan, Weights
-from billhook.model.shape import Shape, set_shape, shape_of
+from billhook.model.shapes.shape import Shape, set_shape, shape_of
 from billhook.model.surgery import Change, replace_parameters, undone_by_errors
 from billhook.tracing.show import pattern
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from billhook.model.handed import Indices
+from billhook.model.shapes.handed import Indices
 from billhook.model.surgery import Change
 
 Pool = Callable[[Sequence[Tensor]], Tensor]

@@ -19,7 +19,7 @@ from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.kv_heads.linears import Cut, cut_into_groups, cut_into_handed
 from billhook.kv_heads.scope import check_kv_heads, in_scope, inside_encoder
 from billhook.model.build import build_on_meta
-from billhook.model.shape import set_shape, shape_of
+from billhook.model.shapes.shape import set_shape, shape_of
 from billhook.model.surgery import Change, replace_parameters
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
 from billhook.running.answers import alike

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel
 from billhook.kv_heads.config import FIELD, FIELDS
 from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.model.find import find_transformer
-from billhook.model.handed import handing_of
-from billhook.model.shape import shape_of, unbuilt_shape
-from billhook.model.shape_checks import FLAG
+from billhook.model.shapes.handed import handing_of
+from billhook.model.shapes.shape import shape_of, unbuilt_shape
+from billhook.model.shapes.shape_checks import FLAG
 
 
 def kv_heads_by_layer(model: nn.Module, encoder: bool = True) -> dict[str, int]:

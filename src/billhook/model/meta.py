@@ -15,8 +15,8 @@ from transformers.models.auto import modeling_auto
 
 from billhook.assets import model_path
 from billhook.model.hooks import stand_ins
-from billhook.model.shape import KEY
-from billhook.model.shaped import take_said
+from billhook.model.shapes.shape import KEY
+from billhook.model.shapes.shaped import take_said
 from billhook.running.shards import is_sharded, sizes_only
 
 Module = TypeVar("Module", bound=nn.Module)

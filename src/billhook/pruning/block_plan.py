@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from billhook.model.config_fields import Fields
 from billhook.model.find import find_transformer
 from billhook.model.plan import Plan, Weights, starting_from
-from billhook.model.shape import shape_of
+from billhook.model.shapes.shape import shape_of
 from billhook.pruning.block_fields import Numbers, Then, find_then
 from billhook.pruning.block_removal import remove_blocks
 from billhook.units.blocks import block_of, find_blocks

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from billhook.model.handed import Indices
+from billhook.model.shapes.handed import Indices
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Member
 from billhook.units.find import Chosen, numbered

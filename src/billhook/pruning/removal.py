@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.model.config_fields import set_fields
-from billhook.model.handed import Indices
-from billhook.model.shape import Shape, set_shape
+from billhook.model.shapes.handed import Indices
+from billhook.model.shapes.shape import Shape, set_shape
 from billhook.model.surgery import Change, replace_parameters, undone_by_errors
 from billhook.pruning.cuts import Cut
 from billhook.pruning.shape_then import shapes_then

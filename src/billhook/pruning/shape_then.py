@@ -13,7 +13,7 @@ from billhook.adapters.beneath import adapted, beneath, without_adapters
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, configs_of, field, set_fields, with_fields
 from billhook.model.meta import to_meta
-from billhook.model.shape import GROUPS, Shape, set_shape, shape_of
+from billhook.model.shapes.shape import GROUPS, Shape, set_shape, shape_of
 from billhook.model.transformers_internals import set_attention
 from billhook.pruning.cuts import Cut
 from billhook.tracing.groups import Kind

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from billhook.model.handed import Indices
+from billhook.model.shapes.handed import Indices
 from billhook.tracing.axes import Axis, find, leaves
 from billhook.tracing.groups import Group
 from billhook.tracing.tape import Meeting, Rows, Sources, Tape

@@ -6,7 +6,7 @@ import numpy as np
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from billhook.model.handed import Indices
+from billhook.model.shapes.handed import Indices
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group, Member, innermost

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from billhook.model.handed import Indices
+from billhook.model.shapes.handed import Indices
 from billhook.tracing.axes import Axis, layout, leaves
 from billhook.tracing.groups import Member
 

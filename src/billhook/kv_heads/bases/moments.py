@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.kv_heads.bases.stacks import Projections, instead, moved_values
-from billhook.model.handed import handing_of
+from billhook.model.shapes.handed import handing_of
 from billhook.running.batches import Run
 from billhook.running.overridden import overridden
 from billhook.running.undisturbed import Ambient, undisturbed

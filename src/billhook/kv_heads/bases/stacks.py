@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.model.handed import Indices
 from billhook.model.linears import as_it_lies, matrix_of
+from billhook.model.shapes.handed import Indices
 from billhook.running.walk import replaced
 from billhook.tracing.coupling import Structure
 from billhook.tracing.roles import Attention, Part

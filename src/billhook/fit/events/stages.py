@@ -9,11 +9,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.fit.calibration import Calibration
-from billhook.fit.event import log_event
+from billhook.fit.events.event import log_event
+from billhook.fit.events.rounds import At, check_at, step_of
+from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.lightning_internals import is_search
-from billhook.fit.rounds import At, check_at, step_of
 from billhook.fit.run import callbacks_of, is_trial, training_steps
-from billhook.fit.shape_event import ShapeCallback
 from billhook.schedules import Schedule
 
 

@@ -16,8 +16,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from billhook.model.build import build_class_on_meta
-from billhook.model.handed import Handing, can_hand
-from billhook.model.shape import GROUPS, KEY, Shape, set_shape, shape_of
+from billhook.model.shapes.handed import Handing, can_hand
+from billhook.model.shapes.shape import GROUPS, KEY, Shape, set_shape, shape_of
 
 VERSIONS = (1, 2)
 """Those that are read: the first has no linears that hand out heads, and is written where there are none."""

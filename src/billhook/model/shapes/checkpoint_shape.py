@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.model.find import find_transformer, locate_transformer
-from billhook.model.shape import KEY, Shape, set_shape, shape_of
-from billhook.model.shape_checks import check_plain_shape
+from billhook.model.shapes.shape import KEY, Shape, set_shape, shape_of
+from billhook.model.shapes.shape_checks import check_plain_shape
 from billhook.model.surgery import undone_by_errors
 from billhook.running.shards import class_of
 

@@ -15,10 +15,10 @@ from torch import nn
 from billhook.arguments import whole
 from billhook.fit.calibration import Calibration
 from billhook.fit.checkpoint_hooks import add_to, unwrap_hooks, wrap_hooks
+from billhook.fit.events.rounds import still_due
 from billhook.fit.late_models import drop_waiting
 from billhook.fit.measure import measure
 from billhook.fit.resume_state import ResumeState
-from billhook.fit.rounds import still_due
 from billhook.fit.run import callbacks_of, training_steps
 from billhook.report.summary import summary
 

@@ -13,7 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from billhook.fit.event import Event, EventCallback, FollowsShapes, SetsLength, log_event
+from billhook.fit.events.event import Event, EventCallback, FollowsShapes, SetsLength, log_event
 from billhook.fit.late_models import once_model_exists
 from billhook.fit.lightning_internals import averages, communication_state
 from billhook.fit.ranks import together

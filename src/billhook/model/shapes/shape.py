@@ -14,9 +14,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, fields_of, set_fields
-from billhook.model.handed import Handing, can_hand, hand, handing_of
-from billhook.model.shape_checks import FLAG, check_plain_shape
-from billhook.model.stacks import first_of, keep, numbers_of, snapshot, taken_out
+from billhook.model.shapes.handed import Handing, can_hand, hand, handing_of
+from billhook.model.shapes.shape_checks import FLAG, check_plain_shape
+from billhook.model.shapes.stacks import first_of, keep, numbers_of, snapshot, taken_out
 
 KEY = "billhook"
 """Where Lightning checkpoints keep the shape, and config.json what the model's class does not build of it."""

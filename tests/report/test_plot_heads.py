@@ -62,7 +62,7 @@ def test_each_round_is_drawn_to_a_file_and_to_loggers(files, tmp_path):
 
 
 def test_without_a_file_or_such_a_logger_nothing_is_drawn(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("billhook.callbacks.head_record.plot_heads", None)
+    monkeypatch.setattr("billhook.callbacks.heads.record.plot_heads", None)
     logger = pl.loggers.CSVLogger(tmp_path)
     trainer(tmp_path, [pruning(0.25)], logger=logger, max_steps=2, log_every_n_steps=1).fit(module(), data(files))
 

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from billhook.arguments import one_of
 from billhook.callbacks.export import Export
-from billhook.callbacks.head_masking import HeadMasking
-from billhook.callbacks.head_monitor import Mode, Monitor
-from billhook.callbacks.head_ranking import HeadRanking
-from billhook.callbacks.head_record import HeadRecord
+from billhook.callbacks.heads.masking import HeadMasking
+from billhook.callbacks.heads.monitor import Mode, Monitor
+from billhook.callbacks.heads.ranking import HeadRanking
+from billhook.callbacks.heads.record import HeadRecord
 from billhook.fit.calibration import Calibration, Given
 from billhook.fit.events.event import log_event
 from billhook.fit.events.rounds import At, check_when, rounds_of

@@ -7,9 +7,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.kv_moving import Moving
-from billhook.callbacks.kv_preparation import HINT, Preparation
-from billhook.callbacks.kv_stages import Stage, check_heads, check_order, check_over, steps_over
+from billhook.callbacks.kv.moving import Moving
+from billhook.callbacks.kv.preparation import HINT, Preparation
+from billhook.callbacks.kv.stages import Stage, check_heads, check_order, check_over, steps_over
 from billhook.fit.calibration import Calibration, Given
 from billhook.fit.events.rounds import At, shares_of
 from billhook.fit.events.stages import StageCallback

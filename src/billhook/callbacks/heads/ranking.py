@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from transformers import PreTrainedModel
 
-from billhook.callbacks.head_record import HeadRecord
+from billhook.callbacks.heads.record import HeadRecord
 from billhook.fit.calibration import Calibration, gradient_precision
 from billhook.fit.ranks import sum_over
 from billhook.importance.base import Importance

@@ -2,7 +2,7 @@
 
 import lightning.pytorch as pl
 
-from billhook.callbacks.kv_preparation import Preparation
+from billhook.callbacks.kv.preparation import Preparation
 from billhook.fit.events.shape_event import unwrapped
 from billhook.fit.ranks import check_agreed, together
 from billhook.kv_heads.approach import approach

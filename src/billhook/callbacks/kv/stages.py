@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from billhook.arguments import whole
-from billhook.callbacks.kv_preparation import Preparation
+from billhook.callbacks.kv.preparation import Preparation
 from billhook.fit.events.rounds import At, step_of
 from billhook.schedules import Schedule, check_step
 

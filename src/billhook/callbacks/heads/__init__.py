@@ -1,0 +1,1 @@
+"""Serves HeadPruning: ranking, masks, the monitored value, and the record of rounds."""

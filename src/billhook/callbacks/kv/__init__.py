@@ -1,0 +1,1 @@
+"""Serves KVHeadConversion: stages, what examples show, and heads that move before they are pooled."""

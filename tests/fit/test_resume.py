@@ -122,6 +122,7 @@ def test_stopped_at_any_step(files, tmp_path, callbacks, lora, stops, options):
 
 
 @pytest.mark.filterwarnings("ignore:.*training has ended at step .*, before the")
+@pytest.mark.slow
 def test_stopped_again_and_again(files, tmp_path):
     """Each part of the run goes on with what the one before has saved, across the end of an epoch."""
     straight, steps = module(lora=True), 23
@@ -152,6 +153,7 @@ class Stop(pl.Callback):
     [({"max_steps": 7}, {"max_steps": 14}), ({"max_epochs": 1}, {"max_epochs": 2}), ({"max_steps": 7}, {"max_epochs": 2})],
     ids=["steps", "epochs", "steps then epochs"],
 )
+@pytest.mark.slow
 def test_stopped_by_the_length_of_the_fit(files, tmp_path, first, second):
     """Where nothing depends on the length: it is as if the fit had been as long from the start."""
 
@@ -184,6 +186,7 @@ def own(folder, path=None, seed=0, workers=0, callbacks=None, **options):
 
 
 @pytest.mark.parametrize("callbacks", [None, lambda: [bh.WeightPruning(bh.Magnitude(), 0.5, at=2)]], ids=["shape", "mask"])
+@pytest.mark.slow
 def test_a_module_and_a_loader_of_ones_own(tmp_path, callbacks):
     """Order of the examples, dropout, Python's and NumPy's random numbers, at every step of three epochs."""
     make = callbacks or (lambda: None)

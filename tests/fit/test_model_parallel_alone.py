@@ -81,7 +81,7 @@ def test_averaged_weights_are_refused(tmp_path, alone):
 def test_a_module_that_is_sharded_already_is_not_converted(tmp_path, alone):
     lit = Own()
     trainer(tmp_path, [], max_steps=1, strategy=alone).fit(lit)
-    with pytest.raises(ValueError, match="Own is sharded already, by an earlier fit: make it anew"):
+    with pytest.raises(ValueError, match="Own is sharded already, by an earlier fit: make a new one"):
         trainer(tmp_path, [bh.KVHeadConversion(2)], max_steps=1, strategy=sharding(1)).fit(lit)
 
 
@@ -90,7 +90,7 @@ def test_a_module_that_is_sharded_already_is_not_converted(tmp_path, alone):
 def test_other_ways_to_shard_are_refused(callback, kind):
     class Trainer:
         strategy = object.__new__(kind)  # DeepSpeed is not installed, FSDP1 not for the CPU
-        global_step = 0
+        global_step, callbacks = 0, ()
 
     one, lit = callback(), Own()
     with pytest.raises(ValueError, match=f"under ModelParallelStrategy .FSDP2.; the strategy is {kind.__name__}, which .* train"):

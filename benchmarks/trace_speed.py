@@ -7,7 +7,8 @@ are those of `trace`. On meta it would raise where code asks for a value (masks:
 `item` of tensors are replaced by functions that answer True and 1, as `trace` does: a handful of calls, no slower than answers.
 
 Forward and trace take turns; each time is CPU time, the median; the ratio is the median of the pairs. The copy (`to_meta`), the
-grouping (`couple`) and the run (all the rest) are timed inside `trace`. Memory is by how much a fresh process grows over its
+grouping (`couple`) and the run (all the rest) are timed inside `trace`. "Again" is a trace of what has been traced before, which is
+remembered; before each first trace all is forgotten. Memory is by how much a fresh process grows over its
 first trace, after one forward.
 """
 
@@ -58,7 +59,7 @@ MODELS = {
     "DeepSeek-V3": (DeepseekV3ForCausalLM, DeepseekV3Config, {}),
 }
 DEPTHS = {f"Llama, {n} layers": (LlamaForCausalLM, LlamaConfig, {"num_hidden_layers": n}) for n in (8, 16, 32, 64)}
-HEADER = "model | parameters | layers | forward ms | trace ms | ratio | copy | run | group | ms a layer | groups | memory MB"
+HEADER = "model | parameters | layers | forward ms | trace ms | ratio | again ms | copy | run | group | ms a layer | groups | memory MB"
 
 
 def build(name):
@@ -145,7 +146,11 @@ def measure(name, repetitions):
     for _ in range(repetitions):
         plain = forward(model)
         whole, copy, couple, structure = stages(model)
-        for key, value in {"plain": plain, "whole": whole, "copy": copy, "couple": couple, "ratio": whole / plain}.items():
+        start = time.process_time()
+        tracing.trace(model)
+        again = time.process_time() - start
+        figures = {"plain": plain, "whole": whole, "copy": copy, "couple": couple, "ratio": whole / plain, "again": again}
+        for key, value in figures.items():
             times[key].append(value)
     mid = {key: median(values) for key, values in times.items()}
     layers = max(len(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList))
@@ -158,6 +163,7 @@ def measure(name, repetitions):
         f"{1000 * mid['plain']:.0f}",
         f"{1000 * mid['whole']:.0f}",
         f"{mid['ratio']:.2f}",
+        f"{1000 * mid['again']:.0f}",
         *ms,
         f"{1000 * mid['whole'] / layers:.1f}",
         str(len(structure.groups)),

@@ -7,9 +7,9 @@ are those of `trace`. On meta it would raise where code asks for a value (masks:
 `item` of tensors are replaced by functions that answer True and 1, as `trace` does: a handful of calls, no slower than answers.
 
 Forward and trace take turns; each time is CPU time, the median; the ratio is the median of the pairs. The copy (`to_meta`), the
-grouping (`couple`) and the run (all the rest) are timed inside `trace`. "Again" is a trace of what has been traced before, which is
-remembered; before each first trace all is forgotten. Memory is by how much a fresh process grows over its
-first trace, after one forward.
+grouping (`couple`) and the run (all the rest) are timed inside `trace`. "Again" is a trace of a model like one traced before,
+which is remembered; all is forgotten before each first trace. Memory is by how much a fresh process grows over its first trace,
+after one forward.
 """
 
 import argparse
@@ -59,7 +59,10 @@ MODELS = {
     "DeepSeek-V3": (DeepseekV3ForCausalLM, DeepseekV3Config, {}),
 }
 DEPTHS = {f"Llama, {n} layers": (LlamaForCausalLM, LlamaConfig, {"num_hidden_layers": n}) for n in (8, 16, 32, 64)}
-HEADER = "model | parameters | layers | forward ms | trace ms | ratio | again ms | copy | run | group | ms a layer | groups | memory MB"
+HEADER = (
+    "model | parameters | layers | forward ms | trace ms | ratio | again ms | "
+    "copy | run | group | ms a layer | groups | memory MB"
+)
 
 
 def build(name):

@@ -84,3 +84,16 @@ class Forked(nn.Module):
 
     def forward(self, x, y=None):
         return self.one(x) + self.two(x if y is None else y)
+
+
+class Routed(nn.Module):
+    """Experts of which each batch says which it goes to."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.blocks = nn.ModuleList(block() for _ in range(2))
+
+    def forward(self, x, experts):
+        for block, chosen in zip(self.blocks, experts, strict=True):
+            x = block(x, chosen)
+        return x

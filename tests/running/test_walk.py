@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Walk, find_sites
-from kit.sparsity import batches_of
+from kit.sparsity import Routed, batches_of
 
 FAMILIES = [
     "llama",
@@ -121,17 +121,7 @@ def test_an_experts_linears_that_few_runs_call():
         def forward(self, x, chosen):
             return sum(self.experts[e](x) for e in chosen)
 
-    class Routed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.blocks = nn.ModuleList(Block() for _ in range(2))
-
-        def forward(self, x, experts):
-            for block, chosen in zip(self.blocks, experts, strict=True):
-                x = block(x, chosen)
-            return x
-
-    model = Routed()
+    model = Routed(Block)
     seen = {}
 
     class Count(Halve):

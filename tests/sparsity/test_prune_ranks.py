@@ -9,7 +9,7 @@ from torch import nn
 import billhook as bh
 from kit.families import llama, tokens
 from kit.ranks import Ranks
-from kit.sparsity import Forked
+from kit.sparsity import Forked, Routed
 
 
 def planned(model, batches, ranks, **options):
@@ -54,24 +54,11 @@ class Block(nn.Module):
         return sum(self.down[e](self.gate[e](x).relu() * self.up[e](x)) for e in chosen)
 
 
-class Routed(nn.Module):
-    """Experts of which each batch says which it goes to."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, x, experts):
-        for block, chosen in zip(self.blocks, experts, strict=True):
-            x = block(x, chosen)
-        return x
-
-
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 @pytest.mark.parametrize("routes", [[([0, 1], [2]), ([1], [0, 2]), ([0], [0])], [([0], [0]), ([1], [1])], [([0], [3])]])
 @pytest.mark.filterwarnings("ignore:no calibration batch has called")
 def test_experts_that_not_every_rank_comes_to(sequential, routes):
-    model, options = Routed(), {"criterion": bh.Wanda(), "sparsity": 0.5, "sequential": sequential}
+    model, options = Routed(Block), {"criterion": bh.Wanda(), "sparsity": 0.5, "sequential": sequential}
     batches = [(torch.randn(2, 5, 8), route) for route in routes]
     one = bh.prune(model, batches=batches, **options, dry_run=True)
     for ranks in (2, 3):

@@ -56,7 +56,7 @@ def _cache_on_meta(model: PreTrainedModel) -> int | None:
     if model.main_input_name != "input_ids":
         return None
     try:
-        return _forward(_shadow(model), 1) or None
+        return _forward(meta_copy(model), 1) or None
     except CANNOT_RUN:
         return None
 
@@ -66,7 +66,7 @@ def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int 
     if model.main_input_name != "input_ids":
         return None, None
     try:
-        shadow = _shadow(model)
+        shadow = meta_copy(model)
         short = _forward(shadow, context // 2)
         with FlopCounterMode(display=False) as counter:
             long = _forward(shadow, context)
@@ -76,7 +76,8 @@ def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int 
     return grown or None, counter.get_total_flops() // context
 
 
-def _shadow(model: PreTrainedModel) -> PreTrainedModel:
+def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Copies a model to meta, ready to be run there as a whole: without padding, with every expert computed."""
     shadow = to_meta(model)
     shadow.config.pad_token_id = None  # code that looks for padding asks for values
     compute_every_expert(shadow)

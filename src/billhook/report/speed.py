@@ -12,8 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from billhook.arguments import one_of, whole
-from billhook.model.meta import to_meta
-from billhook.model.transformers_internals import compute_every_expert
+from billhook.model.figures import meta_copy
 from billhook.report.generation import CacheKind, Generation, cache_name, generates
 from billhook.report.peak import Peak
 
@@ -286,9 +285,7 @@ def _read(model: PreTrainedModel) -> int:
 def _flops(model: PreTrainedModel, context: int) -> int | None:
     """Counts operations of the prefill of one prompt on meta tensors; None where the model does not run there."""
     try:
-        shadow = to_meta(model)
-        compute_every_expert(shadow)
-        shadow.config.pad_token_id = None  # code that looks for padding asks for values
+        shadow = meta_copy(model)
         with FlopCounterMode(display=False) as counter:
             Generation(shadow, torch.zeros(1, context, dtype=torch.long, device="meta"), 0, "dynamic").prefill()
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError):

@@ -28,9 +28,7 @@ METHODS = [Mean(), Aligned(), SVD(), Aligned("similar"), SVD("similar")]
 
 
 def attentions_of(model, groups):
-    structure = trace(model)
-    places = find_projections(model, structure)
-    return Attentions(model, places, dict.fromkeys(places, groups), structure)
+    return Attentions(model, dict.fromkeys(find_projections(model, trace(model)), groups))
 
 
 def trials_of(model, parts):

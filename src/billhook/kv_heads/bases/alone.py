@@ -1,14 +1,10 @@
-"""One attention run by itself, on random numbers and in float64: it shows what its code does with its projections, no more.
+"""One attention run by itself, on random numbers and in float64, as the model calls it (masks, positions, rotary angles).
 
-The model runs once, to see how it calls its attentions: with what masks, positions, rotary angles. Then each is called in the
-same way as often as is asked, with other projections instead of its own and random numbers instead of what these would be
-given. In float64 what is the same differs by 1e-15, or by 1e-7 where the code computes scores in float32; so a rotary embedding
-still shows where it turns numbers by less than a millionth of a circle from one token to the next.
+What is the same then differs by 1e-15 (1e-7 where the code computes scores in float32), so that also slow rotary turns show.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,30 +25,15 @@ FEW = 7
 """How many, where a model does not say how many it can take."""
 
 
-@dataclass(frozen=True, eq=False)
-class Call:
-    """The arguments of a call of a module.
-
-    Attributes:
-        args: The arguments.
-        kwargs: Those that are named.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a call of a module, and those that are named."""
 
 
 class Alone:
-    """One attention.
-
-    Args:
-        model: The model that it is a part of.
-        place: Where it is.
-        call: What the model calls it with.
-    """
+    """One attention of a model, and what the model calls it with."""
 
     def __init__(self, model: nn.Module, place: Projections, call: Call) -> None:
-        self._model, self._place, self._call = model, place, call
+        self._model, self._place, (self._args, self._kwargs) = model, place, call
         self._module = model.get_submodule(place.name)
 
     @contextmanager
@@ -85,12 +66,12 @@ class Alone:
                 stack.callback(self._model.get_submodule(linear).register_forward_pre_hook(hook).remove)
             reader = self._model.get_submodule(place.o.linear)
             stack.callback(reader.register_forward_hook(lambda _, args, output: found.append(output.flatten(0, -2))).remove)
-            self._module(*map(_widened, self._call.args), **{name: _widened(one) for name, one in self._call.kwargs.items()})
+            self._module(*_widened(self._args), **_widened(self._kwargs))
         return torch.cat(found)
 
 
 class _WideNumbers(TorchFunctionMode):
-    """A number becomes a tensor of float64: the least one of that dtype, which masks are made of, is too large for others."""
+    """Makes tensors of numbers in float64: the least one of that dtype, which masks are made of, is too large for others."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         number = func in (torch.tensor, torch.full) and args and isinstance(args[-1], float)
@@ -98,19 +79,11 @@ class _WideNumbers(TorchFunctionMode):
 
 
 def see_calls(model: nn.Module, places: Mapping[str, Projections]) -> dict[str, Call]:
-    """Runs a model on random tokens and returns with what it calls each of its attentions the first time.
-
-    Args:
-        model: A Hugging Face model.
-        places: Its attentions.
-
-    Raises:
-        ValueError: If one is not called as a module.
-    """
+    """Runs a model on random tokens and returns with what it calls each of its attentions the first time."""
     calls: dict[str, Call] = {}
 
     def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(name, Call(args, kwargs))
+        calls.setdefault(name, (args, kwargs))
 
     device, inputs = next(model.parameters()).device, make_inputs(model, length=_length(model))
     with ExitStack() as stack, torch.no_grad():

@@ -1,7 +1,4 @@
-"""Weights of an attention with which the KV heads of a group are equal, before they are pooled.
-
-Everything is done in the sizes that the model has: its own code runs the result, and pooling equal heads loses nothing more.
-"""
+"""Weights of an attention with which the KV heads of a group are equal, in the sizes that the model has."""
 
 from dataclasses import dataclass
 
@@ -44,14 +41,7 @@ def weight_moments(stacks: Stacks, groups: int) -> Moments:
 
 
 def find_bases(stacks: Stacks, moments: Moments, freedoms: Freedoms, method: Rendered) -> tuple[Bases, Bases]:
-    """Finds the renderings of the keys and of the values of an attention.
-
-    Args:
-        stacks: Its weights.
-        moments: What data shows of it.
-        freedoms: How its numbers may be mixed; those that may not are averaged.
-        method: How a group is rendered.
-    """
+    """Finds the renderings of the keys and of the values of an attention; numbers that may not be mixed are averaged."""
     outputs = _in_groups(stacks.o, len(stacks.k))
     readers = torch.einsum("jhoa,jhob->jab", outputs, outputs)
     return _bases(moments.queries, moments.keys, freedoms.keys, method), _bases(readers, moments.values, freedoms.values, method)
@@ -59,7 +49,12 @@ def find_bases(stacks: Stacks, moments: Moments, freedoms: Freedoms, method: Ren
 
 def pooled(stacks: Stacks, keys: Bases, values: Bases) -> Stacks:
     """Returns the weights with each head replaced by its group's rendering: k' = sum of P_i k_i, v' likewise."""
-    return _taken(stacks, keys, values, _shared(stacks.k, keys), _shared(stacks.v, values))
+
+    def shared(stack: Tensor, own: Bases) -> Tensor:
+        summed = _in_groups(own.shared @ stack, own.groups).sum(1)
+        return summed.repeat_interleave(len(stack) // own.groups, 0)
+
+    return _taken(stacks, keys, values, shared(stacks.k, keys), shared(stacks.v, values))
 
 
 def turned(stacks: Stacks, keys: Bases, values: Bases) -> Stacks:
@@ -78,13 +73,7 @@ def _taken(stacks: Stacks, keys: Bases, values: Bases, k: Tensor, v: Tensor) -> 
     return Stacks(q, k, v, stacks.o @ values.basis.repeat_interleave(queries, 0))
 
 
-def _shared(stack: Tensor, own: Bases) -> Tensor:
-    summed = _in_groups(own.shared @ stack, own.groups).sum(1, keepdim=True)
-    return summed.expand(-1, len(stack) // own.groups, -1, -1).flatten(0, 1)
-
-
 def _bases(metric: Tensor, moments: Tensor, freedom: Freedom, method: Rendered) -> Bases:
-    """Finds the renderings of all groups; numbers in no block are averaged."""
     groups, size, width = moments.shape[:3]
     metrics, found, lost, whole = _in_groups(metric, groups), [], 0.0, 0.0
     for group in range(groups):

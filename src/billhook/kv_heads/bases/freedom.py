@@ -1,10 +1,7 @@
 """How the numbers of a head may be mixed without changing the model: found by trying it on the model's own code.
 
-Attention does not change when keys are multiplied by a matrix A and queries by its inverse transpose, q^T A^-1 A k = q^T k, or
-values by A and output columns by A^-1; except for the code in between. A rotary embedding turns pairs of numbers (all, or
-some of a head), in one of two layouts; a norm scales with what it is given; a gate stands at each number. So random projections
-replace the model's own, once as they are and once with such a matrix in between; where the attention gives the
-same, the matrix is free. Each is tried by itself, in float64, so that also slow turns show (see `alone`).
+Keys may be multiplied by A and queries by its inverse transpose, q^T A^-1 A k = q^T k, or values by A and output columns by A^-1,
+unless a rotary embedding, a norm or a gate stands in between.
 """
 
 import math
@@ -77,14 +74,7 @@ def _rest(start: int, width: int) -> Freedom:
 def find_freedoms(model: nn.Module, places: Mapping[str, Projections]) -> dict[str, Freedoms]:
     """Finds how the heads of each attention may be mixed, by the attention's name; the model stays as it is.
 
-    It runs the model once, on a few random tokens, and each attention some four times where it is of one of the usual kinds.
-
-    Args:
-        model: A Hugging Face model.
-        places: Its attentions.
-
-    Raises:
-        ValueError: If an attention is not called as a module.
+    It runs the model once, and each attention of a usual kind some four times.
     """
     with undisturbed(model), plainly(model):
         calls = see_calls(model, places)
@@ -108,7 +98,7 @@ def _freedoms(attention: Alone) -> Freedoms:
 
 
 def in_order(stacks: Stacks, order: Sequence[int]) -> Stacks:
-    """Returns the KV heads in another order, with their query heads."""
+    """Returns the KV heads in another order, or some of them, with their query heads."""
     queries = len(stacks.q) // len(stacks.k)
     heads = [head * queries + query for head in order for query in range(queries)]
     return Stacks(stacks.q[heads], stacks.k[list(order)], stacks.v[list(order)], stacks.o[heads])

@@ -1,9 +1,7 @@
 """Second moments of the heads of each attention on calibration data: how its keys, queries and values vary together.
 
-Keys and queries are seen where their projections give them, before any rotary embedding. Of values it matters what attention
-makes of them: head h is given a mean of v_j over what it attends to, and needed is also what it would be given of the other
-heads of the group. So each attention runs once more for each of these, with their values instead of its own: the model's own
-code, whatever its masks and scores are, and nothing but the attention runs again.
+Keys and queries are seen before any rotary embedding. Of values it matters what attention makes of them, so each attention runs
+once more for each other head of a group, with that one's values instead of its own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +25,8 @@ from billhook.running.walk import Reduce, spare
 class Moments:
     """Second moments of the heads of one attention, group by group, about zero, biases included: float64.
 
+    Apart from `InputMoments`, as that sums in float32 all that one linear is given, and bases take float64 of each group's heads.
+
     Attributes:
         keys: E[k_i k_j^T], the mean over tokens, `[groups, heads, width, heads, width]`.
         values: The same of values, as the query heads of the group are given them: with a_t what query head h attends to with,
@@ -48,11 +48,9 @@ def gather(
 ) -> dict[str, Moments]:
     """Runs the model on all batches and sums up; the model stays as it is.
 
-    In groups of J heads each attention runs J times a batch, and the rest of the model once. What is held throughout are, of each
-    attention, float64 matrices of 2 G (J w)^2 + H w^2 numbers, for G groups and H = G J heads of width w: of Llama-7B (H = 32,
-    w = 128, 32 attentions) 1.2 GB for G = 8, and 8.7 GB for G = 1, which a choice of groups needs. Within an attention, it holds
-    what the query heads are given J times over, in float32, and a copy of the linear that makes values: of Llama-7B 0.13 GB for
-    G = 8 and 1.1 GB for G = 1 with 2048 tokens in a batch, and some of it once more while sums are made.
+    In groups of J heads each attention runs J times a batch. Held throughout are 2 G (J w)^2 + H w^2 numbers in float64 of each
+    attention, for G groups and H = G J heads of width w: of Llama-7B (H = 32, w = 128, 32 attentions) 1.2 GB for G = 8, and
+    8.7 GB for G = 1, which a choice of groups needs; within an attention, with 2048 tokens in a batch, 0.13 GB and 1.1 GB more.
 
     Args:
         model: The model.
@@ -60,9 +58,6 @@ def gather(
         groups: Into how many groups of consecutive KV heads each is divided.
         trials: The batches, with the tokens that count by linear.
         reduce: Sums over ranks.
-
-    Raises:
-        ValueError: If an attention is not called as a module, or is given NaN or infinite numbers.
     """
     sums = {name: _Sums(model, place, groups[name]) for name, place in places.items()}
     with undisturbed(model), ExitStack() as stack:
@@ -80,11 +75,7 @@ class _Enough(BaseException):
 
 
 class _Sums:
-    """Listens to one attention, and adds up.
-
-    Attributes:
-        masks: Which tokens of the batch count, by linear, where not all do.
-    """
+    """Listens to one attention, and adds up; `masks` say which tokens of the batch count, by linear, where not all do."""
 
     def __init__(self, model: nn.Module, place: Projections, groups: int) -> None:
         self._model, self._place, self._groups = model, place, groups
@@ -114,10 +105,10 @@ class _Sums:
 
     def _visit(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs the attention's forward with the values of each of the others of the group, and then as it is."""
-        self._given = []
-        for shift in range(1, self._size):
-            others = moved_values(self._model, self._place, self._others(shift))
-            with instead(self._model, others), suppress(_Enough):
+        self._given, size = [], self._size
+        for shift in range(1, size):
+            others = [head // size * size + (head + shift) % size for head in range(self._place.kv_heads)]
+            with instead(self._model, moved_values(self._model, self._place, others)), suppress(_Enough):
                 forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
         self._proper = True
         try:
@@ -125,26 +116,20 @@ class _Sums:
         finally:
             self._proper, self._given = False, None
 
-    def _others(self, shift: int) -> list[int]:
-        """Returns for each KV head the one that is so many places further in its group."""
-        size = self._size
-        return [head // size * size + (head + shift) % size for head in range(self._place.kv_heads)]
-
     def _projected(self, linear: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if not self._proper:
             return
         if (handing := handing_of(module)) is not None:
             output = handing.take_back(output)
-        given, place = _plain(output, self._mask(linear, output)), self._place
+        given, place = self._plain(output, linear), self._place
         with _precisely():
             if linear == place.k.linear:
                 keys = given[:, place.k.index.reshape(self._groups, -1)].transpose(0, 1)
                 self._keys += keys.mT @ keys
                 self._tokens[0] += len(given)
             if linear == place.q.linear:
-                queries = (
-                    given[:, place.q.index.reshape(place.kv_heads, -1, self._queries.shape[1])].transpose(0, 1).flatten(1, 2)
-                )
+                index = place.q.index.reshape(place.kv_heads, -1, self._queries.shape[1])
+                queries = given[:, index].transpose(0, 1).flatten(1, 2)
                 self._queries += queries.mT @ queries
                 self._tokens[2] += len(given)
 
@@ -152,10 +137,8 @@ class _Sums:
         if self._given is None:
             raise ValueError(f"{self._place.name} is not called as a module: its values cannot be seen")
         place = self._place
-        given = _plain(args[0], self._mask(place.o.linear, args[0]))[
-            :, place.o.index.reshape(self._groups, self._size, place.queries, -1)
-        ]
-        self._given.append(given)
+        index = place.o.index.reshape(self._groups, self._size, place.queries, -1)
+        self._given.append(self._plain(args[0], place.o.linear)[:, index])
         if not self._proper:
             raise _Enough
         if len(self._given) != self._size:
@@ -170,32 +153,26 @@ class _Sums:
                 self._tokens[1] += flat.shape[1]
         self._given = []
 
-    def _mask(self, linear: str, tokens: Tensor) -> Tensor | None:
-        mask = self.masks.get(linear)
-        return mask if mask is not None and mask.numel() == tokens.shape[:-1].numel() else None
+    def _plain(self, tensor: Tensor, linear: str) -> Tensor:
+        """Returns the tokens that count, one after the other, in float32 at least."""
+        tensor, mask = tensor.detach().flatten(0, -2), self.masks.get(linear)
+        if mask is not None and mask.numel() == len(tensor):
+            tensor = tensor[mask.flatten()]
+        return tensor if tensor.dtype == torch.float64 else tensor.float()
 
     def moments(self, reduce: Reduce | None) -> Moments:
         """Returns the means of what was added up."""
-        for sums in (self._keys, self._values, self._queries, self._tokens) if reduce is not None else ():
-            assert reduce is not None
-            reduce(sums)
+        if reduce is not None:
+            for sums in (self._keys, self._values, self._queries, self._tokens):
+                reduce(sums)
         counts = self._tokens.tolist()
         if not all(counts):
             raise ValueError(f"batches: {self._place.name} is not called, or no token counts")
         keys, values, queries = self._keys / counts[0], self._values / counts[1], self._queries / counts[2]
         if not all(bool(one.isfinite().all()) for one in (keys, values, queries)):
             raise ValueError(f"batches: {self._place.name} gives NaN or infinite numbers")
-        return Moments(self._by_head(keys), self._by_head(values), queries)
-
-    def _by_head(self, moments: Tensor) -> Tensor:
-        width = moments.shape[1] // self._size
-        return moments.reshape(self._groups, self._size, width, self._size, width)
-
-
-def _plain(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """Returns the tokens that count, one after the other, in float32 at least."""
-    tensor = tensor.detach().flatten(0, -2) if mask is None else tensor.detach()[mask.reshape(tensor.shape[:-1])]
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+        keys, values = (one.unflatten(2, (self._size, -1)).unflatten(1, (self._size, -1)) for one in (keys, values))
+        return Moments(keys, values, queries)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from billhook.kv_heads.bases.bases import find_bases, pooled, turned, weight_mom
 from billhook.kv_heads.bases.freedom import Freedoms, find_freedoms, in_order
 from billhook.kv_heads.bases.grouping import moments_in_order, similar_order
 from billhook.kv_heads.bases.moments import Moments, gather
-from billhook.kv_heads.bases.stacks import Projections, find_projections, instead, read, written
+from billhook.kv_heads.bases.stacks import find_projections, instead, read, written
 from billhook.kv_heads.methods.base import Grouping, KVMethod, Rendered
 from billhook.model.linears import matrix_of
 from billhook.repairs.repair import Repair, repair_linears
@@ -22,7 +22,6 @@ from billhook.repairs.visitor import Given
 from billhook.running.batches import Loss, Run, run_with_loss
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce
-from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import trace
 
 BatchAndLoss = tuple[Any, Loss | None]
@@ -34,25 +33,24 @@ class Attentions:
 
     Args:
         model: The model; it stays as it is.
-        places: Where the projections of each attention lie.
-        groups: How many KV heads each is to have.
-        structure: What `trace` has found of the model.
+        groups: How many KV heads each attention is to have, by the attention's name; others stay as they are.
+
+    Raises:
+        ValueError: If heads are not made by one linear each, or there are adapters.
     """
 
-    def __init__(
-        self, model: nn.Module, places: Mapping[str, Projections], groups: Mapping[str, int], structure: Structure
-    ) -> None:
-        self.model, self.places, self.groups = model, places, groups
-        self.freedoms: dict[str, Freedoms] = find_freedoms(model, places)
+    def __init__(self, model: nn.Module, groups: Mapping[str, int]) -> None:
+        if adapted(model):
+            raise ValueError(f"with LoRA attached, heads stay in their bases, where 'mean' and 'first' can pool them: or {MERGE}")
+        structure = trace(model)
+        self.model, self.groups = model, groups
+        self.places = {name: place for name, place in find_projections(model, structure).items() if name in groups}
+        self.freedoms: dict[str, Freedoms] = find_freedoms(model, self.places)
         downs = [part.name.rpartition(".")[0] for one in structure.feed_forward for part in one.down]
         self.downs = [name for name in dict.fromkeys(downs) if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
 
     def check(self, method: Rendered) -> None:
-        """Refuses what cannot be done.
-
-        Raises:
-            ValueError: If heads cannot change places, or none of their numbers may be mixed.
-        """
+        """Refuses a method where heads cannot change places, or none of their numbers may be mixed."""
         fixed = [name for name, own in self.freedoms.items() if not own.order]
         if method.grouping == "similar" and fixed:
             raise ValueError(
@@ -66,11 +64,7 @@ class Attentions:
             )
 
     def allowed(self, methods: Sequence[Rendered]) -> list[Rendered]:
-        """Returns the methods that suit the attentions.
-
-        Raises:
-            ValueError: If none does, with the reason.
-        """
+        """Returns the methods that suit the attentions; refuses if none does."""
         found, why = list[Rendered](), None
         for method in methods:
             try:
@@ -127,19 +121,6 @@ class Attentions:
         return float(total / count)
 
 
-def attentions_of(model: nn.Module, groups: Mapping[str, int]) -> Attentions:
-    """Returns the attentions that are named, and what is known of them.
-
-    Raises:
-        ValueError: If heads are not made by one linear each, or there are adapters.
-    """
-    if adapted(model):
-        raise ValueError(f"with LoRA attached, heads stay in their bases, where 'mean' and 'first' can pool them: or {MERGE}")
-    structure = trace(model)
-    places = {name: place for name, place in find_projections(model, structure).items() if name in groups}
-    return Attentions(model, places, groups, structure)
-
-
 def best_method(
     attentions: Attentions,
     methods: Sequence[Rendered],
@@ -147,17 +128,10 @@ def best_method(
     repair: Repair | None = None,
     reduce: Reduce | None = None,
 ) -> tuple[Rendered, dict[Rendered, float]]:
-    """Finds the method with the least loss on held-out batches, and returns the loss of each, too.
+    """Finds the allowed method with the least loss on held-out batches, and returns the loss of each, too.
 
-    Args:
-        attentions: What is to be converted.
-        methods: The methods that are compared, as far as the attentions allow them.
-        trials: The batches; those that choose a repair's ridge are held out of what the methods see.
-        repair: If asked for, each is repaired before it is compared, where more than one batch is not held out on any rank.
-        reduce: Sums over ranks.
-
-    Raises:
-        ValueError: If there are fewer than two batches, on any rank, or no method is allowed.
+    Those batches are held out that choose a repair's ridge; each method is repaired before it is compared, where every rank has
+    more than one batch besides.
     """
     chosen = (repair or Repair()).chooses(len(trials)) if len(trials) > 1 else set()
     few, cannot_repair = _summed(attentions.model, [not chosen, len(trials) - len(chosen) < 2], reduce)
@@ -210,12 +184,16 @@ def ready_weights(
         reduce: Sums over ranks.
 
     Raises:
-        ValueError: If batches are missing, or the method does not suit the model.
+        ValueError: If batches are missing on any rank, or the method does not suit the model.
     """
-    attentions = attentions_of(model, groups)
+    attentions = Attentions(model, groups)
     chosen, *others = attentions.allowed(method.candidates)
     trials = [attentions.trial(*pair) for pair in batches]
-    check_batches(model, method, repair, len(trials), reduce)
+    least, what = batches_needed(method, repair)
+    (few,) = _summed(model, [len(trials) < least], reduce)
+    if few:
+        why = "as some are held out" if least > 1 else "to see what the heads are given"
+        raise ValueError(f"batches: {what} needs {least} at least on each rank, {why}; got {len(trials)}")
     if len(method.candidates) > 1:
         chosen, _ = best_method(attentions, [chosen, *others], trials, repair, reduce)
     new = attentions.equal(chosen, attentions.moments(trials, chosen.grouping, reduce))
@@ -236,19 +214,6 @@ def batches_needed(method: KVMethod, repair: Repair | None) -> tuple[int, str]:
     return method.least_batches, f"method='{method.name}'"
 
 
-def check_batches(model: nn.Module, method: KVMethod, repair: Repair | None, count: int, reduce: Reduce | None = None) -> None:
-    """Refuses too few batches, on all ranks if on one.
-
-    Raises:
-        ValueError: With what needs them.
-    """
-    least, what = batches_needed(method, repair)
-    (few,) = _summed(model, [count < least], reduce)
-    if few:
-        why = "as some are held out" if least > 1 else "to see what the heads are given"
-        raise ValueError(f"batches: {what} needs {least} at least on each rank, {why}; got {count}")
-
-
 def turned_weights(
     model: nn.Module,
     groups: Mapping[str, int],
@@ -258,33 +223,14 @@ def turned_weights(
 ) -> dict[str, Tensor]:
     """Returns by parameter the values with which the heads of each group lie in one basis and next to each other.
 
-    Nothing is pooled, and the model computes what it did.
-
-    Args:
-        model: A Hugging Face model; it stays as it is.
-        groups: How many KV heads each attention is to have, by the attention's name.
-        method: How heads become equal.
-        batches: Batches, each with its loss (None for the model's own); without any the weights alone say which basis.
-        reduce: Sums over ranks.
-
-    Raises:
-        ValueError: If the method does not suit the model.
+    Nothing is pooled, and the model computes what it did. Without batches the weights alone say which basis.
     """
-    attentions = attentions_of(model, groups)
+    attentions = Attentions(model, groups)
     attentions.check(method)
     trials = [attentions.trial(*pair) for pair in batches]
     return _by_parameter(attentions.equal(method, attentions.moments(trials, method.grouping, reduce), pool=False))
 
 
 def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod) -> None:
-    """Refuses a model whose heads cannot be made ready for fewer.
-
-    Args:
-        model: A Hugging Face model.
-        groups: How many KV heads each attention is to have, by the attention's name.
-        method: How heads become equal; of several `candidates` one must suit the model.
-
-    Raises:
-        ValueError: If its heads are not made by one linear each, or neither turned nor put in another order.
-    """
-    attentions_of(model, groups).allowed(method.candidates)
+    """Refuses a model whose heads cannot be made ready for fewer by any of a method's candidates."""
+    Attentions(model, groups).allowed(method.candidates)

@@ -21,12 +21,7 @@ from billhook.units.units import Per, Units
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Where the heads of one kind lie.
-
-    Attributes:
-        linear: The linear that makes them, or of outputs the one that reads them.
-        index: The positions of its outputs, or of its inputs, head by head: int64, `[heads, width]`.
-    """
+    """Where the heads of one kind lie: the linear that makes or reads them, and their positions in it, `[heads, width]`."""
 
     linear: str
     index: Indices
@@ -34,15 +29,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Projections:
-    """Where the queries, keys, values and outputs of one attention lie.
-
-    Attributes:
-        name: The attention.
-        q: Queries, `[query heads, width of keys]`.
-        k: Keys, `[KV heads, width of keys]`.
-        v: Values, `[KV heads, width of values]`.
-        o: What reads the heads, `[query heads, width of values]`.
-    """
+    """Where the queries, keys, values and outputs of the attention of that name lie; `o` is what reads the heads."""
 
     name: str
     q: Rows
@@ -81,10 +68,6 @@ class Stacks:
 def find_projections(model: nn.Module, structure: Structure) -> dict[str, Projections]:
     """Finds where the projections of each attention lie, by the attention's name, in the order in which they run.
 
-    Args:
-        model: The model.
-        structure: What `trace` has found of it.
-
     Raises:
         ValueError: If heads are not made and read by one `nn.Linear` or `Conv1D` each.
     """
@@ -101,13 +84,7 @@ def read(model: nn.Module, place: Projections) -> Stacks:
 
 
 def written(model: nn.Module, place: Projections, stacks: Stacks) -> dict[str, dict[str, Tensor]]:
-    """Returns the new parameters of an attention's linears, by linear, in their own sizes and dtypes.
-
-    Args:
-        model: The model, which stays as it is.
-        place: Where they lie.
-        stacks: The new weights.
-    """
+    """Returns the new parameters of an attention's linears, by linear, in their own sizes and dtypes."""
     linears: dict[str, tuple[Tensor, Tensor | None]] = {}
     for rows, stack in ((place.q, stacks.q), (place.k, stacks.k), (place.v, stacks.v)):
         weight, bias = linears.get(rows.linear) or _copy(model, rows.linear)
@@ -179,13 +156,7 @@ def _copy(model: nn.Module, linear: str) -> tuple[Tensor, Tensor | None]:
 
 
 def moved_values(model: nn.Module, place: Projections, order: Sequence[int]) -> dict[str, dict[str, Tensor]]:
-    """Returns new parameters as `written` does, with the values of other KV heads instead of each one's own, all else unchanged.
-
-    Args:
-        model: The model, which stays as it is.
-        place: Where they lie.
-        order: For each KV head, the one whose values it is given.
-    """
+    """Returns new parameters as `written` does, in which each KV head has the values of the one that `order` says."""
     linear, to, source = model.get_submodule(place.v.linear), place.v.index, place.v.index[list(order)]
     weight, bias = (None if one is None else one.clone() for one in matrix_of(linear))
     assert weight is not None
@@ -196,20 +167,10 @@ def moved_values(model: nn.Module, place: Projections, order: Sequence[int]) -> 
 
 @contextmanager
 def instead(model: nn.Module, new: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
-    """Replaces the parameters of linears for a while; what autocast has kept of either is forgotten.
-
-    Args:
-        model: The model.
-        new: By linear, its parameters by their name in it.
-    """
+    """Replaces the parameters of linears for a while; what autocast has kept of either is forgotten."""
     torch.clear_autocast_cache()
     try:
-        with replaced(modules_of(model, new)):
+        with replaced({model.get_submodule(name): own for name, own in new.items()}):
             yield
     finally:
         torch.clear_autocast_cache()
-
-
-def modules_of(model: nn.Module, new: Mapping[str, Mapping[str, Tensor]]) -> dict[nn.Module, Mapping[str, Tensor]]:
-    """Returns the same by module."""
-    return {model.get_submodule(name): own for name, own in new.items()}

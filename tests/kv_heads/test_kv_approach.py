@@ -1,13 +1,13 @@
 import pytest
 import torch
 
-from billhook.kv_heads.approach import approach
 from billhook.kv_heads.bases.ready import check_ready, turned_weights
 from billhook.kv_heads.methods.aligned import Aligned
 from billhook.kv_heads.methods.auto import Auto
 from billhook.kv_heads.methods.mean import Mean
 from billhook.kv_heads.methods.named import method_of
 from billhook.kv_heads.plan import plan_kv_heads
+from billhook.kv_heads.pooling import approach
 from billhook.model.surgery import changed, take
 from kit.families import build, tokens
 from kit.kv_zoo import build as zoo

@@ -15,12 +15,11 @@ from billhook.fit.events.rounds import At, shares_of
 from billhook.fit.events.stages import StageCallback
 from billhook.fit.ranks import together
 from billhook.fit.run import callbacks_of, is_trial, training_steps
-from billhook.kv_heads.layerwise import check_in_part, next_layers
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.mean import Mean
 from billhook.kv_heads.methods.named import Name, method_of
-from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
-from billhook.kv_heads.scope import kv_heads_by_layer, kv_heads_of
+from billhook.kv_heads.plan import KVHeadPlan, check_in_part, plan_kv_heads
+from billhook.kv_heads.scope import kv_heads_by_layer, kv_heads_of, next_layers
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.repairs.repair import Repair

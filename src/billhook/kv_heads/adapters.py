@@ -10,16 +10,12 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import MERGE, adapted, beneath
 from billhook.kv_heads.methods.base import KVMethod
-from billhook.kv_heads.pooling import Pooled
+from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model.shapes.shape import Shape, shape_of
 
 
 def check_adapters(model: nn.Module, method: KVMethod) -> None:
-    """Refuses adapters that cannot be pooled.
-
-    Raises:
-        ValueError: If they are not plain LoRA, or the method does not pool them as it pools weights.
-    """
+    """Refuses adapters that are not plain LoRA, or that the method does not pool as it pools weights."""
     if not method.pools_adapters:
         raise ValueError(f"method='{method.name}' pools weights in a way that their adapters cannot follow: {MERGE}")
     for name, layer in adapted(model).items():
@@ -28,14 +24,9 @@ def check_adapters(model: nn.Module, method: KVMethod) -> None:
             raise ValueError(f"{name} has adapters that are not plain LoRA ({', '.join(sorted(own))}): {MERGE}")
 
 
-def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shape: Shape) -> tuple[dict[str, Pooled], Shape]:
-    """Returns what is pooled of a model, and its shape afterwards, from the same of the model beneath its adapters.
-
-    Raises:
-        ValueError: If what the adapters of a layer read becomes less.
-    """
+def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shape: Shape) -> Shrunk:
+    """Returns how a model shrinks from how the one beneath its adapters does; refuses if what adapters read becomes less."""
     layers, now = adapted(model), shape_of(model)
-
     pooled = {beneath(name, layers): own for name, own in parameters.items()}
     tensors = {beneath(name, layers): size for name, size in shape.tensors.items()}
     attributes = {beneath(name, layers): value for name, value in shape.attributes.items()}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.kv_heads.layout import KVAttention, Rows, find_kv
-from billhook.kv_heads.pooling import Pooled
+from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model.build import build_on_meta
 from billhook.model.meta import to_meta
 from billhook.model.shapes.shape import Shape, set_shape, shape_of
@@ -15,13 +15,12 @@ from billhook.model.shapes.shape_checks import FLAG
 
 FIELD = "num_key_value_heads"
 FIELDS = (FIELD, "num_kv_heads")
-Cut = tuple[dict[str, Pooled], Shape]
 
 
 def cut_by_config(
     model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int, encoder: bool, every: bool
-) -> tuple[list[str], Cut] | None:
-    """Finds the shape of a model with fewer KV heads, where its class builds it from a config.
+) -> tuple[list[str], Shrunk] | None:
+    """Returns the chosen attentions that follow a changed config, and how the model shrinks; None if the class follows no field.
 
     Args:
         model: The model.
@@ -30,10 +29,6 @@ def cut_by_config(
         heads: How many then.
         encoder: Whether the encoder's config changes as well.
         every: Whether all of the chosen must follow, or those that do are enough.
-
-    Returns:
-        The attentions that follow and are chosen, how parameters shrink, and the shape afterwards; None if the class follows
-        no field of the config.
 
     Raises:
         ValueError: If the model is not as its class builds it, or its code does not follow.
@@ -90,11 +85,7 @@ def _owner(name: str, found: Mapping[str, KVAttention]) -> str | None:
 
 
 def check_as_built(model: PreTrainedModel, now: Shape, built: Shape, but: Collection[str]) -> None:
-    """Refuses a model that in anything but some tensors is no longer what its class builds from its config.
-
-    Raises:
-        ValueError: With what differs.
-    """
+    """Refuses a model that in anything but some tensors is no longer what its class builds from its config."""
     names = now.tensors.keys() | built.tensors.keys()
     different = sorted(name for name in names - set(but) if now.tensors.get(name) != built.tensors.get(name))
     different += sorted(name for name in but if name not in now.tensors)
@@ -134,11 +125,7 @@ def _matched(
     then: Shape,
     names: Collection[str],
 ) -> dict[str, Pooled]:
-    """Finds the new place of each position of what shrinks, from what the model's own code does with it before and after.
-
-    Raises:
-        ValueError: If the code does not follow, or a position has no place.
-    """
+    """Finds the new place of each position of what shrinks, from what the model's own code does with it before and after."""
     shadow = to_meta(model)
     set_shape(shadow, then)
     try:

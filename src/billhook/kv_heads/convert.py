@@ -91,10 +91,6 @@ def convert_kv_heads(
 
 
 def check_repair(method: KVMethod, repair: Repair | None) -> None:
-    """Refuses a repair of heads that nothing makes equal before they are pooled.
-
-    Raises:
-        ValueError: With the methods that do.
-    """
+    """Refuses a repair of heads that nothing makes equal before they are pooled."""
     if repair is not None and not method.candidates:
         raise ValueError(f"repair goes with method 'mean', 'aligned', 'svd' and 'auto', not with '{method.name}'")

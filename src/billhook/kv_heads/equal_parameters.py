@@ -69,11 +69,7 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
 
 
 def _head_fields(config: PretrainedConfig, number: int) -> list[str]:
-    """Returns the fields that state how many KV heads there are: of encoder and decoder, or of the model of text.
-
-    Raises:
-        ValueError: If there is none, or the number is not legal for one.
-    """
+    """Returns the fields that state how many KV heads there are; refuses if there is none, or the number is not legal for one."""
     text = config.get_text_config(decoder=True)
     owners = dict(nested_configs(config))
     if not config.is_encoder_decoder:
@@ -93,11 +89,7 @@ def _head_fields(config: PretrainedConfig, number: int) -> list[str]:
 
 
 def _feed_forward(model: PreTrainedModel, finder: FieldFinder) -> tuple[int, tuple[str, ...]]:
-    """Returns the width of all feed-forwards, and the fields of the config that state it.
-
-    Raises:
-        ValueError: If they have several widths, or no fields say it.
-    """
+    """Returns the width of all feed-forwards, and the fields of the config that state it; refuses several widths, or no field."""
     structure = trace(model)
     channels = {one.channel for one in structure.feed_forward}
     groups = [group for group in structure.groups if group.leaf in channels]

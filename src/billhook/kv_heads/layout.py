@@ -78,11 +78,7 @@ class KVAttention:
 
 
 def find_kv(model: PreTrainedModel, structure: Structure | None = None) -> dict[str, KVAttention]:
-    """Finds the attentions of a model as `find_heads` names and orders them, from one run on meta tensors.
-
-    Raises:
-        ValueError: As `find_heads`.
-    """
+    """Finds the attentions of a model as `find_heads` names and orders them, from one run on meta tensors."""
     try:
         structure = structure or trace(model)
         units = find_heads(model, structure)

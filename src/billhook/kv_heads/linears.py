@@ -8,45 +8,39 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.kv_heads.layout import KV, QUERY, KVAttention, Rows
-from billhook.kv_heads.pooling import Pooled
+from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model.shapes.handed import Handing, can_hand, handing_of, regular
 from billhook.model.shapes.shape import GROUPS, Shape, shape_of
 
-Cut = tuple[dict[str, Pooled], Shape]
 
+def cut_into_groups(
+    model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int
+) -> Shrunk | None:
+    """Shrinks keys and values and sets the number of query heads that share each, whether the code follows or not.
 
-def cut_into_groups(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Cut | None:
-    """Shrinks keys and values and sets the number of query heads that share each; returns parameters and shape afterwards.
-
-    Nothing is known yet of whether the code follows. None if keys and values are not made by linears of their own.
+    None if keys and values are not made by linears of their own.
     """
-    cuts, tensors, attributes = dict[str, Pooled](), dict[str, tuple[int, ...]](), dict[str, int]()
+    cuts, attributes = dict[str, Pooled](), dict[str, int]()
     for name in chosen:
         attention = found[name]
         for parameter, rows in attention.rows.items():
             module = model.get_submodule(parameter.rpartition(".")[0])
             if rows.fused or handing_of(module) is not None or not can_hand(module):
                 return None
-            order = {key: place for place, key in enumerate(dict.fromkeys(rows.keys(attention.heads // heads)))}
-            _take(
-                model,
-                parameter,
-                Pooled(rows.dim, tuple(order[key] for key in rows.keys(attention.heads // heads))),
-                cuts,
-                tensors,
-            )
+            keys = rows.keys(attention.heads // heads)
+            order = {key: place for place, key in enumerate(dict.fromkeys(keys))}
+            cuts[parameter] = Pooled(rows.dim, tuple(order[key] for key in keys))
         attributes[f"{attention.place}.{GROUPS}"] = attention.queries // heads
+    tensors = _tensors(model, cuts)
     return cuts, Shape(tensors, attributes | _sizes(model, tensors), {}).over(shape_of(model))
 
 
-def cut_into_handed(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Cut:
-    """Lets the linears of keys and values store fewer heads and hand out as many as before; returns parameters and shape.
+def cut_into_handed(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Shrunk:
+    """Lets the linears of keys and values store fewer heads and hand out as many as before.
 
-    Raises:
-        ValueError: If keys or values are not made by a linear, or their heads do not lie regularly.
+    Refuses keys or values that are not made by a linear, or whose heads do not lie regularly.
     """
-    cuts, tensors = dict[str, Pooled](), dict[str, tuple[int, ...]]()
-    shape = shape_of(model)
+    cuts, shape = dict[str, Pooled](), shape_of(model)
     handed = dict(shape.handed or {})
     for name in chosen:
         for parameter, rows in found[name].rows.items():
@@ -56,10 +50,10 @@ def cut_into_handed(model: PreTrainedModel, found: Mapping[str, KVAttention], ch
                 raise ValueError(f"{parameter} makes keys or values of {name}, and is not of a linear")
             before = handing_of(module)
             then = before.pooled(heads) if before is not None else _handing(parameter, rows, heads, found[name].heads)
-            _take(model, parameter, Pooled(rows.dim, _index(before, then)), cuts, tensors)
+            cuts[parameter] = Pooled(rows.dim, _index(before, then))
             handed[owner] = then
-    said = Shape(tensors, _sizes(model, tensors), {}, handed=handed)
-    return cuts, said.over(shape)
+    tensors = _tensors(model, cuts)
+    return cuts, Shape(tensors, _sizes(model, tensors), {}, handed=handed).over(shape)
 
 
 def _handing(parameter: str, rows: Rows, heads: int, before: int) -> Handing:
@@ -83,15 +77,11 @@ def _index(before: Handing | None, then: Handing) -> tuple[int, ...]:
     return tuple(index.tolist())
 
 
-def _take(
-    model: PreTrainedModel, name: str, pooled: Pooled, cuts: dict[str, Pooled], tensors: dict[str, tuple[int, ...]]
-) -> None:
-    """Notes how a parameter shrinks, under all of its names."""
-    parameter = model.get_parameter(name)
-    size = list(parameter.shape)
-    size[pooled.dim] = len(pooled.counts)
-    cuts[name] = pooled
-    tensors |= {own: tuple(size) for own, one in model.named_parameters(remove_duplicate=False) if one is parameter}
+def _tensors(model: PreTrainedModel, cuts: Mapping[str, Pooled]) -> dict[str, tuple[int, ...]]:
+    """Returns the new sizes of parameters that shrink, under all of their names."""
+    own = {model.get_parameter(name): pooled for name, pooled in cuts.items()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: own[parameter].size(parameter.shape) for name, parameter in named if parameter in own}
 
 
 def _sizes(model: PreTrainedModel, tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

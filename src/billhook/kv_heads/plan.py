@@ -16,7 +16,7 @@ from billhook.kv_heads.layout import find_kv
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.named import Name, method_of, read_method
 from billhook.kv_heads.pooling import Pooled
-from billhook.kv_heads.proof import Way, prove
+from billhook.kv_heads.proof import KVWay, prove
 from billhook.kv_heads.scope import (
     check_each,
     check_kv_heads,
@@ -25,6 +25,7 @@ from billhook.kv_heads.scope import (
     config_heads,
     hands_out,
     inside_encoder,
+    kv_heads_by_layer,
 )
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.find import find_transformer
@@ -64,7 +65,7 @@ class KVHeadPlan(Plan):
     method: KVMethod
     parameters: dict[str, Pooled]
     shape: Shape
-    way: Way
+    way: KVWay
     saves_cache: bool
     layers: tuple[str, ...]
     restart: tuple[str, ...] = ()
@@ -106,11 +107,7 @@ class KVHeadPlan(Plan):
         return "\n".join(lines)
 
     def check_made_for(self, model: nn.Module) -> None:
-        """Refuses a model that the plan was not made for.
-
-        Raises:
-            ValueError: If its class or its tensors are others.
-        """
+        """Refuses a model whose class or whose tensors are others than the plan was made for."""
         model = find_transformer(model)
         sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for name, pooled in self.parameters.items():
@@ -129,7 +126,11 @@ class KVHeadPlan(Plan):
                 shrink, as queries and outputs.
         """
         model, given, trained_by = find_transformer(model), weights or {}, list(optimizers)
-        _check_weights(model, given)
+        sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        for name, values in given.items():
+            if sizes.get(name) != tuple(values.shape):
+                wanted = list(sizes.get(name, ())) or "a parameter"
+                raise ValueError(f"weights: {name} is {list(values.shape)}, and must be {wanted}")
         changes = dict.fromkeys(given, UNCHANGED) | self.method.changes(model, self.parameters)
         changes |= {name: _starting(values, changes[name]) for name, values in given.items()}
         changes |= {name: replace(changes[name], state=None) for name in changes.keys() & set(self.restart)}
@@ -140,13 +141,6 @@ class KVHeadPlan(Plan):
 
 def _starting(values: Any, change: Change) -> Change:  # noqa: ANN401
     return replace(change, weight=lambda old: change.weight(values.to(old)))
-
-
-def _check_weights(model: PreTrainedModel, weights: Weights) -> None:
-    sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    for name, values in weights.items():
-        if sizes.get(name) != tuple(values.shape):
-            raise ValueError(f"weights: {name} is {list(values.shape)}, and must be {list(sizes.get(name, ())) or 'a parameter'}")
 
 
 def plan_kv_heads(
@@ -194,7 +188,7 @@ def plan_kv_heads(
     built = None if handed else cut_by_config(model, found, chosen, heads, inside, every=layers is not None)
     if built is not None:
         chosen, (parameters, shape) = built
-        way: Way = "config"
+        way: KVWay = "config"
         saves = _saves_cache(model, shape)
     else:
         check_each(found, chosen, heads)
@@ -220,3 +214,16 @@ def _saves_cache(model: PreTrainedModel, shape: Shape) -> bool:
     set_shape(shadow, shape)
     before, after = kv_cache_bytes(model), kv_cache_bytes(shadow)
     return before is None or after is None or after < before
+
+
+def check_in_part(model: nn.Module, part: KVHeadPlan) -> None:
+    """Refuses a model whose attentions cannot have been converted in part, as this plan for some would; it stays as it is."""
+    shadow = to_meta(find_transformer(model))
+    set_shape(shadow, part.shape)
+    found = kv_heads_by_layer(shadow)
+    for name in part.layers:
+        if found.get(name) != part.after:
+            raise ValueError(
+                f"at: {name} cannot have fewer KV heads before others have, as their heads cannot be told apart in the code "
+                "that they share: convert all at one step"
+            )

@@ -1,15 +1,16 @@
-"""Heads are pooled: parameters, and the state that optimizers keep of them."""
+"""Heads are pooled, at once with the state that optimizers keep of them, or step by step while a model trains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from billhook.model.shapes.handed import Indices
-from billhook.model.surgery import Change
+from billhook.model.shapes.shape import Shape
+from billhook.model.surgery import Change, values_kept
 
 Pool = Callable[[Sequence[Tensor]], Tensor]
 """From the heads of a group to one."""
@@ -68,7 +69,7 @@ class Pooled:
         return (*old[: self.dim], len(self.counts), *old[self.dim + 1 :])
 
     def along(self, tensor: Tensor) -> Tensor:
-        """Returns the number of old positions of every new one, to be multiplied with a new tensor."""
+        """Returns the number of old positions of every new one, in a shape that a new tensor can be multiplied with."""
         shape = [1] * tensor.ndim
         shape[self.dim] = -1
         return torch.from_numpy(self.counts).to(tensor.device, tensor.dtype).reshape(shape)
@@ -87,6 +88,10 @@ class Pooled:
         return tensor.index_select(self.dim, torch.tensor(self.index, device=tensor.device))
 
 
+Shrunk = tuple[dict[str, Pooled], Shape]
+"""How parameters shrink, and the shape of the model afterwards."""
+
+
 def pooling(pooled: Pooled, how: Pool) -> Change:
     """Pools a parameter; first moments of optimizers follow like the weights, and second ones, times G^2 for G heads."""
 
@@ -96,3 +101,16 @@ def pooling(pooled: Pooled, how: Pool) -> Change:
         return new * pooled.along(new) ** power
 
     return Change(lambda old: pooled.pool(old, how), state)
+
+
+@torch.no_grad()
+def approach(model: nn.Module, parameters: Mapping[str, Pooled], share: float, how: Pool = mean) -> None:
+    """Moves every head towards what its group is pooled to, in place: W <- W + share (pool(W) - W).
+
+    With shares 1/n, 1/(n - 1), ..., 1 the heads of a group are equal after n moves, whatever training does in between: each moves
+    an equal part of the remaining way. Optimizer state stays. If anything fails, nothing has moved.
+    """
+    moving = {model.get_parameter(name): pooled for name, pooled in parameters.items()}
+    with values_kept(moving):
+        for parameter, pooled in moving.items():
+            parameter.lerp_(pooled.spread(pooled.pool(parameter, how)), share)

@@ -1,7 +1,6 @@
 """Proof by running: a small copy with fewer KV heads computes what the dense class does with heads pooled and repeated.
 
-The danger is a silent error: code that views keys as `(batch, -1, heads, width)` folds time into heads where there are fewer,
-and runs at some lengths. So lengths, batches, padding and the cache are all tried.
+Code that views keys as `(batch, -1, heads, width)` runs at some lengths although it folds time into heads, so several are tried.
 """
 
 import copy
@@ -12,13 +11,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from billhook.kv_heads.config import check_as_built
 from billhook.kv_heads.layout import KVAttention, find_kv
-from billhook.kv_heads.linears import Cut, cut_into_groups, cut_into_handed
+from billhook.kv_heads.linears import cut_into_groups, cut_into_handed
+from billhook.kv_heads.pooling import Shrunk
 from billhook.kv_heads.scope import check_kv_heads, in_scope, inside_encoder
 from billhook.model.build import build_on_meta
+from billhook.model.config_fields import fields_of, with_fields
 from billhook.model.shapes.shape import set_shape, shape_of
 from billhook.model.surgery import Change, replace_parameters
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
@@ -26,13 +27,13 @@ from billhook.running.answers import alike
 from billhook.running.inputs import make_inputs
 from billhook.running.trees import tree_leaves
 
-LAYERS = re.compile("(^|_)layers?$")
+LAYERS = re.compile(r"(^|[_.])layers?$")
 TOLERANCE = 1e-3
-Way = Literal["config", "groups", "handed"]
+KVWay = Literal["config", "groups", "handed"]
 Inputs = dict[str, Any]
 
 
-def prove(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> tuple[Way, Cut]:
+def prove(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> tuple[KVWay, Shrunk]:
     """Finds the way that a small copy of the model shows to be right.
 
     Raises:
@@ -45,7 +46,8 @@ def prove(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Coll
     own = in_scope(small, attentions, encoder=bool(inside_encoder(model, found) & set(chosen)))
     before, queries = attentions[own[0]].heads, attentions[own[0]].queries
     check_kv_heads(heads, before, queries)
-    implementation = _implementation(model)
+    stated = attention_of(model.config)
+    implementation = stated if stated in ("eager", "sdpa") else "sdpa"  # which run on any machine
     apart = cut_into_groups(model, found, chosen, heads)
     if apart is not None and (trial := cut_into_groups(small, attentions, own, heads)) is not None:
         if find_difference(small, trial, queries // heads, implementation) is None:
@@ -60,9 +62,8 @@ def prove(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Coll
                 'none. Set another one first: model.set_attn_implementation("sdpa")'
             )
     handed = cut_into_handed(model, found, chosen, heads)
-    if (
-        why := find_difference(small, cut_into_handed(small, attentions, own, heads), queries // heads, implementation)
-    ) is not None:
+    why = find_difference(small, cut_into_handed(small, attentions, own, heads), queries // heads, implementation)
+    if why is not None:
         raise ValueError(f"{type(model).__name__} cannot be converted: its code does not follow with {heads} KV heads ({why})")
     return "handed", handed
 
@@ -74,14 +75,12 @@ def _every_name(model: PreTrainedModel, names: Collection[str]) -> set[str]:
 
 
 def small_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Builds a model of the class from the config with few layers, on the CPU, with random weights that make every part count.
-
-    Raises:
-        ValueError: If its class builds none.
-    """
+    """Builds a model of the class from the config with few layers, on the CPU, with random weights that make every part count."""
+    fields = fields_of(model.config)
+    few = {name: 2 for name, value in fields.items() if LAYERS.search(name) and type(value) is int and value > 2}
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        for config in (_few_layers(model.config), copy.deepcopy(model.config)):
+        for config in (with_fields(model.config, few), with_fields(model.config, {})):
             try:
                 small = build_class(type(model), config, torch.float32)
                 break
@@ -99,24 +98,12 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel:
     return small
 
 
-def find_difference(dense: PreTrainedModel, cut: Cut, groups: int, implementation: str) -> str | None:
-    """Finds where a copy of a dense model with fewer KV heads differs from one with heads pooled and repeated.
-
-    Args:
-        dense: A small model.
-        cut: How its parameters shrink, and its shape afterwards.
-        groups: How many heads become one.
-        implementation: Of attention.
-
-    Returns:
-        The first case in which the result differs or the code fails; None if it is the same everywhere.
-    """
+def find_difference(dense: PreTrainedModel, shrunk: Shrunk, groups: int, implementation: str) -> str | None:
+    """Finds the first case in which a small model with 1 of `groups` KV heads fails or differs from one with heads pooled."""
     reference, converted = (copy.deepcopy(dense, {id(one): one for one in dense.parameters()}) for _ in range(2))
-    pooled, shape = cut
-    spread = {n: Change(lambda old, p=p: p.spread(p.pool(old)), lambda _, v: v) for n, p in pooled.items()}  # type: ignore[misc]
-    shrunk = {n: Change(p.pool, lambda _, v: v) for n, p in pooled.items()}
-    replace_parameters(reference, spread)
-    replace_parameters(converted, shrunk)
+    pooled, shape = shrunk
+    replace_parameters(reference, {n: Change(lambda old, p=p: p.spread(p.pool(old)), None) for n, p in pooled.items()})  # type: ignore[misc]
+    replace_parameters(converted, {n: Change(p.pool, None) for n, p in pooled.items()})
     set_shape(converted, shape)
     for model in (reference, converted):
         if attention_of(model.config) != implementation:
@@ -137,23 +124,15 @@ def find_difference(dense: PreTrainedModel, cut: Cut, groups: int, implementatio
     return None if proved else "there are no inputs with which the dense model runs"
 
 
-def _few_layers(config: PretrainedConfig) -> PretrainedConfig:
-    few = copy.deepcopy(config)
-    for own in (few, *(one for one in vars(few).values() if isinstance(one, PretrainedConfig))):
-        for name, value in list(vars(own).items()):
-            if LAYERS.search(name) and type(value) is int and value > 2:
-                setattr(own, name, 2)
-    return few
-
-
 def _cases(model: PreTrainedModel, groups: int) -> Iterator[tuple[str, Callable[[PreTrainedModel], list[Tensor]]]]:
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2 * groups + 2
+    takes_mask = model.main_input_name == "input_ids" and "attention_mask" in inspect.signature(model.forward).parameters
     lengths = [n for n in dict.fromkeys([2 * groups + 1, groups, 1, 2, 3]) if n <= longest]
     for place, length in enumerate(lengths):
         batch, other = 1 + place % 3, lengths[-1 - place]
         inputs = _inputs(model, batch, length, other)
         yield f"{batch} x {length} tokens", lambda own, given=inputs: _outcome(own, given)  # type: ignore[misc]
-        if length == max(lengths) and _takes_mask(model):
+        if length == max(lengths) and takes_mask:
             masked = _inputs(model, 3, length, other)
             for side in ("left", "right"):
                 given = masked | {"attention_mask": _mask(masked["input_ids"], side)}
@@ -165,22 +144,12 @@ def _cases(model: PreTrainedModel, groups: int) -> Iterator[tuple[str, Callable[
 def _inputs(model: PreTrainedModel, batch: int, length: int, other: int) -> Inputs:
     """Makes inputs of a length; of an encoder-decoder the encoder's have another one."""
     inputs = make_inputs(model, batch, length)
-    if "decoder_input_ids" in inputs:
-        inputs["decoder_input_ids"] = (
-            make_inputs(model, batch, length)["input_ids"] if "input_ids" in inputs else _ids(inputs, length)
-        )
-        if "input_ids" in inputs:
-            inputs["input_ids"] = make_inputs(model, batch, other)["input_ids"]
+    if "decoder_input_ids" in inputs and "input_ids" in inputs:
+        inputs |= {"decoder_input_ids": inputs["input_ids"], "input_ids": make_inputs(model, batch, other)["input_ids"]}
+    elif "decoder_input_ids" in inputs:
+        ids = inputs["decoder_input_ids"]
+        inputs["decoder_input_ids"] = ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
     return inputs
-
-
-def _ids(inputs: Mapping[str, Any], length: int) -> Tensor:
-    ids: Tensor = inputs["decoder_input_ids"]
-    return ids.repeat(1, -(-length // ids.shape[1]))[:, :length]
-
-
-def _takes_mask(model: PreTrainedModel) -> bool:
-    return model.main_input_name == "input_ids" and "attention_mask" in inspect.signature(model.forward).parameters
 
 
 def _mask(ids: Tensor, side: str) -> Tensor:
@@ -217,9 +186,3 @@ def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tenso
         told = model(**{ids: new, cache: told[cache], "use_cache": True}, **memory, return_dict=True)
         given.append(told[0].double())
     return given
-
-
-def _implementation(model: PreTrainedModel) -> str:
-    """Returns the model's implementation of attention where it runs on any machine, otherwise sdpa."""
-    own = attention_of(model.config)
-    return own if own in ("eager", "sdpa") else "sdpa"

@@ -20,9 +20,6 @@ def kv_heads_by_layer(model: nn.Module, encoder: bool = True) -> dict[str, int]:
     Args:
         model: A Hugging Face model, or a module that holds one.
         encoder: Whether the self-attentions of an encoder-decoder's encoder are among them.
-
-    Raises:
-        ValueError: If it has no attention, or its heads cannot be told apart.
     """
     model = find_transformer(model)
     found = find_kv(model)
@@ -43,11 +40,7 @@ def kv_heads_of(model: nn.Module) -> int:
 
 
 def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int) -> None:
-    """Refuses a number of KV heads that a model with so many heads cannot have.
-
-    Raises:
-        ValueError: With what is legal.
-    """
+    """Refuses a number of KV heads that a model with so many heads cannot have; says what is legal."""
     legal = [n for n in range(1, before) if before % n == 0 and query_heads % n == 0]
     if num_key_value_heads not in legal:
         reason = "which must be fewer than there are, and divide both them and the query heads"
@@ -58,11 +51,7 @@ def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int) -> N
 
 
 def config_heads(model: PreTrainedModel) -> int | None:
-    """Returns the number of KV heads in the config; None if it has no such field.
-
-    Raises:
-        ValueError: If it has another number for each layer.
-    """
+    """Returns the number of KV heads in the config; None if it has no such field. Refuses another number for each layer."""
     config = model.config.get_text_config(decoder=True)
     said = getattr(config, FIELD, None)
     if isinstance(said, list | tuple):
@@ -95,11 +84,7 @@ def choose(
     layers: Collection[int | str] | None,
     encoder: bool,
 ) -> list[str]:
-    """Returns the attentions that are to have fewer KV heads, of those that have more.
-
-    Raises:
-        ValueError: If there is no such layer, or none has more.
-    """
+    """Returns the attentions that are to have fewer KV heads, of those that have more; refuses if there is none."""
     names = list(found)
     chosen = in_scope(model, found, encoder)
     if layers is not None:
@@ -119,12 +104,24 @@ def choose(
     return more
 
 
-def check_each(found: Mapping[str, KVAttention], names: Collection[str], heads: int) -> None:
-    """Refuses a number of KV heads that one of some attentions cannot have.
+def next_layers(heads: Mapping[str, int], fewer: int, share: float) -> list[str]:
+    """Returns the attentions that have too many KV heads for their share, the last ones first, in the order in which they run.
 
-    Raises:
-        ValueError: With what is legal.
+    Args:
+        heads: The KV heads of all attentions, in the order in which they run.
+        fewer: How many each is to have at most.
+        share: Which share of the attentions, rounded down.
+
+    >>> next_layers({"a": 8, "b": 8, "c": 8, "d": 1}, fewer=1, share=0.75)
+    ['b', 'c']
     """
+    left = [name for name, number in heads.items() if number > fewer]
+    due = int(share * len(heads) + 1e-9) - (len(heads) - len(left))
+    return left[len(left) - due :] if due > 0 else []
+
+
+def check_each(found: Mapping[str, KVAttention], names: Collection[str], heads: int) -> None:
+    """Refuses a number of KV heads that one of some attentions cannot have."""
     for name in names:
         check_kv_heads(heads, found[name].heads, found[name].queries)
 
@@ -135,11 +132,7 @@ def hands_out(model: PreTrainedModel, attention: KVAttention) -> bool:
 
 
 def check_plain(model: PreTrainedModel) -> None:
-    """Refuses weights that cannot be pooled.
-
-    Raises:
-        ValueError: If one is quantised, or sharded over devices.
-    """
+    """Refuses weights that cannot be pooled, as they are quantised, or sharded over devices."""
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             raise ValueError(f"{name} is quantised ({parameter.dtype}): convert the model before it is quantised")

@@ -49,7 +49,7 @@ class Plan(ABC):
         Raises:
             ValueError: If it is no such data, or was made for a model of another class or shape.
         """
-        kinds = {plan.kind: plan for plan in _subclasses(cls) if "kind" in vars(plan)}
+        kinds = {plan.kind: plan for plan in subclasses(cls) if "kind" in vars(plan)}
         kind = plain.get("kind") if isinstance(plain, Mapping) else None
         if kind not in kinds:
             raise ValueError(f"plan: its kind is {kind!r}, and must be one of {', '.join(sorted(kinds))}, as to_json returns it")
@@ -74,8 +74,9 @@ class Plan(ABC):
         """Carries the plan out, in place; see `apply`."""
 
 
-def _subclasses(kind: type[Plan]) -> list[type[Any]]:
-    return [kind, *(one for own in kind.__subclasses__() for one in _subclasses(own))]
+def subclasses(kind: type[Any]) -> list[type[Any]]:
+    """Returns a class and all that are derived from it."""
+    return [kind, *(one for own in kind.__subclasses__() for one in subclasses(own))]
 
 
 @contextmanager

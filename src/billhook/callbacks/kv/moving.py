@@ -5,8 +5,8 @@ import lightning.pytorch as pl
 from billhook.callbacks.kv.preparation import Preparation
 from billhook.fit.events.shape_event import unwrapped
 from billhook.fit.ranks import check_agreed, together
-from billhook.kv_heads.approach import approach
 from billhook.kv_heads.plan import KVHeadPlan
+from billhook.kv_heads.pooling import approach
 from billhook.model.find import find_transformer
 from billhook.model.surgery import take
 

@@ -5,7 +5,6 @@ Gower, "Generalized Procrustes analysis", 1975 (https://doi.org/10.1007/BF022914
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,8 +37,6 @@ class Aligned(Rendered):
         >>> bh.convert_kv_heads(model, 2, bh.Aligned()).after
         2
     """
-
-    changes_basis: ClassVar[bool] = True
 
     def render(self, metric: Tensor, moments: Tensor) -> Rendering:
         """Returns the turns; who reads the heads makes no difference."""

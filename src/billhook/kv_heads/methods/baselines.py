@@ -67,9 +67,7 @@ class RandomHeads(KVMethod):
 def drawing(pooled: Pooled, size: tuple[int, ...], std: float, generator: torch.Generator) -> Change:
     """Draws what is pooled (biases are zero), and keeps the rest; the optimizer's state is zero there."""
     drawn = torch.randn(size, generator=generator) * std if len(size) > 1 else torch.zeros(size)
-    lone = [1] * len(size)
-    lone[pooled.dim] = -1
-    several = torch.from_numpy(pooled.counts > 1).reshape(lone)
+    several = pooled.along(drawn) > 1
 
     def weight(old: Tensor) -> Tensor:
         return torch.where(several.to(old.device), drawn.to(old), pooled.pool(old, first))

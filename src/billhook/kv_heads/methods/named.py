@@ -1,6 +1,6 @@
 """The methods by their short names."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from billhook.arguments import one_of
@@ -10,6 +10,7 @@ from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.baselines import First, RandomHeads
 from billhook.kv_heads.methods.mean import Mean
 from billhook.kv_heads.methods.svd import SVD
+from billhook.model.plan import subclasses
 
 Name = Literal["mean", "first", "random", "aligned", "svd", "auto"]
 METHODS: dict[Name, type[KVMethod]] = {
@@ -23,11 +24,7 @@ METHODS: dict[Name, type[KVMethod]] = {
 
 
 def method_of(method: KVMethod | Name) -> KVMethod:
-    """Returns the method, made with its defaults if only its short name is given.
-
-    Raises:
-        ValueError: If it is neither.
-    """
+    """Returns the method, made with its defaults if only its short name is given."""
     if isinstance(method, KVMethod):
         return method
     one_of("method", method, Name)
@@ -35,21 +32,11 @@ def method_of(method: KVMethod | Name) -> KVMethod:
 
 
 def read_method(plain: Any) -> KVMethod:  # noqa: ANN401
-    """Makes a method of its class's name and its arguments, as a plan's JSON has them.
-
-    Raises:
-        ValueError: If it is nothing of the kind, or no class of that name has been imported.
-    """
-    known = {kind.__name__: kind for kind in _kinds(KVMethod)}
+    """Makes a method of its class's name and its arguments, as a plan's JSON has them; the class must have been imported."""
+    known: dict[str, type[KVMethod]] = {kind.__name__: kind for kind in subclasses(KVMethod)[1:]}
     if not isinstance(plain, Mapping) or len(plain) != 1 or not isinstance(arguments := next(iter(plain.values())), Mapping):
         raise ValueError(f"plan: method is {plain!r}, and must be a class's name with its arguments, as to_json makes it")
     (name,) = plain
     if name not in known:
         raise ValueError(f"plan: there is no method {name!r} among {', '.join(sorted(known))}: import what defines it first")
     return known[name](**arguments)
-
-
-def _kinds(parent: type[KVMethod]) -> Iterator[type[KVMethod]]:
-    for kind in parent.__subclasses__():
-        yield kind
-        yield from _kinds(kind)

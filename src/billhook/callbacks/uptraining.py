@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from billhook.arguments import fraction
 from billhook.fit.events.event import SetsLength
 from billhook.fit.lightning_internals import set_length
-from billhook.fit.ranks import SumOverRanks, together
+from billhook.fit.ranks import summed, together
 from billhook.fit.run import callbacks_of, is_trial, isolated
 from billhook.running.trees import tree_leaves
 
@@ -71,11 +71,7 @@ class Uptraining(SetsLength):
             self.settle(trainer)
 
     def settle(self, trainer: pl.Trainer) -> None:
-        """Sets the length of the fit; a callback that needs it in its own `setup` may ask for it earlier.
-
-        Raises:
-            ValueError: If the Trainer has a length of its own, or tokens cannot be counted.
-        """
+        """Sets the length of the fit; a callback that needs it in its own `setup` may ask for it earlier."""
         if is_trial(trainer):
             return
         if trainer.max_epochs not in (None, -1, LIGHTNING_EPOCHS):
@@ -106,11 +102,7 @@ class Uptraining(SetsLength):
         return {"steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses to continue with a fit of another length.
-
-        Raises:
-            ValueError: With both lengths.
-        """
+        """Refuses to continue with a fit of another length."""
         then = state_dict["steps"]
         if None not in (then, self.steps) and then != self.steps:
             raise ValueError(
@@ -120,11 +112,7 @@ class Uptraining(SetsLength):
 
 
 def _tokens_per_step(trainer: pl.Trainer) -> int:
-    """Counts the tokens of the first batch on all devices, times the batches of an optimizer step.
-
-    Raises:
-        ValueError: If they cannot be counted.
-    """
+    """Counts the tokens of the first batch on all devices, times the batches of an optimizer step."""
     hint = "give pretraining_steps"
     if not trainer.lightning_module.automatic_optimization or callbacks_of(trainer, GradientAccumulationScheduler):
         raise ValueError(f"pretraining_tokens: how many batches make an optimizer step is not known before training: {hint}")
@@ -140,8 +128,7 @@ def _tokens_per_step(trainer: pl.Trainer) -> int:
             raise ValueError(f"pretraining_tokens: the training batches have no 'input_ids' to count: {hint}")
         mask = batch.get("attention_mask")
         count += int((mask != 0).sum()) if isinstance(mask, Tensor) else batch["input_ids"].numel()
-    total = int(SumOverRanks(trainer)(torch.tensor(count)))
-    return total * trainer.accumulate_grad_batches
+    return int(summed(trainer, torch.tensor(count))) * trainer.accumulate_grad_batches
 
 
 @contextmanager

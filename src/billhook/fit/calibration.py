@@ -59,11 +59,7 @@ class Calibration:
         return cls(examples=given) if isinstance(given, int) else cls(given, examples)
 
     def check(self, trainer: pl.Trainer) -> None:
-        """Refuses training data that it would use up.
-
-        Raises:
-            ValueError: If the data can be read only once.
-        """
+        """Refuses training data that can be read only once, which it would use up."""
         if self.batches is None:
             check_readable(trainer)
 

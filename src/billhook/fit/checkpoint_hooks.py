@@ -58,11 +58,7 @@ def wrap_hooks(pl_module: pl.LightningModule) -> None:
 
 
 def unwrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ResumeState | None:
-    """Restores the hooks of a module.
-
-    Returns:
-        The state that `add_to` needs for checkpoints that are saved afterwards; None to all callbacks but the first.
-    """
+    """Restores a module's hooks; returns to the first callback the state that `add_to` needs for checkpoints saved later."""
     resume: ResumeState | None = pl_module.__dict__.pop(_WRAPPED, None)
     if resume is not None:
         resume.end(trainer)

@@ -13,11 +13,7 @@ from billhook.running.trees import tree_flatten, tree_leaves, tree_unflatten
 
 
 def check_readable(trainer: pl.Trainer) -> None:
-    """Refuses training data that a calibration would use up.
-
-    Raises:
-        ValueError: If it can be read only once.
-    """
+    """Refuses training data that can be read only once, which a calibration would use up."""
     for loader in tree_leaves(trainer.train_dataloader):
         source = loader.dataset if isinstance(loader, DataLoader) else loader
         if isinstance(source, Iterator):
@@ -28,12 +24,7 @@ def check_readable(trainer: pl.Trainer) -> None:
 
 
 def training_examples(trainer: pl.Trainer, number: int) -> Iterator[Any]:
-    """Yields this rank's share of some training examples, in batches as training has them.
-
-    Args:
-        trainer: The trainer, in the middle of a fit.
-        number: Examples of each loader on all ranks together; all there are, if there are fewer. Of a stream, the first ones.
-    """
+    """Yields this rank's share of so many examples of each training loader, in its batches; of a stream, the first ones."""
     loaders, structure = tree_flatten(trainer.train_dataloader)
     columns = [_batches(loader, number, trainer.global_rank, trainer.world_size) for loader in loaders]
     return (tree_unflatten(row, structure) for row in zip(*columns, strict=False))

@@ -45,15 +45,7 @@ class _Still:
 def manual_loss(pl_module: pl.LightningModule, step: Callable[[], object]) -> Tensor | None:
     """Returns what a training step first gives to `manual_backward`, and leaves weights and gradients as they were.
 
-    Args:
-        pl_module: The module in training.
-        step: Its training step on a batch.
-
-    Returns:
-        The loss, None if there is none.
-
-    Raises:
-        ValueError: If an optimizer is stepped before.
+    It is None if nothing is given; an optimizer that is stepped before raises ValueError.
     """
     given = pl_module.optimizers()
     still = [_Still(one) for one in given] if isinstance(given, list) else _Still(given)

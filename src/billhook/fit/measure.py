@@ -25,12 +25,9 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | Non
     Loops, loggers, checkpoints, random numbers and train or eval mode are as before afterwards.
 
     Args:
-        trainer: The trainer, in the middle of a fit.
+        trainer: The trainer, in the middle of a fit; without validation there are no values.
         pl_module: The module in training.
         limit: At most so many batches of each loader, 0 for none; by default as many as validation takes.
-
-    Returns:
-        Values by name; empty where the run has no validation.
     """
     if limit == 0:
         return {}

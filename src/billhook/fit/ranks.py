@@ -1,12 +1,12 @@
 """Sums over the ranks of a fit, and checks that all have decided alike and that none has failed.
 
-Before each exchange the ranks meet: each reports where it is, what it has decided, and whether it has failed. So a rank that
-takes another path than the others, or fails alone, stops all of them, and none waits for a message that never comes.
+Before each exchange the ranks meet, so that none waits for a message that never comes.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,44 +22,26 @@ class RanksDiffer(RuntimeError):
     """Raised on every rank when ranks disagree or one fails; the failing rank raises its own error."""
 
 
-class SumOverRanks:
-    """Sums a tensor over all ranks, in place.
-
-    Args:
-        trainer: The trainer of the fit.
-    """
-
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self.trainer = trainer
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        """Returns the sum.
-
-        Raises:
-            RanksDiffer: If a rank sums something else, or has failed.
-        """
-        _meet(self.trainer, f"a sum of {tensor.dtype} {list(tensor.shape)}")
-        on_device = tensor.to(self.trainer.strategy.root_device, copy=True)
-        summed: Tensor = self.trainer.strategy.reduce(on_device, reduce_op="sum")
-        return tensor.copy_(summed)
+def summed(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
+    """Sums a tensor over all ranks, in place; raises RanksDiffer if a rank sums something else, or has failed."""
+    _meet(trainer, f"a sum of {tensor.dtype} {list(tensor.shape)}")
+    on_device = tensor.to(trainer.strategy.root_device, copy=True)
+    return tensor.copy_(trainer.strategy.reduce(on_device, reduce_op="sum"))
 
 
-def sum_over(trainer: pl.Trainer) -> SumOverRanks | None:
+def sum_over(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
     """Returns the sum over all ranks; None where there is one rank."""
-    return None if trainer.world_size == 1 else SumOverRanks(trainer)
+    return None if trainer.world_size == 1 else partial(summed, trainer)
 
 
 def check_agreed(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None:  # noqa: ANN401
-    """Makes sure that all ranks have decided the same, by a hash of it; on one rank it does nothing.
+    """Raises RanksDiffer on every rank unless all have decided the same, by a hash of it.
 
     Args:
         trainer: The trainer of the fit.
         who: The callback that decides, for the message.
         what: The subject of the decision, for the message.
-        decided: The decision: tensors, arrays, numbers and strings, and lists and dictionaries of these.
-
-    Raises:
-        RanksDiffer: On every rank, if it is not.
+        decided: Tensors, arrays, numbers and strings, and lists and dictionaries of these.
     """
     if trainer.world_size > 1:
         digest = hashlib.sha256()
@@ -69,15 +51,7 @@ def check_agreed(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None
 
 @contextmanager
 def together(trainer: pl.Trainer, who: str) -> Iterator[None]:
-    """Stops all ranks where one fails within, and has all end at the same time; not to be nested.
-
-    Args:
-        trainer: The trainer of the fit.
-        who: The name of the work within, for the message.
-
-    Raises:
-        RanksDiffer: On the ranks that have not failed, with the errors of the others.
-    """
+    """Stops all ranks where one fails within, the others by RanksDiffer; all end at the same time. Not to be nested."""
     try:
         yield
     except RanksDiffer:

@@ -82,11 +82,7 @@ def left_behind(trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> dict[
 
 
 def check_callbacks(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Refuses to continue with a callback instead of another of its kind, whose state would be lost.
-
-    Raises:
-        ValueError: With the callback of the checkpoint and that of the run.
-    """
+    """Refuses to continue with a callback instead of another of its kind, whose state would be lost."""
     others, states = left_behind(trainer, checkpoint), checkpoint.get("callbacks") or {}
     for callback in callbacks_of(trainer, Callback):
         named = [key for key in others if key.startswith(f"{type(callback).__qualname__}{{")]

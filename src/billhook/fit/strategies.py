@@ -17,16 +17,7 @@ FIRST = "prune or convert first (billhook on one device), then train the result"
 
 
 def check_masks(trainer: pl.Trainer, name: str, adapters: bool) -> None:
-    """Refuses strategies under which weights cannot be masked in a fit.
-
-    Args:
-        trainer: The trainer.
-        name: The name of the callback.
-        adapters: Whether LoRA counts or is masked, too.
-
-    Raises:
-        ValueError: With the reason, and the way out.
-    """
+    """Refuses strategies under which a callback cannot mask weights; with `adapters`, LoRA counts or is masked, too."""
     if not _shards(trainer, name):
         return
     if adapters:
@@ -42,17 +33,7 @@ def check_masks(trainer: pl.Trainer, name: str, adapters: bool) -> None:
 
 
 def check_shapes(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, at_start: bool) -> None:
-    """Refuses strategies under which shapes cannot change.
-
-    Args:
-        trainer: The trainer.
-        pl_module: The module that is to be trained.
-        name: The name of the callback.
-        at_start: Whether they change before the fit, in `setup`, and never in the middle of it.
-
-    Raises:
-        ValueError: With the reason, and the way out.
-    """
+    """Refuses strategies under which a callback cannot change shapes; `at_start` only in `setup`, before the fit."""
     sharded = _shards(trainer, name)
     if forks_or_spawns(trainer):
         raise ValueError(
@@ -78,11 +59,7 @@ def check_shapes(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, 
 
 
 def _shards(trainer: pl.Trainer, name: str) -> bool:
-    """Returns whether the fit is sharded by FSDP2.
-
-    Raises:
-        ValueError: If it is sharded in another way, or the strategy is not known.
-    """
+    """Returns whether the fit is sharded by FSDP2; refuses other ways to shard, and strategies that are not known."""
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
         if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:

@@ -26,14 +26,6 @@ def runs_as_in_training(pl_module: pl.LightningModule, model: nn.Module, batches
 
     A dictionary of nothing but arguments of the model's forward is given to the model directly. For any other batch the step
     runs until it calls the model. Where it does not call the model as a whole, the step itself is the run.
-
-    Args:
-        pl_module: The module in training.
-        model: The model in it.
-        batches: The batches.
-
-    Raises:
-        ValueError: If neither is possible.
     """
     names = list(inspect.signature(model.forward).parameters)
     runs: list[Run] = []
@@ -54,12 +46,7 @@ def runs_as_in_training(pl_module: pl.LightningModule, model: nn.Module, batches
 
 
 def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Module, Any], Tensor]:
-    """Returns the loss as a function of model and batch: that of `training_step`, or what it gives to `manual_backward`.
-
-    Args:
-        pl_module: The module in training.
-        number: The batch's number.
-    """
+    """Returns the loss as a function of model and batch: that of `training_step`, or what it gives to `manual_backward`."""
 
     def loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
         step = with_parameters(pl_module.training_step, batch, number)

@@ -16,12 +16,7 @@ from billhook.units.zero import zero_units
 
 
 class HeadMasking(ShapeCallback):
-    """Masks heads in a fit; which ones, and when, a subclass decides.
-
-    Attributes:
-        heads: The heads that are masked, by attention.
-        per: Whether they are query heads or KV heads.
-    """
+    """Masks `heads`, by attention, in a fit; which ones, and when, a subclass decides."""
 
     per: Per
     _mask: Mask | None = None

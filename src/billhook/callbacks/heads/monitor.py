@@ -9,9 +9,6 @@ Mode = Literal["max", "min"]
 class Monitor:
     """A validation figure that must stay within a share of what it was at first (Michel et al., 2019, section 4.1).
 
-    Attributes:
-        start: The figure before the first round.
-
     >>> monitor = Monitor("val_accuracy", keep=0.9)
     >>> monitor.begin({"val_accuracy": 0.8})
     >>> monitor.is_worse({"val_accuracy": 0.75}), monitor.is_worse({"val_accuracy": 0.7})
@@ -29,11 +26,7 @@ class Monitor:
         self.start = self.of(values) if self.start is None else self.start
 
     def of(self, values: Mapping[str, float]) -> float | None:
-        """Returns the figure among those of validation; None if none is monitored.
-
-        Raises:
-            ValueError: If validation does not log it.
-        """
+        """Returns the figure, and refuses a validation that does not log it; None if none is monitored."""
         if self.name is None:
             return None
         if self.name not in values:

@@ -24,30 +24,17 @@ from billhook.units.units import Per
 
 @dataclass(frozen=True, eq=False)
 class HeadRanking:
-    """How heads are ranked, and how many of a layer may be chosen.
-
-    Attributes:
-        importance: How much a head matters.
-        ranking: Whether heads compete within their layer or with those of all layers.
-        per: Whether heads are query heads or KV heads.
-        min_heads: How many are kept in each layer, at least.
-        normalize: True to divide the scores of each layer by their L2 norm.
-        removes: True if heads are removed, and not only masked.
-    """
+    """How heads are ranked, and how many of a layer may be chosen: arguments of `HeadPruning`."""
 
     importance: Importance
     ranking: Ranking
     per: Per
     min_heads: int
     normalize: bool
-    removes: bool
+    removes: bool  # and does not only mask
 
     def check(self, model: PreTrainedModel, record: HeadRecord, ratio: float) -> None:
-        """Refuses a ratio that cannot be reached, and heads that cannot be removed.
-
-        Raises:
-            ValueError: With the least ratio that removes a head, if there is one.
-        """
+        """Refuses a ratio that cannot be reached, with the least that removes a head, and heads that cannot be removed."""
         heads = find_units(model, "head")
         flat = {name: torch.zeros(one.count(self.per)) for name, one in heads.items()}
         take = partial(choose, heads, flat, ranking=self.ranking, min_units=self.min_heads, per=self.per, remove=self.removes)

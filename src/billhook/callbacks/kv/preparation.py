@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.fit.calibration import Calibration, Pair
-from billhook.fit.ranks import SumOverRanks, check_agreed, sum_over
+from billhook.fit.ranks import check_agreed, sum_over, summed
 from billhook.kv_heads.bases.ready import batches_needed, check_ready, ready_weights, turned_weights
 from billhook.kv_heads.convert import check_repair
 from billhook.kv_heads.methods.base import KVMethod
@@ -30,13 +30,7 @@ HINT = (
 
 @dataclass(frozen=True, eq=False)
 class Preparation:
-    """How the heads of a group become equal before they are pooled, in the middle of a fit.
-
-    Attributes:
-        method: How heads become one.
-        repair: Whether, and how, what reads the heads is refitted.
-        calibration: Batches that show what heads do.
-    """
+    """How the heads of a group become equal before they are pooled, in the middle of a fit."""
 
     method: KVMethod
     repair: Repair | None
@@ -51,27 +45,19 @@ class Preparation:
         return self.method.turns or self.repair is not None
 
     def check(self, model: nn.Module, groups: Mapping[str, int]) -> None:
-        """Refuses a model whose heads cannot be made ready.
-
-        Raises:
-            ValueError: With the reason.
-        """
+        """Refuses a model whose heads cannot be made ready."""
         if self.needed:
             check_ready(model, groups, self.method)
 
     def check_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses a fit that cannot give the batches that it takes.
-
-        Raises:
-            ValueError: If they can be read only once, or are too few.
-        """
+        """Refuses a fit whose batches can be read only once, or are too few."""
         least, what = batches_needed(self.method, self.repair)
         if not least:
             return
         self.calibration.check(trainer)
         with self.calibration.aside(pl_module):
             count = sum(1 for _ in islice(self._pairs(trainer, pl_module), least))
-        if int(SumOverRanks(trainer)(torch.tensor(count < least, dtype=torch.int64))):
+        if int(summed(trainer, torch.tensor(count < least, dtype=torch.int64))):
             source = f"examples={self.calibration.examples}" if self.calibration.batches is None else "calibration"
             held_out = ", as some are held out" if least > 1 else ""
             raise ValueError(f"{source}: {what} needs {least} batches at least on each device{held_out}; here there are {count}")
@@ -79,13 +65,7 @@ class Preparation:
     def ready(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: KVHeadPlan
     ) -> tuple[KVHeadPlan, dict[str, Tensor], str]:
-        """Returns the plan with what restarts, the values that it starts from, and how they came to be.
-
-        Args:
-            trainer: The trainer.
-            pl_module: The module in training.
-            plan: A conversion of its model as it is.
-        """
+        """Returns the plan with what restarts, the values that it starts from, and how they came to be."""
         model, groups = find_transformer(pl_module), dict.fromkeys(plan.layers, plan.after)
         with self.calibration.aside(pl_module):
             batches = list(self._pairs(trainer, pl_module))

@@ -12,19 +12,12 @@ from billhook.schedules import Schedule, check_step
 
 @dataclass(frozen=True)
 class Stage:
-    """Some attentions have fewer KV heads from a step on.
+    """Some attentions have fewer KV heads from a step on."""
 
-    Attributes:
-        step: The optimizer step after which they have; -1 for before the optimizer exists.
-        heads: How many.
-        share: Which share of all attentions has as few by then.
-        over: For how many steps before that the heads of a group move towards each other.
-    """
-
-    step: int
+    step: int  # -1 for before the optimizer exists
     heads: int
-    share: float = 1.0
-    over: int = 0
+    share: float = 1.0  # of all attentions, which has as few by then
+    over: int = 0  # for so many steps before, the heads of a group move towards each other
 
     @property
     def begin(self) -> int:
@@ -38,11 +31,7 @@ def steps_over(over: int | float, total: int | None) -> int:
 
 
 def check_heads(num_key_value_heads: int | list[int], at: Sequence[At | Schedule]) -> list[int]:
-    """Returns the KV heads of all stages.
-
-    Raises:
-        ValueError: If they do not fall, each dividing the one before, or there is not one for each moment.
-    """
+    """Returns the KV heads of all stages; refuses those that do not fall, each dividing the one before, one for each moment."""
     heads = list(num_key_value_heads) if isinstance(num_key_value_heads, list | tuple) else [num_key_value_heads]
     if len(heads) != len(at) or not heads:
         raise ValueError(f"num_key_value_heads={heads} and at={at} must have the same length, one at least")
@@ -56,11 +45,7 @@ def check_heads(num_key_value_heads: int | list[int], at: Sequence[At | Schedule
 
 
 def check_over(over: int | float, moments: Sequence[At | Schedule], preparation: Preparation) -> None:
-    """Refuses a way between heads and what they become where there is none.
-
-    Raises:
-        ValueError: With the reason.
-    """
+    """Refuses a way between heads and what they become where there is none."""
     check_step(over, "over")
     if not over:
         return
@@ -78,11 +63,7 @@ def check_over(over: int | float, moments: Sequence[At | Schedule], preparation:
 def check_order(stages: Sequence[tuple[Stage, object]]) -> None:
     """Refuses stages that do not lead to ever fewer heads, each dividing those before, or that begin before another has ended.
 
-    Args:
-        stages: Each with what it is of; those of one that have the same number convert one attention after another.
-
-    Raises:
-        ValueError: With what contradicts.
+    Each comes with what it is of: those of one that have the same number convert one attention after another.
     """
     ordered = sorted(stages, key=lambda pair: pair[0].step)
     for (before, one), (after, other) in zip(ordered, ordered[1:], strict=False):

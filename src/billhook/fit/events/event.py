@@ -1,7 +1,4 @@
-"""Events in a fit: when they are due, what is measured and logged, and what a resumed fit knows of them.
-
-A callback says from which step on how much is pruned (`moments`), and what happens then (`carry_out`).
-"""
+"""Events in a fit: when they are due, what is measured and logged, and what a resumed fit knows of them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -133,14 +130,7 @@ class EventCallback(Callback, ABC):
         return measure(trainer, pl_module, self.measure_batches)
 
     def as_event(self, trainer: pl.Trainer, model: nn.Module, metrics: dict[str, float], change: Callable[[], str]) -> Event:
-        """Carries out a change and returns it as an event, which the caller measures afterwards and logs.
-
-        Args:
-            trainer: The trainer.
-            model: The model, or the module that holds it.
-            metrics: What validation logged before.
-            change: The change, which returns a phrase that says what was done.
-        """
+        """Carries out a change, which says what was done; returns an event, which the caller measures afterwards and logs."""
         before = summary(model).numbers() | metrics
         what = change()
         event: Event = {"step": trainer.global_step, "what": what, "before": before, "after": {}}

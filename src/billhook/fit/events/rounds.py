@@ -1,8 +1,6 @@
 """When something is pruned in a fit, and how much of it.
 
-All callbacks read schedules alike. A schedule of the amount is given as the amount: `ratio=Linear(final=0.5)` removes half by the
-end. A schedule of progress is given as `at`: `at=Linear(final=1.0)` says which share of the amount has been removed by a step,
-and rises to 1.
+`ratio=Linear(final=0.5)` is a schedule of the amount; `at=Linear(final=1.0)` one of the share of it that is removed by a step.
 """
 
 import math
@@ -22,11 +20,7 @@ At = Step | Literal["start"]
 
 
 def check_at(at: At | Schedule) -> None:
-    """Refuses a moment that is none.
-
-    Raises:
-        ValueError: With the legal values.
-    """
+    """Refuses a moment that is none."""
     if isinstance(at, str) and at != "start":
         raise ValueError(f"at={at!r} must be 'start', an int (a step) or a float in 0..1 (a fraction of training)")
     if not isinstance(at, Schedule | str):
@@ -34,11 +28,7 @@ def check_at(at: At | Schedule) -> None:
 
 
 def check_when(amount: object, at: At | Schedule) -> None:
-    """Refuses a moment that is none, or that contradicts a schedule of the amount.
-
-    Raises:
-        ValueError: With the legal values.
-    """
+    """Refuses a moment that is none, or that contradicts a schedule of the amount."""
     check_at(at)
     if isinstance(amount, Schedule) and at != "start":
         raise ValueError(f"at={at!r}: the schedule says when; give it start and end instead")
@@ -53,9 +43,6 @@ def rounds_of(amount: float | Schedule, at: At | Schedule, total: int | None, tr
         total: Steps of training; None where that is not known.
         trainer: The trainer.
         name: The name of the argument that is the amount.
-
-    Raises:
-        ValueError: If the length must be known and is not, or a schedule falls or leaves its range.
     """
     trial = is_trial(trainer)
     if isinstance(amount, Schedule):
@@ -83,15 +70,9 @@ def _amounts(schedule: Schedule, total: int, trial: bool, name: str) -> dict[int
 
 
 def shares_of(schedule: Schedule, total: int | None, trial: bool) -> dict[int, float]:
-    """Finds from which step on which share of the amount is pruned.
+    """Finds from which step on which share of the amount is pruned; in a trial there is only the end of the schedule.
 
-    Args:
-        schedule: The share at each step.
-        total: Steps of training; None where that is not known.
-        trial: True for a trial, which may be shorter than the schedule: then there is only the end of it.
-
-    Raises:
-        ValueError: If the length is not known, or the schedule falls, exceeds 1, or does not reach 1.
+    It raises ValueError if the length is not known, or the schedule falls, exceeds 1, or does not reach 1.
     """
     if total is None:
         raise ValueError(f"at={schedule}: a schedule needs the length of training, which is not known: set max_steps")
@@ -109,11 +90,7 @@ def shares_of(schedule: Schedule, total: int | None, trial: bool) -> dict[int, f
 
 
 def step_of(at: At, total: int | None, trial: bool = False, name: str = "at") -> int:
-    """Returns the step of a moment, 0 for the start; in a trial, which may be shorter, the last step at most.
-
-    Raises:
-        ValueError: If it is a fraction of a length that is not known, or lies past the end of training.
-    """
+    """Returns the step of a moment, 0 for the start; in a trial, which may be shorter, the last step at most."""
     if at == "start":
         return 0
     if total is None and isinstance(at, float):
@@ -123,14 +100,7 @@ def step_of(at: At, total: int | None, trial: bool = False, name: str = "at") ->
 
 
 def still_due(rounds: Mapping[int, float], done: int, asked: float, name: str) -> dict[int, float]:
-    """Drops rounds that would un-prune, which can happen if a resumed fit has another schedule or length.
-
-    Args:
-        rounds: All rounds of the fit.
-        done: The last step by which rounds have been carried out; -1 for none.
-        asked: The amount that was due by that step in the fit of the checkpoint.
-        name: The name of the callback.
-    """
+    """Drops rounds that would un-prune what was `asked` by step `done`, in a resumed fit of another schedule or length."""
     before = max((amount for step, amount in rounds.items() if step <= done), default=0.0)
     if done < 0 or math.isclose(before, asked):
         return dict(rounds)

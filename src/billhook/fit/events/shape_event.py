@@ -22,13 +22,9 @@ from billhook.fit.strategies import check_shapes
 
 
 class ShapeCallback(EventCallback):
-    """Changes tensor shapes at given steps of a fit.
+    """Changes tensor shapes at given steps of a fit."""
 
-    Attributes:
-        moves: True if it moves weights between its events, too.
-    """
-
-    moves = False
+    moves = False  # weights between events, too
 
     @abstractmethod
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
@@ -122,9 +118,6 @@ def refuse_shape_changes(
         before: The step of its last event.
         what: A phrase that says what the first event did.
         why: Returns a phrase that says why another callback cannot change shapes; None if it can.
-
-    Raises:
-        ValueError: With the first such step.
     """
     total, seen = training_steps(trainer), False
     for callback in callbacks_of(trainer, EventCallback):

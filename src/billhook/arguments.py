@@ -8,9 +8,6 @@ from typing import Any, TypeGuard, get_args
 def whole(name: str, value: object, least: int = 1) -> None:
     """Refuses what is not a whole number, or too small.
 
-    Raises:
-        ValueError: With the name, what came and what is legal.
-
     >>> whole("examples", 0)
     Traceback (most recent call last):
     ValueError: examples=0 must be a whole number of at least 1
@@ -21,9 +18,6 @@ def whole(name: str, value: object, least: int = 1) -> None:
 
 def number(name: str, value: object, least: float | None = None, above: float | None = None) -> None:
     """Refuses what is not a finite number, or too small.
-
-    Raises:
-        ValueError: With the name, what came and what is legal.
 
     >>> number("damping", 0, above=0)
     Traceback (most recent call last):
@@ -43,9 +37,6 @@ def fraction(name: str, value: object, legal: str = "[0, 1)", of: str = "") -> N
         legal: The interval; a round bracket leaves out the end.
         of: What it is a fraction of, for the message.
 
-    Raises:
-        ValueError: With the name, what came and what is legal.
-
     >>> fraction("ratio", 1.0, of="the heads")
     Traceback (most recent call last):
     ValueError: ratio=1.0 must be a fraction of the heads in [0, 1)
@@ -63,9 +54,6 @@ def one_of(name: str, value: object, legal: Any) -> None:  # noqa: ANN401 - a Li
         name: The argument.
         value: What came.
         legal: The words, or the `Literal` of them.
-
-    Raises:
-        ValueError: With the name, what came and what is legal.
 
     >>> one_of("per", "layer", ("head", "kv_head"))
     Traceback (most recent call last):

@@ -27,11 +27,6 @@ Step = int | float
 def resolve_step(step: Step, total_steps: int, name: str = "step") -> int:
     """Returns the optimizer step that `step` means in a training of `total_steps` steps.
 
-    Args:
-        step: A step as `int`, or a fraction of training as `float` in 0..1.
-        total_steps: Length of training in optimizer steps.
-        name: The argument that the error message names.
-
     Raises:
         ValueError: If the step is negative, past the end of training, or a fraction outside 0..1.
 
@@ -47,11 +42,7 @@ def resolve_step(step: Step, total_steps: int, name: str = "step") -> int:
 
 
 def check_step(step: Step, name: str = "step") -> None:
-    """Refuses values that are neither a step nor a fraction of training.
-
-    Raises:
-        ValueError: If the step is negative or a fraction outside 0..1.
-    """
+    """Refuses values that are neither a step nor a fraction of training."""
     if isinstance(step, bool) or not isinstance(step, int | float):
         raise ValueError(f"{name} must be an int (a step) or a float in 0..1 (a fraction of training), got {step!r}")
     if isinstance(step, float) and not 0.0 <= step <= 1.0:

@@ -127,12 +127,7 @@ def _randomised(models: Sequence[str], shadows: Sequence[PreTrainedModel], dtype
 
 
 def table(rows: Sequence[Row], names: Sequence[str]) -> str:
-    """Shows a table for each phase, with a line for each batch size, context and model.
-
-    Args:
-        rows: Rows from `measure_speed`.
-        names: Names of the models.
-    """
+    """Shows a table for each phase, with a line for each batch size, context and model."""
     tables = []
     for phase, time, rate in (("prefill", "ms", "GFLOP/s"), ("decode", "ms/token", "GB/s")):
         own = [row for row in rows if row.phase == phase]

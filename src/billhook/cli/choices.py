@@ -15,15 +15,7 @@ LEGAL = 'a line is {"context": text, "choices": [text, text, ...], "label": whic
 
 @dataclass(frozen=True)
 class Question:
-    """A question.
-
-    Attributes:
-        file: The file that it comes from.
-        line: Its line in the file, from 1.
-        context: The text that the model reads.
-        choices: Possible continuations, after a space.
-        label: The number of the right choice, from 0.
-    """
+    """A question: its line in a file, from 1, and its possible continuations, after a space; `label` is the right one, from 0."""
 
     file: str
     line: int
@@ -34,13 +26,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Row:
-    """A question with one of its choices, as tokens.
-
-    Attributes:
-        ids: Tokens of the context and the choice.
-        scored: How many of the last tokens are the choice's.
-        cut: Whether the context was longer and lost its beginning.
-    """
+    """A question with one of its choices, as tokens, the last `scored` of them the choice's; `cut` if the beginning is lost."""
 
     ids: tuple[int, ...]
     scored: int
@@ -48,15 +34,7 @@ class Row:
 
 
 def read_questions(file: str, limit: int | None = None) -> list[Question]:
-    """Reads questions from JSON Lines: `{"context": "Question: ... Answer:", "choices": ["one", "two"], "label": 1}`.
-
-    Args:
-        file: The file; blank lines and further keys do not count.
-        limit: At most so many questions, the first ones; None for all.
-
-    Raises:
-        ValueError: If there is no such file or no question in it, or a line is no question: with its number and what is legal.
-    """
+    """Reads the first `limit` questions from JSON Lines, such as `{"context": "...?", "choices": ["one", "two"], "label": 1}`."""
     path, questions = Path(file), list[Question]()
     if not path.is_file():
         raise ValueError(f"data: there is no file '{file}'")
@@ -89,15 +67,7 @@ def encode(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, le
     Context, space and choice are encoded as one text, as in lm-eval, because in most vocabularies a space belongs to the token
     after it; spaces at the end of the context count as the choice's. All tokens from the first difference to the context alone
     are the choice's, also one that joins the end of the context with the choice. A token for the beginning stands in front if the
-    tokenizer puts one there.
-
-    Args:
-        questions: Questions.
-        tokenizer: The model's tokenizer.
-        length: Tokens that the model reads; longer contexts lose their beginning. The last token is scored, but never read.
-
-    Raises:
-        ValueError: If a choice has no token of its own, or more than `length`.
+    tokenizer puts one there. Contexts longer than `length` lose their beginning; the last token is scored, but never read.
     """
     start = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 
@@ -135,10 +105,6 @@ def log_likelihoods(model: PreTrainedModel, batch: Sequence[Row]) -> list[float]
 
     Rows are padded on the right and the padding is masked, so that positions begin with 0 in every model, and no token that
     counts sees the padding.
-
-    Args:
-        model: A causal language model in eval mode.
-        batch: Rows that are computed together.
     """
     read = [torch.tensor(row.ids[:-1]) for row in batch]
     ids, mask = pad_sequence(read, batch_first=True), pad_sequence([torch.ones_like(one) for one in read], batch_first=True)

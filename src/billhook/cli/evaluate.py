@@ -31,15 +31,7 @@ LONGEST = 2048
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of one model.
-
-    Attributes:
-        of: The set of questions, the text, or the task of lm-eval's that it was measured on.
-        measure: "acc", "acc_norm", "perplexity", or lm-eval's own name.
-        value: The figure.
-        error: Its standard error, where there is one.
-        each: For a set of questions: whether each was answered right, 1 or 0.
-    """
+    """A figure of one model `of` questions, a text or a task; `each` is 1 or 0, whether each question was answered right."""
 
     of: str
     measure: str
@@ -210,12 +202,7 @@ def difference(figure: Figure, first: Figure) -> tuple[float, float | None]:
 
 
 def table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> str:
-    """Shows figures as rows and models as columns, with their differences to the first model.
-
-    Args:
-        models: Names.
-        figures: The figures of each model, the same ones in the same order.
-    """
+    """Shows figures as rows and models as columns, with their differences to the first model."""
     rows = [["", "", *models]]
     for first, *others in zip(*figures, strict=True):
         cells = [f"{_shown(one.value, one.error)}  ({_shown(*difference(one, first), sign='+')})" for one in others]

@@ -103,11 +103,7 @@ def _numbers(size: int, legal: Sequence[int]) -> str:
 
 
 def conversion(model: PreTrainedModel) -> dict[str, Any]:
-    """Finds the numbers of KV heads that a model can be converted to, or why it cannot.
-
-    Returns:
-        `num_key_value_heads`: now, or None; `legal`: the numbers; `says`: a sentence.
-    """
+    """Finds the numbers of KV heads that a model can be converted to, or why it cannot; `says` is a sentence about that."""
     legal, refused = list[int](), "there is one KV head already"
     try:
         before = kv_heads_of(model)

@@ -13,11 +13,7 @@ from billhook.sparsity.checks import check_device
 
 
 def device_of(asked: str) -> torch.device:
-    """Returns the device of a name; for "auto", an accelerator if there is one.
-
-    Raises:
-        ValueError: If there is none of that name here.
-    """
+    """Returns the device of a name; for "auto", an accelerator if there is one."""
     if asked == "auto":
         return torch.accelerator.current_accelerator() or torch.device("cpu")
     return cast(torch.device, check_device(asked, "device"))
@@ -48,10 +44,6 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def check_file(name: str, file: str | None, suffix: str) -> None:
-    """Refuses a file to write that has another ending, or lies in no folder.
-
-    Raises:
-        ValueError: With what is legal.
-    """
+    """Refuses a file to write that has another ending, or lies in no folder."""
     if file is not None and (Path(file).suffix != suffix or not Path(file).absolute().parent.is_dir()):
         raise ValueError(f"{name}='{file}' must be a file that ends in {suffix}, in a folder that exists")

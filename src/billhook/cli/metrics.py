@@ -14,13 +14,7 @@ from billhook.training.rows import Rows
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int) -> float | None:
-    """Measures exp of the mean negative log-likelihood of each next token; None for a model that predicts none.
-
-    Args:
-        model: A causal language model.
-        rows: Rows of `input_ids`.
-        examples: At most so many of them, the first ones.
-    """
+    """Measures exp of the mean negative log-likelihood of each next token; None for a model that predicts none."""
     if rows is None or not examples or "CausalLM" not in type(model).__name__ and "LMHead" not in type(model).__name__:
         return None
     total, count, every = torch.zeros((), dtype=torch.float64), 0, rows  # type: Tensor, int, Any

@@ -62,11 +62,7 @@ class Text:
         whole("evaluate", self.evaluate, 0)
 
     def length_for(self, model: PreTrainedModel) -> int:
-        """Returns how many tokens an example has.
-
-        Raises:
-            ValueError: If the model does not read as many as are asked for.
-        """
+        """Returns how many tokens an example has."""
         most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if self.length is None:
             return min(self.longest, most or self.longest)
@@ -92,19 +88,7 @@ class Examples(Text):
 class OneShot:
     """A checkpoint that becomes a smaller one, on the data that it is scored and measured on.
 
-    Args:
-        name: A folder, a hub name, or "tiny".
-        out: The folder to write.
-        given: The data, and where to compute.
-        offload: Whether the model stays in the CPU's memory and is measured block by block on the device.
-
-    Raises:
-        ValueError: If the folder holds something else, or the model does not read so many tokens.
-
-    Attributes:
-        model: The model, on its device.
-        device: Where it is computed.
-        metric: The name of what is measured: `"perplexity"` or `"accuracy"`.
+    With `offload` the model stays in the CPU's memory, and is measured block by block on the device.
     """
 
     def __init__(self, name: str, out: str, given: Text, offload: bool = False) -> None:
@@ -133,11 +117,7 @@ class OneShot:
         return data
 
     def batches(self) -> list[dict[str, Tensor]]:
-        """Draws the batches to calibrate on.
-
-        Raises:
-            ValueError: If there is nothing to calibrate on.
-        """
+        """Draws the batches to calibrate on."""
         rows: Any = self._data.splits["train"]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.given.seed))
         return list(self._batched(rows, order[: self.given.examples].tolist()))
@@ -153,13 +133,7 @@ class OneShot:
             return accuracy(self.model, self._batched(rows, range(min(most, len(rows)))))
 
     def save(self, before: float | None, record: Mapping[str, Any], *says: object) -> None:
-        """Measures again, saves the model with a record of what was done, and prints both.
-
-        Args:
-            before: The metric of the model as it was.
-            record: What was done to it.
-            *says: Lines to print first.
-        """
+        """Measures again, saves the model with a record of what was done, and prints `says` and both."""
         after, given = self.measure(), self.given
         rows: Any = self._data.splits["train"]
         calibration = {"data": given.data, "examples": min(given.examples, len(rows)), "length": self.length}

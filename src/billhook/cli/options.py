@@ -16,10 +16,6 @@ def run(command: Command, given: Sequence[str]) -> None:
     """Runs a command with the words of a command line.
 
     A parameter whose type is a dataclass is given by the options of its fields: `--params 0.8` for `amount: Amount`.
-
-    Args:
-        command: A function whose required parameters stand first on the line, in their order.
-        given: What stands behind the command's name.
     """
     groups, flags = _groups(command), _typed(command)
     about = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:")[0]

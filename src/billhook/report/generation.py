@@ -108,11 +108,7 @@ class Generation:
         self._token = one._token.expand(rows, 1)
 
     def decode(self) -> Tensor:
-        """Generates `new_tokens` tokens after the prompts and the token that `prefill` found.
-
-        Returns:
-            All these tokens, `[batch, 1 + new_tokens]`.
-        """
+        """Generates `new_tokens` tokens after the one that `prefill` found; returns them all, `[batch, 1 + new_tokens]`."""
         tokens = [self._token]
         for _ in range(self.new_tokens):
             tokens.append(self._forward(tokens[-1])[:, -1:].argmax(-1))

@@ -12,10 +12,8 @@ class Peak:
     """Within `with`, follows the memory of a device.
 
     On CUDA that is torch's allocated memory. On a CPU it is the resident memory of the process, which the system counts (Linux
-    only): memory that was freed before, kept by the process and used again is not seen.
-
-    Attributes:
-        rise: Bytes by which the peak exceeds the memory in use before; None where nothing counts it.
+    only): memory that was freed before, kept by the process and used again is not seen. Then `rise` is by how many bytes the
+    peak exceeds the memory in use before; None where nothing counts it.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -13,13 +13,6 @@ def plot_bench(rows: Sequence[Row], names: Sequence[str]) -> Any:  # noqa: ANN40
     """Draws tokens per second over contexts for each phase; for several models also the speed-up, the ideal one dashed.
 
     Bars are quartiles. A colour is a model, a marker a batch size.
-
-    Args:
-        rows: Rows from `measure_speed`.
-        names: Names of the models.
-
-    Returns:
-        A matplotlib figure; `savefig` writes it.
     """
     from matplotlib.figure import Figure  # slow to import, and needed once
     from matplotlib.ticker import FuncFormatter, LogLocator

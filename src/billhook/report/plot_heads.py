@@ -14,16 +14,9 @@ def plot_heads(
     curve: Sequence[tuple[float, float]] = (),
     name: str = "",
 ) -> Any:  # noqa: ANN401 - matplotlib has no types
-    """Draws a heat map of heads, with removed ones crossed out, and the pruning curve.
+    """Draws a heat map of heads, with removed ones crossed out, and the pruning curve; `savefig` of the figure writes it.
 
-    Args:
-        importance: Scores by attention, `[heads]`; NaN for heads without a score, as they were removed before.
-        removed: The removed heads, by attention.
-        curve: Pairs of the share of heads that is removed, and the value of a metric.
-        name: Name of the metric.
-
-    Returns:
-        A matplotlib figure; `savefig` writes it.
+    Scores are by attention, `[heads]`, and NaN for heads that were removed before; the curve is a metric by share removed.
     """
     import numpy as np
     from matplotlib.figure import Figure  # slow to import, and needed once

@@ -167,11 +167,7 @@ def check_speed(
     cache: CacheKind,
     phases: Sequence[Phase],
 ) -> None:
-    """Refuses arguments and models that cannot be measured.
-
-    Raises:
-        ValueError: With the argument, what came and what is legal.
-    """
+    """Refuses arguments and models that cannot be measured."""
     given: dict[str, Sequence[object]] = {"models": models, "batch_sizes": batch_sizes, "contexts": contexts, "phases": phases}
     for name, values in given.items():
         if not values:

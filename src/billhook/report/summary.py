@@ -102,13 +102,7 @@ def summary(model: nn.Module) -> Summary:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table: the model at some point of a run.
-
-    Attributes:
-        name: Name of the point.
-        step: The optimizer step.
-        numbers: Measured values by name.
-    """
+    """One row of the table: the model at some point of a run."""
 
     name: str
     step: int

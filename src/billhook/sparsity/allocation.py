@@ -1,8 +1,4 @@
-"""Allocations: how the sparsity of the whole model is shared among its linear layers.
-
-A model is described block by block, by the name and number of weights of each linear. An allocation that depends on how important
-weights are measures each block's scores first, one block at a time.
-"""
+"""Allocations: how the sparsity of the whole model is shared among its linear layers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence

@@ -53,11 +53,7 @@ def check_pruning(
 
 
 def adapters_to_count(model: nn.Module, criterion: Criterion, linears: Iterable[str]) -> dict[str, nn.Module]:
-    """Finds the layers of LoRA on these linears, by linear, for a criterion that is to count them in.
-
-    Raises:
-        ValueError: If the criterion updates weights, or there is no plain LoRA that is active and not merged.
-    """
+    """Finds the layers of LoRA on these linears, by linear, for a criterion that is to count them in."""
     if criterion.updates:
         raise ValueError(
             f"count_adapters=True needs a criterion that leaves kept weights as they are, such as Wanda, and "
@@ -88,11 +84,7 @@ def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool) -> 
 def check_sharded(
     criterion: Criterion, allocation: Allocation, reduce: Reduce | None, offload: object, count_adapters: bool
 ) -> None:
-    """Refuses arguments that do not suit a model that is sharded over ranks.
-
-    Raises:
-        ValueError: With the reason, and the way out.
-    """
+    """Refuses arguments that do not suit a model that is sharded over ranks."""
     if offload is not None:
         raise ValueError(f"offload={str(offload)!r}: the model is sharded, its blocks are gathered one at a time: leave it out")
     if count_adapters:
@@ -116,11 +108,7 @@ def warn_of_others(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
 
 
 def check_device(offload: str | torch.device | None, name: str = "offload") -> torch.device | None:
-    """Returns the device that an argument names.
-
-    Raises:
-        ValueError: If there is none here.
-    """
+    """Returns the device that an argument names."""
     if offload is None:
         return None
     try:
@@ -130,11 +118,7 @@ def check_device(offload: str | torch.device | None, name: str = "offload") -> t
 
 
 def check_folder(activations: str | None) -> str | None:
-    """Returns the folder of that name.
-
-    Raises:
-        ValueError: If there is none.
-    """
+    """Returns the folder of that name."""
     if activations is not None and not Path(activations).is_dir():
         raise ValueError(f"activations={activations!r} must be a folder that exists")
     return activations

@@ -1,7 +1,6 @@
 """Criteria: how important each weight of a linear layer is, and pruning by that.
 
-A criterion is a set of immutable settings. It says which statistics of the layer's inputs it needs, scores a weight by them, and
-prunes it. A weight that is zero has the lowest score by every criterion, so pruning again continues from where it was.
+A weight that is zero has the lowest score by every criterion, so pruning again continues from where it was.
 """
 
 from abc import ABC, abstractmethod
@@ -219,11 +218,7 @@ class RIA(Criterion):
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Refuses NaN and inf.
-
-    Raises:
-        ValueError: If there is any, with what the values are.
-    """
+    """Refuses NaN and inf."""
     lowest, highest = values.detach().aminmax()
     if not (torch.isfinite(lowest) and torch.isfinite(highest)):
         raise ValueError(f"{what} holds NaN or inf")

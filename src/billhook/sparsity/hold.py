@@ -17,8 +17,7 @@ from billhook.running.shards import local, reshard, sharded_as, whole
 class Hold:
     """Keep-masks of a model's linears, one byte a weight, and the hooks that hold them.
 
-    Attributes:
-        masks: By linear, bool, as the weights lie in memory, and sharded as they are.
+    `masks` are by linear, bool, as the weights lie in memory, and sharded as they are.
     """
 
     def __init__(self) -> None:
@@ -38,14 +37,7 @@ class Hold:
     ) -> None:
         """Begins to hold: in the model after each step of these optimizers, and in averaged copies of it.
 
-        Args:
-            model: The model in training.
-            optimizers: The optimizers that step it.
-            copies: Averaged copies of it.
-            adapted: Linears whose adapters are masked too, once there are masks.
-
-        Raises:
-            ValueError: If the masks are of another model.
+        The adapters of linears that are `adapted` are masked too, once there are masks.
         """
         self._let_go()
         self._models, self._adapted = [model, *copies], adapted
@@ -55,15 +47,7 @@ class Hold:
         self._hooks = [optimizer.register_step_post_hook(self._step) for optimizer in optimizers]
 
     def hold(self, masks: Mapping[str, Tensor], change: Callable[[], None] | None = None) -> None:
-        """Replaces the masks, and applies them.
-
-        Args:
-            masks: Keep-masks by linear.
-            change: A change of the weights that belongs to them; if it fails, the masks before are held.
-
-        Raises:
-            ValueError: If the masks are of another model.
-        """
+        """Replaces the masks, and applies them; if `change`, which changes the weights with them, fails, they are as before."""
         for model in self._models:
             reshard(model)
         linears = [prunable(model, output_embeddings=True) for model in self._models]

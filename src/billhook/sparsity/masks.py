@@ -23,9 +23,6 @@ MAX_PAIRED = 8
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
     """Parses a pattern in which N of every M weights are kept to (N, M), and `"unstructured"` to None.
 
-    Raises:
-        ValueError: If the pattern is neither `"unstructured"` nor `"N:M"` with 1 <= N < M.
-
     >>> parse_pattern("2:4"), parse_pattern("unstructured")
     ((2, 4), None)
     """
@@ -44,9 +41,6 @@ def check_amount(sparsity: float | None, pattern: str = "unstructured") -> float
         sparsity: That fraction, in [0, 1). With a pattern N:M it may be None, or must agree with the pattern.
         pattern: `"unstructured"` or `"N:M"`.
 
-    Raises:
-        ValueError: If the pattern is malformed, the sparsity missing or outside [0, 1), or one contradicts the other.
-
     >>> check_amount(0.7), check_amount(None, "2:4")
     (0.7, 0.5)
     """
@@ -64,11 +58,7 @@ def check_amount(sparsity: float | None, pattern: str = "unstructured") -> float
 
 
 def check_width(in_features: int, pattern: str) -> None:
-    """Refuses a pattern N:M for a weight whose number of input features M does not divide.
-
-    Raises:
-        ValueError: If so, or if the pattern is malformed.
-    """
+    """Refuses a pattern N:M for a weight whose number of input features M does not divide."""
     kept = parse_pattern(pattern)
     if kept is not None and in_features % kept[1]:
         raise ValueError(f"pattern={pattern!r} needs a multiple of {kept[1]} input features, got {in_features}")
@@ -86,17 +76,7 @@ def pruned_count(size: int, sparsity: float) -> int:
 
 
 def keep_rows(scores: Tensor, sparsity: float) -> Tensor:
-    """Compares within each row: int(columns * sparsity) of each row are removed.
-
-    Args:
-        scores: `[rows, columns]`, higher = more important.
-        sparsity: Fraction that is removed, in [0, 1).
-
-    Returns:
-        The keep-mask, bool, of the size of the scores.
-
-    Raises:
-        ValueError: If a score is NaN, or the sparsity is outside [0, 1).
+    """Compares within each row of `[rows, columns]`: int(columns * sparsity) of each row are removed.
 
     >>> keep_rows(torch.tensor([[3.0, 1.0, 1.0, 2.0], [0.0, 0.0, 0.0, 9.0]]), 0.5).int()
     tensor([[1, 0, 0, 1],
@@ -120,18 +100,7 @@ def keep_layer(scores: Tensor, sparsity: float) -> Tensor:
 
 
 def keep_global(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
-    """Compares across matrices: int(total numel * sparsity) are removed, of equal scores those in earlier matrices, then rows.
-
-    Args:
-        scores: One tensor a matrix, each of any shape and on any device, higher = more important.
-        sparsity: Fraction of all that is removed, in [0, 1).
-
-    Returns:
-        The keep-masks, bool, each of the size and on the device of its scores.
-
-    Raises:
-        ValueError: If a score is NaN, or the sparsity is outside [0, 1).
-    """
+    """Compares across matrices: int(total numel * sparsity) are removed, of equal scores those in earlier matrices, then rows."""
     count = pruned_count(sum(s.numel() for s in scores), sparsity)
     lowest_kept, lower = _find(scores, count)
     tied = count - lower
@@ -149,17 +118,6 @@ def keep_global(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
 
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     """Keeps the n highest of every m consecutive scores along the last dimension.
-
-    Args:
-        scores: `[rows, columns]`, higher = more important; m divides columns.
-        n: How many are kept of every m.
-        m: The size of a group.
-
-    Returns:
-        The keep-mask, bool, of the size of the scores.
-
-    Raises:
-        ValueError: If not 1 <= n < m, m does not divide the columns, or a score is NaN.
 
     >>> keep_n_of_m(torch.tensor([[1.0, 4.0, 3.0, 2.0, 5.0, 5.0, 5.0, 5.0]]), 2, 4).int()
     tensor([[0, 1, 1, 0, 0, 0, 1, 1]], dtype=torch.int32)
@@ -179,10 +137,6 @@ def where_kept(values: Tensor, keep: Tensor) -> Tensor:
     """Returns the values where a keep-mask is True, and 0 elsewhere, also instead of NaN.
 
     The bits are multiplied as whole numbers, which takes a tenth of the time of `masked_fill` on a mask without a pattern.
-
-    Args:
-        values: Of any floating dtype.
-        keep: Bool, of the same size.
 
     >>> where_kept(torch.tensor([1.0, -2.0, torch.nan]), torch.tensor([True, False, False]))
     tensor([1., 0., 0.])

@@ -73,11 +73,7 @@ class Pruned:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any], size: int) -> Self:
-        """Makes the part of a linear with so many weights from what `to_json` returned.
-
-        Raises:
-            ValueError: If there are not as many bits, or values, as that takes.
-        """
+        """Makes the part of a linear with so many weights from what `to_json` returned."""
         pruned = cls(np.frombuffer(b64decode(plain["bits"], validate=True), dtype=np.uint8), None)
         if len(pruned.bits) != -(-size // 8):
             raise ValueError(f"{len(pruned.bits)} bytes of bits for {size} weights")
@@ -138,19 +134,11 @@ class WeightPlan(Plan):
         return plan
 
     def check_made_for(self, model: nn.Module) -> None:
-        """Refuses a model that lacks one of the linears, or has it in another size.
-
-        Raises:
-            ValueError: With the first such linear.
-        """
+        """Refuses a model that lacks one of the linears, or has it in another size."""
         self._linears(model)
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
-        """Returns the keep-masks, bool, each as its weight lies in memory, and sharded as it is.
-
-        Raises:
-            ValueError: If the plan was not made for this model, or one with the same linears.
-        """
+        """Returns the keep-masks, bool, each as its weight lies in memory, and sharded as it is."""
         linears = self._linears(model)
         weights = {name: weight_of(linears[name]) for name in self.pruned}
         masks = {name: sharded_as(one.keep(weights[name]), weights[name]) for name, one in self.pruned.items()}

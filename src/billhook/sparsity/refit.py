@@ -16,17 +16,15 @@ def conjugate_gradients(weight: Tensor, pruned: Tensor, keep: Tensor, products: 
 
     Every row is a least-squares problem of its own, with one matrix H = X X^T + damping * mean(diag) I and another support. All
     rows take the steps of conjugate gradients together, preconditioned by the diagonal of H, with one product by H a step.
+    The error never rises from step to step.
 
     Args:
         weight: W, before pruning, `[out_features, in_features]`, of any floating dtype.
-        pruned: Where to start, zero outside of the support.
-        keep: The support, bool.
+        pruned: V at the start; zero outside of the support `keep`.
+        keep: Bool.
         products: X X^T, float32, `[in_features, in_features]`.
         damping: Share of the mean of its diagonal that is added to it.
         steps: Number of steps.
-
-    Returns:
-        V, float32, zero outside of the support; the error never rises from step to step.
     """
     h = products.clone()
     h.diagonal().add_(damping * products.diagonal().mean())

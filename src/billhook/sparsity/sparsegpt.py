@@ -22,18 +22,11 @@ MAX_DAMPING = 1.0
 
 
 def inverse_factor(products: Tensor, damping: float) -> Tensor:
-    """Computes the upper triangular U with H^-1 = U^T U, for H = X^T X + damping * mean(diag(X^T X)) * I.
+    """Computes the upper triangular U with H^-1 = U^T U, for H = X^T X + damping * mean(diag(X^T X)) * I, in float32.
 
     The paper's H is twice that over the number of samples, but such a factor of H changes neither mask nor update. With the
     inputs taken in reverse order H = L L^T gives H = R R^T with R upper triangular, so U = R^-1: one factorisation, and H^-1 is
     never formed. An input that is always zero has no row in the mean, and the mean as its diagonal.
-
-    Args:
-        products: X^T X, float32, `[in_features, in_features]`.
-        damping: Share of the mean of the diagonal that is added to it; raised tenfold, up to 1, while H is not positive definite.
-
-    Returns:
-        U, float32, `[in_features, in_features]`.
 
     Raises:
         ValueError: If H is not positive definite with a damping of 1 either.
@@ -67,17 +60,8 @@ def solve(
     """Prunes and updates a weight, block of columns by block.
 
     Unstructured, the int(rows * columns * sparsity) lowest saliencies of a block are removed when the block is reached; N:M, the
-    lowest M - N of each row's group of M when the group is reached.
-
-    Args:
-        weight: `[out_features, in_features]`, float32. It is not changed.
-        factor: U with H^-1 = U^T U, float32, `[in_features, in_features]`.
-        sparsity: Fraction that is removed, in [0, 1), when unstructured.
-        kept: (N, M), N of every M are kept; None for unstructured.
-        block_size: Columns in a block; with N:M a multiple of M.
-
-    Returns:
-        The new weight, float32, and the keep-mask, both `[out_features, in_features]`.
+    lowest M - N of each row's group of M, with (N, M) = `kept`, when the group is reached. The weight given is not changed.
+    Returns the new weight, float32, and the keep-mask; all `[out_features, in_features]`.
     """
     work = weight.t().clone(memory_format=torch.contiguous_format)
     keep = torch.empty(work.shape, dtype=torch.bool, device=work.device)
@@ -148,12 +132,7 @@ class SparseGPT(Criterion):
     def prune(
         self, weight: Tensor, statistics: Statistics | None = None, sparsity: float | None = None, pattern: str = "unstructured"
     ) -> tuple[Tensor, Tensor]:
-        """Zeroes the lowest saliencies and updates the kept weights. See `Criterion.prune`.
-
-        Raises:
-            ValueError: As `Criterion.prune`; also if M does not divide the block size, X^T X cannot be inverted, or the updated
-                weight does not fit its dtype.
-        """
+        """Zeroes the lowest saliencies and updates the kept weights. See `Criterion.prune`."""
         sparsity, kept = check_amount(sparsity, pattern), parse_pattern(pattern)
         if kept is not None and self.block_size % kept[1]:
             raise ValueError(f"block_size={self.block_size} must be a multiple of {kept[1]} for pattern={pattern!r}")

@@ -36,10 +36,8 @@ class PruningVisitor:
         tokens: Of each run, which tokens count: bool, `[batch, length]`, one for each of its sequences that is padded.
         reduce: Sums statistics over ranks; None on one.
         adapters: The layers of LoRA that count, by linear: as if they were merged.
-        shared: Whether linears that read one and the same tensor share their statistics.
-
-    Attributes:
-        pruned: The results by linear.
+        shared: Whether linears that read one and the same tensor share their statistics; if they do so in some runs only, that
+            raises `InputsDiffer`.
     """
 
     def __init__(
@@ -92,11 +90,7 @@ class PruningVisitor:
         return None
 
     def complete(self, site: Site) -> None:
-        """Prunes the linears of a site that were given tokens.
-
-        Raises:
-            InputsDiffer: If linears that read one tensor in one run do not in another.
-        """
+        """Prunes the linears of a site that were given tokens."""
         if self.reduce is not None:
             self._sum(site, self.reduce)
         if self._differ:
@@ -127,11 +121,7 @@ class PruningVisitor:
                 reduce(tensor)
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
-        """Prunes linears whose statistics are complete, or are not needed.
-
-        Raises:
-            ValueError: The criterion's, after the linear's name; and if it changes kept weights where an adapter counts.
-        """
+        """Prunes linears whose statistics are complete, or are not needed."""
         for name, linear in linears.items():
             weight, adapter = whole(weight_of(linear)), self.adapters.get(name)
             scored = counted(weight, adapter)
@@ -180,11 +170,7 @@ class GlobalPruningVisitor(PruningVisitor):
         self._seen |= {name: (linear, self._statistics(name)) for name, linear in linears.items()}
 
     def close(self) -> None:
-        """Prunes all linears at once; all scores are in memory.
-
-        Raises:
-            ValueError: The criterion's, after the linear's name.
-        """
+        """Prunes all linears at once; all scores are in memory."""
         scores = []
         for name, (linear, statistics) in self._seen.items():
             weight = counted(whole(weight_of(linear)), self.adapters.get(name))

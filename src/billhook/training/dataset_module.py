@@ -19,21 +19,7 @@ from billhook.training.rows import SPLITS, Batch, Data, Rows, load_splits
 
 
 class DatasetModule(pl.LightningDataModule):
-    """Base of the data modules: splits from `datasets`, a tokenizer, and loaders in a deterministic, resumable order.
-
-    Args:
-        data: `"tiny"` (the embedded text), a hub name (`"name"` or `"name:config"`) or a folder of that form, or local files
-            by split, as in `{train: a.jsonl, validation: [b.jsonl, c.jsonl]}` (.txt, .json, .jsonl, .csv, .parquet; may be
-            compressed). The name of one file is that of the split `train`.
-        tokenizer: A name or folder; by default the tokenizer saved with the model in training.
-        batch_size: Examples in a batch, per device.
-        seed: The order of the training examples depends on this seed and the epoch alone.
-        num_workers: Processes that load batches; 0 loads in the main process.
-        streaming: Read while training instead of preparing and caching everything first.
-
-    Raises:
-        ValueError: If a file is empty, is missing or has an unknown ending, or a split has no such column.
-    """
+    """Base of the data modules: splits from `datasets`, a tokenizer, and loaders in a deterministic, resumable order."""
 
     def __init__(
         self,
@@ -90,11 +76,7 @@ class DatasetModule(pl.LightningDataModule):
         """Returns the function that makes a batch of examples."""
 
     def train_dataloader(self) -> ResumableLoader:
-        """Returns batches of the split `train`, in another order each epoch; examples that do not fill a batch are left out.
-
-        Raises:
-            ValueError: If there is no such split, or it does not fill one batch.
-        """
+        """Returns batches of the split `train`, in another order each epoch; examples that do not fill a batch are left out."""
         if "train" not in self.splits:
             raise ValueError(f"data has no split 'train'; it has {', '.join(sorted(self.splits)) or 'none that is used'}")
         begin = self._resume or {"epoch": 0 if self.trainer is None else self.trainer.current_epoch}

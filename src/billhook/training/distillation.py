@@ -69,11 +69,6 @@ class Teacher:
     """A frozen model to learn from. It is not part of any module: it is neither trained, saved nor found in one.
 
     Copies of the module that has it, deep ones too, share it.
-
-    Args:
-        model: The model, which is frozen and put in eval mode.
-        settings: The terms of the loss.
-        causal: Whether logits predict the label one further, as causal language models do.
     """
 
     def __init__(self, model: PreTrainedModel, settings: Distillation, causal: bool) -> None:
@@ -90,15 +85,7 @@ class Teacher:
         return {"output_hidden_states": True} if self.settings.hidden else {}
 
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - a ModelOutput
-        """Returns the loss on a batch, and the KL in it, in nats per token.
-
-        Args:
-            output: The student's output, with its loss on the labels.
-            batch: The batch, with `labels`.
-
-        Raises:
-            ValueError: If logits or hidden states of the two are not equally wide.
-        """
+        """Returns the loss on a batch with `labels`, and the KL in it, in nats per token; `output` has the student's own loss."""
         taught = self._output(batch)
         counted = counted_in(batch["labels"], output.logits, self.causal)
         divergence = kl_divergence(output.logits, taught.logits, counted, self.settings.temperature)
@@ -124,13 +111,7 @@ class Teacher:
 
 
 def counted_in(labels: Tensor, logits: Tensor, causal: bool) -> Tensor:
-    """Marks the logits that count, bool, `[*, tokens]` or `[examples]`.
-
-    Args:
-        labels: `[*, tokens]`, where -100 does not count, or `[examples]`.
-        logits: `[*, tokens, vocabulary]` or `[examples, classes]`.
-        causal: Whether logits predict the label one further.
-    """
+    """Marks the logits that count, all except those of the label -100: bool, `[*, tokens]` or `[examples]`."""
     if logits.ndim == 2:
         return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     return (pad(labels[:, 1:], (0, 1), value=-100) if causal else labels) != -100
@@ -139,18 +120,9 @@ def counted_in(labels: Tensor, logits: Tensor, causal: bool) -> Tensor:
 def kl_divergence(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
     """Computes the mean of KL(softmax(teacher / T) || softmax(student / T)) over counted logits, in float32 or better.
 
-    The gradient is computed with the value and kept in the memory of the teacher's logits, which are overwritten: the forward
-    pass makes no other tensor of that size, the backward pass only the gradient itself. Apart from them, at most 4 million
-    logits are in use at once.
-
-    Args:
-        student: Logits, `[..., classes]`.
-        teacher: Logits of the same shape, without gradient; overwritten.
-        counted: Which count, bool, `[...]`.
-        temperature: T.
-
-    Raises:
-        ValueError: If the shapes differ.
+    Logits are `[..., classes]`, and `counted` is bool, `[...]`. The gradient is computed with the value and kept in memory of the
+    teacher's logits, which are overwritten: the forward pass makes no other tensor of that size, the backward pass only the
+    gradient itself. Apart from them, at most 4 million logits are in use at once.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -194,16 +166,7 @@ def _chunks(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
 
 
 def hidden_error(student: Any, teacher: Any, batch: Mapping[str, Tensor]) -> Tensor:  # noqa: ANN401
-    """Computes the mean squared error between hidden states after blocks, averaged over the student's blocks.
-
-    Args:
-        student: The student's output, with hidden states.
-        teacher: The teacher's.
-        batch: Their batch; its `attention_mask`, or -100 in a decoder's `labels`, marks padding.
-
-    Raises:
-        ValueError: If they are not equally wide.
-    """
+    """Computes the mean squared error between hidden states after blocks, except at padding, over the student's blocks."""
     mask = batch.get("attention_mask")
     kept = {"hidden_states": mask, "encoder_hidden_states": mask, "decoder_hidden_states": batch["labels"] != -100}
     errors = []
@@ -227,11 +190,7 @@ def _squared_error(ours: Tensor, theirs: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: Distillation, classifies: bool) -> None:
-    """Refuses a teacher whose logits or inputs mean something else than the student's.
-
-    Raises:
-        ValueError: If vocabularies or classes differ, or hidden sizes where hidden states are compared.
-    """
+    """Refuses a teacher whose logits or inputs mean something else than the student's."""
     one, other = student.config.get_text_config(), teacher.config.get_text_config()
     name = f"distillation: teacher={settings.teacher!r}"
     fields = ["num_labels"] * classifies + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden)

@@ -39,9 +39,6 @@ class ResumableLoader(DataLoader[Any]):
         count: How many batches of all passes have been used till now: an iterator of which none was used was no pass.
             Without it each iteration is one.
         **options: The arguments of `DataLoader`.
-
-    Raises:
-        ValueError: While iterating, if a stream gives no batch at all.
     """
 
     def __init__(
@@ -115,12 +112,7 @@ def place_of(trainer: pl.Trainer) -> dict[str, int] | None:
 def fit_place(place: dict[str, int], checkpoint: dict[str, Any], at_once: int) -> None:
     """Makes a place, and how many batches of the epoch Lightning takes for used, fit another batch size or number of devices.
 
-    Examples that then do not fill a batch are seen again.
-
-    Args:
-        place: The place from `place_of`; it is changed.
-        checkpoint: The checkpoint that holds it; it is changed.
-        at_once: Examples in a batch now, on all devices together.
+    Examples that then do not fill a batch are seen again. Both are changed in place; `at_once` are examples on all devices.
     """
     batch = place["examples"] // at_once
     if batch == place["batch"]:

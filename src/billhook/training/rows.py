@@ -23,15 +23,7 @@ Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 
 
 def load_splits(data: Data, streaming: bool = False) -> dict[str, Rows]:
-    """Loads the splits of `data` with `datasets`.
-
-    Args:
-        data: `"tiny"`, a hub name (`"name"` or `"name:config"`), a folder, a file (the split `train`), or files by split.
-        streaming: Read rows only when they are needed.
-
-    Raises:
-        ValueError: If a split is unknown, or a file is missing, empty, of an unknown kind or unreadable.
-    """
+    """Loads the splits of `data` with `datasets`: a folder may be a hub data set, and a file alone is the split `train`."""
     if data == "tiny":
         return _read("parquet", text_files(), streaming)
     if isinstance(data, str) and _kind(data) is not None and not Path(data).is_dir():
@@ -95,11 +87,7 @@ def _as_list(files: str | list[str]) -> list[str]:
 
 
 def check_columns(rows: Rows, split: str, *columns: str) -> None:
-    """Refuses a split without one of the columns, or without any row.
-
-    Raises:
-        ValueError: If there is no such column, or no row.
-    """
+    """Refuses a split without one of the columns, or without any row."""
     found = _column_names(rows)
     for column in columns:
         if column not in found:
@@ -123,15 +111,7 @@ def map_rows(
     tokenizer: PreTrainedTokenizerBase,
     **arguments: Any,  # noqa: ANN401
 ) -> Rows:
-    """Runs `rows.map(function)`, cached by everything that decides the result (a tokenizer's own hash changes with use).
-
-    Args:
-        rows: A split.
-        function: Takes many rows as lists by column, the tokenizer and the arguments.
-        split: Name of the rows in the progress bar.
-        tokenizer: The tokenizer.
-        **arguments: Further arguments of the function.
-    """
+    """Runs `rows.map(function)`, cached by everything that decides the result (a tokenizer's own hash changes with use)."""
     options = {
         "batched": True,
         "batch_size": ROWS_AT_ONCE,
@@ -154,14 +134,9 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 
 
 def pack(rows: Batch, tokenizer: PreTrainedTokenizerBase, block_size: int, column: str, documents: bool) -> Batch:
-    """Packs texts into blocks of `block_size` token ids; tokens that do not fill the last block are left out.
+    """Packs texts, each of them a document or else a line that runs on, into blocks of `block_size` token ids.
 
-    Args:
-        rows: Texts; null and blank ones do not count.
-        tokenizer: Its end-of-sequence token (or separator) ends each document.
-        block_size: Tokens in a block.
-        column: The column of the text.
-        documents: Whether each row is a document; otherwise they are lines that run on.
+    Null and blank texts do not count, and tokens that do not fill the last block are left out.
     """
     given = [text for text in rows[column] if text is not None]
     texts = [text for text in _texts(given if documents else ["".join(given)], column) if text and not text.isspace()]

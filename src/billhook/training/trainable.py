@@ -19,11 +19,7 @@ Trainable = Literal["all", "attention"] | list[str]
 
 
 def check_trainable(trainable: Trainable) -> None:
-    """Refuses a value that is legal for no model.
-
-    Raises:
-        ValueError: With what is legal.
-    """
+    """Refuses a value that is legal for no model."""
     patterns = isinstance(trainable, Sequence) and not isinstance(trainable, str) and all(isinstance(p, str) for p in trainable)
     if trainable not in ("all", "attention") and not (patterns and trainable):
         raise ValueError(f"trainable={trainable!r} must be 'all', 'attention' or patterns of names, as in ['*.k_proj.*']")
@@ -32,15 +28,8 @@ def check_trainable(trainable: Trainable) -> None:
 def freeze_others(model: PreTrainedModel, trainable: Trainable, classifies: bool = False) -> None:
     """Freezes all other parameters, in place; parameters that were frozen before stay so, and with `"all"` nothing changes.
 
-    Args:
-        model: The model.
-        trainable: The parameters to train. A tied parameter trains if one of its names matches.
-        classifies: Whether parameters outside of the base model are the head of a classifier, which may be new and so trains
-            with attention.
-
-    Raises:
-        ValueError: If `trainable` is not legal, a pattern matches no parameter, or the model has no attention; then nothing has
-            changed.
+    A tied parameter trains if one of its names matches. What `classifies` has outside of the base model is a head that may be
+    new, and so trains with attention. A refusal leaves the model as it was.
     """
     check_trainable(trainable)
     if trainable == "all":
@@ -67,16 +56,6 @@ def attention_parameters(model: nn.Module, structure: Structure | None = None) -
     An attention is the innermost module that holds the projections of queries, keys, values and output, as `trace` finds them by
     the model's operations, not by names; modules that compute the same as attention count too (state-space layers of Mamba-2).
     If that module holds a feed-forward too, only projections and parameters with heads, or dimensions of heads, count.
-
-    Args:
-        model: A Hugging Face model, or a module that holds one.
-        structure: What `trace` has found of it; by default it is traced.
-
-    Returns:
-        Names in the order of the model's parameters.
-
-    Raises:
-        ValueError: If the model has no attention.
     """
     subject = find_transformer(model)
     structure = structure or trace(subject)

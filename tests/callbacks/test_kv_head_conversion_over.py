@@ -109,11 +109,6 @@ def test_to_turn_heads_towards_each_other_changes_nothing(files, tmp_path):
         tmp_path, [Still(), conversion(at=1002, over=1000, method="aligned"), seen], max_steps=1002, limit_train_batches=4
     )
     run.fit_loop.epoch_loop.max_steps = 1002
-
-    class Stop(Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            trainer.should_stop = trainer.global_step == 3
-
     run.callbacks.insert(0, Stop())
     run.fit(small(), data(files))
     assert (seen.states[2][K] - seen.states[1][K]).norm() > 0.1 * seen.states[1][K].norm()

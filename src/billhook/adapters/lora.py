@@ -71,9 +71,6 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
         lora: The settings. PEFT's own config is taken as it is.
         classifies: Whether modules outside the base model are the head of a classifier, which may be new and so trains in full
             (under PEFT's own config: if its `modules_to_save` names it).
-
-    Raises:
-        ValueError: If the model has adapters already, or `target` names no linear in it, or one that hands out KV heads.
     """
     if has_adapters(model):
         raise ValueError("lora: the model has adapters already: merge them first (bh.merge), or leave lora out")
@@ -169,15 +166,7 @@ def save_adapters(model: PreTrainedModel, checkpoint: dict[str, Any]) -> None:
 
 
 def base_checkpoint(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
-    """Makes a Lightning checkpoint of the base model alone; returns the checkpoint itself, if it records no adapters.
-
-    Args:
-        checkpoint: A checkpoint that names its model; it is not changed.
-        name: The name of its file.
-
-    Raises:
-        ValueError: If its record of adapters is not as `save_adapters` writes it.
-    """
+    """Makes a Lightning checkpoint of the base model alone; returns the checkpoint itself, if it records no adapters."""
     recorded = checkpoint.get(ADAPTERS)
     if recorded is None:
         return checkpoint
@@ -197,16 +186,7 @@ def _of_base(entries: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def put_back(model: PreTrainedModel, checkpoint: Mapping[str, Any], name: str) -> None:
-    """Puts the adapters of a Lightning checkpoint on its base model, if it records how they are scaled.
-
-    Args:
-        model: The model that was built from `base_checkpoint`.
-        checkpoint: The whole checkpoint.
-        name: The name of its file.
-
-    Raises:
-        ValueError: If they do not fit the model.
-    """
+    """Puts the adapters of a Lightning checkpoint on its base model, if it records how they are scaled."""
     if not (recorded := checkpoint.get(ADAPTERS)):
         return
     prefix = checkpoint[KEY]["prefix"]

@@ -48,11 +48,7 @@ class MaskedLora(LoraLinear):
         return torch.where(self.keep.to(product.device), product, 0)
 
     def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
-        """Computes the base layer's output plus those of the active adapters.
-
-        Raises:
-            ValueError: If each example is to have an adapter of its own.
-        """
+        """Computes the base layer's output plus those of the active adapters."""
         if adapter_names is not None:
             raise ValueError(f"adapter_names={adapter_names} must be None: a masked adapter is the same for the whole batch")
         if self.disable_adapters and self.merged:
@@ -146,11 +142,7 @@ def on_linears(model: nn.Module) -> dict[str, Any]:
 
 
 def adapted_linears(model: nn.Module) -> dict[str, Any]:
-    """Finds PEFT's layers on linears, and refuses a model without any.
-
-    Raises:
-        ValueError: If there are none.
-    """
+    """Finds PEFT's layers on linears, and refuses a model without any."""
     layers = on_linears(model)
     if not layers:
         raise ValueError(f"model: no adapters are attached to the linears of this {type(model).__name__}")
@@ -158,11 +150,7 @@ def adapted_linears(model: nn.Module) -> dict[str, Any]:
 
 
 def mask_as_weights(model: nn.Module) -> None:
-    """Masks LoRA as the weights are now, also if none of them is pruned: `mask_adapters`, or else `unmask_adapters`.
-
-    Raises:
-        ValueError: If no adapters are attached, or one cannot be masked.
-    """
+    """Masks LoRA as the weights are now, also if none of them is pruned: `mask_adapters`, or else `unmask_adapters`."""
     if fitting(adapted_linears(model), None):
         mask_adapters(model)
     else:
@@ -170,16 +158,7 @@ def mask_as_weights(model: nn.Module) -> None:
 
 
 def plain_adapters(model: nn.Module, linears: Iterable[str], asked: str) -> dict[str, Any]:
-    """Finds the layers with plain LoRA on these linears, by linear.
-
-    Args:
-        model: The model.
-        linears: Names of linears.
-        asked: The argument that needs them, with its value.
-
-    Raises:
-        ValueError: If there are none, or one is not plain LoRA or merged already.
-    """
+    """Finds the layers with plain LoRA on these linears, as the argument `asked` needs them, and refuses if there are none."""
     try:
         layers = adapted_linears(model)
     except ValueError as error:
@@ -192,15 +171,7 @@ def plain_adapters(model: nn.Module, linears: Iterable[str], asked: str) -> dict
 
 
 def check_plain(layers: Mapping[str, Any], asked: str) -> None:
-    """Refuses adapters whose product is not simply scale B A, or is in the weight already.
-
-    Args:
-        layers: PEFT's layers, by the name of their linear.
-        asked: The argument that needs plain LoRA, with its value.
-
-    Raises:
-        ValueError: If there is such an adapter.
-    """
+    """Refuses adapters whose product is not simply scale B A, as the argument `asked` needs it, or is in the weight already."""
     for name, layer in layers.items():
         kind = type(layer).__name__
         if type(layer) in (LoraLinear, MaskedLora):
@@ -216,11 +187,7 @@ def check_plain(layers: Mapping[str, Any], asked: str) -> None:
 
 
 def fitting(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Returns the keep-masks of these layers' weights, by linear; by default the nonzero weights of those that are pruned.
-
-    Raises:
-        ValueError: If a mask is not bool or of another shape, or none fits.
-    """
+    """Returns the keep-masks of these layers' weights, by linear; by default the nonzero weights of those that are pruned."""
     weights = {name: layer.get_base_layer().weight.detach() for name, layer in layers.items()}
     if masks is None:
         kept = {name: weight != 0 for name, weight in weights.items()}
@@ -256,10 +223,5 @@ def product_of(layer: Any) -> Tensor:  # noqa: ANN401
 
 
 def counted(weight: Tensor, layer: Any | None) -> Tensor:  # noqa: ANN401
-    """Returns the weight that a criterion scores: W, or W + scale B A in float32, zero where W is, as pruned weights stay so.
-
-    Args:
-        weight: W, `[out_features, in_features]`.
-        layer: The layer of plain LoRA on it, if that counts.
-    """
+    """Returns the weight that a criterion scores: W, or W + scale B A in float32, zero where W is, as pruned weights stay so."""
     return weight if layer is None else product_of(layer).add_(weight).masked_fill_(weight == 0, 0)

@@ -87,11 +87,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def merged_copy(model: nn.Module) -> Merged:
-    """Merges a copy; the model is not changed. Adapters on no linear, or merged already, are only taken off.
-
-    Raises:
-        ValueError: If adapters cannot be merged.
-    """
+    """Merges a copy; the model is not changed. Adapters on no linear, or merged already, are only taken off."""
     copied = copy.deepcopy(model)
     if all(layer.merged for layer in on_linears(copied).values()):
         _check_alone(copied)

@@ -76,8 +76,7 @@ Candidate = tuple[type[PreTrainedModel], PretrainedConfig]
 def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
     """Yields classes, and configs from which they build exactly this model's tensors and whole-number attributes.
 
-    The model's own class comes first: many read the field `head_dim` that their config does not declare. Their outputs are still
-    to be compared.
+    The model's own class comes first: many read the field `head_dim` that their config does not declare.
     """
     now, config = shape_of(model), model.config
     counts = _counts(now, config)

@@ -60,11 +60,7 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
 
 
 def _zero_masked(model: PreTrainedModel, masked: Any, name: str) -> None:  # noqa: ANN401 - what a file holds
-    """Zeroes the weights that read heads which were masked in training.
-
-    Raises:
-        ValueError: If the model has no such heads.
-    """
+    """Zeroes the weights that read heads which were masked in training."""
     if masked is None:
         return
     heads = masked.get("heads") if isinstance(masked, dict) else None
@@ -74,11 +70,7 @@ def _zero_masked(model: PreTrainedModel, masked: Any, name: str) -> None:  # noq
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a Lightning checkpoint as data; nothing in it can run code.
-
-    Raises:
-        ValueError: If the file does not exist, is not such a checkpoint, or does not name its model.
-    """
+    """Reads a Lightning checkpoint as data; nothing in it can run code."""
     if not Path(path).is_file():
         raise ValueError(f"'{path}' is not a file: a Lightning checkpoint (.ckpt) is needed")
     try:
@@ -102,9 +94,6 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
 
     It is built on meta tensors first, and takes memory only when its sizes are those of the tensors in the checkpoint. Where its
     class builds other sizes from the config, it takes those that the checkpoint records and holds.
-
-    Raises:
-        ValueError: If its class is unknown, its weights are not where that class has them, or it cannot be built or run.
     """
     held, prefix = checkpoint[KEY], checkpoint[KEY]["prefix"]
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
@@ -151,14 +140,7 @@ def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
 
 
 def _check_sizes(shadow: PreTrainedModel, recorded: Shape, state: dict[str, Tensor]) -> bool:
-    """Compares what the config builds, on meta tensors, with the shape and the tensors in the checkpoint.
-
-    Returns:
-        Whether the config builds that shape.
-
-    Raises:
-        ValueError: If shape and tensors are not the same, or of a model with other tensors.
-    """
+    """Refuses a shape that is not that of the tensors; returns True if it is also what the config builds."""
     built = shape_of(shadow)
     if differing := [k for k, v in built.config.items() if recorded.config.get(k, v) != v]:
         raise ValueError(f"config and shape do not agree on {differing[0]}")

@@ -15,11 +15,7 @@ RECORD = "billhook.json"
 
 
 def check_target(folder: str | Path) -> None:
-    """Refuses a folder to save to that holds anything that billhook did not write, or that cannot be replaced.
-
-    Raises:
-        ValueError: With the reason.
-    """
+    """Refuses a folder to save to that holds anything that billhook did not write, or that cannot be replaced."""
     path = Path(folder).resolve()
     if path.is_mount():
         raise ValueError(f"'{folder}' is a mount point, which cannot be replaced in one step: name a folder inside it")

@@ -52,11 +52,7 @@ def load_model(
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a folder, a hub name or `"tiny"`; no code that it brings is run.
-
-    Raises:
-        ValueError: If the files are not those of a tokenizer, or it is one that brings code.
-    """
+    """Loads the tokenizer of a folder, a hub name or `"tiny"`; no code that it brings is run."""
     with readable(name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
     return tokenizer
@@ -70,11 +66,7 @@ def _built(auto: Any, config: PretrainedConfig, options: dict[str, Any], labels:
 
 
 def _class_for(auto: Any, config: PretrainedConfig, task: str) -> type[PreTrainedModel]:  # noqa: ANN401 - an auto class
-    """Finds the class that an auto class takes for a config: of several, the one that the config names, or else the first.
-
-    Raises:
-        ValueError: If it has none.
-    """
+    """Finds the class that an auto class takes for a config: of several, the one that the config names, or else the first."""
     kinds = classes_of(auto, config)
     if not kinds:
         raise ValueError(f"task={task!r}: transformers has no class for it of the family '{config.model_type}'")

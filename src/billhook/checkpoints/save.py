@@ -137,12 +137,8 @@ def save(
 
 
 def _write(model: PreTrainedModel, draft: Path, probe: Mapping[str, Tensor]) -> tuple[Way, str | None, float]:
-    """Saves and verifies the model; an older report in its config, of a shape that its class does not build, is dropped.
-
-    Returns:
-        The way, the family where it is another, and the largest difference of logits.
-    """
-    vars(model.config).pop(KEY, None)
+    """Saves and verifies the model; returns the way, the family where it is another, and the largest difference of logits."""
+    vars(model.config).pop(KEY, None)  # an older report
     shape = unbuilt_shape(model)
     if not shape.tensors:
         model.save_pretrained(draft)
@@ -182,11 +178,7 @@ def _check_no_prompts(module: nn.Module) -> None:
 
 
 def check_names(model: PreTrainedModel) -> None:
-    """Refuses a model in which weights have names that its class would not find.
-
-    Raises:
-        ValueError: If a part of it is wrapped by `torch.compile`.
-    """
+    """Refuses a model in which weights have names that its class would not find."""
     for name, part in model.named_modules():
         if "_orig_mod" in part._modules:
             raise ValueError(
@@ -243,11 +235,7 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _to_plain(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts the record to plain data for JSON.
-
-    Raises:
-        ValueError: If JSON cannot hold it.
-    """
+    """Converts the record to plain data for JSON."""
 
     def finite(value: object) -> object:
         if isinstance(value, Mapping):

@@ -15,10 +15,7 @@ from billhook.model.transformers_internals import attention_of
 
 @torch.no_grad()
 def verify(model: PreTrainedModel, folder: Path, probe: Mapping[str, Tensor], kind: type[PreTrainedModel] | None = None) -> float:
-    """Reloads a folder in a class, by default the model's, and compares logits.
-
-    Returns:
-        The largest absolute difference.
+    """Reloads a folder in a class, by default the model's, and returns the largest difference of logits.
 
     Raises:
         RuntimeError: If it is more than rounding in the dtype explains, or the model computes no finite number.
@@ -47,11 +44,7 @@ def logits_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def make_probe(config: PretrainedConfig, main_input_name: str) -> dict[str, Tensor]:
-    """Makes a random input: 32 token ids that end as a sequence does, or an image.
-
-    Raises:
-        ValueError: If the model reads something else.
-    """
+    """Makes a random input: 32 token ids that end as a sequence does, or an image."""
     generator = torch.Generator().manual_seed(0)
     text = config.get_text_config()
     if main_input_name == "input_ids" and hasattr(text, "vocab_size"):

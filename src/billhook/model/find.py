@@ -5,11 +5,7 @@ from transformers import PreTrainedModel
 
 
 def find_transformer(module: nn.Module) -> PreTrainedModel:
-    """Finds the Hugging Face model in a module: itself, or one that it holds (in its attribute `model`, if it has one).
-
-    Raises:
-        ValueError: If there is none, or more than one side by side.
-    """
+    """Finds the Hugging Face model in a module: itself, or the one that it holds (in its attribute `model`, if it has one)."""
     return locate_transformer(module)[1]
 
 

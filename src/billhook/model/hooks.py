@@ -15,11 +15,6 @@ PARTS = ("torch.nn.utils.", "transformers.")  # masks and norms of weights; how 
 class StandIn:
     """Stands where a hook was, which may do anything to anybody and so is not called.
 
-    Args:
-        hook: The hook.
-        module: The module that it is on.
-        before: Whether it is called before the module's forward.
-
     Attributes:
         note: Called with what the hook would have been given and could have replaced; None for nobody.
     """
@@ -67,11 +62,7 @@ def gives_nothing(hook: Callable[..., Any]) -> bool:
     steps = list(dis.get_instructions(code))
     given = [one.argval if one.opname == "RETURN_CONST" else before for before, one in zip(steps, steps[1:], strict=False)
              if one.opname in ("RETURN_CONST", "RETURN_VALUE")]  # fmt: skip
-    return all(what is None or (isinstance(what, dis.Instruction) and _loads_nothing(what)) for what in given)
-
-
-def _loads_nothing(step: dis.Instruction) -> bool:
-    return step.opname == "LOAD_CONST" and step.argval is None
+    return all(what is None or (what.opname == "LOAD_CONST" and what.argval is None) for what in given)
 
 
 def is_part(hook: Callable[..., Any]) -> bool:

@@ -30,10 +30,7 @@ _lock = threading.Lock()
 def remembered(find: Callable[[], Found], model: nn.Module, *given: Hashable) -> Found:
     """Returns what `find` finds of a model; calls it only if it is not known of any model that is alike.
 
-    Args:
-        find: Finds something that can be pickled and follows from the model's `sight` and what is `given`.
-        model: The model.
-        given: A name for what is found, and whatever else decides it.
+    It can be pickled, and follows from the model's `sight` and from what is `given`: a name for it, and what else decides it.
     """
     seen = sight(model)
     if seen is None:
@@ -70,9 +67,8 @@ def sight(model: nn.Module) -> Hashable | None:
     It tells the class of each module and that class's `forward`, every attribute to any depth, configs too, and of each tensor
     the size, strides, dtype, whether it is trained, and which other names hold it. Values, devices and modes do not count.
 
-    Returns:
-        None if something may decide it that cannot be seen: hooks of others (except such as keep shapes), a module's own
-        `forward`, tensors that are quantised, sharded or neither parameters nor buffers, or an attribute that is not pickled.
+    It is None if something may decide it that cannot be seen: hooks of others (except such as keep shapes), a module's own
+    `forward`, tensors that are quantised, sharded or neither parameters nor buffers, or an attribute that is not pickled.
     """
     for module in model.modules():
         if "forward" in vars(module) or not all(map(is_part, _counting_hooks(module))):

@@ -63,11 +63,7 @@ def _not_copied(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
 
 
 def check_checkpoint(name: str) -> None:
-    """Refuses a path that is not a Hugging Face checkpoint; a hub name passes.
-
-    Raises:
-        ValueError: With what is missing.
-    """
+    """Refuses a path that is not a Hugging Face checkpoint; a hub name passes."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"the folder '{name}' has no config.json, so it is not a Hugging Face checkpoint")
@@ -76,11 +72,7 @@ def check_checkpoint(name: str) -> None:
 
 
 def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
-    """Returns the class that a config names.
-
-    Raises:
-        ValueError: If it names none, one that transformers does not have, or one that is built from other configs.
-    """
+    """Returns the class that a config names; refuses one that transformers does not have, or that is built from other configs."""
     names: Any = config.architectures or []
     first = names[0] if isinstance(names, list) and names else None
     found = getattr(transformers, first, None) if isinstance(first, str) else None
@@ -92,11 +84,7 @@ def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
 
 
 def from_config(config: PretrainedConfig) -> PreTrainedModel:
-    """Builds on meta the class that a config names, or else the first that its family has for language modelling and so on.
-
-    Raises:
-        ValueError: If transformers has no class for it, or the class does not accept it.
-    """
+    """Builds on meta the class that a config names, or else the first that its family has for language modelling and so on."""
     config = copy.deepcopy(config)
     classes = (getattr(transformers, name, None) for name in _candidates(config))
     built = next((one for one in classes if isinstance(one, type) and issubclass(one, PreTrainedModel)), None)
@@ -117,9 +105,6 @@ def from_name(name: str | os.PathLike[str]) -> PreTrainedModel:
     """Builds on meta the model that a folder, a config.json, a hub name or "tiny" describes; no weights are read.
 
     It has the shape that the config says under `"billhook"`, if it says one.
-
-    Raises:
-        ValueError: If there is no config, it is of no family that transformers knows, or it says a shape that is not one of it.
     """
     name = model_path(os.fspath(name))
     config = read_config(name)
@@ -133,9 +118,7 @@ def from_name(name: str | os.PathLike[str]) -> PreTrainedModel:
 def read_config(name: str) -> PretrainedConfig:
     """Reads the config of a folder, a config.json or a hub name; no code that it brings is run.
 
-    Raises:
-        ValueError: If there is none, it is of no family that transformers knows, or it asks for code, or for more blocks than any
-            model has.
+    It is refused if it is of no family that transformers knows, or asks for code or for more blocks than any model has.
     """
     if not Path(name).is_file():
         check_checkpoint(name)

@@ -42,12 +42,9 @@ class _Swap:
 def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
     """Changes parameters by name, everywhere at once: model, param groups, optimizer state, gradients.
 
-    Everything new is computed before anything is changed, and an error leaves model and optimizers as they were. Order in
-    the param groups stays, so optimizer state in a checkpoint still finds its parameter. A parameter under several names
-    (tied) changes under all of them.
-
-    Raises:
-        ValueError: If a parameter's new values are not finite where the old were.
+    An error, such as a ValueError where new values are not finite and the old were, leaves model and optimizers as they were.
+    Order in the param groups stays, so optimizer state in a checkpoint still finds its parameter. A parameter under several
+    names (tied) changes under all of them.
     """
     if isinstance(optimizers, Optimizer):
         optimizers = [optimizers]
@@ -72,10 +69,7 @@ def _carry_out(swap: _Swap) -> None:
 
 @contextmanager
 def undone_by_errors(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Iterator[None]:
-    """Puts back a model's modules and what they hold and say, its configs and its optimizers if an error is raised within.
-
-    What is written into tensors does not come back.
-    """
+    """Puts back modules, configs and optimizers, but not the values of tensors, if an error is raised within."""
     tables = ("_parameters", "_buffers", "_modules")
     modules = [(m, type(m), dict(vars(m)), [(vars(m)[t], dict(vars(m)[t])) for t in tables]) for m in model.modules()]
     mappings: list[tuple[Any, Any]] = [(vars(config), dict(vars(config))) for config in configs_of(model)]
@@ -149,18 +143,7 @@ def _new_state(optimizer: Optimizer, name: str, old: nn.Parameter, follow: Calla
 
 @torch.no_grad()
 def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
-    """Takes other values of the same sizes, in place; the optimizer state of what differs restarts.
-
-    Args:
-        model: A Hugging Face model.
-        weights: By parameter.
-        optimizers: Those that train the model.
-
-    If anything fails, nothing has changed.
-
-    Raises:
-        ValueError: If values are not finite.
-    """
+    """Takes other values of the same sizes, in place or not at all; the optimizer state of what differs restarts."""
     trained_by = list(optimizers)
     for name, values in weights.items():
         if not values.isfinite().all():

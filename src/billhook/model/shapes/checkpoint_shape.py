@@ -41,16 +41,7 @@ def save_shape(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def load_shape(module: nn.Module, checkpoint: Mapping[str, Any], otherwise: Shape | None = None) -> None:
-    """Gives the Hugging Face model in a module the shape that a Lightning checkpoint holds, before weights are loaded.
-
-    Args:
-        module: The module that the checkpoint is of.
-        checkpoint: The Lightning checkpoint.
-        otherwise: The shape to take where the checkpoint says nothing of shapes; by default the model stays as it is.
-
-    Raises:
-        ValueError: If the checkpoint holds another model.
-    """
+    """Gives the Hugging Face model in a module the shape that a Lightning checkpoint holds, or else the shape `otherwise`."""
     model, held = find_transformer(module), checkpoint.get(KEY)
     if held is None:
         if otherwise is not None:
@@ -68,15 +59,7 @@ def load_shape(module: nn.Module, checkpoint: Mapping[str, Any], otherwise: Shap
 
 
 def check_held(held: object, state: object) -> None:
-    """Refuses what a Lightning checkpoint says of its model if it is not as billhook writes it, or not what its weights are.
-
-    Args:
-        held: What it says.
-        state: Its weights by name, as far as it holds them.
-
-    Raises:
-        ValueError: With what is wrong.
-    """
+    """Refuses what a Lightning checkpoint says of its model if it is not as billhook writes it, or not what its weights are."""
     for key, kind in PARTS.items():
         if not isinstance(held, Mapping) or not isinstance(held.get(key), kind):
             raise ValueError(f"the checkpoint does not say what model it holds as billhook writes it: {key} is missing or wrong")
@@ -102,15 +85,7 @@ def check_held(held: object, state: object) -> None:
 
 
 def check_same_model(model: PreTrainedModel, held: Mapping[str, Any]) -> None:
-    """Refuses what is of another family, or has other heads or ties; warns of numbers that are others in the config.
-
-    Args:
-        model: The model of the run.
-        held: What a Lightning checkpoint says of its model.
-
-    Raises:
-        ValueError: With what the checkpoint holds and what the run has.
-    """
+    """Refuses what is of another family, or has other heads or ties; warns of numbers that are others in the config."""
     then, now = json.loads(held["config"]), _config_of(model)
     reasons = [
         f"its {name} is {then[name]!r}, here it is {now[name]!r}"

@@ -79,11 +79,7 @@ class Handing:
 
     @classmethod
     def from_list(cls, plain: object) -> Self:
-        """Makes a handing of what `to_list` returned.
-
-        Raises:
-            ValueError: If it is nothing of the kind.
-        """
+        """Makes a handing of what `to_list` returned, and refuses anything else."""
         wrong = ValueError(f"heads are handed out as {str(plain)[:80]}, which is not how billhook writes it")
         if not isinstance(plain, list) or len(plain) != 2 or not isinstance(plain[1], list) or not 0 < len(plain[1]) <= 8:
             raise wrong
@@ -145,12 +141,9 @@ def hand(module: nn.Module, handing: Handing | None) -> None:
 
 
 def regular(keys: Sequence[tuple[int, int, int]], repeated: Sequence[bool], heads: int) -> Handing | None:
-    """Finds how outputs are handed out if heads of some of them become fewer; None if they do not lie regularly.
+    """Finds how outputs are handed out if heads of some kinds become so many; None if they do not lie regularly.
 
-    Args:
-        keys: For each output its kind (such as query, key, value), its head and its place in the head.
-        repeated: Whether heads of that output's kind become fewer.
-        heads: How many there are then.
+    For each output it is given its kind (such as query, key, value), head and place in the head, and if that kind is `repeated`.
     """
     kinds = list(dict.fromkeys(kind for kind, _, _ in keys))
     changes = sum(a[0] != b[0] for a, b in zip(keys, keys[1:], strict=False)) + 1

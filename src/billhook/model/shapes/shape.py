@@ -4,7 +4,7 @@ A checkpoint carries it, so that a model of any other shape can take the checkpo
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
@@ -15,8 +15,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, fields_of, set_fields
 from billhook.model.shapes.handed import Handing, can_hand, hand, handing_of
-from billhook.model.shapes.shape_checks import FLAG, check_plain_shape
-from billhook.model.shapes.stacks import first_of, keep, numbers_of, snapshot, taken_out
+from billhook.model.shapes.shape_checks import check_plain_shape, is_plain_list, is_whole
+from billhook.model.shapes.stacks import first_of, keep, numbers_of, taken_out
+from billhook.model.surgery import undone_by_errors
 
 KEY = "billhook"
 """Where Lightning checkpoints keep the shape, and config.json what the model's class does not build of it."""
@@ -69,11 +70,7 @@ class Shape:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:
-        """Makes a shape of what `to_dict` returned, also before it knew of lists, blocks and linears that hand out heads.
-
-        Raises:
-            ValueError: If it is nothing of the kind.
-        """
+        """Makes a shape of what `to_dict` returned, also before it knew of lists, blocks and linears that hand out heads."""
         check_plain_shape(plain)
         tensors = {name: tuple(size) for name, size in plain["tensors"].items()}
         blocks = {name: (first, tuple(there)) for name, (first, there) in plain.get("blocks", {}).items()}
@@ -83,7 +80,7 @@ class Shape:
 
 def shape_of(model: nn.Module) -> Shape:
     """Returns the shape that a model has now."""
-    tensors = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
+    tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     attributes = {name: getattr(module, attr) for name, module, attr in _numbers(model)}
     fields = _fields(model)
     config = {name: value for name, value in fields.items() if isinstance(value, int)}
@@ -113,36 +110,26 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
     Raises:
         ValueError: If the shape is of a model with other tensors.
     """
-    restore = snapshot(model)
-    try:
+    with undone_by_errors(model):
         for stack, numbers in list(_blocks_then(model, shape)):
             keep(stack, numbers)
         _check_names(model, shape)
-    except ValueError:
-        restore()
-        raise
-    state = _state(model)
     renewed: dict[int, Tensor] = {}  # tied parameters stay tied
-    for name, old in state.items():
+    for name, old in model.state_dict(keep_vars=True).items():
         if tuple(old.shape) != shape.tensors[name]:
             if id(old) not in renewed:
                 renewed[id(old)] = _like(old, shape.tensors[name])
             owner, _, attr = name.rpartition(".")
             _put(model.get_submodule(owner), attr, renewed[id(old)])
-    _set_handed(model, shape.handed)
+    for name, module in list(model.named_modules()) if shape.handed is not None else ():
+        if (stated := (shape.handed or {}).get(name)) != handing_of(module):
+            hand(module, stated)
     _set_groups(model, shape)
     for name, module, attr in list(_numbers(model)):
         setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
     then: Fields = shape.config | shape.lists
     if changed := {name: then[name] for name, value in _fields(model).items() if then.get(name, value) != value}:
         set_fields(cast(PretrainedConfig, model.config), changed)
-
-
-def _set_handed(model: nn.Module, handed: Mapping[str, Handing] | None) -> None:
-    for name, module in list(model.named_modules()) if handed is not None else ():
-        stated = (handed or {}).get(name)
-        if stated != handing_of(module):
-            hand(module, stated)
 
 
 def _set_groups(model: nn.Module, shape: Shape) -> None:
@@ -157,7 +144,7 @@ def _set_groups(model: nn.Module, shape: Shape) -> None:
 
 
 def _check_names(model: nn.Module, shape: Shape) -> None:
-    names = _state(model).keys()
+    names = model.state_dict().keys()
     if names != shape.tensors.keys():
         missing, extra = sorted(names - shape.tensors.keys()), sorted(shape.tensors.keys() - names)
         raise ValueError(
@@ -169,10 +156,6 @@ def _check_names(model: nn.Module, shape: Shape) -> None:
             raise ValueError(f"the checkpoint holds another model than the run: {name} is no linear in {type(model).__name__}")
         if handing.stored not in shape.tensors.get(f"{name}.weight", (handing.stored,)):
             raise ValueError(f"{name} is said to hand out heads of {handing.stored} stored outputs, which it does not store")
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.state_dict(keep_vars=True))
 
 
 def _like(old: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -193,30 +176,20 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for name, module in model.named_modules():
         if next(module.parameters(), None) is not None:
             for attr, value in vars(module).items():
-                if (type(value) is int or (attr == FLAG and type(value) is bool)) and not attr.startswith("_"):
+                if is_whole(attr, value) and not attr.startswith("_"):
                     yield f"{name}.{attr}", module, attr
 
 
 def _fields(model: nn.Module) -> Fields:
-    """Returns the fields of a model's config that are whole numbers, or lists of plain values."""
+    """Returns the fields of a model's config that are whole numbers or lists of plain values, except the names of its class."""
     config = getattr(model, "config", None)
     fields = fields_of(config) if isinstance(config, PretrainedConfig) else {}
-    return {name: value for name, value in fields.items() if _is_part(name.rpartition(".")[2], value)}
-
-
-def _is_part(name: str, value: object) -> bool:
-    """Finds whether a field is part of a shape; `architectures` is the class, and only there once a model has been saved."""
-    if isinstance(value, list):
-        return name != "architectures" and all(one is None or isinstance(one, bool | int | float | str) for one in value)
-    return type(value) is int or (name == FLAG and type(value) is bool)
+    parts = {name: value for name, value in fields.items() if is_whole(name, value) or is_plain_list(name, value)}
+    return {name: value for name, value in parts.items() if name.rpartition(".")[2] != "architectures"}
 
 
 def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList, list[int]]]:
-    """Yields the stacks that hold other blocks in a shape, and their numbers; by default all of them, or those there.
-
-    Raises:
-        ValueError: If there were others at first.
-    """
+    """Yields the stacks that hold other blocks in a shape, and their numbers; by default all of them, or those there."""
     for name, stack in list(model.named_modules()):
         if not isinstance(stack, nn.ModuleList):
             continue

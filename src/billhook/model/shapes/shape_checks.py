@@ -9,16 +9,12 @@ DIMENSIONS = 8  # more than any layer's weight has
 
 
 def check_plain_shape(plain: object) -> None:
-    """Refuses what `Shape.to_dict` does not make.
-
-    Raises:
-        ValueError: With the part that is not as it should be.
-    """
+    """Refuses what `Shape.to_dict` does not make."""
     parts: dict[str, tuple[Callable[[str, Any], bool], str]] = {
         "tensors": (_is_size, "a short list of whole numbers"),
-        "attributes": (_is_whole, "a whole number of 64 bits"),
-        "config": (_is_whole, "a whole number of 64 bits"),
-        "lists": (_is_plain_list, "a list of plain values"),
+        "attributes": (is_whole, "a whole number of 64 bits"),
+        "config": (is_whole, "a whole number of 64 bits"),
+        "lists": (is_plain_list, "a list of plain values"),
         "blocks": (_are_blocks, "a number of blocks, and which of them are there, ascending"),
         "handed": (lambda _, stated: isinstance(stated, list), "a list"),
     }
@@ -35,11 +31,13 @@ def _is_size(_: str, size: object) -> bool:
     return isinstance(size, list | tuple) and len(size) <= DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in size)
 
 
-def _is_whole(name: str, stated: object) -> bool:
+def is_whole(name: str, stated: object) -> bool:
+    """Tells whether an attribute or field is a number that a shape can hold, or the flag that it does."""
     return (type(stated) is int and abs(stated) < 2**63) or (type(stated) is bool and name.rpartition(".")[2] == FLAG)
 
 
-def _is_plain_list(_: str, stated: object) -> bool:
+def is_plain_list(_: str, stated: object) -> bool:
+    """Tells whether a field is a list that a shape can hold."""
     return isinstance(stated, list) and all(value is None or isinstance(value, bool | int | float | str) for value in stated)
 
 

@@ -33,16 +33,7 @@ def to_entry(shape: Shape) -> dict[str, Any]:
 
 
 def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) -> PreTrainedModel:
-    """Loads a checkpoint in a class, of the shape that its config says under `"billhook"`, if it says one.
-
-    Args:
-        kind: The class.
-        name: A folder or a hub name.
-        dtype: The dtype of the weights, `"auto"` for the checkpoint's own.
-
-    Raises:
-        ValueError: Before memory is taken, if that entry is not what billhook writes, or not what the files hold.
-    """
+    """Loads a folder or a hub name in a class, of the shape that its config says under `"billhook"`, if it says one."""
     if says_shape(name):
         return load_shaped(kind, name, dtype)
     plain: PreTrainedModel = kind.from_pretrained(name, dtype=dtype)
@@ -51,11 +42,7 @@ def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) ->
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Names the checkpoint in what transformers, torch and safetensors raise within of files that are not as they should be.
-
-    Raises:
-        ValueError: In the place of all errors but those of memory, files and packages that are missing.
-    """
+    """Raises a ValueError that names the checkpoint instead of all errors except those of memory, files and missing packages."""
     try:
         yield
     except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
@@ -80,17 +67,9 @@ def load_shaped(
     attention: str | None = None,
     labels: int | None = None,
 ) -> PreTrainedModel:
-    """Loads a checkpoint, whose config says a shape, in a class.
+    """Loads a checkpoint, whose config says a shape, in a class; the model that was saved may have had another head.
 
-    Args:
-        kind: The class; not always that of the model that was saved, which may have had another head.
-        name: A folder or a hub name.
-        dtype: The dtype of the weights, `"auto"` for the checkpoint's own.
-        attention: The implementation of attention, by default what transformers chooses.
-        labels: Classes of a classifier, by default the checkpoint's.
-
-    Raises:
-        ValueError: Before memory is taken, if that entry is not what billhook writes, or not what the files or the class hold.
+    Before memory is taken, an entry is refused that is not what billhook writes, or not what the files and the class hold.
     """
     entry = PretrainedConfig.get_config_dict(name)[0].get(KEY)
     fields: dict[str, Any] = {} if labels is None else {"num_labels": labels}
@@ -108,11 +87,7 @@ def load_shaped(
 
 
 def take_said(shadow: PreTrainedModel, entry: object, name: str) -> None:
-    """Gives a model on meta tensors the shape that an entry of a config says; no files are asked.
-
-    Raises:
-        ValueError: If the entry is not what billhook writes, or not of this model.
-    """
+    """Gives a model on meta tensors the shape that an entry of a config says; no files are asked."""
     with _said_by(name):
         shape = _from_entry(entry)
         _check(shadow, shape, None)
@@ -153,11 +128,7 @@ def _finish(model: PreTrainedModel, kind: type[PreTrainedModel], shape: Shape) -
 
 
 def _from_entry(entry: object) -> Shape:
-    """Reads the shape in an entry of config.json.
-
-    Raises:
-        ValueError: If it is not as `to_entry` makes it.
-    """
+    """Reads the shape in an entry of config.json, and refuses what `to_entry` does not make."""
     if not isinstance(entry, dict) or entry.get("version") not in VERSIONS:
         came = entry.get("version") if isinstance(entry, dict) else entry
         known = " and ".join(map(str, VERSIONS))
@@ -195,9 +166,6 @@ def _check(shadow: PreTrainedModel, stated: Shape, held: Sizes | None) -> None:
 
     A tensor may be in the files under the name of one that it is tied to, or, where transformers changes the format as it loads,
     under no name of the model's; all such together may be no larger than what is there under no name of the model's.
-
-    Raises:
-        ValueError: If they do not agree.
     """
     state, built = shadow.state_dict(keep_vars=True), shape_of(shadow)
     modules = dict(shadow.named_modules())
@@ -253,11 +221,7 @@ def _numbers(sizes: Iterable[tuple[int, ...]]) -> int:
 
 
 def _file_sizes(name: str) -> Sizes:
-    """Reads the sizes in the headers of a checkpoint's safetensors files; the tensors are not read.
-
-    Raises:
-        ValueError: If it has no such files, or they cannot be read.
-    """
+    """Reads the sizes in the headers of a checkpoint's safetensors files; the tensors are not read."""
     try:
         sizes = dict[str, tuple[int, ...]]()
         for file in _files(name):

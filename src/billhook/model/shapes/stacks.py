@@ -1,7 +1,7 @@
 """Which blocks of a module list are there: some are taken out, and come back, empty, for a checkpoint that has them."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,11 +28,7 @@ def taken_out(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def keep(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
-    """Leaves these blocks in a stack, by the numbers that they had at first; those that were removed come back, without weights.
-
-    Raises:
-        ValueError: If one that was removed cannot come back.
-    """
+    """Leaves these blocks in a stack, by the numbers that they had at first; removed ones come back, without weights."""
     there, removed = dict(zip(numbers_of(stack), stack, strict=True)), dict(_removed_from(stack))
     tensor = next(stack.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
@@ -40,32 +36,16 @@ def keep(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
     removed |= {number: _emptied(block) for number, block in there.items() if number not in numbers}
     for block in back.values():
         block.train(stack.training)
-    _set(stack, {str(place): (there | back)[number] for place, number in enumerate(numbers)}, removed)
-
-
-def snapshot(model: nn.Module) -> Callable[[], None]:
-    """Returns a function that puts back the blocks that are in a model's stacks now."""
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    held = [(stack, dict(stack._modules), _removed_from(stack)) for stack in stacks]
-
-    def restore() -> None:
-        for stack, blocks, removed in held:
-            _set(stack, blocks, removed)
-
-    return restore
+    stack._modules.clear()
+    stack._modules.update({str(place): (there | back)[number] for place, number in enumerate(numbers)})
+    vars(stack)[_REMOVED] = removed
+    if not removed:
+        del vars(stack)[_REMOVED]
 
 
 def _removed_from(stack: nn.ModuleList) -> dict[int, nn.Module | None]:
     found: dict[int, nn.Module | None] = vars(stack).get(_REMOVED, {})
     return found
-
-
-def _set(stack: nn.ModuleList, blocks: Mapping[str, nn.Module], removed: dict[int, nn.Module | None]) -> None:
-    stack._modules.clear()
-    stack._modules.update(blocks)
-    vars(stack)[_REMOVED] = removed
-    if not removed:
-        del vars(stack)[_REMOVED]
 
 
 def _emptied(block: nn.Module) -> nn.Module | None:

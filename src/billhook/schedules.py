@@ -208,10 +208,8 @@ class Exponential(Ramp):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("initial", "final"):
-            if getattr(self, name) >= 1:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} must be below 1: it is the fraction removed, and some must be left"
-                )
+            if (value := getattr(self, name)) >= 1:
+                raise ValueError(f"{name}={value} must be below 1: it is the fraction removed, and some must be left")
 
     def at(self, progress: float) -> float:
         """Returns the value at a share `progress` (0..1) of the ramp."""

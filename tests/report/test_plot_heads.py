@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 import billhook as bh
-from billhook.report.plot_heads import plot_heads
+from billhook.report.plot import plot_heads
 from kit.fits import data, trainer
 from kit.head_pruning import module, pruning
 

@@ -78,7 +78,10 @@ def bench(
         ValueError: If an argument is not legal, before any weights are read.
     """
     sizes, lengths, wanted = batch_sizes or [1, 16], contexts or [512, 2048], phases or ["prefill", "decode"]
-    _check(dtype, threads, plot, json)
+    one_of("dtype", dtype, DTYPES)
+    whole("threads", 1 if threads is None else threads)
+    check_file("plot", plot, ".png")
+    check_file("json", json, ".json")
     place, shadows = device_of(device), [from_name(name) for name in models]
     check_speed(shadows, sizes, lengths, new_tokens, rounds, warmup, cache, wanted)
     loaded = _randomised(models, shadows, dtype, seed) if random else [load(name, dtype) for name in models]
@@ -101,13 +104,6 @@ def bench(
         about = [mine | own.to_dict() for mine, own in zip(about, summaries, strict=True)]
         record = {"versions": versions(), "machine": where, "settings": settings, "models": about}
         Path(json).write_text(dumps(record | {"rows": [row.to_dict() for row in rows]}, indent=1, allow_nan=False) + "\n")
-
-
-def _check(dtype: str, threads: int | None, plot: str | None, json: str | None) -> None:
-    one_of("dtype", dtype, DTYPES)
-    whole("threads", 1 if threads is None else threads)
-    check_file("plot", plot, ".png")
-    check_file("json", json, ".json")
 
 
 def _randomised(models: Sequence[str], shadows: Sequence[PreTrainedModel], dtype: str, seed: int) -> list[PreTrainedModel]:

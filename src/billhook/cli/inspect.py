@@ -50,7 +50,10 @@ def inspect(model: str, group: str | None = None, json: bool = False) -> None:
     if json:
         numbers = {one.number: list(fields) for alike, fields in saved for one in alike}
         plain = structure.to_json()
-        plain["groups"] = [one | {"config_fields": numbers.get(one["number"], [])} for one in plain["groups"] if _in(one, groups)]
+        wanted = {one.number for one in groups}
+        plain["groups"] = [
+            one | {"config_fields": numbers.get(one["number"], [])} for one in plain["groups"] if one["number"] in wanted
+        ]
         print(json_format.dumps(plain | {"conversion": converted}, indent=1))
         return
     print(structure.show(groups))
@@ -59,10 +62,6 @@ def inspect(model: str, group: str | None = None, json: bool = False) -> None:
         lines.append(labelled("converted", converted["says"]))
     if lines:
         print("\n" + "\n".join(lines))
-
-
-def _in(plain: dict[str, Any], groups: Sequence[Group]) -> bool:
-    return plain["number"] in {one.number for one in groups}
 
 
 def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[tuple[list[Group], tuple[str, ...]]]:

@@ -79,12 +79,8 @@ class BillhookCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Makes `model: {model: ...}` and `data: {data: ...}` enough."""
-        parser.set_defaults(
-            {
-                "model": {"class_path": "billhook.TransformerModule"},
-                "data": {"class_path": "billhook.TextDataModule"},
-            }
-        )
+        classes = {"model": "billhook.TransformerModule", "data": "billhook.TextDataModule"}
+        parser.set_defaults({name: {"class_path": path} for name, path in classes.items()})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from billhook.report.generation import generates
 from billhook.training.rows import Rows
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int) -> float | None:
     """Measures exp of the mean negative log-likelihood of each next token; None for a model that predicts none."""
-    if rows is None or not examples or "CausalLM" not in type(model).__name__ and "LMHead" not in type(model).__name__:
+    if rows is None or not examples or not generates(model):
         return None
     total, count, every = torch.zeros((), dtype=torch.float64), 0, rows  # type: Tensor, int, Any
     for number in range(min(examples, len(every))):

@@ -1,10 +1,6 @@
 """`billhook prune-heads`: a checkpoint in, one with fewer attention heads out, with its metric before and after."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from transformers import PreTrainedModel
 
 from billhook.arguments import whole
 from billhook.cli.oneshot import Examples, OneShot
@@ -56,44 +52,23 @@ def prune_heads(
     check_choice(ratio, ranking, min_heads, per, "heads")
     whole("min_heads", min_heads)
     whole("rounds", rounds)
-    work = OneShot(model, out, given)
-    _check(work.model, ratio, ranking, per, min_heads)
-    batches, before = work.batches(), work.measure()
-    importance = importance or GateGradient()
-    chosen = _chosen(work.model, importance, batches, ratio, rounds, ranking, per, min_heads, normalize)
-    plan = prune_units(work.model, chosen, per=per)
-    how = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}
-    work.save(before, {"heads": plan.to_json()["units"], "importance": how}, plan)
-
-
-def _check(model: PreTrainedModel, ratio: float, ranking: Ranking, per: Per, min_heads: int) -> None:
-    """Refuses a ratio that no scores could lead to, and heads that cannot be removed."""
-    heads = find_units(model, "head")
-    flat = {name: torch.zeros(one.count(per)) for name, one in heads.items()}
-    chosen = choose(heads, flat, ratio, ranking, min_heads, per)
-    if not chosen:
+    work, importance = OneShot(model, out, given), importance or GateGradient()
+    heads = find_units(work.model, "head")
+    # refuses a ratio that no scores could lead to, and heads that cannot be removed
+    scores = {name: torch.zeros(one.count(per)) for name, one in heads.items()}
+    removed = choose(heads, scores, ratio, ranking, min_heads, per)
+    if not removed:
         raise ValueError(f"ratio={ratio} is not a single head of a layer, so that nothing would be removed")
-    plan_units(model, chosen, per=per)
-
-
-def _chosen(
-    model: PreTrainedModel,
-    importance: Importance,
-    batches: Sequence[Any],
-    ratio: float,
-    rounds: int,
-    ranking: Ranking,
-    per: Per,
-    min_heads: int,
-    normalize: bool,
-) -> dict[str, list[int]]:
-    """Chooses heads in rounds, each scored with the heads masked that were chosen before."""
-    heads, removed = find_units(model, "head"), dict[str, list[int]]()
-    runs = [run_of(model, heads, batch) for batch in batches]
+    plan_units(work.model, removed, per=per)
+    batches, before = work.batches(), work.measure()
+    runs = [run_of(work.model, heads, batch) for batch in batches]
+    removed = {}
     for number in range(1, rounds + 1):
-        with mask(model, removed, per=per):
-            scores = score(model, heads, importance, runs, None, normalize, per)
+        with mask(work.model, removed, per=per):
+            scores = score(work.model, heads, importance, runs, None, normalize, per)
         for name, own in removed.items():
             scores[name][own] = -torch.inf
         removed = choose(heads, scores, ratio * number / rounds, ranking, min_heads, per)
-    return removed
+    plan = prune_units(work.model, removed, per=per)
+    how = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}
+    work.save(before, {"heads": plan.to_json()["units"], "importance": how}, plan)

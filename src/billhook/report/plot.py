@@ -1,13 +1,16 @@
-"""A picture of a validation figure over the steps of a run, with events marked."""
+"""Pictures of a run: a validation figure over its steps with events marked, and the importance of heads."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-EVENT = "#b03a2e"
-CURVE: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, "color": "#1f5f8b"}
+import numpy as np
+from torch import Tensor
+
+RED, BLUE = "#b03a2e", "#1f5f8b"
+CURVE: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, "color": BLUE}
 
 
 def plot(
@@ -42,15 +45,24 @@ def plot(
     if dense is not None and abs(dense) < 1e100:
         axes.axhline(dense, color="0.45", linestyle=(0, (6, 4)), linewidth=0.8, zorder=1)
         axes.text(1.005, dense, "dense", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.45")
-    axes.set(xlabel="optimizer step", ylabel=name.replace("val_", "validation ").replace("_", " "))
+    axes.set(xlabel="optimizer step", ylabel=_words(name))
     axes.margins(x=0.06, y=0.12)
     axes.locator_params(axis="x", integer=True)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    dress(axes)
     _mark(axes, [(step, what) for step, what, _, _ in events])
     wanted = [(step, value, "right") for step, _, value in after] + [(step, value, "left") for step, _, value in before]
     _label(axes, line, [*((*point, "right") for point in [*curve[-1:], *curve[:1]]), *wanted])
     figure.savefig(path)
+
+
+def dress(axes: Any) -> None:  # noqa: ANN401 - matplotlib has no types
+    """Shows a grid, and only the left and the lower edge."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _words(metric: str) -> str:
+    return metric.replace("val_", "validation ").replace("_", " ")
 
 
 def _log_scale(axes: Any, span: float) -> None:  # noqa: ANN401 - matplotlib has no types
@@ -66,7 +78,7 @@ def _mark(axes: Any, events: Sequence[tuple[int, str]]) -> None:  # noqa: ANN401
     """Draws a line at each event, and its name above the axes, as low as the other names leave room."""
     axes.figure.draw_without_rendering()
     texts = [
-        (step, axes.text(step, 1, f" {shorten(what, 60)} ", color=EVENT, fontsize=8, parse_math=False))
+        (step, axes.text(step, 1, f" {shorten(what, 60)} ", color=RED, fontsize=8, parse_math=False))
         for step, what in sorted(events)
     ]
     right = [pair for pair in texts if pair[1].get_window_extent().x1 > axes.figure.bbox.x1]
@@ -79,7 +91,7 @@ def _mark(axes: Any, events: Sequence[tuple[int, str]]) -> None:  # noqa: ANN401
         row = next(row for row in range(len(taken) + 1) if row not in rows)
         taken.append((row, extent.x0, extent.x1))
         text.set_y(1.02 + 0.055 * row)
-        style = {"color": EVENT, "linestyle": ":", "linewidth": 0.9, "zorder": 1, "clip_on": False}
+        style = {"color": RED, "linestyle": ":", "linewidth": 0.9, "zorder": 1, "clip_on": False}
         axes.plot([step, step], [0, 1.045 + 0.055 * row], transform=axes.get_xaxis_transform(), **style)
 
 
@@ -103,7 +115,8 @@ def _label(axes: Any, curve: Any, points: Sequence[tuple[int, float, str]]) -> N
             if not any(extent.padded(3).overlaps(other) for other in taken):
                 outside = extent.x0 < axes.bbox.x0 or extent.x1 > axes.bbox.x1 or extent.y0 < axes.bbox.y0
                 crossed = sum(line.intersects_bbox(extent.padded(2), filled=False) for line in lines)
-                away = {dot: math.dist(place_of, _center(extent)) for dot, place_of in dots.items()}
+                center = (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
+                away = {dot: math.dist(place_of, center) for dot, place_of in dots.items()}
                 taken_for_another = min(away, key=lambda dot: away[dot]) != (step, value)
                 free.append((crossed + 2 * outside + 2 * taken_for_another, len(free), place, extent))
         if not free:
@@ -114,10 +127,6 @@ def _label(axes: Any, curve: Any, points: Sequence[tuple[int, float, str]]) -> N
         taken.append(extent)
 
 
-def _center(extent: Any) -> tuple[float, float]:  # noqa: ANN401 - matplotlib has no types
-    return (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
-
-
 def _put(text: Any, side: str, up: bool) -> None:  # noqa: ANN401 - matplotlib has no types
     text.set(ha="left" if side == "right" else "right", va="bottom" if up else "top")
     text.xyann = (6 if side == "right" else -6, 3 if up else -3)
@@ -125,3 +134,48 @@ def _put(text: Any, side: str, up: bool) -> None:  # noqa: ANN401 - matplotlib h
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:,.3g}"
+
+
+def plot_heads(
+    importance: Mapping[str, Tensor],
+    removed: Mapping[str, Sequence[int]],
+    curve: Sequence[tuple[float, float]] = (),
+    name: str = "",
+) -> Any:  # noqa: ANN401 - matplotlib has no types
+    """Draws a heat map of heads, with removed ones crossed out, and the pruning curve; `savefig` of the figure writes it.
+
+    Scores are by attention, `[heads]`, and NaN for heads that were removed before; the curve is a metric by share removed.
+    """
+    from matplotlib.figure import Figure  # slow to import, and needed once
+
+    width = max(len(scores) for scores in importance.values())
+    table = np.full((len(importance), width), np.nan)
+    for row, scores in enumerate(importance.values()):
+        table[row, : len(scores)] = scores.numpy()
+    tall = min(max(3.2, 0.28 * len(table) + 1.2), 14)
+    figure = Figure(figsize=(9.5 if curve else 5, tall), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
+    shown = axes[0].imshow(table, aspect="auto", cmap="Blues", vmin=np.nanmin(table, initial=0))
+    figure.colorbar(shown, ax=axes[0], label="importance", shrink=0.8)
+    for row, layer in enumerate(importance):
+        if own := list(removed.get(layer, ())):
+            axes[0].plot(own, [row] * len(own), "x", color=RED, markersize=4, markeredgewidth=1.2)
+    axes[0].set(
+        xlabel="head (x: removed)",
+        title=f"{sum(map(len, removed.values()))} of {sum(map(len, importance.values()))} heads removed",
+    )
+    axes[0].set_yticks(range(len(table)), _distinct(list(importance)), fontsize=max(4, min(8, 200 // len(table))))
+    if curve:
+        axes[1].plot(*zip(*[(100 * share, value) for share, value in curve], strict=True), "o-", markersize=3.5, color=BLUE)
+        axes[1].set(xlabel="heads removed, %", ylabel=_words(name))
+        dress(axes[1])
+    return figure
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Shortens names by their common beginning and end."""
+    split = [name.split(".") for name in names]
+    least = min(map(len, split)) - 1
+    start = next((i for i in range(least) if len({parts[i] for parts in split}) > 1), 0)
+    end = next((i for i in range(least - start) if len({parts[-1 - i] for parts in split}) > 1), least - start)
+    return [".".join(parts[start : len(parts) - end]) for parts in split]

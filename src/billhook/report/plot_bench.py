@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from billhook.report.plot import dress
 from billhook.report.speed import Row, spread
 
 COLOURS = ("#1f5f8b", "#b03a2e", "#3c8d40", "#8e5ea2", "#d0812a", "#5a5a5a")
@@ -29,8 +30,13 @@ def plot_bench(rows: Sequence[Row], names: Sequence[str]) -> Any:  # noqa: ANN40
         for axes in others:
             _draw_ratios(axes, [row for row in rows if row.phase == phase and row.model])
             axes.set(title=f"{phase} against {names[0]}, dashed: ideal", ylabel="times as fast", ylim=(0, None))
+    contexts = sorted({row.context for row in rows})
     for axes in panels.flat:
-        _dress(axes, sorted({row.context for row in rows}))
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        axes.minorticks_off()
+        axes.set_xlabel("context, tokens")
+        dress(axes)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
@@ -76,12 +82,3 @@ def _bars(
     down = [max(value - least, 0) for value, least in zip(values, low, strict=True)]
     up = [max(most - value, 0) for value, most in zip(values, high, strict=True)]
     axes.errorbar([row.context for row in rows], values, yerr=[down, up], capsize=2, linewidth=1.4, **style)
-
-
-def _dress(axes: Any, contexts: Sequence[int]) -> None:  # noqa: ANN401
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
-    axes.minorticks_off()
-    axes.set_xlabel("context, tokens")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)

@@ -224,18 +224,14 @@ def _rounds(
             before(one)
             held = _bytes(one.model.parameters()) + _bytes(one.tensors)
             with Peak(one.model.device) as peak:
-                seconds = _seconds(one, work)
+                _wait(one.model.device)
+                began = time.perf_counter()
+                work(one)
+                _wait(one.model.device)
+                seconds = time.perf_counter() - began
             found[index].append((seconds, None if peak.rise is None else held + peak.rise))
             tell()
     return [own[warmup:] for own in found]
-
-
-def _seconds(one: Generation, work: Callable[[Generation], object]) -> float:
-    _wait(one.model.device)
-    began = time.perf_counter()
-    work(one)
-    _wait(one.model.device)
-    return time.perf_counter() - began
 
 
 def _wait(device: torch.device) -> None:

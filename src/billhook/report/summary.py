@@ -85,19 +85,9 @@ def summary(model: nn.Module) -> Summary:
     reshard(model)
     zeros = sum(int(whole((p == 0).sum())) for p in model.parameters() if not p.is_meta)
     with sizes_only(model) if is_sharded(model) else nullcontext():
-        figures, name = figures_of(model), type(model).__name__
+        figures, name = asdict(figures_of(model)), type(model).__name__
         query_heads, kv_heads = heads_of(model)
-    return Summary(
-        model=name,
-        params=figures.params,
-        zeros=zeros,
-        bytes=figures.bytes,
-        query_heads=query_heads,
-        kv_heads=kv_heads,
-        kv_cache_bytes=figures.kv_cache_bytes,
-        flops=figures.flops,
-        context=figures.context,
-    )
+    return Summary(model=name, zeros=zeros, query_heads=query_heads, kv_heads=kv_heads, **figures)
 
 
 @dataclass(frozen=True)

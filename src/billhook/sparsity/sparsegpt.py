@@ -1,8 +1,6 @@
 """SparseGPT: prunes column by column, and lets the columns to the right make up for it.
 
-From "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", Frantar & Alistarh, 2023,
-https://arxiv.org/abs/2301.00774, algorithm 1. The weight is worked on transposed, `[in_features, out_features]`, so that a column
-of the paper's W is a row in memory.
+The weight is worked on transposed, `[in_features, out_features]`, so that a column of the paper's W is a row in memory.
 """
 
 import warnings
@@ -96,7 +94,8 @@ class SparseGPT(Criterion):
     With H = X^T X + damping * mean(diag(X^T X)) I and H^-1 = U^T U, U upper triangular, the saliency of a weight is
     W_ij^2 / U_jj^2, and pruning it adds -W_ij / U_jj * U_jk to each W_ik to its right. Unstructured, the lowest saliencies of
     each block of columns are removed, by exact count; N:M, the lowest of each row's group. The weights of an input that was
-    always zero become zero, whether the mask keeps them or not. Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774.
+    always zero become zero, whether the mask keeps them or not. Algorithm 1 of "SparseGPT: Massive Language Models Can Be
+    Accurately Pruned in One-Shot", Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774.
 
     Args:
         damping: Share of the mean of the diagonal of X^T X that is added to it. Raised tenfold, up to 1, with a warning, while

@@ -1,7 +1,7 @@
 """The LightningModule: a Hugging Face model with its loss, metrics, optimizer and learning-rate schedule."""
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
@@ -206,7 +206,8 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the model's loss; with a teacher, the sum of `Distillation`."""
-        with self._noise():
+        noise = self.noise.drawn(self.device, batches_seen(self.trainer), self.global_rank) if self._trainer else nullcontext()
+        with noise:  # the same in a resumed run
             output = self(**batch, **({} if self.teacher is None else self.teacher.asks))
         loss: Tensor = output.loss
         if self.teacher is not None:
@@ -215,12 +216,6 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             self.log("train_kl", divergence)
         self.log("train_loss", loss, prog_bar=True)
         return loss
-
-    def _noise(self) -> AbstractContextManager[None]:
-        """Sets the random numbers of this step, which are the same in a resumed run."""
-        if self._trainer is None:
-            return nullcontext()
-        return self.noise.drawn(self.device, batches_seen(self.trainer), self.global_rank)
 
     def on_train_start(self) -> None:
         """Draws the seed of dropout, if it is in no checkpoint; refuses teachers that differ over ranks."""

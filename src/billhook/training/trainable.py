@@ -31,7 +31,6 @@ def freeze_others(model: PreTrainedModel, trainable: Trainable, classifies: bool
     A tied parameter trains if one of its names matches. What `classifies` has outside of the base model is a head that may be
     new, and so trains with attention. A refusal leaves the model as it was.
     """
-    check_trainable(trainable)
     if trainable == "all":
         return
     parameters = list(model.named_parameters(remove_duplicate=False))

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from billhook.report.plot_heads import plot_heads
+from billhook.report.plot import plot_heads
 
 
 class HeadRecord:

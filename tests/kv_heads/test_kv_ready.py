@@ -27,8 +27,8 @@ from kit.ranks import Ranks
 METHODS = [Mean(), Aligned(), SVD(), Aligned("similar"), SVD("similar")]
 
 
-def attentions_of(model, groups):
-    return Attentions(model, dict.fromkeys(find_projections(model, trace(model)), groups))
+def attentions_of(model, groups, reduce=None):
+    return Attentions(model, dict.fromkeys(find_projections(model, trace(model)), groups), reduce)
 
 
 def trials_of(model, parts):
@@ -153,9 +153,7 @@ def test_a_method_that_loses_a_number_that_is_none_is_not_taken():
     model = llama()
     attentions = attentions_of(model, 1)
     plain = attentions.loss
-    attentions.loss = lambda new, trials, reduce=None: (
-        float("nan") if not calls.append(0) and len(calls) == 1 else plain(new, trials)
-    )
+    attentions.loss = lambda new, trials: float("nan") if not calls.append(0) and len(calls) == 1 else plain(new, trials)
     calls = []
     chosen, losses = best_method(attentions, METHODS, trials_of(model, [tokens() for _ in range(3)]), None)
     assert list(losses) == METHODS[:3]  # of one group alone there is no choice
@@ -169,7 +167,7 @@ def test_ranks_choose_the_same_and_are_refused_together():
 
     def one(rank, reduce, cut):
         trials = trials_of(models[rank], cut[rank])
-        return best_method(attentions_of(models[rank], 2), METHODS, trials, None, reduce)
+        return best_method(attentions_of(models[rank], 2, reduce), METHODS, trials, None)
 
     first, second = Ranks(2).run(functools.partial(one, cut=(parts[:2], parts[2:])))
     assert first == second

@@ -22,16 +22,7 @@ def cut_by_config(
 ) -> tuple[list[str], Shrunk] | None:
     """Returns the chosen attentions that follow a changed config, and how the model shrinks; None if the class follows no field.
 
-    Args:
-        model: The model.
-        found: Its attentions.
-        chosen: Those that are to have fewer KV heads.
-        heads: How many then.
-        encoder: Whether the encoder's config changes as well.
-        every: Whether all of the chosen must follow, or those that do are enough.
-
-    Raises:
-        ValueError: If the model is not as its class builds it, or its code does not follow.
+    With `encoder` the encoder's config changes as well; with `every` all of the chosen must follow.
     """
     usual = shape_of(build_on_meta(model, copy.deepcopy(model.config)))
     for config in _changed(model, heads, encoder):

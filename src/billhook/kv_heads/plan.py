@@ -150,22 +150,12 @@ def plan_kv_heads(
     layers: Collection[int | str] | None = None,
     encoder: bool = False,
 ) -> KVHeadPlan:
-    """Finds what a conversion changes, and proves that the model's own code then computes what it should.
+    """Finds what `convert_kv_heads` changes, and proves that the model's own code then computes what it should.
 
     No names of architectures or projections are needed. The first of three ways is taken that holds: the model's class builds it
     from a changed config, also where queries, keys and values are one matrix; or the code reads however many heads keys and
-    values have; or linears store few heads and hand out many. The last two are proved on a small copy of the model against the
-    dense class with heads pooled and repeated: at several lengths and batches, padded, and with a cache. Of LoRA, B is
-    pooled along with the linear.
-
-    Args:
-        model: A Hugging Face model, or a module that holds one.
-        num_key_value_heads: KV heads afterwards.
-        method: How the heads of a group become one. The plan pools them; what makes them equal before is in the `weights` with
-            which it is applied.
-        layers: The attentions to convert, by name or by their place in the order in which they run; by default all with more KV
-            heads.
-        encoder: Whether the self-attention of an encoder-decoder's encoder is converted too.
+    values have; or linears store few heads and hand out many. The last two are proved on a small copy of the model. The plan
+    pools heads; what makes them equal before is in the `weights` with which it is applied.
 
     Raises:
         ValueError: If the number, method or layers are not legal, or the model cannot be converted; it says what is missing.

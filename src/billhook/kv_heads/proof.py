@@ -34,11 +34,7 @@ Inputs = dict[str, Any]
 
 
 def prove(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> tuple[KVWay, Shrunk]:
-    """Finds the way that a small copy of the model shows to be right.
-
-    Raises:
-        ValueError: If there is none, or it needs another implementation of attention.
-    """
+    """Finds the way that a small copy of the model shows to be right."""
     rows = {name for one in found.values() for name in one.rows}
     check_as_built(model, shape_of(model), shape_of(build_on_meta(model, copy.deepcopy(model.config))), _every_name(model, rows))
     small = small_copy(model)

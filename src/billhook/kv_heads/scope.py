@@ -15,12 +15,7 @@ from billhook.model.shapes.shape_checks import FLAG
 
 
 def kv_heads_by_layer(model: nn.Module, encoder: bool = True) -> dict[str, int]:
-    """Returns the number of KV heads that every attention has, by its name, in the order in which they run.
-
-    Args:
-        model: A Hugging Face model, or a module that holds one.
-        encoder: Whether the self-attentions of an encoder-decoder's encoder are among them.
-    """
+    """Returns the number of KV heads that every attention has, by its name, in the order in which they run."""
     model = find_transformer(model)
     found = find_kv(model)
     return {name: found[name].heads for name in in_scope(model, found, encoder)}
@@ -30,9 +25,6 @@ def kv_heads_of(model: nn.Module) -> int:
     """Returns the number of KV heads of a Hugging Face model: as its config states it, or else as its code shows.
 
     Where layers differ it is the most; of an encoder-decoder whose config has no such field, those of the decoder count.
-
-    Raises:
-        ValueError: If the config has another number for each layer, or the model has no attention.
     """
     model = find_transformer(model)
     known = config_heads(model)
@@ -105,12 +97,7 @@ def choose(
 
 
 def next_layers(heads: Mapping[str, int], fewer: int, share: float) -> list[str]:
-    """Returns the attentions that have too many KV heads for their share, the last ones first, in the order in which they run.
-
-    Args:
-        heads: The KV heads of all attentions, in the order in which they run.
-        fewer: How many each is to have at most.
-        share: Which share of the attentions, rounded down.
+    """Returns those of the last attentions, a share of all rounded down, that have more than `fewer` KV heads.
 
     >>> next_layers({"a": 8, "b": 8, "c": 8, "d": 1}, fewer=1, share=0.75)
     ['b', 'c']

@@ -81,8 +81,8 @@ def _bases(metric: Tensor, moments: Tensor, freedom: Freedom, method: Rendered) 
         shared /= size
         for block in freedom:
             one = method.render(*_of_block(metrics[group], moments[group], block))
-            _put(basis, block, one.basis)
-            _put(shared, block, one.shared)
+            block.put(basis, one.basis)
+            block.put(shared, one.shared)
         found.append((basis, shared))
         missing, there = _loss(metrics[group], moments[group], basis, shared)
         lost, whole = lost + missing, whole + there
@@ -110,16 +110,6 @@ def _of_block(metric: Tensor, moments: Tensor, block: Block) -> tuple[Tensor, Te
     real = moments[:, r][:, :, :, r] + moments[:, i][:, :, :, i]
     imaginary = moments[:, i][:, :, :, r] - moments[:, r][:, :, :, i]
     return torch.complex(square, torch.zeros_like(square))[:, :, None], torch.complex(real, imaginary)
-
-
-def _put(matrices: Tensor, block: Block, own: Tensor) -> None:
-    """Writes the matrices of a block; a complex number a + ib as [[a, -b], [b, a]]."""
-    r, i = torch.tensor(block.real), torch.tensor(block.imaginary, dtype=torch.int64)
-    if not len(i):
-        matrices[:, r[:, None], r] = own
-        return
-    matrices[:, r[:, None], r], matrices[:, i[:, None], i] = own.real, own.real
-    matrices[:, r[:, None], i], matrices[:, i[:, None], r] = -own.imag, own.imag
 
 
 def _in_groups(tensor: Tensor, groups: int) -> Tensor:

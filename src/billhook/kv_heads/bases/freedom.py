@@ -32,6 +32,15 @@ class Block:
     real: tuple[int, ...]
     imaginary: tuple[int, ...] = ()
 
+    def put(self, matrices: Tensor, own: Tensor) -> None:
+        """Writes a block's matrices into `[heads, width, width]`; a complex number a + ib as [[a, -b], [b, a]]."""
+        r, i = torch.tensor(self.real), torch.tensor(self.imaginary, dtype=torch.int64)
+        if not len(i):
+            matrices[:, r[:, None], r] = own
+            return
+        matrices[:, r[:, None], r], matrices[:, i[:, None], i] = own.real, own.real
+        matrices[:, r[:, None], i], matrices[:, i[:, None], r] = -own.imag, own.imag
+
 
 Freedom = tuple[Block, ...]
 """The blocks of a head; empty where nothing may be mixed."""
@@ -39,13 +48,7 @@ Freedom = tuple[Block, ...]
 
 @dataclass(frozen=True)
 class Freedoms:
-    """How the numbers of the heads of one attention may be mixed.
-
-    Attributes:
-        keys: Those of keys and queries.
-        values: Those of values and output columns.
-        order: Whether KV heads may change places, with their query heads.
-    """
+    """How the numbers of keys, and of values, of one attention may be mixed, and whether KV heads may change places."""
 
     keys: Freedom
     values: Freedom
@@ -118,23 +121,19 @@ def _mixed(stack: Tensor, freedom: Freedom, generator: torch.Generator) -> Tenso
     """Draws for each head a matrix that mixes its blocks' numbers, `[heads, width, width]`: not orthogonal, well conditioned."""
     count, width = stack.shape[:2]
     matrix = torch.eye(width, dtype=stack.dtype).repeat(count, 1, 1)
-    for head in range(count):
+    for head in matrix.split(1):
         for block in freedom:
-            _mix(matrix[head], block, generator)
+            block.put(head, _matrix(block, stack.dtype, generator))
     return matrix.to(stack.device)
 
 
-def _mix(matrix: Tensor, block: Block, generator: torch.Generator) -> None:
-    real, imaginary = list(block.real), list(block.imaginary)
-    if imaginary:
-        angle, size = torch.rand(2, generator=generator, dtype=matrix.dtype) + 0.3
-        a, b = size * torch.cos(3 * angle), size * torch.sin(3 * angle)
-        matrix[real, real], matrix[imaginary, imaginary] = a, a
-        matrix[real, imaginary], matrix[imaginary, real] = -b, b
-        return
-    square, _ = torch.linalg.qr(torch.randn(len(real), len(real), generator=generator, dtype=matrix.dtype))
-    sizes = 0.5 + torch.rand(len(real), generator=generator, dtype=matrix.dtype)
-    matrix[torch.tensor(real)[:, None], torch.tensor(real)[None]] = square * sizes
+def _matrix(block: Block, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if block.imaginary:
+        angle, size = torch.rand(2, generator=generator, dtype=dtype) + 0.3
+        return torch.complex(size * torch.cos(3 * angle), size * torch.sin(3 * angle))
+    count = len(block.real)
+    square, _ = torch.linalg.qr(torch.randn(count, count, generator=generator, dtype=dtype))
+    return square * (0.5 + torch.rand(count, generator=generator, dtype=dtype))
 
 
 def _scales(stack: Tensor) -> Tensor:

@@ -46,18 +46,11 @@ def gather(
     trials: Sequence[Run],
     reduce: Reduce | None = None,
 ) -> dict[str, Moments]:
-    """Runs the model on all batches and sums up; the model stays as it is.
+    """Returns the moments of each attention, in so many groups of consecutive KV heads, on all batches; the model stays as it is.
 
     In groups of J heads each attention runs J times a batch. Held throughout are 2 G (J w)^2 + H w^2 numbers in float64 of each
     attention, for G groups and H = G J heads of width w: of Llama-7B (H = 32, w = 128, 32 attentions) 1.2 GB for G = 8, and
     8.7 GB for G = 1, which a choice of groups needs; within an attention, with 2048 tokens in a batch, 0.13 GB and 1.1 GB more.
-
-    Args:
-        model: The model.
-        places: Its attentions.
-        groups: Into how many groups of consecutive KV heads each is divided.
-        trials: The batches, with the tokens that count by linear.
-        reduce: Sums over ranks.
     """
     sums = {name: _Sums(model, place, groups[name]) for name, place in places.items()}
     with undisturbed(model), ExitStack() as stack:

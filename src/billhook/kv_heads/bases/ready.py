@@ -29,21 +29,13 @@ BatchAndLoss = tuple[Any, Loss | None]
 
 
 class Attentions:
-    """The attentions of a model that are to have fewer KV heads, and what is known of them.
+    """The attentions of a model that are to have fewer KV heads, in `groups` by name, and what is known of them."""
 
-    Args:
-        model: The model; it stays as it is.
-        groups: How many KV heads each attention is to have, by the attention's name; others stay as they are.
-
-    Raises:
-        ValueError: If heads are not made by one linear each, or there are adapters.
-    """
-
-    def __init__(self, model: nn.Module, groups: Mapping[str, int]) -> None:
+    def __init__(self, model: nn.Module, groups: Mapping[str, int], reduce: Reduce | None = None) -> None:
         if adapted(model):
             raise ValueError(f"with LoRA attached, heads stay in their bases, where 'mean' and 'first' can pool them: or {MERGE}")
         structure = trace(model)
-        self.model, self.groups = model, groups
+        self.model, self.groups, self._reduce = model, groups, reduce
         self.places = {name: place for name, place in find_projections(model, structure).items() if name in groups}
         self.freedoms: dict[str, Freedoms] = find_freedoms(model, self.places)
         downs = [part.name.rpartition(".")[0] for one in structure.feed_forward for part in one.down]
@@ -82,11 +74,18 @@ class Attentions:
         names = linears | set(self.downs)
         return run_with_loss(self.model, {name: self.model.get_submodule(name) for name in names}, batch, loss)
 
-    def moments(self, trials: Sequence[Run], grouping: Grouping, reduce: Reduce | None = None) -> dict[str, Moments]:
+    def summed(self, *numbers: float) -> list[float]:
+        """Returns sums over ranks."""
+        device = next(self.model.parameters()).device
+        sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=device)
+        found: list[float] = (sums if self._reduce is None else self._reduce(sums)).tolist()
+        return found
+
+    def moments(self, trials: Sequence[Run], grouping: Grouping) -> dict[str, Moments]:
         """Returns the moments that data shows, or where no rank has any, those of the weights."""
         groups = {name: 1 if grouping == "similar" else self.groups[name] for name in self.places}
-        if any(_summed(self.model, [len(trials)], reduce)):
-            return gather(self.model, self.places, groups, trials, reduce)
+        if any(self.summed(len(trials))):
+            return gather(self.model, self.places, groups, trials, self._reduce)
         return {name: weight_moments(read(self.model, place), groups[name]) for name, place in self.places.items()}
 
     def equal(self, method: Rendered, moments: Mapping[str, Moments], pool: bool = True) -> dict[str, dict[str, Tensor]]:
@@ -101,32 +100,26 @@ class Attentions:
             new |= written(self.model, place, become(stacks, *find_bases(stacks, own, freedom, method)))
         return new
 
-    def repaired(
-        self, new: Given, trials: Sequence[Run], repair: Repair, reduce: Reduce | None = None
-    ) -> dict[str, dict[str, Tensor]]:
+    def repaired(self, new: Given, trials: Sequence[Run], repair: Repair) -> dict[str, dict[str, Tensor]]:
         """Returns the same, with the linears behind attentions and feed-forwards refitted to what the whole model gives."""
         reading = [place.o.linear for place in self.places.values()] + self.downs
         widths = {name: matrix_of(self.model.get_submodule(name))[0].shape[1] for name in dict.fromkeys(reading)}
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in widths.items()}
-        found = repair_linears(self.model, kept, trials, repair, reduce, given=new)
+        found = repair_linears(self.model, kept, trials, repair, self._reduce, given=new)
         own = {name: {"weight": weight} | ({} if bias is None else {"bias": bias}) for name, (weight, bias) in found.items()}
         return {name: dict(parameters) for name, parameters in new.items()} | own
 
     @torch.no_grad()
-    def loss(self, new: Given, trials: Sequence[Run], reduce: Reduce | None = None) -> float:
+    def loss(self, new: Given, trials: Sequence[Run]) -> float:
         """Returns the mean loss of some batches with other parameters; each batch counts the same."""
         with undisturbed(self.model), instead(self.model, new):
             total = sum(float(trial.forward().detach()) for trial in trials)
-        total, count = _summed(self.model, [total, len(trials)], reduce)
+        total, count = self.summed(total, len(trials))
         return float(total / count)
 
 
 def best_method(
-    attentions: Attentions,
-    methods: Sequence[Rendered],
-    trials: Sequence[Run],
-    repair: Repair | None = None,
-    reduce: Reduce | None = None,
+    attentions: Attentions, methods: Sequence[Rendered], trials: Sequence[Run], repair: Repair | None = None
 ) -> tuple[Rendered, dict[Rendered, float]]:
     """Finds the allowed method with the least loss on held-out batches, and returns the loss of each, too.
 
@@ -134,7 +127,7 @@ def best_method(
     more than one batch besides.
     """
     chosen = (repair or Repair()).chooses(len(trials)) if len(trials) > 1 else set()
-    few, cannot_repair = _summed(attentions.model, [not chosen, len(trials) - len(chosen) < 2], reduce)
+    few, cannot_repair = attentions.summed(not chosen, len(trials) - len(chosen) < 2)
     if few:
         raise ValueError(f"batches: 'auto' needs 2 at least on each rank, as some are held out; got {len(trials)}")
     seen = [trial for number, trial in enumerate(trials) if number not in chosen]
@@ -143,20 +136,13 @@ def best_method(
     for grouping, alike in groupby(attentions.allowed(methods), lambda method: method.grouping):
         if grouping == "similar" and not _may_group(attentions):
             continue
-        moments = attentions.moments(seen, grouping, reduce)
+        moments = attentions.moments(seen, grouping)
         for method in alike:
             new = attentions.equal(method, moments)
             if repair is not None and not cannot_repair:
-                new = attentions.repaired(new, seen, repair, reduce)
-            losses[method] = attentions.loss(new, held_out, reduce)
+                new = attentions.repaired(new, seen, repair)
+            losses[method] = attentions.loss(new, held_out)
     return min(losses, key=lambda method: math.inf if math.isnan(losses[method]) else losses[method]), losses
-
-
-def _summed(model: nn.Module, numbers: Sequence[float], reduce: Reduce | None) -> list[float]:
-    """Sums over ranks."""
-    sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=next(model.parameters()).device)
-    found: list[float] = (sums if reduce is None else reduce(sums)).tolist()
-    return found
 
 
 def _may_group(attentions: Attentions) -> bool:
@@ -182,23 +168,20 @@ def ready_weights(
         batches: Batches, each with its loss (None for the model's own).
         repair: If given, what reads the heads, and the feed-forwards, are refitted to what the whole model gives.
         reduce: Sums over ranks.
-
-    Raises:
-        ValueError: If batches are missing on any rank, or the method does not suit the model.
     """
-    attentions = Attentions(model, groups)
+    attentions = Attentions(model, groups, reduce)
     chosen, *others = attentions.allowed(method.candidates)
     trials = [attentions.trial(*pair) for pair in batches]
     least, what = batches_needed(method, repair)
-    (few,) = _summed(model, [len(trials) < least], reduce)
+    (few,) = attentions.summed(len(trials) < least)
     if few:
         why = "as some are held out" if least > 1 else "to see what the heads are given"
         raise ValueError(f"batches: {what} needs {least} at least on each rank, {why}; got {len(trials)}")
     if len(method.candidates) > 1:
-        chosen, _ = best_method(attentions, [chosen, *others], trials, repair, reduce)
-    new = attentions.equal(chosen, attentions.moments(trials, chosen.grouping, reduce))
+        chosen, _ = best_method(attentions, [chosen, *others], trials, repair)
+    new = attentions.equal(chosen, attentions.moments(trials, chosen.grouping))
     if repair is not None:
-        new = attentions.repaired(new, trials, repair, reduce)
+        new = attentions.repaired(new, trials, repair)
     how = f"{method}: {chosen}" if len(method.candidates) > 1 else str(method)
     return _by_parameter(new), how + (", repaired" if repair is not None else "")
 
@@ -225,10 +208,10 @@ def turned_weights(
 
     Nothing is pooled, and the model computes what it did. Without batches the weights alone say which basis.
     """
-    attentions = Attentions(model, groups)
+    attentions = Attentions(model, groups, reduce)
     attentions.check(method)
     trials = [attentions.trial(*pair) for pair in batches]
-    return _by_parameter(attentions.equal(method, attentions.moments(trials, method.grouping, reduce), pool=False))
+    return _by_parameter(attentions.equal(method, attentions.moments(trials, method.grouping), pool=False))
 
 
 def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod) -> None:

@@ -87,12 +87,7 @@ class KVMethod(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """One head for several.
-
-    Attributes:
-        basis: B, `[heads, width, width]`.
-        shared: P, `[heads, width, width]`.
-    """
+    """One head for several, by the matrices B (`basis`) and P (`shared`) of each, `[heads, width, width]`."""
 
     basis: Tensor
     shared: Tensor

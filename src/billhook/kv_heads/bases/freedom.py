@@ -121,7 +121,7 @@ def _mixed(stack: Tensor, freedom: Freedom, generator: torch.Generator) -> Tenso
     """Draws for each head a matrix that mixes its blocks' numbers, `[heads, width, width]`: not orthogonal, well conditioned."""
     count, width = stack.shape[:2]
     matrix = torch.eye(width, dtype=stack.dtype).repeat(count, 1, 1)
-    for head in matrix.split(1):
+    for head in torch.split(matrix, 1):
         for block in freedom:
             block.put(head, _matrix(block, stack.dtype, generator))
     return matrix.to(stack.device)
@@ -132,7 +132,7 @@ def _matrix(block: Block, dtype: torch.dtype, generator: torch.Generator) -> Ten
         angle, size = torch.rand(2, generator=generator, dtype=dtype) + 0.3
         return torch.complex(size * torch.cos(3 * angle), size * torch.sin(3 * angle))
     count = len(block.real)
-    square, _ = torch.linalg.qr(torch.randn(count, count, generator=generator, dtype=dtype))
+    square: Tensor = torch.linalg.qr(torch.randn(count, count, generator=generator, dtype=dtype)).Q
     return square * (0.5 + torch.rand(count, generator=generator, dtype=dtype))
 
 

@@ -16,7 +16,7 @@ from billhook.kv_heads.methods.base import KVMethod, Rendered, Rendering
 from billhook.kv_heads.methods.named import METHODS, method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_of
-from billhook.model.plan import Plan, apply
+from billhook.model.plan import Plan, apply, subclasses
 from kit.families import build, tokens
 from kit.fits import data, module, trainer
 from kit.kv_zoo import build as zoo
@@ -24,15 +24,8 @@ from kit.kv_zoo import build as zoo
 K = "model.layers.0.self_attn.k_proj.weight"
 
 
-def kinds(parent=KVMethod):
-    """All classes of methods that come with billhook."""
-    for kind in parent.__subclasses__():
-        if not inspect.isabstract(kind) and kind.__module__.startswith("billhook."):
-            yield kind
-        yield from kinds(kind)
-
-
-EVERY = sorted(kinds(), key=lambda kind: kind.__name__)
+OWN = [kind for kind in subclasses(KVMethod) if not inspect.isabstract(kind) and kind.__module__.startswith("billhook.")]
+EVERY = sorted(OWN, key=lambda kind: kind.__name__)
 
 
 @dataclass(frozen=True)

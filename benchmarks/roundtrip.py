@@ -1,0 +1,522 @@
+"""Every architecture that transformers can build small, every operation that `billhook inspect` allows: done, saved, reloaded, compared.
+
+`python benchmarks/roundtrip.py --processes 2 --out docs/roundtrip.md` writes the table; model types restrict it, and `--sample 60` draws
+pairs of an architecture and an operation by a seed.
+
+For each pair the operation is planned and carried out, and the model compared with an oracle that does not use billhook's surgery:
+a dense model with KV heads replaced by their means, with zeroed columns where heads or channels are read, with blocks that return
+their input, with the largest |W| * ||x|| of four kept. The model is saved, loaded as `inspect` promises (plain `from_pretrained`, or
+`bh.load`) and compared; and again through a Lightning checkpoint and `billhook export`.
+"""
+
+import argparse
+import collections
+import contextlib
+import copy
+import gc
+import io
+import multiprocessing
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import transformers
+from oracle import difference, randomise
+from small_configs import architectures, build, has_experts, small_config
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers.pytorch_utils import Conv1D
+
+import billhook as bh
+from billhook.checkpoints.export import export
+from billhook.cli.inspect import CHOICES, conversion, saving
+from billhook.running.inputs import make_inputs
+from billhook.sparsity.plan import WeightPlan
+from billhook.tracing.trace import trace
+
+SECONDS = 60
+TOLERANCE = 1e-4  # relative to the largest output, and at least 30 times the effect of the last digit of every weight
+BUGS = ("wrong", "raw", "late", "broken promise")
+STATES = ("right", "refused", *BUGS)
+OPERATIONS = ("untouched", "KV mean", "KV svd", "heads", "channels", "residual", "experts", "blocks", "2:4", "KV after heads", "channels after KV")
+
+
+class Refused(Exception):
+    """billhook refused before anything changed."""
+
+
+class Late(Exception):
+    """billhook refused after work had begun."""
+
+
+class Wrong(Exception):
+    """Something else was computed than expected."""
+
+
+class Broken(Exception):
+    """`inspect` said something else."""
+
+
+@dataclass
+class Result:
+    """What came out for one pair."""
+
+    auto: str
+    model_type: str
+    operation: str
+    state: str
+    detail: str = ""
+    way: str = ""
+    oracle: bool = False
+    seconds: float = 0.0
+
+
+class Holder(bh.ShapeInCheckpoint, pl.LightningModule):
+    """A user's own module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+
+class Subject:
+    """One architecture: a small model with random weights, its inputs, and what it answers."""
+
+    def __init__(self, model_type, config_class, model_class):
+        self.model_type = model_type
+        config = small_config(config_class)
+        try:
+            self.dense = build(config, model_class, "batched_mm" if has_experts(config) else "eager")
+            self.inputs = make_inputs(self.dense)
+            self.answer(self.dense)
+        except Exception:  # not every class of experts has the batched implementation
+            self.dense = build(small_config(config_class), model_class)
+            self.inputs = make_inputs(self.dense)
+        built = self.dense.state_dict().keys()
+        made = {name: buffer.clone() for name, buffer in self.dense.named_buffers() if name not in built}
+        randomise(self.dense)
+        for name, buffer in self.dense.named_buffers():
+            if name in made:  # which no checkpoint holds: the class makes it
+                buffer.copy_(made[name])
+        self.expected = self.answer(self.dense)
+        noisy = copy.deepcopy(self.dense)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for tensor in noisy.parameters():
+                tensor.mul_(1 + torch.finfo(torch.float32).eps * torch.randn(tensor.shape, generator=generator))
+        self.tolerance = max(TOLERANCE, min(1e-2, 30 * self.error(self.answer(noisy), self.expected)))
+
+    def model(self):
+        """Returns a copy to work on."""
+        return copy.deepcopy(self.dense)
+
+    @torch.no_grad()
+    def answer(self, model) -> list[Tensor]:
+        """Returns all real numbers that a model gives; some draw noise or which patches they see."""
+        torch.manual_seed(0)
+        output = model(**self.inputs)
+        given = tree_leaves(dict(output) if hasattr(output, "items") else output)
+        return [value.float() for value in given if isinstance(value, Tensor) and value.is_floating_point()]
+
+    @staticmethod
+    def error(found, expected) -> float:
+        """Returns the largest difference, relative to the largest value of each output."""
+        if [a.shape for a in found] != [b.shape for b in expected]:
+            return float("inf")
+        return max((difference(a, b) for a, b in zip(found, expected, strict=True) if b.numel()), default=0.0)
+
+    def same(self, model, expected, what) -> None:
+        """Compares a model with what is expected."""
+        try:
+            found = self.answer(model)
+        except Exception as error:
+            raise Wrong(f"{what}: does not run: {first_line(error)}") from error
+        if not (error := self.error(found, expected)) < self.tolerance:
+            raise Wrong(f"{what}: differs by {error:.2g}")
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def where(error: BaseException) -> str:
+    """Names the last frame of billhook in a traceback."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/billhook/" in f.filename]
+    return f"{frames[-1].filename.split('/billhook/')[-1]}:{frames[-1].lineno}" if frames else "?"
+
+
+# ---------------------------------------------------------------------------------------------- operations
+
+Done = tuple[list[Tensor] | None, str | None]
+"""What the oracle expects, None if there is none; and the way of saving that `inspect` promised, None if it promised none."""
+
+
+def refusing(subject: Subject, model: nn.Module, step: Callable[[], Any]) -> Any:
+    """Carries out a step that may be refused, if the model is then bit for bit as before."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        return step()
+    except ValueError as error:
+        after = model.state_dict()
+        if after.keys() != before.keys() or any(
+            tensor.shape != after[name].shape or not torch.equal(tensor.nan_to_num(), after[name].nan_to_num()) for name, tensor in before.items()
+        ):
+            raise Late(f"refused, and the model has changed: {first_line(error)}") from error
+        raise Refused(" ".join(str(error).split())[:300]) from error
+
+
+def promised(model: nn.Module, kind: str) -> str | None:
+    """Returns how `inspect` says that a model with fewer units of a kind is saved; None if it names no such units."""
+    groups = [group for group in trace(model).groups if group.kind in CHOICES[kind]]
+    said = saving(model, groups)
+    if not said:
+        return None
+    return "plain" if all(fields for _, fields in said) else "shaped"
+
+
+def convert(method: str, subject: Subject, model: nn.Module) -> Done:
+    """Halves the KV heads, or takes the highest legal number."""
+    found = refusing(subject, model, lambda: conversion(model))
+    if not found["legal"]:
+        raise Refused(found["says"])
+    before, after = found["num_key_value_heads"], max(found["legal"])
+    batches = [subject.inputs] if method == "svd" else []
+    dense = copy.deepcopy(model)
+    plan = refusing(subject, model, lambda: bh.convert_kv_heads(model, after, method, batches))
+    if method != "mean" or before != plan.before:
+        return None, None
+    return tied(subject, dense, plan), None
+
+
+def tied(subject: Subject, dense: nn.Module, plan) -> list[Tensor] | None:
+    """Answers with every KV head of the dense model replaced by the mean of its group."""
+    state = dense.state_dict(keep_vars=True)
+    for name, pooled in plan.parameters.items():
+        old, count = state[name].data, len(pooled.index)
+        heads = plan.before
+        if old.shape[pooled.dim] != count or count % heads or pooled.counts.min() != pooled.counts.max():
+            return None  # joined with queries
+        moved = old.movedim(pooled.dim, 0)
+        if moved.shape[0] % plan.before:
+            return None
+        size = moved.shape[0] // heads
+        grouped = moved.reshape(plan.after, heads // plan.after, size, *moved.shape[1:])
+        mean = grouped.mean(1, keepdim=True).expand_as(grouped).reshape(moved.shape).movedim(0, pooled.dim)
+        state[name].data = mean.contiguous()
+    return subject.answer(dense)
+
+
+def remove(amount: dict[str, float], kind: str, subject: Subject, model: nn.Module) -> Done:
+    """Removes the units with the smallest weights."""
+    way = refusing(subject, model, lambda: promised(model, kind))
+    dense = copy.deepcopy(model)
+    plan = refusing(subject, model, lambda: bh.plan(model, bh.WeightNorm(), **amount))
+    if not plan.units:
+        raise Refused("nothing to remove")
+    try:
+        refusing(subject, model, lambda: bh.apply(model, plan))
+    except Refused as error:
+        raise Late(f"planned, then refused: {error}") from error
+    if way is None:
+        raise Broken(f"inspect names no {kind}, and they can be removed")
+    return (zeroed(subject, dense, plan) if kind in ("heads", "channels") else None), way
+
+
+@torch.no_grad()
+def zeroed(subject: Subject, dense: nn.Module, plan) -> list[Tensor] | None:
+    """Answers with zeros where modules read the units: of `count` units of equal width, unit u is read at [u * width, (u + 1) * width)."""
+    for name, one in bh.find_units(dense, list(dict.fromkeys(plan.kinds.values()))).items():
+        for reader in one.readers if plan.units.get(name) else ():
+            module = dense.get_submodule(reader)
+            weight, dim = module.weight, 0 if isinstance(module, Conv1D) else 1
+            groups = getattr(module, "groups", 1)
+            if groups > 1 or weight.shape[dim] % one.count():
+                return None
+            width = weight.shape[dim] // one.count()
+            for unit in plan.units[name]:
+                weight.narrow(dim, unit * width, width).zero_()
+        if plan.units.get(name) and not one.readers:
+            return None
+    return subject.answer(dense)
+
+
+def remove_block(subject: Subject, model: nn.Module) -> Done:
+    """Removes the last block of every stack that has several."""
+    stacks = refusing(subject, model, lambda: bh.find_units(model, "block"))
+    chosen = {name: [one.count() - 1] for name, one in stacks.items() if one.count() > 1}
+    if not chosen:
+        raise Refused("one block only")
+    dense = copy.deepcopy(model)
+    plan = refusing(subject, model, lambda: bh.plan_units(model, chosen, "block"))
+    try:
+        refusing(subject, model, lambda: bh.apply(model, plan))
+    except Refused as error:
+        raise Late(f"planned, then refused: {error}") from error
+    with contextlib.ExitStack() as stack:
+        for name, numbers in chosen.items():
+            for number in numbers:
+                block = dense.get_submodule(f"{name}.{number}")
+                handle = block.register_forward_hook(skipped, with_kwargs=True)
+                stack.callback(handle.remove)
+        return subject.answer(dense), None
+
+
+def skipped(module, args, kwargs, out):
+    """Returns a block's input as its output, of a tuple in the first place."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+
+def prune(subject: Subject, model: nn.Module) -> Done:
+    """Keeps two of four weights by Wanda, on the inputs of the dense model."""
+    dense = copy.deepcopy(model)
+    plan = refusing(subject, model, lambda: bh.prune(model, bh.Wanda(), [subject.inputs], pattern="2:4", sequential="none"))
+    assert isinstance(plan, WeightPlan)
+    return kept_of_four(subject, dense, plan), "plain"
+
+
+@torch.no_grad()
+def kept_of_four(subject: Subject, dense: nn.Module, plan) -> list[Tensor]:
+    """Answers with the two largest |W| * ||x|| of four kept, of the linears that the plan names."""
+    sums: dict[str, Tensor] = collections.defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+    handles = []
+    for name in plan.pruned:
+        def add(module, args, out, name=name):
+            sums[name] = sums[name] + args[0].double().flatten(0, -2).square().sum(0)
+        handles.append(dense.get_submodule(name).register_forward_hook(add))
+    subject.answer(dense)
+    for handle in handles:
+        handle.remove()
+    for name in plan.pruned:
+        module = dense.get_submodule(name)
+        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        scores = (weight.abs().double() * sums[name].sqrt()).reshape(weight.shape[0], -1, 4)
+        keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(2).indices, True).reshape(weight.shape)
+        weight.copy_(torch.where(keep, weight, 0))
+    return subject.answer(dense)
+
+
+def untouched(subject: Subject, model: nn.Module) -> Done:
+    """Leaves the model as it is."""
+    return subject.expected, "plain"
+
+
+def after(first, second, subject: Subject, model: nn.Module) -> Done:
+    """Does one after the other; the oracle is that of the second."""
+    first(subject, model)
+    try:
+        return second(subject, model)
+    except Refused as error:
+        raise Refused(f"after the first: {error}") from error
+
+
+def run_operation(operation: str, subject: Subject, model: nn.Module) -> Done:
+    """Carries out one operation."""
+    heads, channels = {"heads": 0.34}, {"channels": 0.25}
+    match operation:
+        case "untouched":
+            return untouched(subject, model)
+        case "KV mean":
+            return convert("mean", subject, model)
+        case "KV svd":
+            return convert("svd", subject, model)
+        case "heads":
+            return remove(heads, "heads", subject, model)
+        case "channels":
+            return remove(channels, "channels", subject, model)
+        case "residual" | "experts":
+            return remove({operation: 0.25}, operation, subject, model)
+        case "blocks":
+            return remove_block(subject, model)
+        case "2:4":
+            return prune(subject, model)
+        case "KV after heads":
+            return after(lambda *both: remove(heads, "heads", *both), lambda *both: convert("mean", *both), subject, model)
+        case "channels after KV":
+            return after(lambda *both: convert("mean", *both), lambda *both: remove(channels, "channels", *both), subject, model)
+    raise AssertionError(operation)
+
+
+# ---------------------------------------------------------------------------------------------- saved and reloaded
+
+
+def save(subject: Subject, model: nn.Module, folder: Path, way: str | None) -> str:
+    """Saves and loads as promised, and compares."""
+    expected = subject.answer(model)
+    try:
+        saved = bh.save(model, folder / "saved")
+    except (ValueError, RuntimeError) as error:
+        raise Late(f"save: {first_line(error)}") from error
+    loaded = bh.load(folder / "saved") if saved.way == "shaped" else None
+    if loaded is None:
+        kind = getattr(transformers, model_class_of(folder / "saved"), type(model))
+        loaded = kind.from_pretrained(folder / "saved")
+    subject.same(prepared(loaded, model), expected, f"saved ({saved.way}) and loaded")
+    if way is not None and (way == "plain") != (saved.way != "shaped"):
+        raise Broken(f"inspect promised {way}, saved {saved.way}")
+    return saved.way
+
+
+def model_class_of(folder: Path) -> str:
+    """Returns the class that a folder's config names."""
+    return re.search(r'"architectures": \[\s*"(\w+)"', (folder / "config.json").read_text()).group(1)
+
+
+def prepared(loaded: nn.Module, model: nn.Module) -> nn.Module:
+    """Gives a loaded model the implementations of the other."""
+    loaded.set_attn_implementation(model.config._attn_implementation)
+    for own, other in zip(loaded.modules(), model.modules(), strict=False):
+        if hasattr(own, "config") and hasattr(getattr(other, "config", None), "_experts_implementation_internal"):
+            own.config._experts_implementation = other.config._experts_implementation
+    return loaded.eval()
+
+
+def checkpoint(subject: Subject, model: nn.Module, folder: Path) -> None:
+    """Goes through a Lightning checkpoint and `billhook export`."""
+    expected = subject.answer(model)
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    module = Holder(model)
+    trainer.strategy.connect(module)
+    module._trainer = trainer
+    trainer.save_checkpoint(folder / "last.ckpt")
+    module._trainer = None
+    model.eval()
+    try:
+        saved = export(folder / "last.ckpt", folder / "exported")
+    except (ValueError, RuntimeError) as error:
+        raise Late(f"export: {first_line(error)}") from error
+    loaded = bh.load(folder / "exported")
+    subject.same(prepared(loaded, model), expected, f"exported ({saved.way}) and loaded")
+
+
+def examine(auto: str, subject: Subject, operation: str) -> Result:
+    """Examines one pair."""
+    result = Result(auto, subject.model_type, operation, "right")
+    start = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            model = subject.model()
+            expected, way = run_operation(operation, subject, model)
+            if expected is not None:
+                result.oracle = True
+                subject.same(model, expected, "oracle")
+            result.way = save(subject, model, Path(folder), way)
+            checkpoint(subject, model, Path(folder))
+    except Refused as error:
+        result.state, result.detail = "refused", str(error)
+    except Late as error:
+        result.state, result.detail = "late", str(error)
+    except Broken as error:
+        result.state, result.detail = "broken promise", str(error)
+    except Wrong as error:
+        result.state, result.detail = "wrong", str(error)
+    except Exception as error:  # whatever comes from the depths
+        result.state, result.detail = "raw", f"{first_line(error)} ({where(error)})"
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def examine_one(job: tuple[str, str, Any, Any, tuple[str, ...]]) -> list[Result]:
+    """Examines one architecture, in this process."""
+    auto, model_type, config_class, model_class, operations = job
+    quiet()
+
+    def ring(*_):
+        raise TimeoutError(f"longer than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, ring)
+    signal.alarm(SECONDS)
+    try:
+        subject = Subject(model_type, config_class, model_class)
+    except Exception as error:
+        return [Result(auto, model_type, "", "not built", first_line(error))]
+    finally:
+        signal.alarm(0)
+    results = []
+    for operation in operations:
+        signal.alarm(SECONDS)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                results.append(examine(auto, subject, operation))
+        except TimeoutError as error:
+            results.append(Result(auto, model_type, operation, "raw", str(error), seconds=SECONDS))
+        finally:
+            signal.alarm(0)
+    gc.collect()
+    return results
+
+
+def quiet() -> None:
+    """Lets only results be heard."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    import logging
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+
+
+def jobs(names: list[str], operations: tuple[str, ...], sample: int | None, seed: int) -> Iterator[tuple]:
+    """Yields architectures with the operations that are asked of each."""
+    every = [own for own in architectures() if not names or own[1] in names]
+    if sample is None:
+        yield from ((*own, operations) for own in every)
+        return
+    pairs = random.Random(seed).sample([(n, operation) for n in range(len(every)) for operation in operations], sample)
+    for n in sorted({n for n, _ in pairs}):
+        yield (*every[n], tuple(operation for own, operation in pairs if own == n))
+
+
+def table(results: list[Result]) -> str:
+    """Counts by operation."""
+    lines = [f"| operation | {' | '.join(STATES)} | with an oracle |", "|---|" + "---:|" * (len(STATES) + 1)]
+    for operation in OPERATIONS:
+        own = [result for result in results if result.operation == operation]
+        states = collections.Counter(result.state for result in own)
+        oracle = sum(result.oracle for result in own)
+        lines.append(f"| {operation} | " + " | ".join(str(states[state]) for state in STATES) + f" | {oracle} |")
+    built = len({(r.auto, r.model_type) for r in results if r.operation})
+    return f"{built} architectures\n\n" + "\n".join(lines)
+
+
+def main() -> int:
+    """Sweeps, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="model types, all by default")
+    parser.add_argument("--operations", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
+    parser.add_argument("--sample", type=int, help="so many pairs, drawn by the seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--all", action="store_true", help="print the right ones too")
+    parser.add_argument("--out", type=Path, help="where the table is written")
+    parser.add_argument("--raise", action="store_true", dest="raises")
+    arguments = parser.parse_args()
+    quiet()
+    work = list(jobs(arguments.names, tuple(arguments.operations), arguments.sample, arguments.seed))
+    results: list[Result] = []
+    with multiprocessing.get_context("fork").Pool(arguments.processes, maxtasksperchild=20) as pool:
+        for own in pool.imap_unordered(examine_one, work):
+            for result in own:
+                results.append(result)
+                if arguments.all or result.state in (*BUGS, "not built"):
+                    print(f"{result.model_type:28} {result.operation:18} {result.state:14} {result.seconds:4.1f}s {result.way:10} {result.detail}", flush=True)
+    print(table(results))
+    if arguments.out:
+        arguments.out.write_text(table(results) + "\n")
+    return int(any(result.state in BUGS for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,12 +1,12 @@
-"""Every architecture that transformers can build small, every operation that `billhook inspect` allows: done, saved, reloaded, compared.
+"""Does every operation on every architecture that transformers builds small, saves, reloads and compares.
 
-`python benchmarks/roundtrip.py --processes 2 --out docs/roundtrip.md` writes the table; model types restrict it, and `--sample 60` draws
-pairs of an architecture and an operation by a seed.
+`python benchmarks/roundtrip.py --processes 2 --out docs/roundtrip.md` writes the table; model types restrict it, and
+`--sample 60` draws pairs of an architecture and an operation by a seed.
 
-For each pair the operation is planned and carried out, and the model compared with an oracle that does not use billhook's surgery:
-a dense model with KV heads replaced by their means, with zeroed columns where heads or channels are read, with blocks that return
-their input, with the largest |W| * ||x|| of four kept. The model is saved, loaded as `inspect` promises (plain `from_pretrained`, or
-`bh.load`) and compared; and again through a Lightning checkpoint and `billhook export`.
+For each pair the operation is carried out, if `billhook inspect` allows it, and the model compared with an oracle that does not
+use billhook's surgery: a dense model with KV heads replaced by their means, with zeroed columns where heads or channels are read,
+with blocks that return their input, with the largest |W| * ||x|| of four kept. The model is saved, loaded as `inspect` promises
+(plain `from_pretrained`, or `bh.load`) and compared; and again through a Lightning checkpoint and `billhook export`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import contextlib
 import copy
 import gc
 import io
+import logging
 import multiprocessing
 import random
 import re
@@ -49,7 +50,19 @@ SECONDS = 60
 TOLERANCE = 1e-4  # relative to the largest output, and at least 30 times the effect of the last digit of every weight
 BUGS = ("wrong", "raw", "late", "broken promise")
 STATES = ("right", "refused", *BUGS)
-OPERATIONS = ("untouched", "KV mean", "KV svd", "heads", "channels", "residual", "experts", "blocks", "2:4", "KV after heads", "channels after KV")
+OPERATIONS = (
+    "untouched",
+    "KV mean",
+    "KV svd",
+    "heads",
+    "channels",
+    "residual",
+    "experts",
+    "blocks",
+    "2:4",
+    "KV after heads",
+    "channels after KV",
+)
 
 
 class Refused(Exception):
@@ -147,6 +160,7 @@ class Subject:
 
 
 def first_line(error: BaseException) -> str:
+    """Returns class and message of an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -170,7 +184,8 @@ def refusing(subject: Subject, model: nn.Module, step: Callable[[], Any]) -> Any
     except ValueError as error:
         after = model.state_dict()
         if after.keys() != before.keys() or any(
-            tensor.shape != after[name].shape or not torch.equal(tensor.nan_to_num(), after[name].nan_to_num()) for name, tensor in before.items()
+            tensor.shape != after[name].shape or not torch.equal(tensor.nan_to_num(), after[name].nan_to_num())
+            for name, tensor in before.items()
         ):
             raise Late(f"refused, and the model has changed: {first_line(error)}") from error
         raise Refused(" ".join(str(error).split())[:300]) from error
@@ -235,7 +250,7 @@ def remove(amount: dict[str, float], kind: str, subject: Subject, model: nn.Modu
 
 @torch.no_grad()
 def zeroed(subject: Subject, dense: nn.Module, plan) -> list[Tensor] | None:
-    """Answers with zeros where modules read the units: of `count` units of equal width, unit u is read at [u * width, (u + 1) * width)."""
+    """Answers with zeros where modules read the units: unit u, of equally wide ones, at [u * width, (u + 1) * width)."""
     for name, one in bh.find_units(dense, list(dict.fromkeys(plan.kinds.values()))).items():
         for reader in one.readers if plan.units.get(name) else ():
             module = dense.get_submodule(reader)
@@ -292,8 +307,10 @@ def kept_of_four(subject: Subject, dense: nn.Module, plan) -> list[Tensor]:
     sums: dict[str, Tensor] = collections.defaultdict(lambda: torch.zeros((), dtype=torch.float64))
     handles = []
     for name in plan.pruned:
+
         def add(module, args, out, name=name):
             sums[name] = sums[name] + args[0].double().flatten(0, -2).square().sum(0)
+
         handles.append(dense.get_submodule(name).register_forward_hook(add))
     subject.answer(dense)
     for handle in handles:
@@ -385,7 +402,9 @@ def prepared(loaded: nn.Module, model: nn.Module) -> nn.Module:
 def checkpoint(subject: Subject, model: nn.Module, folder: Path) -> None:
     """Goes through a Lightning checkpoint and `billhook export`."""
     expected = subject.answer(model)
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
     module = Holder(model)
     trainer.strategy.connect(module)
     module._trainer = trainer
@@ -462,8 +481,6 @@ def quiet() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    import logging
-
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
 
@@ -511,7 +528,11 @@ def main() -> int:
             for result in own:
                 results.append(result)
                 if arguments.all or result.state in (*BUGS, "not built"):
-                    print(f"{result.model_type:28} {result.operation:18} {result.state:14} {result.seconds:4.1f}s {result.way:10} {result.detail}", flush=True)
+                    print(
+                        f"{result.model_type:28} {result.operation:18} {result.state:14} {result.seconds:4.1f}s {result.way:10} "
+                        f"{result.detail}",
+                        flush=True,
+                    )
     print(table(results))
     if arguments.out:
         arguments.out.write_text(table(results) + "\n")

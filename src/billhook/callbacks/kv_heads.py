@@ -7,14 +7,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from billhook.callbacks.kv.moving import Moving
-from billhook.callbacks.kv.preparation import HINT, Preparation
-from billhook.callbacks.kv.stages import Stage, check_heads, check_order, check_over, steps_over
+from billhook.callbacks.kv.preparation import HINT, Moving, Preparation
+from billhook.callbacks.kv.stages import StageCallback, check_heads, check_over
 from billhook.fit.calibration import Calibration, Given
-from billhook.fit.events.rounds import At, shares_of
-from billhook.fit.events.stages import StageCallback
+from billhook.fit.events.rounds import At
 from billhook.fit.ranks import together
-from billhook.fit.run import callbacks_of, is_trial, training_steps
+from billhook.fit.run import callbacks_of
+from billhook.kv_heads.bases.ready import check_ready
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.mean import Mean
 from billhook.kv_heads.methods.named import Name, method_of
@@ -73,11 +72,9 @@ class KVHeadConversion(StageCallback):
         self.preparation = Preparation(method_of(method), repair, Calibration.of(calibration, examples=32))
         moments: list[At | Schedule] = [*at] if isinstance(at, list | tuple) else [at]
         check_over(over, moments, self.preparation)
-        self._stages: list[Stage] = []
+        heads, self.encoder = check_heads(num_key_value_heads, moments), encoder
         at_steps = [0 if moment == "start" and self.preparation.needed else moment for moment in moments]
-        super().__init__(at_steps, self.preparation.calibration, measure_batches)
-        self.heads, self.over, self.encoder = check_heads(num_key_value_heads, moments), over, encoder
-        self.moves = bool(over)
+        super().__init__(heads, at_steps, over, self.preparation.calibration, measure_batches)
 
     def reset(self) -> None:
         """Forgets all stages, and how far heads have moved."""
@@ -102,33 +99,11 @@ class KVHeadConversion(StageCallback):
         plan = plan_kv_heads(model, first, encoder=self.encoder)
         if self._by_layer:
             check_in_part(model, plan_kv_heads(model, first, layers=plan.layers[-1:], encoder=self.encoder))
-        self.preparation.check(find_transformer(model), dict.fromkeys(plan.layers, first))
+        if self.preparation.needed:
+            check_ready(find_transformer(model), dict.fromkeys(plan.layers, first), self.preparation.method)
         means = (one for one in callbacks_of(trainer, KVHeadConversion) if type(one.preparation.method) is Mean)
         if next(means, None) is self and not self.preparation.needed:
             rank_zero_info(HINT)
-
-    def stages(self, total: int | None, trainer: pl.Trainer) -> list[Stage]:
-        """Returns when heads move and when they are cut; refuses a schedule that does not rise to 1."""
-        trial, (moment, *_) = is_trial(trainer), self.at
-        over = steps_over(self.over, total)
-        if isinstance(moment, Schedule):
-            shares = shares_of(moment, total, trial)
-            cuts = [(step, self.heads[0], share) for step, share in shares.items()]
-        else:
-            steps = super().steps(total, trainer)
-            cuts = [(step, heads, 1.0) for step, heads in zip(steps, self.heads, strict=True)]
-        return [Stage(*cut, over=min(over, max(cut[0], 0)) if trial else over) for cut in cuts]
-
-    def steps(self, total: int | None, trainer: pl.Trainer) -> list[int]:
-        """Returns the step of each stage, -1 for the start."""
-        return [stage.step for stage in self.stages(total, trainer)]
-
-    def check_together(self, trainer: pl.Trainer, total: int | None) -> None:
-        """Refuses stages, also of several callbacks together, that contradict each other."""
-        super().check_together(trainer, total)
-        if not is_trial(trainer):
-            callbacks = callbacks_of(trainer, KVHeadConversion)
-            check_order([(stage, one) for one in callbacks for stage in one.stages(total, trainer)])
 
     def is_done(self, model: nn.Module, stage: int) -> bool:
         """Returns whether the model has as few KV heads as a stage leads to."""
@@ -141,7 +116,6 @@ class KVHeadConversion(StageCallback):
         if most < least:
             held = f"the checkpoint holds a model with {most} KV heads"
             raise ValueError(f"num_key_value_heads={self.heads}: {held}, which is fewer than the {least} that this run leads to")
-        self._stages = self.stages(training_steps(trainer), trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a fit without batches, and carries out what is due before the first step."""
@@ -193,4 +167,4 @@ class KVHeadConversion(StageCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what had happened."""
         super().load_state_dict(state_dict)
-        self._moving.path, self._moving.moved, self._moving.turned = None, state_dict["moved"], list(state_dict["turned"])
+        self._moving = Moving(state_dict["moved"], list(state_dict["turned"]))

@@ -1,7 +1,7 @@
-"""Batches of a fit, with which KV heads are made ready to be pooled."""
+"""Makes KV heads ready to be pooled, in the middle of a fit: with its batches, at once or step by step."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from billhook.fit.calibration import Calibration, Pair
-from billhook.fit.ranks import check_agreed, sum_over, summed
-from billhook.kv_heads.bases.ready import batches_needed, check_ready, ready_weights, turned_weights
+from billhook.fit.events.shape_event import unwrapped
+from billhook.fit.ranks import check_agreed, sum_over, summed, together
+from billhook.kv_heads.bases.ready import batches_needed, ready_weights, turned_weights
 from billhook.kv_heads.convert import check_repair
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.plan import KVHeadPlan
+from billhook.kv_heads.pooling import approach
 from billhook.model.find import find_transformer
 from billhook.model.plan import Weights
-from billhook.model.surgery import changed
+from billhook.model.surgery import changed, take
 from billhook.repairs.repair import Repair
 
 HINT = (
@@ -43,11 +45,6 @@ class Preparation:
     def needed(self) -> bool:
         """True if there is anything to do before heads are pooled."""
         return self.method.turns or self.repair is not None
-
-    def check(self, model: nn.Module, groups: Mapping[str, int]) -> None:
-        """Refuses a model whose heads cannot be made ready."""
-        if self.needed:
-            check_ready(model, groups, self.method)
 
     def check_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a fit whose batches can be read only once, or are too few."""
@@ -105,3 +102,37 @@ def _precisely(trainer: pl.Trainer, loss: Any, model: nn.Module, batch: Any) -> 
     with trainer.precision_plugin.forward_context():
         found: Tensor = loss(model, batch)
     return found
+
+
+@dataclass
+class Moving:
+    """How far the heads of a group have moved towards each other."""
+
+    moved: int = -1  # the last step after which they did
+    turned: list[int] = field(default_factory=list)  # the stages whose heads have been put in one basis
+    path: KVHeadPlan | None = None  # to what they move, while it is of the model as it is
+
+    def move(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, preparation: Preparation, stage: int, share: float
+    ) -> None:
+        """Moves the heads that a stage is to cut along `path`, by a share of the remaining way, once they lie in one basis."""
+        model = find_transformer(pl_module)
+        if self.path is None:
+            return
+        if preparation.method.turns and stage not in self.turned:
+            groups = dict.fromkeys(self.path.layers, self.path.after)
+            with unwrapped(trainer), together(trainer, "KVHeadConversion"):
+                weights = preparation.turned(trainer, pl_module, groups)
+                check_agreed(trainer, "KVHeadConversion", "how heads are turned", weights)
+                take(model, weights, trainer.optimizers)
+            self.turned.append(stage)
+        approach(model, self.path.parameters, share, preparation.method.pool)
+        self.moved = trainer.global_step
+
+    def fits(self, pl_module: pl.LightningModule) -> bool:
+        """Returns whether the model still has the heads that `path` is of."""
+        if self.path is None:
+            return False
+        sizes = {name: parameter.shape for name, parameter in find_transformer(pl_module).named_parameters()}
+        held = self.path.parameters.items()
+        return all(name in sizes and sizes[name][pooled.dim] == len(pooled.index) for name, pooled in held)

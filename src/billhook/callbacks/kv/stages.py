@@ -1,12 +1,23 @@
-"""When attentions have fewer KV heads, and when their heads begin to move."""
+"""When attentions have fewer KV heads, and when their heads begin to move: stages of a fit, each until the shape shows it."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+
+import lightning.pytorch as pl
+from torch import nn
+from torch.optim import Optimizer
 
 from billhook.arguments import whole
 from billhook.callbacks.kv.preparation import Preparation
-from billhook.fit.events.rounds import At, step_of
+from billhook.fit.calibration import Calibration
+from billhook.fit.events.event import log_event
+from billhook.fit.events.rounds import At, check_at, shares_of, step_of
+from billhook.fit.events.shape_event import ShapeCallback
+from billhook.fit.lightning_internals import is_search
+from billhook.fit.run import callbacks_of, is_trial, training_steps
 from billhook.schedules import Schedule, check_step
 
 
@@ -23,11 +34,6 @@ class Stage:
     def begin(self) -> int:
         """The step after which heads begin to move."""
         return self.step - self.over
-
-
-def steps_over(over: int | float, total: int | None) -> int:
-    """Returns for how many steps heads move towards each other; of a fraction of training one at least."""
-    return max(1, step_of(over, total, name="over")) if isinstance(over, float) and over else int(over)
 
 
 def check_heads(num_key_value_heads: int | list[int], at: Sequence[At | Schedule]) -> list[int]:
@@ -82,3 +88,111 @@ def check_order(stages: Sequence[tuple[Stage, object]]) -> None:
                 f"{stage.step - earlier} {since}"
             )
         earlier = max(stage.step, 0)
+
+
+class StageCallback(ShapeCallback):
+    """Has fewer KV heads in one or more stages, each at its step; one that the model's shape already shows is not repeated."""
+
+    keeps_what_it_did = False  # the shape says it
+
+    def __init__(
+        self,
+        heads: list[int],
+        at: Sequence[At | Schedule],
+        over: int | float,
+        calibration: Calibration,
+        measure_batches: int | None,
+    ) -> None:
+        for moment in at:
+            check_at(moment)
+        self.heads, self.at, self.over, self.moves = heads, list(at), over, bool(over)
+        self._stages: list[Stage] = []
+        super().__init__(calibration, measure_batches)
+
+    @abstractmethod
+    def is_done(self, model: nn.Module, stage: int) -> bool:
+        """Returns whether the model already has the shape that a stage, or a later one, leads to."""
+
+    @abstractmethod
+    def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
+        """Carries out a stage and returns a phrase that says what was done."""
+
+    @property
+    def only_at_start(self) -> bool:
+        """True if no shape changes in the middle of the fit."""
+        return all(moment == "start" for moment in self.at)
+
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks all stages, and carries out those at the start."""
+        super().begin(trainer, pl_module)
+        others = [moment for callback in callbacks_of(trainer, StageCallback) for moment in callback.at if moment != "start"]
+        if is_trial(trainer) or (trainer.max_steps > 0 and trainer.max_epochs in (-1, None)):
+            self.check_together(trainer, trainer.max_steps)
+        elif others and "start" in self.at:
+            raise ValueError(
+                f"at={self.at}: 'start' next to later stages ({others}) needs a length that is known at the start: "
+                "set max_steps alone, or give 0 instead of 'start'"
+            )
+        for index, moment in enumerate(self.at):
+            if moment == "start" and not is_search(trainer) and not self.is_done(pl_module, index):
+                log_event(trainer, self.as_event(trainer, pl_module, {}, partial(self.change, pl_module, index, [])))
+
+    def stages(self, total: int | None, trainer: pl.Trainer) -> list[Stage]:
+        """Returns when heads move and when they are cut; of `over` as a fraction of training, one step at least."""
+        trial, first, over = is_trial(trainer), self.at[0], int(self.over)
+        if isinstance(self.over, float) and self.over:
+            over = max(1, step_of(self.over, total, name="over"))
+        if isinstance(first, Schedule):
+            cuts = [(step, self.heads[0], share) for step, share in shares_of(first, total, trial).items()]
+        else:
+            moments = [moment for moment in self.at if not isinstance(moment, Schedule)]
+            steps = [-1 if moment == "start" else step_of(moment, total, trial) for moment in moments]
+            if not trial and len(set(steps)) < len(steps):
+                raise ValueError(f"at={self.at}: two stages fall on one step ({steps} of {total} steps)")
+            cuts = [(step, heads, 1.0) for step, heads in zip(steps, self.heads, strict=True)]
+        return [Stage(*cut, over=min(over, max(cut[0], 0)) if trial else over) for cut in cuts]
+
+    def steps(self, total: int | None, trainer: pl.Trainer) -> list[int]:
+        """Returns the step of each stage, -1 for the start."""
+        return [stage.step for stage in self.stages(total, trainer)]
+
+    def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+        """Returns the steps of the stages; each is done as a whole."""
+        return dict.fromkeys(self.steps(total, trainer), 1.0)
+
+    def check_together(self, trainer: pl.Trainer, total: int | None) -> None:
+        """Refuses stages, also of several callbacks together, that fall on one step or contradict each other."""
+        stages = [(stage, one) for one in callbacks_of(trainer, StageCallback) for stage in one.stages(total, trainer)]
+        steps = [stage.step for stage, _ in stages]
+        if is_trial(trainer):
+            return
+        if len(set(steps)) < len(steps):
+            raise ValueError(f"two {type(self).__name__} fall on one step: their steps are {sorted(steps)}")
+        check_order(stages)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Turns fractions of training into steps, and checks the stages."""
+        total = training_steps(trainer)
+        self.check_together(trainer, total)
+        self._stages = self.stages(total, trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Carries out what is due before the first step (after a resume: what the checkpoint had not yet)."""
+        if any(stage.step == -1 and not self.is_done(pl_module, number) for number, stage in enumerate(self._stages)):
+            self.events = []  # a checkpoint of a run without this callback undid the stage at the start
+        super().on_train_start(trainer, pl_module)
+
+    def due(self, model: nn.Module, step: int) -> list[int]:
+        """Returns the stages that have come and are not done, by their number, in the order of their steps."""
+        stages = sorted(enumerate(self._stages), key=lambda pair: pair[1].step)
+        return [number for number, stage in stages if stage.step <= step and not self.is_done(model, number)]
+
+    def late(self, model: nn.Module, step: int) -> list[int]:
+        """Returns the steps of the stages that are still to come."""
+        stages = enumerate(self._stages)
+        return [stage.step for number, stage in stages if stage.step > step and not self.is_done(model, number)]
+
+    def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
+        """Carries out a stage, unless one before it at the same step did."""
+        if not self.is_done(pl_module, moment):
+            self.happen(trainer, pl_module, partial(self.change, pl_module, moment))

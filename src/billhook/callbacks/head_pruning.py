@@ -18,7 +18,7 @@ from billhook.callbacks.heads.ranking import HeadRanking
 from billhook.callbacks.heads.record import HeadRecord
 from billhook.fit.calibration import Calibration, Given
 from billhook.fit.events.event import log_event
-from billhook.fit.events.rounds import At, check_when, rounds_of
+from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import refuse_shape_changes
 from billhook.fit.measure import measure
 from billhook.fit.ranks import check_agreed, together
@@ -86,7 +86,7 @@ class HeadPruning(HeadMasking):
         plot_file: str | None = None,
     ) -> None:
         check_choice(0 if isinstance(ratio, Schedule) else ratio, ranking, min_heads, per, "heads")
-        check_when(ratio, at)
+        check_at(at, ratio)
         one_of("remove", remove, Remove)
         if min_heads < 1 and remove != "never":
             raise ValueError(f"min_heads={min_heads}: where heads are removed, one at least stays in each layer")
@@ -190,11 +190,11 @@ class HeadPruning(HeadMasking):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has happened so far, and what is known of heads."""
-        heads = {"record": self.record.state_dict(), "start": self.monitor.start, "stopped": self._stopped}
+        heads = {"record": dict(vars(self.record)), "start": self.monitor.start, "stopped": self._stopped}
         return super().state_dict() | heads
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what had happened."""
         super().load_state_dict(state_dict)
         self.monitor.start, self._stopped = state_dict["start"], state_dict["stopped"]
-        self.record.load_state_dict(state_dict["record"])
+        self.record = HeadRecord(**state_dict["record"])

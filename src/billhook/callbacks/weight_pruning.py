@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from billhook.adapters.masked import mask_as_weights, plain_adapters
 from billhook.fit.calibration import Calibration, Given
 from billhook.fit.events.event import EventCallback, FollowsShapes, log_event
-from billhook.fit.events.rounds import At, check_when, rounds_of
+from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback, refuse_shape_changes
 from billhook.fit.lightning_internals import averages
 from billhook.fit.ranks import check_agreed, sum_over, together
 from billhook.fit.strategies import check_masks
+from billhook.fit.training_step import runs_as_in_training
 from billhook.model.find import find_transformer
 from billhook.running.shards import gathered, unsharded, whole
 from billhook.running.walk import Sequential
@@ -72,7 +73,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
-        check_when(sparsity, at)
+        check_at(at, sparsity)
         self.amount = sparsity if isinstance(sparsity, Schedule) else check_amount(sparsity, pattern)
         if pattern != "unstructured" and (isinstance(sparsity, Schedule) or isinstance(at, Schedule)):
             raise ValueError(f"pattern={pattern!r} is a sparsity of its own, which a schedule contradicts: give a step as at")
@@ -178,7 +179,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         model = find_transformer(pl_module)
         precision = trainer.precision_plugin.forward_context() if self.needs_data else nullcontext()
         with self.calibration.aside(pl_module), precision, unsharded(pl_module), gathered(pl_module, but=[model]):
-            runs = self.calibration.runs(trainer, pl_module, model) if self.needs_data else None
+            runs = runs_as_in_training(pl_module, model, self.calibration.read(trainer)) if self.needs_data else None
             return prune(
                 model, self.criterion, runs, sparsity, self.pattern, allocation=self.allocation, skip=self.skip,
                 output_embeddings=self.output_embeddings, sequential=self.sequential, count_adapters=self.count_adapters,

@@ -1,7 +1,7 @@
 """Batches for scores and statistics in a fit, read and run without leaving a trace in the training."""
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from billhook.arguments import whole
-from billhook.fit.examples import check_readable, training_examples
 from billhook.fit.lightning_internals import to_device
 from billhook.fit.run import isolated
-from billhook.fit.training_step import runs_as_in_training, training_loss
-from billhook.running.batches import Run
+from billhook.fit.training_step import training_loss
 from billhook.running.overridden import overridden
+from billhook.running.trees import tree_flatten, tree_leaves, tree_unflatten
 
 Pair = tuple[Any, Callable[[nn.Module, Any], Tensor]]
 """A batch, and the loss as a function of the model and the batch."""
@@ -60,31 +60,35 @@ class Calibration:
 
     def check(self, trainer: pl.Trainer) -> None:
         """Refuses training data that can be read only once, which it would use up."""
-        if self.batches is None:
-            check_readable(trainer)
+        for loader in tree_leaves(trainer.train_dataloader) if self.batches is None else ():
+            source = loader.dataset if isinstance(loader, DataLoader) else loader
+            if isinstance(source, Iterator):
+                raise ValueError(
+                    f"calibration=None takes examples from the training data, but {type(source).__name__} can be read only once: "
+                    "give batches of their own"
+                )
 
     def read(self, trainer: pl.Trainer) -> Iterator[Any]:
-        """Yields this rank's batches, on its device."""
+        """Yields this rank's batches, on its device: training examples come in batches as training has them."""
+        rank, ranks = trainer.global_rank, trainer.world_size
         if self.batches is None:
-            batches: Iterable[Any] = training_examples(trainer, self.examples)
+            loaders, structure = tree_flatten(trainer.train_dataloader)
+            columns = [_examples(loader, self.examples, rank, ranks) for loader in loaders]
+            batches: Iterable[Any] = (tree_unflatten(row, structure) for row in zip(*columns, strict=False))
         else:
-            batches = islice(self.batches, trainer.global_rank, None, trainer.world_size)
+            batches = islice(self.batches, rank, None, ranks)
         return (to_device(trainer, batch) for batch in batches)
 
     def pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Pair]:
         """Yields this rank's batches, each with its training loss."""
         return ((batch, training_loss(pl_module, number)) for number, batch in enumerate(self.read(trainer)))
 
-    def runs(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> list[Run]:
-        """Returns a run of the model for each of this rank's batches."""
-        return runs_as_in_training(pl_module, model, self.read(trainer))
-
     @contextmanager
     def aside(self, pl_module: pl.LightningModule) -> Iterator[None]:
         """Leaves no trace of the work within: random numbers are the seed's, and restored; nothing is logged."""
         trained = {parameter: parameter.requires_grad for parameter in pl_module.parameters()}
         try:
-            with overridden(pl_module, log=_log_nothing), isolated(), torch.no_grad():
+            with overridden(pl_module, log=lambda *_, **__: None), isolated(), torch.no_grad():
                 torch.manual_seed(self.seed)
                 random.seed(self.seed)
                 np.random.seed(self.seed % 2**32)
@@ -98,8 +102,32 @@ Given = Calibration | Iterable[Any] | int | None
 """Batches, or how many training examples, or both and a seed as a `Calibration`."""
 
 
-def _log_nothing(*_: object, **__: object) -> None:
-    pass
+def _examples(loader: Any, number: int, rank: int, ranks: int) -> Iterator[Any]:  # noqa: ANN401
+    """Yields a rank's share of so many examples of a loader, or all there are, in its batches; of a stream, the first ones."""
+    if not isinstance(loader, DataLoader):
+        for index, batch in enumerate(loader):
+            if index % ranks == rank:
+                yield batch
+            number -= _size(batch)
+            if number <= 0:
+                return
+        return
+    if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        examples: Iterator[Any] = islice(iter(loader.dataset), rank, number, ranks)
+    else:
+        indices = getattr(loader.sampler, "indices", range(len(loader.dataset)))  # those of a subset
+        order = torch.randperm(len(indices))[:number][rank::ranks]
+        examples = (loader.dataset[indices[place]] for place in order.tolist())
+    if loader.batch_sampler is None:
+        yield from map(loader.collate_fn, examples)
+        return
+    while chunk := list(islice(examples, loader.batch_size or 1)):
+        yield loader.collate_fn(chunk)
+
+
+def _size(batch: Any) -> int:  # noqa: ANN401
+    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
 def gradient_precision(trainer: pl.Trainer) -> AbstractContextManager[object]:

@@ -39,21 +39,19 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | Non
         several = len(most) > 1 and is_sequential(batches)
         limits, batches.limits = batches.limits, most
         try:
-            _call(pl_module, "on_validation_start", "on_validation_epoch_start")
+            pl_module.on_validation_start()
+            pl_module.on_validation_epoch_start()
             for batch, index, loader in batches:
-                logged.take(batch, f"/dataloader_idx_{loader}" if several else "")
-                _validation_step(trainer, pl_module, batch, index, loader if several else None)
-            logged.take(None, "")
-            _call(pl_module, "on_validation_epoch_end", "on_validation_end")
+                logged.batch, logged.suffix = batch, f"/dataloader_idx_{loader}" if several else ""
+                moved = to_device(trainer, batch, loader if several else 0)
+                with trainer.precision_plugin.val_step_context():
+                    with_parameters(pl_module.validation_step, moved, index, *[loader] * several)()
+            logged.batch, logged.suffix = None, ""
+            pl_module.on_validation_epoch_end()
+            pl_module.on_validation_end()
         finally:
             batches.limits = limits
         return logged.values(trainer)
-
-
-def _call(pl_module: pl.LightningModule, *hooks: str) -> None:
-    """Calls hooks that take no arguments."""
-    for hook in hooks:
-        getattr(pl_module, hook)()
 
 
 class _Logged:
@@ -65,10 +63,6 @@ class _Logged:
         self.metrics: dict[str, Metric] = {}
         self.batch: Any = None
         self.suffix = ""
-
-    def take(self, batch: Any, suffix: str) -> None:  # noqa: ANN401
-        """Sets the batch, and the loader, of the next values."""
-        self.batch, self.suffix = batch, suffix
 
     def __call__(
         self,
@@ -124,10 +118,3 @@ def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule, logged: _Log
         for name, module in pl_module.named_modules():
             module.training = modes[name]
         trainer.state.stage = stage
-
-
-def _validation_step(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, index: int, loader: int | None) -> None:  # noqa: ANN401
-    batch = to_device(trainer, batch, loader or 0)
-    arguments = (batch, index) if loader is None else (batch, index, loader)
-    with trainer.precision_plugin.val_step_context():
-        with_parameters(pl_module.validation_step, *arguments)()

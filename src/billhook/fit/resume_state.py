@@ -7,12 +7,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 
-from billhook.fit.lightning_internals import (
-    batch_progress,
-    data_fetcher,
-    is_accumulating,
-    training_loaders,
-)
+from billhook.fit.lightning_internals import batch_progress, data_fetcher, is_accumulating, training_loaders
 from billhook.running.noise import random_state, set_random_state
 
 State = dict[str, Any]
@@ -56,7 +51,7 @@ class ResumeState:
         over = progress.is_last_batch
         begun = {"again": True, "random": own["now"]} if over else own["begun"]
         if begun is not None and _can_draw_again(trainer):
-            _set(trainer, begun["random"])
+            set_random_state(begun["random"], trainer.strategy.root_device)
             if begun["again"]:
                 _set_epoch(trainer)
                 iter(data_fetcher(trainer))  # Lightning has made an iterator already, with other random numbers
@@ -64,7 +59,7 @@ class ResumeState:
                 next(data_fetcher(trainer).iterator)
             self._begun = begun
         if not over or self._begun is None:
-            _set(trainer, own["now"])
+            set_random_state(own["now"], trainer.strategy.root_device)
 
     def begin_epoch(self, trainer: pl.Trainer) -> None:
         """Keeps the random numbers from which the order of an epoch will be drawn."""
@@ -90,10 +85,6 @@ def set_gradients(pl_module: pl.LightningModule, saved: dict[str, Tensor]) -> No
     for name, own in pl_module.named_parameters():
         if name in saved:
             own.grad = saved[name].to(own.device, own.dtype)
-
-
-def _set(trainer: pl.Trainer, state: State) -> None:
-    set_random_state(state, trainer.strategy.root_device)
 
 
 def _can_draw_again(trainer: pl.Trainer) -> bool:

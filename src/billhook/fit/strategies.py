@@ -1,13 +1,7 @@
 """Refuses strategies of Lightning under which callbacks do not work, with the reason and the way out."""
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from billhook.fit.lightning_internals import averages, forks_or_spawns
 from billhook.model.find import find_transformer

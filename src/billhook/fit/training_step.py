@@ -2,14 +2,15 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from billhook.fit.manual import manual_loss
 from billhook.running.batches import Run, own_loss, runs_of
 from billhook.running.overridden import overridden
 
@@ -34,7 +35,7 @@ def runs_as_in_training(pl_module: pl.LightningModule, model: nn.Module, batches
         if isinstance(batch, Mapping) and set(batch) <= set(names):
             runs += runs_of(model, [batch])
         elif (call := _call(model, step, f"{type(pl_module).__name__} on batch {number}, a {type(batch).__name__}")) is not None:
-            runs += runs_of(model, [dict(zip(names, call.args, strict=False)) | call.kwargs])
+            runs += runs_of(model, [dict(zip(names, call[0], strict=False)) | call[1]])
         elif pl_module.automatic_optimization:
             runs.append(Run(step))
         else:
@@ -70,7 +71,7 @@ def _manual_loss(
 ) -> Tensor:
     """Returns the loss of a module that steps its optimizers itself; for batches that only the model takes, the model's own."""
     try:
-        found = manual_loss(pl_module, step)
+        found = _given_to_backward(pl_module, step)
         reason: object = "it gives nothing to manual_backward"
     except Exception as error:
         found, reason = None, error
@@ -85,28 +86,72 @@ def _manual_loss(
         ) from error
 
 
-class _Call(BaseException):
-    """Ends a training step at its call of the model, with the arguments of the call."""
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.args, self.kwargs = args, kwargs
+class _Called(BaseException):
+    """Ends a training step at a call that is waited for, with the arguments."""
 
 
-def _call(model: nn.Module, step: Callable[[], object], what: str) -> _Call | None:
-    """Returns a training step's first call of the model; None if it does not call it."""
+def _call(model: nn.Module, step: Callable[[], object], what: str) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Returns the arguments of a training step's first call of the model; None if it does not call it."""
 
     def forward(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        raise _Call(args, kwargs)
+        raise _Called(args, kwargs)
 
     try:
         with overridden(model, forward=forward), torch.compiler.set_stance("force_eager"):
             step()
-    except _Call as call:
-        return call
+    except _Called as call:
+        args, kwargs = call.args
+        return args, kwargs
     except Exception as error:
         raise ValueError(
             f"calibration: training_step of {what} failed before it came to {type(model).__name__} ({error}): "
             "give batches that the model takes, as dictionaries"
         ) from error
+    return None
+
+
+class _Still:
+    """Stands in for an optimizer: it has the same attributes, and takes no step."""
+
+    def __init__(self, optimizer: LightningOptimizer) -> None:
+        self._optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any attribute of an optimizer
+        return getattr(self._optimizer, name)
+
+    def zero_grad(self, *_: object, **__: object) -> None:
+        """Does nothing."""
+
+    def toggle_model(self, *_: object, **__: object) -> AbstractContextManager[None]:
+        """Does nothing."""
+        return nullcontext()
+
+    def step(self, closure: Callable[[], object] | None = None, **_: object) -> None:
+        """Calls the closure, which may compute the loss; it must be known then."""
+        if closure is not None:
+            closure()
+        raise ValueError("an optimizer is stepped, and no loss has come to self.manual_backward before")
+
+
+def _given_to_backward(pl_module: pl.LightningModule, step: Callable[[], object]) -> Tensor | None:
+    """Returns what a step first gives to `manual_backward`, if anything; weights and gradients stay as they were."""
+
+    def end(loss: Tensor, *_: object, **__: object) -> None:
+        raise _Called(loss)
+
+    given = pl_module.optimizers()
+    still = [_Still(one) for one in given] if isinstance(given, list) else _Still(given)
+    gradients = {parameter: parameter.grad for parameter in pl_module.parameters()}
+    others = dict.fromkeys(["toggle_optimizer", "untoggle_optimizer"], lambda *_, **__: None)
+    with overridden(pl_module, manual_backward=end, optimizers=lambda *_, **__: still, **others):
+        try:
+            for parameter in gradients:
+                parameter.grad = None
+            step()
+        except _Called as call:
+            (found,) = call.args
+            return found  # type: ignore[no-any-return]
+        finally:
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
     return None

@@ -1,6 +1,7 @@
 """Records the heads of a model in a fit by their first numbers: scores, removals, and a metric."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,14 @@ from torch import Tensor
 from billhook.report.plot import plot_heads
 
 
+@dataclass
 class HeadRecord:
-    """Heads by their first numbers, their last scores, and a metric at each share of removed heads.
+    """Heads by their first numbers, their last scores, and a metric at each share of removed heads; by attention."""
 
-    Attributes:
-        first: By attention, how many heads there were at first.
-        numbers: By attention, the first numbers of the remaining heads.
-        scores: By attention, the last scores: `[heads at first]`, NaN for those that had none.
-        curve: Pairs of the share of removed heads, and the metric.
-    """
-
-    def __init__(self) -> None:
-        self.first: dict[str, int] = {}
-        self.numbers: dict[str, list[int]] = {}
-        self.scores: dict[str, Tensor] = {}
-        self.curve: list[tuple[float, float]] = []
+    first: dict[str, int] = field(default_factory=dict)  # how many heads there were at first
+    numbers: dict[str, list[int]] = field(default_factory=dict)  # the first numbers of the remaining heads
+    scores: dict[str, Tensor] = field(default_factory=dict)  # `[heads at first]`, NaN for those that had none
+    curve: list[tuple[float, float]] = field(default_factory=list)  # shares of removed heads, each with the metric
 
     def begin(self, counts: Mapping[str, int]) -> None:
         """Sets how many heads there are, unless that is known."""
@@ -78,12 +72,3 @@ class HeadRecord:
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns all of it."""
-        return {"first": self.first, "numbers": self.numbers, "scores": self.scores, "curve": self.curve}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what was saved."""
-        self.first, self.numbers, self.scores = dict(state["first"]), dict(state["numbers"]), dict(state["scores"])
-        self.curve = [(share, value) for share, value in state["curve"]]

@@ -19,17 +19,12 @@ At = Step | Literal["start"]
 """A step (int), a fraction of training (float in 0..1), or `"start"`."""
 
 
-def check_at(at: At | Schedule) -> None:
-    """Refuses a moment that is none."""
+def check_at(at: At | Schedule, amount: object = None) -> None:
+    """Refuses a moment that is none, or that contradicts a schedule of the amount."""
     if isinstance(at, str) and at != "start":
         raise ValueError(f"at={at!r} must be 'start', an int (a step) or a float in 0..1 (a fraction of training)")
     if not isinstance(at, Schedule | str):
         check_step(at, "at")
-
-
-def check_when(amount: object, at: At | Schedule) -> None:
-    """Refuses a moment that is none, or that contradicts a schedule of the amount."""
-    check_at(at)
     if isinstance(amount, Schedule) and at != "start":
         raise ValueError(f"at={at!r}: the schedule says when; give it start and end instead")
 
@@ -46,20 +41,22 @@ def rounds_of(amount: float | Schedule, at: At | Schedule, total: int | None, tr
     """
     trial = is_trial(trainer)
     if isinstance(amount, Schedule):
-        if total is None:
-            raise ValueError(f"{name}: a schedule needs the length of training, which is not known: set max_steps")
         return _amounts(amount, total, trial, name)
     if isinstance(at, Schedule):
         return {step: share * amount for step, share in shares_of(at, total, trial).items()}
     return {step_of(at, total, trial): amount}
 
 
-def _amounts(schedule: Schedule, total: int, trial: bool, name: str) -> dict[int, float]:
-    if trial:
-        rounds = {total: schedule.bind(sys.maxsize)(sys.maxsize)}
-    else:
-        bound = schedule.bind(total)
-        rounds = {step: bound(step) for step in bound.changes(total)}
+def _values(schedule: Schedule, total: int | None, trial: bool, name: str) -> dict[int, float]:
+    """Returns what a schedule gives from which step on; in a trial, which may be shorter than it, there is only its end."""
+    if total is None:
+        raise ValueError(f"{name}: a schedule needs the length of training, which is not known: set max_steps")
+    bound = schedule.bind(sys.maxsize if trial else total)
+    return {total: bound(sys.maxsize)} if trial else {step: bound(step) for step in bound.changes(total)}
+
+
+def _amounts(schedule: Schedule, total: int | None, trial: bool, name: str) -> dict[int, float]:
+    rounds = _values(schedule, total, trial, name)
     for step, value in rounds.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name}={value!r} must be a fraction in [0, 1) (by the schedule, at step {step})")
@@ -70,14 +67,8 @@ def _amounts(schedule: Schedule, total: int, trial: bool, name: str) -> dict[int
 
 
 def shares_of(schedule: Schedule, total: int | None, trial: bool) -> dict[int, float]:
-    """Finds from which step on which share of the amount is pruned; in a trial there is only the end of the schedule.
-
-    It raises ValueError if the length is not known, or the schedule falls, exceeds 1, or does not reach 1.
-    """
-    if total is None:
-        raise ValueError(f"at={schedule}: a schedule needs the length of training, which is not known: set max_steps")
-    bound = schedule.bind(sys.maxsize if trial else total)
-    shares = {total: bound(sys.maxsize)} if trial else {step: bound(step) for step in bound.changes(total)}
+    """Finds from which step on which share of the amount is pruned; refuses a schedule that does not rise to 1."""
+    shares = _values(schedule, total, trial, f"at={schedule}")
     for (step, value), before in zip(shares.items(), [0.0, *shares.values()], strict=False):
         if not before <= value <= 1:
             raise ValueError(f"at={schedule}: it must rise to 1 at most, and is {value:g} at step {step} after {before:g}")

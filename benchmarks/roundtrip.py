@@ -446,9 +446,9 @@ def examine(auto: str, subject: Subject, operation: str) -> Result:
     return result
 
 
-def examine_one(job: tuple[str, str, Any, Any, tuple[str, ...]]) -> list[Result]:
+def examine_one(job: tuple[str, str, tuple[str, ...]]) -> list[Result]:
     """Examines one architecture, in this process."""
-    auto, model_type, config_class, model_class, operations = job
+    auto, model_type, operations = job
     quiet()
 
     def ring(*_):
@@ -457,7 +457,7 @@ def examine_one(job: tuple[str, str, Any, Any, tuple[str, ...]]) -> list[Result]
     signal.signal(signal.SIGALRM, ring)
     signal.alarm(SECONDS)
     try:
-        subject = Subject(model_type, config_class, model_class)
+        subject = Subject(*next(found for own, *found in architectures(model_type) if own == auto))
     except Exception as error:
         return [Result(auto, model_type, "", "not built", first_line(error))]
     finally:
@@ -485,9 +485,11 @@ def quiet() -> None:
     torch.set_num_threads(1)
 
 
-def jobs(names: list[str], operations: tuple[str, ...], sample: int | None, seed: int) -> Iterator[tuple]:
+def jobs(
+    names: list[str], operations: tuple[str, ...], sample: int | None, seed: int
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Yields architectures with the operations that are asked of each."""
-    every = [own for own in architectures() if not names or own[1] in names]
+    every = [own[:2] for own in architectures() if not names or own[1] in names]
     if sample is None:
         yield from ((*own, operations) for own in every)
         return

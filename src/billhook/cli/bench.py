@@ -164,9 +164,8 @@ def _notes(
         says += f"; {heads} KV head{'s' if heads > 1 else ''}" if heads else ""
         if number and cached.get(0):
             first = summaries[0].kv_heads
-            says += f": {cached[0] / own:.2f} times less" + (
-                f", heads {first / heads:.2f} times fewer" if first and heads else ""
-            )
+            says += f": {cached[0] / own:.2f} times less"
+            says += f", heads {first / heads:.2f} times fewer" if first and heads else ""
         lines.append(says)
     mute = [name for name, model in zip(names, models, strict=True) if not generates(model)]
     if mute:

@@ -1,8 +1,5 @@
 """`billhook prune`: a checkpoint in, one with zeros out, with its perplexity before and after."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
@@ -13,7 +10,6 @@ from billhook.sparsity.checks import check_folder
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import check_amount, sparsity_of
 from billhook.sparsity.prune import prune as prune_weights
-from billhook.sparsity.visitor import Progress as Tell
 
 
 def prune(
@@ -56,7 +52,9 @@ def prune(
     work = OneShot(model, out, given, offload)
     batches = [{"input_ids": batch["input_ids"]} for batch in work.batches()]
     before = work.measure()
-    with _bar() as tell:
+    columns = ("pruning", BarColumn(), MofNCompleteColumn(), "linears", TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
         plan = prune_weights(
             work.model,
             criterion,
@@ -67,19 +65,10 @@ def prune(
             skip=skip or (),
             output_embeddings=output_embeddings,
             sequential=sequential,
-            progress=tell,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
             offload=work.device if offload else None,
             activations=folder,
         )
     zeros = sparsity_of(plan.masks(work.model).values())
     done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": zeros, "sequential": sequential}
     work.save(before, {"pruned": done}, plan)
-
-
-@contextmanager
-def _bar() -> Iterator[Tell]:
-    """Shows how many linears are done."""
-    columns = ("pruning", BarColumn(), MofNCompleteColumn(), "linears", TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

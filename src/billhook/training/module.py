@@ -131,7 +131,9 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self.metrics = nn.ModuleDict({f"{stage}_metric": metric_of(task, classes) for stage in ("val", "test")})
         self.metric_name = "accuracy" if task.endswith("classification") else "perplexity"
         self.model.train()
-        self.example_input_array = self._example()
+        if self.model.main_input_name == "input_ids":
+            ids = torch.zeros(1, 8, dtype=torch.long)
+            self.example_input_array = {"input_ids": ids} | ({"decoder_input_ids": ids} if task == "seq2seq-lm" else {})
 
     def _plain_hyperparameters(
         self, lora: LoRA | LoraConfig | None, distillation: Distillation | None
@@ -179,13 +181,6 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.model):
             assert self.device_mesh is not None
             shard(self.model, blocks_of(self.model), self.device_mesh["data_parallel"])
-
-    def _example(self) -> dict[str, Tensor] | None:
-        """Makes a batch of one example, for tracing and summaries."""
-        if self.model.main_input_name != "input_ids":
-            return None
-        ids = torch.zeros(1, 8, dtype=torch.long)
-        return {"input_ids": ids} | ({"decoder_input_ids": ids} if self.task == "seq2seq-lm" else {})
 
     def setup(self, stage: str) -> None:
         """Tells a classifier which token is padding, where only the tokenizer knows."""

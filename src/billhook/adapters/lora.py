@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.adapters.masked import MaskedLora, active_in, check_plain, mask_as_weights, on_linears
 from billhook.adapters.merge import has_adapters
 from billhook.arguments import fraction, number, whole
-from billhook.model.linears import weight_of
+from billhook.model.linears import is_linear, weight_of
 from billhook.model.shapes.handed import handing_of
 from billhook.model.shapes.shape import KEY
 
@@ -108,7 +108,9 @@ def _head(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _config(model: PreTrainedModel, lora: LoRA, head: Mapping[str, nn.Module]) -> LoraConfig:
-    skipped = [f"{name}.{inner}".rstrip(".") for name, top in head.items() for inner, one in top.named_modules() if _linear(one)]
+    skipped = [
+        f"{name}.{inner}".rstrip(".") for name, top in head.items() for inner, one in top.named_modules() if is_linear(one)
+    ]
     skipped += _handed(model) if lora.target == ALL else []
     return LoraConfig(
         r=lora.r,
@@ -122,10 +124,6 @@ def _config(model: PreTrainedModel, lora: LoRA, head: Mapping[str, nn.Module]) -
 
 def _conv1d(model: nn.Module) -> bool:
     return any(isinstance(module, Conv1D) for module in model.modules())
-
-
-def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
 
 
 def to_plain(lora: LoRA | LoraConfig) -> dict[str, Any]:
@@ -191,7 +189,7 @@ def put_back(model: PreTrainedModel, checkpoint: Mapping[str, Any], name: str) -
         return
     prefix = checkpoint[KEY]["prefix"]
     state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items()}
-    linears = {key for key, module in model.named_modules() if _linear(module)}
+    linears = {key for key, module in model.named_modules() if is_linear(module)}
     if unknown := sorted(recorded.keys() - linears):
         raise ValueError(f"'{name}' has adapters on {unknown[0][:80]}, which is no linear of its {type(model).__name__}")
     for key, entry in recorded.items():

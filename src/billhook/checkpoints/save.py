@@ -12,13 +12,14 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.adapters.merge import has_adapters, merged_copy
 from billhook.assets import model_path
 from billhook.checkpoints.equivalent import equivalents, rendered
 from billhook.checkpoints.place import RECORD, check_target, drafted, move, recover, size
 from billhook.checkpoints.verify import make_probe, verify
+from billhook.model.config_fields import nested_configs
 from billhook.model.find import find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.shapes.shape import KEY, unbuilt_shape
@@ -124,12 +125,16 @@ def save(
     probe = probe or make_probe(model.config, model.main_input_name)
     recover(target)
     check_target(folder)
-    model, adapters = _merged(model)
+    merged = merged_copy(model) if has_adapters(model) else None
+    if merged is not None:
+        model = cast(PreTrainedModel, merged.model)
+        if merged.lost:
+            warnings.warn(f"the checkpoint does not compute what the model does: {merged}", stacklevel=2)
     with drafted(target) as draft, _untouched(model):
         way, family, difference = _write(model, draft, probe)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
-        saved = Saved(str(folder), way, difference, size(draft) / 1e6, adapters, family)
+        saved = Saved(str(folder), way, difference, size(draft) / 1e6, None if merged is None else str(merged), family)
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "saved": asdict(saved), "files": files}, indent=1) + "\n")
         move(draft, target)
@@ -187,16 +192,6 @@ def check_names(model: PreTrainedModel) -> None:
             )
 
 
-def _merged(model: PreTrainedModel) -> tuple[PreTrainedModel, str | None]:
-    """Returns the model, or if PEFT is in it a copy with merged adapters, and how they were merged."""
-    if not has_adapters(model):
-        return model, None
-    result = merged_copy(model)
-    if result.lost:
-        warnings.warn(f"the checkpoint does not compute what the model does: {result}", stacklevel=3)
-    return cast(PreTrainedModel, result.model), str(result)
-
-
 def load(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
     """Loads a checkpoint in the class of transformers that its config names; no code that it brings is run.
 
@@ -223,15 +218,14 @@ def load(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
 @contextmanager
 def _untouched(model: PreTrainedModel) -> Iterator[None]:
     """Puts back what saving and reloading change: torch's random state, and dtype and class in the config."""
-    configs = [model.config, *(c for c in vars(model.config).values() if isinstance(c, PretrainedConfig))]
-    before = [dict(vars(config)) for config in configs]
+    before = [(vars(config), dict(vars(config))) for _, config in nested_configs(model.config)]
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             yield
     finally:
-        for config, fields in zip(configs, before, strict=True):
-            vars(config).clear()
-            vars(config).update(fields)
+        for now, fields in before:
+            now.clear()
+            now.update(fields)
 
 
 def _to_plain(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,19 +1,18 @@
 """Verifies a saved checkpoint: reloads it and compares logits."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.model.shapes.shaped import load_as
 from billhook.model.transformers_internals import attention_of
+from billhook.running.undisturbed import undisturbed
 
 
-@torch.no_grad()
 def verify(model: PreTrainedModel, folder: Path, probe: Mapping[str, Tensor], kind: type[PreTrainedModel] | None = None) -> float:
     """Reloads a folder in a class, by default the model's, and returns the largest difference of logits.
 
@@ -23,7 +22,7 @@ def verify(model: PreTrainedModel, folder: Path, probe: Mapping[str, Tensor], ki
     reloaded = load_as(kind or type(model), str(folder), model.dtype).to(cast(Any, model.device))
     reloaded.set_attn_implementation(cast(str, attention_of(model.config)))
     inputs = {k: v.to(model.device) for k, v in probe.items()}
-    with _evaluating(model), _evaluating(reloaded):
+    with undisturbed(model), undisturbed(reloaded):
         expected, found = (logits_of(m, inputs) for m in (model, reloaded))
     finite = expected.isfinite()
     if not finite.any():
@@ -59,14 +58,3 @@ def make_probe(config: PretrainedConfig, main_input_name: str) -> dict[str, Tens
         height, width = (size, size) if isinstance(size, int) else size
         return {"pixel_values": torch.randn(1, getattr(config, "num_channels", 3), height, width, generator=generator)}
     raise ValueError(f"probe: a model that reads {main_input_name} needs a batch of its inputs to be verified with")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -9,7 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.kv_heads.layout import KV, QUERY, KVAttention, Rows
 from billhook.kv_heads.pooling import Pooled, Shrunk
-from billhook.model.shapes.handed import Handing, can_hand, handing_of, regular
+from billhook.model.linears import is_linear
+from billhook.model.shapes.handed import Handing, handing_of, regular
 from billhook.model.shapes.shape import GROUPS, Shape, shape_of
 
 
@@ -25,7 +26,7 @@ def cut_into_groups(
         attention = found[name]
         for parameter, rows in attention.rows.items():
             module = model.get_submodule(parameter.rpartition(".")[0])
-            if rows.fused or handing_of(module) is not None or not can_hand(module):
+            if rows.fused or handing_of(module) is not None or not is_linear(module):
                 return None
             keys = rows.keys(attention.heads // heads)
             order = {key: place for place, key in enumerate(dict.fromkeys(keys))}
@@ -46,7 +47,7 @@ def cut_into_handed(model: PreTrainedModel, found: Mapping[str, KVAttention], ch
         for parameter, rows in found[name].rows.items():
             owner, _, attr = parameter.rpartition(".")
             module = model.get_submodule(owner)
-            if not can_hand(module) or attr not in ("weight", "bias"):
+            if not is_linear(module) or attr not in ("weight", "bias"):
                 raise ValueError(f"{parameter} makes keys or values of {name}, and is not of a linear")
             before = handing_of(module)
             then = before.pooled(heads) if before is not None else _handing(parameter, rows, heads, found[name].heads)

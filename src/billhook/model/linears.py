@@ -46,6 +46,11 @@ def prunable(module: nn.Module, output_embeddings: bool = False) -> dict[str, nn
     return found
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Tells whether a module is a plain linear or GPT-2's transposed one."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
 def turned(linear: nn.Module, matrix: Tensor) -> Tensor:
     """Transposes a matrix for a linear whose weight lies transposed in memory: from `[out, in]` to how it lies, and back."""
     return matrix.t() if isinstance(linear, Conv1D) else matrix

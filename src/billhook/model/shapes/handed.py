@@ -122,11 +122,6 @@ def handing_of(module: nn.Module) -> Handing | None:
     return module.handing if isinstance(module, HandedHeads | HandedConv1D) else None
 
 
-def can_hand(module: nn.Module) -> bool:
-    """Tells whether a module is a linear that `hand` can change."""
-    return isinstance(module, nn.Linear | Conv1D)
-
-
 def hand(module: nn.Module, handing: Handing | None) -> None:
     """Makes a linear hand out heads, in place, or with None the plain linear that it was; its tensors are not touched."""
     own: dict[str, Any] = vars(module)

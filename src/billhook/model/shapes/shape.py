@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, fields_of, set_fields
-from billhook.model.shapes.handed import Handing, can_hand, hand, handing_of
+from billhook.model.linears import is_linear
+from billhook.model.shapes.handed import Handing, hand, handing_of
 from billhook.model.shapes.shape_checks import check_plain_shape, is_plain_list, is_whole
 from billhook.model.shapes.stacks import first_of, keep, numbers_of, taken_out
 from billhook.model.surgery import undone_by_errors
@@ -152,7 +153,7 @@ def _check_names(model: nn.Module, shape: Shape) -> None:
             f"and has {_some(extra)}, which {type(model).__name__} lacks"
         )
     for name, handing in (shape.handed or {}).items():
-        if not can_hand(dict(model.named_modules()).get(name, model)):
+        if not is_linear(dict(model.named_modules()).get(name, model)):
             raise ValueError(f"the checkpoint holds another model than the run: {name} is no linear in {type(model).__name__}")
         if handing.stored not in shape.tensors.get(f"{name}.weight", (handing.stored,)):
             raise ValueError(f"{name} is said to hand out heads of {handing.stored} stored outputs, which it does not store")

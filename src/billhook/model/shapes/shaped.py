@@ -16,7 +16,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from billhook.model.build import build_class_on_meta
-from billhook.model.shapes.handed import Handing, can_hand
+from billhook.model.linears import is_linear
+from billhook.model.shapes.handed import Handing
 from billhook.model.shapes.shape import GROUPS, KEY, Shape, set_shape, shape_of
 
 VERSIONS = (1, 2)
@@ -204,7 +205,7 @@ def _check(shadow: PreTrainedModel, stated: Shape, held: Sizes | None) -> None:
 
 def _check_handed(module: nn.Module, name: str, handing: Handing, tensors: Sizes) -> None:
     """Compares how a linear is said to hand out heads with what it has and is asked for."""
-    if not can_hand(module):
+    if not is_linear(module):
         raise ValueError(f"{name[:200]} is said to hand out heads, and is no linear")
     weight = cast(Tensor, module.weight)
     dim = 1 if isinstance(module, Conv1D) else 0

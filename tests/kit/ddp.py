@@ -53,7 +53,7 @@ def head_pruning(remove, given):
     return Fit(
         lambda: FitOfTuples(8),
         lambda: HeadPruning(MultiStep([0.25, 0.5], [2, 4]), remove=remove, measure_batches=0, **options),
-        lambda one: [one.record.state_dict(), one.heads, one.events],
+        lambda one: [vars(one.record), one.heads, one.events],
     )
 
 

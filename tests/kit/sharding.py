@@ -142,7 +142,7 @@ MASKS = {
 HEADS = Fit(
     lambda: module(num_key_value_heads=8),
     lambda: bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [1, 2]), remove="never", measure_batches=0, calibration=4),
-    lambda one: [one.record.state_dict(), one.heads, one.events],
+    lambda one: [vars(one.record), one.heads, one.events],
 )
 
 

@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 
 def scalar(loss: Tensor) -> Tensor:
-    """Returns a loss that can be differentiated.
-
-    Raises:
-        ValueError: If it is more than one number, or has no gradient.
-    """
+    """Returns a loss that can be differentiated; refuses more than one number, and one without a gradient."""
     if loss.numel() != 1:
         raise ValueError(f"loss: one number is needed, not a tensor of shape {list(loss.shape)}")
     if not loss.requires_grad:
@@ -28,11 +24,7 @@ def independent(name: str) -> str:
 
 @contextmanager
 def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
-    """Yields parameters by name, which need gradients for now; `grad` stays as it is.
-
-    Raises:
-        ValueError: If one cannot have a gradient.
-    """
+    """Yields parameters by name, which need gradients for now; `grad` stays as it is. Refuses one that cannot have any."""
     parameters = {name: model.get_parameter(name) for name in names}
     for name, parameter in parameters.items():
         if not parameter.is_floating_point():
@@ -48,18 +40,10 @@ def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.P
 
 
 def stream(loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter], use: Callable[[str, Tensor], None]) -> None:
-    """Runs a loss, and its gradients with no more memory than the largest of them.
+    """Calls `use` with the name and gradient of each parameter that a loss depends on, summed over all of its uses.
 
-    A parameter that the loss uses several times has the sum of its gradients. Nothing is added to `grad`, so that neither
-    optimizers nor wrappers that wait for it notice.
-
-    Args:
-        loss: Runs the model and gives one number.
-        parameters: Those whose gradients are used; they need gradients.
-        use: Called with each name and gradient, except those on which the loss does not depend.
-
-    Raises:
-        ValueError: If the loss is more than one number, or has no gradient.
+    There is never more than the largest gradient in memory, and nothing is added to `grad`, so that neither optimizers nor
+    wrappers that wait for it notice.
     """
 
     def note(name: str, gradient: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class OBS(Importance):
 
 
 def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor, damping: float) -> Tensor:
-    """Returns tr(W_u^T W_u ([H^-1]_uu)^-1) of each unit u, H = X X^T + damping * mean(diag) I.
+    """Returns tr(W_u^T W_u ([H^-1]_uu)^-1) of each unit u, H = X X^T + damping * mean(diag) I: float64, `[units]`.
 
     Args:
         products: X X^T, `[in_features, in_features]`.
@@ -86,9 +86,6 @@ def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor,
         table: The positions of each unit, `[units, size]`, int64.
         there: Which of them exist, as some units may have fewer: bool.
         damping: Share of the mean of the diagonal that is added to it.
-
-    Returns:
-        float64, `[units]`.
     """
     h = products.double()
     h.diagonal().add_((damping * h.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny))

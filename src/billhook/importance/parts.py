@@ -39,11 +39,7 @@ class Part:
 
 
 def parts_of(model: nn.Module, units: Mapping[str, Units], per: Per) -> list[Part]:
-    """Returns the parts of all places, in their order; a parameter under several names has its first one's.
-
-    Raises:
-        ValueError: If a place has none.
-    """
+    """Returns the parts of all places, in order; a parameter under several names has its first. Refuses a place without any."""
     names: dict[int, str] = {}
     parts: dict[tuple[str, str, int], Part] = {}
     for place, one in units.items():

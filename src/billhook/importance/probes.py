@@ -14,11 +14,7 @@ from billhook.units.units import PLURAL, Per, Units
 
 
 def check_read(units: Mapping[str, Units], who: str) -> None:
-    """Refuses units that no module of its own reads, as experts and blocks.
-
-    Raises:
-        ValueError: With the importances that work.
-    """
+    """Refuses units that no module of its own reads, as experts and blocks."""
     for name, one in units.items():
         if not one.readers:
             works = "BlockInfluence, Ablation" if one.kind == "block" else "Taylor, WeightNorm"
@@ -36,14 +32,7 @@ def reading(model: nn.Module, units: Units) -> dict[str, nn.Module]:
 
 @dataclass(eq=False)
 class _Sum:
-    """Products of the same tokens, which add up.
-
-    Attributes:
-        name: The place.
-        tokens: Which of the tokens count, if not all do.
-        awaited: How many more are to come.
-        products: What has come.
-    """
+    """Products of the same tokens, which add up: those that have come, and how many more are awaited."""
 
     name: str
     tokens: Tensor | None
@@ -72,11 +61,7 @@ class Products:
         self._sums = dict[Any, _Sum]()
 
     def run(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
-        """Runs a loss and its gradient.
-
-        Raises:
-            ValueError: If the loss is none, or does not depend on a place.
-        """
+        """Runs a loss and its gradient; refuses one that is none, or does not depend on a place."""
         probes = {name: torch.zeros((), requires_grad=True) for name in self._units}
         handles = []
         for name, one in self._units.items():

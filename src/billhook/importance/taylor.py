@@ -102,14 +102,7 @@ class Taylor(Importance):
 
 
 class _Pass:
-    """Runs a batch, and makes scores of each gradient as it comes.
-
-    Args:
-        order: As in `Taylor`.
-        parameters: Those whose gradients are used.
-        parts: Where units stand in them.
-        scores: The scores so far, which it adds to.
-    """
+    """Runs a batch, and adds to the scores of parts what each gradient makes of them as it comes."""
 
     def __init__(self, order: Order, parameters: Mapping[str, nn.Parameter], parts: Sequence[Part], scores: Scores) -> None:
         self._order, self._parameters, self._scores = order, parameters, scores

@@ -20,12 +20,7 @@ Numbers = dict[str, tuple[int, int]]
 
 @dataclass(frozen=True)
 class Built:
-    """A model as its class builds it from a config.
-
-    Attributes:
-        tensors: The sizes of the tensors in `state_dict`.
-        attributes: Those of modules that hold parameters: numbers, strings, truth values, None.
-    """
+    """A model as its class builds it: sizes of tensors in `state_dict`, plain attributes of modules that hold parameters."""
 
     tensors: dict[str, tuple[int, ...]]
     attributes: dict[str, Any]
@@ -47,17 +42,9 @@ class Then:
 def find_then(model: PreTrainedModel, stacks: Mapping[str, int], gone: Gone) -> Then:
     """Finds how the config says that blocks are removed, so that the model's class builds just those that remain.
 
-    - Lists with a value for each block: those without which the class does not build, or builds something else, when they are
-      shorter. They lose the values of the removed blocks.
-    - Numbers of blocks, or one in a list of them: the fewest fields that, changed together, make the class build as many blocks,
-      and all else as it is.
-    - Where the blocks that are then built are not those that remain, one more field: a number of first blocks, or a list of
-      numbers of blocks, as of those without experts.
-
-    Args:
-        model: The model, with all blocks.
-        stacks: How many blocks each stack has.
-        gone: The removed blocks.
+    It tries lists with a value for each block, without those of removed ones; the fewest numbers of blocks that, changed
+    together, make the class build as many blocks and all else as it is; and, where others than those that remain are then
+    built, one more field, as the numbers of blocks without experts.
 
     Raises:
         ValueError: If the config cannot say it: the message says which tensor or attribute would differ.
@@ -107,10 +94,7 @@ class _Finder:
         return None if place in gone else f"{stack}.{place - sum(number < place for number in gone)}.{rest}"
 
     def lists(self) -> Iterator[Fields]:
-        """Yields the lists with a value for each block, without those of removed blocks: all of them, then fewer.
-
-        Where two stacks are equally deep, some lists do not belong to the one that loses blocks.
-        """
+        """Yields lists without values of removed blocks, fewer and fewer: of two equally deep stacks, one may own some."""
         found: Fields = {}
         for (name, value), (stack, gone) in itertools.product(self.fields.items(), self.gone.items()):
             long = isinstance(value, list | tuple) and len(value) == self.stacks[stack]
@@ -120,10 +104,7 @@ class _Finder:
             yield from map(dict, itertools.combinations(found.items(), number))
 
     def counts(self, lists: Fields) -> tuple[list[Fields], str]:
-        """Returns fields that say how many blocks there are, with their new values: of several such, those with the fewest.
-
-        If there are none, it also says what else would change.
-        """
+        """Returns the fewest fields that give the number of blocks; or none, and what else would change."""
         options = [
             (name, lower)
             for (name, value), (stack, gone) in itertools.product(self.fields.items(), self.gone.items())

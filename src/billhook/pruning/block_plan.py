@@ -107,12 +107,7 @@ class BlockPlan(Plan):
 def find_block_plan(
     model: PreTrainedModel, chosen: Mapping[str, Iterable[int]], scores: Mapping[str, Tensor] | None = None
 ) -> BlockPlan:
-    """Finds how a model, its numbers and its config follow when blocks are removed.
-
-    Args:
-        model: The model.
-        chosen: The blocks, by stack.
-        scores: By stack, the score of each block, to be shown.
+    """Finds how a model, its numbers and its config follow when blocks are removed; scores are only shown.
 
     Raises:
         ValueError: If there is no such block, a stack would be left without blocks, or the config has no fields that say which

@@ -15,13 +15,7 @@ from billhook.units.blocks import skipping
 
 
 def remove_blocks(model: PreTrainedModel, blocks: Mapping[str, list[int]], then: Then, optimizers: list[Optimizer]) -> None:
-    """Removes blocks from a model, in place; the model and the optimizers are as before if that fails.
-
-    Args:
-        model: The model.
-        blocks: The blocks, by stack.
-        then: How its config and its attributes change.
-        optimizers: Those that train the model; they lose the removed parameters and their state.
+    """Removes blocks, by stack, from a model, in place; the model and the optimizers are as before if that fails.
 
     Raises:
         ValueError: If a block runs several times, or the model then computes something else than with the blocks skipped.

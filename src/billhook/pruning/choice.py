@@ -32,11 +32,7 @@ class _Step:
 
 
 def check_choice(ratio: float, ranking: str, least: int, per: str, what: str = "units") -> None:
-    """Refuses arguments that no model allows; `what` names the units in messages, and `least` there is `min_heads` of heads.
-
-    Raises:
-        ValueError: With the legal values.
-    """
+    """Refuses arguments that no model allows; `what` names the units in messages, and `least` there is `min_heads` of heads."""
     fraction("ratio", ratio, of=f"the {what}")
     one_of("ranking", ranking, Ranking)
     whole(f"min_{what}", least, 0)
@@ -69,11 +65,10 @@ def choose(
         name: The name of `ratio` in messages.
 
     Returns:
-        By place, the chosen units, ascending, counted as `per` says; places without any are left out.
+        The chosen units by place, ascending, counted as `per` says; places without any are left out.
 
     Raises:
-        ValueError: If a score is missing or NaN, or the ratio would leave a place with fewer than `min_units`: then with the
-            legal ratio.
+        ValueError: If a score is missing or NaN, or a place would keep fewer than `min_units`: then with the legal ratio.
     """
     what = plural(one.kind for one in units.values())
     check_choice(0 if what == "blocks" and type(ratio) is int else ratio, ranking, min_units, per)

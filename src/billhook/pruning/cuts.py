@@ -42,16 +42,7 @@ class Cut:
 
 
 def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> Cut:
-    """Finds what is removed with some units: rows that make them, columns that read them, biases, norms, adapters, routers.
-
-    A KV head is removed with the last of its query heads.
-
-    Args:
-        model: The model.
-        structure: Its structure.
-        units: Its units of some kinds.
-        chosen: Which of them are removed.
-        per: For heads, whether the numbers are of query heads or KV heads.
+    """Finds what is removed with some units; a KV head is removed with the last of its query heads.
 
     Raises:
         ValueError: If there is no such place or unit, a place would be left without units, KV heads would serve different

@@ -35,16 +35,9 @@ class First:
         return cls(_counts(units, amount, protected_places(model, units, amount)), figure)
 
     def part(self, model: PreTrainedModel, amount: Amount, progress: float) -> Amount | None:
-        """Returns the part of an amount that is due, in terms of the model as it is; None if nothing is.
+        """Returns the part of an amount that is due at a progress in 0..1, in ratios of what is left; None if nothing is.
 
-        Args:
-            model: The model, from which earlier parts may have been removed.
-            amount: The whole amount.
-            progress: How much of it is due by now, in 0..1.
-
-        Returns:
-            The part in ratios of what is left. Parts add up to the whole where the places of a kind have as many units each;
-            else a place may have lost one more or less.
+        Parts add up to the whole where the places of a kind have as many units each; else a place may have lost one more or less.
         """
         units = _units(model, amount)
         protected, changes = protected_places(model, units, amount), dict[str, Any]()

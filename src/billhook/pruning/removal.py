@@ -31,11 +31,6 @@ def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer]) -> Non
     Where heads and feed-forward channels are removed, the outcome is compared with the model in which they are masked. Where
     residual channels or experts are removed, it must run and have the planned units.
 
-    Args:
-        model: The model as it was when the cut was found.
-        cut: Which units are removed, and what remains.
-        optimizers: Those that train the model; their state follows.
-
     Raises:
         ValueError: If a mask stands before the units, or the model's code does not follow.
     """

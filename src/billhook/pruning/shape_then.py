@@ -158,10 +158,7 @@ def _certain(model: PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dic
 def _meanings(
     model: PreTrainedModel, cut: Cut, now: Shape, tensors: dict[str, tuple[int, ...]], certain: Collection[str]
 ) -> list[list[dict[str, int]]]:
-    """Returns new values of the attributes of places, by what they may mean: the same wherever a class has them.
-
-    So the number of a layer is not taken for a number of heads, nor that for how many query heads a KV head serves.
-    """
+    """Returns new values of the attributes of places, by what they may mean, which is the same wherever a class has them."""
     numbers = {name: _numbers(cut, name, now, tensors) for name in cut.before}
     alone = {name: _alone(model, name) for name in numbers}
     places: dict[tuple[type, str, UnitKind], list[tuple[str, str]]] = {}

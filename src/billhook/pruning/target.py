@@ -20,15 +20,7 @@ from billhook.units.units import Units
 
 
 class Search:
-    """The ratios of an amount, found for one model; it remembers what models of each shape cost.
-
-    Args:
-        model: The model.
-        amount: How much is removed.
-
-    Attributes:
-        units: The model's units of the kinds that are asked for, by place.
-    """
+    """The ratios of an amount, found for one model; it remembers what models of each shape cost."""
 
     def __init__(self, model: PreTrainedModel, amount: Amount) -> None:
         self.model, self.amount = model, amount
@@ -39,11 +31,7 @@ class Search:
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Figures] = {}
 
     def check(self) -> None:
-        """Refuses the amount if so much cannot be removed, whatever the scores.
-
-        Raises:
-            ValueError: If it cannot; the message says what can.
-        """
+        """Refuses the amount if so much cannot be removed, whatever the scores; the message says what can."""
         self.cut({name: torch.zeros(one.count(self.amount.per)) for name, one in self.units.items()})
 
     def free(self) -> dict[str, Units]:
@@ -51,11 +39,7 @@ class Search:
         return {name: one for kind in self.amount.kinds for name, one in free(of_kind(self.units, kind), self._protected).items()}
 
     def cut(self, scores: Mapping[str, Tensor]) -> Cut:
-        """Finds the cut that scores lead to.
-
-        Raises:
-            ValueError: If so much cannot be removed, or no unit would be.
-        """
+        """Finds the cut that scores lead to; refuses it if so much cannot be removed, or no unit would be."""
         if self._ratios is None or self.amount.ranking == "global":
             self._ratios = self._found_ratios(scores)
         found = self._cut(scores, self._ratios)
@@ -75,11 +59,7 @@ class Search:
         return self._now, self._known[remains]
 
     def limit(self, target: str) -> int:
-        """Returns a target as a number.
-
-        Raises:
-            ValueError: If the model has none of it, or no more than that already.
-        """
+        """Returns a target as a number; refuses one that the model cannot have, or has already."""
         asked, now = getattr(self.amount, target), getattr(self._now, target)
         if now is None:
             raise ValueError(f"{target}={asked}: it cannot be measured of a {type(self.model).__name__}")
@@ -107,11 +87,7 @@ class Search:
     def _lowest(
         self, scores: Mapping[str, Tensor], names: Sequence[str], ratios: dict[str, float], target: str, limit: int
     ) -> float:
-        """Finds the lowest ratio, of several kinds alike and next to other ratios, at which a target is met.
-
-        Raises:
-            ValueError: If there is none: with what can be reached.
-        """
+        """Finds the lowest ratio, of kinds alike and next to other ratios, that meets a target; refuses one that none does."""
         tried = self._tries(names)
 
         def cost(number: int) -> int:

@@ -19,11 +19,6 @@ from billhook.running.statistics import TOKENS, add_products
 class OwedMoments:
     """First and second moments of a linear's inputs, and of what it owes in addition to its own output, float64.
 
-    Args:
-        out_features: The width of its outputs.
-        in_features: The width of its inputs.
-        device: Where the sums are kept, and where the inputs will be.
-
     Attributes:
         tokens: How many tokens were added, each with its weight, `[]`.
         sums: The sum of their inputs x, `[in_features]`.
@@ -39,10 +34,10 @@ class OwedMoments:
         self.owed_products = self.tokens.new_zeros(out_features, in_features)
 
     def add(self, inputs: Tensor, owed: Tensor | None = None, keep: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Adds what a linear is given in one call.
+        """Adds what a linear is given in one call; multiplied in float32, or in float64 if the inputs are.
 
         Args:
-            inputs: `[..., in_features]`, of any floating dtype; multiplied in float32, or in float64 if they are.
+            inputs: `[..., in_features]`, of any floating dtype.
             owed: Addition that its outputs need, `[..., out_features]`; nothing if None.
             keep: Which tokens count, bool, `[...]`; all if None.
             weights: How much each token counts, `[...]`; all one if None.
@@ -79,11 +74,7 @@ class OwedMoments:
         return self.sums / self.tokens, self.owed_sums / self.tokens
 
     def about(self, centre: tuple[Tensor, Tensor] | None = None) -> "SecondMoments":
-        """Computes the means of (x - c) (x - c)^T and of (d - e) (x - c)^T.
-
-        Args:
-            centre: c and e, `[in_features]` and `[out_features]`; zero if None.
-        """
+        """Computes the means of (x - c) (x - c)^T and of (d - e) (x - c)^T about a centre (c, e), zero if None."""
         inputs, owed = self.products / self.tokens, self.owed_products / self.tokens
         if centre is not None:
             (c, e), (x, d) = centre, self.centre
@@ -93,12 +84,7 @@ class OwedMoments:
 
 
 class SecondMoments(NamedTuple):
-    """Means of products.
-
-    Attributes:
-        inputs: H, the mean of x x^T, `[in_features, in_features]`.
-        owed: The mean of d x^T, `[out_features, in_features]`.
-    """
+    """H, the mean of x x^T, `[in_features, in_features]`; and the mean of d x^T, `[out_features, in_features]`."""
 
     inputs: Tensor
     owed: Tensor
@@ -114,20 +100,12 @@ def _flat(tensor: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: float) -> Tensor:
-    """Solves for the weights that do best from the inputs that are kept, W' = argmin E ||W x + d - W' x||^2 + ridge.
+    """Solves for the weights that do best from the kept inputs: W' = argmin E ||W x + d - W' x||^2 + ridge, float64.
 
     With S the inputs that are kept, R those removed, H the second moments of the inputs and D the diagonal of H_SS:
     W'_S = W_S + (W_R H_RS + E d x_S^T) (H_SS + ridge D)^-1, W'_R = 0, the minimum of
-    E ||W x + d - W'_S x_S||^2 + ridge ||(W'_S - W_S) D^1/2||^2.
-
-    Args:
-        weight: W, `[out_features, in_features]`.
-        keep: Which inputs are kept, bool, `[in_features]`.
-        second: The second moments, float64; about the means where a bias makes up for those.
-        ridge: How strongly W'_S is held at W_S; infinity leaves it there.
-
-    Returns:
-        W', float64.
+    E ||W x + d - W'_S x_S||^2 + ridge ||(W'_S - W_S) D^1/2||^2. An infinite ridge leaves W'_S at W_S. Where a bias makes up
+    for the means, the second moments, float64, are about those.
     """
     new = torch.where(keep, weight.double(), 0)
     if ridge == math.inf or not second.inputs.diagonal()[keep].any():
@@ -141,16 +119,9 @@ def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: floa
 
 
 def choose_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, held_out: SecondMoments, ridges: Sequence[float]) -> float:
-    """Chooses the ridge with which the solution errs least on held-out data; infinity if none helps.
+    """Chooses the ridge with which the solution errs least on held-out data, about the same means; infinity if none helps.
 
     With M = W - W' the error is E ||M x + d||^2 = tr(M H M^T) + 2 tr(M (E d x^T)^T) + a part that no ridge changes.
-
-    Args:
-        weight: W, `[out_features, in_features]`.
-        keep: Which inputs are kept, bool, `[in_features]`.
-        second: The second moments that the weights are solved from.
-        held_out: The second moments of held-out data, about the same means.
-        ridges: The candidates.
     """
     errors = {}
     for ridge in (math.inf, *ridges):
@@ -162,20 +133,9 @@ def choose_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, held_out: 
 def refit_linear(
     weight: Tensor, bias: Tensor | None, keep: Tensor, fit: OwedMoments, held_out: OwedMoments, ridges: Sequence[float]
 ) -> tuple[Tensor, Tensor | None]:
-    """Refits a linear's weight and bias: chooses the ridge on held-out data, and solves on all.
+    """Refits a linear's weight and bias, float64: chooses the ridge on held-out data, and solves on all.
 
     A bias makes up for the mean of what is missing, b' = b + (W - W') E x + E d, and the weight for the rest.
-
-    Args:
-        weight: `[out_features, in_features]`.
-        bias: `[out_features]`, or None.
-        keep: Which inputs are kept, bool, `[in_features]`.
-        fit: Moments of some data.
-        held_out: Moments of other data.
-        ridges: The candidates.
-
-    Returns:
-        Both, float64.
     """
     centre = None if bias is None else fit.centre
     ridge = choose_ridge(weight, keep, fit.about(centre), held_out.about(centre), ridges)

@@ -1,10 +1,8 @@
 """Refits the linears that read removed units, so that they make up for them.
 
-Linear after linear is refitted, in the order in which the model calls them, each on its inputs once all before it have lost
-inputs and been refitted. Its target is its part of the whole model's stream: where the outputs of linears are added up, as in a
-residual stream, it also makes up for what those before it still owe (`sums.py` finds that out). A ridge pulls towards the old
-weights; its strength is chosen for each linear on batches that the refit has not seen, and to leave the old weights as they are
-is always among the candidates.
+Linear after linear is refitted, as the model calls them, each on its inputs once all before it have lost inputs and been
+refitted. Its target is its part of the whole model's stream: where the outputs of linears are added up, as in a residual
+stream, it also makes up for what those before it still owe (`sums.py`).
 """
 
 import math
@@ -74,8 +72,8 @@ def repair_linears(
 
     Args:
         model: The model.
-        kept: By the name of a linear (`nn.Linear` or `Conv1D`), which of its inputs are kept: bool, `[in_features]`. One that
-            keeps all is refitted, too, where it can catch up, or other parameters are given.
+        kept: By linear (`nn.Linear` or `Conv1D`), which of its inputs are kept: bool, `[in_features]`. One that keeps all is
+            refitted, too, where it can catch up, or other parameters are given.
         trials: The batches, two at least, of which some choose the ridge.
         repair: The settings; `Repair()` by default.
         reduce: Sums over ranks, where each has batches of its own.
@@ -83,8 +81,8 @@ def repair_linears(
             linear makes up for what it then falls short of in the whole model, which keeps its own.
 
     Returns:
-        By linear, its weight, zero for removed inputs, and its bias, None where it has none: in its own dtype and layout. One
-        with fewer tokens than kept inputs is not refitted, and a warning names it.
+        By linear, its weight, zero for removed inputs, and its bias, if any: in its own dtype and layout. One with fewer tokens
+        than kept inputs is not refitted, and a warning names it.
 
     Raises:
         ValueError: If a name is of no linear, a mask does not fit or keeps nothing, there are too few batches or tokens, a

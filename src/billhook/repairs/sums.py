@@ -1,7 +1,7 @@
 """Finds which linears add to one and the same stream, in one run of the model.
 
 The output of a linear may first of all be added to something else, after no more than a dropout that is off or a cast; and that
-may be the very sum that contains another linear's output, as in a residual stream. No names and no architectures are needed.
+may be the very sum that contains another linear's output, as in a residual stream.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,24 +22,14 @@ SAME: frozenset[Any] = frozenset({dropout, torch.dropout, Tensor.to, Tensor.cont
 
 @dataclass(frozen=True)
 class Linears:
-    """Facts about linears from one run.
-
-    Attributes:
-        calls: How often each is called.
-        before: Of those whose output is added to something, the linear whose output was added to that last; None if not known.
-    """
+    """How often each linear is called in one run; where its output is added to something, the one added there last, if known."""
 
     calls: dict[str, int]
     before: dict[str, str | None]
 
 
 def seen(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Linears:
-    """Runs a model once, without gradients, and records its linears.
-
-    Args:
-        linears: The linears, by name.
-        run: Runs the model.
-    """
+    """Runs a model once, without gradients, and records its linears."""
     found = Linears(dict.fromkeys(linears, 0), {})
 
     def mark(name: str, _: nn.Module, __: object, output: Tensor) -> Tensor:
@@ -54,14 +44,7 @@ def seen(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Linears
 
 
 def agreed(shown: Sequence[Linears], names: Sequence[str], device: torch.device, reduce: Reduce | None) -> Linears:
-    """Combines the facts of all ranks, some perhaps without a run; where they differ, nothing is known.
-
-    Args:
-        shown: This rank's facts: of one run, or none.
-        names: The linears.
-        device: Where sums over ranks are made.
-        reduce: Sums over ranks.
-    """
+    """Combines the facts of all ranks, each of one run or none; where they differ, nothing is known."""
     if reduce is None:
         return shown[0]
     place: dict[str | None, int] = {None: 1} | {name: number for number, name in enumerate(names, 2)}
@@ -82,12 +65,8 @@ def agreed(shown: Sequence[Linears], names: Sequence[str], device: torch.device,
 def followed(shown: Linears, wanted: set[str]) -> dict[str, str | None]:
     """Orders linears that add to one sum in turn, with those between them: each is followed by the one that added there before.
 
-    Linears before the first of them are left out: they compute as ever. So are those that have a sum to themselves: nothing that
-    others have lost can be made up for there.
-
-    Args:
-        shown: Facts from a run.
-        wanted: The linears that are to change.
+    Linears before the first wanted one compute as ever and are left out, and so are those that have a sum to themselves: nothing
+    that others have lost can be made up for there.
     """
     known = {name: last for name, last in shown.before.items() if shown.calls[name] == 1}
     found: dict[str, str | None] = {}

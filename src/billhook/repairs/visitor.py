@@ -29,8 +29,7 @@ class RepairVisitor:
         ridges: Candidates for the ridge.
         choosing: The runs that choose it.
         reduce: Sums over ranks.
-        given: By linear, other parameters that it has from the start except in runs of the whole model, as they lie in memory;
-            also of ones that are not refitted.
+        given: By linear, other parameters that it has except in runs of the whole model; also of ones not refitted.
     """
 
     def __init__(
@@ -69,11 +68,7 @@ class RepairVisitor:
             self._add(name, inputs, None, run, None)
 
     def complete(self, site: Site) -> None:
-        """Refits the linears of a site.
-
-        Raises:
-            ValueError: If the inputs of one are not finite.
-        """
+        """Refits the linears of a site; refuses inputs that are not finite."""
         for name in site.linears:
             inputs = self._inputs.pop(name, {})
             owed = self._owed(name, inputs)

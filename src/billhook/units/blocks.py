@@ -1,8 +1,6 @@
 """Finds the blocks of a model, by the module lists that hold them, and lets it compute without some of them.
 
-A block takes hidden states and returns others of the same shape, which the next block takes. That is seen by running the model,
-not by its structure: stages that change the shape are module lists too. Calibration (`running/walk.py`) asks for less, that
-linears in one element of a list run before those in the next, so it has a wider definition that needs no run.
+A run shows them, not the structure: stages that change the shape of hidden states are module lists too.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,13 +29,10 @@ class _Call:
 
 
 def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> dict[str, nn.ModuleList]:
-    """Finds the stacks of blocks of a model: the outermost module lists whose modules hand hidden states to the next one.
-
-    The model is run once, and not again for models alike. Every module of such a list returns hidden states of the shape that it
-    is given, so that stages which make them wider or shorter are no blocks, and lists within them may be.
+    """Finds the stacks of blocks: the outermost module lists whose modules return hidden states of the shape that they get.
 
     Args:
-        model: A Hugging Face model, also with LoRA attached, or a module that holds one.
+        model: A Hugging Face model, also with LoRA attached, or a module that holds one; models alike are run once.
         example_inputs: What its forward takes; by default small random inputs.
 
     Raises:
@@ -70,12 +65,7 @@ def _find_names(subject: nn.Module, example_inputs: Mapping[str, Any] | None) ->
 
 
 def block_of(name: str, stacks: Mapping[str, Sequence[nn.Module] | nn.ModuleList]) -> tuple[str, int] | None:
-    """Returns the stack in which a module or parameter is, and its block's place there, from 0; None if it is in none.
-
-    Args:
-        name: Its name.
-        stacks: What `find_blocks` found.
-    """
+    """Returns the stack in which a module or parameter of this name is, and its block's place there; None if it is in none."""
     for stack in stacks:
         if name.startswith(f"{stack}."):
             return stack, int(name.removeprefix(f"{stack}.").partition(".")[0])
@@ -83,15 +73,7 @@ def block_of(name: str, stacks: Mapping[str, Sequence[nn.Module] | nn.ModuleList
 
 
 class Skip:
-    """A forward hook by which a block returns the hidden states that it is given.
-
-    Args:
-        runs: Counts the calls.
-        key: The block, by stack and number.
-
-    Attributes:
-        keeps_shapes: It returns hidden states of the same shape, so a trace may leave it out.
-    """
+    """A forward hook by which a block returns the hidden states that it is given; `runs` counts the calls."""
 
     keeps_shapes = True
 
@@ -109,15 +91,7 @@ class Skip:
 
 
 def skip(model: nn.Module, blocks: Mapping[str, Iterable[int]]) -> tuple[list[RemovableHandle], dict[tuple[str, int], int]]:
-    """Lets a model compute without some blocks: each returns the hidden states that it is given, instead of its own.
-
-    Args:
-        model: The model.
-        blocks: The blocks, by the name of their stack.
-
-    Returns:
-        Handles that let the blocks act again, and how often each has been called so far, by stack and number.
-    """
+    """Lets blocks return what they are given; returns handles that undo it, and how often each has been called so far."""
     runs = {(name, number): 0 for name, numbers in blocks.items() for number in numbers}
     handles = []
     for name, number in runs:

@@ -14,13 +14,7 @@ from billhook.units.units import UnitKind, Units
 
 
 def find_channels(model: nn.Module, structure: Structure, kind: UnitKind) -> list[Units]:
-    """Finds the places of a traced model whose units are channels of a feed-forward, residual channels or experts.
-
-    Args:
-        model: The model that was traced.
-        structure: Its structure.
-        kind: `"channel"` (of feed-forwards within a module list), `"residual"` or `"expert"`.
-    """
+    """Finds the feed-forward channels (in blocks), residual channels or experts of a traced model."""
     fed = {one.channel for one in structure.feed_forward}
     groups = [group for group in structure.groups if group.kind == kind and (kind != "channel" or group.leaf in fed)]
     if kind == "channel":

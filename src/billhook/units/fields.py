@@ -22,11 +22,7 @@ Places = dict[tuple[str, int], int]
 
 
 class FieldFinder:
-    """Finds config fields by changing them; fields once found are remembered for all models alike.
-
-    Args:
-        model: The model, on any device.
-    """
+    """Finds config fields by changing them; fields once found are remembered for all models alike."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -34,10 +30,7 @@ class FieldFinder:
         self._built: dict[tuple[tuple[str, int], ...], Places | None] = {}
 
     def find(self, groups: Sequence[Group]) -> tuple[str, ...]:
-        """Finds the fields that, changed together, give all these groups fewer units and change nothing else.
-
-        Args:
-            groups: Groups of one size, which all get as many units.
+        """Finds the fields that, changed together, give all these groups of one size fewer units and change nothing else.
 
         Returns:
             Names of fields, those of nested configs with dots, with such as must be given because others change that they follow;
@@ -55,12 +48,7 @@ class FieldFinder:
         return found or (self._find(given, wanted, groups, after, self._defaults) if self._defaults else ())
 
     def counts(self, size: int, fields: Sequence[str]) -> tuple[int, ...]:
-        """Returns numbers of units that the class of the config accepts: the highest few below `size`.
-
-        Args:
-            size: Units now.
-            fields: The fields, as `find` returns them.
-        """
+        """Returns the highest few numbers of units below `size` that the class of the config accepts."""
         found: list[int] = []
         for count in range(size - 1, max(size - TRIED, 1) - 1, -1):
             if self._accepted(self.values(size, fields, count)):

@@ -50,11 +50,7 @@ def find_units(model: nn.Module, kind: UnitKind | Iterable[UnitKind], example_in
 
 
 def kinds_of(kind: UnitKind | Iterable[UnitKind]) -> list[UnitKind]:
-    """Returns one or several kinds as a list, each once.
-
-    Raises:
-        ValueError: If one is not legal.
-    """
+    """Returns one or several kinds as a list, each once; refuses others."""
     kinds: list[UnitKind] = list(dict.fromkeys([kind] if isinstance(kind, str) else kind))
     for one in kinds:
         one_of("kind", one, UnitKind)
@@ -62,21 +58,13 @@ def kinds_of(kind: UnitKind | Iterable[UnitKind]) -> list[UnitKind]:
 
 
 def check_any(model: nn.Module, units: Mapping[str, Units], kinds: Iterable[UnitKind]) -> None:
-    """Refuses a model without any units of some kinds.
-
-    Raises:
-        ValueError: If it has none.
-    """
+    """Refuses a model without any units of some kinds."""
     if not units:
         raise ValueError(f"model: {type(model).__name__} has no {plural(kinds)}")
 
 
 def units_of(model: nn.Module, structure: Structure, kinds: Iterable[UnitKind]) -> dict[str, Units]:
-    """Finds the units of a traced model, none if there are none of a kind.
-
-    Raises:
-        ValueError: If heads cannot be told apart, or no module of their own reads them.
-    """
+    """Finds the units of a traced model, none if there are none of a kind; refuses heads that cannot be told apart."""
     found: dict[str, Units] = {}
     for kind in kinds:
         if kind == "head":
@@ -94,11 +82,7 @@ def of_kind(units: Mapping[str, Units], *kinds: UnitKind) -> dict[str, Units]:
 
 
 def numbered(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> dict[str, list[int]]:
-    """Returns chosen units by the name of their place, ascending and each once; KV heads as their query heads.
-
-    Raises:
-        ValueError: If there is no such place or unit; the message says which there are.
-    """
+    """Returns chosen units by the name of their place, ascending and each once; KV heads as their query heads."""
     one_of("per", per, Per)
     names, what = list(units), plural(one.kind for one in units.values())
     order = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

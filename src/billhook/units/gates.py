@@ -1,10 +1,8 @@
 """Gates on units: the output of each unit is multiplied by a number before anything reads it.
 
 "Are Sixteen Heads Really Better than One?" (Michel, Levy & Neubig, 2019, https://arxiv.org/abs/1905.10650), section 2.2,
-equation 1: MHAtt(x, q) = sum over h of gate_h Att_h(x, q). A gate of 1 leaves the model as it is, a gate of 0 removes the head;
-channels of a feed-forward are gated alike. A gate stands before the module that reads the units, so that it does not matter how
-they are computed. Code that torch.compile has made knows nothing of gates that are placed or removed later, so it is compiled
-again then.
+equation 1: MHAtt(x, q) = sum over h of gate_h Att_h(x, q); channels are gated alike. Code that torch.compile has made knows
+nothing of gates that are placed or removed later, so it is compiled again then.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,15 +22,7 @@ from billhook.units.units import PLURAL, Per, UnitKind, Units
 
 
 class Gate:
-    """A forward pre-hook that multiplies each unit by its gate.
-
-    Args:
-        values: One number for each unit, float32.
-        index: For each position of the input, the unit that it belongs to, -1 if to none.
-
-    Attributes:
-        keeps_shapes: It returns inputs of the same shape, so a trace may leave it out.
-    """
+    """A forward pre-hook that multiplies each unit by its gate; `index` says for each position the unit, -1 if none."""
 
     keeps_shapes = True
 
@@ -164,17 +154,7 @@ def mask(
 def place_gates(
     model: nn.Module, units: Mapping[str, Units], gates: Mapping[str, Tensor], per: Per = "head"
 ) -> list[RemovableHandle]:
-    """Puts gates before the modules that read units.
-
-    Args:
-        model: The model.
-        units: Its units.
-        gates: By place, `[units]`.
-        per: For heads, whether there is a gate for each query head or each KV head.
-
-    Returns:
-        Handles that remove them.
-    """
+    """Puts gates, `[units]` by place, before the modules that read units, and returns handles that remove them."""
     handles = []
     for name, values in gates.items():
         index = torch.from_numpy(units[name].positions(per)).to(values.device)

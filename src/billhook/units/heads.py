@@ -17,10 +17,6 @@ from billhook.units.units import Units, along
 def find_heads(model: nn.Module, structure: Structure) -> dict[str, Units]:
     """Finds the heads of every attention in a traced model, by the attention's name, in the order in which they run.
 
-    Args:
-        model: The model that was traced.
-        structure: Its structure.
-
     Raises:
         ValueError: If there is no attention, or one with heads that no module of its own reads, or that cannot be told apart.
     """
@@ -73,11 +69,7 @@ def _members(groups: Sequence[Group], query: Sequence[Axis], name: str) -> list[
 
 
 def _reader(model: nn.Module, parameter: str) -> str:
-    """Returns the module that gets what a parameter reads: its own, or the layer of adapters around it.
-
-    Raises:
-        ValueError: If it has none that is called.
-    """
+    """Returns the module that gets what a parameter reads, its own or the layer of adapters around it; refuses one not called."""
     path = parameter.split(".")[:-1]
     if len(path) > 1 and isinstance(model.get_submodule(".".join(path[:-1])), nn.MultiheadAttention):
         raise ValueError(f"model: {parameter} is read by torch.nn.MultiheadAttention at once, so no gate can stand before it")

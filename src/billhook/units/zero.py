@@ -13,17 +13,7 @@ from billhook.units.units import Per, UnitKind, Units
 
 
 def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Per = "head") -> None:
-    """Sets the weights that read some units to zero, in place: the model computes what it does with them masked.
-
-    Args:
-        model: A Hugging Face model, also with LoRA attached, or a module that holds one.
-        units: The units by place: its name, or its number in the order in which `find_units` gives places.
-        kind: The kind of the units.
-        per: For heads, whether the numbers are of query heads, or of KV heads with the query heads that they serve.
-
-    Raises:
-        ValueError: If there is no such place or unit.
-    """
+    """Sets the weights that read some units to zero, in place: the model computes what it does with them masked."""
     subject = find_transformer(model)
     found = find_units(subject, kind)
     zero_found(subject, found, numbered(found, units, per))

@@ -12,10 +12,10 @@ from small_configs import architectures, has_experts, small_config
 from small_configs import build as small
 
 import billhook as bh
+from billhook.model.inputs import make_inputs
 from billhook.model.shapes.shape import shape_of
 from billhook.pruning import removal
 from billhook.pruning.cuts import coupled
-from billhook.running.inputs import make_inputs
 from billhook.units.find import find_units
 from kit.families import llama, tokens
 from kit.shaped import gpt2

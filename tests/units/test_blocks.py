@@ -13,10 +13,10 @@ from torch import nn
 import billhook as bh
 from billhook.importance.base import Importance, Sums
 from billhook.model.find import find_transformer
+from billhook.model.inputs import make_inputs
 from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
 from billhook.model.shapes.shape import set_shape, shape_of
 from billhook.pruning import block_removal
-from billhook.running.inputs import make_inputs
 from billhook.units.blocks import block_of, find_blocks, skipping
 from kit.families import build, llama, tokens
 from kit.shaped import bert, gpt2, uneven_llama

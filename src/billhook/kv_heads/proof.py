@@ -18,13 +18,13 @@ from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.kv_heads.linears import cut_into_groups, cut_into_handed
 from billhook.kv_heads.pooling import Shrunk
 from billhook.kv_heads.scope import check_kv_heads, in_scope, inside_encoder
+from billhook.model.answers import alike
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import fields_of, with_fields
+from billhook.model.inputs import make_inputs
 from billhook.model.shapes.shape import set_shape, shape_of
 from billhook.model.surgery import Change, replace_parameters
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
-from billhook.running.answers import alike
-from billhook.running.inputs import make_inputs
 from billhook.running.trees import tree_leaves
 
 LAYERS = re.compile(r"(^|[_.])layers?$")

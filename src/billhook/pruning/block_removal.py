@@ -6,11 +6,11 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from billhook.model.answers import alike, answer, tolerance
 from billhook.model.config_fields import set_fields
 from billhook.model.shapes.stacks import keep, numbers_of
 from billhook.model.surgery import undone_by_errors
 from billhook.pruning.block_fields import Then
-from billhook.running.answers import alike, answer, tolerance
 from billhook.units.blocks import skipping
 
 

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from billhook.model.answers import alike, small_inputs, tolerance
 from billhook.model.config_fields import set_fields
 from billhook.model.shapes.handed import Indices
 from billhook.model.shapes.shape import Shape, set_shape
 from billhook.model.surgery import Change, replace_parameters, undone_by_errors
 from billhook.pruning.cuts import Cut
 from billhook.pruning.shape_then import shapes_then
-from billhook.running.answers import alike, small_inputs, tolerance
 from billhook.running.trees import tree_leaves
 from billhook.running.undisturbed import resting
 from billhook.tracing.trace import trace

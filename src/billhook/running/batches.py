@@ -31,15 +31,7 @@ class Run:
 
 
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
-    """Makes a run of each batch, on the model's device, without a loss.
-
-    Args:
-        model: What is called.
-        batches: Each is a dictionary, a tuple or list, or one tensor; or a run already.
-
-    Raises:
-        ValueError: If a batch is none of these, or the batches are no collection.
-    """
+    """Makes a run, on the model's device and without a loss, of each batch: a dictionary, a tuple, a list, a tensor, or a run."""
     if isinstance(batches, Mapping | Tensor):
         raise ValueError(f"batches={type(batches).__name__} is one batch: give a list of them")
     if not isinstance(batches, Iterable):
@@ -67,27 +59,14 @@ def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
 
 
 def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
-    """Makes a run of a batch whose forward returns the loss, on the model's device.
-
-    Args:
-        model: What is run.
-        modules: Those for which it matters which tokens count.
-        batch: What the loss takes.
-        loss: Runs the model and returns the loss; by default `own_loss`.
-    """
+    """Makes a run of a batch whose forward returns the loss, on the model's device; `modules` need to know which tokens count."""
     batch = _on_device(model, batch)
     run = partial(loss or own_loss, model)
     return Run(partial(run, batch), tokens_of(model, modules, batch), lambda: [partial(run, one) for one in examples_of(batch)])
 
 
 def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
-    """Takes a batch apart into batches of one example: slices of its tensors along their first dimension.
-
-    A tensor that has one entry there, as positions may, is given to each of them.
-
-    Raises:
-        ValueError: If its tensors do not agree on how many there are.
-    """
+    """Takes a batch apart into examples: slices along the first dimension; what has one entry there, as positions may, stays."""
     shapes = [tuple(one.shape) for one in tree_leaves(batch) if isinstance(one, Tensor)]
     counts = {shape[0] if shape else 0 for shape in shapes}
     count = max(counts, default=0)
@@ -105,11 +84,7 @@ def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
 
 
 def own_loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
-    """Returns the loss that a model gives; a causal language model predicts its inputs if there are no labels.
-
-    Raises:
-        ValueError: If it gives none.
-    """
+    """Returns the loss that a model gives; a causal language model predicts its inputs if there are no labels."""
     if not isinstance(batch, dict):
         raise ValueError(
             f"batches: a {type(batch).__name__} is no dictionary of what the model takes: give `loss` to make use of it"

@@ -11,19 +11,13 @@ import torch
 
 
 class Noise:
-    """Random numbers of each step, drawn again from a seed, the number of the step and that of the process.
-
-    So what is drawn elsewhere does not change them, nor the other way round, and a resumed run draws as the straight run does.
-
-    Attributes:
-        seed: From where torch's own random numbers were at first; None before that.
-    """
+    """Random numbers of each step, from a seed, the step and the process: a resumed run draws as the straight run does."""
 
     def __init__(self) -> None:
         self.seed: int | None = None
 
     def draw(self) -> int:
-        """Returns the seed, and draws it if there is none, without a change to torch's own random numbers."""
+        """Returns the seed; draws it at first from where torch's own random numbers are, which stay there."""
         if self.seed is None:
             with torch.random.fork_rng(devices=[]):
                 self.seed = int(torch.randint(2**62, ()))

@@ -19,14 +19,7 @@ SMALL = 2**16
 
 @contextmanager
 def offloaded(blocks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Has blocks compute on a device: each is moved there when it is called, and back when another one is.
-
-    What a block is given is moved with it, and what it returns comes back to where its first input was.
-
-    Args:
-        blocks: Modules, none within another.
-        device: Where they compute.
-    """
+    """Has blocks, none within another, compute on a device: each is there, with its inputs, until another one is called."""
     stay = _Stay(device)
     with ExitStack() as stack:
         stack.callback(stay.leave)
@@ -63,22 +56,14 @@ class _Stay:
 
 
 class Shelf:
-    """Keeps tensors in files, mapped into memory: the system writes them out when it needs the room, and reads them back in.
-
-    Args:
-        folder: Where the files are made; they are removed when the shelf is closed.
-    """
+    """Keeps tensors in files of a folder, mapped into memory: the system writes them out when it needs the room."""
 
     def __init__(self, folder: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="billhook_", dir=folder, ignore_cleanup_errors=True)
         self._files = 0
 
     def keep(self, kept: object) -> None:
-        """Moves what is in the memory of the CPU into files; whoever holds the same tensors now holds them there.
-
-        Args:
-            kept: Any structure of tensors and other things. Parameters and small tensors stay where they are.
-        """
+        """Moves tensors from the memory of the CPU into files, for whoever holds them; parameters and small tensors stay."""
         for tensor in tree_leaves(kept):
             if isinstance(tensor, Tensor) and _movable(tensor):
                 self._files += 1

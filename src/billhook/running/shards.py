@@ -64,10 +64,9 @@ def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """Makes a module what it was before it was sharded, except that its parameters stay shards: see `gathered` and `sizes_only`.
+    """Makes a module what it was before it was sharded, except for its parameters: see `gathered` and `sizes_only`.
 
-    What gathers parameters around forwards is away, as ranks may not run as many of them; so is what cannot be copied. Autocast
-    takes the place of a dtype in which FSDP would compute.
+    Nothing gathers around forwards, as ranks may not run as many; autocast stands for a dtype in which FSDP would compute.
     """
     reshard(module)
     parts: list[Any] = [part for part in module.modules() if isinstance(part, FSDPModule)]

@@ -15,13 +15,7 @@ TOKENS = 1024
 
 
 def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left^T right, the second moments of what is in their rows, to sums; in the dtype of left, also under autocast.
-
-    Args:
-        sums: `[m, n]`, float32 or float64; changed in place.
-        left: `[tokens, m]`.
-        right: `[tokens, n]`, of the same dtype.
-    """
+    """Adds left^T right, of `[tokens, m]` and `[tokens, n]`, to sums `[m, n]`; in the dtype of left, also under autocast."""
     product = torch.empty(sums.shape, dtype=left.dtype, device=left.device)
     for some, others in zip(torch.split(left, TOKENS), torch.split(right, TOKENS), strict=True):
         torch.mm(some.t(), others, out=product)  # given where to, autocast leaves it in float32
@@ -29,15 +23,7 @@ def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class Statistics(ABC):
-    """Sums over the tokens that a linear layer has read.
-
-    Args:
-        in_features: The width of its inputs.
-        device: Where the sums are kept, and where the inputs will be.
-
-    Attributes:
-        tokens: How many tokens were added, int64, no dimensions.
-    """
+    """Sums over the tokens that a linear layer has read, and how many (`tokens`, int64), on the device of the inputs."""
 
     chunk: ClassVar[tuple[int, int]]
     """How many input values are in float32 at a time: on the CPU, elsewhere."""
@@ -48,14 +34,9 @@ class Statistics(ABC):
 
     @torch.no_grad()
     def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
-        """Adds what the layer reads in one call.
+        """Adds what the layer reads in one call: `[..., in_features]`, of any floating dtype.
 
-        Args:
-            inputs: `[..., in_features]`, of any floating dtype.
-            keep: Which tokens count, bool, `[...]`; False for padding, whose values do not matter, not even NaN. All if None.
-
-        Raises:
-            ValueError: If the width is not `in_features`, or `keep` is not bool or not of the inputs' shape.
+        `keep`, bool, `[...]`, says which tokens count (None: all); the values of others do not matter, not even NaN.
         """
         if inputs.shape[-1] != self.in_features:
             raise ValueError(f"inputs of shape {list(inputs.shape)} must end with {self.in_features} input features")
@@ -78,11 +59,7 @@ class Statistics(ABC):
         """Returns the sums themselves, not copies, to be summed over ranks in place."""
 
     def merge(self, other: "Statistics") -> None:
-        """Adds another's sums to these.
-
-        Raises:
-            ValueError: If the other is of another kind or width.
-        """
+        """Adds another's sums, of the same kind and width, to these."""
         if type(other) is not type(self) or other.in_features != self.in_features:
             raise ValueError(
                 f"{type(self).__name__} of {self.in_features} input features cannot take in {type(other).__name__} "
@@ -92,11 +69,7 @@ class Statistics(ABC):
             these += those.to(these.device)
 
     def check(self) -> None:
-        """Refuses sums that mean nothing.
-
-        Raises:
-            ValueError: If no token was added, or a sum is NaN or infinite.
-        """
+        """Refuses sums to which no token was added, or of which one is NaN or infinite."""
         if not self.tokens:
             raise ValueError("no inputs were seen: the layer did not run, or every token was padding")
         bad = (~torch.isfinite(self.squares)).nonzero()
@@ -148,9 +121,6 @@ class InputNorms(Statistics):
 
 class InputMoments(Statistics):
     """The second moments of the inputs, X^T X = sum over tokens of x x^T.
-
-    Attributes:
-        products: These sums, float32, `[in_features, in_features]`.
 
     >>> moments = InputMoments(2)
     >>> moments.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))

@@ -11,19 +11,12 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Ambient:
-    """The state that torch keeps for a whole thread, although each run sets it for itself; by default, what arithmetic needs.
-
-    Attributes:
-        gradients: Whether gradients are recorded.
-        dtype: The default dtype.
-        precision: Of products of float32 matrices.
-        autocast: For each kind of device, whether there is autocast, and to which dtype.
-    """
+    """The state that torch keeps for a whole thread, although each run sets it for itself; by default, what arithmetic needs."""
 
     gradients: bool = False
     dtype: torch.dtype = torch.float32
-    precision: str = "highest"
-    autocast: tuple[tuple[str, bool, torch.dtype | None], ...] = ()
+    precision: str = "highest"  # of products of float32 matrices
+    autocast: tuple[tuple[str, bool, torch.dtype | None], ...] = ()  # by kind of device, whether it is on and to which dtype
 
     @classmethod
     def now(cls) -> "Ambient":

@@ -1,8 +1,7 @@
 """Runs a model on all batches side by side: each rests at every site until all have been there, then all continue.
 
-A site is a module whose linears are pruned together: a block, one linear, or the whole model. Every run is the model's own
-forward, in a greenlet of its own, so that masks, rotary embeddings, states of an encoder and whatever else one block hands to the
-next are what the model makes of them; nothing is replayed.
+Every run is the model's own forward, in a greenlet of its own, so that masks, rotary embeddings, states of an encoder and
+whatever else one block hands to the next are what the model makes of them; nothing is replayed.
 """
 
 import copy
@@ -29,17 +28,11 @@ Reduce = Callable[[Tensor], Tensor]
 
 @dataclass(eq=False)
 class Site:
-    """A module whose linears are pruned together, or one before which all runs wait for one another.
-
-    Attributes:
-        module: The module.
-        linears: Its linears by name; of one that is only waited at, none.
-        once: Whether each of them is called exactly once, as far as the first run has shown; None before that.
-    """
+    """A module whose linears are pruned together (a block, one linear, the model), or, without linears, is only waited at."""
 
     module: nn.Module
     linears: dict[str, nn.Module]
-    once: bool | None = None
+    once: bool | None = None  # whether each of them is called exactly once, as the first run has shown
 
 
 class Visitor(Protocol):
@@ -61,8 +54,6 @@ class _Seen(BaseException):
 
 def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: Sequential, gates: bool = False) -> list[Site]:
     """Finds the sites where runs rest: blocks and linears outside of them, every linear, or the model as a whole.
-
-    Blocks are the elements of outermost module lists in which two or more hold linears.
 
     Args:
         model: The model.
@@ -90,6 +81,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _blocks(module: nn.Module, linears: set[nn.Module]) -> Iterator[nn.Module]:
+    """Yields the elements of outermost module lists in which two or more hold linears."""
     children = list(module.children())
     holding = [child for child in children if not linears.isdisjoint(child.modules())]
     runs = not any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in children)
@@ -101,10 +93,7 @@ def _blocks(module: nn.Module, linears: set[nn.Module]) -> Iterator[nn.Module]:
 
 
 class Walk:
-    """The runs, side by side.
-
-    The visitor is called without autocast, with float32 as the default dtype and its products in full, whatever the runs or the
-    caller have set.
+    """The runs, side by side; whatever they or the caller have set, the visitor is called in the state of `Ambient()`.
 
     Args:
         sites: Where they rest.
@@ -135,14 +124,7 @@ class Walk:
         self._caller = Ambient.now()
 
     def __call__(self, forwards: Iterable[Callable[[], object]]) -> list[str]:
-        """Goes all the way.
-
-        Args:
-            forwards: One forward each of the model.
-
-        Returns:
-            The linears that no run has called.
-        """
+        """Goes all the way with forwards of the model, and returns the linears that no run has called."""
         self._main, self._caller = greenlet.getcurrent(), Ambient.now()
         runs = [greenlet(forward) for forward in forwards]
         try:
@@ -255,11 +237,7 @@ class Walk:
 
 @contextmanager
 def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
-    """Puts other values instead of modules' own parameters, which come back.
-
-    Args:
-        new: By module, its parameters that are to be others, by their name in it.
-    """
+    """Puts other values instead of modules' own parameters, given by module and by their name in it; the old ones come back."""
     pairs = [(module.get_parameter(name), value) for module, own in new.items() for name, value in own.items()]
     old = [parameter.data for parameter, _ in pairs]
     try:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from billhook.model.answers import small_inputs
 from billhook.model.find import find_transformer
 from billhook.model.memory import remembered
-from billhook.running.answers import small_inputs
 from billhook.running.undisturbed import resting
 
 

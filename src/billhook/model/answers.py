@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.running.inputs import make_inputs
+from billhook.model.inputs import make_inputs
 from billhook.running.undisturbed import resting
 
 

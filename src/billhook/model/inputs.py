@@ -1,37 +1,19 @@
 """Small example inputs with which a Hugging Face model's forward runs."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
-__all__ = ["make_inputs"]
+from billhook.model.config_fields import nested_configs
 
 
 def make_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, Any]:
-    """Makes small random inputs on the CPU that fit a model's forward, the same ones each time.
-
-    Args:
-        model: A Hugging Face model, also one that PEFT wraps.
-        batch: How many examples.
-        length: How many tokens per example.
-
-    Returns:
-        The keyword arguments for the model.
-
-    Raises:
-        ValueError: A required input of the forward is one that cannot be guessed.
-    """
+    """Makes small random inputs by name, on the CPU, for a Hugging Face model, also one that PEFT wraps; the same each time."""
     unwrap: Any = getattr(model, "get_base_model", lambda: model)
     return _Maker(unwrap(), batch, length).inputs()
-
-
-def is_float(value: object) -> bool:
-    """Tells whether something is a tensor of floating-point numbers."""
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 class _Maker:
@@ -39,7 +21,8 @@ class _Maker:
 
     def __init__(self, model: nn.Module, batch: int, length: int) -> None:
         self.model, self.batch, self.length = model, batch, length
-        self.config: Any = model.config
+        config: Any = model.config
+        self.config, self.configs = config, [one for _, one in nested_configs(config)]
         parameters = inspect.signature(model.forward).parameters
         self.named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
         self.generator = torch.Generator().manual_seed(0)
@@ -50,11 +33,10 @@ class _Maker:
             raise ValueError(
                 f"cannot guess the inputs {', '.join(unknown)} of {type(self.model).__name__}: pass them as example_inputs"
             )
-        made: dict[str, Any] = {name: _MAKERS[name](self) for name in self.named if name in wanted}
-        if "use_cache" in self.named:
-            made["use_cache"] = False
+        made = {name: _MAKERS[name](self) for name in self.named if name in wanted}
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        return {name: one.to(dtype) if is_float(one) else one for name, one in made.items()}
+        inputs: dict[str, Any] = {name: one.to(dtype) if one.is_floating_point() else one for name, one in made.items()}
+        return inputs | ({"use_cache": False} if "use_cache" in self.named else {})
 
     def wanted(self) -> set[str]:
         """Returns the main input, those without a default, and those that a forward asks for although they have one."""
@@ -73,23 +55,15 @@ class _Maker:
         optional = {"decoder_input_ids", "bbox", "pixel_values", "input_features"}
         return {name for name in wanted if name in self.named or name not in optional}
 
-    def configs(self, config: PreTrainedConfig | None = None) -> Iterator[PreTrainedConfig]:
-        """Yields the config and those nested in it."""
-        config = config or self.config
-        yield config
-        for name in config.sub_configs:
-            if (inner := getattr(config, name, None)) is not None:
-                yield from self.configs(inner)
-
     def find(self, *names: str, default: int | None = None) -> Any:  # noqa: ANN401  (configs hold anything)
         """Returns the first of the names that is set in the config or in one nested in it."""
-        values = (getattr(config, name, None) for config in self.configs() for name in names)
+        values = (getattr(config, name, None) for config in self.configs for name in names)
         return next((value for value in values if value is not None), default)
 
     def special(self, kind: str = "") -> set[int]:
         """Returns the ids that the config reserves."""
         found: set[int] = set()
-        for config in self.configs():
+        for config in self.configs:
             for name, value in vars(config).items():
                 if name.endswith(("token_id", "token_index", "token_ids")) and kind in name and value is not None:
                     found.update(value if isinstance(value, list | tuple) else [value])

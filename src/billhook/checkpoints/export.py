@@ -160,10 +160,9 @@ def _find_tokenizer(asked: str | None, started_from: str | None, model: PreTrain
     if not name:
         return None
     try:
-        found: PreTrainedTokenizerBase = load_tokenizer(name)
+        return load_tokenizer(name)
     except (OSError, ValueError) as error:
         if asked:
             raise ValueError(f"tokenizer: none can be read from '{asked}': {error}") from error
         warnings.warn(f"no tokenizer is saved along, since none can be read from '{name}'; name one", stacklevel=3)
         return None
-    return found

@@ -10,8 +10,7 @@ from billhook.kv_heads.layout import KVAttention, Rows, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model.build import build_on_meta
 from billhook.model.meta import to_meta
-from billhook.model.shapes.shape import Shape, set_shape, shape_of
-from billhook.model.shapes.shape_checks import FLAG
+from billhook.model.shapes.shape import FLAG, Shape, set_shape, shape_of
 
 FIELD = "num_key_value_heads"
 FIELDS = (FIELD, "num_kv_heads")

@@ -10,8 +10,7 @@ from billhook.kv_heads.config import FIELD, FIELDS
 from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.model.find import find_transformer
 from billhook.model.shapes.handed import handing_of
-from billhook.model.shapes.shape import shape_of, unbuilt_shape
-from billhook.model.shapes.shape_checks import FLAG
+from billhook.model.shapes.shape import FLAG, shape_of, unbuilt_shape
 
 
 def kv_heads_by_layer(model: nn.Module, encoder: bool = True) -> dict[str, int]:

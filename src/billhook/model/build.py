@@ -16,3 +16,11 @@ def build_class_on_meta(kind: type[PreTrainedModel], config: PretrainedConfig) -
     safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)  # some classes read numbers off a linspace
     with torch.random.fork_rng(devices=[]), torch.device("meta"), safe():
         return kind(config)
+
+
+def build_or_refuse(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Builds on meta what a class makes of a config; refuses one that it does not accept."""
+    try:
+        return build_class_on_meta(kind, config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ZeroDivisionError) as error:
+        raise ValueError(f"{kind.__name__} does not accept its config: {type(error).__name__}: {error}") from error

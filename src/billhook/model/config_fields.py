@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -61,8 +62,5 @@ def configs_of(model: nn.Module) -> list[PretrainedConfig]:
 
 
 def _owner(config: PretrainedConfig, name: str) -> tuple[Any, str]:
-    *owners, own = name.split(".")
-    owner: Any = config
-    for one in owners:
-        owner = getattr(owner, one)
-    return owner, own
+    nested, _, own = name.rpartition(".")
+    return attrgetter(nested)(config) if nested else config, own

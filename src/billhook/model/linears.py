@@ -16,19 +16,10 @@ PACKED = ("qweight", "weight_packed", "W_q")
 def prunable(module: nn.Module, output_embeddings: bool = False) -> dict[str, nn.Module]:
     """Finds the linear layers of a module tree, by name: `nn.Linear`, transformers' `Conv1D`, and what PEFT has put adapters on.
 
-    Left out are embeddings, the output embedding (what `get_output_embeddings` of a model in the tree returns, or a linear whose
-    weight is an embedding's), PEFT's own matrices, and modules that PEFT trains as a whole copy (`modules_to_save`).
-
-    Args:
-        module: A model, a LightningModule that holds one, or a part of one, such as a block.
-        output_embeddings: Whether the output embedding counts too.
-
-    Returns:
-        The layers in the order of the tree; a weight that several share comes once. Under an adapter it is the base layer, by
-        the name of the whole.
-
-    Raises:
-        ValueError: If the weight of one is quantised or computed from other tensors; the message names it.
+    Left out are embeddings, unless asked for the output embedding (what `get_output_embeddings` of a model in the tree returns,
+    or a linear whose weight is an embedding's), PEFT's own matrices, and modules that PEFT trains as a whole copy
+    (`modules_to_save`). A weight that several share comes once; under an adapter it is the base layer, by the name of the whole.
+    A weight that is quantised or computed from other tensors is refused.
 
     >>> list(prunable(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))))
     ['1']

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from billhook.assets import model_path
+from billhook.model.build import build_or_refuse
 from billhook.model.hooks import stand_ins
 from billhook.model.shapes.shape import KEY
 from billhook.model.shapes.shaped import take_said
@@ -90,11 +91,7 @@ def from_config(config: PretrainedConfig) -> PreTrainedModel:
     built = next((one for one in classes if isinstance(one, type) and issubclass(one, PreTrainedModel)), None)
     if built is None:
         raise ValueError(f"transformers has no model class for the config of type '{config.model_type}' ({config.architectures})")
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model: PreTrainedModel = built(config)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ZeroDivisionError) as error:
-        raise ValueError(f"{built.__name__} does not accept its config: {type(error).__name__}: {error}") from error
+    model = build_or_refuse(built, config)
     if isinstance(config.dtype, torch.dtype):
         nn.Module.to(model, dtype=config.dtype)
     model.train(False)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.model.find import find_transformer, locate_transformer
-from billhook.model.shapes.shape import KEY, Shape, set_shape, shape_of
-from billhook.model.shapes.shape_checks import check_plain_shape
+from billhook.model.shapes.shape import KEY, Shape, check_plain_shape, set_shape, shape_of
 from billhook.model.surgery import undone_by_errors
 from billhook.running.shards import class_of
 

@@ -4,7 +4,7 @@ A checkpoint carries it, so that a model of any other shape can take the checkpo
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, cast
 
@@ -16,7 +16,6 @@ from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, fields_of, set_fields
 from billhook.model.linears import is_linear
 from billhook.model.shapes.handed import Handing, hand, handing_of
-from billhook.model.shapes.shape_checks import check_plain_shape, is_plain_list, is_whole
 from billhook.model.shapes.stacks import first_of, keep, numbers_of, taken_out
 from billhook.model.surgery import undone_by_errors
 
@@ -25,6 +24,10 @@ KEY = "billhook"
 
 GROUPS = "num_key_value_groups"
 """The attribute of an attention, its class's or given to it, with which transformers reads fewer KV heads than query heads."""
+
+FLAG = "multi_query"
+"""The field of config and attention that says in some families that there is one KV head: the only flag in a shape."""
+DIMENSIONS = 8  # more than any layer's weight has
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,46 @@ class Shape:
         blocks = {name: (first, tuple(there)) for name, (first, there) in plain.get("blocks", {}).items()}
         handed = {name: Handing.from_list(one) for name, one in plain.get("handed", {}).items()}
         return cls(tensors, dict(plain["attributes"]), dict(plain["config"]), dict(plain.get("lists", {})), blocks, handed)
+
+
+def check_plain_shape(plain: object) -> None:
+    """Refuses what `Shape.to_dict` does not make."""
+    parts: dict[str, tuple[Callable[[str, Any], bool], str]] = {
+        "tensors": (_is_size, "a short list of whole numbers"),
+        "attributes": (_is_whole, "a whole number of 64 bits"),
+        "config": (_is_whole, "a whole number of 64 bits"),
+        "lists": (_is_plain_list, "a list of plain values"),
+        "blocks": (_are_blocks, "a number of blocks, and which of them are there, ascending"),
+        "handed": (lambda _, stated: isinstance(stated, list), "a list"),
+    }
+    for part, (holds, legal) in parts.items():
+        stated = plain.get(part, {} if part in ("lists", "blocks", "handed") else None) if isinstance(plain, Mapping) else None
+        if not isinstance(stated, Mapping):
+            raise ValueError(f"shape.{part} is {str(stated)[:80]!r}, and must be a mapping")
+        for name, value in stated.items():
+            if not isinstance(name, str) or not holds(name, value):
+                raise ValueError(f"shape.{part}: {str(name)[:200]} is {str(value)[:80]!r}, and must be {legal}")
+
+
+def _is_size(_: str, size: object) -> bool:
+    return isinstance(size, list | tuple) and len(size) <= DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in size)
+
+
+def _is_whole(name: str, stated: object) -> bool:
+    """Tells whether an attribute or field is a number that a shape can hold, or the flag that it does."""
+    return (type(stated) is int and abs(stated) < 2**63) or (type(stated) is bool and name.rpartition(".")[2] == FLAG)
+
+
+def _is_plain_list(_: str, stated: object) -> bool:
+    """Tells whether a field is a list that a shape can hold."""
+    return isinstance(stated, list) and all(value is None or isinstance(value, bool | int | float | str) for value in stated)
+
+
+def _are_blocks(_: str, stated: object) -> bool:
+    if not isinstance(stated, list) or len(stated) != 2 or type(stated[0]) is not int or not isinstance(stated[1], list | tuple):
+        return False
+    first, there = stated
+    return all(type(n) is int and 0 <= n < first for n in there) and list(there) == sorted(set(there))
 
 
 def shape_of(model: nn.Module) -> Shape:
@@ -177,7 +220,7 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for name, module in model.named_modules():
         if next(module.parameters(), None) is not None:
             for attr, value in vars(module).items():
-                if is_whole(attr, value) and not attr.startswith("_"):
+                if _is_whole(attr, value) and not attr.startswith("_"):
                     yield f"{name}.{attr}", module, attr
 
 
@@ -185,7 +228,7 @@ def _fields(model: nn.Module) -> Fields:
     """Returns the fields of a model's config that are whole numbers or lists of plain values, except the names of its class."""
     config = getattr(model, "config", None)
     fields = fields_of(config) if isinstance(config, PretrainedConfig) else {}
-    parts = {name: value for name, value in fields.items() if is_whole(name, value) or is_plain_list(name, value)}
+    parts = {name: value for name, value in fields.items() if _is_whole(name, value) or _is_plain_list(name, value)}
     return {name: value for name, value in parts.items() if name.rpartition(".")[2] != "architectures"}
 
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from billhook.model.build import build_class_on_meta
+from billhook.model.build import build_or_refuse
 from billhook.model.linears import is_linear
 from billhook.model.shapes.handed import Handing
 from billhook.model.shapes.shape import GROUPS, KEY, Shape, set_shape, shape_of
@@ -78,7 +78,7 @@ def load_shaped(
         shape = _from_entry(entry)
         config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name, **fields)
         vars(config).pop(KEY, None)
-        shadow = _built(kind, config)
+        shadow = build_or_refuse(kind, config)
         shape, held = _named_as_in(shadow, shape, _file_sizes(name))
         _check(shadow, shape, held)
     model: PreTrainedModel = _with_tensors(kind, shape).from_pretrained(
@@ -92,7 +92,7 @@ def take_said(shadow: PreTrainedModel, entry: object, name: str) -> None:
     with _said_by(name):
         shape = _from_entry(entry)
         _check(shadow, shape, None)
-    set_shape(shadow, Shape({}, shape.attributes, {}, handed=shape.handed).over(shape_of(shadow)))
+    _finish(shadow, type(shadow), shape)
 
 
 @contextmanager
@@ -139,13 +139,6 @@ def _from_entry(entry: object) -> Shape:
     if empty := next((name for name, size in shape.tensors.items() if 0 in size), None):
         raise ValueError(f"shape.tensors: {empty[:200]} is {shape.tensors[empty]}, and must be a short list of numbers above 0")
     return Shape(shape.tensors, shape.attributes, {}, handed=shape.handed or None)
-
-
-def _built(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    try:
-        return build_class_on_meta(kind, config)
-    except (TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise ValueError(f"{kind.__name__} does not accept its config: {type(error).__name__}: {error}") from error
 
 
 def _named_as_in(shadow: PreTrainedModel, stated: Shape, held: Sizes) -> tuple[Shape, Sizes]:

@@ -13,15 +13,11 @@ PARTS = ("torch.nn.utils.", "transformers.")  # masks and norms of weights; how 
 
 
 class StandIn:
-    """Stands where a hook was, which may do anything to anybody and so is not called.
-
-    Attributes:
-        note: Called with what the hook would have been given and could have replaced; None for nobody.
-    """
+    """Stands where a hook was, which may do anything to anybody and so is not called."""
 
     def __init__(self, hook: Callable[..., Any], module: nn.Module, before: bool) -> None:
         self.harmless, self.before = gives_nothing(hook), before
-        self.note: Callable[[object], None] | None = None
+        self.note: Callable[[object], None] | None = None  # is called with what the hook could have replaced
         name, moment = _function(hook).__qualname__, "before" if before else "after"
         what = f"the hook {name} {moment} the forward of {type(module).__name__} is not called"
         does = "it returns nothing, so it should change nothing" if self.harmless else "what it returns would count; remove it"

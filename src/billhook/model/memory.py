@@ -85,18 +85,14 @@ def sight(model: nn.Module) -> Hashable | None:
 
 
 class _Writer(pickle.Pickler):
-    """Writes a model without the values of its tensors, to be compared and never to be read.
-
-    Attributes:
-        code: The classes and functions in the model, in the order of the numbers that stand for them.
-    """
+    """Writes a model without the values of its tensors, to be compared and never to be read."""
 
     UNSEEN = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 
     def __init__(self, file: io.BytesIO, own: set[int]) -> None:
         super().__init__(file, protocol=5)
         self.own = own
-        self.code: dict[ReferenceType[Any], int] = {}
+        self.code: dict[ReferenceType[Any], int] = {}  # classes and functions, and the numbers that stand for them
         self.tensors: dict[int, int] = {}
 
     def persistent_id(self, one: object) -> Hashable | None:

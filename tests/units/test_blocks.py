@@ -16,7 +16,7 @@ from billhook.model.find import find_transformer
 from billhook.model.inputs import make_inputs
 from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
 from billhook.model.shapes.shape import set_shape, shape_of
-from billhook.pruning import block_removal
+from billhook.pruning import block_plan
 from billhook.units.blocks import block_of, find_blocks, skipping
 from kit.families import build, llama, tokens
 from kit.shaped import bert, gpt2, uneven_llama
@@ -528,14 +528,14 @@ class TestRefused:
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         before, config = everything(model, optimizer), model.config
-        real, blocks = block_removal.answer, list(model.model.layers)
+        real, blocks = block_plan.answer, list(model.model.layers)
 
         def failing(subject):
             if len(subject.model.layers) < 4:
                 raise KeyboardInterrupt
             return real(subject)
 
-        monkeypatch.setattr(block_removal, "answer", failing)
+        monkeypatch.setattr(block_plan, "answer", failing)
         with pytest.raises(KeyboardInterrupt):
             remove(model, [0, 1], optimizer)
         assert everything(model, optimizer) == before

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,12 +65,10 @@ class Ablation(Importance):
 def ablating(model: nn.Module, units: Mapping[str, Units], per: Per) -> Iterator[dict[str, Tensor]]:
     """Places gates that are to be set by hand, all 1."""
     gates = {name: torch.ones(one.count(per)) for name, one in units.items()}
-    handles = place_gates(model, units, gates, per)
-    try:
+    with ExitStack() as hooks:
+        for handle in place_gates(model, units, gates, per):
+            hooks.callback(handle.remove)
         yield gates
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

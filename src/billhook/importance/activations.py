@@ -1,6 +1,7 @@
 """Importance from forward passes alone: the outputs of units, and how far they move the module that reads them."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -126,16 +127,11 @@ def watch(model: nn.Module, units: Mapping[str, Units], run: Run, note: Callable
     def see(name: str, reader: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         note(name, reader, args[0], run.tokens.get(reader))
 
-    handles = []
-    for name, one in units.items():
-        for reader, module in reading(model, one).items():
-            handles.append(module.register_forward_pre_hook(partial(see, name, reader)))
-    try:
-        with torch.no_grad():
-            run.forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name, one in units.items():
+            for reader, module in reading(model, one).items():
+                hooks.callback(module.register_forward_pre_hook(partial(see, name, reader)).remove)
+        run.forward()
 
 
 def table_of(units: Units, per: Per) -> tuple[Tensor, Tensor]:

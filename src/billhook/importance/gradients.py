@@ -1,7 +1,7 @@
 """Uses gradients one by one as they come and drops them, so that there is never more than one."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -50,12 +50,7 @@ def stream(loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter], u
         use(name, gradient)
         return gradient.new_zeros(()).expand_as(gradient)  # this is what autograd keeps
 
-    handles = []
-    try:
+    with ExitStack() as hooks, torch.enable_grad():
         for name, parameter in parameters.items():
-            handles.append(parameter.register_hook(partial(note, name)))  # type: ignore[no-untyped-call]
-        with torch.enable_grad():
-            torch.autograd.grad(scalar(loss()), list(parameters.values()), allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.callback(parameter.register_hook(partial(note, name)).remove)  # type: ignore[no-untyped-call]
+        torch.autograd.grad(scalar(loss()), list(parameters.values()), allow_unused=True)

@@ -11,15 +11,7 @@ from billhook.units.units import Per, Units
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A dimension of a parameter, along which the units of a place stand.
-
-    Attributes:
-        place: The place.
-        name: The parameter.
-        dim: The dimension.
-        units: For each position along it, the unit that it belongs to, `count` if to none: int64.
-        count: How many units there are.
-    """
+    """A dimension of a parameter with units of a place along it: for each position its unit, `count` if none, int64."""
 
     place: str
     name: str

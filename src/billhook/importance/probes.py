@@ -1,6 +1,7 @@
 """Observes units while a batch runs: their outputs, and the products of these with the loss's gradient."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,14 +45,8 @@ class Products:
     """Products of what units give with the loss's gradient by it, of every token, noted on the way back.
 
     Several readers of a place, or one that runs several times, have one gate: their products add up where they are of the same
-    tokens. What is complete is passed on and dropped, so that few places are held at a time.
-
-    Args:
-        units: The units.
-        per: What there is one number for.
-        tokens: As in `Run`.
-        use: Gets the place, the products of a batch (float32, `[..., units]`, zero for tokens that do not count), and how many
-            tokens count.
+    tokens. What is complete is passed on to `use` and dropped, so that few places are held at a time: the place, the products of
+    a batch (float32, `[..., units]`, zero for tokens that do not count), and how many tokens count.
     """
 
     def __init__(
@@ -63,17 +58,12 @@ class Products:
     def run(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
         """Runs a loss and its gradient; refuses one that is none, or does not depend on a place."""
         probes = {name: torch.zeros((), requires_grad=True) for name in self._units}
-        handles = []
-        for name, one in self._units.items():
-            for reader, module in reading(model, one).items():
-                hook = partial(self._probe, name, self._tokens.get(reader), probes[name])
-                handles.append(module.register_forward_pre_hook(hook))
-        try:
-            with torch.enable_grad():
-                gradients = torch.autograd.grad(scalar(loss()), list(probes.values()), allow_unused=True)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as hooks, torch.enable_grad():
+            for name, one in self._units.items():
+                for reader, module in reading(model, one).items():
+                    hook = partial(self._probe, name, self._tokens.get(reader), probes[name])
+                    hooks.callback(module.register_forward_pre_hook(hook).remove)
+            gradients = torch.autograd.grad(scalar(loss()), list(probes.values()), allow_unused=True)
         for name, gradient in zip(self._units, gradients, strict=True):
             if gradient is None:
                 raise ValueError(independent(name))

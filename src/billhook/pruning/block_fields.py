@@ -26,20 +26,7 @@ class Built:
     attributes: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Then:
-    """How a model's config and attributes change when blocks are removed.
-
-    Attributes:
-        fields: Fields of the config, with their new values.
-        attributes: The attributes that number blocks.
-    """
-
-    fields: Fields
-    attributes: Numbers
-
-
-def find_then(model: PreTrainedModel, stacks: Mapping[str, int], gone: Gone) -> Then:
+def find_then(model: PreTrainedModel, stacks: Mapping[str, int], gone: Gone) -> tuple[Fields, Numbers]:
     """Finds how the config says that blocks are removed, so that the model's class builds just those that remain.
 
     It tries lists with a value for each block, without those of removed ones; the fewest numbers of blocks that, changed
@@ -57,7 +44,7 @@ def find_then(model: PreTrainedModel, stacks: Mapping[str, int], gone: Gone) -> 
         for fields in (*counts, *(counts[0] | more for more in finder.others(counts))):
             reason, numbers = finder.compare(finder.build(lists | fields))
             if not reason:
-                return Then(lists | fields, numbers)
+                return lists | fields, numbers
             reasons.append(reason)
     raise ValueError(
         f"blocks: the config of {type(model).__name__} cannot say that {finder.words} are removed: "
@@ -161,10 +148,8 @@ class _Finder:
 
     def _numbering(self, name: str, new: str, value: int, made: int) -> bool:
         """Tells whether a whole number that would change only says which block it is in, or how many blocks there are."""
-        stack, counts = (
-            self._stack_of(name),
-            [(self.stacks[own], self.stacks[own] - len(gone)) for own, gone in self.gone.items()],
-        )
+        stack = self._stack_of(name)
+        counts = [(self.stacks[own], self.stacks[own] - len(gone)) for own, gone in self.gone.items()]
         if stack is None or (value, made) in counts:
             return True
         (place, rest), (then, _) = _place(name, stack), _place(new, stack)

@@ -1,4 +1,4 @@
-"""Which blocks are removed from a model, and how its numbers and its config follow, as a plan."""
+"""Which blocks are removed from a model, and how its numbers and its config follow, as a plan that is checked and applied."""
 
 import hashlib
 import json
@@ -10,28 +10,26 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from billhook.model.config_fields import Fields
+from billhook.model.answers import alike, answer, tolerance
+from billhook.model.config_fields import Fields, set_fields
 from billhook.model.find import find_transformer
 from billhook.model.plan import Plan, Weights, starting_from
 from billhook.model.shapes.shape import shape_of
-from billhook.pruning.block_fields import Numbers, Then, find_then
-from billhook.pruning.block_removal import remove_blocks
-from billhook.units.blocks import block_of, find_blocks
+from billhook.model.shapes.stacks import keep, numbers_of
+from billhook.model.surgery import undone_by_errors
+from billhook.pruning.block_fields import Numbers, find_then
+from billhook.units.blocks import block_of, find_blocks, skipping
 from billhook.units.units import UnitKind
 
 
 @dataclass(frozen=True)
 class BlockPlan(Plan):
-    """Which blocks are removed; `print` shows a table.
+    """Which blocks are removed, by stack; `print` shows a table.
 
     Attributes:
-        model: The name of the model's class.
         made_for: A digest of the names and sizes of the model's tensors, and of the blocks that it has lost before.
-        units: The removed blocks, by stack.
-        before: By stack, the number of blocks.
         fields: Fields of the config, those of nested configs with dots, with their new values.
         attributes: The attributes that number blocks, by their new names: their values before and after.
-        parameters: The number of parameters, before and after.
         scores: By stack, the score of each block; only shown.
     """
 
@@ -91,7 +89,7 @@ class BlockPlan(Plan):
         """Removes the blocks; see `Plan.apply`."""
         subject = find_transformer(model)
         with starting_from(subject, weights):
-            remove_blocks(subject, self.units, Then(self.fields, self.attributes), list(optimizers))
+            _remove(subject, self.units, self.fields, self.attributes, list(optimizers))
 
     def __str__(self) -> str:
         before, after = self.parameters
@@ -107,12 +105,7 @@ class BlockPlan(Plan):
 def find_block_plan(
     model: PreTrainedModel, chosen: Mapping[str, Iterable[int]], scores: Mapping[str, Tensor] | None = None
 ) -> BlockPlan:
-    """Finds how a model, its numbers and its config follow when blocks are removed; scores are only shown.
-
-    Raises:
-        ValueError: If there is no such block, a stack would be left without blocks, or the config has no fields that say which
-            blocks are left; the message says why and what is legal.
-    """
+    """Finds how a model, its numbers and its config follow when blocks are removed; refuses what none can say. Shows scores."""
     stacks = find_blocks(model)
     units = {name: sorted(set(own)) for name, own in chosen.items()}
     units = {name: own for name, own in units.items() if own}
@@ -122,12 +115,13 @@ def find_block_plan(
         if len(own) == len(stacks[name]):
             raise ValueError(f"blocks: {name} would be left without blocks; at least one of its {len(own)} must stay")
     _check_own(model, stacks, units)
-    then = find_then(model, {name: len(stack) for name, stack in stacks.items()}, units) if units else Then({}, {})
+    sizes = {name: len(stack) for name, stack in stacks.items()}
+    fields, attributes = find_then(model, sizes, units) if units else ({}, {})
     gone = {p: p.numel() for name, own in units.items() for number in own for p in stacks[name][number].parameters()}
     total = sum(parameter.numel() for parameter in model.parameters())
     shown = {name: own.tolist() for name, own in (scores or {}).items()}
-    sizes = (total, total - sum(gone.values()))
-    return BlockPlan(type(model).__name__, _digest(model), units, _counts(stacks), then.fields, then.attributes, sizes, shown)
+    parameters = (total, total - sum(gone.values()))
+    return BlockPlan(type(model).__name__, _digest(model), units, _counts(stacks), fields, attributes, parameters, shown)
 
 
 def _check_own(model: nn.Module, stacks: Mapping[str, nn.ModuleList], gone: Mapping[str, list[int]]) -> None:
@@ -147,3 +141,43 @@ def _counts(stacks: Mapping[str, nn.ModuleList]) -> dict[str, tuple[int, ...]]:
 def _digest(model: PreTrainedModel) -> str:
     shape = shape_of(model).to_dict()
     return hashlib.sha256(json.dumps([shape["tensors"], shape["blocks"]], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _remove(
+    model: PreTrainedModel, blocks: Mapping[str, list[int]], fields: Fields, attributes: Numbers, optimizers: list[Optimizer]
+) -> None:
+    """Removes blocks, by stack, from a model, in place; the model and the optimizers are as before if that fails.
+
+    Refuses a block that runs several times, and a model that then computes something else than with the blocks skipped.
+    """
+    if not blocks:
+        return
+    with skipping(model, blocks) as runs:
+        expected = answer(model)
+    if often := next((key for key, times in runs.items() if times > 1), None):
+        raise ValueError(f"blocks: block {often[1]} of {often[0]} runs {runs[often]} times in a forward: its weights are shared")
+    with undone_by_errors(model, optimizers):
+        trained = set(model.parameters())
+        for name, gone in blocks.items():
+            stack = model.get_submodule(name)
+            assert isinstance(stack, nn.ModuleList)
+            keep(stack, [own for place, own in enumerate(numbers_of(stack)) if place not in gone])
+        for name, (before, after) in attributes.items():
+            owner, _, attr = name.rpartition(".")
+            if getattr(model.get_submodule(owner), attr, None) == before:
+                setattr(model.get_submodule(owner), attr, after)
+        set_fields(model.config, fields)
+        _forget(optimizers, trained - set(model.parameters()))
+        if not alike(expected, answer(model), tolerance(model)):
+            raise ValueError(
+                f"blocks: {type(model).__name__} computes something else without {blocks} than it does when they are skipped: "
+                "later blocks need them, or count on their own place"
+            )
+
+
+def _forget(optimizers: Iterable[Optimizer], gone: set[nn.Parameter]) -> None:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"][:] = [parameter for parameter in group["params"] if parameter not in gone]
+        for parameter in gone & optimizer.state.keys():
+            del optimizer.state[parameter]

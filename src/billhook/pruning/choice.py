@@ -18,13 +18,7 @@ from billhook.units.units import Per, Units, plural
 
 @dataclass(frozen=True)
 class _Step:
-    """Units that are removed together.
-
-    Attributes:
-        score: The score of all of them together.
-        units: The units by place.
-        size: How many they are.
-    """
+    """Units by place that are removed together: their score, and how many they are."""
 
     score: float
     units: dict[str, list[int]]
@@ -50,7 +44,7 @@ def choose(
     ends: tuple[int, int] = (0, 0),
     name: str = "ratio",
 ) -> dict[str, list[int]]:
-    """Chooses units of one kind: those of the lowest scores.
+    """Chooses the units of the lowest scores, of one kind; by place, ascending, places without any are left out.
 
     Args:
         units: The units by place.
@@ -58,14 +52,11 @@ def choose(
         ratio: Fraction of the units, in [0, 1), rounded down; of blocks also the number in each stack (int).
         ranking: `"layer"`: as many in each place; `"global"`: the lowest of all places.
         min_units: The fewest that remain in each place.
-        per: For heads, whether they are query heads, or KV heads with the query heads that they serve.
+        per: For heads, whether scores and chosen units are of query heads, or KV heads.
         remove: Whether they can be removed, not only masked: then all KV heads keep as many query heads, and layers that share a
             position bias lose the same heads.
         ends: How many units at the beginning and at the end of each place are kept.
         name: The name of `ratio` in messages.
-
-    Returns:
-        The chosen units by place, ascending, counted as `per` says; places without any are left out.
 
     Raises:
         ValueError: If a score is missing or NaN, or a place would keep fewer than `min_units`: then with the legal ratio.
@@ -151,17 +142,9 @@ def choose_units(
     ratios: Mapping[str, float],
     protected: frozenset[str] = frozenset(),
 ) -> dict[str, list[int]]:
-    """Chooses the units of the lowest scores, of several kinds.
+    """Chooses the units of the lowest scores, of several kinds; by place, ascending, of attentions query heads.
 
-    Args:
-        units: The units of a model, by place.
-        scores: By place, one for each unit; of attentions, one for each head or KV head, as the ratio is of one or the other.
-        amount: How they are compared and rounded.
-        ratios: How much of each kind, by the names that they have in `Amount`.
-        protected: Places that keep all of theirs.
-
-    Returns:
-        By place, the chosen units, ascending; of attentions, query heads. Places that lose none are left out.
+    The scores are of heads or KV heads as the ratio is, by its name in `Amount`; protected places keep all of their units.
 
     Raises:
         ValueError: If a score is missing or NaN, or a ratio would leave a place with fewer than `min_units`.

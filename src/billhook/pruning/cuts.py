@@ -20,14 +20,12 @@ Cuts = dict[tuple[str, int], Indices]
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Which units are removed from a model, and what remains.
+    """Which units are removed from a model, by place (of an attention, query heads), and what remains.
 
     Attributes:
-        model: The name of the model's class.
-        kinds: The kind of the units of each place.
-        units: The removed units by place; of an attention, query heads. Places that keep all are left out.
-        before: By place, the number of units; of an attention, of query heads and KV heads.
-        after: By place, the number of units that remain.
+        units: The removed units; places that keep all are left out.
+        before: The number of units; of an attention, of query heads and KV heads.
+        after: The number of units that remain.
         cuts: The positions that remain of each tensor.
         parameters: The number of parameters, before and after.
     """
@@ -45,9 +43,7 @@ def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units],
     """Finds what is removed with some units; a KV head is removed with the last of its query heads.
 
     Raises:
-        ValueError: If there is no such place or unit, a place would be left without units, KV heads would serve different
-            numbers of query heads, layers that share a position bias would lose different heads, or the units may not be
-            removed at all; the message says why and what is legal.
+        ValueError: If there is no such unit, or these may not be removed; the message says why and what is legal.
     """
     _check_plain(model)
     gone = {name: own for name, own in numbered(units, chosen, per).items() if own}

@@ -21,11 +21,7 @@ from billhook.units.units import PLURAL, UnitKind, counts
 
 @dataclass(frozen=True, eq=False)
 class UnitPlan(Cut, Plan):
-    """Which heads, channels, residual channels or experts are removed; `print` shows a table.
-
-    Attributes:
-        costs: What the model costs, before and after, where `plan` has found it.
-    """
+    """Which heads, channels, residual channels or experts are removed, and what the model costs then; `print` shows a table."""
 
     kind: ClassVar[str] = "units"
     costs: tuple[Figures, Figures] | None = None

@@ -17,12 +17,7 @@ from billhook.units.units import Units
 
 @dataclass(frozen=True)
 class First:
-    """A model before any part of an amount was removed.
-
-    Attributes:
-        counts: By ratio and place, the number of units that may be removed.
-        figure: The figure that the target limits, if there is one.
-    """
+    """A model before any part of an amount was removed: by ratio and place its units that may be, and what the target limits."""
 
     counts: dict[str, dict[str, int]]
     figure: int | None

@@ -29,10 +29,7 @@ def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer]) -> Non
     """Removes units from a model, in place; the model and the optimizers are as before if that fails.
 
     Where heads and feed-forward channels are removed, the outcome is compared with the model in which they are masked. Where
-    residual channels or experts are removed, it must run and have the planned units.
-
-    Raises:
-        ValueError: If a mask stands before the units, or the model's code does not follow.
+    residual channels or experts are removed, it must run and have the planned units. A mask before the units is refused.
     """
     if not cut.units:
         return

@@ -38,7 +38,7 @@ class OwedMoments:
 
         Args:
             inputs: `[..., in_features]`, of any floating dtype.
-            owed: Addition that its outputs need, `[..., out_features]`; nothing if None.
+            owed: Addition that its outputs need, `[..., out_features]`, if any.
             keep: Which tokens count, bool, `[...]`; all if None.
             weights: How much each token counts, `[...]`; all one if None.
         """

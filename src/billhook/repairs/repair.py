@@ -85,9 +85,7 @@ def repair_linears(
         than kept inputs is not refitted, and a warning names it.
 
     Raises:
-        ValueError: If a name is of no linear, a mask does not fit or keeps nothing, there are too few batches or tokens, a
-            linear has NaN or infinite inputs, or given parameters are of no linear, of another size, or of one called more than
-            once in a run.
+        ValueError: If masks, batches, inputs or given parameters do not fit, or one of these is called more than once in a run.
     """
     repair = repair or Repair()
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}

@@ -5,7 +5,6 @@ A run shows them, not the structure: stages that change the shape of hidden stat
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -19,13 +18,8 @@ from billhook.model.find import find_transformer
 from billhook.model.memory import remembered
 from billhook.running.undisturbed import resting
 
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """One call of a block: the hidden states it was given, and those of the same shape that it returned, if any."""
-
-    given: Tensor
-    returned: Tensor | None
+_Call = tuple[int, Tensor, Tensor | None]
+"""A block's place in its list, the hidden states it was given, and those of the same shape that it returned, if any."""
 
 
 def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> dict[str, nn.ModuleList]:
@@ -104,11 +98,10 @@ def skip(model: nn.Module, blocks: Mapping[str, Iterable[int]]) -> tuple[list[Re
 def skipping(model: nn.Module, blocks: Mapping[str, Iterable[int]]) -> Iterator[dict[tuple[str, int], int]]:
     """Skips blocks as `skip` does, for as long as the `with` block lasts, and yields how often each has been called."""
     handles, runs = skip(model, blocks)
-    try:
-        yield runs
-    finally:
+    with ExitStack() as hooks:
         for handle in handles:
-            handle.remove()
+            hooks.callback(handle.remove)
+        yield runs
 
 
 def hidden_states(values: Iterable[Any], shape: torch.Size | None = None) -> Tensor | None:
@@ -121,21 +114,17 @@ def hidden_states(values: Iterable[Any], shape: torch.Size | None = None) -> Ten
 
 def returned_states(given: Tensor, output: Any) -> Tensor | None:  # noqa: ANN401 - whatever a block returns
     """Returns the hidden states in the output of a block; None if none have the shape of those that it was given."""
-    return hidden_states([output] if isinstance(output, Tensor) else _several(output), given.shape)
-
-
-def _several(output: Any) -> Iterable[Any]:  # noqa: ANN401
-    return output if isinstance(output, tuple | list) else ()
+    return hidden_states(output if isinstance(output, tuple | list) else [output], given.shape)
 
 
 @contextmanager
-def _watching(lists: Mapping[str, nn.ModuleList]) -> Iterator[dict[str, list[tuple[int, _Call]]]]:
-    """Notes calls of the modules in lists, each with its place in the list."""
-    calls: dict[str, list[tuple[int, _Call]]] = {name: [] for name in lists}
+def _watching(lists: Mapping[str, nn.ModuleList]) -> Iterator[dict[str, list[_Call]]]:
+    """Notes calls of the modules in lists."""
+    calls: dict[str, list[_Call]] = {name: [] for name in lists}
 
     def note(name: str, number: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
         if (given := hidden_states([*args, *kwargs.values()])) is not None:
-            calls[name].append((number, _Call(given, returned_states(given, output))))
+            calls[name].append((number, given, returned_states(given, output)))
 
     with ExitStack() as hooks:
         for name, stack in lists.items():
@@ -144,7 +133,7 @@ def _watching(lists: Mapping[str, nn.ModuleList]) -> Iterator[dict[str, list[tup
         yield calls
 
 
-def _is_stack(calls: Sequence[tuple[int, _Call]], count: int) -> bool:
-    if {number for number, _ in calls} != set(range(count)) or any(call.returned is None for _, call in calls):
+def _is_stack(calls: Sequence[_Call], count: int) -> bool:
+    if {number for number, _, _ in calls} != set(range(count)) or any(returned is None for _, _, returned in calls):
         return False
-    return count == 1 or any(after.given is before.returned for (_, before), (_, after) in pairwise(calls))
+    return count == 1 or any(given is returned for (_, _, returned), (_, given, _) in pairwise(calls))

@@ -27,9 +27,7 @@ def _units(model: nn.Module, structure: Structure, group: Group, kind: UnitKind)
     reading = [(name, member) for member in members if member.reads for name in _linears(model, structure, member)]
     indices = [group.index(member) for _, member in reading]
     alike = [name for (name, _), index in zip(reading, indices, strict=True) if np.array_equal(index, indices[0])]
-    once = {
-        id(model.get_submodule(name)): name for name in reversed(alike)
-    }  # a module that stands in several places has one gate
+    once = {id(model.get_submodule(name)): name for name in reversed(alike)}  # one gate for a module in several places
     separate = len(alike) == len(reading) and kind != "expert"
     readers = tuple(name for name in dict.fromkeys(alike) if name in once.values()) if separate else ()
     index = indices[0] if readers else np.zeros(0, dtype=np.int64)

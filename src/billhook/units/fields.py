@@ -30,11 +30,9 @@ class FieldFinder:
         self._built: dict[tuple[tuple[str, int], ...], Places | None] = {}
 
     def find(self, groups: Sequence[Group]) -> tuple[str, ...]:
-        """Finds the fields that, changed together, give all these groups of one size fewer units and change nothing else.
+        """Finds the fields, by dotted names, that, changed together, give all these groups of one size fewer units, and no more.
 
-        Returns:
-            Names of fields, those of nested configs with dots, with such as must be given because others change that they follow;
-            nothing if no fields do that.
+        With them come such as must be given because others change that they follow; there are none if no fields do that.
         """
         return remembered(partial(self._find_new, groups), self.model, "fields", *(group.number for group in groups))
 

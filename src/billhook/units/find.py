@@ -98,15 +98,12 @@ def numbered(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> d
         name, numbers = place if isinstance(place, str) else names[place], list(given)
         one, count = units[name], units[name].count(per)
         if wrong := [number for number in numbers if type(number) is not int or not 0 <= number < count]:
-            raise ValueError(f"{what}: {name} has no {_single(one, per)} {wrong[0]!r}; it has 0 to {count - 1}")
+            single = "KV head" if one.kind == "head" and per == "kv_head" else one.kind
+            raise ValueError(f"{what}: {name} has no {single} {wrong[0]!r}; it has 0 to {count - 1}")
         if per == "kv_head":
             numbers = one.query_heads(numbers)
         found[name] = sorted({*found.get(name, []), *numbers})
     return found
-
-
-def _single(units: Units, per: Per) -> str:
-    return "KV head" if units.kind == "head" and per == "kv_head" else units.kind
 
 
 def _stacks(model: nn.Module, example_inputs: Inputs | None) -> dict[str, Units]:

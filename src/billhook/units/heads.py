@@ -15,11 +15,7 @@ from billhook.units.units import Units, along
 
 
 def find_heads(model: nn.Module, structure: Structure) -> dict[str, Units]:
-    """Finds the heads of every attention in a traced model, by the attention's name, in the order in which they run.
-
-    Raises:
-        ValueError: If there is no attention, or one with heads that no module of its own reads, or that cannot be told apart.
-    """
+    """Finds the heads of each attention of a traced model, by its name, as they run; refuses none, or ones not told apart."""
     found: dict[str, Units] = {}
     seen: set[tuple[str, ...]] = set()
     for attention in structure.attention:

@@ -13,8 +13,7 @@ def _all_nonzero(x: Tensor) -> Tensor:
     """Returns the places of all entries, as if none were zero: [entries, dimensions]."""
     axes = axes_of(x)
     places = torch.cartesian_prod(*(torch.arange(n) for n in x.shape)).reshape(-1, x.dim())
-    for axis in axes_of(x):
-        keep_order(axis, "the code asks where along it something is")
+    keep_order(axes, "the code asks where along it something is")
     out = places if places.numel() <= SMALL else places.to("meta")
     put(out, [product(axes), Axis(x.dim())], [x], points=axes[0] if x.dim() == 1 else None).columns = tuple(axes)
     return out
@@ -30,8 +29,7 @@ def first_nonzero(x: Tensor) -> Tensor:
 def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
     """Returns x[mask] as if the mask held everywhere."""
     broadcast(x.shape, [x, mask])
-    for axis in axes_of(x):
-        keep_order(axis, "the code picks along it by a mask")
+    keep_order(axes_of(x), "the code picks along it by a mask")
     out = x.new_empty(x.numel())
     put(out, [product(axes_of(x))], [x, mask], note(x).points)
     return out
@@ -48,8 +46,7 @@ def _all_indexed(x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
     put(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
     for axis, own in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
         join(axis, own)
-    for axis in axes_of(mask):
-        keep_order(axis, "the code picks along it by a mask")
+    keep_order(axes_of(mask), "the code picks along it by a mask")
     return out
 
 

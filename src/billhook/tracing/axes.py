@@ -24,14 +24,7 @@ class Irregular(Exception):
 
 
 class Axis:
-    """A dimension: its size, what it is made of, and notes (a flag, and the reason for it) on what happens along it.
-
-    Args:
-        size: How many positions it has.
-        op: How the parts make it up.
-        parts: The factors of a product, outermost first, or the segments of a sum in their order; a leaf has none.
-        notes: Flags, each with its reason.
-    """
+    """A dimension: its size, the factors (outermost first) or segments it is made of, and flags with their reasons."""
 
     __slots__ = ("_same", "notes", "number", "op", "parts", "size")
 
@@ -117,11 +110,7 @@ def notes_of(axis: Axis) -> dict[str, str]:
 
 
 def cut(axis: Axis, at: int) -> tuple[list[Axis], list[Axis]]:
-    """Cuts an axis at a position: the segments before it and those from it on.
-
-    Raises:
-        Irregular: If the position falls inside a product, between two indices of its first factor.
-    """
+    """Cuts an axis at a position, not between two indices of a product's first factor: the segments before it and from it on."""
     before: list[Axis] = []
     after = segments(axis)
     while after and at >= after[0].size:
@@ -144,11 +133,7 @@ def cut(axis: Axis, at: int) -> tuple[list[Axis], list[Axis]]:
 
 
 def split(axis: Axis, outer: int) -> tuple[list[Axis], list[Axis]]:
-    """Splits an axis into an outer part of a size and the rest: the factors of each.
-
-    Raises:
-        Irregular: If its pieces do not allow that.
-    """
+    """Splits an axis, where its pieces allow that, into an outer part of a size and the rest: the factors of each."""
     if not 0 < outer <= axis.size or axis.size % outer:
         raise Irregular(f"{axis} has no outer part of size {outer}")
     inner, taken = factors(axis), []

@@ -59,13 +59,7 @@ class Structure(Findings):
 
 
 def couple(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]] | None = None) -> Structure:
-    """Makes a structure of what a run has shown: groups with kinds, roles and reasons.
-
-    Args:
-        model: The model that ran, on meta.
-        tape: What the run has shown.
-        outside: The shapes of parameters that stand next to the model and may belong to it.
-    """
+    """Makes a structure of what a run has shown; parameters of the shapes `outside` stand next to the model and may be its."""
     parameters = dict(model.named_parameters())
     used = {name: note(tensor, touch=False) for name, tensor in tape.parameters.items()}
     axes = {name: tuple(map(find, one.axes)) for name, one in used.items() if one.used and not one.active}

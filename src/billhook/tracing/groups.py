@@ -140,10 +140,7 @@ def times(axis: Axis, leaf: Axis) -> int:
 def weigh(group: Group, axes: Mapping[str, Sequence[Axis]], sizes: Mapping[str, int]) -> None:
     """Counts the entries and bytes that one unit takes with it; a matrix that has it in both dimensions loses its cross once.
 
-    Args:
-        group: The group.
-        axes: The axes of every parameter.
-        sizes: Bytes of an entry of every parameter; what it lacks (buffers) does not count.
+    What has no bytes an entry in `sizes` (buffers) does not count.
     """
     group.entries = group.bytes = 0
     names: Iterable[str] = dict.fromkeys(member.name for member in group.members if member.name in sizes)

@@ -24,8 +24,6 @@ class Op:
     """Facts that are the same for every call of an op.
 
     Attributes:
-        name: Its name, without overload.
-        rule: Its rule, if it has one.
         writes: The arguments that it writes to: place and name.
         reshapes: Whether it changes the shape of its argument in place.
         repeats: Whether its result is new memory whose shape, strides and dtype follow from those of its arguments.
@@ -45,13 +43,7 @@ class Op:
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes on the tape what each op says of axes.
-
-    Args:
-        tape: Where facts are noted.
-        model: The model that runs, whose modules messages name.
-        everything: Whether code that asks which entries are not zero hears that all are, or that the first is.
-    """
+    """Notes on the tape what each op of a model says of axes; see `recording`."""
 
     def __init__(self, tape: Tape, model: nn.Module, everything: bool = True) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -261,12 +253,9 @@ def _value(tape: Tape, func: OpOverload, name: str, out: Tensor, args: Any, kwar
 
 @contextmanager
 def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator[None]:
-    """Notes on a tape all that is done meanwhile, without gradients and without torch's fused encoder layers.
+    """Notes on a tape all that a model does meanwhile, without gradients and without torch's fused encoder layers.
 
-    Args:
-        tape: Where facts are noted.
-        model: The model that runs.
-        everything: Whether code that asks which entries are not zero hears that all are, or that the first is.
+    Code that asks which entries are not zero hears that `everything` is, or that the first is.
     """
     fused, own = torch.backends.mha.get_fastpath_enabled(), vars(torch.Tensor).get("__getitem__")
     torch.backends.mha.set_fastpath_enabled(False)

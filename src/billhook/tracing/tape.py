@@ -159,7 +159,7 @@ def pay(one: Note, points: Axis | None = None) -> None:
         mark(axis, flag, reason)
     one.debts = ()
     if one.points is not None and (points is None or find(points) is not find(one.points)):
-        spend(one.points, "its numbers are used as values")
+        mark(one.points, "const", "its numbers are used as values")
 
 
 def put(out: Tensor, axes: Sequence[Axis], inputs: Iterable[Tensor], points: Axis | None = None, paid: bool = False) -> Note:
@@ -241,19 +241,20 @@ def broadcast(shape: Sequence[int], inputs: Sequence[Tensor]) -> list[Axis]:
     return [axis if axis is not None else Axis(size) for axis, size in zip(out, shape, strict=True)]
 
 
-def spend(points: Axis | None, reason: str) -> None:
-    """Marks the axis that an index points into, as its values are used as numbers: the order of the axis matters."""
-    if points is not None:
-        mark(points, "const", reason)
-
-
 def is_data(axis: Axis) -> bool:
     """Tells whether an axis is made of batch, sequence or image positions alone."""
     return all("data" in leaf.notes for leaf in leaves(axis))
 
 
-def keep_order(axis: Axis, reason: str) -> None:
-    """Marks the part of an axis that is not data as not to be reordered."""
-    for leaf in leaves(axis):
+def keep_order(axes: Iterable[Axis], reason: str) -> None:
+    """Marks the parts of axes that are not data as not to be reordered."""
+    for leaf in (leaf for axis in axes for leaf in leaves(axis)):
         if "data" not in leaf.notes:
             mark(leaf, "const", reason)
+
+
+def mark_units(axes: Iterable[Axis], flag: str, reason: str) -> None:
+    """Notes a flag on axes, except for those that are data alone."""
+    for axis in axes:
+        if not is_data(axis):
+            mark(axis, flag, reason)

@@ -22,7 +22,7 @@ from billhook.model.transformers_internals import attention_of, compute_every_ex
 from billhook.tracing.axes import Axis, mark
 from billhook.tracing.coupling import Structure, couple
 from billhook.tracing.mode import recording
-from billhook.tracing.tape import Note, Rows, Tape, axes_of, is_data, join, memory_of, note, pay, tensors
+from billhook.tracing.tape import Note, Rows, Tape, axes_of, join, mark_units, memory_of, note, pay, tensors
 from billhook.tracing.where import line_of
 
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
@@ -234,21 +234,17 @@ def _close(output: Any, vocab: Axis | None) -> None:  # noqa: ANN401 - whatever 
         return  # the other fields are what the model says of itself: states, caches
     for tensor in tensors([one for key, one in fields.items() if key not in answers] if fields else output):
         pay(note(tensor))
-        for axis in note(tensor).axes:
-            if not is_data(axis):
-                mark(axis, "output", "the model's output has it, so that whatever reads the output must follow")
+        mark_units(note(tensor).axes, "output", "the model's output has it, so that whatever reads the output must follow")
 
 
 def _answered(logits: Tensor, vocab: Axis | None) -> None:
     pay(note(logits))
     *places, last = note(logits).axes
-    for axis in places:
-        if not is_data(axis):
-            mark(axis, "output", "the positions of what the model answers")
+    mark_units(places, "output", "the positions of what the model answers")
     if vocab is not None and last.size == vocab.size:
         join(last, vocab)
-    elif not is_data(last):
-        mark(last, "label", "what the model answers")
+    else:
+        mark_units([last], "label", "what the model answers")
 
 
 def _refusal(shadow: nn.Module, tape: Tape, error: Exception, inputs: str) -> str:

@@ -15,15 +15,12 @@ NOT_THE_MODELS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).p
 
 def where(model: nn.Module) -> str:
     """Finds the innermost module of a model that is running, and the line of its code."""
-    frame, line = sys._getframe(), None
-    while frame is not None:
-        line = line or _line(frame.f_code, frame.f_lineno)
+    line = None
+    for frame, number in traceback.walk_stack(sys._getframe()):
+        line = line or _line(frame.f_code, number)
         owner = frame.f_locals.get("self")
         if isinstance(owner, nn.Module) and (name := _name(model, owner)) is not None:
             return f"{name} ({line})" if line else name
-        if frame.f_back is None:
-            break
-        frame = frame.f_back
     return line or "the model"
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from billhook.tracing.axes import Axis, find, mark, product, unify
-from billhook.tracing.tape import Meeting, Note, Rows, Sources, Tape, axes_of, broadcast, is_data, join, memory_of, note, put
+from billhook.tracing.tape import Meeting, Note, Rows, Sources, Tape, axes_of, broadcast, join, mark_units, memory_of, note, put
 
 
 def contract(tape: Tape, out: Tensor, axes: list[Axis], x: Tensor, i: int, y: Tensor, j: int) -> None:
@@ -65,12 +65,6 @@ def mm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  #
     contract(tape, out, [axes_of(x)[0], axes_of(y)[1]], x, 1, y, 0)
 
 
-def addmm(tape: Tape, out: Tensor, bias: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - factors
-    """Contracts and adds something."""
-    mm(tape, out, x, y)
-    _add(out, bias)
-
-
 def bmm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - dtype
     """Contracts [n, a, k] with [n, k, b], for each n by itself."""
     batch = join(axes_of(x)[0], axes_of(y)[0])
@@ -79,28 +73,20 @@ def bmm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  
     contract(tape, out, [batch, axes_of(x)[1], axes_of(y)[2]], x, 2, y, 1)
 
 
-def baddbmm(tape: Tape, out: Tensor, bias: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - factors
-    """Contracts a batch, and adds something."""
-    bmm(tape, out, x, y)
-    _add(out, bias)
-
-
 def mv(tape: Tape, out: Tensor, x: Tensor, y: Tensor) -> None:
-    """Contracts [a, k] with [k]."""
-    join(axes_of(x)[1], axes_of(y)[0])
-    put(out, axes_of(x)[:1], [x, y])
+    """Contracts [a, k] or [k] with [k]."""
+    join(axes_of(x)[-1], axes_of(y)[0])
+    put(out, axes_of(x)[:-1], [x, y])
 
 
-def addmv(tape: Tape, out: Tensor, bias: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - factors
-    """Contracts and adds something."""
-    mv(tape, out, x, y)
-    _add(out, bias)
+def with_bias(product: Callable[..., None]) -> Callable[..., None]:
+    """Makes the rule of a product to which something is added."""
 
+    def rule(tape: Tape, out: Tensor, bias: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - factors
+        product(tape, out, x, y)
+        _add(out, bias)
 
-def dot(tape: Tape, out: Tensor, x: Tensor, y: Tensor) -> None:
-    """Contracts [k] with [k]."""
-    join(axes_of(x)[0], axes_of(y)[0])
-    put(out, [], [x, y])
+    return rule
 
 
 def linear(tape: Tape, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -138,9 +124,7 @@ def solve(tape: Tape, out: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> None:
         if d <= a.dim() - 2 and a.shape[-2 - d] == b.shape[-2 - d]:
             axes[-2 - d] = join(axes[-2 - d], own[-2 - d])
     solved = -2 if kwargs.get("left", True) else -1
-    for axis in (join(own[-1], own[-2]), axes[solved]):
-        if not is_data(axis):
-            mark(axis, "const", f"its order matters to {tape.op}")
+    mark_units((join(own[-1], own[-2]), axes[solved]), "const", f"its order matters to {tape.op}")
     put(out, axes, [a, b])
 
 
@@ -152,14 +136,11 @@ def _add(out: Tensor, bias: Tensor) -> None:
 
 RULES: dict[str, Callable[..., None]] = {
     "mm": mm,
-    "addmm": addmm,
+    "addmm": with_bias(mm),
     "bmm": bmm,
-    "baddbmm": baddbmm,
-    "baddbmm_": baddbmm,
-    "mv": mv,
-    "addmv": addmv,
-    "dot": dot,
-    "vdot": dot,
+    "baddbmm": with_bias(bmm),
+    "addmv": with_bias(mv),
+    **dict.fromkeys(("mv", "dot", "vdot"), mv),
     "linear": linear,
     "linalg_solve_triangular": solve,
     **dict.fromkeys(

@@ -15,12 +15,11 @@ from billhook.tracing.tape import (
     broadcast,
     gather,
     given,
-    is_data,
     join,
+    mark_units,
     note,
     pay,
     put,
-    spend,
     tensors,
 )
 
@@ -52,15 +51,9 @@ def elementwise(tape: Tape, out: Any, *args: Any, **kwargs: Any) -> None:  # noq
         new = put(result, axes, inputs, points, paid=True)
         if new.active and (name in BENDS or (name == "mul" and _meet(tape, inputs))):
             new.bent = True
-            _mark_units(axes, "bent", tape.op)
+            mark_units(axes, "bent", tape.op)
         if name == "add" and new.active and len(inputs) == 2 and _adds(*map(note, inputs)):
-            _mark_units(axes[-1:] if result.dim() < 4 else axes, "added", "a residual stream")
-
-
-def _mark_units(axes: list[Axis], flag: str, reason: str) -> None:
-    for axis in axes:
-        if not is_data(axis):
-            mark(axis, flag, reason)
+            mark_units(axes[-1:] if result.dim() < 4 else axes, "added", "a residual stream")
 
 
 def _adds(left: Note, right: Note) -> bool:
@@ -90,7 +83,7 @@ def _points(op: str, out: Tensor, inputs: list[Tensor], args: tuple[Any, ...]) -
     if op in ORDERS and len(inputs) == 1 and _same_for_all(op, first.size, args[-1]):
         return None
     for axis in pointing:
-        spend(axis, f"its numbers are used as values by {op}")
+        mark(axis, "const", f"its numbers are used as values by {op}")
     return None
 
 

@@ -10,7 +10,21 @@ from torch import Tensor
 from billhook.tracing.axes import Axis, mark, product
 from billhook.tracing.rules.contraction import stretches
 from billhook.tracing.rules.movement import narrow, ranked
-from billhook.tracing.tape import Note, Tape, axes_of, broadcast, is_data, join, keep_order, move, note, pay, put, spend, tensors
+from billhook.tracing.tape import (
+    Note,
+    Tape,
+    axes_of,
+    broadcast,
+    is_data,
+    join,
+    keep_order,
+    mark_units,
+    move,
+    note,
+    pay,
+    put,
+    tensors,
+)
 
 
 def point(index: Tensor, axis: Axis) -> None:
@@ -21,7 +35,8 @@ def point(index: Tensor, axis: Axis) -> None:
         join(points, axis)
     else:
         mark(axis, "const", "the code picks along it by numbers whose origin is not known")
-        spend(points, "its numbers pick along another axis")
+        if points is not None:
+            mark(points, "const", "its numbers pick along another axis")
     mark(axis, "indexed", "picked by number")
 
 
@@ -80,8 +95,7 @@ def _masked(out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> None:
     axes = axes_of(x)
     for axis, other in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
         join(axis, other)
-        if not is_data(axis):
-            mark(axis, "const", "the code picks along it by a mask")
+    mark_units(axes[d : d + mask.dim()], "const", "the code picks along it by a mask")
     put(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
 
 
@@ -110,12 +124,10 @@ def masked_scatter(tape: Tape, out: Tensor, x: Tensor, mask: Tensor, source: Ten
     """Overwrites what a mask names by the source, entry after entry: whole rows, where the mask is the same along them."""
     axes = broadcast(out.shape, [x, mask])
     rows = mask.expand(out.shape).stride(-1) == 0 and source.shape[-1] == out.shape[-1]
-    for axis in axes_of(source)[: -1 if rows else None]:
-        keep_order(axis, "a mask says where they go, one after another")
+    keep_order(axes_of(source)[: -1 if rows else None], "a mask says where they go, one after another")
     if rows:
         join(axes[-1], axes_of(source)[-1])
-    for axis in axes[: -1 if rows else None]:
-        keep_order(axis, "a mask says along it what is overwritten, in order")
+    keep_order(axes[: -1 if rows else None], "a mask says along it what is overwritten, in order")
     put(out, axes, [x, mask, source]).active = True
 
 

@@ -104,20 +104,14 @@ def weight_norm(tape: Tape, out: Any, v: Tensor, g: Tensor, dim: int = 0) -> Non
     put(tensors(out)[0], axes_of(v), [v, g])
 
 
-def ordered(position: int) -> Callable[..., None]:
-    """Makes the rule of an op that runs along the dimensions named by its argument at `position`, where order matters."""
-
-    def rule(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-        dim = args[position] if len(args) > position else kwargs.get("dim", -1)
-        dims = {d % max(x.dim(), 1) for d in ([dim] if isinstance(dim, int) else dim)}
-        axes = list(axes_of(x))
-        for d in dims:
-            mark(axes[d], "const", f"its order matters to {tape.op}")
-        for result in tensors(out):
-            kept = [axis if axis.size == n else Axis(n, notes=notes_of(axis)) for axis, n in zip(axes, result.shape, strict=True)]
-            put(result, kept, [x])
-
-    return rule
+def ordered(tape: Tape, out: Any, x: Tensor, dim: int | Sequence[int] = -1, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+    """Runs along dimensions in their order."""
+    axes = axes_of(x)
+    for d in [dim] if isinstance(dim, int) else dim:
+        mark(axes[d], "const", f"its order matters to {tape.op}")
+    for result in tensors(out):
+        kept = [axis if axis.size == n else Axis(n, notes=notes_of(axis)) for axis, n in zip(axes, result.shape, strict=True)]
+        put(result, kept, [x])
 
 
 RULES: dict[str, Callable[..., None]] = {
@@ -137,6 +131,7 @@ RULES: dict[str, Callable[..., None]] = {
                      "binary_cross_entropy_with_logits"), distance),
     "native_group_norm": group_norm,
     "_weight_norm_interface": weight_norm,
-    **dict.fromkeys(("cumsum", "cumprod", "logcumsumexp", "cumsum_", "_fft_r2c", "_fft_c2c", "_fft_c2r"), ordered(0)),
-    **dict.fromkeys(("cummax", "cummin"), ordered(0)),
+    **dict.fromkeys(
+        ("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin", "_fft_r2c", "_fft_c2c", "_fft_c2r"), ordered
+    ),
 }  # fmt: skip

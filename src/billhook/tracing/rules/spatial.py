@@ -28,8 +28,7 @@ def convolution(
         join(outof, axes_of(bias)[0])
     for axis in W[2:]:
         mark(axis, "fixed", "the window of a convolution")
-    for axis in X[2:]:
-        keep_order(axis, f"its order matters to {tape.op}")
+    keep_order(X[2:], f"its order matters to {tape.op}")
     places = [
         X[d] if weight.shape[d] == 1 and X[d].size == out.shape[d] else Axis(out.shape[d], notes=_data(X[d]))
         for d in range(2, out.dim())
@@ -62,8 +61,7 @@ def places(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None: 
     axes = axes_of(x)
     for result in tensors(out):
         kept = result.dim() - (1 if "1d" in tape.op else 3 if "3d" in tape.op else 2)
-        for axis in axes[kept:]:
-            keep_order(axis, f"its order matters to {tape.op}")
+        keep_order(axes[kept:], f"its order matters to {tape.op}")
         new = [axes[d] if d < kept or x.shape[d] == n else Axis(n, notes=_data(axes[d])) for d, n in enumerate(result.shape)]
         put(result, new, [x])
 
@@ -71,8 +69,7 @@ def places(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None: 
 def windows(tape: Tape, out: Tensor, x: Tensor, kernel: Sequence[int], *args: Any) -> None:  # noqa: ANN401 - strides
     """Spreads im2col: every channel with every place of its window, for every place."""
     axes = axes_of(x)
-    for axis in axes[-2:]:
-        keep_order(axis, f"its order matters to {tape.op}")
+    keep_order(axes[-2:], f"its order matters to {tape.op}")
     window = [Axis(k, notes={"fixed": "the window of im2col"}) for k in kernel]
     put(out, [*axes[:-3], product([axes[-3], *window]), Axis(out.shape[-1], notes=_data(axes[-1]))], [x])
 
@@ -82,14 +79,14 @@ def unwindows(tape: Tape, out: Tensor, x: Tensor, size: Sequence[int], kernel: S
     axes = axes_of(x)
     channels, window = split(axes[-2], out.shape[-3])
     mark(product(window), "fixed", "the window of col2im")
-    keep_order(axes[-1], f"its order matters to {tape.op}")
+    keep_order(axes[-1:], f"its order matters to {tape.op}")
     put(out, [*axes[:-2], product(channels), *(Axis(n, notes=_data(axes[-1])) for n in size)], [x])
 
 
 def unfold(tape: Tape, out: Tensor, x: Tensor, dim: int, size: int, step: int) -> None:
     """Windows along one dimension: their places, and within them."""
     axes, dim = list(axes_of(x)), dim % x.dim()
-    keep_order(axes[dim], f"its order matters to {tape.op}")
+    keep_order([axes[dim]], f"its order matters to {tape.op}")
     within = Axis(size, notes=_data(axes[dim]))
     axes[dim] = Axis(out.shape[dim], notes=_data(axes[dim]))
     put(out, [*axes, within], [x])
@@ -98,8 +95,7 @@ def unfold(tape: Tape, out: Tensor, x: Tensor, dim: int, size: int, step: int) -
 def grid_sampler(tape: Tape, out: Tensor, x: Tensor, grid: Tensor, *args: Any) -> None:  # noqa: ANN401 - how, and at edges
     """Reads [n, channels, *places] at the places that a grid [n, *places, coordinates] names."""
     axes, at = axes_of(x), axes_of(grid)
-    for axis in axes[2:]:
-        keep_order(axis, f"its order matters to {tape.op}")
+    keep_order(axes[2:], f"its order matters to {tape.op}")
     mark(at[-1], "fixed", "coordinates")
     put(out, [join(axes[0], at[0]), axes[1], *at[1:-1]], [x, grid])
 

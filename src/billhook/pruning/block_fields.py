@@ -31,10 +31,7 @@ def find_then(model: PreTrainedModel, stacks: Mapping[str, int], gone: Gone) -> 
 
     It tries lists with a value for each block, without those of removed ones; the fewest numbers of blocks that, changed
     together, make the class build as many blocks and all else as it is; and, where others than those that remain are then
-    built, one more field, as the numbers of blocks without experts.
-
-    Raises:
-        ValueError: If the config cannot say it: the message says which tensor or attribute would differ.
+    built, one more field, as the numbers of blocks without experts. Where none says it, the error names what would differ.
     """
     finder = _Finder(model, dict(stacks), gone)
     reasons = list[str]()

@@ -40,11 +40,7 @@ class Cut:
 
 
 def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> Cut:
-    """Finds what is removed with some units; a KV head is removed with the last of its query heads.
-
-    Raises:
-        ValueError: If there is no such unit, or these may not be removed; the message says why and what is legal.
-    """
+    """Finds what is removed with some units, a KV head with the last of its query heads; refuses what may not be removed."""
     _check_plain(model)
     gone = {name: own for name, own in numbered(units, chosen, per).items() if own}
     _check_allowed(structure, [units[name] for name in gone])

@@ -192,3 +192,37 @@ def test_experts_channels_that_no_module_reads_are_refused():
         bh.score(model, units, bh.OutputNorm(), [{"input_ids": tokens()}], normalize=True)
     found = bh.score(model, units, bh.Taylor(), [{"input_ids": tokens()}], normalize=True)
     assert all(one.isfinite().all() and one.min() > 0 for one in found.values())
+
+
+def test_heads_that_a_convolution_reads():
+    """SqueezeBERT has channels before tokens; here there are as many of both."""
+    config = transformers.SqueezeBertConfig(
+        vocab_size=64, hidden_size=32, embedding_size=32, num_attention_heads=4, num_hidden_layers=1, intermediate_size=48,
+        q_groups=1, k_groups=1, v_groups=1, intermediate_groups=1, output_groups=1, num_labels=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, kept = transformers.SqueezeBertForSequenceClassification(config).eval(), []
+    batch = {"input_ids": tokens(2, 32), "attention_mask": torch.ones(2, 32, dtype=torch.long), "labels": torch.tensor([0, 2])}
+    batch["attention_mask"][1, -4:] = 0
+    reader = model.transformer.encoder.layers[0].post_attention.conv1d
+    handle = reader.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    loss = model(**batch).loss
+    handle.remove()
+    (gradient,) = torch.autograd.grad(loss, kept)
+    given, gradient = ((one.mT[batch["attention_mask"].bool()]).unflatten(1, (4, 8)) for one in (kept[0].detach(), gradient))
+    moved = torch.einsum("thd,ohd->tho", given, reader.weight.detach().squeeze(-1).unflatten(1, (4, 8)))
+    units = bh.find_units(model, "head")
+    near = {"rtol": 1e-4, "atol": 1e-9, "check_dtype": False}
+    for importance, expected in (
+        (bh.GateGradient(), (given * gradient).sum(-1).abs().mean(0)),
+        (bh.ActivationNorm(), given.norm(dim=-1).mean(0)),
+        (bh.OutputNorm(), moved.square().sum(-1).mean(0).sqrt()),
+    ):
+        (found,) = bh.score(model, units, importance, [batch]).values()
+        torch.testing.assert_close(found, expected, **near)
+    plan = bh.plan_units(model, {0: [1]})
+    with pytest.raises(ValueError, match="no linear layer reads what is removed"):
+        bh.repair(model, plan, [batch, batch])
+    reader.kernel_size = (3,)
+    with pytest.raises(ValueError, match="reads several places at once"):
+        bh.score(model, units, bh.OutputNorm(), [batch])

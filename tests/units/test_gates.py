@@ -401,3 +401,55 @@ def test_blocks_are_skipped_and_a_trace_does_not_mind():
     assert torch.equal(model(ids).logits, plain)
     bh.prune_units(model, [1], kind="block")
     torch.testing.assert_close(model(ids).logits, masked)
+
+
+class Convolved(torch.nn.Module):
+    """Attention over places, whose projections are convolutions: channels come before places, and there are as many."""
+
+    def __init__(self, dims, window=1):
+        super().__init__()
+        kind = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d}[dims]
+        self.q, self.k, self.v = (kind(8, 16, 1) for _ in range(3))
+        self.o = kind(16, 8, window, padding="same")
+
+    def forward(self, x):
+        q, k, v = (one(x).flatten(2).unflatten(1, (4, 4)).mT for one in (self.q, self.k, self.v))
+        mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.o(mixed.mT.flatten(1, 2).view(len(x), 16, *x.shape[2:]))
+
+
+@pytest.mark.parametrize(("dims", "window"), [(1, 1), (1, 3), (2, 1)])
+def test_heads_that_a_convolution_reads(dims, window):
+    torch.manual_seed(0)
+    model, x = Convolved(dims, window).double(), torch.randn(2, 8, *[16] * dims, dtype=torch.float64)
+    inputs = {"x": x}
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.o.weight[:, 4:8] = 0
+    with bh.mask(model, {0: [1]}, example_inputs=inputs):
+        assert_same(model(x), other(x))
+    units = bh.find_units(model, "head", example_inputs=inputs)
+    with bh.gates(model, units) as gates:
+        (found,) = torch.autograd.grad(model(x).square().mean(), list(gates.values()))
+    (weight,) = torch.autograd.grad(model(x).square().mean(), [model.o.weight])
+    torch.testing.assert_close(found.double(), (weight * model.o.weight).transpose(0, 1).unflatten(0, (4, 4)).flatten(1).sum(1))
+
+
+def test_the_heads_of_squeezebert_at_a_length_of_its_width():
+    config = transformers.SqueezeBertConfig(
+        vocab_size=64, hidden_size=32, embedding_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=48,
+        q_groups=1, k_groups=1, v_groups=1, intermediate_groups=1, output_groups=1,
+    )  # fmt: skip
+    model, ids = transformers.SqueezeBertModel(config).eval().double(), tokens(2, 32)
+    reader = "encoder.layers.1.post_attention.conv1d"
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_submodule(reader).weight[:, 8:16] = 0
+    with bh.mask(model, {1: [1]}):
+        assert_same(model(ids)[0], other(ids)[0])
+
+
+def test_an_input_without_the_heads_is_refused():
+    model = llama()
+    with bh.mask(model, {0: [1]}), pytest.raises(ValueError, match=r"Linear is given \[1, 3\], which has not the 32 positions"):
+        model.model.layers[0].self_attn.o_proj(torch.zeros(1, 3))

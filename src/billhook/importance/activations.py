@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import by_unit, check_read, counted, counting, reading
+from billhook.model.linears import read_dim
 from billhook.running.batches import Run
 from billhook.units.units import Per, Units
 
@@ -124,8 +125,9 @@ class OutputNorm(Importance):
 def watch(model: nn.Module, units: Mapping[str, Units], run: Run, note: Callable[..., None]) -> None:
     """Runs a batch, and calls `note` with place, reader, its input and which tokens count, whenever a reader runs."""
 
-    def see(name: str, reader: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        note(name, reader, args[0], run.tokens.get(reader))
+    def see(name: str, reader: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        dim = read_dim(module)
+        note(name, reader, args[0] if dim == -1 else args[0].movedim(dim, -1), run.tokens.get(reader))
 
     with ExitStack() as hooks, torch.no_grad():
         for name, one in units.items():
@@ -150,8 +152,15 @@ def gram_of(reader: nn.Module, table: Tensor, there: Tensor, width: int) -> Tens
     """Returns W_u^T W_u of each unit: float32, `[units, size, size]`."""
     like = next((one for one in reader.parameters() if one.is_floating_point()), torch.zeros(()))
     each = torch.eye(width, dtype=like.dtype, device=like.device)
+    if places := -1 - read_dim(reader):
+        windows = [(*part.kernel_size, *part.stride) for part in reader.modules() if isinstance(part, nn.modules.conv._ConvNd)]
+        if {size for window in windows for size in window} != {1}:
+            raise ValueError(
+                f"importance: {reader} reads several places at once, so that what a unit moves is no sum over tokens"
+            )
+        each = each.view(width, width, *[1] * places)
     with torch.autocast(like.device.type, enabled=False):
-        columns = (reader(each) - reader(torch.zeros_like(each[:1]))).float()[table.to(like.device)]
+        columns = (reader(each) - reader(torch.zeros_like(each[:1]))).float().flatten(1)[table.to(like.device)]
     columns *= there.to(like.device)[..., None]
     return _square(columns)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.importance.gradients import independent, scalar
+from billhook.model.linears import read_dim
 from billhook.units.units import PLURAL, Per, Units
 
 
@@ -70,10 +71,14 @@ class Products:
         for rest in self._sums.values():  # of these, something ran that the loss makes no use of
             self._pass_on(rest)
 
-    def _probe(self, name: str, tokens: Tensor | None, probe: Tensor, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        own = self._sums.setdefault((name, args[0].shape[:-1], id(tokens)), _Sum(name, tokens))
+    def _probe(
+        self, name: str, tokens: Tensor | None, probe: Tensor, module: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        dim, given = read_dim(module), args[0].movedim(read_dim(module), -1)
+        own = self._sums.setdefault((name, given.shape[:-1], id(tokens)), _Sum(name, tokens))
         own.awaited += 1
-        return (_Probe.apply(args[0], probe.to(args[0].device), partial(self._note, own)), *args[1:])  # type: ignore[no-untyped-call]
+        probed = _Probe.apply(given, probe.to(given.device), partial(self._note, own))  # type: ignore[no-untyped-call]
+        return (probed.movedim(-1, dim), *args[1:])
 
     def _note(self, own: _Sum, values: Tensor) -> None:
         products = counting(by_unit(values, self._units[own.name], self._per), own.tokens)

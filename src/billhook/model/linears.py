@@ -42,6 +42,12 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def read_dim(reader: nn.Module) -> int:
+    """Returns the dimension of its input that a module reads: the last, of a convolution the channels, which precede places."""
+    layer = reader.get_base_layer() if isinstance(reader, BaseTunerLayer) else reader
+    return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
+
+
 def turned(linear: nn.Module, matrix: Tensor) -> Tensor:
     """Transposes a matrix for a linear whose weight lies transposed in memory: from `[out, in]` to how it lies, and back."""
     return matrix.t() if isinstance(linear, Conv1D) else matrix

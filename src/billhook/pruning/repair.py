@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
+from billhook.model.linears import is_linear
 from billhook.model.plan import Plan, Weights
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.repair import Repair, repair_linears
@@ -60,7 +61,8 @@ def repair(
     kept: dict[str, Tensor] = {}
     for place, numbers in plan.units.items():
         one = found[place]
-        for reader in one.readers if one.kind in ("head", "channel") else ():
+        linear = [reader for reader in one.readers if is_linear(subject.get_submodule(_linear(subject, reader)))]
+        for reader in linear if one.kind in ("head", "channel") else ():
             stays = torch.from_numpy(~np.isin(one.index, numbers))
             kept[reader] = kept[reader] & stays if reader in kept else stays
     if not kept:

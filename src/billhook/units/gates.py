@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from billhook.model.find import find_transformer
+from billhook.model.linears import read_dim
 from billhook.tracing.trace import Inputs
 from billhook.units.blocks import skip
 from billhook.units.find import Chosen, find_units, numbered
@@ -33,8 +34,11 @@ class Gate:
         """Returns the inputs, gated."""
         inputs, *rest = args
         values = torch.cat([self.values, self.values.new_ones(1)]).to(inputs.device)
-        gates = values[self.index.to(inputs.device)]
-        return (inputs * gates.to(inputs.dtype), *rest)
+        gates, dim = values[self.index.to(inputs.device)], read_dim(module)
+        if inputs.shape[dim] != len(gates):
+            where = f"{list(inputs.shape)}, which has not the {len(gates)} positions that its weight reads in dimension {dim}"
+            raise ValueError(f"model: {type(module).__name__} is given {where}, so no gate can stand before it")
+        return (inputs * gates.to(inputs.dtype).view(-1, *[1] * (-1 - dim)), *rest)
 
 
 class Mask:

@@ -24,6 +24,8 @@ READERS = {
     "albert": ("attention.dense", "ffn_output"),
 }
 
+RIDGES = Repair().ridges
+
 
 def inputs(tokens=400, width=24, seed=0):
     torch.manual_seed(seed)
@@ -52,6 +54,22 @@ def by_lstsq(weight, keep, x, ridge, owed=0.0, counts=None):
     new = torch.zeros_like(weight)
     new[:, keep] = torch.linalg.lstsq(left, right).solution.t()
     return new
+
+
+def test_a_ridge_too_small_for_moments_without_an_inverse_is_skipped():
+    """Rounding has made the moments indefinite: the smaller ridges have no solution, the larger do, or none does."""
+    x, weight, keep = inputs(), torch.randn(10, 24, dtype=torch.float64), kept(24, 7)
+    fit, held_out = moments(x[:300]), moments(x[300:])
+    fit.products -= 0.005 * x[:300].square().mean() * 300 * torch.ones(24, 24) + 0.2 * torch.diag(fit.products.diagonal())
+    solved = [ridge for ridge in RIDGES if solve_ridge(weight, keep, fit.about(), ridge) is not None]
+    assert 0 < len(solved) < len(RIDGES)
+    assert choose_ridge(weight, keep, fit.about(), held_out.about(), RIDGES) in {*solved, math.inf}
+    new, _ = refit_linear(weight, None, keep, fit, held_out, RIDGES)
+    assert new.isfinite().all()
+    constant = moments((1000 + 0.001 * x[:300]).float()), moments((1000 + 0.001 * x[300:]).float())
+    new, bias = refit_linear(weight, torch.zeros(10).double(), keep, *constant, RIDGES)
+    torch.testing.assert_close(new, torch.where(keep, weight, 0))
+    torch.testing.assert_close(bias, weight[:, ~keep] @ (1000 + 0.001 * x.mean(0))[~keep], rtol=1e-4, atol=0.1)
 
 
 @pytest.mark.parametrize("owing", [False, True])
@@ -507,6 +525,17 @@ def test_an_expert_that_few_tokens_come_to_is_only_cut_and_named():
     assert not torch.equal(found["experts.0"][0], model.experts[0].weight * masks["experts.0"])
     with pytest.raises(ValueError, match=r"too few tokens that count for any refit; the first linear is experts\.2"):
         repair_linears(model, {"experts.2": masks["experts.2"]}, runs)
+
+
+def test_too_few_tokens_are_refused_before_the_walk(monkeypatch):
+    model, masks, batches = case("llama", number=2, length=2)
+    monkeypatch.setattr("billhook.repairs.repair.Walk", None)
+    runs = trials(model, [{"input_ids": batch["input_ids"][:1]} for batch in batches])
+    with pytest.raises(ValueError, match=r"too few tokens .*o_proj, which is given 4 and needs 24 at least"):
+        repair_linears(model, masks, runs)
+    padded = {name: torch.arange(40).lt(1).expand(6, 40) for name in masks}
+    with pytest.raises(ValueError, match=r"too few tokens .*o_proj, which is given 12 and needs 24 at least"):
+        repair_linears(model, masks, trials(model, [{"input_ids": tokens(6, 40)}] * 2, padded))
 
 
 def test_refusals_name_what_came_and_change_nothing():

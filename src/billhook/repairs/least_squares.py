@@ -99,13 +99,14 @@ def _flat(tensor: Tensor, keep: Tensor | None) -> Tensor:
     return tensor.detach().reshape(-1, tensor.shape[-1]) if keep is None else tensor.detach()[keep]
 
 
-def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: float) -> Tensor:
+def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: float) -> Tensor | None:
     """Solves for the weights that do best from the kept inputs: W' = argmin E ||W x + d - W' x||^2 + ridge, float64.
 
     With S the inputs that are kept, R those removed, H the second moments of the inputs and D the diagonal of H_SS:
     W'_S = W_S + (W_R H_RS + E d x_S^T) (H_SS + ridge D)^-1, W'_R = 0, the minimum of
     E ||W x + d - W'_S x_S||^2 + ridge ||(W'_S - W_S) D^1/2||^2. An infinite ridge leaves W'_S at W_S. Where a bias makes up
-    for the means, the second moments, float64, are about those.
+    for the means, the second moments, float64, are about those. None if the ridge is too small for moments that rounding has left
+    without an inverse.
     """
     new = torch.where(keep, weight.double(), 0)
     if ridge == math.inf or not second.inputs.diagonal()[keep].any():
@@ -114,18 +115,26 @@ def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: floa
     diagonal = inner.diagonal()
     inner.diagonal().add_(ridge * diagonal + torch.finfo(torch.float64).eps * diagonal.sum())
     lost = weight[:, ~keep].double() @ second.inputs[~keep][:, keep] + second.owed[:, keep]
-    new[:, keep] += torch.cholesky_solve(lost.t(), torch.linalg.cholesky(inner)).t()
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    if failed:
+        return None
+    new[:, keep] += torch.cholesky_solve(lost.t(), factor).t()
     return new
 
 
 def choose_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, held_out: SecondMoments, ridges: Sequence[float]) -> float:
     """Chooses the ridge with which the solution errs least on held-out data, about the same means; infinity if none helps.
 
+    Ridges that have no solution are skipped.
+
     With M = W - W' the error is E ||M x + d||^2 = tr(M H M^T) + 2 tr(M (E d x^T)^T) + a part that no ridge changes.
     """
     errors = {}
     for ridge in (math.inf, *ridges):
-        missing = weight.double() - solve_ridge(weight, keep, second, ridge)
+        new = solve_ridge(weight, keep, second, ridge)
+        if new is None:
+            continue
+        missing = weight.double() - new
         errors[ridge] = float(((missing @ held_out.inputs + 2 * held_out.owed) * missing).sum())
     return min(errors, key=lambda ridge: errors[ridge])
 
@@ -135,12 +144,15 @@ def refit_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """Refits a linear's weight and bias, float64: chooses the ridge on held-out data, and solves on all.
 
-    A bias makes up for the mean of what is missing, b' = b + (W - W') E x + E d, and the weight for the rest.
+    A bias makes up for the mean of what is missing, b' = b + (W - W') E x + E d, and the weight for the rest. Where all data has
+    no solution with that ridge, the next larger one takes its place.
     """
     centre = None if bias is None else fit.centre
     ridge = choose_ridge(weight, keep, fit.about(centre), held_out.about(centre), ridges)
     both = fit.merged(held_out)
-    new = solve_ridge(weight, keep, both.about(None if bias is None else both.centre), ridge)
+    second = both.about(None if bias is None else both.centre)
+    larger = sorted({ridge, math.inf, *(one for one in ridges if one > ridge)})
+    new = next(found for one in larger if (found := solve_ridge(weight, keep, second, one)) is not None)
     if bias is None:
         return new, None
     mean, owed = both.centre

@@ -7,8 +7,11 @@ stream, it also makes up for what those before it still owe (`sums.py`).
 
 import math
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +104,8 @@ def repair_linears(
             before = dict.fromkeys(linears) | before
         tokens, choosing = [trial.tokens for trial in trials], repair.chooses(len(trials))
         visitor = RepairVisitor(every, kept, before, tokens, repair.ridges, choosing, reduce, given)
+        with undisturbed(model):
+            _check_tokens(linears, kept, forwards, visitor, reduce)
         if often:
             with replaced({linear: visitor.own(name) for name, linear in linears.items()}):
                 Walk([Site(model, often)], visitor, reduce)(forwards)
@@ -148,11 +153,44 @@ def _check_batches(runs: int, repair: Repair, device: torch.device, reduce: Redu
         raise ValueError(f"batches: two on a rank are needed at least, as some are to choose the ridge; got {number} in all")
 
 
+def _check_tokens(
+    linears: Mapping[str, nn.Module],
+    kept: Mapping[str, Tensor],
+    forwards: Sequence[Callable[[], object]],
+    visitor: RepairVisitor,
+    reduce: Reduce | None,
+) -> None:
+    """Refuses, before the long walk, batches that give no linear enough tokens; runs them until one has enough."""
+    needed = torch.stack([keep.sum() for keep in (kept[name] for name in linears)])
+    given, names = torch.zeros_like(needed), list(linears)
+
+    def count(place: int, run: int, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        given[place] += visitor.count(names[place], args[0] if args else kwargs["input"], run)
+
+    for run, forward in enumerate(forwards):
+        with ExitStack() as stack:
+            for place, linear in enumerate(linears.values()):
+                hook = partial(count, place, run)
+                stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            forward()
+        if (given >= needed).any():
+            break
+    if reduce is not None:
+        device = next(iter(linears.values())).get_parameter("weight").device
+        given = reduce(given.to(device)).to(needed.device)
+    if not (given >= needed).any():
+        raise ValueError(f"{_too_few(names[0])}, which is given {int(given[0])} and needs {int(needed[0])} at least")
+
+
+def _too_few(first: str) -> str:
+    return f"batches: too few tokens that count for any refit; the first linear is {first}"
+
+
 def _warn_of(left: Mapping[str, bool]) -> None:
     """Warns about linears that were not refitted."""
     names = [name for name, is_left in left.items() if is_left]
     if len(names) == len(left):
-        raise ValueError(f"batches: too few tokens that count for any refit; the first linear is {names[0]}")
+        raise ValueError(_too_few(names[0]))
     if names:
         what = f"{len(names)} linears, which are cut and not refitted: {', '.join(names)}"
         warnings.warn(f"too few tokens have come to {what}", stacklevel=3)

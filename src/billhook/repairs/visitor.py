@@ -97,6 +97,11 @@ class RepairVisitor:
         weight, bias = self._old[name]
         return self._new.get(name) or as_it_lies(self._linears[name], torch.where(self._kept[name], weight, 0), bias)
 
+    def count(self, name: str, inputs: Tensor, run: int) -> int:
+        """Counts the tokens that a linear is given in one call."""
+        keep = self._counting(name, inputs, run)
+        return inputs.shape[:-1].numel() if keep is None else int(keep.sum())
+
     def _add(self, name: str, inputs: Tensor, owed: Tensor | None, run: int, weights: Tensor | None) -> None:
         self._of(name)[run in self._choosing].add(inputs, owed, self._counting(name, inputs, run), weights)
 

@@ -79,7 +79,7 @@ def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int 
 def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Copies a model to meta, ready to be run there as a whole: without padding, with every expert computed."""
     shadow = to_meta(model)
-    shadow.config.pad_token_id = None  # code that looks for padding asks for values
+    vars(shadow.config)["pad_token_id"] = None  # code that looks for padding asks for values; some classes refuse to be set None
     compute_every_expert(shadow)
     return shadow
 

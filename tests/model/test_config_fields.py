@@ -22,6 +22,8 @@ def test_fields_of_nested_configs_stand_behind_their_names(config):
     assert not any(name.rpartition(".")[2].startswith("_") or name == "text_config" for name in fields)
     assert field(config, "text_config.num_hidden_layers") == 3
     assert field(config, "text_config.nothing") is None
+    config.text_config.per_layer_config = {1: {"num_key_value_heads": 2}}
+    assert field(config, "text_config.num_key_value_heads") is None
 
 
 def test_fields_are_set_where_they_are(config):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedModel
 
 import billhook
@@ -51,6 +52,15 @@ def test_other_families():
     vit = summary(transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=16, patch_size=8)))
     assert (vit.kv_cache_bytes, vit.flops, vit.query_heads) == (None, None, 4)
     assert str(vit).count("unknown") == 2
+
+
+def test_a_config_whose_padding_may_not_be_none():
+    config = transformers.ModernBertDecoderConfig(**SIZES, pad_token_id=0, layer_types=["full_attention"] * 3)
+    with pytest.raises(StrictDataclassFieldValidationError, match="pad_token_id"):
+        config.pad_token_id = None
+    model = transformers.ModernBertDecoderForCausalLM(config)
+    assert summary(model).kv_cache_bytes == 2 * 3 * 4 * 4 * 4
+    assert model.config.pad_token_id == 0
 
 
 @pytest.mark.parametrize("heads", [4, 1])

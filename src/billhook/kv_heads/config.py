@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.kv_heads.layout import KVAttention, Rows, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model.build import build_on_meta
+from billhook.model.config_fields import field
 from billhook.model.meta import to_meta
 from billhook.model.shapes.shape import FLAG, Shape, set_shape, shape_of
 
@@ -45,7 +46,7 @@ def cut_by_config(
 
 def _changed(model: PreTrainedModel, heads: int, encoder: bool) -> Iterator[PretrainedConfig]:
     """Yields the config, changed in each of the ways in which families state how many KV heads there are."""
-    ways: list[Callable[[PretrainedConfig], bool]] = [lambda own, f=field: _set(own, f, heads) for field in FIELDS]  # type: ignore[misc]
+    ways: list[Callable[[PretrainedConfig], bool]] = [lambda own, name=name: _set(own, name, heads) for name in FIELDS]  # type: ignore[misc]
     if heads == 1:
         ways.append(lambda own: _set(own, FLAG, True) and (_set(own, FIELD, 1) or True))
     for way in ways:
@@ -57,11 +58,11 @@ def _changed(model: PreTrainedModel, heads: int, encoder: bool) -> Iterator[Pret
             yield config
 
 
-def _set(config: PretrainedConfig, field: str, value: int) -> bool:
+def _set(config: PretrainedConfig, name: str, value: int) -> bool:
     """Sets a field that is there, and is of that kind."""
-    there = type(getattr(config, field, None)) is type(value)
+    there = type(field(config, name)) is type(value)
     if there:
-        setattr(config, field, value)
+        setattr(config, name, value)
     return there
 
 

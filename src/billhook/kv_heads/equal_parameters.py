@@ -8,7 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.arguments import whole
 from billhook.kv_heads.config import FIELD
 from billhook.model.build import build_class_on_meta
-from billhook.model.config_fields import nested_configs, with_fields
+from billhook.model.config_fields import field, nested_configs, with_fields
 from billhook.model.meta import from_config
 from billhook.model.shapes.shape import KEY
 from billhook.tracing.trace import trace
@@ -74,7 +74,7 @@ def _head_fields(config: PretrainedConfig, number: int) -> list[str]:
     owners = dict(nested_configs(config))
     if not config.is_encoder_decoder:
         owners = {name: one for name, one in owners.items() if one is text}
-    held = {f"{name}{FIELD}": one for name, one in owners.items() if type(getattr(one, FIELD, None)) is int}
+    held = {f"{name}{FIELD}": one for name, one in owners.items() if type(field(one, FIELD)) is int}
     if not held:
         raise ValueError(f"config: {type(config).__name__} has no {FIELD} that is one number, which would say how many KV heads")
     for name, one in held.items():

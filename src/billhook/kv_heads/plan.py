@@ -27,6 +27,7 @@ from billhook.kv_heads.scope import (
     inside_encoder,
     kv_heads_by_layer,
 )
+from billhook.model.config_fields import field
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.find import find_transformer
 from billhook.model.meta import to_meta
@@ -168,7 +169,7 @@ def plan_kv_heads(
         return _plan_under_adapters(model, heads, method, layers, encoder)
     known = config_heads(model) if layers is None and not shape_of(model).handed else None
     if known is not None:
-        check_kv_heads(heads, known, getattr(model.config.get_text_config(decoder=True), "num_attention_heads", known))
+        check_kv_heads(heads, known, field(model.config.get_text_config(decoder=True), "num_attention_heads") or known)
     found = find_kv(model)
     chosen = choose(model, found, heads, layers, encoder)
     if known is None:

@@ -86,7 +86,7 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel:
             raise ValueError(f"{type(model).__name__} cannot be built from its config, so nothing can be proved of it: {why}")
         with torch.no_grad():
             for parameter in small.parameters():
-                if parameter.ndim > 1:
+                if parameter.ndim > 1 and parameter.numel():
                     parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
                 else:
                     parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from billhook.kv_heads.config import FIELD, FIELDS
 from billhook.kv_heads.layout import KVAttention, find_kv
+from billhook.model.config_fields import field
 from billhook.model.find import find_transformer
 from billhook.model.shapes.handed import handing_of
 from billhook.model.shapes.shape import FLAG, shape_of, unbuilt_shape
@@ -44,7 +45,7 @@ def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int) -> N
 def config_heads(model: PreTrainedModel) -> int | None:
     """Returns the number of KV heads in the config; None if it has no such field. Refuses another number for each layer."""
     config = model.config.get_text_config(decoder=True)
-    said = getattr(config, FIELD, None)
+    said = field(config, FIELD)
     if isinstance(said, list | tuple):
         raise ValueError(
             f"{type(model).__name__} cannot be told to use fewer KV heads: {type(config).__name__}.{FIELD} is what would tell "
@@ -132,8 +133,8 @@ def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:
     None where layers differ (those of an encoder apart), or heads cannot be told apart.
     """
     config = model.config.get_text_config(decoder=True)
-    query = getattr(config, "num_attention_heads", None)
-    kv = getattr(config, FIELD, None) or query
+    query = field(config, "num_attention_heads")
+    kv = field(config, FIELD) or query
     unsaid = kv == query and any(hasattr(config, name) for name in (*FIELDS[1:], FLAG))
     if not unsaid and not unbuilt_shape(model).tensors:
         return query if isinstance(query, int) else None, kv if isinstance(kv, int) else None

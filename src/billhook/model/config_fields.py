@@ -28,9 +28,9 @@ def fields_of(config: PretrainedConfig, prefix: str = "") -> Fields:
 
 
 def field(config: PretrainedConfig, name: str) -> Any:  # noqa: ANN401 - any field
-    """Returns the value of a field; None if there is none of that name."""
+    """Returns the value of a field; None if there is none of that name, or one for each layer, in `per_layer_config`."""
     owner, own = _owner(config, name)
-    return getattr(owner, own, None)
+    return None if own in (getattr(owner, "per_layer_attributes", None) or ()) else getattr(owner, own, None)
 
 
 def set_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from billhook.model.config_fields import configs_of
 from billhook.model.inputs import make_inputs
 from billhook.model.transformers_internals import ATTENTION, attention_of
 from billhook.running.overridden import overridden
+from billhook.running.walk import spare
 
 LENGTH = 128
 """How many tokens are shown: enough for slow turns to be seen."""
@@ -83,7 +84,7 @@ def see_calls(model: nn.Module, places: Mapping[str, Projections]) -> dict[str, 
     calls: dict[str, Call] = {}
 
     def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.setdefault(name, (args, kwargs))
+        calls.setdefault(name, (tuple(map(spare, args)), {key: spare(value) for key, value in kwargs.items()}))
 
     device, inputs = next(model.parameters()).device, make_inputs(model, length=_length(model))
     with ExitStack() as stack, torch.no_grad():
@@ -125,9 +126,9 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _widened(value: Any) -> Any:  # noqa: ANN401
-    """Returns the same in float64: a tensor, or one within tuples, lists and dicts."""
+    """Returns the same in float64: a tensor, or one within tuples, lists and dicts; of a cache a copy, to be written to."""
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value
     if isinstance(value, tuple | list) and type(value) in (tuple, list):
         return type(value)(map(_widened, value))
-    return {name: _widened(one) for name, one in value.items()} if type(value) is dict else value
+    return {name: _widened(one) for name, one in value.items()} if type(value) is dict else spare(value)

@@ -1,0 +1,45 @@
+"""Fewer KV heads of models that are unlike others: odd configs, odd layers, odd files."""
+
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.report.summary import summary
+
+IDS = [{"input_ids": torch.arange(10, 22).reshape(2, 6)}] * 2
+BERT = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+
+
+def test_a_config_that_says_another_number_for_each_layer():
+    config = transformers.AutoConfig.for_model(
+        "dots3_note_text",
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1},
+        **{"topk_group": 1, "kv_lora_rank": 18, "q_lora_rank": 20, "qk_rope_head_dim": 8, "v_head_dim": 10, "head_dim": 20},
+        **{"qk_nope_head_dim": 12, "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2, "max_position_embeddings": 64},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "shared_experts_intermediate_size": 16},
+        **{"layer_types": ["indexed_attention", "sliding_attention"], "mlp_layer_types": ["dense", "sparse"]},
+        per_layer_config={1: {"num_attention_heads": 2, "num_key_value_heads": 2}},
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"kv_a_proj_with_mqa.weight does not hold its heads one after the other"):
+        bh.convert_kv_heads(model, 1)
+    assert (summary(model).query_heads, summary(model).kv_heads) == (None, None)
+
+
+def test_attention_that_is_always_given_a_cache_is_rendered():
+    config = transformers.XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=4, max_position_embeddings=64)
+    model = transformers.XLMWithLMHeadModel(config)
+    batches = [one | {"labels": one["input_ids"]} for one in IDS]
+    assert bh.convert_kv_heads(model, 2, "svd", batches).after == 2
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_matrix_without_entries_is_no_hindrance():
+    config = transformers.MobileBertConfig(
+        **BERT, hidden_size=32, embedding_size=32, intermediate_size=48, intra_bottleneck_size=16
+    )
+    model = transformers.MobileBertForMaskedLM(config)
+    assert 0 in model.cls.predictions.dense.weight.shape
+    assert bh.convert_kv_heads(model, 2).after == 2

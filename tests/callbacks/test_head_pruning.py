@@ -410,9 +410,9 @@ class TestMonitor:
         """Removed when the round is taken back, the model computes on as it does masked."""
         lit, other = scripted(), scripted()
         options = {"importance": bh.WeightNorm(), "measure_batches": 1}
-        callback = pruning(self.SCHEDULE, monitor="val_share", keep=0.7, **options)
+        callback = pruning(self.SCHEDULE, monitor="val_share", mode="max", keep=0.7, **options)
         trainer(tmp_path, [callback]).fit(lit, data(files))
-        masked = pruning(self.SCHEDULE, monitor="val_share", keep=0.7, remove="never", **options)
+        masked = pruning(self.SCHEDULE, monitor="val_share", mode="max", keep=0.7, remove="never", **options)
         trainer(tmp_path, [masked]).fit(other, data(files))
         assert callback.record.gone(callback.heads) == masked.record.gone(masked.heads)
         bh.prune_units(other.model, masked.heads)
@@ -433,9 +433,28 @@ class TestMonitor:
         trainer(tmp_path, [callback, watch]).fit(lit, data(files))
         assert watch.seen == seen
 
+    @pytest.mark.parametrize(("values", "rounds"), [
+        ([0.69, 0.06, 0.06, 0.0015, 0.0015, 0.0014], 3),  # it falls all the time
+        ([0.69, 0.65, 0.5, 0.5, 0.4, 0.68], 3),  # better than that of chance, worse than the best
+        ([0.69, 0.8], 1),
+    ])  # fmt: skip
+    def test_a_loss_must_be_low_and_the_best_so_far_counts(self, files, tmp_path, values, rounds):
+        class Told(bh.TransformerModule):
+            def validation_step(self, batch, batch_idx):
+                self.log("val_loss", values[min(self.asked, len(values) - 1)])
+
+            def on_validation_epoch_end(self):
+                self.asked += 1
+
+        lit = Told(scripted().model, lr=1e-2, warmup=2)
+        lit.asked = -1  # what is logged is found out first
+        callback = pruning(self.SCHEDULE, monitor="val_loss", measure_batches=1, remove="never", importance=bh.WeightNorm())
+        trainer(tmp_path, [callback], limit_val_batches=1, val_check_interval=4).fit(lit, data(files))
+        assert ["undone" in event["what"] for event in callback.events] == [False] * (rounds - 1) + [values[-1] > 0.6]
+
     def test_a_round_that_is_taken_back_changes_no_weight(self, files, tmp_path):
         lit, seen = scripted(), []
-        callback = pruning(self.SCHEDULE, monitor="val_share", keep=0.7, measure_batches=1, remove="never")
+        callback = pruning(self.SCHEDULE, monitor="val_share", mode="max", keep=0.7, measure_batches=1, remove="never")
 
         class Keep(pl.Callback):
             def on_train_batch_end(self, trainer, pl_module, *_):
@@ -451,9 +470,9 @@ class TestMonitor:
     def test_what_is_not_logged_is_refused_before_training(self, files, tmp_path, at, limit, logs):
         lit = module()
         before = weights(lit)
-        callback = pruning(0.25, at=at, monitor="val_score", measure_batches=None)
+        callback = pruning(0.25, at=at, monitor="val_accuracy", measure_batches=None)
         run = trainer(tmp_path, [callback], limit_val_batches=limit)
-        with pytest.raises(ValueError, match=f"monitor='val_score' is not logged by validation, which logs {logs}$"):
+        with pytest.raises(ValueError, match=f"monitor='val_accuracy' is not logged by validation, which logs {logs}$"):
             run.fit(lit, data(files))
         assert run.global_step == 0
         assert same(weights(lit), before)
@@ -583,10 +602,14 @@ class TestRefused:
             ({"min_heads": -1}, "min_heads=-1 must be a whole number"),
             ({"min_heads": 1.5}, "min_heads=1.5 must be a whole number"),
             ({"remove": "x"}, "remove='x' must be one of end, rounds, never"),
-            ({"monitor": "val_loss", "keep": 0}, r"monitor='val_loss' needs keep=0 in \(0, 1\]"),
-            ({"monitor": "val_loss", "keep": 1.1}, "needs keep=1.1 in"),
-            ({"monitor": "val_loss", "mode": "low"}, "mode='low' 'max' or 'min'"),
-            ({"monitor": "val_loss", "measure_batches": 0}, "needs .* and measure_batches"),
+            ({"monitor": "val_loss", "keep": 0}, r"keep=0 must be in \(0, 1\]"),
+            ({"monitor": "val_loss", "keep": 1.1}, "keep=1.1 must be in"),
+            ({"monitor": "val_loss", "mode": "low"}, "mode='low' must be one of max, min"),
+            ({"monitor": "val_loss", "measure_batches": 0}, "measure_batches=0: monitor='val_loss' needs validation"),
+            ({"monitor": "val_share"}, "mode: whether a higher or a lower 'val_share' is better .* give mode='max' or 'min'"),
+            ({"monitor": "val_loss_accuracy"}, "mode: whether"),
+            ({"keep": 0.95}, "keep=0.95 is of a figure that is monitored: give monitor"),
+            ({"mode": "min"}, "mode='min' is of a figure that is monitored: give monitor"),
             ({"measure_batches": -1}, "measure_batches=-1 must be a whole number of at least 0"),
             ({"calibration": 0}, "examples=0 must be a whole number of at least 1"),
             ({"calibration": iter([])}, "calibration=list_iterator can be read only once"),

@@ -88,7 +88,7 @@ def test_batches_of_the_users_own(files, tmp_path):
 @pytest.mark.parametrize("remove", REMOVE)
 def test_a_round_that_was_taken_back(files, tmp_path, remove):
     def callback():
-        return pruning(ROUNDS, remove=remove, monitor="val_share", keep=0.7, measure_batches=1)
+        return pruning(ROUNDS, remove=remove, monitor="val_share", mode="max", keep=0.7, measure_batches=1)
 
     _, whole, watch = resumes(files, tmp_path, callback, [3, 4], scripted)
     assert watch.seen == [16] * 2 + [12] * 6

@@ -229,7 +229,7 @@ DIFFER = {
         lambda: [StructuredPruning(bh.Amount(channels=0.5), at=1, importance=RandomUnits(rank()), **NONE)]
     ),
     "HeadPruning: whether monitor='own' is worse": replace(
-        stop(lambda: [HeadPruning(0.5, 1, bh.WeightNorm(), monitor="own")], Validated), options={}
+        stop(lambda: [HeadPruning(0.5, 1, bh.WeightNorm(), monitor="own", mode="max")], Validated), options={}
     ),
 }
 

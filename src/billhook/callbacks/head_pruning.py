@@ -53,10 +53,11 @@ class HeadPruning(HeadMasking):
         normalize: True to divide the scores of each layer by their L2 norm, as the paper does.
         remove: When masked heads are removed from the tensors: after the last round (`"end"`), at once (`"rounds"`), or
             `"never"`: they stay masked, and at the end of the fit the weights that read them become zero.
-        monitor: A figure that validation logs. A round after which it is worse than `keep` times what it was at first is undone,
-            and is the last one (the paper's loop).
-        keep: See `monitor`.
-        mode: Whether a higher figure is better (`"max"`) or a lower one (`"min"`: at most 1 / `keep` times as high).
+        monitor: A figure that validation logs. A round after which it is worse than `keep` times the best that it was before or
+            after a round is undone, and is the last one (the paper's loop, whose model is trained already).
+        keep: See `monitor`; by default 0.9.
+        mode: Whether a higher figure is better (`"max"`) or a lower one (`"min"`: at most 1 / `keep` times as high); by default
+            what the figure's name says, as of `val_accuracy` and `val_loss`, and refused if it says nothing.
         calibration: Batches that scores are taken from, or a number of training examples, by default 128; see `Calibration`.
         measure_batches: Validation batches to measure before and after each round; by default all of validation, 0 for none.
         plot_file: Path of a picture (PNG) of importance, remaining heads and metric; loggers that take figures get it too.
@@ -79,8 +80,8 @@ class HeadPruning(HeadMasking):
         normalize: bool = True,
         remove: Remove = "end",
         monitor: str | None = None,
-        keep: float = 0.9,
-        mode: Mode = "max",
+        keep: float | None = None,
+        mode: Mode | None = None,
         calibration: Given = None,
         measure_batches: int | None = None,
         plot_file: str | None = None,
@@ -99,7 +100,7 @@ class HeadPruning(HeadMasking):
         """Forgets all events, scores and masks."""
         super().reset()
         self.record = HeadRecord()
-        self.monitor.start, self._stopped = None, False
+        self.monitor.best, self._stopped = None, False
 
     @property
     def state_key(self) -> str:
@@ -163,8 +164,9 @@ class HeadPruning(HeadMasking):
             check_agreed(trainer, "HeadPruning", f"whether monitor={self.monitor.name!r} is worse", worse)
             if worse:
                 self.mask(pl_module, earlier)
-                what += f", undone: {self.monitor.name} {self.monitor.of(after):g}, at first {self.monitor.start:g}"
+                what += f", undone: {self.monitor.name} {self.monitor.of(after):g}, at best {self.monitor.best:g}"
                 after = before
+            self.monitor.begin(after)
             change = partial(self._finish, pl_module, moment, worse, what)
             if self.heads and (self.remove == "rounds" or (self.remove == "end" and (worse or moment == max(self._moments)))):
                 event = self.reshape(trainer, pl_module, before, change)
@@ -190,11 +192,11 @@ class HeadPruning(HeadMasking):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has happened so far, and what is known of heads."""
-        heads = {"record": dict(vars(self.record)), "start": self.monitor.start, "stopped": self._stopped}
+        heads = {"record": dict(vars(self.record)), "best": self.monitor.best, "stopped": self._stopped}
         return super().state_dict() | heads
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what had happened."""
         super().load_state_dict(state_dict)
-        self.monitor.start, self._stopped = state_dict["start"], state_dict["stopped"]
+        self.monitor.best, self._stopped = state_dict["best"], state_dict["stopped"]
         self.record = HeadRecord(**state_dict["record"])

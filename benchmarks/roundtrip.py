@@ -217,14 +217,13 @@ def convert(method: str, subject: Subject, model: nn.Module) -> Done:
 def tied(subject: Subject, dense: nn.Module, plan) -> list[Tensor] | None:
     """Answers with every KV head of the dense model replaced by the mean of its group."""
     state = dense.state_dict(keep_vars=True)
+    if isinstance(getattr(dense.config, "num_heads", None), list | tuple):
+        return None  # stages with other numbers of heads
     for name, pooled in plan.parameters.items():
-        old, count = state[name].data, len(pooled.index)
-        heads = plan.before
-        if old.shape[pooled.dim] != count or count % heads or pooled.counts.min() != pooled.counts.max():
+        heads, count = plan.before, len(pooled.index)
+        if count % heads or pooled.counts.min() != pooled.counts.max():
             return None  # joined with queries
-        moved = old.movedim(pooled.dim, 0)
-        if moved.shape[0] % plan.before:
-            return None
+        moved = state[name].data.movedim(pooled.dim, 0)
         size = moved.shape[0] // heads
         grouped = moved.reshape(plan.after, heads // plan.after, size, *moved.shape[1:])
         mean = grouped.mean(1, keepdim=True).expand_as(grouped).reshape(moved.shape).movedim(0, pooled.dim)
@@ -298,29 +297,31 @@ def prune(subject: Subject, model: nn.Module) -> Done:
     dense = copy.deepcopy(model)
     plan = refusing(subject, model, lambda: bh.prune(model, bh.Wanda(), [subject.inputs], pattern="2:4", sequential="none"))
     assert isinstance(plan, WeightPlan)
-    return kept_of_four(subject, dense, plan), "plain"
+    return kept_of_four(subject, dense, model, plan.pruned), "plain"
 
 
 @torch.no_grad()
-def kept_of_four(subject: Subject, dense: nn.Module, plan) -> list[Tensor]:
-    """Answers with the two largest |W| * ||x|| of four kept, of the linears that the plan names."""
-    sums: dict[str, Tensor] = collections.defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+def kept_of_four(subject: Subject, dense: nn.Module, model: nn.Module, names) -> list[Tensor]:
+    """Answers with the weights kept that are not zero in the model, once they are known to be the best |W| * ||x||."""
+    sums: dict[str, Tensor] = {}
     handles = []
-    for name in plan.pruned:
+    for name in names:
 
         def add(module, args, out, name=name):
-            sums[name] = sums[name] + args[0].double().flatten(0, -2).square().sum(0)
+            sums[name] = sums.get(name, 0) + args[0].double().flatten(0, -2).square().sum(0)
 
         handles.append(dense.get_submodule(name).register_forward_hook(add))
     subject.answer(dense)
     for handle in handles:
         handle.remove()
-    for name in plan.pruned:
-        module = dense.get_submodule(name)
-        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-        scores = (weight.abs().double() * sums[name].sqrt()).reshape(weight.shape[0], -1, 4)
-        keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(2).indices, True).reshape(weight.shape)
-        weight.copy_(torch.where(keep, weight, 0))
+    for name in names:
+        module, zeros = dense.get_submodule(name), model.get_submodule(name).weight == 0
+        scores = (module.weight.T if isinstance(module, Conv1D) else module.weight).abs().double() * sums[name].sqrt()
+        lost = scores * (zeros.T if isinstance(module, Conv1D) else zeros)  # where norms are 0, any two do
+        least = scores.reshape(scores.shape[0], -1, 4).sort().values[..., :2].sum(-1)
+        if not torch.allclose(lost.reshape(scores.shape[0], -1, 4).sum(-1), least, rtol=1e-5):
+            raise Wrong(f"{name}: others than the smallest |W| * ||x|| of four are zero")
+        module.weight.masked_fill_(zeros, 0)
     return subject.answer(dense)
 
 

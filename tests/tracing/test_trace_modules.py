@@ -310,6 +310,15 @@ EXACT = {
     "distance": (Net(lambda s, x: F.mse_loss(s.a(x), s.r(x)), a=nn.Linear(8, 12), r=nn.Linear(8, 12)), {12}),
     "rows by a mask": (line(lambda s, h: h.masked_scatter((h[..., :1] > 0).expand_as(h), s.w), w=P(14, 12)), {11}),
     "entries by a mask": (line(lambda s, h: h.masked_scatter(h > 0, s.w), w=P(14, 12)), set()),
+    "known places by a mask": (
+        Net(
+            lambda s, x: s.b(s.a(x).flatten(0, 1) * s.t(torch.arange(14)[torch.arange(14)[x[..., 0].flatten() > -1e9]])),
+            a=nn.Linear(8, 12),
+            b=nn.Linear(12, 3),
+            t=nn.Embedding(14, 12),
+        ),
+        {12},
+    ),
     "weight norm": (nn.Sequential(*(nn.utils.parametrizations.weight_norm(nn.Linear(*n)) for n in ((8, 12), (12, 3)))), {12}),
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
     """Returns x[mask] as if the mask held everywhere."""
     broadcast(x.shape, [x, mask])
     keep_order(axes_of(x), "the code picks along it by a mask")
-    out = x.new_empty(x.numel())
+    out = x.flatten().clone()
     put(out, [product(axes_of(x))], [x, mask], note(x).points)
     return out
 
@@ -41,7 +41,7 @@ def _all_indexed(x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
     if len(masks) != 1 or sum(i is not None for i in indices) != 1:
         return None
     d, mask = masks[0]
-    out = x.new_empty([*x.shape[:d], mask.numel(), *x.shape[d + mask.dim() :]])
+    out = x.flatten(d, d + mask.dim() - 1).clone()
     axes = axes_of(x)
     put(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
     for axis, own in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):

@@ -3,9 +3,11 @@
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import billhook as bh
 from billhook.report.summary import summary
+from kit.units import other
 
 IDS = [{"input_ids": torch.arange(10, 22).reshape(2, 6)}] * 2
 BERT = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
@@ -43,3 +45,17 @@ def test_a_matrix_without_entries_is_no_hindrance():
     model = transformers.MobileBertForMaskedLM(config)
     assert 0 in model.cls.predictions.dense.weight.shape
     assert bh.convert_kv_heads(model, 2).after == 2
+
+
+@pytest.mark.parametrize("name", ["NomicBertForMaskedLM", "HrmTextForCausalLM"])
+def test_keys_that_files_of_the_family_join_with_queries_are_saved_by_themselves(name, tmp_path):
+    """Transformers joins them on saving, and cuts the joined tensor in equal parts on loading."""
+    model = other(name)
+    bh.convert_kv_heads(model, 2)
+    with torch.no_grad():
+        expected = model(**IDS[0]).logits
+        bh.save(model, tmp_path / "few")
+        torch.testing.assert_close(bh.load(tmp_path / "few").eval()(**IDS[0]).logits, expected)
+    bh.save(other(name), tmp_path / "all")
+    file = tmp_path / "all" / "model.safetensors"
+    assert any("qkv" in tensor for tensor in load_file(file))

@@ -16,6 +16,7 @@ from billhook.model.transformers_internals import (
     classes_of,
     compute_every_expert,
     has_sdpa,
+    is_joined_unevenly,
     set_attention,
 )
 from kit.families import build, llama
@@ -30,6 +31,16 @@ def test_how_attention_is_computed():
     assert has_sdpa(type(model))
     assert not has_sdpa(nn.Module)
     assert attention_of(transformers.LlamaConfig()) is None
+
+
+def test_what_files_join():
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    model = transformers.NomicBertForMaskedLM(transformers.NomicBertConfig(**sizes))
+    assert not is_joined_unevenly(model)
+    attention = next(module for name, module in model.named_modules() if name.endswith("self_attn"))
+    attention.k_proj = nn.Linear(32, 8)
+    assert is_joined_unevenly(model)
+    assert not is_joined_unevenly(llama())
 
 
 def test_how_experts_are_computed():

@@ -24,6 +24,7 @@ from billhook.model.find import find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.shapes.shape import KEY, unbuilt_shape
 from billhook.model.shapes.shaped import load_as, readable, to_entry
+from billhook.model.transformers_internals import is_joined_unevenly
 
 Way = Literal["plain", "equivalent", "shaped"]
 WAYS: dict[Way, str] = {
@@ -146,10 +147,10 @@ def _write(model: PreTrainedModel, draft: Path, probe: Mapping[str, Tensor]) -> 
     vars(model.config).pop(KEY, None)  # an older report
     shape = unbuilt_shape(model)
     if not shape.tensors:
-        model.save_pretrained(draft)
+        _write_weights(model, draft)
         return "plain", None, verify(model, draft, probe)
     setattr(model.config, KEY, to_entry(shape))
-    model.save_pretrained(draft)
+    _write_weights(model, draft)
     written = (draft / "config.json").read_bytes()
     for kind, config in equivalents(model):
         other = rendered(model, kind, config)
@@ -159,9 +160,13 @@ def _write(model: PreTrainedModel, draft: Path, probe: Mapping[str, Tensor]) -> 
             if difference == 0 or other is not None:  # transposed linears round otherwise
                 return ("plain", None, 0.0) if kind is type(model) else ("equivalent", config.model_type, difference)
         if other is not None:
-            model.save_pretrained(draft)
+            _write_weights(model, draft)
     (draft / "config.json").write_bytes(written)
     return "shaped", None, verify(model, draft, probe)
+
+
+def _write_weights(model: PreTrainedModel, draft: Path) -> None:
+    model.save_pretrained(draft, save_original_format=not is_joined_unevenly(model))
 
 
 def _check_no_prompts(module: nn.Module) -> None:

@@ -1,10 +1,13 @@
 """Private names of transformers, each in one place; a test asks whether they are still there."""
 
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Chunk
 
 from billhook.model.config_fields import configs_of
 
@@ -38,6 +41,22 @@ def build_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: to
     """Builds a model of a class, with weights."""
     model: PreTrainedModel = kind._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     return model
+
+
+def is_joined_unevenly(model: PreTrainedModel) -> bool:
+    """Finds whether files of a model's family join tensors, as queries, keys and values, that loading would cut evenly, and wrong."""
+    conversions = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model)
+    names = model.state_dict(keep_vars=True)
+    for one in conversions:
+        parts = defaultdict[str, set[torch.Size]](set)
+        if any(isinstance(operation, Chunk) for operation in getattr(one, "operations", ())):
+            for name, tensor in names.items():
+                for part in one.target_patterns:
+                    if part in name:
+                        parts[name.replace(part, "")].add(tensor.shape)
+        if any(len(sizes) > 1 for sizes in parts.values()):
+            return True
+    return False
 
 
 def classes_of(auto: Any, config: PretrainedConfig) -> list[type[PreTrainedModel]]:  # noqa: ANN401 - an auto class

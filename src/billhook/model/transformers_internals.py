@@ -44,7 +44,7 @@ def build_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: to
 
 
 def is_joined_unevenly(model: PreTrainedModel) -> bool:
-    """Finds whether files of a model's family join tensors, as queries, keys and values, that loading would cut evenly, and wrong."""
+    """Finds whether files of a family join tensors, such as queries and keys, that loading would wrongly cut in equal parts."""
     conversions = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model)
     names = model.state_dict(keep_vars=True)
     for one in conversions:

@@ -203,6 +203,54 @@ class Routed(nn.Module):
         return x
 
 
+@pytest.mark.parametrize(
+    ("name", "sequential", "often"),
+    [
+        ("albert", "block", ("query", "key", "value", "dense", "ffn", "ffn_output")),
+        ("albert", "layer", ("query", "key", "value", "dense", "ffn", "ffn_output")),
+        ("prophetnet", "layer", ("relative_pos_embeddings", "self_attn.out_proj")),
+        ("prophetnet", "block", ()),
+    ],
+)
+def test_every_call_of_a_linear_counts(name, sequential, often):
+    """Those that are called again after they would have been pruned come first, in the dense model."""
+    model = family(name)
+    often = (
+        [one for one in prunable(model) if one.endswith(often) and ("albert_layers" in one or "decoder" in one)] if often else []
+    )
+    batches, called = batches_of(model), seen_by(model, prunable(model), batches_of(model))
+    twice = [one for one, calls in called.items() if len(calls) > len(batches)]
+    assert often == ([one for one in prunable(model) if one in twice] if sequential == "layer" or name == "albert" else [])
+    expected = by_hand(model, batches, 0.5, [often])
+    found = bh.prune(model, bh.Wanda(), batches, 0.5, sequential=sequential, dry_run=True).masks(model)
+    for one in often:
+        assert torch.equal(found[one], expected.get_submodule(one).weight != 0), one
+    if not often:  # a block sees all calls in it
+        block = [one for one in prunable(model) if "encoder.layers.0" in one]
+        assert all(torch.equal(found[one], by_hand(model, batches, 0.5, [block]).get_submodule(one).weight != 0) for one in block)
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
+def test_a_weight_of_two_linears_is_pruned_by_the_inputs_of_both(sequential):
+    model = llama()
+    first, second = (layer.mlp for layer in model.model.layers)
+    second.up_proj.weight, name = first.up_proj.weight, "model.layers.0.mlp.up_proj"
+    batches = [{"input_ids": tokens()} for _ in range(2)]
+    seen = seen_by(model, [name, "model.layers.1.mlp.up_proj"], batches)
+    both = [one for batch in zip(*seen.values(), strict=True) for one in batch]
+    mask, alone = (bh.Wanda().prune(first.up_proj.weight.data, norms_of(inputs), 0.5)[1] for inputs in (both, seen[name]))
+    assert not torch.equal(mask, alone)
+    bh.prune(model, bh.Wanda(), batches, 0.5, sequential=sequential)
+    assert torch.equal(second.up_proj.weight != 0, mask)
+
+
+def norms_of(inputs):
+    norms = InputNorms(inputs[0].shape[1])
+    for one in inputs:
+        norms.add(one)
+    return norms
+
+
 @pytest.mark.parametrize("allocation", [None, bh.OWL()])
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 def test_linears_that_no_token_reaches_stay_dense_and_are_named(sequential, allocation):

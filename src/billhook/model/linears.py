@@ -1,6 +1,6 @@
 """Prunable linears: the matrices of a model that criteria are for, and how they lie in memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -46,6 +46,13 @@ def read_dim(reader: nn.Module) -> int:
     """Returns the dimension of its input that a module reads: the last, of a convolution the channels, which precede places."""
     layer = reader.get_base_layer() if isinstance(reader, BaseTunerLayer) else reader
     return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
+
+
+def find_twins(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """Finds the other linears of a model that have the weight of one of these, each by its name."""
+    names, known = {id(linear.get_parameter("weight")): name for name, linear in linears.items()}, set(linears.values())
+    others = [module for module in model.modules() if is_linear(module) and module not in known]
+    return [(names[weight], module) for module in others if (weight := id(module._parameters.get("weight"))) in names]
 
 
 def turned(linear: nn.Module, matrix: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ class Site:
     module: nn.Module
     linears: dict[str, nn.Module]
     once: bool | None = None  # whether each of them is called exactly once, as the first run has shown
+    twins: Sequence[tuple[str, nn.Module]] = ()  # others with the weight of one of them, which count as calls of it
 
 
 class Visitor(Protocol):
@@ -103,6 +104,7 @@ class Walk:
         keep: Called with what a run keeps while it waits for others: the arguments of a site's forward.
         untouched: The numbers of runs that keep the old parameters to the end, for comparison.
         around: What a site's module needs while runs are in it; by default nothing.
+        to_end: Whether a run continues to its end when all sites are complete, so that `again` has all that are called again.
     """
 
     def __init__(
@@ -113,10 +115,12 @@ class Walk:
         keep: Callable[[object], None] | None = None,
         untouched: Collection[int] = (),
         around: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
+        to_end: bool = False,
     ) -> None:
         self.sites, self.visitor, self.reduce, self.keep = list(sites), visitor, reduce, keep
-        self.untouched, self.around = untouched, around
+        self.untouched, self.around, self.to_end = untouched, around, to_end
         self.complete: set[Site] = set()
+        self.again: set[Site] = set()
         self._watched: Site | None = None
         self._calls: list[str] = []
         self._run = 0
@@ -124,12 +128,16 @@ class Walk:
         self._caller = Ambient.now()
 
     def __call__(self, forwards: Iterable[Callable[[], object]]) -> list[str]:
-        """Goes all the way with forwards of the model, and returns the linears that no run has called."""
+        """Goes all the way with forwards of the model, and returns the linears that no run has called.
+
+        Sites that a run has come to once more, after they were complete, are in `again`: these calls were not observed.
+        """
         self._main, self._caller = greenlet.getcurrent(), Ambient.now()
         runs = [greenlet(forward) for forward in forwards]
         try:
             with self._installed():
                 self._go(runs)
+                self.again = set(self._on_any_rank(self.again))
         finally:
             for run in runs:
                 run.throw()
@@ -149,21 +157,25 @@ class Walk:
                 torch.clear_autocast_cache()
             self.complete.add(here)
             self._ready = (None, {})
-            if len(self.complete) == len(self.sites):
-                return
+            if last := len(self.complete) == len(self.sites):
+                arrived = arrived[: self.to_end]
             with self.around(here.module):
                 for number in arrived:
                     at[runs[number]] = self._resume(number, runs[number])
+            if last:
+                return
 
     def _next(self, waiting: set[Site | None]) -> Site | None:
         """Returns the first site at which a run waits, on any rank; None if all runs have ended."""
+        return next(iter(self._on_any_rank(waiting)), None)
+
+    def _on_any_rank(self, sites: Collection[Site | None]) -> list[Site]:
+        """Returns those of all sites that some rank names."""
         if self.reduce is None:
-            return next((site for site in self.sites if site in waiting), None)
-        flags = torch.tensor(
-            [float(site in waiting) for site in self.sites], device=next(self.sites[0].module.parameters()).device
-        )
-        first = self.reduce(flags).nonzero().flatten().tolist()
-        return self.sites[first[0]] if first else None
+            return [site for site in self.sites if site in sites]
+        device = next(self.sites[0].module.parameters()).device
+        flags = self.reduce(torch.tensor([float(site in sites) for site in self.sites], device=device))
+        return [site for site, flag in zip(self.sites, flags.tolist(), strict=True) if flag]
 
     def _resume(self, number: int, run: greenlet) -> Site | None:
         """Lets a run continue to where it rests next; None if that is its end."""
@@ -179,14 +191,16 @@ class Walk:
         with ExitStack() as stack:
             for site in self.sites:
                 stack.enter_context(overridden(site.module, forward=partial(self._visit, site, site.module.forward)))
-                for name, linear in site.linears.items():
+                for name, linear in (*site.linears.items(), *site.twins):
                     hook = partial(self._listen, site, name)
                     stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
     def _visit(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs a site's forward: when all are here, with the old weights, to see; when all have seen, with the new ones."""
-        if site not in self.complete:
+        if site in self.complete:
+            self.again.add(site)
+        else:
             own = Ambient.now()
             if self.keep is not None:
                 self.keep((args, kwargs))

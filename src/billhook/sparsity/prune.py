@@ -4,19 +4,19 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from billhook.adapters.masked import counted
-from billhook.model.linears import weight_of
+from billhook.model.linears import find_twins, weight_of
 from billhook.running.batches import Run, runs_of
 from billhook.running.offload import Shelf, offloaded
 from billhook.running.shards import gathered, is_sharded, reshard, unsharded, whole
 from billhook.running.undisturbed import undisturbed
-from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites
+from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, replaced
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.checks import (
     adapters_to_count,
@@ -71,7 +71,8 @@ def prune(
         output_embeddings: Whether the output embedding (`lm_head`) is pruned too, where it is not tied to an embedding.
         sequential: The inputs that a layer's statistics are taken from. `"block"`, the papers': those of the dense block, on the
             outputs of pruned blocks before it. `"layer"`: those of each linear on the outputs of all pruned ones before it, in
-            one pass. `"none"`: those of the dense model.
+            one pass. `"none"`: those of the dense model. All calls of a linear count; one that is called again after its block
+            or itself would be pruned (ALBERT's, ProphetNet's), or shares its weight, is pruned first, as with `"none"`.
         count_adapters: Whether LoRA counts as if it were merged: a criterion that leaves kept weights as they are then sees
             W + scale B A of the active adapters, in float32. W is pruned, and zeros are pruned first; the adapters stay as they
             are, and `merge` keeps every zero.
@@ -155,27 +156,37 @@ class _Walks:
     activations: str | None
     adapters: Mapping[str, nn.Module]
 
-    def __call__(self, sequential: Sequential | None, make: Callable[..., V]) -> V:
-        """Walks with a visitor and returns it; retries without shared statistics if inputs are shared in some runs only.
+    @cached_property
+    def twins(self) -> list[tuple[str, nn.Module]]:
+        """Other linears that have the weight of one."""
+        return find_twins(self.model, self.linears)
 
-        With `sequential=None` nothing runs: the visitor needs no data.
+    def __call__(self, sequential: Sequential | None, make: Callable[..., V]) -> V:
+        """Walks with a visitor and returns it; once more without shared statistics if inputs are shared in some runs only.
+
+        It also walks once more if a run has called linears again later: with these first, so that every call counts. With
+        `sequential=None` nothing runs: the visitor needs no data.
         """
-        tokens = [run.tokens for run in self.runs]
-        for shared in (True, False):
+        tokens, shared, often = [run.tokens for run in self.runs], True, {name for name, _ in self.twins}
+        while True:
             visitor = make(tokens=tokens, reduce=self.reduce, adapters=self.adapters, shared=shared)
             try:
-                if sequential is None:
-                    visitor.finish(self.linears)
-                else:
-                    self._walk(sequential, visitor)
-                visitor.close()
-                break
+                again = set[str]() if sequential is None else self._walk(sequential, visitor, often)
             except InputsDiffer:
                 if not shared:
                     raise
+                shared = False
+                continue
+            if again <= often:
+                break
+            often |= again
+        if sequential is None:
+            visitor.finish(self.linears)
+        visitor.close()
         return visitor
 
-    def _walk(self, sequential: Sequential, visitor: PruningVisitor) -> None:
+    def _walk(self, sequential: Sequential, visitor: PruningVisitor, often: set[str]) -> set[str]:
+        """Walks; returns the linears of which some calls were not counted. Those called often come first, in the dense model."""
         with ExitStack() as stack:
             stack.enter_context(undisturbed(self.model))
             keep = None
@@ -186,9 +197,18 @@ class _Walks:
             forwards = [run.forward for run in self.runs]
             if is_sharded(self.model):
                 self._walk_sharded(sequential, visitor, keep, forwards)
-                return
-            sites = find_sites(self.model, self.linears, sequential, gates=self.offload is not None)
-            Walk(sites, visitor, self.reduce, keep)(forwards)
+                return set()
+            first = {name: one for name, one in self.linears.items() if name in often or sequential == "none"}
+            if first:
+                site = Site(self.model, first, False if often else None, self.twins)
+                Walk([site], visitor, self.reduce, keep)(forwards)
+                stack.enter_context(replaced({first[name]: new for name, new in visitor.parameters(site).items()}))
+            if not (others := {name: one for name, one in self.linears.items() if name not in first}):
+                return set()
+            sites = find_sites(self.model, others, sequential, gates=self.offload is not None)
+            walk = Walk(sites, visitor, self.reduce, keep, to_end=True)
+            walk(forwards)
+            return {name for site in walk.again for name in site.linears}
 
     def _walk_sharded(
         self,

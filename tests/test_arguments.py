@@ -1,10 +1,11 @@
 """Arguments are refused in one voice."""
 
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from billhook.arguments import fraction, number, one_of, whole
+from billhook.arguments import a_path, fraction, number, one_of, whole
 
 LEGAL = [
     lambda: whole("n", 1),
@@ -19,8 +20,13 @@ LEGAL = [
     lambda: one_of("x", "a", Literal["a", "b"]),
     lambda: one_of("x", None, ("a", None)),
     lambda: one_of("x", "a", {"a": 1}),
+    lambda: a_path("folder", "out"),
+    lambda: a_path("picture", Path("a/b.PNG"), [".png"]),
 ]
 REFUSED = {
+    "folder=None must be a path": lambda: a_path("folder", None),
+    "folder='' must be a path": lambda: a_path("folder", ""),
+    "picture='x.foo' must be a path that ends in .png, .pdf": lambda: a_path("picture", "x.foo", [".png", ".pdf"]),
     "n=0 must be a whole number of at least 1": lambda: whole("n", 0),
     "n=True must be a whole number of at least 1": lambda: whole("n", True),
     "n=2.0 must be a whole number of at least 2": lambda: whole("n", 2.0, 2),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, TypeGuard, get_args
 
 
@@ -62,6 +63,19 @@ def one_of(name: str, value: object, legal: Any) -> None:  # noqa: ANN401 - a Li
     words: Iterable[object] = get_args(legal) or legal
     if not any(type(value) is type(word) and value == word for word in words):
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, words))}")
+
+
+def a_path(name: str, value: object, endings: Iterable[str] = ()) -> None:
+    """Refuses what is no path of a file or folder, or ends in none of some endings.
+
+    >>> a_path("plot_file", "report.foo", [".png", ".pdf"])
+    Traceback (most recent call last):
+    ValueError: plot_file='report.foo' must be a path that ends in .png, .pdf
+    """
+    legal = list(endings)
+    named = isinstance(value, str | Path) and str(value).strip() != ""
+    if not named or (legal and Path(str(value)).suffix.lower() not in legal):
+        raise ValueError(f"{name}={value!r} must be a path{' that ends in ' if legal else ''}{', '.join(legal)}")
 
 
 def _is_finite(value: object) -> TypeGuard[float]:

@@ -54,6 +54,30 @@ def test_nothing_happened(files, tmp_path, capsys):
     assert {"at the start", "at the end"} <= rows.keys()
 
 
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Report(None), "plot_file=None must be a path that ends in .png"),
+        (lambda: Report("x.foo"), "plot_file='x.foo' must be a path that ends in .png"),
+        (lambda: Report(metric=3), "metric=3 must be the name"),
+        (lambda: Report(measure_batches=-1), "measure_batches=-1 must be a whole number"),
+        (lambda: Export(None), "folder=None must be a path"),
+    ],
+)
+def test_arguments(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 0}, {"max_steps": -1, "max_epochs": 0}, {"limit_train_batches": 0}])
+@pytest.mark.parametrize("make", [lambda _: KVHeadConversion(1), lambda folder: Export(str(folder / "model"))])
+def test_a_fit_that_takes_no_step_is_refused(files, tmp_path, options, make):
+    lit = module()
+    with pytest.raises(ValueError, match="=0: a fit that takes no step prunes, converts and saves nothing, so .* has no effect"):
+        trainer(tmp_path, [make(tmp_path)], **options).fit(lit, data(files))
+    assert lit.model.config.num_key_value_heads == 4
+
+
 def test_no_validation(files, tmp_path, capsys):
     run(files, tmp_path, [KVHeadConversion(2, at=3)], limit_val_batches=0)
     assert "after uptraining" in capsys.readouterr().out

@@ -601,6 +601,7 @@ class TestRefused:
             ({"min_heads": 0}, "min_heads=0: where heads are removed, one at least stays"),
             ({"min_heads": -1}, "min_heads=-1 must be a whole number"),
             ({"min_heads": 1.5}, "min_heads=1.5 must be a whole number"),
+            ({"plot_file": "heads.foo"}, "plot_file='heads.foo' must be a path that ends in .png"),
             ({"remove": "x"}, "remove='x' must be one of end, rounds, never"),
             ({"monitor": "val_loss", "keep": 0}, r"keep=0 must be in \(0, 1\]"),
             ({"monitor": "val_loss", "keep": 1.1}, "keep=1.1 must be in"),

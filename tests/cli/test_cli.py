@@ -174,6 +174,8 @@ class TestRefused:
             ("fit --model.lrr 1", ["lrr"]),
             ("fit --model.task poetry", ["poetry"]),
             ("prunes", ["prunes", "Other commands: prune, prune-heads"]),
+            ("prune", ["required", "model"]),
+            ("summary", ["required", "model"]),
             ("", ["Other commands: prune, prune-heads"]),
             ("fit --trainer.max_epochs 1 --model.model ./nowhere", ["'./nowhere' is not a folder with"]),
             ("export nowhere.ckpt out", ["'nowhere.ckpt' is not a file"]),

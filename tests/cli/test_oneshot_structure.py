@@ -120,3 +120,10 @@ def test_refused_before_anything_is_written(small, tmp_path, arguments, match):
     with pytest.raises(SystemExit, match=match):
         main(["prune-structure", str(small), str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out").exists()
+
+
+def test_too_many_blocks_are_refused_before_anything_is_measured(small, tmp_path, monkeypatch):
+    for name in ("batches", "measure"):
+        monkeypatch.setattr(f"billhook.cli.oneshot.OneShot.{name}", lambda self: pytest.fail("too late"))
+    with pytest.raises(SystemExit, match="99 of . blocks of model.layers would be removed"):
+        main(["prune-structure", str(small), str(tmp_path / "out"), "--blocks", "99"])

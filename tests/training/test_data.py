@@ -222,6 +222,21 @@ def test_a_tokenizer_that_cannot_pad(table, tmp_path):
         batches(data)
 
 
+@pytest.mark.parametrize(
+    ("task", "config", "kind", "match"),
+    [
+        ("causal-lm", LlamaConfig, Seq2SeqDataModule, "a LlamaForCausalLM does not turn one text into another"),
+        ("causal-lm", LlamaConfig, ClassificationDataModule, "a LlamaForCausalLM predicts tokens and no classes"),
+        ("sequence-classification", LlamaConfig, TextDataModule, "a LlamaForSequenceClassification does not predict tokens"),
+    ],
+)
+def test_batches_that_the_model_does_not_take(text, task, config, kind, match):
+    sizes = {"vocab_size": 4096, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    module = TransformerModule(config(**sizes), task)
+    with pytest.raises(ValueError, match=match):
+        trainer(max_steps=1).fit(module, datamodule=kind({"train": "nowhere.jsonl"}, "tiny"))
+
+
 def test_a_module_without_a_name_needs_a_tokenizer(text):
     with pytest.raises(ValueError, match="tokenizer: the model in training does not say .* name a tokenizer"):
         batches(TextDataModule({"train": text}))

@@ -371,6 +371,7 @@ class TestResuming:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
+        ({"teacher": float("nan")}, "teacher=nan must be a path"),
         ({"temperature": 0}, "temperature=0 must be a number above 0"),
         ({"weight": 1.1}, re.escape("weight=1.1 must be in [0, 1]")),
         ({"hidden": -1}, "hidden=-1 must be a number of at least 0"),

@@ -167,6 +167,13 @@ class TestModel:
         with pytest.raises(ValueError, match="lm_head.weight is named, and LlamaForSequenceClassification has nothing"):
             TransformerModule(str(tmp_path / "a"), "sequence-classification")
 
+    def test_a_config_that_was_given_stays_as_it_is(self, files, tmp_path):
+        config, before = llama(vocab_size=2048).config, llama(vocab_size=2048).config.to_dict()
+        lit = TransformerModule(config, num_labels=7)
+        trainer(tmp_path, [KVHeadConversion(1, measure_batches=0)], max_steps=1).fit(lit, data(files))
+        assert lit.model.config.num_key_value_heads == 1
+        assert config.to_dict() == before
+
     def test_dtype_attention_and_checkpointing(self):
         lit = TransformerModule("tiny", dtype="bfloat16", attn_implementation="eager", gradient_checkpointing=True)
         assert lit.model.dtype == torch.bfloat16

@@ -3,7 +3,6 @@
 from functools import partial
 
 import lightning.pytorch as pl
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -18,8 +17,7 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
-from billhook.pruning.choice import choose_units
-from billhook.pruning.planning import plan
+from billhook.pruning.planning import count_blocks, plan
 from billhook.schedules import Schedule
 from billhook.units.find import find_units
 
@@ -93,9 +91,7 @@ class DepthPruning(ShapeCallback):
         """Finds the step, and refuses a model from which so many blocks cannot be removed."""
         super().on_fit_start(trainer, pl_module)
         if self.done < 0:
-            stacks = find_units(pl_module, "block")
-            flat = {name: torch.zeros(one.count()) for name, one in stacks.items()}
-            choose_units(stacks, flat, self.amount, self.amount.ratios)
+            count_blocks(pl_module, self.amount)
 
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
         """Removes the blocks, and measures before and after."""

@@ -9,11 +9,12 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from billhook.arguments import a_path
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import Saved, check_names, save
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import together
-from billhook.fit.run import callbacks_of, is_trial
+from billhook.fit.run import callbacks_of, check_some_steps, is_trial
 from billhook.model.find import find_transformer
 from billhook.running.shards import gathered, unsharded
 
@@ -34,6 +35,7 @@ class Export(Callback):
     """
 
     def __init__(self, folder: str = "outputs/model") -> None:
+        a_path("folder", folder)
         self.folder = folder
         self.saved: Saved | None = None
         self._probe: dict[str, Tensor] | None = None
@@ -41,6 +43,7 @@ class Export(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks the folder."""
         if stage == "fit":
+            check_some_steps(trainer, "Export")
             check_target(self.folder)
             self.saved = self._probe = None
 

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.arguments import one_of
+from billhook.arguments import a_path, one_of
 from billhook.callbacks.export import Export
 from billhook.callbacks.heads.masking import HeadMasking
 from billhook.callbacks.heads.monitor import Mode, Monitor
@@ -29,6 +29,7 @@ from billhook.model.find import find_transformer
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import check_choice
 from billhook.pruning.planning import prune_units
+from billhook.report.plot import PICTURES
 from billhook.schedules import Schedule
 from billhook.units.find import find_units
 from billhook.units.units import Per
@@ -89,6 +90,8 @@ class HeadPruning(HeadMasking):
         check_choice(0 if isinstance(ratio, Schedule) else ratio, ranking, min_heads, per, "heads")
         check_at(at, ratio)
         one_of("remove", remove, Remove)
+        if plot_file is not None:
+            a_path("plot_file", plot_file, PICTURES)
         if min_heads < 1 and remove != "never":
             raise ValueError(f"min_heads={min_heads}: where heads are removed, one at least stays in each layer")
         self.ratio, self.at, self.per, self.remove, self.plot_file = ratio, at, per, remove, plot_file

@@ -7,12 +7,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
+from billhook.arguments import a_path, whole
 from billhook.callbacks.export import Export
 from billhook.fit.events.event import Event
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.measure import measure
 from billhook.fit.run import callbacks_of
-from billhook.report.plot import plot
+from billhook.report.plot import PICTURES, plot
 from billhook.report.summary import Stage, summary, table
 
 
@@ -22,10 +23,13 @@ class Report(Callback):
     Put it last, after `Export`, so that it reports where the checkpoint is.
 
     Args:
-        plot_file: Path of the picture (PNG); none is drawn where the run has no validation.
+        plot_file: Path of the picture (PNG, PDF, SVG or JPEG); none is drawn where the run has no validation.
         metric: The logged validation figure to draw; by default the first there is of `val_perplexity`, `val_accuracy`,
             `val_loss` and all others that begin with `val`.
         measure_batches: Validation batches for the figures at the end; by default as many as validation takes.
+
+    Raises:
+        ValueError: If an argument is not legal.
 
     >>> import billhook as bh
     >>> callback = bh.Report("outputs/report.png")  # last in Trainer(callbacks=[...])
@@ -34,6 +38,11 @@ class Report(Callback):
     def __init__(
         self, plot_file: str = "outputs/report.png", metric: str | None = None, measure_batches: int | None = None
     ) -> None:
+        a_path("plot_file", plot_file, PICTURES)
+        if metric is not None and not isinstance(metric, str):
+            raise ValueError(f"metric={metric!r} must be the name of a figure that validation logs")
+        if measure_batches is not None:
+            whole("measure_batches", measure_batches, least=0)
         self.plot_file, self.metric, self.measure_batches = plot_file, metric, measure_batches
         self.history: list[list[float]] = []
         self.first: Event | None = None

@@ -1,5 +1,6 @@
 """Loads the model of a name, a folder, a config.json or a config, in the class that a task needs; and its tokenizer."""
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ def load_model(
         with readable(file := model):
             return _built(auto, read_config(file), options, labels)
     if isinstance(model, PretrainedConfig):
-        return _built(auto, model, options, labels)
+        return _built(auto, copy.deepcopy(model), options, labels)  # an event changes it, and others may be made of it
     name = model_path(model)
     with readable(name):
         if gguf_file is None:

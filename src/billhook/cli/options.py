@@ -60,7 +60,7 @@ def _typed(command: Command) -> dict[str, Any]:
 def _switches(types: dict[str, Any], given: Sequence[str]) -> list[str]:
     """Makes `--json true` of `--json` alone."""
     flags = {f"--{name}" for name, kind in types.items() if kind is bool}
-    following = [*given[1:], ""]
+    following = [*given, ""][1:]
     return [
         f"{argument}=true" if argument in flags and value not in ("true", "false") else argument
         for argument, value in zip(given, following, strict=True)

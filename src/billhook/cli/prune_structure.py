@@ -15,6 +15,7 @@ from billhook.model.plan import apply
 from billhook.pruning.amount import RATIOS, TARGETS, Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
+from billhook.pruning.planning import count_blocks
 from billhook.pruning.planning import plan as planned
 from billhook.pruning.progress import First
 from billhook.pruning.repair import repair as repair_weights
@@ -77,6 +78,8 @@ def prune_structure(
     """
     whole("rounds", rounds)
     work, importance = OneShot(model, out, given), importance or Taylor()
+    if amount.blocks_alone is not None:
+        count_blocks(work.model, amount.blocks_alone)
     if amount.within is not None:
         Search(work.model, amount.within).check()
     batches = work.batches()

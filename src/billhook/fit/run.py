@@ -29,6 +29,16 @@ def is_trial(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
+def check_some_steps(trainer: pl.Trainer, what: str) -> None:
+    """Refuses a fit that takes no step, in which Lightning calls none of the hooks that `what` needs."""
+    given = {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs, "limit_train_batches": trainer.limit_train_batches}
+    if none := next((name for name, value in given.items() if value == 0), None):
+        raise ValueError(
+            f"{none}=0: a fit that takes no step prunes, converts and saves nothing, so {what} has no effect: take one step at "
+            "least, or do it without training (`billhook prune`, bh.prune, bh.convert_kv_heads, bh.save)"
+        )
+
+
 @contextmanager
 def isolated() -> Iterator[None]:
     """Restores random numbers afterwards, also after an error, where Lightning's own `isolate_rng` does not."""

@@ -178,6 +178,13 @@ def prune_units(
     return made
 
 
+def count_blocks(model: nn.Module, amount: Amount) -> tuple[dict[str, Units], dict[str, int]]:
+    """Returns the stacks of blocks, and how many an amount removes from each; refuses so many, whatever the scores."""
+    stacks = find_units(model, "block")
+    flat = {name: torch.zeros(one.count()) for name, one in stacks.items()}
+    return stacks, {name: len(own) for name, own in choose_units(stacks, flat, amount, amount.ratios).items()}
+
+
 def _plan_blocks(
     model: PreTrainedModel,
     amount: Amount,
@@ -188,9 +195,7 @@ def _plan_blocks(
     loss: Loss | None,
     reduce: Reduce | None,
 ) -> BlockPlan:
-    stacks = find_units(model, "block")
-    flat = {name: torch.zeros(one.count()) for name, one in stacks.items()}
-    numbers = {name: len(own) for name, own in choose_units(stacks, flat, amount, amount.ratios).items()}
+    stacks, numbers = count_blocks(model, amount)
     if greedy and scores is None:
         rank = partial(score, model, stacks, importance, None if batches is None else list(batches), loss, reduce=reduce)
         return find_block_plan(model, _one_by_one(model, stacks, rank, numbers, (amount.first, amount.last)))

@@ -10,6 +10,8 @@ import numpy as np
 from torch import Tensor
 
 RED, BLUE = "#b03a2e", "#1f5f8b"
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
+"""How the path of a picture may end."""
 CURVE: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, "color": BLUE}
 
 

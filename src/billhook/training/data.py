@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import datasets
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel
 
 from billhook.arguments import fraction, whole
 from billhook.training.dataset_module import DatasetModule
@@ -68,6 +68,13 @@ class TextDataModule(DatasetModule):
         fraction("mlm_probability", mlm_probability)
         self.block_size, self.column, self.mlm_probability = block_size, column, mlm_probability
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuses a classifier, whose labels are no tokens."""
+        if "Classification" in type(model).__name__:
+            raise ValueError(
+                f"TextDataModule: a {type(model).__name__} does not predict tokens: give it a ClassificationDataModule"
+            )
+
     def encode(self, rows: Rows, split: str) -> Rows:
         """Turns rows of text into rows of `block_size` token ids."""
         check_columns(rows, split, self.column)
@@ -126,6 +133,14 @@ class ClassificationDataModule(DatasetModule):
         if len(self.text_columns) > 2:
             raise ValueError(f"text_columns={self.text_columns}: one column, or two for pairs")
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuses a language model, whose labels are tokens."""
+        if model.get_output_embeddings() is not None and "Classification" not in type(model).__name__:
+            raise ValueError(
+                f"ClassificationDataModule: a {type(model).__name__} predicts tokens and no classes: train a classifier "
+                "(task='sequence-classification')"
+            )
+
     def encode(self, rows: Rows, split: str) -> Rows:
         """Turns rows of text and label into rows of token ids and labels."""
         check_columns(rows, split, *self.text_columns, self.label_column)
@@ -179,6 +194,14 @@ class Seq2SeqDataModule(DatasetModule):
         whole("max_target_length", max_target_length)
         self.source_column, self.target_column = source_column, target_column
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuses a model without an encoder and a decoder."""
+        if not model.config.is_encoder_decoder:
+            raise ValueError(
+                f"Seq2SeqDataModule: a {type(model).__name__} does not turn one text into another: train an encoder-decoder "
+                "(task='seq2seq-lm'), or give it text (TextDataModule)"
+            )
 
     def encode(self, rows: Rows, split: str) -> Rows:
         """Turns rows of source and target into rows of token ids."""

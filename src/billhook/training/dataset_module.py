@@ -2,13 +2,15 @@
 
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import datasets
 import lightning.pytorch as pl
 from datasets.distributed import split_dataset_by_node
 from lightning.pytorch.trainer.states import TrainerFn
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import whole
 from billhook.checkpoints.pretrained import load_tokenizer
@@ -61,8 +63,16 @@ class DatasetModule(pl.LightningDataModule):
         if not self.streaming:
             self.setup("fit")
 
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises `ValueError` if the batches are not what a model takes; called before anything is read."""
+
     def setup(self, stage: str) -> None:
-        """Makes the splits."""
+        """Makes the splits, unless the model in training could not read them."""
+        model = None
+        with suppress(ValueError):  # there is none yet, or more than one
+            model = find_transformer(getattr(self.trainer, "lightning_module", None) or nn.Identity())
+        if model is not None:
+            self.check(model)
         if not self.splits:
             rows = load_splits(self.data, self.streaming)
             self.splits = {split: self.encode(rows[split], split) for split in SPLITS if split in rows}

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from billhook.arguments import fraction, number
+from billhook.arguments import a_path, fraction, number
 
 CHUNK = 2**22
 """How many logits are in work at once: 16 MB in float32."""
@@ -42,7 +42,7 @@ class Distillation:
             scale of the model's own states, which may be large in a few places: begin small.
 
     Raises:
-        ValueError: If a number is out of range.
+        ValueError: If a number is out of range, or the teacher is no name.
 
     Example:
         >>> import billhook as bh
@@ -58,6 +58,8 @@ class Distillation:
     hidden: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.teacher is not None:
+            a_path("teacher", self.teacher)
         number("temperature", self.temperature, above=0)
         fraction("weight", self.weight, "[0, 1]")
         number("hidden", self.hidden, 0)

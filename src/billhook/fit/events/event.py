@@ -16,7 +16,7 @@ from billhook.fit.events.rounds import still_due
 from billhook.fit.late_models import drop_waiting
 from billhook.fit.measure import measure
 from billhook.fit.resume_state import ResumeState
-from billhook.fit.run import callbacks_of, training_steps
+from billhook.fit.run import callbacks_of, check_some_steps, training_steps
 from billhook.report.summary import summary
 
 Event = dict[str, Any]
@@ -88,6 +88,7 @@ class EventCallback(Callback, ABC):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Adds the shape to checkpoints, checks the trainer, and forgets an earlier fit."""
         if stage == "fit":
+            check_some_steps(trainer, type(self).__name__)
             self.check_trainer(trainer, pl_module)
             if [one for one in callbacks_of(trainer, type(self)) if one.state_key == self.state_key and one is not self]:
                 raise ValueError(f"two {self.state_key}: one is enough, with a schedule")

@@ -135,7 +135,8 @@ class ClassificationDataModule(DatasetModule):
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuses a language model, whose labels are tokens."""
-        if model.get_output_embeddings() is not None and "Classification" not in type(model).__name__:
+        embeddings: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if embeddings is not None and "Classification" not in type(model).__name__:
             raise ValueError(
                 f"ClassificationDataModule: a {type(model).__name__} predicts tokens and no classes: train a classifier "
                 "(task='sequence-classification')"

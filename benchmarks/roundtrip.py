@@ -43,6 +43,7 @@ import billhook as bh
 from billhook.checkpoints.export import export
 from billhook.cli.inspect import CHOICES, conversion, saving
 from billhook.model.inputs import make_inputs
+from billhook.model.transformers_internals import compute_alike
 from billhook.sparsity.plan import WeightPlan
 from billhook.tracing.trace import trace
 
@@ -393,10 +394,7 @@ def model_class_of(folder: Path) -> str:
 
 def prepared(loaded: nn.Module, model: nn.Module) -> nn.Module:
     """Gives a loaded model the implementations of the other."""
-    loaded.set_attn_implementation(model.config._attn_implementation)
-    for own, other in zip(loaded.modules(), model.modules(), strict=False):
-        if hasattr(own, "config") and hasattr(getattr(other, "config", None), "_experts_implementation_internal"):
-            own.config._experts_implementation = other.config._experts_implementation
+    compute_alike(model, loaded)
     return loaded.eval()
 
 

@@ -17,7 +17,7 @@ import billhook
 from billhook.checkpoints import save as checkpoint
 from billhook.checkpoints.place import RECORD, check_target
 from billhook.checkpoints.save import load, save
-from billhook.checkpoints.verify import make_probe, verify
+from billhook.checkpoints.verify import expect, make_probe, verify
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = SIZES | {"vocab_size": 50, "max_position_embeddings": 64}
@@ -63,7 +63,7 @@ def llama(**fields) -> PreTrainedModel:
 def logits(model: PreTrainedModel) -> torch.Tensor:
     model.eval()
     with torch.no_grad():
-        return model(**make_probe(model.config, model.main_input_name)).logits
+        return model(**make_probe(model)).logits
 
 
 def listing(folder: Path) -> dict[str, bytes | None]:
@@ -77,7 +77,7 @@ def test_plain_transformers_loads_what_was_saved(tmp_path):
         model = build()
         saved = save(model, tmp_path / "models" / name, record={"events": [1]})
         assert saved.difference <= ROUNDING
-        probe = {key: value.clone() for key, value in make_probe(model.config, model.main_input_name).items()}
+        probe = {key: value.clone() for key, value in make_probe(model).items() if key != "use_cache"}
         save_file(probe | {"logits": logits(model)}, tmp_path / "inputs" / name)
         record = json.loads((tmp_path / "models" / name / RECORD).read_text())
         assert record["events"] == [1]
@@ -146,8 +146,13 @@ def test_the_probe_is_the_callers_own_where_given(tmp_path):
 
 
 def test_a_model_that_reads_something_else_needs_a_probe():
-    with pytest.raises(ValueError, match="reads input_features needs a batch"):
-        make_probe(transformers.LlamaConfig(), "input_features")
+    model = transformers.PatchTSTModel(
+        transformers.PatchTSTConfig(d_model=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2)
+    )
+    with pytest.raises(
+        ValueError, match="probe: cannot guess the inputs past_values of PatchTSTModel: a batch of them is needed"
+    ):
+        make_probe(model)
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002], ids=oct)
@@ -301,7 +306,7 @@ def test_verify_sees_one_changed_weight(tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0] += 1
     with pytest.raises(RuntimeError, match="other logits"):
-        verify(model, tmp_path / "a", make_probe(model.config, "input_ids"))
+        verify(model, expect(model, make_probe(model)), tmp_path / "a", make_probe(model))
 
 
 def test_infinite_logits_on_both_sides_are_equal(tmp_path):

@@ -21,7 +21,7 @@ from billhook.model.build import build_class_on_meta
 from billhook.model.meta import model_class
 from billhook.model.shapes.shape import KEY, Shape, shape_of
 from billhook.model.shapes.shaped import build_shaped
-from billhook.model.transformers_internals import build_class
+from billhook.model.transformers_internals import build_class, compute_experts_in_turn
 from billhook.units.units import Per
 from billhook.units.zero import zero_units
 
@@ -115,8 +115,8 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
             model = build_class(kind, config, dtype) if plain else build_shaped(kind, config, shape, state, dtype)
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         model.train(False)
-        with torch.no_grad():
-            logits_of(model, make_probe(config, model.main_input_name))
+        compute_experts_in_turn(model)
+        logits_of(model, make_probe(model))
     except Exception as error:
         raise ValueError(f"'{name}' holds no {held['class'][:80]} that can be built: {error}") from error
     return model

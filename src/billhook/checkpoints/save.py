@@ -18,7 +18,7 @@ from billhook.adapters.merge import has_adapters, merged_copy
 from billhook.assets import model_path
 from billhook.checkpoints.equivalent import equivalents, rendered
 from billhook.checkpoints.place import RECORD, check_target, drafted, move, recover, size
-from billhook.checkpoints.verify import make_probe, verify
+from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.model.config_fields import nested_configs
 from billhook.model.find import find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
@@ -71,7 +71,7 @@ def save(
     folder: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     record: Mapping[str, Any] | None = None,
-    probe: Mapping[str, Tensor] | None = None,
+    probe: Probe | None = None,
 ) -> Saved:
     """Saves a model as a Hugging Face checkpoint that is known to load: written to a draft, reloaded, compared, moved into place.
 
@@ -101,16 +101,17 @@ def save(
         tokenizer: Saved along.
         record: The history of the model, for `billhook.json`. Numbers that JSON lacks become `"NaN"`, `"Infinity"` and
             `"-Infinity"` there.
-        probe: Inputs on which the logits are compared; by default 32 random token ids, or a random image.
+        probe: Inputs on which the logits are compared; by default random ones of the kinds that the model reads.
 
     Returns:
         Where it is, the way it was saved, and the largest difference of logits.
 
     Raises:
         ValueError: Before anything is written, if something that billhook did not write stands at `folder`, `record` is not
-            plain data, a model that reads neither token ids nor images comes without `probe`, a part of it is wrapped by
-            `torch.compile` (compiled in place is right), or adapters cannot be merged.
-        RuntimeError: If the reloaded model computes other logits; nothing is written at `folder`.
+            plain data, the model does not run with `probe`, or comes without it and its inputs cannot be guessed, a part of it
+            is wrapped by `torch.compile` (compiled in place is right), or adapters cannot be merged.
+        RuntimeError: If the model computes no finite logits, or the reloaded one others, by more than rounding explains: four
+            times the effect of changing every weight by its last digit. Nothing is written at `folder`.
 
     Example:
         >>> import tempfile
@@ -123,7 +124,7 @@ def save(
     _check_no_prompts(model)
     model = find_transformer(model)
     check_names(model)
-    probe = probe or make_probe(model.config, model.main_input_name)
+    probe = probe or make_probe(model)
     recover(target)
     check_target(folder)
     merged = merged_copy(model) if has_adapters(model) else None
@@ -131,8 +132,9 @@ def save(
         model = cast(PreTrainedModel, merged.model)
         if merged.lost:
             warnings.warn(f"the checkpoint does not compute what the model does: {merged}", stacklevel=2)
+    expected = expect(model, probe)
     with drafted(target) as draft, _untouched(model):
-        way, family, difference = _write(model, draft, probe)
+        way, family, difference = _write(model, expected, draft, probe)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         saved = Saved(str(folder), way, difference, size(draft) / 1e6, None if merged is None else str(merged), family)
@@ -142,13 +144,13 @@ def save(
     return saved
 
 
-def _write(model: PreTrainedModel, draft: Path, probe: Mapping[str, Tensor]) -> tuple[Way, str | None, float]:
+def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) -> tuple[Way, str | None, float]:
     """Saves and verifies the model; returns the way, the family where it is another, and the largest difference of logits."""
     vars(model.config).pop(KEY, None)  # an older report
     shape = unbuilt_shape(model)
     if not shape.tensors:
         _write_weights(model, draft)
-        return "plain", None, verify(model, draft, probe)
+        return "plain", None, verify(model, expected, draft, probe)
     setattr(model.config, KEY, to_entry(shape))
     _write_weights(model, draft)
     written = (draft / "config.json").read_bytes()
@@ -156,13 +158,13 @@ def _write(model: PreTrainedModel, draft: Path, probe: Mapping[str, Tensor]) -> 
         other = rendered(model, kind, config)
         (other or config).save_pretrained(draft)
         with suppress(RuntimeError):  # other logits
-            difference = verify(model, draft, probe, kind)
+            difference = verify(model, expected, draft, probe, kind)
             if difference == 0 or other is not None:  # transposed linears round otherwise
                 return ("plain", None, 0.0) if kind is type(model) else ("equivalent", config.model_type, difference)
         if other is not None:
             _write_weights(model, draft)
     (draft / "config.json").write_bytes(written)
-    return "shaped", None, verify(model, draft, probe)
+    return "shaped", None, verify(model, expected, draft, probe)
 
 
 def _write_weights(model: PreTrainedModel, draft: Path) -> None:

@@ -16,6 +16,16 @@ def make_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, 
     return _Maker(unwrap(), batch, length).inputs()
 
 
+def _parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """Returns what a forward names; of one that names nothing and passes on what comes, what the class above names."""
+    for forward in (model.forward, *(vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind))):
+        parameters = inspect.signature(forward).parameters
+        named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and n != "self"}
+        if named:
+            return named
+    return {}
+
+
 class _Maker:
     """Decides from a model's main input, its signature and its config which inputs there are and how large they must be."""
 
@@ -23,8 +33,7 @@ class _Maker:
         self.model, self.batch, self.length = model, batch, length
         config: Any = model.config
         self.config, self.configs = config, [one for _, one in nested_configs(config)]
-        parameters = inspect.signature(model.forward).parameters
-        self.named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+        self.named = _parameters_of(model)
         self.generator = torch.Generator().manual_seed(0)
 
     def inputs(self) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from billhook.model.config_fields import configs_of
 ATTENTION = "_attn_implementation_internal"
 """The attribute of a config that holds how attention is computed; to set it asks for no check."""
 
+EXPERTS = "_experts_implementation_internal"
+"""The same of experts."""
+
 
 def attention_of(config: PretrainedConfig) -> str | None:
     """Returns how attention is computed; None where that is not chosen yet."""
@@ -35,6 +38,21 @@ def compute_every_expert(model: nn.Module) -> None:
     """Has experts computed in the one way that does not ask how many tokens each is given, which nobody knows on meta."""
     for config in configs_of(model):
         config._experts_implementation = "batched_mm"
+
+
+def compute_experts_in_turn(model: nn.Module) -> None:
+    """Has experts computed by their class's own code, which asks nothing of their sizes."""
+    for config in configs_of(model):
+        config._experts_implementation = "eager"
+
+
+def compute_alike(model: nn.Module, other: nn.Module) -> None:
+    """Has another model compute attention and experts as a model does, part by part."""
+    parts = dict(model.named_modules())
+    for name, module in other.named_modules():
+        own, stated = (vars(part).get("config") for part in (module, parts.get(name, module)))
+        if isinstance(own, PretrainedConfig) and isinstance(stated, PretrainedConfig):
+            vars(own).update({key: vars(stated)[key] for key in (ATTENTION, EXPERTS) if key in vars(stated)})
 
 
 def build_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from billhook.importance.base import Importance, Sums
 from billhook.model.find import find_transformer
+from billhook.model.values import check_values
 from billhook.running.batches import Loss, Run, run_with_loss
 from billhook.running.undisturbed import resting
 from billhook.running.walk import Reduce
@@ -54,6 +55,7 @@ def score(
     """
     numbered(units, {}, per)
     name, subject = type(importance).__name__, find_transformer(model)
+    check_values(subject)
     if importance.needs_data and batches is None:
         raise ValueError(f"batches=None: {name} needs batches")
     given = batches if importance.needs_data and batches is not None else ()

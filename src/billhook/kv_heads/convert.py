@@ -22,6 +22,7 @@ from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.model.surgery import changed
+from billhook.model.values import check_changeable
 from billhook.repairs.repair import Repair
 
 
@@ -81,6 +82,7 @@ def convert_kv_heads(
     """
     method = method_of(method)
     check_repair(method, repair)
+    check_changeable(model)
     plan, weights = plan_kv_heads(model, num_key_value_heads, method, layers, encoder), dict[str, Tensor]()
     if method.turns or repair is not None:
         groups, subject = dict.fromkeys(plan.layers, plan.after), find_transformer(model)

@@ -5,10 +5,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from billhook.model.surgery import values_kept
+from billhook.model.values import check_changeable
 
 Weights = Mapping[str, Tensor]
 """New values of parameters, by the parameter's name."""
@@ -111,5 +113,8 @@ def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimiz
         >>> model.num_parameters() == plan.parameters[1]
         True
     """
+    check_changeable(model)
     plan.check_made_for(model)
-    plan.apply(model, [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers), weights)
+    with torch.inference_mode(mode=False):  # whose tensors nothing could change later
+        weights = weights and {name: one.clone() if one.is_inference() else one for name, one in weights.items()}
+        plan.apply(model, [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers), weights)

@@ -12,6 +12,7 @@ from torch import nn
 
 from billhook.adapters.masked import counted
 from billhook.model.linears import find_twins, weight_of
+from billhook.model.values import check_changeable
 from billhook.running.batches import Run, runs_of
 from billhook.running.offload import Shelf, offloaded
 from billhook.running.shards import gathered, is_sharded, reshard, unsharded, whole
@@ -102,6 +103,7 @@ def prune(
     """
     criterion, allocation = criterion or Wanda(), allocation or Uniform()
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
+    check_changeable(model)
     reshard(model)
     linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings)
     adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}

@@ -1,5 +1,6 @@
 """Prunes during a walk over a model: gathers statistics of each linear's inputs, and keeps the pruned weights aside."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,7 +58,7 @@ class PruningVisitor:
         self.pruned: dict[str, Pruned] = {}
         self.statistics: dict[str, Statistics] = {}
         self._first: dict[str, str] = {}  # linear -> the one whose statistics are its own
-        self._last: dict[int, tuple[ReferenceType[Tensor], int, str]] = {}  # run -> inputs, their version, who read them first
+        self._last: dict[int, tuple[ReferenceType[Tensor], float, str]] = {}  # run -> inputs, their version, who read them first
         self._complete: set[str] = set()
         self._differ = False
 
@@ -70,7 +71,7 @@ class PruningVisitor:
             if name not in self.statistics:
                 self.statistics[name] = self._empty(inputs.shape[-1], inputs.device)
             self.statistics[name].add(inputs, self._counting(inputs, run))
-            self._last[run] = (ref(inputs), inputs._version, name)
+            self._last[run] = (ref(inputs), _version(inputs), name)
 
     def _empty(self, width: int, device: torch.device) -> Statistics:
         empty = self.criterion.statistics(width, device)
@@ -80,7 +81,7 @@ class PruningVisitor:
     def _reader(self, inputs: Tensor, run: int) -> str | None:
         """Names the linear that has just read the same tensor."""
         last = self._last.get(run)
-        return last[2] if self.shared and last and last[0]() is inputs and last[1] == inputs._version else None
+        return last[2] if self.shared and last and last[0]() is inputs and last[1] == _version(inputs) else None
 
     def _counting(self, inputs: Tensor, run: int) -> Tensor | None:
         """Finds the mask of tokens that are not padding, if one fits the inputs."""
@@ -182,6 +183,11 @@ class GlobalPruningVisitor(PruningVisitor):
             weight = whole(weight_of(linear))
             self.pruned[name] = Pruned.of(weight, where_kept(weight, keep), keep)
         self._tell()
+
+
+def _version(tensor: Tensor) -> float:
+    """Returns a number that is another after each change in place; nan in inference mode, where nothing counts."""
+    return math.nan if tensor.is_inference() else tensor._version
 
 
 @contextmanager

@@ -290,3 +290,38 @@ def test_what_would_fetch_code_is_not_looked_at(good, tmp_path, monkeypatch):
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert not set(fields) & set(written)
     assert not (tmp_path / "exploded").exists()
+
+
+def exported(model, tmp_path):
+    module = Own("model", model.eval())
+    checkpoint = {"state_dict": module.state_dict()}
+    save_shape(module, checkpoint)
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    return export(tmp_path / "a.ckpt", tmp_path / "out")
+
+
+def test_a_class_that_another_familys_configs_are_registered_for(tmp_path):
+    config = transformers.AutoConfig.for_model("exaone", **SIZES, num_key_value_heads=2, max_position_embeddings=64)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert type(config) is not transformers.LlamaConfig
+    assert type(model) is transformers.LlamaForCausalLM
+    assert exported(model, tmp_path).difference == 0
+    assert type(billhook.load(tmp_path / "out")) is type(model)
+
+
+def test_a_config_with_a_number_that_json_lacks(tmp_path):
+    config = transformers.Mamba2Config(**SIZES, num_heads=4, head_dim=8, n_groups=1, state_size=4, chunk_size=4)
+    assert config.time_step_limit[1] == float("inf")
+    exported(transformers.Mamba2ForCausalLM(config), tmp_path)
+    assert billhook.load(tmp_path / "out").config.time_step_limit[1] == float("inf")
+
+
+def test_a_config_that_derives_fields_of_those_within_it(tmp_path):
+    config = transformers.MoshiConfig(**SIZES, ffn_dim=16, audio_vocab_size=50)
+    config.depth_decoder_config.input_size += 1
+    assert exported(transformers.MoshiForCausalLM(config), tmp_path).way == "plain"
+
+
+def test_experts_of_any_size(tmp_path):
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES | {"intermediate_size": 21}, num_key_value_heads=2, num_local_experts=2))
+    assert exported(model, tmp_path).way == "plain"

@@ -18,6 +18,7 @@ from billhook.checkpoints.pretrained import load_tokenizer
 from billhook.checkpoints.save import Saved, save
 from billhook.checkpoints.verify import logits_of, make_probe
 from billhook.model.build import build_class_on_meta
+from billhook.model.config_fields import fields_of, set_fields
 from billhook.model.meta import model_class
 from billhook.model.shapes.shape import KEY, Shape, shape_of
 from billhook.model.shapes.shaped import build_shaped
@@ -103,13 +104,10 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
             "wrote it, and save the model from there (bh.save, or the callback Export)"
         )
     try:
-        fields = _harmless(json.loads(held["config"]), limit=1000 + len(state))
-        config = transformers.AutoConfig.for_model(**{**fields, "architectures": [held["class"]]})
+        shape = Shape.from_dict(held["shape"])
+        config = _read_config(held, shape, limit=1000 + len(state))
         kind = model_class(config, name)
-        if not isinstance(config, kind.config_class or PretrainedConfig):
-            raise ValueError(f"a {held['class']} is not built from a {type(config).__name__}")
         with torch.random.fork_rng(devices=[]):
-            shape = Shape.from_dict(held["shape"])
             plain = _check_sizes(build_class_on_meta(kind, copy.deepcopy(config)), shape, state)
             dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
             model = build_class(kind, config, dtype) if plain else build_shaped(kind, config, shape, state, dtype)
@@ -120,6 +118,30 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
     except Exception as error:
         raise ValueError(f"'{name}' holds no {held['class'][:80]} that can be built: {error}") from error
     return model
+
+
+def _read_config(held: dict[str, Any], shape: Shape, limit: int) -> PretrainedConfig:
+    """Makes the config that a checkpoint holds; fields that its class derives from others are as they were."""
+    fields = _harmless(json.loads(held["config"], object_hook=_number), limit)
+    config: PretrainedConfig = transformers.AutoConfig.for_model(**{**copy.deepcopy(fields), "architectures": [held["class"]]})
+    derived = {name: shape.config[name] for name, value in fields_of(config).items() if shape.config.get(name, value) != value}
+    for name, stated in derived.items():
+        if _within(fields, name) != stated:
+            raise ValueError(f"config and shape do not agree on {name}")
+    set_fields(config, derived)
+    return config
+
+
+def _number(fields: dict[str, Any]) -> Any:  # noqa: ANN401 - any JSON
+    """Reads what transformers writes in the place of a number that JSON lacks."""
+    stated = fields.get("__float__") if len(fields) == 1 else None
+    return float(stated) if stated in ("Infinity", "-Infinity", "NaN") else fields
+
+
+def _within(fields: Any, name: str) -> object:  # noqa: ANN401 - any JSON
+    own, _, rest = name.partition(".")
+    value = fields.get(own) if isinstance(fields, dict) else None
+    return _within(value, rest) if rest else value
 
 
 def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
@@ -142,8 +164,6 @@ def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
 def _check_sizes(shadow: PreTrainedModel, recorded: Shape, state: dict[str, Tensor]) -> bool:
     """Refuses a shape that is not that of the tensors; returns True if it is also what the config builds."""
     built = shape_of(shadow)
-    if differing := [k for k, v in built.config.items() if recorded.config.get(k, v) != v]:
-        raise ValueError(f"config and shape do not agree on {differing[0]}")
     for name in [*built.tensors, *recorded.tensors]:
         held = tuple(state[name].shape) if name in state else None
         sizes = {"config": built.tensors.get(name), "shape": recorded.tensors.get(name), "weights": held}

@@ -79,7 +79,8 @@ def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
     found = getattr(transformers, first, None) if isinstance(first, str) else None
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         raise ValueError(f"the config of '{name}' names the class {names or None}, which transformers does not have")
-    if found.config_class is None or not isinstance(config, found.config_class):
+    own = isinstance(config, found.config_class or ())
+    if not own and not any(first in _named(mapping, config) for mapping in dir(modeling_auto) if mapping.endswith("MAPPING_NAMES")):
         raise ValueError(f"the config of '{name}' is a {type(config).__name__}, from which no {found.__name__} is built")
     return found
 
@@ -172,5 +173,10 @@ def _candidates(config: PretrainedConfig) -> Iterator[str]:
     named: object = config.architectures
     yield from (one for one in named if isinstance(one, str)) if isinstance(named, list) else ()
     for mapping in MAPPINGS:
-        names = getattr(modeling_auto, mapping).get(config.model_type, ())
-        yield from (names,) if isinstance(names, str) else names
+        yield from _named(mapping, config)
+
+
+def _named(mapping: str, config: PretrainedConfig) -> tuple[str, ...]:
+    """Returns the classes that a mapping of the auto classes names for a config."""
+    names: str | tuple[str, ...] = getattr(modeling_auto, mapping).get(config.model_type, ())
+    return (names,) if isinstance(names, str) else tuple(names)

@@ -94,7 +94,9 @@ def test_it_generates_and_learns(family, tmp_path):
 
 def test_in_shards(tmp_path, monkeypatch):
     real = PreTrainedModel.save_pretrained
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *args, **options: real(*args, **options, max_shard_size="20KB"))
+    monkeypatch.setattr(
+        PreTrainedModel, "save_pretrained", lambda *args, **options: real(*args, **options, max_shard_size="20KB")
+    )
     model = uneven_llama()
     save(model, tmp_path / "a")
     assert len(list((tmp_path / "a").glob("*.safetensors"))) > 1

@@ -323,5 +323,7 @@ def test_a_config_that_derives_fields_of_those_within_it(tmp_path):
 
 
 def test_experts_of_any_size(tmp_path):
-    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZES | {"intermediate_size": 21}, num_key_value_heads=2, num_local_experts=2))
+    model = transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(**SIZES | {"intermediate_size": 21}, num_key_value_heads=2, num_local_experts=2)
+    )
     assert exported(model, tmp_path).way == "plain"

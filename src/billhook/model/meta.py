@@ -80,7 +80,9 @@ def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
     if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
         raise ValueError(f"the config of '{name}' names the class {names or None}, which transformers does not have")
     own = isinstance(config, found.config_class or ())
-    if not own and not any(first in _named(mapping, config) for mapping in dir(modeling_auto) if mapping.endswith("MAPPING_NAMES")):
+    if not own and not any(
+        first in _named(mapping, config) for mapping in dir(modeling_auto) if mapping.endswith("MAPPING_NAMES")
+    ):
         raise ValueError(f"the config of '{name}' is a {type(config).__name__}, from which no {found.__name__} is built")
     return found
 

@@ -123,6 +123,7 @@ class Subject:
         for name, buffer in self.dense.named_buffers():
             if name in made:  # which no checkpoint holds: the class makes it
                 buffer.copy_(made[name])
+        self.dense.train().eval()  # some then forget what they have computed from parameters
         self.expected = self.answer(self.dense)
         noisy = copy.deepcopy(self.dense)
         generator = torch.Generator().manual_seed(1)
@@ -140,7 +141,8 @@ class Subject:
         """Returns all real numbers that a model gives; some draw noise or which patches they see."""
         torch.manual_seed(0)
         output = model(**self.inputs)
-        given = tree_leaves(dict(output) if hasattr(output, "items") else output)
+        named = {name: value for name, value in output.items() if name != "mems"} if hasattr(output, "items") else output
+        given = tree_leaves(named)  # XLNet's memories are of each block
         return [value.float() for value in given if isinstance(value, Tensor) and value.is_floating_point()]
 
     @staticmethod
@@ -290,7 +292,7 @@ def remove_block(subject: Subject, model: nn.Module) -> Done:
 def skipped(module, args, kwargs, out):
     """Returns a block's input as its output, of a tuple in the first place."""
     hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+    return type(out)([hidden, *out[1:]]) if isinstance(out, tuple | list) else hidden
 
 
 def prune(subject: Subject, model: nn.Module) -> Done:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -124,6 +125,17 @@ def find_block_plan(
     return BlockPlan(type(model).__name__, _digest(model), units, _counts(stacks), fields, attributes, parameters, shown)
 
 
+def tried(model: PreTrainedModel, plan: BlockPlan) -> BlockPlan:
+    """Returns a plan that can be carried out, as has been tried; the model is as before."""
+    with suppress(_Tried):
+        _remove(model, plan.units, plan.fields, plan.attributes, [], trial=True)
+    return plan
+
+
+class _Tried(Exception):
+    """The end of a trial, by which everything is put back."""
+
+
 def _check_own(model: nn.Module, stacks: Mapping[str, nn.ModuleList], gone: Mapping[str, list[int]]) -> None:
     """Refuses blocks that share parameters with other modules, which stay."""
     places = [(name, id(p), block_of(name, stacks)) for name, p in model.named_parameters(remove_duplicate=False)]
@@ -144,7 +156,12 @@ def _digest(model: PreTrainedModel) -> str:
 
 
 def _remove(
-    model: PreTrainedModel, blocks: Mapping[str, list[int]], fields: Fields, attributes: Numbers, optimizers: list[Optimizer]
+    model: PreTrainedModel,
+    blocks: Mapping[str, list[int]],
+    fields: Fields,
+    attributes: Numbers,
+    optimizers: list[Optimizer],
+    trial: bool = False,
 ) -> None:
     """Removes blocks, by stack, from a model, in place; the model and the optimizers are as before if that fails.
 
@@ -173,6 +190,8 @@ def _remove(
                 f"blocks: {type(model).__name__} computes something else without {blocks} than it does when they are skipped: "
                 "later blocks need them, or count on their own place"
             )
+        if trial:
+            raise _Tried
 
 
 def _forget(optimizers: Iterable[Optimizer], gone: set[nn.Parameter]) -> None:

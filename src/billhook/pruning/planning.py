@@ -17,9 +17,11 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan, find_block_plan
+from billhook.pruning.block_plan import tried as tried_blocks
 from billhook.pruning.choice import choose_units, ranked
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.plan import UnitPlan
+from billhook.pruning.removal import tried
 from billhook.pruning.target import Search
 from billhook.running.batches import Loss
 from billhook.running.walk import Reduce
@@ -131,13 +133,15 @@ def plan_units(
     """
     subject, kinds = find_transformer(model), kinds_of(kind)
     if kinds == ["block"]:
-        return find_block_plan(subject, numbered(find_units(subject, kinds), units))
+        return tried_blocks(subject, find_block_plan(subject, numbered(find_units(subject, kinds), units)))
     if "block" in kinds:
         raise ValueError(f"kind={kind!r}: blocks are planned alone")
     structure = trace(subject)
     found = units_of(subject, structure, kinds)
     check_any(subject, found, kinds)
-    return UnitPlan.of(find_cut(subject, structure, found, units, per))
+    cut = find_cut(subject, structure, found, units, per)
+    tried(subject, cut)
+    return UnitPlan.of(cut)
 
 
 def prune_units(
@@ -198,10 +202,10 @@ def _plan_blocks(
     stacks, numbers = count_blocks(model, amount)
     if greedy and scores is None:
         rank = partial(score, model, stacks, importance, None if batches is None else list(batches), loss, reduce=reduce)
-        return find_block_plan(model, _one_by_one(model, stacks, rank, numbers, (amount.first, amount.last)))
+        return tried_blocks(model, find_block_plan(model, _one_by_one(model, stacks, rank, numbers, (amount.first, amount.last))))
     if scores is None:
         scores = score(model, stacks, importance, batches, loss, amount.normalize, reduce=reduce)
-    return find_block_plan(model, choose_units(stacks, scores, amount, amount.ratios), scores)
+    return tried_blocks(model, find_block_plan(model, choose_units(stacks, scores, amount, amount.ratios), scores))
 
 
 def _one_by_one(

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from billhook.model.answers import alike, small_inputs, tolerance
 from billhook.model.config_fields import set_fields
+from billhook.model.meta import to_meta
 from billhook.model.shapes.handed import Indices
 from billhook.model.shapes.shape import Shape, set_shape
 from billhook.model.surgery import Change, replace_parameters, undone_by_errors
@@ -37,6 +39,7 @@ def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer]) -> Non
     _check_free(model, found)
     exact, real = all(found[name].kind in ("head", "channel") for name in cut.units), model.device.type != "meta"
     readers = {reader for one in found.values() for reader in one.readers if one.kind in ("head", "channel")}
+    readers = {reader for reader in readers if not _makes_units(model, reader, cut)}
     expected = _zeroed_answer(model, found, cut, readers) if exact and real else None
     why = ""
     for shape, fields in shapes_then(model, cut):
@@ -55,6 +58,13 @@ def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer]) -> Non
         + (f" ({why})" if why else "")
         + ("; they can be masked (bh.mask)" if what == "heads" else "")
     )
+
+
+def tried(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
+    """Returns a model without units, on meta tensors; refuses what its code does not follow."""
+    shadow = to_meta(model)
+    remove(shadow, cut, [])
+    return shadow
 
 
 class _Different(Exception):
@@ -85,6 +95,13 @@ def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, optimizers: list[
         owner, _, attr = name.rpartition(".")
         model.get_submodule(owner)._buffers[attr] = buffer
     set_shape(model, shape)
+
+
+def _makes_units(model: nn.Module, reader: str, cut: Cut) -> bool:
+    """Tells whether a reader loses outputs itself, which others read."""
+    module = model.get_submodule(reader)
+    names = {f"{reader}.weight", f"{reader}.base_layer.weight"}
+    return any((name, 1 if isinstance(module, Conv1D) else 0) in cut.cuts for name in names)
 
 
 def _whole_sizes(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:

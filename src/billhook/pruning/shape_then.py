@@ -1,9 +1,10 @@
 """Finds a model's attributes and config without some units: as its class builds them, or by trial on meta tensors."""
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,7 +21,7 @@ from billhook.tracing.groups import Kind
 from billhook.tracing.trace import trace
 from billhook.units.fields import FieldFinder
 from billhook.units.find import units_of
-from billhook.units.units import UnitKind, counts
+from billhook.units.units import UnitKind, Units, counts
 
 TRIALS = 256
 """The most assignments of whole-number attributes that are tried."""
@@ -236,7 +237,23 @@ def _runs(model: PreTrainedModel, cut: Cut, shape: Shape, fields: Fields, eager:
     except ValueError:
         return False
     expected = {name: left for name, left in cut.after.items() if name in units or max(left) > 1}  # one alone is no group
-    return {name: counts(one) for name, one in units.items()} == expected
+    if {name: counts(one) for name, one in units.items()} != expected:
+        return False
+    before = units_of(model, trace(model), _kinds(cut))
+    gone = {name: own for name, own in cut.units.items() if name in units and units[name].count() > 1}
+    return all(_stand(before[name], units[name], cut, own) for name, own in gone.items())
+
+
+def _stand(before: Units, after: Units, cut: Cut, gone: Sequence[int]) -> bool:
+    """Tells whether the units that remain are where they were left, and not dealt out anew, as to cores."""
+    number = np.append(np.cumsum(~np.isin(np.arange(before.count()), gone)) - 1, -1)
+    places = {(member.name, member.dim): member for member in after.held_by()}
+    for member in before.held_by():
+        own, there = before.of_member(member), places.get((member.name, member.dim))
+        left = own[cut.cuts.get((member.name, member.dim), np.arange(len(own)))]
+        if there is None or not np.array_equal(number[left], after.of_member(there)):
+            return False
+    return True
 
 
 def _sizes_then(model: PreTrainedModel, cut: Cut) -> dict[str, tuple[int, ...]]:

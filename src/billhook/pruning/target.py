@@ -9,11 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.model.figures import Figures, figures_of
-from billhook.model.meta import to_meta
 from billhook.pruning.amount import RATIOS, Amount
 from billhook.pruning.choice import choose_units, free, most, protected_places
 from billhook.pruning.cuts import Cut, find_cut
-from billhook.pruning.removal import remove
+from billhook.pruning.removal import tried
 from billhook.tracing.trace import trace
 from billhook.units.find import of_kind, units_of
 from billhook.units.units import Units
@@ -53,9 +52,7 @@ class Search:
         """Returns what the model costs before and after a cut; how many units are removed decides it, not which."""
         remains = tuple(cut.after.items())
         if remains not in self._known:
-            shadow = to_meta(self.model)
-            remove(shadow, cut, [])
-            self._known[remains] = figures_of(shadow)
+            self._known[remains] = figures_of(tried(self.model, cut))
         return self._now, self._known[remains]
 
     def limit(self, target: str) -> int:

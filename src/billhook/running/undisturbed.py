@@ -57,6 +57,7 @@ def resting(model: nn.Module) -> Iterator[None]:
     try:
         for config in configs.values():
             config.use_cache = False
+        model.train()  # some then forget what they have computed from parameters, as LeViT its position biases
         model.eval()
         with torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
             yield

@@ -57,9 +57,10 @@ class Note:
         value: What it holds, where that is small and does not depend on weights or inputs.
         sources: Which rows of which parameters an activation was last multiplied with.
         bent: Whether something non-linear came after them.
+        squared: Whether it is a power, whose sum is that of a norm.
     """
 
-    __slots__ = ("active", "axes", "bent", "columns", "debts", "points", "pool", "sources", "used", "value")
+    __slots__ = ("active", "axes", "bent", "columns", "debts", "points", "pool", "sources", "squared", "used", "value")
 
     def __init__(self, axes: Sequence[Axis], active: bool = False, points: Axis | None = None) -> None:
         self.axes, self.active, self.points = list(axes), active, points
@@ -68,7 +69,7 @@ class Note:
         self.debts: tuple[tuple[Axis, str, str], ...] = ()
         self.value: Tensor | None = None
         self.sources: Sources = {}
-        self.bent = self.used = False
+        self.bent = self.used = self.squared = False
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def elementwise(tape: Tape, out: Any, *args: Any, **kwargs: Any) -> None:  # noq
         for tensor in inputs:
             pay(note(tensor), note(tensor).points)
         new = put(result, axes, inputs, points, paid=True)
+        new.squared = name in ("pow", "square")
         if new.active and (name in BENDS or (name == "mul" and _meet(tape, inputs))):
             new.bent = True
             mark_units(axes, "bent", tape.op)

@@ -9,7 +9,7 @@ from torch import Tensor
 from billhook.tracing.axes import Axis, mark, notes_of, product, split
 from billhook.tracing.rules.elementwise import elementwise
 from billhook.tracing.rules.movement import ranked
-from billhook.tracing.tape import Tape, axes_of, broadcast, join, put, tensors
+from billhook.tracing.tape import Tape, axes_of, broadcast, join, note, put, tensors
 
 NORMS = {"mean", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm"}
 INDICES = {"max", "min", "median", "mode"}  # of those that also say where
@@ -23,7 +23,7 @@ def reduction(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Non
     dims = _dims(tape.op, x.dim(), args, kwargs)
     axes = axes_of(x)
     for d in dims:
-        mark(axes[d], "normed" if tape.op in NORMS else "reduced", tape.op)
+        mark(axes[d], "normed" if tape.op in NORMS or note(x).squared else "reduced", tape.op)
     for result in tensors(out):
         kept = [Axis(1) if d in dims else axis for d, axis in enumerate(axes) if result.dim() == x.dim() or d not in dims]
         indices = tape.op in ("argmax", "argmin") or (isinstance(out, tuple) and result is out[-1] and tape.op in INDICES)

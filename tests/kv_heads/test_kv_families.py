@@ -466,12 +466,12 @@ HOSTILE = {
     ),
     "too many": (
         lambda shape: change_first(shape, [8, [[0, 8, 2, 4], [32, 2, 4, 4], [40, 2, 4, 4]]]),
-        "hand out 128 outputs of 48, and 96",
+        "hand out 128 outputs of 48, and at most 96",
     ),
     "huge": (lambda shape: change_first(shape, [1, [[0, 2**30, 2**30, 2**30]]]), "are asked for"),
     "too few stored": (
         lambda shape: change_first(shape, [8, [[0, 8, 1, 4], [32, 8, 1, 4], [64, 8, 1, 4]]]),
-        "96 outputs of 96, and 96 of 48",
+        "96 outputs of 96, and at most 96 of 48",
     ),
 }
 

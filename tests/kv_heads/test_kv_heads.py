@@ -53,6 +53,13 @@ def test_converted_equals_the_original_class_with_pooled_heads_repeated(family, 
     assert kv_heads_of(dense) == groups
 
 
+def test_layers_that_are_unlike_in_something_else():
+    dense, ids = uneven_llama(), tokens()
+    expected = pooled_and_repeated(dense, 2)(ids).logits
+    assert convert_kv_heads(dense, 2).way == "groups"
+    torch.testing.assert_close(dense(ids).logits, expected, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "olmo2", "cohere"])
 def test_equal_heads_convert_with_no_change_of_logits(family):
     equal, ids = pooled_and_repeated(build(family), 2), tokens()
@@ -273,8 +280,6 @@ class TestRefused:
             convert_kv_heads(llama(), heads)
 
     def test_a_model_that_was_changed_by_hand(self):
-        with pytest.raises(ValueError, match="mlp.down_proj.weight .* is not as LlamaForCausalLM builds it"):
-            convert_kv_heads(uneven_llama(), 2)
         model = llama()
         model.model.layers[1].mlp.up_proj = nn.Linear(32, 40, bias=False)
         with pytest.raises(ValueError, match="LlamaForCausalLM does not run on meta tensors"):

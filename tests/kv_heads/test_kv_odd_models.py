@@ -1,11 +1,15 @@
 """Fewer KV heads of models that are unlike others: odd configs, odd layers, odd files."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
 import billhook as bh
+from billhook.kv_heads.scope import kv_heads_by_layer
+from billhook.model.inputs import make_inputs
 from billhook.report.summary import summary
 from kit.units import other
 
@@ -59,3 +63,49 @@ def test_keys_that_files_of_the_family_join_with_queries_are_saved_by_themselves
     bh.save(other(name), tmp_path / "all")
     file = tmp_path / "all" / "model.safetensors"
     assert any("qkv" in tensor for tensor in load_file(file))
+
+
+def mean_heads(model, heads):
+    """Replaces keys and values by the mean of each two heads next to each other."""
+
+    def mean(rows):
+        pairs = rows.unflatten(0, (heads // 2, 2, -1))
+        return pairs.mean(1, keepdim=True).expand_as(pairs).flatten(0, 2).clone()
+
+    for name, parameter in model.named_parameters():
+        if name.split(".")[-2] in ("k_proj", "v_proj", "key", "value"):
+            parameter.data = mean(parameter.data)
+        elif name.split(".")[-2] == "c_attn":
+            query, key, value = parameter.data.movedim(-1, 0).chunk(3)
+            parameter.data = torch.cat([query, mean(key), mean(value)]).movedim(0, -1).clone()
+    return model
+
+
+NAMES = ["BertForMaskedLM", "Glm4MoeForCausalLM", "NanoChatForCausalLM", "ViTForImageClassification", "GPT2LMHeadModel"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_heads_are_removed_first(name, tmp_path):
+    """What is left is not what the class builds of the config; in memory and reloaded, it is converted alike."""
+    model = other(name, num_key_value_heads=6)
+    bh.apply(model, bh.plan(model, bh.WeightNorm(), heads=0.34))
+    assert set(kv_heads_by_layer(model).values()) == {4}
+    inputs = make_inputs(model)
+    bh.save(model, tmp_path / "pruned")
+    loaded, expected = bh.load(tmp_path / "pruned").eval(), mean_heads(copy.deepcopy(model), 4)
+    bh.convert_kv_heads(model, 2)
+    bh.convert_kv_heads(loaded, 2)
+    with torch.no_grad():
+        for one in (model, loaded):
+            torch.testing.assert_close(one(**inputs).logits, expected(**inputs).logits, atol=1e-5, rtol=1e-4)
+    bh.save(model, tmp_path / "fewer")
+    assert set(kv_heads_by_layer(bh.load(tmp_path / "fewer")).values()) == {2}
+
+
+def test_layers_of_different_numbers_of_heads():
+    model = other("BertForMaskedLM", num_hidden_layers=3)
+    bh.apply(model, bh.plan_units(model, {"bert.encoder.layer.2.attention": [0, 5]}, "head"))
+    assert list(kv_heads_by_layer(model).values()) == [6, 6, 4]
+    bh.convert_kv_heads(model, 2)
+    assert set(kv_heads_by_layer(model).values()) == {2}
+    model(**make_inputs(model))

@@ -22,7 +22,8 @@ def cut_by_config(
 ) -> tuple[list[str], Shrunk] | None:
     """Returns the chosen attentions that follow a changed config, and how the model shrinks; None if the class follows no field.
 
-    With `encoder` the encoder's config changes as well; with `every` all of the chosen must follow.
+    With `encoder` the encoder's config changes as well; with `every` all of the chosen must follow. None, too, of a model that in
+    anything else is no longer what its class builds, as without some heads.
     """
     usual = shape_of(build_on_meta(model, copy.deepcopy(model.config)))
     for config in _changed(model, heads, encoder):
@@ -35,7 +36,8 @@ def cut_by_config(
         told = [name for name in chosen if name in follow.values()]
         if not told or (every and len(told) < len(chosen)):
             continue
-        check_as_built(model, shape_of(model), usual, set(resized))
+        if not is_as_built(model, usual, resized):
+            return None
         if (lone := next((name for name, owner in follow.items() if owner is None), None)) is not None:
             raise ValueError(f"{lone} follows the number of KV heads in the config, and stands in no attention")
         then = _shape_then(shape_of(model), usual, built, follow, told, found, heads)
@@ -75,18 +77,17 @@ def _owner(name: str, found: Mapping[str, KVAttention]) -> str | None:
     return max(around, key=lambda own: len(found[own].units.name), default=None)
 
 
-def check_as_built(model: PreTrainedModel, now: Shape, built: Shape, but: Collection[str]) -> None:
-    """Refuses a model that in anything but some tensors is no longer what its class builds from its config."""
-    names = now.tensors.keys() | built.tensors.keys()
-    different = sorted(name for name in names - set(but) if now.tensors.get(name) != built.tensors.get(name))
-    different += sorted(name for name in but if name not in now.tensors)
-    if different:
+def is_as_built(model: PreTrainedModel, built: Shape, but: Collection[str]) -> bool:
+    """Finds whether a model is in all but some tensors what its class builds from its config; refuses tensors of other names."""
+    now = shape_of(model)
+    if different := sorted(now.tensors.keys() ^ built.tensors.keys()):
         adapters = any("lora_" in name or ".base_layer." in name for name in now.tensors)
         hint = "merge the adapters first" if adapters else "such a model cannot be converted"
         raise ValueError(
             f"{different[0]} (and {len(different) - 1} more) is not as {type(model).__name__} builds it "
             f"from the model's config: {hint}"
         )
+    return all(size == built.tensors[name] for name, size in now.tensors.items() if name not in but)
 
 
 def _shape_then(

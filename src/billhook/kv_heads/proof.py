@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.kv_heads.config import check_as_built
+from billhook.kv_heads.config import is_as_built
 from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.kv_heads.linears import cut_into_groups, cut_into_handed
 from billhook.kv_heads.pooling import Shrunk
@@ -22,7 +22,7 @@ from billhook.model.answers import alike
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import fields_of, with_fields
 from billhook.model.inputs import make_inputs
-from billhook.model.shapes.shape import set_shape, shape_of
+from billhook.model.shapes.shape import Shape, set_shape, shape_of, unbuilt_shape
 from billhook.model.surgery import Change, replace_parameters
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
 from billhook.running.trees import tree_leaves
@@ -36,8 +36,10 @@ Inputs = dict[str, Any]
 def prove(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> tuple[KVWay, Shrunk]:
     """Finds the way that a small copy of the model shows to be right."""
     rows = {name for one in found.values() for name in one.rows}
-    check_as_built(model, shape_of(model), shape_of(build_on_meta(model, copy.deepcopy(model.config))), _every_name(model, rows))
-    small = small_copy(model)
+    usual = shape_of(build_on_meta(model, copy.deepcopy(model.config)))
+    alike = len({(found[name].queries, found[name].heads) for name in chosen}) == 1
+    as_built = is_as_built(model, usual, _every_name(model, rows))
+    small = small_copy(model, None if as_built else unbuilt_shape(model), few=alike)
     attentions = find_kv(small)
     own = in_scope(small, attentions, encoder=bool(inside_encoder(model, found) & set(chosen)))
     before, queries = attentions[own[0]].heads, attentions[own[0]].queries
@@ -70,15 +72,23 @@ def _every_name(model: PreTrainedModel, names: Collection[str]) -> set[str]:
     return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in own}
 
 
-def small_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Builds a model of the class from the config with few layers, on the CPU, with random weights that make every part count."""
+def small_copy(model: PreTrainedModel, shape: Shape | None = None, few: bool = True) -> PreTrainedModel:
+    """Builds a model of the class from the config, on the CPU, with random weights that make every part count.
+
+    Args:
+        model: The model, which may stand on meta tensors.
+        shape: What of its shape its class does not build, if anything.
+        few: Whether few layers are enough.
+    """
     fields = fields_of(model.config)
-    few = {name: 2 for name, value in fields.items() if LAYERS.search(name) and type(value) is int and value > 2}
+    two = {name: 2 for name, value in fields.items() if few and LAYERS.search(name) and type(value) is int and value > 2}
     generator = torch.Generator().manual_seed(0)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        for config in (with_fields(model.config, few), with_fields(model.config, {})):
+        for config in (with_fields(model.config, two), with_fields(model.config, {})):
             try:
                 small = build_class(type(model), config, torch.float32)
+                if shape is not None:
+                    _take_shape(small, model, shape)
                 break
             except Exception as error:  # whatever a class of models raises
                 why = error
@@ -92,6 +102,18 @@ def small_copy(model: PreTrainedModel) -> PreTrainedModel:
                     parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     small.train(False)
     return small
+
+
+def _take_shape(small: PreTrainedModel, model: PreTrainedModel, shape: Shape) -> None:
+    """Gives a copy with fewer layers what a model's shape says of those, and the model's buffers that are of another size."""
+    own, buffers = shape_of(small), dict(model.named_buffers())
+    tensors = {name: shape.tensors.get(name, size) for name, size in own.tensors.items()}
+    handed = {name: one for name, one in (shape.handed or {}).items() if f"{name}.weight" in tensors}
+    set_shape(small, Shape(tensors, shape.attributes, {}, handed=handed).over(own))
+    for name, buffer in list(small.named_buffers()):
+        if (theirs := buffers.get(name, buffer)).shape != buffer.shape:
+            owner, _, attr = name.rpartition(".")
+            setattr(small.get_submodule(owner), attr, theirs.detach().to("cpu", copy=True))
 
 
 def find_difference(dense: PreTrainedModel, shrunk: Shrunk, groups: int, implementation: str) -> str | None:

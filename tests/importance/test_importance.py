@@ -427,7 +427,7 @@ def test_batches_that_do_not_do_are_refused():
             bh.score(model, bh.find_units(model, "head"), importance, [], normalize=True)
     with pytest.raises(ValueError, match="BertForMaskedLM gives no loss for input_ids: add labels, or give `loss`"):
         bh.score(bert(), bh.find_units(bert(), "head"), bh.GateGradient(), [{"input_ids": tokens()}], normalize=True)
-    with pytest.raises(ValueError, match="a Tensor is no dictionary of what the model takes: give `loss`"):
+    with pytest.raises(ValueError, match="a Tensor is no dictionary of what the model takes, or give `loss`"):
         bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), [tokens()], normalize=True)
     with pytest.raises(ValueError, match="each='x' must be one of token, example, batch"):
         bh.GateGradient("x")

@@ -78,7 +78,7 @@ def _manual_loss(
     if found is not None:
         return found
     try:
-        return own_loss(model, dict(batch) if isinstance(batch, Mapping) else batch)
+        return own_loss(model, dict(batch) if isinstance(batch, Mapping) else batch, hint="")
     except Exception as error:
         raise ValueError(
             f"calibration: training_step of {type(pl_module).__name__}, which steps its optimizers itself, has no loss for batch "

@@ -133,7 +133,7 @@ def watch(model: nn.Module, units: Mapping[str, Units], run: Run, note: Callable
         for name, one in units.items():
             for reader, module in reading(model, one).items():
                 hooks.callback(module.register_forward_pre_hook(partial(see, name, reader)).remove)
-        run.forward()
+        run.visit()
 
 
 def table_of(units: Units, per: Per) -> tuple[Tensor, Tensor]:

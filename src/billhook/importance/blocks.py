@@ -52,7 +52,7 @@ class BlockInfluence(Importance):
                         block = model.get_submodule(f"{one.name}.{number}")
                         handle = block.register_forward_hook(partial(note, number), with_kwargs=True)
                         hooks.callback(handle.remove)
-                run.forward()
+                run.visit()
         return sums
 
     def of_mean(self, mean: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def convert_kv_heads(
             - `"aligned"`: each head is turned so that all of the group agree as far as turns can make them, and queries and
               outputs are turned along, which changes nothing; then their mean. Without batches, the weights alone say how.
             - `"svd"`: the one head, and what each query head and output makes of it, with which least is lost on the batches.
-            - `"auto"`: what does best on held-out batches, also of which heads share a group.
+            - `"auto"`: what stays nearest to the model's predictions on held-out batches, also of which heads share a group.
 
             Where code stands between projection and product (a norm of keys, a gate), what it does not let pass is averaged.
         batches: For `"svd"`, `"auto"`, `"aligned"` and `repair`, as dictionaries of what the model's forward takes; some

@@ -1,6 +1,6 @@
 """Repairs a plan of units: the linears that read them are refitted, so that they make up for what is removed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -67,18 +67,12 @@ def repair(
             kept[reader] = kept[reader] & stays if reader in kept else stays
     if not kept:
         raise ValueError("repair: no linear layer reads what is removed, so none can make up for it")
-    runs = [run_of(subject, found, batch, _forward) for batch in batches]
+    runs = [run_of(subject, found, batch) for batch in batches]
     under = {reader: _linear(subject, reader) for reader in kept}
     runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
     refitted = repair_linears(subject, {under[reader]: stays for reader, stays in kept.items()}, runs, how, reduce)
     parts = [(f"{name}.{part}", value) for name, own in refitted.items() for part, value in zip(PARTS, own, strict=True)]
     return {name: value for name, value in parts if value is not None}
-
-
-def _forward(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
-    """Runs the model, and returns a number in place of a loss, which nothing needs here."""
-    output: Any = model(**batch) if isinstance(batch, Mapping) else model(batch)
-    return torch.as_tensor(float(output is None))
 
 
 def _linear(model: nn.Module, reader: str) -> str:

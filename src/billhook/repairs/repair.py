@@ -93,7 +93,7 @@ def repair_linears(
     repair = repair or Repair()
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     linears = _check(model, kept, every)
-    device, forwards = next(iter(linears.values())).get_parameter("weight").device, [trial.forward for trial in trials]
+    device, forwards = next(iter(linears.values())).get_parameter("weight").device, [trial.visit for trial in trials]
     _check_batches(len(trials), repair, device, reduce)
     with undisturbed(model):
         shown = agreed([seen(every, forward) for forward in forwards[:1]], list(every), device, reduce)

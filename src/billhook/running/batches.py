@@ -23,11 +23,17 @@ class Run:
         tokens: Which tokens count, bool, `[batch, length]`, where there is padding: by the name of the module that reads them,
             or by that of the mask, which then holds for all that is of its shape.
         examples: Returns a forward for each example alone; raises ValueError if the batch cannot be taken apart.
+        lossless: Runs the model also where it gives no loss; None if `forward` does.
     """
 
     forward: Callable[[], Any]
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
     examples: Callable[[], list[Callable[[], Tensor]]] = list
+    lossless: Callable[[], Any] | None = None
+
+    def visit(self) -> Any:  # noqa: ANN401 - whatever a model returns
+        """Runs the model for what it computes inside, with a loss or without one."""
+        return (self.lossless or self.forward)()
 
 
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
@@ -61,8 +67,9 @@ def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
 def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
     """Makes a run of a batch whose forward returns the loss, on the model's device; `modules` need to know which tokens count."""
     batch = _on_device(model, batch)
-    run = partial(loss or own_loss, model)
-    return Run(partial(run, batch), tokens_of(model, modules, batch), lambda: [partial(run, one) for one in examples_of(batch)])
+    run, tokens = partial(loss or own_loss, model), tokens_of(model, modules, batch)
+    lossless = None if loss is not None else partial(_output, model, batch)
+    return Run(partial(run, batch), tokens, lambda: [partial(run, one) for one in examples_of(batch)], lossless)
 
 
 def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
@@ -83,12 +90,10 @@ def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
     return [tree_map_only(Tensor, partial(take, number), batch) for number in range(count)]
 
 
-def own_loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
+def own_loss(model: nn.Module, batch: Any, hint: str = ", or give `loss`") -> Tensor:  # noqa: ANN401
     """Returns the loss that a model gives; a causal language model predicts its inputs if there are no labels."""
     if not isinstance(batch, dict):
-        raise ValueError(
-            f"batches: a {type(batch).__name__} is no dictionary of what the model takes: give `loss` to make use of it"
-        )
+        raise ValueError(f"batches: a {type(batch).__name__} is no dictionary of what the model takes{hint}")
     config: Any = getattr(model, "config", None)
     writes = getattr(model, "can_generate", lambda: False)() and not getattr(config, "is_encoder_decoder", False)
     if "labels" not in batch and writes and "input_ids" in batch:
@@ -98,8 +103,17 @@ def own_loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
         batch = batch | {"labels": ids}
     found: Tensor | None = getattr(model(**batch), "loss", None)
     if found is None:
-        raise ValueError(f"batches: {type(model).__name__} gives no loss for {', '.join(batch)}: add labels, or give `loss`")
+        raise ValueError(f"batches: {type(model).__name__} gives no loss for {', '.join(batch)}: add labels{hint}")
     return found
+
+
+def _output(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
+    """Returns what a model makes of a batch."""
+    if isinstance(batch, list | tuple):
+        return model(*batch)
+    if not isinstance(batch, dict | Tensor):
+        raise ValueError(f"batches: a {type(batch).__name__} is no dictionary, tuple or tensor of what the model takes")
+    return model(**batch) if isinstance(batch, dict) else model(batch)
 
 
 def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401

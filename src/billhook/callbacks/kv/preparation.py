@@ -26,7 +26,7 @@ from billhook.repairs.repair import Repair
 
 HINT = (
     "billhook: KV heads are mean-pooled, as in the paper. method='svd' starts far nearer to the dense model (SmolLM2-135M, 3 -> "
-    "1 KV heads, perplexity right after: 14,841 with 'mean', 109 with 'svd'); 'auto' takes what is best on held-out batches"
+    "1 KV heads, perplexity right after: 14,841 with 'mean', 109 with 'svd'); 'auto' takes what stays nearest on held-out batches"
 )
 
 

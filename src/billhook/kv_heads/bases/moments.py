@@ -59,7 +59,7 @@ def gather(
         for trial in trials:
             for one in sums.values():
                 one.masks = trial.tokens
-            trial.forward()
+            trial.visit()
     return {name: one.moments(reduce) for name, one in sums.items()}
 
 

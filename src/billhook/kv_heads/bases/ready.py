@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import groupby
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import MERGE, adapted
 from billhook.kv_heads.bases.bases import find_bases, pooled, turned, weight_moments
+from billhook.kv_heads.bases.distance import distance_between
 from billhook.kv_heads.bases.freedom import Freedoms, find_freedoms, in_order
 from billhook.kv_heads.bases.grouping import moments_in_order, similar_order
 from billhook.kv_heads.bases.moments import Moments, gather
@@ -110,18 +112,31 @@ class Attentions:
         return {name: dict(parameters) for name, parameters in new.items()} | own
 
     @torch.no_grad()
-    def loss(self, new: Given, trials: Sequence[Run]) -> float:
-        """Returns the mean loss of some batches with other parameters; each batch counts the same."""
-        with undisturbed(self.model), instead(self.model, new):
-            total = sum(float(trial.forward().detach()) for trial in trials)
+    def distance(self, new: Given, trials: Sequence[Run]) -> float:
+        """Returns how far the outputs with other parameters are from the model's own, the mean over some batches."""
+        last, total = list(self.places.values())[-1].o.linear, 0.0
+        for trial in trials:
+            expected, found = (self._outputs(own, trial) for own in ({}, new))
+            each = [distance_between(*pair, trial.tokens.get(last)) for pair in zip(expected, found, strict=True)]
+            total += sum(each) / len(each)
         total, count = self.summed(total, len(trials))
         return float(total / count)
+
+    def _outputs(self, new: Given, trial: Run) -> list[Any]:
+        """Returns what the model returns each time that it is called, or else, if only parts of it are, what the run does."""
+        found = list[Any]()
+        with undisturbed(self.model), instead(self.model, new), ExitStack() as stack:
+            stack.callback(self.model.register_forward_hook(lambda *own: found.append(own[2])).remove)
+            given = trial.visit()
+        return found or [given]
 
 
 def best_method(
     attentions: Attentions, methods: Sequence[Rendered], trials: Sequence[Run], repair: Repair | None = None
 ) -> tuple[Rendered, dict[Rendered, float]]:
-    """Finds the allowed method with the least loss on held-out batches, and returns the loss of each, too.
+    """Finds the allowed method that stays nearest to the model's outputs on held-out batches, and how far away each of them is.
+
+    The loss would not do: it varies by chance more than an exact method and one that is nearly so differ.
 
     Those batches are held out that choose a repair's ridge; each method is repaired before it is compared, where every rank has
     more than one batch besides.
@@ -132,7 +147,7 @@ def best_method(
         raise ValueError(f"batches: 'auto' needs 2 at least on each rank, as some are held out; got {len(trials)}")
     seen = [trial for number, trial in enumerate(trials) if number not in chosen]
     held_out = [trial for number, trial in enumerate(trials) if number in chosen]
-    losses: dict[Rendered, float] = {}
+    distances: dict[Rendered, float] = {}
     for grouping, alike in groupby(attentions.allowed(methods), lambda method: method.grouping):
         if grouping == "similar" and not _may_group(attentions):
             continue
@@ -141,8 +156,8 @@ def best_method(
             new = attentions.equal(method, moments)
             if repair is not None and not cannot_repair:
                 new = attentions.repaired(new, seen, repair)
-            losses[method] = attentions.loss(new, held_out)
-    return min(losses, key=lambda method: math.inf if math.isnan(losses[method]) else losses[method]), losses
+            distances[method] = attentions.distance(new, held_out)
+    return min(distances, key=lambda method: math.inf if math.isnan(distances[method]) else distances[method]), distances
 
 
 def _may_group(attentions: Attentions) -> bool:

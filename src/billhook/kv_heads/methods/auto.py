@@ -1,4 +1,4 @@
-"""The method, and the choice of groups, that lose least on held-out batches."""
+"""The method, and the choice of groups, with which a model stays nearest to itself on held-out batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,9 @@ from billhook.kv_heads.pooling import mean
 
 @dataclass(frozen=True)
 class Auto(KVMethod):
-    """Tries several methods and takes the one with the least loss on held-out batches.
+    """Tries several methods and takes the one whose predictions are nearest to the model's on held-out batches.
+
+    How near is the mean Kullback-Leibler divergence of the logits; of a model without any, the distance of its last states.
 
     These are the mean, and turns and the low-rank rendering of consecutive and of similar heads, as far as the model allows them;
     a subclass with other `candidates` tries others.

@@ -6,7 +6,7 @@ import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from billhook import Export, KVHeadConversion, Report, TextDataModule, load
+from billhook import Export, KVHeadConversion, Report, TextDataModule, WeightPruning, load
 from kit.fits import data, module, trainer
 
 
@@ -182,3 +182,31 @@ def test_the_tokenizer_beside_a_model_of_any_attribute(files, tmp_path):
     source = TextDataModule(files, block_size=16)
     trainer(tmp_path, [], max_steps=1).fit(Lit(), source)
     assert source.tokenizer.vocab_size == 2048
+
+
+@pytest.mark.parametrize("at", ["start", 3])
+def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, monkeypatch, at):
+    drawn = []
+    monkeypatch.setattr("billhook.callbacks.report.plot", lambda *arguments: drawn.append(arguments))
+    pruning = WeightPruning(sparsity=0.5, at=at, calibration=6)
+    lit, (_, _, report) = run(files, tmp_path, [pruning])
+    (event,) = pruning.events
+    out, step = capsys.readouterr().out, 0 if at == "start" else 3
+    rows, dense = lines_of(out), (event["before"] if at == "start" else report.first["after"])["val_perplexity"]
+    assert out.split("---")[0].split()[-6:] == ["perplexity", "sparsity", "zeros", "parameters", "KV-cache", "bytes/token"]
+    assert rows["dense"][:2] == ["0", f"{dense:,.0f}"]
+    assert rows["dense"][2] == "-"
+    label = next(row for row in rows if row.startswith("after Wanda"))
+    assert rows[label][:3] == [str(step), f"{event['after']['val_perplexity']:,.0f}", "0.50"]
+    assert int(rows[label][3].replace(",", "")) == event["after"]["zeros"] > int(rows["dense"][3].replace(",", ""))
+    assert drawn[0][1] == [(step, event["what"], event["before"]["val_perplexity"], event["after"]["val_perplexity"])]
+    assert drawn[0][4] == dense
+    assert json.loads((tmp_path / "model" / "billhook.json").read_text())["events"] == pruning.events
+
+
+def test_events_before_and_in_training(files, tmp_path, capsys):
+    run(files, tmp_path, [KVHeadConversion(2), WeightPruning(sparsity=0.5, at=3, calibration=6)])
+    rows = lines_of(capsys.readouterr().out)
+    assert rows["dense"][1] == "-"  # converted before anything could be measured
+    assert float(rows["after 4 -> 2 KV heads (mean)"][1].replace(",", "")) > 1
+    assert [label for label in rows if label.startswith("after")][1].startswith("after Wanda")

@@ -1,63 +1,145 @@
 """Saves the result of a fit as a verified Hugging Face checkpoint."""
 
+import errno
+import inspect
 import itertools
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
+from billhook.adapters.lora import save_adapters
 from billhook.arguments import a_path
 from billhook.checkpoints.place import check_target
+from billhook.checkpoints.pretrained import Preprocessor, load_preprocessor
 from billhook.checkpoints.save import Saved, check_names, save
-from billhook.fit.events.shape_event import ShapeCallback
+from billhook.fit.events.event import events_of
+from billhook.fit.lightning_internals import is_search
+from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.ranks import together
-from billhook.fit.run import callbacks_of, check_some_steps, is_trial
+from billhook.fit.run import check_some_steps, is_trial
 from billhook.model.find import find_transformer
+from billhook.model.shapes.checkpoint_shape import save_shape
+from billhook.running.batches import examples_of
 from billhook.running.shards import gathered, unsharded
+
+UNVERIFIED = """These are the weights at the end of a fit whose export failed; nothing has verified them. The error was:
+
+{error}
+
+`billhook export {ckpt} OUT` tries again; torch.load reads them.
+"""
 
 
 class Export(Callback):
     """Saves the model as a Hugging Face checkpoint at the end of the fit: reloaded and compared before it is moved into place.
 
-    Nothing is saved in a `fast_dev_run`.
+    That is rehearsed before the first step, beside `folder`, so that what could not be saved costs no training. Should it fail at
+    the end all the same, the weights are kept in a folder of the name with `-unverified` behind it. Nothing is left of a
+    `fast_dev_run`, which rehearses alone.
 
     Args:
         folder: The folder; new, empty, or an earlier export.
+        tokenizer: Saved along: a tokenizer, or the name or folder of one. By default it is what the data module, the module or
+            the loaders hold, a processor too, or else what lies beside the model that training started from.
+        processor: A processor, or the name or folder of one, instead of `tokenizer`; of images or sound, what prepares them.
+        probe: Inputs of the model on which it is compared; by default an example of the first training batch, where that holds
+            what the model's forward takes, or else what `bh.save` makes.
+        rehearse: False to save at the end alone; a rehearsal takes the time and the disk of a save.
 
     Raises:
-        ValueError: Before training, if `folder` holds something that billhook did not write.
+        ValueError: Before training, if `folder` holds something that billhook did not write, an argument is not legal, or the
+            model cannot be saved or verified.
 
     >>> import billhook as bh
     >>> callback = bh.Export("outputs/model")  # last in Trainer(callbacks=[...])
     """
 
-    def __init__(self, folder: str = "outputs/model") -> None:
+    def __init__(
+        self,
+        folder: str = "outputs/model",
+        tokenizer: Preprocessor | str | None = None,
+        processor: Preprocessor | str | None = None,
+        probe: Mapping[str, Any] | None = None,
+        rehearse: bool = True,
+    ) -> None:
         a_path("folder", folder)
-        self.folder = folder
+        if tokenizer is not None and processor is not None:
+            raise ValueError("tokenizer and processor: a processor holds its tokenizer: give one of them")
+        for name, one in {"tokenizer": tokenizer, "processor": processor}.items():
+            if one is not None and not isinstance(one, Preprocessor | str):
+                raise ValueError(f"{name}={one!r} must be one of transformers' own, or the name or folder of one")
+        if probe is not None and not (isinstance(probe, Mapping) and any(isinstance(one, Tensor) for one in probe.values())):
+            raise ValueError(f"probe={probe!r} must be a dictionary of inputs of the model's forward, as {{'input_ids': ...}}")
+        self.folder, self.probe, self.rehearse = folder, probe, rehearse
+        self.tokenizer, self.processor = tokenizer, processor
         self.saved: Saved | None = None
-        self._probe: dict[str, Tensor] | None = None
+        self._probe: Mapping[str, Any] | None = None
+        self._along, self._begun = list[Preprocessor](), False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks the folder."""
+        """Checks the folder, and loads a tokenizer or processor that is given by name."""
         if stage == "fit":
             check_some_steps(trainer, "Export")
             check_target(self.folder)
-            self.saved = self._probe = None
+            self.saved, self._begun, self._along = None, False, []
+            for auto, given in ((AutoTokenizer, self.tokenizer), (AutoProcessor, self.processor)):
+                if given is not None:
+                    self._along = [load_preprocessor(given, auto) if isinstance(given, str) else given]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a model whose checkpoint would not load, before training."""
         check_names(find_transformer(pl_module))
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finds what is saved along; warns if there is nothing."""
+        self._along = self._along or find_preprocessors(trainer, pl_module)
+        if not self._along:
+            rank_zero_warn(
+                f"no tokenizer is saved along to '{self.folder}', nor a processor, since neither data module, module and loaders "
+                "hold one nor does one lie where the model came from; give Export tokenizer=... or processor=..."
+            )
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int) -> None:
-        """Keeps an example of the first batch to verify with, for models that read neither token ids nor images."""
-        if self._probe is None:
-            name = find_transformer(pl_module).main_input_name
-            own = name not in ("input_ids", "pixel_values") and isinstance(batch, dict) and name in batch
-            tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim > 0} if own else {}  # type: ignore[attr-defined]
-            self._probe = {k: v[:1].detach().cpu().clone() for k, v in tensors.items() if k != "labels"}
+        """Keeps an example of the first batch to verify with, and rehearses."""
+        if self._begun or is_search(trainer):
+            return
+        self._begun, model = True, find_transformer(pl_module)
+        self._probe = self.probe or _inputs_in(batch, model)
+        if not self.rehearse:
+            return
+        with unsharded(model), gathered(model), together(trainer, "Export"):
+            if trainer.is_global_zero:
+                self._rehearse(model)
+
+    def _rehearse(self, model: PreTrainedModel) -> None:
+        """Saves the model as it is beside the folder, and removes that again; what fails now would fail at the end."""
+        target = Path(self.folder).resolve()
+        place = target.with_name(f".{target.name}.rehearsal")
+        missing = [parent for parent in target.parents if not parent.exists()]
+        try:
+            save(model, place, self._along, probe=self._probe)
+        except (OSError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            by = "an example of the first batch" if self.probe is None and self._probe else "the probe"
+            raise ValueError(
+                f"Export: before training the model cannot be saved and verified by {by}: {type(error).__name__}: {error}; "
+                "give Export other inputs of its forward as probe={...}"
+            ) from error
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):
+                for parent in missing:
+                    parent.rmdir()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves on one process; the others wait."""
@@ -67,27 +149,62 @@ class Export(Callback):
         model = find_transformer(pl_module)
         with unsharded(model), gathered(model), together(trainer, "Export"):
             if trainer.is_global_zero:
-                self._save(trainer, model)
+                try:
+                    self._save(trainer, model)
+                except Exception as error:
+                    self._keep(model, error)
+                    raise
 
     def _save(self, trainer: pl.Trainer, model: PreTrainedModel) -> None:
-        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        events = [event for callback in callbacks_of(trainer, ShapeCallback) for event in callback.events]
-        self.saved = save(
-            model,
-            self._free_folder(),
-            tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None,
-            {"steps": trainer.global_step, "events": events},
-            self._probe or None,
-        )
+        record = {"steps": trainer.global_step, "events": events_of(trainer)}
+        self.saved = save(model, self._free_folder(), self._along, record, self._probe)
         adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
         rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.says}{adapters}")
+
+    def _keep(self, model: PreTrainedModel, error: Exception) -> None:
+        """Keeps the weights of a model that could not be exported, unless the disk is full."""
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return
+        folder = Path(_unused(f"{self.folder}-unverified"))
+        checkpoint: dict[str, Any] = {"state_dict": model.state_dict()}
+        save_adapters(model, checkpoint)
+        with suppress(Exception):  # what failed may be this
+            save_shape(model, checkpoint)
+        try:
+            folder.mkdir(parents=True)
+            torch.save(checkpoint, folder / "weights.ckpt")
+            text = UNVERIFIED.format(error=f"{type(error).__name__}: {error}", ckpt=folder / "weights.ckpt")
+            (folder / "UNVERIFIED.txt").write_text(text)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        rank_zero_warn(f"Export failed; the weights are kept, not verified, in '{folder}'")
 
     def _free_folder(self) -> str:
         """Returns the folder, or one next to it if the folder has been filled in the meantime, so that the result is not lost."""
         try:
             check_target(self.folder)
         except ValueError as error:
-            number = next(n for n in itertools.count(2) if not Path(f"{self.folder}-{n}").exists())
-            rank_zero_warn(f"{error}; the model is saved to '{self.folder}-{number}'")
-            return f"{self.folder}-{number}"
+            folder = _unused(self.folder)
+            rank_zero_warn(f"{error}; the model is saved to '{folder}'")
+            return folder
         return self.folder
+
+
+def _unused(folder: str) -> str:
+    """Returns the name, with a number behind it if it is taken."""
+    names = itertools.chain([folder], (f"{folder}-{number}" for number in itertools.count(2)))
+    return next(name for name in names if not Path(name).exists())
+
+
+def _inputs_in(batch: object, model: PreTrainedModel) -> dict[str, Tensor] | None:
+    """Returns an example of what a model's forward takes of a batch, on the CPU; None if its main input is not there."""
+    if not isinstance(batch, Mapping) or not isinstance(batch.get(model.main_input_name), Tensor):
+        return None
+    taken = inspect.signature(model.forward).parameters
+    tensors = {name: one.detach() for name, one in batch.items() if name in taken and isinstance(one, Tensor)}
+    if not (model.config.is_encoder_decoder and "decoder_input_ids" not in tensors):  # else the decoder's inputs are made of them
+        tensors.pop("labels", None)
+    with suppress(ValueError):  # it cannot be taken apart
+        tensors = examples_of(tensors)[0]
+    return {name: one.cpu().clone() for name, one in tensors.items()}

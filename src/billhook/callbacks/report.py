@@ -9,8 +9,7 @@ from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 from billhook.arguments import a_path, whole
 from billhook.callbacks.export import Export
-from billhook.fit.events.event import Event
-from billhook.fit.events.shape_event import ShapeCallback
+from billhook.fit.events.event import Event, events_of
 from billhook.fit.measure import measure
 from billhook.fit.run import callbacks_of
 from billhook.report.plot import PICTURES, plot
@@ -56,7 +55,7 @@ class Report(Callback):
         """Measures the model before training."""
         if self.first is None:
             numbers = summary(pl_module).numbers() | measure(trainer, pl_module, self.measure_batches)
-            self.first = {"step": trainer.global_step, "after": numbers}
+            self.first = {"step": trainer.global_step, "after": numbers, "events": len(events_of(trainer))}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the figure that validation logged."""
@@ -70,8 +69,7 @@ class Report(Callback):
 
     @rank_zero_only
     def _report(self, trainer: pl.Trainer, last: dict[str, Any]) -> None:
-        events = [event for callback in callbacks_of(trainer, ShapeCallback) for event in callback.events]
-        events.sort(key=lambda event: event["step"])
+        events = events_of(trainer)
         stages = self._stages(events, Stage("after uptraining" if events else "at the end", trainer.global_step, last))
         notes = []
         for callback in callbacks_of(trainer, Export):
@@ -91,17 +89,15 @@ class Report(Callback):
         print(f"\n{table(stages, notes, name)}\n")
 
     def _stages(self, events: list[Event], last: Stage) -> list[Stage]:
-        first = self.first or {"step": 0, "after": {}}
+        first = self.first or {"step": 0, "after": {}, "events": 0}
         if not events:
             return [Stage("at the start", first["step"], first["after"]), last]
-        # what was measured before training is the dense model, unless a conversion came first
-        untouched = first["after"].get("params") == events[0]["before"]["params"]
-        dense = (
-            Stage("dense", first["step"], first["after"]) if untouched else Stage("dense", events[0]["step"], events[0]["before"])
-        )
+        # what was measured before training is the dense model, unless events came first
+        came = first["events"]
+        dense = Stage("dense", events[0]["step"], events[0]["before"]) if came else Stage("dense", first["step"], first["after"])
         after = [Stage(f"after {event['what']}", event["step"], event["after"]) for event in events]
-        if not untouched and events[-1]["after"]["params"] == first["after"].get("params"):
-            after[-1] = Stage(after[-1].name, after[-1].step, first["after"] | after[-1].numbers)
+        if came:
+            after[came - 1] = Stage(after[came - 1].name, after[came - 1].step, first["after"] | after[came - 1].numbers)
         return [dense, *after, last]
 
     def _points(self, name: str, last: dict[str, Any], step: int) -> list[tuple[int, float]]:

@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from billhook.adapters.merge import has_adapters, merged_copy
 from billhook.assets import model_path
 from billhook.checkpoints.equivalent import equivalents, rendered
 from billhook.checkpoints.place import RECORD, check_target, drafted, move, recover, size
+from billhook.checkpoints.pretrained import Preprocessor
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.model.config_fields import nested_configs
 from billhook.model.find import find_transformer
@@ -69,7 +70,7 @@ class Saved:
 def save(
     model: nn.Module,
     folder: str | Path,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Preprocessor | Sequence[Preprocessor] | None = None,
     record: Mapping[str, Any] | None = None,
     probe: Probe | None = None,
 ) -> Saved:
@@ -98,7 +99,7 @@ def save(
     Args:
         model: A Hugging Face model, or a module that holds one.
         folder: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        tokenizer: Saved along.
+        tokenizer: Saved along; or a processor, or several of them.
         record: The history of the model, for `billhook.json`. Numbers that JSON lacks become `"NaN"`, `"Infinity"` and
             `"-Infinity"` there.
         probe: Inputs on which the logits are compared; by default random ones of the kinds that the model reads.
@@ -135,8 +136,8 @@ def save(
     expected = expect(model, probe)
     with drafted(target) as draft, _untouched(model):
         way, family, difference = _write(model, expected, draft, probe)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(draft)
+        for one in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
+            one.save_pretrained(draft)
         saved = Saved(str(folder), way, difference, size(draft) / 1e6, None if merged is None else str(merged), family)
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "saved": asdict(saved), "files": files}, indent=1) + "\n")

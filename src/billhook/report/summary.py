@@ -105,6 +105,8 @@ def table(stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric
         "perplexity": "val_perplexity",
         "accuracy": "val_accuracy",
         "loss": "val_loss",
+        "sparsity": "sparsity",
+        "zeros": "zeros",
         "parameters": "params",
         "KV-cache bytes/token": "kv_cache_bytes",
     }
@@ -113,6 +115,8 @@ def table(stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric
     shown = {head: key for head, key in columns.items() if any(stage.numbers.get(key) is not None for stage in stages)}
     if next(iter(shown), None) not in ("loss", "parameters"):
         shown.pop("loss", None)
+    if "sparsity" not in shown:
+        shown.pop("zeros", None)
     rows = [["", "step", *shown]]
     rows += [[stage.name, str(stage.step), *(_number(stage.numbers.get(key)) for key in shown.values())] for stage in stages]
     label_width = max((len(label) for label, _ in notes), default=0)

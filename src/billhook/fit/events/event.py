@@ -174,6 +174,12 @@ class EventCallback(Callback, ABC):
         drop_waiting(pl_module)
 
 
+def events_of(trainer: pl.Trainer) -> list[Event]:
+    """Returns what has happened in a fit, by step."""
+    events = [event for callback in callbacks_of(trainer, EventCallback) for event in callback.events]
+    return sorted(events, key=lambda event: int(event["step"]))
+
+
 def log_event(trainer: pl.Trainer, event: Event) -> None:
     """Gives every logger the figures of an event."""
     before, after = event["before"], event["after"]

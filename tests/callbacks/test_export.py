@@ -1,0 +1,280 @@
+"""What Export saves along, verifies with, rehearses, and keeps where it fails."""
+
+import functools
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from small_configs import small_config
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
+
+import billhook as bh
+from billhook.assets import model_path
+from billhook.checkpoints.export import export
+from kit.events import SIZES, loader
+from kit.families import VIT, llama
+from kit.fits import data, module, trainer
+
+IDS = torch.randint(3, 60, (8, 6), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def tokenizer():
+    return AutoTokenizer.from_pretrained(model_path("tiny"))
+
+
+class Plain(pl.LightningModule):
+    """A module of a user's own of any model."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net.train()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+class Own(Plain):
+    """One of a Llama."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(llama(**SIZES))
+
+
+def fit(folder, lit, rows, max_steps=2, more=(), **options):
+    callback = bh.Export(str(folder / "out"), **options)
+    trainer(folder, [*more, callback], max_steps=max_steps).fit(lit, rows)
+    return callback
+
+
+def rows_of(tensors, **options):
+    return DataLoader(
+        [dict(zip(tensors, row, strict=True)) for row in zip(*tensors.values(), strict=True)], batch_size=2, **options
+    )
+
+
+def words_in(folder):
+    return AutoTokenizer.from_pretrained(folder / "out")("to be")["input_ids"]
+
+
+class TestProbe:
+    def test_whisper(self, tmp_path):
+        model = transformers.WhisperForConditionalGeneration(small_config(transformers.WhisperConfig))
+        features = torch.randn(4, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+        rows = rows_of({"input_features": features, "labels": IDS[:4] % 20 + 5})
+        assert fit(tmp_path, Plain(model), rows).saved.difference == 0
+
+    def test_images_of_a_size_that_the_config_does_not_say(self, tmp_path):
+        model, seen = transformers.ResNetForImageClassification(small_config(transformers.ResNetConfig)), set()
+        model.register_forward_pre_hook(lambda _, args, options: seen.add(options["pixel_values"].shape[1:]), with_kwargs=True)
+        rows = rows_of({"pixel_values": torch.randn(4, 3, 40, 40), "labels": torch.tensor([0, 1, 1, 0])})
+        assert fit(tmp_path, Plain(model), rows).saved.difference == 0
+        assert seen == {(3, 40, 40)}
+
+    def test_one_that_is_given(self, tmp_path):
+        class Other(Own):
+            def training_step(self, batch, batch_idx):
+                return self.net(batch[0], labels=batch[0]).loss
+
+        seen, lit = [], Other()
+        lit.net.register_forward_pre_hook(lambda _, args, options: seen.append(options.get("input_ids")), with_kwargs=True)
+        probe = {"input_ids": torch.tensor([[5, 6, 7]])}
+        fit(tmp_path, lit, DataLoader(torch.utils.data.TensorDataset(IDS), batch_size=2), probe=probe)
+        assert any(one is not None and torch.equal(one, probe["input_ids"]) for one in seen)
+
+    def test_it_is_an_example_of_the_first_batch(self, tmp_path):
+        seen, lit = [], Own()
+        lit.net.register_forward_pre_hook(lambda _, args, options: seen.append(options), with_kwargs=True)
+        fit(tmp_path, lit, loader(), max_steps=1)
+        first = next(iter(loader()))
+        assert torch.equal(seen[0]["input_ids"], first["input_ids"][:1])  # rehearsed before the first step
+        assert "labels" not in seen[0]
+        assert torch.equal(seen[1]["input_ids"], first["input_ids"])
+
+
+class TestRehearsal:
+    def test_what_cannot_be_saved_costs_no_training(self, tmp_path, monkeypatch):
+        lit = Own()
+        lit.net.config.hidden_act = "relu"
+        with pytest.raises(ValueError, match="Export: before training the model cannot be saved"):
+            fit(tmp_path / "a", lit, loader())
+        assert lit.global_step == 0
+        assert not (tmp_path / "a").exists() or [*(tmp_path / "a").iterdir()] == []
+
+    def test_it_leaves_nothing_and_changes_nothing(self, tmp_path):
+        found = []
+        for rehearse in (True, False):
+            torch.manual_seed(0)
+            lit = Own()
+            fit(tmp_path / str(rehearse), lit, loader(), rehearse=rehearse)
+            found.append((lit.state_dict(), torch.get_rng_state()))
+            assert [one.name for one in (tmp_path / str(rehearse)).iterdir() if "rehearsal" in one.name] == []
+        assert all(torch.equal(one, found[1][0][name]) for name, one in found[0][0].items())
+        assert torch.equal(found[0][1], found[1][1])
+
+    def test_a_trial_rehearses_too(self, tmp_path):
+        lit = Own()
+        lit.net.config.hidden_act = "relu"
+        run = trainer(tmp_path, [bh.Export(str(tmp_path / "out"))], max_steps=-1, fast_dev_run=True)
+        with pytest.raises(ValueError, match="Export: before training"):
+            run.fit(lit, loader())
+
+
+def test_a_failing_export_keeps_the_weights(tmp_path):
+    class Break(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            pl_module.net.config.hidden_act = "relu"
+
+    lit = Own()
+    with (
+        pytest.raises(RuntimeError),
+        pytest.warns(UserWarning, match="the weights are kept, not verified, in '.*out-unverified'"),
+    ):
+        fit(tmp_path, lit, loader(), more=[Break(), bh.KVHeadConversion(1, at=1, measure_batches=0)])
+    kept = tmp_path / "out-unverified"
+    assert not (tmp_path / "out").exists()
+    assert "nothing has verified them" in (kept / "UNVERIFIED.txt").read_text()
+    state = torch.load(kept / "weights.ckpt")["state_dict"]
+    assert all(torch.equal(one, state[name]) for name, one in lit.net.state_dict().items())
+
+
+def test_kept_weights_can_be_exported(tmp_path, monkeypatch):
+    lit, real = Own(), bh.callbacks.export.save
+    calls = []
+
+    def fails(*arguments):
+        calls.append(1)
+        raise RuntimeError("other logits")
+
+    monkeypatch.setattr("billhook.callbacks.export.save", lambda *a, **k: real(*a, **k) if k else fails())
+    with pytest.raises(RuntimeError, match="other logits"), pytest.warns(UserWarning, match="the weights are kept"):
+        fit(tmp_path, lit, loader(), more=[bh.KVHeadConversion(1, at=1, measure_batches=0)])
+    export(tmp_path / "out-unverified" / "weights.ckpt", tmp_path / "again")
+    again = bh.load(tmp_path / "again").eval()
+    assert again.config.num_key_value_heads == 1
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, lit.net.eval()(IDS).logits)
+
+
+COLLATED = AutoTokenizer.from_pretrained(model_path("tiny"))
+
+
+def by_a_global(rows):
+    assert COLLATED
+    return torch.utils.data.default_collate(rows)
+
+
+def collates(tokenizer, rows):
+    return torch.utils.data.default_collate(rows)
+
+
+class Collator:
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows):
+        return torch.utils.data.default_collate(rows)
+
+
+class TestTokenizer:
+    @pytest.mark.parametrize("way", ["closure", "partial", "object", "global", "method"])
+    def test_of_a_loader(self, tmp_path, tokenizer, way):
+        ways = {
+            "closure": lambda rows: collates(tokenizer, rows),
+            "partial": functools.partial(collates, tokenizer),
+            "object": Collator(tokenizer),
+            "global": by_a_global,
+            "method": Collator(tokenizer).__call__,
+        }
+        fit(tmp_path, Own(), rows_of({"input_ids": IDS, "labels": IDS}, collate_fn=ways[way]))
+        assert words_in(tmp_path) == tokenizer("to be")["input_ids"]
+
+    def test_of_a_data_set(self, tmp_path, tokenizer):
+        class Rows(torch.utils.data.Dataset):
+            def __init__(self):
+                self.tokenizer = tokenizer
+
+            def __len__(self):
+                return 8
+
+            def __getitem__(self, place):
+                return {"input_ids": IDS[place], "labels": IDS[place]}
+
+        fit(tmp_path, Own(), DataLoader(torch.utils.data.Subset(Rows(), range(6)), batch_size=2))
+        assert words_in(tmp_path) == tokenizer("to be")["input_ids"]
+
+    def test_of_the_module_and_of_a_data_module(self, tmp_path, tokenizer):
+        lit = Own()
+        lit.words = tokenizer
+        fit(tmp_path / "module", lit, loader())
+        assert words_in(tmp_path / "module") == tokenizer("to be")["input_ids"]
+
+        class Data(pl.LightningDataModule):
+            def __init__(self):
+                super().__init__()
+                self.preparing = Collator(tokenizer)
+
+            def train_dataloader(self):
+                return loader()
+
+        fit(tmp_path / "data", Own(), Data())
+        assert words_in(tmp_path / "data") == tokenizer("to be")["input_ids"]
+
+    def test_where_the_model_came_from(self, tmp_path, tokenizer):
+        fit(tmp_path, Plain(bh.load("tiny").float()), loader())
+        assert words_in(tmp_path) == tokenizer("to be")["input_ids"]
+
+    @pytest.mark.parametrize("name", ["tokenizer", "processor"])
+    def test_given(self, tmp_path, tokenizer, name):
+        for way, given in {"name": "tiny", "itself": tokenizer}.items():
+            fit(tmp_path / way, Own(), loader(), **{name: given})
+            assert words_in(tmp_path / way) == tokenizer("to be")["input_ids"]
+
+    def test_of_images(self, tmp_path):
+        prepare = transformers.ViTImageProcessor(size={"height": 24, "width": 24})
+        model = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT))
+        size = model.config.image_size
+        lit = Plain(model)
+        lit.prepare = prepare
+        fit(tmp_path, lit, rows_of({"pixel_values": torch.randn(4, 3, size, size), "labels": torch.tensor([0, 1, 1, 0])}))
+        assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").size["height"] == 24
+
+    def test_none(self, tmp_path):
+        with pytest.warns(
+            UserWarning, match="no tokenizer is saved along to '.*out', nor a processor, since neither data module"
+        ):
+            fit(tmp_path, Own(), loader())
+        llama().save_pretrained(tmp_path / "bare")  # from which transformers makes an empty tokenizer
+        with pytest.warns(UserWarning, match="no tokenizer is saved along"):
+            fit(tmp_path, Plain(bh.load(tmp_path / "bare")), loader())
+
+    def test_billhooks_own_module_and_data(self, files, tmp_path, tokenizer):
+        callback = bh.Export(str(tmp_path / "out"))
+        trainer(tmp_path, [callback], max_steps=1).fit(module(), data(files))
+        assert words_in(tmp_path) == tokenizer("to be")["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"tokenizer": 3}, "tokenizer=3 must be one of transformers' own, or the name or folder of one"),
+        ({"tokenizer": "tiny", "processor": "tiny"}, "tokenizer and processor: a processor holds its tokenizer"),
+        ({"probe": [1]}, r"probe=\[1\] must be a dictionary of inputs"),
+        ({"probe": {}}, r"probe=\{\} must be a dictionary of inputs"),
+    ],
+)
+def test_arguments(options, match):
+    with pytest.raises(ValueError, match=match):
+        bh.Export("out", **options)
+
+
+def test_a_name_without_a_tokenizer_is_refused_before_training(tmp_path):
+    llama().save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="bare' has no tokenizer or processor: none of tokenizer.json"):
+        fit(tmp_path, Own(), loader(), tokenizer=str(tmp_path / "bare"))

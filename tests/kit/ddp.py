@@ -1,5 +1,6 @@
 """Fits that two processes do as one does, and those of which one decides otherwise, fails, or goes on where the other ended."""
 
+import errno
 import json
 import sys
 from dataclasses import replace
@@ -201,7 +202,7 @@ class Validated(FitOfTuples):
 
 class Full(Export):
     def _free_folder(self):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def rank():

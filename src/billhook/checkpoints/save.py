@@ -23,8 +23,8 @@ from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.model.config_fields import nested_configs
 from billhook.model.find import find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
-from billhook.model.shapes.shape import KEY, unbuilt_shape
-from billhook.model.shapes.shaped import load_as, readable, to_entry
+from billhook.model.shapes.shape import KEY, to_entry, unbuilt_shape
+from billhook.model.shapes.shaped import load_as, readable
 from billhook.model.transformers_internals import is_joined_unevenly
 
 Way = Literal["plain", "equivalent", "shaped"]

@@ -32,7 +32,7 @@ from billhook.model.figures import kv_cache_bytes
 from billhook.model.find import find_transformer
 from billhook.model.meta import to_meta
 from billhook.model.plan import Plan, Weights
-from billhook.model.shapes.shape import Shape, set_shape, shape_of
+from billhook.model.shapes.shape import Shape, note_shape, set_shape, shape_of
 from billhook.model.surgery import Change, replace_parameters, undone_by_errors
 from billhook.tracing.show import pattern
 
@@ -138,6 +138,7 @@ class KVHeadPlan(Plan):
         with undone_by_errors(model, trained_by):
             replace_parameters(model, changes, trained_by)
             set_shape(model, self.shape)
+            note_shape(model)
 
 
 def _starting(values: Any, change: Change) -> Change:  # noqa: ANN401

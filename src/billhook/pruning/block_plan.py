@@ -15,7 +15,7 @@ from billhook.model.answers import alike, answer, tolerance
 from billhook.model.config_fields import Fields, set_fields
 from billhook.model.find import find_transformer
 from billhook.model.plan import Plan, Weights, starting_from
-from billhook.model.shapes.shape import shape_of
+from billhook.model.shapes.shape import note_shape, shape_of
 from billhook.model.shapes.stacks import keep, numbers_of
 from billhook.model.surgery import undone_by_errors
 from billhook.pruning.block_fields import Numbers, find_then
@@ -184,6 +184,7 @@ def _remove(
             if getattr(model.get_submodule(owner), attr, None) == before:
                 setattr(model.get_submodule(owner), attr, after)
         set_fields(model.config, fields)
+        note_shape(model)
         _forget(optimizers, trained - set(model.parameters()))
         if not alike(expected, answer(model), tolerance(model)):
             raise ValueError(

@@ -14,7 +14,7 @@ from billhook.model.answers import alike, small_inputs, tolerance
 from billhook.model.config_fields import set_fields
 from billhook.model.meta import to_meta
 from billhook.model.shapes.handed import Indices
-from billhook.model.shapes.shape import Shape, set_shape
+from billhook.model.shapes.shape import Shape, note_shape, set_shape
 from billhook.model.surgery import Change, replace_parameters, undone_by_errors
 from billhook.pruning.cuts import Cut
 from billhook.pruning.shape_then import shapes_then
@@ -47,6 +47,7 @@ def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer]) -> Non
             with undone_by_errors(model, optimizers):
                 _carry_out(model, cut, shape, optimizers)
                 set_fields(model.config, fields)
+                note_shape(model)
                 if real:
                     _check_answer(model, readers, expected)
             return

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.model.find import find_transformer, locate_transformer
-from billhook.model.shapes.shape import KEY, Shape, check_plain_shape, set_shape, shape_of
+from billhook.model.shapes.shape import KEY, Shape, check_plain_shape, note_shape, set_shape, shape_of
 from billhook.model.surgery import undone_by_errors
 from billhook.running.shards import class_of
 
@@ -45,12 +45,14 @@ def load_shape(module: nn.Module, checkpoint: Mapping[str, Any], otherwise: Shap
     if held is None:
         if otherwise is not None:
             set_shape(model, otherwise)
+            note_shape(model)
         return
     check_held(held, checkpoint.get("state_dict"))
     check_same_model(model, held)
     try:
         with undone_by_errors(model):
             set_shape(model, Shape.from_dict(held["shape"]))
+            note_shape(model)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # configs raise all kinds

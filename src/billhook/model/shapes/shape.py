@@ -6,7 +6,7 @@ A checkpoint carries it, so that a model of any other shape can take the checkpo
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,13 @@ from billhook.model.shapes.handed import Handing, hand, handing_of
 from billhook.model.shapes.stacks import first_of, keep, numbers_of, taken_out
 from billhook.model.surgery import undone_by_errors
 
+T = TypeVar("T")
+
 KEY = "billhook"
 """Where Lightning checkpoints keep the shape, and config.json what the model's class does not build of it."""
+
+VERSIONS = (1, 2)
+"""Those of an entry that are read: the first has no linears that hand out heads, and is written where there are none."""
 
 GROUPS = "num_key_value_groups"
 """The attribute of an attention, its class's or given to it, with which transformers reads fewer KV heads than query heads."""
@@ -136,13 +141,40 @@ def shape_of(model: nn.Module) -> Shape:
 def unbuilt_shape(model: PreTrainedModel) -> Shape:
     """Returns the part of a model's shape that its config cannot express; without tensors if the config describes the model.
 
-    The attributes alone may differ in such a model too, as when a field of the config was changed after building.
+    The attributes alone may differ in such a model too, as when a field of the config was changed after building. Linears count
+    as those that they are without adapters.
     """
     now, built = shape_of(model), shape_of(build_on_meta(model, copy.deepcopy(model.config)))
-    tensors = {name: size for name, size in now.tensors.items() if built.tensors.get(name, size) != size}
-    given = {name for name in now.attributes.keys() - built.attributes if name.endswith(f".{GROUPS}")}
-    attributes = {n: value for n, value in now.attributes.items() if n in given or built.attributes.get(n, value) != value}
-    return Shape(tensors, attributes, {}, handed=now.handed or None)
+    sizes, numbers, handed = _bare(now.tensors), _bare(now.attributes), _bare(now.handed or {})
+    tensors = {name: size for name, size in sizes.items() if built.tensors.get(name, size) != size}
+    given = {name for name in numbers.keys() - built.attributes if name.endswith(f".{GROUPS}")}
+    attributes = {n: value for n, value in numbers.items() if n in given or built.attributes.get(n, value) != value}
+    return Shape(tensors, attributes, {}, handed=handed or None)
+
+
+def _bare(stated: Mapping[str, T]) -> dict[str, T]:
+    """Names linears as if they had no adapters."""
+    return {name.replace(".base_layer.", ".").removesuffix(".base_layer"): value for name, value in stated.items()}
+
+
+def to_entry(shape: Shape) -> dict[str, Any]:
+    """Returns the entry of a config under `KEY` for a shape."""
+    plain = shape.to_dict()
+    parts = ("tensors", "attributes", "handed") if shape.handed else ("tensors", "attributes")
+    return {"version": VERSIONS[len(parts) - 2], "shape": {part: plain[part] for part in parts}}
+
+
+def note_shape(model: nn.Module) -> None:
+    """Has a model's config report, for whoever saves the model, what its class does not build of its shape."""
+    if not isinstance(model, PreTrainedModel) or model.device.type == "meta":
+        return
+    vars(model.config).pop(KEY, None)
+    try:
+        shape = unbuilt_shape(model)
+    except Exception:  # a class of somebody's own that is not built from a config alone
+        return
+    if shape.tensors:
+        setattr(model.config, KEY, to_entry(shape))
 
 
 def set_shape(model: nn.Module, shape: Shape) -> None:

@@ -16,29 +16,77 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from billhook.model.build import build_or_refuse
+from billhook.model.inputs import make_inputs
 from billhook.model.linears import is_linear
 from billhook.model.shapes.handed import Handing
-from billhook.model.shapes.shape import GROUPS, KEY, Shape, set_shape, shape_of
+from billhook.model.shapes.shape import GROUPS, KEY, VERSIONS, Shape, set_shape, shape_of, to_entry
+from billhook.running.undisturbed import undisturbed
 
-VERSIONS = (1, 2)
-"""Those that are read: the first has no linears that hand out heads, and is written where there are none."""
+LOADED = "_is_hf_initialized"  # on tensors that transformers has loaded
 LARGEST = 2**48  # numbers in one tensor: far more than memory holds, and few enough for torch to count their bytes
+HEADS = ("num_heads", "num_attention_heads", "n_heads")
+"""Names that attentions give to how many heads of queries they have."""
+ROLES = {"q_proj": "q", "query": "q", "q": "q", "k_proj": "k", "key": "k", "k": "k"}
 Sizes = Mapping[str, tuple[int, ...]]
 
 
-def to_entry(shape: Shape) -> dict[str, Any]:
-    """Returns the entry of config.json under `"billhook"` for a shape."""
-    plain = shape.to_dict()
-    parts = ("tensors", "attributes", "handed") if shape.handed else ("tensors", "attributes")
-    return {"version": VERSIONS[len(parts) - 2], "shape": {part: plain[part] for part in parts}}
-
-
 def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) -> PreTrainedModel:
-    """Loads a folder or a hub name in a class, of the shape that its config says under `"billhook"`, if it says one."""
+    """Loads a folder or a hub name in a class, of the shape that its config says under `"billhook"`, if it says one.
+
+    A config that was written without what it said there is completed by the sizes in the files; the model must then run.
+    """
     if says_shape(name):
         return load_shaped(kind, name, dtype)
-    plain: PreTrainedModel = kind.from_pretrained(name, dtype=dtype)
+    try:
+        plain: PreTrainedModel = kind.from_pretrained(name, dtype=dtype)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error) or (entry := _held_by(kind, name)) is None:
+            raise
+        loaded = load_shaped(kind, name, dtype, entry=entry)
+        try:
+            with undisturbed(loaded):
+                loaded(**make_inputs(loaded))
+        except Exception:  # whatever a model raises
+            raise ValueError(
+                f"'{name}': the files hold other sizes than its config says, and no \"{KEY}\" in it says what else differs: "
+                "save the model again with bh.save"
+            ) from error
+        return loaded
     return plain
+
+
+def _held_by(kind: type[PreTrainedModel], name: str) -> dict[str, Any] | None:
+    """Makes the entry of a config that lacks one, of the sizes in the files; None if they are those that the class builds."""
+    shadow = build_or_refuse(kind, cast(type[PretrainedConfig], kind.config_class).from_pretrained(name))
+    built, state = shape_of(shadow), shadow.state_dict(keep_vars=True)
+    _, held = _named_as_in(shadow, Shape({}, {}, {}), _file_sizes(name))
+    sizes = {id(state[own]): size for own, size in held.items() if own in state}  # also of what is tied
+    tensors = {own: sizes[id(t)] for own, t in state.items() if sizes.get(id(t), built.tensors[own]) != built.tensors[own]}
+    attributes = {
+        f"{owner}.{attr}": number
+        for owner, module in shadow.named_modules()
+        for attr in vars(module)
+        if f"{owner}.{attr}" in built.attributes
+        and (number := _number_then(module, attr, owner, tensors)) not in (None, getattr(module, attr))
+    }
+    return to_entry(Shape(tensors, attributes, {})) if tensors else None
+
+
+def _number_then(module: nn.Module, attr: str, owner: str, tensors: Sizes) -> int | None:
+    """Returns what a module says of sizes, or of heads in them, once its tensors have other sizes; None if that is not clear."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.named_parameters() if name.count(".") < 2}
+    then = {name: tensors.get(f"{owner}.{name}", size) for name, size in own.items()}
+    weights = {of: f"{name}.weight" for name, of in ROLES.items() if f"{name}.weight" in own}
+    rows = {of: (own[name][0], then[name][0]) for of, name in weights.items()}
+    if attr == GROUPS and len(rows) == 2:
+        return rows["q"][1] // rows["k"][1]
+    value: int = getattr(module, attr)
+    counted = "k" if attr in ("num_key_value_heads", "num_kv_heads") else "q" if attr in HEADS else None
+    if counted is not None and counted in rows:
+        before, after = rows[counted]
+        return after * value // before if after * value % before == 0 else None
+    changed = {b for name, size in own.items() for a, b in zip(size, then[name], strict=True) if a == value}
+    return changed.pop() if len(changed) == 1 else None
 
 
 @contextmanager
@@ -67,12 +115,13 @@ def load_shaped(
     dtype: str | torch.dtype,
     attention: str | None = None,
     labels: int | None = None,
+    entry: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Loads a checkpoint, whose config says a shape, in a class; the model that was saved may have had another head.
 
     Before memory is taken, an entry is refused that is not what billhook writes, or not what the files and the class hold.
     """
-    entry = PretrainedConfig.get_config_dict(name)[0].get(KEY)
+    entry = entry or PretrainedConfig.get_config_dict(name)[0].get(KEY)
     fields: dict[str, Any] = {} if labels is None else {"num_labels": labels}
     with _said_by(name):
         shape = _from_entry(entry)
@@ -84,6 +133,7 @@ def load_shaped(
     model: PreTrainedModel = _with_tensors(kind, shape).from_pretrained(
         name, config=config, dtype=dtype, use_safetensors=True, attn_implementation=attention
     )
+    setattr(model.config, KEY, to_entry(shape))
     return _finish(model, kind, shape)
 
 
@@ -118,7 +168,13 @@ def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedM
         kind.__init__(self, config, *args, **options)
         set_shape(self, Shape(shape.tensors, {}, {}).over(shape_of(self)))
 
-    return type(kind.__name__, (kind,), {"__init__": build, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    def initialize(self: PreTrainedModel, module: nn.Module) -> None:
+        tensors = [*module.parameters(), *module.buffers()]
+        if not all(getattr(tensor, LOADED, False) for tensor in tensors):  # some classes count on their own sizes
+            kind._init_weights(self, module)  # type: ignore[no-untyped-call]
+
+    own = {"__init__": build, "_init_weights": initialize}
+    return type(kind.__name__, (kind,), own | {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def _finish(model: PreTrainedModel, kind: type[PreTrainedModel], shape: Shape) -> PreTrainedModel:

@@ -1,0 +1,111 @@
+"""Models of a shape that their class does not build, saved by whoever: the config says the shape from the cut or the load on."""
+
+import json
+
+import peft
+import pytest
+import torch
+
+import billhook
+from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
+from billhook.model.shapes.shape import KEY
+from kit.families import llama, tokens
+from kit.shaped import SHAPED, gpt2_of_two_heads, uneven_llama
+
+CUTS = {
+    "heads": lambda model: billhook.apply(model, billhook.plan_units(model, {"model.layers.0.self_attn": [0]}, per="kv_head")),
+    "channels": lambda model: billhook.apply(
+        model, billhook.plan_units(model, {"model.layers.1.mlp": [0, 7, 9]}, kind="channel")
+    ),
+    "KV heads": lambda model: billhook.convert_kv_heads(model, 2, layers=[0]),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def same(folder, model):
+    model.eval()
+    ids = tokens()
+    with torch.no_grad():
+        return torch.equal(billhook.load(folder)(ids).logits, model(ids).logits)
+
+
+def lost(model, folder):
+    """Saves a model and takes away what its config says."""
+    billhook.save(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    del config[KEY]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_from_the_cut_on(cut, tmp_path):
+    model = llama()
+    CUTS[cut](model)
+    model.save_pretrained(tmp_path / "a")
+    assert same(tmp_path / "a", model)
+
+
+@pytest.mark.parametrize("family", SHAPED)
+def test_from_the_load_on(family, tmp_path):
+    model = SHAPED[family]()
+    billhook.save(model, tmp_path / "a")
+    billhook.load(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert same(tmp_path / "b", model)
+    assert json.loads((tmp_path / "b" / "config.json").read_text())[KEY]
+
+
+def test_from_a_lightning_checkpoint_on(tmp_path):
+    model, again, checkpoint = uneven_llama(), llama(), {}
+    save_shape(model, checkpoint)
+    load_shape(again, checkpoint)
+    again.load_state_dict(model.state_dict())
+    again.save_pretrained(tmp_path / "a")
+    assert same(tmp_path / "a", model)
+
+
+def test_until_the_config_can_say_it():
+    model, plain, checkpoint = llama(), llama(), {}
+    CUTS["channels"](model)
+    assert hasattr(model.config, KEY)
+    save_shape(plain, checkpoint)
+    load_shape(model, checkpoint)
+    model.load_state_dict(plain.state_dict())
+    assert not hasattr(model.config, KEY)
+    both = {f"model.layers.{layer}.mlp": [0, 1] for layer in (0, 1)}
+    billhook.apply(model, billhook.plan_units(model, both, kind="channel"))
+    assert not hasattr(model.config, KEY)
+
+
+def test_a_cut_that_fails_leaves_the_config(monkeypatch):
+    model = llama()
+    plan = billhook.plan_units(model, {"model.layers.0.mlp": [0]}, kind="channel")
+    monkeypatch.setattr("billhook.pruning.removal.alike", lambda *_: False)
+    with pytest.raises(ValueError, match="does not follow"):
+        billhook.apply(model, plan)
+    assert not hasattr(model.config, KEY)
+
+
+def test_under_adapters_it_is_that_of_the_model_without_them(tmp_path):
+    model = llama()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"], r=2))
+    CUTS["heads"](adapted)
+    merged = adapted.merge_and_unload()
+    merged.save_pretrained(tmp_path / "a")
+    assert same(tmp_path / "a", merged)
+
+
+@pytest.mark.parametrize("build", [lambda: CUTS["heads"](model := llama()) or model, uneven_llama, SHAPED["bert"]])
+def test_sizes_are_read_off_the_files_where_the_config_lost_them(build, tmp_path):
+    model = build()
+    lost(model, tmp_path / "a")
+    assert same(tmp_path / "a", model)
+
+
+def test_where_sizes_do_not_say_enough_it_is_refused(tmp_path):
+    lost(gpt2_of_two_heads(), tmp_path / "a")
+    with pytest.raises(ValueError, match='other sizes than its config says, and no "billhook" in it'):
+        billhook.load(tmp_path / "a")

@@ -205,8 +205,15 @@ def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, monkey
 
 
 def test_events_before_and_in_training(files, tmp_path, capsys):
-    run(files, tmp_path, [KVHeadConversion(2), WeightPruning(sparsity=0.5, at=3, calibration=6)])
-    rows = lines_of(capsys.readouterr().out)
-    assert rows["dense"][1] == "-"  # converted before anything could be measured
-    assert float(rows["after 4 -> 2 KV heads (mean)"][1].replace(",", "")) > 1
-    assert [label for label in rows if label.startswith("after")][1].startswith("after Wanda")
+    """In the order in which they happened, whatever that of the callbacks."""
+    for at in (3, "start"):
+        run(files, tmp_path, [WeightPruning(sparsity=0.5, at=at, calibration=6), KVHeadConversion(2)])
+        rows = lines_of(capsys.readouterr().out)
+        assert rows["dense"][1] == "-"  # converted before anything could be measured
+        after = [label for label in rows if label.startswith("after")]
+        assert after[0] == "after 4 -> 2 KV heads (mean)"
+        assert after[1].startswith("after Wanda")
+        if at == 3:
+            assert float(rows[after[0]][1].replace(",", "")) > 1
+        events = json.loads((tmp_path / "model" / "billhook.json").read_text())["events"]
+        assert [event["what"][:5] for event in events] == ["4 -> ", "Wanda"]

@@ -46,7 +46,7 @@ class EventCallback(Callback, ABC):
         measure_batches: Validation batches to measure before and after each event; by default all of validation, 0 for none.
 
     Attributes:
-        events: What has happened: for each event its step, what was done, and figures before and after.
+        events: What has happened: for each event its number in the fit, its step, what was done, and figures before and after.
         done: The last step by which all that was due has been done; -1 for none.
         asked: The amount that was due by then.
         keeps_what_it_did: True if its state says what it has done, so that a run cannot continue with another instead of it.
@@ -134,7 +134,8 @@ class EventCallback(Callback, ABC):
         """Carries out a change, which says what was done; returns an event, which the caller measures afterwards and logs."""
         before = summary(model).numbers() | metrics
         what = change()
-        event: Event = {"step": trainer.global_step, "what": what, "before": before, "after": {}}
+        number = len(events_of(trainer))  # of a step, events of several callbacks come in any order
+        event: Event = {"number": number, "step": trainer.global_step, "what": what, "before": before, "after": {}}
         self.events.append(event)  # it has happened, even if measuring fails
         event["after"] |= summary(model).numbers()
         rank_zero_info(f"billhook, step {event['step']}: {what}")
@@ -175,9 +176,9 @@ class EventCallback(Callback, ABC):
 
 
 def events_of(trainer: pl.Trainer) -> list[Event]:
-    """Returns what has happened in a fit, by step."""
+    """Returns what has happened in a fit, one after the other."""
     events = [event for callback in callbacks_of(trainer, EventCallback) for event in callback.events]
-    return sorted(events, key=lambda event: int(event["step"]))
+    return sorted(events, key=lambda event: (event["step"], event["number"]))
 
 
 def log_event(trainer: pl.Trainer, event: Event) -> None:

@@ -109,3 +109,35 @@ def test_layers_of_different_numbers_of_heads():
     bh.convert_kv_heads(model, 2)
     assert set(kv_heads_by_layer(model).values()) == {2}
     model(**make_inputs(model))
+
+
+def test_layers_that_read_the_keys_and_values_of_another_layer():
+    """They lose the same heads as that one, and have fewer KV heads with it."""
+    model = other("Gemma3nForCausalLM")
+    heads = kv_heads_by_layer(model)
+    assert list(heads.values()) == [2, 2, 2, 2]
+    with pytest.raises(ValueError, match="the code of Gemma3nForCausalLM does not follow"):
+        bh.convert_kv_heads(model, 1, layers=[0])
+    plan = bh.plan(model, bh.WeightNorm(), heads=0.34)
+    assert [plan.units[name] for name in heads] == [plan.units[name] for name in list(heads)[:2]] * 2
+    zeroed = copy.deepcopy(model)
+    for name, gone in plan.units.items():
+        columns = zeroed.get_submodule(f"{name}.o_proj").weight.data.unflatten(1, (6, -1))
+        columns[:, gone] = 0
+    inputs = make_inputs(model)
+    bh.apply(model, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, zeroed(**inputs).logits, atol=1e-5, rtol=1e-4)
+        expected = mean_heads(copy.deepcopy(model), 2)
+        bh.convert_kv_heads(model, 1)
+        torch.testing.assert_close(model(**inputs).logits, expected(**inputs).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_without_attention_of_the_usual_kind_is_none_of_the_method():
+    """Qwen3-Next has layers of linear attention, whose queries no one linear makes."""
+    model = other("Qwen3NextForCausalLM")
+    (full,) = [name for name in kv_heads_by_layer(model) if name.endswith("self_attn")]
+    with pytest.raises(ValueError, match=rf"no change of basis leaves what {full} computes as it is .*a gate"):
+        bh.convert_kv_heads(model, 1, "svd", IDS, layers=[full])
+    batches = [{"input_ids": torch.randint(10, 60, (8, 12))} for _ in range(3)]
+    assert bh.convert_kv_heads(model, 1, "mean", batches, repair=bh.Repair(), layers=[full]).layers == (full,)

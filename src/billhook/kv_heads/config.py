@@ -33,7 +33,7 @@ def cut_by_config(
             continue
         resized = [name for name, size in usual.tensors.items() if built.tensors.get(name) != size]
         follow = {name: _owner(name, found) for name in resized}
-        told = [name for name in chosen if name in follow.values()]
+        told = [name for name in chosen if name in follow.values() or found[name].rows.keys() & follow.keys()]
         if not told or (every and len(told) < len(chosen)):
             continue
         if not is_as_built(model, usual, resized):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from billhook.model.shapes.handed import Indices
+from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Member
 from billhook.units.find import Chosen, numbered
@@ -118,17 +119,17 @@ def _check_allowed(structure: Structure, units: Sequence[Units]) -> None:
 
 def _cuts(structure: Structure, units: Mapping[str, Units], gone: Mapping[str, list[int]]) -> Cuts:
     cuts: Cuts = {}
-    of: dict[tuple[str, int], Units] = {}
+    of: dict[tuple[str, int], set[Axis]] = {}
     for name, one in units.items():
         members = {(m.name, m.dim): m for group in structure.groups if group.leaf in one.leaves for m in group.members}
         for place, member in members.items():
-            stays = _stays(one, member, gone[name])
+            stays, held = _stays(one, member, gone[name]), set(leaves(member.axis)) & set(one.leaves)
             if place not in cuts:
-                cuts[place], of[place] = stays, one
-            elif set(of[place].leaves) & set(one.leaves):
+                cuts[place], of[place] = stays, held
+            elif of[place] == held:
                 if not np.array_equal(cuts[place], stays):
                     raise ValueError(f"heads: {member.name} would lose different heads for {name} than for another layer")
-            else:  # one matrix that makes or reads units of two kinds
+            else:  # one matrix that makes or reads units of two kinds, or queries of a layer whose keys another one reads, too
                 cuts[place] = np.intersect1d(cuts[place], stays)
     return cuts
 

@@ -38,7 +38,7 @@ class Attentions:
             raise ValueError(f"with LoRA attached, heads stay in their bases, where 'mean' and 'first' can pool them: or {MERGE}")
         structure = trace(model)
         self.model, self.groups, self._reduce = model, groups, reduce
-        self.places = {name: place for name, place in find_projections(model, structure).items() if name in groups}
+        self.places = find_projections(model, structure, groups)
         self.freedoms: dict[str, Freedoms] = find_freedoms(model, self.places)
         downs = [part.name.rpartition(".")[0] for one in structure.feed_forward for part in one.down]
         self.downs = [name for name in dict.fromkeys(downs) if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]

@@ -1,7 +1,7 @@
 """The queries, keys, values and outputs of one attention as stacks of heads, wherever they lie: in one linear or in several."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -65,15 +65,16 @@ class Stacks:
     o: Tensor
 
 
-def find_projections(model: nn.Module, structure: Structure) -> dict[str, Projections]:
-    """Finds where the projections of each attention lie, by the attention's name, in the order in which they run.
+def find_projections(model: nn.Module, structure: Structure, names: Container[str] | None = None) -> dict[str, Projections]:
+    """Finds where the projections of each attention, or of those named, lie, by its name, in the order in which they run.
 
     Raises:
         ValueError: If heads are not made and read by one `nn.Linear` or `Conv1D` each.
     """
     found = find_heads(model, structure)
     by_reader = {part.name.rpartition(".")[0]: attention for attention in structure.attention for part in attention.o}
-    return {name: _projections(model, units, by_reader[units.readers[0]]) for name, units in found.items()}
+    own = {name: units for name, units in found.items() if names is None or name in names}
+    return {name: _projections(model, units, by_reader[units.readers[0]]) for name, units in own.items()}
 
 
 def read(model: nn.Module, place: Projections) -> Stacks:

@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+import billhook
 from billhook.checkpoints.save import WAYS, load, save
 from billhook.cli.inspect import inspect
 from billhook.model.meta import from_name
@@ -333,3 +334,31 @@ def test_a_config_that_disagrees_with_itself_does_not_run(good, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="does not run on meta tensors"):
         trace(folder)
+
+
+def test_weights_that_a_class_makes_itself_are_saved_where_they_are_others(tmp_path):
+    sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in [("layers", 1), ("ffn_dim", 8), ("attention_heads", 2)]}
+    config = transformers.MarianConfig(
+        vocab_size=50, d_model=16, max_position_embeddings=40, decoder_start_token_id=1, pad_token_id=0, **sides
+    )
+    model = transformers.MarianMTModel(config).eval()
+    billhook.apply(model, billhook.plan(model, billhook.WeightNorm(), residual=0.25))
+    saved = save(model, tmp_path / "a")
+    assert saved.difference == 0
+    assert model._keys_to_ignore_on_save
+
+
+def rwkv() -> PreTrainedModel:
+    return transformers.RwkvForCausalLM(transformers.RwkvConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2)).eval()
+
+
+def test_what_is_loaded_is_not_initialised_by_sizes_that_it_does_not_have(tmp_path):
+    model = rwkv()
+    billhook.apply(model, billhook.plan(model, billhook.WeightNorm(), channels=0.25))
+    assert save(model, tmp_path / "a").difference == 0
+
+
+def test_blocks_without_which_the_class_builds_nothing_stay():
+    model = rwkv()
+    with pytest.raises(ValueError, match="blocks: RwkvForCausalLM is not built of what is left: ZeroDivisionError"):
+        billhook.plan_units(model, {"rwkv.blocks": [1]}, kind="block")

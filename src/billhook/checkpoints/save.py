@@ -25,7 +25,7 @@ from billhook.model.find import find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.shapes.shape import KEY, to_entry, unbuilt_shape
 from billhook.model.shapes.shaped import load_as, readable
-from billhook.model.transformers_internals import is_joined_unevenly
+from billhook.model.transformers_internals import everything_saved, is_joined_unevenly
 
 Way = Literal["plain", "equivalent", "shaped"]
 WAYS: dict[Way, str] = {
@@ -169,7 +169,9 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
 
 
 def _write_weights(model: PreTrainedModel, draft: Path) -> None:
-    model.save_pretrained(draft, save_original_format=not is_joined_unevenly(model))
+    """Writes config and weights, also those that the class leaves out because it makes them: they may be others, or smaller."""
+    with everything_saved(model):
+        model.save_pretrained(draft, save_original_format=not is_joined_unevenly(model))
 
 
 def _check_no_prompts(module: nn.Module) -> None:

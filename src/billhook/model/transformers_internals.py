@@ -1,6 +1,8 @@
 """Private names of transformers, each in one place; a test asks whether they are still there."""
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -81,3 +83,14 @@ def classes_of(auto: Any, config: PretrainedConfig) -> list[type[PreTrainedModel
     """Returns the classes that an auto class may take for a config."""
     found = auto._model_mapping.get(type(config), ())
     return list(found) if isinstance(found, tuple | list) else [found]
+
+
+@contextmanager
+def everything_saved(model: PreTrainedModel) -> Iterator[None]:
+    """Has a model save all of its weights, also those that its class says it makes."""
+    ignored = model._keys_to_ignore_on_save
+    model._keys_to_ignore_on_save = None
+    try:
+        yield
+    finally:
+        model._keys_to_ignore_on_save = ignored

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.model.answers import alike, answer, tolerance
-from billhook.model.config_fields import Fields, set_fields
+from billhook.model.build import build_on_meta
+from billhook.model.config_fields import Fields, set_fields, with_fields
 from billhook.model.find import find_transformer
 from billhook.model.plan import Plan, Weights, starting_from
 from billhook.model.shapes.shape import note_shape, shape_of
@@ -118,6 +119,7 @@ def find_block_plan(
     _check_own(model, stacks, units)
     sizes = {name: len(stack) for name, stack in stacks.items()}
     fields, attributes = find_then(model, sizes, units) if units else ({}, {})
+    _check_built(model, fields)
     gone = {p: p.numel() for name, own in units.items() for number in own for p in stacks[name][number].parameters()}
     total = sum(parameter.numel() for parameter in model.parameters())
     shown = {name: own.tolist() for name, own in (scores or {}).items()}
@@ -144,6 +146,22 @@ def _check_own(model: nn.Module, stacks: Mapping[str, nn.ModuleList], gone: Mapp
     if shared := next(((block, stay[own]) for _, own, block in places if block in going and own in stay), None):
         block, name = shared
         raise ValueError(f"blocks: block {block[1]} of {block[0]} shares weights with {name}, which stays")
+
+
+def _check_built(model: PreTrainedModel, fields: Fields) -> None:
+    """Refuses what the class builds no model of, such as too few blocks, if it builds one from its config as it is."""
+    if (error := _failing(model, fields)) is not None and _failing(model, {}) is None:
+        left = f"{type(model).__name__} is not built of what is left: {type(error).__name__}: {error}"
+        raise ValueError(f"blocks: {left}") from error
+
+
+def _failing(model: PreTrainedModel, fields: Fields) -> Exception | None:
+    """Returns the error with which building on meta from changed fields of the config ends, or the first weights there."""
+    try:
+        build_on_meta(model, with_fields(model.config, fields)).initialize_weights()  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever a class raises
+        return error
+    return None
 
 
 def _counts(stacks: Mapping[str, nn.ModuleList]) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from billhook.model.shapes.handed import Handing
 from billhook.model.shapes.shape import GROUPS, KEY, VERSIONS, Shape, set_shape, shape_of, to_entry
 from billhook.running.undisturbed import undisturbed
 
-LOADED = "_is_hf_initialized"  # on tensors that transformers has loaded
+LOADED = "_is_hf_initialized"  # on what transformers has loaded
 LARGEST = 2**48  # numbers in one tensor: far more than memory holds, and few enough for torch to count their bytes
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
 """Names that attentions give to how many heads of queries they have."""
@@ -168,12 +168,13 @@ def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedM
         kind.__init__(self, config, *args, **options)
         set_shape(self, Shape(shape.tensors, {}, {}).over(shape_of(self)))
 
-    def initialize(self: PreTrainedModel, module: nn.Module) -> None:
-        tensors = [*module.parameters(), *module.buffers()]
-        if not all(getattr(tensor, LOADED, False) for tensor in tensors):  # some classes count on their own sizes
-            kind._init_weights(self, module)  # type: ignore[no-untyped-call]
+    def initialize(self: PreTrainedModel) -> None:
+        for module in self.modules():  # some classes count on their own sizes
+            tensors = (*module.parameters(), *module.buffers())
+            setattr(module, LOADED, getattr(module, LOADED, False) or all(getattr(tensor, LOADED, False) for tensor in tensors))
+        kind.initialize_weights(self)  # type: ignore[no-untyped-call]
 
-    own = {"__init__": build, "_init_weights": initialize}
+    own = {"__init__": build, "initialize_weights": initialize}
     return type(kind.__name__, (kind,), own | {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 

@@ -337,7 +337,11 @@ def test_a_config_that_disagrees_with_itself_does_not_run(good, tmp_path):
 
 
 def test_weights_that_a_class_makes_itself_are_saved_where_they_are_others(tmp_path):
-    sides = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in [("layers", 1), ("ffn_dim", 8), ("attention_heads", 2)]}
+    sides = {
+        f"{side}_{what}": n
+        for side in ("encoder", "decoder")
+        for what, n in [("layers", 1), ("ffn_dim", 8), ("attention_heads", 2)]
+    }
     config = transformers.MarianConfig(
         vocab_size=50, d_model=16, max_position_embeddings=40, decoder_start_token_id=1, pad_token_id=0, **sides
     )

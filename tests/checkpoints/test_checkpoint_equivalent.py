@@ -5,6 +5,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+import billhook
 from billhook import TransformerModule
 from billhook.assets import model_path
 from billhook.checkpoints import equivalent
@@ -240,3 +241,10 @@ def test_it_is_said(tmp_path):
     run.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert "it is saved as mistral; largest difference of logits 0" in str(export(tmp_path / "last.ckpt", tmp_path / "b"))
     assert type(load(tmp_path / "b")) is transformers.MistralForCausalLM
+
+
+def test_heads_and_channels_together_are_said_by_the_config(tmp_path):
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=32, patch_size=8, **sizes)).eval()
+    billhook.apply(model, billhook.plan(model, billhook.WeightNorm(), heads=0.34, channels=0.25))
+    assert save(model, tmp_path / "a").way == "plain"

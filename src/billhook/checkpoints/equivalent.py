@@ -60,10 +60,10 @@ EQUIVALENT = {
 }
 """Families that can stand for another, the best known first, by the prefix of the other's class names."""
 
-COUNTED = {
+COUNTED: Mapping[str, tuple[str | tuple[str, ...], bool]] = {
     "num_attention_heads": (".q_proj.weight", True),
     "num_key_value_heads": (".k_proj.weight", True),
-    "intermediate_size": (".mlp.gate_proj.weight", False),
+    "intermediate_size": ((".mlp.gate_proj.weight", ".mlp.fc1.weight"), False),
 }
 """Config fields: the tensor of each layer that has as many rows, and whether each is of a head, that is `head_dim` rows."""
 

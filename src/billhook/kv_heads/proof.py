@@ -87,13 +87,13 @@ def small_copy(model: PreTrainedModel, shape: Shape | None = None, few: bool = T
         for config in (with_fields(model.config, two), with_fields(model.config, {})):
             try:
                 small = build_class(type(model), config, torch.float32)
-                if shape is not None:
-                    _take_shape(small, model, shape)
                 break
             except Exception as error:  # whatever a class of models raises
                 why = error
         else:
             raise ValueError(f"{type(model).__name__} cannot be built from its config, so nothing can be proved of it: {why}")
+        if shape is not None:
+            _take_shape(small, model, shape)
         with torch.no_grad():
             for parameter in small.parameters():
                 if parameter.ndim > 1 and parameter.numel():
@@ -105,15 +105,17 @@ def small_copy(model: PreTrainedModel, shape: Shape | None = None, few: bool = T
 
 
 def _take_shape(small: PreTrainedModel, model: PreTrainedModel, shape: Shape) -> None:
-    """Gives a copy with fewer layers what a model's shape says of those, and the model's buffers that are of another size."""
+    """Gives a copy with fewer layers what a model's shape says of those; refuses buffers that no checkpoint of a shape brings."""
     own, buffers = shape_of(small), dict(model.named_buffers())
     tensors = {name: shape.tensors.get(name, size) for name, size in own.tensors.items()}
     handed = {name: one for name, one in (shape.handed or {}).items() if f"{name}.weight" in tensors}
     set_shape(small, Shape(tensors, shape.attributes, {}, handed=handed).over(own))
-    for name, buffer in list(small.named_buffers()):
-        if (theirs := buffers.get(name, buffer)).shape != buffer.shape:
-            owner, _, attr = name.rpartition(".")
-            setattr(small.get_submodule(owner), attr, theirs.detach().to("cpu", copy=True))
+    for name, buffer in small.named_buffers():
+        if buffers.get(name, buffer).shape != buffer.shape:
+            raise ValueError(
+                f"{name} of {type(model).__name__} is of another size than its class makes it of the config, which lost heads: "
+                "convert the model after it is saved and loaded (bh.save, bh.load)"
+            )
 
 
 def find_difference(dense: PreTrainedModel, shrunk: Shrunk, groups: int, implementation: str) -> str | None:

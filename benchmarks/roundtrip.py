@@ -15,6 +15,7 @@ import contextlib
 import copy
 import gc
 import io
+import json
 import logging
 import multiprocessing
 import random
@@ -26,7 +27,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import lightning.pytorch as pl
 import torch
 import transformers
 from oracle import difference, randomise
-from small_configs import architectures, build, has_experts, small_config
+from small_configs import architectures, build, has_experts, names, small_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
@@ -487,28 +488,64 @@ def quiet() -> None:
 
 
 def jobs(
-    names: list[str], operations: tuple[str, ...], sample: int | None, seed: int
+    types: list[str], operations: tuple[str, ...], sample: int | None, seed: int
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Yields architectures with the operations that are asked of each."""
-    every = [own[:2] for own in architectures() if not names or own[1] in names]
+    every = [own for own in names() if not types or own[1] in types]
     if sample is None:
         yield from ((*own, operations) for own in every)
         return
-    pairs = random.Random(seed).sample([(n, operation) for n in range(len(every)) for operation in operations], sample)
-    for n in sorted({n for n, _ in pairs}):
-        yield (*every[n], tuple(operation for own, operation in pairs if own == n))
+    pairs = random.Random(seed).sample([(own, operation) for own in every for operation in operations], sample)
+    for own in dict.fromkeys(own for own, _ in pairs):
+        yield (*own, tuple(operation for other, operation in pairs if other == own))
 
 
 def table(results: list[Result]) -> str:
     """Counts by operation."""
-    lines = [f"| operation | {' | '.join(STATES)} | with an oracle |", "|---|" + "---:|" * (len(STATES) + 1)]
+    lines = [f"| operation | {' | '.join(STATES)} | right by an oracle |", "|---|" + "---:|" * (len(STATES) + 1)]
     for operation in OPERATIONS:
         own = [result for result in results if result.operation == operation]
         states = collections.Counter(result.state for result in own)
-        oracle = sum(result.oracle for result in own)
+        oracle = sum(result.oracle and result.state == "right" for result in own)
         lines.append(f"| {operation} | " + " | ".join(str(states[state]) for state in STATES) + f" | {oracle} |")
-    built = len({(r.auto, r.model_type) for r in results if r.operation})
-    return f"{built} architectures\n\n" + "\n".join(lines)
+    return "\n".join(lines)
+
+
+def page(results: list[Result]) -> str:
+    """Writes the counts, every bug, and what was refused with its reasons, numbers and names left out."""
+    built = len({(result.auto, result.model_type) for result in results if result.operation})
+    bugs = [result for result in results if result.state in BUGS]
+    reasons = collections.Counter(reason(result.detail) for result in results if result.state == "refused")
+    lines = [
+        "# Every architecture, every operation, saved and reloaded",
+        "",
+        f"{built} architectures of transformers {transformers.__version__}, small and with random weights, by "
+        "`python benchmarks/roundtrip.py --processes 2 --out docs/roundtrip.md`. Right: as the oracle says, where there is one, "
+        "and the same after saving and loading as `billhook inspect` promises, and after a Lightning checkpoint and "
+        "`billhook export`. Refused: before anything changed, with a reason. Wrong: other outputs. Raw: an error that is no "
+        "refusal. Late: refused "
+        "after a plan was made. Broken promise: saved in another way than `inspect` says.",
+        "",
+        table(results),
+        "",
+        "## Bugs",
+        "",
+        *(["| auto class | model type | operation | state | what |", "|---|---|---|---|---|"] if bugs else ["None."]),
+        *(f"| {r.auto} | {r.model_type} | {r.operation} | {r.state} | {r.detail[:160].replace('|', '/')} |" for r in bugs),
+        "",
+        "## Refused",
+        "",
+        "| pairs | reason |",
+        "|---:|---|",
+        *(f"| {count} | {text} |" for text, count in reasons.most_common()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def reason(detail: str) -> str:
+    """Returns a reason without what differs between models."""
+    text = re.sub(r"\b\w*[a-z]\w*\.[\w.*]+", "...", re.sub(r"\b[A-Z]\w+(For\w+|Model|LMHeadModel)\b", "the model", detail))
+    return re.sub(r"\b\d[\d,.]*", "N", text)[:140].replace("|", "/")
 
 
 def main() -> int:
@@ -521,11 +558,18 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--all", action="store_true", help="print the right ones too")
     parser.add_argument("--out", type=Path, help="where the table is written")
-    parser.add_argument("--raise", action="store_true", dest="raises")
+    parser.add_argument("--results", type=Path, help="a JSON file for all results")
+    parser.add_argument("--again", action="store_true", help="ask again only what was a bug in that file")
     arguments = parser.parse_args()
     quiet()
     work = list(jobs(arguments.names, tuple(arguments.operations), arguments.sample, arguments.seed))
     results: list[Result] = []
+    if arguments.again:
+        held = [Result(**own) for own in json.loads(arguments.results.read_text())]
+        results = [result for result in held if result.state not in BUGS]
+        bugs = [result for result in held if result.state in BUGS]
+        own = dict.fromkeys((result.auto, result.model_type) for result in bugs)
+        work = [(*one, tuple(r.operation for r in bugs if (r.auto, r.model_type) == one)) for one in own]
     with multiprocessing.get_context("fork").Pool(arguments.processes, maxtasksperchild=20) as pool:
         for own in pool.imap_unordered(examine_one, work):
             for result in own:
@@ -537,8 +581,12 @@ def main() -> int:
                         flush=True,
                     )
     print(table(results))
+    if arguments.results:
+        arguments.results.write_text(json.dumps([asdict(result) for result in results]))
     if arguments.out:
-        arguments.out.write_text(table(results) + "\n")
+        arguments.out.write_text(
+            page(sorted(results, key=lambda r: (r.auto, r.model_type, OPERATIONS.index(r.operation or "untouched"))))
+        )
     return int(any(result.state in BUGS for result in results))
 
 

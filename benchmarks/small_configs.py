@@ -383,26 +383,33 @@ AUTO_CLASSES = {
 }
 
 
+def names():
+    """Yield (auto class name, model type), `AutoModel` only for what no other list has; nothing is imported for it."""
+    seen = set()
+    for auto, mapping in AUTO_CLASSES.items():
+        for model_type in getattr(modeling_auto, f"{mapping}_NAMES"):
+            if auto != "AutoModel" or model_type not in seen:
+                yield auto, model_type
+            seen.add(model_type)
+
+
 def architectures(name=None):
-    """Yield (auto class name, model type, config class, model class), `AutoModel` only for what no other list has.
+    """Yield (auto class name, model type, config class, model class), as `names` lists them.
 
     With the name of a model type or a class only those, and no code of others is imported.
     """
-    seen = set()
-    for auto, mapping in AUTO_CLASSES.items():
-        for model_type, classes in getattr(modeling_auto, f"{mapping}_NAMES").items():
-            if auto == "AutoModel" and model_type in seen:
-                continue
-            seen.add(model_type)
-            if name not in (None, model_type, classes if isinstance(classes, str) else classes[0]):
-                continue
-            config_class = CONFIG_MAPPING[model_type]
-            try:
-                model_class = getattr(modeling_auto, mapping)[config_class]
-            except ValueError:  # transformers 5.24 lists a few classes that it does not have
-                print(f"{auto} {model_type}: not in this transformers", file=sys.stderr)
-                continue
-            yield auto, model_type, config_class, model_class[0] if isinstance(model_class, tuple) else model_class
+    for auto, model_type in names():
+        mapping = AUTO_CLASSES[auto]
+        classes = getattr(modeling_auto, f"{mapping}_NAMES")[model_type]
+        if name not in (None, model_type, classes if isinstance(classes, str) else classes[0]):
+            continue
+        config_class = CONFIG_MAPPING[model_type]
+        try:
+            model_class = getattr(modeling_auto, mapping)[config_class]
+        except ValueError:  # transformers 5.24 lists a few classes that it does not have
+            print(f"{auto} {model_type}: not in this transformers", file=sys.stderr)
+            continue
+        yield auto, model_type, config_class, model_class[0] if isinstance(model_class, tuple) else model_class
 
 
 def build(config, model_class, experts="eager"):

@@ -245,7 +245,7 @@ def _runs(model: PreTrainedModel, cut: Cut, shape: Shape, fields: Fields, eager:
 
 
 def _stand(before: Units, after: Units, cut: Cut, gone: Sequence[int]) -> bool:
-    """Tells whether the units that remain are where they were left, and not dealt out anew, as to cores."""
+    """Tells whether the units that remain are where they were left, and not dealt out again, as to cores."""
     number = np.append(np.cumsum(~np.isin(np.arange(before.count()), gone)) - 1, -1)
     places = {(member.name, member.dim): member for member in after.held_by()}
     for member in before.held_by():

@@ -188,7 +188,7 @@ class _Walks:
         return visitor
 
     def _walk(self, sequential: Sequential, visitor: PruningVisitor, often: set[str]) -> set[str]:
-        """Returns the linears, once walked, of which some calls were not counted. Those called often come first, in the dense model."""
+        """Returns the linears of which a walk left out some calls. Those called often come first, in the dense model."""
         with ExitStack() as stack:
             stack.enter_context(undisturbed(self.model))
             keep = None

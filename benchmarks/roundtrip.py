@@ -198,10 +198,10 @@ def refusing(subject: Subject, model: nn.Module, step: Callable[[], Any]) -> Any
 def promised(model: nn.Module, kind: str) -> str | None:
     """Returns how `inspect` says that a model with fewer units of a kind is saved; None if it names no such units."""
     groups = [group for group in trace(model).groups if group.kind in CHOICES[kind]]
-    said = saving(model, groups)
+    said = [one for one in saving(model, groups) if not one.reason]
     if not said:
         return None
-    return "plain" if all(fields for _, fields in said) else "shaped"
+    return "plain" if all(one.fields for one in said) else "shaped"
 
 
 def convert(method: str, subject: Subject, model: nn.Module) -> Done:

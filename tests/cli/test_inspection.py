@@ -16,6 +16,7 @@ from billhook.cli.main import main
 from billhook.model.meta import from_config
 from billhook.tracing.show import WIDTH
 from billhook.units.fields import FieldFinder
+from kit.removal import make
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_fields_that_must_be_said_since_what_they_follow_from_changes() -> None:
     sizes = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1, "num_local_experts": 4}
     config = transformers.MixtralConfig(**sizes, num_attention_heads=6, num_key_value_heads=2)  # no head_dim
     model = from_config(config)
-    fields = {alike[0].kind: found for alike, found in saving(model, bh.trace(model).groups)}
+    fields = {one.groups[0].kind: one.fields for one in saving(model, bh.trace(model).groups)}
     assert fields["kv_head"] == ("num_attention_heads", "num_key_value_heads", "head_dim")
     assert fields["residual"] == ("hidden_size", "head_dim")
     assert fields["expert"] == ("num_local_experts",)
@@ -142,3 +143,30 @@ def test_who_reads_may_have_seen_enough(config, monkeypatch) -> None:
         with pytest.raises(SystemExit) as stopped:
             main(["inspect", str(config), "--json"])
     assert stopped.value.code == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "fields"),
+    [
+        ("qwen2", "query_head", ("num_attention_heads", "head_dim")),  # head_dim is read, and not declared
+        ("big_bird", "channel", ("intermediate_size",)),  # without the channels of its head, which nothing removes
+        ("dots3_note_text", "residual", ()),  # the class derives numbers from it for which no weights make up
+        ("gemma2", "residual", ("hidden_size",)),
+    ],
+)
+def test_what_is_said_is_what_save_does(family, kind, fields, tmp_path) -> None:
+    model = make(family).float()
+    said = [one for one in saving(model, bh.trace(model).groups) if one.groups[0].kind == kind]
+    assert [set(one.fields) for one in said] == [set(fields)]
+    bh.apply(model, bh.plan(model, bh.WeightNorm(), **{CALLED[kind]: 0.25 if kind == "residual" else 0.34}))
+    assert (bh.save(model, tmp_path / "saved").way == "shaped") == (not fields)
+
+
+def test_units_that_cannot_be_removed() -> None:
+    model = make("dory")
+    reasons = [one.reason for one in saving(model, bh.trace(model).groups) if one.groups[0].kind == "query_head"]
+    assert reasons
+    assert all("a norm spans all of them" in reason for reason in reasons)
+
+
+CALLED = {"query_head": "heads", "channel": "channels", "residual": "residual"}

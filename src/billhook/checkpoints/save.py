@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.adapters.merge import has_adapters, merged_copy
 from billhook.assets import model_path
@@ -172,6 +172,15 @@ def _write_weights(model: PreTrainedModel, draft: Path) -> None:
     """Writes config and weights, also those that the class leaves out because it makes them: they may be others, or smaller."""
     with everything_saved(model):
         model.save_pretrained(draft, save_original_format=not is_joined_unevenly(model))
+
+
+def way_of(model: PreTrainedModel) -> tuple[Way, PretrainedConfig]:
+    """Says how `save` writes a model, if the logits are the same, and the config that then says its shape; no values are read."""
+    if not unbuilt_shape(model).tensors:
+        return "plain", model.config
+    for kind, config in equivalents(model):
+        return ("plain" if kind is type(model) else "equivalent"), config
+    return "shaped", model.config
 
 
 def _check_no_prompts(module: nn.Module) -> None:

@@ -2,18 +2,25 @@
 
 import json as json_format
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from billhook.arguments import one_of
+from billhook.checkpoints.save import way_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_of
+from billhook.model.config_fields import fields_of
 from billhook.model.meta import from_name
+from billhook.pruning.cuts import find_cut
+from billhook.pruning.removal import tried
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold, kind_name, labelled
 from billhook.tracing.trace import trace
 from billhook.units.fields import SHOWN, FieldFinder
+from billhook.units.find import units_of
+from billhook.units.units import UnitKind, Units
 
 CHOICES: dict[str, tuple[Kind, ...]] = {
     "heads": ("kv_head", "query_head", "head"),
@@ -25,6 +32,11 @@ CHOICES: dict[str, tuple[Kind, ...]] = {
     "tables": ("vocab", "position", "label"),
     "fixed": ("fixed",),
 }
+
+UNITS: dict[Kind, UnitKind] = {
+    "kv_head": "head", "query_head": "head", "head": "head", "channel": "channel", "residual": "residual", "expert": "expert",
+}  # fmt: skip
+"""The kinds of groups whose units `plan` removes."""
 
 
 def inspect(model: str, group: str | None = None, json: bool = False) -> None:
@@ -48,7 +60,7 @@ def inspect(model: str, group: str | None = None, json: bool = False) -> None:
     saved = saving(shadow, groups)
     converted = conversion(shadow)
     if json:
-        numbers = {one.number: list(fields) for alike, fields in saved for one in alike}
+        numbers = {group.number: list(one.fields) for one in saved for group in one.groups}
         plain = structure.to_json()
         wanted = {one.number for one in groups}
         plain["groups"] = [
@@ -64,30 +76,73 @@ def inspect(model: str, group: str | None = None, json: bool = False) -> None:
         print("\n" + "\n".join(lines))
 
 
-def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[tuple[list[Group], tuple[str, ...]]]:
+@dataclass(frozen=True)
+class Saving:
+    """How a model with fewer units is saved: alike units, the config fields that count them, and why they cannot be removed."""
+
+    groups: list[Group]
+    fields: tuple[str, ...]
+    reason: str = ""
+
+
+def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[Saving]:
     """Finds the config fields that count the units of each kind of group that may be pruned, alike in all layers.
 
-    Without such a field, a model with fewer units is not a plain checkpoint of its family.
+    Without such a field, a model with fewer units is not a plain checkpoint of its family. Units that `plan` removes are removed
+    for it, on meta tensors, and `save` asked.
     """
     finder = FieldFinder(model)
     alike: dict[tuple[Kind, int], list[Group]] = {}
     for own in fold([group for group in groups if not group.reason]):
         alike.setdefault((own[0].kind, own[0].size), []).extend(own)
-    found: list[tuple[list[Group], tuple[str, ...]]] = []
+    found: list[Saving] = []
     for own in alike.values():
         parts = [own] if (fields := finder.find(own)) else fold(own)
-        found += [(part, fields or finder.find(part)) for part in parts]
+        for part in parts:
+            said = _tried(model, part, fields or finder.find(part), finder)
+            found += [said] if said is not None else []
     return found
 
 
-def _saved_lines(saved: Sequence[tuple[list[Group], tuple[str, ...]]], finder: FieldFinder) -> list[str]:
+def _tried(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], finder: FieldFinder) -> Saving | None:
+    """Removes a few units, and finds how the rest would be saved; None if `plan` knows no such units."""
+    kind, size = UNITS.get(part[0].kind), part[0].size
+    if kind is None:
+        return Saving(part, fields)
+    structure, numbers = trace(model), {group.number for group in part}
+    leaves = {group.leaf for group in structure.groups if group.number in numbers}
+    left = next(iter(finder.counts(size, fields)), size - 1) if fields else size - 1
+    try:
+        units = units_of(model, structure, [kind])
+        gone = {name: _last(one, part[0], left) for name, one in units.items() if leaves & set(one.leaves)}
+        if not gone:
+            return None
+        way, config = way_of(tried(model, find_cut(model, structure, units, gone)))
+    except ValueError as error:
+        return Saving(part, (), str(error))
+    now = fields_of(model.config)
+    others = tuple(name for name, value in fields_of(config).items() if type(value) is int and now.get(name) != value)
+    return Saving(part, () if way == "shaped" else fields or others)
+
+
+def _last(units: Units, group: Group, left: int) -> list[int]:
+    """Returns the units after the first few; of query heads, those of each KV head."""
+    count = units.count("kv_head")
+    if group.kind == "query_head":
+        return [unit for head in range(count) for unit in units.query_heads([head])[left:]]
+    return units.query_heads(range(count * left // group.size, count))
+
+
+def _saved_lines(saved: Sequence[Saving], finder: FieldFinder) -> list[str]:
     lines: dict[str, None] = {}
-    for alike, fields in saved:
-        size = alike[0].size
+    for one in saved:
+        size, fields = one.groups[0].size, one.fields
         how = "fewer make no plain checkpoint: no field of the config counts them"
-        if fields:
+        if one.reason:
+            how = f"none can be removed: {one.reason}"
+        elif fields:
             how = f"{_numbers(size, finder.counts(size, fields))} make a plain checkpoint, by {', '.join(fields)}"
-        lines[labelled("saved", f"{kind_name(alike[0])} ({size:,}): {how}")] = None
+        lines[labelled("saved", f"{kind_name(one.groups[0])} ({size:,}): {how}")] = None
     return list(lines)
 
 

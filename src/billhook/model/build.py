@@ -1,20 +1,23 @@
 """Builds a model of a config on meta, without weights."""
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 
+Mode = AbstractContextManager[Any]
 
-def build_on_meta(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+
+def build_on_meta(model: PreTrainedModel, config: PretrainedConfig, within: Mode = nullcontext()) -> PreTrainedModel:  # noqa: B008
     """Builds on meta what the model's own class makes of a config."""
-    return build_class_on_meta(type(model), config)
+    return build_class_on_meta(type(model), config, within)
 
 
-def build_class_on_meta(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """Builds on meta what a class makes of a config."""
+def build_class_on_meta(kind: type[PreTrainedModel], config: PretrainedConfig, within: Mode = nullcontext()) -> PreTrainedModel:  # noqa: B008
+    """Builds on meta what a class makes of a config; a mode decides within about single calls of torch."""
     safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)  # some classes read numbers off a linspace
-    with torch.random.fork_rng(devices=[]), torch.device("meta"), safe():
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), safe(), within:
         return kind(config)
 
 

@@ -37,7 +37,6 @@ def shapes_then(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Field
         built = _built(model, fields, usual, now, tensors) if fields else None
     if built is not None:
         yield built, fields
-        return
     eager = all(usual.attributes.get(name) == value for name, value in now.attributes.items() if name.endswith(f".{GROUPS}"))
     for changed in ({}, _heads_said(model, cut)):  # some code asks the config in the middle of a forward
         for attributes in itertools.islice(_assignments(model, cut, now, tensors), TRIALS):
@@ -76,6 +75,9 @@ def _fields(model: PreTrainedModel, cut: Cut) -> Fields:
                 continue
             own = [group for group in groups if group.kind in kinds and group.size == size]
             found = finder.values(size, finder.find(own), count) if own else {}
+            if not found and kind == "head" and (found := _with_width(model, cut)):
+                changes |= found
+                break
             if not found:
                 return {}
             for name, value in found.items():
@@ -91,13 +93,15 @@ def _kinds(cut: Cut) -> list[UnitKind]:
 def _steps(cut: Cut, kind: UnitKind) -> list[tuple[tuple[Kind, ...], int, int]] | None:
     """Returns the kinds of groups that a kind of unit is made of, each with its size before and after; None if layers differ."""
     places = [name for name, own in cut.kinds.items() if own == kind]
-    before, after = ({numbers[name] for name in places} for numbers in (cut.before, cut.after))
-    if len(before) != 1 or len(after) != 1:
-        return None if before != after else []
+    changes = {(cut.before[name], cut.after[name]) for name in places}
+    if all(before == after for before, after in changes):
+        return []
+    if len({before for before, _ in changes}) < len(changes) or (kind == "head" and len(changes) > 1):
+        return None
     if kind != "head":
         assert kind != "block"
-        return [((kind,), before.pop()[0], after.pop()[0])]
-    (query, kv), (query_then, kv_then) = before.pop(), after.pop()
+        return [((kind,), before[0], after[0]) for before, after in sorted(changes)]
+    ((query, kv), (query_then, kv_then)) = changes.pop()
     return [(("kv_head", "head"), kv, kv_then), (("query_head",), query // kv, query_then // kv_then)]
 
 
@@ -108,6 +112,14 @@ def _heads_said(model: PreTrainedModel, cut: Cut) -> Fields:
         return {}
     becomes = dict(zip(before.pop(), after.pop(), strict=True))
     return {f: becomes[v] for f, v in vars(model.config).items() if "head" in f and type(v) is int and v in becomes}
+
+
+def _with_width(model: PreTrainedModel, cut: Cut) -> Fields:
+    """Returns the numbers of heads and their width, which many classes read of a config that does not declare it."""
+    said, kept = _heads_said(model, cut), shape_of(model).attributes
+    widths = {value for name, value in kept.items() if name.endswith(".head_dim")}
+    declared = hasattr(type(model.config), "head_dim")
+    return said | {"head_dim": widths.pop()} if said and len(widths) == 1 and not declared else {}
 
 
 def _built(model: PreTrainedModel, fields: Fields, usual: Shape, now: Shape, tensors: dict[str, tuple[int, ...]]) -> Shape | None:

@@ -16,6 +16,7 @@ from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, fields_of, set_fields
 from billhook.model.linears import is_linear
 from billhook.model.shapes.handed import Handing, hand, handing_of
+from billhook.model.shapes.numbers import Numbers, derived, take_derived
 from billhook.model.shapes.stacks import first_of, keep, numbers_of, taken_out
 from billhook.model.surgery import undone_by_errors
 
@@ -205,7 +206,15 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
         setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
     then: Fields = shape.config | shape.lists
     if changed := {name: then[name] for name, value in _fields(model).items() if then.get(name, value) != value}:
+        before = copy.deepcopy(model.config)
         set_fields(cast(PretrainedConfig, model.config), changed)
+        if isinstance(model, PreTrainedModel):
+            take_derived(model, derived_then(model, cast(PretrainedConfig, before)))
+
+
+def derived_then(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
+    """Finds numbers that a model takes from its config instead of an earlier one; none if that does not describe the model."""
+    return {} if unbuilt_shape(model).tensors else derived(model, before)
 
 
 def _set_groups(model: nn.Module, shape: Shape) -> None:

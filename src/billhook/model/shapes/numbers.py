@@ -1,0 +1,50 @@
+"""Numbers that a class derives from its config as it is built, such as the scale of embeddings from the hidden size."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import PretrainedConfig, PreTrainedModel
+
+from billhook.model.build import build_on_meta
+
+Numbers = dict[str, tuple[float, float]]
+"""Numbers that modules hold, by dotted name: before and after."""
+
+
+class _Known(TorchFunctionMode):
+    """Lets single numbers become tensors on the CPU, so that their values are known, where all else is built on meta."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401 - what torch gives
+        one = func is torch.tensor and args and isinstance(args[0], int | float)
+        return func(*args, **({"device": "cpu"} if one else {}) | dict(kwargs or {}))
+
+
+def derived(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
+    """Finds the numbers that the model's class makes otherwise of its config than of an earlier one."""
+    then, now = (dict(_numbers(build_on_meta(model, copy.deepcopy(config), _Known()))) for config in (before, model.config))
+    return {name: (value, now[name]) for name, value in then.items() if now.get(name, value) != value}
+
+
+def take_derived(model: nn.Module, numbers: Numbers) -> None:
+    """Gives modules other numbers."""
+    for name, (_, value) in numbers.items():
+        owner, _, attr = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if (buffer := module._buffers.get(attr)) is None:
+            setattr(module, attr, value)
+        else:
+            module._buffers[attr] = torch.full_like(buffer, value)
+
+
+def _numbers(model: nn.Module) -> Iterator[tuple[str, float]]:
+    for name, module in model.named_modules():
+        yield from ((f"{name}.{attr}", v) for attr, v in vars(module).items() if type(v) is float and not attr.startswith("_"))
+        for attr, buffer in module._buffers.items():
+            if buffer is not None and not buffer.dim() and not buffer.is_meta:
+                yield f"{name}.{attr}", float(buffer)

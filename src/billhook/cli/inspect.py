@@ -14,6 +14,7 @@ from billhook.kv_heads.scope import kv_heads_of
 from billhook.model.config_fields import fields_of
 from billhook.model.meta import from_name
 from billhook.pruning.cuts import find_cut
+from billhook.pruning.expert_widths import width_step
 from billhook.pruning.removal import tried
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold, kind_name, labelled
@@ -111,9 +112,11 @@ def _tried(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], f
         return Saving(part, fields)
     structure, numbers = trace(model), {group.number for group in part}
     leaves = {group.leaf for group in structure.groups if group.number in numbers}
-    left = next(iter(finder.counts(size, fields)), size - 1) if fields else size - 1
     try:
         units = units_of(model, structure, [kind])
+        step = max((width_step(model, one) for one in units.values() if leaves & set(one.leaves)), default=1)
+        legal = [count for count in finder.counts(size, fields) if not count % step] if fields else []
+        left = next(iter(legal), (size - 1) // step * step or size)
         gone = {name: _last(one, part[0], left) for name, one in units.items() if leaves & set(one.leaves)}
         if not gone:
             return None

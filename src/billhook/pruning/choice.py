@@ -1,5 +1,6 @@
 """Chooses the units of the lowest importance, in each layer or over all layers, as far as they may be removed."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -141,8 +142,11 @@ def choose_units(
     amount: Amount,
     ratios: Mapping[str, float],
     protected: frozenset[str] = frozenset(),
+    steps: Mapping[str, int] | None = None,
 ) -> dict[str, list[int]]:
     """Chooses the units of the lowest scores, of several kinds; by place, ascending, of attentions query heads.
+
+    Of places in `steps`, a multiple of that number stays.
 
     The scores are of heads or KV heads as the ratio is, by its name in `Amount`; protected places keep all of their units.
 
@@ -161,7 +165,7 @@ def choose_units(
         ends = (amount.first, amount.last) if kind == "block" else (0, 0)
         chosen = choose(own, scores, ratio, amount.ranking, amount.min_units, per, ends=ends, name=name)
         for place, numbers in chosen.items():
-            kept = _rounded(own[place], scores[place], numbers, amount.round_to)
+            kept = _rounded(own[place], scores[place], numbers, math.lcm(amount.round_to, (steps or {}).get(place, 1)))
             gone |= {place: own[place].query_heads(kept) if per == "kv_head" else kept} if kept else {}
     return gone
 

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from billhook.model.shapes.handed import Indices
 from billhook.tracing.axes import Axis, leaves
+from billhook.pruning.expert_widths import width_step
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Member
 from billhook.units.find import Chosen, numbered
@@ -46,6 +47,8 @@ def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units],
     gone = {name: own for name, own in numbered(units, chosen, per).items() if own}
     _check_allowed(structure, [units[name] for name in gone])
     after = {name: _left(name, one, gone.get(name, [])) for name, one in units.items()}
+    for name in gone:
+        _check_width(model, name, units[name], after[name][0])
     _check_together(units, gone)
     cuts = _cuts(structure, {name: units[name] for name in gone}, gone)
     shapes = dict(structure.shapes)
@@ -91,6 +94,16 @@ def _left(name: str, units: Units, gone: Sequence[int]) -> tuple[int, ...]:
             else f"heads: {name} has one query head for each KV head"
         )
     return len(rest), len(serving)
+
+
+def _check_width(model: nn.Module, name: str, units: Units, left: int) -> None:
+    """Refuses widths of experts that transformers does not compute."""
+    step, what = width_step(model, units), PLURAL[units.kind]
+    if left % step:
+        raise ValueError(
+            f"{what}: {name or 'the model'} would be left with {left} of {units.count()}, and its experts are computed by a "
+            f"kernel that takes multiples of {step}: {left // step * step or step} or {-(-left // step) * step} may stay"
+        )
 
 
 def _check_together(units: Mapping[str, Units], gone: Mapping[str, list[int]]) -> None:

@@ -12,6 +12,7 @@ from billhook.model.figures import Figures, figures_of
 from billhook.pruning.amount import RATIOS, Amount
 from billhook.pruning.choice import choose_units, free, most, protected_places
 from billhook.pruning.cuts import Cut, find_cut
+from billhook.pruning.expert_widths import width_step
 from billhook.pruning.removal import tried
 from billhook.tracing.trace import trace
 from billhook.units.find import of_kind, units_of
@@ -26,6 +27,7 @@ class Search:
         self._structure = trace(model)
         self.units: dict[str, Units] = units_of(model, self._structure, amount.kinds)
         self._protected = protected_places(model, self.units, amount)
+        self._steps = _steps(model, self.units)
         self._ratios: dict[str, float] | None = None
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Figures] = {}
 
@@ -66,7 +68,7 @@ class Search:
         return limit
 
     def _cut(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float]) -> Cut:
-        chosen = choose_units(self.units, scores, self.amount, ratios, self._protected)
+        chosen = choose_units(self.units, scores, self.amount, ratios, self._protected, self._steps)
         return find_cut(self.model, self._structure, self.units, chosen)
 
     def _found_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
@@ -125,6 +127,15 @@ class Search:
             )
         value: int = getattr(self.costs(cut)[1], target)
         return value
+
+
+def _steps(model: PreTrainedModel, units: Mapping[str, Units]) -> dict[str, int]:
+    """Returns the numbers of which units must be a multiple: the same for as many units, which a config counts in one field."""
+    most: dict[tuple[str, int], int] = {}
+    for one in units.values():
+        key = (one.kind, one.count())
+        most[key] = max(most.get(key, 1), width_step(model, one))
+    return {name: most[one.kind, one.count()] for name, one in units.items()}
 
 
 def lowest(count: int, cost: Callable[[int], int], limit: int) -> int | None:

@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from billhook.model.shapes.handed import Indices
-from billhook.tracing.axes import Axis, leaves
 from billhook.pruning.expert_widths import width_step
+from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Member
 from billhook.units.find import Chosen, numbered

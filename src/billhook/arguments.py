@@ -1,9 +1,14 @@
 """Refuses arguments in one voice: the name, what came, what is legal."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeGuard, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
+
+CONTAINERS = (Iterable, Collection, Sequence, Mapping, list, tuple, dict)
 
 
 def whole(name: str, value: object, least: int = 1) -> None:
@@ -76,6 +81,71 @@ def a_path(name: str, value: object, endings: Iterable[str] = ()) -> None:
     named = isinstance(value, str | Path) and str(value).strip() != ""
     if not named or (legal and Path(str(value)).suffix.lower() not in legal):
         raise ValueError(f"{name}={value!r} must be a path{' that ends in ' if legal else ''}{', '.join(legal)}")
+
+
+def annotated(of: Callable[..., Any], given: Mapping[str, object]) -> None:
+    """Refuses arguments that are not of the kinds that the annotations of a function, or of a class's `__init__`, name.
+
+    Args:
+        of: The function or class.
+        given: The arguments by name, as `locals()` at the start of a function or `vars(self)` have them.
+
+    >>> def scale(model: str, by: float = 1.0) -> None:
+    ...     annotated(scale, locals())
+    >>> scale("tiny", "double")
+    Traceback (most recent call last):
+    ValueError: by='double' must be a number
+    """
+    for name, kind in _kinds(of).items():
+        if name in given and not _fits(given[name], kind):
+            raise ValueError(f"{name}={_shown(given[name])} must be {_legal(kind)}")
+
+
+@cache
+def _kinds(of: Callable[..., Any]) -> dict[str, Any]:
+    hints = get_type_hints(of.__init__ if isinstance(of, type) else of)  # type: ignore[misc]
+    return {name: kind for name, kind in hints.items() if name != "return"}
+
+
+def _fits(value: object, kind: Any) -> bool:  # noqa: ANN401 - annotations are of no class
+    """Tells whether a value is of an annotated kind; what stands in iterators is not looked at."""
+    origin, inside = get_origin(kind), get_args(kind)
+    if kind is Any or isinstance(kind, TypeVar):
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inside)
+    if origin is Literal:
+        return any(type(value) is type(word) and value == word for word in inside)
+    if kind in (int, float):
+        return _is_finite(value) and isinstance(value, int | kind)
+    if origin is type:
+        return isinstance(value, type) and issubclass(value, getattr(inside[0], "__bound__", None) or inside[0])
+    if not isinstance(value, Sequence if origin is list else origin or kind):
+        return False
+    if isinstance(value, str | bytes) or origin not in CONTAINERS:
+        return not isinstance(value, str | bytes) or str in (kind, *inside)
+    if isinstance(value, Mapping) and inside[0] is not Any:
+        return issubclass(origin, Mapping) and all(_fits(key, inside[0]) and _fits(own, inside[1]) for key, own in value.items())
+    return not isinstance(value, Collection) or all(_fits(one, inside[0]) for one in value)
+
+
+def _legal(kind: Any) -> str:  # noqa: ANN401
+    """Describes an annotated kind."""
+    origin, inside = get_origin(kind), get_args(kind)
+    plain = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", NoneType: "None"}
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_legal(one) for one in inside if one is not int or float not in inside))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inside))}"
+    if origin is Callable:
+        return "a function"
+    name = kind.__name__ if isinstance(kind, type) and not inside else re.sub(r"\b(\w+\.)+", "", str(kind))
+    return plain.get(kind) or f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) < 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def _is_finite(value: object) -> TypeGuard[float]:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.masked import MaskedLora, active_in, check_plain, mask_as_weights, on_linears
 from billhook.adapters.merge import has_adapters
-from billhook.arguments import fraction, number, whole
+from billhook.arguments import annotated, fraction, number, whole
 from billhook.model.linears import is_linear, weight_of
 from billhook.model.shapes.handed import handing_of
 from billhook.model.shapes.shape import KEY
@@ -56,6 +56,7 @@ class LoRA:
     target: str | list[str] = ALL
 
     def __post_init__(self) -> None:
+        annotated(LoRA, vars(self))
         whole("r", self.r)
         number("alpha", self.alpha, above=0)
         fraction("dropout", self.dropout)

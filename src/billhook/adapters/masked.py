@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from billhook.arguments import annotated
 from billhook.model.linears import prunable, weight_of
 
 WRAPPED = "base_model.model."
@@ -93,6 +94,7 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -
         >>> bh.merge(model).lost
         False
     """
+    annotated(mask_adapters, locals())
     layers = adapted_linears(model)
     kept = fitting(layers, masks)
     if not kept:
@@ -124,6 +126,7 @@ def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
         >>> mask_adapters(model)
         >>> unmask_adapters(model)
     """
+    annotated(unmask_adapters, locals())
     layers = adapted_linears(model)
     for name in layers if names is None else names:
         if isinstance(layers[name], MaskedLora):

@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from billhook.adapters.masked import adapted_linears, fitting, on_linears
+from billhook.arguments import annotated
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def merge(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Merged
         >>> print(merge(get_peft_model(model, LoraConfig(target_modules=["0"]))))
         merged adapters of 1 linears, zeros kept; nothing of what the adapters add was left out
     """
+    annotated(merge, locals())
     layers = adapted_linears(model)
     if merged := next((name for name, layer in layers.items() if layer.merged), None):
         raise ValueError(f"model: the adapters of {merged} are merged already, and which weights were zero is not known any more")

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
+from billhook.arguments import annotated
 from billhook.fit.calibration import Calibration, Given
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
@@ -59,6 +60,7 @@ class DepthPruning(ShapeCallback):
         calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
+        annotated(DepthPruning, locals())
         if (count is None) == (ratio is None):
             raise ValueError(f"count={count}, ratio={ratio}: give one of them")
         if isinstance(at, Schedule):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from billhook.adapters.lora import save_adapters
-from billhook.arguments import a_path
+from billhook.arguments import a_path, annotated
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.pretrained import Preprocessor, load_preprocessor
 from billhook.checkpoints.save import Saved, check_names, save
@@ -79,6 +79,7 @@ class Export(Callback):
                 raise ValueError(f"{name}={one!r} must be one of transformers' own, or the name or folder of one")
         if probe is not None and not (isinstance(probe, Mapping) and any(isinstance(one, Tensor) for one in probe.values())):
             raise ValueError(f"probe={probe!r} must be a dictionary of inputs of the model's forward, as {{'input_ids': ...}}")
+        annotated(Export, locals())
         self.folder, self.probe, self.rehearse = folder, probe, rehearse
         self.tokenizer, self.processor = tokenizer, processor
         self.saved: Saved | None = None

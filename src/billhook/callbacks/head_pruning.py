@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.arguments import a_path, one_of
+from billhook.arguments import a_path, annotated, one_of
 from billhook.callbacks.export import Export
 from billhook.callbacks.heads.masking import HeadMasking
 from billhook.callbacks.heads.monitor import Mode, Monitor
@@ -87,6 +87,7 @@ class HeadPruning(HeadMasking):
         measure_batches: int | None = None,
         plot_file: str | None = None,
     ) -> None:
+        annotated(HeadPruning, locals())
         check_choice(0 if isinstance(ratio, Schedule) else ratio, ranking, min_heads, per, "heads")
         check_at(at, ratio)
         one_of("remove", remove, Remove)

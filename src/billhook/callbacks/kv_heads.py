@@ -7,6 +7,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from billhook.arguments import annotated
 from billhook.callbacks.kv.preparation import HINT, Moving, Preparation
 from billhook.callbacks.kv.stages import StageCallback, check_heads, check_over
 from billhook.fit.calibration import Calibration, Given
@@ -69,6 +70,7 @@ class KVHeadConversion(StageCallback):
         calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
+        annotated(KVHeadConversion, locals())
         self.preparation = Preparation(method_of(method), repair, Calibration.of(calibration, examples=32))
         moments: list[At | Schedule] = [*at] if isinstance(at, list | tuple) else [at]
         check_over(over, moments, self.preparation)

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
-from billhook.arguments import a_path, whole
+from billhook.arguments import a_path, annotated, whole
 from billhook.callbacks.export import Export
 from billhook.fit.events.event import Event, events_of
 from billhook.fit.measure import measure
@@ -37,6 +37,7 @@ class Report(Callback):
     def __init__(
         self, plot_file: str = "outputs/report.png", metric: str | None = None, measure_batches: int | None = None
     ) -> None:
+        annotated(Report, locals())
         a_path("plot_file", plot_file, PICTURES)
         if metric is not None and not isinstance(metric, str):
             raise ValueError(f"metric={metric!r} must be the name of a figure that validation logs")

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.arguments import whole
+from billhook.arguments import annotated, whole
 from billhook.fit.calibration import Calibration, Given, gradient_precision
 from billhook.fit.events.event import log_event
 from billhook.fit.events.rounds import At, check_at, rounds_of
@@ -68,6 +68,7 @@ class StructuredPruning(ShapeCallback):
         calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
+        annotated(StructuredPruning, locals())
         if not isinstance(amount, Amount):
             raise ValueError(f"amount={amount!r} must be an Amount, as in Amount(channels=0.2); a schedule is given as at")
         check_at(at)

@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from billhook.adapters.masked import mask_as_weights, plain_adapters
+from billhook.arguments import annotated
 from billhook.fit.calibration import Calibration, Given
 from billhook.fit.events.event import EventCallback, FollowsShapes, log_event
 from billhook.fit.events.rounds import At, check_at, rounds_of
@@ -73,6 +74,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
+        annotated(WeightPruning, locals())
         check_at(at, sparsity)
         self.amount = sparsity if isinstance(sparsity, Schedule) else check_amount(sparsity, pattern)
         if pattern != "unstructured" and (isinstance(sparsity, Schedule) or isinstance(at, Schedule)):

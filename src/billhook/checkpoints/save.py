@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.adapters.merge import has_adapters, merged_copy
+from billhook.arguments import annotated
 from billhook.assets import model_path
 from billhook.checkpoints.equivalent import equivalents, rendered
 from billhook.checkpoints.place import RECORD, check_target, drafted, move, recover, size
@@ -121,6 +122,7 @@ def save(
         >>> saved.way, saved.difference
         ('plain', 0.0)
     """
+    annotated(save, locals())
     target, plain = Path(folder).resolve(), _to_plain(record or {})
     _check_no_prompts(model)
     model = find_transformer(model)
@@ -220,6 +222,7 @@ def load(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
         >>> model.config.num_key_value_heads, model.num_parameters()
         (8, 2754816)
     """
+    annotated(load, locals())
     name = model_path(str(folder))
     check_checkpoint(name)
     kind = model_class(read_config(name), name)

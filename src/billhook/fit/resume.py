@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from billhook.adapters.lora import save_adapters
+from billhook.arguments import annotated
 from billhook.checkpoints.export import MASKED
 from billhook.fit.run import callbacks_of
 from billhook.model.find import find_transformer
@@ -66,6 +67,7 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
     Raises:
         ValueError: If the checkpoint holds another model than the class makes.
     """
+    annotated(load_from_checkpoint, locals())
     if issubclass(kind, ShapeInCheckpoint):
         return kind.load_from_checkpoint(checkpoint_path, **options)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from billhook.arguments import one_of
+from billhook.arguments import annotated, one_of
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import check_read
 from billhook.importance.score import run_of
@@ -129,6 +129,7 @@ def ablate_heads(
         >>> [len(own) for own in found.values.values()]
         [8, 8, 8, 8]
     """
+    annotated(ablate_heads, locals())
     one_of("mode", mode, Mode)
     subject = find_transformer(model)
     heads = find_units(subject, "head")

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from billhook.arguments import number, whole
+from billhook.arguments import annotated, number, whole
 from billhook.importance.activations import gram_of, table_of, watch
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import check_read
@@ -54,6 +54,7 @@ class OBS(Importance):
     passes: int = 1
 
     def __post_init__(self) -> None:
+        annotated(OBS, vars(self))
         number("damping", self.damping, above=0)
         whole("passes", self.passes)
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.arguments import annotated
 from billhook.importance.base import Importance, Sums
 from billhook.model.find import find_transformer
 from billhook.model.values import check_values
@@ -53,6 +54,7 @@ def score(
         >>> [len(own) for own in scores.values()]
         [8, 8, 8, 8]
     """
+    annotated(score, locals())
     numbered(units, {}, per)
     name, subject = type(importance).__name__, find_transformer(model)
     check_values(subject)

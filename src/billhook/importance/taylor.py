@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from billhook.arguments import one_of, whole
+from billhook.arguments import annotated, one_of, whole
 from billhook.importance.base import Importance, Sums
 from billhook.importance.gradients import independent, stream, trainable
 from billhook.importance.parts import Part, parts_of
@@ -65,6 +65,7 @@ class Taylor(Importance):
     passes: int = 4
 
     def __post_init__(self) -> None:
+        annotated(Taylor, vars(self))
         one_of("order", self.order, Order)
         one_of("reduce", self.reduce, Reduction)
         if self.order == "unit" and self.reduce != "sum":

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from billhook.arguments import annotated
 from billhook.kv_heads.bases.ready import ready_weights
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.named import Name, method_of
@@ -80,6 +81,7 @@ def convert_kv_heads(
           model.layers.*.self_attn.k_proj.weight  256 -> 64 along dimension 0, in each of 4
           model.layers.*.self_attn.v_proj.weight  256 -> 64 along dimension 0, in each of 4
     """
+    annotated(convert_kv_heads, locals())
     method = method_of(method)
     check_repair(method, repair)
     check_changeable(model)

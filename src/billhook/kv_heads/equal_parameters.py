@@ -5,7 +5,7 @@ Shazeer, "Fast Transformer Decoding: One Write-Head is All You Need", 2019 (http
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.arguments import whole
+from billhook.arguments import annotated, whole
 from billhook.kv_heads.config import FIELD
 from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import field, nested_configs, with_fields
@@ -47,6 +47,7 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
         >>> config.num_key_value_heads, config.intermediate_size
         (1, 533)
     """
+    annotated(equal_parameters, locals())
     if not isinstance(config, PretrainedConfig):
         raise ValueError(f"config: a config of transformers is needed, not {type(config).__name__}")
     whole("multiple_of", multiple_of)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from billhook.arguments import annotated
 from billhook.model.surgery import values_kept
 from billhook.model.values import check_changeable
 
@@ -113,6 +114,7 @@ def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimiz
         >>> model.num_parameters() == plan.parameters[1]
         True
     """
+    annotated(apply, locals())
     check_changeable(model)
     plan.check_made_for(model)
     with torch.inference_mode(mode=False):  # whose tensors nothing could change later

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from billhook.arguments import fraction, one_of, whole
+from billhook.arguments import annotated, fraction, one_of, whole
 from billhook.units.units import Per, UnitKind
 
 Ranking = Literal["layer", "global"]
@@ -74,6 +74,7 @@ class Amount:
     min_units: int = 1
 
     def __post_init__(self) -> None:
+        annotated(Amount, vars(self))
         for name, ratio in self.ratios.items():
             if name == "blocks" and type(ratio) is int:
                 whole(name, ratio, 0)

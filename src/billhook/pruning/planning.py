@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from billhook.arguments import annotated
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import score
@@ -86,6 +87,7 @@ def plan(
         >>> {(plan.before[name], plan.after[name]) for name in plan.units}
         {((384,), (288,))}
     """
+    annotated(plan, locals())
     given = {
         "heads": heads, "kv_heads": kv_heads, "channels": channels, "residual": residual, "experts": experts, "blocks": blocks,
         "params": params,
@@ -131,6 +133,7 @@ def plan_units(
         LlamaForCausalLM: 2,754,816 -> 2,197,248 parameters (20.2% fewer)
           model.layers  4 -> 3 blocks; without 1
     """
+    annotated(plan_units, locals())
     subject, kinds = find_transformer(model), kinds_of(kind)
     if kinds == ["block"]:
         return tried_blocks(subject, find_block_plan(subject, numbered(find_units(subject, kinds), units)))
@@ -177,6 +180,7 @@ def prune_units(
         >>> model.num_parameters() == plan.parameters[1]
         True
     """
+    annotated(prune_units, locals())
     made = plan_units(model, units, kind, per)
     apply(model, made, optimizers)
     return made

@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from billhook.arguments import annotated
 from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear
@@ -53,6 +54,7 @@ def repair(
         >>> weights = bh.repair(model, plan, batches)
         >>> bh.apply(model, plan, weights=weights)
     """
+    annotated(repair, locals())
     if not isinstance(plan, UnitPlan):
         raise ValueError(f"plan: repair makes up for units, and this is a plan of {plan.kind}")
     plan.check_made_for(model)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.arguments import fraction
+from billhook.arguments import annotated, fraction
 from billhook.model.linears import matrix_of
 from billhook.repairs.sums import agreed, followed, seen
 from billhook.repairs.visitor import Given, RepairVisitor
@@ -49,6 +49,7 @@ class Repair:
     ridges: Sequence[float] = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
     def __post_init__(self) -> None:
+        annotated(Repair, vars(self))
         fraction("held_out", self.held_out, "(0, 1)")
         if not self.ridges or not all(1e-4 <= ridge < math.inf for ridge in self.ridges):
             raise ValueError(f"ridges={self.ridges!r} must be finite numbers of at least 0.0001, one or more")

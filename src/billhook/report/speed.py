@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from billhook.arguments import one_of, whole
+from billhook.arguments import annotated, one_of, whole
 from billhook.model.figures import meta_copy
 from billhook.report.generation import CacheKind, Generation, cache_name, generates
 from billhook.report.peak import Peak
@@ -142,6 +142,7 @@ def measure_speed(
         >>> [(row.phase, row.cache_tokens, row.speed_up) for row in rows]
         [('prefill', 10, 1.0), ('decode', 10, 1.0)]
     """
+    annotated(measure_speed, locals())
     check_speed(models, batch_sizes, contexts, new_tokens, rounds, warmup, cache, phases)
     rows = list[Row]()
     for batch_size in batch_sizes:

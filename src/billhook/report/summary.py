@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from billhook.arguments import annotated
 from billhook.kv_heads.scope import heads_of
 from billhook.model.figures import figures_of
 from billhook.model.find import find_transformer
@@ -81,6 +82,7 @@ def summary(model: nn.Module) -> Summary:
         KV cache per token              4,096 bytes
         forward FLOPs per token at 512  7,602,176
     """
+    annotated(summary, locals())
     model = find_transformer(model)
     reshard(model)
     zeros = sum(int(whole((p == 0).sum())) for p in model.parameters() if not p.is_meta)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from billhook.arguments import fraction, number
+from billhook.arguments import annotated, fraction, number
 from billhook.sparsity.masks import check_amount
 
 HIGHEST = 0.99
@@ -128,6 +128,7 @@ class OWL(Allocation):
     multiple: float = 5.0
 
     def __post_init__(self) -> None:
+        annotated(OWL, vars(self))
         fraction("lam", self.lam, "[0, 0.5]")
         number("multiple", self.multiple, above=0)
 

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from billhook.arguments import number, one_of
+from billhook.arguments import annotated, number, one_of
 from billhook.running.statistics import InputNorms, Statistics
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern, where_kept
 
@@ -206,6 +206,7 @@ class RIA(Criterion):
     needs: ClassVar[type[Statistics] | None] = InputNorms
 
     def __post_init__(self) -> None:
+        annotated(RIA, vars(self))
         super().__post_init__()
         number("exponent", self.exponent, least=0)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from billhook.adapters.masked import counted
+from billhook.arguments import annotated
 from billhook.model.linears import find_twins, weight_of
 from billhook.model.values import check_changeable
 from billhook.running.batches import Run, runs_of
@@ -101,6 +102,7 @@ def prune(
         >>> round(bh.prune(model, bh.Wanda(), [{"input_ids": torch.arange(64)[None]}], pattern="2:4").sparsity, 2)
         0.5
     """
+    annotated(prune, locals())
     criterion, allocation = criterion or Wanda(), allocation or Uniform()
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
     check_changeable(model)

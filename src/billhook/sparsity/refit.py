@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from billhook.arguments import number, whole
+from billhook.arguments import annotated, number, whole
 from billhook.running.statistics import InputMoments, Statistics
 from billhook.sparsity.criteria import Comparison, Criterion, Wanda, nonzero
 
@@ -77,6 +77,7 @@ class Refit(Criterion):
     updates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        annotated(Refit, vars(self))
         whole("steps", self.steps)
         number("damping", self.damping, least=0)
         if self.criterion.compares == "global":

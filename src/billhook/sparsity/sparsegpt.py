@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from billhook.arguments import fraction, whole
+from billhook.arguments import annotated, fraction, whole
 from billhook.running.statistics import InputMoments, Statistics
 from billhook.sparsity.criteria import Comparison, Criterion, check_finite
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, parse_pattern
@@ -120,6 +120,7 @@ class SparseGPT(Criterion):
     updates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        annotated(SparseGPT, vars(self))
         fraction("damping", self.damping, f"(0, {MAX_DAMPING:g}]")
         whole("block_size", self.block_size)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from billhook.arguments import annotated
 from billhook.model.config_fields import configs_of
 from billhook.model.find import find_transformer
 from billhook.model.hooks import placed
@@ -54,6 +55,7 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
         >>> [(group.kind, group.size) for group in structure.groups if not group.reason][:3]
         [('residual', 256), ('head', 8), ('value', 32)]
     """
+    annotated(trace, locals())
     _check(model, example_inputs)
     with _alone, torch.inference_mode(False), torch.device("cpu"):  # whatever is on around
         subject, outside = _subject(model, example_inputs is not None)

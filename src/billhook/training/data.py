@@ -5,7 +5,7 @@ from collections.abc import Callable
 import datasets
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel
 
-from billhook.arguments import fraction, whole
+from billhook.arguments import annotated, fraction, whole
 from billhook.training.dataset_module import DatasetModule
 from billhook.training.rows import (
     Batch,
@@ -63,6 +63,7 @@ class TextDataModule(DatasetModule):
         num_workers: int = 0,
         streaming: bool = False,
     ) -> None:
+        annotated(TextDataModule, locals())
         super().__init__(data, tokenizer, batch_size, seed, num_workers, streaming)
         whole("block_size", block_size, 2)  # a token to read and one to predict
         fraction("mlm_probability", mlm_probability)
@@ -127,6 +128,7 @@ class ClassificationDataModule(DatasetModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
+        annotated(ClassificationDataModule, locals())
         super().__init__(data, tokenizer, batch_size, seed, num_workers)
         whole("max_length", max_length)
         self.text_columns, self.label_column, self.max_length = text_columns or ["text"], label_column, max_length
@@ -190,6 +192,7 @@ class Seq2SeqDataModule(DatasetModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
+        annotated(Seq2SeqDataModule, locals())
         super().__init__(data, tokenizer, batch_size, seed, num_workers)
         whole("max_source_length", max_source_length)
         whole("max_target_length", max_target_length)

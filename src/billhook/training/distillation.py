@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
-from billhook.arguments import a_path, fraction, number
+from billhook.arguments import a_path, annotated, fraction, number
 
 CHUNK = 2**22
 """How many logits are in work at once: 16 MB in float32."""
@@ -58,6 +58,7 @@ class Distillation:
     hidden: float = 0.0
 
     def __post_init__(self) -> None:
+        annotated(Distillation, vars(self))
         if self.teacher is not None:
             a_path("teacher", self.teacher)
         number("temperature", self.temperature, above=0)

@@ -18,7 +18,7 @@ from torchmetrics import Metric
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.adapters.lora import LoRA, attach, from_plain, to_plain
-from billhook.arguments import number, one_of
+from billhook.arguments import annotated, number, one_of
 from billhook.checkpoints.pretrained import AUTO_CLASSES, Task, load_model
 from billhook.fit.resume import ShapeInCheckpoint
 from billhook.fit.run import training_steps
@@ -104,6 +104,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         distillation: Distillation | None = None,
         trainable: Trainable = "all",
     ) -> None:
+        annotated(TransformerModule, locals())
         super().__init__()
         one_of("task", task, AUTO_CLASSES)
         number("lr", lr, above=0)

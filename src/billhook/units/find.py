@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from torch import nn
 
-from billhook.arguments import one_of
+from billhook.arguments import annotated, one_of
 from billhook.model.find import find_transformer
 from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import Inputs, trace
@@ -40,6 +40,7 @@ def find_units(model: nn.Module, kind: UnitKind | Iterable[UnitKind], example_in
         >>> [one.count() for one in heads.values()]
         [8, 8, 8, 8]
     """
+    annotated(find_units, locals())
     kinds = kinds_of(kind)
     subject = model if example_inputs is not None else find_transformer(model)
     stacks = _stacks(subject, example_inputs) if "block" in kinds else {}

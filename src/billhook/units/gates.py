@@ -8,12 +8,13 @@ nothing of gates that are placed or removed later, so it is compiled again then.
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from billhook.arguments import annotated
 from billhook.model.find import find_transformer
 from billhook.model.linears import read_dim
 from billhook.tracing.trace import Inputs
@@ -63,6 +64,7 @@ class Mask:
         self.remove()
 
 
+@runtime_checkable
 class Planned(Protocol):
     """A plan of units, as `plan` and `plan_units` return it."""
 
@@ -98,6 +100,7 @@ def gates(model: nn.Module, units: Mapping[str, Units], per: Per = "head") -> It
         >>> all(gate.grad is not None for gate in gates.values())
         True
     """
+    annotated(gates, locals())
     numbered(units, {}, per)
     subject = _root(model, units)
     values = {name: torch.ones(one.count(per), device=_device(subject, one), requires_grad=True) for name, one in units.items()}
@@ -138,6 +141,7 @@ def mask(
         ...     mask.units
         {'model.layers.0.self_attn': [1]}
     """
+    annotated(mask, locals())
     if isinstance(units, Iterable):
         chosen: Chosen = units
     else:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from billhook.arguments import annotated
 from billhook.model.shapes.handed import Indices
 from billhook.tracing.axes import Axis, layout, leaves
 from billhook.tracing.groups import Member
@@ -54,6 +55,9 @@ class Units:
     leaves: tuple[Axis, ...]
     kv_leaves: tuple[Axis, ...]
     members: tuple[Member, ...]
+
+    def __post_init__(self) -> None:
+        annotated(Units, vars(self))
 
     def count(self, per: Per = "head") -> int:
         """Counts the units, or KV heads."""

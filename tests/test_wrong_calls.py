@@ -1,0 +1,130 @@
+"""Every public argument refuses what its annotation does not allow, in a sentence of billhook's own; nothing changes."""
+
+import collections.abc
+import inspect
+import math
+import types
+import typing
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import billhook as bh
+from kit.families import llama, tokens
+
+HOME = Path(bh.__file__).parent
+PUBLIC = {name: one for name, one in vars(bh).items() if callable(one) and not name.startswith("_")}
+NO_ARGUMENTS = {name for name, one in PUBLIC.items() if not inspect.signature(one).parameters}
+ANY = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
+ITERABLE = (collections.abc.Iterable, collections.abc.Sequence, collections.abc.Collection, collections.abc.Mapping, list, tuple)
+
+
+class Nothing:
+    """A value that nothing takes."""
+
+
+MODEL = llama(**SMALL)
+PLAN, BATCHES = bh.plan_units(MODEL, {0: [1]}), [{"input_ids": tokens()} for _ in range(2)]
+VALUES = [
+    *(None, True, -1, 3, 0.5, -0.5, math.nan, math.inf, "", "taylor", "wanda", "adam", b"wanda", Nothing(), Nothing, print),
+    *({"heads": 0.5}, {0: 5}, [], [Nothing()], ["a", 1], (math.nan,), torch.zeros(2, 3), nn.Linear(2, 2), MODEL.config),
+    *(bh.Wanda(), bh.Taylor(), bh.Mean(), bh.Repair(), bh.Amount(heads=0.5), PLAN, torch.float32),
+]
+
+
+def allowed(value, kind):
+    """Whether an annotation may allow a value."""
+    origin, inside = typing.get_origin(kind), typing.get_args(kind)
+    if kind is typing.Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(allowed(value, one) for one in inside)
+    if origin is typing.Literal:
+        return any(value is word or (isinstance(value, str) and value == word) for word in inside)
+    if kind in (int, float):
+        return isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value)
+    if origin in ITERABLE:
+        if isinstance(value, Nothing | nn.Module) or not isinstance(value, collections.abc.Iterable):
+            return False
+        items = list(value.items() if origin is collections.abc.Mapping and isinstance(value, dict) else value)
+        return typing.Any in inside or not any(isinstance(one, Nothing) for one in items)
+    if origin is type:
+        return isinstance(value, type) and issubclass(value, nn.Module)
+    if origin is collections.abc.Callable:
+        return callable(value)
+    if getattr(kind, "_is_protocol", False):
+        return hasattr(value, "units")
+    return isinstance(value, origin or kind)
+
+
+def annotations(name):
+    one = PUBLIC[name]
+    kinds = typing.get_type_hints(one.__init__ if inspect.isclass(one) else one)
+    named = [key for key, own in inspect.signature(one).parameters.items() if own.kind is not own.VAR_KEYWORD]
+    return {key: kinds[key] for key in named}
+
+
+def legal(name):
+    """The arguments that have no default, as they may be."""
+    units = bh.find_units(MODEL, "head") if name in ("score", "gates") else {0: [1]}
+    by_name = {
+        **{"model": MODEL, "config": MODEL.config, "models": [MODEL], "units": units, "plan": PLAN, "batches": BATCHES},
+        **{"kind": bh.TransformerModule if name == "load_from_checkpoint" else "head", "importance": bh.WeightNorm()},
+        **{"num_key_value_heads": 2, "ratio": 0.5, "amount": bh.Amount(heads=0.5), "data": "tiny", "folder": "nowhere"},
+        **{"name": "a", "checkpoint_path": "nowhere.ckpt", "index": np.zeros(1), "kv_of": np.zeros(1)},
+        **dict.fromkeys(("readers", "leaves", "kv_leaves", "members"), ()),
+    }
+    needed = [key for key, own in inspect.signature(PUBLIC[name]).parameters.items() if own.default is own.empty]
+    return {key: by_name[key] for key in needed if key in by_name}
+
+
+def state(model):
+    """All that a refused call must leave as it is."""
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training, type(m), set(vars(m))) for m in model.modules()]
+    return {name: value.clone() for name, value in model.state_dict().items()}, hooks, model.config.to_dict()
+
+
+def same(model, before):
+    values, *rest = state(model)
+    return (
+        values.keys() == before[0].keys()
+        and all(torch.equal(values[n], before[0][n]) for n in values)
+        and rest == list(before[1:])
+    )
+
+
+def call(name, arguments):
+    made = PUBLIC[name](**arguments)
+    with made if isinstance(made, AbstractContextManager) else nullcontext():
+        pass
+
+
+def raised_by_billhook(error):
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return HOME in Path(trace.tb_frame.f_code.co_filename).parents
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC.keys() - NO_ARGUMENTS))
+@settings(ANY, max_examples=40)
+@given(data=st.data())
+def test_what_an_annotation_does_not_allow_is_refused(name, data):
+    kinds, before = annotations(name), state(MODEL)
+    argument = data.draw(st.sampled_from(sorted(kinds)))
+    wrong = [value for value in VALUES if not allowed(value, kinds[argument])]
+    value = data.draw(st.sampled_from(wrong))
+    with pytest.raises((ValueError, TypeError)) as refusal:
+        call(name, legal(name) | {argument: value})
+    said = str(refusal.value)
+    assert raised_by_billhook(refusal.value), f"{name}({argument}={value!r}): {said}"
+    assert argument in said
+    assert repr(value) in said or type(value).__name__ in said
+    assert same(MODEL, before)

@@ -128,3 +128,57 @@ def test_what_an_annotation_does_not_allow_is_refused(name, data):
     assert argument in said
     assert repr(value) in said or type(value).__name__ in said
     assert same(MODEL, before)
+
+
+class Packed(nn.Linear):
+    """A linear whose weight is quantised, as GPTQ's are: packed in a tensor that is no parameter."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        del self.weight
+        self.register_buffer("qweight", linear.weight.detach().mul(100).to(torch.int8))
+
+    def forward(self, x):
+        return x @ self.qweight.to(x.dtype).t() / 100
+
+
+def quantised():
+    model = llama(**SMALL)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj, layer.mlp.down_proj = Packed(layer.self_attn.o_proj), Packed(layer.mlp.down_proj)
+    return model
+
+
+def holds(*models):
+    module = nn.Module()
+    for number, model in enumerate(models):
+        module.add_module(f"own{number}", model)
+    return module
+
+
+STRANGE = {
+    "meta": lambda: llama(**SMALL).to("meta"),
+    "quantised": quantised,
+    "a linear": lambda: nn.Linear(4, 4),
+    "nothing": nn.Module,
+    "two models": lambda: holds(llama(**SMALL), llama(**SMALL)),
+    "no blocks": lambda: llama(**SMALL, num_hidden_layers=0),
+    "nan": lambda: llama(**SMALL).apply(lambda module: [own.data.fill_(math.nan) for own in module.parameters()]),
+}
+OF_MODELS = sorted(
+    name for name in PUBLIC.keys() - NO_ARGUMENTS if {"model", "models"} & annotations(name).keys() and name[0].islower()
+)
+CALIBRATED = sorted(name for name in PUBLIC.keys() - NO_ARGUMENTS if "batches" in annotations(name))
+EMPTY = {
+    "no batches": lambda: [],
+    "an iterator of none": lambda: iter([]),
+    "one batch": lambda: {"input_ids": tokens()},
+    "a tensor": tokens,
+    "empty": lambda: [{}] * 2,
+    "of no tokens": lambda: [{"input_ids": tokens()[:, :0]}] * 2,
+    "of no rows": lambda: [{"input_ids": tokens()[:0]}] * 2,
+    "of words": lambda: ["some words"] * 2,
+    "all padding": lambda: [{"input_ids": tokens(), "attention_mask": torch.zeros(2, 12, dtype=torch.long)}] * 2,
+    "not the model's": lambda: [{"pixels": tokens()}] * 2,
+    "beyond the vocabulary": lambda: [{"input_ids": tokens() + 10**6}] * 2,
+}

@@ -107,16 +107,16 @@ def _kinds(of: Callable[..., Any]) -> dict[str, Any]:
     return {name: kind for name, kind in hints.items() if name != "return"}
 
 
-def _fits(value: object, kind: Any) -> bool:  # noqa: ANN401 - annotations are of no class
-    """Tells whether a value is of an annotated kind; what stands in iterators is not looked at."""
+def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN401 - annotations are of no class
+    """Tells whether a value is of an annotated kind; within containers, which number or word it is is left to who reads them."""
     origin, inside = get_origin(kind), get_args(kind)
     if kind is Any or isinstance(kind, TypeVar):
         return True
     if origin in (Union, UnionType):
-        return any(_fits(value, one) for one in inside)
+        return any(_fits(value, one, within) for one in inside)
     if origin is Literal:
-        return any(type(value) is type(word) and value == word for word in inside)
-    if kind in (int, float):
+        return any(type(value) is type(word) and (within or value == word) for word in inside)
+    if kind in (int, float) and not within:
         return _is_finite(value) and isinstance(value, int | kind)
     if origin is type:
         return isinstance(value, type) and issubclass(value, getattr(inside[0], "__bound__", None) or inside[0])
@@ -124,9 +124,9 @@ def _fits(value: object, kind: Any) -> bool:  # noqa: ANN401 - annotations are o
         return False
     if isinstance(value, str | bytes) or origin not in CONTAINERS:
         return not isinstance(value, str | bytes) or str in (kind, *inside)
-    if isinstance(value, Mapping) and inside[0] is not Any:
-        return issubclass(origin, Mapping) and all(_fits(key, inside[0]) and _fits(own, inside[1]) for key, own in value.items())
-    return not isinstance(value, Collection) or all(_fits(one, inside[0]) for one in value)
+    if isinstance(value, Mapping) and issubclass(origin, Mapping):
+        return all(_fits(key, inside[0], True) and _fits(own, inside[1], True) for key, own in value.items())
+    return not isinstance(value, Collection) or all(_fits(one, inside[0], True) for one in value)
 
 
 def _legal(kind: Any) -> str:  # noqa: ANN401
@@ -134,7 +134,8 @@ def _legal(kind: Any) -> str:  # noqa: ANN401
     origin, inside = get_origin(kind), get_args(kind)
     plain = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", NoneType: "None"}
     if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(_legal(one) for one in inside if one is not int or float not in inside))
+        words_first = sorted(inside, key=lambda one: "Literal" not in str(one))
+        return " or ".join(dict.fromkeys(_legal(one) for one in words_first if one is not int or float not in inside))
     if origin is Literal:
         return f"one of {', '.join(map(str, inside))}"
     if origin is Callable:

@@ -37,8 +37,8 @@ class Report(Callback):
     def __init__(
         self, plot_file: str = "outputs/report.png", metric: str | None = None, measure_batches: int | None = None
     ) -> None:
-        annotated(Report, locals())
         a_path("plot_file", plot_file, PICTURES)
+        annotated(Report, locals())
         if metric is not None and not isinstance(metric, str):
             raise ValueError(f"metric={metric!r} must be the name of a figure that validation logs")
         if measure_batches is not None:

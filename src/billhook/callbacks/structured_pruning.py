@@ -68,9 +68,9 @@ class StructuredPruning(ShapeCallback):
         calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
-        annotated(StructuredPruning, locals())
         if not isinstance(amount, Amount):
             raise ValueError(f"amount={amount!r} must be an Amount, as in Amount(channels=0.2); a schedule is given as at")
+        annotated(StructuredPruning, locals())
         check_at(at)
         whole("rounds", rounds)
         self.amount, self.at, self.rounds, self.repair = amount, at, rounds, repair

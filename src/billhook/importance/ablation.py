@@ -16,7 +16,8 @@ from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import check_read
 from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
-from billhook.running.batches import Loss, Run
+from billhook.model.values import check_values
+from billhook.running.batches import Loss, Run, each
 from billhook.running.undisturbed import resting
 from billhook.units.blocks import skipping
 from billhook.units.find import find_units, numbered
@@ -132,9 +133,10 @@ def ablate_heads(
     annotated(ablate_heads, locals())
     one_of("mode", mode, Mode)
     subject = find_transformer(model)
+    check_values(subject)
     heads = find_units(subject, "head")
     numbered(heads, {}, per)
-    runs = [run_of(subject, heads, batch, metric) for batch in batches]
+    runs = [run_of(subject, heads, batch, metric) for batch in each(batches)]
     if not runs:
         raise ValueError("batches: at least one is needed")
     values = {name: torch.zeros(one.count(per), dtype=torch.float64) for name, one in heads.items()}

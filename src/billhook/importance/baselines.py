@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from billhook.arguments import annotated
 from billhook.importance.base import Importance, Sums
 from billhook.importance.parts import parts_of
 from billhook.running.batches import Run
@@ -39,7 +38,6 @@ class WeightNorm(Importance):
     p: Literal[1, 2] = 2
 
     def __post_init__(self) -> None:
-        annotated(WeightNorm, vars(self))
         if self.p not in (1, 2):
             raise ValueError(f"p={self.p!r} must be 1 or 2")
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from billhook.arguments import annotated, one_of
+from billhook.arguments import one_of
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import Products, check_read
 from billhook.running.batches import Run
@@ -45,7 +45,6 @@ class GateGradient(Importance):
     each: Each = "token"
 
     def __post_init__(self) -> None:
-        annotated(GateGradient, vars(self))
         one_of("each", self.each, Each)
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:

@@ -90,7 +90,10 @@ def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor,
     """
     h = products.double()
     h.diagonal().add_((damping * h.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    lower, failed = torch.linalg.cholesky_ex(h)
+    if failed:
+        raise ValueError(f"damping={damping} is too small for inputs so alike, or they are NaN or infinite")
+    inverse = torch.cholesky_inverse(lower)
     table, there = table.to(h.device), there.to(h.device)
     both = there[:, :, None] & there[:, None, :]
     blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))

@@ -33,12 +33,17 @@ class Part:
 def parts_of(model: nn.Module, units: Mapping[str, Units], per: Per) -> list[Part]:
     """Returns the parts of all places, in order; a parameter under several names has its first. Refuses a place without any."""
     names: dict[int, str] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     parts: dict[tuple[str, str, int], Part] = {}
     for place, one in units.items():
         count = one.count(per)
         for member in one.held_by(per):
             if not member.buffer:
-                name = names.setdefault(id(model.get_parameter(member.name)), member.name)
+                if member.name not in parameters:
+                    raise ValueError(
+                        f"units: {member.name} of {place} is no parameter of the model (is it another's, or quantised?)"
+                    )
+                name = names.setdefault(id(parameters[member.name]), member.name)
                 of = torch.from_numpy(one.of_member(member, per) % (count + 1))
                 parts.setdefault((place, name, member.dim), Part(place, name, member.dim, of, count))
         if not any(part.place == place for part in parts.values()):

@@ -10,10 +10,10 @@ from billhook.arguments import annotated
 from billhook.importance.base import Importance, Sums
 from billhook.model.find import find_transformer
 from billhook.model.values import check_values
-from billhook.running.batches import Loss, Run, run_with_loss
+from billhook.running.batches import Loss, Run, each, run_with_loss
 from billhook.running.undisturbed import resting
 from billhook.running.walk import Reduce
-from billhook.units.find import numbered
+from billhook.units.find import check_held, numbered
 from billhook.units.units import Per, Units
 
 
@@ -58,11 +58,12 @@ def score(
     numbered(units, {}, per)
     name, subject = type(importance).__name__, find_transformer(model)
     check_values(subject)
+    check_held(subject, units)
     if importance.needs_data and batches is None:
         raise ValueError(f"batches=None: {name} needs batches")
     given = batches if importance.needs_data and batches is not None else ()
     with resting(subject):
-        sums = importance.sums(subject, units, per, [run_of(subject, units, batch, loss) for batch in given])
+        sums = importance.sums(subject, units, per, [run_of(subject, units, batch, loss) for batch in each(given)])
     if importance.needs_data:
         sums = sums if reduce is None else _reduced(sums, reduce)
         if not any(count.any() for count in sums.counts.values()):

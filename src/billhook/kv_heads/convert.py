@@ -23,8 +23,9 @@ from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.model.surgery import changed
-from billhook.model.values import check_changeable
+from billhook.model.values import check_changeable, check_values
 from billhook.repairs.repair import Repair
+from billhook.running.batches import each
 
 
 def convert_kv_heads(
@@ -87,8 +88,9 @@ def convert_kv_heads(
     check_changeable(model)
     plan, weights = plan_kv_heads(model, num_key_value_heads, method, layers, encoder), dict[str, Tensor]()
     if method.turns or repair is not None:
+        check_values(model)
         groups, subject = dict.fromkeys(plan.layers, plan.after), find_transformer(model)
-        weights, _ = ready_weights(subject, groups, method, [(batch, None) for batch in batches], repair)
+        weights, _ = ready_weights(subject, groups, method, [(batch, None) for batch in each(batches)], repair)
         plan = replace(plan, restart=tuple(changed(subject, weights)))
     apply(model, plan, optimizers, weights)
     return plan

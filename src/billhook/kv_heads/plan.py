@@ -20,7 +20,6 @@ from billhook.kv_heads.proof import KVWay, prove
 from billhook.kv_heads.scope import (
     check_each,
     check_kv_heads,
-    check_plain,
     choose,
     config_heads,
     hands_out,
@@ -34,6 +33,7 @@ from billhook.model.meta import to_meta
 from billhook.model.plan import Plan, Weights
 from billhook.model.shapes.shape import Shape, note_shape, set_shape, shape_of
 from billhook.model.surgery import Change, replace_parameters, undone_by_errors
+from billhook.model.values import check_plain
 from billhook.tracing.show import pattern
 
 UNCHANGED = Change(lambda old: old, lambda _, value: value)
@@ -165,7 +165,7 @@ def plan_kv_heads(
     whole("num_key_value_heads", num_key_value_heads)
     heads, method = num_key_value_heads, method_of(method)
     model = find_transformer(model)
-    check_plain(model)
+    check_plain(model, "convert the model before it is")
     if adapted(model):
         return _plan_under_adapters(model, heads, method, layers, encoder)
     known = config_heads(model) if layers is None and not shape_of(model).handed else None

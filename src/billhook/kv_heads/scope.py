@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from billhook.kv_heads.config import FIELD, FIELDS
@@ -116,15 +115,6 @@ def check_each(found: Mapping[str, KVAttention], names: Collection[str], heads: 
 def hands_out(model: PreTrainedModel, attention: KVAttention) -> bool:
     """Returns whether linears of an attention store fewer heads than they hand out."""
     return any(handing_of(model.get_submodule(name.rpartition(".")[0])) is not None for name in attention.rows)
-
-
-def check_plain(model: PreTrainedModel) -> None:
-    """Refuses weights that cannot be pooled, as they are quantised, or sharded over devices."""
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point():
-            raise ValueError(f"{name} is quantised ({parameter.dtype}): convert the model before it is quantised")
-        if isinstance(parameter, DTensor):
-            raise ValueError(f"{name} is sharded over devices: convert the model before it is sharded")
 
 
 def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:

@@ -1,6 +1,10 @@
-"""Tensors of a model that hold no values, or that nothing may change."""
+"""Tensors of a model that hold no values, or other ones than weights, or that nothing may change."""
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+
+from billhook.model.linears import PACKED
 
 
 def check_values(model: nn.Module) -> None:
@@ -19,3 +23,15 @@ def check_changeable(model: nn.Module) -> None:
                 f"model: {name} was made under torch.inference_mode, so it can neither be changed nor have a gradient: make or "
                 "load the model outside of it"
             )
+
+
+def check_plain(model: nn.Module, do: str) -> None:
+    """Refuses weights that are quantised, or sharded over devices, and says what to do before they are."""
+    for name, module in model.named_modules():
+        if any(key in module._parameters or key in module._buffers for key in PACKED):
+            raise ValueError(f"{name} is quantised ({type(module).__name__}): {do} quantised")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() and parameter.dtype is not torch.bool:
+            raise ValueError(f"{name} is quantised ({parameter.dtype}): {do} quantised")
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"{name} is sharded over devices: {do} sharded")

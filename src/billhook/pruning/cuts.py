@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from billhook.model.shapes.handed import Indices
+from billhook.model.values import check_plain
 from billhook.pruning.expert_widths import width_step
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
@@ -43,7 +42,7 @@ class Cut:
 
 def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> Cut:
     """Finds what is removed with some units, a KV head with the last of its query heads; refuses what may not be removed."""
-    _check_plain(model)
+    check_plain(model, "remove units before the model is")
     gone = {name: own for name, own in numbered(units, chosen, per).items() if own}
     _check_allowed(structure, [units[name] for name in gone])
     after = {name: _left(name, one, gone.get(name, [])) for name, one in units.items()}
@@ -159,11 +158,3 @@ def _stays(units: Units, member: Member, gone: Sequence[int]) -> Indices:
         if (place >= 0).any() and own.any() and lost[own].all():
             stays[inverse.reshape(-1) == number] = False
     return np.flatnonzero(stays)
-
-
-def _check_plain(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() and parameter.dtype is not torch.bool:
-            raise ValueError(f"{name} is quantised ({parameter.dtype}): remove units before the model is quantised")
-        if isinstance(parameter, DTensor):
-            raise ValueError(f"{name} is sharded over devices: remove units before the model is sharded")

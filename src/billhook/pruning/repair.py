@@ -14,8 +14,10 @@ from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear
 from billhook.model.plan import Plan, Weights
+from billhook.model.values import check_values
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.repair import Repair, repair_linears
+from billhook.running.batches import each
 from billhook.running.walk import Reduce
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -57,6 +59,7 @@ def repair(
     annotated(repair, locals())
     if not isinstance(plan, UnitPlan):
         raise ValueError(f"plan: repair makes up for units, and this is a plan of {plan.kind}")
+    check_values(model)
     plan.check_made_for(model)
     subject = find_transformer(model)
     found = units_of(subject, trace(subject), dict.fromkeys(plan.kinds.values()))
@@ -69,7 +72,7 @@ def repair(
             kept[reader] = kept[reader] & stays if reader in kept else stays
     if not kept:
         raise ValueError("repair: no linear layer reads what is removed, so none can make up for it")
-    runs = [run_of(subject, found, batch) for batch in batches]
+    runs = [run_of(subject, found, batch) for batch in each(batches)]
     under = {reader: _linear(subject, reader) for reader in kept}
     runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
     refitted = repair_linears(subject, {under[reader]: stays for reader, stays in kept.items()}, runs, how, reduce)

@@ -38,11 +38,16 @@ class Run:
 
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
     """Makes a run, on the model's device and without a loss, of each batch: a dictionary, a tuple, a list, a tensor, or a run."""
+    return [batch if isinstance(batch, Run) else _run(model, batch, number) for number, batch in enumerate(each(batches))]
+
+
+def each(batches: Iterable[Any]) -> Iterable[Any]:
+    """Returns batches; refuses one that is given in the place of several."""
     if isinstance(batches, Mapping | Tensor):
         raise ValueError(f"batches={type(batches).__name__} is one batch: give a list of them")
     if not isinstance(batches, Iterable):
         raise ValueError(f"batches={batches!r} must be a collection of batches")
-    return [batch if isinstance(batch, Run) else _run(model, batch, number) for number, batch in enumerate(batches)]
+    return batches
 
 
 def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
@@ -133,6 +138,9 @@ def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) ->
 def _on_device(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batch = dict(batch) if isinstance(batch, Mapping) else batch
+    held = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if (isinstance(batch, dict | list | tuple) and not batch) or (held and not any(leaf.numel() for leaf in held)):
+        raise ValueError(f"batches: a batch is empty: {', '.join(str(list(leaf.shape)) for leaf in held) or batch!r}")
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 

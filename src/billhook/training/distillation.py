@@ -58,9 +58,9 @@ class Distillation:
     hidden: float = 0.0
 
     def __post_init__(self) -> None:
-        annotated(Distillation, vars(self))
         if self.teacher is not None:
             a_path("teacher", self.teacher)
+        annotated(Distillation, vars(self))
         number("temperature", self.temperature, above=0)
         fraction("weight", self.weight, "[0, 1]")
         number("hidden", self.hidden, 0)

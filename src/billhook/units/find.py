@@ -64,6 +64,17 @@ def check_any(model: nn.Module, units: Mapping[str, Units], kinds: Iterable[Unit
         raise ValueError(f"model: {type(model).__name__} has no {plural(kinds)}")
 
 
+def check_held(model: nn.Module, units: Mapping[str, Units]) -> None:
+    """Refuses units of another model: whose modules this one does not have."""
+    held = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for place, one in units.items():
+        for name in [one.name] if one.kind == "block" else one.readers:
+            if name not in held:
+                raise ValueError(
+                    f"units: {name} of {place} is no module of this {type(model).__name__}: give those of find_units"
+                )
+
+
 def units_of(model: nn.Module, structure: Structure, kinds: Iterable[UnitKind]) -> dict[str, Units]:
     """Finds the units of a traced model, none if there are none of a kind; refuses heads that cannot be told apart."""
     found: dict[str, Units] = {}
@@ -96,6 +107,8 @@ def numbered(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> d
         known = place in units if isinstance(place, str) else type(place) is int and 0 <= place < len(names)
         if not known:
             raise ValueError(f"{what}: there is no place {place!r}; there are 0 to {len(names) - 1}, in this order: {order}")
+        if not isinstance(given, Iterable):
+            raise ValueError(f"units={{{place!r}: {given!r}}} must say the numbers of a place, as in {{{place!r}: [0]}}")
         name, numbers = place if isinstance(place, str) else names[place], list(given)
         one, count = units[name], units[name].count(per)
         if wrong := [number for number in numbers if type(number) is not int or not 0 <= number < count]:

@@ -7,6 +7,7 @@ nothing of gates that are placed or removed later, so it is compiled again then.
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -19,7 +20,7 @@ from billhook.model.find import find_transformer
 from billhook.model.linears import read_dim
 from billhook.tracing.trace import Inputs
 from billhook.units.blocks import skip
-from billhook.units.find import Chosen, find_units, numbered
+from billhook.units.find import Chosen, check_held, find_units, numbered
 from billhook.units.units import PLURAL, Per, UnitKind, Units
 
 
@@ -103,6 +104,7 @@ def gates(model: nn.Module, units: Mapping[str, Units], per: Per = "head") -> It
     annotated(gates, locals())
     numbered(units, {}, per)
     subject = _root(model, units)
+    check_held(subject, units)
     values = {name: torch.ones(one.count(per), device=_device(subject, one), requires_grad=True) for name, one in units.items()}
     handles = place_gates(subject, units, values, per)
     torch.compiler.reset()
@@ -189,5 +191,6 @@ def _device(model: nn.Module, units: Units) -> torch.device:
         raise ValueError(
             f"{what}: no module of its own reads those of {units.name or 'the model'}, so no gate can stand before it"
         )
-    device = next(model.get_submodule(units.readers[0]).parameters()).device
+    reader = model.get_submodule(units.readers[0])
+    device = next(chain(reader.parameters(), reader.buffers())).device
     return torch.device("cpu") if device.type == "meta" else device

@@ -38,7 +38,7 @@ class WeightNorm(Importance):
     p: Literal[1, 2] = 2
 
     def __post_init__(self) -> None:
-        if self.p not in (1, 2):
+        if type(self.p) is not int or self.p not in (1, 2):
             raise ValueError(f"p={self.p!r} must be 1 or 2")
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:

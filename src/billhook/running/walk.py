@@ -230,6 +230,8 @@ class Walk:
     def _listen(self, site: Site, name: str, linear: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
         if self._watched is not site:
             return
+        if not args and "input" not in kwargs:  # its forward refuses that
+            return
         own = Ambient.now()
         Ambient().restore()
         try:

@@ -1,11 +1,13 @@
 """Arguments are refused in one voice."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import pytest
+from torch import nn
 
-from billhook.arguments import a_path, fraction, number, one_of, whole
+from billhook.arguments import a_path, annotated, fraction, number, one_of, whole
 
 LEGAL = [
     lambda: whole("n", 1),
@@ -57,3 +59,34 @@ def test_what_is_not_is_refused(said):
     with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
         REFUSED[said]()
     assert str(error.value) == said
+
+
+def trained(
+    model: nn.Module, by: Literal["adam"] | float = 0.5, units: Mapping[str, Iterable[int]] | None = None, log: bool = False
+):
+    annotated(trained, locals())
+
+
+NET = nn.Linear(1, 1)
+ANNOTATED = {
+    "model='gpt2' must be a Module": lambda: trained("gpt2"),
+    "by='sgd' must be one of adam or a number": lambda: trained(NET, "sgd"),
+    "by=nan must be one of adam or a number": lambda: trained(NET, float("nan")),
+    "by=True must be one of adam or a number": lambda: trained(NET, True),
+    "units=[0] must be a Mapping[str, Iterable[int]] or None": lambda: trained(NET, units=[0]),
+    "units={'a': 1} must be a Mapping[str, Iterable[int]] or None": lambda: trained(NET, units={"a": 1}),
+    "log=1 must be True or False": lambda: trained(NET, log=1),
+}
+
+
+@pytest.mark.parametrize("said", ANNOTATED)
+def test_what_an_annotation_does_not_allow_is_refused(said):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the whole message is compared
+        ANNOTATED[said]()
+    assert str(error.value) == said
+
+
+def test_what_annotations_allow_passes():
+    trained(NET)
+    trained(NET, "adam", {"a": [0], "b": iter([1])}, log=True)
+    trained(NET, 1, {"a": (True, "0")})  # which numbers these are is said by who reads them

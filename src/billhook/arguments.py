@@ -116,8 +116,8 @@ def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN4
         return any(_fits(value, one, within) for one in inside)
     if origin is Literal:
         return any(type(value) is type(word) and (within or value == word) for word in inside)
-    if kind in (int, float) and not within:
-        return _is_finite(value) and isinstance(value, int | kind)
+    if kind in (int, float):
+        return isinstance(value, int | float | str | None) if within else _is_finite(value) and isinstance(value, int | kind)
     if origin is type:
         return isinstance(value, type) and issubclass(value, getattr(inside[0], "__bound__", None) or inside[0])
     if not isinstance(value, Sequence if origin is list else origin or kind):

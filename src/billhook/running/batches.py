@@ -50,8 +50,16 @@ def each(batches: Iterable[Any]) -> Iterable[Any]:
     return batches
 
 
+def _check_filled(batch: Any) -> None:  # noqa: ANN401
+    """Refuses a batch that holds nothing for a model."""
+    held = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if (isinstance(batch, dict | list | tuple) and not batch) or (held and not any(leaf.numel() for leaf in held)):
+        raise ValueError(f"batches: a batch is empty: {', '.join(str(list(leaf.shape)) for leaf in held) or batch!r}")
+
+
 def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
     batch = _on_device(model, batch)
+    _check_filled(batch)
     if isinstance(batch, Tensor):
         return Run(partial(model, batch))
     if isinstance(batch, list | tuple):
@@ -72,6 +80,8 @@ def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
 def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
     """Makes a run of a batch whose forward returns the loss, on the model's device; `modules` need to know which tokens count."""
     batch = _on_device(model, batch)
+    if loss is None:
+        _check_filled(batch)
     run, tokens = partial(loss or own_loss, model), tokens_of(model, modules, batch)
     lossless = None if loss is not None else partial(_output, model, batch)
     return Run(partial(run, batch), tokens, lambda: [partial(run, one) for one in examples_of(batch)], lossless)
@@ -138,9 +148,6 @@ def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) ->
 def _on_device(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batch = dict(batch) if isinstance(batch, Mapping) else batch
-    held = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    if (isinstance(batch, dict | list | tuple) and not batch) or (held and not any(leaf.numel() for leaf in held)):
-        raise ValueError(f"batches: a batch is empty: {', '.join(str(list(leaf.shape)) for leaf in held) or batch!r}")
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 

@@ -241,8 +241,6 @@ class TestRefused:
             ({"sparsity": 0.5, "at": 8, "skip": ["*.fc1"]}, r"skip='\*.fc1' matches none"),
             ({"pattern": "5:7", "at": 8}, "model.layers.0.self_attn.q_proj has 32 inputs, which 7 does not divide"),
             ({"pattern": "2:4", "at": 8, "allocation": bh.OWL()}, "allocation=OWL"),
-            ({"sparsity": 0.5, "at": 8, "sequential": "both"}, "sequential='both' must be one of"),
-            ({"sparsity": 0.5, "criterion": "Wanda"}, "criterion='Wanda' must be a Criterion"),
             ({"sparsity": 0.5, "at": 8, "calibration": []}, "batches=an empty collection: Wanda needs"),
         ],
     )
@@ -273,7 +271,9 @@ class TestRefused:
                 {"pattern": "2:4", "at": bh.schedules.Linear(final=1.0)},
                 "pattern='2:4' is a sparsity of its own, which a schedule contradicts",
             ),
-            ({"sparsity": 0.5, "at": "end"}, "at='end' must be 'start', an int"),
+            ({"sparsity": 0.5, "at": "end"}, "at='end' must be one of start or a number or a Schedule"),
+            ({"sparsity": 0.5, "at": 8, "sequential": "both"}, "sequential='both' must be one of"),
+            ({"sparsity": 0.5, "criterion": "Wanda"}, "criterion='Wanda' must be a Criterion"),
             ({"sparsity": 0.5, "calibration": 0}, "examples=0 must be a whole number of at least 1"),
             ({"sparsity": 0.5, "measure_batches": -1}, "measure_batches=-1"),
             ({"sparsity": 0.5, "calibration": iter([])}, "calibration=list_iterator can be read only once"),
@@ -286,7 +286,7 @@ class TestRefused:
     def test_deepspeed(self):
         class Trainer:
             strategy = object.__new__(pl.strategies.DeepSpeedStrategy)
-            global_step = 0
+            global_step, max_steps, max_epochs, limit_train_batches = 0, 8, None, 1.0
 
         with pytest.raises(ValueError, match="the strategy is DeepSpeedStrategy"):
             pruning(sparsity=0.5).setup(Trainer(), module(), "fit")

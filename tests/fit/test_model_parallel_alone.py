@@ -90,7 +90,7 @@ def test_a_module_that_is_sharded_already_is_not_converted(tmp_path, alone):
 def test_other_ways_to_shard_are_refused(callback, kind):
     class Trainer:
         strategy = object.__new__(kind)  # DeepSpeed is not installed, FSDP1 not for the CPU
-        global_step, callbacks = 0, ()
+        global_step, callbacks, max_steps, max_epochs, limit_train_batches = 0, (), 8, None, 1.0
 
     one, lit = callback(), Own()
     with pytest.raises(ValueError, match=f"under ModelParallelStrategy .FSDP2.; the strategy is {kind.__name__}, which .* train"):

@@ -321,7 +321,7 @@ class TestRefused:
         [
             ({"num_key_value_heads": 2, "at": 1.5}, "at=1.5 .* fraction of training and must be in 0..1"),
             ({"num_key_value_heads": 2, "at": -1}, "at=-1 is negative"),
-            ({"num_key_value_heads": 2, "at": "end"}, "at='end' must be 'start', an int"),
+            ({"num_key_value_heads": 2, "at": "end"}, "at='end' must be one of start or "),
             ({"num_key_value_heads": [2, 1], "at": 3}, "must have the same length"),
             ({"num_key_value_heads": [1, 2], "at": [1, 2]}, "must have fewer heads than the one before"),
             ({"num_key_value_heads": [], "at": []}, "one at least"),

@@ -161,7 +161,7 @@ class TestRefused:
         ("heads", "at", "match"),
         [
             ([2, 1], STEPS, "must have the same length"),
-            ([2, 1], [STEPS, 5], "a schedule goes with one number of heads, not with num_key_value_heads=\\[2, 1\\]"),
+            ([2, 1], [STEPS, 5], "at=\\[MultiStep.* must be one of start or"),
         ],
     )
     def test_arguments(self, heads, at, match):

@@ -81,6 +81,8 @@ class TestSlicedEqualsMasked:
         channels = find_units(model, ["channel"])
         modules, parameters = readers_by_name(model, name)
         gone = {place: a_third(one.count(), number) for number, (place, one) in enumerate(channels.items())}
+        for place in (place for place, one in channels.items() if not one.readers):
+            gone[place] = gone[place][: len(gone[place]) // 4 * 4]  # widths that the kernel of experts takes
         linear = dict(zip((place for place, one in channels.items() if one.readers), modules, strict=True))
         fused = dict(zip((place for place, one in channels.items() if not one.readers), parameters, strict=True))
         by_name = {(linear | fused)[place]: own for place, own in gone.items()}
@@ -167,8 +169,13 @@ def assert_permutation_exact(model, kinds, gone, inputs):
         tensors[name].data = tensors[name].data.index_select(dim, torch.from_numpy(np.flatnonzero(stays)))
     plan = bh.plan_units(model, gone, kinds)
     bh.apply(model, plan)
+    folded = (
+        ("embed_tokens.weight", "embed_scale", "model.norm.weight") if "Gemma" in type(model).__name__ else ()
+    )  # see test_fold
     assert all(
-        torch.equal(p, tensors[name]) for name, p in [*model.named_parameters(), *model.named_buffers()] if name in tensors
+        torch.equal(p, tensors[name])
+        for name, p in [*model.named_parameters(), *model.named_buffers()]
+        if name in tensors and not name.endswith(folded)
     )
     assert plan.parameters[1] == sum(p.numel() for p in model.parameters())
     found = answer(model, inputs)

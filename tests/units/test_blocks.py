@@ -312,7 +312,7 @@ class TestPlan:
         ({"amount": bh.Amount(blocks=3, first=2, last=1), **SCORES}, "3 of 5 blocks .* would be removed, and at most 2 may"),
         ({"blocks": -1, **SCORES}, "blocks=-1 must be a whole number of at least 0"),
         ({"blocks": 0, **SCORES}, "nothing is asked for"),
-        ({"blocks": True, **SCORES}, "blocks=True must be a fraction"),
+        ({"blocks": True, **SCORES}, "blocks=True must be a number or None"),
         ({"blocks": 1.0, **SCORES}, r"blocks=1.0 must be a fraction of these units in \[0, 1\)"),
         ({"blocks": 1, "amount": bh.Amount(blocks=1), **SCORES}, "amount and blocks: give one of them"),
         ({"channels": 0.5, "greedy": True}, "greedy=True: only blocks are removed one at a time"),
@@ -560,7 +560,9 @@ class TestShape:
             load_shape(other, json.loads(json.dumps(checkpoint)))
             other.load_state_dict(target.state_dict())
             assert shape_of(other) == shape_of(target)
-            assert other.config.to_dict() == target.config.to_dict()
+            said, expected = other.config.to_dict(), target.config.to_dict()
+            said.pop("billhook", None), expected.pop("billhook", None)  # what was changed by hand says nothing there
+            assert said == expected
             with torch.no_grad():
                 assert torch.equal(other(**inputs).logits, target(**inputs).logits)
             parts = {id(c) for m in other.modules() for c in vars(m).values() if isinstance(c, transformers.PretrainedConfig)}

@@ -122,8 +122,10 @@ def save(
         >>> saved.way, saved.difference
         ('plain', 0.0)
     """
-    annotated(save, locals())
-    target, plain = Path(folder).resolve(), _to_plain(record or {})
+    arguments = locals()
+    plain = _to_plain(record or {})
+    annotated(save, arguments)
+    target = Path(folder).resolve()
     _check_no_prompts(model)
     model = find_transformer(model)
     check_names(model)

@@ -10,7 +10,7 @@ from billhook.units.units import Units
 
 
 def width_step(model: nn.Module, units: Units) -> int:
-    """Returns of which number the units must be a multiple; 1 where no such kernel reads them, or it takes none of them now."""
+    """Returns the number that the units must be a multiple of; 1 where no such kernel reads them, or it takes none now."""
     if units.kind not in ("channel", "residual") or not isinstance(model, PreTrainedModel):
         return 1
     for member in units.members:

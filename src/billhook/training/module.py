@@ -104,7 +104,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         distillation: Distillation | None = None,
         trainable: Trainable = "all",
     ) -> None:
-        annotated(TransformerModule, locals())
+        annotated(TransformerModule, {k: v for k, v in locals().items() if not isinstance(v, dict)})  # as checkpoints hold LoRA
         super().__init__()
         one_of("task", task, AUTO_CLASSES)
         number("lr", lr, above=0)

@@ -511,7 +511,7 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def page(results: list[Result]) -> str:
+def page(results: list[Result], command: str) -> str:
     """Writes the counts, every bug, and what was refused with its reasons, numbers and names left out."""
     built = len({(result.auto, result.model_type) for result in results if result.operation})
     bugs = [result for result in results if result.state in BUGS]
@@ -519,8 +519,9 @@ def page(results: list[Result]) -> str:
     lines = [
         "# Every architecture, every operation, saved and reloaded",
         "",
-        f"{built} architectures of transformers {transformers.__version__}, small and with random weights, by "
-        "`python benchmarks/roundtrip.py --processes 2 --out docs/roundtrip.md`. Right: as the oracle says, where there is one, "
+        f"{sum(bool(result.operation) for result in results)} pairs of {built} architectures of transformers "
+        f"{transformers.__version__}, small and with random weights, and an operation, by `{command}`. "
+        "Right: as the oracle says, where there is one, "
         "and the same after saving and loading as `billhook inspect` promises, and after a Lightning checkpoint and "
         "`billhook export`. Refused: before anything changed, with a reason. Wrong: other outputs. Raw: an error that is no "
         "refusal. Late: refused "
@@ -584,9 +585,8 @@ def main() -> int:
     if arguments.results:
         arguments.results.write_text(json.dumps([asdict(result) for result in results]))
     if arguments.out:
-        arguments.out.write_text(
-            page(sorted(results, key=lambda r: (r.auto, r.model_type, OPERATIONS.index(r.operation or "untouched"))))
-        )
+        ordered = sorted(results, key=lambda r: (r.auto, r.model_type, OPERATIONS.index(r.operation or "untouched")))
+        arguments.out.write_text(page(ordered, f"python benchmarks/roundtrip.py {' '.join(sys.argv[1:])}"))
     return int(any(result.state in BUGS for result in results))
 
 

@@ -59,7 +59,7 @@ def test_nothing_happened(files, tmp_path, capsys):
     [
         (lambda: Report(None), "plot_file=None must be a path that ends in .png"),
         (lambda: Report("x.foo"), "plot_file='x.foo' must be a path that ends in .png"),
-        (lambda: Report(metric=3), "metric=3 must be a string or None"),
+        (lambda: Report(metric=3), "metric=3 must be the name"),
         (lambda: Report(measure_batches=-1), "measure_batches=-1 must be a whole number"),
         (lambda: Export(None), "folder=None must be a path"),
     ],

@@ -276,7 +276,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("heads", [0, -1, True, "2", 2.0, None])
     def test_what_is_no_number_of_heads(self, heads):
-        with pytest.raises(ValueError, match=f"num_key_value_heads={heads!r} must be a whole number"):
+        with pytest.raises(ValueError, match=f"num_key_value_heads={heads!r} must be a whole number of at least 1"):
             convert_kv_heads(llama(), heads)
 
     def test_a_model_that_was_changed_by_hand(self):

@@ -403,8 +403,8 @@ def test_code_in_a_folder_of_billhooks_name_is_the_models_code(folder):
 
 
 INPUTS = {
-    "no module": (None, None, "model=None must be a Module or a PreTrainedConfig or a string"),
-    "a string": (Layers(), "hello", "example_inputs='hello' must be a Mapping"),
+    "no module": (None, None, "model: a module, a config or a name is needed, not NoneType"),
+    "a string": (Layers(), "hello", "example_inputs: a dictionary, a tuple or a tensor is needed, not str"),
     "another name": (Layers(), {"y": X}, r"Layers does not run on meta tensors with these example_inputs \(y\)"),
     "another shape": (Layers(), X[..., 0], r"these example_inputs \(1 of them\): at test_trace_users\.py:\d+, op addmm"),
     "lazy": (nn.LazyLinear(3), X, "its parameter weight has no shape before the first forward"),

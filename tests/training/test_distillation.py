@@ -375,7 +375,7 @@ class TestResuming:
         ({"temperature": 0}, "temperature=0 must be a number above 0"),
         ({"weight": 1.1}, re.escape("weight=1.1 must be in [0, 1]")),
         ({"hidden": -1}, "hidden=-1 must be a number of at least 0"),
-        ({"temperature": float("nan")}, "temperature=nan must be a number"),
+        ({"temperature": float("nan")}, "temperature=nan must be a number above 0"),
         ({"weight": 0}, "weight=0 and hidden=0 leave nothing to learn"),
     ],
 )

@@ -38,9 +38,9 @@ class Report(Callback):
         self, plot_file: str = "outputs/report.png", metric: str | None = None, measure_batches: int | None = None
     ) -> None:
         a_path("plot_file", plot_file, PICTURES)
-        annotated(Report, locals())
         if metric is not None and not isinstance(metric, str):
             raise ValueError(f"metric={metric!r} must be the name of a figure that validation logs")
+        annotated(Report, locals())
         if measure_batches is not None:
             whole("measure_batches", measure_batches, least=0)
         self.plot_file, self.metric, self.measure_batches = plot_file, metric, measure_batches

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from billhook.arguments import annotated
+from billhook.arguments import annotated, whole
 from billhook.kv_heads.bases.ready import ready_weights
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.named import Name, method_of
@@ -82,6 +82,7 @@ def convert_kv_heads(
           model.layers.*.self_attn.k_proj.weight  256 -> 64 along dimension 0, in each of 4
           model.layers.*.self_attn.v_proj.weight  256 -> 64 along dimension 0, in each of 4
     """
+    whole("num_key_value_heads", num_key_value_heads)
     annotated(convert_kv_heads, locals())
     method = method_of(method)
     check_repair(method, repair)

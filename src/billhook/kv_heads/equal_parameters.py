@@ -47,9 +47,9 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
         >>> config.num_key_value_heads, config.intermediate_size
         (1, 533)
     """
-    annotated(equal_parameters, locals())
     if not isinstance(config, PretrainedConfig):
         raise ValueError(f"config: a config of transformers is needed, not {type(config).__name__}")
+    annotated(equal_parameters, locals())
     whole("multiple_of", multiple_of)
     if vars(config).get(KEY) is not None:
         raise ValueError(f"config: its layers have widths of their own ('{KEY}' in it says which), so no one field says them")

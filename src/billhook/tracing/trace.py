@@ -55,8 +55,8 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
         >>> [(group.kind, group.size) for group in structure.groups if not group.reason][:3]
         [('residual', 256), ('head', 8), ('value', 32)]
     """
-    annotated(trace, locals())
     _check(model, example_inputs)
+    annotated(trace, locals())
     with _alone, torch.inference_mode(False), torch.device("cpu"):  # whatever is on around
         subject, outside = _subject(model, example_inputs is not None)
         find = partial(_find, subject, outside, example_inputs)

@@ -60,10 +60,10 @@ class Distillation:
     def __post_init__(self) -> None:
         if self.teacher is not None:
             a_path("teacher", self.teacher)
-        annotated(Distillation, vars(self))
         number("temperature", self.temperature, above=0)
         fraction("weight", self.weight, "[0, 1]")
         number("hidden", self.hidden, 0)
+        annotated(Distillation, vars(self))
         if self.weight == self.hidden == 0:
             raise ValueError("weight=0 and hidden=0 leave nothing to learn from a teacher: leave distillation out")
 

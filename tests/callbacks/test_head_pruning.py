@@ -594,7 +594,7 @@ class TestRefused:
             ({"ratio": "0.5"}, "ratio='0.5' must be"),
             ({"ratio": bh.schedules.Linear(final=0.5), "at": 3}, "at=3: the schedule says when"),
             ({"at": 1.5}, "at=1.5 .* must be in 0..1"),
-            ({"at": "end"}, "at='end' must be one of start or a number or a Schedule"),
+            ({"at": "end"}, "at='end' must be 'start', an int"),
             ({"at": -1}, "at=-1"),
             ({"ranking": "all"}, "ranking='all' must be one of layer, global"),
             ({"per": "layer"}, "per='layer' must be one of head, kv_head"),

@@ -271,7 +271,7 @@ class TestRefused:
                 {"pattern": "2:4", "at": bh.schedules.Linear(final=1.0)},
                 "pattern='2:4' is a sparsity of its own, which a schedule contradicts",
             ),
-            ({"sparsity": 0.5, "at": "end"}, "at='end' must be one of start or a number or a Schedule"),
+            ({"sparsity": 0.5, "at": "end"}, "at='end' must be 'start', an int"),
             ({"sparsity": 0.5, "at": 8, "sequential": "both"}, "sequential='both' must be one of"),
             ({"sparsity": 0.5, "criterion": "Wanda"}, "criterion='Wanda' must be a Criterion"),
             ({"sparsity": 0.5, "calibration": 0}, "examples=0 must be a whole number of at least 1"),

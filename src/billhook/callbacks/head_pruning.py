@@ -87,9 +87,9 @@ class HeadPruning(HeadMasking):
         measure_batches: int | None = None,
         plot_file: str | None = None,
     ) -> None:
-        annotated(HeadPruning, locals())
         check_choice(0 if isinstance(ratio, Schedule) else ratio, ranking, min_heads, per, "heads")
         check_at(at, ratio)
+        annotated(HeadPruning, locals())
         one_of("remove", remove, Remove)
         if plot_file is not None:
             a_path("plot_file", plot_file, PICTURES)

@@ -74,8 +74,8 @@ class WeightPruning(EventCallback, FollowsShapes):
         calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
-        annotated(WeightPruning, locals())
         check_at(at, sparsity)
+        annotated(WeightPruning, locals())
         self.amount = sparsity if isinstance(sparsity, Schedule) else check_amount(sparsity, pattern)
         if pattern != "unstructured" and (isinstance(sparsity, Schedule) or isinstance(at, Schedule)):
             raise ValueError(f"pattern={pattern!r} is a sparsity of its own, which a schedule contradicts: give a step as at")

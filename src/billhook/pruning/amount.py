@@ -74,12 +74,12 @@ class Amount:
     min_units: int = 1
 
     def __post_init__(self) -> None:
-        annotated(Amount, vars(self))
         for name, ratio in self.ratios.items():
             if name == "blocks" and type(ratio) is int:
                 whole(name, ratio, 0)
             else:
                 fraction(name, ratio, of="these units")
+        annotated(Amount, vars(self))
         if self.heads is not None and self.kv_heads is not None:
             raise ValueError(f"heads={self.heads} and kv_heads={self.kv_heads}: give one, as a KV head takes its heads along")
         targets = [name for name in TARGETS if getattr(self, name) is not None]

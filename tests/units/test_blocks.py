@@ -16,7 +16,7 @@ from billhook.model.find import find_transformer
 from billhook.model.inputs import make_inputs
 from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
 from billhook.model.shapes.shape import set_shape, shape_of
-from billhook.pruning import block_plan
+from billhook.pruning import block_fields, block_plan
 from billhook.units.blocks import block_of, find_blocks, skipping
 from kit.families import build, llama, tokens
 from kit.shaped import bert, gpt2, uneven_llama
@@ -339,6 +339,15 @@ class TestPlan:
     def test_blocks_are_planned_alone(self):
         with pytest.raises(ValueError, match="blocks are planned alone"):
             bh.plan_units(deep(), {0: [0]}, ["head", "block"])
+
+    def test_stages_are_found_in_few_trials(self, monkeypatch):
+        built, build_on_meta = [], block_fields.build_on_meta
+        monkeypatch.setattr(block_fields, "build_on_meta", lambda *args: built.append(args) or build_on_meta(*args))
+        model = other("SegformerForImageClassification")  # other lists hold as many numbers, and others are as large
+        plan = bh.plan_units(model, {number: [1] for number in range(4)}, "block")
+        assert plan.fields == {"depths": (1, 1, 1, 1)}
+        assert bh.plan_units(model, {2: [0]}, "block").fields == {"depths": (2, 2, 1, 2)}
+        assert len(built) < 100
 
     def test_two_stacks_must_be_told_apart(self):
         with pytest.raises(ValueError, match=r"say of which place.* encoder.block, decoder.block"):

@@ -14,6 +14,7 @@ from billhook.units.fields import TOGETHER
 
 Gone = Mapping[str, Sequence[int]]
 """Removed blocks, by stack."""
+STAGES = 6  # numbers in one field that may all change, at most
 Numbers = dict[str, tuple[int, int]]
 """Whole-number attributes, by their new names: their values before and after."""
 
@@ -54,6 +55,7 @@ class _Finder:
         self.model, self.stacks, self.gone = model, stacks, gone
         self.words = " and ".join(f"blocks {', '.join(map(str, own))} of {name}" for name, own in gone.items())
         self.fields = fields_of(model.config)
+        self.tried: dict[str, Built | None] = {}
         now = self.build({})
         if now is None or any(_count(now.tensors, name) != count for name, count in stacks.items()):
             raise ValueError(f"blocks: {type(model).__name__} does not have the blocks that its class builds from its config")
@@ -62,6 +64,12 @@ class _Finder:
 
     def build(self, fields: Fields) -> Built | None:
         """Builds the class from the config with some fields changed, as it is read back; None if the class refuses it."""
+        key = str(sorted(fields.items(), key=lambda one: one[0]))
+        if key not in self.tried:
+            self.tried[key] = self._build(fields)
+        return self.tried[key]
+
+    def _build(self, fields: Fields) -> Built | None:
         try:
             config = with_fields(self.model.config, fields)
             shadow = build_on_meta(self.model, type(config).from_dict(config.to_dict()))
@@ -89,19 +97,28 @@ class _Finder:
 
     def counts(self, lists: Fields) -> tuple[list[Fields], str]:
         """Returns the fewest fields that give the number of blocks; or none, and what else would change."""
-        options = [
-            (name, lower)
-            for (name, value), (stack, gone) in itertools.product(self.fields.items(), self.gone.items())
-            for lower in _lowered(value, self.stacks[stack], len(gone))
-        ]
+        fewer = {(self.stacks[stack], len(gone)): None for stack, gone in self.gone.items()}
+        options = [(name, lower) for name, value in self.fields.items() for lower in _lowered(value, list(fewer), len(self.gone))]
         reason = ""
         for number in range(TOGETHER + 1):
+            if number == 2:
+                options = self._of_use(options, lists)
             chosen = [dict(fields) for fields in itertools.combinations(options, number) if len(dict(fields)) == number]
             built = [(fields, made) for fields in chosen if (made := self.build(lists | fields)) and self._as_many(made)]
             if fitting := [fields for fields, made in built if not self._different(made, outside=True)]:
                 return fitting, ""
             reason = reason or next((self._different(made, outside=True) for _, made in built), "")
         return [], reason
+
+    def _of_use(self, options: list[tuple[str, Any]], lists: Fields) -> list[tuple[str, Any]]:
+        """Leaves out what alone changes all else, or nothing; but nothing where the class builds others only if more change."""
+        alone = [self.build(lists | {name: lower}) for name, lower in options]
+        as_it_is = None if None in alone else self.build(lists)
+        return [
+            option
+            for option, made in zip(options, alone, strict=True)
+            if made is None or (made != as_it_is and not self._different(made, outside=True) and self._towards(made))
+        ]
 
     def others(self, counts: Sequence[Fields]) -> Iterator[Fields]:
         """Yields one more field that may name single blocks, if others count them: a number of first ones, or numbers."""
@@ -132,6 +149,11 @@ class _Finder:
 
     def _as_many(self, built: Built) -> bool:
         return all(_count(built.tensors, stack) == self.stacks[stack] - len(gone) for stack, gone in self.gone.items())
+
+    def _towards(self, built: Built) -> bool:
+        """Tells whether each stack has as many blocks as it had or as it shall have."""
+        counts = ((_count(built.tensors, stack), self.stacks[stack], len(gone)) for stack, gone in self.gone.items())
+        return all(made in (before, before - fewer) for made, before, fewer in counts)
 
     def _different(self, built: Built, outside: bool = False) -> str:
         """Describes the first tensor whose size differs from what remains, or only of those outside of blocks."""
@@ -167,13 +189,21 @@ def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
                     yield f"{name}.{attr}", value
 
 
-def _lowered(value: Any, count: int, by: int) -> list[Any]:  # noqa: ANN401 - any field of a config
-    """Returns a number of blocks less the removed ones; of a list of such numbers, as of stages, one is changed."""
+def _lowered(value: Any, fewer: Sequence[tuple[int, int]], stacks: int) -> list[Any]:  # noqa: ANN401 - any field of a config
+    """Returns a number of blocks less the removed ones; of a list of such numbers, as of stages, at most one for each stack.
+
+    >>> _lowered([2, 2, 6], [(2, 1)], 2)
+    [[1, 1, 6], [1, 2, 6], [2, 1, 6]]
+    """
     if _is_number(value):
-        return [value - by] if value == count else []
+        return [value - by for count, by in fewer if count == value]
     if not isinstance(value, list | tuple) or not all(map(_is_number, value)):
         return []
-    return [type(value)([*value[:at], one - by, *value[at + 1 :]]) for at, one in enumerate(value) if one == count]
+    changes = [[(at, one - by) for count, by in fewer if count == one] for at, one in enumerate(value)]
+    there = [own for own in changes if own]
+    most = min(stacks, len(there)) if len(there) <= STAGES else 1
+    chosen = (itertools.product(*own) for number in range(most, 0, -1) for own in itertools.combinations(there, number))
+    return [type(value)(dict(new).get(at, one) for at, one in enumerate(value)) for new in itertools.chain(*chosen)]
 
 
 def _place(name: str, stack: str) -> tuple[int, str]:

@@ -349,6 +349,13 @@ class TestPlan:
         assert bh.plan_units(model, {2: [0]}, "block").fields == {"depths": (2, 2, 1, 2)}
         assert len(built) < 100
 
+    def test_a_model_that_then_cannot_generate_is_refused_beforehand(self):
+        model = other("GraniteMoeHybridForCausalLM")  # its cache asks the attention layer how long it is
+        before = everything(model)
+        with pytest.raises(ValueError, match="does not run without .*1.* with a key-value cache.*: ValueError"):
+            bh.plan_units(model, [1], "block")
+        assert everything(model) == before
+
     def test_two_stacks_must_be_told_apart(self):
         with pytest.raises(ValueError, match=r"say of which place.* encoder.block, decoder.block"):
             bh.plan_units(t5(), [1], "block")

@@ -1,12 +1,14 @@
 """The answers of a model to small random inputs, by which two ways to compute it are compared."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.model.config_fields import configs_of
 from billhook.model.inputs import make_inputs
 from billhook.running.undisturbed import resting
 
@@ -21,7 +23,41 @@ def small_inputs(model: nn.Module) -> dict[str, Any]:
 def answer(model: PreTrainedModel) -> list[Tensor]:
     """Returns the tensors of real numbers that a model gives, except those of each block: float64, on the CPU."""
     with resting(model):
-        given = model(**small_inputs(model), return_dict=True)
+        return _real(model(**small_inputs(model), return_dict=True))
+
+
+@torch.no_grad()
+def cached_answer(model: PreTrainedModel) -> tuple[list[Tensor], Exception | None]:
+    """Returns what `answer` does with a key-value cache, then for one token more; ends with the error of what does not run."""
+    inputs, found = small_inputs(model), list[Tensor]()
+    inputs |= dict.fromkeys({"use_cache"} & inputs.keys(), True)
+    try:
+        with resting(model), _caching(model):
+            given = model(**inputs, return_dict=True)
+            found += _real(given)
+            ids = next((name for name in ("decoder_input_ids", "input_ids") if name in inputs), None)
+            if ids is not None and (cache := given.get("past_key_values")) is not None:
+                more = inputs | {ids: inputs[ids][:, -1:], "past_key_values": cache}
+                found += _real(model(**more, return_dict=True))
+    except Exception as error:  # whatever a model raises
+        return found, error
+    return found, None
+
+
+@contextmanager
+def _caching(model: nn.Module) -> Iterator[None]:
+    """Sets in all configs that a cache is used."""
+    without: list[Any] = [config for config in configs_of(model) if getattr(config, "use_cache", None) is False]
+    for config in without:
+        config.use_cache = True
+    try:
+        yield
+    finally:
+        for config in without:
+            config.use_cache = False
+
+
+def _real(given: Any) -> list[Tensor]:  # noqa: ANN401 - a dictionary of anything
     values = [value for value in given.values() if isinstance(value, Tensor) and value.is_floating_point()]
     return [value.double().cpu() for value in values]
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Self
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from billhook.model.answers import alike, answer, tolerance
+from billhook.model.answers import alike, answer, cached_answer, tolerance
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, set_fields, with_fields
 from billhook.model.find import find_transformer
@@ -183,7 +183,8 @@ def _remove(
 ) -> None:
     """Removes blocks, by stack, from a model, in place; the model and the optimizers are as before if that fails.
 
-    Refuses a block that runs several times, and a model that then computes something else than with the blocks skipped.
+    Refuses a block that runs several times, and a model that then computes something else than with the blocks skipped, or does
+    not run with a key-value cache, as generating uses it.
     """
     if not blocks:
         return
@@ -191,6 +192,8 @@ def _remove(
         expected = answer(model)
     if often := next((key for key, times in runs.items() if times > 1), None):
         raise ValueError(f"blocks: block {often[1]} of {often[0]} runs {runs[often]} times in a forward: its weights are shared")
+    with skipping(model, blocks):
+        cached, _ = cached_answer(model)
     with undone_by_errors(model, optimizers):
         trained = set(model.parameters())
         for name, gone in blocks.items():
@@ -204,13 +207,28 @@ def _remove(
         set_fields(model.config, fields)
         note_shape(model)
         _forget(optimizers, trained - set(model.parameters()))
-        if not alike(expected, answer(model), tolerance(model)):
-            raise ValueError(
-                f"blocks: {type(model).__name__} computes something else without {blocks} than it does when they are skipped: "
-                "later blocks need them, or count on their own place"
-            )
+        _check_alike(model, blocks, expected, cached)
         if trial:
             raise _Tried
+
+
+def _check_alike(
+    model: PreTrainedModel, blocks: Mapping[str, list[int]], expected: Sequence[Tensor], cached: Sequence[Tensor]
+) -> None:
+    """Compares what a model computes without blocks with what it did when they were skipped, also with a key-value cache."""
+    kind, near = type(model).__name__, tolerance(model)
+    found, error = cached_answer(model)
+    if error is not None and len(found) < len(cached):
+        raise ValueError(
+            f"blocks: {kind} does not run without {blocks} and with a key-value cache, as generate uses it: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    for how, then, now in (("", expected, answer(model)), (" with a key-value cache", cached, found[: len(cached)])):
+        if not alike(then, now, near):
+            raise ValueError(
+                f"blocks: {kind} computes something else{how} without {blocks} than it does when they are skipped: "
+                "later blocks need them, or count on their own place"
+            )
 
 
 def _forget(optimizers: Iterable[Optimizer], gone: set[nn.Parameter]) -> None:

@@ -176,6 +176,8 @@ def base_checkpoint(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
     shape = checkpoint[KEY]["shape"]
     plain = {part: _of_base(shape.get(part, {})) for part in ("tensors", "attributes")}
     held = checkpoint[KEY] | {"shape": shape | plain}
+    if constants := held.get("constants"):
+        held["constants"] = {part: _of_base(entries) for part, entries in constants.items()}
     return checkpoint | {"state_dict": _of_base(checkpoint["state_dict"]), KEY: held}
 
 

@@ -16,9 +16,11 @@ from billhook.adapters.lora import base_checkpoint, put_back
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.pretrained import load_tokenizer
 from billhook.checkpoints.save import Saved, save
+from billhook.checkpoints.trained import check_trained
 from billhook.checkpoints.verify import logits_of, make_probe
 from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import fields_of, set_fields
+from billhook.model.constants import check_record
 from billhook.model.meta import model_class
 from billhook.model.shapes.shape import KEY, Shape, shape_of
 from billhook.model.shapes.shaped import build_shaped
@@ -42,17 +44,27 @@ REPEATED = re.compile("(layers?|depths?|blocks|experts)$")
 def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> Saved:
     """Turns a Lightning checkpoint that billhook's callbacks or module wrote into a Hugging Face folder, verified.
 
+    The model is built anew of the config, shape and weights in the checkpoint, every weight by its name and size. The numbers and
+    unsaved buffers by which it computes are compared with those that the checkpoint records of the model that was trained, such
+    as the scale of embeddings; one of an older billhook records none. Then the folder is loaded again, and its logits are
+    compared with those of the model built anew. The trained model's own logits are not known here: they would take a forward at
+    every checkpoint. So code that a script put in the place of the class's own is not seen.
+
     Args:
         ckpt: The Lightning checkpoint, a .ckpt file.
         out: The folder to write; new, empty, or an earlier export.
         tokenizer: The tokenizer to save with the model, a name or folder; by default the one that training started from.
 
     Raises:
-        ValueError: If the file is not a Lightning checkpoint that billhook can read, or `out` holds something else.
+        ValueError: If the file is not a Lightning checkpoint that billhook can read, `out` holds something else, or the model
+            that was trained computed by other numbers than its class makes of the config.
     """
     check_target(out)
     checkpoint = read_checkpoint(ckpt)
-    model = build_model(base_checkpoint(checkpoint, str(ckpt)), str(ckpt))
+    base = base_checkpoint(checkpoint, str(ckpt))
+    model = build_model(base, str(ckpt))
+    if constants := base[KEY].get("constants"):
+        check_trained(model, constants, str(ckpt))
     put_back(model, checkpoint, str(ckpt))
     _zero_masked(model, checkpoint.get(MASKED), str(ckpt))
     steps = checkpoint.get("global_step", 0)
@@ -87,6 +99,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     wrong = [k for k, kind in kinds.items() if not isinstance(held, dict) or k not in held or not isinstance(held[k], kind)]
     if wrong:
         raise ValueError(f"'{path}' does not say what model it holds as billhook writes it: {wrong[0]} is missing or wrong")
+    try:
+        check_record(held.get("constants", {"numbers": {}, "buffers": {}}))  # an older billhook recorded none
+    except ValueError as error:
+        raise ValueError(f"'{path}' does not say what model it holds as billhook writes it: {error}") from None
     return cast(dict[str, Any], checkpoint)
 
 

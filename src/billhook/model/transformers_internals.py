@@ -48,6 +48,14 @@ def compute_experts_in_turn(model: nn.Module) -> None:
         config._experts_implementation = "eager"
 
 
+def follows_inputs(module: nn.Module, buffer: str) -> bool:
+    """Tells whether a module's forwards change a buffer: rotary frequencies of the kinds that follow the length of the inputs."""
+    kind = getattr(module, "rope_type", None)
+    kinds = kind.values() if isinstance(kind, dict) else [kind]
+    changes = any(isinstance(one, str) and ("dynamic" in one or one == "longrope") for one in kinds)
+    return changes and buffer.endswith("inv_freq") and "original" not in buffer
+
+
 def compute_alike(model: nn.Module, other: nn.Module) -> None:
     """Has another model compute attention and experts as a model does, part by part."""
     parts = dict(model.named_modules())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.model.constants import record_constants
 from billhook.model.find import find_transformer, locate_transformer
 from billhook.model.shapes.shape import KEY, Shape, check_plain_shape, note_shape, set_shape, shape_of
 from billhook.model.surgery import undone_by_errors
@@ -27,7 +28,10 @@ HARMLESS = ("dtype", "version", "name_or_path", "implementation", "drop", "probl
 
 
 def save_shape(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Puts the shape, class and config of the Hugging Face model in a module into a Lightning checkpoint of that module."""
+    """Puts shape, class, config and constants of the Hugging Face model in a module into a Lightning checkpoint of that module.
+
+    Nothing is collective here: every rank may call it, or one.
+    """
     name, model = locate_transformer(module)
     checkpoint[KEY] = {
         "version": VERSION,
@@ -36,6 +40,7 @@ def save_shape(module: nn.Module, checkpoint: dict[str, Any]) -> None:
         "name_or_path": model.config.name_or_path or None,
         "prefix": f"{name}." if name else "",
         "shape": shape_of(model).to_dict(),
+        "constants": record_constants(model),
     }
 
 

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.model.build import build_on_meta
+from billhook.model.constants import constants
 
 Numbers = dict[str, tuple[float, float]]
 """Numbers that modules hold, by dotted name: before and after."""
@@ -43,8 +44,7 @@ def take_derived(model: nn.Module, numbers: Numbers) -> None:
 
 
 def _numbers(model: nn.Module) -> Iterator[tuple[str, float]]:
-    for name, module in model.named_modules():
-        yield from ((f"{name}.{attr}", v) for attr, v in vars(module).items() if type(v) is float and not attr.startswith("_"))
-        for attr, buffer in module._buffers.items():
-            if buffer is not None and not buffer.dim() and not buffer.is_meta:
-                yield f"{name}.{attr}", float(buffer)
+    for one in constants(model):
+        single = isinstance(one.value, Tensor) and not one.value.dim()
+        if single or type(one.value) is float:
+            yield one.name, float(one.value)

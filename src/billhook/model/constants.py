@@ -1,0 +1,148 @@
+"""What a model computes by and no state_dict holds: plain numbers of its modules, and buffers that are not saved."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import isclose, isfinite
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from billhook.model.transformers_internals import follows_inputs
+
+MOST = 1024
+"""Of a larger buffer, about as many values are recorded, evenly spaced."""
+ROUNDING = 1e-6
+"""How far floating-point numbers may be apart, relatively, that were computed on another device."""
+
+Number = bool | int | float | None
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A plain number, or a buffer, and the dictionary of its module that holds it."""
+
+    name: str
+    holder: dict[str, Any]
+    attr: str
+
+    @property
+    def value(self) -> Any:  # noqa: ANN401 - a number or a tensor
+        """What it is now."""
+        return self.holder[self.attr]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A constant that is another one than was recorded; of a buffer, the values that are furthest apart."""
+
+    constant: Constant
+    recorded: Number
+    now: Number
+
+
+def constants(model: nn.Module) -> Iterator[Constant]:
+    """Yields the constants of a model by dotted name, except those on the meta device and those that forwards change."""
+    held = model.state_dict(keep_vars=True).keys()
+    for name, module in model.named_modules():
+        for attr, value in vars(module).items():
+            if _is_number(value) and not attr.startswith("_") and attr != "training":
+                yield Constant(f"{name}.{attr}", vars(module), attr)
+        for attr, buffer in module._buffers.items():
+            own = f"{name}.{attr}"
+            if own.removeprefix(".") not in held and _is_plain(buffer) and not follows_inputs(module, attr):
+                yield Constant(own, module._buffers, attr)
+
+
+def record_constants(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Returns the constants of a model as lists, dicts and numbers, which any checkpoint format can hold."""
+    found = {one.name: one.value for one in constants(model)}
+    return {
+        "numbers": {name: _to_plain(value) for name, value in found.items() if not isinstance(value, Tensor)},
+        "buffers": {name: _to_sample(value) for name, value in found.items() if isinstance(value, Tensor)},
+    }
+
+
+def check_record(record: object) -> None:
+    """Refuses what `record_constants` does not make."""
+    for part, holds in (("numbers", _is_number), ("buffers", _is_sample)):
+        stated = record.get(part) if isinstance(record, Mapping) else None
+        if not isinstance(stated, Mapping):
+            raise ValueError(f"constants.{part} is {str(type(stated))[:80]}, and must be a mapping")
+        for name, value in stated.items():
+            if not isinstance(name, str) or not holds(value):
+                raise ValueError(f"constants.{part}: {str(name)[:200]} is not as record_constants makes it")
+
+
+def differences(model: nn.Module, record: Record) -> list[Difference]:
+    """Compares constants that a model has and a record too; rounding is no difference, nor is a buffer of another size.
+
+    Such buffers are tables that grow with the inputs.
+    """
+    found = []
+    for one in constants(model):
+        buffer = isinstance(one.value, Tensor)
+        if one.name not in record["buffers" if buffer else "numbers"]:
+            continue
+        if buffer:
+            apart = _apart(record["buffers"][one.name], one.value)
+            found += [Difference(one, *apart)] if apart else []
+        elif not _alike(recorded := record["numbers"][one.name], one.value):
+            found.append(Difference(one, recorded, _to_plain(one.value)))
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def _to_plain(value: Any) -> Number:  # noqa: ANN401 - may be NumPy's, or an enumeration
+    return value if value is None or isinstance(value, bool) else int(value) if isinstance(value, int) else float(value)
+
+
+def _alike(a: Number, b: Number) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a == b or (a != a and b != b) or (isinstance(a, float) and isinstance(b, float) and isclose(a, b, rel_tol=ROUNDING))
+
+
+def _is_plain(buffer: Tensor | None) -> bool:
+    return type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_meta and not buffer.is_quantized
+
+
+def _to_sample(buffer: Tensor) -> dict[str, Any]:
+    values = _sample(buffer)
+    return {"size": list(buffer.shape), "dtype": str(values.dtype).removeprefix("torch."), "values": values.tolist()}
+
+
+def _is_sample(stated: object) -> bool:
+    if not isinstance(stated, Mapping) or not isinstance(kind := stated.get("dtype"), str):
+        return False
+    size, values = stated.get("size"), stated.get("values")
+    if not isinstance(size, list) or not isinstance(values, list) or not isinstance(getattr(torch, kind, None), torch.dtype):
+        return False
+    return all(type(n) is int for n in size) and all(_is_number(value) and value is not None for value in values)
+
+
+def _sample(buffer: Tensor) -> Tensor:
+    """Takes values of a buffer, on the CPU; complex ones as two each."""
+    values = buffer.detach().flatten()[:: 1 + buffer.numel() // MOST].cpu()
+    return torch.view_as_real(values).flatten() if values.is_complex() else values
+
+
+def _apart(recorded: Mapping[str, Any], buffer: Tensor) -> tuple[float, float] | None:
+    """Returns the values furthest apart by more than the rounding of the coarser dtype; None if there are none."""
+    now = _sample(buffer)
+    if recorded["size"] != list(buffer.shape) or len(recorded["values"]) != len(now):
+        return None
+    kinds = [torch.finfo(kind) for kind in (getattr(torch, recorded["dtype"]), now.dtype) if kind.is_floating_point]
+    a, b = torch.tensor(recorded["values"], dtype=torch.float64), now.double()
+    largest = max(map(abs, filter(isfinite, recorded["values"])), default=0.0)
+    relative = max((max(2 * kind.eps, ROUNDING) for kind in kinds), default=0.0)
+    absolute = max((torch.finfo(torch.float32).eps * largest + kind.tiny * kind.eps for kind in kinds), default=0.0)
+    wrong = ~torch.isclose(a, b, rtol=relative, atol=absolute, equal_nan=True)
+    if not wrong.any():
+        return None
+    place = int(torch.where(wrong, (a - b).abs().nan_to_num(torch.inf), -1).argmax())
+    return a[place].item(), b[place].item()

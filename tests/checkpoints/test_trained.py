@@ -1,0 +1,213 @@
+"""What is exported computes what was trained: numbers that no state_dict holds are compared with those of the trained model."""
+
+import os
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+import billhook as bh
+from billhook.adapters.lora import save_adapters
+from billhook.checkpoints.export import export
+from billhook.model.constants import constants, differences, record_constants
+from billhook.model.shapes.checkpoint_shape import save_shape
+from billhook.model.shapes.shape import KEY
+from kit.families import build, tokens
+from kit.fits import data, trainer
+from kit.weight_pruning import checkpoints
+
+ATTENTION = "model.layers.1.self_attn"
+
+
+class Own(pl.LightningModule):
+    """A user's own module."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.net = model
+
+
+def exported(model, folder):
+    module = Own(model)
+    checkpoint = {"state_dict": module.state_dict()}
+    save_shape(module, checkpoint)
+    save_adapters(model, checkpoint)
+    torch.save(checkpoint, folder / "a.ckpt")
+    return export(folder / "a.ckpt", folder / "out")
+
+
+def scaled(factor):
+    """Gemma's embedding holds its scale twice, as a number and as a buffer that is not saved."""
+
+    def change(model):
+        model.model.embed_tokens.scalar_embed_scale *= factor
+        model.model.embed_tokens.embed_scale *= factor
+
+    return change
+
+
+def attribute(name, value):
+    owner, _, attr = name.rpartition(".")
+    return lambda model: setattr(model.get_submodule(owner), attr, value)
+
+
+def frequencies(*factors):
+    return lambda model: model.model.rotary_emb.inv_freq.mul_(torch.tensor(factors))
+
+
+OTHERS = {
+    "scale of embeddings": ("gemma", scaled(2.0), "model.embed_tokens.embed_scale was 11.3.* and its class makes 5.65"),
+    "scale of attention": ("llama", attribute(f"{ATTENTION}.scaling", 0.75), f"{ATTENTION}.scaling was 0.75 .* makes 0.5 of"),
+    "frequencies": ("llama", frequencies(0.5), "model.rotary_emb.inv_freq was 0.5 .* makes 1 of the config"),
+    "one of the frequencies": ("llama", frequencies(1.0, 0.5), "inv_freq was 0.005 .* makes 0.01 of"),
+    "experts of a token": ("mixtral", attribute("model.layers.1.mlp.gate.top_k", 1), "gate.top_k was 1 in .* makes 2 of"),
+    "a flag": ("mixtral", attribute(f"{ATTENTION}.is_causal", False), f"{ATTENTION}.is_causal was False in .* makes True of"),
+    "no cap": ("gemma2", attribute(f"{ATTENTION}.attn_logit_softcapping", None), "softcapping was None in .* makes 50 of"),
+    "a constant in a norm": ("llama", attribute("model.norm.variance_epsilon", 0.1), "norm.variance_epsilon was 0.1 in .* 1e-06"),
+}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("case", OTHERS)
+def test_numbers_that_the_config_does_not_make(case, lora, tmp_path):
+    """The weights are those that were trained; what a folder of them would compute is not."""
+    family, change, message = OTHERS[case]
+    attention = "sdpa" if case == "a flag" else "eager"
+    model = build(family, attn_implementation=attention)
+    change(model)
+    module = bh.TransformerModule(model, lora=bh.LoRA(r=2, target=["q_proj", "v_proj"]) if lora else None)
+    with pytest.raises(ValueError, match=f"'.*a.ckpt' holds no {type(model).__name__} that computes .*: .*{message}"):
+        exported(module.model, tmp_path)
+    assert os.listdir(tmp_path) == ["a.ckpt"]
+
+
+def test_a_checkpoint_of_an_older_billhook_records_none(tmp_path):
+    module = Own(build("llama"))
+    scaling = attribute(f"net.{ATTENTION}.scaling", 0.75)
+    scaling(module)
+    checkpoint = {"state_dict": module.state_dict()}
+    save_shape(module, checkpoint)
+    del checkpoint[KEY]["constants"]
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    assert export(tmp_path / "a.ckpt", tmp_path / "out").way == "plain"
+
+
+def after_long_inputs(model):
+    with torch.no_grad():
+        model(tokens(1, 200))
+    assert not torch.equal(model.model.rotary_emb.inv_freq, model.model.rotary_emb.original_inv_freq)
+
+
+def resized(model):
+    model.resize_token_embeddings(70, mean_resizing=False)
+    model.config.pad_token_id = 69
+
+
+def in_training(model):
+    model.train()
+    model.activation_checkpointing_enable()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+
+
+def unmasked(model):
+    model.config.output_router_logits = model.output_router_logits = True
+    model.router_aux_loss_coef = 0.5
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0, 1.0], "long_factor": [2.0, 4.0]}  # fmt: skip
+ALIKE = {
+    "dynamic frequencies": ("llama", {"rope_parameters": DYNAMIC}, after_long_inputs),
+    "long frequencies": ("llama", {"rope_parameters": LONG}, after_long_inputs),
+    "more tokens": ("llama", {}, resized),
+    "dropout, and activations computed anew": ("llama", {}, in_training),
+    "a loss of its own": ("mixtral", {}, unmasked),
+    "bfloat16": ("gemma", {}, lambda model: model.bfloat16()),
+    "float16": ("gemma3_text", {}, lambda model: model.half()),
+    "a number of the user's own": ("llama", {}, lambda model: setattr(model.model.layers[0], "depth", 3.0)),
+    "compiled": ("llama", {}, lambda model: model.compile(backend="eager")),
+}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["whole", "lora"])
+@pytest.mark.parametrize("case", ALIKE)
+def test_what_may_differ_in_training(case, lora, tmp_path):
+    family, options, change = ALIKE[case]
+    module = bh.TransformerModule(build(family, **options), lora=bh.LoRA(r=2, target=["q_proj", "v_proj"]) if lora else None)
+    change(module.model)
+    assert exported(module.model, tmp_path).way == "plain"
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_residual_channels_of_a_model_that_scales_its_embeddings(precision, files, tmp_path):
+    module = bh.TransformerModule(build("gemma", vocab_size=2048), lr=1e-2)
+    pruning = bh.StructuredPruning(bh.Amount(residual=0.25), at=1, importance=bh.WeightNorm(), measure_batches=0)
+    trainer(tmp_path, [pruning, checkpoints(tmp_path)], max_steps=2, precision=precision).fit(module, data(files))
+    path = tmp_path / "step=2.ckpt"
+    saved, again, ids = export(path, tmp_path / "out"), bh.load(tmp_path / "out"), tokens()
+    assert saved.way == "plain" or precision == "bf16-true"
+    with torch.no_grad():
+        difference = (again(ids).logits - module.model.eval()(ids).logits).abs().max()
+    assert difference <= (0 if precision == "32-true" else 0.02)
+    checkpoint = torch.load(path, weights_only=True)
+    scaled(1.25)(module.model)
+    save_shape(module, checkpoint)
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"embed_scale was .* in training, and its class makes"):
+        export(path, tmp_path / "other")
+
+
+class Table(nn.Module):
+    def __init__(self, *values, saved=False):
+        super().__init__()
+        self.register_buffer("table", torch.tensor(*values), persistent=saved)
+
+
+class TestConstants:
+    def test_what_they_are(self):
+        table = Table([1.0, 2.0])
+        table.count, table.flag, table.rate, table.none, table.name, table._hidden = 1, True, 0.5, None, "a", 2
+        whole = nn.ModuleDict({"a": table, "saved": Table([1.0], saved=True)})
+        found = {one.name for one in constants(whole) if not one.name.startswith(".")}
+        assert found == {"a.count", "a.flag", "a.rate", "a.none", "a.table"}
+        assert record_constants(whole)["numbers"]["a.rate"] == 0.5
+
+    def test_a_large_buffer_is_recorded_by_some_of_its_values(self):
+        model = Table([0.0])
+        model.table = torch.arange(300_000.0).view(100, 3000)
+        record = record_constants(model)
+        assert record["buffers"][".table"]["size"] == [100, 3000]
+        assert 1000 < len(record["buffers"][".table"]["values"]) <= 1024
+        model.table = model.table + 1
+        assert [(one.recorded, one.now) for one in differences(model, record)] == [(0.0, 1.0)]
+
+    @pytest.mark.parametrize(
+        ("then", "now", "alike"),
+        [
+            ([1.0, 2.0], [1.0, 2.1], False),
+            ([1.0, 2.0], [1.0, 2.0000001], True),
+            ([float("nan"), float("-inf")], [float("nan"), float("-inf")], True),
+            ([float("nan"), 1.0], [0.0, 1.0], False),
+            ([1, 2], [1, 3], False),
+            ([True, False], [True, True], False),
+            ([1 + 2j], [1 + 2j], True),
+            ([1 + 2j], [1 + 3j], False),
+            ([1.0, 2.0], [5.0, 2.0, 3.0], True),  # it has grown
+            ([], [], True),
+        ],
+    )
+    def test_buffers(self, then, now, alike):
+        assert (not differences(Table(now), record_constants(Table(then)))) == alike
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_rounding_is_no_difference(self, dtype):
+        values = 10000.0 ** -torch.linspace(0, 1, 64)
+        model, rounded = Table([0.0]), Table([0.0])
+        model.table, rounded.table = values, values.to(dtype)
+        assert not differences(model, record_constants(rounded))
+        assert not differences(rounded, record_constants(model))
+        rounded.table = (1.05 * values).to(dtype)
+        assert differences(model, record_constants(rounded))

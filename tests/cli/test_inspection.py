@@ -33,6 +33,12 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return capsys.readouterr().out
 
 
+def test_why_channels_are_not_those_of_a_feed_forward(tmp_path, capsys):
+    small_config(transformers.MambaConfig, architectures=["MambaForCausalLM"]).save_pretrained(tmp_path)
+    said = " ".join(printed(capsys, tmp_path / "config.json").split())
+    assert "): none can be removed: they go through a convolution and a gate, or are read twice" in said
+
+
 TABLE = """\
 LlamaForCausalLM: 59,184 parameters in 30 tensors
 

@@ -74,3 +74,10 @@ def test_what_no_weights_make_up_for_stays_as_the_config_says(family, tmp_path):
     attention = model.model.layers[0].self_attn
     scales = {name: value for name, value in vars(attention).items() if "lora_scale" in name}
     assert scales == {name: vars(make(family).model.layers[0].self_attn)[name] for name in scales}
+
+
+def test_a_class_that_makes_positions_where_a_number_is(tmp_path):
+    """Its constructor moves what it has made to the device of a single number."""
+    model = make("wav2vec2-conformer").float()
+    bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.25))
+    assert bh.save(model, tmp_path / "saved").way == "plain"

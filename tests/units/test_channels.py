@@ -7,6 +7,7 @@ import peft
 import pytest
 
 import billhook as bh
+from billhook.model.answers import alike, answer
 from billhook.tracing.trace import trace
 from billhook.units.find import find_units, of_kind, units_of
 from kit.families import build, llama, t5, tokens
@@ -43,6 +44,34 @@ def test_in_every_family(name):
     assert len(of_kind(found, "expert")) == EXPERTS.get(name, 0)
     assert len(of_kind(found, "residual")) == RESIDUAL.get(name, 1)
     assert not any(one.readers for one in of_kind(found, "expert").values())
+
+
+@pytest.mark.parametrize("name", ["apertus", "segformer", "pvt_v2"])
+def test_without_some_it_computes_as_if_they_were_masked(name):
+    """An activation that learns two numbers, or a convolution of each channel by itself, in a plain feed-forward."""
+    model = make(name)
+    found = find_units(model, "channel")
+    assert {one.readers[0].rpartition(".")[2] for one in found.values()} <= {"down_proj", "fc2", "dense2"}
+    gone = {place: [number, one.count() // 2] for number, (place, one) in enumerate(found.items())}
+    with bh.mask(model, gone, "channel"):
+        expected = answer(model)
+    bh.prune_units(model, gone, kind="channel")
+    assert alike(expected, answer(model), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("mamba", "those of backbone.layers.0.mixer go through a convolution and a gate, or are read twice"),
+        ("resnet", "those of resnet are in no block; those of resnet.encoder.stages.0.layers.0.layer are made or read by a conv"),
+    ],
+)
+def test_why_there_are_none(name, why):
+    model = make(name)
+    with pytest.raises(ValueError, match=f"has no channels; {why}"):
+        find_units(model, "channel")
+    with pytest.raises(ValueError, match=f"channels=0.25: the model has none that may be removed; {why}"):
+        bh.plan(model, bh.WeightNorm(), channels=0.25)
 
 
 class TestByName:

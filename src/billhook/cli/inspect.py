@@ -19,6 +19,7 @@ from billhook.pruning.removal import tried
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold, kind_name, labelled
 from billhook.tracing.trace import trace
+from billhook.units.channels import why_not
 from billhook.units.fields import SHOWN, FieldFinder
 from billhook.units.find import units_of
 from billhook.units.units import UnitKind, Units
@@ -106,7 +107,7 @@ def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[Saving]:
 
 
 def _tried(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], finder: FieldFinder) -> Saving | None:
-    """Removes a few units, and finds how the rest would be saved; None if `plan` knows no such units."""
+    """Removes a few units, and finds how the rest would be saved; None if `plan` knows none of these, and others."""
     kind, size = UNITS.get(part[0].kind), part[0].size
     if kind is None:
         return Saving(part, fields)
@@ -119,7 +120,9 @@ def _tried(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], f
         left = next(iter(legal), (size - 1) // step * step or size)
         gone = {name: _last(one, part[0], left) for name, one in units.items() if leaves & set(one.leaves)}
         if not gone:
-            return None
+            own = next(group for group in structure.groups if group.number in numbers)
+            why = why_not(model, structure, own) if kind == "channel" and not units else ""
+            return Saving(part, (), f"they {why}") if why else None
         way, config = way_of(tried(model, find_cut(model, structure, units, gone)))
     except ValueError as error:
         return Saving(part, (), str(error))

@@ -141,7 +141,7 @@ def plan_units(
         raise ValueError(f"kind={kind!r}: blocks are planned alone")
     structure = trace(subject)
     found = units_of(subject, structure, kinds)
-    check_any(subject, found, kinds)
+    check_any(subject, structure, found, kinds)
     cut = find_cut(subject, structure, found, units, per)
     tried(subject, cut)
     return UnitPlan.of(cut)

@@ -15,6 +15,7 @@ from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.expert_widths import width_step
 from billhook.pruning.removal import tried
 from billhook.tracing.trace import trace
+from billhook.units.channels import why_none
 from billhook.units.find import of_kind, units_of
 from billhook.units.units import Units
 
@@ -33,6 +34,11 @@ class Search:
 
     def check(self) -> None:
         """Refuses the amount if so much cannot be removed, whatever the scores; the message says what can."""
+        for name, ratio in self.amount.ratios.items():
+            kind = RATIOS[name][0]
+            if ratio and not of_kind(self.units, kind):
+                why = why_none(self.model, self._structure, kind)
+                raise ValueError(f"{name}={ratio:g}: the model has none that may be removed{why}")
         self.cut({name: torch.zeros(one.count(self.amount.per)) for name, one in self.units.items()})
 
     def free(self) -> dict[str, Units]:

@@ -7,7 +7,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.tracing.axes import find
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group, Member
 from billhook.units.units import UnitKind, Units
@@ -15,11 +14,35 @@ from billhook.units.units import UnitKind, Units
 
 def find_channels(model: nn.Module, structure: Structure, kind: UnitKind) -> list[Units]:
     """Finds the feed-forward channels (in blocks), residual channels or experts of a traced model."""
-    fed = {one.channel for one in structure.feed_forward}
-    groups = [group for group in structure.groups if group.kind == kind and (kind != "channel" or group.leaf in fed)]
+    groups = [group for group in structure.groups if group.kind == kind]
     if kind == "channel":
-        groups = [group for group in groups if _in_block(model, group.where) and not _convolved(model, group)]
+        groups = [group for group in groups if not why_not(model, structure, group)]
     return [_units(model, structure, group, kind) for group in groups]
+
+
+def why_none(model: nn.Module, structure: Structure, kind: UnitKind) -> str:
+    """Says why no channels of a model are those of a feed-forward; empty if there are none at all, or of another kind."""
+    groups = [group for group in structure.groups if kind == group.kind == "channel"]
+    first = {why_not(model, structure, group): group.where or "the model" for group in reversed(groups)}
+    return "".join(f"; those of {where} {reason}" for reason, where in reversed(first.items()) if reason)
+
+
+def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
+    """Says why channels are not those of a feed-forward; empty if they are."""
+    own = next((one for one in structure.feed_forward if one.channel is group.leaf), None)
+    modules = [_at(model, member.name.split(".")[:-1]) for member in group.members]
+    convolutions = [module for module in modules if isinstance(module, nn.modules.conv._ConvNd)]
+    if group.size < 2:
+        return "are one"
+    if own is None:
+        return "are not made and read as those of a feed-forward"
+    if not _in_block(model, group.where):
+        return "are in no block"
+    if any(module.groups != group.size for module in convolutions):
+        return "are made or read by a convolution"
+    if convolutions and (own.gate or len(own.down) > 1):
+        return "go through a convolution and a gate, or are read twice, as those of a recurrence"
+    return ""
 
 
 def _units(model: nn.Module, structure: Structure, group: Group, kind: UnitKind) -> Units:
@@ -55,8 +78,3 @@ def _in_block(model: nn.Module, name: str) -> bool:
     """Tells whether a module is within one that stands in a list."""
     path = name.split(".")
     return any(isinstance(_at(model, path[:end]), nn.ModuleList) for end in range(len(path)))
-
-
-def _convolved(model: nn.Module, group: Group) -> bool:
-    modules = [_at(model, member.name.split(".")[:-1]) for member in group.members]
-    return any(isinstance(module, nn.modules.conv._ConvNd) for module in modules) or find(group.leaf).size < 2

@@ -1,6 +1,6 @@
 """Finds the units of a model of any kind, and reads which of them somebody has chosen."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from torch import nn
@@ -10,7 +10,7 @@ from billhook.model.find import find_transformer
 from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import Inputs, trace
 from billhook.units.blocks import find_blocks
-from billhook.units.channels import find_channels
+from billhook.units.channels import find_channels, why_none
 from billhook.units.heads import find_heads
 from billhook.units.units import Per, UnitKind, Units, plural
 
@@ -45,8 +45,9 @@ def find_units(model: nn.Module, kind: UnitKind | Iterable[UnitKind], example_in
     subject = model if example_inputs is not None else find_transformer(model)
     stacks = _stacks(subject, example_inputs) if "block" in kinds else {}
     traced = [one for one in kinds if one != "block"]
-    found = units_of(subject, trace(subject, example_inputs), traced) | stacks if traced else stacks
-    check_any(subject, found, kinds)
+    structure = trace(subject, example_inputs) if traced else None
+    found = units_of(subject, structure, traced) | stacks if structure is not None else stacks
+    check_any(subject, structure, found, kinds)
     return found
 
 
@@ -58,10 +59,11 @@ def kinds_of(kind: UnitKind | Iterable[UnitKind]) -> list[UnitKind]:
     return kinds
 
 
-def check_any(model: nn.Module, units: Mapping[str, Units], kinds: Iterable[UnitKind]) -> None:
+def check_any(model: nn.Module, structure: Structure | None, units: Mapping[str, Units], kinds: Collection[UnitKind]) -> None:
     """Refuses a model without any units of some kinds."""
     if not units:
-        raise ValueError(f"model: {type(model).__name__} has no {plural(kinds)}")
+        why = "".join(why_none(model, structure, kind) for kind in kinds) if structure is not None else ""
+        raise ValueError(f"model: {type(model).__name__} has no {plural(kinds)}{why}")
 
 
 def check_held(model: nn.Module, units: Mapping[str, Units]) -> None:

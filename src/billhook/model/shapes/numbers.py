@@ -23,6 +23,8 @@ class _Known(TorchFunctionMode):
         self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:  # noqa: ANN401 - what torch gives
         one = func is torch.tensor and args and isinstance(args[0], int | float)
+        if func is torch.Tensor.to and args[0].is_meta:  # to where a single number is
+            kwargs = {name: value for name, value in (kwargs or {}).items() if name != "device"}
         return func(*args, **({"device": "cpu"} if one else {}) | dict(kwargs or {}))
 
 

@@ -24,8 +24,8 @@ from billhook.tracing.tape import (
 )
 
 BENDS = {
-    "celu", "elu", "erf", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid_forward", "mish", "relu",
-    "relu6", "selu", "sigmoid", "silu", "softplus", "tanh", "_prelu_kernel", "threshold",
+    "celu", "elu", "erf", "expm1", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid_forward", "mish",
+    "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "tanh", "_prelu_kernel", "threshold",
 }  # fmt: skip
 KEEPS = {"_to_copy", "clone", "copy", "detach", "alias", "lift", "contiguous", "where", "masked_fill"}
 CLAMPS = {"clamp", "clamp_min", "clamp_max"}

@@ -8,6 +8,7 @@ from small_configs import OVERRIDES, small_config
 from small_configs import build as small
 
 import billhook as bh
+from billhook.model.inputs import make_inputs
 from billhook.model.shapes.shape import shape_of
 from billhook.units.find import find_units
 from kit.families import build, llama, t5
@@ -165,6 +166,13 @@ class TestRefused:
     def test_models_without_attention(self):
         mamba = small(small_config(transformers.MambaConfig), transformers.MambaForCausalLM)
         refused(mamba, {0: [0]}, "model: MambaForCausalLM has no heads")
+
+    def test_a_model_whose_code_has_put_other_modules_in_place(self):
+        """A BigBird that has seen few tokens attends to all of them, and what is loaded builds that anew of its config."""
+        kind = transformers.BigBirdForMaskedLM
+        model = small(small_config(kind.config_class), kind)
+        model(**make_inputs(model))
+        refused(model, {0: [0, 1]}, "heads: BigBirdForMaskedLM runs without some, and no longer once it is saved and loaded")
 
     def test_a_plan_of_another_model(self):
         model = llama()

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.model.answers import alike, small_inputs, tolerance
+from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, set_fields
 from billhook.model.meta import to_meta
 from billhook.model.shapes.handed import Indices
-from billhook.model.shapes.shape import Shape, derived_then, note_shape, set_shape
+from billhook.model.shapes.shape import Shape, derived_then, note_shape, set_shape, shape_of, unbuilt_shape
 from billhook.model.surgery import Change, replace_parameters, undone_by_errors
 from billhook.pruning.cuts import Cut
 from billhook.pruning.fold import fold
@@ -69,7 +70,28 @@ def tried(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
     """Returns a model without units, on meta tensors; refuses what its code does not follow."""
     shadow = to_meta(model)
     remove(shadow, cut, [])
+    _check_anew(shadow, dict.fromkeys(PLURAL[cut.kinds[name]] for name in cut.units))
     return shadow
+
+
+def _check_anew(model: PreTrainedModel, what: Iterable[str]) -> None:
+    """Refuses a shape with which the class, built anew, does not run: a forward may have put other modules in place."""
+    lacks, anew = unbuilt_shape(model), build_on_meta(model, copy.deepcopy(model.config))
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    if not lacks.tensors or all(kinds.get(name) is type(module) for name, module in anew.named_modules()):
+        return
+    try:
+        trace(anew)
+    except ValueError:  # nor does it as it is
+        return
+    set_shape(anew, lacks.over(shape_of(anew)))
+    try:
+        trace(anew)
+    except ValueError as error:
+        raise ValueError(
+            f"{' or '.join(what)}: {type(model).__name__} runs without some, and no longer once it is saved and loaded, as its "
+            f"code has put other modules in place of those that its class builds: {error}"
+        ) from error
 
 
 class _Different(Exception):

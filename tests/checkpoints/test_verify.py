@@ -67,12 +67,24 @@ def test_attention_is_computed_as_in_each_part(tmp_path):
 
 def test_noise_that_a_model_draws_is_the_same_for_both(tmp_path):
     class Noisy(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            torch.rand(1, device="cpu")  # loading draws, too
+
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
             output.logits = output.logits + torch.randn_like(output.logits)
             return output
 
     assert billhook.save(Noisy(llama().config), tmp_path / "a").difference == 0
+
+
+def test_logits_of_another_size_are_others(tmp_path):
+    model = llama()
+    probe = make_probe(model)
+    model.save_pretrained(tmp_path / "a")
+    with pytest.raises(RuntimeError, match=r"other logits: they are \[1, 32, 64\], and were \[1, 31, 64\]; it was not saved"):
+        verify(model, expect(model, probe)[:, 1:], tmp_path / "a", probe)
 
 
 def test_where_the_weights_lie_in_memory_does_not_matter(tmp_path):

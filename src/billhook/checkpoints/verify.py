@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from billhook.model.inputs import make_inputs
 from billhook.model.shapes.shaped import load_as
 from billhook.model.transformers_internals import compute_alike
+from billhook.running.noise import seeded
 from billhook.running.undisturbed import undisturbed
 
 Probe = Mapping[str, Any]
@@ -34,6 +35,9 @@ def verify(
     compute_alike(model, reloaded)
     _lie_alike(model, reloaded)
     found = logits_of(reloaded, probe)
+    if found.shape != expected.shape:
+        sizes = f"they are {list(found.shape)}, and were {list(expected.shape)}"
+        raise RuntimeError(f"the reloaded checkpoint computes other logits: {sizes}; it was not saved")
     same = (expected == found) | (expected.isnan() & found.isnan())
     if same.all():
         return 0.0
@@ -65,9 +69,9 @@ def expect(model: PreTrainedModel, probe: Probe) -> Tensor:
 
 
 def logits_of(model: PreTrainedModel, probe: Probe) -> Tensor:
-    """Computes the logits in float32, or for a model without a head its first output."""
+    """Computes the logits in float32, or for a model without a head its first output; some draw random numbers, the same."""
     inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in probe.items()}
-    with undisturbed(model):
+    with undisturbed(model), seeded(0, model.device):
         output = model(**inputs)
     logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
     return logits.float()

@@ -26,13 +26,8 @@ class Noise:
     @contextmanager
     def drawn(self, device: torch.device, step: int, rank: int) -> Iterator[None]:
         """Has torch draw from the numbers of a step within the block, on the CPU and this device."""
-        cuda = [device] if device.type == "cuda" else []
         own = int.from_bytes(hashlib.blake2b(f"{self.draw()} {step} {rank}".encode(), digest_size=7).digest())
-        with torch.random.fork_rng(devices=cuda):
-            torch.default_generator.manual_seed(own)
-            for one in cuda:
-                with torch.cuda.device(one):
-                    torch.cuda.manual_seed(own)
+        with seeded(own, device):
             yield
 
     def state_dict(self) -> dict[str, int]:
@@ -42,6 +37,18 @@ class Noise:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Goes on with that seed."""
         self.seed = state.get("seed")
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Has torch draw from the numbers of a seed within the block, on the CPU and this device."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        torch.default_generator.manual_seed(seed)
+        for one in cuda:
+            with torch.cuda.device(one):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -153,3 +153,13 @@ def test_a_layer_without_attention_of_the_usual_kind_is_none_of_the_method():
         bh.convert_kv_heads(model, 1, "svd", IDS, layers=[full])
     batches = [{"input_ids": torch.randint(10, 60, (8, 12))} for _ in range(3)]
     assert bh.convert_kv_heads(model, 1, "mean", batches, repair=bh.Repair(), layers=[full]).layers == (full,)
+
+
+def test_attentions_that_have_one_head_only_stay():
+    """GroupViT assigns patches to groups by attentions of a single head."""
+    model = other("GroupViTModel")
+    dense = kv_heads_by_layer(model)
+    assert set(dense.values()) == {6, 1}
+    bh.convert_kv_heads(model, 3)
+    assert kv_heads_by_layer(model) == {name: min(heads, 3) for name, heads in dense.items()}
+    model(**make_inputs(model))

@@ -17,7 +17,7 @@ from billhook.kv_heads.config import is_as_built
 from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.kv_heads.linears import cut_into_groups, cut_into_handed
 from billhook.kv_heads.pooling import Shrunk
-from billhook.kv_heads.scope import check_kv_heads, in_scope, inside_encoder
+from billhook.kv_heads.scope import check_kv_heads, choose, inside_encoder
 from billhook.model.answers import alike
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import fields_of, with_fields
@@ -41,7 +41,7 @@ def prove(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Coll
     as_built = is_as_built(model, usual, _every_name(model, rows))
     small = small_copy(model, None if as_built else unbuilt_shape(model), few=alike)
     attentions = find_kv(small)
-    own = in_scope(small, attentions, encoder=bool(inside_encoder(model, found) & set(chosen)))
+    own = choose(small, attentions, heads, None, encoder=bool(inside_encoder(model, found) & set(chosen)))
     before, queries = attentions[own[0]].heads, attentions[own[0]].queries
     check_kv_heads(heads, before, queries)
     stated = attention_of(model.config)

@@ -12,6 +12,7 @@ from torch import nn
 
 import billhook as bh
 from billhook.importance.base import Importance, Sums
+from billhook.model.answers import cached_answer
 from billhook.model.find import find_transformer
 from billhook.model.inputs import make_inputs
 from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
@@ -354,6 +355,15 @@ class TestPlan:
         before = everything(model)
         with pytest.raises(ValueError, match="does not run without .*1.* with a key-value cache.*: ValueError"):
             bh.plan_units(model, [1], "block")
+        assert everything(model) == before
+
+    @pytest.mark.parametrize("make", [llama, t5, lambda: other("JambaForCausalLM")], ids=["llama", "t5", "jamba"])
+    def test_the_cached_answer_goes_one_token_on(self, make):
+        model = make()
+        before = everything(model)
+        found, error = cached_answer(model)
+        assert error is None
+        assert [len(one[0]) for one in found if one.shape[-1] == model.config.vocab_size] == [5 if make is t5 else 7, 1]
         assert everything(model) == before
 
     def test_two_stacks_must_be_told_apart(self):

@@ -1,7 +1,6 @@
 """The answers of a model to small random inputs, by which two ways to compute it are compared."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,30 +30,21 @@ def cached_answer(model: PreTrainedModel) -> tuple[list[Tensor], Exception | Non
     """Returns what `answer` does with a key-value cache, then for one token more; ends with the error of what does not run."""
     inputs, found = small_inputs(model), list[Tensor]()
     inputs |= dict.fromkeys({"use_cache"} & inputs.keys(), True)
+    configs: list[Any] = [config for config in configs_of(model) if getattr(config, "use_cache", False)]
     try:
-        with resting(model), _caching(model):
+        with resting(model):
+            for config in configs:
+                config.use_cache = True
             given = model(**inputs, return_dict=True)
             found += _real(given)
             ids = next((name for name in ("decoder_input_ids", "input_ids") if name in inputs), None)
-            if ids is not None and (cache := given.get("past_key_values")) is not None:
-                more = inputs | {ids: inputs[ids][:, -1:], "past_key_values": cache}
+            cache = next((name for name in ("cache", "past_key_values") if given.get(name) is not None), None)
+            if ids is not None and cache is not None:
+                more = inputs | {ids: inputs[ids][:, -1:], cache: given[cache]}
                 found += _real(model(**more, return_dict=True))
     except Exception as error:  # whatever a model raises
         return found, error
     return found, None
-
-
-@contextmanager
-def _caching(model: nn.Module) -> Iterator[None]:
-    """Sets in all configs that a cache is used."""
-    without: list[Any] = [config for config in configs_of(model) if getattr(config, "use_cache", None) is False]
-    for config in without:
-        config.use_cache = True
-    try:
-        yield
-    finally:
-        for config in without:
-            config.use_cache = False
 
 
 def _real(given: Any) -> list[Tensor]:  # noqa: ANN401 - a dictionary of anything

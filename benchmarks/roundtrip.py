@@ -314,7 +314,9 @@ def kept_of_four(subject: Subject, dense: nn.Module, model: nn.Module, names) ->
         def add(module, args, out, name=name):
             sums[name] = sums.get(name, 0) + args[0].double().flatten(0, -2).square().sum(0)
 
-        handles.append(dense.get_submodule(name).register_forward_hook(add))
+        weight = dense.get_submodule(name).weight
+        sharing = [module for module in dense.modules() if getattr(module, "weight", None) is weight]
+        handles += [module.register_forward_hook(add) for module in sharing]
     subject.answer(dense)
     for handle in handles:
         handle.remove()

@@ -5,7 +5,6 @@ Code that views keys as `(batch, -1, heads, width)` runs at some lengths althoug
 
 import copy
 import inspect
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal
 
@@ -26,8 +25,8 @@ from billhook.model.shapes.shape import Shape, set_shape, shape_of, unbuilt_shap
 from billhook.model.surgery import Change, replace_parameters
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
 from billhook.running.trees import tree_leaves
+from billhook.units.fields import LAYERS
 
-LAYERS = re.compile(r"(^|[_.])layers?$")
 TOLERANCE = 1e-3
 KVWay = Literal["config", "groups", "handed"]
 Inputs = dict[str, Any]

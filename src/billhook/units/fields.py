@@ -1,6 +1,7 @@
 """Finds the fields of a config that say how many units there are, by building the model's own class; none is looked up."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from functools import cached_property, partial
 
@@ -16,6 +17,8 @@ from billhook.tracing.trace import trace
 
 TOGETHER = 3  # fields that must change at once, at most
 TRIED, SHOWN = 512, 4  # numbers of units that a config may accept: the most that are tried, and returned
+
+LAYERS = re.compile(r"(^|[_.])layers?$")
 
 Places = dict[tuple[str, int], int]
 """Sizes of dimensions of parameters: (parameter, dimension) -> size."""
@@ -46,7 +49,7 @@ class FieldFinder:
         return found or (self._find(given, wanted, groups, after, self._defaults) if self._defaults else ())
 
     def counts(self, size: int, fields: Sequence[str]) -> tuple[int, ...]:
-        """Returns the highest few numbers of units below `size` that the class of the config accepts."""
+        """Returns the highest few numbers of units below `size` that the classes of the config and of the model accept."""
         found: list[int] = []
         for count in range(size - 1, max(size - TRIED, 1) - 1, -1):
             if self._accepted(self.values(size, fields, count)):
@@ -62,12 +65,13 @@ class FieldFinder:
         return {name: left_open.get(name, count) if v is None else v // size * count for name, v in given.items()}
 
     def _accepted(self, values: dict[str, int]) -> bool:
-        config = with_fields(self.model.config, values)
-        try:
-            type(config).from_dict(config.to_dict())
-        except Exception:  # whatever a class of configs raises
-            return False
-        return True
+        return _builds(self.model, values) and _builds(self.model, values | self._shallow, whole=True)
+
+    @cached_property
+    def _shallow(self) -> dict[str, int]:
+        """The numbers of layers, few, if the class builds so few: whether it accepts a width can then be asked often."""
+        few = {name: 2 for name, value in _numbers(self.model.config) if value is not None and value > 2 and LAYERS.search(name)}
+        return few if _builds(self.model, few, whole=True) else {}
 
     @cached_property
     def _defaults(self) -> dict[str, int]:
@@ -125,6 +129,18 @@ class FieldFinder:
         if then.keys() != self.now.keys():
             return None
         return {place: size for place, size in then.items() if size != self.now[place]}
+
+
+def _builds(model: PreTrainedModel, values: dict[str, int], whole: bool = False) -> bool:
+    """Tells whether the class of the config, and of the `whole` model, accepts some fields."""
+    config = with_fields(model.config, values)
+    try:
+        type(config).from_dict(config.to_dict())
+        if whole:
+            build_on_meta(model, config)
+    except Exception:  # whatever a class of configs or models raises
+        return False
+    return True
 
 
 def _places(model: nn.Module) -> Places:

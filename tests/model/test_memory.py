@@ -14,7 +14,7 @@ from torch import nn
 import billhook as bh
 from billhook.model import memory
 from billhook.model.figures import figures_of
-from billhook.model.memory import forget, remembered, sight
+from billhook.model.memory import forget, remembered, remembered_built, sight
 from kit.families import llama
 
 
@@ -228,3 +228,29 @@ def test_threads_find_the_same():
     for model, figures, shown in found:
         assert figures == figures_of(model)
         assert shown == str(bh.trace(model))
+
+
+def test_what_a_class_builds_is_remembered_by_the_config():
+    model, found = llama(), []
+
+    def find(config, kind=None):
+        return remembered_built(lambda: found.append(1) or {"found": len(found)}, kind or type(model), config, "test")
+
+    first_time = find(model.config)
+    first_time["found"] = None
+    assert find(copy.deepcopy(model.config)) == {"found": 1}
+    other = copy.deepcopy(model.config)
+    other.rope_parameters["rope_theta"] = 7.0
+    assert [find(other), find(model.config, nn.Module), find(other)] == [{"found": 2}, {"found": 3}, {"found": 2}]
+    torch.set_default_dtype(torch.float64)
+    assert find(model.config) == {"found": 4}
+    torch.set_default_dtype(torch.float32)
+    forget()
+    assert find(model.config) == {"found": 5}
+    other.own = lambda: found
+    assert [find(other), find(other)] == [{"found": 6}, {"found": 7}]
+    for number in range(memory.MOST_BUILT + 1):
+        other = copy.deepcopy(model.config)
+        other.number = number
+        find(other)
+    assert find(model.config) == {"found": memory.MOST_BUILT + 9}

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.model.build import build_class_on_meta
-from billhook.model.shapes.shape import KEY, Shape, shape_of
+from billhook.model.shapes.shape import KEY, Shape, built_shape, shape_of
 
 ANY = object()
 """Any value, of a config field that no code reads."""
@@ -89,7 +89,7 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
         try:
             known = counts if own else {name: count for name, count in counts.items() if name in _declared(reads)}
             candidate = reads.from_dict(copied | known | changes | {"architectures": [kind.__name__]})
-            built = shape_of(build_class_on_meta(kind, candidate))
+            built = built_shape(kind, candidate)
         except Exception:  # whatever a class of configs or models raises
             continue
         sizes = now.tensors if own else now.tensors | {name: now.tensors[name][::-1] for name in _transposed(model, kind)}

@@ -8,10 +8,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.kv_heads.layout import KVAttention, Rows, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
-from billhook.model.build import build_on_meta
 from billhook.model.config_fields import field
 from billhook.model.meta import to_meta
-from billhook.model.shapes.shape import FLAG, Shape, set_shape, shape_of
+from billhook.model.shapes.shape import FLAG, Shape, built_shape, set_shape, shape_of
 
 FIELD = "num_key_value_heads"
 FIELDS = (FIELD, "num_kv_heads")
@@ -25,10 +24,10 @@ def cut_by_config(
     With `encoder` the encoder's config changes as well; with `every` all of the chosen must follow. None, too, of a model that in
     anything else is no longer what its class builds, as without some heads.
     """
-    usual = shape_of(build_on_meta(model, copy.deepcopy(model.config)))
+    usual = built_shape(type(model), model.config)
     for config in _changed(model, heads, encoder):
         try:
-            built = shape_of(build_on_meta(model, config))
+            built = built_shape(type(model), config)
         except Exception:  # whatever a class of models raises
             continue
         resized = [name for name, size in usual.tensors.items() if built.tensors.get(name) != size]

@@ -18,10 +18,9 @@ from billhook.kv_heads.linears import cut_into_groups, cut_into_handed
 from billhook.kv_heads.pooling import Shrunk
 from billhook.kv_heads.scope import check_kv_heads, choose, inside_encoder
 from billhook.model.answers import alike
-from billhook.model.build import build_on_meta
 from billhook.model.config_fields import fields_of, with_fields
 from billhook.model.inputs import make_inputs
-from billhook.model.shapes.shape import Shape, set_shape, shape_of, unbuilt_shape
+from billhook.model.shapes.shape import Shape, built_shape, set_shape, shape_of, unbuilt_shape
 from billhook.model.surgery import Change, replace_parameters
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
 from billhook.running.trees import tree_leaves
@@ -35,7 +34,7 @@ Inputs = dict[str, Any]
 def prove(model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> tuple[KVWay, Shrunk]:
     """Finds the way that a small copy of the model shows to be right."""
     rows = {name for one in found.values() for name in one.rows}
-    usual = shape_of(build_on_meta(model, copy.deepcopy(model.config)))
+    usual = built_shape(type(model), model.config)
     alike = len({(found[name].queries, found[name].heads) for name in chosen}) == 1
     as_built = is_as_built(model, usual, _every_name(model, rows))
     small = small_copy(model, None if as_built else unbuilt_shape(model), few=alike)

@@ -13,6 +13,7 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from billhook.model.hooks import is_part
 
@@ -20,10 +21,13 @@ Found = TypeVar("Found")
 
 MOST = 64
 """How many findings are remembered: those of a few models, and of the shapes that gradual pruning gives them."""
+MOST_BUILT = 512
+"""How many findings of what classes build: of each shape, the search for its config builds dozens."""
 
 # The only state of the process that billhook keeps: without it half of a short fit is spent on finding the same again.
 # Findings are bytes, so that whatever a caller does to one does not reach the next, and no model is held.
 _findings: OrderedDict[Hashable, bytes] = OrderedDict()
+_built: OrderedDict[Hashable, bytes] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -33,13 +37,26 @@ def remembered(find: Callable[[], Found], model: nn.Module, *given: Hashable) ->
     It can be pickled, and follows from the model's `sight` and from what is `given`: a name for it, and what else decides it.
     """
     seen = sight(model)
-    if seen is None:
+    return find() if seen is None else _looked_up(_findings, MOST, (seen, given, torch.get_default_dtype()), find)
+
+
+def remembered_built(find: Callable[[], Found], kind: type[nn.Module], config: PretrainedConfig, *given: Hashable) -> Found:
+    """Returns what `find` finds of what a class builds from a config; calls it only if it is not known of an equal config."""
+    written = io.BytesIO()
+    writer = _Writer(written, set())
+    try:
+        writer.dump(config)
+    except Exception:  # whatever a config of somebody's own holds
         return find()
-    key = (seen, given, torch.get_default_dtype())
+    key = (ref(kind), blake2b(written.getbuffer()).digest(), tuple(writer.code), given, torch.get_default_dtype())
+    return _looked_up(_built, MOST_BUILT, key, find)
+
+
+def _looked_up(findings: OrderedDict[Hashable, bytes], most: int, key: Hashable, find: Callable[[], Found]) -> Found:
     with _lock:
-        known = _findings.get(key)
+        known = findings.get(key)
         if known is not None:
-            _findings.move_to_end(key)
+            findings.move_to_end(key)
     if known is not None:
         again: Found = pickle.loads(known)
         return again
@@ -49,9 +66,9 @@ def remembered(find: Callable[[], Found], model: nn.Module, *given: Hashable) ->
     except RecursionError:  # some axes are made of thousands of others
         return found
     with _lock:
-        _findings[key] = written
-        while len(_findings) > MOST:
-            _findings.popitem(last=False)
+        findings[key] = written
+        while len(findings) > most:
+            findings.popitem(last=False)
     return found
 
 
@@ -59,6 +76,7 @@ def forget() -> None:
     """Forgets all findings: needed only after replacing code of models other than their classes' `forward`."""
     with _lock:
         _findings.clear()
+        _built.clear()
 
 
 def sight(model: nn.Module) -> Hashable | None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, fields_of, with_fields
+from billhook.model.memory import remembered_built
 from billhook.units.fields import TOGETHER
 
 Gone = Mapping[str, Sequence[int]]
@@ -72,10 +73,10 @@ class _Finder:
     def _build(self, fields: Fields) -> Built | None:
         try:
             config = with_fields(self.model.config, fields)
-            shadow = build_on_meta(self.model, type(config).from_dict(config.to_dict()))
+            config = type(config).from_dict(config.to_dict())
+            return remembered_built(lambda: _built(build_on_meta(self.model, config)), type(self.model), config, "built")
         except Exception:  # whatever a class of configs or models raises
             return None
-        return Built({name: tuple(tensor.shape) for name, tensor in shadow.state_dict().items()}, dict(_attributes(shadow)))
 
     def moved(self, name: str) -> str | None:
         """Returns the new name of a tensor or attribute; None if it is removed."""
@@ -179,6 +180,10 @@ class _Finder:
 
     def _stack_of(self, name: str) -> str | None:
         return next((stack for stack in self.gone if name.startswith(f"{stack}.")), None)
+
+
+def _built(shadow: nn.Module) -> Built:
+    return Built({name: tuple(tensor.shape) for name, tensor in shadow.state_dict().items()}, dict(_attributes(shadow)))
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:

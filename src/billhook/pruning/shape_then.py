@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import adapted, beneath, without_adapters
-from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, configs_of, field, set_fields, with_fields
 from billhook.model.meta import to_meta
-from billhook.model.shapes.shape import GROUPS, Shape, set_shape, shape_of
+from billhook.model.shapes.shape import GROUPS, Shape, built_shape, set_shape, shape_of
 from billhook.model.transformers_internals import set_attention
 from billhook.pruning.cuts import Cut
 from billhook.tracing.groups import Kind
@@ -138,7 +137,7 @@ def _build_shape(model: PreTrainedModel, fields: Fields) -> Shape:
     """Builds the model's class from its config with some fields changed, and returns its shape."""
     config = with_fields(model.config, fields)
     type(config).from_dict(config.to_dict())  # which refuses what its class does not allow
-    return shape_of(build_on_meta(model, config))
+    return built_shape(type(model), config)
 
 
 def _assignments(model: PreTrainedModel, cut: Cut, now: Shape, tensors: dict[str, tuple[int, ...]]) -> Iterator[dict[str, int]]:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import fields_of, with_fields
-from billhook.model.memory import remembered
+from billhook.model.memory import remembered, remembered_built
 from billhook.tracing.axes import leaves
 from billhook.tracing.groups import Group, times
 from billhook.tracing.trace import trace
@@ -123,7 +123,8 @@ class FieldFinder:
 
     def _build(self, values: dict[str, int]) -> Places | None:
         try:
-            then = _places(build_on_meta(self.model, with_fields(self.model.config, values)))
+            config = with_fields(self.model.config, values)
+            then = remembered_built(lambda: _places(build_on_meta(self.model, config)), type(self.model), config, "places")
         except Exception:  # whatever a model's own code raises
             return None
         if then.keys() != self.now.keys():

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.model.build import build_on_meta
+from billhook.model.build import build_class_on_meta
 from billhook.model.constants import constants
+from billhook.model.memory import remembered_built
 
 Numbers = dict[str, tuple[float, float]]
 """Numbers that modules hold, by dotted name: before and after."""
@@ -30,7 +32,12 @@ class _Known(TorchFunctionMode):
 
 def derived(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
     """Finds the numbers that the model's class makes otherwise of its config than of an earlier one."""
-    then, now = (dict(_numbers(build_on_meta(model, copy.deepcopy(config), _Known()))) for config in (before, model.config))
+    kind = type(model)
+
+    def built(config: PretrainedConfig) -> dict[str, float]:
+        return dict(_numbers(build_class_on_meta(kind, copy.deepcopy(config), _Known())))
+
+    then, now = (remembered_built(partial(built, config), kind, config, "numbers") for config in (before, model.config))
     return {name: (value, now[name]) for name, value in then.items() if now.get(name, value) != value}
 
 

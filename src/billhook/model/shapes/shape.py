@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.model.build import build_on_meta
+from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import Fields, fields_of, set_fields
 from billhook.model.linears import is_linear
+from billhook.model.memory import remembered_built
 from billhook.model.shapes.handed import Handing, hand, handing_of
 from billhook.model.shapes.numbers import Numbers, derived, take_derived
 from billhook.model.shapes.stacks import first_of, keep, numbers_of, taken_out
@@ -139,13 +140,18 @@ def shape_of(model: nn.Module) -> Shape:
     return Shape(tensors, attributes, config, lists, taken_out(model), handed)
 
 
+def built_shape(kind: type[PreTrainedModel], config: PretrainedConfig) -> Shape:
+    """Returns the shape that a class builds from a config, which stays as it is."""
+    return remembered_built(lambda: shape_of(build_class_on_meta(kind, copy.deepcopy(config))), kind, config, "shape")
+
+
 def unbuilt_shape(model: PreTrainedModel) -> Shape:
     """Returns the part of a model's shape that its config cannot express; without tensors if the config describes the model.
 
     The attributes alone may differ in such a model too, as when a field of the config was changed after building. Linears count
     as those that they are without adapters.
     """
-    now, built = shape_of(model), shape_of(build_on_meta(model, copy.deepcopy(model.config)))
+    now, built = shape_of(model), built_shape(type(model), model.config)
     sizes, numbers, handed = _bare(now.tensors), _bare(now.attributes), _bare(now.handed or {})
     tensors = {name: size for name, size in sizes.items() if built.tensors.get(name, size) != size}
     given = {name for name in numbers.keys() - built.attributes if name.endswith(f".{GROUPS}")}

@@ -5,6 +5,7 @@ import os
 import lightning.pytorch as pl
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import billhook as bh
@@ -13,6 +14,7 @@ from billhook.checkpoints.export import export
 from billhook.model.constants import constants, differences, record_constants
 from billhook.model.shapes.checkpoint_shape import save_shape
 from billhook.model.shapes.shape import KEY
+from billhook.model.transformers_internals import follows_inputs
 from kit.families import build, tokens
 from kit.fits import data, trainer
 from kit.weight_pruning import checkpoints
@@ -164,6 +166,22 @@ class Table(nn.Module):
     def __init__(self, *values, saved=False):
         super().__init__()
         self.register_buffer("table", torch.tensor(*values), persistent=saved)
+
+
+def test_a_table_in_bfloat16(tmp_path):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64, "rotary_dim": 8, "vocab_size": 64}
+    model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes, bos_token_id=1, eos_token_id=2))
+    assert exported(model.bfloat16(), tmp_path).way == "plain"
+
+
+def test_what_forwards_change():
+    assert follows_inputs(build("llama", rope_parameters=DYNAMIC).model.rotary_emb, "inv_freq")
+    assert not follows_inputs(build("llama", rope_parameters=DYNAMIC).model.rotary_emb, "original_inv_freq")
+    assert not follows_inputs(build("llama").model.rotary_emb, "inv_freq")
+    two = build("gemma3_text", layer_types=["sliding_attention", "full_attention"]).model.rotary_emb
+    assert not follows_inputs(two, "full_attention_inv_freq")
+    two.rope_type["full_attention"] = "dynamic"
+    assert follows_inputs(two, "full_attention_inv_freq")
 
 
 class TestConstants:

@@ -56,6 +56,10 @@ def test_classes_are_found_and_built():
     assert classes_of(transformers.AutoModelForCausalLM, transformers.ViTConfig()) == []
     built = build_class(transformers.LlamaForCausalLM, llama().config, torch.bfloat16)
     assert built.dtype == torch.bfloat16
+    config = transformers.GPTJConfig(n_embd=32, n_layer=1, n_head=4, n_positions=64, rotary_dim=8, vocab_size=64, eos_token_id=1)
+    tables = [build_class(transformers.GPTJForCausalLM, config, kind) for kind in (torch.float32, torch.bfloat16)]
+    table, rounded = (model.transformer.rotary_emb.embed_positions for model in tables)
+    assert torch.equal(table, rounded)  # as from_pretrained makes it
     assert all("llama" in getattr(modeling_auto, name) for name in ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_MAPPING_NAMES"))
     assert all(isinstance(getattr(modeling_auto, name), dict) for name in MAPPINGS)
 

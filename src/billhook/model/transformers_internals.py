@@ -16,6 +16,9 @@ from billhook.model.config_fields import configs_of
 ATTENTION = "_attn_implementation_internal"
 """The attribute of a config that holds how attention is computed; to set it asks for no check."""
 
+LOADED = "_is_hf_initialized"
+"""The attribute of modules and tensors that are not to be initialized, as they are loaded."""
+
 EXPERTS = "_experts_implementation_internal"
 """The same of experts."""
 
@@ -66,8 +69,11 @@ def compute_alike(model: nn.Module, other: nn.Module) -> None:
 
 
 def build_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Builds a model of a class, with weights."""
+    """Builds a model of a class, with weights; tables in buffers are as loading makes them, in float32 whatever the dtype."""
     model: PreTrainedModel = kind._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    for module in model.modules():
+        setattr(module, LOADED, not module._buffers)
+    model.initialize_weights()  # type: ignore[no-untyped-call]
     return model
 
 

@@ -20,9 +20,9 @@ from billhook.model.inputs import make_inputs
 from billhook.model.linears import is_linear
 from billhook.model.shapes.handed import Handing
 from billhook.model.shapes.shape import GROUPS, KEY, VERSIONS, Shape, set_shape, shape_of, to_entry
+from billhook.model.transformers_internals import LOADED
 from billhook.running.undisturbed import undisturbed
 
-LOADED = "_is_hf_initialized"  # on what transformers has loaded
 LARGEST = 2**48  # numbers in one tensor: far more than memory holds, and few enough for torch to count their bytes
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
 """Names that attentions give to how many heads of queries they have."""

@@ -44,10 +44,10 @@ REPEATED = re.compile("(layers?|depths?|blocks|experts)$")
 def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> Saved:
     """Turns a Lightning checkpoint that billhook's callbacks or module wrote into a Hugging Face folder, verified.
 
-    The model is built anew of the config, shape and weights in the checkpoint, every weight by its name and size. The numbers and
+    The model is rebuilt of the config, shape and weights in the checkpoint, every weight by its name and size. The numbers and
     unsaved buffers by which it computes are compared with those that the checkpoint records of the model that was trained, such
     as the scale of embeddings; one of an older billhook records none. Then the folder is loaded again, and its logits are
-    compared with those of the model built anew. The trained model's own logits are not known here: they would take a forward at
+    compared with those of the rebuilt model. The trained model's own logits are not known here: they would take a forward at
     every checkpoint. So code that a script put in the place of the class's own is not seen.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a model computes by and no state_dict holds: plain numbers of its modules, and buffers that are not saved."""
+"""Constants by which a model computes and that no state_dict holds: plain numbers of modules, and buffers that are not saved."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Constant:
 
     @property
     def value(self) -> Any:  # noqa: ANN401 - a number or a tensor
-        """What it is now."""
+        """Its value now."""
         return self.holder[self.attr]
 
 

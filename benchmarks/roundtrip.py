@@ -48,6 +48,7 @@ from billhook.model.transformers_internals import compute_alike
 from billhook.sparsity.plan import WeightPlan
 from billhook.tracing.trace import trace
 
+HEADS = ("num_heads", "num_attention_heads")
 SECONDS = 60
 TOLERANCE = 1e-4  # relative to the largest output, and at least 30 times the effect of the last digit of every weight
 BUGS = ("wrong", "raw", "late", "broken promise")
@@ -221,10 +222,13 @@ def convert(method: str, subject: Subject, model: nn.Module) -> Done:
 def tied(subject: Subject, dense: nn.Module, plan) -> list[Tensor] | None:
     """Answers with every KV head of the dense model replaced by the mean of its group."""
     state = dense.state_dict(keep_vars=True)
-    if isinstance(getattr(dense.config, "num_heads", None), list | tuple):
-        return None  # stages with other numbers of heads
+    stages = any(isinstance(getattr(dense.config, said, None), list | tuple) for said in HEADS)
     for name, pooled in plan.parameters.items():
         heads, count = plan.before, len(pooled.index)
+        if stages:  # of other numbers of heads
+            path = name.split(".")
+            owners = [dense.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, 0, -1)]
+            heads = next((vars(owner)[said] for owner in owners for said in HEADS if said in vars(owner)), heads)
         if count % heads or pooled.counts.min() != pooled.counts.max():
             return None  # joined with queries
         moved = state[name].data.movedim(pooled.dim, 0)

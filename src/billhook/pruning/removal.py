@@ -70,23 +70,23 @@ def tried(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
     """Returns a model without units, on meta tensors; refuses what its code does not follow."""
     shadow = to_meta(model)
     remove(shadow, cut, [])
-    _check_anew(shadow, dict.fromkeys(PLURAL[cut.kinds[name]] for name in cut.units))
+    _check_rebuilt(shadow, dict.fromkeys(PLURAL[cut.kinds[name]] for name in cut.units))
     return shadow
 
 
-def _check_anew(model: PreTrainedModel, what: Iterable[str]) -> None:
-    """Refuses a shape with which the class, built anew, does not run: a forward may have put other modules in place."""
-    lacks, anew = unbuilt_shape(model), build_on_meta(model, copy.deepcopy(model.config))
+def _check_rebuilt(model: PreTrainedModel, what: Iterable[str]) -> None:
+    """Refuses a shape with which the class, rebuilt from its config, does not run: a forward may have put other modules in place."""
+    lacks, rebuilt = unbuilt_shape(model), build_on_meta(model, copy.deepcopy(model.config))
     kinds = {name: type(module) for name, module in model.named_modules()}
-    if not lacks.tensors or all(kinds.get(name) is type(module) for name, module in anew.named_modules()):
+    if not lacks.tensors or all(kinds.get(name) is type(module) for name, module in rebuilt.named_modules()):
         return
     try:
-        trace(anew)
+        trace(rebuilt)
     except ValueError:  # nor does it as it is
         return
-    set_shape(anew, lacks.over(shape_of(anew)))
+    set_shape(rebuilt, lacks.over(shape_of(rebuilt)))
     try:
-        trace(anew)
+        trace(rebuilt)
     except ValueError as error:
         raise ValueError(
             f"{' or '.join(what)}: {type(model).__name__} runs without some, and no longer once it is saved and loaded, as its "

@@ -75,7 +75,7 @@ def tried(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
 
 
 def _check_rebuilt(model: PreTrainedModel, what: Iterable[str]) -> None:
-    """Refuses a shape with which the class, rebuilt from its config, does not run: a forward may have put other modules in place."""
+    """Refuses a shape with which the class, rebuilt, does not run: a forward may have put other modules in place."""
     lacks, rebuilt = unbuilt_shape(model), build_on_meta(model, copy.deepcopy(model.config))
     kinds = {name: type(module) for name, module in model.named_modules()}
     if not lacks.tensors or all(kinds.get(name) is type(module) for name, module in rebuilt.named_modules()):

@@ -219,3 +219,36 @@ def test_strange_models_and_batches_are_done_or_refused(name, data, tmp_path_fac
         now, then = fingerprint(model)
         assert modes == then
         assert all(now[key].is_meta or torch.equal(now[key].nan_to_num(), value.nan_to_num()) for key, value in values.items())
+
+
+def numeric(kind):
+    """Whether an annotation allows numbers, and no mere truth values."""
+    inside = typing.get_args(kind)
+    return kind in (int, float) or (typing.get_origin(kind) in (typing.Union, types.UnionType) and any(map(numeric, inside)))
+
+
+BESIDE = {
+    "Amount": {"residual": 0.5},
+    "DepthPruning": {"count": 1},
+    "WeightPruning": {"sparsity": 0.5},
+    "measure_speed": {"contexts": [4], "new_tokens": 2, "rounds": 1, "batch_sizes": [1]},
+    "prune": {"criterion": bh.Magnitude(), "sparsity": 0.5},
+}
+"""What else a call needs to be legal."""
+NUMBERS = [(name, key) for name in sorted(PUBLIC.keys() - NO_ARGUMENTS) for key, kind in annotations(name).items() if numeric(kind)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "argument"), NUMBERS)
+def test_a_number_out_of_range_is_refused_by_name_or_is_legal(name, argument):
+    """Minus one, zero, a half below and above: taken, or refused with the argument and the number; then nothing has changed."""
+    for value in (-1, 0, -0.5, 1.5):
+        model, arguments = llama(**SMALL), legal(name)
+        given = {key: model if key == "model" else [model] if key == "models" else own for key, own in arguments.items()}
+        given |= {} if argument in ("ratio", "blocks") else BESIDE.get(name, {})
+        before, error = state(model), refusal_of(name, given | {argument: value})
+        if error is not None:
+            said = str(error)
+            assert raised_by_billhook(error), f"{name}({argument}={value}): {error!r}"
+            assert argument in said, f"{name}({argument}={value}): {said}"
+            assert same(model, before)

@@ -612,7 +612,7 @@ class TestRefused:
             ({"keep": 0.95}, "keep=0.95 is of a figure that is monitored: give monitor"),
             ({"mode": "min"}, "mode='min' is of a figure that is monitored: give monitor"),
             ({"measure_batches": -1}, "measure_batches=-1 must be a whole number of at least 0"),
-            ({"calibration": 0}, "examples=0 must be a whole number of at least 1"),
+            ({"calibration": 0}, "calibration=0 must be a whole number of at least 1"),
             ({"calibration": iter([])}, "calibration=list_iterator can be read only once"),
         ],
     )

@@ -274,7 +274,7 @@ class TestRefused:
             ({"sparsity": 0.5, "at": "end"}, "at='end' must be 'start', an int"),
             ({"sparsity": 0.5, "at": 8, "sequential": "both"}, "sequential='both' must be one of"),
             ({"sparsity": 0.5, "criterion": "Wanda"}, "criterion='Wanda' must be a Criterion"),
-            ({"sparsity": 0.5, "calibration": 0}, "examples=0 must be a whole number of at least 1"),
+            ({"sparsity": 0.5, "calibration": 0}, "calibration=0 must be a whole number of at least 1"),
             ({"sparsity": 0.5, "measure_batches": -1}, "measure_batches=-1"),
             ({"sparsity": 0.5, "calibration": iter([])}, "calibration=list_iterator can be read only once"),
         ],

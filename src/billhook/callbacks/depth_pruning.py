@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.arguments import annotated
+from billhook.arguments import annotated, fraction, whole
 from billhook.fit.calibration import Calibration, Given
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
@@ -66,6 +66,10 @@ class DepthPruning(ShapeCallback):
         if isinstance(at, Schedule):
             raise ValueError(f"at={at}: blocks are removed in one event: give a step, a fraction of training or 'start'")
         check_at(at)
+        if count is not None:
+            whole("count", count)
+        if ratio is not None:
+            fraction("ratio", ratio, of="the blocks")
         self.amount = Amount(blocks=ratio if count is None else count, first=first, last=last)
         self.importance, self.at, self.greedy = importance or BlockInfluence(), at, greedy
         self.plan: BlockPlan | None = None

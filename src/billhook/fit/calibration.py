@@ -56,7 +56,10 @@ class Calibration:
         """Returns a calibration as it is, or one of the given batches, or of as many training examples."""
         if isinstance(given, Calibration):
             return given
-        return cls(examples=given) if isinstance(given, int) else cls(given, examples)
+        if isinstance(given, int):
+            whole("calibration", given)
+            return cls(examples=given)
+        return cls(given, examples)
 
     def check(self, trainer: pl.Trainer) -> None:
         """Refuses training data that can be read only once, which it would use up."""

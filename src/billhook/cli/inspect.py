@@ -11,8 +11,9 @@ from billhook.arguments import one_of
 from billhook.checkpoints.save import way_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_of
-from billhook.model.config_fields import fields_of
+from billhook.model.config_fields import Fields, fields_of, set_fields
 from billhook.model.meta import from_name
+from billhook.model.operands import operands_of
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.expert_widths import width_step
 from billhook.pruning.removal import tried
@@ -123,12 +124,23 @@ def _tried(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], f
             own = next(group for group in structure.groups if group.number in numbers)
             why = why_not(model, structure, own) if kind == "channel" and not units else ""
             return Saving(part, (), f"they {why}") if why else None
-        way, config = way_of(tried(model, find_cut(model, structure, units, gone)))
+        shrunk = tried(model, find_cut(model, structure, units, gone))
+        way, config = way_of(shrunk)
     except ValueError as error:
         return Saving(part, (), str(error))
     now = fields_of(model.config)
-    others = tuple(name for name, value in fields_of(config).items() if type(value) is int and now.get(name) != value)
-    return Saving(part, () if way == "shaped" else fields or others)
+    then = {name: value for name, value in fields_of(config).items() if type(value) is int and now.get(name) != value}
+    if way == "plain" and then and _computes_otherwise(shrunk, {name: now[name] for name in then if name in now}):
+        return Saving(part, ())
+    return Saving(part, () if way == "shaped" else fields or tuple(then))
+
+
+def _computes_otherwise(shrunk: PreTrainedModel, before: Fields) -> bool:
+    """Says whether a forward takes other numbers from a changed config than from the one before, which is then not changed."""
+    then = operands_of(shrunk)
+    set_fields(shrunk.config, before)
+    now = operands_of(shrunk)
+    return now is not None and now != then
 
 
 def _last(units: Units, group: Group, left: int) -> list[int]:

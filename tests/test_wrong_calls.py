@@ -235,7 +235,8 @@ BESIDE = {
     "prune": {"criterion": bh.Magnitude(), "sparsity": 0.5},
 }
 """What else a call needs to be legal."""
-NUMBERS = [(name, key) for name in sorted(PUBLIC.keys() - NO_ARGUMENTS) for key, kind in annotations(name).items() if numeric(kind)]
+NAMES = sorted(PUBLIC.keys() - NO_ARGUMENTS)
+NUMBERS = [(name, key) for name in NAMES for key, kind in annotations(name).items() if numeric(kind)]
 
 
 @pytest.mark.filterwarnings("ignore")

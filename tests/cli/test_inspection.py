@@ -158,6 +158,7 @@ def test_who_reads_may_have_seen_enough(config, monkeypatch) -> None:
         ("big_bird", "channel", ("intermediate_size",)),  # without the channels of its head, which nothing removes
         ("dots3_note_text", "residual", ()),  # the class derives numbers from it for which no weights make up
         ("minicpm3", "residual", ()),  # its forward divides by a number that it takes from hidden_size
+        ("t5gemma", "residual", ()),  # it makes a tensor of it
         ("gemma2", "residual", ("hidden_size",)),
     ],
 )

@@ -106,6 +106,27 @@ def test_linears_that_read_one_tensor_only_at_first(sequential):
         assert torch.equal(pruning.masks(model)[name], bh.Wanda().prune(getattr(model, name).weight, norms, 0.5)[1])
 
 
+class Positions(nn.Module):
+    """As SEW-D's attention: queries read positions, too, which values do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.value = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+
+    def forward(self, x):
+        query, value = self.query(x), self.value(x)
+        return query @ self.query(x.flip(-1).cumsum(0)).mT @ value
+
+
+@pytest.mark.parametrize("sequential", ["none", "layer"])
+def test_one_that_is_called_again_alone_shares_no_statistics(sequential):
+    torch.manual_seed(0)
+    model, batches = Positions(), [torch.randn(2, 5, 8) for _ in range(2)]
+    scores = model.value.weight.detach().abs() * torch.cat(batches).flatten(0, 1).norm(dim=0)
+    bh.prune(model, bh.Wanda(), batches, sparsity=0.5, sequential=sequential)
+    assert torch.equal(model.value.weight != 0, scores >= scores.sort(1).values[:, 4:5])
+
+
 class Ambient(nn.Module):
     """A model whose forward sets, for its blocks, what torch keeps for a whole thread."""
 

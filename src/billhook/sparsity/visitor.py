@@ -1,6 +1,7 @@
 """Prunes during a walk over a model: gathers statistics of each linear's inputs, and keeps the pruned weights aside."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +60,7 @@ class PruningVisitor:
         self.statistics: dict[str, Statistics] = {}
         self._first: dict[str, str] = {}  # linear -> the one whose statistics are its own
         self._last: dict[int, tuple[ReferenceType[Tensor], float, str]] = {}  # run -> inputs, their version, who read them first
+        self._calls = Counter[str]()
         self._complete: set[str] = set()
         self._differ = False
 
@@ -66,6 +68,7 @@ class PruningVisitor:
         """Adds the inputs of a linear in one run."""
         first = self._reader(inputs, run) or name
         known = self._first.setdefault(name, first)
+        self._calls[name] += 1
         self._differ |= known not in (name, first)
         if known == name:
             if name not in self.statistics:
@@ -92,6 +95,8 @@ class PruningVisitor:
 
     def complete(self, site: Site) -> None:
         """Prunes the linears of a site that were given tokens."""
+        firsts = {name: self._first[name] for name in site.linears if name in self._first}
+        self._differ |= any(self._calls[name] != self._calls[first] for name, first in firsts.items())  # one was called again
         if self.reduce is not None:
             self._sum(site, self.reduce)
         if self._differ:

@@ -101,9 +101,11 @@ def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[Saving]:
     found: list[Saving] = []
     for own in alike.values():
         parts = [own] if (fields := finder.find(own)) else fold(own)
-        for part in parts:
-            said = _tried(model, part, fields or finder.find(part), finder)
-            found += [said] if said is not None else []
+        tries = [_tried(model, part, fields or finder.find(part), finder) for part in parts]
+        if len(parts) > 1 and all(one is not None and one.reason for one in tries):
+            together = _tried(model, own, (), finder)  # some code follows only where all places lose as many
+            tries = tries if together is None or together.reason else [together]
+        found += [one for one in tries if one is not None]
     return found
 
 
@@ -115,19 +117,27 @@ def _tried(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], f
     structure, numbers = trace(model), {group.number for group in part}
     leaves = {group.leaf for group in structure.groups if group.number in numbers}
     try:
-        units = units_of(model, structure, [kind])
-        step = max((width_step(model, one) for one in units.values() if leaves & set(one.leaves)), default=1)
-        legal = [count for count in finder.counts(size, fields) if not count % step] if fields else []
-        left = next(iter(legal), (size - 1) // step * step or size)
-        gone = {name: _last(one, part[0], left) for name, one in units.items() if leaves & set(one.leaves)}
-        if not gone:
-            own = next(group for group in structure.groups if group.number in numbers)
-            why = why_not(model, structure, own) if kind == "channel" and not units else ""
-            return Saving(part, (), f"they {why}") if why else None
-        shrunk = tried(model, find_cut(model, structure, units, gone))
-        way, config = way_of(shrunk)
+        every = units_of(model, structure, [kind])
     except ValueError as error:
         return Saving(part, (), str(error))
+    units = {name: one for name, one in every.items() if leaves & set(one.leaves)}
+    if not units:
+        own = next(group for group in structure.groups if group.number in numbers)
+        why = why_not(model, structure, own) if kind == "channel" and not every else ""
+        return Saving(part, (), f"they {why}") if why else None
+    step = max(width_step(model, one) for one in units.values())
+    legal = [count for count in finder.counts(size, fields) if not count % step] if fields else []
+    refusal = ""
+    for left in legal[:1] or dict.fromkeys(count // step * step or size for count in (size - 1, size * 2 // 3, size // 2)):
+        try:
+            gone = {name: _last(one, part[0], left) for name, one in units.items()}
+            shrunk = tried(model, find_cut(model, structure, every, gone))
+            break
+        except ValueError as error:  # with some numbers of units, code may run, and with others not
+            refusal = refusal or str(error)
+    else:
+        return Saving(part, (), refusal)
+    way, config = way_of(shrunk)
     now = fields_of(model.config)
     then = {name: value for name, value in fields_of(config).items() if type(value) is int and now.get(name) != value}
     if way == "plain" and then and _computes_otherwise(shrunk, {name: now[name] for name in then if name in now}):

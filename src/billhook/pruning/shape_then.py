@@ -37,7 +37,8 @@ def shapes_then(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Field
     if built is not None:
         yield built, fields
     eager = all(usual.attributes.get(name) == value for name, value in now.attributes.items() if name.endswith(f".{GROUPS}"))
-    for changed in ({}, _heads_said(model, cut)):  # some code asks the config in the middle of a forward
+    said = _heads_said(model, cut)
+    for changed in ({}, said) if said else ({},):  # some code asks the config in the middle of a forward
         for attributes in itertools.islice(_assignments(model, cut, now, tensors), TRIALS):
             shape = Shape(tensors, now.attributes | attributes, now.config)
             if _runs(model, cut, shape, changed, eager):

@@ -226,6 +226,8 @@ def tied(subject: Subject, dense: nn.Module, plan) -> list[Tensor] | None:
     stages = any(isinstance(getattr(dense.config, said, None), list | tuple) for said in HEADS)
     for name, pooled in plan.parameters.items():
         heads, count = plan.before, len(pooled.index)
+        if len(set(pooled.index)) == count:
+            continue  # nothing is pooled: all heads read it
         if stages:  # of other numbers of heads
             path = name.split(".")
             owners = [dense.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, 0, -1)]

@@ -37,7 +37,6 @@ import transformers
 from oracle import difference, randomise
 from small_configs import architectures, build, has_experts, names, small_config
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
@@ -127,6 +126,8 @@ class Subject:
                 buffer.copy_(made[name])
         self.dense.train().eval()  # some then forget what they have computed from parameters
         self.expected = self.answer(self.dense)
+        if not all(value.isfinite().any() for value in self.expected if value.numel()):
+            raise ValueError("random weights give no finite number")
         noisy = copy.deepcopy(self.dense)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
@@ -143,9 +144,7 @@ class Subject:
         """Returns all real numbers that a model gives; some draw noise or which patches they see."""
         torch.manual_seed(0)
         output = model(**self.inputs)
-        named = {name: value for name, value in output.items() if name != "mems"} if hasattr(output, "items") else output
-        given = tree_leaves(named)  # XLNet's memories are of each block
-        return [value.float() for value in given if isinstance(value, Tensor) and value.is_floating_point()]
+        return [value.float() for value in real(output)]
 
     @staticmethod
     def error(found, expected) -> float:
@@ -162,6 +161,17 @@ class Subject:
             raise Wrong(f"{what}: does not run: {first_line(error)}") from error
         if not (error := self.error(found, expected)) < self.tolerance:
             raise Wrong(f"{what}: differs by {error:.2g}")
+
+
+def real(output: Any) -> Iterator[Tensor]:
+    """Yields all real numbers in what a model gives, except those of each block."""
+    if hasattr(output, "items"):
+        output = [value for name, value in output.items() if name not in ("mems", "hidden_states", "attentions")]
+    if isinstance(output, Tensor):
+        yield from [output] if output.is_floating_point() else []
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from real(value)
 
 
 def first_line(error: BaseException) -> str:
@@ -306,6 +316,7 @@ def skipped(module, args, kwargs, out):
 def prune(subject: Subject, model: nn.Module) -> Done:
     """Keeps two of four weights by Wanda, on the inputs of the dense model."""
     dense = copy.deepcopy(model)
+    torch.manual_seed(0)  # some draw what they see
     plan = refusing(subject, model, lambda: bh.prune(model, bh.Wanda(), [subject.inputs], pattern="2:4", sequential="none"))
     assert isinstance(plan, WeightPlan)
     return kept_of_four(subject, dense, model, plan.pruned), "plain"

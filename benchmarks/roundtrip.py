@@ -271,7 +271,11 @@ def remove(amount: dict[str, float], kind: str, subject: Subject, model: nn.Modu
 @torch.no_grad()
 def zeroed(subject: Subject, dense: nn.Module, plan) -> list[Tensor] | None:
     """Answers with zeros where modules read the units: unit u, of equally wide ones, at [u * width, (u + 1) * width)."""
-    for name, one in bh.find_units(dense, list(dict.fromkeys(plan.kinds.values()))).items():
+    found = bh.find_units(dense, list(dict.fromkeys(plan.kinds.values())))
+    often = collections.Counter(reader for name, one in found.items() if plan.units.get(name) for reader in one.readers)
+    if any(count > 1 for count in often.values()):
+        return None  # units within units, as the width of heads
+    for name, one in found.items():
         for reader in one.readers if plan.units.get(name) else ():
             module = dense.get_submodule(reader)
             weight, dim = module.weight, 0 if isinstance(module, Conv1D) else 1

@@ -19,7 +19,6 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from billhook.adapters.lora import save_adapters
 from billhook.arguments import a_path, annotated
 from billhook.checkpoints.place import check_target
-from billhook.checkpoints.pretrained import Preprocessor, load_preprocessor
 from billhook.checkpoints.save import Saved, check_names, save
 from billhook.fit.events.event import events_of
 from billhook.fit.lightning_internals import is_search
@@ -27,6 +26,7 @@ from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.ranks import together
 from billhook.fit.run import check_some_steps, is_trial
 from billhook.model.find import find_transformer
+from billhook.model.preprocessors import Preprocessor, load_preprocessor
 from billhook.model.shapes.checkpoint_shape import save_shape
 from billhook.running.batches import examples_of
 from billhook.running.shards import gathered, unsharded

@@ -14,7 +14,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from billhook.adapters.lora import base_checkpoint, put_back
 from billhook.checkpoints.place import check_target
-from billhook.checkpoints.pretrained import load_tokenizer
 from billhook.checkpoints.save import Saved, save
 from billhook.checkpoints.trained import check_trained
 from billhook.checkpoints.verify import logits_of, make_probe
@@ -22,6 +21,7 @@ from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import fields_of, set_fields
 from billhook.model.constants import check_record
 from billhook.model.meta import model_class
+from billhook.model.preprocessors import load_tokenizer
 from billhook.model.shapes.shape import KEY, Shape, shape_of
 from billhook.model.shapes.shaped import build_shaped
 from billhook.model.transformers_internals import build_class, compute_experts_in_turn

@@ -1,38 +1,17 @@
-"""Loads the model of a name, a folder, a config.json or a config, in the class that a task needs; and its tokenizer."""
+"""Loads the model of a name, a folder, a config.json or a config, in the class that a task needs."""
 
 import copy
 from pathlib import Path
 from typing import Any, Literal
 
 import transformers
-from transformers import (
-    AutoProcessor,
-    AutoTokenizer,
-    FeatureExtractionMixin,
-    ImageProcessingMixin,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    ProcessorMixin,
-)
-from transformers.utils.hub import cached_file
+from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.assets import model_path
 from billhook.model.meta import check_checkpoint, read_config
 from billhook.model.shapes.shaped import load_shaped, readable, says_shape
 from billhook.model.transformers_internals import build_class, classes_of
 
-Preprocessor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin | FeatureExtractionMixin
-"""What makes a model's inputs of text, images or sound, and saves itself beside the model."""
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "vocab.txt",
-    "vocab.json",
-)
-"""Files of which a folder with a preprocessor has one; without any, transformers makes up an empty tokenizer."""
 Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
 AUTO_CLASSES: dict[str, Any] = {
     "causal-lm": transformers.AutoModelForCausalLM,
@@ -71,23 +50,6 @@ def load_model(
                 return load_shaped(kind, name, options.get("dtype", "auto"), options.get("attn_implementation"), num_labels)
         loaded: PreTrainedModel = auto.from_pretrained(name, gguf_file=gguf_file, **options, **labels)
     return loaded if gguf_file is None else _plain(loaded)
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a folder, a hub name or `"tiny"`; no code that it brings is run."""
-    with readable(name):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
-    return tokenizer
-
-
-def load_preprocessor(name: str, auto: Any = AutoProcessor) -> Preprocessor:  # noqa: ANN401 - an auto class
-    """Loads what an auto class finds in a folder or under a hub name, if there is anything; no code that it brings is run."""
-    with readable(name):
-        held = (cached_file(model_path(name), file, _raise_exceptions_for_missing_entries=False) for file in FILES)
-        if not any(held):
-            raise ValueError(f"'{name}' has no tokenizer or processor: none of {', '.join(FILES)}")
-        loaded: Preprocessor = auto.from_pretrained(model_path(name), trust_remote_code=False)
-    return loaded
 
 
 def _built(auto: Any, config: PretrainedConfig, options: dict[str, Any], labels: dict[str, Any]) -> PreTrainedModel:  # noqa: ANN401

@@ -19,11 +19,11 @@ from billhook.arguments import annotated
 from billhook.assets import model_path
 from billhook.checkpoints.equivalent import equivalents, rendered
 from billhook.checkpoints.place import RECORD, check_target, drafted, move, recover, size
-from billhook.checkpoints.pretrained import Preprocessor
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.model.config_fields import nested_configs
 from billhook.model.find import find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
+from billhook.model.preprocessors import Preprocessor
 from billhook.model.shapes.shape import KEY, to_entry, unbuilt_shape
 from billhook.model.shapes.shaped import load_as, readable
 from billhook.model.transformers_internals import everything_saved, is_joined_unevenly

@@ -15,15 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import whole
 from billhook.assets import model_path
-from billhook.checkpoints.pretrained import load_tokenizer
+from billhook.calibration.rows import Rows
 from billhook.checkpoints.save import load
 from billhook.cli.choices import Question, Row, batches, encode, log_likelihoods, read_questions
 from billhook.cli.machine import check_file, device_of, versions
 from billhook.cli.metrics import perplexity
 from billhook.model.meta import model_class, read_config
+from billhook.model.preprocessors import load_tokenizer
 from billhook.report.table import aligned
 from billhook.training.data import TextDataModule
-from billhook.training.rows import Rows
 
 LONGEST = 2048
 """Tokens that models read at once, unless another length is asked for."""

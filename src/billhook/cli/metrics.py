@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from billhook.calibration.rows import Rows
 from billhook.report.generation import generates
-from billhook.training.rows import Rows
 
 
 @torch.no_grad()

@@ -11,17 +11,17 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import whole
 from billhook.assets import model_path
+from billhook.calibration.rows import Data, Rows
 from billhook.checkpoints.place import check_target
-from billhook.checkpoints.pretrained import load_tokenizer
 from billhook.checkpoints.save import load, save
 from billhook.cli.machine import device_of
 from billhook.cli.metrics import accuracy, perplexity
 from billhook.model.linears import prunable
+from billhook.model.preprocessors import load_tokenizer
 from billhook.running.offload import offloaded
 from billhook.running.walk import find_sites
 from billhook.training.data import ClassificationDataModule, TextDataModule
 from billhook.training.dataset_module import DatasetModule
-from billhook.training.rows import Data, Rows
 
 
 @dataclass(frozen=True)

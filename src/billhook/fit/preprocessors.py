@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from billhook.checkpoints.pretrained import Preprocessor, load_preprocessor
 from billhook.fit.lightning_internals import training_loaders
 from billhook.model.find import find_transformer
+from billhook.model.preprocessors import Preprocessor, load_preprocessor
 
 NAMES = ("processor", "tokenizer", "image_processor", "feature_extractor")
 """Attributes of data modules, which may load what they hold when they are first asked."""

@@ -24,16 +24,36 @@ class Run:
             or by that of the mask, which then holds for all that is of its shape.
         examples: Returns a forward for each example alone; raises ValueError if the batch cannot be taken apart.
         lossless: Runs the model also where it gives no loss; None if `forward` does.
+        source: The name of the source that the batch is of.
     """
 
     forward: Callable[[], Any]
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
     examples: Callable[[], list[Callable[[], Tensor]]] = list
     lossless: Callable[[], Any] | None = None
+    source: str = ""
 
     def visit(self) -> Any:  # noqa: ANN401 - whatever a model returns
         """Runs the model for what it computes inside, with a loss or without one."""
         return (self.lossless or self.forward)()
+
+
+class Batches(list[Any]):
+    """Batches of several sources.
+
+    Attributes:
+        sources: The name of the source of each batch.
+    """
+
+    def __init__(self, batches: Iterable[Any], sources: Iterable[str]) -> None:
+        super().__init__(batches)
+        self.sources = list(sources)
+        if len(self.sources) != len(self):
+            raise ValueError(f"sources: a name for each of {len(self)} batches is needed, and there are {len(self.sources)}")
+
+    def of(self, source: str) -> list[Any]:
+        """Returns the batches of one source."""
+        return [batch for batch, name in zip(self, self.sources, strict=True) if name == source]
 
 
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:

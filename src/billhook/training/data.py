@@ -6,8 +6,7 @@ import datasets
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel
 
 from billhook.arguments import annotated, fraction, whole
-from billhook.training.dataset_module import DatasetModule
-from billhook.training.rows import (
+from billhook.calibration.rows import (
     Batch,
     Data,
     Rows,
@@ -20,6 +19,7 @@ from billhook.training.rows import (
     runs_on,
     translate,
 )
+from billhook.training.dataset_module import DatasetModule
 
 
 class TextDataModule(DatasetModule):

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import whole
-from billhook.checkpoints.pretrained import load_tokenizer
+from billhook.calibration.rows import SPLITS, Batch, Data, Rows, load_splits
 from billhook.fit.lightning_internals import drop_training_loaders
 from billhook.model.find import find_transformer
+from billhook.model.preprocessors import load_tokenizer
 from billhook.training.loader import EpochSampler, ResumableLoader, batches_seen, fit_place, place_of
-from billhook.training.rows import SPLITS, Batch, Data, Rows, load_splits
 
 
 class DatasetModule(pl.LightningDataModule):

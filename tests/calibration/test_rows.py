@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from billhook.assets import model_path
-from billhook.training.rows import (
+from billhook.calibration.rows import (
     SteadyMasking,
     blocks_to_batch,
     check_columns,

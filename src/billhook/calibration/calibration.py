@@ -1,0 +1,152 @@
+"""What a method is shown: so many tokens of several sources."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from billhook.arguments import annotated, number, whole
+from billhook.calibration.generated import NAME as GENERATED
+from billhook.calibration.generated import check_writes, generated
+from billhook.calibration.rows import blocks_to_batch, check_columns, load_splits, map_rows, pack, runs_on
+from billhook.model.find import find_transformer
+from billhook.model.preprocessors import load_tokenizer
+from billhook.running.batches import Batches
+
+Source: TypeAlias = str | dict[str, str | list[str]]
+"""`"generated"`, `"tiny"`, a file, a folder, a hub name, or files by split."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that a method is shown: packed token rows of one or several sources, also of what the model writes itself.
+
+    A model that is cut and refitted for one kind of text gets worse at all others; the sources should be what it is for.
+
+    Args:
+        sources: One or several: `"generated"`, which is what the model itself writes; `"tiny"`; a file (.txt, .jsonl, .csv,
+            .parquet), a folder, a hub name (`"name"` or `"name:config"`) or files by split, of which the split `train` is
+            taken. Rows may also be chats, lists of messages in a column `messages`, which go through the chat template.
+        weights: Share of the tokens for each source, in the same order; by default they are equal.
+        tokens: How many there are of all sources together.
+        length: Tokens in a row; by default as many as the model reads, at most 512.
+        batch_size: Rows in a batch, all of one source.
+        column: The column that holds the text.
+        tokenizer: A name or folder; by default that of the folder the model came from.
+        seed: Decides which rows are drawn, and what the model writes.
+
+    Raises:
+        ValueError: If there is no source, or a number is out of range; when it is read, if a source has fewer tokens than its
+            share, or the model does not write text.
+
+    Example:
+        >>> import billhook as bh
+        >>> batches = bh.Calibration(["generated", "tiny"], weights=[1, 3], tokens=256, length=64).read(bh.load("tiny"))
+        >>> batches.sources
+        ['generated', 'tiny', 'tiny', 'tiny']
+    """
+
+    sources: Source | Sequence[Source] = GENERATED
+    weights: Sequence[float] | None = None
+    tokens: int = 40 * 512
+    length: int | None = None
+    batch_size: int = 1
+    column: str = "text"
+    tokenizer: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        annotated(Calibration, vars(self))
+        whole("tokens", self.tokens)
+        whole("length", 2 if self.length is None else self.length, 2)
+        whole("batch_size", self.batch_size)
+        named = self.named
+        if not named or len(named) < len(self._listed):
+            raise ValueError(f"sources={self.sources!r} must be one or more, each once")
+        weights = [1.0] * len(named) if self.weights is None else self.weights
+        for weight in weights:
+            number("weights", weight, above=0)
+        if len(weights) != len(named):
+            raise ValueError(f"weights={self.weights!r} must be a number for each of {len(named)} sources")
+
+    @property
+    def _listed(self) -> list[Source]:
+        return [self.sources] if isinstance(self.sources, str | dict) else list(self.sources)
+
+    @property
+    def named(self) -> dict[str, Source]:
+        """The sources by name: a file's is its stem."""
+        return {_name(source): source for source in self._listed}
+
+    def length_for(self, model: nn.Module) -> int:
+        """Returns how many tokens a row has."""
+        config: Any = find_transformer(model).config
+        most = getattr(config.get_text_config(), "max_position_embeddings", None) or 512
+        if self.length is not None and self.length > most:
+            raise ValueError(f"length={self.length}: the model reads no more than {most} tokens at once")
+        return self.length or min(512, most)
+
+    def rows(self, length: int) -> dict[str, int]:
+        """Returns how many rows each source gives, at least one."""
+        weights = [1.0] * len(self.named) if self.weights is None else self.weights
+        shares = (self.tokens * weight / sum(weights) / length for weight in weights)
+        return {name: max(round(share), 1) for name, share in zip(self.named, shares, strict=True)}
+
+    def read(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Batches:
+        """Reads the sources, and lets the model write its part; returns the batches, those of the sources in turn.
+
+        Args:
+            model: The model, or a module that holds it.
+            tokenizer: Instead of the one that is named.
+        """
+        subject, length = find_transformer(model), self.length_for(model)
+        found = dict[str, list[Any]]()
+        if GENERATED in self.named:
+            check_writes(subject, length)
+        for name, count in self.rows(length).items():
+            if name == GENERATED:
+                own = generated(subject, examples=count, length=length, batch_size=self.batch_size, seed=self.seed)
+                found[name] = [one | {"labels": one["input_ids"].clone()} for one in own]
+            else:
+                tokenizer = tokenizer or load_tokenizer(self.tokenizer or subject.config.name_or_path)
+                found[name] = self._text(name, count, length, tokenizer)
+        return Batches([batch for own in found.values() for batch in own], [name for name, own in found.items() for _ in own])
+
+    def _text(self, name: str, count: int, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        splits = load_splits(self.named[name])
+        split = "train" if "train" in splits else next(iter(splits))
+        rows: Any = splits[split]
+        column = "messages" if self.column not in rows.column_names and "messages" in rows.column_names else self.column
+        check_columns(rows, split, column)
+        how = {"block_size": length, "column": column, "documents": not runs_on(rows)}
+        blocks: Any = map_rows(rows, pack, split, tokenizer, **how)
+        if len(blocks) < count:
+            raise ValueError(
+                f"sources: '{name}' has {len(blocks)} rows of {length} tokens, and {count} are asked for: lower tokens or length"
+            )
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(self.seed))[:count].tolist()
+        chunks = [order[first : first + self.batch_size] for first in range(0, count, self.batch_size)]
+        return [blocks_to_batch([blocks[place] for place in chunk]) for chunk in chunks]
+
+
+def _name(source: Source) -> str:
+    """Names a source; files by split after the first one of `train`."""
+    if isinstance(source, dict):
+        files = source.get("train") or next(iter(source.values()), "")
+        source = files if isinstance(files, str) else files[0]
+    return Path(source).stem if Path(source).suffix else source
+
+
+def read(batches: "Calibration | Iterable[Any] | None", model: nn.Module) -> Iterable[Any]:
+    """Returns batches as they are, or reads a calibration; None is what the model itself writes.
+
+    >>> len(list(read([{}, {}], nn.Linear(1, 1))))
+    2
+    """
+    if batches is None:
+        batches = Calibration()
+    return batches.read(model) if isinstance(batches, Calibration) else batches

@@ -1,0 +1,150 @@
+"""Text that the model writes itself, to calibrate on: it covers what the model is for, and nobody has to give any.
+
+"Reasoning Models Can be Accurately Pruned Via Chain-of-Thought Reconstruction" (Lucas, Iyer, Ghosh & others, 2025,
+https://arxiv.org/abs/2509.12464) calibrates on the model's own answers, "LLM-QAT: Data-Free Quantization Aware Training for
+Large Language Models" (Liu et al., 2023, https://arxiv.org/abs/2305.17888) trains on them.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from billhook.arguments import annotated, number, whole
+from billhook.model.find import find_transformer
+from billhook.model.preprocessors import load_tokenizer
+from billhook.running.batches import Batches
+from billhook.running.undisturbed import undisturbed
+
+NAME = "generated"
+"""The name of this source."""
+AT_ONCE = 8
+"""Rows that are written side by side."""
+
+
+def generated(
+    model: nn.Module,
+    prompts: Iterable[Any] | None = None,
+    *,
+    examples: int = 40,
+    length: int = 512,
+    temperature: float = 1.0,
+    batch_size: int = 1,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | str | None = None,
+) -> Batches:
+    """Lets a causal language model write the text that it is calibrated on, token by token, without padding.
+
+    Each row begins with the token that begins a text, or with a prompt, and goes on past the ends of texts until it is full.
+
+    Args:
+        model: A Hugging Face model that predicts the next token, or a module that holds one.
+        prompts: Texts, or chats (lists of messages with `role` and `content`, which go through the chat template), each the
+            beginning of a row; they are taken in turn. Without any, the model begins by itself.
+        examples: Rows.
+        length: Tokens of a row, its prompt included; longer prompts are cut.
+        temperature: Of the distribution that tokens are drawn from; 1 is the model's own.
+        batch_size: Rows in a batch.
+        seed: Of the draws.
+        tokenizer: For prompts: a tokenizer, its name or its folder; by default that of the folder the model came from.
+
+    Returns:
+        Batches `{"input_ids": [batch_size, length]}`, int64, on the CPU.
+
+    Raises:
+        ValueError: If the model predicts no next token, reads fewer tokens, has no token that begins a text (and there are no
+            prompts), or a prompt is neither text nor a chat.
+
+    Example:
+        >>> import billhook as bh
+        >>> batches = bh.generated(bh.load("tiny"), examples=2, length=16)
+        >>> [list(batch["input_ids"].shape) for batch in batches]
+        [[1, 16], [1, 16]]
+    """
+    annotated(generated, locals())
+    for name, value, least in (("examples", examples, 1), ("length", length, 2), ("batch_size", batch_size, 1)):
+        whole(name, value, least)
+    number("temperature", temperature, above=0)
+    subject = find_transformer(model)
+    check_writes(subject, length)
+    starts = [_start(subject)] if prompts is None else _encoded(subject, prompts, tokenizer, length)
+    rows = _written(subject, [starts[place % len(starts)] for place in range(examples)], length, temperature, seed)
+    return Batches([{"input_ids": own} for own in torch.split(rows, batch_size)], [NAME] * -(-examples // batch_size))
+
+
+def check_writes(model: PreTrainedModel, length: int) -> None:
+    """Refuses a model that cannot write rows of so many tokens."""
+    config: Any = model.config
+    if not model.can_generate() or config.is_encoder_decoder or model.main_input_name != "input_ids":
+        raise ValueError(f"batches: a {type(model).__name__} does not write text that it could be calibrated on: give batches")
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most and length > most:
+        raise ValueError(f"length={length}: the model reads no more than {most} tokens at once")
+
+
+def _start(model: PreTrainedModel) -> list[int]:
+    """Returns the token that begins a text: where there is none, the one that ends the text before."""
+    config: Any = model.config.get_text_config()
+    for name in ("bos_token_id", "eos_token_id"):
+        found = getattr(config, name, None)
+        if found is not None:
+            return [found[0] if isinstance(found, Sequence) else int(found)]
+    raise ValueError(f"prompts=None: the config of {type(model).__name__} names no token that begins a text: give prompts")
+
+
+def _encoded(
+    model: PreTrainedModel, prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase | str | None, length: int
+) -> list[list[int]]:
+    """Turns prompts into token ids, none of them a whole row."""
+    found: Any = (
+        load_tokenizer(tokenizer or model.config.name_or_path)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase)
+        else tokenizer
+    )
+    ids = list[list[int]]()
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            own = found(prompt)["input_ids"]
+        elif isinstance(prompt, Sequence) and all(isinstance(message, dict) for message in prompt):
+            own = found.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)["input_ids"]
+        else:
+            raise ValueError(f"prompts: {prompt!r} is neither text nor a chat, a list of messages with role and content")
+        ids.append((own or _start(model))[: length - 1])
+    if not ids:
+        raise ValueError("prompts: at least one is needed")
+    return ids
+
+
+def _written(model: PreTrainedModel, starts: list[list[int]], length: int, temperature: float, seed: int) -> Tensor:
+    """Continues starts to full rows, `[rows, length]`; those of one length side by side."""
+    rows = torch.empty(len(starts), length, dtype=torch.int64)
+    groups = list(_alike(starts))
+    with undisturbed(model):
+        torch.manual_seed(seed)
+        for places in track(groups, "Writing text", console=Console(stderr=True), transient=True):
+            ids = torch.tensor([starts[place] for place in places], device=model.device)
+            rows[places] = _continued(model, ids, length, temperature).cpu()
+    return rows
+
+
+def _alike(starts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Yields places of starts of one length, as many as are written at once."""
+    by_length: dict[int, list[int]] = {}
+    for place, start in enumerate(starts):
+        by_length.setdefault(len(start), []).append(place)
+    for own in by_length.values():
+        yield from (own[first : first + AT_ONCE] for first in range(0, len(own), AT_ONCE))
+
+
+def _continued(model: PreTrainedModel, ids: Tensor, length: int, temperature: float) -> Tensor:
+    """Draws the next tokens, past the ends of texts; nothing but the temperature changes the model's distribution."""
+    how = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_length=length, eos_token_id=None, pad_token_id=0,
+        use_cache=True,
+    )  # fmt: skip
+    written: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
+    return written

@@ -16,6 +16,9 @@ from billhook.importance.gate_gradient import GateGradient as GateGradient
 from billhook.importance.obs import OBS as OBS
 from billhook.importance.taylor import Taylor as Taylor
 
+from billhook.calibration.calibration import Calibration as Calibration
+from billhook.calibration.generated import generated as generated
+
 from billhook.model.plan import Plan as Plan, apply as apply
 from billhook.pruning.amount import Amount as Amount
 from billhook.pruning.planning import plan as plan, plan_units as plan_units, prune_units as prune_units

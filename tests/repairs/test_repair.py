@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -40,6 +41,10 @@ def moments(*parts, owed=None):
     return found
 
 
+def folds(fit, held_out):
+    return [(fit, held_out)], OwedMoments.merged([fit, held_out])
+
+
 def kept(width, gone, seed=1):
     torch.manual_seed(seed)
     return torch.ones(width, dtype=torch.bool).index_fill_(0, torch.randperm(width)[:gone], False)
@@ -63,11 +68,11 @@ def test_a_ridge_too_small_for_moments_without_an_inverse_is_skipped():
     fit.products -= 0.005 * x[:300].square().mean() * 300 * torch.ones(24, 24) + 0.2 * torch.diag(fit.products.diagonal())
     solved = [ridge for ridge in RIDGES if solve_ridge(weight, keep, fit.about(), ridge) is not None]
     assert 0 < len(solved) < len(RIDGES)
-    assert choose_ridge(weight, keep, fit.about(), held_out.about(), RIDGES) in {*solved, math.inf}
-    new, _ = refit_linear(weight, None, keep, fit, held_out, RIDGES)
+    assert choose_ridge(weight, keep, [(fit.about(), held_out.about())], RIDGES) in {*solved, math.inf}
+    new, _ = refit_linear(weight, None, keep, *folds(fit, held_out), RIDGES)
     assert new.isfinite().all()
     constant = moments((1000 + 0.001 * x[:300]).float()), moments((1000 + 0.001 * x[300:]).float())
-    new, bias = refit_linear(weight, torch.zeros(10).double(), keep, *constant, RIDGES)
+    new, bias = refit_linear(weight, torch.zeros(10).double(), keep, *folds(*constant), RIDGES)
     torch.testing.assert_close(new, torch.where(keep, weight, 0))
     torch.testing.assert_close(bias, weight[:, ~keep] @ (1000 + 0.001 * x.mean(0))[~keep], rtol=1e-4, atol=0.1)
 
@@ -86,7 +91,7 @@ def test_a_bias_makes_up_for_means():
     x, keep = inputs(), kept(24, 7)
     weight, bias, owed = torch.randn(10, 24).double(), torch.randn(10).double(), torch.randn(400, 10).double() + x[:, :10]
     fit, held_out = moments(x[:300], owed=owed[:300]), moments(x[300:], owed=owed[300:])
-    found, shift = refit_linear(weight, bias, keep, fit, held_out, [1e-9])
+    found, shift = refit_linear(weight, bias, keep, *folds(fit, held_out), [1e-9])
     ones = torch.ones(len(x), 1, dtype=torch.float64)
     expected = torch.linalg.lstsq(torch.cat([x[:, keep], ones], 1), x @ weight.t() + bias + owed).solution.t()
     torch.testing.assert_close(found[:, keep], expected[:, :-1], rtol=1e-6, atol=1e-6)
@@ -104,9 +109,12 @@ def test_moments_of_parts_and_padding_are_those_of_the_whole():
     assert int(found.tokens) == int(counts.sum())
     torch.testing.assert_close(found.about(centre).inputs, (own - centre[0]).t() @ (own - centre[0]) / len(own))
     torch.testing.assert_close(found.about(centre).owed, (due - centre[1]).t() @ (own - centre[0]) / len(own))
-    both = moments(x[:50], owed=x[:50, :10]).merged(moments(x[50:], owed=x[50:, :10]))
+    both = OwedMoments.merged([moments(x[:50], owed=x[:50, :10]), moments(x[50:], owed=x[50:, :10])])
     torch.testing.assert_close(both.about().inputs, x.t() @ x / len(x))
     torch.testing.assert_close(both.about().owed, x[:, :10].t() @ x / len(x))
+    missing = torch.randn(10, 24).double()
+    error = ((own - centre[0]) @ missing.t() + due - centre[1]).square().sum() / len(own)
+    assert found.about(centre).error(missing) == pytest.approx(float(error))
 
 
 def test_a_token_that_counts_twice_is_one_that_is_there_twice():
@@ -146,11 +154,45 @@ def test_the_ridge_is_the_one_that_errs_least_on_held_out_data():
         owed = x[:, :10] + torch.randn(number, 10)
         second, held_out = moments(x, owed=owed).about(), moments(new, owed=late).about()
         errors = [(new @ (weight - by_lstsq(weight, keep, x, ridge, owed)).t() + late).norm() for ridge in ridges]
-        chosen.add(choose_ridge(weight, keep, second, held_out, ridges))
-        assert choose_ridge(weight, keep, second, held_out, ridges) == ridges[int(torch.stack(errors).argmin())]
+        chosen.add(choose_ridge(weight, keep, [(second, held_out)], ridges))
+        assert choose_ridge(weight, keep, [(second, held_out)], ridges) == ridges[int(torch.stack(errors).argmin())]
     assert len(chosen) > 1
     unlike = moments(torch.randn(500, 24).double() * torch.where(keep, 1, 1e-3))
-    assert choose_ridge(weight, keep, moments(inputs(tokens=8)).about(), unlike.about(), ridges) == float("inf")
+    assert choose_ridge(weight, keep, [(moments(inputs(tokens=8)).about(), unlike.about())], ridges) == float("inf")
+
+
+def test_of_several_sources_each_is_held_out_in_turn():
+    """The ridge errs least on the mean of what share of its loss each source keeps, when it is fitted on the others."""
+    weight, keep = torch.randn(10, 24).double(), kept(24, 7)
+    common = torch.split(inputs(tokens=660), [60, 500, 100])
+    sources = [x + 0.5 * torch.randn_like(x) @ torch.randn(24, 24).double() for x in common]
+    shares = torch.zeros(len(RIDGES), dtype=torch.float64)
+    for number, held_out in enumerate(sources):
+        others = torch.cat([x for place, x in enumerate(sources) if place != number])
+        lost = (held_out @ (weight * ~keep).t()).square().sum()
+        left = [(held_out @ (weight - by_lstsq(weight, keep, others, ridge)).t()).square().sum() / lost for ridge in RIDGES]
+        shares += torch.stack(left)
+    best = RIDGES[int(shares.argmin())]
+    assert RIDGES.index(best) > 0
+    seen = [moments(x) for x in sources]
+    turns = [(OwedMoments.merged([one for one in seen if one is not own]), own) for own in seen]
+    assert choose_ridge(weight, keep, [(a.about(), b.about()) for a, b in turns], RIDGES) == best
+    found, _ = refit_linear(weight, None, keep, turns, OwedMoments.merged(seen), RIDGES)
+    torch.testing.assert_close(found, by_lstsq(weight, keep, torch.cat(sources), best), rtol=1e-6, atol=1e-6)
+
+
+def test_runs_of_several_sources_choose_the_ridge_by_source(monkeypatch):
+    model, masks, batches = case("llama")
+    seen = []
+    monkeypatch.setattr("billhook.repairs.visitor.refit_linear", lambda *given: seen.append(given) or refit_linear(*given))
+    runs = [replace(run, source=name) for run, name in zip(trials(model, batches), "abab", strict=True)]
+    repair_linears(model, masks, runs)
+    for _, _, _, turns, every, _ in seen:
+        (fit, held_out), (other, fitted) = turns
+        assert torch.equal(fit.products, fitted.products)
+        assert torch.equal(held_out.products, other.products)
+        assert every.tokens == fit.tokens + held_out.tokens
+    assert seen
 
 
 def case(family, number=4, length=40):
@@ -259,7 +301,7 @@ def slowly(model, masks, batches, repair, others=None):
         for number, (one, owed, square) in enumerate(zip(x, dues, squares, strict=True)):
             weights = 2 * usual / (usual + square) if usual else None
             (held_out if number in choosing else fit).add(one, owed, None, weights)
-        new, bias = refit_linear(old, linear.bias, keep, fit, held_out, repair.ridges)
+        new, bias = refit_linear(old, linear.bias, keep, *folds(fit, held_out), repair.ridges)
         result[name] = (matrix(linear, new), None if bias is None else bias.detach())
         put(model, {name: result[name]})
     return result
@@ -405,7 +447,7 @@ def test_a_linear_that_is_called_in_every_layer_is_refitted_on_all_calls():
         fit, held_out = OwedMoments(*linear.weight.shape), OwedMoments(*linear.weight.shape)
         for number, one in enumerate(x):
             (fit if number < 2 else held_out).add(one)
-        weight, bias = refit_linear(linear.weight.detach(), linear.bias.detach(), keep, fit, held_out, [0.01])
+        weight, bias = refit_linear(linear.weight.detach(), linear.bias.detach(), keep, *folds(fit, held_out), [0.01])
         torch.testing.assert_close(found[name], (weight, bias), rtol=1e-6, atol=1e-8)
 
 
@@ -484,7 +526,7 @@ def test_half_precision_keeps_its_dtype(dtype):
     usual = torch.cat(lost).log().mean().exp()
     for number, one in enumerate(x):
         (held_out if number == choosing else fit).add(one, None, None, 2 * usual / (usual + lost[number]))
-    expected, _ = refit_linear(weight, None, masks[first], fit, held_out, Repair().ridges)
+    expected, _ = refit_linear(weight, None, masks[first], *folds(fit, held_out), Repair().ridges)
     torch.testing.assert_close(found[first][0], expected.to(dtype))
 
 

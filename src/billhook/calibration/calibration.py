@@ -12,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from billhook.arguments import annotated, number, whole
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, generated
-from billhook.calibration.rows import blocks_to_batch, check_columns, load_splits, map_rows, pack, runs_on
+from billhook.calibration.rows import check_columns, load_splits, map_rows, pack, runs_on
 from billhook.model.find import find_transformer
-from billhook.model.preprocessors import load_tokenizer
-from billhook.running.batches import Batches
+from billhook.model.preprocessors import tokenizer_of
+from billhook.running.batches import Batch, each
 
 Source: TypeAlias = str | dict[str, str | list[str]]
 """`"generated"`, `"tiny"`, a file, a folder, a hub name, or files by split."""
@@ -45,8 +45,8 @@ class Calibration:
 
     Example:
         >>> import billhook as bh
-        >>> batches = bh.Calibration(["generated", "tiny"], weights=[1, 3], tokens=256, length=64).read(bh.load("tiny"))
-        >>> batches.sources
+        >>> calibration = bh.Calibration(["generated", "tiny"], weights=[1, 3], tokens=256, length=64)
+        >>> [batch.source for batch in calibration.read(bh.load("tiny"))]
         ['generated', 'tiny', 'tiny', 'tiny']
     """
 
@@ -96,7 +96,7 @@ class Calibration:
         shares = (self.tokens * weight / sum(weights) / length for weight in weights)
         return {name: max(round(share), 1) for name, share in zip(self.named, shares, strict=True)}
 
-    def read(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Batches:
+    def read(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Batch]:
         """Reads the sources, and lets the model write its part; returns the batches, those of the sources in turn.
 
         Args:
@@ -104,19 +104,18 @@ class Calibration:
             tokenizer: Instead of the one that is named.
         """
         subject, length = find_transformer(model), self.length_for(model)
-        found = dict[str, list[Any]]()
+        found = list[Batch]()
         if GENERATED in self.named:
-            check_writes(subject, length)
+            check_writes(subject)
         for name, count in self.rows(length).items():
             if name == GENERATED:
-                own = generated(subject, examples=count, length=length, batch_size=self.batch_size, seed=self.seed)
-                found[name] = [one | {"labels": one["input_ids"].clone()} for one in own]
+                found += generated(subject, examples=count, length=length, batch_size=self.batch_size, seed=self.seed)
             else:
-                tokenizer = tokenizer or load_tokenizer(self.tokenizer or subject.config.name_or_path)
-                found[name] = self._text(name, count, length, tokenizer)
-        return Batches([batch for own in found.values() for batch in own], [name for name, own in found.items() for _ in own])
+                tokenizer = tokenizer or tokenizer_of(subject, self.tokenizer)
+                found += self._text(name, count, length, tokenizer)
+        return found
 
-    def _text(self, name: str, count: int, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    def _text(self, name: str, count: int, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
         splits = load_splits(self.named[name])
         split = "train" if "train" in splits else next(iter(splits))
         rows: Any = splits[split]
@@ -130,7 +129,7 @@ class Calibration:
             )
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(self.seed))[:count].tolist()
         chunks = [order[first : first + self.batch_size] for first in range(0, count, self.batch_size)]
-        return [blocks_to_batch([blocks[place] for place in chunk]) for chunk in chunks]
+        return [Batch({"input_ids": torch.tensor(blocks[chunk]["input_ids"])}, name) for chunk in chunks]
 
 
 def _name(source: Source) -> str:
@@ -141,12 +140,16 @@ def _name(source: Source) -> str:
     return Path(source).stem if Path(source).suffix else source
 
 
-def read(batches: "Calibration | Iterable[Any] | None", model: nn.Module) -> Iterable[Any]:
-    """Returns batches as they are, or reads a calibration; None is what the model itself writes.
+Batches: TypeAlias = Iterable[Any] | Calibration
+"""Batches as a model takes them, or where they come from."""
 
-    >>> len(list(read([{}, {}], nn.Linear(1, 1))))
-    2
-    """
-    if batches is None:
-        batches = Calibration()
-    return batches.read(model) if isinstance(batches, Calibration) else batches
+
+def batches_of(given: Batches | None, model: nn.Module) -> Iterable[Any]:
+    """Returns batches; of a calibration those that it reads, and where none are given those that the model itself writes."""
+    if given is None:
+        try:
+            check_writes(find_transformer(model))
+        except ValueError as error:
+            raise ValueError(f"batches=None: {error}, so batches are needed") from error
+    calibration = Calibration() if given is None else given
+    return each(calibration.read(model) if isinstance(calibration, Calibration) else calibration)

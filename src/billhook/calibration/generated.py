@@ -16,8 +16,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from billhook.arguments import annotated, number, whole
 from billhook.model.find import find_transformer
-from billhook.model.preprocessors import load_tokenizer
-from billhook.running.batches import Batches
+from billhook.model.preprocessors import tokenizer_of
+from billhook.running.batches import Batch
 from billhook.running.undisturbed import undisturbed
 
 NAME = "generated"
@@ -36,7 +36,7 @@ def generated(
     batch_size: int = 1,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
-) -> Batches:
+) -> list[Batch]:
     """Lets a causal language model write the text that it is calibrated on, token by token, without padding.
 
     Each row begins with the token that begins a text, or with a prompt, and goes on past the ends of texts until it is full.
@@ -70,20 +70,20 @@ def generated(
         whole(name, value, least)
     number("temperature", temperature, above=0)
     subject = find_transformer(model)
-    check_writes(subject, length)
-    starts = [_start(subject)] if prompts is None else _encoded(subject, prompts, tokenizer, length)
-    rows = _written(subject, [starts[place % len(starts)] for place in range(examples)], length, temperature, seed)
-    return Batches([{"input_ids": own} for own in torch.split(rows, batch_size)], [NAME] * -(-examples // batch_size))
-
-
-def check_writes(model: PreTrainedModel, length: int) -> None:
-    """Refuses a model that cannot write rows of so many tokens."""
-    config: Any = model.config
-    if not model.can_generate() or config.is_encoder_decoder or model.main_input_name != "input_ids":
-        raise ValueError(f"batches: a {type(model).__name__} does not write text that it could be calibrated on: give batches")
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    check_writes(subject)
+    most = getattr(subject.config.get_text_config(), "max_position_embeddings", None)
     if most and length > most:
         raise ValueError(f"length={length}: the model reads no more than {most} tokens at once")
+    starts = [_start(subject)] if prompts is None else _encoded(subject, prompts, tokenizer, length)
+    rows = _written(subject, [starts[place % len(starts)] for place in range(examples)], length, temperature, seed)
+    return [Batch({"input_ids": own}, NAME) for own in torch.split(rows, batch_size)]
+
+
+def check_writes(model: PreTrainedModel) -> None:
+    """Refuses a model that does not write."""
+    config: Any = model.config
+    if not model.can_generate() or config.is_encoder_decoder or model.main_input_name != "input_ids":
+        raise ValueError(f"a {type(model).__name__} does not write text that it could be shown")
 
 
 def _start(model: PreTrainedModel) -> list[int]:
@@ -100,11 +100,7 @@ def _encoded(
     model: PreTrainedModel, prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase | str | None, length: int
 ) -> list[list[int]]:
     """Turns prompts into token ids, none of them a whole row."""
-    found: Any = (
-        load_tokenizer(tokenizer or model.config.name_or_path)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase)
-        else tokenizer
-    )
+    found: Any = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer_of(model, tokenizer)
     ids = list[list[int]]()
     for prompt in prompts:
         if isinstance(prompt, str):
@@ -142,9 +138,10 @@ def _alike(starts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 def _continued(model: PreTrainedModel, ids: Tensor, length: int, temperature: float) -> Tensor:
     """Draws the next tokens, past the ends of texts; nothing but the temperature changes the model's distribution."""
-    how = GenerationConfig(
+    how = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_length=length, eos_token_id=None, pad_token_id=0,
         use_cache=True,
     )  # fmt: skip
-    written: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=how)
+    write: Any = model.generate
+    written: Tensor = write(ids, attention_mask=torch.ones_like(ids), generation_config=how)
     return written

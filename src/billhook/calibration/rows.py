@@ -134,11 +134,14 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 
 
 def pack(rows: Batch, tokenizer: PreTrainedTokenizerBase, block_size: int, column: str, documents: bool) -> Batch:
-    """Packs texts, each of them a document or else a line that runs on, into blocks of `block_size` token ids.
+    """Packs texts, each of them a document, a chat or else a line that runs on, into blocks of `block_size` token ids.
 
     Null and blank texts do not count, and tokens that do not fill the last block are left out.
     """
     given = [text for text in rows[column] if text is not None]
+    if given and isinstance(given[0], list):  # chats, whose template says where they end
+        given, documents = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in given], False
+        given = ["".join(given)]
     texts = [text for text in _texts(given if documents else ["".join(given)], column) if text and not text.isspace()]
     if not texts:
         return {"input_ids": []}

@@ -3,21 +3,22 @@
 "Are Sixteen Heads Really Better than One?" (Michel, Levy & Neubig, 2019, https://arxiv.org/abs/1905.10650), section 3.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from billhook.arguments import annotated, one_of
+from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import check_read
 from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
 from billhook.model.values import check_values
-from billhook.running.batches import Loss, Run, each
+from billhook.running.batches import Loss, Run
 from billhook.running.undisturbed import resting
 from billhook.units.blocks import skipping
 from billhook.units.find import find_units, numbered
@@ -106,7 +107,7 @@ class HeadAblation:
 
 def ablate_heads(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Batches,
     metric: Loss | None = None,
     mode: Mode = "without",
     per: Per = "head",
@@ -136,7 +137,7 @@ def ablate_heads(
     check_values(subject)
     heads = find_units(subject, "head")
     numbered(heads, {}, per)
-    runs = [run_of(subject, heads, batch, metric) for batch in each(batches)]
+    runs = [run_of(subject, heads, batch, metric) for batch in batches_of(batches, subject)]
     if not runs:
         raise ValueError("batches: at least one is needed")
     values = {name: torch.zeros(one.count(per), dtype=torch.float64) for name, one in heads.items()}

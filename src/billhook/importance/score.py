@@ -1,16 +1,17 @@
 """Scores units by an importance, from batches."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from billhook.arguments import annotated
+from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.base import Importance, Sums
 from billhook.model.find import find_transformer
 from billhook.model.values import check_values
-from billhook.running.batches import Loss, Run, each, run_with_loss
+from billhook.running.batches import Loss, Run, run_with_loss
 from billhook.running.undisturbed import resting
 from billhook.running.walk import Reduce
 from billhook.units.find import check_held, numbered
@@ -21,7 +22,7 @@ def score(
     model: nn.Module,
     units: Mapping[str, Units],
     importance: Importance,
-    batches: Iterable[Any] | None = None,
+    batches: Batches | None = None,
     loss: Loss | None = None,
     normalize: bool = False,
     per: Per = "head",
@@ -34,7 +35,8 @@ def score(
         units: The units, by place, as `find_units` returns them; scores of different kinds should not be compared.
         importance: Any `Importance`, such as `GateGradient()`, `Taylor()`, `OBS()` or, of blocks, `BlockInfluence()`.
         batches: Inputs of the model's forward, as dictionaries, labels included; a causal language model's own inputs are its
-            labels where there are none. Padding (by `attention_mask`) does not count. A `Run` brings its own loss.
+            labels where there are none. Padding (by `attention_mask`) does not count. A `Run` brings its own loss. A
+            `Calibration` reads them; by default they are what the model itself writes.
         loss: From model and batch to the number that is to be small; by default the loss that the model returns.
         normalize: Whether the scores of each place are divided by their L2 norm, as Michel et al. (1905.10650) do with heads.
         per: For heads, one score for each `"head"` (query head), or for each `"kv_head"` with the query heads that it serves.
@@ -59,11 +61,9 @@ def score(
     name, subject = type(importance).__name__, find_transformer(model)
     check_values(subject)
     check_held(subject, units)
-    if importance.needs_data and batches is None:
-        raise ValueError(f"batches=None: {name} needs batches")
-    given = batches if importance.needs_data and batches is not None else ()
+    given = batches_of(batches, subject) if importance.needs_data else ()
     with resting(subject):
-        sums = importance.sums(subject, units, per, [run_of(subject, units, batch, loss) for batch in each(given)])
+        sums = importance.sums(subject, units, per, [run_of(subject, units, batch, loss) for batch in given])
     if importance.needs_data:
         sums = sums if reduce is None else _reduced(sums, reduce)
         if not any(count.any() for count in sums.counts.values()):

@@ -10,13 +10,13 @@ query head h reads KV head h // (query heads / KV heads), so consecutive heads a
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
-from billhook.kv_heads.bases.ready import ready_weights
+from billhook.calibration.calibration import Batches, batches_of
+from billhook.kv_heads.bases.ready import batches_needed, ready_weights
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.named import Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
@@ -25,14 +25,13 @@ from billhook.model.plan import apply
 from billhook.model.surgery import changed
 from billhook.model.values import check_changeable, check_values
 from billhook.repairs.repair import Repair
-from billhook.running.batches import each
 
 
 def convert_kv_heads(
     model: nn.Module,
     num_key_value_heads: int,
     method: KVMethod | Name = "mean",
-    batches: Iterable[Any] = (),
+    batches: Batches | None = None,
     optimizers: Optimizer | Iterable[Optimizer] = (),
     repair: Repair | None = None,
     layers: Collection[int | str] | None = None,
@@ -54,7 +53,8 @@ def convert_kv_heads(
 
             Where code stands between projection and product (a norm of keys, a gate), what it does not let pass is averaged.
         batches: For `"svd"`, `"auto"`, `"aligned"` and `repair`, as dictionaries of what the model's forward takes; some
-            thousand tokens. `"auto"` and `repair` hold some of them out.
+            thousand tokens. `"auto"` and `repair` hold some of them out. A `Calibration` reads them; where they are needed
+            and there are none, they are what a language model itself writes.
         optimizers: The optimizer, or optimizers, that train the model. Their state follows: first moments are pooled like the
             weights; second moments (of Adam, AdamW, RMSprop, Adadelta, Adagrad) are pooled and multiplied by G^2 for groups of
             G heads. The gradient of a pooled head is the sum of its heads' gradients, and
@@ -91,7 +91,9 @@ def convert_kv_heads(
     if method.turns or repair is not None:
         check_values(model)
         groups, subject = dict.fromkeys(plan.layers, plan.after), find_transformer(model)
-        weights, _ = ready_weights(subject, groups, method, [(batch, None) for batch in each(batches)], repair)
+        needs, _ = batches_needed(method, repair)
+        given = batches_of(batches, subject) if needs or batches is not None else ()
+        weights, _ = ready_weights(subject, groups, method, [(batch, None) for batch in given], repair)
         plan = replace(plan, restart=tuple(changed(subject, weights)))
     apply(model, plan, optimizers, weights)
     return plan

@@ -7,6 +7,7 @@ from transformers import (
     AutoTokenizer,
     FeatureExtractionMixin,
     ImageProcessingMixin,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
@@ -33,6 +34,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     with readable(name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
     return tokenizer
+
+
+def tokenizer_of(model: PreTrainedModel, name: str | None = None) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer by name, or the one of the folder or hub name that a model came from."""
+    if not (name or model.config.name_or_path):
+        raise ValueError(f"tokenizer=None: {type(model).__name__} does not say where it came from: name a tokenizer")
+    return load_tokenizer(name or str(model.config.name_or_path))
 
 
 def load_preprocessor(name: str, auto: Any = AutoProcessor) -> Preprocessor:  # noqa: ANN401 - an auto class

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.arguments import annotated
+from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import score
@@ -35,7 +35,7 @@ from billhook.units.units import Per, UnitKind, Units
 def plan(
     model: nn.Module,
     importance: Importance | None = None,
-    batches: Iterable[Any] | None = None,
+    batches: Batches | None = None,
     *,
     heads: float | None = None,
     kv_heads: float | None = None,
@@ -59,7 +59,8 @@ def plan(
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
         importance: Any `Importance`; by default `Taylor()`, of blocks `BlockInfluence()`, as in the papers.
         batches: Inputs of the model's forward, as dictionaries, labels included; a causal language model's own inputs are its
-            labels where there are none. Padding (by `attention_mask`) does not count.
+            labels where there are none. Padding (by `attention_mask`) does not count. A `Calibration` reads them; by default
+            they are what the model itself writes.
         heads: Fraction of the query heads that is removed, in [0, 1), as many of each KV head.
         kv_heads: Fraction of the KV heads, with the query heads that they serve.
         channels: Fraction of the channels of feed-forwards.
@@ -197,7 +198,7 @@ def _plan_blocks(
     model: PreTrainedModel,
     amount: Amount,
     importance: Importance,
-    batches: Iterable[Any] | None,
+    batches: Batches | None,
     scores: Mapping[str, Tensor] | None,
     greedy: bool,
     loss: Loss | None,
@@ -205,7 +206,7 @@ def _plan_blocks(
 ) -> BlockPlan:
     stacks, numbers = count_blocks(model, amount)
     if greedy and scores is None:
-        rank = partial(score, model, stacks, importance, None if batches is None else list(batches), loss, reduce=reduce)
+        rank = partial(score, model, stacks, importance, list(batches_of(batches, model)), loss, reduce=reduce)
         return tried_blocks(model, find_block_plan(model, _one_by_one(model, stacks, rank, numbers, (amount.first, amount.last))))
     if scores is None:
         scores = score(model, stacks, importance, batches, loss, amount.normalize, reduce=reduce)

@@ -1,8 +1,6 @@
 """Repairs a plan of units: the linears that read them are refitted, so that they make up for what is removed."""
 
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from billhook.arguments import annotated
+from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear
@@ -17,7 +16,6 @@ from billhook.model.plan import Plan, Weights
 from billhook.model.values import check_values
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.repair import Repair, repair_linears
-from billhook.running.batches import each
 from billhook.running.walk import Reduce
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -25,9 +23,7 @@ from billhook.units.find import units_of
 PARTS = ("weight", "bias")
 
 
-def repair(
-    model: nn.Module, plan: Plan, batches: Iterable[Any], how: Repair | None = None, reduce: Reduce | None = None
-) -> Weights:
+def repair(model: nn.Module, plan: Plan, batches: Batches, how: Repair | None = None, reduce: Reduce | None = None) -> Weights:
     """Refits the linears that read the heads and channels of a plan, so that they make up for what is removed; for `apply`.
 
     Each is refitted by least squares, one after the other, on its inputs when all before it have been cut and refitted. The model
@@ -37,7 +33,7 @@ def repair(
         model: The model that the plan was made for, as it is now.
         plan: A plan of units.
         batches: Two at least, as dictionaries of inputs of the model's forward; a few times as many tokens as a feed-forward has
-            channels. Padding (by `attention_mask`) does not count.
+            channels; or a `Calibration` that reads them. Padding (by `attention_mask`) does not count.
         how: How they are refitted; `Repair()` by default.
         reduce: Sums a tensor over ranks, if each has batches of its own.
 
@@ -72,7 +68,7 @@ def repair(
             kept[reader] = kept[reader] & stays if reader in kept else stays
     if not kept:
         raise ValueError("repair: no linear layer reads what is removed, so none can make up for it")
-    runs = [run_of(subject, found, batch) for batch in each(batches)]
+    runs = [run_of(subject, found, batch) for batch in batches_of(batches, subject)]
     under = {reader: _linear(subject, reader) for reader in kept}
     runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
     refitted = repair_linears(subject, {under[reader]: stays for reader, stays in kept.items()}, runs, how, reduce)

@@ -25,6 +25,7 @@ class OwedMoments:
         products: The sum of x x^T, `[in_features, in_features]`.
         owed_sums: The sum of what is owed, d, `[out_features]`.
         owed_products: The sum of d x^T, `[out_features, in_features]`.
+        owed_squares: The sum of |d|^2, `[]`.
     """
 
     def __init__(self, out_features: int, in_features: int, device: torch.device | str = "cpu") -> None:
@@ -32,6 +33,7 @@ class OwedMoments:
         self.sums, self.owed_sums = self.tokens.new_zeros(in_features), self.tokens.new_zeros(out_features)
         self.products = self.tokens.new_zeros(in_features, in_features)
         self.owed_products = self.tokens.new_zeros(out_features, in_features)
+        self.owed_squares = self.tokens.clone()
 
     def add(self, inputs: Tensor, owed: Tensor | None = None, keep: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Adds what a linear is given in one call; multiplied in float32, or in float64 if the inputs are.
@@ -55,18 +57,21 @@ class OwedMoments:
                 weighted = wide(due) * share
                 self.owed_sums += weighted.sum(0, dtype=torch.float64)
                 add_products(self.owed_products, weighted, wide(chunk))
+                self.owed_squares += (weighted * wide(due)).sum(dtype=torch.float64)
 
     def tensors(self) -> list[Tensor]:
         """Returns the sums themselves, not copies, to be summed over ranks in place."""
-        return [self.tokens, self.sums, self.products, self.owed_sums, self.owed_products]
+        return [self.tokens, self.sums, self.products, self.owed_sums, self.owed_products, self.owed_squares]
 
-    def merged(self, other: "OwedMoments") -> "OwedMoments":
-        """Returns the moments of both."""
-        rows, columns = self.owed_products.shape
-        both = OwedMoments(rows, columns, self.tokens.device)
-        for sums, one, two in zip(both.tensors(), self.tensors(), other.tensors(), strict=True):
-            torch.add(one, two, out=sums)
-        return both
+    @classmethod
+    def merged(cls, parts: Sequence["OwedMoments"]) -> "OwedMoments":
+        """Returns the moments of all parts."""
+        rows, columns = parts[0].owed_products.shape
+        every = cls(rows, columns, parts[0].tokens.device)
+        for sums, *own in zip(every.tensors(), *(part.tensors() for part in parts), strict=True):
+            for one in own:
+                sums += one
+        return every
 
     @property
     def centre(self) -> tuple[Tensor, Tensor]:
@@ -74,20 +79,30 @@ class OwedMoments:
         return self.sums / self.tokens, self.owed_sums / self.tokens
 
     def about(self, centre: tuple[Tensor, Tensor] | None = None) -> "SecondMoments":
-        """Computes the means of (x - c) (x - c)^T and of (d - e) (x - c)^T about a centre (c, e), zero if None."""
-        inputs, owed = self.products / self.tokens, self.owed_products / self.tokens
+        """Computes the means of (x - c) (x - c)^T, (d - e) (x - c)^T and |d - e|^2 about a centre (c, e), zero if None."""
+        inputs, owed, squares = (sums / self.tokens for sums in (self.products, self.owed_products, self.owed_squares))
         if centre is not None:
             (c, e), (x, d) = centre, self.centre
             inputs = inputs - torch.outer(x, c) - torch.outer(c, x) + torch.outer(c, c)
             owed = owed - torch.outer(d, c) - torch.outer(e, x) + torch.outer(e, c)
-        return SecondMoments(inputs, owed)
+            squares = squares - 2 * e @ d + e @ e
+        return SecondMoments(inputs, owed, squares)
 
 
 class SecondMoments(NamedTuple):
-    """H, the mean of x x^T, `[in_features, in_features]`; and the mean of d x^T, `[out_features, in_features]`."""
+    """Means of x x^T, `[in_features, in_features]`, H; of d x^T, `[out_features, in_features]`; and of |d|^2, `[]`."""
 
     inputs: Tensor
     owed: Tensor
+    owed_squares: Tensor
+
+    def error(self, missing: Tensor) -> float:
+        """Computes E |M x + d|^2 = tr(M H M^T) + 2 tr(M (E d x^T)^T) + E |d|^2, M being the weights that are missing."""
+        return float(((missing @ self.inputs + 2 * self.owed) * missing).sum() + self.owed_squares)
+
+
+Fold = tuple[OwedMoments, OwedMoments]
+"""Data that a ridge is tried on: what is fitted, and what is held out."""
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -122,38 +137,41 @@ def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: floa
     return new
 
 
-def choose_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, held_out: SecondMoments, ridges: Sequence[float]) -> float:
-    """Chooses the ridge with which the solution errs least on held-out data, about the same means; infinity if none helps.
+def choose_ridge(
+    weight: Tensor, keep: Tensor, folds: Sequence[tuple[SecondMoments, SecondMoments]], ridges: Sequence[float]
+) -> float:
+    """Chooses the ridge with which solutions err least on held-out data, about the same means; infinity if none helps.
 
-    Ridges that have no solution are skipped.
-
-    With M = W - W' the error is E ||M x + d||^2 = tr(M H M^T) + 2 tr(M (E d x^T)^T) + a part that no ridge changes.
+    The error of each fold counts as a share of the one without a refit. Ridges that have no solution are skipped.
     """
-    errors = {}
-    for ridge in (math.inf, *ridges):
-        new = solve_ridge(weight, keep, second, ridge)
-        if new is None:
-            continue
-        missing = weight.double() - new
-        errors[ridge] = float(((missing @ held_out.inputs + 2 * held_out.owed) * missing).sum())
+    cut = weight.double() * ~keep
+    without = [max(held_out.error(cut), torch.finfo(torch.float64).tiny) for _, held_out in folds]
+    errors = {math.inf: 1.0}
+    for ridge in ridges:
+        found = [solve_ridge(weight, keep, second, ridge) for second, _ in folds]
+        if all(new is not None for new in found):
+            left = [
+                held_out.error(weight.double() - new) for new, (_, held_out) in zip(found, folds, strict=True) if new is not None
+            ]
+            errors[ridge] = sum(error / whole for error, whole in zip(left, without, strict=True)) / len(folds)
     return min(errors, key=lambda ridge: errors[ridge])
 
 
 def refit_linear(
-    weight: Tensor, bias: Tensor | None, keep: Tensor, fit: OwedMoments, held_out: OwedMoments, ridges: Sequence[float]
+    weight: Tensor, bias: Tensor | None, keep: Tensor, folds: Sequence[Fold], every: OwedMoments, ridges: Sequence[float]
 ) -> tuple[Tensor, Tensor | None]:
     """Refits a linear's weight and bias, float64: chooses the ridge on held-out data, and solves on all.
 
     A bias makes up for the mean of what is missing, b' = b + (W - W') E x + E d, and the weight for the rest. Where all data has
     no solution with that ridge, the next larger one takes its place.
     """
-    centre = None if bias is None else fit.centre
-    ridge = choose_ridge(weight, keep, fit.about(centre), held_out.about(centre), ridges)
-    both = fit.merged(held_out)
-    second = both.about(None if bias is None else both.centre)
+    centres = [None if bias is None else fit.centre for fit, _ in folds]
+    seen = [(fit.about(c), held_out.about(c)) for (fit, held_out), c in zip(folds, centres, strict=True)]
+    ridge = choose_ridge(weight, keep, seen, ridges)
+    second = every.about(None if bias is None else every.centre)
     larger = sorted({ridge, math.inf, *(one for one in ridges if one > ridge)})
     new = next(found for one in larger if (found := solve_ridge(weight, keep, second, one)) is not None)
     if bias is None:
         return new, None
-    mean, owed = both.centre
+    mean, owed = every.centre
     return new, bias.double() + (weight.double() - new) @ mean + owed

@@ -7,6 +7,7 @@ stream, it also makes up for what those before it still owe (`sums.py`).
 
 import math
 import warnings
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ class Repair:
     Args:
         catch_up: Whether a linear also makes up for what those before it have lost of the stream that it adds to. It takes a
             second run of each batch, of the whole model.
-        held_out: Share of the calibration batches that choose the ridge, at least one; in (0, 1).
+        held_out: Share of the calibration batches that choose the ridge, at least one; in (0, 1). Where batches are of several
+            sources (see `Calibration`), each source is held out in turn instead.
         ridges: Candidates for the ridge, each a share of every input's own mean square (or variance, where there is a bias).
 
     Raises:
@@ -58,6 +60,18 @@ class Repair:
         """Returns the runs that choose the ridge: spread evenly over all, and never all."""
         number = min(max(1, round(self.held_out * runs)), runs - 1)
         return {(2 * place + 1) * runs // (2 * number) for place in range(number)}
+
+    def parts(self, sources: Sequence[str], reduce: Reduce | None, device: torch.device) -> tuple[list[int], list[int]]:
+        """Returns the part of the data that each run belongs to, and the parts that are held out, in turn.
+
+        Parts are the sources; where there is one alone, or ranks have others, the runs that choose the ridge, and those that do
+        not.
+        """
+        names = sorted(set(sources))
+        if len(names) > 1 and _same_on_all_ranks(names, reduce, device):
+            return [names.index(source) for source in sources], list(range(len(names)))
+        choosing = self.chooses(len(sources))
+        return [int(run in choosing) for run in range(len(sources))], [1]
 
 
 def repair_linears(
@@ -96,6 +110,7 @@ def repair_linears(
     linears = _check(model, kept, every)
     device, forwards = next(iter(linears.values())).get_parameter("weight").device, [trial.visit for trial in trials]
     _check_batches(len(trials), repair, device, reduce)
+    parts, held_out = repair.parts([trial.source for trial in trials], reduce, device)
     with undisturbed(model):
         shown = agreed([seen(every, forward) for forward in forwards[:1]], list(every), device, reduce)
         often = {name: linear for name, linear in linears.items() if shown.calls[name] > 1}
@@ -103,8 +118,8 @@ def repair_linears(
         if given is not None:  # each owes at least what it gave in the whole model
             _check_given(given, every, shown.calls, often)
             before = dict.fromkeys(linears) | before
-        tokens, choosing = [trial.tokens for trial in trials], repair.chooses(len(trials))
-        visitor = RepairVisitor(every, kept, before, tokens, repair.ridges, choosing, reduce, given)
+        tokens = [trial.tokens for trial in trials]
+        visitor = RepairVisitor(every, kept, before, tokens, repair.ridges, parts, held_out, reduce, given)
         with undisturbed(model):
             _check_tokens(linears, kept, forwards, visitor, reduce)
         if often:
@@ -145,6 +160,15 @@ def _check_given(given: Given, every: Mapping[str, nn.Module], calls: Mapping[st
             raise ValueError(f"given[{name!r}] must be {sizes}, got {found}")
     if several := [*often, *(name for name in given if calls[name] > 1)]:
         raise ValueError(f"repair: {several[0]} is called several times in a run, so it cannot be compared with the whole model")
+
+
+def _same_on_all_ranks(names: Sequence[str], reduce: Reduce | None, device: torch.device) -> bool:
+    """Says whether every rank names the same sources: sums of a number and of its square tell."""
+    own = zlib.crc32("\0".join(names).encode())
+    if reduce is None:
+        return True
+    ranks, total, squares = reduce(torch.tensor([1, own, own**2], dtype=torch.float64, device=device)).tolist()
+    return bool(abs(ranks * squares - total**2) < 1e-9 * total**2)
 
 
 def _check_batches(runs: int, repair: Repair, device: torch.device, reduce: Reduce | None) -> None:

@@ -1,7 +1,7 @@
 """Repairs linears during a walk over a model: gathers moments of their inputs and debts, and keeps the new weights aside."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,9 @@ class RepairVisitor:
         kept: Of those to refit, which inputs are kept.
         before: Of those that are to catch up or to be followed, the linear that has added to the same sum before.
         tokens: Of each run, by linear, which tokens count, where not all do: bool, `[batch, length]`.
-        ridges: Candidates for the ridge.
-        choosing: The runs that choose it.
+        ridges: Candidates for the ridge, which are tried on data that is held out.
+        parts: The part of the data that each run belongs to.
+        held_out: The parts that are held out, in turn.
         reduce: Sums over ranks.
         given: By linear, other parameters that it has except in runs of the whole model; also of ones not refitted.
     """
@@ -39,17 +40,18 @@ class RepairVisitor:
         before: Mapping[str, str | None],
         tokens: Sequence[Mapping[str, Tensor]],
         ridges: Sequence[float],
-        choosing: Collection[int],
+        parts: Sequence[int],
+        held_out: Sequence[int],
         reduce: Reduce | None = None,
         given: Given | None = None,
     ) -> None:
         self._linears, self._before, self._tokens = linears, before, tokens
-        self._ridges, self._choosing, self._reduce = ridges, choosing, reduce
+        self._ridges, self._parts, self._held_out, self._reduce = ridges, parts, held_out, reduce
         self._given = given or {}
         self._whole = {name: matrix_of(linears[name]) for name in {**kept, **before}}  # others may stand in the linears meanwhile
         self._old = {name: self._start(name) for name in self._whole}
         self._kept = {name: keep.to(self._old[name][0].device) for name, keep in kept.items()}
-        self._moments: dict[str, tuple[OwedMoments, OwedMoments]] = {}
+        self._moments: dict[str, list[OwedMoments]] = {}
         self._inputs: dict[str, dict[int, Tensor]] = {}
         self._short: dict[str, dict[int, Tensor]] = {}  # by linear and run, of the sum that it has added to
         self._after = Counter(before.values())
@@ -103,7 +105,7 @@ class RepairVisitor:
         return inputs.shape[:-1].numel() if keep is None else int(keep.sum())
 
     def _add(self, name: str, inputs: Tensor, owed: Tensor | None, run: int, weights: Tensor | None) -> None:
-        self._of(name)[run in self._choosing].add(inputs, owed, self._counting(name, inputs, run), weights)
+        self._of(name)[self._parts[run]].add(inputs, owed, self._counting(name, inputs, run), weights)
 
     def _counting(self, name: str, inputs: Tensor, run: int) -> Tensor | None:
         """Finds the tokens that count, bool, `[batch, length]`; None if all do."""
@@ -139,24 +141,28 @@ class RepairVisitor:
         new = turned(self._linears[name], given["weight"])
         return new, None if bias is None else given["bias"]
 
-    def _of(self, name: str) -> tuple[OwedMoments, OwedMoments]:
+    def _of(self, name: str) -> list[OwedMoments]:
         if name not in self._moments:
             weight, _ = self._old[name]
             rows, columns = weight.shape
-            self._moments[name] = OwedMoments(rows, columns, weight.device), OwedMoments(rows, columns, weight.device)
+            self._moments[name] = [OwedMoments(rows, columns, weight.device) for _ in range(max(*self._held_out, 1) + 1)]
         return self._moments[name]
 
     def _refit(self, name: str) -> None:
-        fit, held_out = self._of(name)
+        parts = self._of(name)
         if self._reduce is not None:
-            for sums in (*fit.tensors(), *held_out.tensors()):
-                self._reduce(sums)
+            for part in parts:
+                for sums in part.tensors():
+                    self._reduce(sums)
         del self._moments[name]
-        bad = (~(fit.products + held_out.products).diagonal().isfinite()).nonzero()
+        every = OwedMoments.merged(parts)
+        bad = (~every.products.diagonal().isfinite()).nonzero()
         if len(bad):
             raise ValueError(f"{name}: NaN or infinite inputs in {len(bad)} features, the first in feature {int(bad[0])}")
-        if min(fit.tokens, held_out.tokens) and fit.tokens + held_out.tokens >= self._kept[name].sum():
-            new = refit_linear(*self._old[name], self._kept[name], fit, held_out, self._ridges)
+        others = {number: [own for place, own in enumerate(parts) if place != number and own.tokens] for number in self._held_out}
+        folds = [(OwedMoments.merged(own), parts[number]) for number, own in others.items() if own and parts[number].tokens]
+        if folds and every.tokens >= self._kept[name].sum():
+            new = refit_linear(*self._old[name], self._kept[name], folds, every, self._ridges)
             self._new[name] = as_it_lies(self._linears[name], *new)
 
     def _owed(self, name: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:

@@ -38,22 +38,17 @@ class Run:
         return (self.lossless or self.forward)()
 
 
-class Batches(list[Any]):
-    """Batches of several sources.
+class Batch(dict[str, Any]):
+    """What a model's forward takes, with the name of the source that it is of."""
 
-    Attributes:
-        sources: The name of the source of each batch.
-    """
+    def __init__(self, inputs: Mapping[str, Any], source: str = "") -> None:
+        super().__init__(inputs)
+        self.source = source
 
-    def __init__(self, batches: Iterable[Any], sources: Iterable[str]) -> None:
-        super().__init__(batches)
-        self.sources = list(sources)
-        if len(self.sources) != len(self):
-            raise ValueError(f"sources: a name for each of {len(self)} batches is needed, and there are {len(self.sources)}")
 
-    def of(self, source: str) -> list[Any]:
-        """Returns the batches of one source."""
-        return [batch for batch, name in zip(self, self.sources, strict=True) if name == source]
+def source_of(batch: Any) -> str:  # noqa: ANN401
+    """Returns the name of a batch's source, if it has one."""
+    return batch.source if isinstance(batch, Batch) else ""
 
 
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
@@ -78,7 +73,7 @@ def _check_filled(batch: Any) -> None:  # noqa: ANN401
 
 
 def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
-    batch = _on_device(model, batch)
+    source, batch = source_of(batch), _on_device(model, batch)
     _check_filled(batch)
     if isinstance(batch, Tensor):
         return Run(partial(model, batch))
@@ -94,17 +89,17 @@ def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
     elif config is not None:
         batch.pop("labels", None)  # no loss is asked for
     tokens = {name: mask.bool() for name, mask in masks.items() if _is_mask(mask)}
-    return Run(partial(model, **batch), {name: mask for name, mask in tokens.items() if not mask.all()})
+    return Run(partial(model, **batch), {name: mask for name, mask in tokens.items() if not mask.all()}, source=source)
 
 
 def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
     """Makes a run of a batch whose forward returns the loss, on the model's device; `modules` need to know which tokens count."""
-    batch = _on_device(model, batch)
+    source, batch = source_of(batch), _on_device(model, batch)
     if loss is None:
         _check_filled(batch)
     run, tokens = partial(loss or own_loss, model), tokens_of(model, modules, batch)
     lossless = None if loss is not None else partial(_output, model, batch)
-    return Run(partial(run, batch), tokens, lambda: [partial(run, one) for one in examples_of(batch)], lossless)
+    return Run(partial(run, batch), tokens, lambda: [partial(run, one) for one in examples_of(batch)], lossless, source)
 
 
 def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401

@@ -12,6 +12,7 @@ from torch import nn
 
 from billhook.adapters.masked import counted
 from billhook.arguments import annotated
+from billhook.calibration.calibration import Batches, batches_of
 from billhook.model.linears import find_twins, weight_of
 from billhook.model.values import check_changeable
 from billhook.running.batches import Run, runs_of
@@ -41,7 +42,7 @@ V = TypeVar("V", bound=PruningVisitor)
 def prune(
     model: nn.Module,
     criterion: Criterion | None = None,
-    batches: Iterable[Any] | None = None,
+    batches: Batches | None = None,
     sparsity: float | None = None,
     pattern: str = "unstructured",
     *,
@@ -65,7 +66,8 @@ def prune(
             can be given to.
         criterion: How important a weight is; `Wanda()` by default.
         batches: Calibration data: each batch is what the model's forward takes, as a dictionary, a tuple or a tensor. Padding
-            (`attention_mask`, `decoder_attention_mask`) does not count.
+            (`attention_mask`, `decoder_attention_mask`) does not count. A `Calibration` reads them; by default they are what a
+            language model itself writes.
         sparsity: Fraction of each linear's weights that become zero, in [0, 1); None with a pattern N:M.
         pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive inputs.
         allocation: How the sparsity is shared among linears; the same for each by default.
@@ -126,14 +128,17 @@ def prune(
 
 
 def _runs(
-    model: nn.Module, batches: Iterable[Any] | None, needing: Sequence[Criterion | Allocation], reduce: Reduce | None
+    model: nn.Module, batches: Batches | None, needing: Sequence[Criterion | Allocation], reduce: Reduce | None
 ) -> list[Run]:
-    """Makes a run of each batch; refuses to go without any, on all ranks together, if something needs data."""
-    runs = [] if batches is None else runs_of(model, batches)
+    """Makes a run of each batch, if something needs data; refuses to go without any, on all ranks together."""
+    if not needing:
+        return []
+    if batches is None and (is_sharded(model) or reduce is not None):
+        raise ValueError(f"batches=None: {type(needing[0]).__name__} needs calibration data")
+    runs = runs_of(model, batches_of(batches, model))
     count = torch.tensor([len(runs)], device=next(model.parameters()).device)
-    if needing and not (count if reduce is None else reduce(count)):
-        given = "None" if batches is None else "an empty collection"
-        raise ValueError(f"batches={given}: {type(needing[0]).__name__} needs calibration data")
+    if not (count if reduce is None else reduce(count)):
+        raise ValueError(f"batches: an empty collection, and {type(needing[0]).__name__} needs calibration data")
     return runs
 
 

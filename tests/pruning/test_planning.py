@@ -248,8 +248,8 @@ class TestRefused:
 
     def test_what_data_must_tell(self):
         model = llama()
-        with pytest.raises(ValueError, match="batches=None: Taylor needs batches"):
-            bh.plan(model, channels=0.5)
+        with pytest.raises(ValueError, match="batches=None: a BertForMaskedLM does not write text that .*: give batches"):
+            bh.plan(bert(), channels=0.5)
         with pytest.raises(ValueError, match="batches: Taylor needs at least one batch"):
             bh.plan(model, batches=[], channels=0.5)
         with pytest.raises(ValueError, match="gives no loss for input_ids: add labels, or give `loss`"):

@@ -183,7 +183,6 @@ class TestRefused:
             ({"sparsity": 0.5, "skip": "*.proj"}, r"skip='\*.proj' matches none of the 14 linears"),
             ({"pattern": "2:4", "allocation": bh.OWL()}, "allocation=OWL.* says how sparse each linear is"),
             ({"sparsity": 0.5, "sequential": "blocks"}, "sequential='blocks' must be one of"),
-            ({"sparsity": 0.5, "batches": None}, "batches=None: Wanda needs calibration data"),
             ({"sparsity": 0.5, "batches": []}, "batches=an empty collection: Wanda needs calibration data"),
             ({"sparsity": 0.5, "batches": ["a text"]}, "batches: batch 0 is a str, not a dictionary"),
             ({"sparsity": 0.5, "batches": "a text"}, "batches='a text' must be an Iterable"),

@@ -308,7 +308,6 @@ class TestPlan:
     REFUSED = [
         ({"blocks": 1, "scores": {"h": torch.ones(5)}}, f"a score for each of the 5 blocks of {LAYERS} is needed"),
         ({"blocks": 1, "scores": {LAYERS: torch.ones(4)}}, f"a score for each of the 5 blocks of {LAYERS} is needed"),
-        ({"blocks": 1}, "batches=None: BlockInfluence needs batches"),
         ({"blocks": 1, "channels": 0.5}, "blocks=1 and channels: blocks are planned alone"),
         ({"amount": bh.Amount(blocks=3, first=2, last=1), **SCORES}, "3 of 5 blocks .* would be removed, and at most 2 may"),
         ({"blocks": -1, **SCORES}, "blocks=-1 must be a whole number of at least 0"),

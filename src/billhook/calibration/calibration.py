@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from billhook.arguments import annotated, number, whole
 from billhook.calibration.generated import NAME as GENERATED
-from billhook.calibration.generated import check_writes, generated
+from billhook.calibration.generated import check_writes, generated, row_length
 from billhook.calibration.rows import check_columns, load_splits, map_rows, pack, runs_on
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
@@ -45,9 +45,9 @@ class Calibration:
 
     Example:
         >>> import billhook as bh
-        >>> calibration = bh.Calibration(["generated", "tiny"], weights=[1, 3], tokens=256, length=64)
-        >>> [batch.source for batch in calibration.read(bh.load("tiny"))]
-        ['generated', 'tiny', 'tiny', 'tiny']
+        >>> calibration = bh.Calibration(["generated", "notes.txt"], weights=[1, 3], tokens=4096, length=512)
+        >>> calibration.rows(512)
+        {'generated': 2, 'notes': 6}
     """
 
     sources: Source | Sequence[Source] = GENERATED
@@ -82,14 +82,6 @@ class Calibration:
         """The sources by name: a file's is its stem."""
         return {_name(source): source for source in self._listed}
 
-    def length_for(self, model: nn.Module) -> int:
-        """Returns how many tokens a row has."""
-        config: Any = find_transformer(model).config
-        most = getattr(config.get_text_config(), "max_position_embeddings", None) or 512
-        if self.length is not None and self.length > most:
-            raise ValueError(f"length={self.length}: the model reads no more than {most} tokens at once")
-        return self.length or min(512, most)
-
     def rows(self, length: int) -> dict[str, int]:
         """Returns how many rows each source gives, at least one."""
         weights = [1.0] * len(self.named) if self.weights is None else self.weights
@@ -103,7 +95,8 @@ class Calibration:
             model: The model, or a module that holds it.
             tokenizer: Instead of the one that is named.
         """
-        subject, length = find_transformer(model), self.length_for(model)
+        subject = find_transformer(model)
+        length = row_length(subject, self.length)
         found = list[Batch]()
         if GENERATED in self.named:
             check_writes(subject)
@@ -150,6 +143,6 @@ def batches_of(given: Batches | None, model: nn.Module) -> Iterable[Any]:
         try:
             check_writes(find_transformer(model))
         except ValueError as error:
-            raise ValueError(f"batches=None: {error}, so batches are needed") from error
+            raise ValueError(f"batches=None: {error}: give batches") from error
     calibration = Calibration() if given is None else given
     return each(calibration.read(model) if isinstance(calibration, Calibration) else calibration)

@@ -18,10 +18,13 @@ from billhook.arguments import annotated, number, whole
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
 from billhook.running.batches import Batch
+from billhook.running.overridden import overridden
 from billhook.running.undisturbed import undisturbed
 
 NAME = "generated"
 """The name of this source."""
+LENGTH = 512
+"""Tokens of a row, unless another length is asked for."""
 AT_ONCE = 8
 """Rows that are written side by side."""
 
@@ -31,7 +34,7 @@ def generated(
     prompts: Iterable[Any] | None = None,
     *,
     examples: int = 40,
-    length: int = 512,
+    length: int | None = None,
     temperature: float = 1.0,
     batch_size: int = 1,
     seed: int = 0,
@@ -46,7 +49,7 @@ def generated(
         prompts: Texts, or chats (lists of messages with `role` and `content`, which go through the chat template), each the
             beginning of a row; they are taken in turn. Without any, the model begins by itself.
         examples: Rows.
-        length: Tokens of a row, its prompt included; longer prompts are cut.
+        length: Tokens of a row, its prompt included; longer prompts are cut. By default as many as the model reads, at most 512.
         temperature: Of the distribution that tokens are drawn from; 1 is the model's own.
         batch_size: Rows in a batch.
         seed: Of the draws.
@@ -66,14 +69,12 @@ def generated(
         [[1, 16], [1, 16]]
     """
     annotated(generated, locals())
-    for name, value, least in (("examples", examples, 1), ("length", length, 2), ("batch_size", batch_size, 1)):
-        whole(name, value, least)
+    whole("examples", examples)
+    whole("batch_size", batch_size)
     number("temperature", temperature, above=0)
     subject = find_transformer(model)
     check_writes(subject)
-    most = getattr(subject.config.get_text_config(), "max_position_embeddings", None)
-    if most and length > most:
-        raise ValueError(f"length={length}: the model reads no more than {most} tokens at once")
+    length = row_length(subject, length)
     starts = [_start(subject)] if prompts is None else _encoded(subject, prompts, tokenizer, length)
     rows = _written(subject, [starts[place % len(starts)] for place in range(examples)], length, temperature, seed)
     return [Batch({"input_ids": own}, NAME) for own in torch.split(rows, batch_size)]
@@ -84,6 +85,16 @@ def check_writes(model: PreTrainedModel) -> None:
     config: Any = model.config
     if not model.can_generate() or config.is_encoder_decoder or model.main_input_name != "input_ids":
         raise ValueError(f"a {type(model).__name__} does not write text that it could be shown")
+
+
+def row_length(model: PreTrainedModel, length: int | None) -> int:
+    """Returns how many tokens a row has: those asked for, or as many as the model reads, at most 512."""
+    whole("length", 2 if length is None else length, 2)
+    config: Any = model.config
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or length or LENGTH
+    if length is not None and length > most:
+        raise ValueError(f"length={length}: the model reads no more than {most} tokens at once")
+    return length or min(LENGTH, most)
 
 
 def _start(model: PreTrainedModel) -> list[int]:
@@ -143,5 +154,6 @@ def _continued(model: PreTrainedModel, ids: Tensor, length: int, temperature: fl
         use_cache=True,
     )  # fmt: skip
     write: Any = model.generate
-    written: Tensor = write(ids, attention_mask=torch.ones_like(ids), generation_config=how)
+    with overridden(model, generation_config=how):  # which would add what `how` leaves open
+        written: Tensor = write(ids, attention_mask=torch.ones_like(ids), generation_config=how)
     return written

@@ -138,7 +138,7 @@ def _runs(
     runs = runs_of(model, batches_of(batches, model))
     count = torch.tensor([len(runs)], device=next(model.parameters()).device)
     if not (count if reduce is None else reduce(count)):
-        raise ValueError(f"batches: an empty collection, and {type(needing[0]).__name__} needs calibration data")
+        raise ValueError(f"batches=an empty collection: {type(needing[0]).__name__} needs calibration data")
     return runs
 
 

@@ -1,0 +1,103 @@
+"""Sources: how many tokens of each, which rows, chats, what is refused; and methods that read them."""
+
+import json
+
+import pytest
+import torch
+
+import billhook as bh
+from billhook.calibration.calibration import batches_of
+from billhook.calibration.rows import pack
+from kit.families import llama
+from kit.losses import BUILD
+
+
+@pytest.fixture(scope="module")
+def model():
+    return bh.load("tiny")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return written(tmp_path_factory, "other", [f"Line {n} of another text, {n * n}." for n in range(200)])
+
+
+@pytest.fixture(scope="module")
+def play(tmp_path_factory):
+    return written(tmp_path_factory, "play", [f"Enter king {n}. Exit queen {n + 1}, with attendants." for n in range(200)])
+
+
+def written(tmp_path_factory, name, texts):
+    path = tmp_path_factory.mktemp("text") / f"{name}.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return str(path)
+
+
+def test_shares_rows_and_names(model, file, play):
+    given = bh.Calibration([play, file, "generated"], weights=[2, 1, 1], tokens=16 * 32, length=32, batch_size=3)
+    batches = given.read(model)
+    assert given.rows(32) == {"play": 8, "other": 4, "generated": 4}
+    assert [(batch.source, *batch["input_ids"].shape) for batch in batches] == [
+        *[("play", 3, 32)] * 2, ("play", 2, 32), ("other", 3, 32), ("other", 1, 32), ("generated", 3, 32), ("generated", 1, 32),
+    ]  # fmt: skip
+
+
+def test_the_seed_decides_which_rows(model, play):
+    one, same, other = (bh.Calibration(play, tokens=64, length=16, seed=seed).read(model) for seed in (0, 0, 1))
+    assert [batch["input_ids"].tolist() for batch in one] == [batch["input_ids"].tolist() for batch in same]
+    assert [batch["input_ids"].tolist() for batch in one] != [batch["input_ids"].tolist() for batch in other]
+
+
+def test_each_source_gives_a_row_at_least():
+    given = bh.Calibration(["tiny", "generated"], weights=[1000, 1], tokens=64, length=16)
+    assert given.rows(16) == {"tiny": 4, "generated": 1}
+
+
+def test_chats_are_packed_through_the_template(model):
+    tokenizer = bh.calibration.generated.tokenizer_of(model)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
+    chats = [[{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}] for n in range(9)]
+    blocks = pack({"messages": chats}, tokenizer, 16, "messages", documents=True)["input_ids"]
+    text = tokenizer.decode([token for block in blocks for token in block])
+    assert {len(block) for block in blocks} == {16}
+    assert "<user> question 0\n<assistant> answer 0\n<user> question 1" in text
+
+
+def test_methods_read_it(model, play):
+    given = bh.Calibration([play, "generated"], tokens=512, length=64)
+    read = given.read(model)
+    units = bh.find_units(model, "channel")
+    for importance in (bh.OBS(), bh.Taylor()):
+        found, expected = (bh.score(model, units, importance, batches) for batches in (given, read))
+        assert all(torch.equal(own, expected[name]) for name, own in found.items())
+    plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
+    one, other = bh.repair(model, plan, given), bh.repair(model, plan, read)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    assert bh.prune(model, None, given, 0.5, dry_run=True).to_json() == bh.prune(model, None, read, 0.5, dry_run=True).to_json()
+
+
+def test_a_text_shorter_than_its_share_is_refused(model, file):
+    with pytest.raises(ValueError, match="sources: 'other' has .* rows of 64 tokens, and 1000 are asked for: lower tokens"):
+        bh.Calibration(file, tokens=64_000, length=64).read(model)
+
+
+def test_without_batches_a_model_that_does_not_write_needs_them():
+    with pytest.raises(ValueError, match="batches=None: a Bert.* does not write text .*: give batches"):
+        batches_of(None, BUILD["bert"]())
+    with pytest.raises(ValueError, match="batches=None: Linear holds no Hugging Face model"):
+        batches_of(None, torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    ({"sources": []}, r"sources=\[\] must be one or more, each once"), ({"sources": ["tiny", "tiny"]}, "each once"),
+    ({"weights": [1, 1]}, r"weights=\[1, 1\] must be a number for each of 1 sources"), ({"weights": [0.0]}, "weights=0.0"),
+    ({"tokens": 0}, "tokens=0"), ({"length": 1}, "length=1"), ({"batch_size": 0}, "batch_size=0"), ({"sources": 3}, "sources=3"),
+])  # fmt: skip
+def test_refused(arguments, said):
+    with pytest.raises(ValueError, match=said):
+        bh.Calibration(**arguments)
+
+
+def test_longer_rows_than_the_model_reads_are_refused():
+    with pytest.raises(ValueError, match="length=65: the model reads no more than 64 tokens"):
+        bh.Calibration(length=65).read(llama())

@@ -1,0 +1,90 @@
+"""What the model writes itself: drawn from its own distribution, packed, reproducible, and shown where nothing else is given."""
+
+import pytest
+import torch
+
+import billhook as bh
+from billhook.assets import model_path
+from kit.families import llama
+from kit.losses import BUILD
+
+PROMPTS = ["Once upon a time", "Enter", "Exit"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return bh.load("tiny")
+
+
+def rows(batches):
+    return torch.cat([batch["input_ids"] for batch in batches])
+
+
+def test_rows_are_full_begin_a_text_and_are_the_same_again(model):
+    before, mode = torch.get_rng_state(), model.training
+    found = rows(bh.generated(model, examples=3, length=24, batch_size=2))
+    assert found.shape == (3, 24)
+    assert (found[:, 0] == model.config.bos_token_id).all()
+    assert torch.equal(found, rows(bh.generated(model, examples=3, length=24)))
+    assert not torch.equal(found, rows(bh.generated(model, examples=3, length=24, seed=1)))
+    assert torch.equal(before, torch.get_rng_state())
+    assert model.training == mode
+
+
+def test_tokens_are_drawn_from_the_models_own_distribution():
+    """Of a vocabulary of 8, the second tokens of 2,000 rows; the temperature sharpens it."""
+    model = llama(vocab_size=8, num_hidden_layers=1, bos_token_id=1, eos_token_id=2).eval()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+        logits = model(input_ids=torch.tensor([[1]])).logits[0, -1]
+    for temperature in (1.0, 0.5):
+        second = rows(bh.generated(model, examples=2000, length=2, temperature=temperature, batch_size=50))[:, 1]
+        shares = torch.bincount(second, minlength=8) / len(second)
+        torch.testing.assert_close(shares, (logits / temperature).softmax(-1), atol=0.04, rtol=0)
+
+
+def test_a_row_goes_on_past_the_end_of_a_text():
+    model = llama(vocab_size=4, bos_token_id=0, eos_token_id=3, pad_token_id=None)
+    found = rows(bh.generated(model, examples=20, length=30))
+    assert (found == 3).sum() > 20
+    assert (found[:, -1] != 3).any()
+
+
+def test_prompts_begin_the_rows_in_turn(model):
+    batches = bh.generated(model, PROMPTS, examples=4, length=16)
+    tokenizer = bh.calibration.generated.tokenizer_of(model)
+    for batch, prompt in zip(batches, [*PROMPTS, PROMPTS[0]], strict=True):
+        (ids,) = batch["input_ids"].tolist()
+        assert batch["input_ids"].shape == (1, 16)
+        assert tokenizer.decode(ids, skip_special_tokens=True).startswith(prompt)
+    assert not torch.equal(batches[0]["input_ids"], batches[3]["input_ids"])
+
+
+def test_chats_go_through_the_template(model):
+    tokenizer = bh.calibration.generated.tokenizer_of(model)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+    (batch,) = bh.generated(model, [[{"role": "user", "content": "Who is there?"}]], examples=1, length=40, tokenizer=tokenizer)
+    assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True).startswith("[user] Who is there?")
+
+
+def test_it_is_what_methods_are_shown_where_nothing_is_given(monkeypatch):
+    model, seen = llama(bos_token_id=1), []
+    monkeypatch.setattr(bh.Calibration, "read", lambda self, model: seen.append(self) or bh.generated(model, examples=4, length=32))
+    bh.plan(model, channels=0.5)
+    bh.convert_kv_heads(model, 1, "svd")
+    bh.prune(model, sparsity=0.5)
+    assert seen == [bh.Calibration()] * 3
+
+
+@pytest.mark.parametrize(("of", "arguments", "said"), [
+    (llama, {"examples": 0}, "examples=0"), (llama, {"length": 1}, "length=1"), (llama, {"temperature": 0.0}, "temperature=0.0"),
+    (llama, {"length": 65}, "length=65: the model reads no more than 64 tokens"),
+    (BUILD["bert"], {}, "a Bert.* does not write text"), (BUILD["t5"], {}, "does not write text"),
+    (llama, {"prompts": ["a"]}, "tokenizer=None: LlamaForCausalLM does not say where it came from"),
+    (llama, {"prompts": [], "tokenizer": model_path("tiny")}, "prompts: at least one is needed"),
+    (llama, {"prompts": [3], "tokenizer": model_path("tiny")}, "prompts: 3 is neither text nor a chat"),
+    (lambda: llama(bos_token_id=None, eos_token_id=None), {}, "names no token that begins a text: give prompts"),
+])  # fmt: skip
+def test_refused(of, arguments, said):
+    with pytest.raises(ValueError, match=said):
+        bh.generated(of(), **arguments)

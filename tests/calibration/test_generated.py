@@ -69,7 +69,8 @@ def test_chats_go_through_the_template(model):
 
 def test_it_is_what_methods_are_shown_where_nothing_is_given(monkeypatch):
     model, seen = llama(bos_token_id=1), []
-    monkeypatch.setattr(bh.Calibration, "read", lambda self, model: seen.append(self) or bh.generated(model, examples=4, length=32))
+    written = bh.generated(model, examples=4, length=32)
+    monkeypatch.setattr(bh.Calibration, "read", lambda self, model: seen.append(self) or written)
     bh.plan(model, channels=0.5)
     bh.convert_kv_heads(model, 1, "svd")
     bh.prune(model, sparsity=0.5)

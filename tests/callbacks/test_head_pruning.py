@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.checkpoints.export import export
-from billhook.fit.calibration import Calibration
+from billhook.fit.calibration import FitCalibration
 from billhook.pruning.choice import choose
 from billhook.units.find import find_units
 from kit import fits
@@ -268,7 +268,7 @@ class TestScores:
     def test_the_seed_says_which_examples(self, files, tmp_path):
         found = []
         for seed in (0, 0, 1):
-            callback = pruning(0.25, remove="never", calibration=Calibration(examples=4, seed=seed))
+            callback = pruning(0.25, remove="never", calibration=FitCalibration(examples=4, seed=seed))
             trainer(tmp_path, [callback], max_steps=1).fit(module(), data(files))
             found.append(callback.record.scores)
         assert same(found[0], found[1])

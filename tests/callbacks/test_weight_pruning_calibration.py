@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import billhook as bh
-from billhook.fit.calibration import Calibration
+from billhook.fit.calibration import FitCalibration
 from billhook.sparsity.criteria import Random
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
@@ -133,7 +133,7 @@ def test_the_seed_draws_others(tmp_path, monkeypatch):
         rows_of(
             spied(
                 Plain(),
-                pruning(sparsity=0.5, calibration=Calibration(examples=6, seed=seed)),
+                pruning(sparsity=0.5, calibration=FitCalibration(examples=6, seed=seed)),
                 LOADERS["shuffled"](),
                 tmp_path,
                 monkeypatch,

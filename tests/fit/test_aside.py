@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 from torch import nn
 
-from billhook.fit.calibration import Calibration
+from billhook.fit.calibration import FitCalibration
 from billhook.fit.measure import _validating
 
 
@@ -24,7 +24,7 @@ def test_who_is_asked_last_is_asked_first_no_longer(own):
         vars(module)["log"] = record
     trainer = SimpleNamespace(state=SimpleNamespace(stage="fit"))
     lines = type("Lines", (), {"metrics": {}, "__call__": lambda self, *given: logged.append(("lines", *given))})()
-    with Calibration().aside(module):
+    with FitCalibration().aside(module):
         module.log("a", 1)
         with _validating(trainer, module, lines):
             module.log("b", 2)

@@ -8,10 +8,10 @@ from billhook.callbacks.report import Report
 from billhook.callbacks.structured_pruning import StructuredPruning
 from billhook.callbacks.uptraining import Uptraining
 from billhook.callbacks.weight_pruning import WeightPruning
-from billhook.fit.calibration import Calibration
+from billhook.fit.calibration import FitCalibration
 
 __all__ = [
-    "Calibration",
+    "FitCalibration",
     "DepthPruning",
     "Export",
     "HeadPruning",

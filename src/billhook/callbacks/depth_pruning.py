@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import annotated, fraction, whole
-from billhook.fit.calibration import Calibration, Given
+from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, sum_over
@@ -38,7 +38,8 @@ class DepthPruning(ShapeCallback):
         greedy: True to remove one at a time and score the others again without it; as many times the work.
         first: So many first blocks are kept.
         last: So many last blocks are kept.
-        calibration: Batches that scores are taken from, or a number of training examples, by default 128; see `Calibration`.
+        calibration: Batches that scores are taken from, text as a `Calibration`, or a number of training
+            examples, by default 128.
         measure_batches: Validation batches to measure before and after each event; by default all of validation, 0 for none.
 
     Raises:
@@ -73,7 +74,7 @@ class DepthPruning(ShapeCallback):
         self.amount = Amount(blocks=ratio if count is None else count, first=first, last=last)
         self.importance, self.at, self.greedy = importance or BlockInfluence(), at, greedy
         self.plan: BlockPlan | None = None
-        super().__init__(Calibration.of(calibration), measure_batches)
+        super().__init__(FitCalibration.of(calibration), measure_batches)
 
     @property
     def state_key(self) -> str:

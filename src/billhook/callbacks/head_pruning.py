@@ -16,7 +16,7 @@ from billhook.callbacks.heads.masking import HeadMasking
 from billhook.callbacks.heads.monitor import Mode, Monitor
 from billhook.callbacks.heads.ranking import HeadRanking
 from billhook.callbacks.heads.record import HeadRecord
-from billhook.fit.calibration import Calibration, Given
+from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.events.event import log_event
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import refuse_shape_changes
@@ -59,7 +59,8 @@ class HeadPruning(HeadMasking):
         keep: See `monitor`; by default 0.9.
         mode: Whether a higher figure is better (`"max"`) or a lower one (`"min"`: at most 1 / `keep` times as high); by default
             what the figure's name says, as of `val_accuracy` and `val_loss`, and refused if it says nothing.
-        calibration: Batches that scores are taken from, or a number of training examples, by default 128; see `Calibration`.
+        calibration: Batches that scores are taken from, text as a `Calibration`, or a number of training
+            examples, by default 128.
         measure_batches: Validation batches to measure before and after each round; by default all of validation, 0 for none.
         plot_file: Path of a picture (PNG) of importance, remaining heads and metric; loggers that take figures get it too.
 
@@ -98,7 +99,7 @@ class HeadPruning(HeadMasking):
         self.ratio, self.at, self.per, self.remove, self.plot_file = ratio, at, per, remove, plot_file
         self.ranks = HeadRanking(importance or GateGradient(), ranking, per, min_heads, normalize, remove != "never")
         self.monitor = Monitor(monitor, keep, mode, measure_batches)
-        super().__init__(Calibration.of(calibration), measure_batches)
+        super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
         """Forgets all events, scores and masks."""

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from billhook.arguments import annotated
 from billhook.callbacks.kv.preparation import HINT, Moving, Preparation
 from billhook.callbacks.kv.stages import StageCallback, check_heads, check_over
-from billhook.fit.calibration import Calibration, Given
+from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.events.rounds import At
 from billhook.fit.ranks import together
 from billhook.fit.run import callbacks_of
@@ -48,7 +48,8 @@ class KVHeadConversion(StageCallback):
             they are pooled to, so that nothing is lost when they are cut: at t of n steps by 1 / (n - t) of the remaining way.
             With `"aligned"`, or similar heads grouped, they are turned and put in order first.
         encoder: Whether the self-attention of an encoder-decoder's encoder is converted too; as in the paper it is not.
-        calibration: Batches that show what heads do, or a number of training examples, by default 32; see `Calibration`.
+        calibration: Batches that show what heads do, text as a `Calibration`, or a number of training
+            examples, by default 32.
             `"aligned"` and similar heads do without them where these can be read only once.
         measure_batches: Validation batches to measure before and after each stage; by default all of validation, 0 for none.
 
@@ -71,7 +72,7 @@ class KVHeadConversion(StageCallback):
         measure_batches: int | None = None,
     ) -> None:
         annotated(KVHeadConversion, locals())
-        self.preparation = Preparation(method_of(method), repair, Calibration.of(calibration, examples=32))
+        self.preparation = Preparation(method_of(method), repair, FitCalibration.of(calibration, examples=32))
         moments: list[At | Schedule] = [*at] if isinstance(at, list | tuple) else [at]
         check_over(over, moments, self.preparation)
         heads, self.encoder = check_heads(num_key_value_heads, moments), encoder

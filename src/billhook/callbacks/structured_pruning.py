@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
-from billhook.fit.calibration import Calibration, Given, gradient_precision
+from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.events.event import log_event
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
@@ -47,7 +47,8 @@ class StructuredPruning(ShapeCallback):
         importance: How much a unit matters: any `Importance`; by default `Taylor`, the paper's.
         repair: How the linears that read removed units make up for them: least squares on the examples (see `Repair`); by default
             they keep their weights, as in the paper.
-        calibration: Batches that scores are taken from, or a number of training examples, by default 128; see `Calibration`.
+        calibration: Batches that scores are taken from, text as a `Calibration`, or a number of training
+            examples, by default 128.
         measure_batches: Validation batches to measure before and after each event; by default all of validation, 0 for none.
 
     Raises:
@@ -75,7 +76,7 @@ class StructuredPruning(ShapeCallback):
         whole("rounds", rounds)
         self.amount, self.at, self.rounds, self.repair = amount, at, rounds, repair
         self.importance = importance or Taylor()
-        super().__init__(Calibration.of(calibration), measure_batches)
+        super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
         """Forgets all events, and what the model was at first."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from billhook.adapters.masked import mask_as_weights, plain_adapters
 from billhook.arguments import annotated
-from billhook.fit.calibration import Calibration, Given
+from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.events.event import EventCallback, FollowsShapes, log_event
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback, refuse_shape_changes
@@ -49,7 +49,8 @@ class WeightPruning(EventCallback, FollowsShapes):
         output_embeddings: True to prune an untied output embedding, too.
         count_adapters: True to count LoRA in the scores, as in `prune`.
         mask_adapters: True to have LoRA act only where weights are kept, during and after the fit; see `mask_adapters`.
-        calibration: Batches that the criterion sees, or a number of training examples, by default 128; see `Calibration`.
+        calibration: Batches that the criterion sees, text as a `Calibration`, or a number of training
+            examples, by default 128.
         measure_batches: Validation batches to measure before and after each round; by default all of validation, 0 for none.
 
     Raises:
@@ -86,7 +87,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         self.sequential, self.allocation, self.skip = sequential, allocation, list(self.skip)
         self.output_embeddings, self.count_adapters, self.mask_adapters = output_embeddings, count_adapters, mask_adapters
         self._hold, self._adapted = Hold(), list[str]()
-        super().__init__(Calibration.of(calibration), measure_batches)
+        super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
         """Forgets all events and masks."""

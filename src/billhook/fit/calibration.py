@@ -13,12 +13,18 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import PreTrainedTokenizerBase
 
 from billhook.arguments import whole
+from billhook.calibration.calibration import Batches, Calibration
+from billhook.calibration.generated import NAME as GENERATED
 from billhook.fit.lightning_internals import to_device
 from billhook.fit.run import isolated
 from billhook.fit.training_step import training_loss
+from billhook.model.find import find_transformer
+from billhook.running.batches import Batch
 from billhook.running.overridden import overridden
+from billhook.running.shards import is_sharded
 from billhook.running.trees import tree_flatten, tree_leaves, tree_unflatten
 
 Pair = tuple[Any, Callable[[nn.Module, Any], Tensor]]
@@ -26,11 +32,12 @@ Pair = tuple[Any, Callable[[nn.Module, Any], Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
-class Calibration:
-    """Batches from which a callback takes scores and statistics: given ones, or examples drawn from the training data.
+class FitCalibration:
+    """Batches from which a callback takes scores and statistics: given ones, text, or examples drawn from the training data.
 
     Args:
-        batches: Batches as `training_step` takes them, which can be read again and again, such as a list or a DataLoader; by
+        batches: Batches as `training_step` takes them, which can be read again and again, such as a list or a DataLoader; or a
+            `Calibration`, which is read when the callback needs it, with the tokenizer of the data module if it has one; by
             default examples are drawn from the training data.
         examples: How many training examples are drawn, on all devices together; the papers take 128.
         seed: The seed that decides which ones.
@@ -38,11 +45,11 @@ class Calibration:
     Raises:
         ValueError: If there is less than one example, or batches can be read only once.
 
-    >>> Calibration(examples=64)
-    Calibration(batches=None, examples=64, seed=0)
+    >>> FitCalibration(examples=64)
+    FitCalibration(batches=None, examples=64, seed=0)
     """
 
-    batches: Iterable[Any] | None = None
+    batches: Batches | None = None
     examples: int = 128
     seed: int = 0
 
@@ -52,9 +59,9 @@ class Calibration:
             raise ValueError(f"calibration={type(self.batches).__name__} can be read only once: give a list or a DataLoader")
 
     @classmethod
-    def of(cls, given: "Calibration | Iterable[Any] | int | None", examples: int = 128) -> "Calibration":
+    def of(cls, given: "FitCalibration | Batches | int | None", examples: int = 128) -> "FitCalibration":
         """Returns a calibration as it is, or one of the given batches, or of as many training examples."""
-        if isinstance(given, Calibration):
+        if isinstance(given, FitCalibration):
             return given
         if isinstance(given, int):
             whole("calibration", given)
@@ -79,8 +86,9 @@ class Calibration:
             columns = [_examples(loader, self.examples, rank, ranks) for loader in loaders]
             batches: Iterable[Any] = (tree_unflatten(row, structure) for row in zip(*columns, strict=False))
         else:
-            batches = islice(self.batches, rank, None, ranks)
-        return (to_device(trainer, batch) for batch in batches)
+            given = _text(self.batches, trainer) if isinstance(self.batches, Calibration) else self.batches
+            batches = islice(given, rank, None, ranks)
+        return (_moved(trainer, batch) for batch in batches)
 
     def pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Pair]:
         """Yields this rank's batches, each with its training loss."""
@@ -101,8 +109,25 @@ class Calibration:
                 parameter.requires_grad = requires_grad
 
 
-Given = Calibration | Iterable[Any] | int | None
-"""Batches, or how many training examples, or both and a seed as a `Calibration`."""
+Given = FitCalibration | Batches | int | None
+"""Batches, text as a `Calibration`, how many training examples, or these and a seed as a `FitCalibration`."""
+
+
+def _text(calibration: Calibration, trainer: pl.Trainer) -> list[Batch]:
+    """Reads text for the model in training; every rank reads all of it."""
+    model = find_transformer(trainer.lightning_module)
+    if GENERATED in calibration.named and is_sharded(model):
+        raise ValueError(f"sources: a sharded {type(model).__name__} cannot write text in a fit: give files")
+    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    batches = calibration.read(model, tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None)
+    labelled = model.can_generate() and not model.config.is_encoder_decoder  # every token is one to predict
+    return [Batch(one | {"labels": one["input_ids"].clone()}, one.source) for one in batches] if labelled else batches
+
+
+def _moved(trainer: pl.Trainer, batch: Any) -> Any:  # noqa: ANN401
+    """Moves a batch to this rank's device."""
+    moved = to_device(trainer, batch)
+    return Batch(moved, batch.source) if isinstance(batch, Batch) else moved
 
 
 def _examples(loader: Any, number: int, rank: int, ranks: int) -> Iterator[Any]:  # noqa: ANN401

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.callbacks.heads.record import HeadRecord
-from billhook.fit.calibration import Calibration, gradient_precision
+from billhook.fit.calibration import FitCalibration, gradient_precision
 from billhook.fit.ranks import sum_over
 from billhook.importance.base import Importance
 from billhook.importance.score import run_of, score
@@ -51,7 +51,7 @@ class HeadRanking:
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        calibration: Calibration,
+        calibration: FitCalibration,
         record: HeadRecord,
         masked: Mapping[str, Sequence[int]],
         ratio: float,

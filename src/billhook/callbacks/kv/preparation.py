@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from billhook.fit.calibration import Calibration, Pair
+from billhook.fit.calibration import FitCalibration, Pair
 from billhook.fit.events.shape_event import unwrapped
 from billhook.fit.ranks import check_agreed, sum_over, summed, together
 from billhook.kv_heads.bases.ready import batches_needed, ready_weights, turned_weights
@@ -36,7 +36,7 @@ class Preparation:
 
     method: KVMethod
     repair: Repair | None
-    calibration: Calibration
+    calibration: FitCalibration
 
     def __post_init__(self) -> None:
         check_repair(self.method, self.repair)

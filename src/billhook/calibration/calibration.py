@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from billhook.arguments import annotated, number, whole
@@ -32,7 +32,7 @@ class Calibration:
             .parquet), a folder, a hub name (`"name"` or `"name:config"`) or files by split, of which the split `train` is
             taken. Rows may also be chats, lists of messages in a column `messages`, which go through the chat template.
         weights: Share of the tokens for each source, in the same order; by default they are equal.
-        tokens: How many there are of all sources together.
+        tokens: How many there are of all sources together; a source that has fewer than its share gives all that it has.
         length: Tokens in a row; by default as many as the model reads, at most 512.
         batch_size: Rows in a batch, all of one source.
         column: The column that holds the text.
@@ -40,8 +40,8 @@ class Calibration:
         seed: Decides which rows are drawn, and what the model writes.
 
     Raises:
-        ValueError: If there is no source, or a number is out of range; when it is read, if a source has fewer tokens than its
-            share, or the model does not write text.
+        ValueError: If there is no source, or a number is out of range; when it is read, if a source has not one row, or the model
+            does not write text.
 
     Example:
         >>> import billhook as bh
@@ -88,6 +88,14 @@ class Calibration:
         shares = (self.tokens * weight / sum(weights) / length for weight in weights)
         return {name: max(round(share), 1) for name, share in zip(self.named, shares, strict=True)}
 
+    def held_out(self, model: nn.Module, rows: int, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Batch]:
+        """Reads so many rows of each source, or as many as there are, that `read` does not give; to measure on.
+
+        They are the first of the split `test`, or else of `validation`, or else other rows of the text; and what the model writes
+        by another seed.
+        """
+        return self._rows(model, tokenizer, rows)
+
     def read(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Batch]:
         """Reads the sources, and lets the model write its part; returns the batches, those of the sources in turn.
 
@@ -95,34 +103,44 @@ class Calibration:
             model: The model, or a module that holds it.
             tokenizer: Instead of the one that is named.
         """
+        return self._rows(model, tokenizer)
+
+    def _rows(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, held_out: int | None = None) -> list[Batch]:
         subject = find_transformer(model)
-        length = row_length(subject, self.length)
-        found = list[Batch]()
+        length, found = row_length(subject, self.length), list[Batch]()
         if GENERATED in self.named:
             check_writes(subject)
         for name, count in self.rows(length).items():
             if name == GENERATED:
-                found += generated(subject, examples=count, length=length, batch_size=self.batch_size, seed=self.seed)
+                number, seed = (count, self.seed) if held_out is None else (held_out, self.seed + 1)
+                found += generated(subject, examples=number, length=length, batch_size=self.batch_size, seed=seed)
             else:
                 tokenizer = tokenizer or tokenizer_of(subject, self.tokenizer)
-                found += self._text(name, count, length, tokenizer)
+                rows = self._text(name, count, held_out, length, tokenizer)
+                found += [Batch({"input_ids": own}, name) for own in torch.split(rows, self.batch_size)]
         return found
 
-    def _text(self, name: str, count: int, length: int, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
+    def _text(self, name: str, count: int, held_out: int | None, length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+        """Draws rows to show, or to hold out, of a text: `[rows, length]`."""
         splits = load_splits(self.named[name])
-        split = "train" if "train" in splits else next(iter(splits))
-        rows: Any = splits[split]
+        if "train" not in splits:
+            raise ValueError(f"sources: calibration needs a split 'train', and '{name}' has {', '.join(splits)}")
+        other = next((own for own in ("test", "validation") if own in splits), None)
+        if held_out is not None and other is not None:
+            blocks: Any = self._blocks(splits[other], other, length, tokenizer)
+            return torch.tensor(blocks[:held_out]["input_ids"])
+        blocks = self._blocks(splits["train"], "train", length, tokenizer)
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        drawn = order[:count] if held_out is None else order[count : count + held_out]
+        if not drawn:
+            raise ValueError(f"sources: '{name}' has no row of {length} tokens{' but those to calibrate on' if order else ''}")
+        return torch.tensor(blocks[drawn]["input_ids"])
+
+    def _blocks(self, rows: Any, split: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401 - of `datasets`
         column = "messages" if self.column not in rows.column_names and "messages" in rows.column_names else self.column
         check_columns(rows, split, column)
         how = {"block_size": length, "column": column, "documents": not runs_on(rows)}
-        blocks: Any = map_rows(rows, pack, split, tokenizer, **how)
-        if len(blocks) < count:
-            raise ValueError(
-                f"sources: '{name}' has {len(blocks)} rows of {length} tokens, and {count} are asked for: lower tokens or length"
-            )
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(self.seed))[:count].tolist()
-        chunks = [order[first : first + self.batch_size] for first in range(0, count, self.batch_size)]
-        return [Batch({"input_ids": torch.tensor(blocks[chunk]["input_ids"])}, name) for chunk in chunks]
+        return map_rows(rows, pack, split, tokenizer, **how)
 
 
 def _name(source: Source) -> str:

@@ -1,27 +1,42 @@
 """The frame of one-shot commands: load, calibrate, measure, change, measure, record, save, print."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.arguments import whole
 from billhook.assets import model_path
-from billhook.calibration.rows import Data, Rows
+from billhook.calibration.calibration import Calibration
+from billhook.calibration.generated import LENGTH, check_writes
+from billhook.calibration.generated import NAME as GENERATED
+from billhook.calibration.rows import Data
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import load, save
 from billhook.cli.machine import device_of
-from billhook.cli.metrics import accuracy, perplexity
+from billhook.cli.metrics import accuracy
 from billhook.model.linears import prunable
 from billhook.model.preprocessors import load_tokenizer
+from billhook.report.damage import Dense, table, warning_of
+from billhook.report.generation import generates
+from billhook.running.batches import Batch
 from billhook.running.offload import offloaded
 from billhook.running.walk import find_sites
-from billhook.training.data import ClassificationDataModule, TextDataModule
+from billhook.training.data import ClassificationDataModule
 from billhook.training.dataset_module import DatasetModule
+
+EXAMPLES = 128
+"""How many examples of a text scores are taken from, if no number is asked for."""
+WRITTEN = 40
+"""How many the model writes."""
+MEASURED = 4096
+"""How many tokens it writes to be measured on, at most."""
+Before = Dense | float | None
+"""What is measured before a model is changed: predictions on texts, or an accuracy."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +44,17 @@ class Text:
     """Text to calibrate and to measure on, and the place to compute.
 
     Args:
-        data: What scores are taken from (split train) and the metric (split test, or else validation): "tiny", a hub name, a
-            folder, or files by split, as in '{train: a.txt, test: b.txt}'. For a classifier, tables with a text and a label.
+        data: What scores are taken from (split train) and what is measured on (split test, or else validation, or else other
+            rows): "generated", which is what the model itself writes, "tiny", a file, a hub name, a folder, or files by split,
+            as in '{train: a.txt, test: b.txt}'; or several, as in '[generated, a.txt]', of equal shares. By default what the
+            model writes. For a classifier, tables with a text and a label.
+        also: Files of other text to measure on.
         column: The column that holds the text.
-        length: Tokens of an example; by default as many as the model reads, but at most 512, or 2048 for `prune`.
-        examples: Examples that scores are taken from, drawn by `seed`; most papers take 128.
+        length: Tokens of an example; by default as many as the model reads, but at most 512, or 2048 for `prune` with `data`.
+        examples: Examples that scores are taken from, drawn by `seed`; by default 128, as in most papers, or 40 that the model
+            writes.
         batch_size: Examples in a batch.
-        evaluate: Examples on which the metric is taken, the first ones: perplexity, or accuracy; 0 for none.
+        evaluate: Examples of each text that are measured on: perplexity, or accuracy; 0 for none.
         seed: Which examples are drawn.
         dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
         device: Where it is computed: "auto" takes an accelerator if there is one.
@@ -46,10 +65,11 @@ class Text:
 
     longest: ClassVar[int] = 2048
 
-    data: Data = "tiny"
+    data: Data | list[Data] | None = None
+    also: list[str] | None = None
     column: str = "text"
     length: int | None = None
-    examples: int = 128
+    examples: int | None = None
     batch_size: int = 1
     evaluate: int = 64
     seed: int = 0
@@ -57,7 +77,7 @@ class Text:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        whole("examples", self.examples)
+        whole("examples", 1 if self.examples is None else self.examples)
         whole("batch_size", self.batch_size)
         whole("evaluate", self.evaluate, 0)
 
@@ -65,7 +85,8 @@ class Text:
         """Returns how many tokens an example has."""
         most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if self.length is None:
-            return min(self.longest, most or self.longest)
+            longest = self.longest if self.data is not None else LENGTH
+            return min(longest, most or longest)
         if self.length < 2 or (most and self.length > most):
             raise ValueError(f"length={self.length} must be in 2..{most or 'any'}: the model reads no more tokens at once")
         return self.length
@@ -103,51 +124,90 @@ class OneShot:
         self.length = given.length_for(self.model)
         classifies = isinstance(given, Examples) and "Classification" in type(self.model).__name__
         self.metric = "accuracy" if classifies else "perplexity"
+        if given.data is None:
+            try:
+                check_writes(self.model)
+            except ValueError as error:
+                raise ValueError(f"data=None: {error}: name a file") from error
 
     @cached_property
-    def _data(self) -> DatasetModule:
-        """Data that is ready to be read; it needs a split to calibrate on."""
+    def calibration(self) -> Calibration:
+        """Where the text comes from that scores are taken from."""
+        given, examples = self.given, self.given.examples
+        sources = GENERATED if given.data is None else given.data
+        tokens = (examples or (WRITTEN if given.data is None else EXAMPLES)) * self.length
+        options = {"batch_size": given.batch_size, "column": given.column, "tokenizer": model_path(self.name), "seed": given.seed}
+        return Calibration(sources, tokens=tokens, length=self.length, **options)  # type: ignore[arg-type]
+
+    @cached_property
+    def _labelled(self) -> DatasetModule:
+        """The data of a classifier, ready to be read; it needs a split to calibrate on."""
         given, path = self.given, model_path(self.name)
-        data: DatasetModule = TextDataModule(given.data, path, block_size=self.length, column=given.column)
-        if self.metric == "accuracy" and isinstance(given, Examples):
-            data = ClassificationDataModule(given.data, path, [given.column], given.label_column, self.length, given.batch_size)
+        if not isinstance(given, Examples) or given.data is None or isinstance(given.data, list):
+            raise ValueError(f"data={given.data!r}: a {type(self.model).__name__} needs one table with texts and labels")
+        data = ClassificationDataModule(given.data, path, [given.column], given.label_column, self.length, given.batch_size)
         data.setup("fit")
         if "train" not in data.splits:
             raise ValueError(f"data: calibration needs a split 'train'; there is {', '.join(data.splits)}")
         return data
 
-    def batches(self) -> list[dict[str, Tensor]]:
+    def batches(self) -> list[Batch]:
         """Draws the batches to calibrate on."""
-        rows: Any = self._data.splits["train"]
+        if self.metric == "perplexity":
+            return [Batch(one | {"labels": one["input_ids"].clone()}, one.source) for one in self.calibration.read(self.model)]
+        rows: Any = self._labelled.splits["train"]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.given.seed))
-        return list(self._batched(rows, order[: self.given.examples].tolist()))
+        return list(self._batched(rows, order[: self.given.examples or EXAMPLES].tolist()))
 
-    def measure(self) -> float | None:
-        """Measures the metric on the first examples; None for a model that has none, and without examples."""
-        splits, most = self._data.splits, self.given.evaluate
-        held_out: Rows | None = splits.get("test", splits.get("validation"))
+    def measure(self) -> Before:
+        """Measures the model before it is changed: accuracy, or what it predicts on texts; None for one that does neither."""
+        most = self.given.evaluate
         with offloaded(self._visiting, self.device):
-            if self.metric == "perplexity" or held_out is None:
-                return perplexity(self.model, held_out, most)
-            rows: Any = held_out
-            return accuracy(self.model, self._batched(rows, range(min(most, len(rows)))))
+            if self.metric == "perplexity":
+                measured = most and generates(self.model)
+                return Dense(self.model, self._texts(most), list(self.calibration.named)) if measured else None
+            splits = self._labelled.splits
+            rows: Any = splits.get("test", splits.get("validation"))
+            return None if rows is None else accuracy(self.model, self._batched(rows, range(min(most, len(rows)))))
 
-    def save(self, before: float | None, record: Mapping[str, Any], *says: object) -> None:
-        """Measures again, saves the model with a record of what was done, and prints `says` and both."""
-        after, given = self.measure(), self.given
-        rows: Any = self._data.splits["train"]
-        calibration = {"data": given.data, "examples": min(given.examples, len(rows)), "length": self.length}
-        calibration |= {"batch_size": given.batch_size, "seed": given.seed}
-        figures = {"before": before, "after": after, "examples": given.evaluate}
-        record = {**record, "calibration": calibration, self.metric: figures}
-        saved = save(self.model, self.out, load_tokenizer(self.name), record)
-        for line in says:
-            print(line)
-        if before is not None and after is not None:
-            print(f"{self.metric} {before:,.4g} before, {after:,.4g} after")
+    def save(self, before: Before, record: Mapping[str, Any], *says: object) -> None:
+        """Measures again, saves the model with a record of what was done, and prints `says` and what it costs."""
+        record = {**record, "calibration": asdict(self.calibration) if self.metric == "perplexity" else self._read()}
+        figures: dict[str, Any] = {"before": None, "after": None, "examples": self.given.evaluate}
+        shown, warning = None, None
+        if isinstance(before, Dense):
+            with offloaded(self._visiting, self.device):
+                damage = before.damage(self.model)
+            first = damage[0]
+            figures = {"before": first.before, "after": first.after, "examples": first.rows}
+            record["damage"] = [one.to_json() for one in damage]
+            shown, warning = table(damage), warning_of(damage)
+        elif before is not None and isinstance(after := self.measure(), float):
+            figures |= {"before": before, "after": after}
+            shown = f"{self.metric} {before:,.4g} before, {after:,.4g} after"
+        saved = save(self.model, self.out, load_tokenizer(self.name), record | {self.metric: figures})
+        for line in (*says, shown, warning and f"Warning: {warning}"):
+            if line is not None:
+                print(line)
         print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
 
-    def _batched(self, rows: Any, numbers: Sequence[int]) -> Iterator[dict[str, Tensor]]:  # noqa: ANN401 - `datasets` types rows as a list too
-        collate, size = self._data.collate(), self.given.batch_size
+    def _texts(self, rows: int) -> list[Batch]:
+        """Reads what is measured on: rows that are not calibrated on, some that the model writes, and other texts."""
+        found, how = self.calibration.held_out(self.model, rows), replace(self.calibration, weights=None)
+        if GENERATED not in self.calibration.named:
+            few = max(min(rows, MEASURED // self.length), 1)
+            found += replace(how, sources=GENERATED).held_out(self.model, few)
+        for file in self.given.also or ():
+            found += replace(how, sources=file, tokens=rows * self.length).read(self.model)
+        return found
+
+    def _read(self) -> dict[str, Any]:
+        """Says what a classifier was calibrated on."""
+        rows: Any = self._labelled.splits["train"]
+        read = {"data": self.given.data, "examples": min(self.given.examples or EXAMPLES, len(rows)), "length": self.length}
+        return read | {"batch_size": self.given.batch_size, "seed": self.given.seed}
+
+    def _batched(self, rows: Any, numbers: Sequence[int]) -> Iterator[Batch]:  # noqa: ANN401 - `datasets` types rows as a list too
+        collate, size = self._labelled.collate(), self.given.batch_size
         for start in range(0, len(numbers), size):
-            yield dict(collate([rows[number] for number in numbers[start : start + size]]))
+            yield Batch(collate([rows[number] for number in numbers[start : start + size]]))

@@ -50,7 +50,6 @@ def prune(
     check_amount(sparsity, pattern)
     folder = check_folder(activations)
     work = OneShot(model, out, given, offload)
-    batches = [{"input_ids": batch["input_ids"]} for batch in work.batches()]
     before = work.measure()
     columns = ("pruning", BarColumn(), MofNCompleteColumn(), "linears", TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -58,7 +57,7 @@ def prune(
         plan = prune_weights(
             work.model,
             criterion,
-            batches,
+            work.calibration,
             sparsity,
             pattern,
             allocation=allocation,

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arguments import whole
@@ -21,6 +20,7 @@ from billhook.pruning.progress import First
 from billhook.pruning.repair import repair as repair_weights
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
+from billhook.running.batches import Batch
 
 REPAIR = Repair()
 
@@ -98,7 +98,7 @@ def prune_structure(
 
 def _plans(
     model: PreTrainedModel,
-    batches: list[dict[str, Tensor]],
+    batches: list[Batch],
     amount: Removed,
     block_importance: Importance | None,
     importance: Importance,

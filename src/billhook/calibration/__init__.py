@@ -1,1 +1,1 @@
-"""What methods are shown: text of several sources as packed token rows, and what the model itself writes."""
+"""Text that methods are shown: packed token rows of several sources, and what the model itself writes."""

@@ -1,4 +1,4 @@
-"""What a method is shown: so many tokens of several sources."""
+"""Tokens of several sources, to show to a method."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ class Calibration:
         return {name: max(round(share), 1) for name, share in zip(self.named, shares, strict=True)}
 
     def held_out(self, model: nn.Module, rows: int, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Batch]:
-        """Reads so many rows of each source, or as many as there are, that `read` does not give; to measure on.
+        """Reads so many rows of each source, if it has so many, that `read` does not give; to measure on.
 
         They are the first of the split `test`, or else of `validation`, or else other rows of the text; and what the model writes
         by another seed.

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from billhook.arguments import annotated, number, whole
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
+from billhook.model.values import check_values
 from billhook.running.batches import Batch
 from billhook.running.overridden import overridden
 from billhook.running.undisturbed import undisturbed
@@ -73,6 +74,7 @@ def generated(
     whole("batch_size", batch_size)
     number("temperature", temperature, above=0)
     subject = find_transformer(model)
+    check_values(subject)
     check_writes(subject)
     length = row_length(subject, length)
     starts = [_start(subject)] if prompts is None else _encoded(subject, prompts, tokenizer, length)
@@ -131,6 +133,8 @@ def _written(model: PreTrainedModel, starts: list[list[int]], length: int, tempe
     rows = torch.empty(len(starts), length, dtype=torch.int64)
     groups = list(_alike(starts))
     with undisturbed(model):
+        if not model(torch.tensor(starts[:1], device=model.device)).logits.isfinite().all():
+            raise ValueError(f"model: {type(model).__name__} computes numbers that are not finite, so it writes nothing")
         torch.manual_seed(seed)
         for places in track(groups, "Writing text", console=Console(stderr=True), transient=True):
             ids = torch.tensor([starts[place] for place in places], device=model.device)

@@ -1,4 +1,4 @@
-"""What a change of a language model costs on texts: perplexity, and how far its predictions are from the dense model's."""
+"""Tells what a change of a language model costs on texts: perplexity, and how far predictions are from the dense model's."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ TWICE = 2.0
 
 @dataclass(frozen=True)
 class Damage:
-    """What a change costs on one text.
+    """Costs of a change on one text.
 
     Attributes:
         source: The name of the text.
@@ -68,7 +68,7 @@ class _Row:
 
 
 class Dense:
-    """What a dense language model predicts on rows of text, held so that a changed one can be compared with it.
+    """Predictions of a dense language model on rows of text, held so that a changed one can be compared with it.
 
     Args:
         model: The dense model.
@@ -150,7 +150,7 @@ def _with_error(value: float, error: float) -> str:
 
 
 def warning_of(damage: Sequence[Damage]) -> str | None:
-    """Says which texts outside of the calibration lose over twice as much log-perplexity as those inside, beyond chance."""
+    """Names the texts outside of the calibration lose over twice as much log-perplexity as those inside, beyond chance."""
     inside = [math.log(one.ratio) for one in damage if one.inside]
     if not inside:
         return None

@@ -39,7 +39,7 @@ class Run:
 
 
 class Batch(dict[str, Any]):
-    """What a model's forward takes, with the name of the source that it is of."""
+    """Inputs of a model's forward, with the name of the source that they are of."""
 
     def __init__(self, inputs: Mapping[str, Any], source: str = "") -> None:
         super().__init__(inputs)

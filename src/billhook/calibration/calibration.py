@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from billhook.arguments import annotated, number, whole
+from billhook.arguments import annotated, fraction, number, whole
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, generated, row_length
 from billhook.calibration.rows import check_columns, load_splits, map_rows, pack, runs_on
@@ -38,6 +38,9 @@ class Calibration:
         column: The column that holds the text.
         tokenizer: A name or folder; by default that of the folder the model came from.
         seed: Decides which rows are drawn, and what the model writes.
+        enough: If given, `plan` takes twice as many rows, beginning with a few, until what it would remove is settled: until
+            two halves of them, and half as many, agree on this share of it, in (0, 1]. `tokens` is the limit. It scores about
+            three times as much text as it ends with.
 
     Raises:
         ValueError: If there is no source, or a number is out of range; when it is read, if a source has not one row, or the model
@@ -58,12 +61,15 @@ class Calibration:
     column: str = "text"
     tokenizer: str | None = None
     seed: int = 0
+    enough: float | None = None
 
     def __post_init__(self) -> None:
         annotated(Calibration, vars(self))
         whole("tokens", self.tokens)
         whole("length", 2 if self.length is None else self.length, 2)
         whole("batch_size", self.batch_size)
+        if self.enough is not None:
+            fraction("enough", self.enough, "(0, 1]")
         named = self.named
         if not named or len(named) < len(self._listed):
             raise ValueError(f"sources={self.sources!r} must be one or more, each once")

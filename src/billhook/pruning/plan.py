@@ -8,6 +8,7 @@ import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
+from billhook.calibration.enough import Settled
 from billhook.model.figures import Figures
 from billhook.model.find import find_transformer
 from billhook.model.plan import Plan, Weights, starting_from
@@ -25,11 +26,12 @@ class UnitPlan(Cut, Plan):
 
     kind: ClassVar[str] = "units"
     costs: tuple[Figures, Figures] | None = None
+    settled: Settled | None = None
 
     @classmethod
-    def of(cls, cut: Cut, costs: tuple[Figures, Figures] | None = None) -> Self:
+    def of(cls, cut: Cut, costs: tuple[Figures, Figures] | None = None, settled: Settled | None = None) -> Self:
         """Makes a plan of what has been found."""
-        return cls(**vars(cut), costs=costs)
+        return cls(**vars(cut), costs=costs, settled=settled)
 
     @property
     def words(self) -> str:
@@ -93,7 +95,7 @@ class UnitPlan(Cut, Plan):
         width = max(len(name) for name, _ in rows)
         for (name, change), places in rows.items():
             lines.append(f"  {name:<{width}}  {change}" + (f" in each of {len(places)}" if len(places) > 1 else ""))
-        return "\n".join(lines)
+        return "\n".join([*lines, *([f"  {self.settled}"] if self.settled else [])])
 
 
 def _is_list(value: object) -> bool:

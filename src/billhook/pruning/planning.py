@@ -1,6 +1,6 @@
 """Plans what is removed from a model: `plan` chooses units by their scores, `plan_units` takes those that are given."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.arguments import annotated
-from billhook.calibration.calibration import Batches, batches_of
+from billhook.calibration.calibration import Batches, Calibration, batches_of
+from billhook.calibration.enough import settle
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import score
@@ -103,10 +104,18 @@ def plan(
         raise ValueError("greedy=True: only blocks are removed one at a time")
     search = Search(subject, amount)
     search.check()
+    settled = None
     if scores is None:
-        scores = score(subject, search.free(), importance or Taylor(), batches, loss, amount.normalize, amount.per, reduce)
+        units, by, per = search.free(), importance or Taylor(), amount.per
+        if isinstance(batches, Calibration) and batches.enough is not None:
+
+            def choose(some: Sequence[Any]) -> Mapping[str, list[int]]:
+                return search.cut(score(subject, units, by, some, loss, amount.normalize, per, reduce)).units
+
+            batches, settled = settle(choose, batches.read(subject), batches.enough)
+        scores = score(subject, units, by, batches, loss, amount.normalize, per, reduce)
     cut = search.cut(scores)
-    return UnitPlan.of(cut, search.costs(cut))
+    return UnitPlan.of(cut, search.costs(cut), settled)
 
 
 def plan_units(

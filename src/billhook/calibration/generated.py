@@ -1,8 +1,7 @@
 """Text that the model writes itself, to calibrate on: it covers what the model is for, and nobody has to give any.
 
-"Reasoning Models Can be Accurately Pruned Via Chain-of-Thought Reconstruction" (Lucas, Iyer, Ghosh & others, 2025,
-https://arxiv.org/abs/2509.12464) calibrates on the model's own answers, "LLM-QAT: Data-Free Quantization Aware Training for
-Large Language Models" (Liu et al., 2023, https://arxiv.org/abs/2305.17888) trains on them.
+"Reasoning Models Can be Accurately Pruned Via Chain-of-Thought Reconstruction" (Lucas, Behdin, Wang, Song, Tang & Mazumder,
+2025, https://arxiv.org/abs/2509.12464) calibrates on prompts and the model's own answers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

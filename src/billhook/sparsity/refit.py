@@ -1,4 +1,8 @@
-"""Refit: another criterion's mask, and the least-squares weights on it, by conjugate gradients."""
+"""Refit: another criterion's mask, and the least-squares weights on it, by conjugate gradients.
+
+"ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models" (Meng, Behdin, Wang & Mazumder, 2024,
+https://arxiv.org/abs/2406.07831), algorithm 2.
+"""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -50,7 +54,8 @@ def conjugate_gradients(weight: Tensor, pruned: Tensor, keep: Tensor, products: 
 class Refit(Criterion):
     """Another criterion's mask, and the kept weights that give the layer's outputs best: min ||W X - V X||^2 on the mask.
 
-    SparseGPT settles each weight once, from left to right; here all kept weights of a row are solved for together.
+    SparseGPT settles each weight once, from left to right; here all kept weights of a row are solved for together, as in ALPS
+    (Meng et al., 2024, https://arxiv.org/abs/2406.07831), algorithm 2.
 
     Args:
         criterion: The one that chooses the mask, `Wanda()` by default.

@@ -44,6 +44,7 @@ from billhook.adapters.merge import merge as merge
 
 from billhook.checkpoints.save import load as load, save as save
 from billhook.fit.resume import ShapeInCheckpoint as ShapeInCheckpoint, load_from_checkpoint as load_from_checkpoint
+from billhook.shrinking.shrink import shrink as shrink
 from billhook.report.speed import measure_speed as measure_speed
 from billhook.report.summary import summary as summary
 

@@ -25,8 +25,8 @@ class Search:
 
     def __init__(self, model: PreTrainedModel, amount: Amount) -> None:
         self.model, self.amount = model, amount
-        self._structure = trace(model)
-        self.units: dict[str, Units] = units_of(model, self._structure, amount.kinds)
+        self.structure = trace(model)
+        self.units: dict[str, Units] = units_of(model, self.structure, amount.kinds)
         self._protected = protected_places(model, self.units, amount)
         self._steps = _steps(model, self.units)
         self._ratios: dict[str, float] | None = None
@@ -37,7 +37,7 @@ class Search:
         for name, ratio in self.amount.ratios.items():
             kind = RATIOS[name][0]
             if ratio and not of_kind(self.units, kind):
-                why = why_none(self.model, self._structure, kind)
+                why = why_none(self.model, self.structure, kind)
                 raise ValueError(f"{name}={ratio:g}: the model has none that may be removed{why}")
         self.cut({name: torch.zeros(one.count(self.amount.per)) for name, one in self.units.items()})
 
@@ -56,16 +56,20 @@ class Search:
             raise ValueError(f"{ratios}{rounded} is not a single unit of a place, so that nothing would be removed")
         return found
 
+    def step(self, place: str) -> int:
+        """Returns the number of which the channels that a place keeps must be a multiple."""
+        return math.lcm(self.amount.round_to, self._steps.get(place, 1))
+
     def costs(self, cut: Cut) -> tuple[Figures, Figures]:
         """Returns what the model costs before and after a cut; how many units are removed decides it, not which."""
         remains = tuple(cut.after.items())
         if remains not in self._known:
             self._known[remains] = figures_of(tried(self.model, cut))
-        return self._now, self._known[remains]
+        return self.now, self._known[remains]
 
     def limit(self, target: str) -> int:
         """Returns a target as a number; refuses one that the model cannot have, or has already."""
-        asked, now = getattr(self.amount, target), getattr(self._now, target)
+        asked, now = getattr(self.amount, target), getattr(self.now, target)
         if now is None:
             raise ValueError(f"{target}={asked}: it cannot be measured of a {type(self.model).__name__}")
         limit = int(asked * now) if isinstance(asked, float) else int(asked)
@@ -75,7 +79,7 @@ class Search:
 
     def _cut(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float]) -> Cut:
         chosen = choose_units(self.units, scores, self.amount, ratios, self._protected, self._steps)
-        return find_cut(self.model, self._structure, self.units, chosen)
+        return find_cut(self.model, self.structure, self.units, chosen)
 
     def _found_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
         """Returns the given ratios, and those that lead to the target."""
@@ -97,7 +101,7 @@ class Search:
 
         def cost(number: int) -> int:
             own = {name: min(tried[number], self._most(name)) for name in names}
-            return self._cost(self._cut(scores, ratios | own), target)
+            return self.cost(self._cut(scores, ratios | own), target)
 
         place = lowest(len(tried), cost, limit)
         if place is None:
@@ -106,7 +110,8 @@ class Search:
         return tried[place]
 
     @cached_property
-    def _now(self) -> Figures:
+    def now(self) -> Figures:
+        """The costs of the model as it is."""
         return figures_of(self.model)
 
     def _tries(self, names: Sequence[str]) -> list[float]:
@@ -122,7 +127,8 @@ class Search:
     def _most(self, name: str) -> float:
         return most(self.units, name, self.amount, self._protected)
 
-    def _cost(self, cut: Cut, target: str) -> int:
+    def cost(self, cut: Cut, target: str) -> int:
+        """Returns what is left after a cut of what a target limits."""
         if target == "params":
             return cut.parameters[1]
         if target == "bytes":

@@ -1,0 +1,180 @@
+"""Chooses a level for each slot so that the least is lost within a budget: pure functions on numbers.
+
+A multiple-choice knapsack, solved by dynamic programming over what nothing else beats ("Discrete dynamic programming and capital
+allocation", Nemhauser & Ullmann, 1969). As layers are alike, there are few different costs, and the solution is exact.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+MOST = 20_000
+"""How many partial choices are kept at most; beyond that, evenly spaced ones."""
+
+CHOICES = 100
+"""With more choices than that, levels come close enough to a limit."""
+
+Levels = tuple[int, ...]
+"""The number of a level for each slot; 0 keeps all."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Places that take one level together.
+
+    Attributes:
+        names: The places.
+        kept: How many units each of them keeps at each level, falling, from all on.
+        costs: What is left at each level of what the budget limits, falling.
+        losses: What is lost at each level, from 0 on.
+    """
+
+    names: tuple[str, ...]
+    kept: tuple[int, ...]
+    costs: tuple[int, ...]
+    losses: tuple[float, ...]
+
+
+class Frontier:
+    """The choices of levels that no other beats in both cost and loss.
+
+    >>> slots = [Slot(("a",), (4, 2), (40, 20), (0.0, 0.3)), Slot(("b",), (4, 2), (40, 20), (0.0, 0.1))]
+    >>> frontier = Frontier(slots)
+    >>> frontier.within(65), frontier.within(30)
+    ((0, 1), None)
+    """
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.costs, self.losses = np.zeros(1, dtype=np.int64), np.zeros(1)
+        self._steps: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+        for slot in slots:
+            count = len(slot.kept)
+            costs = (self.costs[:, None] + np.array(slot.costs, dtype=np.int64)).reshape(-1)
+            losses = (self.losses[:, None] + np.array(slot.losses)).reshape(-1)
+            best = _unbeaten(costs, losses)
+            self.costs, self.losses = costs[best], losses[best]
+            self._steps.append((best // count, best % count))
+
+    def within(self, limit: int) -> Levels | None:
+        """Returns the choice that loses least at a cost of at most the limit; None if none is so cheap."""
+        number = int(np.searchsorted(self.costs, limit, side="right")) - 1
+        return None if number < 0 else self.levels(number)
+
+    def levels(self, number: int) -> Levels:
+        """Returns the levels of a choice, by its number, from the cheapest on."""
+        found = list[int]()
+        for parents, own in reversed(self._steps):
+            found.append(int(own[number]))
+            number = int(parents[number])
+        return tuple(reversed(found))
+
+    def spread(self, most: int) -> list[Levels]:
+        """Returns so many choices of evenly spaced costs, at most, from the cheapest to the whole."""
+        wanted = np.linspace(self.costs[0], self.costs[-1], most)
+        numbers = dict.fromkeys(int(np.searchsorted(self.costs, cost, side="right")) - 1 for cost in wanted)
+        return [self.levels(number) for number in numbers]
+
+
+def _unbeaten(costs: NDArray[np.int64], losses: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Returns the numbers of those that cost less, or lose less, than each other one, by rising cost."""
+    order = np.lexsort((losses, costs))
+    lowest = np.minimum.accumulate(losses[order])
+    better = np.concatenate([[True], lowest[1:] < lowest[:-1]])
+    best: NDArray[np.int64] = order[better]
+    return best if len(best) <= MOST else best[np.linspace(0, len(best) - 1, MOST).round().astype(np.int64)]
+
+
+def cost(slots: Sequence[Slot], levels: Levels) -> int:
+    """Adds up what levels cost."""
+    return sum(slot.costs[level] for slot, level in zip(slots, levels, strict=True))
+
+
+def loss(slots: Sequence[Slot], levels: Levels) -> float:
+    """Adds up what levels lose."""
+    return sum(slot.losses[level] for slot, level in zip(slots, levels, strict=True))
+
+
+def joined(slots: Sequence[Slot]) -> Slot:
+    """Joins slots of the same levels to one, all of whose places take one level.
+
+    >>> joined([Slot(("a",), (4, 2), (40, 20), (0.0, 0.5)), Slot(("b",), (4, 2), (40, 20), (0.0, 0.25))])
+    Slot(names=('a', 'b'), kept=(4, 2), costs=(80, 40), losses=(0.0, 0.75))
+    """
+    names = tuple(name for slot in slots for name in slot.names)
+    costs = tuple(sum(own) for own in zip(*(slot.costs for slot in slots), strict=True))
+    losses = tuple(sum(own) for own in zip(*(slot.losses for slot in slots), strict=True))
+    return Slot(names, slots[0].kept, costs, losses)
+
+
+def filled(slots: Sequence[Slot], levels: Levels, limit: int, allowed: Sequence[Sequence[int]]) -> list[int]:
+    """Lets slots keep more units, between levels too, as long as that is within the limit.
+
+    Those whose next level up gains most for its cost come first, and then no slot can take a single step more.
+
+    Args:
+        slots: The slots.
+        levels: A choice of levels, within the limit.
+        limit: The most that may be left.
+        allowed: By slot, all numbers of units that its places may keep.
+
+    Returns:
+        By slot, how many units its places keep.
+    """
+    kept = [slot.kept[level] for slot, level in zip(slots, levels, strict=True)]
+    spare = limit - cost(slots, levels)
+
+    def gain(number: int) -> float:
+        slot, level = slots[number], levels[number]
+        paid = slot.costs[level - 1] - slot.costs[level]
+        return (slot.losses[level] - slot.losses[level - 1]) / max(paid, 1)
+
+    for number in sorted((n for n, level in enumerate(levels) if level), key=gain, reverse=True):
+        slot = slots[number]
+        each = (slot.costs[0] - slot.costs[-1]) / (slot.kept[0] - slot.kept[-1])
+        most = max(one for one in allowed[number] if one <= slot.kept[0] and (one - kept[number]) * each <= spare)
+        spare -= round((most - kept[number]) * each)
+        kept[number] = most
+    return kept
+
+
+def between(slot: Slot, kept: int) -> float:
+    """Interpolates what is lost where a slot keeps a number of units between levels.
+
+    >>> between(Slot(("a",), (4, 2), (40, 20), (0.0, 0.5)), 3)
+    0.25
+    """
+    return float(np.interp(kept, slot.kept[::-1], slot.losses[::-1]))
+
+
+def widest(
+    kept: Sequence[Sequence[int]], each: Sequence[int], limit: int, allowed: Sequence[Sequence[int]]
+) -> dict[int, set[int]]:
+    """Finds the numbers of units that just meet a limit, next to each choice of levels of all other slots.
+
+    With few slots, whose levels are far apart, no choice of levels alone would come close.
+
+    Args:
+        kept: By slot, how many units its places keep at each level.
+        each: By slot, what one unit of all its places costs.
+        limit: The most that may be left.
+        allowed: By slot, all numbers of units that its places may keep.
+
+    Returns:
+        By the number of the slot that has the finest steps, numbers of units; nothing where there are too many choices.
+
+    >>> widest([(4, 2), (100, 50)], [20, 1], 130, [range(4, 0, -1), range(100, 0, -1)])
+    {1: {50, 90}}
+    """
+    finest = min(range(len(kept)), key=each.__getitem__)
+    others = [[each[number] * one for one in own] for number, own in enumerate(kept) if number != finest]
+    if math.prod(map(len, others)) > CHOICES:
+        return {}
+    found = set[int]()
+    for costs in product(*others):
+        fits = [one for one in allowed[finest] if sum(costs) + one * each[finest] <= limit]
+        found |= {max(fits)} if fits else set()
+    return {finest: found}

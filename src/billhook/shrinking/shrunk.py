@@ -1,0 +1,61 @@
+"""Shows and records what a search for a smaller model has found."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from billhook.pruning.plan import UnitPlan
+from billhook.report.table import aligned
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to make a model smaller.
+
+    Attributes:
+        kept: By place, how many units it keeps; of an attention, KV heads.
+        left: What is left of what the budget limits.
+        predicted: Sum of what the places lose alone: KL divergence from the dense model, in nats.
+        measured: KL divergence of the model that is put together of places refitted alone.
+    """
+
+    kept: dict[str, int]
+    left: int
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """A model that was made smaller within a budget; `print` shows what it took.
+
+    Attributes:
+        plan: The units that were removed.
+        target: What the budget limits: `"params"`, `"kv_cache_bytes"` or `"bytes"`.
+        limit: The most that may be left of it.
+        kept: By place, how many units there were and how many it keeps; of an attention, KV heads.
+        predicted: Sum of what the places lose alone: KL divergence from the dense model, in nats.
+        measured: KL divergence of the smaller model, repaired as a whole, by source, on batches that it was not fitted to.
+        curve: Choices of other sizes, from the smallest, for comparison.
+        tried: All choices that were measured within the budget, the best first.
+    """
+
+    plan: UnitPlan
+    target: str
+    limit: int
+    kept: dict[str, tuple[int, int]]
+    predicted: float
+    measured: dict[str, float]
+    curve: tuple[Choice, ...]
+    tried: tuple[Choice, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what was found as plain data."""
+        plain = {name: getattr(self, name) for name in ("target", "limit", "kept", "predicted", "measured")}
+        choices = {name: [vars(one) for one in getattr(self, name)] for name in ("curve", "tried")}
+        return {"plan": self.plan.to_json(), **plain, **choices}
+
+    def __str__(self) -> str:
+        rows = [[self.target, "predicted", "put together"]]
+        rows += [[f"{one.left:,}", f"{one.predicted:.4f}", f"{one.measured:.4f}"] for one in self.curve]
+        found = ", ".join(f"{value:.4f}{f' on {source}' if source else ''}" for source, value in self.measured.items())
+        return f"{self.plan}\nKL to the dense model by size:\n{aligned(rows)}\nof the chosen, repaired as a whole: {found}"

@@ -1,0 +1,202 @@
+"""The variants of each place: cut to each level, with the linears that read it refitted, and what that loses.
+
+As in ZipLM (Kurtic, Frantar & Alistarh, 2023, https://arxiv.org/abs/2302.04089) and Týr-the-Pruner (Li et al., 2025,
+https://arxiv.org/abs/2503.09657), every level of every place is pruned and refitted once, on its own, and a search then puts them
+together. All come from the second moments of what the linears read in the dense model.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.importance.activations import watch
+from billhook.model.linears import as_it_lies, matrix_of
+from billhook.repairs.least_squares import OwedMoments, SecondMoments, choose_ridge, solve_ridge
+from billhook.repairs.repair import Repair
+from billhook.running.batches import Run
+from billhook.running.undisturbed import undisturbed
+from billhook.running.walk import replaced
+from billhook.shrinking.levels import Place
+from billhook.units.units import Units
+
+BYTES = 2**31
+"""How much the second moments take that are held at a time; there are as many passes over the batches as that needs."""
+
+Moments = dict[str, list[OwedMoments]]
+"""By linear, the moments of its inputs of each part of the batches."""
+Gone = Callable[[Place, int], Mapping[str, list[int]]]
+"""Says which units go, by place, where one keeps so many."""
+
+
+@dataclass(frozen=True, eq=False)
+class Library:
+    """The variants of all places.
+
+    Attributes:
+        model: The model, which stays as it is.
+        errors: By place and number of units kept, E |W x - W' x|^2 on batches that W' has not seen, as a share of E |W x|^2.
+        weights: By place and number of units kept, new parameters by linear.
+    """
+
+    model: PreTrainedModel
+    errors: dict[tuple[str, int], float] = field(default_factory=dict)
+    weights: dict[tuple[str, int], dict[str, dict[str, Tensor]]] = field(default_factory=dict)
+
+    def assembled(self, kept: Mapping[str, int]) -> AbstractContextManager[None]:
+        """Puts variants in the places of a model until the end of a `with` block; what a place loses is multiplied by zero.
+
+        Args:
+            kept: By place, how many units it keeps.
+        """
+        variants = [self.weights[one] for one in kept.items() if one in self.weights]
+        return replaced({self.model.get_submodule(name): own for variant in variants for name, own in variant.items()})
+
+
+def make_library(
+    model: PreTrainedModel,
+    places: Sequence[Place],
+    levels: Mapping[str, Sequence[int]],
+    units: Mapping[str, Units],
+    gone: Gone,
+    runs: Sequence[Run],
+    repair: Repair | None,
+) -> Library:
+    """Cuts and refits each place to each of its levels.
+
+    Args:
+        model: The model.
+        places: The places.
+        levels: By place, how many units to keep.
+        units: Their units.
+        gone: Which units go.
+        runs: Batches, two at least; each source is held out in turn, or some batches where there is one source.
+        repair: How linears are refitted, by its ridges and held-out share; None: not at all.
+    """
+    library, how = Library(model), repair or Repair()
+    parts, held_out = how.parts([run.source for run in runs], None, model.device)
+    for some in _passes(model, places, units, max(parts) + 1):
+        own = {name: units[name] for place in some for name in place.names}
+        moments = _moments(model, own, runs, parts)
+        for place in some:
+            readers = {name: Reader(model, name, moments.pop(name), held_out) for name in _linears(place, units)}
+            masks = {kept: keeping(place, units, gone(place, kept)) for kept in levels[place.name] if kept < place.count}
+            middle = sorted(masks)[len(masks) // 2]
+            for name, reader in readers.items():
+                reader.choose(masks[middle][name], how.ridges if repair else ())
+            for kept, keep in masks.items():
+                lost, new = _refitted(readers, keep)
+                library.errors[place.name, kept], library.weights[place.name, kept] = lost, new
+    return library
+
+
+def keeping(place: Place, units: Mapping[str, Units], gone: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Returns by linear which of its inputs are kept, bool, `[in_features]`."""
+    return {
+        reader: torch.from_numpy(~np.isin(units[name].index, list(gone.get(name, ()))))
+        for name in place.names
+        for reader in units[name].readers
+    }
+
+
+class Reader:
+    """A linear that reads units, with the second moments of its inputs; it is refitted to do without some.
+
+    Args:
+        model: The model.
+        name: The linear's name.
+        parts: The moments of its inputs, of each part of the batches.
+        held_out: The parts that are held out in turn.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str, parts: Sequence[OwedMoments], held_out: Sequence[int]) -> None:
+        _check(name, parts)
+        self.linear, self._ridge = model.get_submodule(name), math.inf
+        self._weight, self._bias = matrix_of(self.linear)
+        others = {number: [own for place, own in enumerate(parts) if place != number and own.tokens] for number in held_out}
+        folds = [(OwedMoments.merged(own), parts[number]) for number, own in others.items() if own and parts[number].tokens]
+        centres = [self._centre(fit) for fit, _ in folds]
+        self._folds = [(fit.about(c), other.about(c)) for (fit, other), c in zip(folds, centres, strict=True)]
+        every = OwedMoments.merged(parts)
+        self._mean, self._every = every.centre[0], every.about(self._centre(every))
+        self.whole = sum(other.error(self._weight.double()) for _, other in self._folds)
+
+    def choose(self, keep: Tensor, ridges: Sequence[float]) -> None:
+        """Chooses the ridge that does best on what is held out; with none to choose from, it is not refitted."""
+        self._ridge = choose_ridge(self._weight, keep.to(self._weight.device), self._folds, ridges)
+
+    def error(self, keep: Tensor) -> float:
+        """Adds up E |W x - W' x|^2 of what is held out, with W' fitted to the rest."""
+        weight = self._weight.double()
+        return sum(other.error(weight - self._solved(keep, fit)) for fit, other in self._folds)
+
+    def refitted(self, keep: Tensor) -> dict[str, Tensor]:
+        """Returns the parameters that make up best for what is not kept, fitted to all batches."""
+        new, bias = self._solved(keep, self._every), self._bias
+        if bias is not None and self._ridge < math.inf:
+            bias = bias.double() + (self._weight.double() - new) @ self._mean
+        return as_it_lies(self.linear, new, bias)
+
+    def _centre(self, moments: OwedMoments) -> tuple[Tensor, Tensor] | None:
+        return None if self._bias is None else moments.centre
+
+    def _solved(self, keep: Tensor, second: SecondMoments) -> Tensor:
+        """Returns the refitted weight; only cut, where the ridge is too small for a solution."""
+        keep = keep.to(self._weight.device)
+        found = (solve_ridge(self._weight, keep, second, ridge) for ridge in (self._ridge, math.inf))
+        return next(new for new in found if new is not None)
+
+
+def _refitted(readers: Mapping[str, Reader], keep: Mapping[str, Tensor]) -> tuple[float, dict[str, dict[str, Tensor]]]:
+    """Returns what is lost, as a share of what the readers give, and their new parameters."""
+    lost, whole = sum(readers[name].error(own) for name, own in keep.items()), sum(one.whole for one in readers.values())
+    share = lost / max(whole, torch.finfo(torch.float64).tiny)
+    return share, {name: readers[name].refitted(own) for name, own in keep.items()}
+
+
+def _linears(place: Place, units: Mapping[str, Units]) -> list[str]:
+    return list(dict.fromkeys(reader for name in place.names for reader in units[name].readers))
+
+
+def _passes(model: PreTrainedModel, places: Sequence[Place], units: Mapping[str, Units], parts: int) -> Iterator[list[Place]]:
+    """Yields places whose moments fit into memory together."""
+    some, used = list[Place](), 0
+    for place in places:
+        widths = [matrix_of(model.get_submodule(name))[0].shape[1] for name in _linears(place, units)]
+        size = sum(8 * parts * width**2 for width in widths)
+        if some and used + size > BYTES:
+            yield some
+            some, used = [], 0
+        some, used = [*some, place], used + size
+    yield some
+
+
+def _moments(model: PreTrainedModel, units: Mapping[str, Units], runs: Sequence[Run], parts: Sequence[int]) -> Moments:
+    """Runs all batches, and adds up the moments of what linears read."""
+    moments: Moments = {}
+
+    def note(part: int, _: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
+        if reader not in moments:
+            moments[reader] = [OwedMoments(1, inputs.shape[-1], inputs.device) for _ in range(max(parts) + 1)]
+        fits = tokens is not None and tokens.shape == inputs.shape[:-1]
+        moments[reader][part].add(inputs, keep=tokens if fits else None)
+
+    with undisturbed(model):
+        for run, part in zip(runs, parts, strict=True):
+            watch(model, units, run, partial(note, part))
+    return moments
+
+
+def _check(name: str, parts: Sequence[OwedMoments]) -> None:
+    """Refuses inputs that are not finite, and linears that have read nothing."""
+    if not sum(float(part.tokens) for part in parts):
+        raise ValueError(f"batches: {name} has read no token that counts")
+    bad = sum(int((~part.products.diagonal().isfinite()).sum()) for part in parts)
+    if bad:
+        raise ValueError(f"{name}: NaN or infinite inputs in {bad} features")

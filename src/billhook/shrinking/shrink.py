@@ -1,38 +1,24 @@
 """Makes a model smaller within one budget, where that loses least."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from billhook.arguments import annotated, whole
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
-from billhook.importance.score import run_of, score
 from billhook.model.find import find_transformer
-from billhook.model.plan import apply
 from billhook.model.values import check_values
 from billhook.pruning.amount import Amount
-from billhook.pruning.cuts import find_cut
-from billhook.pruning.plan import UnitPlan
-from billhook.pruning.repair import repair as repair_weights
-from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
-from billhook.running.batches import runs_of, source_of
-from billhook.shrinking.choose import Frontier, Levels, between, cost, filled, loss, widest
-from billhook.shrinking.damages import damages, groups, make_slots
-from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.levels import Place, find_places, gone, removed
-from billhook.shrinking.search import evolve
-from billhook.shrinking.shrunk import Choice, Shrunk
-from billhook.shrinking.variants import make_library
+from billhook.running.batches import source_of
+from billhook.shrinking.shrunk import Shrunk
+from billhook.shrinking.work import Work
 
+Layers = Literal["uniform", "free"]
 REPAIR = Repair()
-CURVE = 9
-"""How many sizes the curve shows."""
 HELD_OUT = 0.2
 """Share of the batches of each source on which damage is measured, and on which nothing is fitted."""
 
@@ -44,7 +30,7 @@ def shrink(
     params: int | float | None = None,
     kv_cache_bytes: int | float | None = None,
     bytes: int | float | None = None,  # noqa: A002 - the name of the target
-    layers: Literal["uniform", "free"] = "uniform",
+    layers: Layers = "uniform",
     importance: Importance | None = None,
     repair: Repair | None = REPAIR,
     first: int = 0,
@@ -97,19 +83,34 @@ def shrink(
         ([(8, 7), (384, 247)], True)
     """
     annotated(shrink, locals())
-    targets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes}
-    asked = {name: value for name, value in targets.items() if value is not None}
-    if len(asked) != 1:
-        raise ValueError(f"{' and '.join(asked) or 'params=None'}: give one budget of {', '.join(targets)}")
-    whole("generations", generations, 0)
+    for name, value in {"generations": generations, "seed": seed}.items():
+        whole(name, value, 0)
     whole("candidates", candidates)
-    amount = Amount(**asked, first=first, last=last, round_to=round_to)  # type: ignore[arg-type]
+    amount = budget(params, kv_cache_bytes, bytes, first, last, round_to)
     subject = find_transformer(model)
     check_values(subject)
-    work = _Work.begun(subject, amount, layers == "uniform")
+    work = Work.begun(subject, amount, layers == "uniform")
     fitted, held_out = divided(list(batches_of(batches, subject)))
     work.measure(fitted, held_out, importance or OBS(), repair)
     return work.finished(fitted, repair, *work.chosen(generations, candidates, seed))
+
+
+def budget(
+    params: int | float | None,
+    kv_cache_bytes: int | float | None,
+    bytes: int | float | None,  # noqa: A002
+    first: int,
+    last: int,
+    round_to: int,
+) -> Amount:
+    """Returns a budget, the only one of three, as an amount; refuses numbers that are not legal."""
+    for name, (value, least) in {"first": (first, 0), "last": (last, 0), "round_to": (round_to, 1)}.items():
+        whole(name, value, least)
+    targets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes}
+    asked = [name for name, value in targets.items() if value is not None]
+    if len(asked) != 1:
+        raise ValueError(f"{' and '.join(asked) or 'params=None'}: give one budget of {', '.join(targets)}")
+    return Amount(params=params, kv_cache_bytes=kv_cache_bytes, bytes=bytes, first=first, last=last, round_to=round_to)
 
 
 def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -123,121 +124,3 @@ def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     held_out = {own[place] for own in numbers.values() for place in Repair(held_out=HELD_OUT).chooses(len(own))}
     parts = [[batch for number, batch in enumerate(batches) if (number in held_out) == out] for out in (False, True)]
     return parts[0], parts[1]
-
-
-@dataclass(eq=False)
-class _Work:
-    """One model on its way to a smaller one."""
-
-    model: PreTrainedModel
-    search: Search
-    target: str
-    limit: int
-    uniform: bool
-    places: list[Place]
-    levels: dict[str, tuple[int, ...]]
-
-    @classmethod
-    def begun(cls, model: PreTrainedModel, amount: Amount, uniform: bool) -> "_Work":
-        """Finds places and levels; refuses a budget that cannot be reached."""
-        search, target = Search(model, amount), amount.target or ""
-        limit = search.limit(target)
-        places = find_places(search, target)
-        now = int(getattr(search.now, target))
-        least = now - sum((place.count - place.allowed[-1]) * place.each for place in places)
-        if least > limit:
-            asked = getattr(amount, target)
-            raise ValueError(f"{target}={asked}: {limit:,} cannot be reached; with what may be removed, {least:,} to {now:,} can")
-        levels = {place.name: place.levels() for place in places}
-        work = cls(model, search, target, limit, uniform, places, levels)
-        for number, kept in work._widths().items():
-            for place in groups(places, uniform)[number]:
-                levels[place.name] = tuple(sorted({*levels[place.name], *kept}, reverse=True))
-        return work
-
-    @property
-    def within(self) -> int:
-        """The most that all places together may cost: the limit without the rest of the model."""
-        now = int(getattr(self.search.now, self.target))
-        return self.limit - now + sum(place.count * place.each for place in self.places)
-
-    def measure(self, fitted: Sequence[Any], held_out: Sequence[Any], importance: Importance, repair: Repair | None) -> None:
-        """Scores the units, makes the variants, and measures what they cost the model."""
-        self.divergence = Divergence(self.model, runs_of(self.model, held_out))
-        units = self.search.units
-        own = {name: units[name] for place in self.places for name in place.names}
-        self.scores = score(self.model, own, importance, fitted, per="kv_head")
-        runs = [run_of(self.model, own, batch) for batch in fitted]
-        self.library = make_library(self.model, self.places, self.levels, units, self._gone, runs, repair)
-        losses = {place.name: damages(self.library, self.divergence, place, self.levels[place.name]) for place in self.places}
-        self.slots = make_slots(self.places, self.levels, losses, self.uniform)
-        self.shared = make_slots(self.places, self.levels, losses, uniform=True)
-
-    def chosen(self, generations: int, candidates: int, seed: int) -> tuple[dict[str, int], list[Choice], list[Choice]]:
-        """Returns how many units places keep, the choices of other sizes, and what has been measured within the budget."""
-        frontier = Frontier(self.slots)
-        start = [levels for levels in (frontier.within(self.within), self._as_uniform()) if levels is not None]
-        found = evolve(self.slots, start, self.within, self._measure, generations, candidates, seed)
-        best = min(found, key=lambda levels: found[levels])
-        if not generations:
-            best = start[0]
-        allowed = [group[0].allowed for group in groups(self.places, self.uniform)]
-        kept = filled(self.slots, best, self.within, allowed)
-        ranked = sorted(found, key=lambda levels: found[levels])
-        curve = [self._choice(levels, self._measure(levels)) for levels in frontier.spread(CURVE)]
-        return self._by_place(kept), curve, [self._choice(levels, found[levels]) for levels in ranked]
-
-    def finished(
-        self,
-        fitted: Sequence[Any],
-        repair: Repair | None,
-        kept: Mapping[str, int],
-        curve: Sequence[Choice],
-        tried: Sequence[Choice],
-    ) -> Shrunk:
-        """Plans, repairs and carries out what was chosen, and measures it."""
-        numbers = removed(self.places, self.search.units, self.scores, kept)
-        cut = find_cut(self.model, self.search.structure, self.search.units, numbers)
-        if (left := self.search.cost(cut, self.target)) > self.limit:
-            raise ValueError(
-                f"{self.target}: {left:,} would be left, more than {self.limit:,}, as units do not all cost the same"
-            )
-        plan = UnitPlan.of(cut, self.search.costs(cut))
-        weights = repair_weights(self.model, plan, fitted, repair) if repair else None
-        predicted = sum(between(slot, kept[slot.names[0]]) for slot in self.slots)
-        counts = {name: (place.count, kept[place.name]) for place in self.places for name in place.names}
-        apply(self.model, plan, weights=weights)
-        after = self.divergence.by_source()
-        return Shrunk(plan, self.target, self.limit, counts, predicted, after, tuple(curve), tuple(tried))
-
-    def _gone(self, place: Place, kept: int) -> dict[str, list[int]]:
-        return gone(place, self.search.units, self.scores, kept)
-
-    def _widths(self) -> dict[int, set[int]]:
-        """Finds further numbers to keep, where places of a kind keep as many, that just meet the budget."""
-        if not self.uniform:
-            return {}
-        own = groups(self.places, self.uniform)
-        kept, each = [self.levels[group[0].name] for group in own], [sum(place.each for place in group) for group in own]
-        return widest(kept, each, self.within, [group[0].allowed for group in own])
-
-    def _as_uniform(self) -> Levels | None:
-        """Returns the best choice in which places of a kind keep as many, as levels of this search's slots."""
-        found = Frontier(self.shared).within(self.within)
-        if found is None:
-            return None
-        level = {name: one for slot, one in zip(self.shared, found, strict=True) for name in slot.names}
-        return tuple(level[slot.names[0]] for slot in self.slots)
-
-    def _measure(self, levels: Levels) -> float:
-        kept = self._by_place([slot.kept[level] for slot, level in zip(self.slots, levels, strict=True)])
-        with self.library.assembled(kept):
-            return self.divergence.mean()
-
-    def _choice(self, levels: Levels, measured: float) -> Choice:
-        kept = self._by_place([slot.kept[level] for slot, level in zip(self.slots, levels, strict=True)])
-        left = self.limit - self.within + cost(self.slots, levels)
-        return Choice(kept, left, loss(self.slots, levels), measured)
-
-    def _by_place(self, kept: Sequence[int]) -> dict[str, int]:
-        return {name: own for slot, own in zip(self.slots, kept, strict=True) for name in slot.names}

@@ -1,0 +1,156 @@
+"""Leads a model through the steps of a search: levels, variants, damage, choice, and the cut and repair of what is chosen."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from billhook.importance.base import Importance
+from billhook.importance.score import run_of, score
+from billhook.model.plan import apply
+from billhook.pruning.amount import Amount
+from billhook.pruning.cuts import find_cut
+from billhook.pruning.plan import UnitPlan
+from billhook.pruning.repair import repair as repair_weights
+from billhook.pruning.target import Search
+from billhook.repairs.repair import Repair
+from billhook.running.batches import runs_of
+from billhook.shrinking.choose import Frontier, Levels, between, cost, filled, loss, widest
+from billhook.shrinking.damages import damages, groups, make_slots
+from billhook.shrinking.divergence import Divergence
+from billhook.shrinking.levels import Place, find_places, gone, removed
+from billhook.shrinking.search import evolve
+from billhook.shrinking.shrunk import Choice, Shrunk
+from billhook.shrinking.variants import make_library
+
+CURVE = 9
+"""How many sizes the curve shows."""
+
+
+@dataclass(eq=False)
+class Work:
+    """A model on its way to a smaller one: `begun`, `measure`, `chosen` and `finished`, of which only the last changes it.
+
+    Attributes:
+        model: The model.
+        search: Its units, and what it costs.
+        target: What the budget limits.
+        limit: The most that may be left of it.
+        uniform: Whether all places of one kind and size keep as many units.
+        places: The places that may keep less.
+        levels: By place, how many units it keeps at each level.
+    """
+
+    model: PreTrainedModel
+    search: Search
+    target: str
+    limit: int
+    uniform: bool
+    places: list[Place]
+    levels: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def begun(cls, model: PreTrainedModel, amount: Amount, uniform: bool) -> "Work":
+        """Finds places and levels; refuses a budget that cannot be reached."""
+        search, target = Search(model, amount), amount.target or ""
+        limit = search.limit(target)
+        places = find_places(search, target)
+        now = int(getattr(search.now, target))
+        least = now - sum((place.count - place.allowed[-1]) * place.each for place in places)
+        if least > limit:
+            asked = getattr(amount, target)
+            raise ValueError(f"{target}={asked}: {limit:,} cannot be reached; with what may be removed, {least:,} to {now:,} can")
+        levels = {place.name: place.levels() for place in places}
+        work = cls(model, search, target, limit, uniform, places, levels)
+        for number, kept in work._widths().items():
+            for place in groups(places, uniform)[number]:
+                levels[place.name] = tuple(sorted({*levels[place.name], *kept}, reverse=True))
+        return work
+
+    @property
+    def within(self) -> int:
+        """The most that all places together may cost: the limit without the rest of the model."""
+        now = int(getattr(self.search.now, self.target))
+        return self.limit - now + sum(place.count * place.each for place in self.places)
+
+    def measure(self, fitted: Sequence[Any], held_out: Sequence[Any], importance: Importance, repair: Repair | None) -> None:
+        """Scores the units, makes the variants, and measures what they cost the model."""
+        self.divergence = Divergence(self.model, runs_of(self.model, held_out))
+        units = self.search.units
+        own = {name: units[name] for place in self.places for name in place.names}
+        self.scores = score(self.model, own, importance, fitted, per="kv_head")
+        runs = [run_of(self.model, own, batch) for batch in fitted]
+        self.library = make_library(self.model, self.places, self.levels, units, self._gone, runs, repair)
+        losses = {place.name: damages(self.library, self.divergence, place, self.levels[place.name]) for place in self.places}
+        self.slots = make_slots(self.places, self.levels, losses, self.uniform)
+        self.shared = make_slots(self.places, self.levels, losses, uniform=True)
+
+    def chosen(self, generations: int, candidates: int, seed: int) -> tuple[dict[str, int], list[Choice], list[Choice]]:
+        """Returns how many units places keep, the choices of other sizes, and what has been measured within the budget."""
+        frontier = Frontier(self.slots)
+        start = [levels for levels in (frontier.within(self.within), self._as_uniform()) if levels is not None]
+        found = evolve(self.slots, start, self.within, self._measure, generations, candidates, seed)
+        best = min(found, key=lambda levels: found[levels])
+        if not generations:
+            best = start[0]
+        allowed = [group[0].allowed for group in groups(self.places, self.uniform)]
+        kept = filled(self.slots, best, self.within, allowed)
+        ranked = sorted(found, key=lambda levels: found[levels])
+        curve = [self._choice(levels, self._measure(levels)) for levels in frontier.spread(CURVE)]
+        return self._by_place(kept), curve, [self._choice(levels, found[levels]) for levels in ranked]
+
+    def finished(
+        self,
+        fitted: Sequence[Any],
+        repair: Repair | None,
+        kept: Mapping[str, int],
+        curve: Sequence[Choice],
+        tried: Sequence[Choice],
+    ) -> Shrunk:
+        """Plans, repairs and carries out what was chosen, and measures it."""
+        numbers = removed(self.places, self.search.units, self.scores, kept)
+        cut = find_cut(self.model, self.search.structure, self.search.units, numbers)
+        if (left := self.search.cost(cut, self.target)) > self.limit:
+            raise ValueError(
+                f"{self.target}: {left:,} would be left, more than {self.limit:,}, as units do not all cost the same"
+            )
+        plan = UnitPlan.of(cut, self.search.costs(cut))
+        weights = repair_weights(self.model, plan, fitted, repair) if repair else None
+        predicted = sum(between(slot, kept[slot.names[0]]) for slot in self.slots)
+        counts = {name: (place.count, kept[place.name]) for place in self.places for name in place.names}
+        apply(self.model, plan, weights=weights)
+        after = self.divergence.by_source()
+        return Shrunk(plan, self.target, self.limit, counts, predicted, after, tuple(curve), tuple(tried))
+
+    def _gone(self, place: Place, kept: int) -> dict[str, list[int]]:
+        return gone(place, self.search.units, self.scores, kept)
+
+    def _widths(self) -> dict[int, set[int]]:
+        """Finds further numbers to keep, where places of a kind keep as many, that just meet the budget."""
+        if not self.uniform:
+            return {}
+        own = groups(self.places, self.uniform)
+        kept, each = [self.levels[group[0].name] for group in own], [sum(place.each for place in group) for group in own]
+        return widest(kept, each, self.within, [group[0].allowed for group in own])
+
+    def _as_uniform(self) -> Levels | None:
+        """Returns the best choice in which places of a kind keep as many, as levels of this search's slots."""
+        found = Frontier(self.shared).within(self.within)
+        if found is None:
+            return None
+        level = {name: one for slot, one in zip(self.shared, found, strict=True) for name in slot.names}
+        return tuple(level[slot.names[0]] for slot in self.slots)
+
+    def _measure(self, levels: Levels) -> float:
+        kept = self._by_place([slot.kept[level] for slot, level in zip(self.slots, levels, strict=True)])
+        with self.library.assembled(kept):
+            return self.divergence.mean()
+
+    def _choice(self, levels: Levels, measured: float) -> Choice:
+        kept = self._by_place([slot.kept[level] for slot, level in zip(self.slots, levels, strict=True)])
+        left = self.limit - self.within + cost(self.slots, levels)
+        return Choice(kept, left, loss(self.slots, levels), measured)
+
+    def _by_place(self, kept: Sequence[int]) -> dict[str, int]:
+        return {name: own for slot, own in zip(self.slots, kept, strict=True) for name in slot.names}

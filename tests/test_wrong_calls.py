@@ -233,6 +233,7 @@ BESIDE = {
     "WeightPruning": {"sparsity": 0.5},
     "measure_speed": {"contexts": [4], "new_tokens": 2, "rounds": 1, "batch_sizes": [1]},
     "prune": {"criterion": bh.Magnitude(), "sparsity": 0.5},
+    "shrink": {"params": 0.9, "batches": [{"input_ids": tokens()} for _ in range(4)], "generations": 0},
 }
 """What else a call needs to be legal."""
 NAMES = sorted(PUBLIC.keys() - NO_ARGUMENTS)

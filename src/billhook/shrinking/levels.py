@@ -112,6 +112,14 @@ def removed(
     }  # fmt: skip
 
 
+def _without_one(search: Search, names: Sequence[str]) -> Cut | None:
+    """Finds what is removed with one unit; None where that may not be, as under a norm that spans all heads."""
+    try:
+        return cut_of(search, {name: [0] for name in names})
+    except ValueError:
+        return None
+
+
 def cut_of(search: Search, numbers: Mapping[str, list[int]]) -> Cut:
     """Finds what is removed with channels and KV heads."""
     return find_cut(search.model, search.structure, search.units, numbers, "kv_head")
@@ -133,17 +141,15 @@ def _unit_costs(search: Search, sets: Sequence[list[str]], target: str) -> list[
     parameters = dict(search.model.named_parameters())
 
     def cost(names: list[str]) -> int:
-        try:
-            cuts, total = cut_of(search, {name: [0] for name in names}).cuts, 0
-        except ValueError:  # such as a norm that spans all heads
-            return 0
+        total, cut = 0, _without_one(search, names)
+        cuts = {} if cut is None else cut.cuts
         for name in {name for name, _ in cuts if name in parameters}:
             whole = parameters[name]
             left = math.prod(len(cuts.get((name, dim), range(size))) for dim, size in enumerate(whole.shape))
             total += (whole.numel() - left) * (whole.element_size() if target == "bytes" else 1)
         return total
 
-    return [cost(names) if search.units[names[0]].count("kv_head") > 1 else 0 for names in sets]
+    return [cost(names) for names in sets]
 
 
 def _cache_costs(search: Search, sets: Sequence[list[str]]) -> list[int]:
@@ -152,11 +158,11 @@ def _cache_costs(search: Search, sets: Sequence[list[str]]) -> list[int]:
     every = sum(one.count("kv_head") for one in units.values() if one.kind == "head")
     costs = list[int]()
     for names in sets:
-        one = units[names[0]]
-        if one.kind != "head" or one.count("kv_head") == 1:
+        cut = _without_one(search, names) if units[names[0]].kind == "head" else None
+        if cut is None:
             costs.append(0)
             continue
-        each = now - (kv_cache_bytes(tried(search.model, cut_of(search, {name: [0] for name in names}))) or 0)
+        each = now - (kv_cache_bytes(tried(search.model, cut)) or 0)
         if each * every == now * len(names):
             return [each // len(names) * len(own) if units[own[0]].kind == "head" else 0 for own in sets]
         costs.append(each)

@@ -1,0 +1,154 @@
+"""Variants of places: their errors against a plain least squares, and their damage against a model that is really cut."""
+
+import pytest
+import torch
+
+import billhook as bh
+from billhook.importance.score import run_of
+from billhook.pruning.amount import Amount
+from billhook.pruning.target import Search
+from billhook.running.batches import Batch, runs_of
+from billhook.shrinking import variants as module
+from billhook.shrinking.damages import damages, groups, make_slots, probes
+from billhook.shrinking.divergence import Divergence
+from billhook.shrinking.levels import find_places, gone
+from billhook.shrinking.variants import make_library
+from kit.families import build, llama, tokens
+
+TINY = bh.Repair(ridges=[1e-4])
+
+
+class Made:
+    """A model with its places, scores and library."""
+
+    def __init__(self, model, batches, repair=TINY):
+        self.model, self.search = model, Search(model, Amount(params=0.5))
+        self.units, self.places = self.search.units, find_places(self.search, "params")
+        self.levels = {place.name: place.levels() for place in self.places}
+        self.scores = bh.score(model, self.units, bh.WeightNorm(), per="kv_head")
+        runs = [run_of(model, self.units, batch) for batch in batches]
+        self.library = make_library(model, self.places, self.levels, self.units, self.gone, runs, repair)
+
+    def gone(self, place, kept):
+        return gone(place, self.units, self.scores, kept)
+
+    def place(self, kind):
+        return next(place for place in self.places if place.kind == kind)
+
+
+def texts():
+    torch.manual_seed(0)
+    return [Batch({"input_ids": tokens(6, 30)}, name) for name in ("one", "two", "one", "two")]
+
+
+@torch.no_grad()
+def read(model, linear, batches):
+    """What a linear reads, float64, by source."""
+    given = {}
+    for batch in batches:
+        hook = model.get_submodule(linear).register_forward_pre_hook(
+            lambda _, args, source=batch.source: given.setdefault(source, []).append(args[0].flatten(0, 1).double())
+        )
+        model(batch["input_ids"])
+        hook.remove()
+    return {source: torch.cat(own) for source, own in given.items()}
+
+
+@pytest.mark.parametrize("kind", ["channel", "head"])
+def test_errors_are_those_of_least_squares_on_the_other_source(kind):
+    model, batches = llama(), texts()
+    made = Made(model, batches)
+    place = made.place(kind)
+    reader = made.units[place.name].readers[0]
+    inputs, weight = read(model, reader, batches), model.get_submodule(reader).weight.detach().double()
+    for kept in made.levels[place.name][1:]:
+        lost = torch.tensor(made.gone(place, kept)[place.name])
+        stays = ~torch.isin(torch.from_numpy(made.units[place.name].index), lost)
+        error = whole = 0.0
+        for fit, held_out in (("one", "two"), ("two", "one")):
+            kept_inputs = inputs[fit][:, stays]
+            pull = (1e-4 * kept_inputs.square().sum(0)).sqrt().diag()  # towards the old weights, as more rows to fit
+            rows = torch.cat([kept_inputs, pull])
+            solution = torch.linalg.lstsq(rows, torch.cat([inputs[fit] @ weight.T, pull @ weight.T[stays]])).solution
+            target = inputs[held_out] @ weight.T
+            error += float((target - inputs[held_out][:, stays] @ solution).square().sum(1).mean())
+            whole += float(target.square().sum(1).mean())
+        assert made.library.errors[place.name, kept] == pytest.approx(error / whole, rel=1e-4)
+
+
+def test_weights_are_fitted_to_all_batches_and_read_nothing_that_is_lost():
+    model, batches = build("phi"), texts()  # with biases
+    made = Made(model, batches)
+    place = made.place("channel")
+    reader, kept = made.units[place.name].readers[0], made.levels[place.name][3]
+    own = made.library.weights[place.name, kept][reader]
+    lost = made.gone(place, kept)[place.name]
+    assert not own["weight"][:, lost].any()
+    inputs = torch.cat(list(read(model, reader, batches).values()))
+    linear = model.get_submodule(reader)
+    target = inputs @ linear.weight.detach().double().T + linear.bias.detach().double()
+    stays = [number for number in range(48) if number not in lost]
+    with_one = torch.cat([inputs[:, stays], torch.ones(len(inputs), 1, dtype=torch.float64)], 1)
+    solution = torch.linalg.lstsq(with_one, target).solution
+    assert torch.allclose(own["weight"][:, stays].double().T, solution[:-1], atol=2e-3)
+    assert torch.allclose(own["bias"].double(), solution[-1], atol=2e-3)
+
+
+def test_without_repair_units_are_only_cut():
+    model = llama()
+    made = Made(model, texts(), None)
+    place = made.place("channel")
+    (reader,) = made.units[place.name].readers
+    kept = made.levels[place.name][2]
+    own = made.library.weights[place.name, kept][reader]["weight"]
+    expected = model.get_submodule(reader).weight.detach().clone()
+    expected[:, made.gone(place, kept)[place.name]] = 0
+    assert torch.equal(own, expected)
+
+
+def test_several_passes_find_the_same(monkeypatch):
+    model, batches = llama(), texts()
+    once = Made(model, batches)
+    monkeypatch.setattr(module, "BYTES", 1)
+    many = Made(model, batches)
+    assert many.library.errors == once.library.errors
+
+
+def test_damage_is_that_of_a_model_cut_and_refitted_in_one_place():
+    model, batches = llama(), texts()
+    made, held_out = Made(model, batches), [{"input_ids": tokens(4, 20)}]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    divergence = Divergence(model, runs_of(model, held_out))
+    for kind in ("channel", "head"):
+        place = made.place(kind)
+        levels = made.levels[place.name]
+        found = damages(made.library, divergence, place, levels)
+        for kept in probes(levels):
+            smaller = llama()
+            smaller.load_state_dict(before)
+            own = made.library.weights[place.name, kept]
+            new = {f"{linear}.{part}": value for linear, parts in own.items() for part, value in parts.items()}
+            bh.apply(smaller, bh.plan_units(smaller, made.gone(place, kept), kind), weights=new)
+            with torch.no_grad():
+                p, q = (one(held_out[0]["input_ids"]).logits.log_softmax(-1) for one in (model, smaller))
+            direct = float((p.exp() * (p - q)).sum(-1).mean())
+            assert found[levels.index(kept)] == pytest.approx(direct, rel=3e-2, abs=1e-5)
+        assert found[0] == 0
+        assert found == sorted(found)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_places_of_a_kind_share_a_slot_where_layers_stay_alike():
+    made = Made(llama(), texts())
+    losses = {place.name: [0.1 * number for number in range(len(made.levels[place.name]))] for place in made.places}
+    free, uniform = (make_slots(made.places, made.levels, losses, alike) for alike in (False, True))
+    assert [len(slot.names) for slot in free] == [1] * 4
+    assert [len(slot.names) for slot in uniform] == [2, 2] == [len(own) for own in groups(made.places, True)]
+
+
+def test_inputs_that_are_not_finite_are_refused():
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[0] = torch.inf
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: NaN or infinite inputs in"):
+        Made(model, texts())

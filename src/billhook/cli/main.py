@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import billhook  # short class names in YAML work for what is imported
 from billhook.cli.options import Command, manual, run
 
-COMMANDS = ("prune", "prune-heads", "prune-structure", "export", "summary", "inspect", "evaluate", "bench")
+COMMANDS = ("prune", "prune-heads", "prune-structure", "shrink", "export", "summary", "inspect", "evaluate", "bench")
 """A command is a module of this folder and the function in it of the same name; its docstring is the manual."""
 
 

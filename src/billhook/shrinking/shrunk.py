@@ -32,6 +32,7 @@ class Shrunk:
         plan: The units that were removed.
         target: What the budget limits: `"params"`, `"kv_cache_bytes"` or `"bytes"`.
         limit: The most that may be left of it.
+        left: What is left of it.
         kept: By place, how many units there were and how many it keeps; of an attention, KV heads.
         predicted: Sum of what the places lose alone: KL divergence from the dense model, in nats.
         measured: KL divergence of the smaller model, repaired as a whole, by source, on batches that it was not fitted to.
@@ -42,6 +43,7 @@ class Shrunk:
     plan: UnitPlan
     target: str
     limit: int
+    left: int
     kept: dict[str, tuple[int, int]]
     predicted: float
     measured: dict[str, float]
@@ -50,7 +52,7 @@ class Shrunk:
 
     def to_json(self) -> dict[str, Any]:
         """Returns what was found as plain data."""
-        plain = {name: getattr(self, name) for name in ("target", "limit", "kept", "predicted", "measured")}
+        plain = {name: getattr(self, name) for name in ("target", "limit", "left", "kept", "predicted", "measured")}
         choices = {name: [vars(one) for one in getattr(self, name)] for name in ("curve", "tried")}
         return {"plan": self.plan.to_json(), **plain, **choices}
 

@@ -121,7 +121,7 @@ class Work:
         counts = {name: (place.count, kept[place.name]) for place in self.places for name in place.names}
         apply(self.model, plan, weights=weights)
         after = self.divergence.by_source()
-        return Shrunk(plan, self.target, self.limit, counts, predicted, after, tuple(curve), tuple(tried))
+        return Shrunk(plan, self.target, self.limit, left, counts, predicted, after, tuple(curve), tuple(tried))
 
     def _gone(self, place: Place, kept: int) -> dict[str, list[int]]:
         return gone(place, self.search.units, self.scores, kept)

@@ -1,0 +1,94 @@
+"""`billhook shrink`: a checkpoint in, the best smaller one within one budget out."""
+
+from billhook.arguments import whole
+from billhook.cli.machine import check_file
+from billhook.cli.oneshot import Examples, OneShot
+from billhook.importance.base import Importance
+from billhook.repairs.repair import Repair
+from billhook.report.plot_curve import plot_curve
+from billhook.shrinking.divergence import mean_of
+from billhook.shrinking.shrink import Layers, budget
+from billhook.shrinking.shrink import shrink as shrink_model
+from billhook.shrinking.shrunk import Shrunk
+from billhook.shrinking.work import Work
+
+REPAIR = Repair()
+
+
+def shrink(
+    model: str,
+    out: str,
+    given: Examples,
+    params: int | float | None = None,
+    kv_cache_bytes: int | float | None = None,
+    bytes: int | float | None = None,  # noqa: A002 - the name of the target
+    layers: Layers = "uniform",
+    importance: Importance | None = None,
+    repair: Repair | None = REPAIR,
+    first: int = 0,
+    last: int = 0,
+    round_to: int = 1,
+    generations: int = 8,
+    candidates: int = 8,
+    plot: str | None = None,
+) -> None:
+    """Finds the smaller model within one budget that loses least, without channels and KV heads, and saves it, verified.
+
+    Each feed-forward and attention is cut to several levels and refitted, on its own; what that costs the whole model is
+    measured, and the levels that lose least together are searched for. What is chosen is repaired from front to back. The parts
+    are from ZipLM (https://arxiv.org/abs/2302.04089) and Týr-the-Pruner (https://arxiv.org/abs/2503.09657).
+
+    Args:
+        model: A folder, a hub name, or "tiny".
+        out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
+        given: Examples to fit and to measure on, and the place to compute.
+        params: Budget: parameters that are left at most, a number, or a fraction of those that are there.
+        kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads alone are removed for it.
+        bytes: Budget: bytes of all parameters.
+        layers: "uniform", so that layers stay alike and plain checkpoints can say it, or "free".
+        importance: Which units go: `OBS` (the default), or any other `Importance`, also a class of your own.
+        repair: How the linears that read removed units make up for them; null: they do not.
+        first: Blocks at the beginning of each stack that stay whole.
+        last: Blocks at the end of each stack that stay whole.
+        round_to: The number of channels that remain is a multiple of it.
+        generations: Rounds of evolution; 0 takes what the sums say.
+        candidates: Models that each round measures.
+        plot: A file, ending in .png, for a picture of what other sizes lose.
+
+    Raises:
+        ValueError: If an argument is not legal, or the budget cannot be reached; before anything is written.
+    """
+    whole("generations", generations, 0)
+    whole("candidates", candidates)
+    if plot is not None:
+        check_file("plot", plot, ".png")
+    limits = budget(params, kv_cache_bytes, bytes, first, last, round_to)
+    work = OneShot(model, out, given)
+    Work.begun(work.model, limits, layers == "uniform")
+    batches, before = work.batches(), work.measure()
+    shrunk = shrink_model(
+        work.model,
+        batches,
+        params=params,
+        kv_cache_bytes=kv_cache_bytes,
+        bytes=bytes,
+        layers=layers,
+        importance=importance,
+        repair=repair,
+        first=first,
+        last=last,
+        round_to=round_to,
+        generations=generations,
+        candidates=candidates,
+        seed=given.seed,
+    )
+    how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}
+    work.save(before, {"shrink": shrunk.to_json() | how}, shrunk)
+    if plot is not None:
+        _draw(shrunk, plot)
+
+
+def _draw(shrunk: Shrunk, file: str) -> None:
+    together = [(one.left, one.measured) for one in shrunk.curve]
+    predicted = [(one.left, one.predicted) for one in shrunk.curve]
+    plot_curve(shrunk.target, together, predicted, (shrunk.left, mean_of(shrunk.measured))).savefig(file)

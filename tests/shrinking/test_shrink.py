@@ -1,0 +1,141 @@
+"""The best smaller model within a budget: met, the same again, alike layers or free ones, saved and loaded."""
+
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.running.batches import Batch, runs_of
+from billhook.shrinking.divergence import Divergence
+from billhook.shrinking.shrink import divided
+from kit.families import BERT, T5, build, llama, tokens
+
+FEW = {"generations": 2, "candidates": 3}
+
+
+def texts(rows=6, length=20):
+    torch.manual_seed(0)
+    return [Batch({"input_ids": tokens(rows, length)}, name) for name in ("one", "two") * 3]
+
+
+def trained():
+    """A Llama whose layers do not all matter as much."""
+    torch.manual_seed(1)
+    model = llama(num_hidden_layers=4)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+        for number, layer in enumerate(model.model.layers):
+            layer.mlp.down_proj.weight.mul_(4.0 * number)
+            layer.self_attn.o_proj.weight.mul_(8.0 / (number + 1))
+    return model
+
+
+def shrunk_of(**given):
+    model = trained()
+    return model, bh.shrink(model, texts(), **FEW | given)
+
+
+@pytest.mark.parametrize("layers", ["uniform", "free"])
+@pytest.mark.parametrize("budget", [{"params": 0.8}, {"bytes": 0.75}, {"kv_cache_bytes": 0.5}, {"params": 20_000}])
+def test_a_budget_is_used_up_and_not_exceeded(layers, budget):
+    before, (model, shrunk) = bh.summary(trained()), shrunk_of(layers=layers, **budget)
+    ((target, asked),) = budget.items()
+    now, left = getattr(before, target), getattr(bh.summary(model), target)
+    assert shrunk.limit == (asked if isinstance(asked, int) else int(asked * now))
+    assert left == shrunk.left <= shrunk.limit
+    step = {"params": 3 * 32, "bytes": 4 * 3 * 32, "kv_cache_bytes": 2 * 4 * 4}[target] * (4 if layers == "uniform" else 1)
+    assert shrunk.limit - left < step
+    assert {"head", "channel"} >= set(shrunk.plan.kinds.values())
+
+
+def test_layers_stay_alike_and_plain_transformers_loads_them(tmp_path):
+    model, shrunk = shrunk_of(params=0.7)
+    assert len({counts for name, counts in shrunk.kept.items() if name.endswith("mlp")}) == 1
+    assert len({counts for name, counts in shrunk.kept.items() if name.endswith("attn")}) == 1
+    bh.save(model, tmp_path / "out")
+    again, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), tokens()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_free_layers_lose_less_and_are_saved(tmp_path):
+    _, alike = shrunk_of(params=0.7, generations=0)
+    model, free = shrunk_of(params=0.7, layers="free", generations=0)
+    assert len(set(free.kept.values())) > 2
+    assert free.predicted < 0.9 * alike.predicted
+    assert free.tried[0].measured < alike.tried[0].measured
+    bh.save(model, tmp_path / "out")
+    again, ids = bh.load(tmp_path / "out"), tokens()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_evolution_never_ends_worse_and_its_seed_decides():
+    _, none = shrunk_of(params=0.7, layers="free", generations=0)
+    model, some = shrunk_of(params=0.7, layers="free", seed=3)
+    twin, same = shrunk_of(params=0.7, layers="free", seed=3)
+    assert some.tried[0].measured <= none.tried[0].measured
+    assert len(some.tried) > len(none.tried)
+    assert some.to_json() == same.to_json()
+    assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_what_was_measured_is_told_on_batches_that_were_not_fitted():
+    dense, batches = trained(), texts()
+    fitted, held_out = divided(batches)
+    assert [batch.source for batch in held_out] == ["one", "two"]
+    assert len(fitted) == 4
+    divergence = Divergence(dense, runs_of(dense, held_out))
+    shrunk = bh.shrink(dense, batches, params=0.8, **FEW)
+    assert divergence.by_source() == shrunk.measured
+    model = trained()
+    weights = bh.repair(model, shrunk_of(params=0.8)[1].plan, fitted)
+    bh.apply(model, shrunk.plan, weights=weights)
+    assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
+    assert "KL to the dense model by size" in str(shrunk)
+    sizes = [choice.left for choice in shrunk.curve]
+    assert sizes == sorted(sizes)
+    assert shrunk.curve[-1].measured == pytest.approx(0, abs=1e-5)
+
+
+def test_a_kind_that_cannot_be_removed_and_protected_blocks_stay_whole():
+    model = build("olmo2", num_hidden_layers=4)
+    shrunk = bh.shrink(model, texts(), params=0.9, first=1, last=1, round_to=8, repair=None, importance=bh.WeightNorm(), **FEW)
+    assert [name for name, (before, now) in shrunk.kept.items() if now < before] == ["model.layers.1.mlp", "model.layers.2.mlp"]
+    assert not any(now % 8 for _, now in shrunk.kept.values())
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers][::3] == [48, 48]
+
+
+def test_a_classifier_and_an_encoder_with_a_decoder():
+    torch.manual_seed(0)
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT)).eval()
+    rows = [{"input_ids": tokens(8, 16), "labels": torch.zeros(8, dtype=torch.long)} for _ in range(4)]
+    assert bert.num_parameters() > bh.shrink(bert, rows, params=0.95, **FEW).left == bert.num_parameters()
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)).eval()
+    rows = [{"input_ids": tokens(8, 16), "labels": tokens(8, 10)} for _ in range(4)]
+    assert bh.shrink(t5, rows, params=0.97, **FEW).left == t5.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({}, "params=None: give one budget of params, kv_cache_bytes, bytes"),
+        ({"params": 0.5, "bytes": 0.5}, "params and bytes: give one budget"),
+        ({"params": 1.5}, "params=1.5 must be a whole number above 0, or a fraction in"),
+        ({"params": 0.01}, r"params=0.01: \d+ cannot be reached; with what may be removed, [\d,]+ to [\d,]+ can"),
+        ({"params": 10**9}, "params=1000000000: the model has no more than that"),
+        ({"params": 0.8, "layers": "all"}, "layers='all' must be one of uniform, free"),
+        ({"params": 0.8, "generations": -1}, "generations=-1"),
+        ({"params": 0.8, "candidates": 0}, "candidates=0"),
+        ({"params": 0.8, "batches": texts()[:2]}, "batches: three at least, and two of each source.*1 of one, 1 of two"),
+        ({"params": 0.8, "batches": []}, "got none"),
+        ({"params": 0.8, "batches": [{"input_ids": tokens(1, 4)}] * 3}, "batches: too few tokens"),
+    ],
+)
+def test_what_is_refused_changes_nothing(given, says):
+    model = trained()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=says):
+        bh.shrink(model, **{"batches": texts()} | given)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -7,7 +7,7 @@ import transformers
 import billhook as bh
 from billhook.running.batches import Batch, runs_of
 from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.shrink import divided
+from billhook.shrinking.held_out import divided
 from kit.families import BERT, T5, build, llama, tokens
 
 FEW = {"generations": 2, "candidates": 3}

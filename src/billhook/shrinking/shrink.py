@@ -1,7 +1,6 @@
 """Makes a model smaller within one budget, where that loses least."""
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -13,14 +12,12 @@ from billhook.model.find import find_transformer
 from billhook.model.values import check_values
 from billhook.pruning.amount import Amount
 from billhook.repairs.repair import Repair
-from billhook.running.batches import source_of
+from billhook.shrinking.held_out import divided
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.work import Work
 
 Layers = Literal["uniform", "free"]
 REPAIR = Repair()
-HELD_OUT = 0.2
-"""Share of the batches of each source on which damage is measured, and on which nothing is fitted."""
 
 
 def shrink(
@@ -111,16 +108,3 @@ def budget(
     if len(asked) != 1:
         raise ValueError(f"{' and '.join(asked) or 'params=None'}: give one budget of {', '.join(targets)}")
     return Amount(params=params, kv_cache_bytes=kv_cache_bytes, bytes=bytes, first=first, last=last, round_to=round_to)
-
-
-def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Divides batches into those that are fitted to and those that damage is measured on, spread evenly over each source."""
-    numbers: dict[str, list[int]] = {}
-    for number, batch in enumerate(batches):
-        numbers.setdefault(source_of(batch), []).append(number)
-    if len(batches) < 3 or any(len(own) < 2 for own in numbers.values()):
-        found = ", ".join(f"{len(own)}{f' of {source}' if source else ''}" for source, own in numbers.items())
-        raise ValueError(f"batches: three at least, and two of each source, as some are held out; got {found or 'none'}")
-    held_out = {own[place] for own in numbers.values() for place in Repair(held_out=HELD_OUT).chooses(len(own))}
-    parts = [[batch for number, batch in enumerate(batches) if (number in held_out) == out] for out in (False, True)]
-    return parts[0], parts[1]

@@ -19,6 +19,7 @@ from billhook.running.batches import runs_of
 from billhook.shrinking.choose import Frontier, Levels, between, cost, filled, loss, widest
 from billhook.shrinking.damages import damages, groups, make_slots
 from billhook.shrinking.divergence import Divergence
+from billhook.shrinking.held_out import few
 from billhook.shrinking.levels import Place, find_places, gone, removed
 from billhook.shrinking.search import evolve
 from billhook.shrinking.shrunk import Choice, Shrunk
@@ -76,7 +77,7 @@ class Work:
 
     def measure(self, fitted: Sequence[Any], held_out: Sequence[Any], importance: Importance, repair: Repair | None) -> None:
         """Scores the units, makes the variants, and measures what they cost the model."""
-        self.divergence = Divergence(self.model, runs_of(self.model, held_out))
+        self.divergence = Divergence(self.model, runs_of(self.model, few(held_out)))
         units = self.search.units
         own = {name: units[name] for place in self.places for name in place.names}
         self.scores = score(self.model, own, importance, fitted, per="kv_head")

@@ -1,0 +1,63 @@
+"""Divides batches into those that are fitted to and those that damage is measured on."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from billhook.repairs.repair import Repair
+from billhook.running.batches import Batch, source_of
+from billhook.running.trees import tree_leaves, tree_map_only
+
+SHARE = 0.2
+"""Share of the batches of each source that is held out."""
+TOKENS = 2048
+"""How many tokens damage is measured on at most, of all sources together: each of some hundred variants runs on all of them."""
+
+
+def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Divides batches, the held-out ones spread evenly over those of each source; refuses too few."""
+    numbers: dict[str, list[int]] = {}
+    for number, batch in enumerate(batches):
+        numbers.setdefault(source_of(batch), []).append(number)
+    if len(batches) < 3 or any(len(own) < 2 for own in numbers.values()):
+        found = ", ".join(f"{len(own)}{f' of {source}' if source else ''}" for source, own in numbers.items())
+        raise ValueError(f"batches: three at least, and two of each source, as some are held out; got {found or 'none'}")
+    held_out = {own[place] for own in numbers.values() for place in Repair(held_out=SHARE).chooses(len(own))}
+    parts = [[batch for number, batch in enumerate(batches) if (number in held_out) == out] for out in (False, True)]
+    return parts[0], parts[1]
+
+
+def few(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any]:
+    """Returns the first rows of each source's batches, as many as come to an equal share of so many tokens, one at least.
+
+    >>> import torch
+    >>> [tuple(one["input_ids"].shape) for one in few([{"input_ids": torch.zeros(4, 100)}] * 3, 600)]
+    [(4, 100), (2, 100)]
+    """
+    share = tokens // max(len({source_of(batch) for batch in batches}), 1)
+    left: dict[str, int] = {}
+    found = list[Any]()
+    for batch in batches:
+        source = source_of(batch)
+        count, length = _size(batch)
+        rows = min(max(left.get(source, share) // length, 0), count) or int(source not in left)
+        if rows:
+            found.append(batch if rows == count else _first(batch, rows))
+        left[source] = left.get(source, share) - rows * length
+    return found
+
+
+def _size(batch: Any) -> tuple[int, int]:  # noqa: ANN401
+    """Returns how many rows a batch has, and how many tokens a row."""
+    inputs = dict(batch) if isinstance(batch, Mapping) else batch
+    shapes = [leaf.shape for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
+    rows = max((shape[0] for shape in shapes), default=1)
+    return rows, max((shape[1] for shape in shapes if len(shape) == 2), default=1)
+
+
+def _first(batch: Any, rows: int) -> Any:  # noqa: ANN401
+    """Returns the first rows of a batch; what has one row, as positions may, stays."""
+    inputs = dict(batch) if isinstance(batch, Mapping) else batch
+    cut = tree_map_only(Tensor, lambda tensor: tensor[:rows] if tensor.dim() and len(tensor) > 1 else tensor, inputs)
+    return Batch(cut, source_of(batch)) if isinstance(batch, Batch) else cut

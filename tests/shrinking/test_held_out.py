@@ -1,0 +1,32 @@
+"""Batches that damage is measured on: some of each source, and not more tokens than it takes."""
+
+import pytest
+import torch
+
+from billhook.running.batches import Batch, runs_of
+from billhook.shrinking.held_out import divided, few
+from kit.families import llama, tokens
+
+
+def test_a_fifth_of_each_source_is_held_out():
+    batches = [Batch({"input_ids": tokens(1, 8)}, name) for name in ["one"] * 10 + ["two"] * 2]
+    fitted, held_out = divided(batches)
+    numbers = {id(batch): number for number, batch in enumerate(batches)}
+    assert [batch.source for batch in held_out] == ["one", "one", "two"]
+    assert [numbers[id(batch)] for batch in held_out] == [2, 7, 11]
+    assert sorted(numbers[id(batch)] for batch in [*fitted, *held_out]) == list(range(12))
+    assert len(divided([{"input_ids": tokens()}] * 3)[0]) == 2
+    with pytest.raises(ValueError, match="got 2"):
+        divided([{"input_ids": tokens()}] * 2)
+
+
+def test_no_more_rows_than_a_share_of_the_tokens():
+    batches = [Batch({"input_ids": tokens(4, 10), "attention_mask": torch.ones(4, 10)}, "one")]
+    batches += [Batch({"input_ids": tokens(2, 30)}, "two") for _ in range(3)]
+    found = few(batches, 60)
+    assert [(one.source, tuple(one["input_ids"].shape)) for one in found] == [("one", (3, 10)), ("two", (1, 30))]
+    assert len(found[0]["attention_mask"]) == 3
+    assert few(batches, 1000) == batches
+    assert [len(one["input_ids"]) for one in few(batches, 2)] == [1, 1]
+    runs = runs_of(llama(), batches[:1])
+    assert few(runs, 5) == runs

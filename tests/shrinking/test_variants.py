@@ -12,7 +12,8 @@ from billhook.shrinking import variants as module
 from billhook.shrinking.damages import damages, groups, make_slots, probes
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import find_places, gone
-from billhook.shrinking.variants import make_library
+from billhook.shrinking.library import Library, key_of
+from billhook.shrinking.variants import fill_library
 from kit.families import build, llama, tokens
 
 TINY = bh.Repair(ridges=[1e-4])
@@ -21,13 +22,14 @@ TINY = bh.Repair(ridges=[1e-4])
 class Made:
     """A model with its places, scores and library."""
 
-    def __init__(self, model, batches, repair=TINY):
+    def __init__(self, model, batches, repair=TINY, folder=None):
         self.model, self.search = model, Search(model, Amount(params=0.5))
         self.units, self.places = self.search.units, find_places(self.search, "params")
         self.levels = {place.name: place.levels() for place in self.places}
         self.scores = bh.score(model, self.units, bh.WeightNorm(), per="kv_head")
         runs = [run_of(model, self.units, batch) for batch in batches]
-        self.library = make_library(model, self.places, self.levels, self.units, self.gone, runs, repair)
+        self.library = Library(model, folder)
+        fill_library(self.library, self.places, self.levels, self.units, self.gone, runs, repair)
 
     def gone(self, place, kept):
         return gone(place, self.units, self.scores, kept)
@@ -81,7 +83,7 @@ def test_weights_are_fitted_to_all_batches_and_read_nothing_that_is_lost():
     made = Made(model, batches)
     place = made.place("channel")
     reader, kept = made.units[place.name].readers[0], made.levels[place.name][3]
-    own = made.library.weights[place.name, kept][reader]
+    own = made.library.weights(place.name, kept)[reader]
     lost = made.gone(place, kept)[place.name]
     assert not own["weight"][:, lost].any()
     inputs = torch.cat(list(read(model, reader, batches).values()))
@@ -100,7 +102,7 @@ def test_without_repair_units_are_only_cut():
     place = made.place("channel")
     (reader,) = made.units[place.name].readers
     kept = made.levels[place.name][2]
-    own = made.library.weights[place.name, kept][reader]["weight"]
+    own = made.library.weights(place.name, kept)[reader]["weight"]
     expected = model.get_submodule(reader).weight.detach().clone()
     expected[:, made.gone(place, kept)[place.name]] = 0
     assert torch.equal(own, expected)
@@ -126,7 +128,7 @@ def test_damage_is_that_of_a_model_cut_and_refitted_in_one_place():
         for kept in probes(levels):
             smaller = llama()
             smaller.load_state_dict(before)
-            own = made.library.weights[place.name, kept]
+            own = made.library.weights(place.name, kept)
             new = {f"{linear}.{part}": value for linear, parts in own.items() for part, value in parts.items()}
             bh.apply(smaller, bh.plan_units(smaller, made.gone(place, kept), kind), weights=new)
             with torch.no_grad():
@@ -152,3 +154,34 @@ def test_inputs_that_are_not_finite_are_refused():
         model.model.layers[1].post_attention_layernorm.weight[0] = torch.inf
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: NaN or infinite inputs in"):
         Made(model, texts())
+
+
+def test_a_library_on_disk_goes_on_where_it_was(tmp_path, monkeypatch):
+    model, batches = llama(), texts()
+    memory, first = Made(model, batches), Made(model, batches, folder=tmp_path)
+    place = first.place("channel")
+    divergence = Divergence(model, runs_of(model, [{"input_ids": tokens()}]))
+    found = damages(first.library, divergence, place, first.levels[place.name])
+    gone_file = next(file for file in tmp_path.glob("*.safetensors") if place.name not in file.name)
+    gone_file.unlink()
+    calls = []
+    monkeypatch.setattr(module, "Reader", lambda *given, make=module.Reader: calls.append(given[1]) or make(*given))
+    again = Made(model, batches, folder=tmp_path)
+    assert len(calls) == 1
+    assert again.library.errors == first.library.errors == memory.library.errors
+    for (name, kept), _ in memory.library.errors.items():
+        own, other = memory.library.weights(name, kept), again.library.weights(name, kept)
+        assert all(torch.equal(own[linear][part], other[linear][part]) for linear in own for part in own[linear])
+    monkeypatch.setattr(divergence, "mean", None)
+    assert damages(again.library, divergence, place, again.levels[place.name]) == found
+
+
+def test_another_model_batch_or_setting_has_another_library():
+    model, batches, scores = llama(), texts(), {"a": torch.zeros(2)}
+    keys = [key_of(model, "s", scores, batches), key_of(model, "s", scores, texts()), key_of(model, "t", scores, batches)]
+    keys += [key_of(model, "s", scores, batches[:3]), key_of(model, "s", {"a": torch.ones(2)}, batches)]
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    keys.append(key_of(model, "s", scores, batches))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 5

@@ -30,6 +30,7 @@ def shrink(
     round_to: int = 1,
     generations: int = 8,
     candidates: int = 8,
+    library: str | None = None,
     plot: str | None = None,
 ) -> None:
     """Finds the smaller model within one budget that loses least, without channels and KV heads, and saves it, verified.
@@ -53,6 +54,7 @@ def shrink(
         round_to: The number of channels that remain is a multiple of it.
         generations: Rounds of evolution; 0 takes what the sums say.
         candidates: Models that each round measures.
+        library: A folder for the variants of all places, from which the same search goes on if it was interrupted.
         plot: A file, ending in .png, for a picture of what other sizes lose.
 
     Raises:
@@ -80,6 +82,7 @@ def shrink(
         round_to=round_to,
         generations=generations,
         candidates=candidates,
+        library=library,
         seed=given.seed,
     )
     how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}

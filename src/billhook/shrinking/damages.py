@@ -7,7 +7,7 @@ import numpy as np
 from billhook.shrinking.choose import Slot, joined
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
-from billhook.shrinking.variants import Library
+from billhook.shrinking.library import Library
 
 PROBES = (0.4, 0.8)
 """How far down the levels of a place those lie that are measured."""
@@ -31,8 +31,10 @@ def damages(library: Library, divergence: Divergence, place: Place, levels: Sequ
     """
     points = {0.0: 0.0}
     for kept in probes(levels):
-        with library.assembled({place.name: kept}):
-            points[library.errors[place.name, kept]] = max(divergence.mean(), 0.0)
+        if (place.name, kept) not in library.measured:
+            with library.assembled({place.name: kept}):
+                library.note(place.name, kept, max(divergence.mean(), 0.0))
+        points[library.errors[place.name, kept]] = library.measured[place.name, kept]
     errors, found = sorted(points), [0.0]
     for kept in levels[1:]:
         error, last = library.errors[place.name, kept], errors[-1]

@@ -1,10 +1,11 @@
 """Makes a model smaller within one budget, where that loses least."""
 
+from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
-from billhook.arguments import annotated, whole
+from billhook.arguments import a_path, annotated, whole
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
@@ -35,6 +36,7 @@ def shrink(
     round_to: int = 1,
     generations: int = 8,
     candidates: int = 8,
+    library: str | Path | None = None,
     seed: int = 0,
 ) -> Shrunk:
     """Removes feed-forward channels and KV heads within one budget, as many of each as loses least, in place, and repairs.
@@ -62,6 +64,8 @@ def shrink(
         round_to: The number of channels that remain is a multiple of it.
         generations: Rounds of evolution; 0 takes what the knapsack finds.
         candidates: Models that each round measures.
+        library: A folder for the variants of all places; by default they stay in memory. The same search, or one of another
+            budget with the same levels (as of free layers), goes on from what it holds.
         seed: Decides what evolution tries.
 
     Returns:
@@ -83,12 +87,14 @@ def shrink(
     for name, value in {"generations": generations, "seed": seed}.items():
         whole(name, value, 0)
     whole("candidates", candidates)
+    if library is not None:
+        a_path("library", library)
     amount = budget(params, kv_cache_bytes, bytes, first, last, round_to)
     subject = find_transformer(model)
     check_values(subject)
     work = Work.begun(subject, amount, layers == "uniform")
     fitted, held_out = divided(list(batches_of(batches, subject)))
-    work.measure(fitted, held_out, importance or OBS(), repair)
+    work.measure(fitted, held_out, importance or OBS(), repair, None if library is None else Path(library))
     return work.finished(fitted, repair, *work.chosen(generations, candidates, seed))
 
 

@@ -7,8 +7,6 @@ together. All come from the second moments of what the linears read in the dense
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -22,8 +20,8 @@ from billhook.repairs.least_squares import OwedMoments, SecondMoments, choose_ri
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run
 from billhook.running.undisturbed import undisturbed
-from billhook.running.walk import replaced
 from billhook.shrinking.levels import Place
+from billhook.shrinking.library import Library
 from billhook.units.units import Units
 
 BYTES = 2**31
@@ -35,43 +33,19 @@ Gone = Callable[[Place, int], Mapping[str, list[int]]]
 """Says which units go, by place, where one keeps so many."""
 
 
-@dataclass(frozen=True, eq=False)
-class Library:
-    """The variants of all places.
-
-    Attributes:
-        model: The model, which stays as it is.
-        errors: By place and number of units kept, E |W x - W' x|^2 on batches that W' has not seen, as a share of E |W x|^2.
-        weights: By place and number of units kept, new parameters by linear.
-    """
-
-    model: PreTrainedModel
-    errors: dict[tuple[str, int], float] = field(default_factory=dict)
-    weights: dict[tuple[str, int], dict[str, dict[str, Tensor]]] = field(default_factory=dict)
-
-    def assembled(self, kept: Mapping[str, int]) -> AbstractContextManager[None]:
-        """Puts variants in the places of a model until the end of a `with` block; what a place loses is multiplied by zero.
-
-        Args:
-            kept: By place, how many units it keeps.
-        """
-        variants = [self.weights[one] for one in kept.items() if one in self.weights]
-        return replaced({self.model.get_submodule(name): own for variant in variants for name, own in variant.items()})
-
-
-def make_library(
-    model: PreTrainedModel,
+def fill_library(
+    library: Library,
     places: Sequence[Place],
     levels: Mapping[str, Sequence[int]],
     units: Mapping[str, Units],
     gone: Gone,
     runs: Sequence[Run],
     repair: Repair | None,
-) -> Library:
-    """Cuts and refits each place to each of its levels.
+) -> None:
+    """Cuts and refits each place to each of its levels, except where a library holds that already.
 
     Args:
-        model: The model.
+        library: Where the variants go.
         places: The places.
         levels: By place, how many units to keep.
         units: Their units.
@@ -79,7 +53,8 @@ def make_library(
         runs: Batches, two at least; each source is held out in turn, or some batches where there is one source.
         repair: How linears are refitted, by its ridges and held-out share; None: not at all.
     """
-    library, how = Library(model), repair or Repair()
+    model, how = library.model, repair or Repair()
+    places = [p for p in places if any(kept < p.count and (p.name, kept) not in library.errors for kept in levels[p.name])]
     parts, held_out = how.parts([run.source for run in runs], None, model.device)
     for some in _passes(model, places, units, max(parts) + 1):
         own = {name: units[name] for place in some for name in place.names}
@@ -90,10 +65,9 @@ def make_library(
             middle = sorted(masks)[len(masks) // 2]
             for name, reader in readers.items():
                 reader.choose(masks[middle][name], how.ridges if repair else ())
-            for kept, keep in masks.items():
-                lost, new = _refitted(readers, keep)
-                library.errors[place.name, kept], library.weights[place.name, kept] = lost, new
-    return library
+            errors = {kept: _error(readers, keep) for kept, keep in masks.items()}
+            new = {kept: {name: readers[name].refitted(own) for name, own in keep.items()} for kept, keep in masks.items()}
+            library.add(place.name, errors, new)
 
 
 def keeping(place: Place, units: Mapping[str, Units], gone: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -153,11 +127,10 @@ class Reader:
         return next(new for new in found if new is not None)
 
 
-def _refitted(readers: Mapping[str, Reader], keep: Mapping[str, Tensor]) -> tuple[float, dict[str, dict[str, Tensor]]]:
-    """Returns what is lost, as a share of what the readers give, and their new parameters."""
+def _error(readers: Mapping[str, Reader], keep: Mapping[str, Tensor]) -> float:
+    """Returns what is lost, as a share of what the readers give."""
     lost, whole = sum(readers[name].error(own) for name, own in keep.items()), sum(one.whole for one in readers.values())
-    share = lost / max(whole, torch.finfo(torch.float64).tiny)
-    return share, {name: readers[name].refitted(own) for name, own in keep.items()}
+    return lost / max(whole, torch.finfo(torch.float64).tiny)
 
 
 def _linears(place: Place, units: Mapping[str, Units]) -> list[str]:
@@ -174,7 +147,8 @@ def _passes(model: PreTrainedModel, places: Sequence[Place], units: Mapping[str,
             yield some
             some, used = [], 0
         some, used = [*some, place], used + size
-    yield some
+    if some:
+        yield some
 
 
 def _moments(model: PreTrainedModel, units: Mapping[str, Units], runs: Sequence[Run], parts: Sequence[int]) -> Moments:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -21,9 +22,10 @@ from billhook.shrinking.damages import damages, groups, make_slots
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.held_out import few
 from billhook.shrinking.levels import Place, find_places, gone, removed
+from billhook.shrinking.library import Library, key_of
 from billhook.shrinking.search import evolve
 from billhook.shrinking.shrunk import Choice, Shrunk
-from billhook.shrinking.variants import make_library
+from billhook.shrinking.variants import fill_library
 
 CURVE = 9
 """How many sizes the curve shows."""
@@ -75,14 +77,24 @@ class Work:
         now = int(getattr(self.search.now, self.target))
         return self.limit - now + sum(place.count * place.each for place in self.places)
 
-    def measure(self, fitted: Sequence[Any], held_out: Sequence[Any], importance: Importance, repair: Repair | None) -> None:
-        """Scores the units, makes the variants, and measures what they cost the model."""
+    def measure(
+        self,
+        fitted: Sequence[Any],
+        held_out: Sequence[Any],
+        importance: Importance,
+        repair: Repair | None,
+        folder: Path | None = None,
+    ) -> None:
+        """Scores the units, makes the variants, in a folder or in memory, and measures what they cost the model."""
         self.divergence = Divergence(self.model, runs_of(self.model, few(held_out)))
         units = self.search.units
         own = {name: units[name] for place in self.places for name in place.names}
         self.scores = score(self.model, own, importance, fitted, per="kv_head")
         runs = [run_of(self.model, own, batch) for batch in fitted]
-        self.library = make_library(self.model, self.places, self.levels, units, self._gone, runs, repair)
+        settings = [str(repair), self.search.amount.first, self.search.amount.last, self.levels]
+        key = folder and key_of(self.model, settings, self.scores, [*fitted, *held_out])
+        self.library = Library(self.model, folder / key if folder and key else None)
+        fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair)
         losses = {place.name: damages(self.library, self.divergence, place, self.levels[place.name]) for place in self.places}
         self.slots = make_slots(self.places, self.levels, losses, self.uniform)
         self.shared = make_slots(self.places, self.levels, losses, uniform=True)

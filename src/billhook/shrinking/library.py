@@ -1,0 +1,119 @@
+"""Holds the variants of places, in memory or in a folder, from which an interrupted search goes on."""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.running.batches import source_of
+from billhook.running.trees import tree_leaves
+from billhook.running.walk import replaced
+
+FORMAT = 1
+Weights = dict[str, dict[str, Tensor]]
+"""New parameters, by linear and by their name in it."""
+
+
+class Library:
+    """The variants of all places of a model, which stays as it is.
+
+    Args:
+        model: The model.
+        folder: Where they are kept, a file for each place; None keeps them in memory.
+
+    Attributes:
+        errors: By place and number of units kept, E |W x - W' x|^2 on batches that W' has not seen, as a share of E |W x|^2.
+        measured: By place and number of units kept, the damage to the whole model, where it was measured.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path | None = None) -> None:
+        self.model, self._folder = model, folder
+        self.errors: dict[tuple[str, int], float] = {}
+        self.measured: dict[tuple[str, int], float] = {}
+        self._weights: dict[tuple[str, int], Weights] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in folder.glob("*.safetensors"):
+                with safe_open(file, "pt") as stored:
+                    self.errors |= _from_json(stored.metadata()["errors"])
+            if (file := folder / "measured.json").exists():
+                self.measured = _from_json(file.read_text())
+
+    def add(self, place: str, errors: Mapping[int, float], weights: Mapping[int, Weights]) -> None:
+        """Adds the variants of a place, by the number of units that it keeps."""
+        own = {(place, kept): error for kept, error in errors.items()}
+        self.errors |= own
+        if self._folder is None:
+            self._weights |= {(place, kept): new for kept, new in weights.items()}
+            return
+        tensors = {
+            f"{kept}/{linear}/{part}": value.cpu()
+            for kept, new in weights.items()
+            for linear, parts in new.items()
+            for part, value in parts.items()
+        }
+        unfinished = self._folder / "unfinished"
+        save_file(tensors, unfinished, {"errors": _to_json(own)})
+        unfinished.replace(self._folder / f"{place}.safetensors")
+
+    def note(self, place: str, kept: int, damage: float) -> None:
+        """Notes the damage of a variant."""
+        self.measured[place, kept] = damage
+        if self._folder is not None:
+            unfinished = self._folder / "unfinished"
+            unfinished.write_text(_to_json(self.measured))
+            unfinished.replace(self._folder / "measured.json")
+
+    def weights(self, place: str, kept: int) -> Weights:
+        """Returns the parameters of a variant; none where a place keeps all."""
+        if self._folder is None or (place, kept) not in self.errors:
+            return self._weights.get((place, kept), {})
+        found: Weights = {}
+        with safe_open(self._folder / f"{place}.safetensors", "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - it is no mapping
+                number, linear, part = name.split("/")
+                if int(number) == kept:
+                    like = self.model.get_submodule(linear).get_parameter(part)
+                    found.setdefault(linear, {})[part] = stored.get_tensor(name).to(like.device)
+        return found
+
+    def assembled(self, kept: Mapping[str, int]) -> AbstractContextManager[None]:
+        """Puts variants in the places of the model until the end of a `with` block; what a place loses is multiplied by zero.
+
+        Args:
+            kept: By place, how many units it keeps.
+        """
+        variants = [self.weights(place, number) for place, number in kept.items()]
+        return replaced({self.model.get_submodule(name): own for variant in variants for name, own in variant.items()})
+
+
+def key_of(model: PreTrainedModel, settings: object, scores: Mapping[str, Tensor], batches: Sequence[Any]) -> str:
+    """Returns a name for all that decides a library: the model's weights, settings, scores and batches."""
+    found = sha256(json.dumps([FORMAT, type(model).__name__, settings], default=str).encode())
+    sources = [(str(number) + source_of(batch), batch) for number, batch in enumerate(batches)]
+    named = {**model.state_dict(), **scores}.items()
+    leaves = [(name, leaf) for name, batch in sources for leaf in tree_leaves(dict(batch) if isinstance(batch, dict) else batch)]
+    for name, value in [*named, *leaves]:
+        found.update(name.encode())
+        if isinstance(value, Tensor):
+            found.update(f"{value.dtype} {list(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(repr(value).encode())
+    return found.hexdigest()[:16]
+
+
+def _to_json(values: Mapping[tuple[str, int], float]) -> str:
+    return json.dumps([[place, kept, value] for (place, kept), value in values.items()])
+
+
+def _from_json(text: str) -> dict[tuple[str, int], float]:
+    return {(place, kept): value for place, kept, value in json.loads(text)}

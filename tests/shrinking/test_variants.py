@@ -162,8 +162,7 @@ def test_a_library_on_disk_goes_on_where_it_was(tmp_path, monkeypatch):
     place = first.place("channel")
     divergence = Divergence(model, runs_of(model, [{"input_ids": tokens()}]))
     found = damages(first.library, divergence, place, first.levels[place.name])
-    gone_file = next(file for file in tmp_path.glob("*.safetensors") if place.name not in file.name)
-    gone_file.unlink()
+    next(file for file in tmp_path.glob("*.safetensors") if place.name not in file.name).unlink()
     calls = []
     monkeypatch.setattr(module, "Reader", lambda *given, make=module.Reader: calls.append(given[1]) or make(*given))
     again = Made(model, batches, folder=tmp_path)

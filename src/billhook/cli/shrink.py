@@ -54,7 +54,7 @@ def shrink(
         round_to: The number of channels that remain is a multiple of it.
         generations: Rounds of evolution; 0 takes what the sums say.
         candidates: Models that each round measures.
-        library: A folder for the variants of all places, from which the same search goes on if it was interrupted.
+        library: A folder for the variants of all places, from which a search on the same examples goes on.
         plot: A file, ending in .png, for a picture of what other sizes lose.
 
     Raises:

@@ -30,7 +30,7 @@ def damages(library: Library, divergence: Divergence, place: Place, levels: Sequ
     known for all: a straight line from zero through the probes' pairs of error and damage, and on beyond the last.
     """
     points = {0.0: 0.0}
-    for kept in probes(levels):
+    for kept in probes(place.levels()):
         if (place.name, kept) not in library.measured:
             with library.assembled({place.name: kept}):
                 library.note(place.name, kept, max(divergence.mean(), 0.0))

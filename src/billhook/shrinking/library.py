@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -27,7 +27,7 @@ class Library:
 
     Args:
         model: The model.
-        folder: Where they are kept, a file for each place; None keeps them in memory.
+        folder: Where they are kept, a file for each; None keeps them in memory.
 
     Attributes:
         errors: By place and number of units kept, E |W x - W' x|^2 on batches that W' has not seen, as a share of E |W x|^2.
@@ -47,22 +47,16 @@ class Library:
             if (file := folder / "measured.json").exists():
                 self.measured = _from_json(file.read_text())
 
-    def add(self, place: str, errors: Mapping[int, float], weights: Mapping[int, Weights]) -> None:
-        """Adds the variants of a place, by the number of units that it keeps."""
-        own = {(place, kept): error for kept, error in errors.items()}
-        self.errors |= own
+    def add(self, place: str, kept: int, error: float, weights: Weights) -> None:
+        """Adds the variant of a place that keeps so many units."""
+        self.errors[place, kept] = error
         if self._folder is None:
-            self._weights |= {(place, kept): new for kept, new in weights.items()}
+            self._weights[place, kept] = weights
             return
-        tensors = {
-            f"{kept}/{linear}/{part}": value.cpu()
-            for kept, new in weights.items()
-            for linear, parts in new.items()
-            for part, value in parts.items()
-        }
+        tensors = {f"{linear}/{part}": value.cpu() for linear, own in weights.items() for part, value in own.items()}
         unfinished = self._folder / "unfinished"
-        save_file(tensors, unfinished, {"errors": _to_json(own)})
-        unfinished.replace(self._folder / f"{place}.safetensors")
+        save_file(tensors, unfinished, {"errors": _to_json({(place, kept): error})})
+        unfinished.replace(self._folder / f"{place}.{kept}.safetensors")
 
     def note(self, place: str, kept: int, damage: float) -> None:
         """Notes the damage of a variant."""
@@ -77,12 +71,10 @@ class Library:
         if self._folder is None or (place, kept) not in self.errors:
             return self._weights.get((place, kept), {})
         found: Weights = {}
-        with safe_open(self._folder / f"{place}.safetensors", "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118 - it is no mapping
-                number, linear, part = name.split("/")
-                if int(number) == kept:
-                    like = self.model.get_submodule(linear).get_parameter(part)
-                    found.setdefault(linear, {})[part] = stored.get_tensor(name).to(like.device)
+        for name, value in load_file(self._folder / f"{place}.{kept}.safetensors").items():
+            linear, part = name.split("/")
+            like = self.model.get_submodule(linear).get_parameter(part)
+            found.setdefault(linear, {})[part] = value.to(like.device)
         return found
 
     def assembled(self, kept: Mapping[str, int]) -> AbstractContextManager[None]:

@@ -64,8 +64,8 @@ def shrink(
         round_to: The number of channels that remain is a multiple of it.
         generations: Rounds of evolution; 0 takes what the knapsack finds.
         candidates: Models that each round measures.
-        library: A folder for the variants of all places; by default they stay in memory. The same search, or one of another
-            budget with the same levels (as of free layers), goes on from what it holds.
+        library: A folder for the variants of all places; by default they stay in memory. A search of the same model, batches,
+            importance and repair goes on from what it holds, also for another budget.
         seed: Decides what evolution tries.
 
     Returns:

@@ -54,20 +54,21 @@ def fill_library(
         repair: How linears are refitted, by its ridges and held-out share; None: not at all.
     """
     model, how = library.model, repair or Repair()
-    places = [p for p in places if any(kept < p.count and (p.name, kept) not in library.errors for kept in levels[p.name])]
+    missing = {p.name: [one for one in levels[p.name] if one < p.count and (p.name, one) not in library.errors] for p in places}
+    places = [place for place in places if missing[place.name]]
     parts, held_out = how.parts([run.source for run in runs], None, model.device)
     for some in _passes(model, places, units, max(parts) + 1):
         own = {name: units[name] for place in some for name in place.names}
         moments = _moments(model, own, runs, parts)
         for place in some:
             readers = {name: Reader(model, name, moments.pop(name), held_out) for name in _linears(place, units)}
-            masks = {kept: keeping(place, units, gone(place, kept)) for kept in levels[place.name] if kept < place.count}
-            middle = sorted(masks)[len(masks) // 2]
-            for name, reader in readers.items():
-                reader.choose(masks[middle][name], how.ridges if repair else ())
-            errors = {kept: _error(readers, keep) for kept, keep in masks.items()}
-            new = {kept: {name: readers[name].refitted(own) for name, own in keep.items()} for kept, keep in masks.items()}
-            library.add(place.name, errors, new)
+            middle = place.levels()[len(place.levels()) // 2]
+            for name, keep in keeping(place, units, gone(place, middle)).items():
+                readers[name].choose(keep, how.ridges if repair else ())
+            for kept in missing[place.name]:
+                masks = keeping(place, units, gone(place, kept))
+                new = {name: readers[name].refitted(keep) for name, keep in masks.items()}
+                library.add(place.name, kept, _error(readers, masks), new)
 
 
 def keeping(place: Place, units: Mapping[str, Units], gone: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

@@ -91,8 +91,7 @@ class Work:
         own = {name: units[name] for place in self.places for name in place.names}
         self.scores = score(self.model, own, importance, fitted, per="kv_head")
         runs = [run_of(self.model, own, batch) for batch in fitted]
-        settings = [str(repair), self.search.amount.first, self.search.amount.last, self.levels]
-        key = folder and key_of(self.model, settings, self.scores, [*fitted, *held_out])
+        key = folder and key_of(self.model, str(repair), self.scores, [*fitted, *held_out])
         self.library = Library(self.model, folder / key if folder and key else None)
         fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair)
         losses = {place.name: damages(self.library, self.divergence, place, self.levels[place.name]) for place in self.places}

@@ -73,11 +73,14 @@ def test_free_layers_lose_less_and_are_saved(tmp_path):
 
 def test_evolution_never_ends_worse_and_its_seed_decides():
     _, none = shrunk_of(params=0.7, layers="free", generations=0)
-    model, some = shrunk_of(params=0.7, layers="free", seed=3)
+    steps = []
+    model, some = shrunk_of(params=0.7, layers="free", seed=3, progress=lambda *done: steps.append(done))
     twin, same = shrunk_of(params=0.7, layers="free", seed=3)
     assert some.tried[0].measured <= none.tried[0].measured
     assert len(some.tried) > len(none.tried)
     assert some.to_json() == same.to_json()
+    assert [done for done, _ in steps] == sorted(done for done, _ in steps)
+    assert steps[-1][0] == steps[-1][1]
     assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
 
 

@@ -29,7 +29,7 @@ class Made:
         self.scores = bh.score(model, self.units, bh.WeightNorm(), per="kv_head")
         runs = [run_of(model, self.units, batch) for batch in batches]
         self.library = Library(model, folder)
-        fill_library(self.library, self.places, self.levels, self.units, self.gone, runs, repair)
+        fill_library(self.library, self.places, self.levels, self.units, self.gone, runs, repair, lambda: None)
 
     def gone(self, place, kept):
         return gone(place, self.units, self.scores, kept)

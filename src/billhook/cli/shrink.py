@@ -1,5 +1,8 @@
 """`billhook shrink`: a checkpoint in, the best smaller one within one budget out."""
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
 from billhook.arguments import whole
 from billhook.cli.machine import check_file
 from billhook.cli.oneshot import Examples, OneShot
@@ -68,23 +71,27 @@ def shrink(
     work = OneShot(model, out, given)
     Work.begun(work.model, limits, layers == "uniform")
     batches, before = work.batches(), work.measure()
-    shrunk = shrink_model(
-        work.model,
-        batches,
-        params=params,
-        kv_cache_bytes=kv_cache_bytes,
-        bytes=bytes,
-        layers=layers,
-        importance=importance,
-        repair=repair,
-        first=first,
-        last=last,
-        round_to=round_to,
-        generations=generations,
-        candidates=candidates,
-        library=library,
-        seed=given.seed,
-    )
+    columns = ("shrinking", BarColumn(), MofNCompleteColumn(), "steps", TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("")
+        shrunk = shrink_model(
+            work.model,
+            batches,
+            params=params,
+            kv_cache_bytes=kv_cache_bytes,
+            bytes=bytes,
+            layers=layers,
+            importance=importance,
+            repair=repair,
+            first=first,
+            last=last,
+            round_to=round_to,
+            generations=generations,
+            candidates=candidates,
+            library=library,
+            seed=given.seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
     how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}
     work.save(before, {"shrink": shrunk.to_json() | how}, shrunk)
     if plot is not None:

@@ -1,5 +1,6 @@
 """Makes a model smaller within one budget, where that loses least."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from billhook.pruning.amount import Amount
 from billhook.repairs.repair import Repair
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.shrunk import Shrunk
-from billhook.shrinking.work import Work
+from billhook.shrinking.work import CURVE, Work
 
 Layers = Literal["uniform", "free"]
 REPAIR = Repair()
@@ -38,6 +39,7 @@ def shrink(
     candidates: int = 8,
     library: str | Path | None = None,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Shrunk:
     """Removes feed-forward channels and KV heads within one budget, as many of each as loses least, in place, and repairs.
 
@@ -67,6 +69,7 @@ def shrink(
         library: A folder for the variants of all places; by default they stay in memory. A search of the same model, batches,
             importance and repair goes on from what it holds, also for another budget.
         seed: Decides what evolution tries.
+        progress: Called with how many steps of the search are done, and of how many at most.
 
     Returns:
         What was removed, what was expected and measured, and what other sizes would lose; `print` shows it.
@@ -93,6 +96,7 @@ def shrink(
     subject = find_transformer(model)
     check_values(subject)
     work = Work.begun(subject, amount, layers == "uniform")
+    work.progress, work.steps = progress, 2 * len(work.places) + 2 + generations * candidates + CURVE
     fitted, held_out = divided(list(batches_of(batches, subject)))
     work.measure(fitted, held_out, importance or OBS(), repair, None if library is None else Path(library))
     return work.finished(fitted, repair, *work.chosen(generations, candidates, seed))

@@ -41,6 +41,7 @@ def fill_library(
     gone: Gone,
     runs: Sequence[Run],
     repair: Repair | None,
+    done: Callable[[], None],
 ) -> None:
     """Cuts and refits each place to each of its levels, except where a library holds that already.
 
@@ -52,6 +53,7 @@ def fill_library(
         gone: Which units go.
         runs: Batches, two at least; each source is held out in turn, or some batches where there is one source.
         repair: How linears are refitted, by its ridges and held-out share; None: not at all.
+        done: Called after each place.
     """
     model, how = library.model, repair or Repair()
     missing = {p.name: [one for one in levels[p.name] if one < p.count and (p.name, one) not in library.errors] for p in places}
@@ -69,6 +71,7 @@ def fill_library(
                 masks = keeping(place, units, gone(place, kept))
                 new = {name: readers[name].refitted(keep) for name, keep in masks.items()}
                 library.add(place.name, kept, _error(readers, masks), new)
+            done()
 
 
 def keeping(place: Place, units: Mapping[str, Units], gone: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

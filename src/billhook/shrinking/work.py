@@ -1,6 +1,6 @@
 """Leads a model through the steps of a search: levels, variants, damage, choice, and the cut and repair of what is chosen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ class Work:
         uniform: Whether all places of one kind and size keep as many units.
         places: The places that may keep less.
         levels: By place, how many units it keeps at each level.
+        progress: Called with how many steps are done, and of how many at most.
+        steps: How many there are at most.
     """
 
     model: PreTrainedModel
@@ -52,6 +54,9 @@ class Work:
     uniform: bool
     places: list[Place]
     levels: dict[str, tuple[int, ...]]
+    progress: Callable[[int, int], None] | None = None
+    steps: int = 0
+    done: int = 0
 
     @classmethod
     def begun(cls, model: PreTrainedModel, amount: Amount, uniform: bool) -> "Work":
@@ -85,7 +90,7 @@ class Work:
         repair: Repair | None,
         folder: Path | None = None,
     ) -> None:
-        """Scores the units, makes the variants, in a folder or in memory, and measures what they cost the model."""
+        """Scores units, makes the variants, in a folder or in memory, and measures what they cost the model."""
         self.divergence = Divergence(self.model, runs_of(self.model, few(held_out)))
         units = self.search.units
         own = {name: units[name] for place in self.places for name in place.names}
@@ -93,8 +98,8 @@ class Work:
         runs = [run_of(self.model, own, batch) for batch in fitted]
         key = folder and key_of(self.model, str(repair), self.scores, [*fitted, *held_out])
         self.library = Library(self.model, folder / key if folder and key else None)
-        fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair)
-        losses = {place.name: damages(self.library, self.divergence, place, self.levels[place.name]) for place in self.places}
+        fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair, self._advance)
+        losses = {place.name: self._damages(place) for place in self.places}
         self.slots = make_slots(self.places, self.levels, losses, self.uniform)
         self.shared = make_slots(self.places, self.levels, losses, uniform=True)
 
@@ -108,6 +113,7 @@ class Work:
             best = start[0]
         allowed = [group[0].allowed for group in groups(self.places, self.uniform)]
         kept = filled(self.slots, best, self.within, allowed)
+        self.steps = self.done + CURVE
         ranked = sorted(found, key=lambda levels: found[levels])
         curve = [self._choice(levels, self._measure(levels)) for levels in frontier.spread(CURVE)]
         return self._by_place(kept), curve, [self._choice(levels, found[levels]) for levels in ranked]
@@ -154,7 +160,17 @@ class Work:
         level = {name: one for slot, one in zip(self.shared, found, strict=True) for name in slot.names}
         return tuple(level[slot.names[0]] for slot in self.slots)
 
+    def _damages(self, place: Place) -> list[float]:
+        self._advance()
+        return damages(self.library, self.divergence, place, self.levels[place.name])
+
+    def _advance(self) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(min(self.done, self.steps), self.steps)
+
     def _measure(self, levels: Levels) -> float:
+        self._advance()
         kept = self._by_place([slot.kept[level] for slot, level in zip(self.slots, levels, strict=True)])
         with self.library.assembled(kept):
             return self.divergence.mean()

@@ -71,6 +71,16 @@ def test_free_layers_lose_less_and_are_saved(tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_the_smallest_that_can_be_reached_is():
+    _, some = shrunk_of(params=0.7, layers="free", generations=0)
+    least = some.curve[0].left
+    _, smallest = shrunk_of(params=least, layers="free", generations=0)
+    assert smallest.left == least
+    assert {now for _, now in smallest.kept.values()} == {6, 1}
+    with pytest.raises(ValueError, match=f"params={least - 1}: .* cannot be reached; .* {least:,} to"):
+        shrunk_of(params=least - 1, layers="free")
+
+
 def test_evolution_never_ends_worse_and_its_seed_decides():
     _, none = shrunk_of(params=0.7, layers="free", generations=0)
     steps = []

@@ -45,6 +45,7 @@ class Work:
         levels: By place, how many units it keeps at each level.
         progress: Called with how many steps are done, and of how many at most.
         steps: How many there are at most.
+        done: How many are done.
     """
 
     model: PreTrainedModel
@@ -65,11 +66,11 @@ class Work:
         limit = search.limit(target)
         places = find_places(search, target)
         now = int(getattr(search.now, target))
-        least = now - sum((place.count - place.allowed[-1]) * place.each for place in places)
+        levels = {place.name: place.levels() for place in places}
+        least = now - sum((place.count - levels[place.name][-1]) * place.each for place in places)
         if least > limit:
             asked = getattr(amount, target)
             raise ValueError(f"{target}={asked}: {limit:,} cannot be reached; with what may be removed, {least:,} to {now:,} can")
-        levels = {place.name: place.levels() for place in places}
         work = cls(model, search, target, limit, uniform, places, levels)
         for number, kept in work._widths().items():
             for place in groups(places, uniform)[number]:

@@ -20,13 +20,20 @@ def test_a_fifth_of_each_source_is_held_out():
         divided([{"input_ids": tokens()}] * 2)
 
 
+def test_what_is_not_measured_is_fitted():
+    fitted, held_out = divided([{"input_ids": tokens(4, 400)} for _ in range(20)])
+    assert [len(batch["input_ids"]) for batch in held_out] == [4, 1]
+    assert len(fitted) == 18
+
+
 def test_no_more_rows_than_a_share_of_the_tokens():
     batches = [Batch({"input_ids": tokens(4, 10), "attention_mask": torch.ones(4, 10)}, "one")]
     batches += [Batch({"input_ids": tokens(2, 30)}, "two") for _ in range(3)]
-    found = few(batches, 60)
+    *found, third, last = few(batches, 60)
+    assert third is last is None
     assert [(one.source, tuple(one["input_ids"].shape)) for one in found] == [("one", (3, 10)), ("two", (1, 30))]
     assert len(found[0]["attention_mask"]) == 3
     assert few(batches, 1000) == batches
-    assert [len(one["input_ids"]) for one in few(batches, 2)] == [1, 1]
+    assert [one and len(one["input_ids"]) for one in few(batches, 2)] == [1, 1, None, None]
     runs = runs_of(llama(), batches[:1])
     assert few(runs, 5) == runs

@@ -10,13 +10,13 @@ from billhook.running.batches import Batch, source_of
 from billhook.running.trees import tree_leaves, tree_map_only
 
 SHARE = 0.2
-"""Share of the batches of each source that is held out."""
+"""Share of the batches of each source that is held out at most."""
 TOKENS = 2048
 """How many tokens damage is measured on at most, of all sources together: each of some hundred variants runs on all of them."""
 
 
 def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Divides batches, the held-out ones spread evenly over those of each source; refuses too few."""
+    """Divides batches, the held-out ones spread evenly over those of each source, no more than are measured; refuses too few."""
     numbers: dict[str, list[int]] = {}
     for number, batch in enumerate(batches):
         numbers.setdefault(source_of(batch), []).append(number)
@@ -24,26 +24,29 @@ def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         found = ", ".join(f"{len(own)}{f' of {source}' if source else ''}" for source, own in numbers.items())
         raise ValueError(f"batches: three at least, and two of each source, as some are held out; got {found or 'none'}")
     held_out = {own[place] for own in numbers.values() for place in Repair(held_out=SHARE).chooses(len(own))}
-    parts = [[batch for number, batch in enumerate(batches) if (number in held_out) == out] for out in (False, True)]
-    return parts[0], parts[1]
+    measured = few([batches[number] for number in sorted(held_out)])
+    left_over = [number for number, used in zip(sorted(held_out), measured, strict=True) if used is None]
+    fitted = [batch for number, batch in enumerate(batches) if number not in held_out or number in left_over]
+    return fitted, [batch for batch in measured if batch is not None]
 
 
-def few(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any]:
+def few(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any | None]:
     """Returns the first rows of each source's batches, as many as come to an equal share of so many tokens, one at least.
 
+    None stands for batches of which none is taken.
+
     >>> import torch
-    >>> [tuple(one["input_ids"].shape) for one in few([{"input_ids": torch.zeros(4, 100)}] * 3, 600)]
-    [(4, 100), (2, 100)]
+    >>> [one and tuple(one["input_ids"].shape) for one in few([{"input_ids": torch.zeros(4, 100)}] * 3, 600)]
+    [(4, 100), (2, 100), None]
     """
     share = tokens // max(len({source_of(batch) for batch in batches}), 1)
     left: dict[str, int] = {}
-    found = list[Any]()
+    found = list[Any | None]()
     for batch in batches:
         source = source_of(batch)
         count, length = _size(batch)
         rows = min(max(left.get(source, share) // length, 0), count) or int(source not in left)
-        if rows:
-            found.append(batch if rows == count else _first(batch, rows))
+        found.append(None if not rows else batch if rows == count else _first(batch, rows))
         left[source] = left.get(source, share) - rows * length
     return found
 

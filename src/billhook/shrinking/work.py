@@ -20,7 +20,6 @@ from billhook.running.batches import runs_of
 from billhook.shrinking.choose import Frontier, Levels, between, cost, filled, loss, widest
 from billhook.shrinking.damages import damages, groups, make_slots
 from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.held_out import few
 from billhook.shrinking.levels import Place, find_places, gone, removed
 from billhook.shrinking.library import Library, key_of
 from billhook.shrinking.search import evolve
@@ -92,7 +91,7 @@ class Work:
         folder: Path | None = None,
     ) -> None:
         """Scores units, makes the variants, in a folder or in memory, and measures what they cost the model."""
-        self.divergence = Divergence(self.model, runs_of(self.model, few(held_out)))
+        self.divergence = Divergence(self.model, runs_of(self.model, held_out))
         units = self.search.units
         own = {name: units[name] for place in self.places for name in place.names}
         self.scores = score(self.model, own, importance, fitted, per="kv_head")

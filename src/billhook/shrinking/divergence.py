@@ -33,8 +33,8 @@ class Divergence:
         """Measures the model as it is now: by source, the mean of KL(dense || now) over positions, in nats."""
         sums: dict[str, list[float]] = {}
         for run, positions, dense in self._held:
-            now = self._logits(run)[positions].log_softmax(-1)
-            total = float(kl_div(now, dense.float().log_softmax(-1), reduction="sum", log_target=True))
+            now = self._logits(run)[positions].float().cpu().log_softmax(-1)
+            total = float(kl_div(now, dense, reduction="sum", log_target=True))
             own = sums.setdefault(run.source, [0.0, 0.0])
             sums[run.source] = [own[0] + total, own[1] + len(positions)]
         return {source: total / count for source, (total, count) in sums.items()}
@@ -45,19 +45,19 @@ class Divergence:
 
     def _read(self, run: Run, runs: int) -> tuple[Tensor, Tensor]:
         logits = self._logits(run)
-        few = max(BYTES // (2 * logits.shape[-1] * runs), 1)
+        few = max(BYTES // (4 * logits.shape[-1] * runs), 1)
         positions = torch.linspace(0, len(logits) - 1, min(few, len(logits))).round().long()
-        return positions, logits[positions].log_softmax(-1).half()
+        return positions, logits[positions].float().cpu().log_softmax(-1)
 
     def _logits(self, run: Run) -> Tensor:
-        """Returns the logits at all positions that count, on the CPU, float32, `[positions, classes]`."""
+        """Returns the logits at all positions that count, `[positions, classes]`."""
         with undisturbed(self._model):
             logits = getattr(run.forward(), "logits", None)
         if not isinstance(logits, Tensor):
             raise ValueError(f"model: {type(self._model).__name__} predicts nothing (it has no logits), so no loss can be told")
         mask = run.tokens.get("decoder_attention_mask", run.tokens.get("attention_mask"))
         counts = mask is not None and mask.shape == logits.shape[:-1]
-        return (logits[mask] if counts else logits.flatten(0, -2)).float().cpu()
+        return logits[mask] if counts else logits.flatten(0, -2)
 
 
 def mean_of(by_source: Mapping[str, float]) -> float:

@@ -67,7 +67,7 @@ def shrink(
         generations: Rounds of evolution; 0 takes what the knapsack finds.
         candidates: Models that each round measures.
         library: A folder for the variants of all places; by default they stay in memory. A search of the same model, batches,
-            importance and repair goes on from what it holds, also for another budget.
+            importance, rounding and repair goes on from what it holds, also for another budget.
         seed: Decides what evolution tries.
         progress: Called with how many steps of the search are done, and of how many at most.
 
@@ -92,6 +92,8 @@ def shrink(
     whole("candidates", candidates)
     if library is not None:
         a_path("library", library)
+        if Path(library).exists() and not Path(library).is_dir():
+            raise ValueError(f"library='{library}' must be a folder, or a name that is free")
     amount = budget(params, kv_cache_bytes, bytes, first, last, round_to)
     subject = find_transformer(model)
     check_values(subject)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+import transformers
 
 import billhook as bh
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.shrinking.levels import Place, find_places, gone, removed
-from kit.families import build, llama
+from kit.families import T5, build, llama, tokens
 
 
 def places_of(model, **amount):
@@ -56,6 +57,20 @@ def test_the_lowest_scores_go_first_with_their_query_heads():
     assert gone(heads, search.units, scores, 4) == {}
     smaller, larger = (gone(channels, search.units, scores, kept)[channels.name] for kept in (30, 12))
     assert set(smaller) < set(larger)
+
+
+def test_attentions_with_one_position_bias_lose_the_same_heads():
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5 | {"num_layers": 2})).eval()
+    search, places = places_of(model, params=0.9)
+    together = [place for place in places if len(place.names) > 1]
+    assert [len(place.names) for place in together] == [2, 2, 2]  # the encoder, the decoder, and it on the encoder
+    scores = {name: torch.rand(own.count("kv_head")) for name, own in search.units.items()}
+    numbers = gone(together[0], search.units, scores, 2)
+    assert len({tuple(own) for own in numbers.values()}) == 1
+    rows = [{"input_ids": tokens(8, 16), "labels": tokens(8, 10)} for _ in range(4)]
+    shrunk = bh.shrink(model, rows, params=0.9, layers="free", importance=bh.WeightNorm(), generations=0)
+    assert shrunk.left == model.num_parameters() <= shrunk.limit
 
 
 def test_heads_under_a_norm_that_spans_them_stay_whole():

@@ -164,6 +164,7 @@ def _cache_costs(search: Search, sets: Sequence[list[str]]) -> list[int]:
             continue
         each = now - (kv_cache_bytes(tried(search.model, cut)) or 0)
         if each * every == now * len(names):
-            return [each // len(names) * len(own) if units[own[0]].kind == "head" else 0 for own in sets]
+            one = each // len(names)
+            return [one * len(own) if units[own[0]].kind == "head" and _without_one(search, own) else 0 for own in sets]
         costs.append(each)
     return costs

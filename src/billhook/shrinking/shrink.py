@@ -79,12 +79,12 @@ def shrink(
             the model predicts nothing; then nothing has changed.
 
     Example:
-        >>> import billhook as bh
+        >>> import torch, billhook as bh
         >>> model = bh.load("tiny")
-        >>> calibration = bh.Calibration(tokens=512, length=64)
-        >>> shrunk = bh.shrink(model, calibration, params=0.8, generations=0)
-        >>> sorted(set(shrunk.kept.values())), model.num_parameters() <= shrunk.limit
-        ([(8, 7), (384, 247)], True)
+        >>> batches = [{"input_ids": torch.randint(2048, (4, 32))} for _ in range(3)]
+        >>> shrunk = bh.shrink(model, batches, kv_cache_bytes=0.5, layers="free", generations=0)
+        >>> shrunk.limit, shrunk.left, sum(now for _, now in shrunk.kept.values())
+        (2048, 2048, 16)
     """
     annotated(shrink, locals())
     for name, value in {"generations": generations, "seed": seed}.items():

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     seen = set()
     for item in items:
-        slow = item.get_closest_marker("slow") or item.get_closest_marker("real")
+        slow = any(item.get_closest_marker(name) for name in ("slow", "real", "sweep"))
         if slow or getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             continue
         once = item.path if FOLDERS & set(getattr(item, "fixturenames", ())) else item.nodeid.partition("[")[0]

@@ -1,4 +1,4 @@
-"""A sample of the sweep over all architectures and operations (`benchmarks/roundtrip.py`)."""
+"""A sample of the sweep over all architectures and operations (`benchmarks/roundtrip.py`), a step of its own in CI."""
 
 import logging
 import re
@@ -11,6 +11,9 @@ from roundtrip import BUGS, OPERATIONS, examine_one, jobs
 PAGE = Path(__file__).parents[1] / "docs" / "roundtrip.md"
 KNOWN = set(re.findall(rf"^\| (\w+) \| ([\w.-]+) \| ({'|'.join(OPERATIONS)}) \| (?:{'|'.join(BUGS)}) \|", PAGE.read_text(), re.M))
 PAIRS = [(auto, kind, operation) for auto, kind, own in jobs([], OPERATIONS, sample=60, seed=0) for operation in own]
+
+
+pytestmark = pytest.mark.sweep
 
 
 @pytest.fixture(autouse=True)

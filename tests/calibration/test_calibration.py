@@ -64,8 +64,8 @@ def test_chats_are_packed_through_the_template(model):
     assert "<user> question 0\n<assistant> answer 0\n<user> question 1" in text
 
 
-def test_methods_read_it(model, play):
-    given = bh.Calibration([play, "generated"], tokens=512, length=64)
+def test_methods_read_it(model, file, play):
+    given = bh.Calibration([play, file], tokens=512, length=64)
     read = given.read(model)
     units = bh.find_units(model, "channel")
     for importance in (bh.OBS(), bh.Taylor()):

@@ -34,6 +34,10 @@ UNUSUAL = {
         transformers.MusicgenDecoderConfig(vocab_size=50, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
         num_codebooks=4)
     ),
+    "logits of three heads": lambda: transformers.MgpstrForSceneTextRecognition(
+        transformers.MgpstrConfig(image_size=[8, 16], patch_size=4, max_token_length=3, num_character_labels=5, num_bpe_labels=6,
+        num_wordpiece_labels=7, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2.0)
+    ),
 }  # fmt: skip
 
 

@@ -73,8 +73,9 @@ def logits_of(model: PreTrainedModel, probe: Probe) -> Tensor:
     inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in probe.items()}
     with undisturbed(model), seeded(0, model.device):
         output = model(**inputs)
-    logits: Tensor = output.logits if hasattr(output, "logits") else output[0]
-    return logits.float()
+    logits: Tensor | tuple[Tensor, ...] = output.logits if hasattr(output, "logits") else output[0]
+    several = isinstance(logits, tuple | list)  # of heads for characters and for pieces of words, as MGP-STR's
+    return torch.cat([one.flatten() for one in logits]).float() if several else cast(Tensor, logits).float()
 
 
 def make_probe(model: PreTrainedModel) -> dict[str, Any]:

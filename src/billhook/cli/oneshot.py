@@ -1,11 +1,14 @@
 """The frame of one-shot commands: load, calibrate, measure, change, measure, record, save, print."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -104,6 +107,15 @@ class Examples(Text):
 
     batch_size: int = 8
     label_column: str = "label"
+
+
+@contextmanager
+def bar(what: str, of: str) -> Iterator[Callable[[int, int], None]]:
+    """Shows a bar on stderr; yields what is called with how much is done, and of how much."""
+    columns = (what, BarColumn(), MofNCompleteColumn(), of, TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("")
+        yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
 class OneShot:

@@ -1,9 +1,6 @@
 """`billhook prune`: a checkpoint in, one with zeros out, with its perplexity before and after."""
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
-from billhook.cli.oneshot import OneShot, Text
+from billhook.cli.oneshot import OneShot, Text, bar
 from billhook.running.walk import Sequential
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder
@@ -51,9 +48,7 @@ def prune(
     folder = check_folder(activations)
     work = OneShot(model, out, given, offload)
     before = work.measure()
-    columns = ("pruning", BarColumn(), MofNCompleteColumn(), "linears", TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
+    with bar("pruning", "linears") as progress:
         plan = prune_weights(
             work.model,
             criterion,
@@ -64,7 +59,7 @@ def prune(
             skip=skip or (),
             output_embeddings=output_embeddings,
             sequential=sequential,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
             offload=work.device if offload else None,
             activations=folder,
         )

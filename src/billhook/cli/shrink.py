@@ -1,11 +1,8 @@
 """`billhook shrink`: a checkpoint in, the best smaller one within one budget out."""
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
 from billhook.arguments import whole
 from billhook.cli.machine import check_file
-from billhook.cli.oneshot import Examples, OneShot
+from billhook.cli.oneshot import Examples, OneShot, bar
 from billhook.importance.base import Importance
 from billhook.repairs.repair import Repair
 from billhook.report.plot_curve import plot_curve
@@ -71,9 +68,7 @@ def shrink(
     work = OneShot(model, out, given)
     Work.begun(work.model, limits, layers == "uniform")
     batches, before = work.batches(), work.measure()
-    columns = ("shrinking", BarColumn(), MofNCompleteColumn(), "steps", TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
+    with bar("shrinking", "steps") as progress:
         shrunk = shrink_model(
             work.model,
             batches,
@@ -90,7 +85,7 @@ def shrink(
             candidates=candidates,
             library=library,
             seed=given.seed,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}
     work.save(before, {"shrink": shrunk.to_json() | how}, shrunk)

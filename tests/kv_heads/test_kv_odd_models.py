@@ -135,6 +135,19 @@ def test_nothing_is_proved_by_what_memory_holds(monkeypatch):
         torch.testing.assert_close(model(**inputs)[0], expected(**inputs)[0], atol=1e-5, rtol=1e-4)
 
 
+def test_a_config_with_one_number_for_both_keeps_its_queries():
+    config = transformers.VoxtralRealtimeEncoderConfig(
+        hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=6, head_dim=8, num_mel_bins=8
+    )
+    model = transformers.VoxtralRealtimeEncoder(config).eval()
+    assert config.num_key_value_heads == config.num_attention_heads
+    expected, inputs = mean_heads(copy.deepcopy(model), 6), make_inputs(model)
+    bh.convert_kv_heads(model, 3)
+    assert model.layers[0].self_attn.q_proj.weight.shape == (48, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs)[0], expected(**inputs)[0], atol=1e-5, rtol=1e-4)
+
+
 def test_layers_of_different_numbers_of_heads():
     model = other("BertForMaskedLM", num_hidden_layers=3)
     bh.apply(model, bh.plan_units(model, {"bert.encoder.layer.2.attention": [0, 5]}, "head"))

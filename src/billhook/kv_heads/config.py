@@ -55,8 +55,13 @@ def _changed(model: PreTrainedModel, heads: int, encoder: bool) -> Iterator[Pret
         told = [way(config.get_text_config(decoder=True))]
         if encoder:
             told.append(way(config.get_text_config(encoder=True)))
-        if any(told):
+        if any(told) and _query_heads(config) == _query_heads(model.config):  # some configs have one number for both
             yield config
+
+
+def _query_heads(config: PretrainedConfig) -> list[object]:
+    parts = (config.get_text_config(decoder=True), config.get_text_config(encoder=True))
+    return [getattr(part, "num_attention_heads", None) for part in parts]
 
 
 def _set(config: PretrainedConfig, name: str, value: int) -> bool:

@@ -8,20 +8,14 @@ import transformers
 
 import billhook as bh
 from billhook.cli.main import main
-from kit import fits
-from kit.cli import blocks, option, tokenizer
+from kit.cli import blocks, option, small_llama
 
 SHORT = ["--length", "16", "--examples", "24", "--evaluate", "4", "--batch_size", "4", "--generations", "1", "--candidates", "2"]
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A Llama with four KV heads and 48 channels in each of two layers, beside the tokenizer."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("small")
-    fits.llama(vocab_size=2048).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return small_llama(tmp_path_factory.mktemp("small"))
 
 
 def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys):

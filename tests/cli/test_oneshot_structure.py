@@ -9,8 +9,7 @@ import transformers
 
 import billhook as bh
 from billhook.cli.main import main
-from kit import fits
-from kit.cli import blocks, drawn, option, perplexity, tokenizer
+from kit.cli import blocks, drawn, option, perplexity, small_llama
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
 
@@ -25,12 +24,7 @@ def prune(model, out, *arguments):
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A Llama with four KV heads and 48 channels in each of two layers, beside the tokenizer."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("small")
-    fits.llama(vocab_size=2048).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return small_llama(tmp_path_factory.mktemp("small"))
 
 
 def test_ratios(small, files, tmp_path, capsys):

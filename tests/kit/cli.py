@@ -9,6 +9,7 @@ import transformers
 import yaml
 
 import billhook as bh
+from kit import fits
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +44,14 @@ def option(files):
 
 def tokenizer():
     return transformers.AutoTokenizer.from_pretrained(bh.load("tiny").name_or_path)
+
+
+def small_llama(folder):
+    """Saves a Llama with four KV heads and 48 channels in each of two layers, beside the tokenizer."""
+    torch.manual_seed(0)
+    fits.llama(vocab_size=2048).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
 
 
 def blocks(path, length=16):

@@ -78,6 +78,7 @@ def test_settings_of_criteria_and_allocations(tmp_path, data, capsys):
         ([], "sparsity=None with pattern='unstructured'"),
         (["--sparsity", "0.3", "--pattern", "2:4"], "sparsity=0.3 contradicts pattern='2:4'"),
         (["--sparsity", "0.5", "--length", "100000"], "length=100000 must be in 2..512"),
+        (["--sparsity", "0.5", "--also", "elsewhere/train.txt"], "also: 'train' is the name of another text"),
         (["--sparsity", "0.5", "--examples", "0"], "examples=0 must be a whole number of at least 1"),
         (["--sparsity", "0.5", "--skip", "nothing", *SHORT], "skip='nothing' matches none"),
     ],

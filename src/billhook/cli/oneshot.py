@@ -141,6 +141,12 @@ class OneShot:
                 check_writes(self.model)
             except ValueError as error:
                 raise ValueError(f"data=None: {error}: name a file") from error
+        if self.metric == "perplexity" and given.also:
+            others = Calibration(given.also).named
+            if same := sorted(others.keys() & {*self.calibration.named, GENERATED}):
+                raise ValueError(
+                    f"also: '{same[0]}' is the name of another text, too, so their figures would be one: rename the file"
+                )
 
     @cached_property
     def calibration(self) -> Calibration:

@@ -147,6 +147,7 @@ OVERRIDES = {
         "layer_types": ["indexed_attention", "sliding_attention", "indexed_attention"],
         "head_dim": 20,
     },
+    "nemotron3_5_transcribe_asr_audio": {"num_key_value_heads": HEADS},  # with fewer keys than values, eager attention fails
     "longcat_flash": {"head_dim": 8, "num_key_value_heads": HEADS},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "helium": {"head_dim": 8},

@@ -160,11 +160,14 @@ def test_who_reads_may_have_seen_enough(config, monkeypatch) -> None:
         ("minicpm3", "residual", ()),  # its forward divides by a number that it takes from hidden_size
         ("t5gemma", "residual", ()),  # it makes a tensor of it
         ("gemma2", "residual", ("hidden_size",)),
+        ("videoprism_vision_model", "head", ("num_attention_heads", "head_dim")),  # of two stacks, which one field counts
+        ("nemotron3_5_transcribe_asr_audio", "head", ("num_attention_heads", "num_key_value_heads", "head_dim")),  # some numbers
+        ("unlimited_ocr", "query_head", ()),  # its class reads head_dim as a share of hidden_size, whatever is saved
     ],
 )
 def test_what_is_said_is_what_save_does(family, kind, fields, tmp_path) -> None:
     model = make(family).float()
-    said = [one for one in saving(model, bh.trace(model).groups) if one.groups[0].kind == kind]
+    said = saving(model, [group for group in bh.trace(model).groups if group.kind == kind])
     assert [set(one.fields) for one in said] == [set(fields)]
     bh.apply(model, bh.plan(model, bh.WeightNorm(), **{CALLED[kind]: 0.25 if kind == "residual" else 0.34}))
     assert (bh.save(model, tmp_path / "saved").way == "shaped") == (not fields)
@@ -177,4 +180,4 @@ def test_units_that_cannot_be_removed() -> None:
     assert all("a norm spans all of them" in reason for reason in reasons)
 
 
-CALLED = {"query_head": "heads", "channel": "channels", "residual": "residual"}
+CALLED = {"query_head": "heads", "head": "heads", "channel": "channels", "residual": "residual"}

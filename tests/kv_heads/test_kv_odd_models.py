@@ -8,10 +8,11 @@ import transformers
 from safetensors.torch import load_file
 
 import billhook as bh
-from billhook.kv_heads.scope import kv_heads_by_layer
+from billhook.kv_heads.scope import kv_heads_by_layer, kv_heads_of
 from billhook.model.inputs import make_inputs
 from billhook.model.shapes import shape
 from billhook.report.summary import summary
+from kit.removal import make
 from kit.units import other
 
 IDS = [{"input_ids": torch.arange(10, 22).reshape(2, 6)}] * 2
@@ -198,3 +199,9 @@ def test_attentions_that_have_so_few_heads_stay(name, heads):
     bh.convert_kv_heads(model, heads)
     assert kv_heads_by_layer(model) == {name: min(before, heads) for name, before in dense.items()}
     model(**make_inputs(model))
+
+
+def test_attention_in_an_encoder_only_is_told():
+    """The config of a transducer says no number of KV heads, and what decodes has none."""
+    with pytest.raises(ValueError, match="encoder only: encoder=True"):
+        kv_heads_of(make("parakeet_tdt"))

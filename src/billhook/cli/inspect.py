@@ -102,9 +102,11 @@ def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[Saving]:
     for own in alike.values():
         parts = [own] if (fields := finder.find(own)) else fold(own)
         tries = [_tried(model, part, fields or finder.find(part), finder) for part in parts]
-        if len(parts) > 1 and all(one is not None and one.reason for one in tries):
-            together = _tried(model, own, (), finder)  # some code follows only where all places lose as many
-            tries = tries if together is None or together.reason else [together]
+        if len(parts) > 1 and all(one is not None and not one.fields for one in tries):
+            together = _tried(model, own, (), finder)  # some code and configs follow only where all places lose as many
+            none_alone = all(one is not None and one.reason for one in tries)
+            if together is not None and (together.fields or (none_alone and not together.reason)):
+                tries = [together]
         found += [one for one in tries if one is not None]
     return found
 
@@ -127,22 +129,28 @@ def _tried(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], f
         return Saving(part, (), f"they {why}") if why else None
     step = max(width_step(model, one) for one in units.values())
     legal = [count for count in finder.counts(size, fields) if not count % step] if fields else []
-    refusal = ""
-    for left in legal[:1] or dict.fromkeys(count // step * step or size for count in (size - 1, size * 2 // 3, size // 2)):
-        try:
+    refusal, found = "", list[Saving]()
+    for left in legal[:1] or dict.fromkeys(count // step * step or size for count in (size - 1, size // 2, size * 2 // 3)):
+        try:  # with some numbers of units, code may run, or a config say them, and with others not
             gone = {name: _last(one, part[0], left) for name, one in units.items()}
             shrunk = tried(model, find_cut(model, structure, every, gone))
-            break
-        except ValueError as error:  # with some numbers of units, code may run, and with others not
+        except ValueError as error:
             refusal = refusal or str(error)
-    else:
-        return Saving(part, (), refusal)
+            continue
+        found.append(Saving(part, _fields_then(model, shrunk, fields)))
+        if found[-1].fields:
+            break
+    return found[-1] if found else Saving(part, (), refusal)
+
+
+def _fields_then(model: PreTrainedModel, shrunk: PreTrainedModel, fields: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the fields of the config that say so many units, those that are given or others; none if it is saved as shaped."""
     way, config = way_of(shrunk)
     now = fields_of(model.config)
     then = {name: value for name, value in fields_of(config).items() if type(value) is int and now.get(name) != value}
     if way == "plain" and then and _computes_otherwise(shrunk, {name: now[name] for name in then if name in now}):
-        return Saving(part, ())
-    return Saving(part, () if way == "shaped" else fields or tuple(then))
+        return ()
+    return () if way == "shaped" else fields or tuple(then)
 
 
 def _computes_otherwise(shrunk: PreTrainedModel, before: Fields) -> bool:

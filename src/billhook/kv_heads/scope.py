@@ -27,7 +27,15 @@ def kv_heads_of(model: nn.Module) -> int:
     """
     model = find_transformer(model)
     known = config_heads(model)
-    return known if known is not None and not shape_of(model).handed else max(kv_heads_by_layer(model, encoder=False).values())
+    if known is not None and not shape_of(model).handed:
+        return known
+    if not (layers := kv_heads_by_layer(model, encoder=False)):
+        raise ValueError(_encoder_only(model))
+    return max(layers.values())
+
+
+def _encoder_only(model: PreTrainedModel) -> str:
+    return f"model: {type(model).__name__} has attention in its encoder only: encoder=True would convert it"
 
 
 def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int) -> None:
@@ -88,7 +96,7 @@ def choose(
         if not chosen:
             raise ValueError("layers is empty: at least one is needed")
     if not chosen:
-        raise ValueError(f"model: {type(model).__name__} has attention in its encoder only: encoder=True would convert it")
+        raise ValueError(_encoder_only(model))
     more = [name for name in chosen if found[name].heads > heads]
     if not more:
         check_each(found, chosen[:1], heads)

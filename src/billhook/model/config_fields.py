@@ -47,6 +47,11 @@ def with_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> Pretrain
     return changed
 
 
+def read_back(config: PretrainedConfig) -> PretrainedConfig:
+    """Returns a config as its class reads it once it is saved: some derive fields anew, or refuse what was assigned."""
+    return type(config).from_dict(config.to_dict())
+
+
 def nested_configs(config: PretrainedConfig, prefix: str = "") -> Iterator[tuple[str, PretrainedConfig]]:
     """Yields a config and those nested in it, each with what stands before the names of its fields."""
     yield prefix, config

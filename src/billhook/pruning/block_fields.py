@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.model.build import build_on_meta
-from billhook.model.config_fields import Fields, fields_of, with_fields
+from billhook.model.config_fields import Fields, fields_of, read_back, with_fields
 from billhook.model.memory import remembered_built
 from billhook.units.fields import TOGETHER
 
@@ -72,8 +72,7 @@ class _Finder:
 
     def _build(self, fields: Fields) -> Built | None:
         try:
-            config = with_fields(self.model.config, fields)
-            config = type(config).from_dict(config.to_dict())
+            config = read_back(with_fields(self.model.config, fields))
             return remembered_built(lambda: _built(build_on_meta(self.model, config)), type(self.model), config, "built")
         except Exception:  # whatever a class of configs or models raises
             return None

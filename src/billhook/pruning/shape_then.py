@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import adapted, beneath, without_adapters
-from billhook.model.config_fields import Fields, configs_of, field, set_fields, with_fields
+from billhook.model.config_fields import Fields, configs_of, field, read_back, set_fields, with_fields
 from billhook.model.meta import to_meta
 from billhook.model.shapes.shape import GROUPS, Shape, built_shape, set_shape, shape_of
 from billhook.model.transformers_internals import set_attention
@@ -37,6 +37,7 @@ def shapes_then(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Field
     if built is not None:
         yield built, fields
     eager = all(usual.attributes.get(name) == value for name, value in now.attributes.items() if name.endswith(f".{GROUPS}"))
+    eager = eager and _runs_eagerly(to_meta(model))
     said = _heads_said(model, cut)
     for changed in ({}, said) if said else ({},):  # some code asks the config in the middle of a forward
         for attributes in itertools.islice(_assignments(model, cut, now, tensors), TRIALS):
@@ -137,7 +138,7 @@ def _built(model: PreTrainedModel, fields: Fields, usual: Shape, now: Shape, ten
 def _build_shape(model: PreTrainedModel, fields: Fields) -> Shape:
     """Builds the model's class from its config with some fields changed, and returns its shape."""
     config = with_fields(model.config, fields)
-    type(config).from_dict(config.to_dict())  # which refuses what its class does not allow
+    read_back(config)  # which refuses what its class does not allow
     return built_shape(type(model), config)
 
 
@@ -243,10 +244,9 @@ def _runs(model: PreTrainedModel, cut: Cut, shape: Shape, fields: Fields, eager:
     set_fields(shadow.config, fields)
     try:
         units = units_of(shadow, trace(shadow), _kinds(cut))
-        for config in configs_of(shadow) if eager else ():  # other implementations may ask for what a faster one does not
-            set_attention(config, "eager")
-        trace(shadow)
     except ValueError:
+        return False
+    if eager and not _runs_eagerly(shadow):  # which may ask for what a faster implementation does not
         return False
     expected = {name: left for name, left in cut.after.items() if name in units or max(left) > 1}  # one alone is no group
     if {name: counts(one) for name, one in units.items()} != expected:
@@ -254,6 +254,17 @@ def _runs(model: PreTrainedModel, cut: Cut, shape: Shape, fields: Fields, eager:
     before = units_of(model, trace(model), _kinds(cut))
     gone = {name: own for name, own in cut.units.items() if name in units and units[name].count() > 1}
     return all(_stand(before[name], units[name], cut, own) for name, own in gone.items())
+
+
+def _runs_eagerly(shadow: PreTrainedModel) -> bool:
+    """Tells whether a model on meta tensors runs with attention of its own code, and leaves it with that."""
+    for config in configs_of(shadow):
+        set_attention(config, "eager")
+    try:
+        trace(shadow)
+    except ValueError:
+        return False
+    return True
 
 
 def _stand(before: Units, after: Units, cut: Cut, gone: Sequence[int]) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.model.build import build_on_meta
-from billhook.model.config_fields import fields_of, with_fields
+from billhook.model.config_fields import fields_of, read_back, with_fields
 from billhook.model.memory import remembered, remembered_built
 from billhook.tracing.axes import leaves
 from billhook.tracing.groups import Group, times
@@ -136,7 +136,7 @@ def _builds(model: PreTrainedModel, values: dict[str, int], whole: bool = False)
     """Tells whether the class of the config, and of the `whole` model, accepts some fields."""
     config = with_fields(model.config, values)
     try:
-        type(config).from_dict(config.to_dict())
+        read_back(config)
         if whole:
             build_on_meta(model, config)
     except Exception:  # whatever a class of configs or models raises

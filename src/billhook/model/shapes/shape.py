@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.model.build import build_class_on_meta
-from billhook.model.config_fields import Fields, fields_of, set_fields
+from billhook.model.config_fields import Fields, fields_of, read_back, set_fields
 from billhook.model.linears import is_linear
 from billhook.model.memory import remembered_built
 from billhook.model.shapes.handed import Handing, hand, handing_of
@@ -141,8 +141,16 @@ def shape_of(model: nn.Module) -> Shape:
 
 
 def built_shape(kind: type[PreTrainedModel], config: PretrainedConfig) -> Shape:
-    """Returns the shape that a class builds from a config, which stays as it is."""
-    return remembered_built(lambda: shape_of(build_class_on_meta(kind, copy.deepcopy(config))), kind, config, "shape")
+    """Returns the shape that a class builds from a config as it is read back from a checkpoint; the config stays as it is."""
+
+    def built() -> Shape:
+        try:
+            own = read_back(config)
+        except Exception:  # whatever a class of configs raises
+            own = copy.deepcopy(config)
+        return shape_of(build_class_on_meta(kind, own))
+
+    return remembered_built(built, kind, config, "shape")
 
 
 def unbuilt_shape(model: PreTrainedModel) -> Shape:

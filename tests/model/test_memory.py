@@ -230,7 +230,16 @@ def test_threads_find_the_same():
         assert shown == str(bh.trace(model))
 
 
-def test_what_a_class_builds_is_remembered_by_the_config():
+def test_so_many_bytes_are_remembered_and_always_the_latest(monkeypatch):
+    monkeypatch.setattr(memory, "MOST_BYTES", 3000)
+    model, runs = llama(), []
+    for given in ("a", "b", "a", "c", "b", "big", "big", "c"):
+        remembered(lambda given=given: runs.append(given) or bytes(5000 if given == "big" else 1200), model, given)
+    assert runs == ["a", "b", "c", "b", "big", "c"]
+
+
+def test_what_a_class_builds_is_remembered_by_the_config(monkeypatch):
+    monkeypatch.setattr(memory, "MOST", 8)
     model, found = llama(), []
 
     def find(config, kind=None):
@@ -249,8 +258,8 @@ def test_what_a_class_builds_is_remembered_by_the_config():
     assert find(model.config) == {"found": 5}
     other.own = lambda: found
     assert [find(other), find(other)] == [{"found": 6}, {"found": 7}]
-    for number in range(memory.MOST_BUILT + 1):
+    for number in range(memory.MOST + 1):
         other = copy.deepcopy(model.config)
         other.number = number
         find(other)
-    assert find(model.config) == {"found": memory.MOST_BUILT + 9}
+    assert find(model.config) == {"found": memory.MOST + 9}

@@ -19,10 +19,8 @@ from billhook.model.hooks import is_part
 
 Found = TypeVar("Found")
 
-MOST = 64
-"""How many findings are remembered: those of a few models, and of the shapes that gradual pruning gives them."""
-MOST_BUILT = 512
-"""How many findings of what classes build: of each shape, the search for its config builds dozens."""
+MOST, MOST_BYTES = 1024, 2**25
+"""How many findings are remembered, of models and of what classes build: of each shape, the search for its config builds dozens."""
 
 # The only state of the process that billhook keeps: without it half of a short fit is spent on finding the same again.
 # Findings are bytes, so that whatever a caller does to one does not reach the next, and no model is held.
@@ -37,7 +35,7 @@ def remembered(find: Callable[[], Found], model: nn.Module, *given: Hashable) ->
     It can be pickled, and follows from the model's `sight` and from what is `given`: a name for it, and what else decides it.
     """
     seen = sight(model)
-    return find() if seen is None else _looked_up(_findings, MOST, (seen, given, torch.get_default_dtype()), find)
+    return find() if seen is None else _looked_up(_findings, (seen, given, torch.get_default_dtype()), find)
 
 
 def remembered_built(find: Callable[[], Found], kind: type[nn.Module], config: PretrainedConfig, *given: Hashable) -> Found:
@@ -49,10 +47,10 @@ def remembered_built(find: Callable[[], Found], kind: type[nn.Module], config: P
     except Exception:  # whatever a config of somebody's own holds
         return find()
     key = (ref(kind), blake2b(written.getbuffer()).digest(), tuple(writer.code), given, torch.get_default_dtype())
-    return _looked_up(_built, MOST_BUILT, key, find)
+    return _looked_up(_built, key, find)
 
 
-def _looked_up(findings: OrderedDict[Hashable, bytes], most: int, key: Hashable, find: Callable[[], Found]) -> Found:
+def _looked_up(findings: OrderedDict[Hashable, bytes], key: Hashable, find: Callable[[], Found]) -> Found:
     with _lock:
         known = findings.get(key)
         if known is not None:
@@ -67,7 +65,7 @@ def _looked_up(findings: OrderedDict[Hashable, bytes], most: int, key: Hashable,
         return found
     with _lock:
         findings[key] = written
-        while len(findings) > most:
+        while len(findings) > MOST or (len(findings) > 1 and sum(map(len, findings.values())) > MOST_BYTES):
             findings.popitem(last=False)
     return found
 

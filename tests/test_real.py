@@ -71,7 +71,7 @@ def test_minilm_is_converted_in_place_and_loads_again(tmp_path):
     ],
 )
 def test_units_change_places_and_the_answer_stays(name, cls, kinds):
-    model = cls.from_pretrained(Path(MODELS, name), dtype=torch.float64).eval()
+    model = cls.from_pretrained(Path(MODELS, name), dtype=torch.float64, num_hidden_layers=4).eval()  # whose layers are alike
     ids = AutoTokenizer.from_pretrained(Path(MODELS, name))("A billhook is a traditional cutting tool.", return_tensors="pt")
     structure = trace(model)
     groups = [own[0] for own in fold([group for group in structure.groups if not group.reason])]

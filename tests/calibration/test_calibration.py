@@ -65,7 +65,7 @@ def test_chats_are_packed_through_the_template(model):
 
 
 def test_methods_read_it(model, file, play):
-    given = bh.Calibration([play, file], tokens=512, length=64)
+    given = bh.Calibration([play, file], tokens=320, length=32)
     read = given.read(model)
     units = bh.find_units(model, "channel")
     for importance in (bh.OBS(), bh.Taylor()):

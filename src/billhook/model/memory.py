@@ -20,7 +20,7 @@ from billhook.model.hooks import is_part
 Found = TypeVar("Found")
 
 MOST, MOST_BYTES = 1024, 2**25
-"""How many findings are remembered, of models and of what classes build: of each shape, the search for its config builds dozens."""
+"""How much is remembered of models, and of what classes build: of each shape, the search for its config builds dozens."""
 
 # The only state of the process that billhook keeps: without it half of a short fit is spent on finding the same again.
 # Findings are bytes, so that whatever a caller does to one does not reach the next, and no model is held.

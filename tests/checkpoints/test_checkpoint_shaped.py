@@ -353,7 +353,8 @@ def test_weights_that_a_class_makes_itself_are_saved_where_they_are_others(tmp_p
 
 
 def rwkv() -> PreTrainedModel:
-    return transformers.RwkvForCausalLM(transformers.RwkvConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, context_length=16)).eval()
+    config = transformers.RwkvConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, context_length=16)
+    return transformers.RwkvForCausalLM(config).eval()
 
 
 def test_what_is_loaded_is_not_initialised_by_sizes_that_it_does_not_have(tmp_path):

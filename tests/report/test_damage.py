@@ -1,14 +1,17 @@
 """Damage against plain computations, and what is warned of."""
 
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from billhook.report import damage as module
-from billhook.report.damage import Damage, Dense, table, warning_of
+from billhook.report import predictions as module
+from billhook.report.damage import Dense, TextDamage, table, warning_of
 from billhook.running.batches import Batch
 from kit.families import llama, tokens
+from kit.ranks import Ranks
 
 
 def texts():
@@ -20,15 +23,15 @@ def texts():
     ]
 
 
-def losses(model, batches, source):
-    rows = [row[None] for batch in batches if batch.source == source for row in batch["input_ids"]]
-    return torch.stack([model(input_ids=row, labels=row).loss.double() for row in rows])
+def chances(model, ids):
+    return model.double()(input_ids=ids[None]).logits[0, :-1].softmax(-1)
 
 
-def predictions(model, batches, source):
-    return [
-        model(input_ids=row[None]).logits[0, :-1].softmax(-1) for b in batches if b.source == source for row in b["input_ids"]
-    ]
+def of_source(model, batches, source):
+    """Losses and predictions, row by row, in float64."""
+    rows = [row for batch in batches if batch.source == source for row in batch["input_ids"]]
+    each = [chances(copy.deepcopy(model), row) for row in rows]
+    return torch.stack([-p.gather(1, row[1:, None]).log().mean() for p, row in zip(each, rows, strict=True)]), each
 
 
 @torch.no_grad()
@@ -39,27 +42,63 @@ def test_perplexity_and_divergence_of_each_text_with_paired_errors():
     found = Dense(dense, batches, inside=["two"]).damage(changed)
     assert [(one.source, one.inside, one.rows) for one in found] == [("one", False, 3), ("two", True, 3)]
     for one in found:
-        before, after = losses(dense, batches, one.source), losses(changed, batches, one.source)
-        assert one.before == pytest.approx(float(before.mean().exp()), rel=1e-5)
-        assert one.after == pytest.approx(float(after.mean().exp()), rel=1e-5)
+        before, dense_chances = of_source(dense, batches, one.source)
+        after, now = of_source(changed, batches, one.source)
+        assert one.before == pytest.approx(float(before.mean().exp()), rel=1e-6)
+        assert one.after == pytest.approx(float(after.mean().exp()), rel=1e-6)
+        assert one.ratio == pytest.approx(float((after - before).mean().exp()), rel=1e-6)
         error = float((after - before).std() / len(before) ** 0.5)
-        assert one.ratio_error == pytest.approx(one.ratio * error, rel=1e-4)
-        pairs = zip(predictions(dense, batches, one.source), predictions(changed, batches, one.source), strict=True)
+        assert one.ratio_error == pytest.approx(one.ratio * error, rel=1e-5)
+        pairs = zip(dense_chances, now, strict=True)
         each = torch.stack([(p * (p.log() - q.log())).sum(-1).mean() for p, q in pairs])
-        assert one.kl == pytest.approx(float(each.mean()), rel=2e-2)
-        assert one.kl_error == pytest.approx(float(each.std() / len(each) ** 0.5), rel=5e-2)
+        assert one.kl == pytest.approx(float(each.mean()), rel=1e-5)
+        assert one.kl_error == pytest.approx(float(each.std() / len(each) ** 0.5), rel=1e-4)
+
+
+def test_ranks_read_a_share_each_and_all_know_all():
+    dense, batches, group = llama(), texts(), Ranks(2)
+    torch.manual_seed(1)
+    changed = llama()
+    alone = Dense(dense, batches).damage(changed)
+
+    def of(rank, reduce):
+        return Dense(copy.deepcopy(dense), batches, (), rank, 2, reduce).damage(copy.deepcopy(changed))
+
+    for one in group.run(of):
+        assert repr(one) == repr(alone)
+
+
+def test_what_is_kept_goes_on_with_the_same_model_and_tells_no_divergence_with_another():
+    dense, batches = llama(), texts()
+    torch.manual_seed(1)
+    changed = llama()
+    first = Dense(dense, batches, inside=["two"])
+    expected, kept = first.damage(changed), first.state_dict()
+    again = Dense(dense, batches, inside=["one"])
+    assert again.load_state_dict(kept)
+    assert again.damage(changed) == expected
+    for other in (Dense(changed, batches), Dense(dense, batches[:2]), Dense(dense, texts()[::-1])):
+        assert not other.load_state_dict(kept)
+        for one, then in zip(other.damage(changed), expected, strict=True):
+            assert math.isnan(one.kl)
+            assert replace(one, kl=then.kl, kl_error=then.kl_error) == then
+
+
+def test_a_model_that_predicts_nothing_is_refused():
+    with pytest.raises(ValueError, match="LlamaModel predicts nothing"):
+        Dense(llama().model, texts())
 
 
 def test_few_predictions_are_held_of_a_large_vocabulary(monkeypatch):
-    monkeypatch.setattr(module, "BYTES", 2 * 64 * 6 * 2)
+    monkeypatch.setattr(module, "BYTES", 4 * 64 * 6 * 2)
     model = llama()
     dense = Dense(model, texts())
-    assert {tuple(row.predictions.shape) for row in dense.rows} == {(2, 64)}
+    assert {tuple(held.logs.shape) for held in dense._held.values()} == {(2, 64)}
     assert all(one.kl == pytest.approx(0, abs=1e-5) and one.ratio == 1 for one in dense.damage(model))
 
 
 def one(source, ratio, inside, error=0.0):
-    return Damage(source, inside, 10.0, 10.0 * ratio, error, 0.1, 0.01, 8)
+    return TextDamage(source, inside, 10.0, 10.0 * ratio, error, 0.1, 0.01, 8)
 
 
 def test_a_text_outside_that_loses_twice_as_much_is_warned_of():
@@ -77,3 +116,6 @@ def test_the_table_and_the_record():
         ["out", "not", "calibrated", "on", "10", "15", "1.500", "0.100", "±", "0.010"],
     ]
     assert one("out", 1.5, False, math.nan).to_json()["ratio_error"] == "nan"
+    again = TextDamage.from_json(one("out", 1.5, False, math.nan).to_json())
+    assert repr(again) == repr(one("out", 1.5, False, math.nan))
+    assert table([replace(again, kl=math.nan)]).split()[-1] == "unknown"

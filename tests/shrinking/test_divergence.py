@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from billhook.report import predictions as module
 from billhook.running.batches import Batch, runs_of
-from billhook.shrinking import divergence as module
 from billhook.shrinking.divergence import Divergence
 from kit.families import llama, tokens
 
@@ -41,7 +41,7 @@ def test_few_positions_are_held_of_a_large_vocabulary(monkeypatch):
     monkeypatch.setattr(module, "BYTES", 4 * 64 * 5 * 2)
     model = llama()
     found = Divergence(model, runs_of(model, [{"input_ids": tokens()} for _ in range(2)]))
-    assert {len(positions) for _, positions, _ in found._held} == {5}
+    assert {len(held.positions) for _, held in found._held} == {5}
 
 
 def test_a_model_that_predicts_nothing_is_refused():

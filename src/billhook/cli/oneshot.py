@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from billhook.calibration.calibration import Calibration
 from billhook.calibration.generated import LENGTH, check_writes
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.rows import Data
+from billhook.calibration.texts import check_also, texts
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import load, save
 from billhook.cli.machine import device_of
@@ -36,8 +37,6 @@ EXAMPLES = 128
 """How many examples of a text scores are taken from, if no number is asked for."""
 WRITTEN = 40
 """How many the model writes."""
-MEASURED = 4096
-"""How many tokens it writes to be measured on, at most."""
 Before = Dense | float | None
 """What is measured before a model is changed: predictions on texts, or an accuracy."""
 
@@ -141,12 +140,8 @@ class OneShot:
                 check_writes(self.model)
             except ValueError as error:
                 raise ValueError(f"data=None: {error}: name a file") from error
-        if self.metric == "perplexity" and given.also:
-            others = Calibration(given.also).named
-            if same := sorted(others.keys() & {*self.calibration.named, GENERATED}):
-                raise ValueError(
-                    f"also: '{same[0]}' is the name of another text, too, so their figures would be one: rename the file"
-                )
+        if self.metric == "perplexity":
+            check_also(self.calibration, given.also)
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -183,7 +178,10 @@ class OneShot:
         with offloaded(self._visiting, self.device):
             if self.metric == "perplexity":
                 measured = most and generates(self.model)
-                return Dense(self.model, self._texts(most), list(self.calibration.named)) if measured else None
+                if not measured:
+                    return None
+                read = texts(self.calibration, self.model, most, self.given.also)
+                return Dense(self.model, read, list(self.calibration.named))
             splits = self._labelled.splits
             rows: Any = splits.get("test", splits.get("validation"))
             return None if rows is None else accuracy(self.model, self._batched(rows, range(min(most, len(rows)))))
@@ -208,16 +206,6 @@ class OneShot:
             if line is not None:
                 print(line)
         print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
-
-    def _texts(self, rows: int) -> list[Batch]:
-        """Reads what is measured on: rows that are not calibrated on, some that the model writes, and other texts."""
-        found, how = self.calibration.held_out(self.model, rows), replace(self.calibration, weights=None)
-        if GENERATED not in self.calibration.named:
-            few = max(min(rows, MEASURED // self.length), 1)
-            found += replace(how, sources=GENERATED).held_out(self.model, few)
-        for file in self.given.also or ():
-            found += replace(how, sources=file, tokens=rows * self.length).read(self.model)
-        return found
 
     def _read(self) -> dict[str, Any]:
         """Says what a classifier was calibrated on."""

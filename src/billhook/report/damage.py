@@ -1,27 +1,29 @@
 """Tells what a change of a language model costs on texts: perplexity, and how far predictions are from the dense model's."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from billhook.report.predictions import Predictions, logits_in
 from billhook.report.table import aligned
-from billhook.running.batches import source_of
-from billhook.running.undisturbed import undisturbed
+from billhook.running.batches import runs_of, source_of
 
-BYTES = 2**28
-"""How much of the dense model's predictions is held, to be compared with those of the changed one: evenly spaced positions."""
+Reduce: TypeAlias = Callable[[Tensor], Tensor]
+"""Sums a tensor over processes, in place."""
+SAME = 1e-3
+"""Two models that lose the same on every row but for such a share are one, computed elsewhere."""
 TWICE = 2.0
 """A text outside of the calibration that loses so many times as much as those inside is warned of."""
 
 
 @dataclass(frozen=True)
-class Damage:
+class TextDamage:
     """Costs of a change on one text.
 
     Attributes:
@@ -55,16 +57,11 @@ class Damage:
         numbers = {name: getattr(self, name) for name in ("before", "after", "ratio", "ratio_error", "kl", "kl_error")}
         return plain | {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
 
-
-@dataclass(frozen=True)
-class _Row:
-    """One row of text, and what the dense model says of it: its loss, and log-probabilities at some positions, float16."""
-
-    source: str
-    ids: Tensor
-    loss: float
-    positions: Tensor
-    predictions: Tensor
+    @classmethod
+    def from_json(cls, plain: Mapping[str, Any]) -> Self:
+        """Reads what `to_json` returns."""
+        numbers = {name: float(plain[name]) for name in ("before", "after", "ratio_error", "kl", "kl_error")}
+        return cls(source=plain["source"], inside=plain["inside"], rows=plain["rows"], **numbers)
 
 
 class Dense:
@@ -74,6 +71,16 @@ class Dense:
         model: The dense model.
         batches: Rows of text, `{"input_ids": [batch, length]}`, with the names of their sources (`Batch`).
         inside: The sources that the change is calibrated on.
+        rank: Which share of the rows is read here, where several processes each read one.
+        ranks: How many there are.
+        reduce: Sums a tensor over them.
+
+    Attributes:
+        rows: The rows, each with the name of its source.
+        losses: What the dense model loses on each, float64, `[rows]`.
+
+    Raises:
+        ValueError: If the model predicts nothing, as it has no `logits`.
 
     Example:
         >>> import billhook as bh
@@ -85,34 +92,48 @@ class Dense:
         [('generated', 1.0, 0.0)]
     """
 
-    def __init__(self, model: PreTrainedModel, batches: Iterable[Any], inside: Sequence[str] = ()) -> None:
-        self.inside = set(inside)
-        rows = [(source_of(batch), ids[None]) for batch in batches for ids in batch["input_ids"]]
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        few = max(BYTES // (2 * vocabulary * max(len(rows), 1)), 1)
-        self.rows = [self._read(model, source, ids, few) for source, ids in rows]
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Iterable[Any],
+        inside: Sequence[str] = (),
+        rank: int = 0,
+        ranks: int = 1,
+        reduce: Reduce | None = None,
+    ) -> None:
+        self.inside, self._reduce = set(inside), reduce
+        self.rows = [(source_of(batch), ids.cpu()) for batch in batches for ids in batch["input_ids"]]
+        self._here = range(rank, len(self.rows), ranks)
+        self._held = dict[int, Predictions]()
+        losses = torch.zeros(len(self.rows), dtype=torch.float64)
+        for row in self._here:
+            logits, losses[row] = self._read(model, row)
+            self._held[row] = Predictions.of(logits, len(self._here))
+        self.losses = losses if reduce is None else reduce(losses)
 
-    @staticmethod
-    def _read(model: PreTrainedModel, source: str, ids: Tensor, few: int) -> _Row:
-        logits, loss = _predict(model, ids)
-        count = len(logits)
-        positions = torch.linspace(0, count - 1, min(few, count)).round().long()
-        return _Row(source, ids, loss, positions, logits[positions].log_softmax(-1).half())
+    def _read(self, model: PreTrainedModel, row: int) -> tuple[Tensor, Tensor]:
+        """Returns the logits of each next token in a row, `[length - 1, vocabulary]`, and the mean loss."""
+        (run,) = runs_of(model, [{"input_ids": self.rows[row][1][None]}])
+        logits = logits_in(model, run)[:-1]
+        return logits, cross_entropy(logits.float(), self.rows[row][1][1:].to(logits.device)).cpu()
 
-    def damage(self, model: PreTrainedModel) -> list[Damage]:
+    def damage(self, model: PreTrainedModel) -> list[TextDamage]:
         """Compares a changed model with the dense one, by source."""
-        found: dict[str, list[tuple[float, float, float]]] = {}
-        for row in self.rows:
-            logits, loss = _predict(model, row.ids)
-            now, then = logits[row.positions].log_softmax(-1), row.predictions.float().log_softmax(-1)
-            kl = float(kl_div(now, then, reduction="batchmean", log_target=True))
-            found.setdefault(row.source, []).append((row.loss, loss, kl))
-        return [self._of(source, own) for source, own in found.items()]
+        found = torch.zeros(len(self.rows), 2, dtype=torch.float64)
+        for row in self._here:
+            logits, found[row, 0] = self._read(model, row)
+            held = self._held.get(row)
+            found[row, 1] = math.nan if held is None else held.divergence(logits) / len(held.positions)
+        if self._reduce is not None:
+            self._reduce(found)
+        places: dict[str, list[int]] = {}
+        for row, (source, _) in enumerate(self.rows):
+            places.setdefault(source, []).append(row)
+        return [self._of(source, self.losses[own], *found[own].T) for source, own in places.items()]
 
-    def _of(self, source: str, rows: Sequence[tuple[float, float, float]]) -> Damage:
-        before, after, kl = (torch.tensor(own, dtype=torch.float64) for own in zip(*rows, strict=True))
+    def _of(self, source: str, before: Tensor, after: Tensor, kl: Tensor) -> TextDamage:
         ratio = math.exp(float((after - before).mean()))
-        return Damage(
+        return TextDamage(
             source,
             source in self.inside,
             math.exp(float(before.mean())),
@@ -120,36 +141,58 @@ class Dense:
             ratio * _error(after - before),
             float(kl.mean()),
             _error(kl),
-            len(rows),
+            len(before),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the rows and what the dense model loses on them, but not its predictions, which would be large."""
+        sources, ids = (list(own) for own in zip(*self.rows, strict=True))
+        return {"sources": sources, "ids": ids, "losses": self.losses, "inside": sorted(self.inside)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> bool:
+        """Takes the rows and losses of an earlier process.
+
+        Returns:
+            Whether the model that was read here is the same, by its losses on the same rows: if not, its predictions are
+            dropped, and no divergence is told.
+        """
+        rows = list(zip(state["sources"], state["ids"], strict=True))
+        texts = len(rows) == len(self.rows) and all(
+            one == other and torch.equal(ids, now) for (one, ids), (other, now) in zip(rows, self.rows, strict=True)
+        )
+        same = texts and torch.allclose(self.losses, state["losses"], rtol=SAME, atol=0)
+        self.rows, self.losses, self.inside = rows, state["losses"], set(state["inside"])
+        if not same:
+            self._held, self._here = {}, range(self._here.start, len(rows), self._here.step)
+        return same
 
 
 def _error(values: Tensor) -> float:
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
 
 
-def _predict(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, float]:
-    """Returns the logits of each next token, on the CPU, float32, `[length - 1, vocabulary]`, and the mean loss."""
-    with undisturbed(model):
-        logits = model(input_ids=ids.to(model.device)).logits[0, :-1].float().cpu()
-    return logits, float(cross_entropy(logits, ids[0, 1:].cpu()))
-
-
-def table(damage: Sequence[Damage]) -> str:
+def table(damage: Sequence[TextDamage]) -> str:
     """Shows what a change costs, a row for each text: ± are standard errors over rows, KL is to the dense model, in nats."""
+    return aligned(cells(damage), 2)
+
+
+def cells(damage: Sequence[TextDamage]) -> list[list[str]]:
+    """Returns the cells of that table, the heads first."""
     rows = [["perplexity on", "", "before", "after", "ratio", "KL"]]
     for one in damage:
         ratio, kl = (_with_error(*own) for own in ((one.ratio, one.ratio_error), (one.kl, one.kl_error)))
         where = "calibrated on" if one.inside else "not calibrated on"
         rows.append([one.source, where, f"{one.before:,.4g}", f"{one.after:,.4g}", ratio, kl])
-    return aligned(rows, 2)
+    return rows
 
 
 def _with_error(value: float, error: float) -> str:
+    if math.isnan(value):
+        return "unknown"
     return f"{value:,.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
 
 
-def warning_of(damage: Sequence[Damage]) -> str | None:
+def warning_of(damage: Sequence[TextDamage]) -> str | None:
     """Names the texts outside of the calibration lose over twice as much log-perplexity as those inside, beyond chance."""
     inside = [math.log(one.ratio) for one in damage if one.inside]
     if not inside:

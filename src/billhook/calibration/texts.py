@@ -1,0 +1,41 @@
+"""Texts that the damage of a change is measured on."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from billhook.calibration.calibration import Calibration, Source
+from billhook.calibration.generated import NAME as GENERATED
+from billhook.calibration.generated import row_length
+from billhook.running.batches import Batch
+
+MEASURED = 4096
+"""How many tokens the model writes to be measured on, at most."""
+Also = Source | Sequence[Source] | None
+"""Texts that nothing is calibrated on."""
+
+
+def check_also(calibration: Calibration, also: Also) -> None:
+    """Refuses other texts that have the name of one of the calibration's, or of each other."""
+    others = Calibration(also).named if also else {}
+    if same := sorted(others.keys() & {*calibration.named, GENERATED}):
+        raise ValueError(f"also: '{same[0]}' is the name of another text, too, so their figures would be one: rename the file")
+
+
+def texts(
+    calibration: Calibration,
+    model: PreTrainedModel,
+    rows: int,
+    also: Also = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> list[Batch]:
+    """Reads so many rows of each text: held out of the calibration, written by the model, and of other texts."""
+    found, how = calibration.held_out(model, rows, tokenizer), replace(calibration, weights=None)
+    length = row_length(model, calibration.length)
+    if GENERATED not in calibration.named:
+        few = max(min(rows, MEASURED // length), 1)
+        found += replace(how, sources=GENERATED).held_out(model, few)
+    for source in Calibration(also).named.values() if also else ():
+        found += replace(how, sources=source, tokens=rows * length).read(model, tokenizer)
+    return found

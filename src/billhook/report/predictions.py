@@ -1,0 +1,49 @@
+"""Holds what a dense model predicts, so that a changed one can be compared with it: the KL divergence."""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+from transformers import PreTrainedModel
+
+from billhook.running.batches import Run
+from billhook.running.undisturbed import undisturbed
+
+BYTES = 2**28
+"""How much of a dense model's predictions is held, of all runs together: evenly spaced positions."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Log-probabilities in one run, float32, on the CPU, `[positions, classes]`, and the positions."""
+
+    positions: Tensor
+    logs: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor, runs: int) -> Self:
+        """Holds a share, one of so many, of what fits."""
+        few = max(BYTES // (4 * logits.shape[-1] * runs), 1)
+        positions = torch.linspace(0, len(logits) - 1, min(few, len(logits))).round().long()
+        return cls(positions, _logs(logits, positions))
+
+    def divergence(self, logits: Tensor) -> float:
+        """Adds up KL(dense || now) over the positions held, in nats."""
+        return float(kl_div(_logs(logits, self.positions), self.logs, reduction="sum", log_target=True))
+
+
+def _logs(logits: Tensor, positions: Tensor) -> Tensor:
+    return logits[positions].float().cpu().log_softmax(-1)
+
+
+def logits_in(model: PreTrainedModel, run: Run) -> Tensor:
+    """Returns the logits at all positions that count, `[positions, classes]`; refuses a model without logits."""
+    with undisturbed(model):
+        logits = getattr(run.forward(), "logits", None)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"model: {type(model).__name__} predicts nothing (it has no logits), so no loss can be told")
+    mask = run.tokens.get("decoder_attention_mask", run.tokens.get("attention_mask"))
+    counts = mask is not None and mask.shape == logits.shape[:-1]
+    return logits[mask] if counts else logits.flatten(0, -2)

@@ -65,6 +65,7 @@ CHANGES = {
     "block removed": lambda m: m.model.layers.__delitem__(0),
     "blocks swapped": lambda m: m.model.layers.__setitem__(0, nn.Identity()),
     "LoRA": lora,
+    "hidden states that were asked for": lambda m: m(torch.tensor([[5]]), output_hidden_states=True),
     "hook of transformers": lambda m: m.enable_input_require_grads(),
     "class of the same name": another_class,
     "number": lambda m: setattr(first(m).self_attn, "scaling", 2.0),
@@ -96,6 +97,15 @@ def test_what_lies_deep_in_an_object_is_seen():
     assert sight(one) == sight(other) is not None
     one.held.deep["rows"][1].add(3)
     assert sight(one) != sight(other)
+
+
+def test_models_of_which_the_same_was_asked_are_alike():
+    models = [llama(), llama(), llama()]
+    for model, asked in zip(models, ("output_hidden_states", "output_hidden_states", "output_attentions"), strict=True):
+        model(torch.tensor([[5]]), **{asked: True})
+    assert sight(models[0]) == sight(models[1]) is not None
+    models[1].model.layers[0]._forward_hooks.popitem()
+    assert sight(models[0]) != sight(models[1]) is not None
 
 
 def test_a_forward_that_is_replaced_in_the_class_is_seen(monkeypatch):

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from hashlib import blake2b
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any, TypeVar
 from weakref import ReferenceType, ref
 
@@ -121,12 +121,12 @@ class _Writer(pickle.Pickler):
         if isinstance(one, type):
             runs = [one.forward] if issubclass(one, nn.Module) else []
             return tuple(self.code.setdefault(ref(code), len(self.code)) for code in (one, *runs))
-        if isinstance(one, BuiltinFunctionType) or (isinstance(one, FunctionType) and _is_plain(one)):
+        if isinstance(one, BuiltinFunctionType | CodeType) or (isinstance(one, FunctionType) and _is_plain(one)):
             return self.code.setdefault(ref(one), len(self.code))
         return None
 
     def reducer_override(self, one: object) -> Any:  # noqa: ANN401 - as pickle has it
-        """Writes the attributes that a copy of a module has, and the function behind a method."""
+        """Writes the attributes that a copy of a module has, the function behind a method, and what one of transformers holds."""
         if isinstance(one, nn.Module):
             if hasattr(one, "__deepcopy__"):
                 raise TypeError("a copy of this module may have other attributes")
@@ -135,6 +135,8 @@ class _Writer(pickle.Pickler):
             return object.__new__, (type(one),), seen | {"hooks": _counting_hooks(one)}
         if isinstance(one, MethodType):
             return MethodType, (one.__func__, one.__self__)
+        if isinstance(one, FunctionType) and _is_made(one):
+            return tuple, ((one.__code__, [cell.cell_contents for cell in one.__closure__ or ()], one.__defaults__),)
         if isinstance(one, FunctionType):
             raise TypeError("what this function holds may decide how the model runs")
         return NotImplemented
@@ -147,4 +149,11 @@ def _counting_hooks(module: nn.Module) -> list[Callable[..., Any]]:
 
 def _is_plain(function: FunctionType) -> bool:
     """Finds whether a function holds nothing of its own, or is what its module has by its name."""
+    if _is_made(function):
+        return False
     return function.__closure__ is None or getattr(sys.modules.get(function.__module__), function.__name__, None) is function
+
+
+def _is_made(function: FunctionType) -> bool:
+    """Finds whether transformers has made a function within another, as the hooks by which it collects hidden states."""
+    return (function.__module__ or "").startswith("transformers.") and "<locals>" in function.__qualname__

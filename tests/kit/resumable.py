@@ -110,9 +110,15 @@ def kill_while_writing():
     LocalFileOpener.write = half
 
 
-if __name__ == "__main__":  # with what is to happen, a folder, the text files and how many threads
-    how, where, files, threads = sys.argv[1:]
+if __name__ == "__main__":  # with a folder, the text files and how many threads; prints how each of two processes ended
+    where, files, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    if how == "writing":
-        kill_while_writing()
-    fit(Path(where), json.loads(files), more=[Kill()] if how == "step" else [])
+    ended = {}
+    for how in ("step", "writing"):
+        if (process := os.fork()) == 0:
+            if how == "writing":
+                kill_while_writing()
+            fit(Path(where, how), json.loads(files), more=[Kill()] if how == "step" else [])
+            os._exit(0)
+        ended[how] = os.waitpid(process, 0)[1]
+    print(json.dumps(ended))

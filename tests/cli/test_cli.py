@@ -7,7 +7,7 @@ import transformers
 import yaml
 
 from billhook.cli.main import COMMANDS, command_of, description, main
-from kit.cli import QUICK, ROOT, callbacks_in
+from kit.cli import QUICK, ROOT, callbacks_in, small_llama
 from kit.cli import pytestmark as quiet
 from kit.fits import write_text
 
@@ -31,11 +31,17 @@ def quick(tmp_path):
     return f"{QUICK} --data.data '{given}'"
 
 
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory):
+    """As many heads and blocks as the embedded model has, all of them smaller."""
+    return small_llama(tmp_path_factory.mktemp("smaller"), hidden_size=64, num_hidden_layers=4, num_key_value_heads=8)
+
+
 @pytest.mark.parametrize("fragment", FRAGMENTS, ids=lambda path: path.stem)
-def test_every_fragment_runs(fragment, quick, capsys):
+def test_every_fragment_runs(fragment, quick, smaller, capsys):
     length = "fast_dev_run 2" if fragment.stem == "uptraining" else "max_steps 2 --trainer.val_check_interval 1"
     line = f"fit --config {ROOT}/examples/base.yaml --config {fragment} --trainer.{length}"
-    billhook(f"{line} --trainer.logger false --trainer.enable_checkpointing false {quick}")
+    billhook(f"{line} --trainer.logger false --trainer.enable_checkpointing false {quick} --model.model {smaller}")
     used = {c["class_path"].rpartition(".")[2] for c in yaml.safe_load(fragment.read_text())["trainer"]["callbacks+"]}
     assert fragment.stem == "uptraining" or used <= set(callbacks_in("config.yaml"))  # a trial run writes no config
 

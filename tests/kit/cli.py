@@ -46,10 +46,10 @@ def tokenizer():
     return transformers.AutoTokenizer.from_pretrained(bh.load("tiny").name_or_path)
 
 
-def small_llama(folder):
-    """Saves a Llama with four KV heads and 48 channels in each of two layers, beside the tokenizer."""
+def small_llama(folder, **changes):
+    """Saves a Llama with four KV heads and 48 channels in each of two layers, or with changes, beside the tokenizer."""
     torch.manual_seed(0)
-    fits.llama(vocab_size=2048).save_pretrained(folder)
+    fits.llama(vocab_size=2048, **changes).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
 

@@ -204,6 +204,19 @@ def test_the_latest_are_remembered_and_errors_are_not(monkeypatch):
     assert remembered(lambda: 5, model, "d") == 5
 
 
+def test_results_of_ops_are_remembered_for_each_default_dtype_and_not_too_many(monkeypatch):
+    bh.trace(llama())
+    known, shown = memory.results_of_ops(), str(bh.trace(llama(intermediate_size=40)))
+    assert len(known) > 20
+    torch.set_default_dtype(torch.float64)
+    assert not memory.results_of_ops()
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(memory, "MOST_RESULTS", 20)
+    assert not memory.results_of_ops()
+    forget()
+    assert str(bh.trace(llama(intermediate_size=40))) == shown
+
+
 def test_what_is_too_deep_to_be_written_is_not_remembered():
     model, deep, runs = llama(), [], []
     for _ in range(100_000):

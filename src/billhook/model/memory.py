@@ -18,14 +18,16 @@ from transformers import PretrainedConfig
 from billhook.model.hooks import is_part
 
 Found = TypeVar("Found")
+Results = dict[object, tuple[torch.Size, tuple[int, ...], torch.dtype]]
 
-MOST, MOST_BYTES = 1024, 2**25
+MOST, MOST_BYTES, MOST_RESULTS = 1024, 2**25, 8192
 """How much is remembered of models, and of what classes build: of each shape, the search for its config builds dozens."""
 
 # The only state of the process that billhook keeps: without it half of a short fit is spent on finding the same again.
 # Findings are bytes, so that whatever a caller does to one does not reach the next, and no model is held.
 _findings: OrderedDict[Hashable, bytes] = OrderedDict()
 _built: OrderedDict[Hashable, bytes] = OrderedDict()
+_results: dict[torch.dtype, Results] = {}
 _lock = threading.Lock()
 
 
@@ -70,11 +72,21 @@ def _looked_up(findings: OrderedDict[Hashable, bytes], key: Hashable, find: Call
     return found
 
 
+def results_of_ops() -> Results:
+    """Returns the sizes, strides and dtypes that ops gave on meta tensors, by op and arguments; whoever finds more adds them."""
+    with _lock:
+        known = _results.setdefault(torch.get_default_dtype(), {})
+        if len(known) > MOST_RESULTS:
+            known.clear()
+    return known
+
+
 def forget() -> None:
     """Forgets all findings: needed only after replacing code of models other than their classes' `forward`."""
     with _lock:
         _findings.clear()
         _built.clear()
+        _results.clear()
 
 
 def sight(model: nn.Module) -> Hashable | None:

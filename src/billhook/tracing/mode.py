@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from billhook.model.memory import results_of_ops
 from billhook.running.trees import tree_map_only
 from billhook.tracing.assumed import EVERYTHING, first_nonzero
 from billhook.tracing.axes import Axis, Irregular, mark
@@ -49,7 +50,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape, self.model, self.everything = tape, model, everything
         self.ops: dict[OpOverload, Op] = {}
-        self.results: dict[object, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+        self.results = results_of_ops()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -95,7 +96,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _do(self, func: OpOverload, op: Op, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401
-        """Does an op on meta, where its arguments are moved if they were not there; layers repeat, so results are remembered."""
+        """Does an op on meta, where arguments are moved if they were not there; results are remembered, as layers repeat."""
         key = _key(func, args, kwargs) if op.repeats else None
         if key is not None and (known := self.results.get(key)) is not None:
             shape, stride, dtype = known

@@ -100,6 +100,15 @@ def test_two_processes_convert_on_data_as_one_does(of_two, files, tmp_path, name
         torch.testing.assert_close(state[own], value, atol=2e-4, rtol=1e-3, msg=lambda m, own=own: f"{own}: {m}")
 
 
+def test_two_processes_tell_the_damage_that_one_does(of_two, files, tmp_path):
+    _, told = of_two("damage")
+    _, _, told_by_one = FITS["damage"].run(tmp_path, files)
+    for two, one in zip(told, told_by_one, strict=True):
+        assert [own.pop("source") for own in two] == [own.pop("source") for own in one] == ["generated"]
+        assert two == [pytest.approx(own, rel=2e-3, abs=1e-5) for own in one]
+        assert two[0]["rows"] == 3
+
+
 @pytest.fixture
 def stopped(fitted):
     return json.loads((fitted / "stopped.json").read_text())

@@ -43,6 +43,7 @@ REFUSED = {
     "depth": (lambda: bh.DepthPruning(1), Own, REVERTS),
     "made late": (lambda: bh.KVHeadConversion(2), MadeLate, "make the model in `__init__` and only shard it"),
     "LoRA counts": (lambda: bh.WeightPruning(sparsity=0.5, count_adapters=True), Own, "need weights that are not sharded"),
+    "damage": (lambda: bh.Damage(bh.Calibration()), Own, "a sharded model cannot: leave it out, or prune or convert first"),
 }
 
 

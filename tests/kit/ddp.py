@@ -81,6 +81,16 @@ def with_own_batches(at, **options):
     return Fit(FitOfTuples, lambda: KVHeadConversion(2, at, **given | options), lambda one: one.events, steps=4)
 
 
+def damaged():
+    """Each process reads its rows."""
+    return Fit(
+        FitOfTuples,
+        lambda: [KVHeadConversion(2, at=1, **NONE), bh.Damage(bh.Calibration(length=12, tokens=48), rows=3)],
+        lambda both: [both[0].events[0]["damage"], both[1].last],
+        steps=2,
+    )
+
+
 FITS = {
     "convert at the start": conversion(2, "start"),
     "convert in stages": conversion([2, 1], [2, 4]),
@@ -91,6 +101,7 @@ FITS = {
     "structure": structured_pruning(),
     "depth": depth_pruning(),
     "layer by layer": with_own_batches(MultiStep([0.5, 1.0], [1, 3]), method="svd"),
+    "damage": damaged(),
     "interpolated": with_own_batches(3, method="aligned", over=2),
 }
 

@@ -1,5 +1,6 @@
 """When things happen: Lightning callbacks, one a file, no maths."""
 
+from billhook.callbacks.damage import Damage
 from billhook.callbacks.depth_pruning import DepthPruning
 from billhook.callbacks.export import Export
 from billhook.callbacks.head_pruning import HeadPruning
@@ -12,6 +13,7 @@ from billhook.fit.calibration import FitCalibration
 
 __all__ = [
     "FitCalibration",
+    "Damage",
     "DepthPruning",
     "Export",
     "HeadPruning",

@@ -18,13 +18,14 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from billhook.adapters.lora import save_adapters
 from billhook.arguments import a_path, annotated
+from billhook.callbacks.damage import Damage, refuse_before
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import Saved, check_names, save
 from billhook.fit.events.event import events_of
 from billhook.fit.lightning_internals import is_search
 from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.ranks import together
-from billhook.fit.run import check_some_steps, is_trial
+from billhook.fit.run import callbacks_of, check_some_steps, is_trial
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
 from billhook.model.shapes.checkpoint_shape import save_shape
@@ -91,6 +92,8 @@ class Export(Callback):
         if stage == "fit":
             check_some_steps(trainer, "Export")
             check_target(self.folder)
+            for one in callbacks_of(trainer, Damage):
+                refuse_before(trainer, self, one)
             self.saved, self._begun, self._along = None, False, []
             for auto, given in ((AutoTokenizer, self.tokenizer), (AutoProcessor, self.processor)):
                 if given is not None:
@@ -157,7 +160,8 @@ class Export(Callback):
                     raise
 
     def _save(self, trainer: pl.Trainer, model: PreTrainedModel) -> None:
-        record = {"steps": trainer.global_step, "events": events_of(trainer)}
+        damage = [{"damage": one.last} for one in callbacks_of(trainer, Damage)]
+        record = {"steps": trainer.global_step, "events": events_of(trainer), **(damage[0] if damage else {})}
         self.saved = save(model, self._free_folder(), self._along, record, self._probe)
         adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
         rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.says}{adapters}")

@@ -8,10 +8,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
 from billhook.arguments import a_path, annotated, whole
+from billhook.callbacks.damage import Damage, refuse_before
 from billhook.callbacks.export import Export
 from billhook.fit.events.event import Event, events_of
 from billhook.fit.measure import measure
 from billhook.fit.run import callbacks_of
+from billhook.report.damage import TextDamage
+from billhook.report.damage import table as damage_table
 from billhook.report.plot import PICTURES, plot
 from billhook.report.summary import Stage, summary, table
 
@@ -19,7 +22,7 @@ from billhook.report.summary import Stage, summary, table
 class Report(Callback):
     """Prints figures of the model before, right after each change, and at the end; draws validation over steps.
 
-    Put it last, after `Export`, so that it reports where the checkpoint is.
+    Put it last, after `Export`, so that it reports where the checkpoint is. What `Damage` has measured is printed too.
 
     Args:
         plot_file: Path of the picture (PNG, PDF, SVG or JPEG); none is drawn where the run has no validation.
@@ -48,8 +51,10 @@ class Report(Callback):
         self.first: Event | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forgets an earlier fit."""
+        """Forgets an earlier fit, and refuses a place before `Damage`."""
         if stage == "fit":
+            for one in callbacks_of(trainer, Damage):
+                refuse_before(trainer, self, one)
             self.history, self.first = [], None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -87,7 +92,13 @@ class Report(Callback):
             rank_zero_warn(
                 f"metric={self.metric!r} is not logged in validation, so nothing is drawn; logged is {', '.join(last)}"
             )
-        print(f"\n{table(stages, notes, name)}\n")
+        print("\n".join(["", table(stages, notes, name), "", *self._damage(trainer, events)]))
+
+    def _damage(self, trainer: pl.Trainer, events: list[Event]) -> list[str]:
+        """Returns a table of damage for each event after which it was measured, and for the end."""
+        found = [(f"after {event['what']}", event["damage"]) for event in events if "damage" in event]
+        found += [("at the end", one.last) for one in callbacks_of(trainer, Damage) if one.last is not None]
+        return [f"{when}\n{damage_table(list(map(TextDamage.from_json, damage)))}\n" for when, damage in found]
 
     def _stages(self, events: list[Event], last: Stage) -> list[Stage]:
         first = self.first or {"step": 0, "after": {}, "events": 0}

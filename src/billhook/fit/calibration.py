@@ -118,10 +118,15 @@ def _text(calibration: Calibration, trainer: pl.Trainer) -> list[Batch]:
     model = find_transformer(trainer.lightning_module)
     if GENERATED in calibration.named and is_sharded(model):
         raise ValueError(f"sources: a sharded {type(model).__name__} cannot write text in a fit: give files")
-    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-    batches = calibration.read(model, tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None)
+    batches = calibration.read(model, tokenizer_in(trainer))
     labelled = model.can_generate() and not model.config.is_encoder_decoder  # every token is one to predict
     return [Batch(one | {"labels": one["input_ids"].clone()}, one.source) for one in batches] if labelled else batches
+
+
+def tokenizer_in(trainer: pl.Trainer) -> PreTrainedTokenizerBase | None:
+    """Returns the tokenizer of the data module, if it has one."""
+    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
 
 def _moved(trainer: pl.Trainer, batch: Any) -> Any:  # noqa: ANN401

@@ -52,6 +52,15 @@ def check_shapes(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, 
         raise ValueError(f"{name}: {type(pl_module).__name__} is sharded already, by an earlier fit: make a new one, or {FIRST}")
 
 
+def check_whole(trainer: pl.Trainer, name: str) -> None:
+    """Refuses strategies under which a rank does not hold the whole model."""
+    if _shards(trainer, name):
+        raise ValueError(
+            f"{name} under ModelParallelStrategy: each rank would read rows of its own, which a sharded model cannot: leave it "
+            f"out, or {FIRST}"
+        )
+
+
 def _shards(trainer: pl.Trainer, name: str) -> bool:
     """Returns whether the fit is sharded by FSDP2; refuses other ways to shard, and strategies that are not known."""
     strategy = trainer.strategy

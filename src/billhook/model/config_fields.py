@@ -48,7 +48,7 @@ def with_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> Pretrain
 
 
 def read_back(config: PretrainedConfig) -> PretrainedConfig:
-    """Returns a config as its class reads it once it is saved: some derive fields anew, or refuse what was assigned."""
+    """Returns a config as its class reads it once it is saved: some derive fields again, or refuse what was assigned."""
     return type(config).from_dict(config.to_dict())
 
 

@@ -38,6 +38,18 @@ class SetsLength(Callback, ABC):
         """Sets the length; called again, it changes nothing."""
 
 
+class FollowsEvents(Callback, ABC):
+    """Looks at the model before all events of a fit, and after each."""
+
+    @abstractmethod
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks at the model as it is once it exists, before any event; called again in the fit, it does nothing."""
+
+    @abstractmethod
+    def after(self, trainer: pl.Trainer, event: Event) -> None:
+        """Looks at the model after an event, which it may add to."""
+
+
 class EventCallback(Callback, ABC):
     """Changes the model at given steps of a fit. Events are counted by step, measured, logged, and not repeated after a resume.
 
@@ -92,6 +104,8 @@ class EventCallback(Callback, ABC):
             self.check_trainer(trainer, pl_module)
             if [one for one in callbacks_of(trainer, type(self)) if one.state_key == self.state_key and one is not self]:
                 raise ValueError(f"two {self.state_key}: one is enough, with a schedule")
+            for follower in callbacks_of(trainer, FollowsEvents):
+                follower.begin(trainer, pl_module)  # even if it is later in the list
         wrap_hooks(pl_module)
         self._resume, self._moments, self._last_step = None, {}, -1
         if stage == "fit" and trainer.global_step == 0:  # otherwise the fit before continues
@@ -182,10 +196,12 @@ def events_of(trainer: pl.Trainer) -> list[Event]:
 
 
 def log_event(trainer: pl.Trainer, event: Event) -> None:
-    """Gives every logger the figures of an event."""
+    """Gives every logger the figures of an event, and the event to who follows."""
     before, after = event["before"], event["after"]
     numbers = {key: after[key] for key in ("params", "kv_cache_bytes", "sparsity") if key in after}
     for key in sorted(before.keys() & after.keys() - {"params", "zeros", "kv_cache_bytes", "flops"}):
         numbers |= {f"{key}_before": before[key], f"{key}_after": after[key]}
     for logger in trainer.loggers:
         logger.log_metrics({key: float(value) for key, value in numbers.items() if value is not None}, step=event["step"])
+    for follower in callbacks_of(trainer, FollowsEvents):
+        follower.after(trainer, event)

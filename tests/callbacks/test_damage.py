@@ -1,0 +1,221 @@
+"""Damage in a fit: what it tells, that it disturbs nothing, and what a resumed run knows."""
+
+import copy
+import json
+import math
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.loggers import Logger
+
+import billhook as bh
+from kit.events import EVENTS, Own, fit, loader
+from kit.families import BERT
+from kit.fits import data, module, same, trainer, weights
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
+    pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended"),
+]
+ROWS = 3
+
+
+def damage(**options):
+    return bh.Damage(bh.Calibration(tokens=48, length=12), **{"rows": ROWS, **options})
+
+
+def told(callbacks):
+    """What was measured, in order."""
+    found = [event["damage"] for one in callbacks for event in getattr(one, "events", [])]
+    return found + [one.last for one in callbacks if isinstance(one, bh.Damage)]
+
+
+@torch.no_grad()
+def independent(dense, changed, rows):
+    """Perplexity before and after, ratio, KL, and the standard errors of these two, in float64."""
+    losses, kl = [], []
+    for row in rows:
+        p, q = (one.double().eval()(input_ids=row[None]).logits[0, :-1].log_softmax(-1) for one in (dense, changed))
+        losses.append([-float(one.gather(1, row[1:, None]).mean()) for one in (p, q)])
+        kl.append(float((p.exp() * (p - q)).sum(-1).mean()))
+    (before, after), kl = torch.tensor(losses, dtype=torch.float64).T, torch.tensor(kl, dtype=torch.float64)
+    ratio = math.exp((after - before).mean())
+    errors = {"ratio_error": ratio * (after - before).std() / len(rows) ** 0.5, "kl_error": kl.std() / len(rows) ** 0.5}
+    figures = {"before": before.mean().exp(), "after": after.mean().exp(), "ratio": ratio, "kl": kl.mean()} | errors
+    return {name: float(value) for name, value in figures.items()}
+
+
+class Copies(pl.Callback):
+    """Keeps the model as it is right after each event: it stands behind."""
+
+    def __init__(self, event):
+        self.event, self.models = event, []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if len(self.event.events) > len(self.models):
+            self.models.append(copy.deepcopy(pl_module.net))
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_after_each_event_and_at_the_end_and_nothing_is_disturbed(tmp_path, event):
+    lit, dense, mine = Own(attention_dropout=0.3), Own().net, damage()
+    callback = EVENTS[event](2)
+    watch = Copies(callback)
+    torch.manual_seed(1)
+    trainer(tmp_path, [callback, watch, mine], max_steps=4).fit(lit, loader(), loader(4, 4))
+    (at_event, at_end), rows = told([callback, mine]), [ids for _, ids in mine._dense.rows]
+    end = copy.deepcopy(lit.net)
+    for found, changed in ((at_event, watch.models[0]), (at_end, end)):
+        assert [(one["source"], one["inside"], one["rows"]) for one in found] == [("generated", True, ROWS)]
+        expected = independent(copy.deepcopy(dense), changed, rows)
+        assert {name: found[0][name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    plain = Own(attention_dropout=0.3)
+    torch.manual_seed(1)
+    trainer(tmp_path, [EVENTS[event](2)], max_steps=4).fit(plain, loader(), loader(4, 4))
+    assert same(weights(lit), weights(plain))
+    assert all(part.training for part in lit.modules())
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_event_before_the_fit_is_measured_wherever_it_stands_in_the_list(tmp_path, late):
+    class Late(Own):
+        def __init__(self):
+            super().__init__()
+            self.net = None
+
+        def configure_model(self):
+            self.net = self.net or Own().net
+
+    for order in (1, -1):
+        callbacks = [bh.KVHeadConversion(2), damage()][::order]
+        trainer(tmp_path, callbacks, max_steps=1).fit(Late() if late else Own(), loader(), loader(4, 4))
+        start, end = told(callbacks)
+        assert start[0]["before"] == end[0]["before"]
+        assert start[0]["kl"] > 1e-4
+
+
+def test_of_several_rounds_at_once_the_last_is_measured(tmp_path):
+    callback = bh.StructuredPruning(bh.Amount(channels=0.5), at=1, rounds=2, calibration=4, measure_batches=0)
+    trainer(tmp_path, [callback, damage()], max_steps=1).fit(Own(), loader(), loader(4, 4))
+    assert ["damage" in event for event in callback.events] == [False, True]
+
+
+def test_a_resumed_run_tells_what_the_straight_one_does(tmp_path):
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    straight = [EVENTS["mean"](2), damage(), keep]
+    trainer(tmp_path, straight, max_steps=3).fit(Own(), loader(), loader(4, 4))
+    for stop in (1, 2):
+        resumed = [EVENTS["mean"](2), damage()]
+        path = tmp_path / f"step={stop}.ckpt"
+        trainer(tmp_path, resumed, max_steps=3).fit(Own(), loader(), loader(4, 4), ckpt_path=path)
+        assert told(resumed) == told(straight)
+    kept = torch.load(path, weights_only=True)["callbacks"]["Damage"]
+    assert sum(one.numel() for one in [*kept["ids"], kept["losses"]]) == ROWS * 13
+
+
+def test_resumed_with_another_model_the_ratio_is_told_and_the_divergence_is_not(tmp_path, capsys):
+    keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    straight = [EVENTS["mean"](2), damage(), keep]
+    trainer(tmp_path, straight, max_steps=3).fit(Own(), loader(), loader(4, 4))
+    other, resumed = Own(), [EVENTS["mean"](2), damage(), bh.Report(str(tmp_path / "plot.png"))]
+    with torch.no_grad():
+        other.net.lm_head.weight.mul_(2)
+    run = trainer(tmp_path, resumed, max_steps=3)
+    with pytest.warns(UserWarning, match="was not the dense one .* no divergence is told"):
+        run.fit(other, loader(), loader(4, 4), ckpt_path=tmp_path / "step=1.ckpt")
+    for mine, then in zip(told(resumed), told(straight), strict=True):
+        assert mine == [then[0] | {"kl": "nan", "kl_error": "nan"}]
+    assert capsys.readouterr().out.count("unknown") == 2
+
+
+def test_a_fit_that_goes_on_keeps_its_dense_model_and_a_new_fit_takes_its_own(tmp_path):
+    lit, mine = Own(), damage()
+    run = trainer(tmp_path, [mine], max_steps=-1, max_epochs=1)
+    run.fit(lit, loader(), loader(4, 4))
+    (first,), dense = mine.last, mine._dense
+    run.fit_loop.max_epochs = 2
+    run.fit(lit, loader(), loader(4, 4))
+    assert mine._dense is dense
+    assert mine.last[0]["before"] == first["before"]
+    trainer(tmp_path, [mine], max_steps=1).fit(lit, loader(), loader(4, 4))
+    assert mine._dense is not dense
+
+
+def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
+    class Memory(Logger):
+        name, version = "memory", 0
+
+        def __init__(self):
+            super().__init__()
+            self.rows = {}
+
+        def log_metrics(self, metrics, step=None):
+            self.rows.setdefault(step, {}).update(metrics)
+
+        def log_hyperparams(self, *_, **__):
+            pass
+
+    text = bh.Calibration({"train": files["train"]}, tokens=64, length=16)
+    (tmp_path / "other.txt").write_text("A hydra is an animal of fresh water. " * 40)
+    mine = bh.Damage(text, also=str(tmp_path / "other.txt"), rows=2)
+    callbacks = [EVENTS["mean"](1), mine, bh.Export(str(tmp_path / "out")), bh.Report(str(tmp_path / "plot.png"))]
+    lit, logger = module(num_attention_heads=4), Memory()
+    trainer(tmp_path, callbacks, max_steps=2, logger=logger, log_every_n_steps=1).fit(lit, data(files))
+    record = json.loads((tmp_path / "out" / "billhook.json").read_text())
+    start, end = told(callbacks)
+    assert record["damage"] == end
+    assert record["events"][0]["damage"] == start
+    assert [(one["source"], one["inside"]) for one in end] == [("train", True), ("generated", False), ("other", False)]
+    for step, found in ((1, start), (2, end)):
+        for one in found:
+            names = {"perplexity": "after", "perplexity_ratio": "ratio", "kl": "kl"}
+            logged = {name: logger.rows[step][f"damage/{one['source']}/{name}"] for name in names}
+            assert logged == {name: one[own] for name, own in names.items()}
+    said = capsys.readouterr().out
+    assert f"after {callbacks[0].events[0]['what']}\nperplexity on" in said
+    last = said.split("at the end\n")[1].splitlines()
+    assert [line.split()[0] for line in last[2:5]] == ["train", "generated", "other"]
+    assert f"{end[2]['ratio']:.3f} ± {end[2]['ratio_error']:.3f}" in last[4]
+
+
+def test_what_loses_twice_as_much_is_warned_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("billhook.callbacks.damage.warning_of", lambda found: f"{found[0].source} has lost")
+    with pytest.warns(UserWarning, match="Damage, step 1, (after .*mean.*|at the end): generated has lost"):
+        fit(tmp_path, "mean", at=1, more=[damage()], max_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "match"),
+    [
+        (lambda folder: [bh.Export(str(folder / "out")), damage()], "Export must stand behind Damage"),
+        (lambda folder: [bh.Report(str(folder / "plot.png")), damage()], "Report must stand behind Damage"),
+        (lambda _: [damage(), WeightAveraging()], "Damage must stand behind WeightAveraging"),
+    ],
+)
+def test_the_wrong_place_is_refused(tmp_path, callbacks, match):
+    with pytest.raises(ValueError, match=match):
+        trainer(tmp_path, callbacks(tmp_path), max_steps=1).fit(Own(), loader(), loader(4, 4))
+
+
+def test_a_model_that_predicts_no_next_token_is_refused(tmp_path):
+    lit = Own()
+    lit.net = transformers.BertForMaskedLM(transformers.BertConfig(**BERT))
+    with pytest.raises(ValueError, match="BertForMaskedLM does not predict next tokens, so it has no perplexity"):
+        trainer(tmp_path, [damage()], max_steps=1).fit(lit, loader(), loader(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: bh.Damage("a.txt"), "texts='a.txt' must be a Calibration"),
+        (lambda: damage(rows=0), "rows=0 must be a whole number of at least 1"),
+        (lambda: bh.Damage(bh.Calibration("a.txt"), also=["b.txt", "elsewhere/a.txt"]), "also: 'a' is the name of another text"),
+        (lambda: damage(also=3), "also=3 must be"),
+    ],
+)
+def test_arguments(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()

@@ -141,6 +141,7 @@ CALLBACKS = [
         "StructuredPruning",
         {"amount": {"channels": 0.2, "params": 0.8, "first": 1}, "at": "start", "rounds": 2, "repair": {"validation": 0.1}},
     ),
+    ("Shrink", {"params": 0.8, "layers": "free", "at": 0.5, "generations": 2, "repair": {"ridges": [0.1]}, "round_to": 8}),
     ("DepthPruning", {"count": 1, "ratio": 0.5, "importance": {"class_path": "Ablation"}, "greedy": True, "first": 1}),
     ("Uptraining", {"alpha": 0.05, "pretraining_steps": 100}),
     ("Export", {"folder": "out"}),

@@ -52,7 +52,7 @@ from billhook import schedules as schedules
 from billhook.callbacks import DepthPruning as DepthPruning, HeadPruning as HeadPruning
 from billhook.callbacks import KVHeadConversion as KVHeadConversion, Uptraining as Uptraining
 from billhook.callbacks import StructuredPruning as StructuredPruning, WeightPruning as WeightPruning
-from billhook.callbacks import Damage as Damage, Export as Export, Report as Report
+from billhook.callbacks import Damage as Damage, Export as Export, Report as Report, Shrink as Shrink
 
 from billhook.training.module import TransformerModule as TransformerModule
 from billhook.training.data import TextDataModule as TextDataModule, ClassificationDataModule as ClassificationDataModule

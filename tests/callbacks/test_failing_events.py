@@ -67,6 +67,7 @@ KINDS = {
     "masks": lambda at: bh.HeadPruning(at.of(0.5), **seen(at=at.moment, remove="never", importance=bh.Taylor())),
     "structure": lambda at: bh.StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), **seen(at=at.schedule or at.moment)),
     "repaired": lambda at: bh.StructuredPruning(bh.Amount(channels=0.5), repair=bh.Repair(), **seen(at=at.schedule or at.moment)),
+    "shrink": lambda at: bh.Shrink(kv_cache_bytes=0.5, generations=0, **seen(at=at.moment, calibration=batches(4))),
     "depth": lambda at: bh.DepthPruning(1, **seen(at=at.moment)),
     "mean": lambda at: bh.KVHeadConversion(2, at=at.schedule or at.moment, measure_batches=1),
     "svd": lambda at: bh.KVHeadConversion(2, method="svd", **seen(at=at.schedule or at.moment)),
@@ -210,7 +211,7 @@ class Saves(pl.Callback):
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize("kind", ["sparsegpt", "heads", "masks", "structure", "depth", "svd", "over"])
+@pytest.mark.parametrize("kind", ["sparsegpt", "heads", "masks", "structure", "shrink", "depth", "svd", "over"])
 def test_what_was_saved_when_an_event_failed_goes_on_to_the_same_end(folder, tmp_path, kind):
     calls, expected, _ = straight(folder, kind, 2, "AdamW", False)
     watch = Watched(build(kind, 2), calls * 2 // 3)
@@ -228,7 +229,9 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-@pytest.mark.parametrize("kind", ["wanda", "sparsegpt", "heads", "masks", "structure", "repaired", "depth", "svd", "mean"])
+@pytest.mark.parametrize(
+    "kind", ["wanda", "sparsegpt", "heads", "masks", "structure", "repaired", "shrink", "depth", "svd", "mean"]
+)
 def test_a_forward_that_fails_says_so_itself(folder, kind, failure, monkeypatch):
     """In the first layer, after one forward in which the model was measured."""
     lit, watch, calls = Module(), Watched(build(kind, 2), -1), []
@@ -250,7 +253,7 @@ def test_a_forward_that_fails_says_so_itself(folder, kind, failure, monkeypatch)
     assert left_alone(lit, attributes)
 
 
-@pytest.mark.parametrize("kind", ["wanda", "magnitude", "heads", "structure", "depth", "svd", "over"])
+@pytest.mark.parametrize("kind", ["wanda", "magnitude", "heads", "structure", "shrink", "depth", "svd", "over"])
 def test_weights_that_are_no_numbers_are_refused(folder, kind):
     lit, watch = Module(), Watched(build(kind, 2), -1)
     with torch.no_grad():

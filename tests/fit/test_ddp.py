@@ -83,6 +83,13 @@ def test_two_processes_cut_and_repair_what_one_does(of_two, files, tmp_path):
         torch.testing.assert_close(state[name], value, atol=2e-3, rtol=1e-2)
 
 
+def test_two_processes_shrink_to_what_one_does(of_two, files, tmp_path):
+    state, done = of_two("shrink")
+    _, single, done_by_one = FITS["shrink"].run(tmp_path, files)
+    assert done == done_by_one
+    near(state, single)
+
+
 def test_two_processes_remove_the_blocks_that_one_does(of_two, files, tmp_path):
     state, blocks = of_two("depth")
     _, single, blocks_of_one = FITS["depth"].run(tmp_path, files)

@@ -40,6 +40,7 @@ REFUSED = {
     "needs data": (lambda: bh.KVHeadConversion(2, method="svd"), Own, REVERTS),
     "heads removed": (lambda: bh.HeadPruning(0.5), Own, REVERTS),
     "structure": (lambda: bh.StructuredPruning(bh.Amount(channels=0.5)), Own, REVERTS),
+    "shrink": (lambda: bh.Shrink(params=0.8), Own, REVERTS),
     "depth": (lambda: bh.DepthPruning(1), Own, REVERTS),
     "made late": (lambda: bh.KVHeadConversion(2), MadeLate, "make the model in `__init__` and only shard it"),
     "LoRA counts": (lambda: bh.WeightPruning(sparsity=0.5, count_adapters=True), Own, "need weights that are not sharded"),

@@ -69,6 +69,17 @@ def structured_pruning():
     )
 
 
+def shrinking():
+    """On batches of the user's own, of which every process reads all."""
+    options = {"at": 2, "calibration": [(one,) for one in draw(5, 4, 12, seed=1)], "generations": 2, "candidates": 3}
+    return Fit(
+        FitOfTuples,
+        lambda: bh.Shrink(params=0.9, layers="free", measure_batches=0, **options),
+        lambda one: [one.events, one.shrunk.kept],
+        steps=4,
+    )
+
+
 def depth_pruning():
     options = {"at": 2, "calibration": 8, "greedy": True, "measure_batches": 0}
     four = {"num_hidden_layers": 4}
@@ -99,6 +110,7 @@ FITS = {
     "heads in rounds": head_pruning("rounds", given=False),
     "heads at the end": head_pruning("end", given=True),
     "structure": structured_pruning(),
+    "shrink": shrinking(),
     "depth": depth_pruning(),
     "layer by layer": with_own_batches(MultiStep([0.5, 1.0], [1, 3]), method="svd"),
     "damage": damaged(),
@@ -225,6 +237,11 @@ def stray():
     return {"calibration": [(one,) for one in draw(2, 2, 12) + torch.tensor([0, 99])[:, None, None]], "measure_batches": 0}
 
 
+def broken():
+    """Batches that all ranks read, of which the second rank has one with a token that is in no vocabulary."""
+    return [(one,) for one in draw(4, 2, 12) + 99 * rank()]
+
+
 def stop(callback, module=FitOfTuples):
     return Fit(module, callback, told, {"limit_val_batches": 0}, 3)
 
@@ -240,6 +257,9 @@ DIFFER = {
     "StructuredPruning: the plan of what is removed": stop(
         lambda: [StructuredPruning(bh.Amount(channels=0.5), at=1, importance=RandomUnits(rank()), **NONE)]
     ),
+    "Shrink: the plan of what is removed": stop(
+        lambda: [bh.Shrink(params=0.8, at=1, importance=RandomUnits(rank()), generations=0, repair=None, calibration=6, **NONE)]
+    ),
     "HeadPruning: whether monitor='own' is worse": replace(
         stop(lambda: [HeadPruning(0.5, 1, bh.WeightNorm(), monitor="own", mode="max")], Validated), options={}
     ),
@@ -250,6 +270,7 @@ FAIL = {
     "weights": stop(lambda: [WeightPruning(sparsity=0.5, at=1, **stray())]),
     "heads": stop(lambda: [HeadPruning(0.5, at=1, **stray())]),
     "structure": stop(lambda: [StructuredPruning(bh.Amount(channels=0.5), at=1, **stray())]),
+    "shrink": stop(lambda: [bh.Shrink(params=0.8, at=1, **stray() | {"calibration": broken()})]),
     "depth": stop(lambda: [DepthPruning(1, at=1, **stray())]),
     "conversion": stop(lambda: [KVHeadConversion(2, at=1, method="svd", **stray())]),
     "way": stop(lambda: [KVHeadConversion(2, at=2, method="aligned", over=1, **stray())]),

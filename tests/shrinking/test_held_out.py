@@ -17,7 +17,17 @@ def test_a_fifth_of_each_source_is_held_out():
     assert sorted(numbers[id(batch)] for batch in [*fitted, *held_out]) == list(range(12))
     assert len(divided([{"input_ids": tokens()}] * 3)[0]) == 2
     with pytest.raises(ValueError, match="got 2"):
-        divided([{"input_ids": tokens()}] * 2)
+        divided([{"input_ids": tokens(1, 8)}] * 2)
+
+
+def test_few_batches_are_taken_apart_into_rows():
+    ids, positions = tokens(5, 8), torch.arange(8)[None]
+    fitted, held_out = divided([Batch({"input_ids": ids, "position_ids": positions}, "one")])
+    assert [tuple(one["input_ids"].shape) for one in [*fitted, *held_out]] == [(1, 8)] * 5
+    assert torch.equal(held_out[0]["input_ids"], ids[2:3])
+    assert held_out[0].source == "one"
+    assert torch.equal(held_out[0]["position_ids"], positions)
+    assert len(divided([(ids, ids)])[0]) == 4
 
 
 def test_what_is_not_measured_is_fitted():

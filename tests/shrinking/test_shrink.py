@@ -151,7 +151,7 @@ def test_a_classifier_and_an_encoder_with_a_decoder():
         ({"params": 0.8, "generations": -1}, "generations=-1"),
         ({"params": 0.8, "candidates": 0}, "candidates=0"),
         ({"params": 0.8, "library": __file__}, "test_shrink.py' must be a folder"),
-        ({"params": 0.8, "batches": texts()[:2]}, "batches: three at least, and two of each source.*1 of one, 1 of two"),
+        ({"params": 0.8, "batches": texts(1)[:2]}, "batches: three rows at least, and two of each source.*1 of one, 1 of two"),
         ({"params": 0.8, "batches": []}, "got none"),
         ({"params": 0.8, "batches": [{"input_ids": tokens(1, 4)}] * 3}, "batches: too few tokens"),
     ],

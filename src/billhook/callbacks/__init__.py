@@ -6,6 +6,7 @@ from billhook.callbacks.export import Export
 from billhook.callbacks.head_pruning import HeadPruning
 from billhook.callbacks.kv_heads import KVHeadConversion
 from billhook.callbacks.report import Report
+from billhook.callbacks.shrink import Shrink
 from billhook.callbacks.structured_pruning import StructuredPruning
 from billhook.callbacks.uptraining import Uptraining
 from billhook.callbacks.weight_pruning import WeightPruning
@@ -19,6 +20,7 @@ __all__ = [
     "HeadPruning",
     "KVHeadConversion",
     "Report",
+    "Shrink",
     "StructuredPruning",
     "Uptraining",
     "WeightPruning",

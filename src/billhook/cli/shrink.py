@@ -1,13 +1,12 @@
 """`billhook shrink`: a checkpoint in, the best smaller one within one budget out."""
 
-from billhook.arguments import whole
 from billhook.cli.machine import check_file
 from billhook.cli.oneshot import Examples, OneShot, bar
 from billhook.importance.base import Importance
 from billhook.repairs.repair import Repair
 from billhook.report.plot_curve import plot_curve
 from billhook.shrinking.divergence import mean_of
-from billhook.shrinking.shrink import Layers, budget
+from billhook.shrinking.shrink import Layers, budget, check_search
 from billhook.shrinking.shrink import shrink as shrink_model
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.work import Work
@@ -60,8 +59,7 @@ def shrink(
     Raises:
         ValueError: If an argument is not legal, or the budget cannot be reached; before anything is written.
     """
-    whole("generations", generations, 0)
-    whole("candidates", candidates)
+    check_search(generations, candidates)
     if plot is not None:
         check_file("plot", plot, ".png")
     limits = budget(params, kv_cache_bytes, bytes, first, last, round_to)

@@ -78,9 +78,9 @@ class FitCalibration:
                     "give batches of their own"
                 )
 
-    def read(self, trainer: pl.Trainer) -> Iterator[Any]:
-        """Yields this rank's batches, on its device: training examples come in batches as training has them."""
-        rank, ranks = trainer.global_rank, trainer.world_size
+    def read(self, trainer: pl.Trainer, alike: bool = False) -> Iterator[Any]:
+        """Yields this rank's batches, or all of them alike on each, on its device: examples come in batches as in training."""
+        rank, ranks = (0, 1) if alike else (trainer.global_rank, trainer.world_size)
         if self.batches is None:
             loaders, structure = tree_flatten(trainer.train_dataloader)
             columns = [_examples(loader, self.examples, rank, ranks) for loader in loaders]

@@ -16,18 +16,33 @@ TOKENS = 2048
 
 
 def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Divides batches, the held-out ones spread evenly over those of each source, no more than are measured; refuses too few."""
-    numbers: dict[str, list[int]] = {}
-    for number, batch in enumerate(batches):
-        numbers.setdefault(source_of(batch), []).append(number)
-    if len(batches) < 3 or any(len(own) < 2 for own in numbers.values()):
+    """Divides batches, the held-out ones spread evenly over those of each source, no more than are measured.
+
+    Where there are too few, they are taken apart into rows; too few rows are refused.
+    """
+    numbers = _by_source(batches)
+    if _too_few(numbers):
+        batches = [_rows(batch, row, row + 1) for batch in batches for row in range(_size(batch)[0])]
+        numbers = _by_source(batches)
+    if _too_few(numbers):
         found = ", ".join(f"{len(own)}{f' of {source}' if source else ''}" for source, own in numbers.items())
-        raise ValueError(f"batches: three at least, and two of each source, as some are held out; got {found or 'none'}")
+        raise ValueError(f"batches: three rows at least, and two of each source, as some are held out; got {found or 'none'}")
     held_out = {own[place] for own in numbers.values() for place in Repair(held_out=SHARE).chooses(len(own))}
     measured = few([batches[number] for number in sorted(held_out)])
     left_over = [number for number, used in zip(sorted(held_out), measured, strict=True) if used is None]
     fitted = [batch for number, batch in enumerate(batches) if number not in held_out or number in left_over]
     return fitted, [batch for batch in measured if batch is not None]
+
+
+def _by_source(batches: Sequence[Any]) -> dict[str, list[int]]:
+    numbers: dict[str, list[int]] = {}
+    for number, batch in enumerate(batches):
+        numbers.setdefault(source_of(batch), []).append(number)
+    return numbers
+
+
+def _too_few(numbers: Mapping[str, Sequence[int]]) -> bool:
+    return sum(map(len, numbers.values())) < 3 or any(len(own) < 2 for own in numbers.values())
 
 
 def few(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any | None]:
@@ -46,7 +61,7 @@ def few(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any | None]:
         source = source_of(batch)
         count, length = _size(batch)
         rows = min(max(left.get(source, share) // length, 0), count) or int(source not in left)
-        found.append(None if not rows else batch if rows == count else _first(batch, rows))
+        found.append(None if not rows else batch if rows == count else _rows(batch, 0, rows))
         left[source] = left.get(source, share) - rows * length
     return found
 
@@ -59,8 +74,8 @@ def _size(batch: Any) -> tuple[int, int]:  # noqa: ANN401
     return rows, max((shape[1] for shape in shapes if len(shape) == 2), default=1)
 
 
-def _first(batch: Any, rows: int) -> Any:  # noqa: ANN401
-    """Returns the first rows of a batch; what has one row, as positions may, stays."""
+def _rows(batch: Any, start: int, stop: int) -> Any:  # noqa: ANN401
+    """Returns some rows of a batch; what has one row, as positions may, stays."""
     inputs = dict(batch) if isinstance(batch, Mapping) else batch
-    cut = tree_map_only(Tensor, lambda tensor: tensor[:rows] if tensor.dim() and len(tensor) > 1 else tensor, inputs)
+    cut = tree_map_only(Tensor, lambda tensor: tensor[start:stop] if tensor.dim() and len(tensor) > 1 else tensor, inputs)
     return Batch(cut, source_of(batch)) if isinstance(batch, Batch) else cut

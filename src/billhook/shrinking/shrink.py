@@ -11,6 +11,7 @@ from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.model.find import find_transformer
+from billhook.model.plan import apply
 from billhook.model.values import check_values
 from billhook.pruning.amount import Amount
 from billhook.repairs.repair import Repair
@@ -52,8 +53,8 @@ def shrink(
 
     Args:
         model: A Hugging Face model with `logits`, or a module that holds one.
-        batches: Inputs of the model's forward, as dictionaries; two of each source at least, three in all. A `Calibration` reads
-            them; by default they are what the model itself writes.
+        batches: Inputs of the model's forward, as dictionaries; two rows of each source at least, three in all. A `Calibration`
+            reads them; by default they are what the model itself writes.
         params: Budget: parameters that are left at most, a number (int) or a fraction of those that are there (float).
         kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads alone are removed for it.
         bytes: Budget: bytes of all parameters.
@@ -87,9 +88,8 @@ def shrink(
         (2048, 2048, 16)
     """
     annotated(shrink, locals())
-    for name, value in {"generations": generations, "seed": seed}.items():
-        whole(name, value, 0)
-    whole("candidates", candidates)
+    whole("seed", seed, 0)
+    check_search(generations, candidates)
     if library is not None:
         a_path("library", library)
         if Path(library).exists() and not Path(library).is_dir():
@@ -101,7 +101,16 @@ def shrink(
     work.progress, work.steps = progress, 2 * len(work.places) + 2 + generations * candidates + CURVE
     fitted, held_out = divided(list(batches_of(batches, subject)))
     work.measure(fitted, held_out, importance or OBS(), repair, None if library is None else Path(library))
-    return work.finished(fitted, repair, *work.chosen(generations, candidates, seed))
+    kept, *told = work.chosen(generations, candidates, seed)
+    plan, weights = work.planned(fitted, repair, kept)
+    apply(subject, plan, weights=weights)
+    return work.finished(plan, kept, *told)
+
+
+def check_search(generations: int, candidates: int) -> None:
+    """Refuses numbers of a search that are not legal."""
+    whole("generations", generations, 0)
+    whole("candidates", candidates)
 
 
 def budget(

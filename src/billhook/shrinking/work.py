@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from billhook.importance.base import Importance
 from billhook.importance.score import run_of, score
-from billhook.model.plan import apply
+from billhook.model.figures import figures_of
+from billhook.model.plan import Weights
 from billhook.pruning.amount import Amount
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.plan import UnitPlan
@@ -32,7 +33,7 @@ CURVE = 9
 
 @dataclass(eq=False)
 class Work:
-    """A model on its way to a smaller one: `begun`, `measure`, `chosen` and `finished`, of which only the last changes it.
+    """A model on its way to a smaller one: `begun`, `measure`, `chosen`, `planned`, and `finished` once it has been cut.
 
     Attributes:
         model: The model.
@@ -118,15 +119,8 @@ class Work:
         curve = [self._choice(levels, self._measure(levels)) for levels in frontier.spread(CURVE)]
         return self._by_place(kept), curve, [self._choice(levels, found[levels]) for levels in ranked]
 
-    def finished(
-        self,
-        fitted: Sequence[Any],
-        repair: Repair | None,
-        kept: Mapping[str, int],
-        curve: Sequence[Choice],
-        tried: Sequence[Choice],
-    ) -> Shrunk:
-        """Plans, repairs and carries out what was chosen, and measures it."""
+    def planned(self, fitted: Sequence[Any], repair: Repair | None, kept: Mapping[str, int]) -> tuple[UnitPlan, Weights | None]:
+        """Plans what was chosen, and repairs it from front to back; the model stays as it is."""
         numbers = removed(self.places, self.search.units, self.scores, kept)
         cut = find_cut(self.model, self.search.structure, self.search.units, numbers)
         if (left := self.search.cost(cut, self.target)) > self.limit:
@@ -134,11 +128,13 @@ class Work:
                 f"{self.target}: {left:,} would be left, more than {self.limit:,}, as units do not all cost the same"
             )
         plan = UnitPlan.of(cut, self.search.costs(cut))
-        weights = repair_weights(self.model, plan, fitted, repair) if repair else None
+        return plan, repair_weights(self.model, plan, fitted, repair) if repair else None
+
+    def finished(self, plan: UnitPlan, kept: Mapping[str, int], curve: Sequence[Choice], tried: Sequence[Choice]) -> Shrunk:
+        """Measures the model once the plan of what was chosen has been carried out."""
         predicted = sum(between(slot, kept[slot.names[0]]) for slot in self.slots)
         counts = {name: (place.count, kept[place.name]) for place in self.places for name in place.names}
-        apply(self.model, plan, weights=weights)
-        after = self.divergence.by_source()
+        left, after = int(getattr(figures_of(self.model), self.target)), self.divergence.by_source()
         return Shrunk(plan, self.target, self.limit, left, counts, predicted, after, tuple(curve), tuple(tried))
 
     def _gone(self, place: Place, kept: int) -> dict[str, list[int]]:

@@ -1,0 +1,152 @@
+"""Searches at a given step of a fit for the smaller model that loses least, and goes on with it."""
+
+from functools import partial
+
+import lightning.pytorch as pl
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.optim import Optimizer
+
+from billhook.arguments import annotated
+from billhook.fit.calibration import FitCalibration, Given, gradient_precision
+from billhook.fit.events.event import log_event
+from billhook.fit.events.rounds import At, check_at, rounds_of
+from billhook.fit.events.shape_event import ShapeCallback
+from billhook.fit.ranks import check_agreed, together
+from billhook.fit.training_step import runs_as_in_training, training_loss
+from billhook.importance.base import Importance
+from billhook.importance.obs import OBS
+from billhook.importance.score import run_of
+from billhook.model.find import find_transformer
+from billhook.model.plan import Weights, apply
+from billhook.pruning.plan import UnitPlan
+from billhook.repairs.repair import Repair
+from billhook.shrinking.held_out import divided
+from billhook.shrinking.shrink import Layers, budget, check_search
+from billhook.shrinking.shrunk import Choice, Shrunk
+from billhook.shrinking.work import Work
+
+REPAIR = Repair()
+
+
+class Shrink(ShapeCallback):
+    """Removes feed-forward channels and KV heads within one budget at a given step, as many of each as loses least.
+
+    This is `bh.shrink` in the middle of a fit, so that training recovers what is lost; with `TransformerModule(distillation=...)`
+    the dense model teaches it. Optimizer state and gradients follow, checkpoints carry the shape, and a resumed run ends as the
+    straight run does. Under DDP each rank searches on the same batches, all of them, and what is found is compared. LoRA is
+    attached to the smaller model, in a fit of its own.
+
+    Args:
+        params: Budget: parameters that are left at most, a number (int) or a fraction of those that are there (float).
+        kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads alone are removed for it.
+        bytes: Budget: bytes of all parameters.
+        layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many KV heads; `"free"`: each its own.
+        importance: Which units go: `OBS` (the default), or any other `Importance`.
+        repair: How the linears that read removed units are refitted; None: not at all.
+        first: Blocks at the beginning of each stack that stay whole.
+        last: Blocks at the end of each stack that stay whole.
+        round_to: The number of channels that remain is a multiple of it.
+        generations: Rounds of evolution; 0 takes what the knapsack finds.
+        candidates: Models that each round measures.
+        at: When: a step (int), a fraction of training (float in 0..1), or `"start"` (before the first step).
+        calibration: Batches to fit and to measure on, text as a `Calibration`, or a number of training
+            examples, by default 128; a fifth is held out to measure on.
+        measure_batches: Validation batches to measure before and after; by default all of validation, 0 for none.
+
+    Attributes:
+        shrunk: What was found, once it has been; a resumed run does not know it.
+
+    Raises:
+        ValueError: If an argument is not legal; in `setup`, if the model cannot meet the budget.
+
+    >>> import billhook as bh
+    >>> callback = bh.Shrink(params=0.8, calibration=64)  # for Trainer(callbacks=[callback])
+    """
+
+    def __init__(
+        self,
+        params: int | float | None = None,
+        kv_cache_bytes: int | float | None = None,
+        bytes: int | float | None = None,  # noqa: A002 - the name of the target
+        layers: Layers = "uniform",
+        importance: Importance | None = None,
+        repair: Repair | None = REPAIR,
+        first: int = 0,
+        last: int = 0,
+        round_to: int = 1,
+        generations: int = 8,
+        candidates: int = 8,
+        at: At = "start",
+        calibration: Given = None,
+        measure_batches: int | None = None,
+    ) -> None:
+        annotated(Shrink, locals())
+        check_at(at)
+        check_search(generations, candidates)
+        self.amount = budget(params, kv_cache_bytes, bytes, first, last, round_to)
+        self.layers, self.importance, self.repair, self.at = layers, importance or OBS(), repair, at
+        self.generations, self.candidates = generations, candidates
+        super().__init__(FitCalibration.of(calibration), measure_batches)
+
+    def reset(self) -> None:
+        """Forgets what was found."""
+        super().reset()
+        self.shrunk: Shrunk | None = None
+
+    @property
+    def state_key(self) -> str:
+        """The key of this callback's state in checkpoints."""
+        return self._generate_state_key(amount=str(self.amount))
+
+    @property
+    def needs_data(self) -> bool:
+        """True: it is measured what a smaller model loses."""
+        return True
+
+    def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
+        """Refuses a budget that the model cannot meet, and adapters."""
+        subject = find_transformer(model)
+        if any(isinstance(module, BaseTunerLayer) for module in subject.modules()):
+            raise ValueError(
+                "Shrink: the model has adapters (LoRA): shrink it first (`billhook shrink`), and attach them to the result"
+            )
+        if trainer.ckpt_path is None:
+            Work.begun(subject, self.amount, self.layers == "uniform")
+
+    def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+        """Returns the step at which it happens."""
+        return rounds_of(1.0, self.at, total, trainer, "at")
+
+    def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
+        """Searches, removes and repairs."""
+        metrics = self.measured(trainer, pl_module)
+        with together(trainer, "Shrink"):
+            work = Work.begun(find_transformer(pl_module), self.amount, self.layers == "uniform")
+            plan, weights, kept, *told = self._search(trainer, pl_module, work)
+            check_agreed(trainer, "Shrink", "the plan of what is removed", [plan.to_json(), weights])
+        event = self.reshape(trainer, pl_module, metrics, partial(self._remove, pl_module, plan, weights))
+        self.done, self.asked = moment, 1.0
+        with self.calibration.aside(pl_module), gradient_precision(trainer):
+            self.shrunk = work.finished(plan, kept, *told)
+        event["after"] |= self.measured(trainer, pl_module)
+        log_event(trainer, event)
+
+    def _search(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, work: Work
+    ) -> tuple[UnitPlan, Weights | None, dict[str, int], list[Choice], list[Choice]]:
+        """Returns the plan of what is removed, repaired weights, how many units places keep, and what else was measured."""
+        with self.calibration.aside(pl_module), gradient_precision(trainer):
+            fitted, held_out = divided(list(self.calibration.read(trainer, alike=True)))
+            losses = (training_loss(pl_module, number) for number in range(len(fitted)))
+            runs = [run_of(work.model, work.search.units, *pair) for pair in zip(fitted, losses, strict=True)]
+            predicting = runs_as_in_training(pl_module, work.model, held_out)
+            work.measure(runs, predicting, self.importance, self.repair)
+            chosen = work.chosen(self.generations, self.candidates, self.calibration.seed)
+            return *work.planned(runs, self.repair, chosen[0]), *chosen
+
+    def _remove(self, model: nn.Module, plan: UnitPlan, weights: Weights | None, optimizers: list[Optimizer]) -> str:
+        """Removes what is planned, and says how much that is."""
+        apply(model, plan, optimizers, weights)
+        before, after = plan.parameters
+        return f"{before:,} -> {after:,} parameters ({plan.words}; Shrink)"

@@ -1,0 +1,127 @@
+"""The search for a smaller model in a fit: the same as without one, at its step, and what is saved of it."""
+
+import copy
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.checkpoints.export import export
+from kit.families import llama, tokens
+from kit.fits import data, module, same, trainer, weights
+from kit.weight_pruning import checkpoints
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
+]
+
+
+def shrinking(**options):
+    return bh.Shrink(**{"generations": 1, "candidates": 2, "calibration": 8, "measure_batches": 0} | options)
+
+
+class Watch(pl.Callback):
+    """What the model is at each training forward: its weights, and its layers' channels and KV heads."""
+
+    def __init__(self):
+        self.weights, self.seen = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.weights.append(weights(pl_module))
+        layers = pl_module.model.model.layers
+        self.seen.append([(one.mlp.down_proj.in_features, one.self_attn.k_proj.out_features // 4) for one in layers])
+
+
+@pytest.mark.parametrize("layers", ["uniform", "free"])
+def test_it_finds_what_shrink_finds_on_the_same_batches(files, tmp_path, layers):
+    lit, batches = module(), [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 2000, (5, 4, 9))]
+    dense, watch = copy.deepcopy(lit.model), Watch()
+    callback = shrinking(params=0.94, layers=layers, calibration=batches)
+    trainer(tmp_path, [callback, watch], max_steps=2).fit(lit, data(files))
+    shrunk = bh.shrink(dense, batches, params=0.94, layers=layers, generations=1, candidates=2)
+    assert callback.shrunk.to_json() == shrunk.to_json()
+    assert same(watch.weights[0], {f"model.{name}": value for name, value in dense.state_dict().items()})
+    assert shrunk.left == bh.summary(lit).params <= shrunk.limit
+    assert callback.events[0]["after"]["params"] == shrunk.left
+
+
+@pytest.mark.parametrize(("at", "step"), [("start", 0), (3, 3), (0.5, 4), (8, 8)])
+def test_it_happens_at_its_step_and_training_goes_on(files, tmp_path, at, step):
+    lit, watch, callback = module(), Watch(), shrinking(kv_cache_bytes=0.5, at=at)
+    trainer(tmp_path, [callback, watch]).fit(lit, data(files))
+    assert watch.seen == [[(48, 4)] * 2] * step + [[(48, 2)] * 2] * (8 - step)
+    assert [event["step"] for event in callback.events] == [step]
+    assert all(torch.isfinite(value).all() for value in weights(lit).values())
+    assert not {"log", "on_save_checkpoint", "on_load_checkpoint"} & vars(lit).keys()
+
+
+def test_resumed_equals_straight_through_and_a_checkpoint_is_exported(files, tmp_path):
+    options = {"params": 0.94, "layers": "free", "at": 3}
+    lit, whole, watch = module(), shrinking(**options), Watch()
+    first = trainer(tmp_path, [whole, watch, checkpoints(tmp_path)])
+    first.fit(lit, data(files))
+    for stop in (1, 4):
+        resumed, again, later = module(seed=1), shrinking(**options), Watch()
+        torch.manual_seed(stop)
+        run = trainer(tmp_path, [again, later])
+        run.fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
+        assert same(weights(resumed), weights(lit)), stop
+        assert later.seen == watch.seen[stop:]
+        assert repr(again.events) == repr(whole.events)
+        for left, right in zip(run.optimizers[0].state.values(), first.optimizers[0].state.values(), strict=True):
+            assert same(left, right)
+    export(tmp_path / "step=8.ckpt", tmp_path / "out")
+    ids = tokens()
+    with torch.no_grad():
+        assert torch.equal(bh.load(tmp_path / "out")(ids).logits, lit.model.eval()(ids).logits)
+
+
+def test_the_dense_model_teaches_the_smaller_one_which_is_saved(files, tmp_path):
+    torch.manual_seed(0)
+    lit = bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, distillation=bh.Distillation())
+    dense = lit.teacher.model.num_parameters()
+    trainer(tmp_path, [shrinking(params=0.97), bh.Export(str(tmp_path / "out"))], max_steps=3).fit(lit, data(files))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert again.num_parameters() <= 0.97 * dense < dense == lit.teacher.model.num_parameters()
+    ids = tokens()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, lit.model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({}, "params=None: give one budget of params, kv_cache_bytes, bytes"),
+        ({"params": 0.8, "bytes": 0.8}, "params and bytes: give one budget"),
+        ({"params": 0.8, "generations": -1}, "generations=-1 must be a whole number of at least 0"),
+        ({"params": 0.8, "candidates": 0}, "candidates=0 must be a whole number of at least 1"),
+        ({"params": 0.8, "layers": "all"}, "layers='all' must be one of uniform, free"),
+        ({"params": 0.8, "at": -1}, "at=-1"),
+        ({"params": 0.8, "calibration": iter([])}, "calibration=list_iterator can be read only once"),
+    ],
+)
+def test_arguments(options, match):
+    with pytest.raises(ValueError, match=match):
+        shrinking(**options)
+
+
+LORA = {"lora": bh.LoRA(r=2)}
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "match"),
+    [
+        ({"params": 10}, {}, r"params=10: 10 cannot be reached; with what may be removed, [\d,]+ to [\d,]+ can"),
+        ({"params": 0.94, "at": 20}, {}, "at=20"),
+        ({"params": 0.94}, LORA, r"Shrink: the model has adapters \(LoRA\): shrink it first"),
+        ({"params": 0.94, "calibration": 2}, {}, "batches: three rows at least, .* got 2"),
+    ],
+)
+def test_what_is_refused_changes_nothing(files, tmp_path, options, given, match):
+    lit = bh.TransformerModule(llama(vocab_size=2048), **given)
+    before = weights(lit)
+    with pytest.raises(ValueError, match=match):
+        trainer(tmp_path, [shrinking(**options)]).fit(lit, data(files))
+    assert same(weights(lit), before)

@@ -54,6 +54,16 @@ def test_a_checkpoint_with_half_of_the_weights_and_its_perplexity(tmp_path, data
         ("train", True, 5),
         ("generated", False, 5),
     ]
+    card = (tmp_path / "out" / "README.md").read_text()
+    (event,) = record["events"]
+    assert f"- {event['what']}\n" in card
+    assert event["what"].startswith("Wanda(compares='row'), unstructured: sparsity 0.5000 in ")
+    assert (event["before"]["params"], event["after"]["params"]) == (dense.num_parameters(), model.num_parameters())
+    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    assert f"| of them zero | {event['before']['zeros']:,} | {zeros:,} |" in card
+    for one in record["damage"]:
+        costs = f"{one['before']:,.4g} | {one['after']:,.4g} | {one['ratio']:.3f} ± {one['ratio_error']:.3f} | {one['kl']:.3f} ±"
+        assert f"| {one['source']} | {'' if one['inside'] else 'not '}calibrated on | {costs}" in card
     assert "model.layers.*.mlp.down_proj" in said
     assert "plain from_pretrained loads it" in said
 

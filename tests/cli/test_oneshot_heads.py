@@ -149,6 +149,9 @@ def test_a_classifier_and_its_accuracy(classifier, table, tmp_path, capsys):
     assert expected[0] == 13 / 17 > expected[1]
     assert record["accuracy"] == {"before": pytest.approx(expected[0]), "after": pytest.approx(expected[1]), "examples": 17}
     assert record["calibration"]["length"] == 64
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| accuracy | {expected[0]:,.4g} | {expected[1]:,.4g} |" in card
+    assert "- without 6 heads of 2 places\n" in card
     assert f"accuracy {expected[0]:,.4g} before, {expected[1]:,.4g} after" in capsys.readouterr().out
     bh.prune_units(dense, record["heads"])
     batch = tokenizer()(rows[5][0], return_tensors="pt")

@@ -36,6 +36,7 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys):
     assert "KL to the dense model by size" in said
     assert "perplexity" in said
     assert record["damage"]
+    assert f"- without {plan.words}: {record['shrink']['left']:,} params left" in (tmp_path / "out" / "README.md").read_text()
     assert record["shrink"]["layers"] == "uniform"
 
 

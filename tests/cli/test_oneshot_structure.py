@@ -41,6 +41,9 @@ def test_ratios(small, files, tmp_path, capsys):
         assert torch.equal(again(rows[:2]).logits, dense(rows[:2]).logits)
     assert record["perplexity"]["before"] == pytest.approx(before, rel=1e-4)
     assert record["perplexity"]["after"] == pytest.approx(perplexity(dense, held_out), rel=1e-4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"- without {plan.words}\n" in card
+    assert "| parameters | {:,} | {:,} |".format(*plan.parameters) in card
     said = capsys.readouterr().out
     assert str(plan) in said
     assert "perplexity" in said
@@ -95,6 +98,7 @@ def test_blocks_and_then_what_is_within(small, files, tmp_path):
     (gone,) = record["plans"][0]["units"]["model.layers"]
     assert gone == int(scores["model.layers"].argmin())
     assert record["plans"][1]["before"] == {"model.layers.0.mlp": [48]}
+    assert record["events"][0]["what"] == "without 1 of 2 blocks, 24 channels of 1 places"
     alone = prune(small, tmp_path / "alone", "--blocks", "1", "--first", "1", *SHORT, *option(files))
     assert alone["plans"][0]["units"] == {"model.layers": [1]}
 

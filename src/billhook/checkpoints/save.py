@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.adapters.merge import has_adapters, merged_copy
 from billhook.arguments import annotated
 from billhook.assets import model_path
+from billhook.checkpoints.card import CARD, card, hub_name
 from billhook.checkpoints.equivalent import equivalents, rendered
 from billhook.checkpoints.place import RECORD, check_target, drafted, move, recover, size
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
@@ -101,8 +102,8 @@ def save(
         model: A Hugging Face model, or a module that holds one.
         folder: The folder to write; new, empty, or an earlier checkpoint of billhook's.
         tokenizer: Saved along; or a processor, or several of them.
-        record: The history of the model, for `billhook.json`. Numbers that JSON lacks become `"NaN"`, `"Infinity"` and
-            `"-Infinity"` there.
+        record: The history of the model, for `billhook.json`, and what of it a model card shows, `README.md`. Numbers that JSON
+            lacks become `"NaN"`, `"Infinity"` and `"-Infinity"` there.
         probe: Inputs on which the logits are compared; by default random ones of the kinds that the model reads.
 
     Returns:
@@ -137,12 +138,15 @@ def save(
         model = cast(PreTrainedModel, merged.model)
         if merged.lost:
             warnings.warn(f"the checkpoint does not compute what the model does: {merged}", stacklevel=2)
-    expected = expect(model, probe)
+    expected, origin = expect(model, probe), hub_name(str(model.config.name_or_path))
     with drafted(target) as draft, _untouched(model):
         way, family, difference = _write(model, expected, draft, probe)
         for one in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
             one.save_pretrained(draft)
         saved = Saved(str(folder), way, difference, size(draft) / 1e6, None if merged is None else str(merged), family)
+        if plain:
+            plain = ({"base_model": origin} if origin else {}) | plain | {"saved": asdict(saved)}
+            (draft / CARD).write_text(card(plain, saved.says), encoding="utf-8")
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "saved": asdict(saved), "files": files}, indent=1) + "\n")
         move(draft, target)

@@ -23,6 +23,7 @@ from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import load, save
 from billhook.cli.machine import device_of
 from billhook.cli.metrics import accuracy
+from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import prunable
 from billhook.model.preprocessors import load_tokenizer
 from billhook.report.damage import Dense, table, warning_of
@@ -127,6 +128,7 @@ class OneShot:
         check_target(out)
         self.name, self.out, self.given, self.device = name, out, given, device_of(given.device)
         self.model = load(name, given.dtype)
+        self.sizes = _sizes(self.model)
         self._visiting: list[nn.Module] = []
         if offload:
             self._visiting = [site.module for site in find_sites(self.model, prunable(self.model), "block")]
@@ -186,8 +188,9 @@ class OneShot:
             rows: Any = splits.get("test", splits.get("validation"))
             return None if rows is None else accuracy(self.model, self._batched(rows, range(min(most, len(rows)))))
 
-    def save(self, before: Before, record: Mapping[str, Any], *says: object) -> None:
+    def save(self, before: Before, what: str, record: Mapping[str, Any], *says: object) -> None:
         """Measures again, saves the model with a record of what was done, and prints `says` and what it costs."""
+        record = {"events": [{"what": what, "before": self.sizes, "after": _sizes(self.model)}], **record}
         record = {**record, "calibration": asdict(self.calibration) if self.metric == "perplexity" else self._read()}
         figures: dict[str, Any] = {"before": None, "after": None, "examples": self.given.evaluate}
         shown, warning = None, None
@@ -217,3 +220,9 @@ class OneShot:
         collate, size = self._labelled.collate(), self.given.batch_size
         for start in range(0, len(numbers), size):
             yield Batch(collate([rows[number] for number in numbers[start : start + size]]))
+
+
+def _sizes(model: PreTrainedModel) -> dict[str, int | None]:
+    """Counts parameters, those that are zero, and bytes of the key/value cache per token."""
+    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": kv_cache_bytes(model)}

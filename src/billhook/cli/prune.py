@@ -65,4 +65,5 @@ def prune(
         )
     zeros = sparsity_of(plan.masks(work.model).values())
     done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": zeros, "sequential": sequential}
-    work.save(before, {"pruned": done}, plan)
+    what = f"{plan.criterion}, {pattern}: sparsity {zeros:.4f} in {len(plan.pruned)} linears"
+    work.save(before, what, {"pruned": done}, plan)

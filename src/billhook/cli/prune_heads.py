@@ -71,4 +71,4 @@ def prune_heads(
         removed = choose(heads, scores, ratio * number / rounds, ranking, min_heads, per)
     plan = prune_units(work.model, removed, per=per)
     how = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}
-    work.save(before, {"heads": plan.to_json()["units"], "importance": how}, plan)
+    work.save(before, f"without {plan.words}", {"heads": plan.to_json()["units"], "importance": how}, plan)

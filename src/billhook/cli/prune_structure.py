@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -84,16 +83,17 @@ def prune_structure(
         Search(work.model, amount.within).check()
     batches = work.batches()
     before = None if dry_run else work.measure()
-    plans: list[dict[str, Any]] = []
+    plans: list[BlockPlan | UnitPlan] = []
     for plan in _plans(work.model, batches, amount, block_importance, importance, rounds):
         print(plan)
         if dry_run:
             return
         repaired = repair_weights(work.model, plan, batches, repair) if repair and plan.kind == "units" else None
         apply(work.model, plan, weights=repaired)
-        plans.append(plan.to_json())
+        plans.append(plan)
     how = {"by": str(importance), "ranking": amount.ranking, "rounds": rounds, "repair": str(repair) if repair else None}
-    work.save(before, {"plans": plans, "importance": how})
+    what = f"without {', '.join(plan.words for plan in plans)}"
+    work.save(before, what, {"plans": [plan.to_json() for plan in plans], "importance": how})
 
 
 def _plans(

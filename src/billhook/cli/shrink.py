@@ -86,7 +86,8 @@ def shrink(
             progress=progress,
         )
     how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}
-    work.save(before, {"shrink": shrunk.to_json() | how}, shrunk)
+    what = f"without {shrunk.plan.words}: {shrunk.left:,} {shrunk.target} left of at most {shrunk.limit:,}"
+    work.save(before, what, {"shrink": shrunk.to_json() | how}, shrunk)
     if plot is not None:
         _draw(shrunk, plot)
 

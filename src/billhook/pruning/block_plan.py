@@ -56,6 +56,11 @@ class BlockPlan(Plan):
         """By stack, the number of blocks that remain."""
         return {name: (count - len(self.units.get(name, ())),) for name, (count,) in self.before.items()}
 
+    @property
+    def words(self) -> str:
+        """How many blocks are removed, in words."""
+        return f"{sum(map(len, self.units.values())):,} of {sum(count for (count,) in self.before.values()):,} blocks"
+
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain data; see `Plan.to_json`."""
         return {"kind": self.kind, **asdict(self)}

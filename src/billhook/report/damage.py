@@ -173,17 +173,12 @@ def _error(values: Tensor) -> float:
 
 def table(damage: Sequence[TextDamage]) -> str:
     """Shows what a change costs, a row for each text: ± are standard errors over rows, KL is to the dense model, in nats."""
-    return aligned(cells(damage), 2)
-
-
-def cells(damage: Sequence[TextDamage]) -> list[list[str]]:
-    """Returns the cells of that table, the heads first."""
     rows = [["perplexity on", "", "before", "after", "ratio", "KL"]]
     for one in damage:
         ratio, kl = (_with_error(*own) for own in ((one.ratio, one.ratio_error), (one.kl, one.kl_error)))
         where = "calibrated on" if one.inside else "not calibrated on"
         rows.append([one.source, where, f"{one.before:,.4g}", f"{one.after:,.4g}", ratio, kl])
-    return rows
+    return aligned(rows, 2)
 
 
 def _with_error(value: float, error: float) -> str:

@@ -8,7 +8,12 @@ import transformers
 
 import billhook as bh
 from billhook.cli.main import main
-from kit.cli import blocks, option, small_llama
+from billhook.cli.oneshot import Examples, OneShot
+from kit.cli import blocks, option, small_llama, tokenizer
+from kit.cli import pytestmark as quiet
+from kit.shaped import bert
+
+pytestmark = quiet
 
 SHORT = ["--length", "16", "--examples", "24", "--evaluate", "4", "--batch_size", "4", "--generations", "1", "--candidates", "2"]
 
@@ -45,6 +50,8 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys):
     [
         ([], "params=None: give one budget"),
         (["--params", "0.001"], "cannot be reached"),
+        (["--params", "0.9", "--recover", "-1"], "recover=-1 must be a whole number of at least 0"),
+        (["--params", "0.9", "--recover", "2", "--recover_lr", "0"], "recover_lr=0.0 must be a number above 0"),
         (["--params", "0.9", "--plot", "curve.gif"], "plot='curve.gif' must be a file that ends in .png"),
     ],
 )
@@ -52,4 +59,79 @@ def test_what_is_refused_writes_nothing(small, files, tmp_path, options, says):
     with pytest.raises(SystemExit) as refusal:
         main(["shrink", str(small), str(tmp_path / "out"), *options, *SHORT, *option(files)])
     assert says in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def sure(tmp_path_factory):
+    """A model whose predictions suffer when it is cut."""
+    folder = small_llama(tmp_path_factory.mktemp("sure"))
+    model = bh.load(folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20)
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.mul_(10)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("given", [[], ["--recover_lora", "--dtype", "bfloat16"]], ids=["all weights", "LoRA on half"])
+def test_recovery_by_distillation(sure, files, tmp_path, capsys, given):
+    options = ["--params", "0.94", "--recover", "20", "--recover_batch_size", "8", "--recover_lr", "5e-3", *given]
+    torch.manual_seed(3)
+    main(["shrink", str(sure), str(tmp_path / "out"), *options, *SHORT, *option(files)])
+    assert int(torch.randint(1000, ())) == int(torch.randint(1000, (), generator=torch.Generator().manual_seed(3)))
+    record, said = json.loads((tmp_path / "out" / "billhook.json").read_text()), capsys.readouterr().out
+    recovery, after = record["recovery"], record["damage"]
+    assert recovery["recover"] == 20
+    assert recovery["before"][0]["after"] > 1.5 * after[0]["after"]
+    assert said.index("Before recovery:") < said.index("After 20 steps of recovery on ")
+    assert said.count("perplexity on") == 2
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert again.num_parameters() == record["shrink"]["left"]
+    assert again.dtype == (torch.bfloat16 if given else torch.float32)
+
+
+def test_a_classifier_recovers(classifier, tmp_path, capsys):
+    model, data = classifier
+    main(["shrink", str(model), str(tmp_path / "out"), "--params", "0.95", "--recover", "3", *SHORT, *data])
+    record, said = json.loads((tmp_path / "out" / "billhook.json").read_text()), capsys.readouterr().out
+    assert said.count("accuracy") == 2
+    assert 0 <= record["recovery"]["before"] <= 1
+    assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").num_parameters() > 0
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(bert(vocab_size=2048, num_labels=2).config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    for split, count in {"train": 16, "test": 4}.items():
+        lines = [json.dumps({"text": "a rose " * (number % 5 + 1), "label": number % 2}) for number in range(count)]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    return folder, option({split: folder / f"{split}.jsonl" for split in ("train", "test")})
+
+
+def test_what_is_measured_is_not_trained_on(small, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{number * 7919 % 1000} roses and {number * 104729 % 997} thorns. " for number in range(80)))
+    given = Examples(data=str(text), also=[], length=16, examples=6, evaluate=5, batch_size=2)
+    work = OneShot(str(small), str(tmp_path / "out"), given)
+    batches, before = work.batches(), work.measure()
+    rows = {tuple(row["input_ids"].tolist()) for row in work.loader(1000, 2, batches, before).dataset}
+    measured = {tuple(ids.tolist()) for source, ids in before.rows if source == "text"}
+    assert len(measured) == 5
+    assert rows == {tuple(ids.tolist()) for ids in blocks(text)} - measured
+    few = {tuple(row["input_ids"].tolist()) for row in work.loader(8, 2, batches, before).dataset}
+    assert len(few) >= 8
+    assert few > {tuple(ids.tolist()) for batch in batches for ids in batch["input_ids"]}
+
+
+def test_what_cannot_be_trained_is_refused(tmp_path, files):
+    folder = tmp_path / "bert"
+    transformers.BertForMaskedLM(bert(vocab_size=2048).config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    with pytest.raises(SystemExit, match="recover=2: a BertForMaskedLM is no causal language model and no classifier"):
+        main(["shrink", str(folder), str(tmp_path / "out"), "--params", "0.9", "--recover", "2", *SHORT, *option(files)])
     assert not (tmp_path / "out").exists()

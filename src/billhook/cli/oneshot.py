@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from billhook.arguments import whole
@@ -26,7 +27,7 @@ from billhook.cli.metrics import accuracy
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import prunable
 from billhook.model.preprocessors import load_tokenizer
-from billhook.report.damage import Dense, table, warning_of
+from billhook.report.damage import Dense, TextDamage, table, warning_of
 from billhook.report.generation import generates
 from billhook.running.batches import Batch
 from billhook.running.offload import offloaded
@@ -40,6 +41,10 @@ WRITTEN = 40
 """How many the model writes."""
 Before = Dense | float | None
 """What is measured before a model is changed: predictions on texts, or an accuracy."""
+
+
+Cost = list[TextDamage] | float | None
+"""What is measured afterwards: the damage on texts, or an accuracy."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,13 @@ def bar(what: str, of: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: shown.update(task, completed=done, total=total)
 
 
+def shown(before: Before, cost: Cost) -> str | None:
+    """Shows what a model has lost."""
+    if isinstance(cost, list):
+        return table(cost)
+    return None if cost is None else f"accuracy {before:,.4g} before, {cost:,.4g} after"
+
+
 class OneShot:
     """A checkpoint that becomes a smaller one, on the data that it is scored and measured on.
 
@@ -188,27 +200,43 @@ class OneShot:
             rows: Any = splits.get("test", splits.get("validation"))
             return None if rows is None else accuracy(self.model, self._batched(rows, range(min(most, len(rows)))))
 
+    def cost(self, before: Before) -> Cost:
+        """Measures what the model has lost: on each text, or the accuracy that is left; None where nothing was measured."""
+        if isinstance(before, Dense):
+            with offloaded(self._visiting, self.device):
+                return before.damage(self.model)
+        return None if before is None else cast(float, self.measure())
+
     def save(self, before: Before, what: str, record: Mapping[str, Any], *says: object) -> None:
         """Measures again, saves the model with a record of what was done, and prints `says` and what it costs."""
         record = {"events": [{"what": what, "before": self.sizes, "after": _sizes(self.model)}], **record}
         record = {**record, "calibration": asdict(self.calibration) if self.metric == "perplexity" else self._read()}
         figures: dict[str, Any] = {"before": None, "after": None, "examples": self.given.evaluate}
-        shown, warning = None, None
-        if isinstance(before, Dense):
-            with offloaded(self._visiting, self.device):
-                damage = before.damage(self.model)
-            first = damage[0]
-            figures = {"before": first.before, "after": first.after, "examples": first.rows}
-            record["damage"] = [one.to_json() for one in damage]
-            shown, warning = table(damage), warning_of(damage)
-        elif before is not None and isinstance(after := self.measure(), float):
-            figures |= {"before": before, "after": after}
-            shown = f"{self.metric} {before:,.4g} before, {after:,.4g} after"
+        cost, warning = self.cost(before), None
+        if isinstance(cost, list):
+            figures = {"before": cost[0].before, "after": cost[0].after, "examples": cost[0].rows}
+            record["damage"], warning = [one.to_json() for one in cost], warning_of(cost)
+        elif cost is not None:
+            figures |= {"before": before, "after": cost}
         saved = save(self.model, self.out, load_tokenizer(self.name), record | {self.metric: figures})
-        for line in (*says, shown, warning and f"Warning: {warning}"):
+        for line in (*says, shown(before, cost), warning and f"Warning: {warning}"):
             if line is not None:
                 print(line)
         print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
+
+    def loader(self, examples: int, batch_size: int, calibrated: Sequence[Batch], before: Before) -> DataLoader[Any]:
+        """Reads so many examples to train on, if there are: what was calibrated on and more, but nothing that is measured on."""
+        chance = torch.Generator().manual_seed(self.given.seed)
+        if self.metric == "accuracy":
+            rows: Any = self._labelled.splits["train"]
+            return DataLoader(rows, batch_size, shuffle=True, collate_fn=self._labelled.collate(), generator=chance)
+        found = [ids for batch in calibrated for ids in batch["input_ids"]]
+        measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, Dense) else set()
+        if files := [source for name, source in self.calibration.named.items() if name != GENERATED]:
+            more = replace(self.calibration, sources=files, tokens=(examples + len(measured)) * self.length)
+            found += [ids for batch in more.read(self.model) for ids in batch["input_ids"]]
+        own = {row: ids.cpu() for ids in found if (row := tuple(ids.tolist())) not in measured}
+        return DataLoader([{"input_ids": ids, "labels": ids} for ids in own.values()], batch_size, shuffle=True, generator=chance)  # type: ignore[arg-type]
 
     def _read(self) -> dict[str, Any]:
         """Says what a classifier was calibrated on."""

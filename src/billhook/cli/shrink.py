@@ -1,10 +1,16 @@
 """`billhook shrink`: a checkpoint in, the best smaller one within one budget out."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
 from billhook.cli.machine import check_file
-from billhook.cli.oneshot import Examples, OneShot, bar
+from billhook.cli.oneshot import Before, Examples, OneShot, bar, shown
+from billhook.cli.recovery import Recovery
 from billhook.importance.base import Importance
 from billhook.repairs.repair import Repair
 from billhook.report.plot_curve import plot_curve
+from billhook.running.batches import Batch
 from billhook.shrinking.divergence import mean_of
 from billhook.shrinking.shrink import Layers, budget, check_search
 from billhook.shrinking.shrink import shrink as shrink_model
@@ -18,6 +24,7 @@ def shrink(
     model: str,
     out: str,
     given: Examples,
+    recovery: Recovery,
     params: int | float | None = None,
     kv_cache_bytes: int | float | None = None,
     bytes: int | float | None = None,  # noqa: A002 - the name of the target
@@ -42,6 +49,7 @@ def shrink(
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
         given: Examples to fit and to measure on, and the place to compute.
+        recovery: Training after the cut.
         params: Budget: parameters that are left at most, a number, or a fraction of those that are there.
         kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads alone are removed for it.
         bytes: Budget: bytes of all parameters.
@@ -64,6 +72,8 @@ def shrink(
         check_file("plot", plot, ".png")
     limits = budget(params, kv_cache_bytes, bytes, first, last, round_to)
     work = OneShot(model, out, given)
+    if recovery.recover:
+        recovery.task_of(work.model)
     Work.begun(work.model, limits, layers == "uniform")
     batches, before = work.batches(), work.measure()
     with bar("shrinking", "steps") as progress:
@@ -87,9 +97,24 @@ def shrink(
         )
     how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}
     what = f"without {shrunk.plan.words}: {shrunk.left:,} {shrunk.target} left of at most {shrunk.limit:,}"
-    work.save(before, what, {"shrink": shrunk.to_json() | how}, shrunk)
+    what += f"; {recovery.recover:,} steps of recovery" if recovery.recover else ""
+    trained, *said = _recovered(work, recovery, batches, before) if recovery.recover else ({},)
+    work.save(before, what, {"shrink": shrunk.to_json() | how} | trained, shrunk, *said)
     if plot is not None:
         _draw(shrunk, plot)
+
+
+def _recovered(
+    work: OneShot, recovery: Recovery, batches: Sequence[Batch], before: Before
+) -> tuple[dict[str, Any], str, str | None, str]:
+    """Trains the smaller model; returns what to record, and what to say of it before and after."""
+    cost, seed = work.cost(before), work.given.seed
+    loader = work.loader(recovery.examples, recovery.recover_batch_size, batches, before)
+    with bar("recovering", "steps") as progress:
+        recovery.train(work.model, work.name, loader, work.device, seed, progress)
+    plain = [one.to_json() for one in cost] if isinstance(cost, list) else cost
+    after = f"After {recovery.recover} steps of recovery on {len(loader.dataset):,} examples:"  # type: ignore[arg-type]
+    return {"recovery": asdict(recovery) | {"before": plain}}, "Before recovery:", shown(before, cost), after
 
 
 def _draw(shrunk: Shrunk, file: str) -> None:

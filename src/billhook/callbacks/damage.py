@@ -32,7 +32,8 @@ class Damage(FollowsEvents):
     given, before any event; it is read in `setup`. It is measured again after each event and at the end, and told as a ratio and
     a divergence, each with its paired standard error over rows: to the loggers (`damage/SOURCE/perplexity_ratio` and others), in
     the events, in `Report`'s table and in what `Export` records. A warning names texts outside of the calibration that lose over
-    twice as much as those inside. Training is not disturbed: random numbers, modes and gradients are as before.
+    twice as much as those inside. Training is not disturbed: random numbers, modes and gradients are as before. Each time takes a
+    forward of all rows; of the dense model's predictions at most 256 MiB are held, at evenly spaced positions.
 
     A checkpoint holds the rows and what the dense model loses on them. Of its predictions, which would be large, it holds none:
     a run that is resumed reads them again, before the checkpoint's weights are loaded. If its script does not make the same model

@@ -125,3 +125,13 @@ def test_what_is_refused_changes_nothing(files, tmp_path, options, given, match)
     with pytest.raises(ValueError, match=match):
         trainer(tmp_path, [shrinking(**options)]).fit(lit, data(files))
     assert same(weights(lit), before)
+
+
+def test_a_budget_in_quality(files, tmp_path):
+    lit, batches = module(), [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 2000, (5, 4, 9))]
+    dense, callback = copy.deepcopy(lit.model), shrinking(max_loss=1.001, generations=0, calibration=batches)
+    trainer(tmp_path, [callback], max_steps=1).fit(lit, data(files))
+    shrunk = bh.shrink(dense, batches, max_loss=1.001, generations=0)
+    assert callback.shrunk.to_json() == shrunk.to_json()
+    assert shrunk.ratio <= 1.001
+    assert bh.summary(lit).params == shrunk.left

@@ -45,6 +45,15 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys):
     assert record["shrink"]["layers"] == "uniform"
 
 
+def test_a_budget_in_quality(small, files, tmp_path, capsys):
+    options = ["--max_loss", "1.5", "--importance", "WeightNorm", "--repair", "null"]
+    main(["shrink", str(small), str(tmp_path / "out"), *options, *SHORT, *option(files)])
+    record, said = json.loads((tmp_path / "out" / "billhook.json").read_text()), capsys.readouterr().out
+    assert record["shrink"]["ratio"] <= 1.5
+    assert bh.load(tmp_path / "out").num_parameters() == record["shrink"]["left"] < bh.load(small).num_parameters()
+    assert "times the dense model's" in said
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -52,6 +61,7 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys):
         (["--params", "0.001"], "cannot be reached"),
         (["--params", "0.9", "--recover", "-1"], "recover=-1 must be a whole number of at least 0"),
         (["--params", "0.9", "--recover", "2", "--recover_lr", "0"], "recover_lr=0.0 must be a number above 0"),
+        (["--params", "0.9", "--max_loss", "1.1"], "params and max_loss: give one budget"),
         (["--params", "0.9", "--plot", "curve.gif"], "plot='curve.gif' must be a file that ends in .png"),
     ],
 )

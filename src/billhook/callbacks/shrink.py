@@ -18,12 +18,12 @@ from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
-from billhook.model.plan import Weights, apply
-from billhook.pruning.plan import UnitPlan
+from billhook.model.plan import apply
 from billhook.repairs.repair import Repair
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.shrink import Layers, budget, check_search
-from billhook.shrinking.shrunk import Choice, Shrunk
+from billhook.shrinking.shrunk import Shrunk
+from billhook.shrinking.smallest import Found, smallest
 from billhook.shrinking.work import Work
 
 REPAIR = Repair()
@@ -41,6 +41,8 @@ class Shrink(ShapeCallback):
         params: Budget: parameters that are left at most, a number (int) or a fraction of those that are there (float).
         kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads alone are removed for it.
         bytes: Budget: bytes of all parameters.
+        max_loss: Budget in quality: the fewest parameters at which perplexity on held-out batches, by the model's own loss, is at
+            most so many times as high, such as 1.1.
         layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many KV heads; `"free"`: each its own.
         importance: Which units go: `OBS` (the default), or any other `Importance`.
         repair: How the linears that read removed units are refitted; None: not at all.
@@ -69,6 +71,7 @@ class Shrink(ShapeCallback):
         params: int | float | None = None,
         kv_cache_bytes: int | float | None = None,
         bytes: int | float | None = None,  # noqa: A002 - the name of the target
+        max_loss: float | None = None,
         layers: Layers = "uniform",
         importance: Importance | None = None,
         repair: Repair | None = REPAIR,
@@ -84,7 +87,8 @@ class Shrink(ShapeCallback):
         annotated(Shrink, locals())
         check_at(at)
         check_search(generations, candidates)
-        self.amount = budget(params, kv_cache_bytes, bytes, first, last, round_to)
+        self.amount = budget(params, kv_cache_bytes, bytes, max_loss, first, last, round_to)
+        self.max_loss = max_loss
         self.layers, self.importance, self.repair, self.at = layers, importance or OBS(), repair, at
         self.generations, self.candidates = generations, candidates
         super().__init__(FitCalibration.of(calibration), measure_batches)
@@ -97,7 +101,7 @@ class Shrink(ShapeCallback):
     @property
     def state_key(self) -> str:
         """The key of this callback's state in checkpoints."""
-        return self._generate_state_key(amount=str(self.amount))
+        return self._generate_state_key(amount=str(self.amount), max_loss=self.max_loss)
 
     @property
     def needs_data(self) -> bool:
@@ -123,30 +127,30 @@ class Shrink(ShapeCallback):
         metrics = self.measured(trainer, pl_module)
         with together(trainer, "Shrink"):
             work = Work.begun(find_transformer(pl_module), self.amount, self.layers == "uniform")
-            plan, weights, kept, *told = self._search(trainer, pl_module, work)
-            check_agreed(trainer, "Shrink", "the plan of what is removed", [plan.to_json(), weights])
-        event = self.reshape(trainer, pl_module, metrics, partial(self._remove, pl_module, plan, weights))
+            found = self._search(trainer, pl_module, work)
+            check_agreed(trainer, "Shrink", "the plan of what is removed", [found.plan.to_json(), found.weights])
+        event = self.reshape(trainer, pl_module, metrics, partial(self._remove, pl_module, found))
         self.done, self.asked = moment, 1.0
         with self.calibration.aside(pl_module), gradient_precision(trainer):
-            self.shrunk = work.finished(plan, kept, *told)
+            self.shrunk = work.finished(found.plan, found.kept, found.curve, found.tried, found.ratio)
         event["after"] |= self.measured(trainer, pl_module)
         log_event(trainer, event)
 
-    def _search(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, work: Work
-    ) -> tuple[UnitPlan, Weights | None, dict[str, int], list[Choice], list[Choice]]:
-        """Returns the plan of what is removed, repaired weights, how many units places keep, and what else was measured."""
+    def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, work: Work) -> Found:
+        """Searches on the same batches on each rank."""
         with self.calibration.aside(pl_module), gradient_precision(trainer):
             fitted, held_out = divided(list(self.calibration.read(trainer, alike=True)))
             losses = (training_loss(pl_module, number) for number in range(len(fitted)))
             runs = [run_of(work.model, work.search.units, *pair) for pair in zip(fitted, losses, strict=True)]
             predicting = runs_as_in_training(pl_module, work.model, held_out)
             work.measure(runs, predicting, self.importance, self.repair)
-            chosen = work.chosen(self.generations, self.candidates, self.calibration.seed)
-            return *work.planned(runs, self.repair, chosen[0]), *chosen
+            choosing = partial(work.chosen, self.generations, self.candidates, self.calibration.seed)
+            if self.max_loss is None:
+                return Found.within(work, runs, self.repair, choosing)
+            return smallest(work, self.max_loss, held_out, runs, self.repair, choosing)
 
-    def _remove(self, model: nn.Module, plan: UnitPlan, weights: Weights | None, optimizers: list[Optimizer]) -> str:
+    def _remove(self, model: nn.Module, found: Found, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, and says how much that is."""
-        apply(model, plan, optimizers, weights)
-        before, after = plan.parameters
-        return f"{before:,} -> {after:,} parameters ({plan.words}; Shrink)"
+        apply(model, found.plan, optimizers, found.weights)
+        before, after = found.plan.parameters
+        return f"{before:,} -> {after:,} parameters ({found.plan.words}; Shrink)"

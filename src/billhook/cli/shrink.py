@@ -28,6 +28,7 @@ def shrink(
     params: int | float | None = None,
     kv_cache_bytes: int | float | None = None,
     bytes: int | float | None = None,  # noqa: A002 - the name of the target
+    max_loss: float | None = None,
     layers: Layers = "uniform",
     importance: Importance | None = None,
     repair: Repair | None = REPAIR,
@@ -53,6 +54,8 @@ def shrink(
         params: Budget: parameters that are left at most, a number, or a fraction of those that are there.
         kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads alone are removed for it.
         bytes: Budget: bytes of all parameters.
+        max_loss: Budget in quality: the fewest parameters at which perplexity on held-out examples, the geometric mean over
+            their sources, is at most so many times the dense model's, such as 1.1.
         layers: "uniform", so that layers stay alike and plain checkpoints can say it, or "free".
         importance: Which units go: `OBS` (the default), or any other `Importance`, also a class of your own.
         repair: How the linears that read removed units make up for them; null: they do not.
@@ -70,7 +73,7 @@ def shrink(
     check_search(generations, candidates)
     if plot is not None:
         check_file("plot", plot, ".png")
-    limits = budget(params, kv_cache_bytes, bytes, first, last, round_to)
+    limits = budget(params, kv_cache_bytes, bytes, max_loss, first, last, round_to)
     work = OneShot(model, out, given)
     if recovery.recover:
         recovery.task_of(work.model)
@@ -83,6 +86,7 @@ def shrink(
             params=params,
             kv_cache_bytes=kv_cache_bytes,
             bytes=bytes,
+            max_loss=max_loss,
             layers=layers,
             importance=importance,
             repair=repair,

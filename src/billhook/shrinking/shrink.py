@@ -1,12 +1,13 @@
 """Makes a model smaller within one budget, where that loses least."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from torch import nn
 
-from billhook.arguments import a_path, annotated, whole
+from billhook.arguments import a_path, annotated, number, whole
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
@@ -17,10 +18,13 @@ from billhook.pruning.amount import Amount
 from billhook.repairs.repair import Repair
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.shrunk import Shrunk
+from billhook.shrinking.smallest import Found, smallest
 from billhook.shrinking.work import CURVE, Work
 
 Layers = Literal["uniform", "free"]
 REPAIR = Repair()
+ANY = 1 - 1e-9
+"""A budget that any smaller model meets."""
 
 
 def shrink(
@@ -30,6 +34,7 @@ def shrink(
     params: int | float | None = None,
     kv_cache_bytes: int | float | None = None,
     bytes: int | float | None = None,  # noqa: A002 - the name of the target
+    max_loss: float | None = None,
     layers: Layers = "uniform",
     importance: Importance | None = None,
     repair: Repair | None = REPAIR,
@@ -58,6 +63,8 @@ def shrink(
         params: Budget: parameters that are left at most, a number (int) or a fraction of those that are there (float).
         kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads alone are removed for it.
         bytes: Budget: bytes of all parameters.
+        max_loss: Budget in quality: the fewest parameters at which perplexity on batches that nothing is fitted to, the geometric
+            mean over their sources, is at most so many times the dense model's, such as 1.1.
         layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many KV heads, which plain checkpoints
             can say; `"free"`: each place keeps its own number.
         importance: Which units go, at each level those of the lowest scores; by default `OBS()`.
@@ -94,17 +101,17 @@ def shrink(
         a_path("library", library)
         if Path(library).exists() and not Path(library).is_dir():
             raise ValueError(f"library='{library}' must be a folder, or a name that is free")
-    amount = budget(params, kv_cache_bytes, bytes, first, last, round_to)
+    amount = budget(params, kv_cache_bytes, bytes, max_loss, first, last, round_to)
     subject = find_transformer(model)
     check_values(subject)
     work = Work.begun(subject, amount, layers == "uniform")
     work.progress, work.steps = progress, 2 * len(work.places) + 2 + generations * candidates + CURVE
     fitted, held_out = divided(list(batches_of(batches, subject)))
     work.measure(fitted, held_out, importance or OBS(), repair, None if library is None else Path(library))
-    kept, *told = work.chosen(generations, candidates, seed)
-    plan, weights = work.planned(fitted, repair, kept)
-    apply(subject, plan, weights=weights)
-    return work.finished(plan, kept, *told)
+    how = fitted, repair, partial(work.chosen, generations, candidates, seed)
+    found = Found.within(work, *how) if max_loss is None else smallest(work, max_loss, held_out, *how)
+    apply(subject, found.plan, weights=found.weights)
+    return work.finished(found.plan, found.kept, found.curve, found.tried, found.ratio)
 
 
 def check_search(generations: int, candidates: int) -> None:
@@ -117,15 +124,19 @@ def budget(
     params: int | float | None,
     kv_cache_bytes: int | float | None,
     bytes: int | float | None,  # noqa: A002
+    max_loss: float | None,
     first: int,
     last: int,
     round_to: int,
 ) -> Amount:
-    """Returns a budget, the only one of three, as an amount; refuses numbers that are not legal."""
+    """Returns a budget, the only one of four, as an amount, for a loss any smaller model; refuses numbers that are not legal."""
     for name, (value, least) in {"first": (first, 0), "last": (last, 0), "round_to": (round_to, 1)}.items():
         whole(name, value, least)
-    targets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes}
+    targets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes, "max_loss": max_loss}
     asked = [name for name, value in targets.items() if value is not None]
     if len(asked) != 1:
         raise ValueError(f"{' and '.join(asked) or 'params=None'}: give one budget of {', '.join(targets)}")
+    if max_loss is not None:
+        number("max_loss", max_loss, above=1)
+        params = ANY
     return Amount(params=params, kv_cache_bytes=kv_cache_bytes, bytes=bytes, first=first, last=last, round_to=round_to)

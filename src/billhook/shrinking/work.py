@@ -1,7 +1,7 @@
 """Leads a model through the steps of a search: levels, variants, damage, choice, and the cut and repair of what is chosen."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class Work:
         progress: Called with how many steps are done, and of how many at most.
         steps: How many there are at most.
         done: How many are done.
+        known: What has been measured, by the levels of all slots.
     """
 
     model: PreTrainedModel
@@ -58,6 +59,7 @@ class Work:
     progress: Callable[[int, int], None] | None = None
     steps: int = 0
     done: int = 0
+    known: dict[Levels, float] = field(default_factory=dict)
 
     @classmethod
     def begun(cls, model: PreTrainedModel, amount: Amount, uniform: bool) -> "Work":
@@ -130,12 +132,19 @@ class Work:
         plan = UnitPlan.of(cut, self.search.costs(cut))
         return plan, repair_weights(self.model, plan, fitted, repair) if repair else None
 
-    def finished(self, plan: UnitPlan, kept: Mapping[str, int], curve: Sequence[Choice], tried: Sequence[Choice]) -> Shrunk:
+    def finished(
+        self,
+        plan: UnitPlan,
+        kept: Mapping[str, int],
+        curve: Sequence[Choice],
+        tried: Sequence[Choice],
+        ratio: float | None = None,
+    ) -> Shrunk:
         """Measures the model once the plan of what was chosen has been carried out."""
         predicted = sum(between(slot, kept[slot.names[0]]) for slot in self.slots)
         counts = {name: (place.count, kept[place.name]) for place in self.places for name in place.names}
         left, after = int(getattr(figures_of(self.model), self.target)), self.divergence.by_source()
-        return Shrunk(plan, self.target, self.limit, left, counts, predicted, after, tuple(curve), tuple(tried))
+        return Shrunk(plan, self.target, self.limit, left, counts, predicted, after, tuple(curve), tuple(tried), ratio)
 
     def _gone(self, place: Place, kept: int) -> dict[str, list[int]]:
         return gone(place, self.search.units, self.scores, kept)
@@ -167,12 +176,17 @@ class Work:
 
     def _measure(self, levels: Levels) -> float:
         self._advance()
-        kept = self._by_place([slot.kept[level] for slot, level in zip(self.slots, levels, strict=True)])
-        with self.library.assembled(kept):
-            return self.divergence.mean()
+        if levels not in self.known:
+            with self.library.assembled(self.kept_at(levels)):
+                self.known[levels] = self.divergence.mean()
+        return self.known[levels]
+
+    def kept_at(self, levels: Levels) -> dict[str, int]:
+        """Returns how many units each place keeps at levels of the slots."""
+        return self._by_place([slot.kept[level] for slot, level in zip(self.slots, levels, strict=True)])
 
     def _choice(self, levels: Levels, measured: float) -> Choice:
-        kept = self._by_place([slot.kept[level] for slot, level in zip(self.slots, levels, strict=True)])
+        kept = self.kept_at(levels)
         left = self.limit - self.within + cost(self.slots, levels)
         return Choice(kept, left, loss(self.slots, levels), measured)
 

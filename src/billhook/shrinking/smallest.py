@@ -1,0 +1,113 @@
+"""Finds the smallest model whose perplexity rises by no more than is asked."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from billhook.importance.score import run_of
+from billhook.model.plan import Weights
+from billhook.pruning.plan import UnitPlan
+from billhook.repairs.repair import Repair
+from billhook.running.walk import replaced
+from billhook.shrinking.choose import Frontier
+from billhook.shrinking.perplexity import Perplexity
+from billhook.shrinking.shrunk import Choice
+from billhook.shrinking.work import Work
+from billhook.units.gates import mask
+
+SIZES = 64
+"""Into how many steps what may be removed is divided."""
+Choosing = Callable[[], tuple[dict[str, int], list[Choice], list[Choice]]]
+"""Searches within a work's limit: how many units places keep, choices of other sizes, and what was measured."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was chosen: how many units places keep, the plan with repaired weights, what else was measured, and perplexity."""
+
+    kept: dict[str, int]
+    plan: UnitPlan
+    weights: Weights | None
+    curve: list[Choice]
+    tried: list[Choice]
+    ratio: float | None = None
+
+    @classmethod
+    def within(cls, work: Work, fitted: Sequence[Any], repair: Repair | None, choosing: Choosing) -> "Found":
+        """Searches within a work's limit, and repairs what is chosen as a whole."""
+        kept, curve, tried = choosing()
+        return cls(kept, *work.planned(fitted, repair, kept), curve, tried)
+
+
+def smallest(
+    work: Work, most: float, held_out: Sequence[Any], fitted: Sequence[Any], repair: Repair | None, choosing: Choosing
+) -> Found:
+    """Finds the smallest size at which the model, repaired as a whole, has at most so many times its perplexity.
+
+    Bisection on what the refitted places lose when they are put together says where to begin. From there sizes are searched and
+    repaired one after the other: smaller ones as long as they are good enough, or else larger ones until one is. The limit of the
+    work is that size in the end.
+
+    Args:
+        work: The model, measured.
+        most: How many times the dense model's perplexity may be.
+        held_out: Batches that it is measured on, as dictionaries; their losses are the model's own.
+        fitted: Batches to repair on.
+        repair: How it is repaired.
+        choosing: Searches within a limit.
+
+    Raises:
+        ValueError: If not even the largest size is good enough.
+    """
+    sizes = _sizes(work)
+    perplexity = Perplexity(work.model, [run_of(work.model, {}, batch) for batch in held_out])
+
+    def good(number: int) -> Found | None:
+        work.limit = sizes[number]
+        found = Found.within(work, fitted, repair, choosing)
+        ratio = _ratio(work.model, perplexity, found)
+        return replace(found, ratio=ratio) if ratio <= most else None
+
+    start = _first_met(work, sizes, most, perplexity)
+    best, at = good(start), start
+    while best is not None and at > 0 and (smaller := good(at - 1)) is not None:
+        best, at = smaller, at - 1
+    while best is None and at < len(sizes) - 1:
+        best, at = good(at + 1), at + 1
+    if best is None:
+        raise ValueError(f"max_loss={most}: not even a model of {sizes[-1]:,} parameters meets it")
+    work.limit = sizes[at]
+    return best
+
+
+def _sizes(work: Work) -> list[int]:
+    """Returns sizes, from the smallest that can be reached to just below the whole."""
+    now = int(getattr(work.search.now, work.target))
+    least = now - sum((place.count - work.levels[place.name][-1]) * place.each for place in work.places)
+    return sorted({int(size) for size in np.linspace(least, now, SIZES + 1)[:-1]})
+
+
+def _first_met(work: Work, sizes: Sequence[int], most: float, perplexity: Perplexity) -> int:
+    """Returns the number of the smallest size that is good enough when refitted places are put together; or that of the last."""
+    frontier, low, high = Frontier(work.slots), 0, len(sizes) - 1
+    while low < high:
+        middle = (low + high) // 2
+        work.limit = sizes[middle]
+        levels = frontier.within(work.within)
+        with work.library.assembled(work.kept_at(levels) if levels else {}):
+            met = levels is not None and perplexity.ratio() <= most
+        low, high = (low, middle) if met else (middle + 1, high)
+    return low
+
+
+def _ratio(model: PreTrainedModel, perplexity: Perplexity, found: Found) -> float:
+    """Measures the model as it would be if a plan were carried out."""
+    new: dict[Any, dict[str, Any]] = {}
+    for name, value in (found.weights or {}).items():
+        module, _, part = name.rpartition(".")
+        new.setdefault(model.get_submodule(module), {})[part] = value
+    with replaced(new), mask(model, found.plan):
+        return perplexity.ratio()

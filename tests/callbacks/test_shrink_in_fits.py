@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
+from peft import LoraConfig
 
 import billhook as bh
 from billhook.checkpoints.export import export
@@ -108,6 +109,7 @@ def test_arguments(options, match):
 
 
 LORA = {"lora": bh.LoRA(r=2)}
+DORA = {"lora": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)}
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,8 @@ LORA = {"lora": bh.LoRA(r=2)}
     [
         ({"params": 10}, {}, r"params=10: 10 cannot be reached; with what may be removed, [\d,]+ to [\d,]+ can"),
         ({"params": 0.94, "at": 20}, {}, "at=20"),
-        ({"params": 0.94}, LORA, r"Shrink: the model has adapters \(LoRA\): shrink it first"),
+        ({"params": 0.94, "at": 3}, LORA, "at=3 must be 'start' where adapters are attached"),
+        ({"params": 0.94}, DORA, "Shrink: the adapter of model.layers.0.self_attn.q_proj is not plain LoRA, or has learned"),
         ({"params": 0.94, "calibration": 2}, {}, "batches: three rows at least, .* got 2"),
     ],
 )
@@ -135,3 +138,37 @@ def test_a_budget_in_quality(files, tmp_path):
     assert callback.shrunk.to_json() == shrunk.to_json()
     assert shrunk.ratio <= 1.001
     assert bh.summary(lit).params == shrunk.left
+
+
+def adapted(seed=0):
+    torch.manual_seed(seed)
+    return bh.TransformerModule(llama(vocab_size=2048), lora=bh.LoRA(r=2), lr=1e-2)
+
+
+def test_lora_trains_what_is_left_and_is_merged(files, tmp_path):
+    batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 2000, (5, 4, 9))]
+    lit, callback = adapted(), shrinking(params=0.94, layers="free", calibration=batches)
+    torch.manual_seed(0)
+    dense = llama(vocab_size=2048).eval()
+    straight = trainer(tmp_path, [callback, checkpoints(tmp_path), bh.Export(str(tmp_path / "out"))], max_steps=4)
+    straight.fit(lit, data(files))
+    shrunk = bh.shrink(dense, batches, params=0.94, layers="free", generations=1, candidates=2)
+    assert callback.shrunk.to_json() == shrunk.to_json()
+    frozen = {name.replace(".base_layer", ""): value for name, value in lit.model.state_dict().items() if "lora" not in name}
+    assert same(frozen, dense.state_dict())
+    again, ids = bh.load(tmp_path / "out"), tokens()
+    assert again.num_parameters() == shrunk.left
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, lit.model.eval()(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(again(ids).logits, dense(ids).logits, atol=1e-3)
+    resumed, later = adapted(seed=1), shrinking(params=0.94, layers="free", calibration=batches)
+    trainer(tmp_path, [later], max_steps=4).fit(resumed, data(files), ckpt_path=tmp_path / "step=2.ckpt")
+    assert same(weights(resumed), weights(lit))
+    assert repr(later.events) == repr(callback.events)
+
+
+def test_adapters_that_have_learned_are_refused_when_it_comes_late(files, tmp_path):
+    trainer(tmp_path, [checkpoints(tmp_path)], max_steps=2).fit(adapted(), data(files))
+    run = trainer(tmp_path, [shrinking(params=0.94)], max_steps=4)
+    with pytest.raises(ValueError, match="is not plain LoRA, or has learned something: merge it"):
+        run.fit(adapted(), data(files), ckpt_path=tmp_path / "step=2.ckpt")

@@ -1,6 +1,7 @@
 """Looks beneath adapters: finds them, and the names and modules that they wrap."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -24,6 +25,28 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
         owner, _, attr = name.rpartition(".")
         setattr(shadow.get_submodule(owner), attr, layer.get_base_layer())
     return shadow
+
+
+@contextmanager
+def taken_off(model: nn.Module) -> Iterator[None]:
+    """Puts the layers beneath adapters in their places until the end of a `with` block."""
+    places = [
+        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], own) for name, own in adapted(model).items()
+    ]
+    try:
+        for owner, attribute, layer in places:
+            setattr(owner, attribute, layer.get_base_layer())
+        yield
+    finally:
+        for owner, attribute, layer in places:
+            setattr(owner, attribute, layer)
+
+
+def adds_nothing(layer: Any) -> bool:  # noqa: ANN401 - any of PEFT's layers
+    """Tells whether a layer has LoRA on it that is as it began, with B = 0."""
+    second = getattr(layer, "lora_B", None)
+    plain = not len(getattr(layer, "lora_magnitude_vector", ())) and not layer.merged
+    return plain and isinstance(second, nn.Module) and not any(bool(own.any()) for own in second.parameters())
 
 
 def beneath(name: str, layers: Collection[str]) -> str:

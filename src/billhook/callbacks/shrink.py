@@ -3,10 +3,11 @@
 from functools import partial
 
 import lightning.pytorch as pl
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
+from billhook.adapters.beneath import adapted, adds_nothing, beneath, taken_off
 from billhook.arguments import annotated
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.events.event import log_event
@@ -19,6 +20,7 @@ from billhook.importance.obs import OBS
 from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply
+from billhook.pruning.planning import plan_units
 from billhook.repairs.repair import Repair
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.shrink import Layers, budget, check_search
@@ -34,8 +36,8 @@ class Shrink(ShapeCallback):
 
     This is `bh.shrink` in the middle of a fit, so that training recovers what is lost; with `TransformerModule(distillation=...)`
     the dense model teaches it. Optimizer state and gradients follow, checkpoints carry the shape, and a resumed run ends as the
-    straight run does. Under DDP each rank searches on the same batches, all of them, and what is found is compared. LoRA is
-    attached to the smaller model, in a fit of its own.
+    straight run does. Under DDP each rank searches on the same batches, all of them, and what is found is compared. With
+    `TransformerModule(lora=...)` it comes at the start, and LoRA, cut too, trains what is left; the budget counts no adapters.
 
     Args:
         params: Budget: parameters that are left at most, a number (int) or a fraction of those that are there (float).
@@ -111,12 +113,12 @@ class Shrink(ShapeCallback):
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses a budget that the model cannot meet, and adapters."""
         subject = find_transformer(model)
-        if any(isinstance(module, BaseTunerLayer) for module in subject.modules()):
+        if adapted(subject) and self.at != "start":
             raise ValueError(
-                "Shrink: the model has adapters (LoRA): shrink it first (`billhook shrink`), and attach them to the result"
+                f"at={self.at!r} must be 'start' where adapters are attached: Shrink comes before they learn anything"
             )
         if trainer.ckpt_path is None:
-            Work.begun(subject, self.amount, self.layers == "uniform")
+            self._begun(subject)
 
     def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
         """Returns the step at which it happens."""
@@ -124,17 +126,25 @@ class Shrink(ShapeCallback):
 
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
         """Searches, removes and repairs."""
-        metrics = self.measured(trainer, pl_module)
+        metrics, model = self.measured(trainer, pl_module), find_transformer(pl_module)
         with together(trainer, "Shrink"):
-            work = Work.begun(find_transformer(pl_module), self.amount, self.layers == "uniform")
-            found = self._search(trainer, pl_module, work)
+            work = self._begun(model)
+            with taken_off(model):
+                found = self._search(trainer, pl_module, work)
             check_agreed(trainer, "Shrink", "the plan of what is removed", [found.plan.to_json(), found.weights])
-        event = self.reshape(trainer, pl_module, metrics, partial(self._remove, pl_module, found))
+        event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, found))
         self.done, self.asked = moment, 1.0
-        with self.calibration.aside(pl_module), gradient_precision(trainer):
+        with self.calibration.aside(pl_module), gradient_precision(trainer), taken_off(model):
             self.shrunk = work.finished(found.plan, found.kept, found.curve, found.tried, found.ratio)
         event["after"] |= self.measured(trainer, pl_module)
         log_event(trainer, event)
+
+    def _begun(self, model: PreTrainedModel) -> Work:
+        """Finds what may be removed beneath adapters; refuses a budget that cannot be met, and adapters that have learned."""
+        if late := [name for name, layer in adapted(model).items() if not adds_nothing(layer)]:
+            raise ValueError(f"Shrink: the adapter of {late[0]} is not plain LoRA, or has learned something: merge it (bh.merge)")
+        with taken_off(model):
+            return Work.begun(model, self.amount, self.layers == "uniform")
 
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, work: Work) -> Found:
         """Searches on the same batches on each rank."""
@@ -149,8 +159,10 @@ class Shrink(ShapeCallback):
                 return Found.within(work, runs, self.repair, choosing)
             return smallest(work, self.max_loss, held_out, runs, self.repair, choosing)
 
-    def _remove(self, model: nn.Module, found: Found, optimizers: list[Optimizer]) -> str:
-        """Removes what is planned, and says how much that is."""
-        apply(model, found.plan, optimizers, found.weights)
-        before, after = found.plan.parameters
-        return f"{before:,} -> {after:,} parameters ({found.plan.words}; Shrink)"
+    def _remove(self, model: PreTrainedModel, found: Found, optimizers: list[Optimizer]) -> str:
+        """Removes what is planned, of adapters too, and says how much that is."""
+        layers, plan = adapted(model), found.plan
+        weights = {beneath(name, layers): value for name, value in (found.weights or {}).items()}
+        apply(model, plan_units(model, plan.units, dict.fromkeys(plan.kinds.values())) if layers else plan, optimizers, weights)
+        before, after = plan.parameters
+        return f"{before:,} -> {after:,} parameters ({plan.words}; Shrink)"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ import transformers
 
 import billhook as bh
 from billhook.cli.main import main
+from billhook.running.batches import Batch
 from kit.cli import blocks, drawn, option, perplexity, small_llama
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
 
 
 OFF = ["--repair", "null"]
+IDS = torch.arange(40).view(2, 20)
 
 
 def prune(model, out, *arguments):
@@ -69,7 +72,8 @@ def test_a_target_in_rounds(small, files, tmp_path):
 
 def test_what_stays_makes_up_for_what_goes(small, files, tmp_path):
     """By default, and better than not, on text that it has not seen."""
-    arguments = ["--channels", "0.5", "--length", "16", "--examples", "24", "--evaluate", "8", *option(files)]
+    text = ["--generated", "0", *option(files)]
+    arguments = ["--channels", "0.5", "--length", "16", "--examples", "24", "--evaluate", "8", *text]
     repaired, not_repaired = prune(small, tmp_path / "one", *arguments), prune(small, tmp_path / "other", *arguments, *OFF)
     assert repaired["importance"]["repair"].startswith("Repair(")
     assert not_repaired["importance"]["repair"] is None
@@ -81,6 +85,21 @@ def test_what_stays_makes_up_for_what_goes(small, files, tmp_path):
     bh.apply(dense, plan, weights=weights)
     with torch.no_grad():
         assert torch.equal(bh.load(tmp_path / "one")(rows[:2]).logits, dense(rows[:2]).logits)
+
+
+def test_beside_one_text_linears_are_refitted_to_what_the_model_writes(small, files, tmp_path):
+    record = prune(small, tmp_path / "out", "--channels", "0.5", *SHORT, *option(files))
+    read, inside = record["calibration"], {one["source"]: one["inside"] for one in record["damage"]}
+    assert (read["sources"], read["weights"]) == ([files, "generated"], [0.75, 0.25])
+    assert inside == {Path(files["train"]).stem: True, "generated": False}
+    dense = bh.load(small)
+    text = bh.Calibration([files, "generated"], [3, 1], 6 * 16, 16, 4, tokenizer=str(small))
+    batches = [Batch(one | {"labels": one["input_ids"]}, one.source) for one in text.read(dense)]
+    assert [len(one["input_ids"]) for one in batches] == [4, 2]
+    plan = bh.plan(dense, bh.Taylor(), batches, channels=0.5)
+    bh.apply(dense, plan, weights=bh.repair(dense, plan, batches))
+    with torch.no_grad():
+        assert torch.equal(bh.load(tmp_path / "out")(IDS).logits, dense(IDS).logits)
 
 
 def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from billhook.arguments import whole
+from billhook.arguments import fraction, whole
 from billhook.assets import model_path
 from billhook.calibration.calibration import Calibration
 from billhook.calibration.generated import LENGTH, check_writes
@@ -39,6 +39,8 @@ EXAMPLES = 128
 """How many examples of a text scores are taken from, if no number is asked for."""
 WRITTEN = 40
 """How many the model writes."""
+BESIDE = 0.25
+"""Share of the examples that it writes beside one text that linears are refitted to."""
 Before = Dense | float | None
 """What is measured before a model is changed: predictions on texts, or an accuracy."""
 
@@ -61,6 +63,8 @@ class Text:
         length: Tokens of an example; by default as many as the model reads, but at most 512, or 2048 for `prune` with `data`.
         examples: Examples that scores are taken from, drawn by `seed`; by default 128, as in most papers, or 40 that the model
             writes.
+        generated: Share of the examples that the model writes beside one text of `data`, in [0, 1); by default a quarter where
+            linears are refitted, so that they do not serve this text alone, and otherwise none.
         batch_size: Examples in a batch.
         evaluate: Examples of each text that are measured on: perplexity, or accuracy; 0 for none.
         seed: Which examples are drawn.
@@ -78,6 +82,7 @@ class Text:
     column: str = "text"
     length: int | None = None
     examples: int | None = None
+    generated: float | None = None
     batch_size: int = 1
     evaluate: int = 64
     seed: int = 0
@@ -88,6 +93,10 @@ class Text:
         whole("examples", 1 if self.examples is None else self.examples)
         whole("batch_size", self.batch_size)
         whole("evaluate", self.evaluate, 0)
+        if self.generated is not None:
+            fraction("generated", self.generated, "[0, 1)")
+            if self.generated and (self.data in (None, GENERATED) or isinstance(self.data, list)):
+                raise ValueError(f"generated={self.generated} is what the model writes beside one text, and data={self.data!r}")
 
     def length_for(self, model: PreTrainedModel) -> int:
         """Returns how many tokens an example has."""
@@ -133,10 +142,11 @@ def shown(before: Before, cost: Cost) -> str | None:
 class OneShot:
     """A checkpoint that becomes a smaller one, on the data that it is scored and measured on.
 
-    With `offload` the model stays in the CPU's memory, and is measured block by block on the device.
+    With `offload` the model stays in the CPU's memory, and is measured block by block on the device. One that `refits` linears is
+    shown what the model writes beside a single text.
     """
 
-    def __init__(self, name: str, out: str, given: Text, offload: bool = False) -> None:
+    def __init__(self, name: str, out: str, given: Text, offload: bool = False, refits: bool = False) -> None:
         check_target(out)
         self.name, self.out, self.given, self.device = name, out, given, device_of(given.device)
         self.model = load(name, given.dtype)
@@ -149,22 +159,35 @@ class OneShot:
         self.length = given.length_for(self.model)
         classifies = isinstance(given, Examples) and "Classification" in type(self.model).__name__
         self.metric = "accuracy" if classifies else "perplexity"
-        if given.data is None:
+        self.beside = self._beside(refits)
+        if self.metric == "perplexity":
+            check_also(self.calibration, given.also)
+
+    def _beside(self, refits: bool) -> float:
+        """Returns the share of the examples that the model writes beside one text; refuses one that it cannot write."""
+        given = self.given
+        alone = given.data not in (None, GENERATED) and not isinstance(given.data, list)
+        share = given.generated if given.generated is not None else BESIDE * (refits and alone and self.metric == "perplexity")
+        if given.data is None or share:
             try:
                 check_writes(self.model)
             except ValueError as error:
-                raise ValueError(f"data=None: {error}: name a file") from error
-        if self.metric == "perplexity":
-            check_also(self.calibration, given.also)
+                if given.data is None:
+                    raise ValueError(f"data=None: {error}: name a file") from error
+                if given.generated:
+                    raise ValueError(f"generated={share}: {error}") from error
+                return 0.0
+        return share
 
     @cached_property
     def calibration(self) -> Calibration:
         """Where the text comes from that scores are taken from."""
         given, examples = self.given, self.given.examples
-        sources = GENERATED if given.data is None else given.data
+        sources: Any = GENERATED if given.data is None else [given.data, GENERATED] if self.beside else given.data
+        weights = [1 - self.beside, self.beside] if self.beside else None
         tokens = (examples or (WRITTEN if given.data is None else EXAMPLES)) * self.length
         options = {"batch_size": given.batch_size, "column": given.column, "tokenizer": model_path(self.name), "seed": given.seed}
-        return Calibration(sources, tokens=tokens, length=self.length, **options)  # type: ignore[arg-type]
+        return Calibration(sources, weights, tokens, self.length, **options)  # type: ignore[arg-type]
 
     @cached_property
     def _labelled(self) -> DatasetModule:
@@ -195,7 +218,8 @@ class OneShot:
                 if not measured:
                     return None
                 read = texts(self.calibration, self.model, most, self.given.also)
-                return Dense(self.model, read, list(self.calibration.named))
+                inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
+                return Dense(self.model, read, inside)
             splits = self._labelled.splits
             rows: Any = splits.get("test", splits.get("validation"))
             return None if rows is None else accuracy(self.model, self._batched(rows, range(min(most, len(rows)))))
@@ -233,7 +257,7 @@ class OneShot:
         found = [ids for batch in calibrated for ids in batch["input_ids"]]
         measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, Dense) else set()
         if files := [source for name, source in self.calibration.named.items() if name != GENERATED]:
-            more = replace(self.calibration, sources=files, tokens=(examples + len(measured)) * self.length)
+            more = replace(self.calibration, sources=files, weights=None, tokens=(examples + len(measured)) * self.length)
             found += [ids for batch in more.read(self.model) for ids in batch["input_ids"]]
         own = {row: ids.cpu() for ids in found if (row := tuple(ids.tolist())) not in measured}
         return DataLoader([{"input_ids": ids, "labels": ids} for ids in own.values()], batch_size, shuffle=True, generator=chance)  # type: ignore[arg-type]

@@ -76,7 +76,7 @@ def prune_structure(
         ValueError: If an argument is not legal, or the model cannot give what is asked; before anything is written.
     """
     whole("rounds", rounds)
-    work, importance = OneShot(model, out, given), importance or Taylor()
+    work, importance = OneShot(model, out, given, refits=repair is not None), importance or Taylor()
     if amount.blocks_alone is not None:
         count_blocks(work.model, amount.blocks_alone)
     if amount.within is not None:

@@ -74,7 +74,7 @@ def shrink(
     if plot is not None:
         check_file("plot", plot, ".png")
     limits = budget(params, kv_cache_bytes, bytes, max_loss, first, last, round_to)
-    work = OneShot(model, out, given)
+    work = OneShot(model, out, given, refits=repair is not None)
     if recovery.recover:
         recovery.task_of(work.model)
     Work.begun(work.model, limits, layers == "uniform")

@@ -129,6 +129,8 @@ def test_blocks_and_then_what_is_within(small, files, tmp_path):
         (["--channels", "1.5"], r"channels=1.5 must be a fraction of these units in \[0, 1\)"),
         (["--params", "10"], "params=10: 10 cannot be reached; with what may be removed"),
         (["--channels", "0.5", "--rounds", "0"], "rounds=0 must be a whole number of at least 1"),
+        (["--channels", "0.5", "--generated", "0.5"], "generated=0.5 is what the model writes beside one text, and data=None"),
+        (["--channels", "0.5", "--generated", "1"], r"generated=1.0 must be in \[0, 1\)"),
         (["--blocks", "-1"], "blocks=-1 must be a whole number of at least 0"),
         (["--channels", "0.5", "--evaluate", "-1"], "evaluate=-1 must be a whole number of at least 0"),
     ],

@@ -166,18 +166,16 @@ class OneShot:
     def _beside(self, refits: bool) -> float:
         """Returns the share of the examples that the model writes beside one text; refuses one that it cannot write."""
         given = self.given
+        try:
+            check_writes(self.model)
+        except ValueError as error:
+            if given.data is None:
+                raise ValueError(f"data=None: {error}: name a file") from error
+            if given.generated:
+                raise ValueError(f"generated={given.generated}: {error}") from error
+            return 0.0
         alone = given.data not in (None, GENERATED) and not isinstance(given.data, list)
-        share = given.generated if given.generated is not None else BESIDE * (refits and alone and self.metric == "perplexity")
-        if given.data is None or share:
-            try:
-                check_writes(self.model)
-            except ValueError as error:
-                if given.data is None:
-                    raise ValueError(f"data=None: {error}: name a file") from error
-                if given.generated:
-                    raise ValueError(f"generated={share}: {error}") from error
-                return 0.0
-        return share
+        return given.generated if given.generated is not None else BESIDE if refits and alone else 0.0
 
     @cached_property
     def calibration(self) -> Calibration:

@@ -71,6 +71,25 @@ def test_free_layers_lose_less_and_are_saved(tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_it_is_compared_with_each_kind_alone():
+    """Of channels and of blocks alone as an independent computation has it; KV heads alone are not enough."""
+    _, shrunk = shrunk_of(params=0.7, layers="free", repair=None, generations=0)
+    assert set(shrunk.alone) == {"channels", "blocks"}
+    fitted, held_out = divided(texts())
+    model = trained()
+    far, sizes = Divergence(model, runs_of(model, held_out)), bh.summary(trained()).params
+    scores = bh.score(model, bh.find_units(model, "block"), bh.BlockInfluence(), fitted)["model.layers"]
+    size = sum(one.numel() for one in model.model.layers[0].parameters())
+    assert shrunk.alone["blocks"][0] == sizes - size * -(-(sizes - shrunk.limit) // size)
+    gone = scores.argsort()[: (sizes - shrunk.alone["blocks"][0]) // size].tolist()
+    with bh.mask(model, {"model.layers": gone}, "block"):
+        assert shrunk.alone["blocks"][1] == pytest.approx(far.mean())
+    left, lost = shrunk.alone["channels"]
+    assert left <= shrunk.limit
+    assert lost >= shrunk.tried[0].measured > 0
+    assert "without channels alone, " in str(shrunk)
+
+
 def test_the_smallest_that_can_be_reached_is():
     _, some = shrunk_of(params=0.7, layers="free", generations=0)
     least = some.curve[0].left

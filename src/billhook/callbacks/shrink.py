@@ -156,8 +156,11 @@ class Shrink(ShapeCallback):
             work.measure(runs, predicting, self.importance, self.repair)
             choosing = partial(work.chosen, self.generations, self.candidates, self.calibration.seed)
             if self.max_loss is None:
-                return Found.within(work, runs, self.repair, choosing)
-            return smallest(work, self.max_loss, held_out, runs, self.repair, choosing)
+                found = Found.within(work, runs, self.repair, choosing)
+            else:
+                found = smallest(work, self.max_loss, held_out, runs, self.repair, choosing)
+            work.compare(runs)
+            return found
 
     def _remove(self, model: PreTrainedModel, found: Found, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, of adapters too, and says how much that is."""

@@ -124,4 +124,5 @@ def _recovered(
 def _draw(shrunk: Shrunk, file: str) -> None:
     together = [(one.left, one.measured) for one in shrunk.curve]
     predicted = [(one.left, one.predicted) for one in shrunk.curve]
-    plot_curve(shrunk.target, together, predicted, (shrunk.left, mean_of(shrunk.measured))).savefig(file)
+    chosen = shrunk.left, mean_of(shrunk.measured)
+    plot_curve(shrunk.target, together, predicted, chosen, shrunk.alone).savefig(file)

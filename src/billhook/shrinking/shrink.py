@@ -110,6 +110,7 @@ def shrink(
     work.measure(fitted, held_out, importance or OBS(), repair, None if library is None else Path(library))
     how = fitted, repair, partial(work.chosen, generations, candidates, seed)
     found = Found.within(work, *how) if max_loss is None else smallest(work, max_loss, held_out, *how)
+    work.compare(fitted)
     apply(subject, found.plan, weights=found.weights)
     return work.finished(found.plan, found.kept, found.curve, found.tried, found.ratio)
 

@@ -38,6 +38,8 @@ class Shrunk:
         measured: KL divergence of the smaller model, repaired as a whole, by source, on batches that it was not fitted to.
         curve: Choices of other sizes, from the smallest, for comparison.
         tried: All choices that were measured within the budget, the best first.
+        alone: For comparison, what is left of the target, and lost, without KV heads, channels or whole blocks alone, where they
+            are enough: refitted place by place, blocks not at all.
         ratio: Perplexity of the smaller model to the dense one's, on the same batches, where a budget of it was given.
     """
 
@@ -50,17 +52,20 @@ class Shrunk:
     measured: dict[str, float]
     curve: tuple[Choice, ...]
     tried: tuple[Choice, ...]
+    alone: dict[str, tuple[int, float]]
     ratio: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns what was found as plain data."""
-        plain = {name: getattr(self, name) for name in ("target", "limit", "left", "kept", "predicted", "measured", "ratio")}
+        plain = {name: getattr(self, name) for name in ("target", "limit", "left", "kept", "predicted", "measured")}
         choices = {name: [vars(one) for one in getattr(self, name)] for name in ("curve", "tried")}
-        return {"plan": self.plan.to_json(), **plain, **choices}
+        return {"plan": self.plan.to_json(), **plain, **choices, "alone": self.alone, "ratio": self.ratio}
 
     def __str__(self) -> str:
         rows = [[self.target, "predicted", "put together"]]
         rows += [[f"{one.left:,}", f"{one.predicted:.4f}", f"{one.measured:.4f}"] for one in self.curve]
         found = ", ".join(f"{value:.4f}{f' on {source}' if source else ''}" for source, value in self.measured.items())
         told = "" if self.ratio is None else f"; perplexity {self.ratio:.4f} times the dense model's"
-        return f"{self.plan}\nKL to the dense model by size:\n{aligned(rows)}\nof the chosen, repaired as a whole: {found}{told}"
+        lines = [str(self.plan), "KL to the dense model by size:", aligned(rows)]
+        lines += [f"without {name} alone, {left:,} left: {lost:.4f}" for name, (left, lost) in self.alone.items()]
+        return "\n".join([*lines, f"of the chosen, repaired as a whole: {found}{told}"])

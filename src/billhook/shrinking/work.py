@@ -18,6 +18,7 @@ from billhook.pruning.repair import repair as repair_weights
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.running.batches import runs_of
+from billhook.shrinking.alone import CALLED, fewer_blocks, of_one_kind
 from billhook.shrinking.choose import Frontier, Levels, between, cost, filled, loss, widest
 from billhook.shrinking.damages import damages, groups, make_slots
 from billhook.shrinking.divergence import Divergence
@@ -47,6 +48,7 @@ class Work:
         steps: How many there are at most.
         done: How many are done.
         known: What has been measured, by the levels of all slots.
+        alone: By the name of a kind of unit, what is left of the target, and lost, without units of this kind alone.
     """
 
     model: PreTrainedModel
@@ -60,6 +62,7 @@ class Work:
     steps: int = 0
     done: int = 0
     known: dict[Levels, float] = field(default_factory=dict)
+    alone: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     @classmethod
     def begun(cls, model: PreTrainedModel, amount: Amount, uniform: bool) -> "Work":
@@ -121,6 +124,17 @@ class Work:
         curve = [self._choice(levels, self._measure(levels)) for levels in frontier.spread(CURVE)]
         return self._by_place(kept), curve, [self._choice(levels, found[levels]) for levels in ranked]
 
+    def compare(self, fitted: Sequence[Any]) -> None:
+        """Measures what would be lost within the budget without channels alone, KV heads alone, or whole blocks."""
+        kinds = {place.name: place.kind for place in self.places}
+        for kind, levels in of_one_kind(self.slots, [kinds[slot.names[0]] for slot in self.slots], self.within).items():
+            one = self._choice(levels, self._measure(levels))
+            self.alone[CALLED[kind]] = (one.left, one.measured)
+        now = int(getattr(self.search.now, self.target))
+        ends = self.search.amount.first, self.search.amount.last
+        if self.target == "params" and (found := fewer_blocks(self.model, fitted, self.divergence, now - self.limit, ends)):
+            self.alone[CALLED["block"]] = (now - found[0], found[1])
+
     def planned(self, fitted: Sequence[Any], repair: Repair | None, kept: Mapping[str, int]) -> tuple[UnitPlan, Weights | None]:
         """Plans what was chosen, and repairs it from front to back; the model stays as it is."""
         numbers = removed(self.places, self.search.units, self.scores, kept)
@@ -144,7 +158,8 @@ class Work:
         predicted = sum(between(slot, kept[slot.names[0]]) for slot in self.slots)
         counts = {name: (place.count, kept[place.name]) for place in self.places for name in place.names}
         left, after = int(getattr(figures_of(self.model), self.target)), self.divergence.by_source()
-        return Shrunk(plan, self.target, self.limit, left, counts, predicted, after, tuple(curve), tuple(tried), ratio)
+        found = tuple(curve), tuple(tried), dict(self.alone), ratio
+        return Shrunk(plan, self.target, self.limit, left, counts, predicted, after, *found)
 
     def _gone(self, place: Place, kept: int) -> dict[str, list[int]]:
         return gone(place, self.search.units, self.scores, kept)

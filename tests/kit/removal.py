@@ -12,7 +12,7 @@ from small_configs import architectures, has_experts, small_config
 from small_configs import build as small
 
 import billhook as bh
-from billhook.model.inputs import make_inputs
+from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.shape import shape_of
 from billhook.pruning import removal
 from billhook.pruning.cuts import coupled

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import billhook as bh
-from billhook.model.answers import answer
+from billhook.model.runs.answers import answer
 from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
 from kit.removal import make
 

@@ -12,9 +12,9 @@ from torch import nn
 
 import billhook as bh
 from billhook.importance.base import Importance, Sums
-from billhook.model.answers import cached_answer
 from billhook.model.find import find_transformer
-from billhook.model.inputs import make_inputs
+from billhook.model.runs.answers import cached_answer
+from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
 from billhook.model.shapes.shape import set_shape, shape_of
 from billhook.pruning import block_fields, block_plan

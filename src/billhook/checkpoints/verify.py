@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.model.inputs import make_inputs
+from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.shaped import load_as
 from billhook.model.transformers_internals import compute_alike
 from billhook.running.noise import seeded

@@ -13,7 +13,7 @@ from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_of
 from billhook.model.config_fields import Fields, fields_of, set_fields
 from billhook.model.meta import from_name
-from billhook.model.operands import operands_of
+from billhook.model.runs.operands import operands_of
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.expert_widths import width_step
 from billhook.pruning.removal import tried

@@ -21,14 +21,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import billhook  # short class names in YAML work for what is imported
 from billhook.cli.options import Command, manual, run
 
-COMMANDS = ("prune", "prune-heads", "prune-structure", "shrink", "export", "summary", "inspect", "evaluate", "bench")
-"""A command is a module of this folder and the function in it of the same name; its docstring is the manual."""
+ONE_SHOT = ("prune", "prune-heads", "prune-structure", "shrink")
+COMMANDS = (*ONE_SHOT, "export", "summary", "inspect", "evaluate", "bench")
+"""A command is a module of this folder, or of `oneshot`, and the function in it of the same name; its docstring is the manual."""
 
 
 def command_of(name: str) -> Command:
     """Returns the function of a command."""
-    name = name.replace("-", "_")
-    return cast(Command, getattr(import_module(f"billhook.cli.{name}"), name))
+    folder, name = "billhook.cli.oneshot" if name in ONE_SHOT else "billhook.cli", name.replace("-", "_")
+    return cast(Command, getattr(import_module(f"{folder}.{name}"), name))
 
 
 def description() -> str:

@@ -17,9 +17,9 @@ from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.kv_heads.linears import cut_into_groups, cut_into_handed
 from billhook.kv_heads.pooling import Shrunk
 from billhook.kv_heads.scope import check_kv_heads, choose, inside_encoder
-from billhook.model.answers import alike
 from billhook.model.config_fields import fields_of, with_fields
-from billhook.model.inputs import make_inputs
+from billhook.model.runs.answers import alike
+from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.shape import Shape, built_shape, set_shape, shape_of, unbuilt_shape
 from billhook.model.surgery import Change, replace_parameters
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from billhook.model.answers import alike, answer, cached_answer, tolerance
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, set_fields, with_fields
 from billhook.model.find import find_transformer
 from billhook.model.plan import Plan, Weights, starting_from
+from billhook.model.runs.answers import alike, answer, cached_answer, tolerance
 from billhook.model.shapes.shape import note_shape, shape_of
 from billhook.model.shapes.stacks import keep, numbers_of
 from billhook.model.surgery import undone_by_errors

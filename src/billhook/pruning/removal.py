@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.model.answers import alike, small_inputs, tolerance
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, set_fields
 from billhook.model.meta import to_meta
+from billhook.model.runs.answers import alike, small_inputs, tolerance
 from billhook.model.shapes.handed import Indices
 from billhook.model.shapes.shape import Shape, derived_then, note_shape, set_shape, shape_of, unbuilt_shape
 from billhook.model.surgery import Change, replace_parameters, undone_by_errors

@@ -1,8 +1,9 @@
 """Measures what one kind of unit alone would lose at the size of a budget, for comparison."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.importance.blocks import BlockInfluence
@@ -49,7 +50,8 @@ def fewer_blocks(
         ((name, blocks),) = find_units(model, "block").items()
     except ValueError:
         return None
-    sizes = {sum(one.numel() for one in block.parameters()) for block in model.get_submodule(name)}  # type: ignore[union-attr]
+    stack = cast(nn.ModuleList, model.get_submodule(name))
+    sizes = {sum(one.numel() for one in block.parameters()) for block in stack}
     able = blocks.count() - sum(ends)
     if len(sizes) > 1 or not (size := sizes.pop()) or (number := -(-parameters // size)) > able:
         return None

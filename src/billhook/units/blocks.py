@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from billhook.model.answers import small_inputs
 from billhook.model.find import find_transformer
 from billhook.model.memory import remembered
+from billhook.model.runs.answers import small_inputs
 from billhook.running.undisturbed import resting
 
 _Call = tuple[int, Tensor, Tensor | None]

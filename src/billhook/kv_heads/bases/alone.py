@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from billhook.kv_heads.bases.stacks import Projections, Stacks, instead, read, written
 from billhook.model.config_fields import configs_of
-from billhook.model.inputs import make_inputs
+from billhook.model.runs.inputs import make_inputs
 from billhook.model.transformers_internals import ATTENTION, attention_of
 from billhook.running.overridden import overridden
 from billhook.running.walk import spare

@@ -16,8 +16,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from billhook.model.build import build_or_refuse
-from billhook.model.inputs import make_inputs
 from billhook.model.linears import is_linear
+from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.handed import Handing
 from billhook.model.shapes.shape import GROUPS, KEY, VERSIONS, Shape, set_shape, shape_of, to_entry
 from billhook.model.transformers_internals import LOADED

@@ -3,7 +3,7 @@
 import torch
 
 from billhook.arguments import whole
-from billhook.cli.oneshot import Examples, OneShot
+from billhook.cli.oneshot.frame import Examples, OneShot
 from billhook.importance.base import Importance
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import run_of, score

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.model.config_fields import configs_of
-from billhook.model.inputs import make_inputs
+from billhook.model.runs.inputs import make_inputs
 from billhook.running.undisturbed import resting
 
 

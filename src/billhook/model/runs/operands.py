@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from billhook.model.answers import small_inputs
+from billhook.model.runs.answers import small_inputs
 from billhook.running.trees import tree_leaves
 from billhook.running.undisturbed import undisturbed
 

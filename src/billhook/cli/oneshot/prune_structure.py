@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from transformers import PreTrainedModel
 
 from billhook.arguments import whole
-from billhook.cli.oneshot import Examples, OneShot
+from billhook.cli.oneshot.frame import Examples, OneShot
 from billhook.importance.base import Importance
 from billhook.importance.taylor import Taylor
 from billhook.model.plan import apply

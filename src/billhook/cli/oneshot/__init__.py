@@ -1,0 +1,1 @@
+"""Runs commands that make a smaller checkpoint of one: load, calibrate, change, measure, save."""

@@ -103,11 +103,13 @@ class TestHelp:
         return " ".join(capsys.readouterr().out.split())
 
     def test_the_front_page_names_and_describes_every_command(self, capsys):
-        """A command is a module of cli/ with a function of the same name."""
+        """A command is a module of cli/ or cli/oneshot/ with a function of the same name."""
         told, front = self.told("--help", capsys), " ".join(description().split())
         assert front in told
-        names = [path.stem for path in (ROOT / "src/billhook/cli").glob("[!_]*.py") if path.stem != "main"]
-        commands = [name for name in names if hasattr(import_module(f"billhook.cli.{name}"), name)]
+        source = ROOT / "src"
+        paths = [path for path in (source / "billhook/cli").rglob("[!_]*.py") if path.stem != "main"]
+        modules = {path.stem: import_module(".".join(path.relative_to(source).with_suffix("").parts)) for path in paths}
+        commands = [name for name, module in modules.items() if hasattr(module, name)]
         assert sorted(commands) == sorted(name.replace("-", "_") for name in COMMANDS) != []
         for name in COMMANDS:
             first = " ".join(command_of(name).__doc__.partition("\n\n")[0].split())

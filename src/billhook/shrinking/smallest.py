@@ -26,7 +26,7 @@ Choosing = Callable[[], tuple[dict[str, int], list[Choice], list[Choice]]]
 
 @dataclass(frozen=True)
 class Found:
-    """What was chosen: how many units places keep, the plan with repaired weights, what else was measured, and perplexity."""
+    """Holds what was chosen: how many units places keep, the plan with repaired weights, what else was measured, perplexity."""
 
     kept: dict[str, int]
     plan: UnitPlan

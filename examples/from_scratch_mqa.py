@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from transformers import LlamaConfig, PretrainedConfig
 
 import billhook as bh
+from billhook.kv_heads.equal_parameters import equal_parameters
 
 
 def train(config: PretrainedConfig, seed: int, steps: int) -> tuple[bh.TransformerModule, float]:
@@ -40,7 +41,7 @@ def main(steps: int, seeds: int) -> None:
         eos_token_id=0,
     )
     one = LlamaConfig(**many.to_diff_dict() | {"num_key_value_heads": 1})
-    models = {"multi-head": many, "multi-query, equal parameters": bh.equal_parameters(many, 1), "multi-query, as wide": one}
+    models = {"multi-head": many, "multi-query, equal parameters": equal_parameters(many, 1), "multi-query, as wide": one}
     rows = []
     for name, config in models.items():
         runs = [train(config, seed, steps) for seed in range(seeds)]

@@ -4,7 +4,6 @@
 
 from billhook.tracing.trace import trace as trace
 from billhook.units.find import find_units as find_units
-from billhook.units.units import Units as Units
 from billhook.units.gates import gates as gates, mask as mask
 
 from billhook.importance.score import score as score
@@ -32,20 +31,18 @@ from billhook.sparsity.refit import Refit as Refit
 from billhook.sparsity.allocation import OWL as OWL
 
 from billhook.kv_heads.convert import convert_kv_heads as convert_kv_heads
-from billhook.kv_heads.equal_parameters import equal_parameters as equal_parameters
 from billhook.kv_heads.methods.mean import Mean as Mean
 from billhook.kv_heads.methods.aligned import Aligned as Aligned
 from billhook.kv_heads.methods.svd import SVD as SVD
 from billhook.kv_heads.methods.auto import Auto as Auto
 
 from billhook.adapters.lora import LoRA as LoRA
-from billhook.adapters.masked import mask_adapters as mask_adapters, unmask_adapters as unmask_adapters
+from billhook.adapters.masked import mask_adapters as mask_adapters
 from billhook.adapters.merge import merge as merge
 
 from billhook.checkpoints.save import load as load, save as save
 from billhook.fit.resume import ShapeInCheckpoint as ShapeInCheckpoint, load_from_checkpoint as load_from_checkpoint
 from billhook.shrinking.shrink import shrink as shrink
-from billhook.report.speed import measure_speed as measure_speed
 from billhook.report.summary import summary as summary
 
 from billhook import schedules as schedules
@@ -56,7 +53,6 @@ from billhook.callbacks import Damage as Damage, Export as Export, Report as Rep
 
 from billhook.training.module import TransformerModule as TransformerModule
 from billhook.training.data import TextDataModule as TextDataModule, ClassificationDataModule as ClassificationDataModule
-from billhook.training.data import Seq2SeqDataModule as Seq2SeqDataModule
 from billhook.training.distillation import Distillation as Distillation
 
 __version__ = "0.1.0.dev0"

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import billhook as bh
-from billhook.adapters.masked import MaskedLora
+from billhook.adapters.masked import MaskedLora, unmask_adapters
 from billhook.model.linears import prunable
 from kit.adapters import gpt2
 from kit.families import llama
@@ -79,7 +79,7 @@ def test_masks_grow_and_merging_is_exact(tmp_path, build):
     assert all(torch.equal(value[value != 0], before[name][value != 0]) for name, value in after.items() if "lora" not in name)
     merges_exactly(lit, callback)
     unmasked = copy.deepcopy(lit.net)
-    bh.unmask_adapters(unmasked)
+    unmask_adapters(unmasked)
     assert (logits(unmasked) - logits(lit.net)).abs().max() > 1e-4
 
 

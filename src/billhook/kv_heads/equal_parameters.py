@@ -43,7 +43,8 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
 
     Example:
         >>> import billhook as bh
-        >>> config = bh.equal_parameters(bh.load("tiny").config, 1)
+        >>> from billhook.kv_heads.equal_parameters import equal_parameters
+        >>> config = equal_parameters(bh.load("tiny").config, 1)
         >>> config.num_key_value_heads, config.intermediate_size
         (1, 533)
     """

@@ -138,7 +138,8 @@ def measure_speed(
 
     Example:
         >>> import billhook as bh
-        >>> rows = bh.measure_speed([bh.load("tiny")], batch_sizes=[2], contexts=[8], new_tokens=2, rounds=1)
+        >>> from billhook.report.speed import measure_speed
+        >>> rows = measure_speed([bh.load("tiny")], batch_sizes=[2], contexts=[8], new_tokens=2, rounds=1)
         >>> [(row.phase, row.cache_tokens, row.speed_up) for row in rows]
         [('prefill', 10, 1.0), ('decode', 10, 1.0)]
     """

@@ -174,8 +174,8 @@ class Seq2SeqDataModule(DatasetModule):
         ValueError: If a file is empty or missing, or a split has no such column.
 
     Example:
-        >>> import billhook as bh
-        >>> data = bh.Seq2SeqDataModule({"train": "pairs.csv"}, source_column="article", target_column="summary")
+        >>> from billhook.training.data import Seq2SeqDataModule
+        >>> data = Seq2SeqDataModule({"train": "pairs.csv"}, source_column="article", target_column="summary")
         >>> data.max_source_length, data.max_target_length
         (512, 128)
     """

@@ -169,7 +169,7 @@ CONFIGURATIONS = {
 }
 
 
-@settings(ANY, max_examples=7)
+@settings(ANY, max_examples=10)
 @given(**CONFIGURATIONS)
 def test_an_interrupt_anywhere_in_an_event_leaves_all_as_it_was(folder, kind, when, optimizer, tied, share):
     calls, expected, events = straight(folder, kind, when, optimizer, tied)
@@ -337,7 +337,7 @@ def calls_of(kind, optimizer, tied):
     return calls[0]
 
 
-@settings(ANY, max_examples=12)
+@settings(ANY, max_examples=16)
 @given(kind=st.sampled_from(sorted(ONESHOT)), **{k: v for k, v in CONFIGURATIONS.items() if k in ("optimizer", "tied", "share")})
 def test_an_interrupt_anywhere_without_a_trainer(kind, optimizer, tied, share):
     calls, lit = calls_of(kind, optimizer, tied), Module(optimizer, tie_word_embeddings=tied)

@@ -63,10 +63,11 @@ def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
         torch.testing.assert_close(values[0][both], values[1][both], atol=0.05 if "bfloat16" in name else 2e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
 @pytest.mark.parametrize("name", RESUMED)
-def test_resumed_equals_straight_through(of_two, name, full):
-    straight, resumed = of_two(f"{name}, {full}"), of_two(f"{name}, {full}, resumed")
+def test_resumed_equals_straight_through(of_two, name, full, step):
+    straight, resumed = of_two(f"{name}, {full}"), of_two(f"{name}, {full}, {step}")
     assert same(straight[0], resumed[0])
     assert str(straight[1]) == str(resumed[1])
 

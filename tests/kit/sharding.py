@@ -141,7 +141,7 @@ MASKS = {
 
 HEADS = Fit(
     lambda: module(num_key_value_heads=8),
-    lambda: bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [1, 3]), remove="never", measure_batches=0, calibration=4),
+    lambda: bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [1, 2]), remove="never", measure_batches=0, calibration=4),
     lambda one: [vars(one.record), one.heads, one.events],
 )
 
@@ -167,11 +167,12 @@ def fit_all() -> None:
     for name, one in RESUMED.items():
         for full in (True, False):
             folder = out / f"{name}, {full}"
-            saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
+            saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
             run, *straight = one.run(out, files, 2, full, checkpoints=[saves])
             keep(run, out / f"{name}, {full}.pt", straight)
-            run, *resumed = one.run(out, files, 2, full, path=folder / "step=2.ckpt")
-            keep(run, out / f"{name}, {full}, resumed.pt", resumed)
+            for step in (1, 2):
+                run, *resumed = one.run(out, files, 2, full, path=folder / f"step={step}.ckpt")
+                keep(run, out / f"{name}, {full}, {step}.pt", resumed)
     export(files, out)
     refused = [str(refusal(files, out, callback)) for callback in (bh.WeightPruning(sparsity=0.5), bh.KVHeadConversion(2))]
     keep(run, out / "refused.pt", refused)

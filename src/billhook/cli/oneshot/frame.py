@@ -43,8 +43,6 @@ BESIDE = 0.25
 """Share of the examples that it writes beside one text that linears are refitted to."""
 Before = Dense | float | None
 """What is measured before a model is changed: predictions on texts, or an accuracy."""
-
-
 Cost = list[TextDamage] | float | None
 """What is measured afterwards: the damage on texts, or an accuracy."""
 

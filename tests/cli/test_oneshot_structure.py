@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.calibration.calibration import Calibration
 from billhook.cli.main import main
-from billhook.running.batches import Batch
+from billhook.running.batches import Batch, source_of
 from kit.cli import blocks, drawn, option, perplexity, small_llama
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
@@ -28,6 +31,13 @@ def prune(model, out, *arguments):
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     return small_llama(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def two_texts(files, tmp_path_factory):
+    """Paths of files `one` and `other`, which have no split to test on."""
+    folder = tmp_path_factory.mktemp("texts")
+    return [str(shutil.copy(files["train"], folder / f"{name}.txt")) for name in ("one", "other")]
 
 
 def test_ratios(small, files, tmp_path, capsys):
@@ -102,6 +112,34 @@ def test_beside_one_text_linears_are_refitted_to_what_the_model_writes(small, fi
         assert torch.equal(bh.load(tmp_path / "out")(IDS).logits, dense(IDS).logits)
 
 
+@pytest.mark.parametrize(
+    ("given", "weights", "rows"),
+    [
+        ([], [0.375, 0.375, 0.25], [3, 3, 2]),
+        (["--generated", "0"], None, [4, 4]),
+        (["--generated", "0.5"], [0.25, 0.25, 0.5], [2, 2, 4]),
+        (OFF, None, [4, 4]),
+    ],
+)
+def test_several_texts_share_what_the_model_does_not_write(small, two_texts, tmp_path, monkeypatch, given, weights, rows):
+    read, whole = [], Calibration.read
+    monkeypatch.setattr(Calibration, "read", lambda self, *all: read.append(whole(self, *all)) or read[-1])
+    sizes = ["--length", "16", "--examples", "8", "--evaluate", "2", "--batch_size", "1"]
+    record = prune(small, tmp_path / "out", "--channels", "0.5", *sizes, "--data", json.dumps(two_texts), *given)
+    named = [*two_texts, "generated"] if weights else two_texts
+    assert (record["calibration"]["sources"], record["calibration"]["weights"]) == (named, weights)
+    assert list(Counter(source_of(one) for one in read[0]).values()) == rows
+    inside = {one["source"]: one["inside"] for one in record["damage"]}
+    assert inside == {"one": True, "other": True, "generated": False}
+
+
+def test_with_what_the_model_writes_among_the_texts_shares_are_equal(small, two_texts, tmp_path):
+    texts = ["generated", two_texts[0]]
+    record = prune(small, tmp_path / "out", "--channels", "0.5", *SHORT, "--data", json.dumps(texts))
+    assert (record["calibration"]["sources"], record["calibration"]["weights"]) == (texts, None)
+    assert {one["inside"] for one in record["damage"]} == {True}
+
+
 def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):
     main(["prune-structure", str(small), str(tmp_path / "out"), "--channels", "0.5", "--dry_run", *SHORT, *option(files)])
     assert "48 -> 24 channels in each of 2" in capsys.readouterr().out
@@ -129,7 +167,11 @@ def test_blocks_and_then_what_is_within(small, files, tmp_path):
         (["--channels", "1.5"], r"channels=1.5 must be a fraction of these units in \[0, 1\)"),
         (["--params", "10"], "params=10: 10 cannot be reached; with what may be removed"),
         (["--channels", "0.5", "--rounds", "0"], "rounds=0 must be a whole number of at least 1"),
-        (["--channels", "0.5", "--generated", "0.5"], "generated=0.5 is what the model writes beside one text, and data=None"),
+        (["--channels", "0.5", "--generated", "0.5"], "generated=0.5 is what the model writes beside texts, and data=None"),
+        (
+            ["--channels", "0.5", "--generated", "0.5", "--data", "[a.txt, generated]"],
+            r"generated=0.5 is what the model writes beside texts, and data=\['a.txt', 'generated'\]",
+        ),
         (["--channels", "0.5", "--generated", "1"], r"generated=1.0 must be in \[0, 1\)"),
         (["--blocks", "-1"], "blocks=-1 must be a whole number of at least 0"),
         (["--channels", "0.5", "--evaluate", "-1"], "evaluate=-1 must be a whole number of at least 0"),

@@ -40,7 +40,7 @@ EXAMPLES = 128
 WRITTEN = 40
 """How many the model writes."""
 BESIDE = 0.25
-"""Share of the examples that it writes beside one text that linears are refitted to."""
+"""Share of the examples that it writes beside texts that linears are refitted to."""
 Before = Dense | float | None
 """What is measured before a model is changed: predictions on texts, or an accuracy."""
 Cost = list[TextDamage] | float | None
@@ -61,8 +61,9 @@ class Text:
         length: Tokens of an example; by default as many as the model reads, but at most 512, or 2048 for `prune` with `data`.
         examples: Examples that scores are taken from, drawn by `seed`; by default 128, as in most papers, or 40 that the model
             writes.
-        generated: Share of the examples that the model writes beside one text of `data`, in [0, 1); by default a quarter where
-            linears are refitted, so that they do not serve this text alone, and otherwise none.
+        generated: Share of the examples that the model writes beside the texts of `data`, in [0, 1); they share the rest equally.
+            By default a quarter where linears are refitted, so that they do not serve these texts alone, and otherwise none. Not
+            with "generated" among `data`, which then has an equal share.
         batch_size: Examples in a batch.
         evaluate: Examples of each text that are measured on: perplexity, or accuracy; 0 for none.
         seed: Which examples are drawn.
@@ -93,8 +94,13 @@ class Text:
         whole("evaluate", self.evaluate, 0)
         if self.generated is not None:
             fraction("generated", self.generated, "[0, 1)")
-            if self.generated and (self.data in (None, GENERATED) or isinstance(self.data, list)):
-                raise ValueError(f"generated={self.generated} is what the model writes beside one text, and data={self.data!r}")
+            if self.generated and not self.alone:
+                raise ValueError(f"generated={self.generated} is what the model writes beside texts, and data={self.data!r}")
+
+    @property
+    def alone(self) -> bool:
+        """Tells whether texts are given, and what the model writes is none of them."""
+        return self.data is not None and GENERATED not in (self.data if isinstance(self.data, list) else [self.data])
 
     def length_for(self, model: PreTrainedModel) -> int:
         """Returns how many tokens an example has."""
@@ -141,7 +147,7 @@ class OneShot:
     """A checkpoint that becomes a smaller one, on the data that it is scored and measured on.
 
     With `offload` the model stays in the CPU's memory, and is measured block by block on the device. One that `refits` linears is
-    shown what the model writes beside a single text.
+    shown what the model writes, too, whatever texts are given.
     """
 
     def __init__(self, name: str, out: str, given: Text, offload: bool = False, refits: bool = False) -> None:
@@ -162,7 +168,7 @@ class OneShot:
             check_also(self.calibration, given.also)
 
     def _beside(self, refits: bool) -> float:
-        """Returns the share of the examples that the model writes beside one text; refuses one that it cannot write."""
+        """Returns the share of the examples that the model writes beside texts; refuses one that it cannot write."""
         given = self.given
         try:
             check_writes(self.model)
@@ -172,15 +178,17 @@ class OneShot:
             if given.generated:
                 raise ValueError(f"generated={given.generated}: {error}") from error
             return 0.0
-        alone = given.data not in (None, GENERATED) and not isinstance(given.data, list)
-        return given.generated if given.generated is not None else BESIDE if refits and alone else 0.0
+        return given.generated if given.generated is not None else BESIDE if refits and given.alone else 0.0
 
     @cached_property
     def calibration(self) -> Calibration:
         """Where the text comes from that scores are taken from."""
         given, examples = self.given, self.given.examples
-        sources: Any = GENERATED if given.data is None else [given.data, GENERATED] if self.beside else given.data
-        weights = [1 - self.beside, self.beside] if self.beside else None
+        sources: Any = given.data if given.data is not None else GENERATED
+        weights = None
+        if self.beside:
+            read = sources if isinstance(sources, list) else [sources]
+            sources, weights = [*read, GENERATED], [(1 - self.beside) / len(read)] * len(read) + [self.beside]
         tokens = (examples or (WRITTEN if given.data is None else EXAMPLES)) * self.length
         options = {"batch_size": given.batch_size, "column": given.column, "tokenizer": model_path(self.name), "seed": given.seed}
         return Calibration(sources, weights, tokens, self.length, **options)  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ def test_units_cost_what_their_removal_saves(family, target):
     kept = {place.name: place.count - number % 3 for number, place in enumerate(places, 1)}
     numbers = removed(places, search.units, flat, kept)
     plan = bh.plan_units(model, numbers, ["head", "channel"] if target != "kv_cache_bytes" else "head")
-    now, saved = getattr(search.now, target), sum((place.count - kept[place.name]) * place.each for place in places)
+    now, saved = getattr(search.now, target), sum(place.saves(kept[place.name]) for place in places)
     bh.apply(model, plan)
     assert now - saved == getattr(bh.summary(model), target)
 

@@ -5,7 +5,7 @@ allocation", Nemhauser & Ullmann, 1969). As layers are alike, there are few diff
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -110,7 +110,7 @@ def joined(slots: Sequence[Slot]) -> Slot:
     return Slot(names, slots[0].kept, costs, losses)
 
 
-def filled(slots: Sequence[Slot], levels: Levels, limit: int, allowed: Sequence[Sequence[int]]) -> list[int]:
+def filled(slots: Sequence[Slot], levels: Levels, limit: int, costs: Sequence[Mapping[int, int]]) -> list[int]:
     """Lets slots keep more units, between levels too, as long as that is within the limit.
 
     Those whose next level up gains most for its cost come first, and then no slot can take a single step more.
@@ -119,7 +119,7 @@ def filled(slots: Sequence[Slot], levels: Levels, limit: int, allowed: Sequence[
         slots: The slots.
         levels: A choice of levels, within the limit.
         limit: The most that may be left.
-        allowed: By slot, all numbers of units that its places may keep.
+        costs: By slot, and by all numbers of units that its places may keep, what they cost.
 
     Returns:
         By slot, how many units its places keep.
@@ -133,10 +133,9 @@ def filled(slots: Sequence[Slot], levels: Levels, limit: int, allowed: Sequence[
         return (slot.losses[level] - slot.losses[level - 1]) / max(paid, 1)
 
     for number in sorted((n for n, level in enumerate(levels) if level), key=gain, reverse=True):
-        slot = slots[number]
-        each = (slot.costs[0] - slot.costs[-1]) / (slot.kept[0] - slot.kept[-1])
-        most = max(one for one in allowed[number] if one <= slot.kept[0] and (one - kept[number]) * each <= spare)
-        spare -= round((most - kept[number]) * each)
+        paid = costs[number][kept[number]]
+        most = max(one for one, price in costs[number].items() if one <= slots[number].kept[0] and price - paid <= spare)
+        spare -= costs[number][most] - paid
         kept[number] = most
     return kept
 
@@ -150,31 +149,37 @@ def between(slot: Slot, kept: int) -> float:
     return float(np.interp(kept, slot.kept[::-1], slot.losses[::-1]))
 
 
-def widest(
-    kept: Sequence[Sequence[int]], each: Sequence[int], limit: int, allowed: Sequence[Sequence[int]]
-) -> dict[int, set[int]]:
+def widest(kept: Sequence[Sequence[int]], costs: Sequence[Mapping[int, int]], limit: int) -> dict[int, set[int]]:
     """Finds the numbers of units that just meet a limit, next to each choice of levels of all other slots.
 
     With few slots, whose levels are far apart, no choice of levels alone would come close.
 
     Args:
         kept: By slot, how many units its places keep at each level.
-        each: By slot, what one unit of all its places costs.
+        costs: By slot, and by all numbers of units that its places may keep, what they cost.
         limit: The most that may be left.
-        allowed: By slot, all numbers of units that its places may keep.
 
     Returns:
         By the number of the slot that has the finest steps, numbers of units; nothing where there are too many choices.
 
-    >>> widest([(4, 2), (100, 50)], [20, 1], 130, [range(4, 0, -1), range(100, 0, -1)])
+    >>> widest([(4, 2), (100, 50)], [{kept: 20 * kept for kept in (4, 3, 2, 1)}, {kept: kept for kept in range(100, 0, -1)}], 130)
     {1: {50, 90}}
     """
-    finest = min(range(len(kept)), key=each.__getitem__)
-    others = [[each[number] * one for one in own] for number, own in enumerate(kept) if number != finest]
+    finest = min(range(len(kept)), key=lambda number: step(costs[number]))
+    others = [[costs[number][one] for one in own] for number, own in enumerate(kept) if number != finest]
     if math.prod(map(len, others)) > CHOICES:
         return {}
     found = set[int]()
-    for costs in product(*others):
-        fits = [one for one in allowed[finest] if sum(costs) + one * each[finest] <= limit]
+    for paid in product(*others):
+        fits = [one for one, price in costs[finest].items() if sum(paid) + price <= limit]
         found |= {max(fits)} if fits else set()
     return {finest: found}
+
+
+def step(costs: Mapping[int, int]) -> float:
+    """Returns what one unit more costs on average.
+
+    >>> step({3: 60, 2: 40, 1: 20})
+    20.0
+    """
+    return (costs[max(costs)] - costs[min(costs)]) / (max(costs) - min(costs))

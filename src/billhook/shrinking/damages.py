@@ -48,7 +48,7 @@ def make_slots(
 ) -> list[Slot]:
     """Makes a slot of each place, or of all places of one kind and size."""
     slots = {
-        place.name: Slot((place.name,), tuple(own), tuple(kept * place.each for kept in own), tuple(losses[place.name]))
+        place.name: Slot((place.name,), tuple(own), tuple(place.cost(kept) for kept in own), tuple(losses[place.name]))
         for place in places
         for own in [levels[place.name]]
     }

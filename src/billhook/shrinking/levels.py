@@ -43,6 +43,14 @@ class Place:
         """The name of the first place."""
         return self.names[0]
 
+    def cost(self, kept: int) -> int:
+        """Returns what is left of the budget's target in this place where it keeps so many units."""
+        return kept * self.each
+
+    def saves(self, kept: int) -> int:
+        """Returns by how much less is left where it keeps so many units instead of all."""
+        return self.cost(self.count) - self.cost(kept)
+
     def levels(self) -> tuple[int, ...]:
         """Returns the numbers to keep that are tried: nearest to eighths of all, falling, from all on."""
         wanted = [self.count * part / EIGHTHS for part in range(EIGHTHS, 0, -1)]

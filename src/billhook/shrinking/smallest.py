@@ -85,9 +85,8 @@ def smallest(
 
 def _sizes(work: Work) -> list[int]:
     """Returns sizes, from the smallest that can be reached to just below the whole."""
-    now = int(getattr(work.search.now, work.target))
-    least = now - sum((place.count - work.levels[place.name][-1]) * place.each for place in work.places)
-    return sorted({int(size) for size in np.linspace(least, now, SIZES + 1)[:-1]})
+    least = work.now - sum(place.saves(work.levels[place.name][-1]) for place in work.places)
+    return sorted({int(size) for size in np.linspace(least, work.now, SIZES + 1)[:-1]})
 
 
 def _first_met(work: Work, sizes: Sequence[int], most: float, perplexity: Perplexity) -> int:

@@ -40,6 +40,7 @@ class Work:
         model: The model.
         search: Its units, and what it costs.
         target: What the budget limits.
+        now: What there is of it now.
         limit: The most that may be left of it.
         uniform: Whether all places of one kind and size keep as many units.
         places: The places that may keep less.
@@ -54,6 +55,7 @@ class Work:
     model: PreTrainedModel
     search: Search
     target: str
+    now: int
     limit: int
     uniform: bool
     places: list[Place]
@@ -72,11 +74,11 @@ class Work:
         places = find_places(search, target)
         now = int(getattr(search.now, target))
         levels = {place.name: place.levels() for place in places}
-        least = now - sum((place.count - levels[place.name][-1]) * place.each for place in places)
+        least = now - sum(place.saves(levels[place.name][-1]) for place in places)
         if least > limit:
             asked = getattr(amount, target)
             raise ValueError(f"{target}={asked}: {limit:,} cannot be reached; with what may be removed, {least:,} to {now:,} can")
-        work = cls(model, search, target, limit, uniform, places, levels)
+        work = cls(model, search, target, now, limit, uniform, places, levels)
         for number, kept in work._widths().items():
             for place in groups(places, uniform)[number]:
                 levels[place.name] = tuple(sorted({*levels[place.name], *kept}, reverse=True))
@@ -85,8 +87,7 @@ class Work:
     @property
     def within(self) -> int:
         """The most that all places together may cost: the limit without the rest of the model."""
-        now = int(getattr(self.search.now, self.target))
-        return self.limit - now + sum(place.count * place.each for place in self.places)
+        return self.limit - self.now + sum(place.cost(place.count) for place in self.places)
 
     def measure(
         self,
@@ -117,8 +118,7 @@ class Work:
         best = min(found, key=lambda levels: found[levels])
         if not generations:
             best = start[0]
-        allowed = [group[0].allowed for group in groups(self.places, self.uniform)]
-        kept = filled(self.slots, best, self.within, allowed)
+        kept = filled(self.slots, best, self.within, self._costs())
         self.steps = self.done + CURVE
         ranked = sorted(found, key=lambda levels: found[levels])
         curve = [self._choice(levels, self._measure(levels)) for levels in frontier.spread(CURVE)]
@@ -130,10 +130,9 @@ class Work:
         for kind, levels in of_one_kind(self.slots, [kinds[slot.names[0]] for slot in self.slots], self.within).items():
             one = self._choice(levels, self._measure(levels))
             self.alone[CALLED[kind]] = (one.left, one.measured)
-        now = int(getattr(self.search.now, self.target))
         ends = self.search.amount.first, self.search.amount.last
-        if self.target == "params" and (found := fewer_blocks(self.model, fitted, self.divergence, now - self.limit, ends)):
-            self.alone[CALLED["block"]] = (now - found[0], found[1])
+        if self.target == "params" and (found := fewer_blocks(self.model, fitted, self.divergence, self.now - self.limit, ends)):
+            self.alone[CALLED["block"]] = (self.now - found[0], found[1])
 
     def planned(self, fitted: Sequence[Any], repair: Repair | None, kept: Mapping[str, int]) -> tuple[UnitPlan, Weights | None]:
         """Plans what was chosen, and repairs it from front to back; the model stays as it is."""
@@ -168,9 +167,13 @@ class Work:
         """Finds further numbers to keep, where places of a kind keep as many, that just meet the budget."""
         if not self.uniform:
             return {}
+        kept = [self.levels[group[0].name] for group in groups(self.places, self.uniform)]
+        return widest(kept, self._costs(), self.within)
+
+    def _costs(self) -> list[dict[int, int]]:
+        """Returns by slot, and by all numbers of units that its places may keep, what they cost."""
         own = groups(self.places, self.uniform)
-        kept, each = [self.levels[group[0].name] for group in own], [sum(place.each for place in group) for group in own]
-        return widest(kept, each, self.within, [group[0].allowed for group in own])
+        return [{kept: sum(place.cost(kept) for place in group) for kept in group[0].allowed} for group in own]
 
     def _as_uniform(self) -> Levels | None:
         """Returns the best choice in which places of a kind keep as many, as levels of this search's slots."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from billhook.running.batches import Batch, runs_of
-from billhook.shrinking.held_out import divided, few
+from billhook.shrinking.held_out import PER_INPUT, divided, few, to_search
 from kit.families import llama, tokens
 
 
@@ -32,8 +32,8 @@ def test_few_batches_are_taken_apart_into_rows():
 
 def test_what_is_not_measured_is_fitted():
     fitted, held_out = divided([{"input_ids": tokens(4, 400)} for _ in range(20)])
-    assert [len(batch["input_ids"]) for batch in held_out] == [4, 1]
-    assert len(fitted) == 18
+    assert [len(batch["input_ids"]) for batch in held_out] == [4, 4, 2]
+    assert len(fitted) == 17
 
 
 def test_no_more_rows_than_a_share_of_the_tokens():
@@ -47,3 +47,12 @@ def test_no_more_rows_than_a_share_of_the_tokens():
     assert [one and len(one["input_ids"]) for one in few(batches, 2)] == [1, 1, None, None]
     runs = runs_of(llama(), batches[:1])
     assert few(runs, 5) == runs
+
+
+def test_variants_are_fitted_to_some_of_many_batches_of_each_source_and_to_all_of_few():
+    batches = [Batch({"input_ids": torch.zeros(2, 10)}, "ab"[number % 2]) for number in range(40)]
+    found = to_search(batches, 10)
+    assert [one.source for one in found] == ["a", "b"] * 3
+    assert sum(len(one["input_ids"]) for one in found) == PER_INPUT
+    assert to_search(batches, 1000) == batches
+    assert to_search(batches[:1], 1) == batches[:1]

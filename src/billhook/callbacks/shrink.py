@@ -1,6 +1,8 @@
 """Searches at a given step of a fit for the smaller model that loses least, and goes on with it."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 from torch import nn
@@ -22,7 +24,8 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.pruning.planning import plan_units
 from billhook.repairs.repair import Repair
-from billhook.shrinking.held_out import divided
+from billhook.running.batches import Run
+from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.shrink import Layers, budget, check_search
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
@@ -150,10 +153,9 @@ class Shrink(ShapeCallback):
         """Searches on the same batches on each rank."""
         with self.calibration.aside(pl_module), gradient_precision(trainer):
             fitted, held_out = divided(list(self.calibration.read(trainer, alike=True)))
-            losses = (training_loss(pl_module, number) for number in range(len(fitted)))
-            runs = [run_of(work.model, work.search.units, *pair) for pair in zip(fitted, losses, strict=True)]
+            runs, searched = (_runs(pl_module, work, own) for own in (fitted, to_search(fitted, work.widest)))
             predicting = runs_as_in_training(pl_module, work.model, held_out)
-            work.measure(runs, predicting, self.importance, self.repair)
+            work.measure(searched, predicting, self.importance, self.repair)
             choosing = partial(work.chosen, self.generations, self.candidates, self.calibration.seed)
             if self.max_loss is None:
                 found = Found.within(work, runs, self.repair, choosing)
@@ -169,3 +171,9 @@ class Shrink(ShapeCallback):
         apply(model, plan_units(model, plan.units, dict.fromkeys(plan.kinds.values())) if layers else plan, optimizers, weights)
         before, after = plan.parameters
         return f"{before:,} -> {after:,} parameters ({plan.words}; Shrink)"
+
+
+def _runs(pl_module: pl.LightningModule, work: Work, batches: Sequence[Any]) -> list[Run]:
+    """Returns runs of batches with the loss that is trained."""
+    losses = (training_loss(pl_module, number) for number in range(len(batches)))
+    return [run_of(work.model, work.search.units, *pair) for pair in zip(batches, losses, strict=True)]

@@ -11,8 +11,10 @@ from billhook.running.trees import tree_leaves, tree_map_only
 
 SHARE = 0.2
 """Share of the batches of each source that is held out at most."""
-TOKENS = 2048
+TOKENS = 4096
 """How many tokens damage is measured on at most, of all sources together: each of some hundred variants runs on all of them."""
+PER_INPUT = 10
+"""How many tokens variants are fitted to at most for each input of the widest linear that is refitted."""
 
 
 def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -64,6 +66,17 @@ def few(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any | None]:
         found.append(None if not rows else batch if rows == count else _rows(batch, 0, rows))
         left[source] = left.get(source, share) - rows * length
     return found
+
+
+def to_search(batches: Sequence[Any], widest: int) -> list[Any]:
+    """Returns the batches that variants are scored on and fitted to; what is chosen is repaired on all.
+
+    Args:
+        batches: All batches that something may be fitted to.
+        widest: Inputs of the widest linear that is refitted.
+    """
+    found = [batch for batch in few(batches, PER_INPUT * widest) if batch is not None]
+    return found if len(found) > 1 else list(batches)
 
 
 def _size(batch: Any) -> tuple[int, int]:  # noqa: ANN401

@@ -16,7 +16,7 @@ from billhook.model.plan import apply
 from billhook.model.values import check_values
 from billhook.pruning.amount import Amount
 from billhook.repairs.repair import Repair
-from billhook.shrinking.held_out import divided
+from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
 from billhook.shrinking.work import CURVE, Work
@@ -107,7 +107,9 @@ def shrink(
     work = Work.begun(subject, amount, layers == "uniform")
     work.progress, work.steps = progress, 2 * len(work.places) + 2 + generations * candidates + CURVE
     fitted, held_out = divided(list(batches_of(batches, subject)))
-    work.measure(fitted, held_out, importance or OBS(), repair, None if library is None else Path(library))
+    work.measure(
+        to_search(fitted, work.widest), held_out, importance or OBS(), repair, None if library is None else Path(library)
+    )
     how = fitted, repair, partial(work.chosen, generations, candidates, seed)
     found = Found.within(work, *how) if max_loss is None else smallest(work, max_loss, held_out, *how)
     work.compare(fitted)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from billhook.importance.base import Importance
 from billhook.importance.score import run_of, score
 from billhook.model.figures import figures_of
+from billhook.model.linears import matrix_of
 from billhook.model.plan import Weights
 from billhook.pruning.amount import Amount
 from billhook.pruning.cuts import find_cut
@@ -88,6 +89,12 @@ class Work:
     def within(self) -> int:
         """The most that all places together may cost: the limit without the rest of the model."""
         return self.limit - self.now + sum(place.cost(place.count) for place in self.places)
+
+    @property
+    def widest(self) -> int:
+        """How many inputs the widest linear has that reads units of a place."""
+        readers = {reader for place in self.places for name in place.names for reader in self.search.units[name].readers}
+        return max(matrix_of(self.model.get_submodule(reader))[0].shape[1] for reader in readers)
 
     def measure(
         self,

@@ -1,24 +1,28 @@
-"""When a choice is settled: against a choice whose noise is known, and in a plan."""
+"""When a choice is settled: against a choice whose noise is known."""
 
 import pytest
 import torch
 
 import billhook as bh
-from billhook.calibration.enough import interleaved, settle
-from billhook.running.batches import Batch
-from kit.families import llama, tokens
+from billhook.calibration.enough import Settled, interleaved, settle, steps
+from billhook.running.batches import Batch, Run
 
 
-def chooser(noise, seen):
-    """The 50 lowest of 200 scores, seen through the mean of so many batches."""
-    true = torch.arange(200.0)
+def settled(noise, given, enough, seen):
+    """Chooses the 50 lowest of 200 scores, seen through the mean of so many batches."""
 
-    def choose(batches):
+    def see(batches):
         seen.append(len(batches))
-        found = true + noise * torch.stack([batch["noise"] for batch in batches]).mean(0)
-        return {"place": found.argsort()[:50].tolist()}
+        return len(batches), sum(batch["noise"] for batch in batches)
 
-    return choose
+    def join(one, other):
+        return one[0] + other[0], one[1] + other[1]
+
+    def choose(found):
+        number, total = found
+        return {"place": (torch.arange(200.0) + noise * total / number).argsort()[:50].tolist()}
+
+    return settle(see, join, choose, given, steps(len(given), 6), enough)
 
 
 def batches(number):
@@ -28,36 +32,59 @@ def batches(number):
 
 def test_it_ends_when_halves_and_doublings_agree():
     seen = []
-    used, settled = settle(chooser(10.0, seen), batches(512), 0.95)
-    assert settled.batches == len(used) < 512
-    assert min(settled.halves, settled.doubling) >= 0.95
-    assert seen[:5] == [4, 8, 4, 16, 8]
-    assert sum(seen) <= 3 * len(used) + 4
-    fewer, _ = settle(chooser(0.1, []), batches(512), 0.95)
-    assert len(fewer) == 8
+    (number, _), found = settled(10.0, batches(512), 0.95, seen)
+    assert found.batches == number == sum(seen) < 512
+    assert found.is_enough
+    assert min(found.halves, found.doubling) >= 0.95
+    assert seen == [4, 4, 8]
+    assert settled(0.1, batches(512), 0.95, [])[1].batches == 8
+
+
+def test_what_it_compares():
+    given, seen = batches(512), []
+    _, found = settled(10.0, given, 0.95, seen)
+
+    def chosen(some):
+        mean = torch.stack([one["noise"] for one in some]).mean(0)
+        return set((torch.arange(200.0) + 10.0 * mean).argsort()[:50].tolist())
+
+    half, number = found.batches // 2, found.batches
+    first, second, whole = chosen(given[:half]), chosen(given[half:number]), chosen(given[:number])
+    assert (found.halves, found.doubling) == (len(first & second) / 50, len(first & whole) / 50)
 
 
 def test_there_may_not_be_enough():
-    used, settled = settle(chooser(1000.0, []), batches(40), 0.99)
-    assert len(used) == settled.batches == settled.of == 40
-    assert settled.halves < 0.99
+    (number, _), found = settled(1000.0, batches(320), 0.99, [])
+    assert number == found.batches == found.of == 320
+    assert found.halves < 0.99
+    assert not found.is_enough
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        (
+            Settled(8, 16, 0.995, 1.0, 0.99),
+            "chosen on 8 of 16 batches: two halves agree on 99.5% of what is removed, all with the first half on 100%",
+        ),
+        (
+            Settled(128, 128, 0.93, 0.9996, 0.99),
+            "chosen on 128 of 128 batches, which do not settle it (asked for was 99%): two halves agree on 93% of what is "
+            "removed, all with the first half on 99.9%",
+        ),
+        (Settled(1, 1, None, None, 0.99), "chosen on 1 of 1 batches, too few to compare two halves of them"),
+    ],
+)
+def test_it_says_what_it_took(found, says):
+    assert found.to_json() == {**vars(found), "says": says}
 
 
 def test_the_first_batches_are_of_all_sources():
     given = [Batch({"number": number}, "one") for number in range(6)] + [Batch({"number": number}, "two") for number in range(3)]
     assert [one.source for one in interleaved(given)] == ["one", "two", "one"] * 3
     assert [one["number"] for one in interleaved(given) if one.source == "one"] == list(range(6))
-
-
-def test_a_plan_says_what_it_took(monkeypatch):
-    model = llama()
-    given = [Batch({"input_ids": tokens(1, 32)}, "one") for _ in range(12)]
-    monkeypatch.setattr(bh.Calibration, "read", lambda self, model: given)
-    plan = bh.plan(model, bh.OutputNorm(), bh.Calibration(enough=0.5), channels=0.5)
-    assert f"{plan.settled.batches} of 12 batches: two halves agree on" in str(plan)
-    used = interleaved(given)[: plan.settled.batches]
-    assert bh.plan(model, bh.OutputNorm(), used, channels=0.5).units == plan.units
-    assert bh.plan(model, bh.OutputNorm(), bh.Calibration(), channels=0.5).settled is None
+    runs = [Run(lambda: None, source=source) for source in "aabb"]
+    assert [one.source for one in interleaved(runs)] == ["a", "b", "a", "b"]
 
 
 def test_refused():

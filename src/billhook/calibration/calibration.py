@@ -38,9 +38,10 @@ class Calibration:
         column: The column that holds the text.
         tokenizer: A name or folder; by default that of the folder the model came from.
         seed: Decides which rows are drawn, and what the model writes.
-        enough: If given, `plan` takes twice as many rows, beginning with a few, until what it would remove is settled: until
-            two halves of them, and half as many, agree on this share of it, in (0, 1]. `tokens` is the limit. It scores about
-            three times as much text as it ends with.
+        enough: If given, units are chosen on as many rows as settle what is removed: twice as many, beginning with a few, until
+            two halves of them, and half as many, agree on this share of it, in (0, 1]; `tokens` is the limit. Each row is scored
+            once. `plan` does it, and so do callbacks that choose units, except for blocks one at a time; whatever is refitted is
+            refitted to all rows.
 
     Raises:
         ValueError: If there is no source, or a number is out of range; when it is read, if a source has not one row, or the model

@@ -1,16 +1,19 @@
 """How many examples are enough: as many as settle what would be removed."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 from billhook.running.batches import source_of
 
 Chosen = Mapping[str, Sequence[int]]
 """Units by place."""
-FIRST = 8
-"""Batches to begin with."""
+Seen = TypeVar("Seen")
+"""What is known of units after some batches."""
+FIRST = 4
+"""Batches to begin with, at least."""
 
 
 @dataclass(frozen=True)
@@ -20,41 +23,77 @@ class Settled:
     Attributes:
         batches: Batches that were used.
         of: Batches that there are.
-        halves: The share of units on which a choice by either half of the batches alone agrees.
+        halves: The share of units on which a choice by either half of the batches alone agrees; None of one batch.
         doubling: The share on which all of them agree with the first half.
+        enough: The share that was asked for.
     """
 
     batches: int
     of: int
-    halves: float
-    doubling: float
+    halves: float | None
+    doubling: float | None
+    enough: float
+
+    @property
+    def is_enough(self) -> bool:
+        """Tells whether both shares are what was asked for."""
+        return self.halves is not None and self.doubling is not None and min(self.halves, self.doubling) >= self.enough
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data, with the sentence that says it."""
+        return {**asdict(self), "says": str(self)}
 
     def __str__(self) -> str:
-        agree = f"two halves agree on {self.halves:.1%} of what is removed, all of them with the first on {self.doubling:.1%}"
-        return f"{self.batches} of {self.of} batches: {agree}"
+        if self.halves is None or self.doubling is None:
+            return f"chosen on {self.batches} of {self.of} batches, too few to compare two halves of them"
+        short = "" if self.is_enough else f", which do not settle it (asked for was {_percent(self.enough)})"
+        halves = f"two halves agree on {_percent(self.halves)} of what is removed"
+        doubling = f"all with the first half on {_percent(self.doubling)}"
+        return f"chosen on {self.batches} of {self.of} batches{short}: {halves}, {doubling}"
 
 
-def settle(choose: Callable[[Sequence[Any]], Chosen], batches: Sequence[Any], enough: float) -> tuple[list[Any], Settled]:
-    """Takes twice as many batches until a choice by them is settled, or there are no more; those of all sources in proportion.
+def settle(
+    see: Callable[[Sequence[Any]], Seen],
+    join: Callable[[Seen, Seen], Seen],
+    choose: Callable[[Seen], Chosen],
+    batches: Sequence[Any],
+    sizes: Sequence[int],
+    enough: float,
+) -> tuple[Seen, Settled]:
+    """Takes more and more batches until a choice by them is settled, or there are no more; each is seen once.
 
     Args:
-        choose: Chooses units by batches.
-        batches: All that may be used.
+        see: Finds what is known of units after some batches.
+        join: Finds what is known after those of the first and those of the second; it may use up both.
+        choose: Chooses units by what is known of them.
+        batches: All that may be used, in order (see `interleaved`).
+        sizes: How many are used, one number after the other, each about twice the one before (see `steps`).
         enough: The agreement, of two halves and with half as many, that is asked for; in (0, 1].
 
     Returns:
-        The batches that are enough, and how settled the choice is.
+        What is known after the batches that are enough, and how settled the choice is.
     """
-    mixed = interleaved(batches)
-    number = min(FIRST, len(mixed))
-    half, first = number // 2, None
-    while True:
-        first = first or choose(mixed[:half])
-        whole, second = choose(mixed[:number]), choose(mixed[half:number])
-        found = Settled(number, len(mixed), agreement(first, second), agreement(first, whole))
-        if number == len(mixed) or min(found.halves, found.doubling) >= enough:
-            return mixed[:number], found
-        half, number, first = number, min(2 * number, len(mixed)), whole
+    half = sizes[0] // 2
+    seen = see(batches[:half])
+    first = choose(seen)
+    for number in sizes:
+        others = see(batches[half:number])
+        second, seen = choose(others), join(seen, others)
+        whole = choose(seen)
+        found = Settled(number, len(batches), agreement(first, second), agreement(first, whole), enough)
+        if found.is_enough:
+            break
+        half, first = number, whole
+    return seen, found
+
+
+def steps(batches: int, halvings: int) -> list[int]:
+    """Returns how many of some batches are used, one number after the other: all of them halved so often, and so on.
+
+    >>> steps(43, 3)
+    [5, 10, 21, 43]
+    """
+    return [batches >> halving for halving in range(halvings, -1, -1)]
 
 
 def interleaved(batches: Sequence[Any]) -> list[Any]:
@@ -76,3 +115,12 @@ def agreement(one: Chosen, other: Chosen) -> float:
     units = {(place, unit) for place, own in one.items() for unit in own}
     others = {(place, unit) for place, own in other.items() for unit in own}
     return len(units & others) / max(len(units), len(others)) if units | others else 1.0
+
+
+def _percent(share: float) -> str:
+    """Writes a share, rounded down so that 100 % is all.
+
+    >>> _percent(0.99), _percent(0.9996), _percent(1.0)
+    ('99%', '99.9%', '100%')
+    """
+    return f"{math.floor(share * 1000 + 1e-9) / 10:g}%"

@@ -14,7 +14,7 @@ from billhook.units.units import Per, Units
 
 @dataclass(eq=False)
 class Sums:
-    """Sums over batches, whose ratio is the importance; those of several ranks add up.
+    """Sums over batches, whose ratio is the importance; those of several ranks, or of other batches, add up.
 
     Attributes:
         totals: By place, float64, `[units]`.
@@ -35,6 +35,11 @@ class Sums:
         self.totals[name] += total.detach().double().cpu()
         self.counts[name] += count
 
+    def merge(self, other: "Sums") -> None:
+        """Adds the sums over other batches, of the same places."""
+        for name, total in other.totals.items():
+            self.add(name, total, other.counts[name])
+
 
 @dataclass(frozen=True)
 class Importance(ABC):
@@ -45,6 +50,11 @@ class Importance(ABC):
     """
 
     needs_data: ClassVar[bool] = True
+
+    @property
+    def adds_up(self) -> bool:
+        """Tells whether `Sums.merge` of the sums over some batches and over others gives those over all of them."""
+        return True
 
     @abstractmethod
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:

@@ -5,7 +5,7 @@ https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050-
 Inference-Aware Structured Pruning of Language Models" (Kurtic, Frantar & Alistarh, 2023, https://arxiv.org/abs/2302.04089).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,7 +33,8 @@ class OBS(Importance):
     It needs no loss and no gradient.
 
     Costs: a forward for each batch and pass; memory for a float32 matrix `[in_features, in_features]` of each reader of a pass,
-    and five in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds.
+    and five in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds. Where more and more
+    batches are taken (`Calibration(enough=...)`), there are twice as many matrices; with several passes each step begins again.
 
     Args:
         damping: Share of the mean of H's diagonal that is added to it.
@@ -58,19 +59,30 @@ class OBS(Importance):
         number("damping", self.damping, above=0)
         whole("passes", self.passes)
 
+    @property
+    def adds_up(self) -> bool:
+        """Tells whether moments are kept, which add up: in one pass."""
+        return self.passes == 1
+
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
+        find = partial(self._found, model, units, per)
+        if self.adds_up:
+            moments = _seen(model, units, runs)
+            return _Errors(**vars(find(moments)), moments=moments, find=find)
         sums, names = Sums.zero(units, per), list(units)
         for first in range(min(self.passes, len(names))):
-            own, moments = {name: units[name] for name in names[first :: self.passes]}, Moments()
-            for run in runs:
-                watch(model, own, run, partial(_note, moments))
-            for name, reader in list(moments):
-                seen = moments.pop((name, reader))
-                table, there = table_of(units[name], per)
-                gram = gram_of(model.get_submodule(reader), table, there, seen.in_features)
-                sums.add(name, errors_without(seen.products, gram, table, there, self.damping), int(seen.tokens))
+            sums.merge(find(_seen(model, {name: units[name] for name in names[first :: self.passes]}, runs)))
+        return sums
+
+    def _found(self, model: nn.Module, units: Mapping[str, Units], per: Per, moments: Moments) -> Sums:
+        """Finds the errors that follow from moments."""
+        sums = Sums.zero(units, per)
+        for (name, reader), seen in moments.items():
+            table, there = table_of(units[name], per)
+            gram = gram_of(model.get_submodule(reader), table, there, seen.in_features)
+            sums.add(name, errors_without(seen.products, gram, table, there, self.damping), int(seen.tokens))
         return sums
 
     def of_mean(self, mean: Tensor) -> Tensor:
@@ -99,6 +111,33 @@ def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor,
     blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))
     lost: Tensor = (gram.double() * torch.linalg.inv(blocks)).sum((1, 2))
     return lost
+
+
+@dataclass(eq=False)
+class _Errors(Sums):
+    """Errors, and the moments that they follow from: these add up, and errors do not."""
+
+    moments: Moments
+    find: Callable[[Moments], Sums]
+
+    def merge(self, other: Sums) -> None:
+        """Adds the moments of other batches, and finds the errors again."""
+        assert isinstance(other, _Errors)
+        for key, seen in other.moments.items():
+            if key in self.moments:
+                self.moments[key].merge(seen)
+            else:
+                self.moments[key] = seen
+        found = self.find(self.moments)
+        self.totals, self.counts = found.totals, found.counts
+
+
+def _seen(model: nn.Module, units: Mapping[str, Units], runs: Sequence[Run]) -> Moments:
+    """Gathers the moments of what the readers of units read."""
+    moments = Moments()
+    for run in runs:
+        watch(model, units, run, partial(_note, moments))
+    return moments
 
 
 def _note(moments: Moments, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:

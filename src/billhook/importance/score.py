@@ -1,6 +1,7 @@
 """Scores units by an importance, from batches."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,48 @@ from billhook.running.undisturbed import resting
 from billhook.running.walk import Reduce
 from billhook.units.find import check_held, numbered
 from billhook.units.units import Per, Units
+
+
+@dataclass(frozen=True, eq=False)
+class Scoring:
+    """Scores the units of a model, whatever the batches; see `score` for what these are."""
+
+    model: nn.Module
+    units: Mapping[str, Units]
+    importance: Importance
+    loss: Loss | None = None
+    normalize: bool = False
+    per: Per = "head"
+    reduce: Reduce | None = None
+
+    def __post_init__(self) -> None:
+        numbered(self.units, {}, self.per)
+        check_values(self.model)
+        check_held(self.model, self.units)
+
+    def sums(self, batches: Iterable[Any]) -> Sums:
+        """Sums over batches; of an importance that needs none, over nothing."""
+        given = batches if self.importance.needs_data else ()
+        with resting(self.model):
+            runs = [run_of(self.model, self.units, batch, self.loss) for batch in given]
+            return self.importance.sums(self.model, self.units, self.per, runs)
+
+    def scores(self, sums: Sums) -> dict[str, Tensor]:
+        """Returns the scores of each place, of the sums of all ranks."""
+        if self.importance.needs_data:
+            sums = sums if self.reduce is None else _reduced(sums, self.reduce)
+            if not any(count.any() for count in sums.counts.values()):
+                name = type(self.importance).__name__
+                raise ValueError(f"batches: {name} needs at least one batch, with tokens that count")
+        return {name: self._of(name, total, sums.counts[name]) for name, total in sums.totals.items()}
+
+    def _of(self, place: str, total: Tensor, count: Tensor) -> Tensor:
+        scores = self.importance.of_mean(total / count.clamp(min=1))
+        if not torch.isfinite(scores).all():
+            raise ValueError(
+                f"importance: a score of {place} is NaN or infinite: the loss, or the model, is not finite on a batch"
+            )
+        return (scores / (scores.norm() + 1e-20) if self.normalize else scores).float()
 
 
 def score(
@@ -57,18 +100,9 @@ def score(
         [8, 8, 8, 8]
     """
     annotated(score, locals())
-    numbered(units, {}, per)
-    name, subject = type(importance).__name__, find_transformer(model)
-    check_values(subject)
-    check_held(subject, units)
-    given = batches_of(batches, subject) if importance.needs_data else ()
-    with resting(subject):
-        sums = importance.sums(subject, units, per, [run_of(subject, units, batch, loss) for batch in given])
-    if importance.needs_data:
-        sums = sums if reduce is None else _reduced(sums, reduce)
-        if not any(count.any() for count in sums.counts.values()):
-            raise ValueError(f"batches: {name} needs at least one batch, with tokens that count")
-    return {place: _scores(place, importance, total, sums.counts[place], normalize) for place, total in sums.totals.items()}
+    subject = find_transformer(model)
+    scoring = Scoring(subject, units, importance, loss, normalize, per, reduce)
+    return scoring.scores(scoring.sums(batches_of(batches, subject) if importance.needs_data else ()))
 
 
 def run_of(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
@@ -77,13 +111,6 @@ def run_of(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss 
         return batch
     names = [name for one in units.values() for name in ([one.name] if one.kind == "block" else one.readers)]
     return run_with_loss(model, {name: model.get_submodule(name) for name in names}, batch, loss)
-
-
-def _scores(place: str, importance: Importance, total: Tensor, count: Tensor, normalize: bool) -> Tensor:
-    scores = importance.of_mean(total / count.clamp(min=1))
-    if not torch.isfinite(scores).all():
-        raise ValueError(f"importance: a score of {place} is NaN or infinite: the loss, or the model, is not finite on a batch")
-    return (scores / (scores.norm() + 1e-20) if normalize else scores).float()
 
 
 def _reduced(sums: Sums, reduce: Reduce) -> Sums:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from billhook.calibration.enough import Settled
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, set_fields, with_fields
 from billhook.model.find import find_transformer
@@ -33,6 +34,7 @@ class BlockPlan(Plan):
         fields: Fields of the config, those of nested configs with dots, with their new values.
         attributes: The attributes that number blocks, by their new names: their values before and after.
         scores: By stack, the score of each block; only shown.
+        settled: How far the choice follows from the examples; only shown.
     """
 
     kind: ClassVar[str] = "blocks"
@@ -45,6 +47,7 @@ class BlockPlan(Plan):
     attributes: Numbers
     parameters: tuple[int, int]
     scores: dict[str, list[float]] = field(default_factory=dict, compare=False)
+    settled: Settled | None = field(default=None, compare=False)
 
     @property
     def kinds(self) -> dict[str, UnitKind]:
@@ -63,7 +66,9 @@ class BlockPlan(Plan):
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain data; see `Plan.to_json`."""
-        return {"kind": self.kind, **asdict(self)}
+        plain = {"kind": self.kind, **asdict(self)}
+        del plain["settled"]
+        return plain
 
     @classmethod
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
@@ -106,7 +111,7 @@ class BlockPlan(Plan):
             gone, scores = self.units.get(name, []), self.scores.get(name)
             numbers = ", ".join(f"{number} ({scores[number]:.4g})" if scores else str(number) for number in gone) or "none"
             lines.append(f"  {name:<{width}}  {count} -> {count - len(gone)} blocks; without {numbers}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *([f"  {self.settled}"] if self.settled else [])])
 
 
 def find_block_plan(

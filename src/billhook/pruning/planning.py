@@ -1,8 +1,8 @@
 """Plans what is removed from a model: `plan` chooses units by their scores, `plan_units` takes those that are given."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches, Calibration, batches_of
-from billhook.calibration.enough import settle
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.score import score
+from billhook.importance.enough import score_enough
+from billhook.importance.score import Scoring, score
 from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply
@@ -98,23 +98,34 @@ def plan(
     if amount is not None and (twice := [name for name, value in given.items() if value is not None]):
         raise ValueError(f"amount and {twice[0]}: give one of them; an Amount has the other as its own argument")
     amount = amount or Amount(heads, kv_heads, channels, residual, experts, blocks, params)
+    enough = batches.enough if isinstance(batches, Calibration) else None
+    return plan_amount(model, amount, importance, batches, enough, scores, greedy, loss, reduce)
+
+
+def plan_amount(
+    model: nn.Module,
+    amount: Amount,
+    importance: Importance | None = None,
+    batches: Batches | None = None,
+    enough: float | None = None,
+    scores: Mapping[str, Tensor] | None = None,
+    greedy: bool = False,
+    loss: Loss | None = None,
+    reduce: Reduce | None = None,
+) -> UnitPlan | BlockPlan:
+    """Plans as `plan`, on as many of the batches as are `enough` (see `Calibration`)."""
     subject = find_transformer(model)
     if amount.blocks is not None:
-        return _plan_blocks(subject, amount, importance or BlockInfluence(), batches, scores, greedy, loss, reduce)
+        return _plan_blocks(subject, amount, importance or BlockInfluence(), batches, enough, scores, greedy, loss, reduce)
     if greedy:
         raise ValueError("greedy=True: only blocks are removed one at a time")
     search = Search(subject, amount)
     search.check()
     settled = None
     if scores is None:
-        units, by, per = search.free(), importance or Taylor(), amount.per
-        if isinstance(batches, Calibration) and batches.enough is not None:
-
-            def choose(some: Sequence[Any]) -> Mapping[str, list[int]]:
-                return search.cut(score(subject, units, by, some, loss, amount.normalize, per, reduce)).units
-
-            batches, settled = settle(choose, batches.read(subject), batches.enough)
-        scores = score(subject, units, by, batches, loss, amount.normalize, per, reduce)
+        scoring = Scoring(subject, search.free(), importance or Taylor(), loss, amount.normalize, amount.per, reduce)
+        given = batches_of(batches, subject) if scoring.importance.needs_data else ()
+        scores, settled = score_enough(scoring, given, lambda found: search.cut(found).units, enough)
     cut = search.cut(scores)
     return UnitPlan.of(cut, search.costs(cut), settled)
 
@@ -209,6 +220,7 @@ def _plan_blocks(
     amount: Amount,
     importance: Importance,
     batches: Batches | None,
+    enough: float | None,
     scores: Mapping[str, Tensor] | None,
     greedy: bool,
     loss: Loss | None,
@@ -218,9 +230,13 @@ def _plan_blocks(
     if greedy and scores is None:
         rank = partial(score, model, stacks, importance, list(batches_of(batches, model)), loss, reduce=reduce)
         return tried_blocks(model, find_block_plan(model, _one_by_one(model, stacks, rank, numbers, (amount.first, amount.last))))
+    settled = None
     if scores is None:
-        scores = score(model, stacks, importance, batches, loss, amount.normalize, reduce=reduce)
-    return tried_blocks(model, find_block_plan(model, choose_units(stacks, scores, amount, amount.ratios), scores))
+        scoring = Scoring(model, stacks, importance, loss, amount.normalize, reduce=reduce)
+        given = batches_of(batches, model) if importance.needs_data else ()
+        scores, settled = score_enough(scoring, given, lambda found: choose_units(stacks, found, amount, amount.ratios), enough)
+    made = find_block_plan(model, choose_units(stacks, scores, amount, amount.ratios), scores)
+    return replace(tried_blocks(model, made), settled=settled)
 
 
 def _one_by_one(

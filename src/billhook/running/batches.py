@@ -48,7 +48,7 @@ class Batch(dict[str, Any]):
 
 def source_of(batch: Any) -> str:  # noqa: ANN401
     """Returns the name of a batch's source, if it has one."""
-    return batch.source if isinstance(batch, Batch) else ""
+    return batch.source if isinstance(batch, Batch | Run) else ""
 
 
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from billhook.report import predictions as module
+from billhook.running import replay
 from billhook.running.batches import Batch, runs_of
 from billhook.shrinking.divergence import Divergence
 from kit.families import llama, tokens
@@ -48,3 +49,45 @@ def test_a_model_that_predicts_nothing_is_refused():
     model = llama().model
     with pytest.raises(ValueError, match="predicts nothing"):
         Divergence(model, runs_of(model, [{"input_ids": tokens()}]))
+
+
+def test_blocks_before_the_first_changed_one_are_not_run_again():
+    model = llama(num_hidden_layers=3)
+    runs = runs_of(model, [Batch({"input_ids": tokens()}, "one"), Batch({"input_ids": tokens(3, 9)}, "two")])
+    found = Divergence(model, runs)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+    calls = []
+    for number, block in enumerate(model.model.layers):
+        block.mlp.register_forward_hook(lambda *_, number=number: calls.append(number))
+    short = found.by_source(["model.layers.1.mlp"])
+    assert calls == [1, 2] * 2
+    calls.clear()
+    assert found.by_source() == short
+    assert min(short.values()) > 0
+    assert calls == [0, 1, 2] * 2
+    calls.clear()
+    found.mean(["model.layers.1.mlp", "lm_head"])
+    assert calls == [0, 1, 2] * 2
+
+
+def test_models_whose_blocks_hand_on_more_than_they_return_run_as_a_whole():
+    model, shared = llama(num_hidden_layers=2), []
+    model.model.layers[0].register_forward_hook(lambda *own: shared.append(own[2]))
+    model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: shared.clear())
+    model.model.layers[1].register_forward_hook(lambda *own: own[2] + shared[0])
+    model.model.layers[0].mlp.register_forward_hook(lambda *own: shared.append(own[2]))
+    found = Divergence(model, runs_of(model, [{"input_ids": tokens()}]))
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+    assert found.by_source(["model.layers.1.mlp"]) == found.by_source()
+
+
+@pytest.mark.parametrize("held", [2**31, 0])
+def test_no_more_is_held_than_may_be(monkeypatch, held):
+    monkeypatch.setattr(replay, "BYTES", held)
+    model, calls = llama(num_hidden_layers=2), []
+    found = Divergence(model, runs_of(model, [{"input_ids": tokens()}]))
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(0))
+    assert found.mean(["model.layers.1.mlp"]) == pytest.approx(0, abs=1e-5)
+    assert len(calls) == (0 if held else 1)

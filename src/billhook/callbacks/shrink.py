@@ -161,7 +161,7 @@ class Shrink(ShapeCallback):
                 found = Found.within(work, runs, self.repair, choosing)
             else:
                 found = smallest(work, self.max_loss, held_out, runs, self.repair, choosing)
-            work.compare(runs)
+            work.compare(searched)
             return found
 
     def _remove(self, model: PreTrainedModel, found: Found, optimizers: list[Optimizer]) -> str:

@@ -33,7 +33,7 @@ def damages(library: Library, divergence: Divergence, place: Place, levels: Sequ
     for kept in probes(place.levels()):
         if (place.name, kept) not in library.measured:
             with library.assembled({place.name: kept}):
-                library.note(place.name, kept, max(divergence.mean(), 0.0))
+                library.note(place.name, kept, max(divergence.mean(library.weights(place.name, kept)), 0.0))
         points[library.errors[place.name, kept]] = library.measured[place.name, kept]
     errors, found = sorted(points), [0.0]
     for kept in levels[1:]:

@@ -107,12 +107,11 @@ def shrink(
     work = Work.begun(subject, amount, layers == "uniform")
     work.progress, work.steps = progress, 2 * len(work.places) + 2 + generations * candidates + CURVE
     fitted, held_out = divided(list(batches_of(batches, subject)))
-    work.measure(
-        to_search(fitted, work.widest), held_out, importance or OBS(), repair, None if library is None else Path(library)
-    )
+    searched, folder = to_search(fitted, work.widest), None if library is None else Path(library)
+    work.measure(searched, held_out, importance or OBS(), repair, folder)
     how = fitted, repair, partial(work.chosen, generations, candidates, seed)
     found = Found.within(work, *how) if max_loss is None else smallest(work, max_loss, held_out, *how)
-    work.compare(fitted)
+    work.compare(searched)
     apply(subject, found.plan, weights=found.weights)
     return work.finished(found.plan, found.kept, found.curve, found.tried, found.ratio)
 

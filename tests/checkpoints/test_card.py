@@ -13,7 +13,13 @@ from kit.families import llama
 SIZES = {"params": 1000, "zeros": 0, "kv_cache_bytes": None, "flops": 20}
 EVENTS = [
     {"step": 2, "what": "4 -> 2 KV heads (mean)", "before": SIZES, "after": SIZES | {"params": 900}},
-    {"step": 3, "what": "a|b\nc", "before": {}, "after": SIZES | {"params": 800, "zeros": 12}},
+    {
+        "step": 3,
+        "what": "a|b\nc",
+        "before": {},
+        "after": SIZES | {"params": 800, "zeros": 12},
+        "settled": [{"says": "chosen on 8 of 8 batches"}, "of another hand"],
+    },
 ]
 DAMAGE = [
     {
@@ -47,11 +53,12 @@ def saved(folder, record=None):
 def test_what_was_done_what_it_costs_and_how_to_load_it(tmp_path):
     text = saved(tmp_path, {"steps": 8, "events": EVENTS, "damage": DAMAGE})
     body = text.split("---\n", 2)[2]
-    assert [line for line in body.splitlines() if line][:11] == [
+    assert [line for line in body.splitlines() if line][:12] == [
         "# small",
         "## What was done",
         "- step 2: 4 -> 2 KV heads (mean)",
         "- step 3: a\\|b c",
+        "  - chosen on 8 of 8 batches",
         "- training, 8 steps",
         "|  | before | after |",
         "| --- | ---: | ---: |",

@@ -8,7 +8,8 @@ import transformers
 
 import billhook as bh
 from billhook.cli.main import main
-from billhook.cli.oneshot.frame import Examples, OneShot
+from billhook.cli.oneshot.frame import OneShot
+from billhook.cli.oneshot.text import Examples
 from kit.cli import blocks, option, small_llama, tokenizer
 from kit.cli import pytestmark as quiet
 from kit.shaped import bert

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from billhook.arguments import annotated, fraction, whole
 from billhook.fit.calibration import FitCalibration, Given
+from billhook.fit.events.event import note_settled
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, sum_over
@@ -18,7 +19,7 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
-from billhook.pruning.planning import count_blocks, plan
+from billhook.pruning.planning import count_blocks, plan_amount
 from billhook.schedules import Schedule
 from billhook.units.find import find_units
 
@@ -102,7 +103,8 @@ class DepthPruning(ShapeCallback):
 
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
         """Removes the blocks, and measures before and after."""
-        self.happen(trainer, pl_module, partial(self._remove, trainer, pl_module, moment))
+        event = self.happen(trainer, pl_module, partial(self._remove, trainer, pl_module, moment))
+        note_settled(event, self.plan.settled if self.plan is not None else None)
 
     def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int, optimizers: list[Optimizer]) -> str:
         """Ranks the blocks, removes the least important, and says how many there were and are."""
@@ -120,6 +122,7 @@ class DepthPruning(ShapeCallback):
         stacks = find_units(model, "block")
         with self.calibration.aside(pl_module), trainer.precision_plugin.forward_context():
             runs = [run_of(model, stacks, *pair) for pair in self.calibration.pairs(trainer, pl_module)]
-            made = plan(model, self.importance, runs, amount=self.amount, greedy=self.greedy, reduce=sum_over(trainer))
+            enough, reduce = self.calibration.enough, sum_over(trainer)
+            made = plan_amount(model, self.amount, self.importance, runs, enough, greedy=self.greedy, reduce=reduce)
         assert isinstance(made, BlockPlan)
         return made

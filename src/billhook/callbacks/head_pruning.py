@@ -17,7 +17,7 @@ from billhook.callbacks.heads.monitor import Mode, Monitor
 from billhook.callbacks.heads.ranking import HeadRanking
 from billhook.callbacks.heads.record import HeadRecord
 from billhook.fit.calibration import FitCalibration, Given
-from billhook.fit.events.event import log_event
+from billhook.fit.events.event import log_event, note_settled
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import refuse_shape_changes
 from billhook.fit.measure import measure
@@ -161,7 +161,7 @@ class HeadPruning(HeadMasking):
             self.monitor.begin(before)
             with together(trainer, "HeadPruning"):
                 ratio = self._moments[moment]
-                chosen = self.ranks.choose(trainer, pl_module, self.calibration, self.record, earlier, ratio)
+                chosen, settled = self.ranks.choose(trainer, pl_module, self.calibration, self.record, earlier, ratio)
                 check_agreed(trainer, "HeadPruning", "the heads that are masked", chosen)
             self.mask(pl_module, chosen)
             after, what = self.measured(trainer, pl_module), f"{sum(map(len, chosen.values()))} heads masked"
@@ -178,6 +178,7 @@ class HeadPruning(HeadMasking):
             else:
                 event = self.as_event(trainer, find_transformer(pl_module), before, change)
         event["after"] |= after
+        note_settled(event, settled)
         log_event(trainer, event)
         self.record.draw(trainer, self.heads, self.monitor.name or next(iter(before), ""), before, event["after"], self.plot_file)
 

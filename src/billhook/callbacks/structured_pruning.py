@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
-from billhook.fit.events.event import log_event
+from billhook.fit.events.event import log_event, note_settled
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, sum_over, together
@@ -21,7 +21,7 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, apply
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
-from billhook.pruning.planning import plan
+from billhook.pruning.planning import plan_amount
 from billhook.pruning.progress import First, first_from
 from billhook.pruning.repair import repair
 from billhook.pruning.target import Search
@@ -114,7 +114,8 @@ class StructuredPruning(ShapeCallback):
                 check_agreed(trainer, "StructuredPruning", "the plan of what is removed", decided)
             if made is not None:
                 first = len(self.events) == before
-                self.reshape(trainer, pl_module, metrics if first else {}, partial(self._remove, pl_module, made, weights))
+                change = partial(self._remove, pl_module, made, weights)
+                note_settled(self.reshape(trainer, pl_module, metrics if first else {}, change), made.settled)
         self.done, self.asked = moment, goal
         for event in self.events[before:][-1:]:
             event["after"] |= self.measured(trainer, pl_module)
@@ -132,7 +133,7 @@ class StructuredPruning(ShapeCallback):
             units, reduce = units_of(model, trace(model), amount.kinds), sum_over(trainer)
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
             runs = [run_of(model, units, *pair) for pair in pairs]
-            made = plan(model, self.importance, runs, amount=amount, reduce=reduce)
+            made = plan_amount(model, amount, self.importance, runs, self.calibration.enough, reduce=reduce)
             assert isinstance(made, UnitPlan)
             return made, repair(model, made, runs, self.repair, reduce) if self.repair else None
 

@@ -51,7 +51,7 @@ def _done(record: Mapping[str, Any]) -> list[str]:
     events = _listed(record, "events", ("what", "before", "after"))
     events = [one for one in events if isinstance(one["before"], Mapping) and isinstance(one["after"], Mapping)]
     when = [f"step {one['step']}: " if "step" in one else "" for one in events]
-    lines = [f"- {at}{_plain(one['what'])}" for at, one in zip(when, events, strict=True)]
+    lines = [f"- {at}{_plain(one['what'])}{_settled(one)}" for at, one in zip(when, events, strict=True)]
     if isinstance(steps := record.get("steps"), int):
         lines.append(f"- training, {steps:,} steps")
     rows = []
@@ -59,6 +59,11 @@ def _done(record: Mapping[str, Any]) -> list[str]:
         before, after = events[0]["before"], events[-1]["after"]
         rows = [[name, before.get(key), after.get(key)] for key, name in SIZES.items() if after.get(key) is not None]
     return ["\n".join(lines)] * bool(lines) + [_table(["", "before", "after"], rows)] * bool(rows)
+
+
+def _settled(event: Mapping[str, Any]) -> str:
+    """Says how far the choice of what is removed follows from the examples, where an event does."""
+    return "".join(f"\n  - {_plain(one['says'])}" for one in _listed(event, "settled", ["says"]))
 
 
 def _costs(record: Mapping[str, Any]) -> list[str]:

@@ -68,6 +68,11 @@ class FitCalibration:
             return cls(examples=given)
         return cls(given, examples)
 
+    @property
+    def enough(self) -> float | None:
+        """The agreement of choices of units that is asked for, if any; see `Calibration`."""
+        return self.batches.enough if isinstance(self.batches, Calibration) else None
+
     def check(self, trainer: pl.Trainer) -> None:
         """Refuses training data that can be read only once, which it would use up."""
         for loader in tree_leaves(trainer.train_dataloader) if self.batches is None else ():

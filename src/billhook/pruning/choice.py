@@ -1,7 +1,7 @@
 """Chooses the units of the lowest importance, in each layer or over all layers, as far as they may be removed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -32,6 +32,18 @@ def check_choice(ratio: float, ranking: str, least: int, per: str, what: str = "
     one_of("ranking", ranking, Ranking)
     whole(f"min_{what}", least, 0)
     one_of("per", per, Per)
+
+
+def among_others(
+    take: Callable[[Mapping[str, Tensor]], dict[str, list[int]]],
+    before: Mapping[str, Sequence[int]],
+    scores: Mapping[str, Tensor],
+) -> dict[str, list[int]]:
+    """Chooses units by their scores, among them all that have been chosen before."""
+    lowest = {name: own.clone() for name, own in scores.items()}
+    for name, chosen in before.items():
+        lowest[name][list(chosen)] = -torch.inf
+    return take(lowest)
 
 
 def choose(

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -13,17 +13,17 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from billhook.arguments import fraction, whole
 from billhook.assets import model_path
 from billhook.calibration.calibration import Calibration
-from billhook.calibration.generated import LENGTH, check_writes
+from billhook.calibration.enough import Settled
 from billhook.calibration.generated import NAME as GENERATED
-from billhook.calibration.rows import Data
+from billhook.calibration.generated import check_writes
 from billhook.calibration.texts import check_also, texts
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import load, save
 from billhook.cli.machine import device_of
 from billhook.cli.metrics import accuracy
+from billhook.cli.oneshot.text import Examples, Scored, Text
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import prunable
 from billhook.model.preprocessors import load_tokenizer
@@ -45,86 +45,6 @@ Before = Dense | float | None
 """What is measured before a model is changed: predictions on texts, or an accuracy."""
 Cost = list[TextDamage] | float | None
 """What is measured afterwards: the damage on texts, or an accuracy."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text to calibrate and to measure on, and the place to compute.
-
-    Args:
-        data: What scores are taken from (split train) and what is measured on (split test, or else validation, or else other
-            rows): "generated", which is what the model itself writes, "tiny", a file, a hub name, a folder, or files by split,
-            as in '{train: a.txt, test: b.txt}'; or several, as in '[generated, a.txt]', of equal shares. By default what the
-            model writes. For a classifier, tables with a text and a label.
-        also: Files of other text to measure on.
-        column: The column that holds the text.
-        length: Tokens of an example; by default as many as the model reads, but at most 512, or 2048 for `prune` with `data`.
-        examples: Examples that scores are taken from, drawn by `seed`; by default 128, as in most papers, or 40 that the model
-            writes.
-        generated: Share of the examples that the model writes beside the texts of `data`, in [0, 1); they share the rest equally.
-            By default a quarter where linears are refitted, so that they do not serve these texts alone, and otherwise none. Not
-            with "generated" among `data`, which then has an equal share.
-        batch_size: Examples in a batch.
-        evaluate: Examples of each text that are measured on: perplexity, or accuracy; 0 for none.
-        seed: Which examples are drawn.
-        dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
-        device: Where it is computed: "auto" takes an accelerator if there is one.
-
-    Raises:
-        ValueError: If a number is out of range.
-    """
-
-    longest: ClassVar[int] = 2048
-
-    data: Data | list[Data] | None = None
-    also: list[str] | None = None
-    column: str = "text"
-    length: int | None = None
-    examples: int | None = None
-    generated: float | None = None
-    batch_size: int = 1
-    evaluate: int = 64
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        whole("examples", 1 if self.examples is None else self.examples)
-        whole("batch_size", self.batch_size)
-        whole("evaluate", self.evaluate, 0)
-        if self.generated is not None:
-            fraction("generated", self.generated, "[0, 1)")
-            if self.generated and not self.alone:
-                raise ValueError(f"generated={self.generated} is what the model writes beside texts, and data={self.data!r}")
-
-    @property
-    def alone(self) -> bool:
-        """Tells whether texts are given, and what the model writes is none of them."""
-        return self.data is not None and GENERATED not in (self.data if isinstance(self.data, list) else [self.data])
-
-    def length_for(self, model: PreTrainedModel) -> int:
-        """Returns how many tokens an example has."""
-        most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if self.length is None:
-            longest = self.longest if self.data is not None else LENGTH
-            return min(longest, most or longest)
-        if self.length < 2 or (most and self.length > most):
-            raise ValueError(f"length={self.length} must be in 2..{most or 'any'}: the model reads no more tokens at once")
-        return self.length
-
-
-@dataclass(frozen=True)
-class Examples(Text):
-    """Text, with labels for a classifier, to calibrate and to measure on, and the place to compute.
-
-    Args:
-        label_column: The column that holds a classifier's labels, whole numbers from 0.
-    """
-
-    longest: ClassVar[int] = 512
-
-    batch_size: int = 8
-    label_column: str = "label"
 
 
 @contextmanager
@@ -191,6 +111,7 @@ class OneShot:
             sources, weights = [*read, GENERATED], [(1 - self.beside) / len(read)] * len(read) + [self.beside]
         tokens = (examples or (WRITTEN if given.data is None else EXAMPLES)) * self.length
         options = {"batch_size": given.batch_size, "column": given.column, "tokenizer": model_path(self.name), "seed": given.seed}
+        options["enough"] = given.agreement if isinstance(given, Scored) else None
         return Calibration(sources, weights, tokens, self.length, **options)  # type: ignore[arg-type]
 
     @cached_property
@@ -235,9 +156,17 @@ class OneShot:
                 return before.damage(self.model)
         return None if before is None else cast(float, self.measure())
 
-    def save(self, before: Before, what: str, record: Mapping[str, Any], *says: object) -> None:
-        """Measures again, saves the model with a record of what was done, and prints `says` and what it costs."""
-        record = {"events": [{"what": what, "before": self.sizes, "after": _sizes(self.model)}], **record}
+    def save(
+        self, before: Before, what: str, record: Mapping[str, Any], *says: object, settled: Sequence[Settled | None] = ()
+    ) -> None:
+        """Measures again, saves the model with a record of what was done, and prints `says` and what it costs.
+
+        The record says how far choices of units are `settled`.
+        """
+        event: dict[str, Any] = {"what": what, "before": self.sizes, "after": _sizes(self.model)}
+        if told := [one.to_json() for one in settled if one is not None]:
+            event["settled"] = told
+        record = {"events": [event], **record}
         record = {**record, "calibration": asdict(self.calibration) if self.metric == "perplexity" else self._read()}
         figures: dict[str, Any] = {"before": None, "after": None, "examples": self.given.evaluate}
         cost, warning = self.cost(before), None

@@ -1,6 +1,7 @@
 """`billhook prune`: a checkpoint in, one with zeros out, with its perplexity before and after."""
 
-from billhook.cli.oneshot.frame import OneShot, Text, bar
+from billhook.cli.oneshot.frame import OneShot, bar
+from billhook.cli.oneshot.text import Text
 from billhook.running.walk import Sequential
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder

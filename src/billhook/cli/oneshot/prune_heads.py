@@ -1,14 +1,18 @@
 """`billhook prune-heads`: a checkpoint in, one with fewer attention heads out, with its metric before and after."""
 
+from functools import partial
+
 import torch
 
 from billhook.arguments import whole
-from billhook.cli.oneshot.frame import Examples, OneShot
+from billhook.cli.oneshot.frame import OneShot
+from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
+from billhook.importance.enough import score_enough
 from billhook.importance.gate_gradient import GateGradient
-from billhook.importance.score import run_of, score
+from billhook.importance.score import Scoring, run_of
 from billhook.pruning.amount import Ranking
-from billhook.pruning.choice import check_choice, choose
+from billhook.pruning.choice import among_others, check_choice, choose
 from billhook.pruning.planning import plan_units, prune_units
 from billhook.units.find import find_units
 from billhook.units.gates import mask
@@ -18,7 +22,7 @@ from billhook.units.units import Per
 def prune_heads(
     model: str,
     out: str,
-    given: Examples,
+    given: Scored,
     ratio: float | None = None,
     importance: Importance | None = None,
     ranking: Ranking = "layer",
@@ -34,7 +38,7 @@ def prune_heads(
     Args:
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        given: Examples to score and to measure on, and the place to compute.
+        given: Scored to score and to measure on, and the place to compute.
         ratio: Fraction of the heads to remove, in [0, 1), rounded down.
         importance: How heads are scored: `GateGradient` (the paper's; the default), or any other `Importance`, also a class of
             your own.
@@ -62,13 +66,15 @@ def prune_heads(
     plan_units(work.model, removed, per=per)
     batches, before = work.batches(), work.measure()
     runs = [run_of(work.model, heads, batch) for batch in batches]
-    removed = {}
+    scoring, removed, settled = Scoring(work.model, heads, importance, None, normalize, per), {}, []
     for number in range(1, rounds + 1):
+        take = partial(choose, heads, ratio=ratio * number / rounds, ranking=ranking, min_units=min_heads, per=per)
+        more = partial(among_others, take, removed)
         with mask(work.model, removed, per=per):
-            scores = score(work.model, heads, importance, runs, None, normalize, per)
-        for name, own in removed.items():
-            scores[name][own] = -torch.inf
-        removed = choose(heads, scores, ratio * number / rounds, ranking, min_heads, per)
+            scores, found = score_enough(scoring, runs, more, given.agreement)
+        removed = more(scores)
+        settled.append(found)
     plan = prune_units(work.model, removed, per=per)
     how = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}
-    work.save(before, f"without {plan.words}", {"heads": plan.to_json()["units"], "importance": how}, plan)
+    record = {"heads": plan.to_json()["units"], "importance": how}
+    work.save(before, f"without {plan.words}", record, plan, *settled, settled=settled)

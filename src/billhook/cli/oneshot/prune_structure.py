@@ -6,15 +6,15 @@ from dataclasses import dataclass, fields
 from transformers import PreTrainedModel
 
 from billhook.arguments import whole
-from billhook.cli.oneshot.frame import Examples, OneShot
+from billhook.cli.oneshot.frame import OneShot
+from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
 from billhook.importance.taylor import Taylor
 from billhook.model.plan import apply
 from billhook.pruning.amount import RATIOS, TARGETS, Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
-from billhook.pruning.planning import count_blocks
-from billhook.pruning.planning import plan as planned
+from billhook.pruning.planning import count_blocks, plan_amount
 from billhook.pruning.progress import First
 from billhook.pruning.repair import repair as repair_weights
 from billhook.pruning.target import Search
@@ -48,7 +48,7 @@ def prune_structure(
     model: str,
     out: str,
     amount: Removed,
-    given: Examples,
+    given: Scored,
     block_importance: Importance | None = None,
     importance: Importance | None = None,
     rounds: int = 1,
@@ -64,7 +64,7 @@ def prune_structure(
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
         amount: How much to remove.
-        given: Examples to score and to measure on, and the place to compute.
+        given: Scored to score and to measure on, and the place to compute.
         block_importance: How blocks are scored: `BlockInfluence` (ShortGPT, https://arxiv.org/abs/2403.03853; the default), or
             `Ablation`, one forward a block.
         importance: How units are scored: `Taylor` (LLM-Pruner; the default), or any other `Importance`, also a class of your own.
@@ -84,7 +84,7 @@ def prune_structure(
     batches = work.batches()
     before = None if dry_run else work.measure()
     plans: list[BlockPlan | UnitPlan] = []
-    for plan in _plans(work.model, batches, amount, block_importance, importance, rounds):
+    for plan in _plans(work.model, batches, given.agreement, amount, block_importance, importance, rounds):
         print(plan)
         if dry_run:
             return
@@ -93,12 +93,14 @@ def prune_structure(
         plans.append(plan)
     how = {"by": str(importance), "ranking": amount.ranking, "rounds": rounds, "repair": str(repair) if repair else None}
     what = f"without {', '.join(plan.words for plan in plans)}"
-    work.save(before, what, {"plans": [plan.to_json() for plan in plans], "importance": how})
+    record = {"plans": [plan.to_json() for plan in plans], "importance": how}
+    work.save(before, what, record, settled=[plan.settled for plan in plans])
 
 
 def _plans(
     model: PreTrainedModel,
     batches: list[Batch],
+    enough: float | None,
     amount: Removed,
     block_importance: Importance | None,
     importance: Importance,
@@ -106,10 +108,10 @@ def _plans(
 ) -> Iterator[BlockPlan | UnitPlan]:
     """Plans what to remove, each time from the model as it is when the plan before has been carried out."""
     if amount.blocks_alone is not None:
-        yield planned(model, block_importance, batches, amount=amount.blocks_alone)
+        yield plan_amount(model, amount.blocks_alone, block_importance, batches, enough)
     if amount.within is None:
         return
     start = First.of(model, amount.within)
     for number in range(1, rounds + 1):
         if (due := start.part(model, amount.within, number / rounds)) is not None:
-            yield planned(model, importance, batches, amount=due)
+            yield plan_amount(model, due, importance, batches, enough)

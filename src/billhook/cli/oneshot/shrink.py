@@ -5,8 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 from billhook.cli.machine import check_file
-from billhook.cli.oneshot.frame import Before, Examples, OneShot, bar, shown
+from billhook.cli.oneshot.frame import Before, OneShot, bar, shown
 from billhook.cli.oneshot.recovery import Recovery
+from billhook.cli.oneshot.text import Examples
 from billhook.importance.base import Importance
 from billhook.repairs.repair import Repair
 from billhook.report.plot_curve import plot_curve

@@ -10,6 +10,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from billhook.arguments import whole
+from billhook.calibration.enough import Settled
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.checkpoint_hooks import add_to, unwrap_hooks, wrap_hooks
 from billhook.fit.events.rounds import still_due
@@ -193,6 +194,13 @@ def events_of(trainer: pl.Trainer) -> list[Event]:
     """Returns what has happened in a fit, one after the other."""
     events = [event for callback in callbacks_of(trainer, EventCallback) for event in callback.events]
     return sorted(events, key=lambda event: (event["step"], event["number"]))
+
+
+def note_settled(event: Event, settled: Settled | None) -> None:
+    """Notes how far the choice of what was removed follows from the examples, and says it."""
+    if settled is not None:
+        event["settled"] = [settled.to_json()]
+        rank_zero_info(f"billhook, step {event['step']}: {settled}")
 
 
 def log_event(trainer: pl.Trainer, event: Event) -> None:

@@ -63,11 +63,12 @@ class ShapeCallback(EventCallback):
         """Checks the model once it exists."""
         self.check(pl_module, trainer)
 
-    def happen(self, trainer: pl.Trainer, pl_module: pl.LightningModule, change: Callable[[list[Optimizer]], str]) -> None:
-        """Carries out a change as an event of its own, measured before and after, and logged."""
+    def happen(self, trainer: pl.Trainer, pl_module: pl.LightningModule, change: Callable[[list[Optimizer]], str]) -> Event:
+        """Carries out a change as an event of its own, measured before and after, and logged; returns the event."""
         event = self.reshape(trainer, pl_module, self.measured(trainer, pl_module), change)
         event["after"] |= self.measured(trainer, pl_module)
         log_event(trainer, event)
+        return event
 
     def reshape(
         self,

@@ -1,0 +1,119 @@
+"""Holds what one-shot commands calibrate and measure on, as options."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from transformers import PreTrainedModel
+
+from billhook.arguments import fraction, whole
+from billhook.calibration.generated import LENGTH
+from billhook.calibration.generated import NAME as GENERATED
+from billhook.calibration.rows import Data
+
+ENOUGH = 0.99
+"""The agreement that is asked for where no number of examples is given."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text to calibrate and to measure on, and the place to compute.
+
+    Args:
+        data: What scores are taken from (split train) and what is measured on (split test, or else validation, or else other
+            rows): "generated", which is what the model itself writes, "tiny", a file, a hub name, a folder, or files by split,
+            as in '{train: a.txt, test: b.txt}'; or several, as in '[generated, a.txt]', of equal shares. By default what the
+            model writes. For a classifier, tables with a text and a label.
+        also: Files of other text to measure on.
+        column: The column that holds the text.
+        length: Tokens of an example; by default as many as the model reads, but at most 512, or 2048 for `prune` with `data`.
+        examples: Examples that scores are taken from, drawn by `seed`; by default 128, as in most papers, or 40 that the model
+            writes.
+        generated: Share of the examples that the model writes beside the texts of `data`, in [0, 1); they share the rest equally.
+            By default a quarter where linears are refitted, so that they do not serve these texts alone, and otherwise none. Not
+            with "generated" among `data`, which then has an equal share.
+        batch_size: Examples in a batch.
+        evaluate: Examples of each text that are measured on: perplexity, or accuracy; 0 for none.
+        seed: Which examples are drawn.
+        dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
+        device: Where it is computed: "auto" takes an accelerator if there is one.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    longest: ClassVar[int] = 2048
+
+    data: Data | list[Data] | None = None
+    also: list[str] | None = None
+    column: str = "text"
+    length: int | None = None
+    examples: int | None = None
+    generated: float | None = None
+    batch_size: int = 1
+    evaluate: int = 64
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        whole("examples", 1 if self.examples is None else self.examples)
+        whole("batch_size", self.batch_size)
+        whole("evaluate", self.evaluate, 0)
+        if self.generated is not None:
+            fraction("generated", self.generated, "[0, 1)")
+            if self.generated and not self.alone:
+                raise ValueError(f"generated={self.generated} is what the model writes beside texts, and data={self.data!r}")
+
+    @property
+    def alone(self) -> bool:
+        """Tells whether texts are given, and what the model writes is none of them."""
+        return self.data is not None and GENERATED not in (self.data if isinstance(self.data, list) else [self.data])
+
+    def length_for(self, model: PreTrainedModel) -> int:
+        """Returns how many tokens an example has."""
+        most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if self.length is None:
+            longest = self.longest if self.data is not None else LENGTH
+            return min(longest, most or longest)
+        if self.length < 2 or (most and self.length > most):
+            raise ValueError(f"length={self.length} must be in 2..{most or 'any'}: the model reads no more tokens at once")
+        return self.length
+
+
+@dataclass(frozen=True)
+class Examples(Text):
+    """Text, with labels for a classifier, to calibrate and to measure on, and the place to compute.
+
+    Args:
+        label_column: The column that holds a classifier's labels, whole numbers from 0.
+    """
+
+    longest: ClassVar[int] = 512
+
+    batch_size: int = 8
+    label_column: str = "label"
+
+
+@dataclass(frozen=True)
+class Scored(Examples):
+    """Examples that units are chosen by, with labels for a classifier, to calibrate and to measure on, and the place to compute.
+
+    Args:
+        enough: Units are chosen on as many of the examples as settle it: twice as many, beginning with a few batches, until two
+            halves of them, and half as many, agree on this share of what is removed, in (0, 1]; null: on all. By default 0.99
+            if no number of `examples` is given, or else null. What is refitted or measured takes all in any case.
+    """
+
+    enough: float | Literal["auto"] | None = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.enough, float):
+            fraction("enough", self.enough, "(0, 1]")
+
+    @property
+    def agreement(self) -> float | None:
+        """The agreement that is asked for, if any."""
+        if self.enough == "auto":
+            return ENOUGH if self.examples is None else None
+        return self.enough

@@ -35,9 +35,10 @@ class Damage(FollowsEvents):
     twice as much as those inside. Training is not disturbed: random numbers, modes and gradients are as before. Each time takes a
     forward of all rows; of the dense model's predictions at most 256 MiB are held, at evenly spaced positions.
 
-    A checkpoint holds the rows and what the dense model loses on them. Of its predictions, which would be large, it holds none:
-    a run that is resumed reads them again, before the checkpoint's weights are loaded. If its script does not make the same model
-    on the same texts, ratios are still told, of the checkpoint's rows, and the divergence is not, with a warning.
+    A checkpoint holds the rows, what the dense model loses on them, and what was measured so far. Of the dense model's
+    predictions, which would be large, it holds none: a run that is resumed reads them again, before the checkpoint's weights are
+    loaded. If its script does not make the same model on the same texts, ratios are still told, of the checkpoint's rows, and the
+    divergence is not, with a warning.
 
     Put it behind callbacks that average weights, and before `Export` and `Report`. Under DDP each rank reads a share of the rows.
 
@@ -117,8 +118,8 @@ class Damage(FollowsEvents):
         return [one.to_json() for one in found]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the rows of text, and what the dense model loses on them."""
-        return {} if self._dense is None else self._dense.state_dict()
+        """Returns the rows of text, what the dense model loses on them, and what was measured at the end."""
+        return {} if self._dense is None else self._dense.state_dict() | {"last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the rows of the run that is resumed."""

@@ -48,7 +48,7 @@ def card(record: Mapping[str, Any], loading: str) -> str:
 
 def _done(record: Mapping[str, Any]) -> list[str]:
     """Lists the events of a fit or a command, and shows sizes before the first and after the last."""
-    events = _listed(record, "events", ("what", "before", "after"))
+    events = listed(record, "events", ("what", "before", "after"))
     events = [one for one in events if isinstance(one["before"], Mapping) and isinstance(one["after"], Mapping)]
     when = [f"step {one['step']}: " if "step" in one else "" for one in events]
     lines = [f"- {at}{_plain(one['what'])}{_settled(one)}" for at, one in zip(when, events, strict=True)]
@@ -63,7 +63,7 @@ def _done(record: Mapping[str, Any]) -> list[str]:
 
 def _settled(event: Mapping[str, Any]) -> str:
     """Says how far the choice of what is removed follows from the examples, where an event does."""
-    return "".join(f"\n  - {_plain(one['says'])}" for one in _listed(event, "settled", ["says"]))
+    return "".join(f"\n  - {_plain(one['says'])}" for one in listed(event, "settled", ["says"]))
 
 
 def _costs(record: Mapping[str, Any]) -> list[str]:
@@ -71,18 +71,22 @@ def _costs(record: Mapping[str, Any]) -> list[str]:
     accuracy, rows = record.get("accuracy"), list[list[object]]()
     if isinstance(accuracy, Mapping) and {"before", "after"} <= accuracy.keys() and accuracy["after"] is not None:
         return [_table(["", "before", "after"], [["accuracy", accuracy["before"], accuracy["after"]]])]
-    for one in _listed(record, "damage", LOSSES):
+    damage, when = listed(record, "damage", LOSSES), ""
+    for event in listed(record, "events", ("step", "damage"))[-1:] if not damage else ():
+        damage, when = listed(event, "damage", LOSSES), f"Right after what was done at step {_plain(event['step'])}:"
+    for one in damage:
         where = "calibrated on" if one["inside"] else "not calibrated on"
         pairs = [_with_error(one[name], one[f"{name}_error"]) for name in ("ratio", "kl")]
         rows.append([one["source"], where, one["before"], one["after"], *pairs])
-    return [_table(["perplexity on", "", "before", "after", "ratio", "KL"], rows), EXPLAINED] if rows else []
+    shown = [_table(["perplexity on", "", "before", "after", "ratio", "KL"], rows), EXPLAINED] if rows else []
+    return [when, *shown] if when and shown else shown
 
 
-def _listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[Mapping[str, Any]]:
+def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[Mapping[str, Any]]:
     """Returns the entries of a list in a record, which may be anybody's, that say what billhook's own do."""
     found = record.get(name)
-    listed = found if isinstance(found, list) else []
-    return [one for one in listed if isinstance(one, Mapping) and all(key in one for key in keys)]
+    entries = found if isinstance(found, list) else []
+    return [one for one in entries if isinstance(one, Mapping) and all(key in one for key in keys)]
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

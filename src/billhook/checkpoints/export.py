@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.adapters.lora import base_checkpoint, put_back
+from billhook.checkpoints.card import hub_name
+from billhook.checkpoints.history import history
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import Saved, save
 from billhook.checkpoints.trained import check_trained
@@ -48,7 +50,8 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
     unsaved buffers by which it computes are compared with those that the checkpoint records of the model that was trained, such
     as the scale of embeddings; one of an older billhook records none. Then the folder is loaded again, and its logits are
     compared with those of the rebuilt model. The trained model's own logits are not known here: they would take a forward at
-    every checkpoint. So code that a script put in the place of the class's own is not seen.
+    every checkpoint. So code that a script put in the place of the class's own is not seen. The record and the model card say
+    what callbacks have noted in the checkpoint: events, and damage, which is measured right after events and at the end.
 
     Args:
         ckpt: The Lightning checkpoint, a .ckpt file.
@@ -67,9 +70,11 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
         check_trained(model, constants, str(ckpt))
     put_back(model, checkpoint, str(ckpt))
     _zero_masked(model, checkpoint.get(MASKED), str(ckpt))
-    steps = checkpoint.get("global_step", 0)
-    record = {"exported_from": str(ckpt), "steps": steps if isinstance(steps, int) else None}
-    return save(model, out, _find_tokenizer(tokenizer, checkpoint[KEY]["name_or_path"], model), record)
+    steps, name = checkpoint.get("global_step", 0), checkpoint[KEY]["name_or_path"]
+    record = {"exported_from": str(ckpt), "steps": steps if isinstance(steps, int) else None, **history(checkpoint)}
+    if origin := hub_name(name or ""):
+        record["base_model"] = origin
+    return save(model, out, _find_tokenizer(tokenizer, name, model), record)
 
 
 def _zero_masked(model: PreTrainedModel, masked: Any, name: str) -> None:  # noqa: ANN401 - what a file holds

@@ -6,6 +6,8 @@ from billhook.checkpoints.export import export as exported
 def export(ckpt: str, out: str, tokenizer: str | None = None) -> None:
     """Turns a Lightning checkpoint that billhook's callbacks or module wrote into a Hugging Face folder, verified.
 
+    Its model card says what callbacks have noted in the checkpoint: events, and what they cost.
+
     Args:
         ckpt: The Lightning checkpoint, a .ckpt file.
         out: The folder to write; new, empty, or an earlier export.

@@ -1,0 +1,36 @@
+"""Reads what callbacks have noted of a fit in its Lightning checkpoint."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from billhook.checkpoints.card import LOSSES, listed
+
+EVENT = ("number", "step", "what", "before", "after")
+"""What each event of a fit says."""
+
+
+def history(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the events of a fit, one after the other, and the damage at its end if that was measured, as `Export` records them.
+
+    What is not as billhook notes it, as anybody may have written the file, is left out.
+    """
+    held = checkpoint.get("callbacks")
+    states = [own for own in held.values() if isinstance(own, Mapping)] if isinstance(held, Mapping) else []
+    events = [one for state in states for one in listed(state, "events", EVENT) if _is_event(one)]
+    damage = [one for state in states for one in listed(state, "last", LOSSES) if _is_plain(one)]
+    found: dict[str, Any] = {"events": sorted(events, key=lambda event: (event["step"], event["number"]))}
+    return found | ({"damage": damage} if damage else {})
+
+
+def _is_event(event: Mapping[str, Any]) -> bool:
+    return all(type(event[name]) is int for name in ("number", "step")) and _is_plain(event)
+
+
+def _is_plain(value: Mapping[str, Any]) -> bool:
+    """Tells whether JSON can say a value."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True

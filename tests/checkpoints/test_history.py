@@ -1,0 +1,97 @@
+"""A checkpoint that is exported by command has the record and the card that the callback `Export` gives."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import billhook as bh
+from billhook.checkpoints.export import export
+from billhook.checkpoints.history import history
+from kit.events import Own, loader
+from kit.fits import trainer
+
+FOLDERS = ("exported", "by_command")
+
+
+def fitted(folder):
+    """Fits with events of two callbacks; returns the trainer, which exports at the end, and a checkpoint of the last step."""
+    lit = Own()
+    lit.net.config.name_or_path = "someone/a-model"
+    calibration = bh.Calibration(tokens=96, length=12, enough=0.5)
+    given = {"calibration": calibration, "measure_batches": 0}
+    keep = ModelCheckpoint(folder, "kept", every_n_train_steps=3)
+    callbacks = [
+        bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **given),
+        bh.DepthPruning(1, at=1, **given),
+        bh.Damage(calibration, rows=3),
+        bh.Export(str(folder / FOLDERS[0]), rehearse=False),
+        bh.Report(str(folder / "report.png"), measure_batches=0),
+        keep,
+    ]
+    fit = trainer(folder, callbacks, max_steps=3)
+    fit.fit(lit, loader(), loader(4, 4))
+    return fit, keep.best_model_path
+
+
+def of(folder, name, what="README.md"):
+    return (folder / name / what).read_text().replace(name, "NAME")
+
+
+def test_after_the_fit_both_say_the_same(tmp_path):
+    fit, _ = fitted(tmp_path)
+    fit.save_checkpoint(tmp_path / "end.ckpt")
+    export(tmp_path / "end.ckpt", tmp_path / FOLDERS[1])
+    cards, records = ([of(tmp_path, name, what) for name in FOLDERS] for what in ("README.md", "billhook.json"))
+    assert cards[0] == cards[1]
+    assert "- step 1: 2 -> 1 blocks (BlockInfluence)" in cards[0]
+    assert "  - chosen on" in cards[0]
+    assert "| generated | calibrated on |" in cards[0]
+    assert "base_model: someone/a-model" in cards[0]
+    records = list(map(json.loads, records))
+    for name in ("steps", "events", "damage", "base_model"):
+        assert records[1][name] == records[0][name]
+    assert [event["step"] for event in records[1]["events"]] == [1, 2]
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / FOLDERS[1])
+    assert plain.config.num_hidden_layers == 1
+
+
+def test_before_the_end_damage_is_that_of_the_last_event(tmp_path):
+    _, kept = fitted(tmp_path)
+    export(kept, tmp_path / FOLDERS[1])
+    first, card = (of(tmp_path, name) for name in FOLDERS)
+    begins, costs = card.split("## What it costs\n\n")
+    assert begins == first.split("## What it costs\n\n")[0]
+    assert costs.startswith("Right after what was done at step 2:\n\n| perplexity on |")
+    record = json.loads(of(tmp_path, FOLDERS[1], "billhook.json"))
+    assert f"| {record['events'][1]['damage'][0]['after']:,.4g} |" in costs
+    assert "damage" not in record
+
+
+EVENT = {"number": 0, "step": 1, "what": "less", "before": {}, "after": {}}
+LOSS = dict.fromkeys(["source", "inside", "before", "after", "ratio", "ratio_error", "kl", "kl_error"], 1.0)
+HOSTILE = {
+    "no states": {},
+    "states are a list": {"callbacks": [1]},
+    "a state is text": {"callbacks": {"a": "b"}},
+    "events are text": {"callbacks": {"a": {"events": "b"}}},
+    "an event is text": {"callbacks": {"a": {"events": ["b"], "last": "c"}}},
+    "an event has no step": {"callbacks": {"a": {"events": [{name: EVENT[name] for name in EVENT if name != "step"}]}}},
+    "a step is text": {"callbacks": {"a": {"events": [EVENT | {"step": "1"}]}}},
+    "an event holds a tensor": {"callbacks": {"a": {"events": [EVENT | {"x": torch.ones(1)}]}}},
+    "damage holds a tensor": {"callbacks": {"a": {"last": [LOSS | {"kl": torch.ones(1)}]}}},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_what_billhook_does_not_note_is_left_out(case):
+    assert history(HOSTILE[case]) == {"events": []}
+
+
+def test_what_it_notes_comes_in_order():
+    states = {"a": {"events": [EVENT | {"step": 3}, EVENT | {"number": 2}]}, "b": {"events": [EVENT], "last": [LOSS]}}
+    found = history({"callbacks": states})
+    assert [(event["step"], event["number"]) for event in found["events"]] == [(1, 0), (1, 2), (3, 0)]
+    assert found["damage"] == [LOSS]

@@ -81,10 +81,15 @@ def generated(
     return [Batch({"input_ids": own}, NAME) for own in torch.split(rows, batch_size)]
 
 
+def writes(model: PreTrainedModel) -> bool:
+    """Tells whether a model writes text."""
+    config: Any = model.config
+    return bool(model.can_generate() and not config.is_encoder_decoder and model.main_input_name == "input_ids")
+
+
 def check_writes(model: PreTrainedModel) -> None:
     """Refuses a model that does not write."""
-    config: Any = model.config
-    if not model.can_generate() or config.is_encoder_decoder or model.main_input_name != "input_ids":
+    if not writes(model):
         raise ValueError(f"a {type(model).__name__} does not write text that it could be shown")
 
 

@@ -30,7 +30,8 @@ class OBS(Importance):
 
     The root of the mean over tokens of min |W x - W' x|^2 over all W' that do not read the unit, which is
     tr(W_u^T W_u ([H^-1]_uu)^-1), H = sum of x x^T: the optimal brain surgeon's saliency, of a structure as in ZipLM, equation 2.
-    It needs no loss and no gradient.
+    It needs no loss and no gradient. As with `Repair`, what one kind of text shows is not what all need: the batches should be of
+    several, or of what the model writes itself, too (`Calibration([..., "generated"])`).
 
     Costs: a forward for each batch and pass; memory for a float32 matrix `[in_features, in_features]` of each reader of a pass,
     and five in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds. Where more and more

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.arguments import annotated, fraction
+from billhook.calibration.alone import tell_alone
 from billhook.model.linears import matrix_of
 from billhook.repairs.sums import agreed, followed, seen
 from billhook.repairs.visitor import Given, RepairVisitor
@@ -30,6 +31,9 @@ from billhook.running.walk import Reduce, Site, Walk, find_sites, replaced
 @dataclass(frozen=True)
 class Repair:
     """How the linears that read removed units are refitted; the defaults did best in experiments without training.
+
+    Fitted to one kind of text alone, a language model may do worse on others: calibrate it on a `Calibration` of several
+    sources, `"generated"` among them, which is what it writes itself. Where it is not, the logger `billhook` says so, once.
 
     Args:
         catch_up: Whether a linear also makes up for what those before it have lost of the stream that it adds to. It takes a
@@ -110,7 +114,9 @@ def repair_linears(
     linears = _check(model, kept, every)
     device, forwards = next(iter(linears.values())).get_parameter("weight").device, [trial.visit for trial in trials]
     _check_batches(len(trials), repair, device, reduce)
-    parts, held_out = repair.parts([trial.source for trial in trials], reduce, device)
+    sources = [trial.source for trial in trials]
+    tell_alone(model, sources)
+    parts, held_out = repair.parts(sources, reduce, device)
     with undisturbed(model):
         shown = agreed([seen(every, forward) for forward in forwards[:1]], list(every), device, reduce)
         often = {name: linear for name, linear in linears.items() if shown.calls[name] > 1}

@@ -10,6 +10,7 @@ import billhook as bh
 from billhook.cli.main import main
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.text import Examples
+from billhook.shrinking.latency.workload import Workload
 from kit.cli import blocks, option, small_llama, tokenizer
 from kit.cli import pytestmark as quiet
 from kit.shaped import bert
@@ -55,9 +56,31 @@ def test_a_budget_in_quality(small, files, tmp_path, capsys):
     assert "times the dense model's" in said
 
 
+def test_a_budget_of_time(small, files, tmp_path, capsys, monkeypatch):
+    def seconds(self, models):
+        """A machine that takes as long as there are parameters."""
+        assert (self.phase, self.batch_size, self.context) == ("prefill", 2, 8)
+        return [(1e-7 * one.num_parameters(),) for one in models]
+
+    monkeypatch.setattr(Workload, "seconds", seconds)
+    options = ["--latency", "0.95", "--time_phase", "prefill", "--time_batch_size", "2", "--time_context", "8"]
+    options += ["--importance", "WeightNorm", "--repair", "null", "--plot", str(tmp_path / "curve.png")]
+    main(["shrink", str(small), str(tmp_path / "out"), *options, *SHORT, *option(files)])
+    record, said = json.loads((tmp_path / "out" / "billhook.json").read_text()), capsys.readouterr().out
+    now, left = (bh.load(name).num_parameters() for name in (small, tmp_path / "out"))
+    assert left / now <= 0.95
+    assert record["shrink"]["times"]["ratio"] == pytest.approx(left / now)
+    told = "of the dense model's " + f"{1e-4 * now:.4g} ms: reading prompts of 8 tokens, 2 at once"
+    assert told in said
+    assert told in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (["--latency", "0"], "latency=0.0 must be a fraction of the dense model's time in (0, 1)"),
+        (["--latency", "0.5", "--time_context", "100000"], "latency: contexts and new_tokens"),
+        (["--latency", "0.5", "--time_batch_size", "0"], "time_batch_size=0 must be a whole number"),
         ([], "params=None: give one budget"),
         (["--params", "0.001"], "cannot be reached"),
         (["--params", "0.9", "--recover", "-1"], "recover=-1 must be a whole number of at least 0"),

@@ -161,7 +161,7 @@ def test_a_classifier_and_an_encoder_with_a_decoder():
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({}, "params=None: give one budget of params, kv_cache_bytes, bytes, max_loss"),
+        ({}, "params=None: give one budget of params, kv_cache_bytes, bytes, max_loss, latency"),
         ({"params": 0.5, "bytes": 0.5}, "params and bytes: give one budget"),
         ({"params": 1.5}, "params=1.5 must be a whole number above 0, or a fraction in"),
         ({"params": 0.01}, r"params=0.01: \d+ cannot be reached; with what may be removed, [\d,]+ to [\d,]+ can"),

@@ -41,6 +41,7 @@ class Shrink(ShapeCallback):
     the dense model teaches it. Optimizer state and gradients follow, checkpoints carry the shape, and a resumed run ends as the
     straight run does. Under DDP each rank searches on the same batches, all of them, and what is found is compared. With
     `TransformerModule(lora=...)` it comes at the start, and LoRA, cut too, trains what is left; the budget counts no adapters.
+    For a budget of time, call `bh.shrink(model, latency=...)` before the fit: ranks would not agree on what they measure.
 
     Args:
         params: Budget: parameters that are left at most, a number (int) or a fraction of those that are there (float).
@@ -92,7 +93,7 @@ class Shrink(ShapeCallback):
         annotated(Shrink, locals())
         check_at(at)
         check_search(generations, candidates)
-        self.amount = budget(params, kv_cache_bytes, bytes, max_loss, first, last, round_to)
+        self.amount = budget(params, kv_cache_bytes, bytes, max_loss, None, first, last, round_to)
         self.max_loss = max_loss
         self.layers, self.importance, self.repair, self.at = layers, importance or OBS(), repair, at
         self.generations, self.candidates = generations, candidates

@@ -1,4 +1,4 @@
-"""Models without weights: from a config or a name, and the shadow of one that has weights."""
+"""Models without weights of their own: from a config or a name, and the shadow or the twin of one that has weights."""
 
 import copy
 import json
@@ -42,12 +42,22 @@ def to_meta(model: Module) -> Module:
     memo |= stand_ins(model)
     for module in model.modules():  # those that a hook or the code has computed from parameters
         memo |= {id(t): t.detach().clone() for t in vars(module).values() if isinstance(t, Tensor) and t.grad_fn is not None}
+    return _copied(model, memo)
+
+
+def sharing(model: Module) -> Module:
+    """Copies a module, in eval mode; the copy has the same parameters, and buffers and configs of its own."""
+    return _copied(model, {id(p): p for p in model.parameters()} | stand_ins(model))
+
+
+def _copied(model: Module, memo: dict[int, Any]) -> Module:
+    """Copies a module, in eval mode, with what stands for some of its parts, by id."""
     try:
-        shadow = copy.deepcopy(model, dict(memo))
+        copied = copy.deepcopy(model, dict(memo))
     except (TypeError, ValueError, RuntimeError):
-        shadow = copy.deepcopy(model, memo | _not_copied(model, memo))
-    shadow.train(False)
-    return shadow
+        copied = copy.deepcopy(model, memo | _not_copied(model, memo))
+    copied.train(False)
+    return copied
 
 
 def _not_copied(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:

@@ -5,7 +5,12 @@ from typing import Any
 
 from billhook.report.plot import dress
 
-LABELS = {"params": "parameters", "bytes": "bytes of parameters", "kv_cache_bytes": "bytes of key/value cache per token"}
+LABELS = {
+    "params": "parameters",
+    "bytes": "bytes of parameters",
+    "kv_cache_bytes": "bytes of key/value cache per token",
+    "latency": "nanoseconds of the workload",
+}
 MARKERS = "sD^"
 Point = tuple[int, float]
 """What is left, and the KL divergence from the dense model."""

@@ -165,7 +165,7 @@ def widest(kept: Sequence[Sequence[int]], costs: Sequence[Mapping[int, int]], li
     >>> widest([(4, 2), (100, 50)], [{kept: 20 * kept for kept in (4, 3, 2, 1)}, {kept: kept for kept in range(100, 0, -1)}], 130)
     {1: {50, 90}}
     """
-    finest = min(range(len(kept)), key=lambda number: step(costs[number]))
+    finest = min(range(len(kept)), key=lambda number: step(costs[number]) or math.inf)
     others = [[costs[number][one] for one in own] for number, own in enumerate(kept) if number != finest]
     if math.prod(map(len, others)) > CHOICES:
         return {}

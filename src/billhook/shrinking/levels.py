@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ class Place:
         count: How many there are now; of an attention, KV heads.
         allowed: The numbers of them that may be kept, falling, from all on.
         each: What one unit costs: parameters, bytes, or bytes of the key/value cache per token, as the budget says.
+        times: Numbers of units, rising, each with what they cost by the clock, where the budget is one of time.
     """
 
     names: tuple[str, ...]
@@ -37,6 +39,7 @@ class Place:
     count: int
     allowed: tuple[int, ...]
     each: int
+    times: tuple[tuple[int, int], ...] = ()
 
     @property
     def name(self) -> str:
@@ -45,7 +48,10 @@ class Place:
 
     def cost(self, kept: int) -> int:
         """Returns what is left of the budget's target in this place where it keeps so many units."""
-        return kept * self.each
+        if not self.times:
+            return kept * self.each
+        numbers, times = zip(*self.times, strict=True)
+        return round(float(np.interp(kept, numbers, times)))
 
     def saves(self, kept: int) -> int:
         """Returns by how much less is left where it keeps so many units instead of all."""

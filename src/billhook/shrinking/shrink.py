@@ -7,16 +7,19 @@ from typing import Literal
 
 from torch import nn
 
-from billhook.arguments import a_path, annotated, number, whole
+from billhook.arguments import a_path, annotated, fraction, number, whole
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.model.values import check_values
-from billhook.pruning.amount import Amount
+from billhook.pruning.amount import TARGETS, Amount
 from billhook.repairs.repair import Repair
 from billhook.shrinking.held_out import divided, to_search
+from billhook.shrinking.latency.search import fast_enough
+from billhook.shrinking.latency.table import clock_of, timed
+from billhook.shrinking.latency.workload import Workload
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
 from billhook.shrinking.work import CURVE, Work
@@ -35,6 +38,7 @@ def shrink(
     kv_cache_bytes: int | float | None = None,
     bytes: int | float | None = None,  # noqa: A002 - the name of the target
     max_loss: float | None = None,
+    latency: float | None = None,
     layers: Layers = "uniform",
     importance: Importance | None = None,
     repair: Repair | None = REPAIR,
@@ -44,6 +48,7 @@ def shrink(
     generations: int = 8,
     candidates: int = 8,
     library: str | Path | None = None,
+    workload: Workload | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Shrunk:
@@ -65,6 +70,9 @@ def shrink(
         bytes: Budget: bytes of all parameters.
         max_loss: Budget in quality: the fewest parameters at which perplexity on batches that nothing is fitted to, the geometric
             mean over their sources, is at most so many times the dense model's, such as 1.1.
+        latency: Budget in time: the fraction of the dense model's time that is left at most, by this machine's clock, on the
+            model's own device. A table of what each level of each place takes leads the search; what it finds is timed beside the
+            dense model before anything is cut, and searched for again where it takes too long.
         layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many KV heads, which plain checkpoints
             can say; `"free"`: each place keeps its own number.
         importance: Which units go, at each level those of the lowest scores; by default `OBS()`.
@@ -76,6 +84,8 @@ def shrink(
         candidates: Models that each round measures.
         library: A folder for the variants of all places; by default they stay in memory. A search of the same model, batches,
             importance, rounding and repair goes on from what it holds, also for another budget.
+        workload: What is timed for `latency`, a `billhook.shrinking.latency.workload.Workload`; by default the writing of a token
+            after a prompt of 512.
         seed: Decides what evolution tries.
         progress: Called with how many steps of the search are done, and of how many at most.
 
@@ -101,19 +111,27 @@ def shrink(
         a_path("library", library)
         if Path(library).exists() and not Path(library).is_dir():
             raise ValueError(f"library='{library}' must be a folder, or a name that is free")
-    amount = budget(params, kv_cache_bytes, bytes, max_loss, first, last, round_to)
+    if workload is not None and latency is None:
+        raise ValueError(f"workload={workload!r} is what latency is measured of, and latency=None")
+    amount = budget(params, kv_cache_bytes, bytes, max_loss, latency, first, last, round_to)
     subject = find_transformer(model)
     check_values(subject)
+    clock = None if latency is None else clock_of(subject, workload)
     work = Work.begun(subject, amount, layers == "uniform")
     work.progress, work.steps = progress, 2 * len(work.places) + 2 + generations * candidates + CURVE
     fitted, held_out = divided(list(batches_of(batches, subject)))
+    if clock is not None and latency is not None:
+        work = timed(work, latency, clock)
     searched, folder = to_search(fitted, work.widest), None if library is None else Path(library)
     work.measure(searched, held_out, importance or OBS(), repair, folder)
     how = fitted, repair, partial(work.chosen, generations, candidates, seed)
-    found = Found.within(work, *how) if max_loss is None else smallest(work, max_loss, held_out, *how)
+    if clock is not None and latency is not None:
+        found = fast_enough(work, latency, clock, *how)
+    else:
+        found = Found.within(work, *how) if max_loss is None else smallest(work, max_loss, held_out, *how)
     work.compare(searched)
     apply(subject, found.plan, weights=found.weights)
-    return work.finished(found.plan, found.kept, found.curve, found.tried, found.ratio)
+    return work.finished(found.plan, found.kept, found.curve, found.tried, found.ratio, found.times)
 
 
 def check_search(generations: int, candidates: int) -> None:
@@ -127,18 +145,22 @@ def budget(
     kv_cache_bytes: int | float | None,
     bytes: int | float | None,  # noqa: A002
     max_loss: float | None,
+    latency: float | None,
     first: int,
     last: int,
     round_to: int,
 ) -> Amount:
-    """Returns a budget, the only one of four, as an amount, for a loss any smaller model; refuses numbers that are not legal."""
+    """Returns a budget, the only one of five, as an amount: for a loss or a time, any smaller model; refuses illegal numbers."""
     for name, (value, least) in {"first": (first, 0), "last": (last, 0), "round_to": (round_to, 1)}.items():
         whole(name, value, least)
-    targets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes, "max_loss": max_loss}
+    targets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes, "max_loss": max_loss, "latency": latency}
     asked = [name for name, value in targets.items() if value is not None]
     if len(asked) != 1:
         raise ValueError(f"{' and '.join(asked) or 'params=None'}: give one budget of {', '.join(targets)}")
     if max_loss is not None:
         number("max_loss", max_loss, above=1)
+    if latency is not None:
+        fraction("latency", latency, "(0, 1)", of="the dense model's time")
+    if asked[0] not in TARGETS:
         params = ANY
     return Amount(params=params, kv_cache_bytes=kv_cache_bytes, bytes=bytes, first=first, last=last, round_to=round_to)

@@ -6,6 +6,9 @@ from typing import Any
 from billhook.pruning.plan import UnitPlan
 from billhook.report.table import aligned
 
+UNITS = {"latency": "ns"}
+"""What a target is counted in, where its name does not say it."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -25,12 +28,32 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Times:
+    """How long the dense and the smaller model take, measured side by side on one machine.
+
+    Attributes:
+        dense: Seconds of the dense model: of a token that each sequence is given, or of reading the prompts.
+        smaller: Seconds of the smaller model.
+        ratio: The median over rounds of the smaller model's seconds over the dense one's.
+        workload: What they did.
+    """
+
+    dense: float
+    smaller: float
+    ratio: float
+    workload: str
+
+    def __str__(self) -> str:
+        return f"{1e3 * self.smaller:.4g} ms, {self.ratio:.3f} of the dense model's {1e3 * self.dense:.4g} ms: {self.workload}"
+
+
+@dataclass(frozen=True)
 class Shrunk:
     """A model that was made smaller within a budget; `print` shows what it took.
 
     Attributes:
         plan: The units that were removed.
-        target: What the budget limits: `"params"`, `"kv_cache_bytes"` or `"bytes"`.
+        target: What the budget limits: `"params"`, `"kv_cache_bytes"`, `"bytes"`, or `"latency"`, in nanoseconds.
         limit: The most that may be left of it.
         left: What is left of it.
         kept: By place, how many units there were and how many it keeps; of an attention, KV heads.
@@ -41,6 +64,8 @@ class Shrunk:
         alone: For comparison, what is left of the target, and lost, without KV heads, channels or whole blocks alone, where they
             are enough: refitted place by place, blocks not at all.
         ratio: Perplexity of the smaller model to the dense one's, on the same batches, where a budget of it was given.
+        times: How long both take, where a budget of time was given: `left` is measured of the model as cut, while all other sizes
+            are sums of what places take.
     """
 
     plan: UnitPlan
@@ -54,18 +79,26 @@ class Shrunk:
     tried: tuple[Choice, ...]
     alone: dict[str, tuple[int, float]]
     ratio: float | None = None
+    times: Times | None = None
+
+    @property
+    def budget(self) -> str:
+        """The words for what is left."""
+        return str(self.times or f"{self.left:,} {self.target} left of at most {self.limit:,}")
 
     def to_json(self) -> dict[str, Any]:
         """Returns what was found as plain data."""
         plain = {name: getattr(self, name) for name in ("target", "limit", "left", "kept", "predicted", "measured")}
         choices = {name: [vars(one) for one in getattr(self, name)] for name in ("curve", "tried")}
-        return {"plan": self.plan.to_json(), **plain, **choices, "alone": self.alone, "ratio": self.ratio}
+        times = None if self.times is None else vars(self.times)
+        return {"plan": self.plan.to_json(), **plain, **choices, "alone": self.alone, "ratio": self.ratio, "times": times}
 
     def __str__(self) -> str:
-        rows = [[self.target, "predicted", "put together"]]
+        rows = [[UNITS.get(self.target, self.target), "predicted", "put together"]]
         rows += [[f"{one.left:,}", f"{one.predicted:.4f}", f"{one.measured:.4f}"] for one in self.curve]
         found = ", ".join(f"{value:.4f}{f' on {source}' if source else ''}" for source, value in self.measured.items())
         told = "" if self.ratio is None else f"; perplexity {self.ratio:.4f} times the dense model's"
         lines = [str(self.plan), "KL to the dense model by size:", aligned(rows)]
         lines += [f"without {name} alone, {left:,} left: {lost:.4f}" for name, (left, lost) in self.alone.items()]
-        return "\n".join([*lines, f"of the chosen, repaired as a whole: {found}{told}"])
+        timed = [] if self.times is None else [f"measured: {self.times}"]
+        return "\n".join([*lines, f"of the chosen, repaired as a whole: {found}{told}", *timed])

@@ -14,7 +14,7 @@ from billhook.repairs.repair import Repair
 from billhook.running.walk import replaced
 from billhook.shrinking.choose import Frontier
 from billhook.shrinking.perplexity import Perplexity
-from billhook.shrinking.shrunk import Choice
+from billhook.shrinking.shrunk import Choice, Times
 from billhook.shrinking.work import Work
 from billhook.units.gates import mask
 
@@ -26,7 +26,7 @@ Choosing = Callable[[], tuple[dict[str, int], list[Choice], list[Choice]]]
 
 @dataclass(frozen=True)
 class Found:
-    """Holds what was chosen: how many units places keep, the plan with repaired weights, what else was measured, perplexity."""
+    """Holds what was chosen: how many units places keep, the plan with repaired weights, what else was measured."""
 
     kept: dict[str, int]
     plan: UnitPlan
@@ -34,6 +34,7 @@ class Found:
     curve: list[Choice]
     tried: list[Choice]
     ratio: float | None = None
+    times: Times | None = None
 
     @classmethod
     def within(cls, work: Work, fitted: Sequence[Any], repair: Repair | None, choosing: Choosing) -> "Found":
@@ -85,8 +86,7 @@ def smallest(
 
 def _sizes(work: Work) -> list[int]:
     """Returns sizes, from the smallest that can be reached to just below the whole."""
-    least = work.now - sum(place.saves(work.levels[place.name][-1]) for place in work.places)
-    return sorted({int(size) for size in np.linspace(least, work.now, SIZES + 1)[:-1]})
+    return sorted({int(size) for size in np.linspace(work.least, work.now, SIZES + 1)[:-1]})
 
 
 def _first_met(work: Work, sizes: Sequence[int], most: float, perplexity: Perplexity) -> int:

@@ -12,7 +12,7 @@ from billhook.importance.score import run_of, score
 from billhook.model.figures import figures_of
 from billhook.model.linears import matrix_of
 from billhook.model.plan import Weights
-from billhook.pruning.amount import Amount
+from billhook.pruning.amount import TARGETS, Amount
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.repair import repair as repair_weights
@@ -26,7 +26,7 @@ from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place, find_places, gone, removed
 from billhook.shrinking.library import Library, key_of
 from billhook.shrinking.search import evolve
-from billhook.shrinking.shrunk import Choice, Shrunk
+from billhook.shrinking.shrunk import UNITS, Choice, Shrunk, Times
 from billhook.shrinking.variants import fill_library
 
 CURVE = 9
@@ -60,7 +60,7 @@ class Work:
     limit: int
     uniform: bool
     places: list[Place]
-    levels: dict[str, tuple[int, ...]]
+    levels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     progress: Callable[[int, int], None] | None = None
     steps: int = 0
     done: int = 0
@@ -72,18 +72,27 @@ class Work:
         """Finds places and levels; refuses a budget that cannot be reached."""
         search, target = Search(model, amount), amount.target or ""
         limit = search.limit(target)
-        places = find_places(search, target)
         now = int(getattr(search.now, target))
-        levels = {place.name: place.levels() for place in places}
-        least = now - sum(place.saves(levels[place.name][-1]) for place in places)
-        if least > limit:
-            asked = getattr(amount, target)
-            raise ValueError(f"{target}={asked}: {limit:,} cannot be reached; with what may be removed, {least:,} to {now:,} can")
-        work = cls(model, search, target, now, limit, uniform, places, levels)
-        for number, kept in work._widths().items():
-            for place in groups(places, uniform)[number]:
-                levels[place.name] = tuple(sorted({*levels[place.name], *kept}, reverse=True))
+        work = cls(model, search, target, now, limit, uniform, find_places(search, target))
+        work.divide(getattr(amount, target))
         return work
+
+    def divide(self, asked: float) -> None:
+        """Divides places into levels; refuses a budget that none of them reach."""
+        self.levels = {place.name: place.levels() for place in self.places}
+        if self.least > self.limit:
+            limit = f"{self.limit:,} {UNITS.get(self.target, '')}".strip()
+            raise ValueError(
+                f"{self.target}={asked}: {limit} cannot be reached; with what may be removed, {self.least:,} to {self.now:,} can"
+            )
+        for number, kept in self._widths().items():
+            for place in groups(self.places, self.uniform)[number]:
+                self.levels[place.name] = tuple(sorted({*self.levels[place.name], *kept}, reverse=True))
+
+    @property
+    def least(self) -> int:
+        """The least that can be left: with all places at their last level."""
+        return self.now - sum(place.saves(self.levels[place.name][-1]) for place in self.places)
 
     @property
     def within(self) -> int:
@@ -112,7 +121,7 @@ class Work:
         runs = [run_of(self.model, own, batch) for batch in fitted]
         key = folder and key_of(self.model, [str(repair), self.search.amount.round_to], self.scores, [*fitted, *held_out])
         self.library = Library(self.model, folder / key if folder and key else None)
-        fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair, self._advance)
+        fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair, self.advance)
         losses = {place.name: self._damages(place) for place in self.places}
         self.slots = make_slots(self.places, self.levels, losses, self.uniform)
         self.shared = make_slots(self.places, self.levels, losses, uniform=True)
@@ -131,6 +140,11 @@ class Work:
         curve = [self._choice(levels, self._measure(levels)) for levels in frontier.spread(CURVE)]
         return self._by_place(kept), curve, [self._choice(levels, found[levels]) for levels in ranked]
 
+    def sum_chosen(self) -> dict[str, int]:
+        """Returns how many units places keep by what they lose alone, added up; as few as may be where none fits."""
+        levels = Frontier(self.slots).within(self.within) or tuple(len(slot.kept) - 1 for slot in self.slots)
+        return self._by_place(filled(self.slots, levels, self.within, self._costs()))
+
     def compare(self, fitted: Sequence[Any]) -> None:
         """Measures what would be lost within the budget without channels alone, KV heads alone, or whole blocks."""
         kinds = {place.name: place.kind for place in self.places}
@@ -145,7 +159,7 @@ class Work:
         """Plans what was chosen, and repairs it from front to back; the model stays as it is."""
         numbers = removed(self.places, self.search.units, self.scores, kept)
         cut = find_cut(self.model, self.search.structure, self.search.units, numbers)
-        if (left := self.search.cost(cut, self.target)) > self.limit:
+        if self.target in TARGETS and (left := self.search.cost(cut, self.target)) > self.limit:
             raise ValueError(
                 f"{self.target}: {left:,} would be left, more than {self.limit:,}, as units do not all cost the same"
             )
@@ -159,12 +173,13 @@ class Work:
         curve: Sequence[Choice],
         tried: Sequence[Choice],
         ratio: float | None = None,
+        times: Times | None = None,
     ) -> Shrunk:
         """Measures the model once the plan of what was chosen has been carried out."""
         predicted = sum(between(slot, kept[slot.names[0]]) for slot in self.slots)
         counts = {name: (place.count, kept[place.name]) for place in self.places for name in place.names}
-        left, after = int(getattr(figures_of(self.model), self.target)), self.divergence.by_source()
-        found = tuple(curve), tuple(tried), dict(self.alone), ratio
+        left = round(1e9 * times.smaller) if times else int(getattr(figures_of(self.model), self.target))
+        after, found = self.divergence.by_source(), (tuple(curve), tuple(tried), dict(self.alone), ratio, times)
         return Shrunk(plan, self.target, self.limit, left, counts, predicted, after, *found)
 
     def _gone(self, place: Place, kept: int) -> dict[str, list[int]]:
@@ -191,16 +206,17 @@ class Work:
         return tuple(level[slot.names[0]] for slot in self.slots)
 
     def _damages(self, place: Place) -> list[float]:
-        self._advance()
+        self.advance()
         return damages(self.library, self.divergence, place, self.levels[place.name])
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
+        """Counts a step as done."""
         self.done += 1
         if self.progress is not None:
             self.progress(min(self.done, self.steps), self.steps)
 
     def _measure(self, levels: Levels) -> float:
-        self._advance()
+        self.advance()
         if levels not in self.known:
             with self.library.assembled(self.kept_at(levels)):
                 self.known[levels] = self.divergence.mean()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from billhook.arguments import whole
 from billhook.cli.machine import check_file
 from billhook.cli.oneshot.frame import Before, OneShot, bar, shown
 from billhook.cli.oneshot.recovery import Recovery
@@ -11,8 +12,11 @@ from billhook.cli.oneshot.text import Examples
 from billhook.importance.base import Importance
 from billhook.repairs.repair import Repair
 from billhook.report.plot_curve import plot_curve
+from billhook.report.speed import Phase
 from billhook.running.batches import Batch
 from billhook.shrinking.divergence import mean_of
+from billhook.shrinking.latency.table import clock_of
+from billhook.shrinking.latency.workload import Workload
 from billhook.shrinking.shrink import Layers, budget, check_search
 from billhook.shrinking.shrink import shrink as shrink_model
 from billhook.shrinking.shrunk import Shrunk
@@ -30,6 +34,7 @@ def shrink(
     kv_cache_bytes: int | float | None = None,
     bytes: int | float | None = None,  # noqa: A002 - the name of the target
     max_loss: float | None = None,
+    latency: float | None = None,
     layers: Layers = "uniform",
     importance: Importance | None = None,
     repair: Repair | None = REPAIR,
@@ -39,6 +44,9 @@ def shrink(
     generations: int = 8,
     candidates: int = 8,
     library: str | None = None,
+    time_phase: Phase | None = None,
+    time_batch_size: int = 1,
+    time_context: int | None = None,
     plot: str | None = None,
 ) -> None:
     """Finds the smaller model within one budget that loses least, without channels and KV heads, and saves it, verified.
@@ -57,6 +65,8 @@ def shrink(
         bytes: Budget: bytes of all parameters.
         max_loss: Budget in quality: the fewest parameters at which perplexity on held-out examples, the geometric mean over
             their sources, is at most so many times the dense model's, such as 1.1.
+        latency: Budget in time: the fraction of the dense model's time that is left at most, as `billhook bench` measures it on
+            this machine.
         layers: "uniform", so that layers stay alike and plain checkpoints can say it, or "free".
         importance: Which units go: `OBS` (the default), or any other `Importance`, also a class of your own.
         repair: How the linears that read removed units make up for them; null: they do not.
@@ -66,6 +76,9 @@ def shrink(
         generations: Rounds of evolution; 0 takes what the sums say.
         candidates: Models that each round measures.
         library: A folder for the variants of all places, from which a search on the same examples goes on.
+        time_phase: What is timed for `latency`: "decode", writing a token (the default), or "prefill", reading prompts.
+        time_batch_size: Sequences at once while it is timed.
+        time_context: Tokens of each prompt while it is timed; by default 512.
         plot: A file, ending in .png, for a picture of what other sizes lose.
 
     Raises:
@@ -74,11 +87,16 @@ def shrink(
     check_search(generations, candidates)
     if plot is not None:
         check_file("plot", plot, ".png")
-    limits = budget(params, kv_cache_bytes, bytes, max_loss, first, last, round_to)
+    limits = budget(params, kv_cache_bytes, bytes, max_loss, latency, first, last, round_to)
+    whole("time_batch_size", time_batch_size)
+    whole("time_context", 2 if time_context is None else time_context, 2)
+    workload = Workload(time_phase, time_batch_size, time_context)
     work = OneShot(model, out, given, refits=repair is not None)
     if recovery.recover:
         recovery.task_of(work.model)
     Work.begun(work.model, limits, layers == "uniform")
+    if latency is not None:
+        clock_of(work.model, workload)
     batches, before = work.batches(), work.measure()
     with bar("shrinking", "steps") as progress:
         shrunk = shrink_model(
@@ -88,6 +106,7 @@ def shrink(
             kv_cache_bytes=kv_cache_bytes,
             bytes=bytes,
             max_loss=max_loss,
+            latency=latency,
             layers=layers,
             importance=importance,
             repair=repair,
@@ -97,11 +116,12 @@ def shrink(
             generations=generations,
             candidates=candidates,
             library=library,
+            workload=None if latency is None else workload,
             seed=given.seed,
             progress=progress,
         )
     how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}
-    what = f"without {shrunk.plan.words}: {shrunk.left:,} {shrunk.target} left of at most {shrunk.limit:,}"
+    what = f"without {shrunk.plan.words}: {shrunk.budget}"
     what += f"; {recovery.recover:,} steps of recovery" if recovery.recover else ""
     trained, *said = _recovered(work, recovery, batches, before) if recovery.recover else ({},)
     work.save(before, what, {"shrink": shrunk.to_json() | how} | trained, shrunk, *said)

@@ -1,0 +1,68 @@
+"""Finds a model that is fast enough by the clock, not only by the table."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from billhook.repairs.repair import Repair
+from billhook.shrinking.latency.table import Clock
+from billhook.shrinking.smallest import Choosing, Found
+from billhook.shrinking.work import Work
+
+TRIES = 4
+"""How often a limit is tried by the clock, and how often a model is searched for, each time within less."""
+SLACK = 0.02
+"""How much faster than asked a model may be, as a fraction of the dense model's time, before it is allowed more."""
+
+
+def fast_enough(work: Work, most: float, clock: Clock, fitted: Sequence[Any], repair: Repair | None, choosing: Choosing) -> Found:
+    """Searches for a model that takes no longer than is asked, timed before anything is cut.
+
+    What places take together is not the sum of what they take alone. So the limit is first adjusted to how long the knapsack's
+    choice takes, cut but not repaired; the search itself comes then, again within less as long as what it finds takes too long.
+
+    Args:
+        work: The model, measured, with its limit.
+        most: The fraction of the dense model's time that it may take.
+        clock: Measures models.
+        fitted: Batches to repair on.
+        repair: How it is repaired.
+        choosing: Searches within a limit.
+
+    Raises:
+        ValueError: If none is fast enough.
+    """
+    asked = work.limit
+    adjust(work, most, clock)
+    for _ in range(TRIES):
+        found = Found.within(work, fitted, repair, choosing)
+        times = clock.times(found.plan)
+        if times.ratio <= most:
+            work.limit = asked
+            return replace(found, times=times)
+        if work.limit <= work.least:
+            break
+        work.limit = max(work.least, _scaled(work, times.ratio, most))
+    raise ValueError(
+        f"latency={most}: a model that should take {work.limit / work.now:.3f} of the dense model's time, by what places take, "
+        f"was measured at {times.ratio:.3f}, {clock.workload}"
+    )
+
+
+def adjust(work: Work, most: float, clock: Clock) -> None:
+    """Adjusts the limit of the work so that the knapsack's choice takes as long as is asked, or a little less."""
+    low, high = work.least, work.now
+    for _ in range(TRIES):
+        ratio = clock.times(work.planned((), None, work.sum_chosen())[0]).ratio
+        if most - SLACK <= ratio <= most:
+            return
+        low, high = (low, work.limit) if ratio > most else (work.limit, high)
+        scaled = _scaled(work, ratio, most)
+        work.limit = scaled if low < scaled < high else (low + high) // 2
+    work.limit = low
+
+
+def _scaled(work: Work, ratio: float, most: float) -> int:
+    """Returns the limit that would save what is asked, if as much of what it saves counts as did."""
+    saved = (work.now - work.limit) * (1 - most + SLACK / 2) / max(1 - ratio, 1e-3)
+    return work.now - round(saved)

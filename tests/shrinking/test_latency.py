@@ -1,0 +1,201 @@
+"""A budget of time, by a clock that tests make up: what places cost, what is found, and that it is timed before the cut."""
+
+import math
+
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.pruning.amount import Amount
+from billhook.running.batches import Batch
+from billhook.shrinking.latency import search
+from billhook.shrinking.latency.table import Clock, timed
+from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking.work import Work
+from kit.families import BERT, T5, llama, tokens
+
+FEW = {"generations": 1, "candidates": 2}
+
+
+def texts():
+    torch.manual_seed(0)
+    return [Batch({"input_ids": tokens(6, 12)}, name) for name in ("one", "two") * 3]
+
+
+def model_of():
+    torch.manual_seed(1)
+    return llama(num_hidden_layers=4)
+
+
+def seconds(model, channel, head):
+    """What a made-up machine takes."""
+    layers = model.model.layers
+    channels, heads = (
+        sum(one.mlp.down_proj.in_features for one in layers),
+        sum(one.self_attn.k_proj.out_features for one in layers),
+    )
+    return 1e-3 + channel * channels + head * heads / layers[0].self_attn.head_dim
+
+
+def machine(channel=1e-5, head=1e-5, together=1.0):
+    """Times models, in three rounds of which one is disturbed; where both kinds are cut, only a part of what they save counts."""
+
+    def measure(models):
+        dense = seconds(models[0], channel, head)
+        found = [seconds(one, channel, head) for one in models]
+        parts = [
+            (seconds(one, channel, 0) < seconds(models[0], channel, 0), seconds(one, 0, head) < seconds(models[0], 0, head))
+            for one in models
+        ]
+        own = [dense - (dense - one) * (together if all(part) else 1) for one, part in zip(found, parts, strict=True)]
+        return [(one, one, one * (number + 2)) for number, one in enumerate(own)]
+
+    return measure
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Puts a made-up machine in the place of the clock."""
+
+    def put(**given):
+        measure = machine(**given)
+        monkeypatch.setattr(Workload, "seconds", lambda self, models: measure(models))
+        return measure
+
+    return put
+
+
+def same(model, before):
+    return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_places_cost_what_the_machine_takes():
+    model = model_of()
+    before, shape = {name: value.clone() for name, value in model.state_dict().items()}, model.config.to_dict()
+    work = Work.begun(model, Amount(params=0.999), uniform=False)
+    priced = timed(work, 0.8, Clock(model, machine(channel=3e-5, head=2e-4), "something"))
+    assert (priced.target, priced.now) == ("latency", round(1e9 * seconds(model, 3e-5, 2e-4)))
+    assert priced.limit == int(0.8 * priced.now)
+    each = {"channel": 30_000, "head": 200_000}
+    for place in priced.places:
+        assert [place.saves(kept) for kept in (place.count, *place.levels()[1:])] == pytest.approx(
+            [each[place.kind] * (place.count - kept) for kept in place.levels()], abs=2
+        )
+    assert same(model, before)
+    assert model.config.to_dict() == shape
+    assert not any(one._forward_pre_hooks or one._forward_hooks for one in model.modules())
+
+
+def test_levels_between_those_that_are_measured_and_times_that_do_not_fall():
+    model = model_of()
+    work = Work.begun(model, Amount(params=0.999), uniform=False)
+    steps = {48: 1.0, 42: 1.0, 36: 0.9, 30: 0.95, 24: 0.8, 18: 0.7, 12: 0.6, 6: 0.5}
+
+    def measure(models):
+        return [(steps[one.model.layers[0].mlp.down_proj.in_features],) for one in models]
+
+    place = next(one for one in timed(work, 0.8, Clock(model, measure, "")).places if one.kind == "channel")
+    costs = [place.cost(kept) for kept in range(48, 5, -1)]
+    assert costs == sorted(costs, reverse=True)
+    share = 1e9 / 4
+    expected = {48: 0.5, 45: 0.5, 42: 0.5, 36: 0.425, 30: 0.425, 27: 0.3625, 24: 0.3, 6: 0}
+    assert {kept: place.cost(kept) for kept in expected} == pytest.approx({kept: one * share for kept, one in expected.items()})
+
+
+@pytest.mark.parametrize("layers", ["uniform", "free"])
+def test_a_budget_is_used_up_and_the_model_timed_beside_the_dense_one(layers, clock):
+    clock(channel=3e-5, head=1e-4)
+    dense, model = model_of(), model_of()
+    shrunk = bh.shrink(model, texts(), latency=0.7, layers=layers, **FEW)
+    now, left = (seconds(one, 3e-5, 1e-4) for one in (dense, model))
+    assert (shrunk.target, shrunk.limit, shrunk.left) == ("latency", int(0.7 * round(1e9 * now)), round(1e9 * left))
+    assert vars(shrunk.times) == pytest.approx(
+        {"dense": now, "smaller": left, "ratio": left / now, "workload": "writing a token after a prompt of 56 tokens"}
+    )
+    assert 0.7 - 3e-5 * (4 if layers == "uniform" else 1) / now - 1e-6 < shrunk.times.ratio <= 0.7
+    assert shrunk.to_json()["times"] == vars(shrunk.times)
+    assert f"of the dense model's {1e3 * now:.4g} ms: writing a token" in str(shrunk)
+    assert any(line.split()[:2] == ["ns", "predicted"] for line in str(shrunk).splitlines())
+    assert shrunk.curve[-1].left == round(1e9 * now)
+
+
+def test_what_takes_long_is_what_goes(clock):
+    def kept(**given):
+        clock(**given)
+        shrunk = bh.shrink(model_of(), texts(), latency=0.8, layers="free", generations=0)
+        counts = [(name, now / before) for name, (before, now) in shrunk.kept.items()]
+        return [sum(one for name, one in counts if name.endswith(kind)) / 4 for kind in ("mlp", "attn")]
+
+    channels, heads = kept(channel=1e-4, head=1e-6), kept(channel=1e-7, head=1e-3)
+    assert channels[0] < 0.9 < channels[1] == 1
+    assert heads[1] < 0.9 < heads[0]
+
+
+@pytest.mark.parametrize("together", [0.8, 1.3])
+def test_the_limit_follows_the_clock_where_places_together_take_longer_or_less(together, clock, monkeypatch):
+    tried, times = [], Clock.times
+    clock(channel=3e-5, head=6e-4, together=together)
+    monkeypatch.setattr(Clock, "times", lambda self, cut: tried.append(times(self, cut).ratio) or times(self, cut))
+    shrunk = bh.shrink(model_of(), texts(), latency=0.6, layers="free", **FEW)
+    assert 0.6 - search.SLACK <= tried[-1] == shrunk.times.ratio <= 0.6
+    assert not 0.6 - search.SLACK <= tried[7 + 3] <= 0.6  # the first after those of the table
+    assert shrunk.limit == int(0.6 * round(1e9 * seconds(model_of(), 3e-5, 6e-4)))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"channel": 0, "head": 0}, r"latency=0.6: [\d,]+ ns cannot be reached; with what may be removed, [\d,]+ to [\d,]+ can"),
+        ({"together": 0.3}, r"latency=0.6: a model that should take 0.\d+ of the dense model's time.* was measured at 0.[789]"),
+    ],
+)
+def test_what_cannot_be_met_changes_nothing(given, says, clock):
+    clock(**{"channel": 3e-5, "head": 6e-4} | given)
+    model = model_of()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=says):
+        bh.shrink(model, texts(), latency=0.6, layers="free", **FEW)
+    assert same(model, before)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"latency": 1.0}, "latency=1.0 must be a fraction of the dense model's time in"),
+        ({"latency": 0.5, "params": 0.5}, "params and latency: give one budget"),
+        ({"latency": 0.5, "workload": Workload(context=100)}, "latency: contexts and new_tokens: .* reads 64 tokens"),
+        ({"latency": 0.5, "workload": "decode"}, "workload='decode'"),
+        ({"params": 0.5, "workload": Workload()}, r"workload=Workload\(.* is what latency is measured of, and latency=None"),
+    ],
+)
+def test_what_is_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        bh.shrink(model_of(), texts(), **given)
+
+
+def test_workloads_are_legal_and_decided_for_a_model():
+    own = Workload().of(llama())
+    assert (own.phase, own.context) == ("decode", 56)
+    assert Workload("prefill", 2, 16).of(llama()).phase == "prefill"
+    bert = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT)).eval()
+    assert Workload().of(bert).phase == "prefill"
+    with pytest.raises(ValueError, match="predict next tokens"):
+        Workload("decode").of(bert)
+    with pytest.raises(ValueError, match="a decoder alone or an encoder alone is needed"):
+        Workload().of(transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)).eval())
+    with pytest.raises(ValueError, match="batch_size=0"):
+        Workload(batch_size=0)
+    with pytest.raises(ValueError, match="phase='write'"):
+        Workload("write")
+
+
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_a_real_clock_gives_figures(phase):
+    model = model_of()
+    work = Work.begun(model.train(), Amount(params=0.9), uniform=True)
+    own = Workload(phase, context=8, new_tokens=2, rounds=2).of(model.eval())
+    priced = timed(work, 1 - 1e-9, Clock(model, own.seconds, str(own)))
+    assert priced.now > 0
+    assert all(math.isfinite(one) and one >= 0 for place in priced.places for _, one in place.times)
+    assert model(tokens()).logits.requires_grad

@@ -74,6 +74,8 @@ class Calibration:
         named = self.named
         if not named or len(named) < len(self._listed):
             raise ValueError(f"sources={self.sources!r} must be one or more, each once")
+        if named.get(GENERATED, GENERATED) != GENERATED:
+            raise ValueError(f"sources: '{named[GENERATED]}' has the name of what the model writes, '{GENERATED}': rename it")
         weights = [1.0] * len(named) if self.weights is None else self.weights
         for weight in weights:
             number("weights", weight, above=0)

@@ -37,7 +37,7 @@ def score_enough(
     count, ranks = _total(scoring, [len(mixed), 1])
     if count < 2 * ranks:
         return scoring.scores(scoring.sums(mixed)), Settled(count, count, None, None, enough)
-    sizes = steps(len(mixed), max(int(math.log2(count / ranks / FIRST)), 0))
+    sizes = steps(len(mixed), max(int(math.log2(count / max(FIRST, 2 * ranks))), 0))
     how = partial(_Seen.of, scoring), partial(_joined, scoring), lambda seen: choose(scoring.scores(seen.sums))
     seen, settled = settle(*how, mixed, sizes, enough)
     used = _total(scoring, sizes)[sizes.index(settled.batches)]

@@ -405,6 +405,19 @@ def test_with_other_parameters_linear_after_linear_as_in_whole_runs(family, catc
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_what_linears_before_the_first_do_not_give_is_made_up_for():
+    """As where the first block goes: what writes its outputs is zero, and nothing of it is refitted."""
+    model, masks, batches = case("llama")
+    first = [name for name in masks if ".layers.0." in name]
+    others = {name: {"weight": torch.zeros_like(model.get_submodule(name).weight)} for name in first}
+    masks = {name: torch.ones_like(keep) for name, keep in masks.items() if name not in first}
+    found = repair_linears(model, masks, trials(model, batches), given=others)
+    expected = slowly(model, masks, batches, Repair(), others)
+    assert any(not torch.equal(weight, model.get_submodule(name).weight) for name, (weight, _) in found.items())
+    for name, (weight, _) in found.items():
+        torch.testing.assert_close(weight, expected[name][0], rtol=1e-5, atol=1e-7)
+
+
 def test_with_the_models_own_parameters_given_nothing_is_owed():
     model, masks, batches = case("llama")
     masks = {name: torch.ones_like(keep) for name, keep in masks.items()}

@@ -1,7 +1,7 @@
 """Plans of what is done to a model: to its units, blocks, weights or KV heads."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from billhook.arguments import annotated
-from billhook.model.surgery import values_kept
+from billhook.model.surgery import undone_by_errors, values_kept
 from billhook.model.values import check_changeable
 
 Weights = Mapping[str, Tensor]
@@ -92,6 +92,18 @@ def starting_from(model: nn.Module, weights: Weights | None) -> Iterator[None]:
         yield
 
 
+def apply_in_turn(
+    model: nn.Module, plans: Sequence[Plan], optimizers: Iterable[Optimizer] = (), weights: Weights | None = None
+) -> None:
+    """Carries out plans one after the other, each made for what those before it leave, or none; see `apply`."""
+    check_changeable(model)
+    trained_by = list(optimizers)
+    with torch.inference_mode(mode=False), starting_from(model, _usable(weights)), undone_by_errors(model, trained_by):
+        for plan in plans:
+            plan.check_made_for(model)
+            plan.apply(model, trained_by)
+
+
 def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
     """Carries out a plan, in place; the model and the optimizers are as before if that fails.
 
@@ -118,5 +130,8 @@ def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimiz
     check_changeable(model)
     plan.check_made_for(model)
     with torch.inference_mode(mode=False):  # whose tensors nothing could change later
-        weights = weights and {name: one.clone() if one.is_inference() else one for name, one in weights.items()}
-        plan.apply(model, [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers), weights)
+        plan.apply(model, [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers), _usable(weights))
+
+
+def _usable(weights: Weights | None) -> Weights | None:
+    return weights and {name: one.clone() if one.is_inference() else one for name, one in weights.items()}

@@ -15,6 +15,7 @@ from billhook.calibration.enough import Settled
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, set_fields, with_fields
 from billhook.model.find import find_transformer
+from billhook.model.meta import to_meta
 from billhook.model.plan import Plan, Weights, starting_from
 from billhook.model.runs.answers import alike, answer, cached_answer, tolerance
 from billhook.model.shapes.shape import note_shape, shape_of
@@ -137,6 +138,13 @@ def find_block_plan(
     return BlockPlan(type(model).__name__, _digest(model), units, _counts(stacks), fields, attributes, parameters, shown)
 
 
+def without(model: PreTrainedModel, plan: BlockPlan) -> PreTrainedModel:
+    """Returns a model without the blocks of a plan, on meta tensors, where what it computes is not compared."""
+    shadow = to_meta(model)
+    _take_out(shadow, plan.units, plan.fields, plan.attributes)
+    return shadow
+
+
 def tried(model: PreTrainedModel, plan: BlockPlan) -> BlockPlan:
     """Returns a plan that can be carried out, as has been tried; the model is as before."""
     with suppress(_Tried):
@@ -206,20 +214,25 @@ def _remove(
         cached, _ = cached_answer(model)
     with undone_by_errors(model, optimizers):
         trained = set(model.parameters())
-        for name, gone in blocks.items():
-            stack = model.get_submodule(name)
-            assert isinstance(stack, nn.ModuleList)
-            keep(stack, [own for place, own in enumerate(numbers_of(stack)) if place not in gone])
-        for name, (before, after) in attributes.items():
-            owner, _, attr = name.rpartition(".")
-            if getattr(model.get_submodule(owner), attr, None) == before:
-                setattr(model.get_submodule(owner), attr, after)
-        set_fields(model.config, fields)
-        note_shape(model)
+        _take_out(model, blocks, fields, attributes)
         _forget(optimizers, trained - set(model.parameters()))
         _check_alike(model, blocks, expected, cached)
         if trial:
             raise _Tried
+
+
+def _take_out(model: PreTrainedModel, blocks: Mapping[str, list[int]], fields: Fields, attributes: Numbers) -> None:
+    """Takes blocks out of their stacks; numbers and the config follow."""
+    for name, gone in blocks.items():
+        stack = model.get_submodule(name)
+        assert isinstance(stack, nn.ModuleList)
+        keep(stack, [own for place, own in enumerate(numbers_of(stack)) if place not in gone])
+    for name, (before, after) in attributes.items():
+        owner, _, attr = name.rpartition(".")
+        if getattr(model.get_submodule(owner), attr, None) == before:
+            setattr(model.get_submodule(owner), attr, after)
+    set_fields(model.config, fields)
+    note_shape(model)
 
 
 def _check_alike(

@@ -1,5 +1,6 @@
 """Repairs a plan of units: the linears that read them are refitted, so that they make up for what is removed."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import numpy as np
@@ -11,11 +12,12 @@ from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
-from billhook.model.linears import is_linear
+from billhook.model.linears import is_linear, matrix_of
 from billhook.model.plan import Plan, Weights
 from billhook.model.values import check_values
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.repair import Repair, repair_linears
+from billhook.repairs.visitor import Given
 from billhook.running.walk import Reduce
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -55,23 +57,47 @@ def repair(model: nn.Module, plan: Plan, batches: Batches, how: Repair | None = 
     annotated(repair, locals())
     if not isinstance(plan, UnitPlan):
         raise ValueError(f"plan: repair makes up for units, and this is a plan of {plan.kind}")
+    return repair_with(model, plan, batches, how, reduce)
+
+
+def repair_with(
+    model: nn.Module,
+    plan: UnitPlan,
+    batches: Batches,
+    how: Repair | None = None,
+    reduce: Reduce | None = None,
+    given: Given | None = None,
+    whole: Collection[str] = (),
+) -> Weights:
+    """Refits as `repair` does, where linears have other parameters besides; more of them make up for that, though they keep all.
+
+    Args:
+        model: The model.
+        plan: The units that are removed.
+        batches: Batches to fit to.
+        how: How linears are refitted.
+        reduce: Sums over ranks.
+        given: By linear, its other parameters; it is not refitted.
+        whole: Linears that are refitted also where the plan leaves them all of their inputs.
+    """
     check_values(model)
     plan.check_made_for(model)
-    subject = find_transformer(model)
+    subject, given = find_transformer(model), given or {}
     found = units_of(subject, trace(subject), dict.fromkeys(plan.kinds.values()))
-    kept: dict[str, Tensor] = {}
+    kept = {name: torch.ones(matrix_of(subject.get_submodule(name))[0].shape[1], dtype=torch.bool) for name in whole}
     for place, numbers in plan.units.items():
         one = found[place]
         linear = [reader for reader in one.readers if is_linear(subject.get_submodule(_linear(subject, reader)))]
         for reader in linear if one.kind in ("head", "channel") else ():
             stays = torch.from_numpy(~np.isin(one.index, numbers))
             kept[reader] = kept[reader] & stays if reader in kept else stays
+    kept = {reader: stays for reader, stays in kept.items() if reader not in given}
     if not kept:
         raise ValueError("repair: no linear layer reads what is removed, so none can make up for it")
     runs = [run_of(subject, found, batch) for batch in batches_of(batches, subject)]
     under = {reader: _linear(subject, reader) for reader in kept}
     runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
-    refitted = repair_linears(subject, {under[reader]: stays for reader, stays in kept.items()}, runs, how, reduce)
+    refitted = repair_linears(subject, {under[reader]: stays for reader, stays in kept.items()}, runs, how, reduce, given or None)
     parts = [(f"{name}.{part}", value) for name, own in refitted.items() for part, value in zip(PARTS, own, strict=True)]
     return {name: value for name, value in parts if value is not None}
 

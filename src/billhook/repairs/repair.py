@@ -120,7 +120,7 @@ def repair_linears(
     with undisturbed(model):
         shown = agreed([seen(every, forward) for forward in forwards[:1]], list(every), device, reduce)
         often = {name: linear for name, linear in linears.items() if shown.calls[name] > 1}
-        before = followed(shown, set(linears)) if repair.catch_up and not often else {}
+        before = followed(shown, set(linears) | set(given or {})) if repair.catch_up and not often else {}
         if given is not None:  # each owes at least what it gave in the whole model
             _check_given(given, every, shown.calls, often)
             before = dict.fromkeys(linears) | before

@@ -58,13 +58,19 @@ def test_it_happens_at_its_step_and_training_goes_on(files, tmp_path, at, step):
     assert not {"log", "on_save_checkpoint", "on_load_checkpoint"} & vars(lit).keys()
 
 
-def test_resumed_equals_straight_through_and_a_checkpoint_is_exported(files, tmp_path):
-    options = {"params": 0.94, "layers": "free", "at": 3}
-    lit, whole, watch = module(), shrinking(**options), Watch()
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [({"params": 0.94, "layers": "free"}, 2), ({"params": 0.84, "layers": "free"}, 4), ({"params": 0.84}, 4)],
+    ids=["free", "free, without blocks", "alike, without blocks"],
+)
+def test_resumed_equals_straight_through_and_a_checkpoint_is_exported(files, tmp_path, options, blocks):
+    options = options | {"at": 3}
+    lit, whole, watch = module(num_hidden_layers=blocks), shrinking(**options), Watch()
     first = trainer(tmp_path, [whole, watch, checkpoints(tmp_path)])
     first.fit(lit, data(files))
+    assert (whole.shrunk.blocks is not None) == (blocks == 4) == (len(lit.model.model.layers) < blocks)
     for stop in (1, 4):
-        resumed, again, later = module(seed=1), shrinking(**options), Watch()
+        resumed, again, later = module(seed=1, num_hidden_layers=blocks), shrinking(**options), Watch()
         torch.manual_seed(stop)
         run = trainer(tmp_path, [again, later])
         run.fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
@@ -140,20 +146,23 @@ def test_a_budget_in_quality(files, tmp_path):
     assert bh.summary(lit).params == shrunk.left
 
 
-def adapted(seed=0):
+def adapted(seed=0, **changes):
     torch.manual_seed(seed)
-    return bh.TransformerModule(llama(vocab_size=2048), lora=bh.LoRA(r=2), lr=1e-2)
+    return bh.TransformerModule(llama(vocab_size=2048, **changes), lora=bh.LoRA(r=2), lr=1e-2)
 
 
-def test_lora_trains_what_is_left_and_is_merged(files, tmp_path):
+@pytest.mark.parametrize(("params", "layers"), [(0.94, 2), (0.84, 4)], ids=["units", "blocks"])
+def test_lora_trains_what_is_left_and_is_merged(files, tmp_path, params, layers):
     batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 2000, (5, 4, 9))]
-    lit, callback = adapted(), shrinking(params=0.94, layers="free", calibration=batches)
+    options, shape = {"params": params, "layers": "free"}, {"num_hidden_layers": layers}
+    lit, callback = adapted(**shape), shrinking(**options, calibration=batches)
     torch.manual_seed(0)
-    dense = llama(vocab_size=2048).eval()
+    dense = llama(vocab_size=2048, **shape).eval()
     straight = trainer(tmp_path, [callback, checkpoints(tmp_path), bh.Export(str(tmp_path / "out"))], max_steps=4)
     straight.fit(lit, data(files))
-    shrunk = bh.shrink(dense, batches, params=0.94, layers="free", generations=1, candidates=2)
+    shrunk = bh.shrink(dense, batches, **options, generations=1, candidates=2)
     assert callback.shrunk.to_json() == shrunk.to_json()
+    assert (shrunk.blocks is not None) == (layers == 4)
     frozen = {name.replace(".base_layer", ""): value for name, value in lit.model.state_dict().items() if "lora" not in name}
     assert same(frozen, dense.state_dict())
     again, ids = bh.load(tmp_path / "out"), tokens()
@@ -161,7 +170,7 @@ def test_lora_trains_what_is_left_and_is_merged(files, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, lit.model.eval()(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
         assert not torch.allclose(again(ids).logits, dense(ids).logits, atol=1e-3)
-    resumed, later = adapted(seed=1), shrinking(params=0.94, layers="free", calibration=batches)
+    resumed, later = adapted(seed=1, **shape), shrinking(**options, calibration=batches)
     trainer(tmp_path, [later], max_steps=4).fit(resumed, data(files), ckpt_path=tmp_path / "step=2.ckpt")
     assert same(weights(resumed), weights(lit))
     assert repr(later.events) == repr(callback.events)

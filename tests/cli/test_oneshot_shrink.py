@@ -75,6 +75,28 @@ def test_a_budget_of_time(small, files, tmp_path, capsys, monkeypatch):
     assert told in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_whole_blocks_are_in_the_record_the_table_and_the_card(small, files, tmp_path, capsys):
+    options = ["--params", "0.92", "--importance", "WeightNorm", "--repair", "null"]
+    dense = bh.load(small)
+    with torch.no_grad():  # one block computes nothing
+        dense.model.layers[1].mlp.down_proj.weight.zero_()
+        dense.model.layers[1].self_attn.o_proj.weight.zero_()
+    dense.save_pretrained(tmp_path / "idle")
+    tokenizer().save_pretrained(tmp_path / "idle")
+    main(["shrink", str(tmp_path / "idle"), str(tmp_path / "out"), *options, *SHORT, *option(files)])
+    record = json.loads((tmp_path / "out" / "billhook.json").read_text())
+    assert 1 in record["shrink"]["blocks"]["units"]["model.layers"]
+    for name in ("plan", "blocks"):
+        bh.apply(dense, bh.Plan.from_json(record["shrink"][name], dense))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert {name: value.shape for name, value in again.state_dict().items()} == {
+        n: v.shape for n, v in dense.state_dict().items()
+    }
+    words = "1 of 2 blocks: "
+    assert words in (tmp_path / "out" / "README.md").read_text()
+    assert "2 -> 1 blocks; without 1" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -82,6 +82,8 @@ def test_places_cost_what_the_machine_takes():
         assert [place.saves(kept) for kept in (place.count, *place.levels()[1:])] == pytest.approx(
             [each[place.kind] * (place.count - kept) for kept in place.levels()], abs=2
         )
+    block = 48 * 30_000 + 4 * 200_000
+    assert [one.cost for one in priced.blocks.able] == pytest.approx([block] * 3, abs=2)
     assert same(model, before)
     assert model.config.to_dict() == shape
     assert not any(one._forward_pre_hooks or one._forward_hooks for one in model.modules())
@@ -120,6 +122,18 @@ def test_a_budget_is_used_up_and_the_model_timed_beside_the_dense_one(layers, cl
     assert shrunk.curve[-1].left == round(1e9 * now)
 
 
+def test_a_block_that_computes_nothing_goes_first(clock):
+    clock(channel=3e-5, head=2e-4)
+    model = model_of()
+    with torch.no_grad():
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+        model.model.layers[2].self_attn.o_proj.weight.zero_()
+    now, block = seconds(model, 3e-5, 2e-4), 48 * 3e-5 + 4 * 2e-4
+    shrunk = bh.shrink(model, texts(), latency=1 - 0.99 * block / now, layers="free", **FEW)
+    assert shrunk.blocks.units == {"model.layers": [2]}
+    assert shrunk.left == round(1e9 * (now - block))
+
+
 def test_what_takes_long_is_what_goes(clock):
     def kept(**given):
         clock(**given)
@@ -136,10 +150,10 @@ def test_what_takes_long_is_what_goes(clock):
 def test_the_limit_follows_the_clock_where_places_together_take_longer_or_less(together, clock, monkeypatch):
     tried, times = [], Clock.times
     clock(channel=3e-5, head=6e-4, together=together)
-    monkeypatch.setattr(Clock, "times", lambda self, cut: tried.append(times(self, cut).ratio) or times(self, cut))
+    monkeypatch.setattr(Clock, "times", lambda self, *cut: tried.append(times(self, *cut).ratio) or times(self, *cut))
     shrunk = bh.shrink(model_of(), texts(), latency=0.6, layers="free", **FEW)
     assert 0.6 - search.SLACK <= tried[-1] == shrunk.times.ratio <= 0.6
-    assert not 0.6 - search.SLACK <= tried[7 + 3] <= 0.6  # the first after those of the table
+    assert not 0.6 - search.SLACK <= tried[7 + 3 + 1] <= 0.6  # the first after those of the table and of blocks
     assert shrunk.limit == int(0.6 * round(1e9 * seconds(model_of(), 3e-5, 6e-4)))
 
 

@@ -1,6 +1,6 @@
 """Searches at a given step of a fit for the smaller model that loses least, and goes on with it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,9 @@ from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
-from billhook.model.plan import apply
+from billhook.model.plan import apply_in_turn
+from billhook.pruning.block_plan import BlockPlan
+from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run
@@ -29,13 +31,14 @@ from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.shrink import Layers, budget, check_search
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
+from billhook.shrinking.spaces.planned import Planned
 from billhook.shrinking.work import Work
 
 REPAIR = Repair()
 
 
 class Shrink(ShapeCallback):
-    """Removes feed-forward channels and KV heads within one budget at a given step, as many of each as loses least.
+    """Removes channels, KV heads and whole blocks within one budget at a given step, as many of each as loses least.
 
     This is `bh.shrink` in the middle of a fit, so that training recovers what is lost; with `TransformerModule(distillation=...)`
     the dense model teaches it. Optimizer state and gradients follow, checkpoints carry the shape, and a resumed run ends as the
@@ -45,17 +48,18 @@ class Shrink(ShapeCallback):
 
     Args:
         params: Budget: parameters that are left at most, a number (int) or a fraction of those that are there (float).
-        kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads alone are removed for it.
+        kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads and whole blocks go for it, no channels.
         bytes: Budget: bytes of all parameters.
         max_loss: Budget in quality: the fewest parameters at which perplexity on held-out batches, by the model's own loss, is at
             most so many times as high, such as 1.1.
         layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many KV heads; `"free"`: each its own.
+            Whole blocks may go in both.
         importance: Which units go: `OBS` (the default), or any other `Importance`.
         repair: How the linears that read removed units are refitted; None: not at all.
         first: Blocks at the beginning of each stack that stay whole.
         last: Blocks at the end of each stack that stay whole.
         round_to: The number of channels that remain is a multiple of it.
-        generations: Rounds of evolution; 0 takes what the knapsack finds.
+        generations: Rounds of evolution; 0 takes the best of what the knapsack finds.
         candidates: Models that each round measures.
         at: When: a step (int), a fraction of training (float in 0..1), or `"start"` (before the first step).
         calibration: Batches to fit and to measure on, text as a `Calibration`, or a number of training
@@ -135,11 +139,12 @@ class Shrink(ShapeCallback):
             work = self._begun(model)
             with taken_off(model):
                 found = self._search(trainer, pl_module, work)
-            check_agreed(trainer, "Shrink", "the plan of what is removed", [found.plan.to_json(), found.weights])
+            agreed = [*(plan.to_json() for plan in found.planned.plans), found.planned.weights]
+            check_agreed(trainer, "Shrink", "the plan of what is removed", agreed)
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, found))
         self.done, self.asked = moment, 1.0
         with self.calibration.aside(pl_module), gradient_precision(trainer), taken_off(model):
-            self.shrunk = work.finished(found.plan, found.kept, found.curve, found.tried, found.ratio)
+            self.shrunk = work.finished(found.planned, found.kept, found.curve, found.tried, found.ratio)
         event["after"] |= self.measured(trainer, pl_module)
         log_event(trainer, event)
 
@@ -167,11 +172,18 @@ class Shrink(ShapeCallback):
 
     def _remove(self, model: PreTrainedModel, found: Found, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, of adapters too, and says how much that is."""
-        layers, plan = adapted(model), found.plan
-        weights = {beneath(name, layers): value for name, value in (found.weights or {}).items()}
-        apply(model, plan_units(model, plan.units, dict.fromkeys(plan.kinds.values())) if layers else plan, optimizers, weights)
-        before, after = plan.parameters
-        return f"{before:,} -> {after:,} parameters ({plan.words}; Shrink)"
+        layers, planned = adapted(model), found.planned
+        weights = {beneath(name, layers): value for name, value in (planned.weights or {}).items()}
+        apply_in_turn(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
+        before, after = planned.parameters
+        return f"{before:,} -> {after:,} parameters ({planned.words}; Shrink)"
+
+
+def _above(model: PreTrainedModel, planned: Planned) -> Iterator[UnitPlan | BlockPlan]:
+    """Yields the same plans for a model with adapters, each once those before it have been carried out."""
+    for plan in planned.plans:
+        if plan.units:
+            yield plan_units(model, plan.units, dict.fromkeys(plan.kinds.values()))
 
 
 def _runs(pl_module: pl.LightningModule, work: Work, batches: Sequence[Any]) -> list[Run]:

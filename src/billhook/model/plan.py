@@ -1,7 +1,7 @@
 """Plans of what is done to a model: to its units, blocks, weights or KV heads."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
 
@@ -93,9 +93,9 @@ def starting_from(model: nn.Module, weights: Weights | None) -> Iterator[None]:
 
 
 def apply_in_turn(
-    model: nn.Module, plans: Sequence[Plan], optimizers: Iterable[Optimizer] = (), weights: Weights | None = None
+    model: nn.Module, plans: Iterable[Plan], optimizers: Iterable[Optimizer] = (), weights: Weights | None = None
 ) -> None:
-    """Carries out plans one after the other, each made for what those before it leave, or none; see `apply`."""
+    """Carries out plans one after the other, each asked for once those before it have been, or none; see `apply`."""
     check_changeable(model)
     trained_by = list(optimizers)
     with torch.inference_mode(mode=False), starting_from(model, _usable(weights)), undone_by_errors(model, trained_by):

@@ -116,10 +116,20 @@ class BlockPlan(Plan):
 
 
 def find_block_plan(
-    model: PreTrainedModel, chosen: Mapping[str, Iterable[int]], scores: Mapping[str, Tensor] | None = None
+    model: PreTrainedModel,
+    chosen: Mapping[str, Iterable[int]],
+    scores: Mapping[str, Tensor] | None = None,
+    names: Iterable[str] | None = None,
 ) -> BlockPlan:
-    """Finds how a model, its numbers and its config follow when blocks are removed; refuses what none can say. Shows scores."""
-    stacks = find_blocks(model)
+    """Finds how a model, its numbers and its config follow when blocks are removed; refuses what none can say.
+
+    Args:
+        model: The model.
+        chosen: The blocks, by stack.
+        scores: By stack, the score of each block, which the plan shows.
+        names: The stacks, of a model on meta tensors, whose run does not show them.
+    """
+    stacks = find_blocks(model) if names is None else {name: _stack(model, name) for name in names}
     units = {name: sorted(set(own)) for name, own in chosen.items()}
     units = {name: own for name, own in units.items() if own}
     for name, own in units.items():
@@ -141,8 +151,13 @@ def find_block_plan(
 def without(model: PreTrainedModel, plan: BlockPlan) -> PreTrainedModel:
     """Returns a model without the blocks of a plan, on meta tensors, where what it computes is not compared."""
     shadow = to_meta(model)
-    _take_out(shadow, plan.units, plan.fields, plan.attributes)
+    take_out(shadow, plan)
     return shadow
+
+
+def take_out(model: PreTrainedModel, plan: BlockPlan) -> None:
+    """Takes the blocks of a plan out of a model, where what it computes is not compared."""
+    _take_out(model, plan.units, plan.fields, plan.attributes)
 
 
 def tried(model: PreTrainedModel, plan: BlockPlan) -> BlockPlan:
@@ -180,6 +195,12 @@ def _failing(model: PreTrainedModel, fields: Fields) -> Exception | None:
     except Exception as error:  # whatever a class raises
         return error
     return None
+
+
+def _stack(model: nn.Module, name: str) -> nn.ModuleList:
+    stack = model.get_submodule(name)
+    assert isinstance(stack, nn.ModuleList)
+    return stack
 
 
 def _counts(stacks: Mapping[str, nn.ModuleList]) -> dict[str, tuple[int, ...]]:
@@ -224,8 +245,7 @@ def _remove(
 def _take_out(model: PreTrainedModel, blocks: Mapping[str, list[int]], fields: Fields, attributes: Numbers) -> None:
     """Takes blocks out of their stacks; numbers and the config follow."""
     for name, gone in blocks.items():
-        stack = model.get_submodule(name)
-        assert isinstance(stack, nn.ModuleList)
+        stack = _stack(model, name)
         keep(stack, [own for place, own in enumerate(numbers_of(stack)) if place not in gone])
     for name, (before, after) in attributes.items():
         owner, _, attr = name.rpartition(".")

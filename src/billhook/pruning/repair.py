@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches, batches_of

@@ -15,7 +15,7 @@ BYTES = 2**31
 
 
 class Replay:
-    """What the blocks of a model gave in its runs.
+    """Holds what the blocks of a model gave in its runs.
 
     Args:
         blocks: The blocks, by name.

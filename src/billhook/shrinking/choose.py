@@ -38,6 +38,29 @@ class Slot:
     costs: tuple[int, ...]
     losses: tuple[float, ...]
 
+    def at(self, level: int) -> dict[str, int]:
+        """Returns how many units each place keeps at a level."""
+        return dict.fromkeys(self.names, self.kept[level])
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Places whose numbers of units are chosen together, such as all of a block.
+
+    Attributes:
+        kept: By level, how many units each of them keeps, from all on.
+        costs: What is left at each level of what the budget limits, falling.
+        losses: What is lost at each level, from 0 on.
+    """
+
+    kept: tuple[Mapping[str, int], ...]
+    costs: tuple[int, ...]
+    losses: tuple[float, ...]
+
+    def at(self, level: int) -> dict[str, int]:
+        """Returns how many units each place keeps at a level."""
+        return dict(self.kept[level])
+
 
 class Frontier:
     """The choices of levels that no other beats in both cost and loss.
@@ -48,11 +71,11 @@ class Frontier:
     ((0, 1), None)
     """
 
-    def __init__(self, slots: Sequence[Slot]) -> None:
+    def __init__(self, slots: Sequence[Slot | Joint]) -> None:
         self.costs, self.losses = np.zeros(1, dtype=np.int64), np.zeros(1)
         self._steps: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
         for slot in slots:
-            count = len(slot.kept)
+            count = len(slot.costs)
             costs = (self.costs[:, None] + np.array(slot.costs, dtype=np.int64)).reshape(-1)
             losses = (self.losses[:, None] + np.array(slot.losses)).reshape(-1)
             best = _unbeaten(costs, losses)
@@ -88,14 +111,19 @@ def _unbeaten(costs: NDArray[np.int64], losses: NDArray[np.float64]) -> NDArray[
     return best if len(best) <= MOST else best[np.linspace(0, len(best) - 1, MOST).round().astype(np.int64)]
 
 
-def cost(slots: Sequence[Slot], levels: Levels) -> int:
+def cost(slots: Sequence[Slot | Joint], levels: Levels) -> int:
     """Adds up what levels cost."""
     return sum(slot.costs[level] for slot, level in zip(slots, levels, strict=True))
 
 
-def loss(slots: Sequence[Slot], levels: Levels) -> float:
+def loss(slots: Sequence[Slot | Joint], levels: Levels) -> float:
     """Adds up what levels lose."""
     return sum(slot.losses[level] for slot, level in zip(slots, levels, strict=True))
+
+
+def kept_at(slots: Sequence[Slot | Joint], levels: Levels) -> dict[str, int]:
+    """Returns how many units each place keeps at levels."""
+    return {name: kept for slot, level in zip(slots, levels, strict=True) for name, kept in slot.at(level).items()}
 
 
 def joined(slots: Sequence[Slot]) -> Slot:
@@ -108,6 +136,30 @@ def joined(slots: Sequence[Slot]) -> Slot:
     costs = tuple(sum(own) for own in zip(*(slot.costs for slot in slots), strict=True))
     losses = tuple(sum(own) for own in zip(*(slot.losses for slot in slots), strict=True))
     return Slot(names, slots[0].kept, costs, losses)
+
+
+def product_of(slots: Sequence[Slot], rest: int = 0) -> Joint:
+    """Combines slots to one whose levels are all combinations of theirs that no other beats in both cost and loss.
+
+    Args:
+        slots: The slots.
+        rest: What is left besides, at all levels.
+
+    >>> product_of([Slot(("a",), (2, 1), (4, 2), (0.0, 0.5)), Slot(("b",), (2, 1), (6, 3), (0.0, 0.25))]).kept
+    ({'a': 2, 'b': 2}, {'a': 2, 'b': 1}, {'a': 1, 'b': 1})
+    """
+    every = product(*(range(len(slot.costs)) for slot in slots))
+    return best_of([(rest + cost(slots, levels), loss(slots, levels), kept_at(slots, levels)) for levels in every])
+
+
+def best_of(options: Sequence[tuple[int, float, Mapping[str, int]]]) -> Joint:
+    """Makes a slot of options, of cost, loss and units kept, without those that another beats; the first, the whole, stays."""
+    whole, left = options[0], list[tuple[int, float, Mapping[str, int]]]()
+    for one in sorted(options[1:], key=lambda option: option[:2]):
+        if not left or one[1] < left[-1][1]:
+            left.append(one)
+    costs, losses, kept = zip(whole, *(one for one in reversed(left) if one[0] < whole[0]), strict=True)
+    return Joint(kept, costs, losses)
 
 
 def filled(slots: Sequence[Slot], levels: Levels, limit: int, costs: Sequence[Mapping[int, int]]) -> list[int]:

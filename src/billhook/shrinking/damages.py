@@ -43,6 +43,14 @@ def damages(library: Library, divergence: Divergence, place: Place, levels: Sequ
     return [max(found[: number + 1]) for number in range(len(found))]
 
 
+def damage_without(library: Library, divergence: Divergence, block: str) -> float:
+    """Returns what is lost without a block, the whole model's KL divergence, with all else dense."""
+    if (block, 0) not in library.measured:
+        with library.assembled({block: 0}):
+            library.note(block, 0, max(divergence.mean(library.weights(block, 0)), 0.0))
+    return library.measured[block, 0]
+
+
 def make_slots(
     places: Sequence[Place], levels: Mapping[str, Sequence[int]], losses: Mapping[str, Sequence[float]], uniform: bool
 ) -> list[Slot]:

@@ -28,14 +28,17 @@ class Library:
     Args:
         model: The model.
         folder: Where they are kept, a file for each; None keeps them in memory.
+        writers: By the name of each block that may go, the linears that write its outputs, which are zero where it has.
 
     Attributes:
         errors: By place and number of units kept, E |W x - W' x|^2 on batches that W' has not seen, as a share of E |W x|^2.
         measured: By place and number of units kept, the damage to the whole model, where it was measured.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Path | None = None) -> None:
-        self.model, self._folder = model, folder
+    def __init__(
+        self, model: PreTrainedModel, folder: Path | None = None, writers: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        self.model, self._folder, self._writers = model, folder, writers or {}
         self.errors: dict[tuple[str, int], float] = {}
         self.measured: dict[tuple[str, int], float] = {}
         self._weights: dict[tuple[str, int], Weights] = {}
@@ -67,7 +70,9 @@ class Library:
             unfinished.replace(self._folder / "measured.json")
 
     def weights(self, place: str, kept: int) -> Weights:
-        """Returns the parameters of a variant; none where a place keeps all."""
+        """Returns the parameters of a variant; none where a place keeps all, or has gone with its block."""
+        if not kept:
+            return zeros_of(self.model, self._writers.get(place, ()))
         if self._folder is None or (place, kept) not in self.errors:
             return self._weights.get((place, kept), {})
         found: Weights = {}
@@ -81,10 +86,16 @@ class Library:
         """Puts variants in the places of the model until the end of a `with` block; what a place loses is multiplied by zero.
 
         Args:
-            kept: By place, how many units it keeps.
+            kept: By place, how many units it keeps; 0 of blocks that are gone, and of places in them.
         """
         variants = [self.weights(place, number) for place, number in kept.items()]
         return replaced({self.model.get_submodule(name): own for variant in variants for name, own in variant.items()})
+
+
+def zeros_of(model: PreTrainedModel, linears: Sequence[str]) -> Weights:
+    """Returns the parameters, all zero, of linears, by linear and by their name in it."""
+    parts = {name: model.get_submodule(name).named_parameters(recurse=False) for name in linears}
+    return {name: {part: torch.zeros_like(value.data) for part, value in own} for name, own in parts.items()}
 
 
 def key_of(model: PreTrainedModel, settings: object, scores: Mapping[str, Tensor], batches: Sequence[Any]) -> str:

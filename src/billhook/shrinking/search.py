@@ -6,9 +6,11 @@ budget, and the best of all that have been measured goes on.
 
 from collections.abc import Callable, Sequence
 from random import Random
+from typing import Any, TypeVar
 
-from billhook.shrinking.choose import Levels, Slot, cost
+from billhook.shrinking.choose import Joint, Levels, Slot, cost
 
+Choice = TypeVar("Choice", bound=tuple[Any, ...])
 MOVES = 3
 """In how many slots a level is raised at once, at most."""
 TRIES = 20
@@ -16,39 +18,37 @@ TRIES = 20
 
 
 def evolve(
-    slots: Sequence[Slot],
-    start: Sequence[Levels],
-    limit: int,
-    measure: Callable[[Levels], float],
+    start: Sequence[Choice],
+    move: Callable[[Choice, Random], Choice | None],
+    measure: Callable[[Choice], float],
     generations: int,
     candidates: int,
     seed: int,
-) -> dict[Levels, float]:
-    """Measures choices of levels, each generation near the best so far, and returns all of them with what they lose.
+) -> dict[Choice, float]:
+    """Measures choices, each generation near the best so far, and returns all of them with what they lose.
 
     Args:
-        slots: The slots.
-        start: Choices within the limit, from which it starts; the first is the best guess.
-        limit: The most that may be left.
+        start: Choices within the limit, from which it starts.
+        move: Makes a choice within the limit of another, near it; None where that cannot be.
         measure: Returns what a choice loses.
         generations: How often new choices are made of the best; 0 measures the start alone.
         candidates: How many new choices a generation has.
         seed: Decides which ones.
     """
-    random, found = Random(seed), {levels: measure(levels) for levels in dict.fromkeys(start)}
+    random, found = Random(seed), {choice: measure(choice) for choice in dict.fromkeys(start)}
     for _ in range(generations):
-        best, new = min(found, key=lambda levels: found[levels]), set[Levels]()
+        best, new = min(found, key=lambda choice: found[choice]), set[Choice]()
         for _ in range(TRIES * candidates):
-            other = mutated(slots, best, limit, random)
+            other = move(best, random)
             if len(new) < candidates and other is not None and other not in found:
                 new.add(other)
         if not new:
             break
-        found |= {levels: measure(levels) for levels in sorted(new)}
+        found |= {choice: measure(choice) for choice in sorted(new)}
     return found
 
 
-def mutated(slots: Sequence[Slot], levels: Levels, limit: int, random: Random) -> Levels | None:
+def mutated(slots: Sequence[Slot | Joint], levels: Levels, limit: int, random: Random) -> Levels | None:
     """Lets some slots keep more and others less, until nothing more fits; None if that cannot be."""
     now = list(levels)
     able = [number for number, level in enumerate(now) if level]
@@ -57,7 +57,7 @@ def mutated(slots: Sequence[Slot], levels: Levels, limit: int, random: Random) -
         now[number] -= 1
     lower = [number for number in range(len(slots)) if number not in raised]
     while cost(slots, tuple(now)) > limit:
-        able = [number for number in lower if now[number] + 1 < len(slots[number].kept)]
+        able = [number for number in lower if now[number] + 1 < len(slots[number].costs)]
         if not able:
             return None
         now[random.choice(able)] += 1
@@ -66,7 +66,7 @@ def mutated(slots: Sequence[Slot], levels: Levels, limit: int, random: Random) -
     return tuple(now)
 
 
-def _fits(slots: Sequence[Slot], levels: Sequence[int], number: int, limit: int) -> bool:
+def _fits(slots: Sequence[Slot | Joint], levels: Sequence[int], number: int, limit: int) -> bool:
     """Tells whether a slot may keep more."""
     slot, level = slots[number], levels[number]
     return level > 0 and cost(slots, tuple(levels)) - slot.costs[level] + slot.costs[level - 1] <= limit

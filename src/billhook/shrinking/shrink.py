@@ -12,7 +12,7 @@ from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.model.find import find_transformer
-from billhook.model.plan import apply
+from billhook.model.plan import apply_in_turn
 from billhook.model.values import check_values
 from billhook.pruning.amount import TARGETS, Amount
 from billhook.repairs.repair import Repair
@@ -22,7 +22,7 @@ from billhook.shrinking.latency.table import clock_of, timed
 from billhook.shrinking.latency.workload import Workload
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
-from billhook.shrinking.work import CURVE, Work
+from billhook.shrinking.work import Work
 
 Layers = Literal["uniform", "free"]
 REPAIR = Repair()
@@ -52,21 +52,24 @@ def shrink(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Shrunk:
-    """Removes feed-forward channels and KV heads within one budget, as many of each as loses least, in place, and repairs.
+    """Removes channels, KV heads and whole blocks within one budget, as many of each as loses least, in place, and repairs.
 
     Each place (a feed-forward, an attention) is cut to several levels and refitted, on its own; what a level costs the whole
     model is measured at two of them, as KL divergence from the dense model on batches that nothing is fitted to, and is in
-    proportion to the error of the refitted linears in between. A knapsack then finds the levels that lose least, and evolution on
-    the divergence itself refines them. What is chosen is cut as a whole and repaired from front to back. The parts are from
-    ZipLM (Kurtic et al., 2023, https://arxiv.org/abs/2302.04089), MoDeGPT (Lin et al., 2024, https://arxiv.org/abs/2408.09632:
-    how much each layer gives decides) and Týr-the-Pruner (Li et al., 2025, https://arxiv.org/abs/2503.09657).
+    proportion to the error of the refitted linears in between. So is the model without each whole block, where a block whose
+    last linears are zero computes nothing, as in most decoders; what is printed says why none may go elsewhere. A knapsack then
+    finds the levels that lose least, and evolution on the divergence itself refines them, from several numbers of blocks on.
+    What is chosen is cut as a whole and repaired from front to back; the blocks behind one that goes make up for it, too. The
+    parts are from ZipLM (Kurtic et al., 2023, https://arxiv.org/abs/2302.04089), MoDeGPT (Lin et al., 2024,
+    https://arxiv.org/abs/2408.09632: how much each layer gives decides) and Týr-the-Pruner (Li et al., 2025,
+    https://arxiv.org/abs/2503.09657).
 
     Args:
         model: A Hugging Face model with `logits`, or a module that holds one.
         batches: Inputs of the model's forward, as dictionaries; two rows of each source at least, three in all. A `Calibration`
             reads them; by default they are what the model itself writes.
         params: Budget: parameters that are left at most, a number (int) or a fraction of those that are there (float).
-        kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads alone are removed for it.
+        kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads and whole blocks go for it, no channels.
         bytes: Budget: bytes of all parameters.
         max_loss: Budget in quality: the fewest parameters at which perplexity on batches that nothing is fitted to, the geometric
             mean over their sources, is at most so many times the dense model's, such as 1.1.
@@ -74,13 +77,13 @@ def shrink(
             model's own device. A table of what each level of each place takes leads the search; what it finds is timed beside the
             dense model before anything is cut, and searched for again where it takes too long.
         layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many KV heads, which plain checkpoints
-            can say; `"free"`: each place keeps its own number.
+            can say; `"free"`: each place keeps its own number. Whole blocks may go in both.
         importance: Which units go, at each level those of the lowest scores; by default `OBS()`.
         repair: How the linears that read removed units are refitted; None: not at all.
         first: Blocks at the beginning of each stack that stay whole.
         last: Blocks at the end of each stack that stay whole.
         round_to: The number of channels that remain is a multiple of it.
-        generations: Rounds of evolution; 0 takes what the knapsack finds.
+        generations: Rounds of evolution; 0 takes the best of what the knapsack finds.
         candidates: Models that each round measures.
         library: A folder for the variants of all places; by default they stay in memory. A search of the same model, batches,
             importance, rounding and repair goes on from what it holds, also for another budget.
@@ -118,7 +121,7 @@ def shrink(
     check_values(subject)
     clock = None if latency is None else clock_of(subject, workload)
     work = Work.begun(subject, amount, layers == "uniform")
-    work.progress, work.steps = progress, 2 * len(work.places) + 2 + generations * candidates + CURVE
+    work.progress, work.steps = progress, work.most_steps(generations, candidates)
     fitted, held_out = divided(list(batches_of(batches, subject)))
     if clock is not None and latency is not None:
         work = timed(work, latency, clock)
@@ -130,8 +133,8 @@ def shrink(
     else:
         found = Found.within(work, *how) if max_loss is None else smallest(work, max_loss, held_out, *how)
     work.compare(searched)
-    apply(subject, found.plan, weights=found.weights)
-    return work.finished(found.plan, found.kept, found.curve, found.tried, found.ratio, found.times)
+    apply_in_turn(subject, found.planned.plans, weights=found.planned.weights)
+    return work.finished(found.planned, found.kept, found.curve, found.tried, found.ratio, found.times)
 
 
 def check_search(generations: int, candidates: int) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.report.table import aligned
 
@@ -15,7 +16,7 @@ class Choice:
     """One way to make a model smaller.
 
     Attributes:
-        kept: By place, how many units it keeps; of an attention, KV heads.
+        kept: By place, how many units it keeps; of an attention, KV heads; 0 of a block that is gone, and of all in it.
         left: What is left of what the budget limits.
         predicted: Sum of what the places lose alone: KL divergence from the dense model, in nats.
         measured: KL divergence of the model that is put together of places refitted alone.
@@ -52,11 +53,11 @@ class Shrunk:
     """A model that was made smaller within a budget; `print` shows what it took.
 
     Attributes:
-        plan: The units that were removed.
+        plan: The units that were removed, also of blocks that went after that where layers stay alike.
         target: What the budget limits: `"params"`, `"kv_cache_bytes"`, `"bytes"`, or `"latency"`, in nanoseconds.
         limit: The most that may be left of it.
         left: What is left of it.
-        kept: By place, how many units there were and how many it keeps; of an attention, KV heads.
+        kept: By place, how many units there were and how many it keeps, 0 where its block is gone; of an attention, KV heads.
         predicted: Sum of what the places lose alone: KL divergence from the dense model, in nats.
         measured: KL divergence of the smaller model, repaired as a whole, by source, on batches that it was not fitted to.
         curve: Choices of other sizes, from the smallest, for comparison.
@@ -66,6 +67,8 @@ class Shrunk:
         ratio: Perplexity of the smaller model to the dense one's, on the same batches, where a budget of it was given.
         times: How long both take, where a budget of time was given: `left` is measured of the model as cut, while all other sizes
             are sums of what places take.
+        blocks: The blocks that were removed after that, numbered as before; None where none was.
+        blocks_stay: Why no block could go; empty where some could.
     """
 
     plan: UnitPlan
@@ -80,25 +83,35 @@ class Shrunk:
     alone: dict[str, tuple[int, float]]
     ratio: float | None = None
     times: Times | None = None
+    blocks: BlockPlan | None = None
+    blocks_stay: str = ""
 
     @property
     def budget(self) -> str:
         """The words for what is left."""
         return str(self.times or f"{self.left:,} {self.target} left of at most {self.limit:,}")
 
+    @property
+    def words(self) -> str:
+        """The words for what was removed."""
+        return ", ".join(plan.words for plan in (self.plan, self.blocks) if plan is not None and plan.units)
+
     def to_json(self) -> dict[str, Any]:
         """Returns what was found as plain data."""
         plain = {name: getattr(self, name) for name in ("target", "limit", "left", "kept", "predicted", "measured")}
         choices = {name: [vars(one) for one in getattr(self, name)] for name in ("curve", "tried")}
         times = None if self.times is None else vars(self.times)
-        return {"plan": self.plan.to_json(), **plain, **choices, "alone": self.alone, "ratio": self.ratio, "times": times}
+        blocks = {"blocks": self.blocks and self.blocks.to_json(), "blocks_stay": self.blocks_stay}
+        compared = {"alone": self.alone, "ratio": self.ratio, "times": times}
+        return {"plan": self.plan.to_json(), **blocks, **plain, **choices, **compared}
 
     def __str__(self) -> str:
         rows = [[UNITS.get(self.target, self.target), "predicted", "put together"]]
         rows += [[f"{one.left:,}", f"{one.predicted:.4f}", f"{one.measured:.4f}"] for one in self.curve]
         found = ", ".join(f"{value:.4f}{f' on {source}' if source else ''}" for source, value in self.measured.items())
         told = "" if self.ratio is None else f"; perplexity {self.ratio:.4f} times the dense model's"
-        lines = [str(self.plan), "KL to the dense model by size:", aligned(rows)]
+        after = [str(self.blocks)] if self.blocks else [f"all blocks stay: {self.blocks_stay}"] if self.blocks_stay else []
+        lines = [str(self.plan), *after, "KL to the dense model by size:", aligned(rows)]
         lines += [f"without {name} alone, {left:,} left: {lost:.4f}" for name, (left, lost) in self.alone.items()]
         timed = [] if self.times is None else [f"measured: {self.times}"]
         return "\n".join([*lines, f"of the chosen, repaired as a whole: {found}{told}", *timed])

@@ -1,6 +1,7 @@
 """Finds the smallest model whose perplexity rises by no more than is asked."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,13 +9,12 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from billhook.importance.score import run_of
-from billhook.model.plan import Weights
-from billhook.pruning.plan import UnitPlan
 from billhook.repairs.repair import Repair
 from billhook.running.walk import replaced
-from billhook.shrinking.choose import Frontier
 from billhook.shrinking.perplexity import Perplexity
 from billhook.shrinking.shrunk import Choice, Times
+from billhook.shrinking.spaces.planned import Planned
+from billhook.shrinking.spaces.space import best_point
 from billhook.shrinking.work import Work
 from billhook.units.gates import mask
 
@@ -26,11 +26,10 @@ Choosing = Callable[[], tuple[dict[str, int], list[Choice], list[Choice]]]
 
 @dataclass(frozen=True)
 class Found:
-    """Holds what was chosen: how many units places keep, the plan with repaired weights, what else was measured."""
+    """Holds what was chosen: how many units places keep, the plans with repaired weights, what else was measured."""
 
     kept: dict[str, int]
-    plan: UnitPlan
-    weights: Weights | None
+    planned: Planned
     curve: list[Choice]
     tried: list[Choice]
     ratio: float | None = None
@@ -40,7 +39,7 @@ class Found:
     def within(cls, work: Work, fitted: Sequence[Any], repair: Repair | None, choosing: Choosing) -> "Found":
         """Searches within a work's limit, and repairs what is chosen as a whole."""
         kept, curve, tried = choosing()
-        return cls(kept, *work.planned(fitted, repair, kept), curve, tried)
+        return cls(kept, work.planned(fitted, repair, kept), curve, tried)
 
 
 def smallest(
@@ -91,13 +90,12 @@ def _sizes(work: Work) -> list[int]:
 
 def _first_met(work: Work, sizes: Sequence[int], most: float, perplexity: Perplexity) -> int:
     """Returns the number of the smallest size that is good enough when refitted places are put together; or that of the last."""
-    frontier, low, high = Frontier(work.slots), 0, len(sizes) - 1
+    low, high = 0, len(sizes) - 1
     while low < high:
         middle = (low + high) // 2
-        work.limit = sizes[middle]
-        levels = frontier.within(work.within)
-        with work.library.assembled(work.kept_at(levels) if levels else {}):
-            met = levels is not None and perplexity.ratio() <= most
+        point = best_point(work.spaces, sizes[middle])
+        with work.library.assembled(work.spaces[point[0]].kept(point[1]) if point else {}):
+            met = point is not None and perplexity.ratio() <= most
         low, high = (low, middle) if met else (middle + 1, high)
     return low
 
@@ -105,8 +103,11 @@ def _first_met(work: Work, sizes: Sequence[int], most: float, perplexity: Perple
 def _ratio(model: PreTrainedModel, perplexity: Perplexity, found: Found) -> float:
     """Measures the model as it would be if a plan were carried out."""
     new: dict[Any, dict[str, Any]] = {}
-    for name, value in (found.weights or {}).items():
+    for name, value in (found.planned.weights or {}).items():
         module, _, part = name.rpartition(".")
         new.setdefault(model.get_submodule(module), {})[part] = value
-    with replaced(new), mask(model, found.plan):
+    with replaced(new), ExitStack() as stack:
+        for plan in (found.planned.units, found.planned.blocks):
+            if plan is not None and plan.units:
+                stack.enter_context(mask(model, plan))
         return perplexity.ratio()

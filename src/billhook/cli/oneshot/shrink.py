@@ -49,11 +49,12 @@ def shrink(
     time_context: int | None = None,
     plot: str | None = None,
 ) -> None:
-    """Finds the smaller model within one budget that loses least, without channels and KV heads, and saves it, verified.
+    """Finds the smaller model within one budget that loses least, without channels, KV heads and blocks, and saves it, verified.
 
     Each feed-forward and attention is cut to several levels and refitted, on its own; what that costs the whole model is
-    measured, and the levels that lose least together are searched for. What is chosen is repaired from front to back. The parts
-    are from ZipLM (https://arxiv.org/abs/2302.04089) and Týr-the-Pruner (https://arxiv.org/abs/2503.09657).
+    measured, as is what it loses without each block, and what loses least together is searched for. What is chosen is repaired
+    from front to back. The parts are from ZipLM (https://arxiv.org/abs/2302.04089) and Týr-the-Pruner
+    (https://arxiv.org/abs/2503.09657).
 
     Args:
         model: A folder, a hub name, or "tiny".
@@ -61,7 +62,7 @@ def shrink(
         given: Examples to fit and to measure on, and the place to compute.
         recovery: Training after the cut.
         params: Budget: parameters that are left at most, a number, or a fraction of those that are there.
-        kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads alone are removed for it.
+        kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads and whole blocks go for it, no channels.
         bytes: Budget: bytes of all parameters.
         max_loss: Budget in quality: the fewest parameters at which perplexity on held-out examples, the geometric mean over
             their sources, is at most so many times the dense model's, such as 1.1.
@@ -121,7 +122,7 @@ def shrink(
             progress=progress,
         )
     how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}
-    what = f"without {shrunk.plan.words}: {shrunk.budget}"
+    what = f"without {shrunk.words}: {shrunk.budget}"
     what += f"; {recovery.recover:,} steps of recovery" if recovery.recover else ""
     trained, *said = _recovered(work, recovery, batches, before) if recovery.recover else ({},)
     work.save(before, what, {"shrink": shrunk.to_json() | how} | trained, shrunk, *said)

@@ -36,7 +36,7 @@ def fast_enough(work: Work, most: float, clock: Clock, fitted: Sequence[Any], re
     adjust(work, most, clock)
     for _ in range(TRIES):
         found = Found.within(work, fitted, repair, choosing)
-        times = clock.times(found.plan)
+        times = clock.times(found.planned.units, found.planned.blocks)
         if times.ratio <= most:
             work.limit = asked
             return replace(found, times=times)
@@ -53,7 +53,8 @@ def adjust(work: Work, most: float, clock: Clock) -> None:
     """Adjusts the limit of the work so that the knapsack's choice takes as long as is asked, or a little less."""
     low, high = work.least, work.now
     for _ in range(TRIES):
-        ratio = clock.times(work.planned((), None, work.sum_chosen())[0]).ratio
+        planned = work.planned((), None, work.sum_chosen())
+        ratio = clock.times(planned.units, planned.blocks).ratio
         if most - SLACK <= ratio <= most:
             return
         low, high = (low, work.limit) if ratio > most else (work.limit, high)

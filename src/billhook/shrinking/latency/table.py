@@ -13,6 +13,7 @@ from statistics import median
 from transformers import PreTrainedModel
 
 from billhook.model.meta import sharing
+from billhook.pruning.block_plan import BlockPlan, take_out
 from billhook.pruning.cuts import Cut
 from billhook.pruning.removal import remove
 from billhook.running.undisturbed import undisturbed
@@ -39,11 +40,13 @@ class Clock:
     seconds: Seconds
     workload: str
 
-    def times(self, cut: Cut) -> Times:
-        """Measures the model before and after a cut, as copies that share all parameters which stay whole."""
+    def times(self, cut: Cut, blocks: BlockPlan | None = None) -> Times:
+        """Measures the model before and after a cut, and without some blocks, as copies that share all that stays whole."""
         with undisturbed(self.model):
             dense, smaller = sharing(self.model), sharing(self.model)
             remove(smaller, cut, [])
+            if blocks is not None:
+                take_out(smaller, blocks)
             first, own = self.seconds([dense, smaller])
         ratios = [after / before for before, after in zip(first, own, strict=True)]
         return Times(median(first), median(own), median(ratios), self.workload)
@@ -82,9 +85,21 @@ def timed(work: Work, most: float, clock: Clock) -> Work:
     priced = dict[str, Place]()
     for same, own in found:
         priced |= {place.name: _priced(place, [times.ratio for times in own], now / len(same)) for place in same}
-    new = replace(work, target="latency", now=now, limit=int(most * now), places=[priced[place.name] for place in work.places])
+    places = [priced[place.name] for place in work.places]
+    blocks = work.blocks.priced(_timed_blocks(work, clock, now), places)
+    new = replace(work, target="latency", now=now, limit=int(most * now), places=places, blocks=blocks)
     new.divide(most)
     return new
+
+
+def _timed_blocks(work: Work, clock: Clock, now: int) -> int:
+    """Measures what one of the blocks that may go takes: without the latter half of them, or the last where half cannot go."""
+    some = work.blocks.able[len(work.blocks.able) // 2 :]
+    if not some:
+        return 0
+    some = some if not work.blocks.refusal(some) else some[-1:]
+    work.advance()
+    return round((1 - clock.times(cut_of(work.search, {}), work.blocks.planned(work.model, some)).ratio) * now / len(some))
 
 
 def _same_shape(places: Sequence[Place]) -> list[list[Place]]:

@@ -1,0 +1,173 @@
+"""The spaces of a search: slots whose levels are chosen, beside what is the same at all levels, as blocks that are gone."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from random import Random
+
+import numpy as np
+
+from billhook.shrinking.choose import Frontier, Joint, Levels, Slot, best_of, cost, kept_at, loss, product_of
+from billhook.shrinking.damages import make_slots
+from billhook.shrinking.levels import Place
+from billhook.shrinking.search import mutated
+from billhook.shrinking.spaces.blocks import Block
+
+SEVERAL = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""How many blocks are gone in the choices that a search begins with: sums say too little of what several lose together."""
+Point = tuple[int, Levels]
+"""A choice: the number of a space, and levels of its slots."""
+
+
+@dataclass(eq=False)
+class Space:
+    """Slots whose levels are chosen.
+
+    Attributes:
+        slots: The slots.
+        rest: What all else costs.
+        gone: Blocks that are gone at all levels.
+        lost: What is lost without them.
+    """
+
+    slots: Sequence[Slot | Joint]
+    rest: int
+    gone: Sequence[Block] = ()
+    lost: float = 0.0
+    _frontiers: dict[frozenset[str], Frontier] = field(default_factory=dict)
+
+    @cached_property
+    def frontier(self) -> Frontier:
+        """The choices that no other beats."""
+        return Frontier(self.slots)
+
+    def left(self, levels: Levels) -> int:
+        """Returns what is left of what the budget limits."""
+        return self.rest + cost(self.slots, levels)
+
+    def predicted(self, levels: Levels) -> float:
+        """Returns the sum of what is lost."""
+        return self.lost + loss(self.slots, levels)
+
+    def kept(self, levels: Levels) -> dict[str, int]:
+        """Returns how many units each place keeps; 0 of blocks that are gone, and of all in them."""
+        return {name: 0 for block in self.gone for name in (block.name, *block.places)} | kept_at(self.slots, levels)
+
+    def best(self, limit: int) -> Levels | None:
+        """Returns the levels that are to lose least within a limit."""
+        return self.frontier.within(limit - self.rest)
+
+    def best_without(self, limit: int, names: Collection[str]) -> Levels | None:
+        """Returns the levels that are to lose least within a limit if just these blocks go."""
+        gone = frozenset(names)
+        if gone not in self._frontiers:
+            self._frontiers[gone] = Frontier([_only(slot, gone) for slot in self.slots])
+        levels = self._frontiers[gone].within(limit - self.rest)
+        if levels is None:
+            return None
+        last = [len(slot.costs) - 1 if _goes(slot, gone) else 0 for slot in self.slots]
+        return tuple(first + level for first, level in zip(last, levels, strict=True))
+
+    def nearest(self, saved: Mapping[str, int]) -> Levels:
+        """Returns the levels that lose least where each slot costs as little as if its places saved so much."""
+        found = list[int]()
+        for slot in self.slots:
+            most = slot.costs[0] - sum(saved[name] for name in slot.at(0))
+            found.append(next(level for level, own in enumerate(slot.costs) if own <= most))
+        return tuple(found)
+
+
+def _goes(slot: Slot | Joint, names: Collection[str]) -> bool:
+    """Tells whether a slot is that of one of these blocks."""
+    return any(slot.at(-1).get(name) == 0 for name in names)
+
+
+def _only(slot: Slot | Joint, gone: Collection[str]) -> Slot | Joint:
+    """Returns the slot of a block that goes as one without choice, and that of any other without the choice to go."""
+    if isinstance(slot, Slot) or 0 not in slot.at(-1).values():
+        return slot
+    own = slice(-1, None) if _goes(slot, gone) else slice(0, -1)
+    return Joint(slot.kept[own], slot.costs[own], slot.losses[own])
+
+
+def free_space(
+    places: Sequence[Place],
+    levels: Mapping[str, Sequence[int]],
+    losses: Mapping[str, Sequence[float]],
+    blocks: Sequence[Block],
+    now: int,
+) -> list[Space]:
+    """Makes the space in which each block keeps its own numbers of units, or goes, and so does each place outside of those."""
+    inside = {name for block in blocks for name in block.places}
+    slots: list[Slot | Joint] = list(make_slots([p for p in places if p.name not in inside], levels, losses, uniform=False))
+    for block in blocks:
+        own = make_slots([place for place in places if place.name in block.places], levels, losses, uniform=False)
+        slots.append(with_gone(own, block, losses[block.name][-1]))
+    return [Space(slots, now - cost(slots, (0,) * len(slots)))]
+
+
+def with_gone(slots: Sequence[Slot], block: Block, lost: float) -> Joint:
+    """Combines the slots of a block's places, and the choice that all of it goes."""
+    own = product_of(slots, block.cost - cost(slots, (0,) * len(slots)))
+    nothing = dict.fromkeys((*block.places, block.name), 0)
+    return best_of([*zip(own.costs, own.losses, own.kept, strict=True), (0, lost, nothing)])
+
+
+def uniform_spaces(
+    places: Sequence[Place],
+    levels: Mapping[str, Sequence[int]],
+    losses: Mapping[str, Sequence[float]],
+    blocks: Sequence[Block],
+    now: int,
+) -> list[Space]:
+    """Makes a space for each number of blocks that go, those that matter least, in which all others stay alike."""
+    ranked, found = sorted(blocks, key=lambda block: losses[block.name][-1]), list[Space]()
+    for count in range(len(ranked) + 1):
+        gone = ranked[:count]
+        inside = {name for block in gone for name in block.places}
+        slots = make_slots([place for place in places if place.name not in inside], levels, losses, uniform=True)
+        rest = now - sum(block.cost for block in gone) - cost(slots, (0,) * len(slots))
+        found.append(Space(slots, rest, gone, sum(losses[block.name][-1] for block in gone)))
+    return found
+
+
+def starts(spaces: Sequence[Space], limit: int, ranked: Sequence[Block]) -> list[Point]:
+    """Returns choices within a limit to begin with: the best of all, and the best for several numbers of blocks that go.
+
+    Args:
+        spaces: The spaces.
+        limit: The most that may be left.
+        ranked: The blocks that may go, those that matter least first.
+    """
+    found = [(number, space.best(limit)) for number, space in enumerate(spaces) if len(space.gone) in SEVERAL]
+    for number, space in enumerate(spaces):
+        own = [] if len(spaces) > 1 or not ranked else [ranked[:count] for count in SEVERAL if count <= len(ranked)]
+        found += [(number, space.best_without(limit, [block.name for block in gone])) for gone in own]
+    points = [(number, levels) for number, levels in found if levels is not None]
+    return points or [p for p in [best_point(spaces, limit)] if p is not None]
+
+
+def best_point(spaces: Sequence[Space], limit: int) -> Point | None:
+    """Returns the choice within a limit that is to lose least; None if none is so small."""
+    found = [(number, levels) for number, space in enumerate(spaces) if (levels := space.best(limit)) is not None]
+    return min(found, key=lambda point: spaces[point[0]].predicted(point[1]), default=None)
+
+
+def spread(spaces: Sequence[Space], most: int) -> list[Point]:
+    """Returns the best choices of so many evenly spaced sizes, at most, from the smallest to the whole."""
+    sizes = [space.rest + int(size) for space in spaces for size in space.frontier.costs[[0, -1]]]
+    wanted = (best_point(spaces, int(size)) for size in np.linspace(min(sizes), max(sizes), most))
+    points = dict.fromkeys(point for point in wanted if point is not None)
+    return sorted(points, key=lambda point: spaces[point[0]].left(point[1]))
+
+
+def moved(spaces: Sequence[Space], limit: int, point: Point, random: Random) -> Point | None:
+    """Moves levels of a choice up and down within a limit, at times with a block more or less gone; None if that cannot be."""
+    number, levels = point
+    if len(spaces) > 1 and random.random() < 1 / 3:
+        number += random.choice((-1, 1))
+        best = spaces[number].best(limit) if 0 <= number < len(spaces) else None
+        return None if best is None else (number, best)
+    space = spaces[number]
+    new = mutated(space.slots, levels, limit - space.rest, random)
+    return None if new is None else (number, new)

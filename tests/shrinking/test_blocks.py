@@ -1,0 +1,323 @@
+"""Whole blocks within the same budget as places: found, chosen, repaired, removed with them, saved."""
+
+import copy
+import json
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.pruning.amount import Amount
+from billhook.pruning.block_plan import BlockPlan
+from billhook.pruning.target import Search
+from billhook.repairs.repair import Repair
+from billhook.running.batches import Batch, runs_of
+from billhook.shrinking.choose import Frontier, Slot, cost, loss
+from billhook.shrinking.damages import groups
+from billhook.shrinking.divergence import Divergence
+from billhook.shrinking.held_out import divided
+from billhook.shrinking.levels import Place, find_places
+from billhook.shrinking.smallest import Found
+from billhook.shrinking.spaces.blocks import Block, find_blocks
+from billhook.shrinking.spaces.space import best_point, free_space, starts, uniform_spaces, with_gone
+from billhook.shrinking.work import Work
+from kit.families import BERT, T5, build, llama, tokens
+
+FEW = {"generations": 1, "candidates": 2}
+LAYERS = "model.layers"
+
+
+def texts(rows=6, length=20):
+    torch.manual_seed(0)
+    return [Batch({"input_ids": tokens(rows, length)}, name) for name in ("one", "two") * 3]
+
+
+def uneven(idle=(), **changes):
+    """A Llama whose predictions suffer when it is cut, and of which some blocks compute nothing."""
+    torch.manual_seed(1)
+    model = llama(num_hidden_layers=4, **changes)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+        for number, layer in enumerate(model.model.layers):
+            layer.mlp.down_proj.weight.mul_(0.0 if number in idle else 4.0)
+            layer.self_attn.o_proj.weight.mul_(0.0 if number in idle else 4.0)
+    return model
+
+
+def size_of_block(model):
+    return sum(one.numel() for one in model.model.layers[0].parameters())
+
+
+def losing_a_block(**options):
+    """A model without two of its blocks and more, with what was found."""
+    model = uneven(idle=[2])
+    return model, bh.shrink(
+        model, texts(), **FEW | {"params": model.num_parameters() - int(1.6 * size_of_block(model))} | options
+    )
+
+
+@pytest.mark.parametrize("layers", ["uniform", "free"])
+@pytest.mark.parametrize("target", ["params", "bytes", "kv_cache_bytes"])
+def test_a_block_that_computes_nothing_goes_first_and_nothing_is_lost(target, layers):
+    model, ids = uneven(idle=[2]), tokens()
+    with torch.no_grad():
+        before, now = model(ids).logits, getattr(bh.summary(model), target)
+    one = {"params": size_of_block(model), "bytes": 4 * size_of_block(model), "kv_cache_bytes": now // 4}[target]
+    shrunk = bh.shrink(model, texts(), **{target: now - one}, layers=layers, repair=None, **FEW)
+    assert shrunk.blocks.units == {LAYERS: [2]}
+    assert not shrunk.plan.units
+    assert [now for _, now in shrunk.kept.values()] == [0 if ".2." in name else count for name, (count, _) in shrunk.kept.items()]
+    assert shrunk.left == shrunk.limit == getattr(bh.summary(model), target)
+    assert len(model.model.layers) == 3
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
+    assert "3 blocks; without 2" in str(shrunk)
+    assert shrunk.words == "1 of 4 blocks"
+    assert shrunk.to_json()["blocks"]["units"] == {LAYERS: [2]}
+
+
+@pytest.mark.parametrize("layers", ["uniform", "free"])
+def test_what_is_left_is_what_was_said_and_is_saved(layers, tmp_path):
+    model, shrunk = losing_a_block(layers=layers)
+    assert 2 in shrunk.blocks.units[LAYERS]
+    stay = [number for number in range(4) if number not in shrunk.blocks.units[LAYERS]]
+    assert len(model.model.layers) == len(stay) < 4
+    for number, layer in zip(stay, model.model.layers, strict=True):
+        assert shrunk.kept[f"{LAYERS}.{number}.mlp"][1] == layer.mlp.down_proj.in_features
+        assert shrunk.kept[f"{LAYERS}.{number}.self_attn"][1] == layer.self_attn.k_proj.out_features // 4
+    assert {now for name, (_, now) in shrunk.kept.items() if int(name.split(".")[2]) not in stay} == {0}
+    assert shrunk.left == model.num_parameters() <= shrunk.limit
+    assert shrunk.limit - shrunk.left < 3 * 32 * (4 if layers == "uniform" else 1)
+    bh.save(model, tmp_path / "out")
+    load = transformers.AutoModelForCausalLM.from_pretrained if layers == "uniform" else bh.load
+    again, ids = load(tmp_path / "out").eval(), tokens()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    assert torch.isfinite(model(ids).logits).all()
+
+
+def searched(model, layers, params, repair=None):
+    """A work with what it has found."""
+    fitted, held_out = divided(texts())
+    work = Work.begun(model, Amount(params=params), layers == "uniform")
+    work.measure(fitted, held_out, bh.WeightNorm(), repair)
+    return work, Found.within(work, fitted, repair, lambda: work.chosen(1, 2, 0))
+
+
+@pytest.mark.parametrize("layers", ["uniform", "free"])
+def test_removed_computes_what_masked_does_with_the_repaired_weights(layers):
+    model = uneven(idle=[1])
+    work, found = searched(model, layers, model.num_parameters() - int(1.6 * size_of_block(model)), Repair())
+    planned, ids = found.planned, tokens()
+    masked = copy.deepcopy(model)
+    masked.load_state_dict(masked.state_dict() | dict(planned.weights))
+    with bh.mask(masked, planned.units), bh.mask(masked, planned.blocks), torch.no_grad():
+        expected = masked(ids).logits
+    for plan in planned.plans:
+        bh.apply(model, plan, weights=planned.weights if plan is planned.units else None)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+    assert [name for name in planned.weights if f"{LAYERS}.1." in name] == []
+
+
+def test_the_blocks_behind_make_up_for_one_that_goes():
+    model = uneven()
+    fitted, held_out = divided(texts())
+    work = Work.begun(model, Amount(params=model.num_parameters() - size_of_block(model)), uniform=False)
+    kept = {place.name: 0 if ".1." in place.name else place.count for place in work.places} | {f"{LAYERS}.1 block": 0}
+    work.scores = bh.score(model, work.search.units, bh.WeightNorm(), per="kv_head")
+    planned, lost = work.planned(fitted, Repair(), kept), []
+    assert not planned.units.units
+    assert {int(name.split(".")[2]) for name in planned.weights} == {2, 3}
+    for weights in ({}, dict(planned.weights)):
+        own = copy.deepcopy(model)
+        far = Divergence(own, runs_of(own, held_out))
+        own.load_state_dict(own.state_dict() | weights)
+        bh.apply(own, planned.blocks)
+        lost.append(far.mean())
+    assert lost[1] < 0.9 * lost[0]
+
+
+def test_blocks_that_are_protected_stay():
+    model = uneven(idle=[0, 3])
+    shrunk = bh.shrink(model, texts(), params=0.6, layers="free", first=1, last=1, repair=None, **FEW)
+    assert not set(shrunk.blocks.units[LAYERS] if shrunk.blocks else []) & {0, 3}
+    work = Work.begun(uneven(), Amount(params=0.5), uniform=True)
+    assert [block.number for block in work.blocks.able] == [1, 2, 3]
+
+
+def blocks_of(model, **amount):
+    search = Search(model, Amount(**amount))
+    return find_blocks(search, search.amount.target, find_places(search, search.amount.target))
+
+
+@pytest.mark.parametrize("target", ["params", "bytes", "kv_cache_bytes"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2", "gemma2"])
+def test_a_block_costs_what_its_removal_saves(family, target):
+    model = build(family, num_hidden_layers=3)
+    if (family, target) == ("olmo2", "kv_cache_bytes"):
+        pytest.skip("its heads stay")
+    blocks = blocks_of(model, **{target: 0.5})
+    now, two = getattr(bh.summary(model), target), blocks.able[1]
+    bh.prune_units(model, {LAYERS: [two.number]}, kind="block")
+    assert now - two.cost == getattr(bh.summary(model), target)
+
+
+def test_models_whose_blocks_cannot_go_say_so():
+    torch.manual_seed(0)
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**BERT | {"num_hidden_layers": 3})).eval()
+    with torch.no_grad():  # a norm stands behind the sum, so that a block of zeros is not the identity
+        for parameter in bert.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    shrunk = bh.shrink(bert, texts(), params=0.95, **FEW)
+    assert shrunk.blocks is None
+    assert "all blocks stay: " in str(shrunk)
+    assert "computes something also with the linears behind its heads and channels at zero" in shrunk.blocks_stay
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5 | {"num_layers": 2})).eval()
+    rows = [{"input_ids": tokens(8, 16), "labels": tokens(8, 10)} for _ in range(4)]
+    assert bh.shrink(t5, rows, params=0.97, **FEW).blocks_stay == "encoder.block and decoder.block are stacks of their own"
+    assert "would be left without blocks" in bh.shrink(llama(num_hidden_layers=1), texts(), params=0.95, **FEW).blocks_stay
+    mixture = build("mixtral", num_hidden_layers=2)
+    assert "computes something also" in bh.shrink(mixture, texts(), params=0.97, **FEW).blocks_stay
+
+
+def test_nothing_is_half_applied(monkeypatch):
+    model = uneven(idle=[2])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = model.config.to_dict()
+    real = BlockPlan.apply
+    monkeypatch.setattr(BlockPlan, "apply", lambda *given: real(*given) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bh.shrink(model, texts(), params=0.5, **FEW)
+    assert model.config.to_dict() == config
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_choice_whose_blocks_cannot_go_together_is_passed_over(monkeypatch):
+    model = uneven(idle=[1, 2])
+    work, found = searched(model, "free", model.num_parameters() - size_of_block(model))
+    first = work.blocks.gone(found.tried[0].kept)
+    monkeypatch.setattr(type(work.blocks), "refusal", lambda _, gone: "no" if gone == first else "")
+    other = Found.within(work, [], None, lambda: work.chosen(1, 2, 0))
+    assert found.planned.blocks is not None
+    assert work.blocks.gone(other.kept) != first
+    assert work.blocks.gone(found.kept) == first
+
+
+def test_the_damage_of_blocks_is_noted_in_the_library(tmp_path, monkeypatch):
+    first = bh.shrink(uneven(), texts(), params=0.8, library=tmp_path, **FEW)
+    (file,) = tmp_path.glob("*/measured.json")
+    assert f"{LAYERS}.1 block" in file.read_text()
+    dense = uneven()
+    far = Divergence(dense, runs_of(dense, divided(texts())[1]))
+    with bh.mask(dense, {LAYERS: [1]}, "block"):
+        noted = next(line for line in json.loads(file.read_text()) if line[:2] == [f"{LAYERS}.1 block", 0])
+        assert noted[2] == pytest.approx(far.mean(), rel=1e-4)
+    assert bh.shrink(uneven(), texts(), params=0.8, library=tmp_path, **FEW).to_json() == first.to_json()
+
+
+def drawn(seed, count=3):
+    """Places of some blocks, heads and channels, one place outside, what they lose, and what the blocks cost and lose."""
+    random = np.random.default_rng(seed)
+    places, blocks, levels, losses = [], [], {}, {}
+    for number in range(count):
+        own = [
+            Place((f"{number}.heads",), "head", 3, (3, 2, 1), int(random.integers(5, 9))),
+            Place((f"{number}.channels",), "channel", 8, tuple(range(8, 0, -1)), int(random.integers(1, 5))),
+        ]
+        whole = sum(place.cost(place.count) for place in own)
+        blocks.append(Block(f"{number}", number, tuple(place.name for place in own), whole + int(random.integers(0, 9))))
+        losses[blocks[-1].name] = [0.0, float(random.random() * 3)]
+        places += own
+    places.append(Place(("outside",), "channel", 5, (5, 4, 3, 2, 1), 3))
+    for place in places:
+        levels[place.name] = place.allowed[:3]
+        losses[place.name] = [0.0, *np.cumsum(random.random(2)).tolist()]
+    return places, levels, losses, blocks
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_free_blocks_lose_least_of_all_there_is(seed):
+    places, levels, losses, blocks = drawn(seed)
+    (space,) = free_space(places, levels, losses, blocks, now=500)
+    rest = 500 - sum(block.cost for block in blocks) - 15
+    every = []
+    for gone in product((False, True), repeat=3):
+        for chosen in product(range(3), repeat=7):
+            price, lost = rest, 0.0
+            for level, place in zip(chosen, places, strict=True):
+                block = next((b for b in blocks if place.name in b.places), None)
+                if block is None or not gone[block.number]:
+                    price, lost = price + place.cost(levels[place.name][level]), lost + losses[place.name][level]
+            for block, away in zip(blocks, gone, strict=True):
+                own = sum(place.cost(place.count) for place in places if place.name in block.places)
+                price, lost = price + (0 if away else block.cost - own), lost + (losses[block.name][1] if away else 0)
+            every.append((price, lost))
+    for limit in np.linspace(rest + 3, 500, 25).astype(int).tolist():
+        found, within = space.best(limit), [lost for price, lost in every if price <= limit]
+        assert (found is None) == (not within)
+        if found is not None:
+            assert space.left(found) <= limit
+            assert space.predicted(found) == pytest.approx(min(within))
+            kept = space.kept(found)
+            away = {block.name for block in blocks if kept.get(block.name) == 0}
+            assert all((kept[name] == 0) == (block.name in away) for block in blocks for name in block.places)
+    assert space.left((0,) * len(space.slots)) == 500
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_alike_blocks_lose_least_of_all_there_is(seed):
+    places, levels, losses, blocks = drawn(seed)
+    alike = [
+        Place(place.names, place.kind, place.count, place.allowed, {"head": 7, "channel": 2}[place.kind]) for place in places
+    ]
+    spaces = uniform_spaces(alike, levels, losses, blocks, now=500)
+    ranked = sorted(blocks, key=lambda block: losses[block.name][1])
+    every = []
+    for count in range(4):
+        away = {name for block in ranked[:count] for name in block.places}
+        stay = [place for place in alike if place.name not in away]
+        kinds = groups(stay, True)
+        for chosen in product(range(3), repeat=len(kinds)):
+            level = {place.name: one for one, kind in zip(chosen, kinds, strict=True) for place in kind}
+            price = 500 - sum(block.cost for block in ranked[:count])
+            price -= sum(place.saves(levels[place.name][level[place.name]]) for place in stay)
+            lost = sum(losses[block.name][1] for block in ranked[:count])
+            every.append((price, lost + sum(losses[place.name][level[place.name]] for place in stay)))
+    for limit in range(min(price for price, _ in every), 501, 7):
+        number, found = best_point(spaces, limit)
+        assert spaces[number].left(found) <= limit
+        assert spaces[number].predicted(found) == pytest.approx(min(lost for price, lost in every if price <= limit))
+
+
+def test_a_search_begins_with_several_numbers_of_blocks_gone():
+    places, levels, losses, blocks = drawn(0, count=5)
+    ranked = sorted(blocks, key=lambda block: losses[block.name][1])
+    spaces = free_space(places, levels, losses, blocks, now=500)
+    gone = []
+    for number, found in starts(spaces, 420, ranked):
+        assert spaces[number].left(found) <= 420
+        kept = spaces[number].kept(found)
+        gone.append([block.name for block in ranked if kept.get(block.name) == 0])
+    assert [block.name for block in ranked[:1]] in gone
+    assert [block.name for block in ranked[:2]] in gone
+    assert [] in gone
+    uniform = uniform_spaces(places, levels, losses, blocks, now=500)
+    assert {number for number, _ in starts(uniform, 420, ranked)} >= {0, 1, 2}
+
+
+def test_levels_of_a_block_cost_less_and_lose_more_one_after_the_other():
+    slots = [Slot(("a",), (3, 2, 1), (30, 20, 10), (0.0, 0.5, 0.6)), Slot(("b",), (2, 1), (8, 4), (0.0, 0.1))]
+    joint = with_gone(slots, Block("block", 0, ("a", "b"), 40), 0.65)
+    assert joint.costs == (40, 36, 30, 20, 0)
+    assert joint.losses == pytest.approx((0.0, 0.1, 0.5, 0.6, 0.65))
+    assert joint.kept[-1] == {"a": 0, "b": 0, "block": 0}
+    assert joint.kept[0] == {"a": 3, "b": 2}
+    assert (cost([joint], (3,)), loss([joint], (3,))) == (20, 0.6)
+    assert Frontier([joint]).within(29) == (3,)
+    free = with_gone(slots, Block("block", 0, ("a", "b"), 40), 0.0)
+    assert free.costs == (40, 0)

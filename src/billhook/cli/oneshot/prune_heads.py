@@ -38,7 +38,7 @@ def prune_heads(
     Args:
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        given: Scored to score and to measure on, and the place to compute.
+        given: Examples to score and to measure on, and the place to compute.
         ratio: Fraction of the heads to remove, in [0, 1), rounded down.
         importance: How heads are scored: `GateGradient` (the paper's; the default), or any other `Importance`, also a class of
             your own.

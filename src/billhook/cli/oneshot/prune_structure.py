@@ -64,7 +64,7 @@ def prune_structure(
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
         amount: How much to remove.
-        given: Scored to score and to measure on, and the place to compute.
+        given: Examples to score and to measure on, and the place to compute.
         block_importance: How blocks are scored: `BlockInfluence` (ShortGPT, https://arxiv.org/abs/2403.03853; the default), or
             `Ablation`, one forward a block.
         importance: How units are scored: `Taylor` (LLM-Pruner; the default), or any other `Importance`, also a class of your own.

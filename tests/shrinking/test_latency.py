@@ -112,6 +112,7 @@ def test_a_budget_is_used_up_and_the_model_timed_beside_the_dense_one(layers, cl
     shrunk = bh.shrink(model, texts(), latency=0.7, layers=layers, **FEW)
     now, left = (seconds(one, 3e-5, 1e-4) for one in (dense, model))
     assert (shrunk.target, shrunk.limit, shrunk.left) == ("latency", int(0.7 * round(1e9 * now)), round(1e9 * left))
+    assert shrunk.left <= shrunk.limit
     assert vars(shrunk.times) == pytest.approx(
         {"dense": now, "smaller": left, "ratio": left / now, "workload": "writing a token after a prompt of 56 tokens"}
     )

@@ -65,8 +65,8 @@ class Shrunk:
         alone: For comparison, what is left of the target, and lost, without KV heads, channels or whole blocks alone, where they
             are enough: refitted place by place, blocks not at all.
         ratio: Perplexity of the smaller model to the dense one's, on the same batches, where a budget of it was given.
-        times: How long both take, where a budget of time was given: `left` is measured of the model as cut, while all other sizes
-            are sums of what places take.
+        times: How long both take, where a budget of time was given: `left` is as large a part as was measured of the dense
+            model's nanoseconds, while all other sizes are sums of what places take.
         blocks: The blocks that were removed after that, numbered as before; None where none was.
         blocks_stay: Why no block could go; empty where some could.
     """

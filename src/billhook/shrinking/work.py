@@ -183,7 +183,7 @@ class Work:
         predicted = sum(between(slot, kept[slot.names[0]]) for slot in self._slots(self._present(kept)))
         predicted += sum(self.losses[block.name][-1] for block in self.blocks.gone(kept))
         counts = {name: (place.count, kept[place.name]) for place in self.places for name in place.names}
-        left = round(1e9 * times.smaller) if times else int(getattr(figures_of(self.model), self.target))
+        left = round(times.ratio * self.now) if times else int(getattr(figures_of(self.model), self.target))
         found = tuple(curve), tuple(tried), dict(self.alone), ratio, times, planned.blocks, self.blocks.why
         return Shrunk(planned.units, self.target, self.limit, left, counts, predicted, self.divergence.by_source(), *found)
 

@@ -74,7 +74,9 @@ def timed(work: Work, most: float, clock: Clock) -> Work:
         ValueError: If the budget cannot be reached.
     """
     found: list[tuple[list[Place], list[Times]]] = []
-    for same in _same_shape(work.places):
+    groups = _same_shape(work.places)
+    work.steps += sum(len(same[0].levels()) - 1 for same in groups)
+    for same in groups:
         one = list[Times]()
         for kept in same[0].levels()[1:]:
             gone = {name: list(range(kept, place.count)) for place in same for name in place.names}

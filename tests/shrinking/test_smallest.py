@@ -73,7 +73,7 @@ def test_it_is_met_and_the_next_smaller_size_does_not_meet_it(layers, repair, mo
     least = shrunk.curve[0].left
     step = math.ceil((dense.num_parameters() - least) / 16)
     other = sure()
-    smaller = bh.shrink(other, texts(), params=shrunk.limit - 2 * step, **options)  # whose levels fit its size
+    smaller = bh.shrink(other, texts(), params=shrunk.limit - 3 * step, **options)  # whose levels fit its size
     assert rises(other, dense, held_out) > 1.1
     assert smaller.left < shrunk.left
 

@@ -38,7 +38,7 @@ REPAIR = Repair()
 
 
 class Shrink(ShapeCallback):
-    """Removes channels, KV heads and whole blocks within one budget at a given step, as many of each as loses least.
+    """Removes channels, KV heads, blocks and hidden size within one budget at a given step, as much of each as loses least.
 
     This is `bh.shrink` in the middle of a fit, so that training recovers what is lost; with `TransformerModule(distillation=...)`
     the dense model teaches it. Optimizer state and gradients follow, checkpoints carry the shape, and a resumed run ends as the

@@ -70,14 +70,23 @@ def _carry_out(swap: _Swap) -> None:
 @contextmanager
 def undone_by_errors(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Iterator[None]:
     """Puts back modules, configs and optimizers, but not the values of tensors, if an error is raised within."""
+    back = way_back(model, optimizers)
+    try:
+        yield
+    except BaseException:
+        back()
+        raise
+
+
+def way_back(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Callable[[], None]:
+    """Returns what puts modules, configs and optimizers, but not the values of tensors, back to what they are now."""
     tables = ("_parameters", "_buffers", "_modules")
     modules = [(m, type(m), dict(vars(m)), [(vars(m)[t], dict(vars(m)[t])) for t in tables]) for m in model.modules()]
     mappings: list[tuple[Any, Any]] = [(vars(config), dict(vars(config))) for config in configs_of(model)]
     mappings += [(optimizer.state, dict(optimizer.state)) for optimizer in optimizers]
     groups = [(group, list(group["params"])) for optimizer in optimizers for group in optimizer.param_groups]
-    try:
-        yield
-    except BaseException:
+
+    def back() -> None:
         for module, kind, attributes, own in modules:
             module.__class__ = kind
             for now, before in [(vars(module), attributes), *own]:
@@ -88,7 +97,8 @@ def undone_by_errors(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> 
             now.update(before)
         for group, params in groups:
             group["params"][:] = params
-        raise
+
+    return back
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Holds the variants of places, in memory or in a folder, from which an interrupted search goes on."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from hashlib import sha256
 from pathlib import Path
@@ -82,14 +82,18 @@ class Library:
             found.setdefault(linear, {})[part] = value.to(like.device)
         return found
 
-    def assembled(self, kept: Mapping[str, int]) -> AbstractContextManager[None]:
+    def assembled(
+        self, kept: Mapping[str, int], change: Callable[[Weights], Weights] | None = None
+    ) -> AbstractContextManager[None]:
         """Puts variants in the places of the model until the end of a `with` block; what a place loses is multiplied by zero.
 
         Args:
             kept: By place, how many units it keeps; 0 of blocks that are gone, and of places in them.
+            change: Changes their parameters before.
         """
-        variants = [self.weights(place, number) for place, number in kept.items()]
-        return replaced({self.model.get_submodule(name): own for variant in variants for name, own in variant.items()})
+        variants = {name: own for place, number in kept.items() for name, own in self.weights(place, number).items()}
+        new = change(variants) if change is not None else variants
+        return replaced({self.model.get_submodule(name): own for name, own in new.items()})
 
 
 def zeros_of(model: PreTrainedModel, linears: Sequence[str]) -> Weights:

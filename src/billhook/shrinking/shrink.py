@@ -52,17 +52,18 @@ def shrink(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Shrunk:
-    """Removes channels, KV heads and whole blocks within one budget, as many of each as loses least, in place, and repairs.
+    """Removes channels, KV heads, blocks and hidden size within one budget, as much of each as loses least, and repairs.
 
     Each place (a feed-forward, an attention) is cut to several levels and refitted, on its own; what a level costs the whole
     model is measured at two of them, as KL divergence from the dense model on batches that nothing is fitted to, and is in
     proportion to the error of the refitted linears in between. So is the model without each whole block, where a block whose
-    last linears are zero computes nothing, as in most decoders; what is printed says why none may go elsewhere. A knapsack then
-    finds the levels that lose least, and evolution on the divergence itself refines them, from several numbers of blocks on.
-    What is chosen is cut as a whole and repaired from front to back; the blocks behind one that goes make up for it, too. The
-    parts are from ZipLM (Kurtic et al., 2023, https://arxiv.org/abs/2302.04089), MoDeGPT (Lin et al., 2024,
-    https://arxiv.org/abs/2408.09632: how much each layer gives decides) and Týr-the-Pruner (Li et al., 2025,
-    https://arxiv.org/abs/2503.09657).
+    last linears are zero computes nothing, as in most decoders, and, for `params` and `bytes`, at hidden sizes down to three
+    quarters, for which memory holds the model once more; what is printed says why either must stay. A knapsack then finds what
+    loses least, and evolution on the divergence itself refines it, from several numbers of blocks and the best hidden sizes on.
+    What is chosen is cut as a whole, in place, and repaired from front to back; the blocks behind one that goes make up for it,
+    too, and norms for a narrower stream. The parts are from ZipLM (Kurtic et al., 2023, https://arxiv.org/abs/2302.04089),
+    MoDeGPT (Lin et al., 2024, https://arxiv.org/abs/2408.09632: how much each layer gives decides) and Týr-the-Pruner (Li et al.,
+    2025, https://arxiv.org/abs/2503.09657).
 
     Args:
         model: A Hugging Face model with `logits`, or a module that holds one.

@@ -69,6 +69,7 @@ class Shrunk:
             model's nanoseconds, while all other sizes are sums of what places take.
         blocks: The blocks that were removed after that, numbered as before; None where none was.
         blocks_stay: Why no block could go; empty where some could.
+        hidden_stays: Why the hidden size could not be smaller; empty where it could.
     """
 
     plan: UnitPlan
@@ -85,6 +86,7 @@ class Shrunk:
     times: Times | None = None
     blocks: BlockPlan | None = None
     blocks_stay: str = ""
+    hidden_stays: str = ""
 
     @property
     def budget(self) -> str:
@@ -101,7 +103,8 @@ class Shrunk:
         plain = {name: getattr(self, name) for name in ("target", "limit", "left", "kept", "predicted", "measured")}
         choices = {name: [vars(one) for one in getattr(self, name)] for name in ("curve", "tried")}
         times = None if self.times is None else vars(self.times)
-        blocks = {"blocks": self.blocks and self.blocks.to_json(), "blocks_stay": self.blocks_stay}
+        stay = {"blocks_stay": self.blocks_stay, "hidden_stays": self.hidden_stays}
+        blocks = {"blocks": self.blocks and self.blocks.to_json(), **stay}
         compared = {"alone": self.alone, "ratio": self.ratio, "times": times}
         return {"plan": self.plan.to_json(), **blocks, **plain, **choices, **compared}
 
@@ -111,6 +114,7 @@ class Shrunk:
         found = ", ".join(f"{value:.4f}{f' on {source}' if source else ''}" for source, value in self.measured.items())
         told = "" if self.ratio is None else f"; perplexity {self.ratio:.4f} times the dense model's"
         after = [str(self.blocks)] if self.blocks else [f"all blocks stay: {self.blocks_stay}"] if self.blocks_stay else []
+        after += [f"the hidden size stays: {self.hidden_stays}"] if self.hidden_stays else []
         lines = [str(self.plan), *after, "KL to the dense model by size:", aligned(rows)]
         lines += [f"without {name} alone, {left:,} left: {lost:.4f}" for name, (left, lost) in self.alone.items()]
         timed = [] if self.times is None else [f"measured: {self.times}"]

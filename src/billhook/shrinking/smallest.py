@@ -1,22 +1,18 @@
 """Finds the smallest model whose perplexity rises by no more than is asked."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from billhook.importance.score import run_of
 from billhook.repairs.repair import Repair
-from billhook.running.walk import replaced
 from billhook.shrinking.perplexity import Perplexity
 from billhook.shrinking.shrunk import Choice, Times
-from billhook.shrinking.spaces.planned import Planned
+from billhook.shrinking.spaces.planned import Planned, as_planned
 from billhook.shrinking.spaces.space import best_point
 from billhook.shrinking.work import Work
-from billhook.units.gates import mask
 
 SIZES = 64
 """Into how many steps what may be removed is divided."""
@@ -68,7 +64,7 @@ def smallest(
     def good(number: int) -> Found | None:
         work.limit = sizes[number]
         found = Found.within(work, fitted, repair, choosing)
-        ratio = _ratio(work.model, perplexity, found)
+        ratio = _ratio(work, perplexity, found)
         return replace(found, ratio=ratio) if ratio <= most else None
 
     start = _first_met(work, sizes, most, perplexity)
@@ -94,20 +90,13 @@ def _first_met(work: Work, sizes: Sequence[int], most: float, perplexity: Perple
     while low < high:
         middle = (low + high) // 2
         point = best_point(work.spaces, sizes[middle])
-        with work.library.assembled(work.spaces[point[0]].kept(point[1]) if point else {}):
+        with work.assembled(work.spaces[point[0]].kept(point[1]) if point else {}):
             met = point is not None and perplexity.ratio() <= most
         low, high = (low, middle) if met else (middle + 1, high)
     return low
 
 
-def _ratio(model: PreTrainedModel, perplexity: Perplexity, found: Found) -> float:
-    """Measures the model as it would be if a plan were carried out."""
-    new: dict[Any, dict[str, Any]] = {}
-    for name, value in (found.planned.weights or {}).items():
-        module, _, part = name.rpartition(".")
-        new.setdefault(model.get_submodule(module), {})[part] = value
-    with replaced(new), ExitStack() as stack:
-        for plan in (found.planned.units, found.planned.blocks):
-            if plan is not None and plan.units:
-                stack.enter_context(mask(model, plan))
+def _ratio(work: Work, perplexity: Perplexity, found: Found) -> float:
+    """Measures the model as it would be if plans were carried out."""
+    with as_planned(found.planned, work.hidden, found.kept):
         return perplexity.ratio()

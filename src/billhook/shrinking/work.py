@@ -1,11 +1,13 @@
 """Leads a model through the steps of a search: levels, variants, damage, choice, and the cut and repair of what is chosen."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from billhook.importance.base import Importance
@@ -17,7 +19,7 @@ from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.running.batches import runs_of
 from billhook.shrinking.alone import CALLED, fewer_blocks, of_one_kind
-from billhook.shrinking.choose import Frontier, Slot, between, cost, filled, kept_at, widest
+from billhook.shrinking.choose import Frontier, Slot, between, cost, kept_at
 from billhook.shrinking.damages import damage_without, damages, groups, make_slots
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place, find_places, gone, removed
@@ -25,14 +27,14 @@ from billhook.shrinking.library import Library, key_of
 from billhook.shrinking.search import evolve
 from billhook.shrinking.shrunk import UNITS, Choice, Shrunk, Times
 from billhook.shrinking.spaces.blocks import Block, Blocks, find_blocks
+from billhook.shrinking.spaces.fitting import filled_up, just_met
+from billhook.shrinking.spaces.hidden import HIDDEN, Hidden, Width, find_hidden
 from billhook.shrinking.spaces.planned import Planned, plan_choice, repaired
 from billhook.shrinking.spaces.space import SEVERAL, Point, Space, best_point, free_space, moved, spread, starts, uniform_spaces
 from billhook.shrinking.variants import fill_library
 
 CURVE = 9
 """How many sizes the curve shows."""
-WIDTHS = (0, 1, 2, 4)
-"""For how many blocks that go there are levels that just meet the budget, where layers stay alike."""
 
 
 @dataclass(eq=False)
@@ -49,6 +51,7 @@ class Work:
         places: The places that may keep less.
         levels: By place, how many units it keeps at each level.
         blocks: The whole blocks that may go.
+        hidden: The hidden sizes that the model could have.
         progress: Called with how many steps are done, and of how many at most.
         steps: How many there are at most.
         done: How many are done.
@@ -64,6 +67,7 @@ class Work:
     uniform: bool
     places: list[Place]
     blocks: Blocks
+    hidden: Hidden
     levels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     progress: Callable[[int, int], None] | None = None
     steps: int = 0
@@ -73,12 +77,14 @@ class Work:
 
     @classmethod
     def begun(cls, model: PreTrainedModel, amount: Amount, uniform: bool) -> "Work":
-        """Finds places, levels and blocks; refuses a budget that cannot be reached."""
+        """Finds places, levels, blocks and hidden sizes; refuses a budget that cannot be reached."""
         search, target = Search(model, amount), amount.target or ""
         limit = search.limit(target)
         now = int(getattr(search.now, target))
         places = find_places(search, target)
-        work = cls(model, search, target, now, limit, uniform, places, find_blocks(search, target, places))
+        blocks = find_blocks(search, target, places)
+        hidden = find_hidden(search, target, places, blocks, uniform)
+        work = cls(model, search, target, now, limit, uniform, places, blocks, hidden)
         work.divide(getattr(amount, target))
         return work
 
@@ -90,19 +96,28 @@ class Work:
             raise ValueError(
                 f"{self.target}={asked}: {limit} cannot be reached; with what may be removed, {self.least:,} to {self.now:,} can"
             )
-        for name, kept in self._widths().items():
+        for name, kept in (just_met(self.widths[0], self.levels, self.limit) if self.uniform else {}).items():
             self.levels[name] = tuple(sorted({*self.levels[name], *kept}, reverse=True))
 
     @property
     def least(self) -> int:
-        """The least that may be left: without all blocks that may go, and all other places at their lowest levels."""
-        saved = {place.name: place.saves(self.levels[place.name][-1]) for place in self.places}
-        more = (max(block.cost - sum(saved[name] for name in block.places), 0) for block in self.blocks.able)
-        return self.now - sum(saved.values()) - sum(more)
+        """The least that may be left: the narrowest, without all blocks that may go, and all other places at their lowest."""
+        return min(self._least(width) for width in self.widths)
+
+    @property
+    def widths(self) -> list[Width]:
+        """The hidden size as it is and those that it could have, with what all else costs."""
+        return [Width(0, self.now, self.places, self.blocks.able), *self.hidden.widths]
+
+    def _least(self, width: Width) -> int:
+        saved = {place.name: place.saves(self.levels[place.name][-1]) for place in width.places}
+        more = (max(block.cost - sum(saved[name] for name in block.places), 0) for block in width.blocks)
+        return width.now - sum(saved.values()) - sum(more)
 
     def most_steps(self, generations: int, candidates: int) -> int:
         """Returns how many steps a search has at most."""
-        return 2 * len(self.places) + len(self.blocks.able) + len(SEVERAL) + 2 + generations * candidates + CURVE
+        probed = 2 * len(self.places) + len(self.blocks.able) + len(self.hidden.widths)
+        return probed + len(SEVERAL) + 2 + generations * candidates + CURVE
 
     @property
     def widest(self) -> int:
@@ -124,13 +139,19 @@ class Work:
         own = {name: units[name] for place in self.places for name in place.names}
         self.scores = score(self.model, own, importance, fitted, per="kv_head")
         runs = [run_of(self.model, own, batch) for batch in fitted]
-        key = folder and key_of(self.model, [str(repair), self.search.amount.round_to], self.scores, [*fitted, *held_out])
+        scores = self.scores | self.hidden.rank(importance, fitted, runs)
+        key = folder and key_of(self.model, [str(repair), self.search.amount.round_to], scores, [*fitted, *held_out])
         self.library = Library(self.model, folder / key if folder and key else None, self.blocks.writers)
         fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair, self.advance)
         self.losses = {place.name: self._damages(place) for place in self.places}
         self.losses |= {block.name: [0.0, self._damage_without(block)] for block in self.blocks.able}
-        make = uniform_spaces if self.uniform else free_space
-        self.spaces: list[Space] = make(self.places, self.levels, self.losses, self.blocks.able, self.now)
+        self.losses |= {f"{HIDDEN} {kept}": [0.0, lost] for kept, lost in self._narrowing().items()}
+        self.spaces: list[Space] = []
+        for width in self.widths:
+            make, fixed = uniform_spaces if self.uniform else free_space, {HIDDEN: width.kept} if width.kept else {}
+            spaces = make(width.places, self.levels, self.losses, width.blocks, width.now)
+            lost = self.losses[f"{HIDDEN} {width.kept}"][-1] if fixed else 0.0
+            self.spaces += [replace(space, lost=space.lost + lost, fixed=fixed) for space in spaces]
 
     def chosen(self, generations: int, candidates: int, seed: int) -> tuple[dict[str, int], list[Choice], list[Choice]]:
         """Returns how many units places keep, the choices of other sizes, and what has been measured within the budget."""
@@ -167,8 +188,9 @@ class Work:
             number = max(kept[place.name] for place in group) or group[0].count
             cut |= {place.name: number for place in group if not kept[place.name]}
         numbers = removed(self.places, self.search.units, self.scores, cut)
-        made = plan_choice(self.search, self.target, self.limit, numbers, self.blocks, blocks)
-        return repaired(made, self.blocks, blocks, fitted, repair)
+        numbers, units = numbers | self.hidden.gone(kept), self.hidden.units if self.hidden.gone(kept) else self.search.units
+        made = plan_choice(self.search, units, self.target, self.limit, numbers, self.blocks, blocks)
+        return repaired(made, self.hidden, self.blocks, kept, fitted, repair)
 
     def finished(
         self,
@@ -182,9 +204,12 @@ class Work:
         """Measures the model once the plans of what was chosen have been carried out."""
         predicted = sum(between(slot, kept[slot.names[0]]) for slot in self._slots(self._present(kept)))
         predicted += sum(self.losses[block.name][-1] for block in self.blocks.gone(kept))
+        width = {HIDDEN: (self.hidden.count, kept[HIDDEN])} if HIDDEN in kept else {}
+        predicted += sum(self.losses[f"{HIDDEN} {number}"][-1] for _, number in width.values())
         counts = {name: (place.count, kept[place.name]) for place in self.places for name in place.names}
+        counts |= width
         left = round(times.ratio * self.now) if times else int(getattr(figures_of(self.model), self.target))
-        found = tuple(curve), tuple(tried), dict(self.alone), ratio, times, planned.blocks, self.blocks.why
+        found = tuple(curve), tuple(tried), dict(self.alone), ratio, times, planned.blocks, self.blocks.why, self.hidden.why
         return Shrunk(planned.units, self.target, self.limit, left, counts, predicted, self.divergence.by_source(), *found)
 
     def _first_possible(self, points: Sequence[Point]) -> Point:
@@ -198,13 +223,9 @@ class Work:
 
     def _filled(self, point: Point) -> dict[str, int]:
         """Lets places keep more, between levels too, as far as the budget goes."""
-        space, levels = self.spaces[point[0]], point[1]
-        kept, spare = space.kept(levels), self.limit - space.left(levels)
-        present = self._present(kept)
-        slots = self._slots(present)
-        own = tuple(slot.kept.index(kept[slot.names[0]]) for slot in slots)
-        more = filled(slots, own, cost(slots, own) + max(spare, 0), self._costs(present))
-        return kept | {name: number for slot, number in zip(slots, more, strict=True) for name in slot.names}
+        space = self.spaces[point[0]]
+        width = next(one for one in self.widths if one.kept == space.fixed.get(HIDDEN, 0))
+        return filled_up(space, point[1], self.limit, width.places, self.levels, self.losses, self.uniform)
 
     def _present(self, kept: Mapping[str, int]) -> list[Place]:
         """Returns the places that do not go with their block."""
@@ -215,30 +236,6 @@ class Work:
 
     def _gone(self, place: Place, kept: int) -> dict[str, list[int]]:
         return gone(place, self.search.units, self.scores, kept)
-
-    def _widths(self) -> dict[str, set[int]]:
-        """Finds further numbers to keep, where places of a kind keep as many, that just meet the budget.
-
-        That is for several numbers of blocks that go, as if all were alike.
-        """
-        found: dict[str, set[int]] = {}
-        for count in (one for one in WIDTHS if self.uniform and one <= len(self.blocks.able)):
-            gone = self.blocks.able[:count]
-            inside = {name for block in gone for name in block.places}
-            places = [place for place in self.places if place.name not in inside]
-            own, whole = groups(places, self.uniform), sum(place.cost(place.count) for place in places)
-            within = self.limit - self.now + sum(block.cost for block in gone) + whole
-            more = widest([self.levels[group[0].name] for group in own], self._costs(places), within) if own else {}
-            for number, kept in more.items():
-                alike = next(group for group in groups(self.places, self.uniform) if own[number][0] in group)
-                for place in alike:
-                    found.setdefault(place.name, set()).update(kept)
-        return found
-
-    def _costs(self, places: Sequence[Place]) -> list[dict[int, int]]:
-        """Returns by slot, and by all numbers of units that its places may keep, what they cost."""
-        own = groups(places, self.uniform)
-        return [{kept: sum(place.cost(kept) for place in group) for kept in group[0].allowed} for group in own]
 
     def _as_uniform(self) -> list[Point]:
         """Returns the best choice in which places of a kind keep as many, as levels of free slots; none if there is none."""
@@ -255,6 +252,19 @@ class Work:
     def _damages(self, place: Place) -> list[float]:
         self.advance()
         return damages(self.library, self.divergence, place, self.levels[place.name])
+
+    def _narrowing(self) -> dict[int, float]:
+        """Returns what is lost at each hidden size, measured at every other one, and in between on a straight line."""
+        points = {self.hidden.count: 0.0} if self.hidden.widths else {}
+        for width in self.hidden.widths[::-2]:
+            self.advance()
+            if (HIDDEN, width.kept) not in self.library.measured:
+                with self.hidden.narrowed({HIDDEN: width.kept}):
+                    self.library.note(HIDDEN, width.kept, max(self.divergence.mean(), 0.0))
+            points[width.kept] = self.library.measured[HIDDEN, width.kept]
+        sizes = sorted(points)
+        lost = [points[size] for size in sizes]
+        return {width.kept: float(np.interp(width.kept, sizes, lost)) for width in self.hidden.widths}
 
     def _damage_without(self, block: Block) -> float:
         self.advance()
@@ -273,9 +283,16 @@ class Work:
         self.advance()
         key = frozenset(kept.items())
         if key not in self.known:
-            with self.library.assembled(kept):
+            with self.assembled(kept):
                 self.known[key] = self.divergence.mean()
         return self.known[key]
+
+    @contextmanager
+    def assembled(self, kept: Mapping[str, int]) -> Iterator[None]:
+        """Puts variants in the places of the model, at its hidden size or a smaller one, until the end of a `with` block."""
+        variants = self.library.assembled(kept, partial(self.hidden.sliced, kept=kept))
+        with self.hidden.narrowed(kept), variants:
+            yield
 
     def _choice(self, point: Point, measured: float) -> Choice:
         space, levels = self.spaces[point[0]], point[1]

@@ -52,9 +52,9 @@ def shrink(
     """Finds the smaller model within one budget that loses least, without channels, KV heads and blocks, and saves it, verified.
 
     Each feed-forward and attention is cut to several levels and refitted, on its own; what that costs the whole model is
-    measured, as is what it loses without each block, and what loses least together is searched for. What is chosen is repaired
-    from front to back. The parts are from ZipLM (https://arxiv.org/abs/2302.04089) and Týr-the-Pruner
-    (https://arxiv.org/abs/2503.09657).
+    measured, as is what it loses without each block and at smaller hidden sizes, and what loses least together is searched for.
+    What is chosen is repaired from front to back. The parts are from ZipLM (https://arxiv.org/abs/2302.04089) and
+    Týr-the-Pruner (https://arxiv.org/abs/2503.09657).
 
     Args:
         model: A folder, a hub name, or "tiny".

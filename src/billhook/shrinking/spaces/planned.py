@@ -1,8 +1,11 @@
 """Plans what was chosen: the units that go, then the whole blocks, and the weights of what makes up for them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 from billhook.model.figures import figures_of
 from billhook.model.plan import Weights
@@ -14,7 +17,13 @@ from billhook.pruning.removal import tried
 from billhook.pruning.repair import repair_with
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
+from billhook.running.walk import replaced
 from billhook.shrinking.spaces.blocks import Block, Blocks
+from billhook.shrinking.spaces.hidden import Hidden
+from billhook.tracing.trace import trace
+from billhook.units.find import units_of
+from billhook.units.gates import mask
+from billhook.units.units import UnitKind, Units
 
 
 @dataclass(frozen=True)
@@ -40,21 +49,34 @@ class Planned:
         """The words for what is removed."""
         return ", ".join(plan.words for plan in self.plans if plan.units)
 
+    @property
+    def inside(self) -> tuple[dict[str, list[int]], list[UnitKind]]:
+        """The units that go besides residual channels, by place, and their kinds."""
+        kinds = {name: kind for name, kind in self.units.kinds.items() if kind != "residual"}
+        return {name: own for name, own in self.units.units.items() if name in kinds}, list(dict.fromkeys(kinds.values()))
+
 
 def plan_choice(
-    search: Search, target: str, limit: int, numbers: Mapping[str, list[int]], blocks: Blocks, gone: Sequence[Block]
+    search: Search,
+    units: Mapping[str, Units],
+    target: str,
+    limit: int,
+    numbers: Mapping[str, list[int]],
+    blocks: Blocks,
+    gone: Sequence[Block],
 ) -> Planned:
     """Finds the plans by which units and blocks go, as has been tried on meta tensors; refuses what is larger than a limit.
 
     Args:
         search: The model, and what it costs.
+        units: Its units, by place.
         target: What is limited.
         limit: The most that may be left.
         numbers: The units that go, by place.
         blocks: The blocks that could go.
         gone: Those that do.
     """
-    cut, after = find_cut(search.model, search.structure, search.units, numbers), None
+    cut, after = find_cut(search.model, search.structure, units, numbers), None
     if gone:
         smaller = tried(search.model, cut)
         after = blocks.planned(smaller, gone)
@@ -66,10 +88,41 @@ def plan_choice(
     return Planned(UnitPlan.of(cut, search.costs(cut)), after)
 
 
-def repaired(planned: Planned, blocks: Blocks, gone: Sequence[Block], fitted: Sequence[Any], repair: Repair | None) -> Planned:
-    """Refits linears from front to back, those behind the first block that goes too; the model stays as it is."""
-    whole = blocks.behind(gone) if gone else []
-    if repair is None or not (planned.units.units or whole):
-        return planned
-    weights = repair_with(blocks.model, planned.units, fitted, repair, given=blocks.zeros(gone), whole=whole)
-    return Planned(planned.units, planned.blocks, weights)
+def repaired(
+    planned: Planned, hidden: Hidden, blocks: Blocks, kept: Mapping[str, int], fitted: Sequence[Any], repair: Repair | None
+) -> Planned:
+    """Refits linears from front to back, those behind the first block that goes too; the model stays as it is.
+
+    Where residual channels go, all is fitted within what is left of them, and norms make up for the narrower stream.
+    """
+    gone, model, scales = blocks.gone(kept), hidden.search.model, hidden.scales(kept)
+    whole, (units, kinds), weights = blocks.behind(gone) if gone else [], planned.inside, dict[str, Tensor]()
+    if repair is not None and (units or whole):
+        with hidden.narrowed(kept):
+            plan = _planned_now(model, units, kinds) if hidden.gone(kept) else planned.units
+            weights = dict(repair_with(model, plan, fitted, repair, given=blocks.zeros(gone), whole=whole))
+        weights = hidden.widened(weights, kept) if hidden.gone(kept) else weights
+    return Planned(planned.units, planned.blocks, weights | scales or None)
+
+
+@contextmanager
+def as_planned(planned: Planned, hidden: Hidden, kept: Mapping[str, int]) -> Iterator[None]:
+    """Lets the model compute what it will once plans have been carried out, until the end of a `with` block."""
+    model, by_module = hidden.search.model, dict[str, dict[str, Tensor]]()
+    for name, value in (planned.weights or {}).items():
+        module, _, part = name.rpartition(".")
+        by_module.setdefault(module, {})[part] = value
+    new, (units, kinds) = hidden.sliced(by_module, kept), planned.inside
+    with ExitStack() as stack:
+        stack.enter_context(hidden.narrowed(kept))
+        stack.enter_context(replaced({model.get_submodule(name): own for name, own in new.items()}))
+        if units:
+            stack.enter_context(mask(model, units, kinds))
+        if planned.blocks is not None:
+            stack.enter_context(mask(model, planned.blocks))
+        yield
+
+
+def _planned_now(model: Any, units: Mapping[str, list[int]], kinds: Sequence[UnitKind]) -> UnitPlan:  # noqa: ANN401
+    structure = trace(model)
+    return UnitPlan.of(find_cut(model, structure, units_of(model, structure, kinds), units))

@@ -15,6 +15,8 @@ from billhook.shrinking.spaces.blocks import Block
 
 SEVERAL = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """How many blocks are gone in the choices that a search begins with: sums say too little of what several lose together."""
+FEW = 3
+"""How many choices with a smaller hidden size are among them."""
 Point = tuple[int, Levels]
 """A choice: the number of a space, and levels of its slots."""
 
@@ -27,13 +29,15 @@ class Space:
         slots: The slots.
         rest: What all else costs.
         gone: Blocks that are gone at all levels.
-        lost: What is lost without them.
+        lost: What is lost without them, and with what is fixed.
+        fixed: What else is kept at all levels, by its name: of a smaller hidden size.
     """
 
     slots: Sequence[Slot | Joint]
     rest: int
     gone: Sequence[Block] = ()
     lost: float = 0.0
+    fixed: Mapping[str, int] = field(default_factory=dict)
     _frontiers: dict[frozenset[str], Frontier] = field(default_factory=dict)
 
     @cached_property
@@ -51,7 +55,8 @@ class Space:
 
     def kept(self, levels: Levels) -> dict[str, int]:
         """Returns how many units each place keeps; 0 of blocks that are gone, and of all in them."""
-        return {name: 0 for block in self.gone for name in (block.name, *block.places)} | kept_at(self.slots, levels)
+        gone = {name: 0 for block in self.gone for name in (block.name, *block.places)}
+        return gone | dict(self.fixed) | kept_at(self.slots, levels)
 
     def best(self, limit: int) -> Levels | None:
         """Returns the levels that are to lose least within a limit."""
@@ -134,22 +139,30 @@ def uniform_spaces(
 def starts(spaces: Sequence[Space], limit: int, ranked: Sequence[Block]) -> list[Point]:
     """Returns choices within a limit to begin with: the best of all, and the best for several numbers of blocks that go.
 
+    Of the spaces with something fixed, the best of each, and the best few of those.
+
     Args:
         spaces: The spaces.
         limit: The most that may be left.
         ranked: The blocks that may go, those that matter least first.
     """
-    found = [(number, space.best(limit)) for number, space in enumerate(spaces) if len(space.gone) in SEVERAL]
-    for number, space in enumerate(spaces):
-        own = [] if len(spaces) > 1 or not ranked else [ranked[:count] for count in SEVERAL if count <= len(ranked)]
-        found += [(number, space.best_without(limit, [block.name for block in gone])) for gone in own]
+    whole = [number for number, space in enumerate(spaces) if not space.fixed]
+    found = [(number, spaces[number].best(limit)) for number in whole if len(spaces[number].gone) in SEVERAL]
+    if len(whole) == 1:
+        several = [ranked[:count] for count in SEVERAL if count <= len(ranked)] if ranked else []
+        found += [(whole[0], spaces[whole[0]].best_without(limit, [block.name for block in gone])) for gone in several]
     points = [(number, levels) for number, levels in found if levels is not None]
-    return points or [p for p in [best_point(spaces, limit)] if p is not None]
+    kinds = dict.fromkeys(tuple(space.fixed.items()) for space in spaces if space.fixed)
+    narrow = [best_point(spaces, limit, dict(kind)) for kind in kinds]
+    order = sorted([point for point in narrow if point is not None], key=lambda one: spaces[one[0]].predicted(one[1]))
+    points += order[:FEW]
+    return points or [point for point in [best_point(spaces, limit)] if point is not None]
 
 
-def best_point(spaces: Sequence[Space], limit: int) -> Point | None:
-    """Returns the choice within a limit that is to lose least; None if none is so small."""
-    found = [(number, levels) for number, space in enumerate(spaces) if (levels := space.best(limit)) is not None]
+def best_point(spaces: Sequence[Space], limit: int, fixed: Mapping[str, int] | None = None) -> Point | None:
+    """Returns the choice within a limit that is to lose least, of all or with something fixed; None if none is so small."""
+    some = [(number, space) for number, space in enumerate(spaces) if fixed is None or space.fixed == fixed]
+    found = [(number, levels) for number, space in some if (levels := space.best(limit)) is not None]
     return min(found, key=lambda point: spaces[point[0]].predicted(point[1]), default=None)
 
 

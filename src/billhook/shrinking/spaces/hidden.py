@@ -1,0 +1,205 @@
+"""Finds the hidden sizes that a model could have, what all else then costs, and gives the model one for a while."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from billhook.importance.base import Importance
+from billhook.importance.baselines import WeightNorm
+from billhook.importance.score import score
+from billhook.model.figures import figures_of
+from billhook.model.shapes.shape import unbuilt_shape
+from billhook.model.surgery import way_back
+from billhook.pruning.block_plan import without
+from billhook.pruning.choice import ranked
+from billhook.pruning.cuts import Cut, find_cut
+from billhook.pruning.removal import remove, tried
+from billhook.pruning.target import Search
+from billhook.running.batches import Run
+from billhook.shrinking.levels import Place
+from billhook.shrinking.library import Weights
+from billhook.shrinking.spaces.blocks import Block, Blocks
+from billhook.shrinking.spaces.norms import energies, scaled_norms
+from billhook.units.find import units_of
+from billhook.units.units import Units
+
+HIDDEN = "hidden size"
+"""The name by which choices say how many residual channels are kept."""
+SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4)
+"""The parts of the hidden size that may go."""
+TARGETS = ("params", "bytes")
+"""What a smaller hidden size saves."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """A hidden size, with what all else costs then.
+
+    Attributes:
+        kept: The number of residual channels.
+        now: What is left of the target, with all else whole.
+        places: The places that may keep less.
+        blocks: The blocks that may go.
+    """
+
+    kept: int
+    now: int
+    places: list[Place]
+    blocks: list[Block]
+
+
+@dataclass(eq=False)
+class Hidden:
+    """The hidden sizes that a model could have.
+
+    Attributes:
+        search: The model, and its units.
+        units: All units, the residual channels too.
+        name: The name of the place of the residual channels.
+        widths: What it could have, falling, below what it has.
+        why: Why none may go; empty if some may.
+    """
+
+    search: Search
+    units: dict[str, Units] = field(default_factory=dict)
+    name: str = ""
+    widths: list[Width] = field(default_factory=list)
+    why: str = ""
+    _order: list[int] = field(default_factory=list)
+    _energies: dict[str, Tensor] = field(default_factory=dict)
+    _last: tuple[int, Callable[[], None]] | None = None
+
+    @property
+    def count(self) -> int:
+        """The hidden size as it is."""
+        return self.units[self.name].count()
+
+    def rank(self, importance: Importance, fitted: Sequence[Any], runs: Sequence[Run]) -> dict[str, Tensor]:
+        """Scores residual channels, by the norms of their weights where the importance cannot; none where they all stay."""
+        if not self.widths:
+            return {}
+        own, model = {self.name: self.units[self.name]}, self.search.model
+        try:
+            scores = score(model, own, importance, fitted)
+        except ValueError:
+            scores = score(model, own, WeightNorm())
+        self._order = ranked(own[self.name], scores[self.name])
+        self._energies = energies(model, own[self.name], runs)
+        return {HIDDEN: scores[self.name]}
+
+    def gone(self, kept: Mapping[str, int]) -> dict[str, list[int]]:
+        """Returns the residual channels that go, by the name of their place."""
+        number = kept.get(HIDDEN, 0)
+        return {self.name: sorted(self._order[: self.count - number])} if number else {}
+
+    def cut(self, kept: Mapping[str, int]) -> Cut:
+        """Finds what is removed with the residual channels that go."""
+        return _cut(self.search, self.units, self.gone(kept))
+
+    def scales(self, kept: Mapping[str, int]) -> dict[str, Tensor]:
+        """Returns the weights of norms that make up for how much less they span, in the sizes that they have."""
+        gone = self.gone(kept)
+        return scaled_norms(self.search.model, self._energies, gone[self.name]) if gone else {}
+
+    @contextmanager
+    def narrowed(self, kept: Mapping[str, int]) -> Iterator[None]:
+        """Gives the model fewer residual channels until the end of a `with` block; its own parameters come back."""
+        number, model = kept.get(HIDDEN, 0), self.search.model
+        if not number:
+            yield
+            return
+        scales, cut, back = self.scales(kept), self.cut(kept), way_back(model)
+        try:
+            if self._last is not None and self._last[0] == number:
+                self._last[1]()
+            else:
+                self._last = None
+                remove(model, cut, [])
+                for name, value in sliced_parameters(scales, cut).items():
+                    model.get_parameter(name).data.copy_(value)
+                self._last = number, way_back(model)
+            yield
+        finally:
+            back()
+
+    def sliced(self, weights: Weights, kept: Mapping[str, int]) -> Weights:
+        """Returns parameters of linears, by linear and by their name in it, without what goes with residual channels."""
+        if not kept.get(HIDDEN, 0):
+            return weights
+        cut = self.cut(kept)
+        parts = {f"{linear}.{part}": value for linear, own in weights.items() for part, value in own.items()}
+        small = sliced_parameters(parts, cut)
+        return {linear: {part: small[f"{linear}.{part}"] for part in own} for linear, own in weights.items()}
+
+    def widened(self, small: Mapping[str, Tensor], kept: Mapping[str, int]) -> dict[str, Tensor]:
+        """Returns parameters in the sizes that they have, where those that stay have values of a narrow model's."""
+        cut, found = self.cut(kept), {}
+        for name, value in small.items():
+            whole = self.search.model.get_parameter(name).detach().clone()
+            stays = [torch.as_tensor(cut.cuts.get((name, dim), range(size))) for dim, size in enumerate(whole.shape)]
+            whole[torch.meshgrid(*(one.to(whole.device) for one in stays), indexing="ij")] = value.to(whole.dtype)
+            found[name] = whole
+        return found
+
+
+def sliced_parameters(parameters: Mapping[str, Tensor], cut: Cut) -> dict[str, Tensor]:
+    """Returns parameters, by name, without what is cut."""
+    found = dict(parameters)
+    for (name, dim), stays in cut.cuts.items():
+        if name in found:
+            found[name] = found[name].index_select(dim, torch.from_numpy(stays).to(found[name].device))
+    return found
+
+
+def find_hidden(search: Search, target: str, places: Sequence[Place], blocks: Blocks, uniform: bool) -> Hidden:
+    """Finds the hidden sizes that a model could have; where layers stay alike, those that its config can say."""
+    model = search.model
+    if target not in TARGETS:
+        return Hidden(search, why=f"it is left as it is for a budget of {target}")
+    try:
+        every = units_of(model, search.structure, [*search.amount.kinds, "residual"])
+        names = [name for name, one in every.items() if one.kind == "residual"]
+    except ValueError as error:
+        return Hidden(search, why=str(error))
+    if len(names) != 1:
+        return Hidden(search, why=f"the model has {len(names)} streams")
+    found, heads = Hidden(search, every, names[0]), [one.count() for one in every.values() if one.kind == "head"]
+    step = math.lcm(search.amount.round_to, *heads[:1])
+    sizes = [round(found.count * (1 - share) / step) * step for share in SHARES]
+    for kept in sorted({size for size in sizes if 0 < size < found.count}, reverse=True):
+        try:
+            found.widths.append(_width(found, target, kept, places, blocks, uniform))
+        except ValueError as error:
+            found.why = found.why or str(error)
+    found.why = "" if found.widths else found.why or f"{found.count} channels do not become fewer by a multiple of {step}"
+    return found
+
+
+def _width(hidden: Hidden, target: str, kept: int, places: Sequence[Place], blocks: Blocks, uniform: bool) -> Width:
+    """Finds what all costs at a hidden size; refuses one with which the model does not run, or that its config cannot say."""
+    search, gone = hidden.search, {hidden.name: list(range(kept, hidden.count))}
+    cut = _cut(search, hidden.units, gone)
+    smaller = tried(search.model, cut)
+    if uniform and unbuilt_shape(smaller).tensors and not unbuilt_shape(search.model).tensors:
+        raise ValueError(f"the config of a {type(search.model).__name__} cannot say that it is {kept} with all else as it is")
+    now, each, costs = search.cost(cut, target), dict[object, int](), dict[int, int]()
+    narrow = list[Place]()
+    for place in places:
+        key = place.kind, place.count, place.each, len(place.names)
+        if key not in each:
+            one = {name: hidden.units[name].query_heads([0]) for name in place.names}
+            each[key] = now - search.cost(_cut(search, hidden.units, gone | one), target)
+        narrow.append(replace(place, each=each[key]))
+    for block in blocks.able:
+        if block.cost not in costs:
+            costs[block.cost] = now - int(getattr(figures_of(without(smaller, blocks.planned(smaller, [block]))), target))
+    return Width(kept, now, narrow, [replace(block, cost=costs[block.cost]) for block in blocks.able])
+
+
+def _cut(search: Search, units: Mapping[str, Units], gone: Mapping[str, list[int]]) -> Cut:
+    return find_cut(search.model, search.structure, units, gone)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.model.figures import figures_of
@@ -92,7 +92,10 @@ class Blocks:
 
 
 def find_blocks(search: Search, target: str, places: Sequence[Place]) -> Blocks:
-    """Finds the blocks that may go for a target, next to the places that may keep less; protected ones stay."""
+    """Finds the blocks that may go for a target, next to the places that may keep less; protected ones stay.
+
+    Whether a config can say that one goes is asked once of those of a shape, and in the end of those that do (`Blocks.refusal`).
+    """
     model, amount = search.model, search.amount
     try:
         stacks = find_units(model, "block")
@@ -106,16 +109,17 @@ def find_blocks(search: Search, target: str, places: Sequence[Place]) -> Blocks:
     of = {place.name: {block_of(search.units[name].name, {stack: ()}) for name in place.names} for place in places}
     if several := next((name for name, own in of.items() if len(own) > 1), None):
         return Blocks(model, why=f"{several} loses what others lose")
+    costs, each = dict[object, int | ValueError](), {place.name: place.each for place in places}
     for number in range(amount.first, blocks.count() - amount.last):
-        name = f"{stack}.{number} block"
-        own = tuple(place for place, where in of.items() if where == {(stack, number)})
-        try:
-            smaller = without(model, _plan_of(found, name, number))
-        except ValueError as error:
-            found.why = found.why or str(error)
-            continue
-        cost = int(getattr(search.now, target)) - int(getattr(figures_of(smaller), target) or 0)
-        found.able.append(Block(name, number, own, cost))
+        name, own = f"{stack}.{number} block", tuple(place for place, where in of.items() if where == {(stack, number)})
+        shape = _shape(model.get_submodule(f"{stack}.{number}")), tuple(each[place] for place in own)
+        if shape not in costs:
+            costs[shape] = _cost_of(search, target, {stack: [number]})
+        cost = costs[shape]
+        why = str(cost) if isinstance(cost, ValueError) else _adds(found, name, number)
+        if not why and isinstance(cost, int):
+            found.able.append(Block(name, number, own, cost))
+        found.why = found.why or why
     found.able = found.able[int(len(found.able) == blocks.count()) :]  # the first stays where any other could
     found.why = "" if found.able else found.why or "all are protected, or it has one alone"
     return found
@@ -131,14 +135,26 @@ def _writers(model: PreTrainedModel, stack: str, count: int, units: Mapping[str,
     return {name: list(dict.fromkeys(own)) for name, own in found.items()}
 
 
-def _plan_of(blocks: Blocks, name: str, number: int) -> BlockPlan:
-    """Finds the plan by which a block goes; refuses one that computes something also with its writers at zero."""
-    model, chosen = blocks.model, {blocks.stack: [number]}
-    plan, zeros = find_block_plan(model, chosen), zeros_of(model, blocks.writers[name])
-    with skipping(model, chosen):
+def _shape(block: nn.Module) -> object:
+    """Returns what blocks that cost the same have in common."""
+    return type(block), tuple((name, one.shape, one.dtype) for name, one in block.named_parameters())
+
+
+def _cost_of(search: Search, target: str, chosen: Mapping[str, list[int]]) -> int | ValueError:
+    """Returns what a block costs, or why its config cannot say that it goes."""
+    try:
+        smaller = without(search.model, find_block_plan(search.model, chosen))
+    except ValueError as error:
+        return error
+    return int(getattr(search.now, target)) - int(getattr(figures_of(smaller), target) or 0)
+
+
+def _adds(blocks: Blocks, name: str, number: int) -> str:
+    """Says that a block computes something also with its writers at zero; empty if it does not."""
+    model, zeros = blocks.model, zeros_of(blocks.model, blocks.writers[name])
+    with skipping(model, {blocks.stack: [number]}):
         expected = answer(model)
     with replaced({model.get_submodule(linear): own for linear, own in zeros.items()}):
         found = answer(model)
-    if not alike(expected, found, tolerance(model)):
-        raise ValueError(f"{name} computes something also with the linears behind its heads and channels at zero")
-    return plan
+    same = alike(expected, found, tolerance(model))
+    return "" if same else f"{name} computes something also with the linears behind its heads and channels at zero"

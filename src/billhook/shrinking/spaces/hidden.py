@@ -72,6 +72,7 @@ class Hidden:
     why: str = ""
     _order: list[int] = field(default_factory=list)
     _energies: dict[str, Tensor] = field(default_factory=dict)
+    _cuts: dict[int, Cut] = field(default_factory=dict)
     _last: tuple[int, Callable[[], None]] | None = None
 
     @property
@@ -99,7 +100,10 @@ class Hidden:
 
     def cut(self, kept: Mapping[str, int]) -> Cut:
         """Finds what is removed with the residual channels that go."""
-        return _cut(self.search, self.units, self.gone(kept))
+        number = kept.get(HIDDEN, 0)
+        if number not in self._cuts:
+            self._cuts[number] = _cut(self.search, self.units, self.gone(kept))
+        return self._cuts[number]
 
     def scales(self, kept: Mapping[str, int]) -> dict[str, Tensor]:
         """Returns the weights of norms that make up for how much less they span, in the sizes that they have."""
@@ -113,14 +117,15 @@ class Hidden:
         if not number:
             yield
             return
-        scales, cut, back = self.scales(kept), self.cut(kept), way_back(model)
+        back = way_back(model)
         try:
             if self._last is not None and self._last[0] == number:
                 self._last[1]()
             else:
-                self._last = None
+                self._last, cut = None, self.cut(kept)
+                scales = sliced_parameters(self.scales(kept), cut)
                 remove(model, cut, [])
-                for name, value in sliced_parameters(scales, cut).items():
+                for name, value in scales.items():
                     model.get_parameter(name).data.copy_(value)
                 self._last = number, way_back(model)
             yield

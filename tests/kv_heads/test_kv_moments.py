@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from billhook.kv_heads.bases.moments import gather
+from billhook.kv_heads.bases.moments import gather, gather_each
 from billhook.kv_heads.bases.stacks import find_projections
 from billhook.running.batches import Run
 from billhook.tracing.trace import trace
@@ -247,3 +247,19 @@ def test_refusals_name_the_attention():
     own.k_proj.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match=r"batches: model.layers.1.self_attn gives NaN or infinite numbers"):
         gather(model, places, groups, [trial(model, ids)])
+
+
+@pytest.mark.parametrize("numbers", [(4, 2, 1), (3, 2), (6, 2)])
+def test_several_numbers_of_groups_at_once_are_as_each_alone(numbers):
+    heads = math.lcm(*numbers)
+    model, places = case(heads=heads)
+    model, calls = model.double(), []
+    trials = [trial(model, tokens(2, 7)), trial(model, tokens(1, 5))]
+    first = next(iter(places))
+    model.get_submodule(places[first].v.linear).register_forward_hook(lambda *_: calls.append(1))
+    found = gather_each(model, places, dict.fromkeys(places, numbers), trials)
+    assert len(calls) == 2 * heads // math.gcd(*numbers)
+    for number in numbers:
+        alone = gather(model, places, dict.fromkeys(places, number), trials)
+        for name in places:
+            close(found[name][number], alone[name])

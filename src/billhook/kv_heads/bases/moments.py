@@ -4,7 +4,8 @@ Keys and queries are seen before any rotary embedding. Of values it matters what
 once more for each other head of a group, with that one's values instead of its own.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -52,6 +53,21 @@ def gather(
     attention, for G groups and H = G J heads of width w: of Llama-7B (H = 32, w = 128, 32 attentions) 1.2 GB for G = 8, and
     8.7 GB for G = 1, which a choice of groups needs; within an attention, with 2048 tokens in a batch, 0.13 GB and 1.1 GB more.
     """
+    each = gather_each(model, places, {name: [number] for name, number in groups.items()}, trials, reduce)
+    return {name: own[groups[name]] for name, own in each.items()}
+
+
+def gather_each(
+    model: nn.Module,
+    places: Mapping[str, Projections],
+    groups: Mapping[str, Collection[int]],
+    trials: Sequence[Run],
+    reduce: Reduce | None = None,
+) -> dict[str, dict[int, Moments]]:
+    """Returns what `gather` does for several numbers of groups, by attention and number: no more runs than the fewest groups take.
+
+    That is where the others are multiples of it. What is held adds up.
+    """
     sums = {name: _Sums(model, place, groups[name]) for name, place in places.items()}
     with undisturbed(model), ExitStack() as stack:
         for one in sums.values():
@@ -70,15 +86,17 @@ class _Enough(BaseException):
 class _Sums:
     """Listens to one attention, and adds up; `masks` say which tokens of the batch count, by linear, where not all do."""
 
-    def __init__(self, model: nn.Module, place: Projections, groups: int) -> None:
-        self._model, self._place, self._groups = model, place, groups
-        self._size = place.kv_heads // groups
+    def __init__(self, model: nn.Module, place: Projections, groups: Collection[int]) -> None:
+        self._model, self._place = model, place
+        self._widest = math.gcd(*groups)  # the number of groups in which all others lie
+        self._size = place.kv_heads // self._widest
         device = model.get_submodule(place.k.linear).get_parameter("weight").device
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
-        keys, values = place.k.index.shape[1] * self._size, place.v.index.shape[1] * self._size
-        self._keys, self._values = zeros(groups, keys, keys), zeros(groups, values, values)
+        keys, values = (rows.index.shape[1] * place.kv_heads for rows in (place.k, place.v))
+        self._keys = {number: zeros(number, keys // number, keys // number) for number in groups}
+        self._values = {number: zeros(number, values // number, values // number) for number in groups}
         self._queries = zeros(place.kv_heads, place.k.index.shape[1], place.k.index.shape[1])
-        self._tokens = zeros(3)  # of which keys, values, queries were seen
+        self._tokens = zeros(3)  # of which keys, values (as one head attends to them), queries were seen
         self.masks: Mapping[str, Tensor] = {}
         self._given: list[Tensor] | None = None  # to what reads the heads, once for each shift
         self._proper = False
@@ -117,8 +135,9 @@ class _Sums:
         given, place = self._plain(output, linear), self._place
         with _precisely():
             if linear == place.k.linear:
-                keys = given[:, place.k.index.reshape(self._groups, -1)].transpose(0, 1)
-                self._keys += keys.mT @ keys
+                for number, sums in self._keys.items():
+                    keys = given[:, place.k.index.reshape(number, -1)].transpose(0, 1)
+                    sums += keys.mT @ keys
                 self._tokens[0] += len(given)
             if linear == place.q.linear:
                 index = place.q.index.reshape(place.kv_heads, -1, self._queries.shape[1])
@@ -130,7 +149,7 @@ class _Sums:
         if self._given is None:
             raise ValueError(f"{self._place.name} is not called as a module: its values cannot be seen")
         place = self._place
-        index = place.o.index.reshape(self._groups, self._size, place.queries, -1)
+        index = place.o.index.reshape(self._widest, self._size, place.queries, -1)
         self._given.append(self._plain(args[0], place.o.linear)[:, index])
         if not self._proper:
             raise _Enough
@@ -138,13 +157,19 @@ class _Sums:
             raise ValueError(f"{place.name} reads its heads several times in one call: what is of which values cannot be told")
         shifts = [self._given[-1], *self._given[:-1]]  # the attention as it is comes last
         with _precisely():
-            for own in range(self._size):  # the heads of the group whose query heads attend
-                values = [shifts[(other - own) % self._size][:, :, own] for other in range(self._size)]
-                each = torch.stack(values, 3)  # [tokens, groups, query heads, values of, width]
-                flat = each.transpose(0, 1).reshape(self._groups, -1, self._values.shape[1])
-                self._values += flat.mT @ flat
-                self._tokens[1] += flat.shape[1]
+            for number, sums in self._values.items():
+                self._add_values(sums, place.kv_heads // number, shifts)
+            self._tokens[1] += shifts[0].shape[0] * place.queries
         self._given = []
+
+    def _add_values(self, sums: Tensor, size: int, shifts: Sequence[Tensor]) -> None:
+        """Adds up how values vary together in groups of a size, as each head of the group attends to them."""
+        for own in range(self._size):  # the head whose query heads attend
+            group = range(own // size * size, own // size * size + size)
+            values = [shifts[(other - own) % self._size][:, :, own] for other in group]
+            each = torch.stack(values, 3)  # [tokens, widest groups, query heads, values of, width]
+            flat = each.transpose(0, 1).reshape(self._widest, -1, sums.shape[1])
+            sums.unflatten(0, (self._widest, -1))[:, own // size].add_(flat.mT @ flat)
 
     def _plain(self, tensor: Tensor, linear: str) -> Tensor:
         """Returns the tokens that count, one after the other, in float32 at least."""
@@ -153,18 +178,23 @@ class _Sums:
             tensor = tensor[mask.flatten()]
         return tensor if tensor.dtype == torch.float64 else tensor.float()
 
-    def moments(self, reduce: Reduce | None) -> Moments:
-        """Returns the means of what was added up."""
+    def moments(self, reduce: Reduce | None) -> dict[int, Moments]:
+        """Returns the means of what was added up, by the number of groups."""
         if reduce is not None:
-            for sums in (self._keys, self._values, self._queries, self._tokens):
+            for sums in (*self._keys.values(), *self._values.values(), self._queries, self._tokens):
                 reduce(sums)
         counts = self._tokens.tolist()
         if not all(counts):
             raise ValueError(f"batches: {self._place.name} is not called, or no token counts")
-        keys, values, queries = self._keys / counts[0], self._values / counts[1], self._queries / counts[2]
+        return {number: self._means(number, *counts) for number in self._keys}
+
+    def _means(self, number: int, of_keys: float, of_values: float, of_queries: float) -> Moments:
+        size = self._place.kv_heads // number
+        keys, values = self._keys[number] / of_keys, self._values[number] / (of_values * size)
+        queries = self._queries / of_queries
         if not all(bool(one.isfinite().all()) for one in (keys, values, queries)):
             raise ValueError(f"batches: {self._place.name} gives NaN or infinite numbers")
-        keys, values = (one.unflatten(2, (self._size, -1)).unflatten(1, (self._size, -1)) for one in (keys, values))
+        keys, values = (one.unflatten(2, (size, -1)).unflatten(1, (size, -1)) for one in (keys, values))
         return Moments(keys, values, queries)
 
 

@@ -211,3 +211,48 @@ def test_a_narrower_stream_is_trained_on_and_resumed(files, tmp_path, make):
     assert again.config.hidden_size == 24
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, lit.model.eval()(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def with_equal_heads(lit):
+    """Makes pairs of KV heads equal, so that they lose nothing when they merge."""
+    for name, value in lit.model.named_parameters():
+        if "k_proj" in name or "v_proj" in name:
+            heads = value.view(4, 4, -1)
+            heads[1::2] = heads[::2]
+    return lit
+
+
+@pytest.mark.parametrize("layers", ["uniform", "free"])
+def test_heads_that_merge_are_resumed_and_exported(files, tmp_path, layers):
+    options = {"kv_cache_bytes": 0.5, "layers": layers, "at": 2, "repair": None}
+    lit, whole = with_equal_heads(module(lr=1e-6)), shrinking(**options)
+    first = trainer(tmp_path, [whole, checkpoints(tmp_path)], max_steps=4)
+    first.fit(lit, data(files))
+    assert [plan.after for plan in whole.shrunk.merged] == [2]
+    assert "parameters (4 -> 2 KV heads in 2 attentions, merged; Shrink)" in whole.events[0]["what"]
+    shapes = {(one.self_attn.q_proj.out_features, one.self_attn.k_proj.out_features) for one in lit.model.model.layers}
+    assert shapes == {(32, 8)}
+    steps = {name: float(first.optimizers[0].state[one]["step"]) for name, one in lit.model.named_parameters()}
+    assert {steps[name] for name in steps if "self_attn" in name} == {2}
+    assert {steps[name] for name in steps if "self_attn" not in name} == {4}
+    for stop in (1, 3):
+        resumed, again = with_equal_heads(module(seed=1, lr=1e-6)), shrinking(**options)
+        torch.manual_seed(stop)
+        run = trainer(tmp_path, [again], max_steps=4)
+        run.fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
+        assert same(weights(resumed), weights(lit)), stop
+        assert repr(again.events) == repr(whole.events)
+        for left, right in zip(run.optimizers[0].state.values(), first.optimizers[0].state.values(), strict=True):
+            assert same(left, right)
+    export(tmp_path / "step=4.ckpt", tmp_path / "out")
+    again, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), tokens()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, lit.model.eval()(ids).logits)
+
+
+def test_under_lora_heads_are_removed(files, tmp_path):
+    lit, callback = adapted(), shrinking(kv_cache_bytes=0.5, generations=0)
+    trainer(tmp_path, [callback], max_steps=1).fit(lit, data(files))
+    assert not callback.shrunk.merged
+    assert callback.shrunk.plan.units

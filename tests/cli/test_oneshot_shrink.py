@@ -191,3 +191,28 @@ def test_what_cannot_be_trained_is_refused(tmp_path, files):
     with pytest.raises(SystemExit, match="recover=2: a BertForMaskedLM is no causal language model and no classifier"):
         main(["shrink", str(folder), str(tmp_path / "out"), "--params", "0.9", "--recover", "2", *SHORT, *option(files)])
     assert not (tmp_path / "out").exists()
+
+
+def test_merged_heads_are_in_the_record_the_table_and_the_card(small, files, tmp_path, capsys):
+    dense = bh.load(small)
+    with torch.no_grad():
+        for layer in dense.model.layers:
+            for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                heads = linear.weight.view(4, 4, -1)
+                heads[1::2] = heads[::2]
+    dense.save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")
+    options = ["--kv_cache_bytes", "0.5", "--importance", "WeightNorm", "--repair", "null"]
+    main(["shrink", str(tmp_path / "dense"), str(tmp_path / "out"), *options, *SHORT, *option(files)])
+    record, said = json.loads((tmp_path / "out" / "billhook.json").read_text()), capsys.readouterr().out
+    left = record["shrink"]["left"]
+    done = f"4 -> 2 KV heads in 2 attentions, merged: {left:,} kv_cache_bytes left of at most {left:,}"
+    assert f"- {done}" in (tmp_path / "out" / "README.md").read_text()
+    assert record["events"][0]["what"] == done
+    assert "4 -> 2 KV heads in 2 attentions (svd)" in said
+    (plan,) = record["shrink"]["merged"]
+    bh.apply(dense, bh.Plan.from_json(plan, dense))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert {name: value.shape for name, value in again.state_dict().items()} == {
+        name: value.shape for name, value in dense.state_dict().items()
+    }

@@ -19,14 +19,14 @@ from billhook.fit.ranks import check_agreed, together
 from billhook.fit.training_step import runs_as_in_training, training_loss
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
-from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
+from billhook.model.linears import is_linear
 from billhook.model.plan import apply_in_turn
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
 from billhook.repairs.repair import Repair
-from billhook.running.batches import Run
+from billhook.running.batches import Run, run_with_loss
 from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.shrink import Layers, budget, check_search
 from billhook.shrinking.shrunk import Shrunk
@@ -48,7 +48,9 @@ class Shrink(ShapeCallback):
 
     Args:
         params: Budget: parameters that are left at most, a number (int) or a fraction of those that are there (float).
-        kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads and whole blocks go for it, no channels.
+        kv_cache_bytes: Budget: bytes of the key/value cache per token. For it KV heads are removed, with the query heads that
+            they serve, or merged by SVD, so that all query heads stay: whichever loses less. What merges is in another basis, so
+            that its optimizer state restarts; under LoRA heads are removed. Whole blocks may go, no channels.
         bytes: Budget: bytes of all parameters.
         max_loss: Budget in quality: the fewest parameters at which perplexity on held-out batches, by the model's own loss, is at
             most so many times as high, such as 1.1.
@@ -152,8 +154,11 @@ class Shrink(ShapeCallback):
         """Finds what may be removed beneath adapters; refuses a budget that cannot be met, and adapters that have learned."""
         if late := [name for name, layer in adapted(model).items() if not adds_nothing(layer)]:
             raise ValueError(f"Shrink: the adapter of {late[0]} is not plain LoRA, or has learned something: merge it (bh.merge)")
+        merges = not adapted(model)
         with taken_off(model):
-            return Work.begun(model, self.amount, self.layers == "uniform")
+            work = Work.begun(model, self.amount, self.layers == "uniform")
+        work.merges = merges
+        return work
 
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, work: Work) -> Found:
         """Searches on the same batches on each rank."""
@@ -181,12 +186,13 @@ class Shrink(ShapeCallback):
 
 def _above(model: PreTrainedModel, planned: Planned) -> Iterator[UnitPlan | BlockPlan]:
     """Yields the same plans for a model with adapters, each once those before it have been carried out."""
-    for plan in planned.plans:
+    for plan in planned.cuts:
         if plan.units:
             yield plan_units(model, plan.units, dict.fromkeys(plan.kinds.values()))
 
 
 def _runs(pl_module: pl.LightningModule, work: Work, batches: Sequence[Any]) -> list[Run]:
-    """Returns runs of batches with the loss that is trained."""
+    """Returns runs of batches with the loss that is trained, and of each linear which tokens count."""
     losses = (training_loss(pl_module, number) for number in range(len(batches)))
-    return [run_of(work.model, work.search.units, *pair) for pair in zip(batches, losses, strict=True)]
+    linears = {name: module for name, module in work.model.named_modules() if is_linear(module)}
+    return [run_with_loss(work.model, linears, *pair) for pair in zip(batches, losses, strict=True)]

@@ -71,6 +71,11 @@ class KVHeadPlan(Plan):
     layers: tuple[str, ...]
     restart: tuple[str, ...] = ()
 
+    @property
+    def words(self) -> str:
+        """How many KV heads there are then, and where, in words."""
+        return f"{self.before} -> {self.after} KV heads in {len(self.layers)} attentions"
+
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain data, from which `Plan.from_json` makes it again."""
         return {
@@ -96,9 +101,7 @@ class KVHeadPlan(Plan):
 
     def __str__(self) -> str:
         cache = "the KV cache shrinks" if self.saves_cache else "the KV cache stays as it is"
-        lines = [
-            f"{self.model}: {self.before} -> {self.after} KV heads in {len(self.layers)} attentions ({self.method}); {cache}"
-        ]
+        lines = [f"{self.model}: {self.words} ({self.method}); {cache}"]
         rows: dict[tuple[str, str], int] = {}
         for name, pooled in self.parameters.items():
             row = pattern(name), f"{len(pooled.index)} -> {len(pooled.counts)} along dimension {pooled.dim}"
@@ -132,7 +135,7 @@ class KVHeadPlan(Plan):
             if sizes.get(name) != tuple(values.shape):
                 wanted = list(sizes.get(name, ())) or "a parameter"
                 raise ValueError(f"weights: {name} is {list(values.shape)}, and must be {wanted}")
-        changes = dict.fromkeys(given, UNCHANGED) | self.method.changes(model, self.parameters)
+        changes = dict.fromkeys([*given, *self.restart], UNCHANGED) | self.method.changes(model, self.parameters)
         changes |= {name: _starting(values, changes[name]) for name, values in given.items()}
         changes |= {name: replace(changes[name], state=None) for name in changes.keys() & set(self.restart)}
         with undone_by_errors(model, trained_by):

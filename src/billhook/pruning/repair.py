@@ -10,7 +10,6 @@ from torch import nn
 
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches, batches_of
-from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear, matrix_of
 from billhook.model.plan import Plan, Weights
@@ -18,6 +17,7 @@ from billhook.model.values import check_values
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.repair import Repair, repair_linears
 from billhook.repairs.visitor import Given
+from billhook.running.batches import Run, run_with_loss
 from billhook.running.walk import Reduce
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -77,7 +77,7 @@ def repair_with(
         batches: Batches to fit to.
         how: How linears are refitted.
         reduce: Sums over ranks.
-        given: By linear, its other parameters; it is not refitted.
+        given: By linear, its other parameters; it is not refitted, unless it is named in `whole`.
         whole: Linears that are refitted also where the plan leaves them all of their inputs.
     """
     check_values(model)
@@ -91,10 +91,14 @@ def repair_with(
         for reader in linear if one.kind in ("head", "channel") else ():
             stays = torch.from_numpy(~np.isin(one.index, numbers))
             kept[reader] = kept[reader] & stays if reader in kept else stays
-    kept = {reader: stays for reader, stays in kept.items() if reader not in given}
+    kept = {reader: stays for reader, stays in kept.items() if reader not in given or reader in whole}
     if not kept:
         raise ValueError("repair: no linear layer reads what is removed, so none can make up for it")
-    runs = [run_of(subject, found, batch) for batch in batches_of(batches, subject)]
+    reading = {
+        reader: subject.get_submodule(reader) for reader in [*kept, *(name for one in found.values() for name in one.readers)]
+    }
+    each = batches_of(batches, subject)
+    runs = [batch if isinstance(batch, Run) else run_with_loss(subject, reading, batch) for batch in each]
     under = {reader: _linear(subject, reader) for reader in kept}
     runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
     refitted = repair_linears(subject, {under[reader]: stays for reader, stays in kept.items()}, runs, how, reduce, given or None)

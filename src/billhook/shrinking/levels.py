@@ -32,6 +32,7 @@ class Place:
         allowed: The numbers of them that may be kept, falling, from all on.
         each: What one unit costs: parameters, bytes, or bytes of the key/value cache per token, as the budget says.
         times: Numbers of units, rising, each with what they cost by the clock, where the budget is one of time.
+        merges: The numbers to which KV heads may be merged, where the budget is one of their cache.
     """
 
     names: tuple[str, ...]
@@ -40,6 +41,7 @@ class Place:
     allowed: tuple[int, ...]
     each: int
     times: tuple[tuple[int, int], ...] = ()
+    merges: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -58,11 +60,12 @@ class Place:
         return self.cost(self.count) - self.cost(kept)
 
     def levels(self) -> tuple[int, ...]:
-        """Returns the numbers to keep that are tried: nearest to eighths of all, falling, from all on."""
+        """Returns the numbers to keep that are tried: nearest to eighths of all, and where heads merge, falling, from all on."""
         wanted = [self.count * part / EIGHTHS for part in range(EIGHTHS, 0, -1)]
         if len(self.allowed) <= EIGHTHS:
             return self.allowed
-        return tuple(sorted({min(self.allowed, key=lambda kept: abs(kept - one)) for one in wanted}, reverse=True))
+        near = {min(self.allowed, key=lambda kept: abs(kept - one)) for one in wanted}
+        return tuple(sorted(near | set(self.merges), reverse=True))
 
 
 def find_places(search: Search, target: str) -> list[Place]:
@@ -78,7 +81,9 @@ def find_places(search: Search, target: str) -> list[Place]:
         one, readers = free[names[0]], {reader for name in names for reader in free[name].readers}
         allowed = _allowed(one.count("kv_head"), amount.min_units, search.step(names[0]) if one.kind == "channel" else 1)
         if len(allowed) > 1 and each > 0 and not readers & taken:
-            found.append(Place(tuple(names), one.kind, one.count("kv_head"), allowed, each))
+            caches = target == "kv_cache_bytes" and one.kind == "head"
+            merges = tuple(kept for kept in allowed[1:] if caches and allowed[0] % kept == 0)
+            found.append(Place(tuple(names), one.kind, one.count("kv_head"), allowed, each, merges=merges))
             taken |= readers
     if not found:
         raise ValueError(

@@ -33,6 +33,7 @@ class Library:
     Attributes:
         errors: By place and number of units kept, E |W x - W' x|^2 on batches that W' has not seen, as a share of E |W x|^2.
         measured: By place and number of units kept, the damage to the whole model, where it was measured.
+        instead: By place and number of units kept, the name under which a variant is held that takes the place of its own.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Library:
         self.model, self._folder, self._writers = model, folder, writers or {}
         self.errors: dict[tuple[str, int], float] = {}
         self.measured: dict[tuple[str, int], float] = {}
+        self.instead: dict[tuple[str, int], str] = {}
         self._weights: dict[tuple[str, int], Weights] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +75,7 @@ class Library:
         """Returns the parameters of a variant; none where a place keeps all, or has gone with its block."""
         if not kept:
             return zeros_of(self.model, self._writers.get(place, ()))
+        place = self.instead.get((place, kept), place)
         if self._folder is None or (place, kept) not in self.errors:
             return self._weights.get((place, kept), {})
         found: Weights = {}

@@ -70,7 +70,10 @@ def shrink(
         batches: Inputs of the model's forward, as dictionaries; two rows of each source at least, three in all. A `Calibration`
             reads them; by default they are what the model itself writes.
         params: Budget: parameters that are left at most, a number (int) or a fraction of those that are there (float).
-        kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads and whole blocks go for it, no channels.
+        kv_cache_bytes: Budget: bytes of the key/value cache per token. For it KV heads are removed, with the query heads that
+            they serve, or merged by SVD, so that all query heads stay (`convert_kv_heads`): whichever loses less, decided for
+            each attention, or where layers are uniform for all together. Heads merge where fewer divide their number, and the
+            model can be converted; elsewhere they are removed. Whole blocks may go, no channels.
         bytes: Budget: bytes of all parameters.
         max_loss: Budget in quality: the fewest parameters at which perplexity on batches that nothing is fitted to, the geometric
             mean over their sources, is at most so many times the dense model's, such as 1.1.
@@ -103,7 +106,7 @@ def shrink(
     Example:
         >>> import torch, billhook as bh
         >>> model = bh.load("tiny")
-        >>> batches = [{"input_ids": torch.randint(2048, (4, 32))} for _ in range(3)]
+        >>> batches = [{"input_ids": torch.randint(2048, (8, 64))} for _ in range(3)]
         >>> shrunk = bh.shrink(model, batches, kv_cache_bytes=0.5, layers="free", generations=0)
         >>> shrunk.limit, shrunk.left, sum(now for _, now in shrunk.kept.values())
         (2048, 2048, 16)

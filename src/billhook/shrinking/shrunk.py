@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from billhook.kv_heads.plan import KVHeadPlan
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.report.table import aligned
@@ -53,7 +54,8 @@ class Shrunk:
     """A model that was made smaller within a budget; `print` shows what it took.
 
     Attributes:
-        plan: The units that were removed, also of blocks that went after that where layers stay alike.
+        plan: The units that were removed, also of blocks that went after that where layers stay alike; KV heads that merge have
+            before that.
         target: What the budget limits: `"params"`, `"kv_cache_bytes"`, `"bytes"`, or `"latency"`, in nanoseconds.
         limit: The most that may be left of it.
         left: What is left of it.
@@ -70,6 +72,7 @@ class Shrunk:
         blocks: The blocks that were removed after that, numbered as before; None where none was.
         blocks_stay: Why no block could go; empty where some could.
         hidden_stays: Why the hidden size could not be smaller; empty where it could.
+        merged: The KV heads that were merged, where all query heads stay: a plan for each number of them that there is then.
     """
 
     plan: UnitPlan
@@ -87,6 +90,7 @@ class Shrunk:
     blocks: BlockPlan | None = None
     blocks_stay: str = ""
     hidden_stays: str = ""
+    merged: tuple[KVHeadPlan, ...] = ()
 
     @property
     def budget(self) -> str:
@@ -98,6 +102,12 @@ class Shrunk:
         """The words for what was removed."""
         return ", ".join(plan.words for plan in (self.plan, self.blocks) if plan is not None and plan.units)
 
+    @property
+    def what(self) -> str:
+        """The words for what was done."""
+        without = [f"without {self.words}"] if self.words else []
+        return "; ".join([*(f"{plan.words}, merged" for plan in self.merged), *without])
+
     def to_json(self) -> dict[str, Any]:
         """Returns what was found as plain data."""
         plain = {name: getattr(self, name) for name in ("target", "limit", "left", "kept", "predicted", "measured")}
@@ -106,7 +116,8 @@ class Shrunk:
         stay = {"blocks_stay": self.blocks_stay, "hidden_stays": self.hidden_stays}
         blocks = {"blocks": self.blocks and self.blocks.to_json(), **stay}
         compared = {"alone": self.alone, "ratio": self.ratio, "times": times}
-        return {"plan": self.plan.to_json(), **blocks, **plain, **choices, **compared}
+        merged = {"merged": [plan.to_json() for plan in self.merged]}
+        return {"plan": self.plan.to_json(), **merged, **blocks, **plain, **choices, **compared}
 
     def __str__(self) -> str:
         rows = [[UNITS.get(self.target, self.target), "predicted", "put together"]]
@@ -115,7 +126,8 @@ class Shrunk:
         told = "" if self.ratio is None else f"; perplexity {self.ratio:.4f} times the dense model's"
         after = [str(self.blocks)] if self.blocks else [f"all blocks stay: {self.blocks_stay}"] if self.blocks_stay else []
         after += [f"the hidden size stays: {self.hidden_stays}"] if self.hidden_stays else []
-        lines = [str(self.plan), *after, "KL to the dense model by size:", aligned(rows)]
+        own = [self.budget, *self.merged, *([self.plan] if self.plan.units else [])] if self.merged else [self.plan]
+        lines = [*map(str, own), *after, "KL to the dense model by size:", aligned(rows)]
         lines += [f"without {name} alone, {left:,} left: {lost:.4f}" for name, (left, lost) in self.alone.items()]
         timed = [] if self.times is None else [f"measured: {self.times}"]
         return "\n".join([*lines, f"of the chosen, repaired as a whole: {found}{told}", *timed])

@@ -24,6 +24,7 @@ from billhook.shrinking.damages import damage_without, damages, groups, make_slo
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place, find_places, gone, removed
 from billhook.shrinking.library import Library, key_of
+from billhook.shrinking.merging.merging import Merging, find_merging
 from billhook.shrinking.search import evolve
 from billhook.shrinking.shrunk import UNITS, Choice, Shrunk, Times
 from billhook.shrinking.spaces.blocks import Block, Blocks, find_blocks
@@ -57,6 +58,8 @@ class Work:
         done: How many are done.
         known: What has been measured, by how many units are kept.
         alone: By the name of a kind of unit, what is left of the target, and lost, without units of this kind alone.
+        merges: Whether KV heads may merge, for a budget of their cache, wherever that loses less than removal.
+        merging: Those that may; None where none may, or before it is known.
     """
 
     model: PreTrainedModel
@@ -74,6 +77,8 @@ class Work:
     done: int = 0
     known: dict[frozenset[tuple[str, int]], float] = field(default_factory=dict)
     alone: dict[str, tuple[int, float]] = field(default_factory=dict)
+    merges: bool = True
+    merging: Merging | None = None
 
     @classmethod
     def begun(cls, model: PreTrainedModel, amount: Amount, uniform: bool) -> "Work":
@@ -116,7 +121,7 @@ class Work:
 
     def most_steps(self, generations: int, candidates: int) -> int:
         """Returns how many steps a search has at most."""
-        probed = 2 * len(self.places) + len(self.blocks.able) + len(self.hidden.widths)
+        probed = sum(2 + bool(place.merges) for place in self.places) + len(self.blocks.able) + len(self.hidden.widths)
         return probed + len(SEVERAL) + 2 + generations * candidates + CURVE
 
     @property
@@ -144,6 +149,7 @@ class Work:
         self.library = Library(self.model, folder / key if folder and key else None, self.blocks.writers)
         fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair, self.advance)
         self.losses = {place.name: self._damages(place) for place in self.places}
+        self._merge(fitted)
         self.losses |= {block.name: [0.0, self._damage_without(block)] for block in self.blocks.able}
         self.losses |= {f"{HIDDEN} {kept}": [0.0, lost] for kept, lost in self._narrowing().items()}
         self.spaces: list[Space] = []
@@ -188,6 +194,8 @@ class Work:
             number = max(kept[place.name] for place in group) or group[0].count
             cut |= {place.name: number for place in group if not kept[place.name]}
         numbers = removed(self.places, self.search.units, self.scores, cut)
+        if self.merging is not None and (merged := self.merging.merged(self.places, cut, kept)) is not None:
+            return merged.planned(self.limit, numbers, self.blocks, blocks, fitted, repair)
         numbers, units = numbers | self.hidden.gone(kept), self.hidden.units if self.hidden.gone(kept) else self.search.units
         made = plan_choice(self.search, units, self.target, self.limit, numbers, self.blocks, blocks)
         return repaired(made, self.hidden, self.blocks, kept, fitted, repair)
@@ -209,8 +217,27 @@ class Work:
         counts = {name: (place.count, kept[place.name]) for place in self.places for name in place.names}
         counts |= width
         left = round(times.ratio * self.now) if times else int(getattr(figures_of(self.model), self.target))
-        found = tuple(curve), tuple(tried), dict(self.alone), ratio, times, planned.blocks, self.blocks.why, self.hidden.why
+        found = (
+            tuple(curve),
+            tuple(tried),
+            dict(self.alone),
+            ratio,
+            times,
+            planned.blocks,
+            self.blocks.why,
+            self.hidden.why,
+            planned.merged,
+        )
         return Shrunk(planned.units, self.target, self.limit, left, counts, predicted, self.divergence.by_source(), *found)
+
+    def _merge(self, fitted: Sequence[Any]) -> None:
+        """Makes variants in which KV heads merge, and takes those that lose less than removal."""
+        self.merging = find_merging(self.search, self.places, self.uniform, self.library) if self.merges else None
+        if self.merging is None:
+            return
+        self.merging.fill(self.places, fitted, self.advance)
+        scale = self.places, self.levels, self.losses
+        self.places, self.levels, self.losses = self.merging.choose(self.divergence, scale, self.uniform)
 
     def _first_possible(self, points: Sequence[Point]) -> Point:
         """Returns the first choice whose blocks can go together; refuses them if there is none."""

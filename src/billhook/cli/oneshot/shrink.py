@@ -62,7 +62,8 @@ def shrink(
         given: Examples to fit and to measure on, and the place to compute.
         recovery: Training after the cut.
         params: Budget: parameters that are left at most, a number, or a fraction of those that are there.
-        kv_cache_bytes: Budget: bytes of the key/value cache per token; KV heads and whole blocks go for it, no channels.
+        kv_cache_bytes: Budget: bytes of the key/value cache per token. For it KV heads are removed, with the query heads that
+            they serve, or merged by SVD, so that all query heads stay: whichever loses less. Whole blocks may go, no channels.
         bytes: Budget: bytes of all parameters.
         max_loss: Budget in quality: the fewest parameters at which perplexity on held-out examples, the geometric mean over
             their sources, is at most so many times the dense model's, such as 1.1.
@@ -122,7 +123,7 @@ def shrink(
             progress=progress,
         )
     how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}
-    what = f"without {shrunk.words}: {shrunk.budget}"
+    what = f"{shrunk.what}: {shrunk.budget}"
     what += f"; {recovery.recover:,} steps of recovery" if recovery.recover else ""
     trained, *said = _recovered(work, recovery, batches, before) if recovery.recover else ({},)
     work.save(before, what, {"shrink": shrunk.to_json() | how} | trained, shrunk, *said)

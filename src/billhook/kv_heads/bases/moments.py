@@ -64,9 +64,9 @@ def gather_each(
     trials: Sequence[Run],
     reduce: Reduce | None = None,
 ) -> dict[str, dict[int, Moments]]:
-    """Returns what `gather` does for several numbers of groups, by attention and number: no more runs than the fewest groups take.
+    """Returns what `gather` does for several numbers of groups, by attention and number; what is held adds up.
 
-    That is where the others are multiples of it. What is held adds up.
+    An attention runs no more often than the fewest groups take, where the other numbers are multiples of that one.
     """
     sums = {name: _Sums(model, place, groups[name]) for name, place in places.items()}
     with undisturbed(model), ExitStack() as stack:
@@ -169,7 +169,7 @@ class _Sums:
             values = [shifts[(other - own) % self._size][:, :, own] for other in group]
             each = torch.stack(values, 3)  # [tokens, widest groups, query heads, values of, width]
             flat = each.transpose(0, 1).reshape(self._widest, -1, sums.shape[1])
-            sums.unflatten(0, (self._widest, -1))[:, own // size].add_(flat.mT @ flat)
+            sums.view(self._widest, -1, *sums.shape[1:])[:, own // size].add_(flat.mT @ flat)
 
     def _plain(self, tensor: Tensor, linear: str) -> Tensor:
         """Returns the tokens that count, one after the other, in float32 at least."""
@@ -194,7 +194,7 @@ class _Sums:
         queries = self._queries / of_queries
         if not all(bool(one.isfinite().all()) for one in (keys, values, queries)):
             raise ValueError(f"batches: {self._place.name} gives NaN or infinite numbers")
-        keys, values = (one.unflatten(2, (size, -1)).unflatten(1, (size, -1)) for one in (keys, values))
+        keys, values = (one.view(number, size, one.shape[1] // size, size, -1) for one in (keys, values))
         return Moments(keys, values, queries)
 
 

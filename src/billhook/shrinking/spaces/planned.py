@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from billhook.kv_heads.plan import KVHeadPlan
 from billhook.model.figures import figures_of
 from billhook.model.plan import Weights
 from billhook.pruning.amount import TARGETS
@@ -28,26 +29,37 @@ from billhook.units.units import UnitKind, Units
 
 @dataclass(frozen=True)
 class Planned:
-    """Holds what is carried out one after the other: a plan of units, one of blocks, if any go, and repaired weights."""
+    """Holds what is carried out in turn: plans of KV heads that merge, one of units, one of blocks, if any go, and weights.
+
+    Where heads merge, the parameters of the dense model are told besides.
+    """
 
     units: UnitPlan
     blocks: BlockPlan | None = None
     weights: Weights | None = None
+    merged: tuple[KVHeadPlan, ...] = ()
+    dense: int | None = None
 
     @property
-    def plans(self) -> list[UnitPlan | BlockPlan]:
-        """The plans, in their order."""
+    def cuts(self) -> list[UnitPlan | BlockPlan]:
+        """The plans by which something is removed, in their order."""
         return [self.units] if self.blocks is None else [self.units, self.blocks]
+
+    @property
+    def plans(self) -> list[KVHeadPlan | UnitPlan | BlockPlan]:
+        """The plans, in their order."""
+        return [*self.merged, *self.cuts]
 
     @property
     def parameters(self) -> tuple[int, int]:
         """The number of parameters, before and after."""
-        return self.units.parameters[0], self.plans[-1].parameters[1]
+        return self.dense or self.units.parameters[0], self.cuts[-1].parameters[1]
 
     @property
     def words(self) -> str:
-        """The words for what is removed."""
-        return ", ".join(plan.words for plan in self.plans if plan.units)
+        """The words for what is merged and removed."""
+        gone = ", ".join(plan.words for plan in self.cuts if plan.units)
+        return "; ".join([*(f"{plan.words}, merged" for plan in self.merged), *([gone] if gone else [])])
 
     @property
     def inside(self) -> tuple[dict[str, list[int]], list[UnitKind]]:

@@ -1,0 +1,284 @@
+"""KV heads merge or go, whichever loses less, within a budget of their cache: chosen, planned, repaired, saved."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.model.plan import apply_in_turn
+from billhook.pruning.amount import Amount
+from billhook.pruning.plan import UnitPlan
+from billhook.running.batches import Batch, runs_of
+from billhook.shrinking.divergence import Divergence
+from billhook.shrinking.held_out import divided
+from billhook.shrinking.levels import Place
+from billhook.shrinking.merging import merging, plans
+from billhook.shrinking.work import Work
+from kit.families import build, llama, tokens
+
+FEW = {"generations": 0, "importance": bh.WeightNorm()}
+LAYERS = range(3)
+
+
+def texts(rows=6, length=20):
+    torch.manual_seed(0)
+    return [Batch({"input_ids": tokens(rows, length)}, name) for name in ("one", "two") * 3]
+
+
+@torch.no_grad()
+def grouped(alike=LAYERS, idle=(), noise=1e-3, **changes):
+    """A Llama with four KV heads; in some layers pairs of them are nearly equal, in some the last two are for nothing."""
+    torch.manual_seed(1)
+    model = llama(num_hidden_layers=len(LAYERS), **changes)
+    model.lm_head.weight.mul_(4)
+    for number, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        attention.o_proj.weight.mul_(8)
+        attention.q_proj.weight.mul_(4)
+        for linear in (attention.k_proj, attention.v_proj) if number in alike else ():
+            heads = linear.weight.view(4, 4, -1)
+            heads[1::2] = heads[::2] + noise * heads.std() * torch.randn_like(heads[::2])
+        if number in idle:
+            attention.o_proj.weight[:, 16:] = 0
+    return model
+
+
+def logits(model):
+    torch.manual_seed(5)
+    with torch.no_grad():
+        return model(tokens()).logits
+
+
+def apart(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("layers", ["uniform", "free"])
+def test_heads_that_are_nearly_equal_merge_and_hardly_anything_changes(layers, tmp_path):
+    model = grouped()
+    before, parameters = logits(model), model.num_parameters()
+    shrunk = bh.shrink(model, texts(), kv_cache_bytes=0.5, layers=layers, repair=None, **FEW)
+    assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
+    assert set(shrunk.kept.values()) == {(4, 2)}
+    assert not shrunk.plan.units
+    assert [(plan.before, plan.after, len(plan.layers)) for plan in shrunk.merged] == [(4, 2, 3)]
+    assert model.model.layers[0].self_attn.q_proj.out_features == 32
+    assert parameters - model.num_parameters() == 3 * 2 * 2 * 4 * 32
+    assert apart(logits(model), before) < 0.01
+    assert shrunk.what == "4 -> 2 KV heads in 3 attentions, merged"
+    assert "4 -> 2 KV heads in 3 attentions (svd)" in str(shrunk)
+    assert "192 kv_cache_bytes left of at most 192" in str(shrunk)
+    assert shrunk.to_json()["merged"][0]["after"] == 2
+    bh.save(model, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+@pytest.mark.parametrize("layers", ["uniform", "free"])
+def test_heads_go_whose_query_heads_are_for_nothing(layers):
+    model = grouped(alike=(), idle=LAYERS)
+    before = logits(model)
+    shrunk = bh.shrink(model, texts(), kv_cache_bytes=0.5, layers=layers, repair=None, **FEW)
+    assert not shrunk.merged
+    assert {tuple(own) for own in shrunk.plan.units.values()} == {(4, 5, 6, 7)}
+    assert shrunk.what == "without 12 heads of 3 places"
+    assert apart(logits(model), before) < 1e-5
+
+
+def mixed(**options):
+    """A model in some layers of which heads merge to two, in one to one, while in another one heads go."""
+    model = grouped(alike=(0, 2), idle=(1,))
+    heads = model.model.layers[2].self_attn
+    with torch.no_grad():
+        for linear in (heads.k_proj, heads.v_proj):
+            linear.weight.copy_(linear.weight[:4].repeat(4, 1))
+    return model, bh.shrink(model, texts(), **FEW | {"kv_cache_bytes": 5 / 12, "layers": "free", "repair": None} | options)
+
+
+@pytest.mark.parametrize("repair", [None, bh.Repair()])
+def test_each_layer_has_its_own_way_and_the_model_is_saved(repair, tmp_path):
+    model, shrunk = mixed(repair=repair)
+    assert [now for _, now in shrunk.kept.values()] == [2, 2, 1]
+    assert [(plan.after, plan.layers) for plan in shrunk.merged] == [
+        (2, ("model.layers.0.self_attn",)),
+        (1, ("model.layers.2.self_attn",)),
+    ]
+    assert shrunk.plan.units == {"model.layers.1.self_attn": [4, 5, 6, 7]}
+    assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
+    assert sum(shrunk.measured.values()) < 1e-4
+    assert shrunk.what.endswith("; without 4 heads of 1 places")
+    bh.save(model, tmp_path / "out")
+    assert torch.equal(logits(bh.load(tmp_path / "out")), logits(model))
+
+
+@pytest.mark.parametrize("repair", [None, bh.Repair()])
+def test_all_layers_alike_are_what_convert_kv_heads_makes(repair):
+    model, batches = grouped(noise=0.3), texts(length=13)  # few enough that the search takes all
+    expected, (fitted, _) = copy.deepcopy(model), divided(batches)
+    shrunk = bh.shrink(model, batches, kv_cache_bytes=0.25, repair=repair, **FEW)
+    assert [plan.after for plan in shrunk.merged] == [1]
+    bh.convert_kv_heads(expected, 1, "svd", fitted, repair=repair)
+    assert model.state_dict().keys() == expected.state_dict().keys()
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert model.config.num_key_value_heads == expected.config.num_key_value_heads == 1
+
+
+def measured(model, layers="free", **options):
+    """A work that has been measured, with its batches."""
+    fitted, held_out = divided(texts())
+    work = Work.begun(model, Amount(kv_cache_bytes=0.5), layers == "uniform")
+    work.merges = options.pop("merges", True)
+    work.measure(fitted, held_out, bh.WeightNorm(), None, **options)
+    return work, fitted, held_out
+
+
+@pytest.mark.parametrize("kept", [2, 1])
+def test_a_variant_computes_what_convert_kv_heads_makes_of_that_layer(kept):
+    model, name = grouped(noise=0.3), "model.layers.1.self_attn"
+    work, fitted, held_out = measured(model)
+    converted = copy.deepcopy(model)
+    far = Divergence(converted, runs_of(converted, held_out))
+    bh.convert_kv_heads(converted, kept, "svd", fitted, layers=[name])
+    with work.library.assembled({f"{name} merged": kept}):
+        torch.testing.assert_close(logits(model), logits(converted), rtol=1e-4, atol=1e-4)
+    assert work.library.measured[f"{name} merged", kept] == pytest.approx(far.mean(), rel=1e-3)
+    assert (name, kept) in work.merging.chosen
+    assert work.losses[name][work.levels[name].index(kept)] == work.library.measured[f"{name} merged", kept]
+
+
+def test_a_level_that_loses_more_than_a_smaller_one_is_no_choice():
+    work, *_ = measured(grouped())
+    removal, *_ = measured(grouped(), merges=False)
+    for name, levels in removal.levels.items():
+        assert levels == (4, 3, 2, 1)
+        assert work.levels[name] == (4, 2, 1)
+        assert removal.losses[name][1] > work.losses[name][1]
+    assert {place.allowed for place in work.places} == {(4, 2, 1)}
+
+
+def test_of_alike_layers_it_is_decided_together():
+    """Two layers whose heads are equal outweigh one in which heads are for nothing."""
+    work, *_ = measured(grouped(alike=(0, 1), idle=(2,)), "uniform")
+    ways = {kept for _, kept in work.merging.chosen}
+    assert all({kept for name, kept in work.merging.chosen if name == place.name} == ways for place in work.places)
+    together = []
+    for names in ([place.name for place in work.places], [f"{place.name} merged" for place in work.places]):
+        work.library.instead.clear()
+        with work.library.assembled(dict.fromkeys(names, 2)):
+            together.append(work.divergence.mean())
+    assert (2 in ways) == (together[1] < together[0])
+
+
+@pytest.mark.parametrize("layers", ["uniform", "free"])
+def test_heads_merge_beside_a_block_that_goes(layers, tmp_path):
+    model = grouped()
+    block = model.model.layers[1]
+    with torch.no_grad():
+        block.mlp.down_proj.weight.zero_()
+        block.self_attn.o_proj.weight.zero_()
+    before = logits(model)
+    shrunk = bh.shrink(model, texts(), kv_cache_bytes=1 / 3, layers=layers, repair=bh.Repair(), **FEW)
+    assert shrunk.blocks.units == {"model.layers": [1]}
+    assert [now for _, now in shrunk.kept.values()] == [2, 0, 2]
+    assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
+    assert len(model.model.layers) == 2
+    assert apart(logits(model), before) < 0.01
+    assert shrunk.what.endswith("attentions, merged; without 1 of 3 blocks")
+    bh.save(model, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_repair_makes_up_for_both_ways_together():
+    lost = {}
+    for repair in (None, bh.Repair()):
+        model = grouped(alike=(0,), idle=(1,), noise=0.5)
+        shrunk = bh.shrink(model, texts(30), kv_cache_bytes=0.5, layers="free", repair=repair, **FEW)
+        assert shrunk.merged
+        assert shrunk.plan.units
+        lost[repair] = sum(shrunk.measured.values())
+    assert lost[bh.Repair()] < 0.8 * lost[None]
+
+
+def test_nothing_has_changed_where_carrying_it_out_fails(monkeypatch):
+    def fails(*given):
+        raise RuntimeError("it fails")
+
+    monkeypatch.setattr(UnitPlan, "apply", fails)
+    model = grouped(alike=(0, 2), idle=(1,))
+    before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    with pytest.raises(RuntimeError, match="it fails"):
+        bh.shrink(model, texts(), kv_cache_bytes=0.5, layers="free", repair=None, **FEW)
+    assert model.config.to_dict() == config
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert logits(model).isfinite().all()
+
+
+def test_optimizers_follow_and_restart_for_what_is_in_another_basis():
+    model = grouped()
+    optimizer = torch.optim.Adam(model.parameters())
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    work, fitted, _ = measured(model, "uniform")
+    assert (work.places[0].name, 2) in work.merging.chosen
+    planned = work.planned(fitted, None, {place.name: 2 for place in work.places})
+    assert planned.merged
+    apply_in_turn(model, planned.plans, [optimizer], planned.weights)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    held = {names[parameter] for group in optimizer.param_groups for parameter in group["params"]}
+    assert held == set(names.values())
+    for parameter, name in names.items():
+        state = optimizer.state.get(parameter, {})
+        assert bool(state) != ("self_attn" in name), name
+        assert all(one.shape == parameter.shape for key, one in state.items() if key != "step")
+
+
+def test_a_search_with_a_library_finds_the_same_again(tmp_path, monkeypatch):
+    options = {"kv_cache_bytes": 0.5, "layers": "free", "repair": None, **FEW}
+    first = bh.shrink(grouped(), texts(), library=tmp_path, **options)
+    monkeypatch.setattr(merging, "gather_each", None)  # nothing is run for it again
+    second = bh.shrink(grouped(), texts(), library=tmp_path, **options)
+    assert first.merged
+    assert first.to_json() == second.to_json()
+
+
+@pytest.mark.parametrize(("refused", "layers"), [("plans", "uniform"), ("watching", "free")])
+def test_where_heads_cannot_merge_they_go(layers, refused, monkeypatch):
+    def refuse(*given):
+        raise ValueError("that cannot be")
+
+    where, what = {"plans": (plans, "plan_kv_heads"), "watching": (merging, "gather_each")}[refused]
+    monkeypatch.setattr(where, what, refuse)
+    shrunk = bh.shrink(grouped(), texts(), kv_cache_bytes=0.5, layers=layers, repair=None, **FEW)
+    assert not shrunk.merged
+    assert shrunk.left == shrunk.limit
+    assert shrunk.what == f"without {shrunk.words}"
+
+
+def test_where_merging_saves_no_cache_heads_go():
+    """GPT-2's linears hand out few heads many times, so that its cache would not be smaller."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    shrunk = bh.shrink(model, texts(), kv_cache_bytes=0.5, repair=None, **FEW)
+    assert not shrunk.merged
+    assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi"])
+def test_other_families(family, tmp_path):
+    torch.manual_seed(0)
+    model = build(family)
+    shrunk = bh.shrink(model, texts(), kv_cache_bytes=0.5, **FEW)
+    assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
+    bh.save(model, tmp_path / "out")
+    assert torch.equal(logits(bh.load(tmp_path / "out")), logits(model))
+
+
+def test_many_heads_may_merge_to_few():
+    place = Place(("a",), "head", 32, tuple(range(32, 0, -1)), 1, merges=(16, 8, 4, 2, 1))
+    assert place.levels() == (32, 28, 24, 20, 16, 12, 8, 4, 2, 1)

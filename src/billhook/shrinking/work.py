@@ -144,8 +144,8 @@ class Work:
         own = {name: units[name] for place in self.places for name in place.names}
         self.scores = score(self.model, own, importance, fitted, per="kv_head")
         runs = [run_of(self.model, own, batch) for batch in fitted]
-        scores = self.scores | self.hidden.rank(importance, fitted, runs)
-        key = folder and key_of(self.model, [str(repair), self.search.amount.round_to], scores, [*fitted, *held_out])
+        self.hidden.rank(importance, fitted, runs)
+        key = folder and key_of(self.model, [str(repair), self.search.amount.round_to], self.scores, [*fitted, *held_out])
         self.library = Library(self.model, folder / key if folder and key else None, self.blocks.writers)
         fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair, self.advance)
         self.losses = {place.name: self._damages(place) for place in self.places}

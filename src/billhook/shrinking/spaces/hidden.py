@@ -80,10 +80,10 @@ class Hidden:
         """The hidden size as it is."""
         return self.units[self.name].count()
 
-    def rank(self, importance: Importance, fitted: Sequence[Any], runs: Sequence[Run]) -> dict[str, Tensor]:
-        """Scores residual channels, by the norms of their weights where the importance cannot; none where they all stay."""
+    def rank(self, importance: Importance, fitted: Sequence[Any], runs: Sequence[Run]) -> None:
+        """Ranks residual channels, by the norms of their weights where the importance cannot."""
         if not self.widths:
-            return {}
+            return
         own, model = {self.name: self.units[self.name]}, self.search.model
         try:
             scores = score(model, own, importance, fitted)
@@ -91,7 +91,6 @@ class Hidden:
             scores = score(model, own, WeightNorm())
         self._order = ranked(own[self.name], scores[self.name])
         self._energies = energies(model, own[self.name], runs)
-        return {HIDDEN: scores[self.name]}
 
     def gone(self, kept: Mapping[str, int]) -> dict[str, list[int]]:
         """Returns the residual channels that go, by the name of their place."""

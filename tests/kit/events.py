@@ -19,7 +19,7 @@ EVENTS = {
     "heads": lambda at: bh.HeadPruning(0.5, at=at, **FEW),
     "masked": lambda at: bh.HeadPruning(0.5, at=at, remove="never", **FEW),
     "structure": lambda at: bh.StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), at=at, **FEW),
-    "shrink": lambda at: bh.Shrink(kv_cache_bytes=0.5, generations=1, candidates=2, at=at, **FEW),
+    "shrink": lambda at: bh.Shrink(kv_cache_bytes=0.5, generations=1, candidates=2, repair=None, at=at, **FEW),
     "depth": lambda at: bh.DepthPruning(1, at=at, **FEW),
     "mean": lambda at: bh.KVHeadConversion(2, at=at, measure_batches=FEW["measure_batches"]),
     "svd": lambda at: bh.KVHeadConversion(2, at=at, method="svd", **FEW),
@@ -43,12 +43,14 @@ class OneOf:
 
 # blocks; rows of query, key and up projections; gated attentions; share of zeros
 DENSE = (2, 16, 16, 24, 0, 0.0)
+# of shrink, by what its event says: KV heads merge, a block goes, or KV heads go with their query heads
+WAYS = {"merged": (2, 16, 8, 24, 0, 0.0), "blocks": (1, 16, 16, 24, 0, 0.0), "heads": (2, 8, 8, 24, 0, 0.0)}
 AFTER = {
     "wanda": (2, 16, 16, 24, 0, 0.5),
     "heads": (2, 8, 8, 24, 0, 0.0),
     "masked": (2, 16, 16, 24, 2, 0.0),
     "structure": (2, 8, 8, 12, 0, 0.0),
-    "shrink": OneOf((2, 8, 8, 24, 0, 0.0), (2, 16, 8, 24, 0, 0.0)),  # heads go, or merge, whichever loses less
+    "shrink": OneOf(*WAYS.values()),  # whichever loses least
     "depth": (1, 16, 16, 24, 0, 0.0),
     "mean": (2, 16, 8, 24, 0, 0.0),
     "svd": (2, 16, 8, 24, 0, 0.0),
@@ -128,6 +130,8 @@ def fit(folder, event, at=2, lit=None, more=(), train=None, max_steps=4, **optio
     watch.check(event, 0 if at == "start" else at)
     assert figures(lit) == END[event]
     assert [one["step"] for one in callback.events] == [0 if at == "start" else at]
+    if event == "shrink":
+        assert figures(lit) == WAYS[next(way for way in WAYS if way in callback.events[0]["what"])]
     return lit, callback, watch
 
 

@@ -104,7 +104,7 @@ def repair_linears(
 
     Returns:
         By linear, its weight, zero for removed inputs, and its bias, if any: in its own dtype and layout. One with fewer tokens
-        than kept inputs is not refitted, and a warning names it if it loses some.
+        than kept inputs is not refitted, and a warning names it.
 
     Raises:
         ValueError: If masks, batches, inputs or given parameters do not fit, or one of these is called more than once in a run.
@@ -218,10 +218,11 @@ def _too_few(first: str) -> str:
 
 
 def _warn_of(left: Mapping[str, bool], kept: Mapping[str, Tensor]) -> None:
-    """Warns about linears that have lost inputs and were not refitted."""
+    """Warns about linears that were not refitted, those that have lost inputs and those that have not."""
     if all(left.values()):
         raise ValueError(_too_few(next(iter(left))))
-    names = [name for name, is_left in left.items() if is_left and not kept[name].all()]
-    if names:
-        what = f"{len(names)} linears, which are cut and not refitted: {', '.join(names)}"
-        warnings.warn(f"too few tokens have come to {what}", stacklevel=3)
+    cut = [name for name, is_left in left.items() if is_left and not kept[name].all()]
+    whole = [name for name, is_left in left.items() if is_left and kept[name].all()]
+    for names, what in ((cut, "are cut and not refitted"), (whole, "stay as they are")):
+        if names:
+            warnings.warn(f"too few tokens have come to {len(names)} linears, which {what}: {', '.join(names)}", stacklevel=3)

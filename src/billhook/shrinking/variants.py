@@ -59,7 +59,12 @@ def fill_library(
     missing = {p.name: [one for one in levels[p.name] if one < p.count and (p.name, one) not in library.errors] for p in places}
     places = [place for place in places if missing[place.name]]
     parts, held_out = how.parts([run.source for run in runs], None, model.device)
-    for some in _passes(model, places, units, max(parts) + 1):
+
+    def size(place: Place) -> int:
+        widths = [matrix_of(model.get_submodule(name))[0].shape[1] for name in _linears(place, units)]
+        return sum(8 * (max(parts) + 1) * width**2 for width in widths)
+
+    for some in passes(places, size):
         own = {name: units[name] for place in some for name in place.names}
         moments = _moments(model, own, runs, parts)
         for place in some:
@@ -141,16 +146,19 @@ def _linears(place: Place, units: Mapping[str, Units]) -> list[str]:
     return list(dict.fromkeys(reader for name in place.names for reader in units[name].readers))
 
 
-def _passes(model: PreTrainedModel, places: Sequence[Place], units: Mapping[str, Units], parts: int) -> Iterator[list[Place]]:
-    """Yields places whose moments fit into memory together."""
+def passes(places: Sequence[Place], size: Callable[[Place], int]) -> Iterator[list[Place]]:
+    """Yields places whose moments fit into memory together.
+
+    Args:
+        places: The places.
+        size: Returns how many bytes the moments of a place take.
+    """
     some, used = list[Place](), 0
     for place in places:
-        widths = [matrix_of(model.get_submodule(name))[0].shape[1] for name in _linears(place, units)]
-        size = sum(8 * parts * width**2 for width in widths)
-        if some and used + size > BYTES:
+        if some and used + size(place) > BYTES:
             yield some
             some, used = [], 0
-        some, used = [*some, place], used + size
+        some, used = [*some, place], used + size(place)
     if some:
         yield some
 

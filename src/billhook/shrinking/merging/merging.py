@@ -1,6 +1,6 @@
 """Finds where KV heads may merge, makes the variants in which they do, and takes these where they lose less than removal."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,9 +18,8 @@ from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
 from billhook.shrinking.library import Library
 from billhook.shrinking.merging.plans import METHOD, Merged, plans_of
+from billhook.shrinking.variants import passes
 
-BYTES = 2**31
-"""How much the second moments take that are held at a time; there are as many passes over the batches as that needs."""
 Scale = tuple[list[Place], dict[str, tuple[int, ...]], dict[str, list[float]]]
 """Places, and by place the numbers of units that it may keep, and what it loses at each."""
 
@@ -54,7 +53,7 @@ class Merging:
         own, library = self.attentions, self.library
         trials = [batch if isinstance(batch, Run) else own.trial(batch) for batch in batches]
         missing = {p.name: [kept for kept in self.able.get(p.name, ()) if (held(p), kept) not in library.errors] for p in places}
-        for some in _passes(own, [place for place in places if missing[place.name]], missing):
+        for some in passes([p for p in places if missing[p.name]], lambda place: _size(own, place, missing[place.name])):
             numbers = {name: missing[place.name] for place in some for name in place.names}
             try:
                 moments = gather_each(own.model, {name: own.places[name] for name in numbers}, numbers, trials)
@@ -173,15 +172,7 @@ def _is_better(
     return found[0] < found[1]
 
 
-def _passes(own: Attentions, places: Sequence[Place], numbers: Mapping[str, Sequence[int]]) -> Iterator[list[Place]]:
-    """Yields places whose moments fit into memory together."""
-    some, used = list[Place](), 0
-    for place in places:
-        widths = [rows.index.size for name in place.names for rows in (own.places[name].k, own.places[name].v)]
-        size = sum(8 * width**2 // number for width in widths for number in numbers[place.name])
-        if some and used + size > BYTES:
-            yield some
-            some, used = [], 0
-        some, used = [*some, place], used + size
-    if some:
-        yield some
+def _size(own: Attentions, place: Place, numbers: Sequence[int]) -> int:
+    """Returns how many bytes the moments of a place take, for each number of KV heads."""
+    widths = [rows.index.size for name in place.names for rows in (own.places[name].k, own.places[name].v)]
+    return sum(8 * width**2 // number for width in widths for number in numbers)

@@ -10,6 +10,8 @@ from peft import LoraConfig
 
 import billhook as bh
 from billhook.checkpoints.export import export
+from billhook.shrinking import work
+from billhook.shrinking.levels import find_places
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
 from kit.weight_pruning import checkpoints
@@ -56,6 +58,22 @@ def test_it_happens_at_its_step_and_training_goes_on(files, tmp_path, at, step):
     assert [event["step"] for event in callback.events] == [step]
     assert all(torch.isfinite(value).all() for value in weights(lit).values())
     assert not {"log", "on_save_checkpoint", "on_load_checkpoint"} & vars(lit).keys()
+
+
+@pytest.mark.parametrize(("at", "changed", "times"), [("start", False, 1), ("start", True, 2), (1, False, 2)])
+def test_a_model_that_is_the_same_at_the_event_is_looked_at_once(files, tmp_path, monkeypatch, at, changed, times):
+    class Changes(pl.Callback):
+        """Changes a weight between setup and the event."""
+
+        def on_fit_start(self, trainer, pl_module):
+            pl_module.model.model.layers[0].mlp.down_proj.weight.data.mul_(2.0)
+
+    calls = []
+    monkeypatch.setattr(work, "find_places", lambda *given: calls.append(given) or find_places(*given))
+    callback = shrinking(kv_cache_bytes=0.5, at=at, importance=bh.WeightNorm(), repair=None, generations=0)
+    trainer(tmp_path, [*([Changes()] if changed else []), callback], max_steps=2).fit(module(), data(files))
+    assert callback.shrunk.left == callback.shrunk.limit
+    assert len(calls) == times
 
 
 @pytest.mark.parametrize(

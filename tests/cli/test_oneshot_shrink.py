@@ -10,7 +10,9 @@ import billhook as bh
 from billhook.cli.main import main
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.text import Examples
+from billhook.shrinking import work
 from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking.levels import find_places
 from kit.cli import blocks, option, small_llama, tokenizer
 from kit.cli import pytestmark as quiet
 from kit.shaped import bert
@@ -45,6 +47,14 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys):
     assert record["damage"]
     assert f"- without {plan.words}: {record['shrink']['left']:,} params left" in (tmp_path / "out" / "README.md").read_text()
     assert record["shrink"]["layers"] == "uniform"
+
+
+def test_the_model_is_looked_at_once(small, files, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(work, "find_places", lambda *given: calls.append(given) or find_places(*given))
+    options = ["--kv_cache_bytes", "0.5", "--importance", "WeightNorm", "--repair", "null"]
+    main(["shrink", str(small), str(tmp_path / "out"), *options, *SHORT, *option(files)])
+    assert len(calls) == 1
 
 
 def test_a_budget_in_quality(small, files, tmp_path, capsys):
@@ -108,6 +118,8 @@ def test_whole_blocks_are_in_the_record_the_table_and_the_card(small, files, tmp
         (["--params", "0.9", "--recover", "-1"], "recover=-1 must be a whole number of at least 0"),
         (["--params", "0.9", "--recover", "2", "--recover_lr", "0"], "recover_lr=0.0 must be a number above 0"),
         (["--params", "0.9", "--max_loss", "1.1"], "params and max_loss: give one budget"),
+        (["--params", "0.9", "--library", __file__], "test_oneshot_shrink.py' must be a folder"),
+        (["--params", "0.9", "--seed", "-1"], "seed=-1 must be a whole number of at least 0"),
         (["--params", "0.9", "--plot", "curve.gif"], "plot='curve.gif' must be a file that ends in .png"),
     ],
 )

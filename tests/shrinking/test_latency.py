@@ -12,6 +12,7 @@ from billhook.running.batches import Batch
 from billhook.shrinking.latency import search
 from billhook.shrinking.latency.table import Clock, timed
 from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking.spaces import hidden
 from billhook.shrinking.work import Work
 from kit.families import BERT, T5, llama, tokens
 
@@ -73,7 +74,7 @@ def same(model, before):
 def test_places_cost_what_the_machine_takes():
     model = model_of()
     before, shape = {name: value.clone() for name, value in model.state_dict().items()}, model.config.to_dict()
-    work = Work.begun(model, Amount(params=0.999), uniform=False)
+    work = Work.begun(model, Amount(params=0.999), uniform=False, timed=True)
     priced = timed(work, 0.8, Clock(model, machine(channel=3e-5, head=2e-4), "something"))
     assert (priced.target, priced.now) == ("latency", round(1e9 * seconds(model, 3e-5, 2e-4)))
     assert priced.limit == int(0.8 * priced.now)
@@ -91,7 +92,7 @@ def test_places_cost_what_the_machine_takes():
 
 def test_levels_between_those_that_are_measured_and_times_that_do_not_fall():
     model = model_of()
-    work = Work.begun(model, Amount(params=0.999), uniform=False)
+    work = Work.begun(model, Amount(params=0.999), uniform=False, timed=True)
     steps = {48: 1.0, 42: 1.0, 36: 0.9, 30: 0.95, 24: 0.8, 18: 0.7, 12: 0.6, 6: 0.5}
 
     def measure(models):
@@ -121,6 +122,15 @@ def test_a_budget_is_used_up_and_the_model_timed_beside_the_dense_one(layers, cl
     assert f"of the dense model's {1e3 * now:.4g} ms: writing a token" in str(shrunk)
     assert any(line.split()[:2] == ["ns", "predicted"] for line in str(shrunk).splitlines())
     assert shrunk.curve[-1].left == round(1e9 * now)
+
+
+def test_hidden_sizes_are_not_looked_at(clock, monkeypatch):
+    monkeypatch.setattr(hidden, "_width", None)
+    clock()
+    shrunk = bh.shrink(model_of(), texts(), latency=0.9, **FEW)
+    assert shrunk.hidden_stays == "it is left as it is for a budget of time"
+    with pytest.raises(TypeError, match="not callable"):
+        Work.begun(model_of(), Amount(params=0.9), uniform=True)
 
 
 def test_a_block_that_computes_nothing_goes_first(clock):
@@ -208,7 +218,7 @@ def test_workloads_are_legal_and_decided_for_a_model():
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_a_real_clock_gives_figures(phase):
     model = model_of()
-    work = Work.begun(model.train(), Amount(params=0.9), uniform=True)
+    work = Work.begun(model.train(), Amount(params=0.9), uniform=True, timed=True)
     own = Workload(phase, context=8, new_tokens=2, rounds=2).of(model.eval())
     priced = timed(work, 1 - 1e-9, Clock(model, own.seconds, str(own)))
     assert priced.now > 0

@@ -1,6 +1,6 @@
 """Searches at a given step of a fit for the smaller model that loses least, and goes on with it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear
+from billhook.model.memory import sight
 from billhook.model.plan import apply_in_turn
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
@@ -28,6 +29,7 @@ from billhook.pruning.planning import plan_units
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run, run_with_loss
 from billhook.shrinking.held_out import divided, to_search
+from billhook.shrinking.library import key_of
 from billhook.shrinking.shrink import Layers, budget, check_search
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
@@ -109,6 +111,7 @@ class Shrink(ShapeCallback):
         """Forgets what was found."""
         super().reset()
         self.shrunk: Shrunk | None = None
+        self._known: dict[Hashable, Work] = {}
 
     @property
     def state_key(self) -> str:
@@ -139,6 +142,7 @@ class Shrink(ShapeCallback):
         metrics, model = self.measured(trainer, pl_module), find_transformer(pl_module)
         with together(trainer, "Shrink"):
             work = self._begun(model)
+            self._known.clear()
             with taken_off(model):
                 found = self._search(trainer, pl_module, work)
             agreed = [*(plan.to_json() for plan in found.planned.plans), found.planned.weights]
@@ -151,13 +155,17 @@ class Shrink(ShapeCallback):
         log_event(trainer, event)
 
     def _begun(self, model: PreTrainedModel) -> Work:
-        """Finds what may be removed beneath adapters; refuses a budget that cannot be met, and adapters that have learned."""
+        """Finds what may be removed beneath adapters; refuses a budget that cannot be met, and adapters that have learned.
+
+        What is found in `setup` is there once more at the event, if the model is then the same to the last bit.
+        """
         if late := [name for name, layer in adapted(model).items() if not adds_nothing(layer)]:
             raise ValueError(f"Shrink: the adapter of {late[0]} is not plain LoRA, or has learned something: merge it (bh.merge)")
         merges = not adapted(model)
         with taken_off(model):
-            work = Work.begun(model, self.amount, self.layers == "uniform")
-        work.merges = merges
+            seen = _seen(model) if self.at == "start" else None  # training changes it in any case
+            work = self._known.pop(seen, None) or Work.begun(model, self.amount, self.layers == "uniform")
+        self._known, work.merges = {seen: work} if seen is not None else {}, merges
         return work
 
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, work: Work) -> Found:
@@ -182,6 +190,12 @@ class Shrink(ShapeCallback):
         apply_in_turn(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
         before, after = planned.parameters
         return f"{before:,} -> {after:,} parameters ({planned.words}; Shrink)"
+
+
+def _seen(model: PreTrainedModel) -> Hashable | None:
+    """Returns what tells a model in its shape and with its values; None if something may decide it that cannot be seen."""
+    seen = sight(model)
+    return None if seen is None else (id(model), seen, key_of(model, None, {}, ()))
 
 
 def _above(model: PreTrainedModel, planned: Planned) -> Iterator[UnitPlan | BlockPlan]:

@@ -18,7 +18,7 @@ from billhook.pruning.amount import TARGETS, Amount
 from billhook.repairs.repair import Repair
 from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.latency.search import fast_enough
-from billhook.shrinking.latency.table import clock_of, timed
+from billhook.shrinking.latency.table import Clock, clock_of, timed
 from billhook.shrinking.latency.workload import Workload
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
@@ -114,31 +114,58 @@ def shrink(
     annotated(shrink, locals())
     whole("seed", seed, 0)
     check_search(generations, candidates)
-    if library is not None:
-        a_path("library", library)
-        if Path(library).exists() and not Path(library).is_dir():
-            raise ValueError(f"library='{library}' must be a folder, or a name that is free")
+    check_library(library)
     if workload is not None and latency is None:
         raise ValueError(f"workload={workload!r} is what latency is measured of, and latency=None")
     amount = budget(params, kv_cache_bytes, bytes, max_loss, latency, first, last, round_to)
     subject = find_transformer(model)
     check_values(subject)
-    clock = None if latency is None else clock_of(subject, workload)
-    work = Work.begun(subject, amount, layers == "uniform")
-    work.progress, work.steps = progress, work.most_steps(generations, candidates)
-    fitted, held_out = divided(list(batches_of(batches, subject)))
-    if clock is not None and latency is not None:
-        work = timed(work, latency, clock)
+    clock = None if latency is None else (latency, clock_of(subject, workload))
+    work = Work.begun(subject, amount, layers == "uniform", timed=latency is not None)
+    work.progress = progress
+    return shrink_begun(work, batches, max_loss, clock, importance or OBS(), repair, generations, candidates, library, seed)
+
+
+def shrink_begun(
+    work: Work,
+    batches: Batches | None,
+    max_loss: float | None,
+    latency: tuple[float, Clock] | None,
+    importance: Importance,
+    repair: Repair | None,
+    generations: int,
+    candidates: int,
+    library: str | Path | None,
+    seed: int,
+) -> Shrunk:
+    """Makes a model smaller as `shrink` does, which says what is given, once a work has begun for a budget.
+
+    A budget of time comes with the clock that it is measured by.
+    """
+    work.steps = work.most_steps(generations, candidates)
+    fitted, held_out = divided(list(batches_of(batches, work.model)))
+    if latency is not None:
+        work = timed(work, *latency)
     searched, folder = to_search(fitted, work.widest), None if library is None else Path(library)
-    work.measure(searched, held_out, importance or OBS(), repair, folder)
-    how = fitted, repair, partial(work.chosen, generations, candidates, seed)
-    if clock is not None and latency is not None:
-        found = fast_enough(work, latency, clock, *how)
+    work.measure(searched, held_out, importance, repair, folder)
+    choosing = partial(work.chosen, generations, candidates, seed)
+    if latency is not None:
+        found = fast_enough(work, *latency, fitted, repair, choosing)
+    elif max_loss is not None:
+        found = smallest(work, max_loss, held_out, fitted, repair, choosing)
     else:
-        found = Found.within(work, *how) if max_loss is None else smallest(work, max_loss, held_out, *how)
+        found = Found.within(work, fitted, repair, choosing)
     work.compare(searched)
-    apply_in_turn(subject, found.planned.plans, weights=found.planned.weights)
+    apply_in_turn(work.model, found.planned.plans, weights=found.planned.weights)
     return work.finished(found.planned, found.kept, found.curve, found.tried, found.ratio, found.times)
+
+
+def check_library(library: str | Path | None) -> None:
+    """Refuses what is no folder, nor free to become one."""
+    if library is not None:
+        a_path("library", library)
+        if Path(library).exists() and not Path(library).is_dir():
+            raise ValueError(f"library='{library}' must be a folder, or a name that is free")
 
 
 def check_search(generations: int, candidates: int) -> None:

@@ -81,14 +81,14 @@ class Work:
     merging: Merging | None = None
 
     @classmethod
-    def begun(cls, model: PreTrainedModel, amount: Amount, uniform: bool) -> "Work":
-        """Finds places, levels, blocks and hidden sizes; refuses a budget that cannot be reached."""
+    def begun(cls, model: PreTrainedModel, amount: Amount, uniform: bool, timed: bool = False) -> "Work":
+        """Finds places, levels, blocks, and hidden sizes except for a budget of time; refuses a budget that cannot be reached."""
         search, target = Search(model, amount), amount.target or ""
         limit = search.limit(target)
         now = int(getattr(search.now, target))
         places = find_places(search, target)
         blocks = find_blocks(search, target, places)
-        hidden = find_hidden(search, target, places, blocks, uniform)
+        hidden = find_hidden(search, "latency" if timed else target, places, blocks, uniform)
         work = cls(model, search, target, now, limit, uniform, places, blocks, hidden)
         work.divide(getattr(amount, target))
         return work

@@ -10,6 +10,7 @@ from billhook.cli.oneshot.frame import Before, OneShot, bar, shown
 from billhook.cli.oneshot.recovery import Recovery
 from billhook.cli.oneshot.text import Examples
 from billhook.importance.base import Importance
+from billhook.importance.obs import OBS
 from billhook.repairs.repair import Repair
 from billhook.report.plot_curve import plot_curve
 from billhook.report.speed import Phase
@@ -17,8 +18,7 @@ from billhook.running.batches import Batch
 from billhook.shrinking.divergence import mean_of
 from billhook.shrinking.latency.table import clock_of
 from billhook.shrinking.latency.workload import Workload
-from billhook.shrinking.shrink import Layers, budget, check_search
-from billhook.shrinking.shrink import shrink as shrink_model
+from billhook.shrinking.shrink import Layers, budget, check_library, check_search, shrink_begun
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.work import Work
 
@@ -87,6 +87,8 @@ def shrink(
         ValueError: If an argument is not legal, or the budget cannot be reached; before anything is written.
     """
     check_search(generations, candidates)
+    check_library(library)
+    whole("seed", given.seed, 0)
     if plot is not None:
         check_file("plot", plot, ".png")
     limits = budget(params, kv_cache_bytes, bytes, max_loss, latency, first, last, round_to)
@@ -96,32 +98,12 @@ def shrink(
     work = OneShot(model, out, given, refits=repair is not None)
     if recovery.recover:
         recovery.task_of(work.model)
-    Work.begun(work.model, limits, layers == "uniform")
-    if latency is not None:
-        clock_of(work.model, workload)
+    clock = None if latency is None else (latency, clock_of(work.model, workload))
+    begun = Work.begun(work.model, limits, layers == "uniform", timed=latency is not None)
     batches, before = work.batches(), work.measure()
     with bar("shrinking", "steps") as progress:
-        shrunk = shrink_model(
-            work.model,
-            batches,
-            params=params,
-            kv_cache_bytes=kv_cache_bytes,
-            bytes=bytes,
-            max_loss=max_loss,
-            latency=latency,
-            layers=layers,
-            importance=importance,
-            repair=repair,
-            first=first,
-            last=last,
-            round_to=round_to,
-            generations=generations,
-            candidates=candidates,
-            library=library,
-            workload=None if latency is None else workload,
-            seed=given.seed,
-            progress=progress,
-        )
+        begun.progress, scored = progress, importance or OBS()
+        shrunk = shrink_begun(begun, batches, max_loss, clock, scored, repair, generations, candidates, library, given.seed)
     how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}
     what = f"{shrunk.what}: {shrunk.budget}"
     what += f"; {recovery.recover:,} steps of recovery" if recovery.recover else ""

@@ -20,7 +20,6 @@ from billhook.running.undisturbed import undisturbed
 from billhook.shrinking.latency.workload import Workload
 from billhook.shrinking.levels import Place, cut_of
 from billhook.shrinking.shrunk import Times
-from billhook.shrinking.spaces.hidden import Hidden
 from billhook.shrinking.work import Work
 
 Seconds = Callable[[Sequence[PreTrainedModel]], Sequence[Sequence[float]]]
@@ -67,7 +66,7 @@ def timed(work: Work, most: float, clock: Clock) -> Work:
     """Returns the work within a budget of time, a fraction of the dense model's, with what places cost by the clock.
 
     Args:
-        work: The work, begun.
+        work: The work, begun for a budget of time.
         most: The fraction.
         clock: Measures each level of places of one shape.
 
@@ -90,8 +89,7 @@ def timed(work: Work, most: float, clock: Clock) -> Work:
         priced |= {place.name: _priced(place, [times.ratio for times in own], now / len(same)) for place in same}
     places = [priced[place.name] for place in work.places]
     blocks = work.blocks.priced(_timed_blocks(work, clock, now), places)
-    hidden = Hidden(work.search, why="it is left as it is for a budget of time")
-    new = replace(work, target="latency", now=now, limit=int(most * now), places=places, blocks=blocks, hidden=hidden)
+    new = replace(work, target="latency", now=now, limit=int(most * now), places=places, blocks=blocks)
     new.divide(most)
     return new
 

@@ -164,7 +164,7 @@ def find_hidden(search: Search, target: str, places: Sequence[Place], blocks: Bl
     """Finds the hidden sizes that a model could have; where layers stay alike, those that its config can say."""
     model = search.model
     if target not in TARGETS:
-        return Hidden(search, why=f"it is left as it is for a budget of {target}")
+        return Hidden(search, why=f"it is left as it is for a budget of {'time' if target == 'latency' else target}")
     try:
         every = units_of(model, search.structure, [*search.amount.kinds, "residual"])
         names = [name for name, one in every.items() if one.kind == "residual"]

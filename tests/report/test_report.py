@@ -34,6 +34,23 @@ def test_kv_cache_is_keys_and_values_of_every_layer(heads, dtype):
     assert (summary(model).query_heads, summary(model).kv_heads) == (4, heads)
 
 
+@pytest.mark.parametrize("window", [3, 300])
+def test_a_cache_of_a_window_counts_as_if_it_was_not_yet_full(window):
+    text = SIZES | {"max_position_embeddings": 512, "head_dim": 6, "num_key_value_heads": 2}
+    text["sliding_window"] = window
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**text, layer_types=kinds))
+    assert summary(model).kv_cache_bytes == 2 * 3 * 2 * 6 * 4
+    mistral = transformers.MistralForCausalLM(transformers.MistralConfig(**text))
+    assert summary(mistral).kv_cache_bytes == 2 * 3 * 2 * 6 * 4
+
+
+def test_states_that_do_not_grow_are_no_cache_of_tokens():
+    kinds = ["conv", "full_attention", "conv"]
+    config = transformers.Lfm2Config(**SIZES, num_key_value_heads=2, max_position_embeddings=64, layer_types=kinds)
+    assert summary(transformers.Lfm2ForCausalLM(config)).kv_cache_bytes == 2 * 2 * 4 * 4
+
+
 def test_other_families():
     text = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0}
     gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**text, n_embd=16, n_layer=3, n_head=4, n_positions=64))

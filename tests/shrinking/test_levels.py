@@ -17,7 +17,7 @@ def places_of(model, **amount):
 
 
 @pytest.mark.parametrize("target", ["params", "bytes", "kv_cache_bytes"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi", "gemma2"])
 def test_units_cost_what_their_removal_saves(family, target):
     model = build(family)
     search, places = places_of(model, **{target: 0.5})

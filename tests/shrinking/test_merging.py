@@ -269,11 +269,14 @@ def test_where_merging_saves_no_cache_heads_go():
     assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
 
 
-@pytest.mark.parametrize("family", ["qwen3", "phi"])
-def test_other_families(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "layers"), [("qwen3", "uniform"), ("phi", "uniform"), ("gemma2", "uniform"), ("gemma2", "free")]
+)
+def test_other_families(family, layers, tmp_path):
+    """One of them attends to all tokens in one layer, and to a few in the other."""
     torch.manual_seed(0)
     model = build(family)
-    shrunk = bh.shrink(model, texts(), kv_cache_bytes=0.5, **FEW)
+    shrunk = bh.shrink(model, texts(), kv_cache_bytes=0.5, layers=layers, **FEW)
     assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
     bh.save(model, tmp_path / "out")
     assert torch.equal(logits(bh.load(tmp_path / "out")), logits(model))

@@ -1,4 +1,4 @@
-"""The costs of a model of a shape: parameters, bytes, key/value cache, operations; the last two from a run on meta tensors."""
+"""The costs of a model of a shape: parameters, bytes, key/value cache, operations; the last two from runs on meta tensors."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,8 @@ class Figures:
     Attributes:
         params: Parameters; tied ones count once.
         bytes: Bytes of all parameters.
-        kv_cache_bytes: Bytes that the key/value cache grows by with each token, in the dtype of the weights; None without one.
+        kv_cache_bytes: Bytes that the key/value cache grows by with each token, until sliding windows are full, in the dtype of
+            the weights; None without one.
         flops: Floating-point operations of the forward pass, per token, at `context` tokens; None where it does not run on meta.
         context: Tokens for which `flops` holds.
     """
@@ -42,13 +43,16 @@ def figures_of(model: PreTrainedModel) -> Figures:
     parameters = list(model.parameters())
     config = model.config.get_text_config(decoder=True)
     context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
-    cache, flops = remembered(partial(_run_on_meta, model, context), model, "figures", context)
+    flops = remembered(partial(_flops_on_meta, model, context), model, "flops", context)
     params, size = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
-    return Figures(params, size, cache, flops, context)
+    return Figures(params, size, kv_cache_bytes(model), flops, context)
 
 
 def kv_cache_bytes(model: PreTrainedModel) -> int | None:
-    """Counts the bytes of transformers' key/value cache per token; None without one, or where the code does not run on meta."""
+    """Counts the bytes that the key/value cache of transformers grows by with a token; None without one, or not run on meta.
+
+    It is what a second token adds, so that states that do not grow do not count, and sliding windows, not yet full, do.
+    """
     return remembered(partial(_cache_on_meta, model), model, "kv_cache_bytes")
 
 
@@ -56,24 +60,24 @@ def _cache_on_meta(model: PreTrainedModel) -> int | None:
     if model.main_input_name != "input_ids":
         return None
     try:
-        return _forward(meta_copy(model), 1) or None
+        shadow = meta_copy(model)
+        return _forward(shadow, 2) - _forward(shadow, 1) or None
     except CANNOT_RUN:
         return None
 
 
-def _run_on_meta(model: PreTrainedModel, context: int) -> tuple[int | None, int | None]:
-    """Counts KV-cache bytes and FLOPs per token; None where the model cannot run on meta or has no such cache."""
+def _flops_on_meta(model: PreTrainedModel, context: int) -> int | None:
+    """Counts FLOPs per token; None where the model cannot run on meta."""
     if model.main_input_name != "input_ids":
-        return None, None
+        return None
     try:
         shadow = meta_copy(model)
-        short = _forward(shadow, context // 2)
         with FlopCounterMode(display=False) as counter:
-            long = _forward(shadow, context)
+            _forward(shadow, context)
     except CANNOT_RUN:
-        return None, None
-    grown = (long - short) // (context - context // 2)
-    return grown or None, counter.get_total_flops() // context
+        return None
+    total: int = counter.get_total_flops()
+    return total // context
 
 
 def meta_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -26,7 +26,8 @@ class Summary:
         bytes: Bytes of all parameters.
         query_heads: Query heads of a layer, where all layers have the same number.
         kv_heads: Key/value heads of a layer, where all layers have the same number.
-        kv_cache_bytes: Bytes that the key/value cache grows by with each token, in the dtype of the weights.
+        kv_cache_bytes: Bytes that the key/value cache grows by with each token, until sliding windows are full, in the dtype of
+            the weights.
         flops: Floating-point operations of the forward pass, per token, at `context` tokens.
         context: Tokens for which `flops` holds.
     """

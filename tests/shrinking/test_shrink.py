@@ -9,6 +9,8 @@ from billhook.running.batches import Batch, runs_of
 from billhook.shrinking import variants
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.held_out import divided
+from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking.work import Work
 from kit.families import BERT, T5, build, llama, tokens
 
 FEW = {"generations": 2, "candidates": 3}
@@ -156,6 +158,17 @@ def test_a_classifier_and_an_encoder_with_a_decoder():
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)).eval()
     rows = [{"input_ids": tokens(8, 16), "labels": tokens(8, 10)} for _ in range(4)]
     assert bh.shrink(t5, rows, params=0.97, **FEW).left == t5.num_parameters()
+
+
+@pytest.mark.parametrize("budget", [{"params": 0.8}, {"latency": 0.8}, {"max_loss": 1.1}])
+def test_too_few_tokens_for_any_refit_are_refused_before_anything_is_measured(budget, monkeypatch):
+    monkeypatch.setattr(Work, "measure", None)
+    monkeypatch.setattr(Workload, "seconds", None)
+    batches = [{"input_ids": tokens(1, 2)}] * 3
+    with pytest.raises(ValueError, match="batches: too few tokens that .*o_proj, which is given 4 and needs 8 at least"):
+        bh.shrink(trained(), batches, **budget)
+    with pytest.raises(TypeError, match="not callable"):
+        bh.shrink(trained(), batches, repair=None, **budget)
 
 
 @pytest.mark.parametrize(

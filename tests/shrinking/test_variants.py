@@ -13,7 +13,7 @@ from billhook.shrinking.damages import damages, groups, make_slots, probes
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import find_places, gone
 from billhook.shrinking.library import Library, key_of
-from billhook.shrinking.variants import fill_library
+from billhook.shrinking.variants import check_enough, fill_library
 from kit.families import build, llama, tokens
 
 TINY = bh.Repair(ridges=[1e-4])
@@ -184,3 +184,17 @@ def test_another_model_batch_or_setting_has_another_library():
     keys.append(key_of(model, "s", scores, batches))
     assert keys[0] == keys[1]
     assert len(set(keys)) == 5
+
+
+def test_batches_are_enough_where_a_linear_gets_as_many_tokens_as_it_reads_at_its_lowest_level():
+    search = Search(llama(), Amount(params=0.5))
+    places = find_places(search, "params")
+    padded = {"input_ids": tokens(2, 5), "attention_mask": torch.arange(5).expand(2, 5).lt(2).long()}
+    check_enough(search, places, [{"input_ids": tokens(1, 6)}])  # six of 48 channels
+    check_enough(search, places, [padded, {"input_ids": tokens(1, 2)}])
+    heads = [place for place in places if place.kind == "head"]
+    for own, batches, given in ((places, tokens(1, 5), 5), (places, padded, 4), (heads, tokens(1, 6), 6)):
+        batch = batches if isinstance(batches, dict) else {"input_ids": batches}
+        with pytest.raises(ValueError, match=f"too few tokens that .*0.self_attn.o_proj, which is given {given} and needs 8 at"):
+            check_enough(search, own, [batch])
+    assert not any(module._forward_pre_hooks for module in search.model.modules())

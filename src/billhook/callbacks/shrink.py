@@ -34,6 +34,7 @@ from billhook.shrinking.shrink import Layers, budget, check_search
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
 from billhook.shrinking.spaces.planned import Planned
+from billhook.shrinking.variants import check_enough
 from billhook.shrinking.work import Work
 
 REPAIR = Repair()
@@ -173,6 +174,8 @@ class Shrink(ShapeCallback):
         with self.calibration.aside(pl_module), gradient_precision(trainer):
             fitted, held_out = divided(list(self.calibration.read(trainer, alike=True)))
             runs, searched = (_runs(pl_module, work, own) for own in (fitted, to_search(fitted, work.widest)))
+            if self.repair is not None:
+                check_enough(work.search, work.places, runs)
             predicting = runs_as_in_training(pl_module, work.model, held_out)
             work.measure(searched, predicting, self.importance, self.repair)
             choosing = partial(work.chosen, self.generations, self.candidates, self.calibration.seed)

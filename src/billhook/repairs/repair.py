@@ -8,11 +8,8 @@ stream, it also makes up for what those before it still owe (`sums.py`).
 import math
 import warnings
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.arguments import annotated, fraction
 from billhook.calibration.alone import tell_alone
 from billhook.model.linears import matrix_of
+from billhook.repairs.enough import check_tokens, too_few
 from billhook.repairs.sums import agreed, followed, seen
 from billhook.repairs.visitor import Given, RepairVisitor
 from billhook.running.batches import Run
@@ -124,10 +122,9 @@ def repair_linears(
         if given is not None:  # each owes at least what it gave in the whole model
             _check_given(given, every, shown.calls, often)
             before = dict.fromkeys(linears) | before
-        tokens = [trial.tokens for trial in trials]
-        visitor = RepairVisitor(every, kept, before, tokens, repair.ridges, parts, held_out, reduce, given)
+        visitor = RepairVisitor(every, kept, before, trials, repair.ridges, parts, held_out, reduce, given)
         with undisturbed(model):
-            _check_tokens(linears, kept, forwards, visitor, reduce)
+            check_tokens(linears, {name: int(own.sum()) for name, own in kept.items()}, trials, reduce)
         if often:
             with replaced({linear: visitor.own(name) for name, linear in linears.items()}):
                 Walk([Site(model, often)], visitor, reduce)(forwards)
@@ -184,43 +181,10 @@ def _check_batches(runs: int, repair: Repair, device: torch.device, reduce: Redu
         raise ValueError(f"batches: two on a rank are needed at least, as some are to choose the ridge; got {number} in all")
 
 
-def _check_tokens(
-    linears: Mapping[str, nn.Module],
-    kept: Mapping[str, Tensor],
-    forwards: Sequence[Callable[[], object]],
-    visitor: RepairVisitor,
-    reduce: Reduce | None,
-) -> None:
-    """Refuses, before the long walk, batches that give no linear enough tokens; runs them until one has enough."""
-    needed = torch.stack([keep.sum() for keep in (kept[name] for name in linears)])
-    given, names = torch.zeros_like(needed), list(linears)
-
-    def count(place: int, run: int, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given[place] += visitor.count(names[place], args[0] if args else kwargs["input"], run)
-
-    for run, forward in enumerate(forwards):
-        with ExitStack() as stack:
-            for place, linear in enumerate(linears.values()):
-                hook = partial(count, place, run)
-                stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            forward()
-        if (given >= needed).any():
-            break
-    if reduce is not None:
-        device = next(iter(linears.values())).get_parameter("weight").device
-        given = reduce(given.to(device)).to(needed.device)
-    if not (given >= needed).any():
-        raise ValueError(f"{_too_few(names[0])}, which is given {int(given[0])} and needs {int(needed[0])} at least")
-
-
-def _too_few(first: str) -> str:
-    return f"batches: too few tokens that count for any refit; the first linear is {first}"
-
-
 def _warn_of(left: Mapping[str, bool], kept: Mapping[str, Tensor]) -> None:
     """Warns about linears that were not refitted, those that have lost inputs and those that have not."""
     if all(left.values()):
-        raise ValueError(_too_few(next(iter(left))))
+        raise ValueError(too_few(next(iter(left))))
     cut = [name for name, is_left in left.items() if is_left and not kept[name].all()]
     whole = [name for name, is_left in left.items() if is_left and kept[name].all()]
     for names, what in ((cut, "are cut and not refitted"), (whole, "stay as they are")):

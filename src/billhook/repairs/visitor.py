@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from billhook.model.linears import as_it_lies, matrix_of, turned
+from billhook.repairs.enough import counting
 from billhook.repairs.least_squares import OwedMoments, refit_linear, wide
+from billhook.running.batches import Run
 from billhook.running.walk import Reduce, Site
 
 Given = Mapping[str, Mapping[str, Tensor]]
@@ -25,7 +27,7 @@ class RepairVisitor:
         linears: All linears of the model, by name.
         kept: Of those to refit, which inputs are kept.
         before: Of those that are to catch up or to be followed, the linear that has added to the same sum before.
-        tokens: Of each run, by linear, which tokens count, where not all do: bool, `[batch, length]`.
+        runs: The batches, which know the tokens that count for each linear.
         ridges: Candidates for the ridge, which are tried on data that is held out.
         parts: The part of the data that each run belongs to.
         held_out: The parts that are held out, in turn.
@@ -38,14 +40,14 @@ class RepairVisitor:
         linears: Mapping[str, nn.Module],
         kept: Mapping[str, Tensor],
         before: Mapping[str, str | None],
-        tokens: Sequence[Mapping[str, Tensor]],
+        runs: Sequence[Run],
         ridges: Sequence[float],
         parts: Sequence[int],
         held_out: Sequence[int],
         reduce: Reduce | None = None,
         given: Given | None = None,
     ) -> None:
-        self._linears, self._before, self._tokens = linears, before, tokens
+        self._linears, self._before, self._runs = linears, before, runs
         self._ridges, self._parts, self._held_out, self._reduce = ridges, parts, held_out, reduce
         self._given = given or {}
         self._whole = {name: matrix_of(linears[name]) for name in {**kept, **before}}  # others may stand in the linears meanwhile
@@ -77,7 +79,7 @@ class RepairVisitor:
             if name in self._kept:
                 lost = {run: self._lost(name, inputs[run], due) for run, due in owed.items()}
                 typical = self._typical(name, lost)
-                for run in range(len(self._tokens)):
+                for run in range(len(self._runs)):
                     if run in inputs:
                         weights = None if typical is None or run not in lost else 2 * typical / (typical + lost[run])
                         self._add(name, inputs[run], owed.get(run), run, weights)
@@ -99,20 +101,8 @@ class RepairVisitor:
         weight, bias = self._old[name]
         return self._new.get(name) or as_it_lies(self._linears[name], torch.where(self._kept[name], weight, 0), bias)
 
-    def count(self, name: str, inputs: Tensor, run: int) -> int:
-        """Counts the tokens that a linear is given in one call."""
-        keep = self._counting(name, inputs, run)
-        return inputs.shape[:-1].numel() if keep is None else int(keep.sum())
-
     def _add(self, name: str, inputs: Tensor, owed: Tensor | None, run: int, weights: Tensor | None) -> None:
-        self._of(name)[self._parts[run]].add(inputs, owed, self._counting(name, inputs, run), weights)
-
-    def _counting(self, name: str, inputs: Tensor, run: int) -> Tensor | None:
-        """Finds the tokens that count, bool, `[batch, length]`; None if all do."""
-        keep = self._tokens[run].get(name)
-        if keep is None or keep.numel() != inputs.shape[:-1].numel():
-            return None
-        return keep.reshape(inputs.shape[:-1]).to(inputs.device)
+        self._of(name)[self._parts[run]].add(inputs, owed, counting(self._runs[run], name, inputs), weights)
 
     def _lost(self, name: str, inputs: Tensor, owed: Tensor) -> Tensor:
         """Computes the square of what each token lacks without a refit, d and what removed inputs gave: `[...]`, float64."""
@@ -127,7 +117,7 @@ class RepairVisitor:
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self._old[name][0].device)
         for run, squares in lost.items():
-            keep = self._counting(name, squares[..., None], run)
+            keep = counting(self._runs[run], name, squares[..., None])
             squares = squares.flatten() if keep is None else squares[keep]
             sums += torch.stack([squares[squares > 0].log().sum(), (squares > 0).sum()])
         total, count = sums if self._reduce is None else self._reduce(sums)
@@ -168,8 +158,8 @@ class RepairVisitor:
     def _owed(self, name: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Computes the debt of a linear in each run that can be compared with the whole model's."""
         owed, short = {}, self._short.get(self._before.get(name) or "", {})
-        for run in range(len(self._tokens)):
-            cut, whole = inputs.get(run), inputs.get(run + len(self._tokens))
+        for run in range(len(self._runs)):
+            cut, whole = inputs.get(run), inputs.get(run + len(self._runs))
             if cut is not None and whole is not None and cut.shape == whole.shape:
                 owed[run] = wide(whole) @ wide(self._whole[name][0]).t() - wide(cut) @ wide(self._old[name][0]).t()
                 (_, before), (_, bias) = self._whole[name], self._old[name]

@@ -22,6 +22,7 @@ from billhook.shrinking.latency.table import Clock, clock_of, timed
 from billhook.shrinking.latency.workload import Workload
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
+from billhook.shrinking.variants import check_enough
 from billhook.shrinking.work import Work
 
 Layers = Literal["uniform", "free"]
@@ -144,6 +145,8 @@ def shrink_begun(
     """
     work.steps = work.most_steps(generations, candidates)
     fitted, held_out = divided(list(batches_of(batches, work.model)))
+    if repair is not None:
+        check_enough(work.search, work.places, fitted)
     if latency is not None:
         work = timed(work, *latency)
     searched, folder = to_search(fitted, work.widest), None if library is None else Path(library)

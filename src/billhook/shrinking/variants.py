@@ -8,6 +8,7 @@ together. All come from the second moments of what the linears read in the dense
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.importance.activations import watch
+from billhook.importance.score import run_of
 from billhook.model.linears import as_it_lies, matrix_of
+from billhook.pruning.target import Search
+from billhook.repairs.enough import check_tokens
 from billhook.repairs.least_squares import OwedMoments, SecondMoments, choose_ridge, solve_ridge
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run
@@ -77,6 +81,26 @@ def fill_library(
                 new = {name: readers[name].refitted(keep) for name, keep in masks.items()}
                 library.add(place.name, kept, _error(readers, masks), new)
             done()
+
+
+def check_enough(search: Search, places: Sequence[Place], batches: Sequence[Any]) -> None:
+    """Refuses batches, as a repair would, with too few tokens for any refit even where all places are cut to their lowest level.
+
+    Args:
+        search: The model, and its units.
+        places: The places that may keep less.
+        batches: All batches that something is fitted to.
+    """
+    model, units = search.model, search.units
+    own = {name: units[name] for place in places for name in place.names}
+    needed = {
+        name: matrix_of(model.get_submodule(name))[0].shape[1] * place.levels()[-1] // place.count
+        for place in places
+        for name in _linears(place, units)
+    }
+    with undisturbed(model):
+        linears = {name: model.get_submodule(name) for name in needed}
+        check_tokens(linears, needed, [run_of(model, own, batch) for batch in batches])
 
 
 def keeping(place: Place, units: Mapping[str, Units], gone: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

@@ -1,0 +1,62 @@
+"""Refuses batches that give no linear as many tokens as a refit needs."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from billhook.running.batches import Run
+from billhook.running.walk import Reduce
+
+
+def check_tokens(
+    linears: Mapping[str, nn.Module], needed: Mapping[str, int], runs: Sequence[Run], reduce: Reduce | None = None
+) -> None:
+    """Refuses batches that give no linear enough tokens that count; runs them until one has enough.
+
+    Args:
+        linears: The linears.
+        needed: By linear, how many tokens it needs: as many as inputs that it keeps.
+        runs: The batches.
+        reduce: Sums over ranks, where each has batches of its own.
+
+    Raises:
+        ValueError: If none has enough.
+    """
+    names, wanted = list(linears), torch.tensor([needed[name] for name in linears])
+    given = torch.zeros_like(wanted)
+
+    def count(place: int, run: Run, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        inputs = args[0] if args else kwargs["input"]
+        keep = counting(run, names[place], inputs)
+        given[place] += inputs.shape[:-1].numel() if keep is None else int(keep.sum())
+
+    for run in runs:
+        with ExitStack() as stack:
+            for place, linear in enumerate(linears.values()):
+                hook = partial(count, place, run)
+                stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            run.visit()
+        if (given >= wanted).any():
+            break
+    if reduce is not None:
+        device = next(iter(linears.values())).get_parameter("weight").device
+        given = reduce(given.to(device)).to(wanted.device)
+    if not (given >= wanted).any():
+        raise ValueError(f"{too_few(names[0])}, which is given {int(given[0])} and needs {int(wanted[0])} at least")
+
+
+def too_few(first: str) -> str:
+    """Returns the words for what is refused."""
+    return f"batches: too few tokens that count for any refit; the first linear is {first}"
+
+
+def counting(run: Run, name: str, inputs: Tensor) -> Tensor | None:
+    """Finds the tokens of a linear's inputs that count, bool, `[batch, length]`; None if all do."""
+    keep = run.tokens.get(name)
+    if keep is None or keep.numel() != inputs.shape[:-1].numel():
+        return None
+    return keep.reshape(inputs.shape[:-1]).to(inputs.device)

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedModel
 
 from billhook.importance.base import Importance
@@ -19,7 +18,7 @@ from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.running.batches import runs_of
 from billhook.shrinking.alone import CALLED, fewer_blocks, of_one_kind
-from billhook.shrinking.choose import Frontier, Slot, between, cost, kept_at
+from billhook.shrinking.choose import Slot, between, cost, kept_at
 from billhook.shrinking.damages import damage_without, damages, groups, make_slots
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place, find_places, gone, removed
@@ -31,7 +30,7 @@ from billhook.shrinking.spaces.blocks import Block, Blocks, find_blocks
 from billhook.shrinking.spaces.fitting import filled_up, just_met
 from billhook.shrinking.spaces.hidden import HIDDEN, Hidden, Width, find_hidden
 from billhook.shrinking.spaces.planned import Planned, plan_choice, repaired
-from billhook.shrinking.spaces.space import SEVERAL, Point, Space, best_point, free_space, moved, spread, starts, uniform_spaces
+from billhook.shrinking.spaces.space import SEVERAL, Point, as_uniform, best_point, every_space, moved, spread, starts
 from billhook.shrinking.variants import fill_library
 
 CURVE = 9
@@ -151,18 +150,15 @@ class Work:
         self.losses = {place.name: self._damages(place) for place in self.places}
         self._merge(fitted)
         self.losses |= {block.name: [0.0, self._damage_without(block)] for block in self.blocks.able}
-        self.losses |= {f"{HIDDEN} {kept}": [0.0, lost] for kept, lost in self._narrowing().items()}
-        self.spaces: list[Space] = []
-        for width in self.widths:
-            make, fixed = uniform_spaces if self.uniform else free_space, {HIDDEN: width.kept} if width.kept else {}
-            spaces = make(width.places, self.levels, self.losses, width.blocks, width.now)
-            lost = self.losses[f"{HIDDEN} {width.kept}"][-1] if fixed else 0.0
-            self.spaces += [replace(space, lost=space.lost + lost, fixed=fixed) for space in spaces]
+        lost_at = self.hidden.damages(self.library, self.divergence, self.advance)
+        self.losses |= {f"{HIDDEN} {kept}": [0.0, lost] for kept, lost in lost_at.items()}
+        self.spaces = every_space(self.widths, self.levels, self.losses, self.uniform)
 
     def chosen(self, generations: int, candidates: int, seed: int) -> tuple[dict[str, int], list[Choice], list[Choice]]:
         """Returns how many units places keep, the choices of other sizes, and what has been measured within the budget."""
         ranked = sorted(self.blocks.able, key=lambda block: self.losses[block.name][-1])
-        start = [*starts(self.spaces, self.limit, ranked), *self._as_uniform()]
+        start = starts(self.spaces, self.limit, ranked)
+        start += [] if self.uniform else as_uniform(self.spaces[0], self.places, self.levels, self.losses, self.limit - self.now)
         found = evolve(start, partial(moved, self.spaces, self.limit), self._measure, generations, candidates, seed)
         order = sorted(found, key=lambda point: found[point])
         kept = self._filled(self._first_possible(order))
@@ -264,34 +260,9 @@ class Work:
     def _gone(self, place: Place, kept: int) -> dict[str, list[int]]:
         return gone(place, self.search.units, self.scores, kept)
 
-    def _as_uniform(self) -> list[Point]:
-        """Returns the best choice in which places of a kind keep as many, as levels of free slots; none if there is none."""
-        if self.uniform:
-            return []
-        shared = make_slots(self.places, self.levels, self.losses, uniform=True)
-        found = Frontier(shared).within(self.limit - self.now + cost(shared, (0,) * len(shared)))
-        if found is None:
-            return []
-        kept = kept_at(shared, found)
-        saved = {place.name: place.saves(kept[place.name]) for place in self.places}
-        return [(0, self.spaces[0].nearest(saved))]
-
     def _damages(self, place: Place) -> list[float]:
         self.advance()
         return damages(self.library, self.divergence, place, self.levels[place.name])
-
-    def _narrowing(self) -> dict[int, float]:
-        """Returns what is lost at each hidden size, measured at every other one, and in between on a straight line."""
-        points = {self.hidden.count: 0.0} if self.hidden.widths else {}
-        for width in self.hidden.widths[::-2]:
-            self.advance()
-            if (HIDDEN, width.kept) not in self.library.measured:
-                with self.hidden.narrowed({HIDDEN: width.kept}):
-                    self.library.note(HIDDEN, width.kept, max(self.divergence.mean(), 0.0))
-            points[width.kept] = self.library.measured[HIDDEN, width.kept]
-        sizes = sorted(points)
-        lost = [points[size] for size in sizes]
-        return {width.kept: float(np.interp(width.kept, sizes, lost)) for width in self.hidden.widths}
 
     def _damage_without(self, block: Block) -> float:
         self.advance()

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,8 +22,9 @@ from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove, tried
 from billhook.pruning.target import Search
 from billhook.running.batches import Run
+from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
-from billhook.shrinking.library import Weights
+from billhook.shrinking.library import Library, Weights
 from billhook.shrinking.spaces.blocks import Block, Blocks
 from billhook.shrinking.spaces.norms import energies, scaled_norms
 from billhook.units.find import units_of
@@ -130,6 +132,25 @@ class Hidden:
             yield
         finally:
             back()
+
+    def damages(self, library: Library, divergence: Divergence, done: Callable[[], None]) -> dict[int, float]:
+        """Returns what is lost at each size, measured at every other one, and in between on a straight line.
+
+        Args:
+            library: Where it is noted.
+            divergence: Measures the model.
+            done: Called after each size.
+        """
+        points = {self.count: 0.0} if self.widths else {}
+        for width in self.widths[::-2]:
+            if (HIDDEN, width.kept) not in library.measured:
+                with self.narrowed({HIDDEN: width.kept}):
+                    library.note(HIDDEN, width.kept, max(divergence.mean(), 0.0))
+            points[width.kept] = library.measured[HIDDEN, width.kept]
+            done()
+        sizes = sorted(points)
+        lost = [points[size] for size in sizes]
+        return {width.kept: float(np.interp(width.kept, sizes, lost)) for width in self.widths}
 
     def sliced(self, weights: Weights, kept: Mapping[str, int]) -> Weights:
         """Returns parameters of linears, by linear and by their name in it, without what goes with residual channels."""

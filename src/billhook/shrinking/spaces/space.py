@@ -1,7 +1,7 @@
 """The spaces of a search: slots whose levels are chosen, beside what is the same at all levels, as blocks that are gone."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from random import Random
 
@@ -12,6 +12,7 @@ from billhook.shrinking.damages import make_slots
 from billhook.shrinking.levels import Place
 from billhook.shrinking.search import mutated
 from billhook.shrinking.spaces.blocks import Block
+from billhook.shrinking.spaces.hidden import HIDDEN, Width
 
 SEVERAL = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """How many blocks are gone in the choices that a search begins with: sums say too little of what several lose together."""
@@ -95,6 +96,19 @@ def _only(slot: Slot | Joint, gone: Collection[str]) -> Slot | Joint:
     return Joint(slot.kept[own], slot.costs[own], slot.losses[own])
 
 
+def every_space(
+    widths: Sequence[Width], levels: Mapping[str, Sequence[int]], losses: Mapping[str, Sequence[float]], uniform: bool
+) -> list[Space]:
+    """Makes the spaces of all hidden sizes, first of the one as it is; what each of the others loses is among the losses."""
+    found = list[Space]()
+    for width in widths:
+        make, fixed = uniform_spaces if uniform else free_space, {HIDDEN: width.kept} if width.kept else {}
+        lost = losses[f"{HIDDEN} {width.kept}"][-1] if fixed else 0.0
+        spaces = make(width.places, levels, losses, width.blocks, width.now)
+        found += [replace(space, lost=space.lost + lost, fixed=fixed) for space in spaces]
+    return found
+
+
 def free_space(
     places: Sequence[Place],
     levels: Mapping[str, Sequence[int]],
@@ -157,6 +171,30 @@ def starts(spaces: Sequence[Space], limit: int, ranked: Sequence[Block]) -> list
     order = sorted([point for point in narrow if point is not None], key=lambda one: spaces[one[0]].predicted(one[1]))
     points += order[:FEW]
     return points or [point for point in [best_point(spaces, limit)] if point is not None]
+
+
+def as_uniform(
+    space: Space,
+    places: Sequence[Place],
+    levels: Mapping[str, Sequence[int]],
+    losses: Mapping[str, Sequence[float]],
+    more: int,
+) -> list[Point]:
+    """Returns the best choice in which places of a kind keep as many, as levels of a free space; none if there is none.
+
+    Args:
+        space: The free space, the first of all.
+        places: The places.
+        levels: By place, how many units it keeps at each level.
+        losses: By place, what is lost at each.
+        more: How much more than now may be left, as a rule less than zero.
+    """
+    shared = make_slots(places, levels, losses, uniform=True)
+    found = Frontier(shared).within(more + cost(shared, (0,) * len(shared)))
+    if found is None:
+        return []
+    kept = kept_at(shared, found)
+    return [(0, space.nearest({place.name: place.saves(kept[place.name]) for place in places}))]
 
 
 def best_point(spaces: Sequence[Space], limit: int, fixed: Mapping[str, int] | None = None) -> Point | None:

@@ -15,6 +15,7 @@ import billhook as bh
 from billhook.model import memory
 from billhook.model.figures import figures_of
 from billhook.model.memory import forget, remembered, remembered_built, sight
+from billhook.pruning.block_plan import find_block_plan, take_out
 from kit.families import llama
 
 
@@ -106,6 +107,15 @@ def test_models_of_which_the_same_was_asked_are_alike():
     assert sight(models[0]) == sight(models[1]) is not None
     models[1].model.layers[0]._forward_hooks.popitem()
     assert sight(models[0]) != sight(models[1]) is not None
+
+
+def test_models_without_the_same_block_are_alike():
+    models = [llama(num_hidden_layers=3) for _ in range(4)]
+    for model, gone in zip(models, ([1], [1], [2], []), strict=True):
+        take_out(model, find_block_plan(model, {"model.layers": gone}))
+    seen = [sight(model) for model in models]
+    assert seen[0] == seen[1] is not None
+    assert len(set(seen)) == 3
 
 
 def test_a_forward_that_is_replaced_in_the_class_is_seen(monkeypatch):

@@ -48,6 +48,16 @@ def figures_of(model: PreTrainedModel) -> Figures:
     return Figures(params, size, kv_cache_bytes(model), flops, context)
 
 
+def figure_of(model: PreTrainedModel, name: str) -> int | None:
+    """Finds one of a model's costs, by its name in `Figures`; parameters and bytes need no run."""
+    if name == "kv_cache_bytes":
+        return kv_cache_bytes(model)
+    if name in ("params", "bytes"):
+        return sum(p.numel() * (p.element_size() if name == "bytes" else 1) for p in model.parameters())
+    found: int | None = getattr(figures_of(model), name)
+    return found
+
+
 def kv_cache_bytes(model: PreTrainedModel) -> int | None:
     """Counts the bytes that the key/value cache of transformers grows by with a token; None without one, or not run on meta.
 

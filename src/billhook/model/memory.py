@@ -96,7 +96,8 @@ def sight(model: nn.Module) -> Hashable | None:
     the size, strides, dtype, whether it is trained, and which other names hold it. Values, devices and modes do not count.
 
     It is None if something may decide it that cannot be seen: hooks of others (except such as keep shapes), a module's own
-    `forward`, tensors that are quantised, sharded or neither parameters nor buffers, or an attribute that is not pickled.
+    `forward`, tensors that are quantised, sharded or neither parameters nor buffers (except such as have no values, as those
+    of blocks that were removed), or an attribute that is not pickled.
     """
     for module in model.modules():
         if "forward" in vars(module) or not all(map(is_part, _counting_hooks(module))):
@@ -116,6 +117,7 @@ class _Writer(pickle.Pickler):
     """Writes a model without the values of its tensors, to be compared and never to be read."""
 
     UNSEEN = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+    PLAIN = frozenset({str, int, float, bool, type(None), tuple, list, dict, set, OrderedDict})  # most of what there is
 
     def __init__(self, file: io.BytesIO, own: set[int]) -> None:
         super().__init__(file, protocol=5)
@@ -125,8 +127,10 @@ class _Writer(pickle.Pickler):
 
     def persistent_id(self, one: object) -> Hashable | None:
         """Returns what stands for a tensor, a class or a function; None for what is written as it is."""
+        if type(one) in self.PLAIN:
+            return None
         if isinstance(one, Tensor):
-            if id(one) not in self.own or type(one) not in (Tensor, nn.Parameter):
+            if not (id(one) in self.own or one.is_meta) or type(one) not in (Tensor, nn.Parameter):
                 raise TypeError("values of this tensor may decide how the model runs")
             number = self.tensors.setdefault(id(one), len(self.tensors))
             return number, tuple(one.shape), one.stride(), str(one.dtype), one.requires_grad

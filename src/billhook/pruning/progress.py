@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from billhook.model.figures import figures_of
+from billhook.model.figures import figure_of
 from billhook.pruning.amount import RATIOS, Amount
 from billhook.pruning.choice import choose_units, free, protected_places
 from billhook.tracing.trace import trace
@@ -25,7 +25,7 @@ class First:
     @classmethod
     def of(cls, model: PreTrainedModel, amount: Amount) -> "First":
         """Notes a model as it is now."""
-        figure = getattr(figures_of(model), amount.target) if amount.target else None
+        figure = figure_of(model, amount.target) if amount.target else None
         units = _units(model, amount)
         return cls(_counts(units, amount, protected_places(model, units, amount)), figure)
 
@@ -44,7 +44,7 @@ class First:
             asked = getattr(amount, amount.target)
             goal = int(asked * self.figure) if isinstance(asked, float) else int(asked)
             limit = goal if progress >= 1 else int(self.figure - progress * (self.figure - goal))
-            if limit >= getattr(figures_of(model), amount.target):
+            if limit >= (figure_of(model, amount.target) or 0):
                 return None
             changes[amount.target] = limit
         elif not any(changes.values()):

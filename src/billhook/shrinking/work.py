@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from billhook.importance.base import Importance
 from billhook.importance.score import run_of, score
-from billhook.model.figures import figures_of
+from billhook.model.figures import figure_of
 from billhook.model.linears import matrix_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
@@ -212,7 +212,7 @@ class Work:
         predicted += sum(self.losses[f"{HIDDEN} {number}"][-1] for _, number in width.values())
         counts = {name: (place.count, kept[place.name]) for place in self.places for name in place.names}
         counts |= width
-        left = round(times.ratio * self.now) if times else int(getattr(figures_of(self.model), self.target))
+        left = round(times.ratio * self.now) if times else int(figure_of(self.model, self.target) or 0)
         found = (
             tuple(curve),
             tuple(tried),

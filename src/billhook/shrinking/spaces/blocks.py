@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.model.figures import figures_of
+from billhook.model.figures import figure_of
 from billhook.model.linears import is_linear
 from billhook.model.runs.answers import alike, answer, tolerance
 from billhook.pruning.block_plan import BlockPlan, find_block_plan, tried, without
@@ -146,7 +146,7 @@ def _cost_of(search: Search, target: str, chosen: Mapping[str, list[int]]) -> in
         smaller = without(search.model, find_block_plan(search.model, chosen))
     except ValueError as error:
         return error
-    return int(getattr(search.now, target)) - int(getattr(figures_of(smaller), target) or 0)
+    return int(getattr(search.now, target)) - int(figure_of(smaller, target) or 0)
 
 
 def _adds(blocks: Blocks, name: str, number: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from billhook.importance.base import Importance
 from billhook.importance.baselines import WeightNorm
 from billhook.importance.score import score
-from billhook.model.figures import figures_of
+from billhook.model.figures import figure_of
 from billhook.model.shapes.shape import unbuilt_shape
 from billhook.model.surgery import way_back
 from billhook.pruning.block_plan import without
@@ -222,7 +222,7 @@ def _width(hidden: Hidden, target: str, kept: int, places: Sequence[Place], bloc
         narrow.append(replace(place, each=each[key]))
     for block in blocks.able:
         if block.cost not in costs:
-            costs[block.cost] = now - int(getattr(figures_of(without(smaller, blocks.planned(smaller, [block]))), target))
+            costs[block.cost] = now - int(figure_of(without(smaller, blocks.planned(smaller, [block])), target) or 0)
     return Width(kept, now, narrow, [replace(block, cost=costs[block.cost]) for block in blocks.able])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from billhook.kv_heads.plan import KVHeadPlan
-from billhook.model.figures import figures_of
+from billhook.model.figures import figure_of
 from billhook.model.plan import Weights
 from billhook.pruning.amount import TARGETS
 from billhook.pruning.block_plan import BlockPlan, without
@@ -92,7 +92,7 @@ def plan_choice(
     if gone:
         smaller = tried(search.model, cut)
         after = blocks.planned(smaller, gone)
-        left = int(getattr(figures_of(without(smaller, after)), target, 0) or 0)
+        left = int(figure_of(without(smaller, after), target) or 0) if target in TARGETS else 0
     else:
         left = search.cost(cut, target) if target in TARGETS else 0
     if target in TARGETS and left > limit:

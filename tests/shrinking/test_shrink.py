@@ -13,7 +13,7 @@ from billhook.shrinking.latency.workload import Workload
 from billhook.shrinking.work import Work
 from kit.families import BERT, T5, build, llama, tokens
 
-FEW = {"generations": 2, "candidates": 3}
+FEW = {"generations": 1, "candidates": 2}
 
 
 def texts(rows=6, length=20):
@@ -105,8 +105,9 @@ def test_the_smallest_that_can_be_reached_is():
 def test_evolution_never_ends_worse_and_its_seed_decides():
     _, none = shrunk_of(params=0.7, layers="free", generations=0)
     steps = []
-    model, some = shrunk_of(params=0.7, layers="free", seed=3, progress=lambda *done: steps.append(done))
-    twin, same = shrunk_of(params=0.7, layers="free", seed=3)
+    several = {"generations": 2, "candidates": 3, "seed": 3}
+    model, some = shrunk_of(params=0.7, layers="free", progress=lambda *done: steps.append(done), **several)
+    twin, same = shrunk_of(params=0.7, layers="free", **several)
     assert some.tried[0].measured <= none.tried[0].measured
     assert len(some.tried) > len(none.tried)
     assert some.to_json() == same.to_json()

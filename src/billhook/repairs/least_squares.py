@@ -105,6 +105,12 @@ Fold = tuple[OwedMoments, OwedMoments]
 """Data that a ridge is tried on: what is fitted, and what is held out."""
 
 
+def folds_of(parts: Sequence[OwedMoments], held_out: Sequence[int]) -> list[Fold]:
+    """Returns the data that a ridge is tried on: each of some parts held out in turn, where it and the others have tokens."""
+    others = {number: [own for place, own in enumerate(parts) if place != number and own.tokens] for number in held_out}
+    return [(OwedMoments.merged(own), parts[number]) for number, own in others.items() if own and parts[number].tokens]
+
+
 def wide(tensor: Tensor) -> Tensor:
     """Converts to float32; float64 stays as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

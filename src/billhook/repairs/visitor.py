@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from billhook.model.linears import as_it_lies, matrix_of, turned
 from billhook.repairs.enough import counting
-from billhook.repairs.least_squares import OwedMoments, refit_linear, wide
+from billhook.repairs.least_squares import OwedMoments, folds_of, refit_linear, wide
 from billhook.running.batches import Run
 from billhook.running.walk import Reduce, Site
 
@@ -149,8 +149,7 @@ class RepairVisitor:
         bad = (~every.products.diagonal().isfinite()).nonzero()
         if len(bad):
             raise ValueError(f"{name}: NaN or infinite inputs in {len(bad)} features, the first in feature {int(bad[0])}")
-        others = {number: [own for place, own in enumerate(parts) if place != number and own.tokens] for number in self._held_out}
-        folds = [(OwedMoments.merged(own), parts[number]) for number, own in others.items() if own and parts[number].tokens]
+        folds = folds_of(parts, self._held_out)
         if folds and every.tokens >= self._kept[name].sum():
             new = refit_linear(*self._old[name], self._kept[name], folds, every, self._ridges)
             self._new[name] = as_it_lies(self._linears[name], *new)

@@ -41,6 +41,17 @@ def _kinds() -> set[str]:
 
 
 @contextmanager
+def precisely() -> Iterator[None]:
+    """Computes products in full precision until the end of a `with` block, whatever the run has set."""
+    own = Ambient.now()
+    Ambient().restore()
+    try:
+        yield
+    finally:
+        own.restore()
+
+
+@contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluates without gradients, key-value cache or compiled code; restores modes, random numbers and configs afterwards."""
     with resting(model), torch.no_grad():

@@ -17,7 +17,7 @@ from billhook.running.batches import source_of
 from billhook.running.trees import tree_leaves
 from billhook.running.walk import replaced
 
-FORMAT = 1
+FORMAT = 2
 Weights = dict[str, dict[str, Tensor]]
 """New parameters, by linear and by their name in it."""
 

@@ -20,7 +20,7 @@ from billhook.importance.score import run_of
 from billhook.model.linears import as_it_lies, matrix_of
 from billhook.pruning.target import Search
 from billhook.repairs.enough import check_tokens
-from billhook.repairs.least_squares import OwedMoments, SecondMoments, choose_ridge, solve_ridge
+from billhook.repairs.least_squares import OwedMoments, SecondMoments, choose_ridge, folds_of, solve_ridge
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run
 from billhook.running.undisturbed import undisturbed
@@ -126,8 +126,7 @@ class Reader:
         _check(name, parts)
         self.linear, self._ridge = model.get_submodule(name), math.inf
         self._weight, self._bias = matrix_of(self.linear)
-        others = {number: [own for place, own in enumerate(parts) if place != number and own.tokens] for number in held_out}
-        folds = [(OwedMoments.merged(own), parts[number]) for number, own in others.items() if own and parts[number].tokens]
+        folds = folds_of(parts, held_out)
         centres = [self._centre(fit) for fit, _ in folds]
         self._folds = [(fit.about(c), other.about(c)) for (fit, other), c in zip(folds, centres, strict=True)]
         every = OwedMoments.merged(parts)

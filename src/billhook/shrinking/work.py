@@ -148,7 +148,7 @@ class Work:
         self.library = Library(self.model, folder / key if folder and key else None, self.blocks.writers)
         fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair, self.advance)
         self.losses = {place.name: self._damages(place) for place in self.places}
-        self._merge(fitted)
+        self._merge(fitted, repair)
         self.losses |= {block.name: [0.0, self._damage_without(block)] for block in self.blocks.able}
         lost_at = self.hidden.damages(self.library, self.divergence, self.advance)
         self.losses |= {f"{HIDDEN} {kept}": [0.0, lost] for kept, lost in lost_at.items()}
@@ -226,12 +226,12 @@ class Work:
         )
         return Shrunk(planned.units, self.target, self.limit, left, counts, predicted, self.divergence.by_source(), *found)
 
-    def _merge(self, fitted: Sequence[Any]) -> None:
+    def _merge(self, fitted: Sequence[Any], repair: Repair | None) -> None:
         """Makes variants in which KV heads merge, and takes those that lose less than removal."""
         self.merging = find_merging(self.search, self.places, self.uniform, self.library) if self.merges else None
         if self.merging is None:
             return
-        self.merging.fill(self.places, fitted, self.advance)
+        self.merging.fill(self.places, fitted, repair, self.advance)
         scale = self.places, self.levels, self.losses
         self.places, self.levels, self.losses = self.merging.choose(self.divergence, scale, self.uniform)
 

@@ -18,7 +18,7 @@ from billhook.kv_heads.bases.stacks import Projections, instead, moved_values
 from billhook.model.shapes.handed import handing_of
 from billhook.running.batches import Run
 from billhook.running.overridden import overridden
-from billhook.running.undisturbed import Ambient, undisturbed
+from billhook.running.undisturbed import precisely, undisturbed
 from billhook.running.walk import Reduce, spare
 
 
@@ -133,7 +133,7 @@ class _Sums:
         if (handing := handing_of(module)) is not None:
             output = handing.take_back(output)
         given, place = self._plain(output, linear), self._place
-        with _precisely():
+        with precisely():
             if linear == place.k.linear:
                 for number, sums in self._keys.items():
                     keys = given[:, place.k.index.reshape(number, -1)].transpose(0, 1)
@@ -156,7 +156,7 @@ class _Sums:
         if len(self._given) != self._size:
             raise ValueError(f"{place.name} reads its heads several times in one call: what is of which values cannot be told")
         shifts = [self._given[-1], *self._given[:-1]]  # the attention as it is comes last
-        with _precisely():
+        with precisely():
             for number, sums in self._values.items():
                 self._add_values(sums, place.kv_heads // number, shifts)
             self._tokens[1] += shifts[0].shape[0] * place.queries
@@ -196,14 +196,3 @@ class _Sums:
             raise ValueError(f"batches: {self._place.name} gives NaN or infinite numbers")
         keys, values = (one.view(number, size, one.shape[1] // size, size, -1) for one in (keys, values))
         return Moments(keys, values, queries)
-
-
-@contextmanager
-def _precisely() -> Iterator[None]:
-    """Computes products in full precision, whatever the run has set."""
-    own = Ambient.now()
-    Ambient().restore()
-    try:
-        yield
-    finally:
-        own.restore()

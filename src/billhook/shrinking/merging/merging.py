@@ -4,24 +4,27 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor
-
 from billhook.kv_heads.bases.bases import find_bases, pooled
 from billhook.kv_heads.bases.moments import Moments, gather_each
 from billhook.kv_heads.bases.ready import Attentions
 from billhook.kv_heads.bases.stacks import read, written
 from billhook.model.figures import kv_cache_bytes
+from billhook.model.linears import matrix_of
 from billhook.pruning.target import Search
+from billhook.repairs.repair import Repair
 from billhook.running.batches import Run
 from billhook.shrinking.damages import groups
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
-from billhook.shrinking.library import Library
+from billhook.shrinking.library import Library, Weights
 from billhook.shrinking.merging.plans import METHOD, Merged, plans_of
+from billhook.shrinking.merging.refit import refit_readers
 from billhook.shrinking.variants import passes
 
 Scale = tuple[list[Place], dict[str, tuple[int, ...]], dict[str, list[float]]]
 """Places, and by place the numbers of units that it may keep, and what it loses at each."""
+ByNumber = dict[str, dict[int, Weights]]
+"""Parameters by attention and number of KV heads."""
 
 
 @dataclass(eq=False)
@@ -42,28 +45,36 @@ class Merging:
     able: dict[str, list[int]]
     chosen: set[tuple[str, int]] = field(default_factory=set)
 
-    def fill(self, places: Sequence[Place], batches: Sequence[Any], done: Callable[[], None]) -> None:
+    def fill(self, places: Sequence[Place], batches: Sequence[Any], repair: Repair | None, done: Callable[[], None]) -> None:
         """Makes the variants in which KV heads merge, except those that the library holds.
+
+        What reads heads is refitted in them, as where heads are removed; what it is in all that is planned, which is repaired as
+        a whole, the library holds beside.
 
         Args:
             places: The places.
             batches: Batches that show what heads do; runs know which tokens count for each linear.
+            repair: How linears are refitted; None: not at all.
             done: Called after each place.
         """
         own, library = self.attentions, self.library
         trials = [batch if isinstance(batch, Run) else own.trial(batch) for batch in batches]
         missing = {p.name: [kept for kept in self.able.get(p.name, ()) if (held(p), kept) not in library.errors] for p in places}
-        for some in passes([p for p in places if missing[p.name]], lambda place: _size(own, place, missing[place.name])):
+        parts = len({trial.source for trial in trials}) + 2 if repair is not None else 0
+        places = [place for place in places if missing[place.name]]
+        for some in passes(places, lambda place: _size(own, place, missing[place.name], parts)):
             numbers = {name: missing[place.name] for place in some for name in place.names}
             try:
-                moments = gather_each(own.model, {name: own.places[name] for name in numbers}, numbers, trials)
+                equal, readers = _variants(own, numbers, trials, repair)
             except ValueError:  # of an attention that cannot be watched: removal remains
                 self.able = {}
                 return
             for place in some:
                 for kept in missing[place.name]:
-                    weights = [_equal(own, name, moments[name][kept]) for name in place.names]
-                    library.add(held(place), kept, 0.0, {linear: new for one in weights for linear, new in one.items()})
+                    weights, fitted = _joined(equal, place, kept), _joined(readers, place, kept)
+                    if fitted:
+                        library.add(unfitted(place), kept, 0.0, {linear: weights[linear] for linear in fitted})
+                    library.add(held(place), kept, 0.0, weights | fitted)
                 done()
 
     def choose(self, divergence: Divergence, scale: Scale, uniform: bool) -> Scale:
@@ -99,7 +110,12 @@ class Merging:
         """
         own = [place for place in places if (place.name, kept[place.name]) in self.chosen]
         heads = {name: kept[place.name] for place in own for name in place.names}
-        weights = [self.library.weights(place.name, kept[place.name]) for place in own if stay[place.name]]
+        weights = [
+            self.library.weights(name, kept[place.name])
+            for place in own
+            for name in (held(place), unfitted(place))
+            if stay[place.name]
+        ]
         return Merged(self.search, heads, {name: new for one in weights for name, new in one.items()}) if heads else None
 
 
@@ -129,6 +145,11 @@ def held(place: Place) -> str:
     return f"{place.name} merged"
 
 
+def unfitted(place: Place) -> str:
+    """Returns the name under which a library holds what reads the merged heads of a place as it is before it is refitted."""
+    return f"{held(place)} unfitted"
+
+
 def unbeaten(losses: Mapping[int, float]) -> tuple[int, ...]:
     """Returns the numbers of units, falling, at which no more is lost than at any smaller one.
 
@@ -148,7 +169,24 @@ def _saves(search: Search, places: Sequence[Place], kept: int) -> bool:
     return saved == sum(place.saves(kept) for place in places)
 
 
-def _equal(attentions: Attentions, name: str, moments: Moments) -> dict[str, dict[str, Tensor]]:
+def _variants(
+    attentions: Attentions, numbers: Mapping[str, Sequence[int]], trials: Sequence[Run], repair: Repair | None
+) -> tuple[ByNumber, ByNumber]:
+    """Returns parameters with which the heads of each group are equal, and those of what reads them, refitted."""
+    model, places = attentions.model, {name: attentions.places[name] for name in numbers}
+    moments = gather_each(model, places, numbers, trials)
+    equal = {name: {kept: _equal(attentions, name, one) for kept, one in own.items()} for name, own in moments.items()}
+    if repair is None:
+        return equal, {name: {kept: {} for kept in own} for name, own in equal.items()}
+    return equal, refit_readers(model, places, equal, trials, repair)
+
+
+def _joined(found: ByNumber, place: Place, kept: int) -> Weights:
+    """Returns the parameters of all attentions of a place."""
+    return {linear: new for name in place.names for linear, new in found[name][kept].items()}
+
+
+def _equal(attentions: Attentions, name: str, moments: Moments) -> Weights:
     """Returns the parameters of an attention with which the heads of each group are equal."""
     stacks, place = read(attentions.model, attentions.places[name]), attentions.places[name]
     return written(attentions.model, place, pooled(stacks, *find_bases(stacks, moments, attentions.freedoms[name], METHOD)))
@@ -172,7 +210,9 @@ def _is_better(
     return found[0] < found[1]
 
 
-def _size(own: Attentions, place: Place, numbers: Sequence[int]) -> int:
-    """Returns how many bytes the moments of a place take, for each number of KV heads."""
+def _size(own: Attentions, place: Place, numbers: Sequence[int], parts: int) -> int:
+    """Returns how many bytes moments take, of heads and of what reads them, for each number of KV heads and part of the data."""
     widths = [rows.index.size for name in place.names for rows in (own.places[name].k, own.places[name].v)]
-    return sum(8 * width**2 // number for width in widths for number in numbers)
+    heads = sum(8 * width**2 // number for width in widths for number in numbers)
+    readers = [matrix_of(own.model.get_submodule(own.places[name].o.linear))[0].shape for name in place.names]
+    return heads + len(numbers) * parts * sum(8 * columns * (rows + columns) for rows, columns in readers)

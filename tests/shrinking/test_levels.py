@@ -8,6 +8,7 @@ import billhook as bh
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.shrinking.levels import Place, find_places, gone, removed
+from billhook.shrinking.places.pairs import called
 from kit.families import T5, build, llama, tokens
 
 
@@ -23,6 +24,7 @@ def test_units_cost_what_their_removal_saves(family, target):
     search, places = places_of(model, **{target: 0.5})
     assert {place.kind for place in places} == ({"head"} if target == "kv_cache_bytes" else {"head", "channel"})
     flat = {name: torch.arange(own.count("kv_head")) for name, own in search.units.items()}
+    flat |= {called(name): torch.arange(own.count()) for name, own in search.units.items()}
     kept = {place.name: place.count - number % 3 for number, place in enumerate(places, 1)}
     numbers = removed(places, search.units, flat, kept)
     plan = bh.plan_units(model, numbers, ["head", "channel"] if target != "kv_cache_bytes" else "head")
@@ -44,17 +46,21 @@ def test_levels_are_eighths_and_every_number_of_few():
 def test_multiples_and_protected_blocks():
     _, places = places_of(llama(num_hidden_layers=4), params=0.9, first=1, last=1, round_to=32)
     assert {place.name.split(".")[2] for place in places} == {"1", "2"}
-    assert {place.allowed for place in places} == {(48, 32), (4, 3, 2, 1)}
+    assert {place.allowed for place in places} == {(48, 32), (8, 7, 6, 5, 4, 3, 2, 1)}
 
 
 def test_the_lowest_scores_go_first_with_their_query_heads():
     search, places = places_of(llama(), params=0.5)
     scores = {name: torch.arange(own.count("kv_head")).flip(0) for name, own in search.units.items()}
     heads = next(place for place in places if place.kind == "head")
+    scores |= {called(heads.name): torch.tensor([0, 1] * 4)}
     channels = next(place for place in places if place.kind == "channel")
-    assert gone(heads, search.units, scores, 2) == {heads.name: [4, 5, 6, 7]}
+    numbers = {pair: number for number, pair in enumerate(heads.pairs, 1)}
+    assert gone(heads, search.units, scores, numbers[2, 2]) == {heads.name: [4, 5, 6, 7]}
+    assert gone(heads, search.units, scores, numbers[4, 1]) == {heads.name: [0, 2, 4, 6]}
+    assert gone(heads, search.units, scores, numbers[2, 1]) == {heads.name: [0, 2, 4, 5, 6, 7]}
     assert gone(channels, search.units, scores, 46) == {channels.name: [46, 47]}
-    assert gone(heads, search.units, scores, 4) == {}
+    assert gone(heads, search.units, scores, numbers[4, 2]) == {}
     smaller, larger = (gone(channels, search.units, scores, kept)[channels.name] for kept in (30, 12))
     assert set(smaller) < set(larger)
 

@@ -74,7 +74,7 @@ def test_free_layers_lose_less_and_are_saved(tmp_path):
 
 
 def test_it_is_compared_with_each_kind_alone():
-    """Of channels and of blocks alone as an independent computation has it; KV heads alone are not enough."""
+    """Of channels and of blocks alone as an independent computation has it; heads alone are not enough."""
     _, shrunk = shrunk_of(params=0.7, layers="free", repair=None, generations=0)
     assert set(shrunk.alone) == {"channels", "blocks"}
     fitted, held_out = divided(texts())

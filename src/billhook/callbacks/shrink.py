@@ -41,12 +41,13 @@ REPAIR = Repair()
 
 
 class Shrink(ShapeCallback):
-    """Removes channels, KV heads, blocks and hidden size within one budget at a given step, as much of each as loses least.
+    """Removes channels, heads, blocks and hidden size within one budget at a given step, as much of each as loses least.
 
     This is `bh.shrink` in the middle of a fit, so that training recovers what is lost; with `TransformerModule(distillation=...)`
     the dense model teaches it. Optimizer state and gradients follow, checkpoints carry the shape, and a resumed run ends as the
     straight run does. Under DDP each rank searches on the same batches, all of them, and what is found is compared. With
     `TransformerModule(lora=...)` it comes at the start, and LoRA, cut too, trains what is left; the budget counts no adapters.
+    For `params` and `bytes`, query heads that share a KV head may go, too, as many of each.
     For a budget of time, call `bh.shrink(model, latency=...)` before the fit: ranks would not agree on what they measure.
 
     Args:
@@ -57,7 +58,7 @@ class Shrink(ShapeCallback):
         bytes: Budget: bytes of all parameters.
         max_loss: Budget in quality: the fewest parameters at which perplexity on held-out batches, by the model's own loss, is at
             most so many times as high, such as 1.1.
-        layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many KV heads; `"free"`: each its own.
+        layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many heads; `"free"`: each its own.
             Whole blocks may go in both.
         importance: Which units go: `OBS` (the default), or any other `Importance`.
         repair: How the linears that read removed units are refitted; None: not at all.

@@ -15,7 +15,7 @@ from billhook.units.find import find_units
 from billhook.units.gates import mask
 from billhook.units.units import UnitKind
 
-CALLED: dict[UnitKind, str] = {"head": "KV heads", "channel": "channels", "block": "blocks"}
+CALLED: dict[UnitKind, str] = {"head": "heads", "channel": "channels", "block": "blocks"}
 
 
 def of_one_kind(slots: Sequence[Slot], kinds: Sequence[UnitKind], limit: int) -> dict[UnitKind, Levels]:

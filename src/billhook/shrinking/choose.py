@@ -138,6 +138,17 @@ def joined(slots: Sequence[Slot]) -> Slot:
     return Slot(names, slots[0].kept, costs, losses)
 
 
+def without_beaten(slot: Slot) -> Slot:
+    """Returns a slot without the levels at which more is lost than at one that keeps less; the first, the whole, stays.
+
+    >>> without_beaten(Slot(("a",), (4, 3, 2, 1), (9, 8, 6, 4), (0.0, 0.5, 0.25, 1.0)))
+    Slot(names=('a',), kept=(4, 2, 1), costs=(9, 6, 4), losses=(0.0, 0.25, 1.0))
+    """
+    stay = [level for level, lost in enumerate(slot.losses) if not level or lost <= min(slot.losses[level:])]
+    kept, costs, losses = zip(*((slot.kept[level], slot.costs[level], slot.losses[level]) for level in stay), strict=True)
+    return Slot(slot.names, kept, costs, losses)
+
+
 def product_of(slots: Sequence[Slot], rest: int = 0) -> Joint:
     """Combines slots to one whose levels are all combinations of theirs that no other beats in both cost and loss.
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from billhook.shrinking.choose import Slot, joined
+from billhook.shrinking.choose import Slot, joined, without_beaten
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
 from billhook.shrinking.library import Library
@@ -40,7 +40,8 @@ def damages(library: Library, divergence: Divergence, place: Place, levels: Sequ
         error, last = library.errors[place.name, kept], errors[-1]
         beyond = points[last] * error / last if last and error > last else None
         found.append(float(np.interp(error, errors, [points[one] for one in errors])) if beyond is None else beyond)
-    return [max(found[: number + 1]) for number in range(len(found))]
+    lost = list(zip(levels, found, strict=True))
+    return [max(other for more, other in lost if place.holds(more, kept)) for kept in levels]
 
 
 def damage_without(library: Library, divergence: Divergence, block: str) -> float:
@@ -54,18 +55,19 @@ def damage_without(library: Library, divergence: Divergence, block: str) -> floa
 def make_slots(
     places: Sequence[Place], levels: Mapping[str, Sequence[int]], losses: Mapping[str, Sequence[float]], uniform: bool
 ) -> list[Slot]:
-    """Makes a slot of each place, or of all places of one kind and size."""
+    """Makes a slot of each place, or of all places of one kind and size; of pairs, without those that others beat."""
     slots = {
         place.name: Slot((place.name,), tuple(own), tuple(place.cost(kept) for kept in own), tuple(losses[place.name]))
         for place in places
         for own in [levels[place.name]]
     }
-    return [joined([slots[place.name] for place in group]) for group in groups(places, uniform)]
+    own = [(group[0], joined([slots[place.name] for place in group])) for group in groups(places, uniform)]
+    return [without_beaten(slot) if place.pairs else slot for place, slot in own]
 
 
 def groups(places: Sequence[Place], uniform: bool) -> list[list[Place]]:
     """Returns the places that take one level together: each alone, or all of one kind and size."""
     found: dict[object, list[Place]] = {}
     for place in places:
-        found.setdefault((place.kind, place.count, place.allowed) if uniform else place.name, []).append(place)
+        found.setdefault((place.kind, place.count, place.allowed, place.pairs) if uniform else place.name, []).append(place)
     return list(found.values())

@@ -53,11 +53,12 @@ def shrink(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Shrunk:
-    """Removes channels, KV heads, blocks and hidden size within one budget, as much of each as loses least, and repairs.
+    """Removes channels, heads, blocks and hidden size within one budget, as much of each as loses least, and repairs.
 
-    Each place (a feed-forward, an attention) is cut to several levels and refitted, on its own; what a level costs the whole
-    model is measured at two of them, as KL divergence from the dense model on batches that nothing is fitted to, and is in
-    proportion to the error of the refitted linears in between. So is the model without each whole block, where a block whose
+    Each place (a feed-forward, an attention) is cut to several levels and refitted, on its own; for `params` and `bytes` an
+    attention may also keep fewer of the query heads that share a KV head, as many of each. What a level costs the whole model is
+    measured at two of them, as KL divergence from the dense model on batches that nothing is fitted to, and is in proportion to
+    the error of the refitted linears in between. So is the model without each whole block, where a block whose
     last linears are zero computes nothing, as in most decoders, and, for `params` and `bytes`, at hidden sizes down to three
     quarters, for which memory holds the model once more; what is printed says why either must stay. A knapsack then finds what
     loses least, and evolution on the divergence itself refines it, from several numbers of blocks and the best hidden sizes on.
@@ -81,7 +82,7 @@ def shrink(
         latency: Budget in time: the fraction of the dense model's time that is left at most, by this machine's clock, on the
             model's own device. A table of what each level of each place takes leads the search; what it finds is timed beside the
             dense model before anything is cut, and searched for again where it takes too long.
-        layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many KV heads, which plain checkpoints
+        layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many heads, which plain checkpoints
             can say; `"free"`: each place keeps its own number. Whole blocks may go in both.
         importance: Which units go, at each level those of the lowest scores; by default `OBS()`.
         repair: How the linears that read removed units are refitted; None: not at all.
@@ -91,7 +92,7 @@ def shrink(
         generations: Rounds of evolution; 0 takes the best of what the knapsack finds.
         candidates: Models that each round measures.
         library: A folder for the variants of all places; by default they stay in memory. A search of the same model, batches,
-            importance, rounding and repair goes on from what it holds, also for another budget.
+            importance, rounding and repair goes on from what it holds, also for another budget of `params` or `bytes`.
         workload: What is timed for `latency`, a `billhook.shrinking.latency.workload.Workload`; by default the writing of a token
             after a prompt of 512.
         seed: Decides what evolution tries.

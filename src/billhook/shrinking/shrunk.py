@@ -17,7 +17,8 @@ class Choice:
     """One way to make a model smaller.
 
     Attributes:
-        kept: By place, how many units it keeps; of an attention, KV heads; 0 of a block that is gone, and of all in it.
+        kept: By place, how many units it keeps; of an attention, KV heads, and where queries are grouped, and query heads may go,
+            these under its name with "query heads"; 0 of a block that is gone, and of all in it.
         left: What is left of what the budget limits.
         predicted: Sum of what the places lose alone: KL divergence from the dense model, in nats.
         measured: KL divergence of the model that is put together of places refitted alone.
@@ -59,12 +60,13 @@ class Shrunk:
         target: What the budget limits: `"params"`, `"kv_cache_bytes"`, `"bytes"`, or `"latency"`, in nanoseconds.
         limit: The most that may be left of it.
         left: What is left of it.
-        kept: By place, how many units there were and how many it keeps, 0 where its block is gone; of an attention, KV heads.
+        kept: By place, how many units there were and how many it keeps, 0 where its block is gone; of an attention, KV heads, and
+            where queries are grouped, and query heads may go, these under its name with "query heads".
         predicted: Sum of what the places lose alone: KL divergence from the dense model, in nats.
         measured: KL divergence of the smaller model, repaired as a whole, by source, on batches that it was not fitted to.
         curve: Choices of other sizes, from the smallest, for comparison.
         tried: All choices that were measured within the budget, the best first.
-        alone: For comparison, what is left of the target, and lost, without KV heads, channels or whole blocks alone, where they
+        alone: For comparison, what is left of the target, and lost, without heads, channels or whole blocks alone, where they
             are enough: refitted place by place, blocks not at all.
         ratio: Perplexity of the smaller model to the dense one's, on the same batches, where a budget of it was given.
         times: How long both take, where a budget of time was given: `left` is as large a part as was measured of the dense

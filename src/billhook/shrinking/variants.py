@@ -24,7 +24,7 @@ from billhook.repairs.least_squares import OwedMoments, SecondMoments, choose_ri
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run
 from billhook.running.undisturbed import undisturbed
-from billhook.shrinking.levels import Place
+from billhook.shrinking.levels import Place, any_gone
 from billhook.shrinking.library import Library
 from billhook.units.units import Units
 
@@ -93,11 +93,8 @@ def check_enough(search: Search, places: Sequence[Place], batches: Sequence[Any]
     """
     model, units = search.model, search.units
     own = {name: units[name] for place in places for name in place.names}
-    needed = {
-        name: matrix_of(model.get_submodule(name))[0].shape[1] * place.levels()[-1] // place.count
-        for place in places
-        for name in _linears(place, units)
-    }
+    lowest = [keeping(place, units, any_gone(place, units, place.levels()[-1])) for place in places]
+    needed = {name: int(keep.sum()) for one in lowest for name, keep in one.items()}
     with undisturbed(model):
         linears = {name: model.get_submodule(name) for name in needed}
         check_tokens(linears, needed, [run_of(model, own, batch) for batch in batches])

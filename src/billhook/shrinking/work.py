@@ -21,9 +21,10 @@ from billhook.shrinking.alone import CALLED, fewer_blocks, of_one_kind
 from billhook.shrinking.choose import Slot, between, cost, kept_at
 from billhook.shrinking.damages import damage_without, damages, groups, make_slots
 from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.levels import Place, find_places, gone, removed
+from billhook.shrinking.levels import Place, find_places, gone, removed, told
 from billhook.shrinking.library import Library, key_of
 from billhook.shrinking.merging.merging import Merging, find_merging
+from billhook.shrinking.places.pairs import query_scores
 from billhook.shrinking.search import evolve
 from billhook.shrinking.shrunk import UNITS, Choice, Shrunk, Times
 from billhook.shrinking.spaces.blocks import Block, Blocks, find_blocks
@@ -81,11 +82,11 @@ class Work:
 
     @classmethod
     def begun(cls, model: PreTrainedModel, amount: Amount, uniform: bool, timed: bool = False) -> "Work":
-        """Finds places, levels, blocks, and hidden sizes except for a budget of time; refuses a budget that cannot be reached."""
+        """Finds what may go, less of it for a budget of time; refuses a budget that cannot be reached."""
         search, target = Search(model, amount), amount.target or ""
         limit = search.limit(target)
         now = int(getattr(search.now, target))
-        places = find_places(search, target)
+        places = find_places(search, target, query_heads=not timed)
         blocks = find_blocks(search, target, places)
         hidden = find_hidden(search, "latency" if timed else target, places, blocks, uniform)
         work = cls(model, search, target, now, limit, uniform, places, blocks, hidden)
@@ -142,9 +143,12 @@ class Work:
         units = self.search.units
         own = {name: units[name] for place in self.places for name in place.names}
         self.scores = score(self.model, own, importance, fitted, per="kv_head")
+        pairs = {name: place.pairs for place in self.places if place.pairs for name in place.names}
+        self.scores |= query_scores(self.model, units, pairs, importance, fitted)
         runs = [run_of(self.model, own, batch) for batch in fitted]
         self.hidden.rank(importance, fitted, runs)
-        key = folder and key_of(self.model, [str(repair), self.search.amount.round_to], self.scores, [*fitted, *held_out])
+        settings = [str(repair), self.search.amount.round_to, *pairs.items()]
+        key = folder and key_of(self.model, settings, self.scores, [*fitted, *held_out])
         self.library = Library(self.model, folder / key if folder and key else None, self.blocks.writers)
         fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair, self.advance)
         self.losses = {place.name: self._damages(place) for place in self.places}
@@ -173,7 +177,7 @@ class Work:
         return self._filled(point)
 
     def compare(self, fitted: Sequence[Any]) -> None:
-        """Measures what would be lost within the budget without channels alone, KV heads alone, or whole blocks."""
+        """Measures what would be lost within the budget without channels alone, heads alone, or whole blocks."""
         kinds, slots = {place.name: place.kind for place in self.places}, self._slots(self.places)
         whole = cost(slots, (0,) * len(slots))
         for kind, levels in of_one_kind(slots, [kinds[slot.names[0]] for slot in slots], self.limit - self.now + whole).items():
@@ -210,8 +214,7 @@ class Work:
         predicted += sum(self.losses[block.name][-1] for block in self.blocks.gone(kept))
         width = {HIDDEN: (self.hidden.count, kept[HIDDEN])} if HIDDEN in kept else {}
         predicted += sum(self.losses[f"{HIDDEN} {number}"][-1] for _, number in width.values())
-        counts = {name: (place.count, kept[place.name]) for place in self.places for name in place.names}
-        counts |= width
+        counts = told(self.places, kept) | width
         left = round(times.ratio * self.now) if times else int(figure_of(self.model, self.target) or 0)
         found = (
             tuple(curve),
@@ -294,4 +297,6 @@ class Work:
 
     def _choice(self, point: Point, measured: float) -> Choice:
         space, levels = self.spaces[point[0]], point[1]
-        return Choice(space.kept(levels), space.left(levels), space.predicted(levels), measured)
+        kept = space.kept(levels)
+        kept |= {name: now for name, (_, now) in told(self.places, kept).items()}
+        return Choice(kept, space.left(levels), space.predicted(levels), measured)

@@ -49,10 +49,11 @@ def shrink(
     time_context: int | None = None,
     plot: str | None = None,
 ) -> None:
-    """Finds the smaller model within one budget that loses least, without channels, KV heads and blocks, and saves it, verified.
+    """Finds the smaller model within one budget that loses least, without channels, heads and blocks, and saves it, verified.
 
-    Each feed-forward and attention is cut to several levels and refitted, on its own; what that costs the whole model is
-    measured, as is what it loses without each block and at smaller hidden sizes, and what loses least together is searched for.
+    Each feed-forward and attention is cut to several levels and refitted, on its own; for `params` and `bytes` an attention may
+    also keep fewer of the query heads that share a KV head. What that costs the whole model is measured, as is what it loses
+    without each block and at smaller hidden sizes, and what loses least together is searched for.
     What is chosen is repaired from front to back. The parts are from ZipLM (https://arxiv.org/abs/2302.04089) and
     Týr-the-Pruner (https://arxiv.org/abs/2503.09657).
 

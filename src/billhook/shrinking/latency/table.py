@@ -18,7 +18,8 @@ from billhook.pruning.cuts import Cut
 from billhook.pruning.removal import remove
 from billhook.running.undisturbed import undisturbed
 from billhook.shrinking.latency.workload import Workload
-from billhook.shrinking.levels import Place, cut_of
+from billhook.shrinking.levels import Place
+from billhook.shrinking.places.costs import cut_of
 from billhook.shrinking.shrunk import Times
 from billhook.shrinking.work import Work
 

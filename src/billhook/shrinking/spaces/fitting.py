@@ -52,5 +52,7 @@ def filled_up(
     present = [place for place in places if kept[place.name]]
     slots = make_slots(present, levels, losses, uniform)
     own = tuple(slot.kept.index(kept[slot.names[0]]) for slot in slots)
-    more = filled(slots, own, cost(slots, own) + max(spare, 0), costs_of(present, uniform))
+    some = zip(groups(present, uniform), slots, costs_of(present, uniform), strict=True)
+    costs = [{one: c for one, c in own.items() if not group[0].pairs or one in slot.kept} for group, slot, own in some]
+    more = filled(slots, own, cost(slots, own) + max(spare, 0), costs)
     return kept | {name: number for slot, number in zip(slots, more, strict=True) for name in slot.names}

@@ -212,14 +212,15 @@ def _width(hidden: Hidden, target: str, kept: int, places: Sequence[Place], bloc
     smaller = tried(search.model, cut)
     if uniform and unbuilt_shape(smaller).tensors and not unbuilt_shape(search.model).tensors:
         raise ValueError(f"the config of a {type(search.model).__name__} cannot say that it is {kept} with all else as it is")
-    now, each, costs = search.cost(cut, target), dict[object, int](), dict[int, int]()
+    now, like, costs = search.cost(cut, target), dict[object, Place](), dict[int, int]()
     narrow = list[Place]()
     for place in places:
-        key = place.kind, place.count, place.each, len(place.names)
-        if key not in each:
-            one = {name: hidden.units[name].query_heads([0]) for name in place.names}
-            each[key] = now - search.cost(_cut(search, hidden.units, gone | one), target)
-        narrow.append(replace(place, each=each[key]))
+        key = place.kind, place.count, place.each, place.pairs, place.query, len(place.names)
+        if key not in like:
+            like[key] = place.repriced(
+                hidden.units, lambda own: now - search.cost(_cut(search, hidden.units, gone | own), target)
+            )
+        narrow.append(replace(place, each=like[key].each, query=like[key].query))
     for block in blocks.able:
         if block.cost not in costs:
             costs[block.cost] = now - int(figure_of(without(smaller, blocks.planned(smaller, [block])), target) or 0)

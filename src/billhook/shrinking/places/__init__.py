@@ -1,0 +1,1 @@
+"""Says what places cost, and which numbers of KV heads and query heads attentions may keep."""

@@ -161,12 +161,19 @@ def test_a_classifier_and_an_encoder_with_a_decoder():
     assert bh.shrink(t5, rows, params=0.97, **FEW).left == t5.num_parameters()
 
 
-@pytest.mark.parametrize("budget", [{"params": 0.8}, {"latency": 0.8}, {"max_loss": 1.1}])
-def test_too_few_tokens_for_any_refit_are_refused_before_anything_is_measured(budget, monkeypatch):
+@pytest.mark.parametrize(
+    ("budget", "tokens_each", "says"),
+    [
+        ({"params": 0.8}, 1, "given 2 and needs 4"),  # one query head
+        ({"latency": 0.8}, 2, "given 4 and needs 8"),  # one KV head's query heads
+        ({"max_loss": 1.1}, 1, "given 2 and needs 4"),
+    ],
+)
+def test_too_few_tokens_for_any_refit_are_refused_before_anything_is_measured(budget, tokens_each, says, monkeypatch):
     monkeypatch.setattr(Work, "measure", None)
     monkeypatch.setattr(Workload, "seconds", None)
-    batches = [{"input_ids": tokens(1, 2)}] * 3
-    with pytest.raises(ValueError, match="batches: too few tokens that .*o_proj, which is given 4 and needs 8 at least"):
+    batches = [{"input_ids": tokens(1, tokens_each)}] * 3
+    with pytest.raises(ValueError, match=f"batches: too few tokens that .*o_proj, which is {says} at least"):
         bh.shrink(trained(), batches, **budget)
     with pytest.raises(TypeError, match="not callable"):
         bh.shrink(trained(), batches, repair=None, **budget)

@@ -147,9 +147,9 @@ class Work:
         self.scores |= query_scores(self.model, units, pairs, importance, fitted)
         runs = [run_of(self.model, own, batch) for batch in fitted]
         self.hidden.rank(importance, fitted, runs)
-        settings = [str(repair), self.search.amount.round_to, *pairs.items()]
-        key = folder and key_of(self.model, settings, self.scores, [*fitted, *held_out])
-        self.library = Library(self.model, folder / key if folder and key else None, self.blocks.writers)
+        how = [str(repair), self.search.amount.round_to, *pairs.items()]
+        own_folder = folder and folder / key_of(self.model, how, self.scores, [*fitted, *held_out])
+        self.library = Library(self.model, own_folder, self.blocks.writers)
         fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair, self.advance)
         self.losses = {place.name: self._damages(place) for place in self.places}
         self._merge(fitted, repair)
@@ -297,6 +297,5 @@ class Work:
 
     def _choice(self, point: Point, measured: float) -> Choice:
         space, levels = self.spaces[point[0]], point[1]
-        kept = space.kept(levels)
-        kept |= {name: now for name, (_, now) in told(self.places, kept).items()}
+        kept = space.kept(levels) | {name: now for name, (_, now) in told(self.places, space.kept(levels)).items()}
         return Choice(kept, space.left(levels), space.predicted(levels), measured)

@@ -1,20 +1,19 @@
 """Every way to make a real model smaller at equal size: what is removed, chosen by what, with and without repair.
 
-`OMP_NUM_THREADS=1 python benchmarks/equal_size.py MODEL DATA WORK --out equal_size.md` writes the table. DATA and WORK are as in
-`benchmarks/shrink.py`; what WORK holds is not measured again. Each row keeps at most 85 or 70 % of the parameters, all layers cut
-alike. Scores and repair see 12 windows of 512 tokens of FOLDOC's training text, 12 of WikiText-2's validation text and 8 that the
-model has written. Perplexity is that of the first 16 windows of FOLDOC's test text and the first 32 of WikiText-2's.
+`OMP_NUM_THREADS=1 python benchmarks/equal_size.py MODEL DATA WORK --out equal_size.md` writes the table; `measured.py` says what
+is in DATA, and how each row is measured (questions only where linears are repaired, or cannot be). What WORK holds is not made or
+measured again. Each row keeps at most 85 or 70 % of the parameters, all layers cut alike but for the rows of `bh.shrink` with free
+ones. Scores, repair and search see the same 32 windows of 512 tokens: 12 of FOLDOC's training text, 12 of WikiText-2's validation
+text and 8 that the model has written.
 """
 
 import argparse
-import json
-import sys
+import time
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-from shrink import calibration, perplexity, windows
+from measured import COLUMNS, Lines, calibration, cells, figures
+from transformers import AutoTokenizer
 
 import billhook as bh
 from billhook.importance.obs import OBS
@@ -22,78 +21,89 @@ from billhook.importance.obs import OBS
 SIZES = (0.85, 0.7)
 IMPORTANCES = {"Taylor": bh.Taylor(), "OBS": OBS(), "OutputNorm": bh.OutputNorm()}
 BLOCKS = {"BlockInfluence": bh.BlockInfluence(), "Ablation": bh.Ablation()}
-KV_HEADS = {"feed-forwards": 0.0, "feed-forwards, 1 of 3 KV heads": 0.34}
-KINDS = ["feed-forwards, 1 of 3 KV heads", "blocks", "hidden size", "feed-forwards"]
-ROWS = [
-    (kind, size, by, repaired)
-    for kind in KINDS
-    for size in SIZES
-    for by in (BLOCKS if kind == "blocks" else IMPORTANCES)
-    for repaired in ((False,) if kind in ("blocks", "hidden size") else (False, True))
-]
+WITHIN = {
+    "feed-forwards": {"kv_heads": 0.0},
+    "feed-forwards, 1 of 3 KV heads": {"kv_heads": 0.34},
+    "attention": {"channels": 0.0},
+}
+SHRINKS = {"all, by one budget, uniform": "uniform", "all, by one budget, free": "free"}
+KINDS = [*WITHIN, "hidden size", "blocks", *SHRINKS]
+
+
+def rows_of(kind, size):
+    """The rows of a kind: by what, and whether with repair."""
+    if kind in SHRINKS:
+        return [(kind, size, "shrink", True)]
+    ways = BLOCKS if kind == "blocks" else IMPORTANCES
+    return [(kind, size, by, repaired) for by in ways for repaired in ((False, True) if kind in WITHIN else (False,))]
 
 
 class Table:
-    """Measures rows, and remembers what has been measured."""
+    """Makes rows, and remembers what has been made."""
 
     def __init__(self, options):
-        self.options, self.scores = options, {}
-        self.dense = bh.load(str(options.model), dtype="float32")
-        shown = calibration(options, self.dense, texts=True)
-        self.shown = shown[:12] + shown[48:60] + shown[96:104]
-        tests = {"foldoc": ("foldoc/foldoc_test.txt", 16), "wikitext": ("wikitext-2/test.txt", 32)}
-        self.tests = {name: windows(options, text, count, drawn=False) for name, (text, count) in tests.items()}
+        self.options, self.dense = options, bh.load(str(options.model), dtype="float32")
+        self.shown = calibration(options, self.dense, 12, 8)
 
     def row(self, kind, size, by, repaired):
-        """A row's figures."""
-        file = self.options.work / f"equal {kind} {size} {by} {repaired}.json".replace(" ", "_")
-        if not file.exists():
-            file.write_text(json.dumps(self.measured(kind, size, by, repaired)))
-        return json.loads(file.read_text())
+        """A row's cells."""
+        name = f"equal {kind} {100 * size:.0f} {by}{' repaired' if repaired else ''}".replace(" ", "_").replace(",", "")
+        folder, refused = self.options.work / name, self.options.work / f"{name}.refused"
+        if not folder.exists() and not refused.exists():
+            start = time.process_time()
+            try:
+                model = self.made(kind, size, by, repaired)
+            except ValueError as error:
+                refused.write_text(str(error))
+            else:
+                print(f"{name}: {time.process_time() - start:.0f} CPU s", flush=True)
+                bh.save(model, folder, AutoTokenizer.from_pretrained(self.options.model))
+        if refused.exists():
+            return [f"refused: {refused.read_text()}", *[""] * (len(COLUMNS) - 1)]
+        asked = repaired or kind not in WITHIN
+        return cells(figures(self.options, folder, asked), figures(self.options, self.options.work / "dense"))
 
-    def measured(self, kind, size, by, repaired):
-        """Removes units of a copy of the model and measures it."""
+    def made(self, kind, size, by, repaired):
+        """Returns a copy of the model without what goes."""
         model = bh.load(str(self.options.model), dtype="float32")
-        try:
-            plan = self.plan(model, kind, size, by)
-        except ValueError as error:
-            return {"refused": str(error)}
+        if kind in SHRINKS:
+            bh.shrink(model, self.shown, params=size, layers=SHRINKS[kind], library=self.options.work / "library")
+            return model
+        plan = self.plan(model, kind, size, by)
         bh.apply(model, plan, weights=bh.repair(model, plan, self.shown) if repaired else None)
-        figures = {name: perplexity(model, rows) for name, rows in self.tests.items()}
-        return {"params": model.num_parameters() / self.dense.num_parameters()} | figures
+        return model
 
     def plan(self, model, kind, size, by):
         """Plans the least that meets the size."""
         most = size * model.num_parameters()
-        if kind in KV_HEADS:
-            amount = bh.Amount(params=size, kv_heads=KV_HEADS[kind])
-            return bh.plan(model, scores=self.scored(model, by), amount=amount)
+        if kind in WITHIN:
+            return bh.plan(model, scores=self.scored(model, by), amount=bh.Amount(params=size, **WITHIN[kind]))
         if kind == "hidden size":
             width = model.config.hidden_size
-            return self.first(most, (bh.Amount(residual=gone / width) for gone in range(1, width)), model, IMPORTANCES[by])
-        return self.first(most, (bh.Amount(blocks=number) for number in range(1, 30)), model, BLOCKS[by])
+            return self.first(most, (bh.Amount(residual=gone / width) for gone in range(1, width)), model, by, "residual")
+        return self.first(most, (bh.Amount(blocks=number) for number in range(1, 30)), model, by, "block")
 
-    def first(self, most, amounts, model, importance):
+    def first(self, most, amounts, model, by, kind):
         """The first plan that meets the size."""
-        unit = "residual" if isinstance(importance, (bh.Taylor, OBS, bh.OutputNorm)) else "block"
-        scores = bh.score(model, bh.find_units(model, unit), importance, self.shown)
+        scores = self.kept(f"{kind} {by}", lambda: bh.score(model, bh.find_units(model, kind), self.by(by), self.shown))
         plans = (bh.plan(model, scores=scores, amount=amount) for amount in amounts)
         return next(plan for plan in plans if plan.parameters[1] <= most)
 
     def scored(self, model, by):
-        """Scores of all channels and KV heads, once for each importance."""
-        if by not in self.scores:
-            units = bh.find_units(model, "head") | bh.find_units(model, "channel")
-            self.scores[by] = bh.score(model, units, IMPORTANCES[by], self.shown, per="kv_head")
-        return self.scores[by]
+        """Scores of all channels and KV heads."""
+        units = bh.find_units(model, "head") | bh.find_units(model, "channel")
+        return self.kept(f"units {by}", lambda: bh.score(model, units, self.by(by), self.shown, per="kv_head"))
 
+    def by(self, name):
+        """The importance of a name."""
+        return (IMPORTANCES | BLOCKS)[name]
 
-def line(kind, by, repaired, found):
-    """A row of the table."""
-    if "refused" in found:
-        return f"| {kind} | {by} | {'yes' if repaired else 'no'} | | refused: {found['refused']} | |"
-    texts = " | ".join(f"{found[name]:,.2f}" for name in ("foldoc", "wikitext"))
-    return f"| {kind} | {by} | {'yes' if repaired else 'no'} | {found['params']:.1%} | {texts} |"
+    def kept(self, name, scores):
+        """Scores, once for each importance."""
+        file = self.options.work / f"scores {name}.pt".replace(" ", "_")
+        if not file.exists():
+            torch.save(scores(), file)
+        return torch.load(file)
 
 
 def main():
@@ -102,18 +112,18 @@ def main():
     for name in ("model", "data", "work"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--only", nargs="*", default=KINDS, choices=KINDS)
+    parser.add_argument("--sizes", nargs="*", type=float, default=SIZES, choices=SIZES)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    measured, lines = (
-        Table(options),
-        ["| removed | by | repair | parameters | FOLDOC | WikiText-2 |", "|---|---|---|---:|---:|---:|"],
-    )
-    for kind, size, by, repaired in (row for row in ROWS if row[0] in options.only):
-        lines.append(line(kind, by, repaired, measured.row(kind, size, by, repaired)))
-        print(lines[-1], flush=True)
-        if options.out:
-            options.out.write_text("\n".join(lines) + "\n")
+    options.work.mkdir(parents=True, exist_ok=True)
+    made, dense = Table(options), options.work / "dense"
+    if not dense.exists():
+        bh.save(made.dense, dense, AutoTokenizer.from_pretrained(options.model))
+    table = Lines(options.out, ["removed", "by", "repair", *COLUMNS])
+    wanted = [row for kind in options.only for size in options.sizes for row in rows_of(kind, size)]
+    for kind, size, by, repaired in wanted:
+        table.add([kind, by, "yes" if repaired else "no", *made.row(kind, size, by, repaired)])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""Measures a saved smaller model as a user meets it: two texts, questions, speed beside the dense model, and what loads it.
+
+Shared by `shrink.py` and `equal_size.py`, whose DATA holds `foldoc/foldoc_{train,test}.txt`, `wikitext-2/{valid,test}.txt` and
+`zeroshot/{arc_easy,piqa}.jsonl`. Perplexity is that of the first 16 windows of 512 tokens of FOLDOC's test text and the first 32
+of WikiText-2's, in float32; ARC-easy and PIQA are accuracies on the first 150 questions, by `billhook evaluate`; reading (a
+prompt of 512 tokens) and writing (16 more) are times against the dense model's, in interleaved rounds, one thread.
+"""
+
+import json
+import math
+import subprocess
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+import billhook as bh
+from billhook.report.speed import measure_speed
+from billhook.running.batches import Batch
+
+QUESTIONS = ("arc_easy", "piqa")
+TESTS = {"foldoc": ("foldoc/foldoc_test.txt", 16), "wikitext": ("wikitext-2/test.txt", 32)}
+COLUMNS = ("parameters", "KV bytes a token", "FOLDOC", "WikiText-2", "ARC-easy", "PIQA", "reads", "writes", "loads by")
+
+
+def windows(options, text, count, length=512, drawn=True):
+    """Rows of a text, drawn at random or the first."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    ids = torch.tensor(tokenizer((options.data / text).read_text(), add_special_tokens=False)["input_ids"])
+    rows = ids[: len(ids) // length * length].view(-1, length)
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]] if drawn else rows[:count]
+
+
+def written(options, model):
+    """What the model has written, once."""
+    file = options.work / "written.pt"
+    if not file.exists():
+        torch.save(torch.cat([batch["input_ids"] for batch in bh.generated(model, examples=40, length=512)]), file)
+    return torch.load(file)
+
+
+def batches(rows, source):
+    """Batches of one row, with labels."""
+    return [Batch({"input_ids": row[None], "labels": row[None]}, source) for row in rows]
+
+
+def calibration(options, model, texts=48, own=32):
+    """The batches that a smaller model is fitted to and chosen on: so many windows of each text, and of the model's own."""
+    foldoc, wikitext = (windows(options, text, 48)[:texts] for text in ("foldoc/foldoc_train.txt", "wikitext-2/valid.txt"))
+    return batches(foldoc, "foldoc") + batches(wikitext, "wikitext") + batches(written(options, model)[:own], "generated")
+
+
+def perplexity(model, rows):
+    """Exp of the mean over all predictions."""
+    with torch.no_grad():
+        losses = [float(model(input_ids=row[None], labels=row[None], use_cache=False).loss) for row in rows]
+    return math.exp(sum(losses) / len(losses))
+
+
+def answered(options, folder):
+    """Accuracies on the first questions of each set, asked once."""
+    file = folder.parent / f"{folder.name}.answers"
+    if not file.exists():
+        data = ",".join(str(options.data / "zeroshot" / f"{name}.jsonl") for name in QUESTIONS)
+        command = ["billhook", "evaluate", str(folder), "--data", f"[{data}]", "--limit", "150", "--json", str(file)]
+        subprocess.run([*command, "--dtype", "float32"], check=True)
+    answers = json.loads(file.read_text())["models"][0]["answers"]
+    return {Path(name).stem: sum(one["acc"] for one in own) / len(own) for name, own in answers.items()}
+
+
+def figures(options, folder, asked=True):
+    """All figures of a saved model, measured once; questions only if they are asked."""
+    file = folder.parent / f"{folder.name}.json"
+    if not file.exists():
+        file.write_text(json.dumps(_figures(options, folder)))
+    return json.loads(file.read_text()) | (answered(options, folder) if asked else {})
+
+
+def _figures(options, folder):
+    dense, model = bh.load(str(options.model), dtype="float32"), bh.load(str(folder), dtype="float32")
+    rows = measure_speed([dense, model], [1], [512], rounds=9)
+    speeds = {row.phase: 1 / row.speed_up for row in rows if row.model}
+    texts = {name: perplexity(model, windows(options, text, count, drawn=False)) for name, (text, count) in TESTS.items()}
+    summary, shaped = bh.summary(model), "billhook" in json.loads((folder / "config.json").read_text())
+    sizes = {"params": summary.params / bh.summary(dense).params, "kv_cache_bytes": summary.kv_cache_bytes}
+    return sizes | speeds | texts | {"loads": "billhook" if shaped else "transformers"}
+
+
+def cells(found, dense):
+    """The cells of a row of a table, as `COLUMNS`."""
+    texts = [f"{found[name]:,.2f} ({found[name] / dense[name]:.2f})" for name in TESTS]
+    answers = [f"{found[name]:.3f}" if name in found else "" for name in QUESTIONS]
+    times = [f"{found[phase]:.2f}" for phase in ("prefill", "decode")]
+    return [f"{found['params']:.1%}", f"{found['kv_cache_bytes']:,}", *texts, *answers, *times, found["loads"]]
+
+
+class Lines:
+    """A table that is printed, and written, row by row."""
+
+    def __init__(self, file, columns):
+        self.file, self.lines = file, [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+
+    def add(self, row):
+        """Adds a row's cells."""
+        self.lines.append(f"| {' | '.join(row)} |")
+        print(self.lines[-1], flush=True)
+        if self.file:
+            self.file.write_text("\n".join(self.lines) + "\n")

@@ -2,9 +2,9 @@
 
 `OMP_NUM_THREADS=1 python benchmarks/equal_size.py MODEL DATA WORK --out equal_size.md` writes the table; `measured.py` says what
 is in DATA, and how each row is measured (questions only where linears are repaired, or cannot be). What WORK holds is not made or
-measured again. Each row keeps at most 85 or 70 % of the parameters, all layers cut alike but for the rows of `bh.shrink` with free
-ones. Scores, repair and search see the same 32 windows of 512 tokens: 12 of FOLDOC's training text, 12 of WikiText-2's validation
-text and 8 that the model has written.
+measured again. Each row keeps at most 85 or 70 % of the parameters, all layers cut alike but for the rows of `bh.shrink` with
+free ones. Scores, repair and search see the same 32 windows of 512 tokens: 12 of FOLDOC's training text, 12 of WikiText-2's
+validation text and 8 that the model has written.
 """
 
 import argparse

@@ -15,15 +15,15 @@ from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, sum_over, together
 from billhook.importance.base import Importance
+from billhook.importance.default import default_importance
 from billhook.importance.score import run_of
-from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, apply
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_amount
 from billhook.pruning.progress import First, first_from
-from billhook.pruning.repair import repair
+from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.schedules import Schedule
@@ -44,9 +44,11 @@ class StructuredPruning(ShapeCallback):
         at: When: a step (int), a fraction of training (float in 0..1), `"start"` (before the first step), or a schedule of
             progress: the share of the amount that is removed by a step, which rises to 1.
         rounds: In how many rounds each event takes place; scores are taken again in each.
-        importance: How much a unit matters: any `Importance`; by default `Taylor`, the paper's.
-        repair: How the linears that read removed units make up for them: least squares on the examples (see `Repair`); by default
-            they keep their weights, as in the paper.
+        importance: How much a unit matters: any `Importance`; by default `OutputNorm`, or `Taylor`, the paper's, where no module
+            of its own reads some units, as residual channels.
+        repair: How the linears that read removed units make up for them: least squares on the examples (see `Repair`); `"auto"`:
+            by `Repair()` where scores are taken from examples, and these are enough; None: they keep their weights, as in the
+            paper.
         calibration: Batches that scores are taken from, text as a `Calibration`, or a number of training
             examples, by default 128.
         measure_batches: Validation batches to measure before and after each event; by default all of validation, 0 for none.
@@ -65,7 +67,7 @@ class StructuredPruning(ShapeCallback):
         at: At | Schedule = "start",
         rounds: int = 1,
         importance: Importance | None = None,
-        repair: Repair | None = None,
+        repair: Repairing = "auto",
         calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
@@ -74,8 +76,8 @@ class StructuredPruning(ShapeCallback):
         annotated(StructuredPruning, locals())
         check_at(at)
         whole("rounds", rounds)
-        self.amount, self.at, self.rounds, self.repair = amount, at, rounds, repair
-        self.importance = importance or Taylor()
+        self.amount, self.at, self.rounds = amount, at, rounds
+        self.importance, self.repair = importance, repair
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
@@ -86,12 +88,13 @@ class StructuredPruning(ShapeCallback):
     @property
     def state_key(self) -> str:
         """The key of this callback's state in checkpoints."""
-        return self._generate_state_key(amount=str(self.amount), importance=type(self.importance).__qualname__)
+        name = type(self.importance).__qualname__ if self.importance else None
+        return self._generate_state_key(amount=str(self.amount), importance=name)
 
     @property
     def needs_data(self) -> bool:
         """True if scores or the repair take batches."""
-        return self.importance.needs_data or self.repair is not None
+        return self.importance is None or self.importance.needs_data or isinstance(self.repair, Repair)
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses an amount that the model cannot give."""
@@ -109,12 +112,12 @@ class StructuredPruning(ShapeCallback):
         for number in range(1, self.rounds + 1):
             share = self.asked + (goal - self.asked) * number / self.rounds
             with together(trainer, "StructuredPruning"):
-                made, weights = self._plan(trainer, pl_module, share)
+                made, weights, how = self._plan(trainer, pl_module, share)
                 decided = [None if made is None else made.to_json(), weights]
                 check_agreed(trainer, "StructuredPruning", "the plan of what is removed", decided)
             if made is not None:
                 first = len(self.events) == before
-                change = partial(self._remove, pl_module, made, weights)
+                change = partial(self._remove, pl_module, made, weights, how)
                 note_settled(self.reshape(trainer, pl_module, metrics if first else {}, change), made.settled)
         self.done, self.asked = moment, goal
         for event in self.events[before:][-1:]:
@@ -122,26 +125,30 @@ class StructuredPruning(ShapeCallback):
         for event in self.events[before:]:
             log_event(trainer, event)
 
-    def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, share: float) -> tuple[UnitPlan | None, Weights | None]:
-        """Returns what is removed from the model as it is for a share of the amount, None for nothing, and repaired weights."""
+    def _plan(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, share: float
+    ) -> tuple[UnitPlan | None, Weights | None, str]:
+        """Returns what goes from the model as it is for a share of the amount, None for nothing, repaired weights, by what."""
         model = find_transformer(pl_module)
         assert self._first is not None
         amount = self._first.part(model, self.amount, share)
         if amount is None:
-            return None, None
+            return None, None, ""
         with self.calibration.aside(pl_module), gradient_precision(trainer):
             units, reduce = units_of(model, trace(model), amount.kinds), sum_over(trainer)
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
             runs = [run_of(model, units, *pair) for pair in pairs]
-            made = plan_amount(model, amount, self.importance, runs, self.calibration.enough, reduce=reduce)
+            importance = self.importance or default_importance(units)
+            made = plan_amount(model, amount, importance, runs, self.calibration.enough, reduce=reduce)
             assert isinstance(made, UnitPlan)
-            return made, repair(model, made, runs, self.repair, reduce) if self.repair else None
+            weights, why = repair_as_asked(model, made, runs, self.repair if self.needs_data else None, reduce)
+            return made, weights, f"{type(importance).__name__}{f'; {why}' if why else ''}"
 
-    def _remove(self, model: nn.Module, made: UnitPlan, weights: Weights | None, optimizers: list[Optimizer]) -> str:
+    def _remove(self, model: nn.Module, made: UnitPlan, weights: Weights | None, how: str, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, and says how much that is."""
         apply(model, made, optimizers, weights)
         before, after = made.parameters
-        return f"{before:,} -> {after:,} parameters ({made.words}; {type(self.importance).__name__})"
+        return f"{before:,} -> {after:,} parameters ({made.words}; {how})"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has happened so far, and what the model was at first."""

@@ -13,9 +13,9 @@ from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches, Calibration, batches_of
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
+from billhook.importance.default import default_importance
 from billhook.importance.enough import score_enough
 from billhook.importance.score import Scoring, score
-from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.pruning.amount import Amount
@@ -59,7 +59,8 @@ def plan(
 
     Args:
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
-        importance: Any `Importance`; by default `Taylor()`, of blocks `BlockInfluence()`, as in the papers.
+        importance: Any `Importance`; by default `OutputNorm()`, or `Taylor()` where no module of its own reads some units, as
+            experts and residual channels; of blocks `BlockInfluence()`.
         batches: Inputs of the model's forward, as dictionaries, labels included; a causal language model's own inputs are its
             labels where there are none. Padding (by `attention_mask`) does not count. A `Calibration` reads them; by default
             they are what the model itself writes.
@@ -123,7 +124,9 @@ def plan_amount(
     search.check()
     settled = None
     if scores is None:
-        scoring = Scoring(subject, search.free(), importance or Taylor(), loss, amount.normalize, amount.per, reduce)
+        units = search.free()
+        importance = importance or default_importance(units)
+        scoring = Scoring(subject, units, importance, loss, amount.normalize, amount.per, reduce)
         given = batches_of(batches, subject) if scoring.importance.needs_data else ()
         scores, settled = score_enough(scoring, given, lambda found: search.cut(found).units, enough)
     cut = search.cut(scores)

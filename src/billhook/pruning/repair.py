@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from billhook.model.linears import is_linear, matrix_of
 from billhook.model.plan import Plan, Weights
 from billhook.model.values import check_values
 from billhook.pruning.plan import UnitPlan
+from billhook.repairs.enough import NoRepair
 from billhook.repairs.repair import Repair, repair_linears
 from billhook.repairs.visitor import Given
 from billhook.running.batches import Run, run_with_loss
@@ -23,6 +25,22 @@ from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 
 PARTS = ("weight", "bias")
+Repairing = Repair | Literal["auto"] | None
+"""How linears are refitted: as told, as far as they can be, or not at all."""
+
+
+def repair_as_asked(
+    model: nn.Module, plan: Plan, batches: Batches, how: Repairing, reduce: Reduce | None = None
+) -> tuple[Weights | None, str]:
+    """Refits as `repair` does where that is asked, or `"auto"`, where it can be; returns new values, and why there are none."""
+    if how is None:
+        return None, ""
+    if isinstance(how, Repair):
+        return repair(model, plan, batches, how, reduce), ""
+    try:
+        return repair(model, plan, batches, reduce=reduce), ""
+    except NoRepair as error:
+        return None, f"not repaired: {error}"
 
 
 def repair(model: nn.Module, plan: Plan, batches: Batches, how: Repair | None = None, reduce: Reduce | None = None) -> Weights:
@@ -93,7 +111,7 @@ def repair_with(
             kept[reader] = kept[reader] & stays if reader in kept else stays
     kept = {reader: stays for reader, stays in kept.items() if reader not in given or reader in whole}
     if not kept:
-        raise ValueError("repair: no linear layer reads what is removed, so none can make up for it")
+        raise NoRepair("repair: no linear layer reads what is removed, so none can make up for it")
     reading = {
         reader: subject.get_submodule(reader) for reader in [*kept, *(name for one in found.values() for name in one.readers)]
     }

@@ -12,6 +12,10 @@ from billhook.running.batches import Run
 from billhook.running.walk import Reduce
 
 
+class NoRepair(ValueError):
+    """Raised where no linear can be refitted: none reads what is removed, or batches, or their tokens, are too few."""
+
+
 def check_tokens(
     linears: Mapping[str, nn.Module], needed: Mapping[str, int], runs: Sequence[Run], reduce: Reduce | None = None
 ) -> None:
@@ -24,7 +28,7 @@ def check_tokens(
         reduce: Sums over ranks, where each has batches of its own.
 
     Raises:
-        ValueError: If none has enough.
+        NoRepair: If none has enough.
     """
     names, wanted = list(linears), torch.tensor([needed[name] for name in linears])
     given = torch.zeros_like(wanted)
@@ -46,7 +50,7 @@ def check_tokens(
         device = next(iter(linears.values())).get_parameter("weight").device
         given = reduce(given.to(device)).to(wanted.device)
     if not (given >= wanted).any():
-        raise ValueError(f"{too_few(names[0])}, which is given {int(given[0])} and needs {int(wanted[0])} at least")
+        raise NoRepair(f"{too_few(names[0])}, which is given {int(given[0])} and needs {int(wanted[0])} at least")
 
 
 def too_few(first: str) -> str:

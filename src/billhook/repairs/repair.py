@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.arguments import annotated, fraction
 from billhook.calibration.alone import tell_alone
 from billhook.model.linears import matrix_of
-from billhook.repairs.enough import check_tokens, too_few
+from billhook.repairs.enough import NoRepair, check_tokens, too_few
 from billhook.repairs.sums import agreed, followed, seen
 from billhook.repairs.visitor import Given, RepairVisitor
 from billhook.running.batches import Run
@@ -178,13 +178,13 @@ def _check_batches(runs: int, repair: Repair, device: torch.device, reduce: Redu
     counts = torch.tensor([runs, len(repair.chooses(runs))], device=device)
     number, choosing = (counts if reduce is None else reduce(counts)).tolist()
     if not choosing:
-        raise ValueError(f"batches: two on a rank are needed at least, as some are to choose the ridge; got {number} in all")
+        raise NoRepair(f"batches: two on a rank are needed at least, as some are to choose the ridge; got {number} in all")
 
 
 def _warn_of(left: Mapping[str, bool], kept: Mapping[str, Tensor]) -> None:
     """Warns about linears that were not refitted, those that have lost inputs and those that have not."""
     if all(left.values()):
-        raise ValueError(too_few(next(iter(left))))
+        raise NoRepair(too_few(next(iter(left))))
     cut = [name for name, is_left in left.items() if is_left and not kept[name].all()]
     whole = [name for name, is_left in left.items() if is_left and kept[name].all()]
     for names, what in ((cut, "are cut and not refitted"), (whole, "stay as they are")):

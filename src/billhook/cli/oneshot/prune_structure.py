@@ -9,19 +9,16 @@ from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
-from billhook.importance.taylor import Taylor
+from billhook.importance.default import default_importance
 from billhook.model.plan import apply
 from billhook.pruning.amount import RATIOS, TARGETS, Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import count_blocks, plan_amount
 from billhook.pruning.progress import First
-from billhook.pruning.repair import repair as repair_weights
+from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.target import Search
-from billhook.repairs.repair import Repair
 from billhook.running.batches import Batch
-
-REPAIR = Repair()
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ def prune_structure(
     block_importance: Importance | None = None,
     importance: Importance | None = None,
     rounds: int = 1,
-    repair: Repair | None = REPAIR,
+    repair: Repairing = "auto",
     dry_run: bool = False,
 ) -> None:
     """Removes the least important coupled structures of a language model or a text classifier and saves it, verified.
@@ -67,20 +64,24 @@ def prune_structure(
         given: Examples to score and to measure on, and the place to compute.
         block_importance: How blocks are scored: `BlockInfluence` (ShortGPT, https://arxiv.org/abs/2403.03853; the default), or
             `Ablation`, one forward a block.
-        importance: How units are scored: `Taylor` (LLM-Pruner; the default), or any other `Importance`, also a class of your own.
+        importance: How units are scored: `OutputNorm`, `Taylor` (LLM-Pruner), or any other `Importance`, also a class of your
+            own; by default `OutputNorm`, or `Taylor` where no module of its own reads some units, as residual channels.
         rounds: In how many rounds, each with new scores.
-        repair: How the linears that read removed units make up for them, by least squares on the examples; null: they do not.
+        repair: How the linears that read removed units make up for them, by least squares on the examples; "auto": by `Repair()`
+            where linears read them, and the examples are enough; null: they do not.
         dry_run: Print the first plan and write nothing.
 
     Raises:
         ValueError: If an argument is not legal, or the model cannot give what is asked; before anything is written.
     """
     whole("rounds", rounds)
-    work, importance = OneShot(model, out, given, refits=repair is not None), importance or Taylor()
+    work = OneShot(model, out, given, refits=repair is not None)
     if amount.blocks_alone is not None:
         count_blocks(work.model, amount.blocks_alone)
     if amount.within is not None:
-        Search(work.model, amount.within).check()
+        search = Search(work.model, amount.within)
+        search.check()
+        importance = importance or default_importance(search.free())
     batches = work.batches()
     before = None if dry_run else work.measure()
     plans: list[BlockPlan | UnitPlan] = []
@@ -88,10 +89,12 @@ def prune_structure(
         print(plan)
         if dry_run:
             return
-        repaired = repair_weights(work.model, plan, batches, repair) if repair and plan.kind == "units" else None
+        repaired, why = repair_as_asked(work.model, plan, batches, repair if plan.kind == "units" else None)
+        if why:
+            print(why)
         apply(work.model, plan, weights=repaired)
         plans.append(plan)
-    how = {"by": str(importance), "ranking": amount.ranking, "rounds": rounds, "repair": str(repair) if repair else None}
+    how = {"by": importance and str(importance), "ranking": amount.ranking, "rounds": rounds, "repair": repair and str(repair)}
     what = f"without {', '.join(plan.words for plan in plans)}"
     record = {"plans": [plan.to_json() for plan in plans], "importance": how}
     work.save(before, what, record, settled=[plan.settled for plan in plans])
@@ -103,7 +106,7 @@ def _plans(
     enough: float | None,
     amount: Removed,
     block_importance: Importance | None,
-    importance: Importance,
+    importance: Importance | None,
     rounds: int,
 ) -> Iterator[BlockPlan | UnitPlan]:
     """Plans what to remove, each time from the model as it is when the plan before has been carried out."""

@@ -1,0 +1,16 @@
+"""The importance by which units are ranked where none is named."""
+
+from collections.abc import Mapping
+
+from billhook.importance.activations import OutputNorm
+from billhook.importance.base import Importance
+from billhook.importance.taylor import Taylor
+from billhook.units.units import Units
+
+
+def default_importance(units: Mapping[str, Units]) -> Importance:
+    """Returns `OutputNorm()`, or `Taylor()` where no module of its own reads some of the units, as experts.
+
+    docs/smaller.md compares them at equal size, on a real model.
+    """
+    return OutputNorm() if all(one.readers and one.kind != "residual" for one in units.values()) else Taylor()

@@ -59,7 +59,7 @@ def perplexity(model, rows):
 
 def answered(options, folder):
     """Accuracies on the first questions of each set, asked once."""
-    file = folder.parent / f"{folder.name}.answers"
+    file = folder.parent / f"{folder.name}.answers.json"
     if not file.exists():
         data = ",".join(str(options.data / "zeroshot" / f"{name}.jsonl") for name in QUESTIONS)
         command = ["billhook", "evaluate", str(folder), "--data", f"[{data}]", "--limit", "150", "--json", str(file)]

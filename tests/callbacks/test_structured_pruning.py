@@ -82,15 +82,37 @@ def test_a_target_is_met_in_parts(files, tmp_path, ranking):
     assert 0.95 * dense.params < one <= 0.975 * dense.params
 
 
+REPAIRED = {
+    "enough": ({"channels": 0.25}, {"calibration": 16}, "OutputNorm, repaired"),
+    "too few": ({"channels": 0.25}, {"calibration": 2}, "OutputNorm, not repaired: batches: "),
+    "nothing reads": ({"residual": 0.25}, {}, "Taylor, not repaired: repair: no linear layer reads what is removed"),
+    "no examples": ({"channels": 0.25}, {"importance": bh.WeightNorm()}, "WeightNorm)"),
+    "not asked": ({"channels": 0.25}, {"repair": None}, "OutputNorm)"),
+}
+
+
+@pytest.mark.parametrize("case", REPAIRED)
+def test_what_can_be_repaired_is_unless_it_is_not_to_be(files, tmp_path, case, caplog):
+    amount, options, said = REPAIRED[case]
+    fits = []
+    for repair in ({}, {"repair": bh.Repair() if case == "enough" else None}):
+        lit = module()
+        trainer(tmp_path, [pruning(**amount, **options | repair)], max_steps=1).fit(lit, data(files))
+        fits.append(weights(lit))
+    assert same(*fits)
+    assert said in caplog.text
+
+
 def test_it_removes_what_the_plan_of_the_same_batches_says(files, tmp_path):
     lit, batches = module(), [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (3, 2, 9))]
     dense = copy.deepcopy(lit.model).eval()
-    plan = bh.plan(dense, bh.Taylor("first"), batches, channels=0.25, kv_heads=0.5)
-    callback = pruning(channels=0.25, kv_heads=0.5, importance=bh.Taylor("first"), calibration=batches)
+    plan = bh.plan(dense, bh.OutputNorm(), batches, channels=0.25, kv_heads=0.5)
+    callback = pruning(channels=0.25, kv_heads=0.5, importance=bh.OutputNorm(), repair=None, calibration=batches)
     trainer(tmp_path, [callback], max_steps=1).fit(lit, data(files))
     bh.apply(dense, plan)
     pruned = module()
-    trainer(tmp_path, [pruning(channels=0.25, kv_heads=0.5, calibration=batches)], max_steps=1).fit(pruned, data(files))
+    by_default = pruning(channels=0.25, kv_heads=0.5, repair=None, calibration=batches)
+    trainer(tmp_path, [by_default], max_steps=1).fit(pruned, data(files))
     assert same(weights(lit), weights(pruned))
     assert [tuple(p.shape) for p in dense.parameters()] == [tuple(p.shape) for p in lit.model.parameters()]
     unit = plan.units["model.layers.0.mlp"]
@@ -210,5 +232,5 @@ class TestRefused:
             lit.model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
         before = [tuple(p.shape) for p in lit.parameters()]
         with pytest.raises(ValueError, match="batch 0.*(NaN|infinite)"):
-            trainer(tmp_path, [pruning(channels=0.5)]).fit(lit, data(files))
+            trainer(tmp_path, [pruning(channels=0.5, importance=bh.Taylor())]).fit(lit, data(files))
         assert [tuple(p.shape) for p in lit.parameters()] == before

@@ -142,7 +142,8 @@ class StructuredPruning(ShapeCallback):
             made = plan_amount(model, amount, importance, runs, self.calibration.enough, reduce=reduce)
             assert isinstance(made, UnitPlan)
             weights, why = repair_as_asked(model, made, runs, self.repair if self.needs_data else None, reduce)
-            return made, weights, f"{type(importance).__name__}{f'; {why}' if why else ''}"
+            done = "repaired" if weights else why
+            return made, weights, f"{type(importance).__name__}{f', {done}' if done else ''}"
 
     def _remove(self, model: nn.Module, made: UnitPlan, weights: Weights | None, how: str, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, and says how much that is."""

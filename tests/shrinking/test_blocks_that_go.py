@@ -27,6 +27,7 @@ from billhook.shrinking.work import Work
 from kit.families import BERT, T5, build, llama, tokens
 
 FEW = {"generations": 1, "candidates": 2}
+QUICK = {"generations": 0, "importance": bh.WeightNorm(), "repair": None}
 LAYERS = "model.layers"
 
 
@@ -66,7 +67,7 @@ def test_a_block_that_computes_nothing_goes_first_and_nothing_is_lost(target, la
     with torch.no_grad():
         before, now = model(ids).logits, getattr(bh.summary(model), target)
     one = {"params": size_of_block(model), "bytes": 4 * size_of_block(model), "kv_cache_bytes": now // 4}[target]
-    shrunk = bh.shrink(model, texts(), **{target: now - one}, layers=layers, repair=None, **FEW)
+    shrunk = bh.shrink(model, texts(), **{target: now - one}, layers=layers, **QUICK)
     assert shrunk.blocks.units == {LAYERS: [2]}
     assert not shrunk.plan.units
     assert [now for _, now in shrunk.kept.values()] == [0 if ".2." in name else count for name, (count, _) in shrunk.kept.items()]
@@ -172,16 +173,16 @@ def test_models_whose_blocks_cannot_go_say_so():
     with torch.no_grad():  # a norm stands behind the sum, so that a block of zeros is not the identity
         for parameter in bert.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    shrunk = bh.shrink(bert, texts(), params=0.95, **FEW)
+    shrunk = bh.shrink(bert, texts(), params=0.95, **QUICK)
     assert shrunk.blocks is None
     assert "all blocks stay: " in str(shrunk)
     assert "computes something also with the linears behind its heads and channels at zero" in shrunk.blocks_stay
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5 | {"num_layers": 2})).eval()
     rows = [{"input_ids": tokens(8, 16), "labels": tokens(8, 10)} for _ in range(4)]
-    assert bh.shrink(t5, rows, params=0.97, **FEW).blocks_stay == "encoder.block and decoder.block are stacks of their own"
-    assert "would be left without blocks" in bh.shrink(llama(num_hidden_layers=1), texts(), params=0.95, **FEW).blocks_stay
+    assert bh.shrink(t5, rows, params=0.97, **QUICK).blocks_stay == "encoder.block and decoder.block are stacks of their own"
+    assert "would be left without blocks" in bh.shrink(llama(num_hidden_layers=1), texts(), params=0.95, **QUICK).blocks_stay
     mixture = build("mixtral", num_hidden_layers=2)
-    assert "computes something also" in bh.shrink(mixture, texts(), params=0.97, **FEW).blocks_stay
+    assert "computes something also" in bh.shrink(mixture, texts(), params=0.97, **QUICK).blocks_stay
 
 
 def test_nothing_is_half_applied(monkeypatch):

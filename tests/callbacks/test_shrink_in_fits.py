@@ -69,7 +69,7 @@ def test_a_model_that_is_the_same_at_the_event_is_looked_at_once(files, tmp_path
             pl_module.model.model.layers[0].mlp.down_proj.weight.data.mul_(2.0)
 
     calls = []
-    monkeypatch.setattr(work, "find_places", lambda *given: calls.append(given) or find_places(*given))
+    monkeypatch.setattr(work, "find_places", lambda *given, **how: calls.append(given) or find_places(*given, **how))
     callback = shrinking(kv_cache_bytes=0.5, at=at, importance=bh.WeightNorm(), repair=None, generations=0)
     trainer(tmp_path, [*([Changes()] if changed else []), callback], max_steps=2).fit(module(), data(files))
     assert callback.shrunk.left == callback.shrunk.limit

@@ -44,7 +44,7 @@ def test_structure(small, files, all_rows, tmp_path, capsys):
     assert f"  {settled['says']}\n" in capsys.readouterr().out
     assert f"\n  - {settled['says']}\n" in (tmp_path / "out" / "README.md").read_text()
     dense, every = bh.load(small), [Batch({"input_ids": row[None], "labels": row[None]}) for row in all_rows]
-    plan = bh.plan(dense, bh.Taylor(), interleaved(every)[: settled["batches"]], channels=0.5)
+    plan = bh.plan(dense, bh.OutputNorm(), interleaved(every)[: settled["batches"]], channels=0.5)
     assert plan.to_json() == record["plans"][0]
     bh.apply(dense, plan, weights=bh.repair(dense, plan, every))
     with torch.no_grad():

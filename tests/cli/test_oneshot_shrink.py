@@ -51,7 +51,7 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys):
 
 def test_the_model_is_looked_at_once(small, files, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(work, "find_places", lambda *given: calls.append(given) or find_places(*given))
+    monkeypatch.setattr(work, "find_places", lambda *given, **how: calls.append(given) or find_places(*given, **how))
     options = ["--kv_cache_bytes", "0.5", "--importance", "WeightNorm", "--repair", "null"]
     main(["shrink", str(small), str(tmp_path / "out"), *options, *SHORT, *option(files)])
     assert len(calls) == 1

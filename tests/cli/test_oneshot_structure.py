@@ -43,7 +43,7 @@ def two_texts(files, tmp_path_factory):
 def test_ratios(small, files, tmp_path, capsys):
     record = prune(small, tmp_path / "out", "--kv_heads", "0.5", "--channels", "0.25", *OFF, *SHORT, *option(files))
     dense, rows = bh.load(small), blocks(files["train"])
-    plan = bh.plan(dense, bh.Taylor(), drawn(rows, 4), kv_heads=0.5, channels=0.25)
+    plan = bh.plan(dense, bh.OutputNorm(), drawn(rows, 4), kv_heads=0.5, channels=0.25)
     assert record["plans"] == [plan.to_json()]
     held_out = blocks(files["validation"])[:5]
     before = perplexity(dense, held_out)
@@ -89,7 +89,7 @@ def test_what_stays_makes_up_for_what_goes(small, files, tmp_path):
     assert not_repaired["importance"]["repair"] is None
     dense, rows = bh.load(small), blocks(files["train"])
     batches = drawn(rows, 8, 24)
-    plan = bh.plan(dense, bh.Taylor(), batches, channels=0.5)
+    plan = bh.plan(dense, bh.OutputNorm(), batches, channels=0.5)
     weights = bh.repair(dense, plan, batches)
     assert set(weights) == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)}
     bh.apply(dense, plan, weights=weights)
@@ -106,7 +106,7 @@ def test_beside_one_text_linears_are_refitted_to_what_the_model_writes(small, fi
     text = bh.Calibration([files, "generated"], [3, 1], 6 * 16, 16, 4, tokenizer=str(small))
     batches = [Batch(one | {"labels": one["input_ids"]}, one.source) for one in text.read(dense)]
     assert [len(one["input_ids"]) for one in batches] == [4, 2]
-    plan = bh.plan(dense, bh.Taylor(), batches, channels=0.5)
+    plan = bh.plan(dense, bh.OutputNorm(), batches, channels=0.5)
     bh.apply(dense, plan, weights=bh.repair(dense, plan, batches))
     with torch.no_grad():
         assert torch.equal(bh.load(tmp_path / "out")(IDS).logits, dense(IDS).logits)

@@ -105,7 +105,7 @@ def damaged():
 def enough():
     """On as many batches as settle it, of which each process has half; both count them all."""
     text = bh.Calibration(length=12, tokens=16 * 12, enough=0.5)
-    options = {"importance": bh.OutputNorm(), "calibration": text, "measure_batches": 0}
+    options = {"importance": bh.OutputNorm(), "calibration": text, "measure_batches": 0, "repair": None}
     return Fit(module, lambda: StructuredPruning(bh.Amount(channels=0.5), 1, **options), lambda one: one.events, steps=2)
 
 

@@ -250,14 +250,14 @@ class TestRefused:
         model = llama()
         with pytest.raises(ValueError, match="batches=None: a BertForMaskedLM does not write text that .*: give batches"):
             bh.plan(bert(), channels=0.5)
-        with pytest.raises(ValueError, match="batches: Taylor needs at least one batch"):
+        with pytest.raises(ValueError, match="batches: OutputNorm needs at least one batch"):
             bh.plan(model, batches=[], channels=0.5)
         with pytest.raises(ValueError, match="gives no loss for input_ids: add labels, or give `loss`"):
-            bh.plan(bert(), batches=[{"input_ids": tokens()}], channels=0.5)
+            bh.plan(bert(), bh.Taylor(), [{"input_ids": tokens()}], channels=0.5)
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
         with pytest.raises(ValueError, match="batch 0"):
-            bh.plan(model, batches=[{"input_ids": tokens()}], channels=0.5)
+            bh.plan(model, bh.Taylor(), [{"input_ids": tokens()}], channels=0.5)
         with pytest.raises(ValueError, match="NaN or infinite"):
             bh.plan(model, bh.WeightNorm(), channels=0.5)
 

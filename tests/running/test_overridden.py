@@ -50,3 +50,18 @@ def test_a_module_registers_nothing():
         assert module(other.weight) is not None
         assert list(module.children()) == []
     assert list(vars(module)) == before
+
+
+def test_blocks_that_end_in_another_order_than_they_began():
+    model = nn.Linear(2, 2)
+    model.own = 0
+    first, second, third = (overridden(model, own=number, forward=number) for number in (1, 2, 3))
+    for block in (first, second, third):
+        block.__enter__()
+    second.__exit__(None, None, None)
+    assert (model.own, model.forward) == (3, 3)
+    third.__exit__(None, None, None)
+    assert (model.own, model.forward) == (1, 1)
+    first.__exit__(None, None, None)
+    assert model.own == 0
+    assert vars(model).keys() - vars(nn.Linear(2, 2)).keys() == {"own"}

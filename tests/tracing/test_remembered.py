@@ -94,8 +94,8 @@ def test_a_model_that_has_changed_is_traced_again(runs):
 
 def test_costs_are_found_once_and_again_after_a_change(monkeypatch):
     module = importlib.import_module("billhook.model.figures")
-    run, seen = module._run_on_meta, []
-    monkeypatch.setattr(module, "_run_on_meta", lambda *given: (seen.append(1), run(*given))[1])
+    run, seen = module._flops_on_meta, []
+    monkeypatch.setattr(module, "_flops_on_meta", lambda *given: (seen.append(1), run(*given))[1])
     forget()
     model = llama()
     before = figures_of(model)

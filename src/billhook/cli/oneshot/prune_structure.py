@@ -18,6 +18,7 @@ from billhook.pruning.planning import count_blocks, plan_amount
 from billhook.pruning.progress import First
 from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.target import Search
+from billhook.repairs.repair import Repair
 from billhook.running.batches import Batch
 
 
@@ -84,7 +85,7 @@ def prune_structure(
         importance = importance or default_importance(search.free())
     batches = work.batches()
     before = None if dry_run else work.measure()
-    plans: list[BlockPlan | UnitPlan] = []
+    plans, refitted = list[BlockPlan | UnitPlan](), False
     for plan in _plans(work.model, batches, given.agreement, amount, block_importance, importance, rounds):
         print(plan)
         if dry_run:
@@ -92,9 +93,11 @@ def prune_structure(
         repaired, why = repair_as_asked(work.model, plan, batches, repair if plan.kind == "units" else None)
         if why:
             print(why)
+        refitted = refitted or bool(repaired)
         apply(work.model, plan, weights=repaired)
         plans.append(plan)
-    how = {"by": importance and str(importance), "ranking": amount.ranking, "rounds": rounds, "repair": repair and str(repair)}
+    done = str(Repair() if repair == "auto" else repair) if refitted else None
+    how = {"by": importance and str(importance), "ranking": amount.ranking, "rounds": rounds, "repair": done}
     what = f"without {', '.join(plan.words for plan in plans)}"
     record = {"plans": [plan.to_json() for plan in plans], "importance": how}
     work.save(before, what, record, settled=[plan.settled for plan in plans])

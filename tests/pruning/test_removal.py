@@ -185,6 +185,18 @@ def assert_permutation_exact(model, kinds, gone, inputs):
 
 
 class TestResidual:
+    def test_with_heads_whose_numbers_mean_several_things(self):
+        """As one head is left, and a head's width is the number of KV heads, the code also runs with a width of 1."""
+        model = llama(hidden_size=32, num_attention_heads=8, num_key_value_heads=4, head_dim=4)
+        one, ids, (place,) = copy.deepcopy(model), tokens(), find_units(model, ["residual"])
+        heads = {"model.layers.0.self_attn": [0, 1, 2, 3, 5, 6, 7]}
+        bh.prune_units(one, {place: [0, 1, 2, 3], **heads}, kind=["residual", "head"])
+        bh.prune_units(model, {place: [0, 1, 2, 3]}, kind="residual")
+        bh.prune_units(model, heads)
+        with torch.no_grad():
+            torch.testing.assert_close(one(ids).logits, model(ids).logits)
+        assert one.model.layers[0].self_attn.head_dim == 4
+
     @pytest.mark.parametrize("name", EVERY)
     def test_permutation_exact_in_every_family(self, name):
         model = make(name)

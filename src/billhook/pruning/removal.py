@@ -17,12 +17,13 @@ from billhook.model.meta import to_meta
 from billhook.model.runs.answers import alike, small_inputs, tolerance
 from billhook.model.shapes.handed import Indices
 from billhook.model.shapes.shape import Shape, derived_then, note_shape, set_shape, shape_of, unbuilt_shape
-from billhook.model.surgery import Change, replace_parameters, undone_by_errors
-from billhook.pruning.cuts import Cut
+from billhook.model.surgery import Change, replace_parameters, undone_by_errors, way_back
+from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.fold import fold
 from billhook.pruning.shape_then import shapes_then
 from billhook.running.trees import tree_leaves
 from billhook.running.undisturbed import resting
+from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 from billhook.units.gates import Gate
@@ -33,24 +34,25 @@ from billhook.units.zero import reading, zero_found
 def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer]) -> None:
     """Removes units from a model, in place; the model and the optimizers are as before if that fails.
 
-    Where heads and feed-forward channels are removed, the outcome is compared with the model in which they are masked. Where
-    residual channels or experts are removed, it must run, have the planned units, and compute the same whether the config says so
-    or not. A mask before the units is refused.
+    Where heads and feed-forward channels are removed, the outcome is compared with the model in which they are masked, without
+    the residual channels that go with them. Where these or experts alone are removed, it must run, have the planned units, and
+    compute the same whether the config says so or not. A mask before the units is refused.
     """
     if not cut.units:
         return
-    found = units_of(model, trace(model), dict.fromkeys(cut.kinds.values()))
+    structure = trace(model)
+    found = units_of(model, structure, dict.fromkeys(cut.kinds.values()))
     _check_free(model, found)
-    exact, real = all(found[name].kind in ("head", "channel") for name in cut.units), model.device.type != "meta"
+    real = model.device.type != "meta"
     readers = {reader for one in found.values() for reader in one.readers if one.kind in ("head", "channel")}
     readers = {reader for reader in readers if not _makes_units(model, reader, cut)}
-    expected = _zeroed_answer(model, found, cut, readers) if exact and real else None
+    expected = _expected(model, structure, found, cut, readers) if real else None
     why = ""
     for shape, fields in shapes_then(model, cut):
         try:
             with undone_by_errors(model, optimizers):
                 _carry_out(model, cut, shape, optimizers)
-                kept = expected if exact or not (real and fields) else _answer_if_any(model, readers)
+                kept = _answer_if_any(model, readers) if expected is None and real and fields else expected
                 _say(model, fields, optimizers)
                 note_shape(model)
                 if real:
@@ -168,12 +170,32 @@ def _smaller_state(take: Callable[[Tensor], Tensor], _: str, state: Tensor) -> T
     return take(state)
 
 
-@torch.no_grad()
-def _zeroed_answer(model: PreTrainedModel, found: Mapping[str, Units], cut: Cut, readers: Iterable[str]) -> list[Tensor]:
-    """Returns the answer of the model without some units, whose reading weights are zero for that long."""
-    kept = [(weight, dim, at, weight.index_select(dim, at)) for weight, dim, at in reading(model, found, cut.units)]
+def _expected(
+    model: PreTrainedModel, structure: Structure, found: Mapping[str, Units], cut: Cut, readers: Iterable[str]
+) -> list[Tensor] | None:
+    """Returns the answer with heads and channels masked, without the residual channels that go; None where nothing is masked."""
+    masked = {name: own for name, own in cut.units.items() if found[name].kind in ("head", "channel")}
+    others = {name: own for name, own in cut.units.items() if name not in masked}
+    if not masked or any(found[name].kind != "residual" for name in others):
+        return None
+    if not others:
+        return _zeroed_answer(model, found, masked, readers)
+    back = way_back(model)
     try:
-        zero_found(model, found, cut.units)
+        remove(model, find_cut(model, structure, found, others), [])
+        return _zeroed_answer(model, found, masked, readers)
+    finally:
+        back()
+
+
+@torch.no_grad()
+def _zeroed_answer(
+    model: PreTrainedModel, found: Mapping[str, Units], gone: Mapping[str, list[int]], readers: Iterable[str]
+) -> list[Tensor]:
+    """Returns the answer of the model without some units, whose reading weights are zero for that long."""
+    kept = [(weight, dim, at, weight.index_select(dim, at)) for weight, dim, at in reading(model, found, gone)]
+    try:
+        zero_found(model, found, gone)
         return _answer(model, readers)
     finally:
         for weight, dim, at, values in reversed(kept):

@@ -108,7 +108,7 @@ def searched(model, layers, params, repair):
 def test_what_is_expected_is_what_is_computed_and_the_model_stays_until_then(layers, repair):
     model, ids = narrow(), tokens()
     before, config = {name: value.clone() for name, value in model.state_dict().items()}, model.config.to_dict()
-    work, found = searched(model, layers, int(0.25 * size_at(model, 24)), repair)
+    work, found = searched(model, layers, int(0.2 * size_at(model, 24)), repair)
     assert found.kept[HIDDEN] == 24
     assert found.planned.blocks is not None
     assert model.config.to_dict() == config

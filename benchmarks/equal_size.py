@@ -77,10 +77,11 @@ class Table:
         """Plans the least that meets the size."""
         most = size * model.num_parameters()
         if kind in WITHIN:
-            return bh.plan(model, scores=self.scored(model, by), amount=bh.Amount(params=size, **WITHIN[kind]))
+            return bh.plan(model, scores=self.scored(model, by), amount=bh.Amount(params=size, **WITHIN[kind], round_to=1))
         if kind == "hidden size":
             width = model.config.hidden_size
-            return self.first(most, (bh.Amount(residual=gone / width) for gone in range(1, width)), model, by, "residual")
+            amounts = (bh.Amount(residual=gone / width, round_to=1) for gone in range(1, width))
+            return self.first(most, amounts, model, by, "residual")
         return self.first(most, (bh.Amount(blocks=number) for number in range(1, 30)), model, by, "block")
 
     def first(self, most, amounts, model, by, kind):

@@ -68,7 +68,7 @@ def cut(model, ids, ratios, importance, repairs, examples):
     theirs = isinstance(importance, bh.Taylor)
     rows = ids[: 10 * 64].view(1, 10, 64) if theirs else ids[: examples * 512].view(-1, 1, 512)
     batches = [{"input_ids": row} for row in rows]
-    plan = bh.plan(model, importance, batches, amount=bh.Amount(**ratios, **PROTECTED))
+    plan = bh.plan(model, importance, batches, amount=bh.Amount(**ratios, **PROTECTED, round_to=1))
     bh.apply(model, plan, weights=bh.repair(model, plan, batches) if repairs else None)
     return plan
 

@@ -10,6 +10,7 @@ import billhook as bh
 from billhook.model.figures import figures_of
 from billhook.model.shapes.shape import shape_of
 from billhook.pruning.amount import Amount
+from billhook.pruning.planning import plan_amount
 from billhook.pruning.progress import First, first_from
 from billhook.pruning.target import Search, lowest
 from billhook.units.find import find_units, of_kind
@@ -21,11 +22,11 @@ def lost(plan):
     return {name: plan.before[name][0] - plan.after[name][0] for name in plan.before}
 
 
-def scored(model, amount):
+def scored(model, amount, first=None):
     """Units that may be removed, random scores of them, and the plan that they lead to."""
     units = Search(model, amount).free()
     scores = bh.score(model, units, bh.importance.baselines.RandomUnits(), per=amount.per)
-    return units, scores, bh.plan(model, scores=scores, amount=amount)
+    return units, scores, plan_amount(model, amount, scores=scores, first=first)
 
 
 class TestRatios:
@@ -284,7 +285,7 @@ class TestParts:
             due = first.part(model, amount, share)
             found.append(due is not None)
             if due is not None:
-                bh.apply(model, scored(model, due)[-1])
+                bh.apply(model, scored(model, due, first.counts)[-1])
         assert first.part(model, amount, progress[-1]) is None
         return found
 

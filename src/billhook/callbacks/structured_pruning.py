@@ -139,7 +139,7 @@ class StructuredPruning(ShapeCallback):
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
             runs = [run_of(model, units, *pair) for pair in pairs]
             importance = self.importance or default_importance(units)
-            made = plan_amount(model, amount, importance, runs, self.calibration.enough, reduce=reduce)
+            made = plan_amount(model, amount, importance, runs, self.calibration.enough, reduce=reduce, first=self._first.counts)
             assert isinstance(made, UnitPlan)
             weights, why = repair_as_asked(model, made, runs, self.repair if self.needs_data else None, reduce)
             done = "repaired" if weights else why
@@ -149,7 +149,8 @@ class StructuredPruning(ShapeCallback):
         """Removes what is planned, and says how much that is."""
         apply(model, made, optimizers, weights)
         before, after = made.parameters
-        return f"{before:,} -> {after:,} parameters ({made.words}; {how})"
+        told = "; ".join([made.words, how, *map(str, made.rows)])
+        return f"{before:,} -> {after:,} parameters ({told})"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has happened so far, and what the model was at first."""

@@ -15,8 +15,8 @@ from billhook.model.config_fields import Fields, fields_of, set_fields
 from billhook.model.meta import from_name
 from billhook.model.runs.operands import operands_of
 from billhook.pruning.cuts import find_cut
-from billhook.pruning.expert_widths import width_step
 from billhook.pruning.removal import tried
+from billhook.pruning.widths.experts import width_step
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold, kind_name, labelled
 from billhook.tracing.trace import trace

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from billhook.arguments import annotated, fraction, one_of, whole
+from billhook.pruning.widths.rows import RoundTo
 from billhook.units.units import Per, UnitKind
 
 Ranking = Literal["layer", "global"]
@@ -42,7 +43,11 @@ class Amount:
         normalize: Whether the scores of each place are divided by their L2 norm, which matters for `ranking="global"` alone.
         first: Blocks at the beginning of each stack that are kept, with their heads, channels and experts.
         last: Blocks at the end of each stack that are kept.
-        round_to: The number of channels that remain, of feed-forwards and residual, is a multiple of it.
+        round_to: What the number of channels that remain, of feed-forwards and residual, is a multiple of. `"auto"`: the largest
+            of 256, 128, 64 and 32 whose nearest multiple differs from what was asked for by at most 3 % of the units that there
+            were, also of heads times their width; for a target, by which no more may be left, the nearest below. Nothing is
+            rounded where none is so near, or rows were shorter than 256. A number (int): multiples of it, always of no fewer
+            channels than asked for; 1: nothing is rounded.
         min_units: The fewest units that remain in each place.
 
     Raises:
@@ -70,7 +75,7 @@ class Amount:
     normalize: bool = False
     first: int = 0
     last: int = 0
-    round_to: int = 1
+    round_to: RoundTo = "auto"
     min_units: int = 1
 
     def __post_init__(self) -> None:
@@ -99,8 +104,10 @@ class Amount:
             if not number or value <= 0 or (isinstance(value, float) and not value < 1):
                 raise ValueError(f"{name}={value!r} must be a whole number above 0, or a fraction in (0, 1) of what is there")
         one_of("ranking", self.ranking, Ranking)
-        for name, least in {"first": 0, "last": 0, "round_to": 1, "min_units": 1}.items():
+        for name, least in {"first": 0, "last": 0, "min_units": 1}.items():
             whole(name, getattr(self, name), least)
+        if self.round_to != "auto":
+            whole("round_to", self.round_to)
 
     @property
     def ratios(self) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 
 import numpy as np
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 from billhook.arguments import fraction, one_of, whole
 from billhook.pruning.amount import RATIOS, Amount, Ranking
 from billhook.pruning.cuts import coupled
+from billhook.pruning.widths.rows import length_of, rounded
 from billhook.units.blocks import block_of, find_blocks
 from billhook.units.find import of_kind
 from billhook.units.units import Per, Units, plural
+
+Counts = Mapping[str, Mapping[str, int]]
+"""By the name of a ratio, and by place, numbers of units."""
 
 
 @dataclass(frozen=True)
@@ -155,12 +160,20 @@ def choose_units(
     ratios: Mapping[str, float],
     protected: frozenset[str] = frozenset(),
     steps: Mapping[str, int] | None = None,
+    first: Counts | None = None,
 ) -> dict[str, list[int]]:
     """Chooses the units of the lowest scores, of several kinds; by place, ascending, of attentions query heads.
 
-    Of places in `steps`, a multiple of that number stays.
-
     The scores are of heads or KV heads as the ratio is, by its name in `Amount`; protected places keep all of their units.
+
+    Args:
+        units: The units by place.
+        scores: Their scores.
+        amount: Says how they are ranked, how many stay, and to what numbers are rounded.
+        ratios: By name, which part of them goes.
+        protected: Places that keep all.
+        steps: By place, a number of which a multiple stays.
+        first: By name and place, how many units there were before parts of the amount were removed; given ratios are of those.
 
     Raises:
         ValueError: If a score is missing or NaN, or a ratio would leave a place with fewer than `min_units`.
@@ -175,26 +188,69 @@ def choose_units(
             why = "all are in protected blocks" if of_kind(units, kind) else "the model has none that may be removed"
             raise ValueError(f"{name}={ratio:g}: {why}")
         ends = (amount.first, amount.last) if kind == "block" else (0, 0)
-        chosen = choose(own, scores, ratio, amount.ranking, amount.min_units, per, ends=ends, name=name)
-        for place, numbers in chosen.items():
-            kept = _rounded(own[place], scores[place], numbers, math.lcm(amount.round_to, (steps or {}).get(place, 1)))
-            gone |= {place: own[place].query_heads(kept) if per == "kv_head" else kept} if kept else {}
+        take = partial(choose, scores=scores, min_units=amount.min_units, per=per, ends=ends, name=name)
+        before = {place: (first or {}).get(name, {}).get(place, one.count(per)) for place, one in own.items()}
+        chosen: dict[str, list[int]] = {}
+        for some, part in _parts(own, ratio, before, per, amount.ranking) if name in amount.ratios else [(own, ratio)]:
+            chosen |= take(some, ratio=part, ranking=amount.ranking)
+        stay = partial(_stay, per=per, amount=amount, at_most=name in amount.open)
+        stays = {
+            place: stay(
+                own[place], asked=own[place].count(per) - len(some), first=before[place], step=(steps or {}).get(place, 1)
+            )
+            for place, some in chosen.items()
+        }
+        chosen |= _again(own, chosen, stays, per, take)
+        gone |= {place: own[place].query_heads(some) if per == "kv_head" else some for place, some in chosen.items() if some}
     return gone
+
+
+def _parts(
+    units: Mapping[str, Units], ratio: float, before: Mapping[str, int], per: Per, ranking: Ranking
+) -> list[tuple[dict[str, Units], float]]:
+    """Divides places by the part of what is left in them that goes, for a ratio of what there was at first."""
+    found: dict[float, dict[str, Units]] = {}
+    for places in [list(units)] if ranking == "global" else [[place] for place in units]:
+        first, now = sum(before[place] for place in places), sum(units[place].count(per) for place in places)
+        part = ratio if first == now else max(0.0, ratio * first - (first - now)) / now
+        found.setdefault(part, {}).update({place: units[place] for place in places})
+    return [(own, part) for part, own in found.items()]
+
+
+def _stay(units: Units, asked: int, first: int, step: int, per: Per, amount: Amount, at_most: bool) -> int:
+    """Returns how many units stay in a place that was asked to keep so many."""
+    now, channels, each = units.count(per), units.kind in ("channel", "residual"), length_of(units, per)
+    if amount.round_to == "auto" and each and (channels or not at_most):
+        grouped = per == "head" and units.count("kv_head") < now
+        together = units.count("kv_head") if grouped and not channels else 1  # as many go of each KV head
+        near = rounded(asked, first, now, amount.min_units, each, math.lcm(step, together), more=not at_most)
+        if near is not None:
+            return near
+    multiple = math.lcm(1 if amount.round_to == "auto" else amount.round_to, step) if channels else 1
+    return min(-(-asked // multiple) * multiple, now)
+
+
+def _again(
+    units: Mapping[str, Units],
+    chosen: Mapping[str, Sequence[int]],
+    stays: Mapping[str, int],
+    per: Per,
+    take: Callable[..., dict[str, list[int]]],
+) -> dict[str, list[int]]:
+    """Chooses units again where other numbers stay; of a place that keeps all then, none."""
+    found: dict[str, list[int]] = {}
+    for places in coupled({place: units[place] for place in chosen}):
+        now, stay = units[places[0]].count(per), stays[places[0]]
+        if stay != now - len(chosen[places[0]]):
+            some = {place: units[place] for place in places}
+            found |= dict.fromkeys(places, []) | take(some, ratio=(now - stay) / now, ranking="layer")
+    return found
 
 
 def free(units: Mapping[str, Units], protected: frozenset[str]) -> dict[str, Units]:
     """Returns the places that may lose units: neither protected nor bound to one that is, as by a common position bias."""
     bound = {place for own in coupled(units) if protected & set(own) for place in own}
     return {place: one for place, one in units.items() if place not in bound}
-
-
-def _rounded(units: Units, scores: Tensor, gone: list[int], multiple: int) -> list[int]:
-    """Keeps as many of the chosen channels, those of the highest scores, as leaves a multiple."""
-    if units.kind not in ("channel", "residual") or multiple == 1:
-        return gone
-    stay = -(-(units.count() - len(gone)) // multiple) * multiple
-    order = sorted(gone, key=lambda unit: float(scores[unit]))
-    return sorted(order[: max(units.count() - stay, 0)])
 
 
 def most(units: Mapping[str, Units], name: str, amount: Amount, protected: frozenset[str]) -> float:

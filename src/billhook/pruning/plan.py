@@ -14,6 +14,7 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import Plan, Weights, starting_from
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove
+from billhook.pruning.widths.told import RowLength, rows_from
 from billhook.tracing.show import pattern
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -27,11 +28,18 @@ class UnitPlan(Cut, Plan):
     kind: ClassVar[str] = "units"
     costs: tuple[Figures, Figures] | None = None
     settled: Settled | None = None
+    rows: tuple[RowLength, ...] = ()
 
     @classmethod
-    def of(cls, cut: Cut, costs: tuple[Figures, Figures] | None = None, settled: Settled | None = None) -> Self:
+    def of(
+        cls,
+        cut: Cut,
+        costs: tuple[Figures, Figures] | None = None,
+        settled: Settled | None = None,
+        rows: tuple[RowLength, ...] = (),
+    ) -> Self:
         """Makes a plan of what has been found."""
-        return cls(**vars(cut), costs=costs, settled=settled)
+        return cls(**vars(cut), costs=costs, settled=settled, rows=rows)
 
     @property
     def words(self) -> str:
@@ -47,6 +55,7 @@ class UnitPlan(Cut, Plan):
             "kinds": dict(self.kinds),
             "units": {name: list(own) for name, own in self.units.items()},
             "before": {name: list(counts) for name, counts in self.before.items()},
+            "rows": [row.to_json() for row in self.rows],
         }
 
     @classmethod
@@ -62,7 +71,8 @@ class UnitPlan(Cut, Plan):
             if not holds:
                 raise ValueError(f"plan: {part} is {str(given)[:80]!r}, and must be as to_json returns it")
         before = {name: tuple(own) for name, own in plain["before"].items()}
-        return cls.of(_again(plain["model"], plain["kinds"], before, plain["units"], find_transformer(model)))
+        rows = rows_from(plain.get("rows", []))
+        return cls.of(_again(plain["model"], plain["kinds"], before, plain["units"], find_transformer(model)), rows=rows)
 
     def check_made_for(self, model: nn.Module) -> None:
         """Refuses a model that the plan was not made for; see `Plan.check_made_for`."""
@@ -95,7 +105,7 @@ class UnitPlan(Cut, Plan):
         width = max(len(name) for name, _ in rows)
         for (name, change), places in rows.items():
             lines.append(f"  {name:<{width}}  {change}" + (f" in each of {len(places)}" if len(places) > 1 else ""))
-        return "\n".join([*lines, *([f"  {self.settled}"] if self.settled else [])])
+        return "\n".join([*lines, *(f"  {row}" for row in self.rows), *([f"  {self.settled}"] if self.settled else [])])
 
 
 def _is_list(value: object) -> bool:

@@ -21,7 +21,7 @@ from billhook.model.plan import apply
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan, find_block_plan
 from billhook.pruning.block_plan import tried as tried_blocks
-from billhook.pruning.choice import choose_units, ranked
+from billhook.pruning.choice import Counts, choose_units, ranked
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import tried
@@ -113,14 +113,18 @@ def plan_amount(
     greedy: bool = False,
     loss: Loss | None = None,
     reduce: Reduce | None = None,
+    first: Counts | None = None,
 ) -> UnitPlan | BlockPlan:
-    """Plans as `plan`, on as many of the batches as are `enough` (see `Calibration`)."""
+    """Plans as `plan`, on as many of the batches as are `enough` (see `Calibration`).
+
+    Ratios are of the numbers of units that there were at `first` (see `First`), where a part of the amount has been removed.
+    """
     subject = find_transformer(model)
     if amount.blocks is not None:
         return _plan_blocks(subject, amount, importance or BlockInfluence(), batches, enough, scores, greedy, loss, reduce)
     if greedy:
         raise ValueError("greedy=True: only blocks are removed one at a time")
-    search = Search(subject, amount)
+    search = Search(subject, amount, first)
     search.check()
     settled = None
     if scores is None:
@@ -130,7 +134,7 @@ def plan_amount(
         given = batches_of(batches, subject) if scoring.importance.needs_data else ()
         scores, settled = score_enough(scoring, given, lambda found: search.cut(found).units, enough)
     cut = search.cut(scores)
-    return UnitPlan.of(cut, search.costs(cut), settled)
+    return UnitPlan.of(cut, search.costs(cut), settled, search.row_lengths(scores, cut))
 
 
 def plan_units(

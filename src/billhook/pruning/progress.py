@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.model.figures import figure_of
-from billhook.pruning.amount import RATIOS, Amount
+from billhook.pruning.amount import Amount
 from billhook.pruning.choice import choose_units, free, protected_places
 from billhook.tracing.trace import trace
 from billhook.units.find import of_kind, units_of
@@ -17,7 +17,12 @@ from billhook.units.units import Units
 
 @dataclass(frozen=True)
 class First:
-    """A model before any part of an amount was removed: by ratio and place its units that may be, and what the target limits."""
+    """A model before any part of an amount was removed.
+
+    Attributes:
+        counts: By the name of a ratio, and by place, how many units there were that may be removed.
+        figure: What there was of what the target limits.
+    """
 
     counts: dict[str, dict[str, int]]
     figure: int | None
@@ -30,16 +35,13 @@ class First:
         return cls(_counts(units, amount, protected_places(model, units, amount)), figure)
 
     def part(self, model: PreTrainedModel, amount: Amount, progress: float) -> Amount | None:
-        """Returns the part of an amount that is due at a progress in 0..1, in ratios of what is left; None if nothing is.
+        """Returns what of an amount is to be gone at a progress in 0..1, in ratios of what there was at first; None if it is.
 
-        Parts add up to the whole where the places of a kind have as many units each; else a place may have lost one more or less.
+        Its plan takes `counts`, by which each part is also rounded, so that parts add up to what the whole would be at once.
         """
         units = _units(model, amount)
-        protected, changes = protected_places(model, units, amount), dict[str, Any]()
-        now = _counts(units, amount, protected)
-        for name, ratio in amount.ratios.items():
-            first, left = sum(self.counts[name].values()), sum(now[name].values())
-            changes[name] = max(0.0, progress * ratio * first - (first - left)) / left
+        protected = protected_places(model, units, amount)
+        changes: dict[str, Any] = {name: progress * ratio for name, ratio in amount.ratios.items()}
         if amount.target is not None and self.figure is not None:
             asked = getattr(amount, amount.target)
             goal = int(asked * self.figure) if isinstance(asked, float) else int(asked)
@@ -51,7 +53,8 @@ class First:
             return None
         due = replace(amount, **changes)
         flat = {name: torch.zeros(one.count(amount.per)) for name, one in units.items()}
-        return due if amount.target is not None or choose_units(units, flat, due, due.ratios, protected) else None
+        some = amount.target is not None or choose_units(units, flat, due, due.ratios, protected, first=self.counts)
+        return due if some else None
 
 
 def _units(model: PreTrainedModel, amount: Amount) -> dict[str, Units]:
@@ -60,8 +63,7 @@ def _units(model: PreTrainedModel, amount: Amount) -> dict[str, Units]:
 
 def _counts(units: Mapping[str, Units], amount: Amount, protected: frozenset[str]) -> dict[str, dict[str, int]]:
     found: dict[str, dict[str, int]] = {}
-    for name in amount.ratios:
-        kind, per = RATIOS[name]
+    for name, (kind, per) in amount.asked.items():
         found[name] = {place: one.count(per) for place, one in free(of_kind(units, kind), protected).items()}
     return found
 

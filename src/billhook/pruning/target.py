@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -10,10 +11,13 @@ from transformers import PreTrainedModel
 
 from billhook.model.figures import Figures, figures_of
 from billhook.pruning.amount import RATIOS, Amount
-from billhook.pruning.choice import choose_units, free, most, protected_places
+from billhook.pruning.choice import Counts, choose_units, free, most, protected_places
 from billhook.pruning.cuts import Cut, find_cut
-from billhook.pruning.expert_widths import width_step
 from billhook.pruning.removal import tried
+from billhook.pruning.row_lengths import row_lengths
+from billhook.pruning.widths.experts import width_step
+from billhook.pruning.widths.rows import finest
+from billhook.pruning.widths.told import RowLength
 from billhook.tracing.trace import trace
 from billhook.units.channels import why_none
 from billhook.units.find import of_kind, units_of
@@ -23,8 +27,8 @@ from billhook.units.units import Units
 class Search:
     """The ratios of an amount, found for one model; it remembers what models of each shape cost."""
 
-    def __init__(self, model: PreTrainedModel, amount: Amount) -> None:
-        self.model, self.amount = model, amount
+    def __init__(self, model: PreTrainedModel, amount: Amount, first: Counts | None = None) -> None:
+        self.model, self.amount, self.first = model, amount, first
         self.structure = trace(model)
         self.units: dict[str, Units] = units_of(model, self.structure, amount.kinds)
         self._protected = protected_places(model, self.units, amount)
@@ -52,13 +56,14 @@ class Search:
         found = self._cut(scores, self._ratios)
         if not found.units:
             ratios = ", ".join(f"{name}={ratio:g}" for name, ratio in self._ratios.items())
-            rounded = f" (round_to={self.amount.round_to})" if self.amount.round_to > 1 else ""
+            rounded = "" if self.amount.round_to in ("auto", 1) else f" (round_to={self.amount.round_to})"
             raise ValueError(f"{ratios}{rounded} is not a single unit of a place, so that nothing would be removed")
         return found
 
     def step(self, place: str) -> int:
         """Returns the number of which the channels that a place keeps must be a multiple."""
-        return math.lcm(self.amount.round_to, self._steps.get(place, 1))
+        by = finest(self.units[place].count()) if self.amount.round_to == "auto" else self.amount.round_to
+        return math.lcm(by, self._steps.get(place, 1))
 
     def costs(self, cut: Cut) -> tuple[Figures, Figures]:
         """Returns what the model costs before and after a cut; how many units are removed decides it, not which."""
@@ -77,8 +82,25 @@ class Search:
             raise ValueError(f"{target}={asked}: the model has no more than that, {now:,}")
         return limit
 
-    def _cut(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float]) -> Cut:
-        chosen = choose_units(self.units, scores, self.amount, ratios, self._protected, self._steps)
+    def row_lengths(self, scores: Mapping[str, Tensor], cut: Cut) -> tuple[RowLength, ...]:
+        """Returns how long rows become by a cut that scores led to; nothing where `round_to` is not `"auto"`."""
+        if self.amount.round_to != "auto" or self._ratios is None:
+            return ()
+        exact = self._chosen(scores, self._ratios, replace(self.amount, round_to=1))
+        asked = {name: one.count() - len(exact.get(name, [])) for name, one in self.units.items()}
+        return row_lengths(self.model, self.structure, self.units, cut, asked, self.amount.min_units)
+
+    def _chosen(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
+        return choose_units(self.units, scores, amount, ratios, self._protected, self._steps, self.first)
+
+    def _cut(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], target: bool = False) -> Cut:
+        """Finds the cut of some ratios; for a target, numbers that are found for it are not rounded unless they must be."""
+        chosen = self._chosen(scores, ratios, self.amount)
+        if target and self.amount.round_to == "auto":
+            found = {name: ratio for name, ratio in ratios.items() if name in self.amount.open}
+            given = {name: ratio for name, ratio in ratios.items() if name not in found}
+            exact = replace(self.amount, round_to=1)
+            chosen = self._chosen(scores, given, self.amount) | self._chosen(scores, found, exact)
         return find_cut(self.model, self.structure, self.units, chosen)
 
     def _found_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
@@ -101,7 +123,7 @@ class Search:
 
         def cost(number: int) -> int:
             own = {name: min(tried[number], self._most(name)) for name in names}
-            return self.cost(self._cut(scores, ratios | own), target)
+            return self.cost(self._cut(scores, ratios | own, target=True), target)
 
         place = lowest(len(tried), cost, limit)
         if place is None:

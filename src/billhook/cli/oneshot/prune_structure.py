@@ -120,4 +120,4 @@ def _plans(
     start = First.of(model, amount.within)
     for number in range(1, rounds + 1):
         if (due := start.part(model, amount.within, number / rounds)) is not None:
-            yield plan_amount(model, due, importance, batches, enough)
+            yield plan_amount(model, due, importance, batches, enough, first=start.counts)

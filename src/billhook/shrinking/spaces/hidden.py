@@ -21,6 +21,7 @@ from billhook.pruning.choice import ranked
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove, tried
 from billhook.pruning.target import Search
+from billhook.pruning.widths.rows import RoundTo, rounded
 from billhook.running.batches import Run
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
@@ -194,15 +195,30 @@ def find_hidden(search: Search, target: str, places: Sequence[Place], blocks: Bl
     if len(names) != 1:
         return Hidden(search, why=f"the model has {len(names)} streams")
     found, heads = Hidden(search, every, names[0]), [one.count() for one in every.values() if one.kind == "head"]
-    step = math.lcm(search.amount.round_to, *heads[:1])
-    sizes = [round(found.count * (1 - share) / step) * step for share in SHARES]
-    for kept in sorted({size for size in sizes if 0 < size < found.count}, reverse=True):
-        try:
-            found.widths.append(_width(found, target, kept, places, blocks, uniform))
-        except ValueError as error:
-            found.why = found.why or str(error)
+    step = math.lcm(1 if search.amount.round_to == "auto" else search.amount.round_to, *heads[:1])
+    sizes = dict.fromkeys(_sizes(round(found.count * (1 - share)), found.count, step, search.amount.round_to) for share in SHARES)
+    known = dict[int, Width]()
+    for several in sizes:
+        for kept in several:
+            try:
+                known[kept] = known.get(kept) or _width(found, target, kept, places, blocks, uniform)
+                break
+            except ValueError as error:
+                found.why = found.why or str(error)
+    found.widths = sorted(known.values(), key=lambda width: -width.kept)
     found.why = "" if found.widths else found.why or f"{found.count} channels do not become fewer by a multiple of {step}"
     return found
+
+
+def _sizes(asked: int, count: int, step: int, round_to: RoundTo) -> tuple[int, ...]:
+    """Returns hidden sizes that are tried in turn for one, as many classes take multiples of a step alone.
+
+    >>> _sizes(504, 576, 9, "auto"), _sizes(504, 576, 576, 64), _sizes(56, 64, 8, "auto")
+    ((512, 504), (), (56,))
+    """
+    plain = round(asked / step) * step
+    near = (rounded(asked, count), rounded(asked, count, step=step)) if round_to == "auto" else ()
+    return tuple(dict.fromkeys(size for size in (*near, plain) if size is not None and 0 < size < count))
 
 
 def _width(hidden: Hidden, target: str, kept: int, places: Sequence[Place], blocks: Blocks, uniform: bool) -> Width:

@@ -1,0 +1,1 @@
+"""Widths that what computes them takes, or likes."""

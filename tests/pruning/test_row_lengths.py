@@ -1,0 +1,198 @@
+"""Widths that quantisers and kernels like: which multiple is taken, that budgets stay upper bounds, and what is told."""
+
+import json
+from dataclasses import replace
+from fractions import Fraction
+
+import jsonargparse
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.model.figures import figures_of
+from billhook.pruning.amount import Amount
+from billhook.pruning.planning import plan_amount
+from billhook.pruning.progress import First
+from billhook.pruning.target import Search
+from billhook.pruning.widths.rows import finest, rounded
+from billhook.units.find import find_units
+from kit.families import MLPS, llama
+
+
+def by_trial(asked, first, each=1, more=True):
+    """Every multiple of 256 below, then of 128, 64 and 32: the nearest one, if it is near enough."""
+    for multiple in (256, 128, 64, 32):
+        fits = [n for n in range(1, first) if n * each % multiple == 0 and (more or n <= asked)]
+        near = [n for n in fits if Fraction(abs(n - asked), first) <= Fraction(3, 100)]
+        if near and first * each >= 256:
+            return min(near, key=lambda n: (abs(n - asked), -n))
+    return None
+
+
+def wide(**changes):
+    return llama(intermediate_size=1536, **changes)
+
+
+def smollm2(layers=2):
+    """SmolLM2-135M as its config says, with fewer blocks and tokens."""
+    config = transformers.LlamaConfig(
+        hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=layers,
+        vocab_size=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def planned(model, amount, first=None):
+    units = Search(model, amount).free()
+    scores = {name: torch.arange(one.count(amount.per), dtype=torch.float32) for name, one in units.items()}
+    return plan_amount(model, amount, scores=scores, first=first)
+
+
+class TestRule:
+    @pytest.mark.parametrize(("first", "each"), [(255, 1), (256, 1), (384, 1), (640, 1), (40, 128), (71, 64), (9, 64)])
+    def test_is_the_largest_multiple_that_is_near_enough(self, first, each):
+        for asked in range(1, first):
+            for more in (True, False):
+                assert rounded(asked, first, each=each, more=more) == by_trial(asked, first, each, more)
+
+    def test_never_keeps_more_where_more_was_to_go(self):
+        for first in (384, 1000, 1536):
+            stay = [rounded(asked, first) or asked for asked in range(1, first)]
+            assert stay == sorted(stay)
+
+    def test_any_number_can_be_rounded_down_to_the_finest(self):
+        for count in (64, 1066, 1067, 1536, 4267, 11008):
+            step = finest(count)
+            assert step == 1 or all(asked % step <= 0.03 * count for asked in range(count))
+        assert [finest(count) for count in (64, 1066, 1067, 1536, 4267, 11008)] == [1, 1, 32, 32, 128, 256]
+
+    @pytest.mark.parametrize("width", [64, 96, 255])
+    def test_small_models_are_cut_as_asked(self, width):
+        plan = bh.plan(llama(intermediate_size=width), bh.WeightNorm(), channels=0.25)
+        assert all(plan.after[name] == (width - width // 4,) for name in MLPS)
+        assert plan.rows == ()
+
+
+class TestSmolLM2:
+    @pytest.mark.parametrize(("ratio", "kept", "multiple"), [
+        (0.2, 1216, 64), (0.25, 1152, 128), (0.17, 1280, 256), (0.02, 1472, 64), (0.5, 768, 256), (0.01, 1504, 32),
+    ])  # fmt: skip
+    def test_channels(self, ratio, kept, multiple):
+        plan = planned(smollm2(), Amount(channels=ratio))
+        assert all(plan.after[name] == (kept,) for name in MLPS)
+        (row,) = plan.rows
+        assert (row.kind, row.places, row.each, row.kept, row.multiple) == ("channel", 2, 1, kept, multiple)
+        assert row.asked == 1536 - int(ratio * 1536)
+        assert planned(smollm2(), Amount(channels=ratio, round_to=1)).after[MLPS[0]] == (row.asked,)
+
+    def test_what_is_told(self):
+        plan = planned(smollm2(), Amount(channels=0.2))
+        more = 2 * 3 * 576 * (1280 - 1216)
+        line = "1,216 channels: a multiple of 64; 1,229 were asked for; 1,280 would be a multiple of 256, with"
+        assert str(plan).splitlines()[-1] == f"  {line} {more:,} parameters more"
+        again = bh.Plan.from_json(json.loads(json.dumps(plan.to_json())), smollm2())
+        assert again.rows == plan.rows
+        assert plan.to_json()["rows"] == [{
+            "kind": "channel", "places": 2, "each": 1, "asked": 1229, "kept": 1216, "multiple": 64,
+            "others": [{"units": 1280, "multiple": 256, "more_parameters": more}],
+        }]  # fmt: skip
+        with pytest.raises(ValueError, match="plan: rows is"):
+            bh.Plan.from_json(plan.to_json() | {"rows": [{"kind": "channel"}]}, smollm2())
+
+    def test_hidden_size_and_heads(self):
+        plan = planned(smollm2(), Amount(residual=0.1, kv_heads=1 / 3))
+        assert [(row.kind, row.asked, row.kept, row.each, row.multiple) for row in plan.rows] == [
+            ("head", 6, 6, 64, 128), ("residual", 519, 512, 1, 256),
+        ]  # fmt: skip
+        assert "  6 heads of 64, rows of 384: a multiple of 128" in str(plan).splitlines()
+
+    def test_of_many_heads(self):
+        plan = planned(llama(hidden_size=320, num_attention_heads=40, num_key_value_heads=40), Amount(heads=0.13))
+        assert {own[0] for name, own in plan.after.items()} == {36}  # 35 of 8 are not a multiple of 32, and one is within 3 %
+
+
+class TestTargets:
+    @pytest.mark.parametrize(("target", "ranking"), [("params", "layer"), ("params", "global"), ("bytes", "global")])
+    def test_are_upper_bounds(self, target, ranking):
+        model = wide()
+        now = getattr(figures_of(model), target)
+        for part in (0.93, 0.66):
+            amount = {target: part, "ranking": ranking, "kv_heads": 0.0}
+            plan, exact = planned(model, Amount(**amount)), planned(model, Amount(**amount, round_to=1))
+            assert getattr(plan.costs[1], target) <= int(part * now)
+            for name in MLPS:
+                left, asked = plan.after[name][0], exact.after[name][0]
+                assert left == (asked if asked == 1536 else by_trial(asked, 1536, more=False))
+            assert all(row.kept <= row.asked for row in plan.rows)
+
+    def test_beside_a_ratio_that_is_rounded(self):
+        model = wide()
+        now = model.num_parameters()
+        plan = planned(model, Amount(params=0.7, residual=0.26, kv_heads=0.25))
+        assert plan.parameters[1] <= int(0.7 * now)
+
+
+class TestParts:
+    @pytest.mark.parametrize("amount", [
+        {"channels": 0.2}, {"channels": 0.19}, {"channels": 0.3, "kv_heads": 0.5},
+    ])  # fmt: skip
+    @pytest.mark.parametrize("progress", [(0.5, 1.0), (0.1, 0.3, 0.95, 1.0)])
+    def test_come_to_what_the_whole_is_at_once(self, amount, progress):
+        amount, model = Amount(**amount), wide()
+        whole, first = planned(wide(), amount), First.of(model, amount)
+        for share in progress:
+            due = first.part(model, amount, share)
+            if due is not None:
+                bh.apply(model, planned(model, due, first.counts))
+        assert {name: one.count() for name, one in find_units(model, ["channel"]).items()} == {
+            name: whole.after[name][0] for name in MLPS
+        }
+        assert model.num_parameters() == whole.parameters[1]
+
+    def test_of_a_target_end_within_it_and_near(self):
+        amount, model = Amount(params=0.7, kv_heads=0.0), wide()
+        exact, first, limit = (
+            planned(wide(), replace(amount, round_to=1)),
+            First.of(model, amount),
+            int(0.7 * model.num_parameters()),
+        )
+        for share in (0.1, 0.3, 0.95, 1.0):
+            due = first.part(model, amount, share)
+            if due is not None:
+                bh.apply(model, planned(model, due, first.counts))
+        assert model.num_parameters() <= limit
+        for name, one in find_units(model, ["channel"]).items():
+            assert one.count() % 32 == 0
+            assert 0 <= exact.after[name][0] - one.count() <= 0.03 * 1536
+
+    def test_of_layers_of_two_widths(self):
+        """Each place is rounded by what it had, and so loses in parts what it loses at once."""
+        model = wide()
+        bh.prune_units(model, {MLPS[0]: range(512)}, kind="channel")
+        amount = Amount(channels=0.2)
+        first, whole = First.of(model, amount), planned(model, amount)
+        for share in (0.5, 1.0):
+            bh.apply(model, planned(model, first.part(model, amount, share), first.counts))
+        assert [one.count() for one in find_units(model, ["channel"]).values()] == [832, 1216]
+        assert [own[0] for own in whole.after.values()] == [832, 1216]
+
+
+class TestArguments:
+    @pytest.mark.parametrize("given", ["auto", "64", "1"])
+    def test_a_command_line_and_yaml_take_both(self, given):
+        parser = jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_argument("--amount", type=Amount)
+        parsed = parser.instantiate(parser.parse_args(["--amount.channels=0.2", f"--amount.round_to={given}"]))
+        assert parsed.amount.round_to == (given if given == "auto" else int(given))
+        assert Amount(channels=0.2).round_to == "auto"
+
+    def test_others_are_refused(self):
+        for wrong, legal in (
+            ("best", "one of auto or a whole number"),
+            (0, "a whole number of at least 1"),
+            (2.5, "one of auto"),
+        ):
+            with pytest.raises(ValueError, match=f"round_to={wrong!r} must be {legal}"):
+                Amount(channels=0.2, round_to=wrong)

@@ -64,3 +64,12 @@ def files(tmp_path_factory):
     from kit.fits import write_text
 
     return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="session")
+def converter():
+    """llama.cpp's converter, which takes seconds to start."""
+    from billhook.serving.converter import Converter
+
+    with Converter() as running:
+        yield running

@@ -1,0 +1,213 @@
+"""Checks that an engine computes a folder as transformers does: converted, run there, and compared."""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.arguments import annotated, one_of, whole
+from billhook.assets import model_path
+from billhook.model.preprocessors import load_tokenizer
+from billhook.serving.converter import Converter
+from billhook.serving.engine import LlamaCpp
+from billhook.serving.gguf_file import bits_a_weight, window_of
+from billhook.serving.reference import greedy_of, load_reference, logits_of, most_tokens, written_tokens
+from billhook.serving.worker import WorkerError
+from billhook.serving.written import Written, write_gguf
+
+EngineName = Literal["llama.cpp"]
+Quantised = Literal["Q8_0", "Q4_K_M"]
+KINDS: tuple[Quantised, ...] = get_args(Quantised)
+TOLERANCE = 1e-3
+"""The difference of logits that counts as rounding, as a share of the largest."""
+TEXT = "The farmer's hedge-laying tool was, in 1883, a billhook;  it cost £2.\n\n\tNaïve? He'd say I'm 12345 times so."
+"""What is split into tokens on both sides: case, digits, spaces in a row, an apostrophe, letters beyond ASCII."""
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """The cost of quantisation.
+
+    Attributes:
+        kind: `"Q8_0"` or `"Q4_K_M"`.
+        perplexity: How many times the perplexity of transformers' float32 it has, on tokens that the model wrote.
+        bits: Bits for each weight of the file.
+        failed: Why the engine does not quantise or run it; empty if it does.
+    """
+
+    kind: str
+    perplexity: float = math.nan
+    bits: float = math.nan
+    failed: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.failed or f'perplexity times {self.perplexity:.4f}, {self.bits:.2f} bits a weight'}"
+
+
+@dataclass(frozen=True)
+class Served:
+    """The verdict of an engine on a folder; `print` shows it in lines.
+
+    Attributes:
+        folder: The folder.
+        engine: The engine's name.
+        yes: Whether it loads the folder, reads text as the same tokens, and computes the same.
+        why: What shows it, or what is in the way.
+        difference: The largest difference of logits in F32, as a share of the largest logit; None where none were computed.
+        alike: How many of the greedy tokens are the same before the first that differs, and how many there were.
+        quantised: The cost of quantisation.
+    """
+
+    folder: str
+    engine: str
+    yes: bool
+    why: str
+    difference: float | None = None
+    alike: tuple[int, int] | None = None
+    quantised: tuple[Lossy, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.engine}: {'yes' if self.yes else 'no'}: {self.why}", *(f"  {one}" for one in self.quantised)])
+
+
+def serve_check(
+    folder: str | Path,
+    engine: EngineName = "llama.cpp",
+    converter: Converter | str | Path | None = None,
+    tokens: int = 128,
+    new_tokens: int = 24,
+    quantised: Sequence[Quantised] = KINDS,
+    threads: int = 1,
+) -> Served:
+    """Converts a folder for an engine, runs it there, and compares logits and greedy tokens with transformers, in float32.
+
+    The tokens are some that the model wrote itself. Quantised, its perplexity on them is compared.
+
+    Args:
+        folder: A Hugging Face checkpoint, or `"tiny"`.
+        engine: `"llama.cpp"`.
+        converter: llama.cpp's converter, or where its `convert_hf_to_gguf.py` is; by default the one that is installed.
+        tokens: Tokens of the row that is compared; fewer if the model reads no more.
+        new_tokens: Greedy tokens after it.
+        quantised: The kinds of quantisation that are tried.
+        threads: Threads of the engine.
+
+    Returns:
+        Yes or no, and why.
+
+    Raises:
+        ValueError: If an argument is not legal, or `folder` is not a checkpoint of a model that writes text.
+        Missing: If the engine or the converter is not installed; its message says what to install.
+    """
+    arguments = locals()
+    folder = model_path(str(folder))
+    annotated(serve_check, arguments)
+    if not Path(folder).is_dir():
+        raise ValueError(f"folder={folder!r} must be a folder on this machine")
+    one_of("engine", engine, EngineName)
+    whole("tokens", tokens, 2)
+    whole("new_tokens", new_tokens)
+    whole("threads", threads)
+    for kind in quantised:
+        one_of("quantised", kind, Quantised)
+    if not isinstance(converter, Converter):
+        with Converter(converter) as own:
+            return serve_check(folder, engine, own, tokens, new_tokens, quantised, threads)
+    model = load_reference(folder)
+    length = most_tokens(model, tokens + new_tokens) - new_tokens
+    if length < 2:
+        raise ValueError(f"new_tokens={new_tokens}: {type(model).__name__} reads too few tokens at once")
+    with tempfile.TemporaryDirectory() as place, LlamaCpp(threads) as runs:
+        file = Path(place, "f32.gguf")
+        try:
+            written = write_gguf(folder, file, converter, ids_alone=True)
+        except WorkerError as error:
+            return Served(folder, engine, False, f"llama.cpp's converter does not convert it: {error}")
+        try:
+            return _compared(folder, model, written, runs, file, length, new_tokens, quantised)
+        except WorkerError as error:
+            return Served(folder, engine, False, f"{engine} does not run it: {error}")
+
+
+def _compared(
+    folder: str,
+    model: PreTrainedModel,
+    written: Written,
+    engine: LlamaCpp,
+    file: Path,
+    length: int,
+    new_tokens: int,
+    quantised: Sequence[Quantised],
+) -> Served:
+    """Runs a file in the engine, and compares it with the model that it was made of."""
+    row = written_tokens(model, length)
+    expected, following = logits_of(model, row), greedy_of(model, row, new_tokens)
+    engine.load(file, length + new_tokens)
+    found, (greedy, _, _) = engine.logits(row), engine.greedy(row, new_tokens)
+    if found.shape != expected.shape:
+        why = f"it computes logits of {list(found.shape)}, and transformers of {list(expected.shape)}"
+        return Served(folder, engine.name, False, why)
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    alike = next((i for i, (a, b) in enumerate(zip(greedy, following, strict=True)) if a != b), new_tokens)
+    reasons = [] if difference <= TOLERANCE else [_where(found, expected, difference)]
+    if alike < new_tokens:
+        reasons.append(f"of {new_tokens} greedy tokens, {alike} are the same before the first that differs")
+    reasons += [written.vocabulary] if written.vocabulary else _text(folder, engine)
+    limit = _limit(model, file)
+    proof = (
+        f"{written}; logits differ by {difference:.1e} of the largest, {alike} of {new_tokens} greedy tokens are the same{limit}"
+    )
+    why = f"{'; '.join(reasons)} ({proof})" if reasons else proof
+    costs = [_lossy(engine, file, kind, row, expected) for kind in quantised]
+    return Served(folder, engine.name, not reasons, why, difference, (alike, new_tokens), tuple(costs))
+
+
+def _where(found: Tensor, expected: Tensor, difference: float) -> str:
+    """Says from where in a row on logits differ."""
+    apart = (found - expected).abs().amax(1) > TOLERANCE * expected.abs().max()
+    first = int(apart.int().argmax()) + 1
+    return f"logits differ by {difference:.1e} of the largest, more than {TOLERANCE:g}, from token {first} of {len(apart)} on"
+
+
+def _limit(model: PreTrainedModel, file: Path) -> str:
+    """Says up to how many tokens that holds, where the engine's attention looks back farther than the model's."""
+    config: Any = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if not window or window >= (getattr(config, "max_position_embeddings", None) or math.inf) or window_of(file) == window:
+        return ""
+    return f"; up to {window:,} tokens, as the model looks back no farther, and the engine does"
+
+
+def _text(folder: str, engine: LlamaCpp) -> list[str]:
+    """Says where a text becomes other tokens."""
+    own: list[int] = load_tokenizer(folder)(TEXT, add_special_tokens=False)["input_ids"]
+    found = engine.tokenize(TEXT)
+    if found == own:
+        return []
+    same = next((i for i, (a, b) in enumerate(zip(found or [], own, strict=False)) if a != b), 0)
+    return [f"it reads text as other tokens: {found} where transformers reads {own}, from the {same + 1}th on"]
+
+
+def _lossy(engine: LlamaCpp, file: Path, kind: Quantised, row: Sequence[int], expected: Tensor) -> Lossy:
+    """Quantises a file, and measures what that costs."""
+    out = file.with_name(f"{kind}.gguf")
+    try:
+        engine.quantise(file, out, kind)
+        engine.load(out, len(row))
+        ratio = math.exp(_loss(engine.logits(row), row) - _loss(expected, row))
+    except WorkerError as error:
+        return Lossy(kind, failed=f"no: {error}")
+    bits = bits_a_weight(out)
+    out.unlink()
+    return Lossy(kind, ratio, bits)
+
+
+def _loss(logits: Tensor, row: Sequence[int]) -> float:
+    """Returns the mean negative log-likelihood of a row's tokens after the first."""
+    return float(torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(row[1:])))

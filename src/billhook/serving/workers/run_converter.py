@@ -1,0 +1,114 @@
+"""Runs llama.cpp's converter, found at the path given, for each request: `{"folder", "out", "dtype", "vocabulary"}`."""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def main(path: Path) -> None:
+    """Answers requests until there are no more."""
+    out, sys.stdout = sys.stdout, sys.stderr  # what the converter prints is no answer
+    sys.path[:0] = [str(path.parent / "gguf-py"), str(path.parent)]
+    spec = importlib.util.spec_from_file_location("convert_hf_to_gguf", path)
+    assert spec is not None
+    assert spec.loader is not None
+    converter = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(converter)
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            answer = convert(converter, **request)
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+def convert(converter: Any, folder: str, out: str, dtype: str, vocabulary: bool) -> dict[str, Any]:  # noqa: ANN401 - a module
+    """Converts a folder, without its vocabulary if that is not wanted; returns how its text is split, where that was added."""
+    said = _Errors()
+    logging.getLogger("hf-to-gguf").addHandler(said)
+    text_model = sys.modules["conversion.base"].TextModel
+    added: dict[str, Any] = {}
+    sys.argv = [converter.__file__, folder, "--outfile", out, "--outtype", dtype]
+    with contextlib.ExitStack() as stack:
+        if not vocabulary:
+            kind = _kind(converter, folder)
+            stack.enter_context(_replaced(kind, "set_vocab", _no_vocabulary))
+        known = text_model.get_vocab_base_pre
+        stack.enter_context(_replaced(text_model, "get_vocab_base_pre", _split(known, added)))
+        try:
+            converter.main()
+        except SystemExit as error:
+            if error.code:
+                raise RuntimeError(said.last or f"it ended with {error.code}") from error
+    return added
+
+
+def _kind(converter: Any, folder: str) -> Any:  # noqa: ANN401 - a class of the converter
+    """Returns the converter's class for a folder."""
+    hparams = converter.ModelBase.load_hparams(Path(folder), False)
+    return converter.get_model_class(converter.get_model_architecture(hparams, converter.ModelType.TEXT))
+
+
+def _no_vocabulary(self: Any) -> None:  # noqa: ANN401 - a model of the converter
+    """Writes how many tokens there are, and none of them."""
+    self._set_vocab_none()
+    key = f"{self.gguf_writer.arch}.vocab_size"
+    if not any(key in part for part in self.gguf_writer.kv_data):
+        self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
+
+
+def _split(known: Any, added: dict[str, Any]) -> Any:  # noqa: ANN401 - a method of the converter
+    """Makes the method that tells how text is split before BPE also know new tokenizers that split it as GPT-2's does.
+
+    The converter knows tokenizers by what they make of one text, so that it knows no vocabulary that its authors did not see.
+    """
+
+    def pre(self: Any, tokenizer: Any) -> Any:  # noqa: ANN401
+        try:
+            return known(self, tokenizer)
+        except NotImplementedError:
+            state = json.loads((self.dir_model / "tokenizer.json").read_text(encoding="utf-8"))
+            own = state.get("pre_tokenizer") or {}
+            if state.get("normalizer") or (own.get("type"), own.get("use_regex")) != ("ByteLevel", True):
+                raise
+            added["split"] = "gpt-2"
+            return "gpt-2"
+
+    return pre
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Any:  # noqa: ANN401
+    """Gives a class another method for a while."""
+    own = name in vars(owner)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if own:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)
+
+
+class _Errors(logging.Handler):
+    """Keeps the last error that the converter logged."""
+
+    last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps it."""
+        if record.levelno >= logging.ERROR:
+            self.last = record.getMessage()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).resolve())

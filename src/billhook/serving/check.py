@@ -16,7 +16,6 @@ from billhook.assets import model_path
 from billhook.model.preprocessors import load_tokenizer
 from billhook.serving.converter import Converter
 from billhook.serving.engine import LlamaCpp
-from billhook.serving.gguf_file import bits_a_weight, window_of
 from billhook.serving.reference import greedy_of, load_reference, logits_of, most_tokens, written_tokens
 from billhook.serving.worker import WorkerError
 from billhook.serving.written import Written, write_gguf
@@ -177,6 +176,8 @@ def _where(found: Tensor, expected: Tensor, difference: float) -> str:
 
 def _limit(model: PreTrainedModel, file: Path) -> str:
     """Says up to how many tokens that holds, where the engine's attention looks back farther than the model's."""
+    from billhook.serving.gguf_file import window_of  # it needs gguf, an extra
+
     config: Any = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if not window or window >= (getattr(config, "max_position_embeddings", None) or math.inf) or window_of(file) == window:
@@ -196,6 +197,8 @@ def _text(folder: str, engine: LlamaCpp) -> list[str]:
 
 def _lossy(engine: LlamaCpp, file: Path, kind: Quantised, row: Sequence[int], expected: Tensor) -> Lossy:
     """Quantises a file, and measures what that costs."""
+    from billhook.serving.gguf_file import bits_a_weight  # it needs gguf, an extra
+
     out = file.with_name(f"{kind}.gguf")
     try:
         engine.quantise(file, out, kind)

@@ -30,7 +30,7 @@ def find_converter(given: str | Path | None = None) -> Path:
     spec = find_spec(PACKAGE)
     for folder in [] if spec is None else spec.submodule_search_locations or []:
         path = Path(folder) / "llama.cpp" / FILE
-        if path.is_file() and find_spec("sentencepiece") is not None:
+        if path.is_file():
             return path
     raise Missing(
         "llama.cpp's converter is not installed: pip install 'billhook[serve]', or give --converter the path of its " + FILE
@@ -50,6 +50,9 @@ class Converter:
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = find_converter(path)
+        for package in ("gguf", "sentencepiece"):
+            if find_spec(package) is None:
+                raise Missing(f"the package {package} is not installed: pip install 'billhook[serve]'")
         beside = os.pathsep.join([str(self.path.parent / "gguf-py"), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._worker = Worker("run_converter", [str(self.path)], {"PYTHONPATH": beside, "HF_HUB_OFFLINE": "1"})
 

@@ -1,10 +1,14 @@
 """Writes a folder as a GGUF file, by whichever way its shape asks for."""
 
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from billhook.model.meta import check_checkpoint
+from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.preprocessors import FILES
+from billhook.model.shapes.shaped import load_as, readable, says_shape
 from billhook.serving.converter import Converter, DType
 from billhook.serving.worker import WorkerError
 
@@ -42,20 +46,46 @@ def write_gguf(folder: str, out: str | Path, converter: Converter, dtype: DType 
         WorkerError: If the converter fails; its message says why.
     """
     check_checkpoint(folder)
-    by = "llama.cpp's converter"
+    if says_shape(folder):
+        by = "billhook, as llama.cpp's deci, whose layers may differ"
+        convert = partial(_write_shaped, folder, out, converter, dtype)
+    else:
+        by = "llama.cpp's converter"
+        convert = partial(converter.convert, folder, out, dtype)
+    return _with_or_without(by, folder, convert, ids_alone)
+
+
+def _with_or_without(by: str, folder: str, convert: Callable[[bool], str | None], ids_alone: bool) -> Written:
+    """Converts with the vocabulary, or without where there is none that the converter reads."""
     if not any((Path(folder) / name).is_file() for name in (*FILES, "tokenizer.model")):
         why = "the folder holds no tokenizer"
         if not ids_alone:
             raise WorkerError(why)
-        converter.convert(folder, out, dtype, vocabulary=False)
+        convert(False)
         return Written(by, why)
     try:
-        return Written(by, split=converter.convert(folder, out, dtype))
+        return Written(by, split=convert(True))
     except WorkerError as error:
         if not ids_alone:
             raise
         try:
-            converter.convert(folder, out, dtype, vocabulary=False)
+            convert(False)
         except WorkerError:
             raise error from None
-        return Written(by, f"{by} does not read the tokenizer ({error})")
+        return Written(by, f"llama.cpp's converter does not read the tokenizer ({error})")
+
+
+def _write_shaped(folder: str, out: str | Path, converter: Converter, dtype: DType, vocabulary: bool) -> str | None:
+    """Writes a folder whose shape is billhook's; returns how its text is split, as `Converter.convert` does."""
+    from billhook.serving.deci import save_twin, why_not, write_deci  # it needs gguf, an extra
+
+    with readable(folder):
+        model = load_as(model_class(read_config(folder), folder), folder, "auto")
+    if (why := why_not(model)) is not None:
+        raise WorkerError(why)
+    with tempfile.TemporaryDirectory() as near:
+        place, twin = Path(near, Path(folder).resolve().name), Path(near, "twin.gguf")
+        save_twin(model, Path(folder), place)
+        split = converter.convert(place, twin, "f32", vocabulary)
+        write_deci(model, twin, Path(out), dtype)
+    return split

@@ -1,0 +1,190 @@
+"""GGUF of llama.cpp's architecture `deci`: a Llama in which each layer has heads, KV heads and a width of its own.
+
+Its graph is `src/models/deci.cpp` of llama.cpp, its names are those of `conversion/deci.py` (Nemotron of NVIDIA and Deci).
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf.quants import quantize
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from billhook.model.shapes.handed import handing_of
+from billhook.serving.converter import DType
+
+FAMILIES = ("llama", "mistral", "qwen2", "seed_oss", "phi3")
+"""Families that compute what a Llama does, up to the order in which they store it."""
+ROPES = ("default", "linear", "llama3", "yarn")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+TYPES: dict[DType, Any] = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+}
+OWN = ("embedding_length", "block_count", "feed_forward_length", "attention.head_count", "attention.head_count_kv")
+"""Keys of which a twin's values are not the model's."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The numbers of a layer, and its tensors by their names in GGUF, queries and keys as llama.cpp rotates them."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    tensors: dict[str, Tensor]
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Says why a model is none of those that `deci` computes; None if it is."""
+    config: Any = model.config
+    rope = config.rope_parameters if isinstance(getattr(config, "rope_parameters", None), dict) else {}
+    if config.model_type not in FAMILIES:
+        return f"its layers differ, and of {config.model_type} llama.cpp has no architecture whose layers may"
+    if config.hidden_act not in ("silu", "swish"):
+        return f"its layers differ, and the architecture that llama.cpp has for that computes silu, not {config.hidden_act}"
+    if rope.get("rope_type", "default") not in ROPES or rope.get("partial_rotary_factor", 1) != 1:
+        return f"its layers differ, and its rotary positions ({rope}) are none of {', '.join(ROPES)} over whole heads"
+    if any(handing_of(module) is not None for module in model.modules()):
+        return "it hands out fewer heads than it computes with, which no architecture of llama.cpp does"
+    return None
+
+
+def save_twin(model: PreTrainedModel, folder: Path, place: Path) -> None:
+    """Saves the smallest Llama that has a model's positions and number of tokens, with the other files of its folder.
+
+    llama.cpp's converter makes of it what a GGUF file says of vocabulary and positions.
+    """
+    config: Any = model.config
+    width = _width(model)
+    place.mkdir()
+    for path in folder.iterdir():
+        if path.is_file() and path.suffix not in WEIGHTS:
+            shutil.copy(path, place)
+    small = LlamaConfig(
+        vocab_size=len(_parts(model).embed_tokens.weight),
+        hidden_size=width,
+        head_dim=width,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_parameters=dict(config.rope_parameters),
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=config.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        LlamaForCausalLM(small).save_pretrained(place)
+
+
+def write_deci(model: PreTrainedModel, twin: Path, out: Path, dtype: DType) -> None:
+    """Writes a model as GGUF of the architecture `deci`.
+
+    Args:
+        model: One of which `why_not` says nothing.
+        twin: The GGUF file of its twin.
+        out: The file to write.
+        dtype: Of matrices; vectors are float32.
+    """
+    parts, read = _parts(model), GGUFReader(twin)
+    layers = [_layer(layer, _width(model)) for layer in parts.layers]
+    writer = GGUFWriter(out, "deci", use_temp_file=True)
+    _copy_fields(read, writer)
+    writer.add_file_type(TYPES[dtype][1])
+    writer.add_embedding_length(parts.embed_tokens.weight.shape[1])
+    writer.add_block_count(len(layers))
+    writer.add_head_count([layer.heads for layer in layers])
+    writer.add_head_count_kv([layer.kv_heads for layer in layers])
+    writer.add_feed_forward_length([layer.width for layer in layers])
+    for name, tensor in _all_tensors(model, layers):
+        _add(writer, name, tensor, dtype)
+    for one in read.tensors:
+        if one.name.startswith("rope_"):  # what scaled positions divide their frequencies by
+            writer.add_tensor(one.name, one.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _parts(model: PreTrainedModel) -> Any:  # noqa: ANN401 - a decoder of any family
+    """Returns the part of a model with embeddings, layers and norm."""
+    return model.base_model
+
+
+def _width(model: PreTrainedModel) -> int:
+    """Returns the width of a head."""
+    return int(_parts(model).layers[0].self_attn.head_dim)
+
+
+def _copy_fields(read: GGUFReader, writer: GGUFWriter) -> None:
+    """Copies what a twin's file says, except for its sizes."""
+    skipped = ["general.architecture", "general.size_label", "general.file_type", *(f"llama.{name}" for name in OWN)]
+    for key, field in read.fields.items():
+        if key.startswith("GGUF.") or key in skipped:
+            continue
+        kind = field.types[0]
+        inside = field.types[-1] if kind == GGUFValueType.ARRAY else None
+        name = f"deci.{key.removeprefix('llama.')}" if key.startswith("llama.") else key
+        writer.add_key_value(name, field.contents(), kind, sub_type=inside)
+
+
+def _all_tensors(model: PreTrainedModel, layers: list[Layer]) -> Iterator[tuple[str, Tensor]]:
+    """Yields all tensors of a model by their names in GGUF."""
+    parts, head = _parts(model), cast(Any, model).get_output_embeddings()
+    yield "token_embd.weight", parts.embed_tokens.weight
+    yield "output_norm.weight", parts.norm.weight
+    if isinstance(head, nn.Linear) and head.weight is not parts.embed_tokens.weight:
+        yield "output.weight", head.weight
+    for number, layer in enumerate(layers):
+        for name, tensor in layer.tensors.items():
+            yield f"blk.{number}.{name}", tensor
+
+
+def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any family
+    """Reads a layer, whose heads have a width."""
+    attention, mlp, linears = layer.self_attn, layer.mlp, dict[str, dict[str, Tensor]]()
+    if hasattr(attention, "qkv_proj"):  # Phi-3's
+        rows = [attention.num_key_value_heads * width] * 2
+        joined = _of(attention.qkv_proj)
+        for part, own in joined.items():
+            three = torch.split(own, [len(own) - sum(rows), *rows])
+            for name, one in zip(("attn_q", "attn_k", "attn_v"), three, strict=True):
+                linears.setdefault(name, {})[part] = one
+        linears["ffn_gate"], linears["ffn_up"] = ({k: v.chunk(2)[i] for k, v in _of(mlp.gate_up_proj).items()} for i in (0, 1))
+    else:
+        names = {"attn_q": attention.q_proj, "attn_k": attention.k_proj, "attn_v": attention.v_proj}
+        linears = {name: _of(one) for name, one in (names | {"ffn_gate": mlp.gate_proj, "ffn_up": mlp.up_proj}).items()}
+    linears |= {"attn_output": _of(attention.o_proj), "ffn_down": _of(mlp.down_proj)}
+    linears |= {"attn_norm": _of(layer.input_layernorm), "ffn_norm": _of(layer.post_attention_layernorm)}
+    for name in ("attn_q", "attn_k"):
+        linears[name] = {part: _pairs(own, width) for part, own in linears[name].items()}
+    heads, kv_heads = (len(linears[name]["weight"]) // width for name in ("attn_q", "attn_k"))
+    tensors = {f"{name}.{part}": own for name, parts in linears.items() for part, own in parts.items()}
+    return Layer(heads, kv_heads, len(linears["ffn_up"]["weight"]), tensors)
+
+
+def _of(module: nn.Module) -> dict[str, Tensor]:
+    """Returns weight and bias of a module."""
+    return {name: own.detach() for name, own in module.named_parameters(recurse=False)}
+
+
+def _pairs(rows: Tensor, width: int) -> Tensor:
+    """Orders the rows of queries or keys in pairs: transformers turns feature i with i + width / 2, llama.cpp 2i with 2i + 1."""
+    return rows.reshape(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _add(writer: GGUFWriter, name: str, tensor: Tensor, dtype: DType) -> None:
+    """Adds a tensor, in float32 if it is a vector."""
+    kind = TYPES[dtype][0] if tensor.ndim > 1 else GGMLQuantizationType.F32
+    writer.add_tensor(name, quantize(tensor.detach().float().cpu().numpy(), kind), raw_dtype=kind)

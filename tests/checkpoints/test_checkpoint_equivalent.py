@@ -38,7 +38,7 @@ LLAMAS = {
     "norms": {"rms_norm_eps": 0.1, "hidden_act": "gelu"},
 }
 BIASED = {"attention_bias": {"attention_bias": True}, "mlp_bias": {"mlp_bias": True}}
-OWN = ["qwen2", "olmo", "cohere", "phi", "starcoder2", "smollm3", "granite"]
+OWN = ["olmo", "cohere", "phi", "starcoder2", "smollm3", "granite"]
 
 
 def three_of_four(family: str = "llama", **changes: object) -> PreTrainedModel:

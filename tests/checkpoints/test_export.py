@@ -273,7 +273,8 @@ def test_a_config_far_larger_than_the_weights_takes_no_memory(good, tmp_path, mo
     torch.save(checkpoint, tmp_path / "hostile.ckpt")
     monkeypatch.setattr(transformers.LlamaForCausalLM, "_from_config", lambda *_, **__: pytest.fail("built by its config"))
     saved = export(tmp_path / "hostile.ckpt", tmp_path / "out")
-    assert saved.way == "shaped"
+    assert saved.way == "plain"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["hidden_size"] == 16
     assert saved.megabytes < 0.1
 
 

@@ -72,15 +72,16 @@ def narrow(model: PreTrainedModel, layer: int, width: int) -> None:
 
 
 def narrow_tied_llama() -> PreTrainedModel:
-    """All of it narrower than its config says, with tied embeddings."""
+    """All of it narrower than its config says, and its second layer's channels fewer, with tied embeddings."""
     model = llama(hidden_size=16, head_dim=4, tie_word_embeddings=True)
+    narrow(model, 1, 20)
     model.config.hidden_size = 32
     return model
 
 
 def uneven_mixtral() -> PreTrainedModel:
     """With narrower experts in its second layer; transformers changes the format of experts as it saves."""
-    config = transformers.MixtralConfig(**SMALL, num_local_experts=4)
+    config = transformers.MixtralConfig(**SMALL, num_local_experts=4, head_dim=4)
     model = transformers.MixtralForCausalLM(config).eval()
     experts, kept = model.model.layers[1].mlp.experts, torch.arange(16)
     gate_up = experts.gate_up_proj.detach()[:, torch.cat([kept, kept + experts.intermediate_dim])]

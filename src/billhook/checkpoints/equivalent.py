@@ -1,7 +1,7 @@
 """Finds configs from which plain from_pretrained builds a model of an unusual shape: its own class's, or another family's."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -10,10 +10,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.model.build import build_class_on_meta
-from billhook.model.shapes.shape import KEY, Shape, built_shape, shape_of
+from billhook.model.config_fields import nested_configs
+from billhook.model.shapes.shape import KEY, Shape, built_shape, shape_of, unbuilt_shape
 
 ANY = object()
 """Any value, of a config field that no code reads."""
+
+FULL = object()
+"""A list of layers' types, or none, by which no layer sees through a window."""
 
 SUMMARY = tuple(f"summary_{what}" for what in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"))
 """Fields of GPT-2's config for a head for two tasks at once."""
@@ -25,7 +29,8 @@ class Family:
 
     Attributes:
         name: Prefix of the names of its classes.
-        adds: Its config fields that the other lacks: the values with which it computes the same, or the other's field as `=name`.
+        adds: Its config fields that the other lacks: the values with which it computes the same, the other's field as `=name`, or
+            any. `head_dim` is one for all.
         lacks: Config fields of the other that it lacks: the values at which the other computes the same.
         tasks: Endings of the other's class names that are different in its own.
     """
@@ -45,6 +50,19 @@ EQUIVALENT = {
         ),
         Family("SeedOss", {"attention_out_bias": "=attention_bias", "residual_dropout": 0.0}, {}),
     ),
+    "Qwen2": (
+        Family(
+            "SeedOss",
+            {
+                "attention_bias": True,
+                "attention_out_bias": False,
+                "mlp_bias": False,
+                "residual_dropout": 0.0,
+                "pretraining_tp": ANY,
+            },
+            {"layer_types": FULL, "use_sliding_window": ANY, "sliding_window": ANY, "max_window_layers": ANY},
+        ),
+    ),
     "GPT2": (  # with one KV head
         Family(
             "GPTBigCode",
@@ -60,10 +78,18 @@ EQUIVALENT = {
 }
 """Families that can stand for another, the best known first, by the prefix of the other's class names."""
 
+COMPUTED = ("Qwen2",)
+"""Prefixes of class names of families whose `head_dim` vLLM or llama.cpp computes, whatever config.json says of it.
+
+Read in vLLM 0.33.0, `models/qwen2.py` (hidden_size // total_num_heads), and in llama.cpp, `src/models/qwen2.cpp` (what leaves the
+heads is n_embd wide); SGLang 0.5.23 reads the field.
+"""
+
 COUNTED: Mapping[str, tuple[str | tuple[str, ...], bool]] = {
     "num_attention_heads": (".q_proj.weight", True),
     "num_key_value_heads": (".k_proj.weight", True),
     "intermediate_size": ((".mlp.gate_proj.weight", ".mlp.fc1.weight"), False),
+    "hidden_size": (".input_layernorm.weight", False),
 }
 """Config fields: the tensor of each layer that has as many rows, and whether each is of a head, that is `head_dim` rows."""
 
@@ -73,18 +99,32 @@ NOT_COPIED = {"model_type", "auto_map"}
 Candidate = tuple[type[PreTrainedModel], PretrainedConfig]
 
 
+def say_head_dim(model: PreTrainedModel) -> None:
+    """Fills in the field `head_dim` of configs that leave it empty: transformers computes it then, and SGLang fails."""
+    for _, config in nested_configs(model.config):
+        if vars(config).get("head_dim", 0) is None:
+            own = [module for module in model.modules() if getattr(module, "config", None) is config]
+            sizes = {size for module in own if type(size := getattr(module, "head_dim", None)) is int}
+            config.head_dim = sizes.pop() if len(sizes) == 1 else None
+
+
 def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
     """Yields classes, and configs from which they build exactly this model's tensors and whole-number attributes.
 
-    The model's own class comes first: many read the field `head_dim` that their config does not declare.
+    There are none where the model's own config describes it and engines read all that it says. The model's own class comes
+    first, as many read the field `head_dim` that their config does not declare; unless engines do not.
     """
     now, config = shape_of(model), model.config
     counts = _counts(now, config)
     if counts is None or config.get_text_config() is not config:
         return
-    for kind, changes in _classes(type(model), config):
+    misread = type(model).__name__.startswith(COMPUTED) and not _is_shared_out(counts)
+    if not (misread or unbuilt_shape(model).tensors):
+        return
+    for kind, changes, lacks in sorted(_classes(type(model), config), key=lambda one: misread and one[0] is type(model)):
         own = kind is type(model)
-        copied = {name: value for name, value in config.to_dict().items() if name != KEY and (own or name not in NOT_COPIED)}
+        left_out = {KEY} if own else {KEY, *NOT_COPIED, *lacks}
+        copied = {name: value for name, value in config.to_dict().items() if name not in left_out}
         reads = type(config) if own else cast(type[PretrainedConfig], kind.config_class)
         try:
             known = counts if own else {name: count for name, count in counts.items() if name in _declared(reads)}
@@ -117,9 +157,11 @@ def _transposed(model: PreTrainedModel, kind: type[PreTrainedModel]) -> list[str
     return [f"{name}.weight" for name in linears] if kind is not type(model) else []
 
 
-def _classes(kind: type[PreTrainedModel], config: PretrainedConfig) -> Iterator[tuple[type[PreTrainedModel], dict[str, Any]]]:
-    """Yields the class itself, and those that can stand for it with this config, each with the fields that it adds."""
-    yield kind, {}
+def _classes(
+    kind: type[PreTrainedModel], config: PretrainedConfig
+) -> Iterator[tuple[type[PreTrainedModel], dict[str, Any], Collection[str]]]:
+    """Yields the class itself, and those that can stand for it with this config, with the fields that each adds and lacks."""
+    yield kind, {}, ()
     if getattr(transformers, kind.__name__, None) is not kind:
         return
     for start, families in EQUIVALENT.items():
@@ -127,24 +169,41 @@ def _classes(kind: type[PreTrainedModel], config: PretrainedConfig) -> Iterator[
         for family in families if task[:1].isupper() and task != kind.__name__ else ():
             other = getattr(transformers, family.name + family.tasks.get(task, task), None)
             if other is not None and _is_complete(family, config, cast(type[PretrainedConfig], other.config_class)):
-                yield other, {name: _value(value, config) for name, value in family.adds.items()}
+                yield other, _added(family, config), family.lacks
 
 
 def _is_complete(family: Family, config: PretrainedConfig, kind: type[PretrainedConfig]) -> bool:
     """Returns True if a family's config, of the class `kind`, holds all that this config does, and nothing more."""
     own, other = _declared(type(config)), _declared(kind)
-    known = own - other <= family.lacks.keys() and other - own <= family.adds.keys()
-    neutral = all(value is ANY or getattr(config, name, value) == value for name, value in family.lacks.items())
-    agreed = all(getattr(config, name, value) == value for name, raw in family.adds.items() for value in [_value(raw, config)])
+    known = own - other <= family.lacks.keys() and other - own <= family.adds.keys() | {"head_dim"}
+    neutral = all(_is_neutral(getattr(config, name, value), value) for name, value in family.lacks.items())
+    agreed = all(getattr(config, name, value) == value for name, value in _added(family, config).items())
     return known and neutral and agreed
+
+
+def _is_neutral(found: object, value: object) -> bool:
+    """Returns True if a field that the other family lacks changes nothing; `value` is what it must be."""
+    if value is FULL:
+        return found in (FULL, None) or set(cast(list[str], found)) == {"full_attention"}
+    return value is ANY or found == value
 
 
 def _declared(kind: type[PretrainedConfig]) -> set[str]:
     return {field.name for field in fields(cast(Any, kind)) if not field.name.startswith("_")}
 
 
-def _value(value: object, config: PretrainedConfig) -> object:
-    return getattr(config, value.removeprefix("="), None) if isinstance(value, str) and value.startswith("=") else value
+def _added(family: Family, config: PretrainedConfig) -> dict[str, Any]:
+    """Returns the fields that a family's config adds to this one, without those that no code reads."""
+    return {
+        name: getattr(config, value.removeprefix("="), None) if isinstance(value, str) and value.startswith("=") else value
+        for name, value in family.adds.items()
+        if value is not ANY
+    }
+
+
+def _is_shared_out(counts: Mapping[str, int]) -> bool:
+    """Returns True if the heads are together as wide as the hidden size."""
+    return counts["head_dim"] * counts.get("num_attention_heads", 0) == counts.get("hidden_size")
 
 
 def _counts(shape: Shape, config: PretrainedConfig) -> dict[str, int] | None:

@@ -18,7 +18,7 @@ from billhook.adapters.merge import has_adapters, merged_copy
 from billhook.arguments import annotated
 from billhook.assets import model_path
 from billhook.checkpoints.card import CARD, card, hub_name
-from billhook.checkpoints.equivalent import equivalents, rendered
+from billhook.checkpoints.equivalent import equivalents, rendered, say_head_dim
 from billhook.checkpoints.place import RECORD, check_target, drafted, move, recover, size
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.model.config_fields import nested_configs
@@ -89,10 +89,14 @@ def save(
     - its class builds them from a config with other numbers of heads and with `head_dim`: that config is written;
     - a family that computes the same builds them: a Llama whose heads do not divide its width is saved as a Mistral, a GPT-2 with
       one KV head as a GPTBigCode. The reloaded model must have the same tensors and give the same logits, bit for bit, except
-      for rounding where linears are transposed. The model itself stays in its class;
+      for rounding where linears are transposed. The model itself stays in its class. Where vLLM and llama.cpp read no `head_dim`
+      in the model's own family, this comes first: a Qwen2 whose heads are not together as wide as its hidden size is saved as a
+      SeedOss, if no layer sees through a window;
     - otherwise config.json reports under `"billhook"` which sizes and whole-number attributes differ (between layers, for
       example), and which linears store fewer heads than they give, and `load` loads it. Plain `from_pretrained` refuses it with
       a RuntimeError, unless it is asked to ignore mismatched sizes.
+
+    A field `head_dim` that a config leaves empty is written as the number that the model has.
 
     Of a model with PEFT's adapters attached, a copy is saved, with the adapters merged as by `merge`: in linears of which 1 % or
     more is zero, every zero stays, and the others are merged in full. If part of the adapters' product is left out, a warning
@@ -156,11 +160,10 @@ def save(
 def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) -> tuple[Way, str | None, float]:
     """Saves and verifies the model; returns the way, the family where it is another, and the largest difference of logits."""
     vars(model.config).pop(KEY, None)  # an older report
+    say_head_dim(model)
     shape = unbuilt_shape(model)
-    if not shape.tensors:
-        _write_weights(model, draft)
-        return "plain", None, verify(model, expected, draft, probe)
-    setattr(model.config, KEY, to_entry(shape))
+    if shape.tensors:
+        setattr(model.config, KEY, to_entry(shape))
     _write_weights(model, draft)
     written = (draft / "config.json").read_bytes()
     for kind, config in equivalents(model):
@@ -173,7 +176,7 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
         if other is not None:
             _write_weights(model, draft)
     (draft / "config.json").write_bytes(written)
-    return "shaped", None, verify(model, expected, draft, probe)
+    return ("shaped" if shape.tensors else "plain"), None, verify(model, expected, draft, probe)
 
 
 def _write_weights(model: PreTrainedModel, draft: Path) -> None:
@@ -184,11 +187,9 @@ def _write_weights(model: PreTrainedModel, draft: Path) -> None:
 
 def way_of(model: PreTrainedModel) -> tuple[Way, PretrainedConfig]:
     """Says how `save` writes a model, if the logits are the same, and the config that then says its shape; no values are read."""
-    if not unbuilt_shape(model).tensors:
-        return "plain", model.config
     for kind, config in equivalents(model):
         return ("plain" if kind is type(model) else "equivalent"), config
-    return "shaped", model.config
+    return ("shaped" if unbuilt_shape(model).tensors else "plain"), model.config
 
 
 def _check_no_prompts(module: nn.Module) -> None:

@@ -147,7 +147,8 @@ def _fields_then(model: PreTrainedModel, shrunk: PreTrainedModel, fields: tuple[
     """Returns the fields of the config that say so many units, those that are given or others; none if it is saved as shaped."""
     way, config = way_of(shrunk)
     now = fields_of(model.config)
-    then = {name: value for name, value in fields_of(config).items() if type(value) is int and now.get(name) != value}
+    known = {name: value for name, value in fields_of(config).items() if name in now or name == "head_dim"}
+    then = {name: value for name, value in known.items() if type(value) is int and now.get(name) != value}
     if way == "plain" and then and _computes_otherwise(shrunk, {name: now[name] for name in then if name in now}):
         return ()
     return () if way == "shaped" else fields or tuple(then)

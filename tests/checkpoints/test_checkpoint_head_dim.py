@@ -1,0 +1,136 @@
+"""Checkpoints whose heads are not as wide as the hidden size shared among them: engines must read that from config.json."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import billhook as bh
+from billhook.checkpoints.equivalent import say_head_dim
+from billhook.checkpoints.save import load, save, way_of
+from billhook.model.meta import from_name
+from billhook.pruning.planning import prune_units
+from kit.families import build, tokens
+
+FOUR = {"num_attention_heads": 4, "num_key_value_heads": 4}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+QWENS = {
+    "default": {},
+    "tied": {"tie_word_embeddings": True},
+    "grouped": {"num_attention_heads": 8},
+    "yarn": {"rope_parameters": YARN},
+    "a window that no layer has": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+}
+WINDOWS = {
+    "all layers": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+    "one layer": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+}
+
+
+def three_of_four(family: str = "qwen2", **changes: object) -> PreTrainedModel:
+    model = build(family, **FOUR | changes)
+    groups = model.config.num_attention_heads // 4
+    prune_units(model, {0: [1], 1: [2]} if groups == 1 else {0: [2, 3], 1: [4, 5]})
+    return model
+
+
+def written(folder) -> dict:
+    return json.loads((folder / "config.json").read_text())
+
+
+@torch.no_grad()
+def answers(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Logits, of a padded batch too, and what is generated with a cache."""
+    ids = torch.arange(60).view(2, 30)
+    padding = torch.ones_like(ids)
+    padding[0, :7] = 0
+    generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None)
+    return [model(ids).logits, model(ids, attention_mask=padding).logits, generated]
+
+
+def same(a: PreTrainedModel, b: PreTrainedModel) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(answers(a), answers(b), strict=True))
+
+
+@pytest.mark.parametrize("case", QWENS)
+def test_a_qwen2_without_some_heads_is_saved_as_a_seed_oss(case, tmp_path):
+    model = three_of_four(**QWENS[case])
+    fields = dict(vars(model.config))
+    saved = save(model, tmp_path / "a")
+    assert (saved.way, saved.family, saved.difference) == ("equivalent", "seed_oss", 0)
+    assert (type(model), vars(model.config)) == (transformers.Qwen2ForCausalLM, fields)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    assert type(again) is type(load(tmp_path / "a")) is transformers.SeedOssForCausalLM
+    assert same(again, model)
+    said = written(tmp_path / "a")
+    assert (said["head_dim"], said["attention_bias"], said["attention_out_bias"]) == (again.config.head_dim, True, False)
+    assert said.keys().isdisjoint({"layer_types", "use_sliding_window", "sliding_window", "max_window_layers"})
+    assert save(again, tmp_path / "b").way == "plain"
+    assert written(tmp_path / "b") == said
+
+
+def test_a_loaded_qwen2_of_its_own_class_that_says_the_width_is_saved_as_one_too(tmp_path):
+    model = build("qwen2", num_attention_heads=3, num_key_value_heads=3, head_dim=8)
+    assert save(model, tmp_path).family == "seed_oss"
+    assert same(load(tmp_path), model)
+
+
+def test_a_qwen2_with_a_narrower_residual_stream_is_saved_as_one_too(tmp_path):
+    model = build("qwen2")
+    bh.apply(model, bh.plan(model, bh.WeightNorm(), residual=0.25))
+    assert save(model, tmp_path).family == "seed_oss"
+    assert (written(tmp_path)["hidden_size"], written(tmp_path)["head_dim"]) == (24, 4)
+    assert same(load(tmp_path), model)
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows_keep_a_qwen2_what_it_is(case, tmp_path):
+    model = three_of_four(**WINDOWS[case])
+    saved = save(model, tmp_path)
+    assert (saved.way, saved.family) == ("plain", None)
+    assert written(tmp_path)["head_dim"] == 8
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is transformers.Qwen2ForCausalLM
+    assert same(again, model)
+
+
+def test_a_qwen2_that_engines_read_stays_one(tmp_path):
+    model = build("qwen2")
+    bh.convert_kv_heads(model, 1)
+    assert (save(model, tmp_path).way, written(tmp_path)["model_type"]) == ("plain", "qwen2")
+
+
+def test_what_is_saved_as_another_family_is_pruned_further(tmp_path):
+    save(three_of_four(), tmp_path / "a")
+    model = load(tmp_path / "a")
+    prune_units(model, {0: [1], 1: [2]})
+    bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.5))
+    assert save(model, tmp_path / "b").way == "plain"
+    assert same(load(tmp_path / "b"), model)
+    shadow = from_name(tmp_path / "b")
+    assert (type(shadow).__name__, shadow.config.num_attention_heads) == ("SeedOssForCausalLM", 2)
+
+
+def test_the_way_is_known_before_anything_is_written():
+    way, config = way_of(three_of_four())
+    assert (way, config.model_type, config.head_dim) == ("equivalent", "seed_oss", 8)
+
+
+def test_an_empty_width_of_heads_is_written_as_a_number(tmp_path):
+    model = build("mixtral")
+    assert model.config.head_dim is None
+    assert save(model, tmp_path).way == "plain"
+    assert written(tmp_path)["head_dim"] == 4
+    assert model.config.head_dim is None
+    ids = tokens()
+    with torch.no_grad():
+        assert torch.equal(load(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_widths_that_differ_are_no_number():
+    model = build("mixtral")
+    model.model.layers[1].self_attn.head_dim = 5
+    say_head_dim(model)
+    assert model.config.head_dim is None

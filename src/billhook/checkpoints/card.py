@@ -7,6 +7,10 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers import PretrainedConfig
+
+from billhook.model.shapes.shape import KEY
+from billhook.serving.verdicts import told, verdicts
 
 CARD = "README.md"
 """The name of the file."""
@@ -17,6 +21,7 @@ SIZES = {
     "flops": "forward FLOPs per token",
 }
 LOSSES = ("source", "inside", "before", "after", "ratio", "ratio_error", "kl", "kl_error")
+READ = "By what was read in the engines' code, in the releases named."
 EXPLAINED = (
     "± are standard errors over rows of text, of differences row by row. KL is the divergence of next-token predictions from the "
     "dense model's, in nats."
@@ -32,8 +37,8 @@ def hub_name(name: str) -> str | None:
     return None if not name or Path(name).exists() else name
 
 
-def card(record: Mapping[str, Any], loading: str) -> str:
-    """Makes a model card, with the metadata that the hub reads, of a record, and of words that say how the model is loaded."""
+def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> str:
+    """Makes a model card, with the metadata that the hub reads, of a record, words that say how it is loaded, and its config."""
     named = record.get("base_model")
     base = hub_name(named) if isinstance(named, str) else None
     data = ModelCardData(base_model=base, library_name="transformers", tags=["billhook"])
@@ -43,7 +48,16 @@ def card(record: Mapping[str, Any], loading: str) -> str:
     for title, own in (("What was done", _done(record)), ("What it costs", _costs(record))):
         parts += [f"## {title}", *own] if own else []
     how = f'```python\nimport billhook\n\nmodel = billhook.load("{folder}")\n```'
-    return "\n\n".join([*parts, "## How to load it", f"It is {loading}.", how]) + "\n"
+    parts += ["## How to load it", f"It is {loading}.", how, "## Where it runs", *_engines(record, config)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _engines(record: Mapping[str, Any], config: PretrainedConfig) -> list[str]:
+    """Makes a table of which engines run it."""
+    events = [one["after"] for one in listed(record, "events", ("after",)) if isinstance(one["after"], Mapping)]
+    kind, zeros = (config.architectures or [""])[0], events[-1].get("zeros") if events else 0
+    found = verdicts(kind, config, vars(config).get(KEY), zeros=isinstance(zeros, int) and zeros > 0)
+    return [_table(["engine", "runs it"], [list(one) for one in told(found)]), READ]
 
 
 def _done(record: Mapping[str, Any]) -> list[str]:

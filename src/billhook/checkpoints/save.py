@@ -150,7 +150,7 @@ def save(
         saved = Saved(str(folder), way, difference, size(draft) / 1e6, None if merged is None else str(merged), family)
         if plain:
             plain = ({"base_model": origin} if origin else {}) | plain | {"saved": asdict(saved)}
-            (draft / CARD).write_text(card(plain, saved.says), encoding="utf-8")
+            (draft / CARD).write_text(card(plain, saved.says, read_config(str(draft))), encoding="utf-8")
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "saved": asdict(saved), "files": files}, indent=1) + "\n")
         move(draft, target)

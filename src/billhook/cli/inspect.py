@@ -2,21 +2,24 @@
 
 import json as json_format
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.arguments import one_of
-from billhook.checkpoints.save import way_of
+from billhook.checkpoints.save import Way, way_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_of
 from billhook.model.config_fields import Fields, fields_of, set_fields
 from billhook.model.meta import from_name
 from billhook.model.runs.operands import operands_of
+from billhook.model.shapes.shape import to_entry, unbuilt_shape
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.removal import tried
 from billhook.pruning.widths.experts import width_step
+from billhook.serving.readings import FILES
+from billhook.serving.verdicts import GPUS, Verdict, shares, told, verdicts
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold, kind_name, labelled
 from billhook.tracing.trace import trace
@@ -62,6 +65,7 @@ def inspect(model: str, group: str | None = None, json: bool = False) -> None:
     groups = [one for one in structure.groups if group is None or one.kind in CHOICES[group]]
     saved = saving(shadow, groups)
     converted = conversion(shadow)
+    served = serving(shadow)
     if json:
         numbers = {group.number: list(one.fields) for one in saved for group in one.groups}
         plain = structure.to_json()
@@ -69,23 +73,30 @@ def inspect(model: str, group: str | None = None, json: bool = False) -> None:
         plain["groups"] = [
             one | {"config_fields": numbers.get(one["number"], [])} for one in plain["groups"] if one["number"] in wanted
         ]
-        print(json_format.dumps(plain | {"conversion": converted}, indent=1))
+        plain |= {"conversion": converted, "serving": [asdict(one) for one in served]}
+        print(json_format.dumps(plain, indent=1))
         return
     print(structure.show(groups))
     lines = _saved_lines(saved, FieldFinder(shadow))
     if group in (None, "heads"):
         lines.append(labelled("converted", converted["says"]))
+    if group is None:
+        lines += ["", *(labelled("served" if not i else "", f"{who:<13}{text}") for i, (who, text) in enumerate(told(served)))]
     if lines:
         print("\n" + "\n".join(lines))
 
 
 @dataclass(frozen=True)
 class Saving:
-    """How a model with fewer units is saved: alike units, the config fields that count them, and why they cannot be removed."""
+    """How a model with fewer units is saved: alike units, the config fields that count them, and why they cannot be removed.
+
+    The last are the engines that do not serve what is saved then, and would serve others of its class.
+    """
 
     groups: list[Group]
     fields: tuple[str, ...]
     reason: str = ""
+    refusing: tuple[str, ...] = ()
 
 
 def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[Saving]:
@@ -137,21 +148,37 @@ def _tried(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], f
         except ValueError as error:
             refusal = refusal or str(error)
             continue
-        found.append(Saving(part, _fields_then(model, shrunk, fields)))
+        way, config = way_of(shrunk)
+        then = _fields_then(model, shrunk, fields, way, config)
+        found.append(Saving(part, then, refusing=_refusing(shrunk, config) if then else ()))
         if found[-1].fields:
             break
     return found[-1] if found else Saving(part, (), refusal)
 
 
-def _fields_then(model: PreTrainedModel, shrunk: PreTrainedModel, fields: tuple[str, ...]) -> tuple[str, ...]:
+def _fields_then(
+    model: PreTrainedModel, shrunk: PreTrainedModel, fields: tuple[str, ...], way: Way, config: PretrainedConfig
+) -> tuple[str, ...]:
     """Returns the fields of the config that say so many units, those that are given or others; none if it is saved as shaped."""
-    way, config = way_of(shrunk)
     now = fields_of(model.config)
     known = {name: value for name, value in fields_of(config).items() if name in now or name == "head_dim"}
     then = {name: value for name, value in known.items() if type(value) is int and now.get(name) != value}
     if way == "plain" and then and _computes_otherwise(shrunk, {name: now[name] for name in then if name in now}):
         return ()
     return () if way == "shaped" else fields or tuple(then)
+
+
+def _refusing(shrunk: PreTrainedModel, config: PretrainedConfig) -> tuple[str, ...]:
+    """Returns the engines that do not serve a model as it is saved, by a config of its own family or of another."""
+    own = isinstance(shrunk.config, type(config))
+    kind = type(shrunk).__name__ if own else (config.architectures or [""])[0]
+    return tuple(one.engine for one in verdicts(kind, config) if one.serves is False)
+
+
+def serving(model: PreTrainedModel) -> list[Verdict]:
+    """Finds the engines that serve a model as it is, and those that do not."""
+    shape = unbuilt_shape(model)
+    return verdicts(type(model).__name__, model.config, to_entry(shape) if shape.tensors else None)
 
 
 def _computes_otherwise(shrunk: PreTrainedModel, before: Fields) -> bool:
@@ -180,6 +207,7 @@ def _saved_lines(saved: Sequence[Saving], finder: FieldFinder) -> list[str]:
             how = f"none can be removed: {one.reason}"
         elif fields:
             how = f"{_numbers(size, finder.counts(size, fields))} make a plain checkpoint, by {', '.join(fields)}"
+            how += f", which {' and '.join(one.refusing)} will not run" if one.refusing else ""
         lines[labelled("saved", f"{kind_name(one.groups[0])} ({size:,}): {how}")] = None
     return list(lines)
 
@@ -209,5 +237,12 @@ def conversion(model: PreTrainedModel) -> dict[str, Any]:
             refused = str(error)
     if before > 1 and not legal:
         return {"num_key_value_heads": None, "legal": [], "says": f"no: {refused}"}
-    says = f"{before} KV heads to {' or '.join(map(str, legal))}" if legal else f"no: {refused}"
+    says = f"{before} KV heads to {' or '.join(map(str, legal))}{_unshared(model, legal)}" if legal else f"no: {refused}"
     return {"num_key_value_heads": before, "legal": legal, "says": says}
+
+
+def _unshared(model: PreTrainedModel, legal: Sequence[int]) -> str:
+    """Names the numbers of KV heads that tensor parallelism cannot share out, if engines serve the class."""
+    odd = {number: [str(gpus) for gpus in GPUS if not shares(number, gpus)] for number in legal}
+    named = [f"{number} over {' or '.join(gpus)} GPUs" for number, gpus in odd.items() if gpus]
+    return f"; vLLM and SGLang cannot share out {', '.join(named)}" if named and type(model).__name__ in FILES else ""

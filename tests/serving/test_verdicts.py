@@ -1,0 +1,195 @@
+"""What is said of engines follows from the config and from what was read in their code."""
+
+import json
+import re
+
+import pytest
+import transformers
+from transformers import PretrainedConfig
+
+import billhook as bh
+from billhook.checkpoints.equivalent import COMPUTED, EQUIVALENT
+from billhook.checkpoints.save import save
+from billhook.cli.main import main
+from billhook.model.meta import read_config
+from billhook.pruning.planning import prune_units
+from billhook.serving.readings import FILES, reading
+from billhook.serving.verdicts import GPUS, Verdict, block_of, shares, told, verdicts
+from kit.families import build, llama
+from kit.shaped import uneven_llama
+
+WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+
+
+def said(kind: str, config: PretrainedConfig, **more: object) -> dict[str, Verdict]:
+    return {one.engine: one for one in verdicts(kind, config, **more)}
+
+
+def served(model, folder) -> dict[str, Verdict]:
+    """The verdicts on a model as it is saved."""
+    save(model, folder)
+    config = read_config(str(folder))
+    return said(config.architectures[0], config, entry=vars(config).get("billhook"))
+
+
+def test_a_model_of_round_sizes_is_served_everywhere():
+    found = said("LlamaForCausalLM", transformers.LlamaConfig(**WIDE))
+    assert {engine: one.serves for engine, one in found.items()} == dict.fromkeys(
+        ["transformers", "llama.cpp", "vLLM", "SGLang"], True
+    )
+    assert found["llama.cpp"].notes == ("K-quants divide all rows by 256",)
+    assert found["vLLM"].notes == found["SGLang"].notes == ("tensor parallelism over 2, 4 or 8 GPUs",)
+
+
+@pytest.mark.parametrize("engine", ["llama.cpp", "vLLM", "SGLang"])
+@pytest.mark.parametrize("kind", FILES)
+def test_each_yes_cites_class_file_and_release(kind, engine):
+    config = getattr(transformers, kind).config_class()
+    one = said(kind, config)[engine]
+    assert one.serves
+    assert re.fullmatch(r"\w+, [\w/.-]+\.(py|cpp) \(.*\d+\.\d+\.\d+\)", one.why)
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_heads_of_another_width_are_served_where_head_dim_is_read(kind):
+    config = getattr(transformers, kind).config_class()
+    config.hidden_size, config.num_attention_heads, config.head_dim = 512, 6, 64
+    for engine in ("llama.cpp", "vLLM", "SGLang"):
+        one = said(kind, config)[engine]
+        assert one.serves == reading(kind, engine).reads_head_dim
+        assert one.serves or "heads are 64 wide, and " in one.why
+
+
+@pytest.mark.parametrize("start", COMPUTED)
+def test_the_family_that_stands_for_one_that_engines_misread_is_read_by_all(start):
+    for family in EQUIVALENT[start]:
+        for engine in ("llama.cpp", "vLLM", "SGLang"):
+            assert reading(f"{family.name}ForCausalLM", engine).reads_head_dim
+    assert not all(reading(f"{start}ForCausalLM", engine).reads_head_dim for engine in ("llama.cpp", "vLLM", "SGLang"))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "smollm3"])
+@pytest.mark.parametrize("what", ["kv heads", "heads", "channels"])
+def test_what_billhook_makes_of_these_families_is_served(family, what, tmp_path):
+    model = build(family, hidden_size=48)  # which Gemma's config wants the number of heads to divide
+    if what == "kv heads":
+        bh.convert_kv_heads(model, 1)
+    elif what == "heads":
+        prune_units(model, {0: [0, 1], 1: [2, 3]})
+    else:
+        bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.34))
+    assert all(one.serves for one in served(model, tmp_path).values())
+
+
+@pytest.mark.parametrize(
+    ("family", "refusing"),
+    [("granite", {"llama.cpp"}), ("cohere", {"llama.cpp", "SGLang"}), ("starcoder2", {"llama.cpp", "SGLang"})],
+)
+def test_families_that_nothing_stands_for_are_refused_by_name_where_heads_go(family, refusing, tmp_path):
+    model = build(family, num_attention_heads=4, num_key_value_heads=4)
+    prune_units(model, {0: [1], 1: [2]})
+    assert {engine for engine, one in served(model, tmp_path).items() if not one.serves} == refusing
+
+
+def test_layers_that_differ(tmp_path):
+    found = served(uneven_llama(), tmp_path)
+    assert not any(one.serves for one in found.values())
+    assert all(one.why.startswith("layers differ in size") for one in found.values())
+
+
+def test_heads_that_are_handed_out(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=64, **sizes)).eval()
+    bh.convert_kv_heads(model, 2)
+    found = served(model, tmp_path)
+    assert not any(one.serves for one in found.values())
+    assert "store fewer KV heads than their class computes with" in found["transformers"].why
+    assert "billhook.load loads it" in found["transformers"].why
+
+
+def test_a_width_that_is_alike_in_all_layers_and_no_field_says():
+    entry = {"shape": {"tensors": {f"model.layers.{i}.mlp.up_proj.weight": [40, 32] for i in range(2)}, "attributes": {}}}
+    found = said("LlamaForCausalLM", transformers.LlamaConfig(num_hidden_layers=2), entry=entry)
+    assert found["vLLM"].why.startswith("no field of the config says its sizes")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_shared_out_means_that_every_gpu_holds_as_many_heads(exact):
+    for kv_heads in range(1, 17):
+        for gpus in GPUS:
+            copies = [gpu * kv_heads // gpus for gpu in range(gpus)]  # the head of each, where there are fewer
+            whole = kv_heads % gpus == 0
+            fewer = kv_heads < gpus and len({copies.count(head) for head in range(kv_heads)}) == 1
+            assert shares(kv_heads, gpus, exact) == (whole or (fewer and not exact))
+
+
+def test_what_tensor_parallelism_cannot_share_is_named():
+    config = transformers.LlamaConfig(**WIDE | {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 3})
+    for engine in ("vLLM", "SGLang"):
+        note = said("LlamaForCausalLM", config)[engine].notes[0]
+        assert note == "one GPU, not 2 or 4 (3 KV heads), not 8 (12 query heads and 3 KV heads)"
+    config = transformers.LlamaConfig(**WIDE | {"num_key_value_heads": 1, "intermediate_size": 1022})
+    note = said("LlamaForCausalLM", config)["vLLM"].notes[0]
+    assert note == "tensor parallelism over 2 GPUs, not 4 or 8 (a feed-forward width of 1,022)"
+
+
+def test_sglang_copies_no_kv_heads_in_code_for_all_models():
+    config = transformers.SeedOssConfig(**WIDE | {"num_key_value_heads": 1, "head_dim": 64})
+    found = said("SeedOssForCausalLM", config)
+    assert found["vLLM"].notes == ("tensor parallelism over 2, 4 or 8 GPUs",)
+    assert found["SGLang"].notes == ("one GPU, not 2, 4 or 8 (1 KV head)",)
+
+
+def test_rows_that_k_quants_do_not_divide_are_named():
+    config = transformers.LlamaConfig(**WIDE | {"hidden_size": 576, "num_attention_heads": 9, "intermediate_size": 1228})
+    note = said("LlamaForCausalLM", config)["llama.cpp"].notes[0]
+    assert "576 (hidden size, a multiple of 64)" in note
+    assert "1,228 (feed-forward width, F16)" in note
+
+
+@pytest.mark.parametrize(("size", "block"), [(1024, 256), (384, 128), (576, 64), (1248, 32), (1228, None)])
+def test_blocks(size, block):
+    assert block_of(size) == block
+
+
+def test_zeros_are_no_faster():
+    found = said("LlamaForCausalLM", transformers.LlamaConfig(**WIDE), zeros=True)
+    assert all("zeros run at dense speed" in found[engine].notes for engine in ("llama.cpp", "vLLM", "SGLang"))
+
+
+def test_biases_that_llama_cpp_has_not():
+    config = transformers.SeedOssConfig(**WIDE, attention_out_bias=True)
+    assert not said("SeedOssForCausalLM", config)["llama.cpp"].serves
+
+
+def test_a_class_that_was_not_looked_up_is_unknown():
+    found = verdicts("BertForMaskedLM", transformers.BertConfig())
+    assert [one.serves for one in found] == [True, None, None, None]
+    assert told(found)[1] == ("llama.cpp, vLLM, SGLang", "unknown: BertForMaskedLM was not looked up")
+
+
+def test_inspect_says_who_serves_the_model_and_what_is_left_of_it(tmp_path, capsys):
+    build("granite", num_attention_heads=4, num_key_value_heads=4).config.save_pretrained(tmp_path)
+    main(["inspect", str(tmp_path)])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "head_dim, which llama.cpp will not run" in text
+    assert "served transformers yes: plain from_pretrained loads it" in text
+    main(["inspect", str(tmp_path), "--json"])
+    engines = {one["engine"]: one["serves"] for one in json.loads(capsys.readouterr().out)["serving"]}
+    assert engines == dict.fromkeys(["transformers", "llama.cpp", "vLLM", "SGLang"], True)
+
+
+def test_inspect_names_kv_heads_that_gpus_cannot_share(tmp_path, capsys):
+    llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=6).config.save_pretrained(tmp_path)
+    main(["inspect", str(tmp_path)])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "6 KV heads to 1 or 2 or 3; vLLM and SGLang cannot share out 3 over 2 or 4 or 8 GPUs" in text
+
+
+@pytest.mark.parametrize(("zeros", "fast"), [(0, False), (12, True)])
+def test_the_model_card_has_them(tmp_path, zeros, fast):
+    event = {"step": 1, "what": "pruned", "before": {}, "after": {"zeros": zeros}}
+    bh.save(llama(), tmp_path / "a", record={"events": [event]})
+    text = (tmp_path / "a" / "README.md").read_text()
+    assert "| vLLM | yes: LlamaForCausalLM, model_executor/models/llama.py" in text
+    assert ("zeros run at dense speed" in text) == fast

@@ -41,7 +41,7 @@ def small(family: str, **changes: object) -> PreTrainedModel:
     """A random model of a family."""
     torch.manual_seed(0)
     families.EXTRA.setdefault(family, {})
-    return families.build(family, **SMALL | FAMILIES[family] | changes)
+    return families.build(family, **SMALL | FAMILIES.get(family, {}) | changes)
 
 
 def beside(folder: Path) -> Path:

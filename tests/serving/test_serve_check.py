@@ -91,8 +91,7 @@ def test_a_tokenizer_that_splits_text_otherwise(tmp_path, converter):
 
 
 def test_a_family_that_the_converter_does_not_know(tmp_path, converter):
-    serving.FAMILIES["helium"] = {"head_dim": 16}
-    found = serve_check(saved(tmp_path, "helium"), converter=converter, tokens=16, new_tokens=2, quantised=())
+    found = serve_check(saved(tmp_path, "helium", head_dim=16), converter=converter, tokens=16, new_tokens=2, quantised=())
     assert found.why == "llama.cpp's converter does not convert it: RuntimeError: Model HeliumForCausalLM is not supported"
     assert (found.yes, found.difference, found.alike) == (False, None, None)
 

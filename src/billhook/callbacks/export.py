@@ -31,6 +31,9 @@ from billhook.model.preprocessors import Preprocessor, load_preprocessor
 from billhook.model.shapes.checkpoint_shape import save_shape
 from billhook.running.batches import examples_of
 from billhook.running.shards import gathered, unsharded
+from billhook.serving.converter import find_converter
+from billhook.serving.exported import check_gguf, export_gguf
+from billhook.serving.missing import Missing
 
 UNVERIFIED = """These are the weights at the end of a fit whose export failed; nothing has verified them. The error was:
 
@@ -55,10 +58,14 @@ class Export(Callback):
         probe: Inputs of the model on which it is compared; by default an example of the first training batch, where that holds
             what the model's forward takes, or else what `bh.save` makes.
         rehearse: False to save at the end alone; a rehearsal takes the time and the disk of a save.
+        gguf: A GGUF file to write of the folder at the end, for llama.cpp and what is built on it, of the folder's dtype: by
+            llama.cpp's converter (`pip install 'billhook[serve]'`), or by billhook where layers differ. Should that fail at the
+            end, a warning says why, and the folder stays.
+        converter: Where llama.cpp's `convert_hf_to_gguf.py` is; by default the one that is installed.
 
     Raises:
         ValueError: Before training, if `folder` holds something that billhook did not write, an argument is not legal, or the
-            model cannot be saved or verified.
+            model cannot be saved, verified or, for `gguf`, converted.
 
     >>> import billhook as bh
     >>> callback = bh.Export("outputs/model")  # last in Trainer(callbacks=[...])
@@ -71,8 +78,12 @@ class Export(Callback):
         processor: Preprocessor | str | None = None,
         probe: Mapping[str, Any] | None = None,
         rehearse: bool = True,
+        gguf: str | None = None,
+        converter: str | None = None,
     ) -> None:
         a_path("folder", folder)
+        if gguf is not None:
+            a_path("gguf", gguf, [".gguf"])
         if tokenizer is not None and processor is not None:
             raise ValueError("tokenizer and processor: a processor holds its tokenizer: give one of them")
         for name, one in {"tokenizer": tokenizer, "processor": processor}.items():
@@ -83,6 +94,7 @@ class Export(Callback):
         annotated(Export, locals())
         self.folder, self.probe, self.rehearse = folder, probe, rehearse
         self.tokenizer, self.processor = tokenizer, processor
+        self.gguf, self.converter = gguf, converter
         self.saved: Saved | None = None
         self._probe: Mapping[str, Any] | None = None
         self._along, self._begun = list[Preprocessor](), False
@@ -92,6 +104,9 @@ class Export(Callback):
         if stage == "fit":
             check_some_steps(trainer, "Export")
             check_target(self.folder)
+            if self.gguf is not None:
+                check_gguf(self.gguf)
+                find_converter(self.converter)
             for one in callbacks_of(trainer, Damage):
                 refuse_before(trainer, self, one)
             self.saved, self._begun, self._along = None, False, []
@@ -130,6 +145,17 @@ class Export(Callback):
         place = target.with_name(f".{target.name}.rehearsal")
         missing = [parent for parent in target.parents if not parent.exists()]
         try:
+            self._rehearse_save(model, place)
+            if self.gguf is not None:
+                export_gguf(place, place / "rehearsal.gguf", converter=self.converter)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            with suppress(OSError):
+                for parent in missing:
+                    parent.rmdir()
+
+    def _rehearse_save(self, model: PreTrainedModel, place: Path) -> None:
+        try:
             save(model, place, self._along, probe=self._probe)
         except (OSError, MemoryError, torch.OutOfMemoryError):
             raise
@@ -139,11 +165,6 @@ class Export(Callback):
                 f"Export: before training the model cannot be saved and verified by {by}: {type(error).__name__}: {error}; "
                 "give Export other inputs of its forward as probe={...}"
             ) from error
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-            with suppress(OSError):
-                for parent in missing:
-                    parent.rmdir()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves on one process; the others wait."""
@@ -158,6 +179,18 @@ class Export(Callback):
                 except Exception as error:
                     self._keep(model, error)
                     raise
+                self._convert()
+
+    def _convert(self) -> None:
+        """Writes the GGUF file of what was saved."""
+        if self.gguf is None or self.saved is None:
+            return
+        try:
+            written = export_gguf(self.saved.folder, self.gguf, converter=self.converter)
+        except (ValueError, Missing, OSError) as error:
+            rank_zero_warn(f"no GGUF file is written, and the model is in '{self.saved.folder}': {error}")
+            return
+        rank_zero_info(f"billhook: {self.gguf} is {written}")
 
     def _save(self, trainer: pl.Trainer, model: PreTrainedModel) -> None:
         damage = [{"damage": one.last} for one in callbacks_of(trainer, Damage)]

@@ -1,0 +1,135 @@
+"""GGUF files of folders and checkpoints: by the command, and at the end of a fit."""
+
+import gguf
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import billhook as bh
+from billhook.assets import model_path
+from billhook.cli.main import main
+from billhook.serving.engine import LlamaCpp
+from billhook.serving.exported import export_gguf
+from kit import serving
+from kit.cli import pytestmark as quiet
+from kit.fits import trainer
+from kit.serving import beside, saved, small
+
+pytestmark = [*serving.pytestmark, *quiet, pytest.mark.filterwarnings("ignore:You defined a `validation_step`")]
+IDS = list(range(3, 40))
+
+
+def logits(file):
+    with LlamaCpp() as engine:
+        engine.load(file, 64)
+        return engine.logits(IDS)
+
+
+@torch.no_grad()
+def expected(folder):
+    return bh.load(folder, "float32").eval()(input_ids=torch.tensor([IDS])).logits[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("model"), "qwen3")
+
+
+@pytest.fixture
+def fast(monkeypatch, converter):
+    """The converter of the session instead of one of its own."""
+
+    class Shared:
+        def __init__(self, path=None):
+            assert path is None
+
+        def __enter__(self):
+            return converter
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr("billhook.serving.exported.Converter", Shared)
+
+
+def test_the_command_writes_a_file_of_a_folder(folder, tmp_path, capsys, fast):
+    out = tmp_path / "new" / "out.gguf"
+    main(["export", str(folder), "--gguf", str(out)])
+    assert capsys.readouterr().out == f"{out} (converted by llama.cpp's converter, its text split as gpt-2 does)\n"
+    assert {one.tensor_type.name for one in gguf.GGUFReader(out).tensors} == {"F32"}
+    assert torch.allclose(logits(out), expected(folder), atol=1e-4)
+    main(["export", str(folder), "--gguf", str(out), "--kind", "Q8_0"])  # in its place
+    assert {one.tensor_type.name for one in gguf.GGUFReader(out).tensors} == {"F32", "Q8_0"}
+    assert [path.name for path in out.parent.iterdir()] == ["out.gguf"]
+
+
+def test_a_failed_conversion_leaves_nothing(tmp_path, fast):
+    small("llama").save_pretrained(tmp_path / "model")  # no tokenizer
+    with pytest.raises(ValueError, match="gguf: '.*model' cannot be converted: the folder holds no tokenizer"):
+        export_gguf(tmp_path / "model", tmp_path / "out.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("export {folder}", "is a folder, of which --gguf makes a GGUF file"),
+        ("export {folder} --gguf out.bin", "gguf='out.bin' must be a path that ends in .gguf"),
+        ("export {folder} --gguf {folder}/model.safetensors", "must be a path that ends in .gguf"),
+        ("export {folder} --gguf {there}", "is there, and no GGUF file, which would be replaced"),
+        ("export {folder} --gguf out.gguf --tokenizer tiny", "with the tokenizer in it"),
+        ("export one.ckpt", "give a Lightning checkpoint and the folder to write, or a folder alone, with --gguf"),
+        ("export one.ckpt two three", "give a Lightning checkpoint and the folder to write"),
+        ("export {folder} --gguf out.gguf --converter nowhere", "converter='nowhere': must be llama.cpp's"),
+    ],
+)
+def test_what_the_command_refuses(line, message, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.gguf").write_text("notes")
+    words = line.format(folder=folder, there=tmp_path / "there.gguf").split()
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert message in str(stopped.value.code)
+    assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
+    assert (tmp_path / "there.gguf").read_text() == "notes"
+
+
+def fit(tmp_path, model, **options):
+    tokenizer = AutoTokenizer.from_pretrained(model_path("tiny"))
+    callback = bh.Export(str(tmp_path / "out"), tokenizer, **options)
+    lit = bh.TransformerModule(beside_of(tmp_path, model))
+    rows = [{"input_ids": (ids := torch.arange(3 + i, 19 + i)), "labels": ids} for i in range(4)]
+    cut = bh.StructuredPruning(bh.Amount(channels=0.5), importance=bh.WeightNorm())
+    trainer(tmp_path, [cut, callback], max_steps=2).fit(lit, torch.utils.data.DataLoader(rows, batch_size=2))
+    return callback
+
+
+def beside_of(tmp_path, model):
+    model.save_pretrained(tmp_path / "first")
+    return str(beside(tmp_path / "first"))
+
+
+def test_a_fit_ends_with_a_file(tmp_path, fast):
+    fit(tmp_path, small("llama"), gguf=str(tmp_path / "files" / "out.gguf"))
+    folder = tmp_path / "out"
+    assert bh.load(folder).config.intermediate_size < 96
+    assert torch.allclose(logits(tmp_path / "files" / "out.gguf"), expected(folder), atol=1e-4)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_what_cannot_be_converted_is_told_before_training(tmp_path, fast):
+    with pytest.raises(ValueError, match="gguf: '.*rehearsal' cannot be converted: .*HeliumForCausalLM is not supported"):
+        fit(tmp_path, small("helium", head_dim=16), gguf=str(tmp_path / "out.gguf"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_stays_where_its_file_fails_at_the_end(tmp_path, fast):
+    with pytest.warns(UserWarning, match="no GGUF file is written, and the model is in .*HeliumForCausalLM is not supported"):
+        fit(tmp_path, small("helium", head_dim=16), gguf=str(tmp_path / "out.gguf"), rehearse=False)
+    assert bh.load(tmp_path / "out").config.intermediate_size < 96
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_a_file_of_another_ending_is_refused():
+    with pytest.raises(ValueError, match="gguf='out.bin' must be a path that ends in .gguf"):
+        bh.Export("out", gguf="out.bin")

@@ -150,6 +150,20 @@ class TestResume:
             for left, right in zip(run.optimizers[0].state.values(), first.optimizers[0].state.values(), strict=True):
                 assert same(left, right)
 
+    def test_widths_that_are_rounded_are_planned_from_the_first_also_where_it_is_resumed(self, files, tmp_path):
+        def build(seed=0):
+            return module(seed, intermediate_size=1536)
+
+        options = {"channels": 0.2, "at": bh.schedules.Linear(final=1.0, start=0, end=6, every=2), "importance": bh.WeightNorm()}
+        lit, whole, watch, _ = self.straight(files, tmp_path, lambda: pruning(**options), build)
+        # of 1,536: 1,434, 1,332 and 1,229 are asked for, and become multiples of 128, 64 and 64
+        assert [width for width, _ in watch.seen] == [1536] * 2 + [1408] * 2 + [1344] * 2 + [1216] * 2
+        assert "1,216 channels: a multiple of 64; 1,229 were asked for" in whole.events[-1]["what"]
+        resumed, again, later = build(1), pruning(**options), Widths()
+        trainer(tmp_path, [again, later]).fit(resumed, data(files), ckpt_path=tmp_path / "step=4.ckpt")
+        assert later.seen == watch.seen[4:]
+        assert same(weights(resumed), weights(lit))
+
     def test_a_lightning_checkpoint_is_exported(self, files, tmp_path):
         lit, *_ = self.straight(files, tmp_path, lambda: pruning(channels=0.25, kv_heads=0.5, at=3))
         export(tmp_path / "step=8.ckpt", tmp_path / "out")

@@ -1,7 +1,7 @@
 """Widths that quantisers and kernels like: which multiple is taken, that budgets stay upper bounds, and what is told."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 
 import jsonargparse
@@ -13,7 +13,7 @@ import billhook as bh
 from billhook.model.figures import figures_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.planning import plan_amount
-from billhook.pruning.progress import First
+from billhook.pruning.progress import First, first_from
 from billhook.pruning.target import Search
 from billhook.pruning.widths.rows import finest, rounded
 from billhook.units.find import find_units
@@ -141,7 +141,7 @@ class TestParts:
     @pytest.mark.parametrize("progress", [(0.5, 1.0), (0.1, 0.3, 0.95, 1.0)])
     def test_come_to_what_the_whole_is_at_once(self, amount, progress):
         amount, model = Amount(**amount), wide()
-        whole, first = planned(wide(), amount), First.of(model, amount)
+        whole, first = planned(wide(), amount), first_from(json.loads(json.dumps(asdict(First.of(model, amount)))))
         for share in progress:
             due = first.part(model, amount, share)
             if due is not None:

@@ -14,6 +14,7 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import Plan, Weights, starting_from
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove
+from billhook.pruning.widths.kv_heads import suits, told
 from billhook.pruning.widths.told import RowLength, rows_from
 from billhook.tracing.show import pattern
 from billhook.tracing.trace import trace
@@ -105,7 +106,10 @@ class UnitPlan(Cut, Plan):
         width = max(len(name) for name, _ in rows)
         for (name, change), places in rows.items():
             lines.append(f"  {name:<{width}}  {change}" + (f" in each of {len(places)}" if len(places) > 1 else ""))
-        return "\n".join([*lines, *(f"  {row}" for row in self.rows), *([f"  {self.settled}"] if self.settled else [])])
+        lines += [f"  {row}" for row in self.rows]
+        heads = [name for name in self.units if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]]
+        lines += [f"  {told(number)}" for number in sorted({self.after[name][1] for name in heads}) if not suits(number)]
+        return "\n".join([*lines, *([f"  {self.settled}"] if self.settled else [])])
 
 
 def _is_list(value: object) -> bool:

@@ -16,6 +16,7 @@ from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import tried
 from billhook.pruning.row_lengths import row_lengths
 from billhook.pruning.widths.experts import width_step
+from billhook.pruning.widths.kv_heads import suiting
 from billhook.pruning.widths.rows import finest
 from billhook.pruning.widths.told import RowLength
 from billhook.tracing.trace import trace
@@ -111,25 +112,52 @@ class Search:
         limit = self.limit(target)
         common = self._lowest(scores, names, ratios, target, limit)
         ratios |= {name: min(common, self._most(name)) for name in names}
-        if len(names) > 1:  # heads are few and large: channels alone then come as close as they can
-            ratios[names[-1]] = self._lowest(scores, names[-1:], ratios, target, limit)
-        return ratios
+        if len(names) == 1:
+            return ratios
+        # heads are few and large: channels alone then come as close as they can
+        for part in self._suiting(ratios["kv_heads"]):
+            near = ratios | {"kv_heads": part}
+            found = self._first(scores, names[-1:], near, target, limit)
+            if found is not None:
+                return near | {names[-1]: found}
+        return ratios | {names[-1]: self._lowest(scores, names[-1:], ratios, target, limit)}
+
+    def _suiting(self, ratio: float) -> list[float]:
+        """Returns the nearest ratio of KV heads that leaves a number that engines can divide, if that is left to us."""
+        own = free(of_kind(self.units, "head"), self._protected)
+        counts = {one.count("kv_head") for one in own.values()}
+        if self.amount.round_to != "auto" or self.amount.ranking == "global" or len(counts) != 1:
+            return []
+        count = counts.pop()
+        return [1 - suiting(count - int(ratio * count + 1e-9), count, self.amount.min_units) / count]
 
     def _lowest(
         self, scores: Mapping[str, Tensor], names: Sequence[str], ratios: dict[str, float], target: str, limit: int
     ) -> float:
         """Finds the lowest ratio, of kinds alike and next to other ratios, that meets a target; refuses one that none does."""
-        tried = self._tries(names)
+        found = self._first(scores, names, ratios, target, limit)
+        if found is None:
+            asked, tries = getattr(self.amount, target), self._tries(names)
+            least, most = (self._left(scores, names, ratios, target, ratio) for ratio in (tries[-1], tries[0]))
+            raise ValueError(
+                f"{target}={asked}: {limit:,} cannot be reached; with what may be removed, {least:,} to {most:,} can"
+            )
+        return found
 
-        def cost(number: int) -> int:
-            own = {name: min(tried[number], self._most(name)) for name in names}
-            return self.cost(self._cut(scores, ratios | own, target=True), target)
+    def _first(
+        self, scores: Mapping[str, Tensor], names: Sequence[str], ratios: dict[str, float], target: str, limit: int
+    ) -> float | None:
+        """Finds the lowest ratio, of kinds alike and next to other ratios, that meets a target; None if none does."""
+        tries = self._tries(names)
+        place = lowest(len(tries), lambda number: self._left(scores, names, ratios, target, tries[number]), limit)
+        return None if place is None else tries[place]
 
-        place = lowest(len(tried), cost, limit)
-        if place is None:
-            asked, reached = getattr(self.amount, target), f"{cost(len(tried) - 1):,} to {cost(0):,}"
-            raise ValueError(f"{target}={asked}: {limit:,} cannot be reached; with what may be removed, {reached} can")
-        return tried[place]
+    def _left(
+        self, scores: Mapping[str, Tensor], names: Sequence[str], ratios: dict[str, float], target: str, ratio: float
+    ) -> int:
+        """Returns what is left of what a target limits at a ratio of some kinds."""
+        own = {name: min(ratio, self._most(name)) for name in names}
+        return self.cost(self._cut(scores, ratios | own, target=True), target)
 
     @cached_property
     def now(self) -> Figures:

@@ -13,6 +13,7 @@ from billhook.pruning.choice import ranked
 from billhook.pruning.cuts import coupled
 from billhook.pruning.removal import tried
 from billhook.pruning.target import Search
+from billhook.pruning.widths.kv_heads import suits
 from billhook.shrinking.places.costs import cut_of, query_costs, unit_costs
 from billhook.shrinking.places.pairs import Pair, called, each_of, eighths, heads_gone, one_of_each, pairs_of
 from billhook.units.units import UnitKind, Units
@@ -112,7 +113,7 @@ class Place:
         return pair[0] * (self.each - (self.pairs[-1][1] - pair[1]) * self.query)
 
 
-def find_places(search: Search, target: str, query_heads: bool = True) -> list[Place]:
+def find_places(search: Search, target: str, query_heads: bool = True, alike: bool = False) -> list[Place]:
     """Finds the places that may keep less for a target, with what each unit costs; refuses a model without any.
 
     Left whole are protected places, those whose units something else than linears of their own reads, and kinds of units that the
@@ -122,6 +123,8 @@ def find_places(search: Search, target: str, query_heads: bool = True) -> list[P
         search: The model, and its units.
         target: What is limited.
         query_heads: Whether query heads may go from KV heads that stay, where that saves something.
+        alike: Whether all attentions are to keep as many KV heads: then numbers that engines can divide among devices, where
+            numbers are left to us, and channels make up for what they do not save.
     """
     model, amount, free = search.model, search.amount, search.free()
     sets = [names for names in coupled(free) if all(readable(model, free[name]) for name in names)]
@@ -130,6 +133,8 @@ def find_places(search: Search, target: str, query_heads: bool = True) -> list[P
     for names, each, query in zip(sets, unit_costs(search, sets, target), queries, strict=True):
         one, readers = free[names[0]], {reader for name in names for reader in free[name].readers}
         allowed = _allowed(one.count("kv_head"), amount.min_units, search.step(names[0]) if one.kind == "channel" else 1)
+        if alike and amount.round_to == "auto" and one.kind == "head" and target != "kv_cache_bytes":
+            allowed = tuple(kept for kept in allowed if kept == allowed[0] or suits(kept))
         if (len(allowed) > 1 and each > 0 or len(allowed) == 1 and query > 0) and not readers & taken:
             caches = target == "kv_cache_bytes" and one.kind == "head"
             merges = tuple(kept for kept in allowed[1:] if caches and allowed[0] % kept == 0)

@@ -15,6 +15,7 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import apply_in_turn
 from billhook.model.values import check_values
 from billhook.pruning.amount import TARGETS, Amount
+from billhook.pruning.widths.rows import RoundTo
 from billhook.repairs.repair import Repair
 from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.latency.search import fast_enough
@@ -45,7 +46,7 @@ def shrink(
     repair: Repair | None = REPAIR,
     first: int = 0,
     last: int = 0,
-    round_to: int = 1,
+    round_to: RoundTo = "auto",
     generations: int = 8,
     candidates: int = 8,
     library: str | Path | None = None,
@@ -88,7 +89,10 @@ def shrink(
         repair: How the linears that read removed units are refitted; None: not at all.
         first: Blocks at the beginning of each stack that stay whole.
         last: Blocks at the end of each stack that stay whole.
-        round_to: The number of channels that remain is a multiple of it.
+        round_to: To multiples of what the number of channels that remain is rounded down. `"auto"`: of the largest of 256,
+            128, 64 and 32 that takes at most 3 % of them more; hidden sizes become such multiples too, and layers that stay
+            alike keep all KV heads, 1, 2, 4 or a multiple of 8, except for `kv_cache_bytes`. A number (int): multiples of it;
+            1: any number.
         generations: Rounds of evolution; 0 takes the best of what the knapsack finds.
         candidates: Models that each round measures.
         library: A folder for the variants of all places; by default they stay in memory. A search of the same model, batches,
@@ -186,11 +190,13 @@ def budget(
     latency: float | None,
     first: int,
     last: int,
-    round_to: int,
+    round_to: RoundTo,
 ) -> Amount:
     """Returns a budget, the only one of five, as an amount: for a loss or a time, any smaller model; refuses illegal numbers."""
-    for name, (value, least) in {"first": (first, 0), "last": (last, 0), "round_to": (round_to, 1)}.items():
-        whole(name, value, least)
+    for name, value in {"first": first, "last": last}.items():
+        whole(name, value, 0)
+    if round_to != "auto":
+        whole("round_to", round_to)
     targets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes, "max_loss": max_loss, "latency": latency}
     asked = [name for name, value in targets.items() if value is not None]
     if len(asked) != 1:

@@ -28,7 +28,7 @@ from billhook.shrinking.places.pairs import query_scores
 from billhook.shrinking.search import evolve
 from billhook.shrinking.shrunk import UNITS, Choice, Shrunk, Times
 from billhook.shrinking.spaces.blocks import Block, Blocks, find_blocks
-from billhook.shrinking.spaces.fitting import filled_up, just_met
+from billhook.shrinking.spaces.fitting import coarser, filled_up, just_met
 from billhook.shrinking.spaces.hidden import HIDDEN, Hidden, Width, find_hidden
 from billhook.shrinking.spaces.planned import Planned, plan_choice, repaired
 from billhook.shrinking.spaces.space import SEVERAL, Point, as_uniform, best_point, every_space, moved, spread, starts
@@ -86,7 +86,7 @@ class Work:
         search, target = Search(model, amount), amount.target or ""
         limit = search.limit(target)
         now = int(getattr(search.now, target))
-        places = find_places(search, target, query_heads=not timed)
+        places = find_places(search, target, query_heads=not timed, alike=uniform)
         blocks = find_blocks(search, target, places)
         hidden = find_hidden(search, "latency" if timed else target, places, blocks, uniform)
         work = cls(model, search, target, now, limit, uniform, places, blocks, hidden)
@@ -102,7 +102,8 @@ class Work:
                 f"{self.target}={asked}: {limit} cannot be reached; with what may be removed, {self.least:,} to {self.now:,} can"
             )
         for name, kept in (just_met(self.widths[0], self.levels, self.limit) if self.uniform else {}).items():
-            self.levels[name] = tuple(sorted({*self.levels[name], *kept}, reverse=True))
+            own = {self._rounded({name: one})[name] for one in kept}
+            self.levels[name] = tuple(sorted({*self.levels[name], *own}, reverse=True))
 
     @property
     def least(self) -> int:
@@ -251,7 +252,12 @@ class Work:
         """Lets places keep more, between levels too, as far as the budget goes."""
         space = self.spaces[point[0]]
         width = next(one for one in self.widths if one.kept == space.fixed.get(HIDDEN, 0))
-        return filled_up(space, point[1], self.limit, width.places, self.levels, self.losses, self.uniform)
+        return self._rounded(filled_up(space, point[1], self.limit, width.places, self.levels, self.losses, self.uniform))
+
+    def _rounded(self, kept: Mapping[str, int]) -> dict[str, int]:
+        """Rounds numbers of channels down, where layers stay alike and that is left to us."""
+        left_to_us = self.uniform and self.search.amount.round_to == "auto"
+        return coarser(self.places, kept) if left_to_us else dict(kept)
 
     def _present(self, kept: Mapping[str, int]) -> list[Place]:
         """Returns the places that do not go with their block."""

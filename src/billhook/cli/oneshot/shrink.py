@@ -11,6 +11,7 @@ from billhook.cli.oneshot.recovery import Recovery
 from billhook.cli.oneshot.text import Examples
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
+from billhook.pruning.widths.rows import RoundTo
 from billhook.repairs.repair import Repair
 from billhook.report.plot_curve import plot_curve
 from billhook.report.speed import Phase
@@ -40,7 +41,7 @@ def shrink(
     repair: Repair | None = REPAIR,
     first: int = 0,
     last: int = 0,
-    round_to: int = 1,
+    round_to: RoundTo = "auto",
     generations: int = 8,
     candidates: int = 8,
     library: str | None = None,
@@ -75,7 +76,10 @@ def shrink(
         repair: How the linears that read removed units make up for them; null: they do not.
         first: Blocks at the beginning of each stack that stay whole.
         last: Blocks at the end of each stack that stay whole.
-        round_to: The number of channels that remain is a multiple of it.
+        round_to: To multiples of what the number of channels that remain is rounded down. "auto": of the largest of 256,
+            128, 64 and 32 that takes at most 3 % of them more; hidden sizes become such multiples too, and layers that stay
+            alike keep all KV heads, 1, 2, 4 or a multiple of 8, except for `kv_cache_bytes`. A number (int): multiples of it;
+            1: any number.
         generations: Rounds of evolution; 0 takes what the sums say.
         candidates: Models that each round measures.
         library: A folder for the variants of all places, from which a search on the same examples goes on.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from billhook.pruning.widths.rows import rounded
 from billhook.shrinking.choose import Levels, cost, filled, widest
 from billhook.shrinking.damages import groups, make_slots
 from billhook.shrinking.levels import Place
@@ -56,3 +57,19 @@ def filled_up(
     costs = [{one: c for one, c in own.items() if not group[0].pairs or one in slot.kept} for group, slot, own in some]
     more = filled(slots, own, cost(slots, own) + max(spare, 0), costs)
     return kept | {name: number for slot, number in zip(slots, more, strict=True) for name in slot.names}
+
+
+def coarser(places: Sequence[Place], kept: Mapping[str, int]) -> dict[str, int]:
+    """Lets channels be a larger multiple of what rows are best a multiple of, where that takes at most 3 % of them more.
+
+    Args:
+        places: The places.
+        kept: How many units some of them keep.
+    """
+    found = dict(kept)
+    for place in places:
+        now = kept.get(place.name, 0)
+        if place.kind == "channel" and 0 < now < place.count:
+            fewer = rounded(now, place.count, more=False)
+            found[place.name] = fewer if fewer in place.allowed else now
+    return found

@@ -1,7 +1,7 @@
 """Finds the hidden sizes that a model could have, what all else then costs, and gives the model one for a while."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -197,17 +197,24 @@ def find_hidden(search: Search, target: str, places: Sequence[Place], blocks: Bl
     found, heads = Hidden(search, every, names[0]), [one.count() for one in every.values() if one.kind == "head"]
     step = math.lcm(1 if search.amount.round_to == "auto" else search.amount.round_to, *heads[:1])
     sizes = dict.fromkeys(_sizes(round(found.count * (1 - share)), found.count, step, search.amount.round_to) for share in SHARES)
-    known = dict[int, Width]()
+    found.widths, refused = _tried(sizes, step, lambda kept: _width(found, target, kept, places, blocks, uniform))
+    found.why = "" if found.widths else refused or f"{found.count} channels do not become fewer by a multiple of {step}"
+    return found
+
+
+def _tried(sizes: Iterable[Sequence[int]], step: int, width: Callable[[int], Width]) -> tuple[list[Width], str]:
+    """Returns of each of several sizes the first that can be, falling, and why one could not; after that multiples of a step."""
+    found, why, steps_alone = dict[int, Width](), "", False
     for several in sizes:
         for kept in several:
+            if steps_alone and kept % step:
+                continue
             try:
-                known[kept] = known.get(kept) or _width(found, target, kept, places, blocks, uniform)
+                found[kept] = found.get(kept) or width(kept)
                 break
             except ValueError as error:
-                found.why = found.why or str(error)
-    found.widths = sorted(known.values(), key=lambda width: -width.kept)
-    found.why = "" if found.widths else found.why or f"{found.count} channels do not become fewer by a multiple of {step}"
-    return found
+                why, steps_alone = why or str(error), steps_alone or kept % step > 0
+    return [found[kept] for kept in sorted(found, reverse=True)], why
 
 
 def _sizes(asked: int, count: int, step: int, round_to: RoundTo) -> tuple[int, ...]:

@@ -12,11 +12,13 @@ from billhook.model.figures import figure_of
 from billhook.model.plan import Weights
 from billhook.pruning.amount import TARGETS
 from billhook.pruning.block_plan import BlockPlan, without
-from billhook.pruning.cuts import find_cut
+from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import tried
 from billhook.pruning.repair import repair_with
+from billhook.pruning.row_lengths import row_lengths
 from billhook.pruning.target import Search
+from billhook.pruning.widths.told import RowLength
 from billhook.repairs.repair import Repair
 from billhook.running.walk import replaced
 from billhook.shrinking.spaces.blocks import Block, Blocks
@@ -97,7 +99,16 @@ def plan_choice(
         left = search.cost(cut, target) if target in TARGETS else 0
     if target in TARGETS and left > limit:
         raise ValueError(f"{target}: {left:,} would be left, more than {limit:,}, as units do not all cost the same")
-    return Planned(UnitPlan.of(cut, search.costs(cut)), after)
+    return Planned(UnitPlan.of(cut, search.costs(cut), rows=_row_lengths(search, units, cut)), after)
+
+
+def _row_lengths(search: Search, units: Mapping[str, Units], cut: Cut) -> tuple[RowLength, ...]:
+    """Returns how long rows become, of kinds that are as long in all places that become shorter."""
+    if search.amount.round_to != "auto":
+        return ()
+    asked = {name: left[0] for name, left in cut.after.items()}
+    rows = row_lengths(search.model, search.structure, units, cut, asked)
+    return tuple(row for row in rows if [other.kind for other in rows].count(row.kind) == 1)
 
 
 def repaired(

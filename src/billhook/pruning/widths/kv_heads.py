@@ -1,0 +1,28 @@
+"""Numbers of KV heads that engines can divide among devices."""
+
+SPLITS = (2, 4, 8)
+"""Numbers of devices, of which each takes as many KV heads, or a copy of one, as in vLLM and SGLang."""
+
+
+def suits(kv_heads: int) -> bool:
+    """Tells whether so many KV heads can be divided among 2, 4 and 8 devices.
+
+    >>> [number for number in range(1, 33) if suits(number)]
+    [1, 2, 4, 8, 16, 24, 32]
+    """
+    return all(kv_heads % devices == 0 or devices % kv_heads == 0 for devices in SPLITS)
+
+
+def suiting(kept: int, count: int, least: int = 1) -> int:
+    """Returns the number of KV heads nearest to one that suits, or all of them; the higher of two.
+
+    >>> suiting(7, 8), suiting(3, 8), suiting(26, 32), suiting(2, 3)
+    (8, 4, 24, 2)
+    """
+    options = [number for number in range(count, least - 1, -1) if number == count or suits(number)]
+    return min(options, key=lambda number: abs(number - kept))
+
+
+def told(kv_heads: int) -> str:
+    """Returns the words for a number that does not suit."""
+    return f"{kv_heads} KV heads cannot be divided among 2, 4 and 8 devices, as 1, 2, 4 or a multiple of 8 can"

@@ -1,0 +1,80 @@
+"""What a search keeps where layers stay alike: multiples that quantisers like, and KV heads that can be divided."""
+
+import pytest
+
+import billhook as bh
+from billhook.pruning.amount import Amount
+from billhook.pruning.target import Search
+from billhook.pruning.widths.rows import multiple_of
+from billhook.shrinking.levels import Place, find_places
+from billhook.shrinking.spaces.fitting import coarser
+from billhook.shrinking.work import Work
+from kit.families import llama, tokens
+
+WIDE = {"intermediate_size": 1536, "num_key_value_heads": 8, "num_hidden_layers": 2}
+
+
+def places_of(kind, alike=True, target="params", **amount):
+    search = Search(llama(**WIDE), Amount(**{target: 0.7}, **amount))
+    return {place.allowed for place in find_places(search, target, alike=alike) if place.kind == kind}
+
+
+@pytest.mark.parametrize(("given", "allowed"), [
+    ({}, (8, 4, 2, 1)), ({"alike": False}, (8, 7, 6, 5, 4, 3, 2, 1)), ({"round_to": 1}, (8, 7, 6, 5, 4, 3, 2, 1)),
+    ({"target": "kv_cache_bytes"}, (8, 7, 6, 5, 4, 3, 2, 1)),  # which nothing else could use up
+])  # fmt: skip
+def test_attentions_that_stay_alike_keep_kv_heads_that_can_be_divided(given, allowed):
+    assert places_of("head", **given) == {allowed}
+
+
+def test_channels_are_multiples_by_which_none_is_far_away():
+    assert places_of("channel") == {tuple(range(1536, 0, -32))}  # 32 is at most 3 % of 1,536, and 64 is not
+    assert places_of("channel", alike=False) == {tuple(range(1536, 0, -32))}
+    assert places_of("channel", round_to=1) == {tuple(range(1536, 0, -1))}
+    assert places_of("channel", round_to=256) == {tuple(range(1536, 0, -256))}
+
+
+def test_what_the_budget_leaves_becomes_a_larger_multiple_if_that_is_near():
+    place = Place(("a",), "channel", 1536, tuple(range(1536, 0, -32)), 1)
+    heads = Place(("b",), "head", 300, tuple(range(300, 0, -1)), 1)
+    # 3 % of them are 46: 256 takes 32 of 1,312, 128 takes 32 of 1,184, 64 takes 32 of the other two
+    for number, rounded in {1312: 1280, 1248: 1216, 1184: 1152, 1120: 1088, 1152: 1152, 1536: 1536, 0: 0}.items():
+        assert coarser([place, heads], {"a": number, "b": 299}) == {"a": rounded, "b": 299}
+    assert coarser([place], {"b": 2}) == {"b": 2}
+
+
+@pytest.mark.parametrize("layers", ["uniform", "free"])
+def test_a_model_within_its_budget(layers):
+    model = llama(**WIDE)
+    batches = [{"input_ids": tokens(6, 20)} for _ in range(4)]
+    limit = int(0.8 * model.num_parameters())
+    shrunk = bh.shrink(model, batches, params=0.8, layers=layers, generations=0, repair=None, importance=bh.WeightNorm())
+    assert shrunk.left == model.num_parameters() <= limit
+    widths = {layer.mlp.down_proj.in_features for layer in model.model.layers}
+    assert all(multiple_of(width) >= 32 for width in widths)
+    if layers == "uniform":
+        (width,) = widths
+        assert {layer.self_attn.k_proj.out_features // 4 for layer in model.model.layers} <= {8, 4, 2, 1}
+        (row,) = [row for row in shrunk.plan.rows if row.kind == "channel"]
+        assert (row.kept, row.asked, row.multiple) == (width, width, multiple_of(width))
+        assert f"  {row}" in str(shrunk).splitlines()
+        assert shrunk.to_json()["plan"]["rows"][0]["multiple"] == row.multiple
+
+
+def test_levels_that_just_meet_a_budget_are_rounded_too():
+    work = Work.begun(llama(**WIDE), Amount(params=0.81), uniform=True)
+    exact = Work.begun(llama(**WIDE), Amount(params=0.81, round_to=1), uniform=True)
+    own, others = (next(one.levels[p.name] for p in one.places if p.kind == "channel") for one in (work, exact))
+    assert all(multiple_of(number) >= 32 for number in own)
+    assert any(multiple_of(number) == 1 for number in others)
+
+
+@pytest.mark.parametrize(("round_to", "sizes"), [("auto", [608, 576, 512, 480]), (1, [600, 560, 520, 480])])
+def test_hidden_sizes_are_the_nearest_multiples(round_to, sizes):
+    model = llama(hidden_size=640, num_attention_heads=10, num_key_value_heads=10, head_dim=8, num_hidden_layers=1)
+    work = Work.begun(model, Amount(params=0.8, round_to=round_to), uniform=False)
+    assert [width.kept for width in work.hidden.widths] == sizes  # 3 % are 19; 520 is 8 from two 256, 560 is 16 from nine 64
+    if round_to == "auto":  # of 9 heads no multiple of 32 can be said by the config of a Llama
+        alike = Work.begun(llama(hidden_size=288, num_attention_heads=9, num_key_value_heads=9), Amount(params=0.8), uniform=True)
+        assert all(width.kept % 9 == 0 for width in alike.hidden.widths)
+        assert alike.hidden.widths

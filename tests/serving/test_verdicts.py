@@ -5,7 +5,7 @@ import re
 
 import pytest
 import transformers
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import billhook as bh
 from billhook.checkpoints.equivalent import COMPUTED, EQUIVALENT
@@ -69,16 +69,19 @@ def test_the_family_that_stands_for_one_that_engines_misread_is_read_by_all(star
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "smollm3"])
-@pytest.mark.parametrize("what", ["kv heads", "heads", "channels"])
+@pytest.mark.parametrize("what", ["kv heads", "heads", "channels", "residual", "blocks"])
 def test_what_billhook_makes_of_these_families_is_served(family, what, tmp_path):
-    model = build(family, hidden_size=48)  # which Gemma's config wants the number of heads to divide
+    model = build(family, hidden_size=48, intermediate_size=80)  # which Gemma's config wants the number of heads to divide
     if what == "kv heads":
         bh.convert_kv_heads(model, 1)
     elif what == "heads":
         prune_units(model, {0: [0, 1], 1: [2, 3]})
+    elif what == "blocks":
+        bh.prune_units(model, {"model.layers": [1]}, kind="block")
     else:
-        bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.34))
+        bh.apply(model, bh.plan(model, bh.WeightNorm(), **{what: 0.34}))
     assert all(one.serves for one in served(model, tmp_path).values())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == model.num_parameters()
 
 
 @pytest.mark.parametrize(
@@ -91,10 +94,21 @@ def test_families_that_nothing_stands_for_are_refused_by_name_where_heads_go(fam
     assert {engine for engine, one in served(model, tmp_path).items() if not one.serves} == refusing
 
 
-def test_layers_that_differ(tmp_path):
+def test_layers_that_differ_run_in_llama_cpp_alone(tmp_path):
     found = served(uneven_llama(), tmp_path)
-    assert not any(one.serves for one in found.values())
+    assert {engine for engine, one in found.items() if one.serves} == {"llama.cpp"}
     assert all(one.why.startswith("layers differ in size") for one in found.values())
+    assert "architecture deci, src/models/deci.cpp" in found["llama.cpp"].why
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "gelu"}, {"model_type": "granite"}])
+def test_layers_that_differ_and_that_deci_does_not_compute(change):
+    entry = {"shape": {"tensors": {"model.layers.0.mlp.up_proj.weight": [40, 32]}, "attributes": {}}}
+    config = transformers.LlamaConfig(num_hidden_layers=2)
+    assert said("LlamaForCausalLM", config, entry=entry)["llama.cpp"].serves
+    for name, value in change.items():
+        setattr(config, name, value)
+    assert said("LlamaForCausalLM", config, entry=entry)["llama.cpp"].serves is False
 
 
 def test_heads_that_are_handed_out(tmp_path):
@@ -150,6 +164,14 @@ def test_rows_that_k_quants_do_not_divide_are_named():
 @pytest.mark.parametrize(("size", "block"), [(1024, 256), (384, 128), (576, 64), (1248, 32), (1228, None)])
 def test_blocks(size, block):
     assert block_of(size) == block
+
+
+def test_windows_that_llama_cpp_does_not_see():
+    config = transformers.MistralConfig(**WIDE, sliding_window=100)
+    assert "right up to 100 tokens, as it sees through no window" in said("MistralForCausalLM", config)["llama.cpp"].notes
+    for window in ({}, {"use_sliding_window": True, "max_window_layers": 32}):
+        full = transformers.Qwen2Config(**WIDE, num_hidden_layers=2, **window)
+        assert len(said("Qwen2ForCausalLM", full)["llama.cpp"].notes) == 1
 
 
 def test_zeros_are_no_faster():

@@ -45,6 +45,9 @@ class Files:
     computed: tuple[Engine, ...] = ()
 
 
+DECI = ("llama", "mistral", "qwen2", "seed_oss", "phi3")
+"""Model types of which llama.cpp runs layers that differ, in its architecture `deci`, as `deci.py` writes it."""
+
 ALL: tuple[Engine, ...] = ("llama.cpp", "vLLM", "SGLang")
 FILES: Mapping[str, Files] = {
     "LlamaForCausalLM": Files("llama", "llama", "llama"),

@@ -1,13 +1,13 @@
 """Says which engines serve a checkpoint and why, by its config and by what was read in their code; nothing is run."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
 
-from billhook.serving.readings import READ_IN, Engine, Reading, reading
+from billhook.serving.readings import DECI, FOLDERS, READ_IN, Engine, Reading, reading
 from billhook.tracing.show import pattern
 
 BLOCKS = (256, 128, 64, 32)
@@ -15,6 +15,9 @@ BLOCKS = (256, 128, 64, 32)
 GPUS = (2, 4, 8)
 """How many GPUs may share each layer (tensor parallelism)."""
 FFN = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner")
+NO_WINDOW = ("MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Classes whose windows llama.cpp does not know."""
+DIFFER = "layers differ in size"
 OUTPUT_BIASES = ("attention_out_bias", "mlp_bias")
 
 
@@ -117,11 +120,15 @@ def _unsaid(entry: Mapping[str, Any], config: PretrainedConfig) -> str:
         alike[pattern(name)].append(tuple(size))
     layers = _field(config.get_text_config(), "num_hidden_layers")
     differ = [name for name, found in alike.items() if "*" in name and (len(set(found)) > 1 or len(found) != layers)]
-    return "layers differ in size" if differ else "no field of the config says its sizes"
+    return DIFFER if differ else "no field of the config says its sizes"
 
 
 def _verdict(engine: Engine, kind: str, config: PretrainedConfig, unsaid: str, notes: Sequence[str]) -> Verdict:
     found, sizes = reading(kind, engine), sizes_of(config)
+    if engine == "llama.cpp" and unsaid == DIFFER and _is_deci(config):
+        file = f"{FOLDERS[engine]}/deci.cpp ({READ_IN[engine]})"
+        why = f"{unsaid}, as GGUF of its architecture deci, {file}, which billhook export --gguf writes"
+        return Verdict(engine, True, why, tuple(notes))
     if unsaid:
         return Verdict(engine, False, f"{unsaid}, and what it builds follows from config.json alone, the same for all layers")
     if found is None:
@@ -135,7 +142,22 @@ def _verdict(engine: Engine, kind: str, config: PretrainedConfig, unsaid: str, n
     extra = [name for name in OUTPUT_BIASES if kind == "SeedOssForCausalLM" and _field(config, name) is True]
     if extra:
         return Verdict(engine, False, f"{cited} has no biases for {extra[0]}")
-    return Verdict(engine, True, cited, (_quants(sizes), *notes))
+    return Verdict(engine, True, cited, (*_windows(kind, config), _quants(sizes), *notes))
+
+
+def _windows(kind: str, config: PretrainedConfig) -> Iterator[str]:
+    """Says to how many tokens llama.cpp is right, where it sees through no window."""
+    window, types = _field(config, "sliding_window"), _field(config, "layer_types")
+    everywhere = not isinstance(types, list) or "sliding_attention" in types
+    if kind in NO_WINDOW and type(window) is int and everywhere:
+        yield f"right up to {window:,} tokens, as it sees through no window"
+
+
+def _is_deci(config: PretrainedConfig) -> bool:
+    """Tells whether a model computes what llama.cpp's `deci` does, as far as its config says."""
+    rope = _field(config, "rope_parameters")
+    whole = not isinstance(rope, dict) or rope.get("partial_rotary_factor", 1) == 1
+    return config.model_type in DECI and _field(config, "hidden_act") in ("silu", "swish") and whole
 
 
 def _quants(sizes: Sizes) -> str:

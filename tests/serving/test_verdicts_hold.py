@@ -1,0 +1,94 @@
+"""llama.cpp runs what is said to run there, and nothing else."""
+
+import pytest
+import torch
+
+import billhook as bh
+from billhook.model.meta import read_config
+from billhook.serving.check import serve_check
+from billhook.serving.readings import DECI
+from billhook.serving.verdicts import verdicts
+from kit import families, serving
+from kit.serving import beside
+
+pytestmark = serving.pytestmark
+WIDTH = {"hidden_size": 96}  # which Gemma's config wants the number of heads to divide
+
+
+def said(folder) -> bool | None:
+    config = read_config(str(folder))
+    found = verdicts(config.architectures[0], config, vars(config).get("billhook"))
+    return next(one.serves for one in found if one.engine == "llama.cpp")
+
+
+def made(family, **changes):
+    """A random model, also of families that the kit does not name."""
+    families.EXTRA.setdefault(family, {})
+    torch.manual_seed(0)
+    return families.build(family, **serving.SMALL | serving.FAMILIES.get(family, {}) | changes)
+
+
+def runs(folder, converter) -> bool:
+    """Whether llama.cpp computes the same logits; the embedded tokenizer is not one that it reads for all families."""
+    difference = serve_check(beside(folder), converter=converter, tokens=32, quantised=()).difference
+    return difference is not None and difference < 1e-3
+
+
+def three_of_four(family):
+    model = made(family, **WIDTH)
+    bh.prune_units(model, {0: [1], 1: [2], 2: [0]})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "serves"),
+    [("llama", True), ("qwen2", True), ("qwen3", True), ("gemma2", True), ("smollm3", True), ("granite", False), ("phi3", False)],
+)
+def test_where_heads_are_gone(family, serves, tmp_path, converter):
+    assert bh.save(three_of_four(family), tmp_path / "model").way in ("plain", "equivalent")
+    assert runs(tmp_path / "model", converter) == said(tmp_path / "model") == serves
+
+
+@pytest.mark.parametrize(("family", "what"), [("llama", "kv heads"), ("qwen2", "channels"), ("mistral", "blocks")])
+def test_where_others_are_gone(family, what, tmp_path, converter):
+    model = made(family)
+    if what == "kv heads":
+        bh.convert_kv_heads(model, 1)
+    elif what == "channels":
+        bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.25))
+    else:
+        bh.prune_units(model, {"model.layers": [1]}, kind="block")
+    bh.save(model, tmp_path / "model")
+    assert runs(tmp_path / "model", converter)
+    assert said(tmp_path / "model")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_where_residual_channels_are_gone(family, tmp_path, converter):
+    model = made(family)
+    bh.apply(model, bh.plan(model, bh.WeightNorm(), residual=0.25))
+    bh.save(model, tmp_path / "model")
+    assert runs(tmp_path / "model", converter)
+    assert said(tmp_path / "model")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "starcoder2"])
+def test_a_family_that_computes_the_width_of_heads(family, tmp_path, converter):
+    model = made(family, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+    model.save_pretrained(tmp_path / "model")
+    assert not runs(tmp_path / "model", converter)
+    assert said(tmp_path / "model") is False
+
+
+def test_layers_that_differ(tmp_path, converter):
+    model = made("llama")
+    bh.prune_units(model, {0: [1]})
+    bh.save(model, tmp_path / "model")
+    assert runs(tmp_path / "model", converter)
+    assert said(tmp_path / "model")
+
+
+def test_families_whose_layers_may_differ_are_those_that_are_written():
+    from billhook.serving import deci
+
+    assert deci.FAMILIES == DECI

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import transformers
 from huggingface_hub import ModelCard
 
 import billhook as bh
@@ -81,6 +82,18 @@ def test_metadata_as_the_hub_reads_it(tmp_path):
     assert json.loads((tmp_path / "small" / "billhook.json").read_text())["base_model"] == "owner/dense"
     bh.save(bh.load(tmp_path / "small"), tmp_path / "smaller", record={"steps": 1})
     assert "base_model" not in (tmp_path / "smaller" / "README.md").read_text()  # a folder is none of the hub's
+
+
+def test_of_a_family_of_the_users_own(tmp_path):
+    class OwnConfig(transformers.LlamaConfig):
+        model_type = "own"
+
+    class OwnForCausalLM(transformers.LlamaForCausalLM):
+        config_class = OwnConfig
+
+    model = OwnForCausalLM(OwnConfig.from_dict({**llama().config.to_dict(), "model_type": "own"}))
+    bh.save(model, tmp_path / "small", record={"steps": 1})
+    assert "unknown: OwnForCausalLM was not looked up" in (tmp_path / "small" / "README.md").read_text()
 
 
 def test_names_of_the_hub(tmp_path, monkeypatch):

@@ -150,7 +150,8 @@ def save(
         saved = Saved(str(folder), way, difference, size(draft) / 1e6, None if merged is None else str(merged), family)
         if plain:
             plain = ({"base_model": origin} if origin else {}) | plain | {"saved": asdict(saved)}
-            (draft / CARD).write_text(card(plain, saved.says, read_config(str(draft))), encoding="utf-8")
+            config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
+            (draft / CARD).write_text(card(plain, saved.says, config), encoding="utf-8")
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "saved": asdict(saved), "files": files}, indent=1) + "\n")
         move(draft, target)

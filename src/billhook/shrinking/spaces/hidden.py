@@ -203,7 +203,7 @@ def find_hidden(search: Search, target: str, places: Sequence[Place], blocks: Bl
 
 
 def _tried(sizes: Iterable[Sequence[int]], step: int, width: Callable[[int], Width]) -> tuple[list[Width], str]:
-    """Returns of each of several sizes the first that can be, falling, and why one could not; after that multiples of a step."""
+    """Returns the first of each row of sizes that can be, falling, and why one could not; after that multiples of a step."""
     found, why, steps_alone = dict[int, Width](), "", False
     for several in sizes:
         for kept in several:

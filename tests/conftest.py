@@ -73,3 +73,12 @@ def converter():
 
     with Converter() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def llama_cpp():
+    """llama.cpp, running."""
+    from billhook.serving.engine import LlamaCpp
+
+    with LlamaCpp() as running:
+        yield running

@@ -57,7 +57,7 @@ def test_layers_that_differ_are_served(family, changes, tmp_path, converter):
     assert found.yes, found
     assert found.difference < 1e-4
     assert found.why.startswith(
-        "converted by billhook, as llama.cpp's deci, whose layers may differ, its text split as gpt-2 does"
+        "converted by billhook, as llama.cpp's deci, which takes heads and widths of each layer, its text split as gpt-2 does"
     )
 
 
@@ -87,12 +87,12 @@ def test_the_file_says_each_layer_and_keeps_the_bits(dtype, tmp_path, converter)
 @pytest.mark.parametrize(
     ("family", "changes", "why"),
     [
-        ("qwen3", {}, "its layers differ, and of qwen3 llama.cpp has no architecture whose layers may"),
+        ("qwen3", {}, "as where layers differ, and of qwen3 llama.cpp has no architecture whose layers may"),
         ("llama", {"hidden_act": "gelu"}, "the architecture that llama.cpp has for that computes silu, not gelu"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}},
-            "its layers differ, and its rotary positions .*dynamic.* are none of default, linear, llama3, yarn over whole heads",
+            "and its rotary positions .*dynamic.* are none of default, linear, llama3, yarn over whole heads",
         ),
     ],
 )  # fmt: skip

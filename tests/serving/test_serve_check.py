@@ -60,7 +60,7 @@ def test_a_window_that_the_engine_does_not_know(tmp_path, converter):
     found = serve_check(tmp_path, converter=converter, tokens=32, quantised=())
     assert not found.yes
     assert "from token 13 of 32 on" in found.why
-    assert "up to 12 tokens, as the model looks back no farther" in found.why
+    assert "up to 12 tokens: beyond, layers of the engine look back otherwise" in found.why
     short = serve_check(tmp_path, converter=converter, tokens=10, new_tokens=2, quantised=())
     assert short.yes
     assert "up to 12 tokens" in short.why
@@ -92,7 +92,7 @@ def test_a_tokenizer_that_splits_text_otherwise(tmp_path, converter):
 
 def test_a_family_that_the_converter_does_not_know(tmp_path, converter):
     found = serve_check(saved(tmp_path, "helium", head_dim=16), converter=converter, tokens=16, new_tokens=2, quantised=())
-    assert found.why == "llama.cpp's converter does not convert it: RuntimeError: Model HeliumForCausalLM is not supported"
+    assert found.why == "it cannot be converted: RuntimeError: Model HeliumForCausalLM is not supported"
     assert (found.yes, found.difference, found.alike) == (False, None, None)
 
 

@@ -24,7 +24,7 @@ def export(
             of a Hugging Face checkpoint alone, for `--gguf`.
         tokenizer: The tokenizer to save with the model, a name or folder; by default the one that training started from.
         gguf: The GGUF file to write: by llama.cpp's converter (`pip install 'billhook[serve]'`), or, where layers differ, by
-            billhook, as llama.cpp's architecture `deci`.
+            billhook, as llama.cpp's architecture deci.
         kind: How the GGUF file keeps weights: "auto" (as saved), "F32", "F16", "BF16", "Q8_0" or "Q4_K_M".
         converter: llama.cpp's convert_hf_to_gguf.py, or the folder that holds it; by default the installed one.
     """

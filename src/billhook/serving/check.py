@@ -3,6 +3,7 @@
 import math
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,6 +26,8 @@ Quantised = Literal["Q8_0", "Q4_K_M"]
 KINDS: tuple[Quantised, ...] = get_args(Quantised)
 TOLERANCE = 1e-3
 """The difference of logits that counts as rounding, as a share of the largest."""
+PATTERNS = {"gemma2": 2, "gemma3_text": 6}
+"""Of every so many layers, the last looks back without limit: what llama.cpp knows of a family, whatever its config says."""
 TEXT = "The farmer's hedge-laying tool was, in 1883, a billhook;  it cost £2.\n\n\tNaïve? He'd say I'm 12345 times so."
 """What is split into tokens on both sides: case, digits, spaces in a row, an apostrophe, letters beyond ASCII."""
 
@@ -77,7 +80,7 @@ class Served:
 
 def serve_check(
     folder: str | Path,
-    engine: EngineName = "llama.cpp",
+    engine: EngineName | LlamaCpp = "llama.cpp",
     converter: Converter | str | Path | None = None,
     tokens: int = 128,
     new_tokens: int = 24,
@@ -90,7 +93,7 @@ def serve_check(
 
     Args:
         folder: A Hugging Face checkpoint, or `"tiny"`.
-        engine: `"llama.cpp"`.
+        engine: `"llama.cpp"`, or one that runs already, which keeps its own threads.
         converter: llama.cpp's converter, or where its `convert_hf_to_gguf.py` is; by default the one that is installed.
         tokens: Tokens of the row that is compared; fewer if the model reads no more.
         new_tokens: Greedy tokens after it.
@@ -109,7 +112,8 @@ def serve_check(
     annotated(serve_check, arguments)
     if not Path(folder).is_dir():
         raise ValueError(f"folder={folder!r} must be a folder on this machine")
-    one_of("engine", engine, EngineName)
+    if isinstance(engine, str):
+        one_of("engine", engine, EngineName)
     whole("tokens", tokens, 2)
     whole("new_tokens", new_tokens)
     whole("threads", threads)
@@ -122,16 +126,19 @@ def serve_check(
     length = most_tokens(model, tokens + new_tokens) - new_tokens
     if length < 2:
         raise ValueError(f"new_tokens={new_tokens}: {type(model).__name__} reads too few tokens at once")
-    with tempfile.TemporaryDirectory() as place, LlamaCpp(threads) as runs:
+    with (
+        tempfile.TemporaryDirectory() as place,
+        LlamaCpp(threads) if isinstance(engine, str) else nullcontext(engine) as runs,
+    ):
         file = Path(place, "f32.gguf")
         try:
             written = write_gguf(folder, file, converter, ids_alone=True)
         except WorkerError as error:
-            return Served(folder, engine, False, f"llama.cpp's converter does not convert it: {error}")
+            return Served(folder, runs.name, False, f"it cannot be converted: {error}")
         try:
             return _compared(folder, model, written, runs, file, length, new_tokens, quantised)
         except WorkerError as error:
-            return Served(folder, engine, False, f"{engine} does not run it: {error}")
+            return Served(folder, runs.name, False, f"{runs.name} does not run it: {error}")
 
 
 def _compared(
@@ -175,14 +182,21 @@ def _where(found: Tensor, expected: Tensor, difference: float) -> str:
 
 
 def _limit(model: PreTrainedModel, file: Path) -> str:
-    """Says up to how many tokens that holds, where the engine's attention looks back farther than the model's."""
+    """Says up to how many tokens that holds, where the engine's attention looks back otherwise than the model's."""
     from billhook.serving.gguf_file import window_of  # it needs gguf, an extra
 
     config: Any = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    if not window or window >= (getattr(config, "max_position_embeddings", None) or math.inf) or window_of(file) == window:
+    window, types = getattr(config, "sliding_window", None), list(getattr(config, "layer_types", None) or ["sliding_attention"])
+    if not window or window >= (getattr(config, "max_position_embeddings", None) or math.inf) or "sliding_attention" not in types:
         return ""
-    return f"; up to {window:,} tokens, as the model looks back no farther, and the engine does"
+    every = PATTERNS.get(config.model_type)
+    if (
+        window_of(file) == window
+        and every
+        and all((kind == "full_attention") == (i % every == 0) for i, kind in enumerate(types, 1))
+    ):
+        return ""
+    return f"; up to {window:,} tokens: beyond, layers of the engine look back otherwise"
 
 
 def _text(folder: str, engine: LlamaCpp) -> list[str]:

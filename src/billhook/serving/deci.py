@@ -20,6 +20,7 @@ from billhook.serving.converter import DType
 
 FAMILIES = ("llama", "mistral", "qwen2", "seed_oss", "phi3")
 """Families that compute what a Llama does, up to the order in which they store it."""
+SHAPED = "llama.cpp's converter cannot say its heads and widths, as where layers differ"
 ROPES = ("default", "linear", "llama3", "yarn")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 TYPES: dict[DType, Any] = {
@@ -46,11 +47,11 @@ def why_not(model: PreTrainedModel) -> str | None:
     config: Any = model.config
     rope = config.rope_parameters if isinstance(getattr(config, "rope_parameters", None), dict) else {}
     if config.model_type not in FAMILIES:
-        return f"its layers differ, and of {config.model_type} llama.cpp has no architecture whose layers may"
+        return f"{SHAPED}, and of {config.model_type} llama.cpp has no architecture whose layers may"
     if config.hidden_act not in ("silu", "swish"):
-        return f"its layers differ, and the architecture that llama.cpp has for that computes silu, not {config.hidden_act}"
+        return f"{SHAPED}, and the architecture that llama.cpp has for that computes silu, not {config.hidden_act}"
     if rope.get("rope_type", "default") not in ROPES or rope.get("partial_rotary_factor", 1) != 1:
-        return f"its layers differ, and its rotary positions ({rope}) are none of {', '.join(ROPES)} over whole heads"
+        return f"{SHAPED}, and its rotary positions ({rope}) are none of {', '.join(ROPES)} over whole heads"
     if any(handing_of(module) is not None for module in model.modules()):
         return "it hands out fewer heads than it computes with, which no architecture of llama.cpp does"
     return None

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
+from typing import Literal
 
 import torch
 from rich.console import Console
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import one_of, whole
 from billhook.checkpoints.save import load
+from billhook.cli.bench_engine import bench_engine
 from billhook.cli.machine import check_file, device_of, machine_name, threads_of, versions
 from billhook.model.meta import from_name
 from billhook.model.shapes.shape import unbuilt_shape
@@ -40,6 +42,7 @@ def bench(
     seed: int = 0,
     plot: str | None = None,
     json: str | None = None,
+    engine: Literal["transformers", "llama.cpp"] = "transformers",
 ) -> None:
     """Measures how fast models read prompts (prefill) and decode, side by side, and which share of the ideal they reach.
 
@@ -73,6 +76,10 @@ def bench(
         seed: Seed of the prompts and the random weights.
         plot: A file, ending in .png, for the picture.
         json: A file, ending in .json, for the seconds of each round, the settings and the versions.
+        engine: "transformers", or "llama.cpp": folders are converted (`billhook export --gguf`) and measured there, on a CPU, at
+            F16 and Q4_K_M, one sequence at a time: tokens of the prompt and tokens written a second, with the medians and
+            quartiles of their ratios to the first model in the same round. Then `contexts`, `new_tokens`, `rounds`, `warmup`,
+            `threads` and `json` are all that may be given.
 
     Raises:
         ValueError: If an argument is not legal, before any weights are read.
@@ -82,6 +89,16 @@ def bench(
     whole("threads", 1 if threads is None else threads)
     check_file("plot", plot, ".png")
     check_file("json", json, ".json")
+    one_of("engine", engine, ("transformers", "llama.cpp"))
+    if engine == "llama.cpp":
+        own: dict[str, object] = {"batch_sizes": batch_sizes, "phases": phases, "plot": plot, "random": random or None}
+        own |= {"cache": None if cache == "static" else cache, "dtype": None if dtype == "auto" else dtype}
+        own |= {"device": None if device in ("auto", "cpu") else device, "seed": seed or None}
+        for name, value in own.items():
+            if value is not None:
+                raise ValueError(f"{name}={value!r} is not of engine='llama.cpp', which reads one sequence at a time, on a CPU")
+        _in_engine(models, lengths, new_tokens, rounds, warmup, threads, json)
+        return
     place, shadows = device_of(device), [from_name(name) for name in models]
     check_speed(shadows, sizes, lengths, new_tokens, rounds, warmup, cache, wanted)
     loaded = _randomised(models, shadows, dtype, seed) if random else [load(name, dtype) for name in models]
@@ -104,6 +121,19 @@ def bench(
         about = [mine | own.to_dict() for mine, own in zip(about, summaries, strict=True)]
         record = {"versions": versions(), "machine": where, "settings": settings, "models": about}
         Path(json).write_text(dumps(record | {"rows": [row.to_dict() for row in rows]}, indent=1, allow_nan=False) + "\n")
+
+
+def _in_engine(
+    models: list[str], lengths: list[int], new_tokens: int, rounds: int, warmup: int, threads: int | None, json: str | None
+) -> None:
+    """Measures folders in llama.cpp, prints the table, and writes the figures."""
+    used = threads or torch.get_num_threads()
+    shown, rows = bench_engine(models, _last_parts(models), lengths, new_tokens, rounds, warmup, used)
+    where = f"llama.cpp, {machine_name(torch.device('cpu'), used)}"
+    print(f"{where}\n\n{shown}")
+    if json is not None:
+        record = {"versions": versions("llama-cpp-py-sync"), "machine": where, "rounds": rounds, "warmup": warmup, "rows": rows}
+        Path(json).write_text(dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def _randomised(models: Sequence[str], shadows: Sequence[PreTrainedModel], dtype: str, seed: int) -> list[PreTrainedModel]:

@@ -1,0 +1,87 @@
+"""`billhook bench --engine llama.cpp`: all files in all rounds, in turning order, and ratios within a round."""
+
+import json
+from contextlib import nullcontext
+
+import pytest
+
+from billhook.cli import bench_engine
+from billhook.cli.main import main
+from billhook.serving import speed
+from kit import serving
+from kit.serving import saved
+
+pytestmark = serving.pytestmark
+
+
+def test_the_table_and_the_figures(tmp_path, capsys, monkeypatch, converter):
+    monkeypatch.setattr(bench_engine, "Converter", lambda: nullcontext(converter))
+    dense, cut = saved(tmp_path / "dense", "llama"), saved(tmp_path / "cut", "llama", intermediate_size=32)
+    out = tmp_path / "out.json"
+    line = f"bench {dense} {cut} --engine llama.cpp --contexts [16] --new_tokens 4 --rounds 2 --threads 1 --json {out}"
+    main(line.split())
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("llama.cpp, cpu (")
+    assert table[2].split()[:6] == ["kind", "context", "model", "GB", "prompt/s", "written/s"]
+    assert [line.split()[:3] for line in table[4:]] == [
+        [kind, "16", name] for kind in ("F16", "Q4_K_M") for name in ("dense", "cut")
+    ]
+    rows = json.loads(out.read_text())["rows"]
+    assert [len(row["read"]) for row in rows] == [len(row["written"]) for row in rows] == [2] * 4
+    assert [(row["context"], row["new_tokens"]) for row in rows] == [(16, 3)] * 4
+    assert rows[0]["bytes"] > rows[1]["bytes"] > rows[3]["bytes"]
+
+
+class Clocked:
+    """An engine whose seconds are known: those of its file, times the round."""
+
+    order: list[str] = []
+
+    def __init__(self, threads):
+        self.turn = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def load(self, file, context, cache):
+        self.file = file
+        return 100
+
+    def greedy(self, tokens, count):
+        assert len(tokens) == 8
+        assert all(0 < token < 100 for token in tokens)
+        self.order.append(self.file)
+        self.turn += 1
+        return [0] * count, {"a": 4.0, "b": 2.0}[self.file] * self.turn, 1.0 * self.turn
+
+
+def test_rounds_are_interleaved_and_compared_within(monkeypatch):
+    monkeypatch.setattr(speed, "LlamaCpp", Clocked)
+    monkeypatch.setattr(Clocked, "order", [])
+    first, second = speed.measure_engine(["a", "b"], 8, 5, rounds=3, warmup=1)
+    assert Clocked.order == ["a", "b", "b", "a", "a", "b", "b", "a"]
+    assert (first.read, second.read) == ((8.0, 12.0, 16.0), (4.0, 6.0, 8.0))
+    assert (first.prompt_rate, second.prompt_rate) == (8 / 12, 8 / 6)
+    assert first.writing_rate == 4 / 3
+    assert speed.speed_up(first.read, second.read) == (2, 2, 2)
+    assert speed.speed_up((2.0, 2.0, 2.0), (1.0, 2.0, 4.0)) == (0.75, 1.0, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--batch_sizes [2]", "batch_sizes=[2] is not of engine='llama.cpp'"),
+        ("--dtype float16", "dtype='float16' is not of engine='llama.cpp'"),
+        ("--random", "random=True is not of engine='llama.cpp'"),
+        ("--rounds 1", "rounds=1 must be a whole number of at least 2"),
+        ("--new_tokens 1", "new_tokens=1 must be a whole number of at least 2"),
+        ("--contexts [0]", "contexts=0 must be a whole number of at least 1"),
+    ],
+)
+def test_what_does_not_apply_is_refused(options, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "tiny", "--engine", "llama.cpp", *options.split()])
+    assert message in str(stopped.value.code)

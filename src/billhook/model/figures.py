@@ -40,12 +40,10 @@ class Figures:
 
 def figures_of(model: PreTrainedModel) -> Figures:
     """Finds the costs of a model, which may stand on meta tensors itself."""
-    parameters = list(model.parameters())
     config = model.config.get_text_config(decoder=True)
     context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
     flops = remembered(partial(_flops_on_meta, model, context), model, "flops", context)
-    params, size = sum(p.numel() for p in parameters), sum(p.numel() * p.element_size() for p in parameters)
-    return Figures(params, size, kv_cache_bytes(model), flops, context)
+    return Figures(_params(model), _bytes(model), kv_cache_bytes(model), flops, context)
 
 
 def figure_of(model: PreTrainedModel, name: str) -> int | None:
@@ -53,9 +51,17 @@ def figure_of(model: PreTrainedModel, name: str) -> int | None:
     if name == "kv_cache_bytes":
         return kv_cache_bytes(model)
     if name in ("params", "bytes"):
-        return sum(p.numel() * (p.element_size() if name == "bytes" else 1) for p in model.parameters())
+        return _params(model) if name == "params" else _bytes(model)
     found: int | None = getattr(figures_of(model), name)
     return found
+
+
+def _params(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def kv_cache_bytes(model: PreTrainedModel) -> int | None:

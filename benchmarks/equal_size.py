@@ -1,10 +1,11 @@
 """Every way to make a real model smaller at equal size: what is removed, chosen by what, with and without repair.
 
 `OMP_NUM_THREADS=1 python benchmarks/equal_size.py MODEL DATA WORK --out equal_size.md` writes the table; `measured.py` says what
-is in DATA, and how each row is measured (questions only where linears are repaired, or cannot be). What WORK holds is not made or
-measured again. Each row keeps at most 85 or 70 % of the parameters, all layers cut alike but for the rows of `bh.shrink` with
-free ones. Scores, repair and search see the same 32 windows of 512 tokens: 12 of FOLDOC's training text, 12 of WikiText-2's
-validation text and 8 that the model has written.
+is in DATA, and how each row is measured (questions only where linears are repaired, or cannot be). With `--left-out` rows are
+measured by the KL to the dense model on windows of the calibration texts that nothing has seen, by which a default may be chosen.
+What WORK holds is not made or measured again. Each row keeps at most 85 or 70 % of the parameters, all layers cut alike but for
+the rows of `bh.shrink` with free ones. Scores, repair and search see the same 32 windows of 512 tokens: 12 of FOLDOC's training
+text, 12 of WikiText-2's validation text and 8 that the model has written.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from measured import COLUMNS, Lines, calibration, cells, figures
+from measured import COLUMNS, Lines, calibration, cells, figures, left_out
 from transformers import AutoTokenizer
 
 import billhook as bh
@@ -44,6 +45,7 @@ class Table:
     def __init__(self, options):
         self.options, self.dense = options, bh.load(str(options.model), dtype="float32")
         self.shown = calibration(options, self.dense, 12, 8)
+        self.columns = ("FOLDOC", "WikiText-2", "its own text") if options.left_out else COLUMNS
 
     def row(self, kind, size, by, repaired):
         """A row's cells."""
@@ -59,7 +61,9 @@ class Table:
                 print(f"{name}: {time.process_time() - start:.0f} CPU s", flush=True)
                 bh.save(model, folder, AutoTokenizer.from_pretrained(self.options.model))
         if refused.exists():
-            return [f"refused: {refused.read_text()}", *[""] * (len(COLUMNS) - 1)]
+            return [f"refused: {refused.read_text()}", *[""] * (len(self.columns) - 1)]
+        if self.options.left_out:
+            return [f"{lost:.3f}" for lost in left_out(self.options, folder).values()]
         asked = repaired or kind not in WITHIN
         return cells(figures(self.options, folder, asked), figures(self.options, self.options.work / "dense"))
 
@@ -114,6 +118,7 @@ def main():
         parser.add_argument(name, type=Path)
     parser.add_argument("--only", nargs="*", default=KINDS, choices=KINDS)
     parser.add_argument("--sizes", nargs="*", type=float, default=SIZES, choices=SIZES)
+    parser.add_argument("--left-out", action="store_true", help="measure on text that defaults may be chosen by")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -121,7 +126,7 @@ def main():
     made, dense = Table(options), options.work / "dense"
     if not dense.exists():
         bh.save(made.dense, dense, AutoTokenizer.from_pretrained(options.model))
-    table = Lines(options.out, ["removed", "by", "repair", *COLUMNS])
+    table = Lines(options.out, ["removed", "by", "repair", *made.columns])
     wanted = [row for kind in options.only for size in options.sizes for row in rows_of(kind, size)]
     for kind, size, by, repaired in wanted:
         table.add([kind, by, "yes" if repaired else "no", *made.row(kind, size, by, repaired)])

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from torch.nn.functional import kl_div
 from transformers import AutoTokenizer
 
 import billhook as bh
@@ -19,6 +20,7 @@ from billhook.report.speed import measure_speed
 from billhook.running.batches import Batch
 
 QUESTIONS = ("arc_easy", "piqa")
+CALIBRATION = {"foldoc": "foldoc/foldoc_train.txt", "wikitext": "wikitext-2/valid.txt"}
 TESTS = {"foldoc": ("foldoc/foldoc_test.txt", 16), "wikitext": ("wikitext-2/test.txt", 32)}
 COLUMNS = ("parameters", "KV bytes a token", "FOLDOC", "WikiText-2", "ARC-easy", "PIQA", "reads", "writes", "loads by")
 
@@ -46,8 +48,8 @@ def batches(rows, source):
 
 def calibration(options, model, texts=48, own=32):
     """The batches that a smaller model is fitted to and chosen on: so many windows of each text, and of the model's own."""
-    foldoc, wikitext = (windows(options, text, 48)[:texts] for text in ("foldoc/foldoc_train.txt", "wikitext-2/valid.txt"))
-    return batches(foldoc, "foldoc") + batches(wikitext, "wikitext") + batches(written(options, model)[:own], "generated")
+    shown = [batch for name, text in CALIBRATION.items() for batch in batches(windows(options, text, 48)[:texts], name)]
+    return shown + batches(written(options, model)[:own], "generated")
 
 
 def perplexity(model, rows):
@@ -55,6 +57,24 @@ def perplexity(model, rows):
     with torch.no_grad():
         losses = [float(model(input_ids=row[None], labels=row[None], use_cache=False).loss) for row in rows]
     return math.exp(sum(losses) / len(losses))
+
+
+def left_out(options, folder):
+    """KL(dense || smaller), in nats a token by source, on six windows of each that nothing was fitted to or chosen on."""
+    file = folder.parent / f"{folder.name}.left_out.json"
+    if not file.exists():
+        dense, model = bh.load(str(options.model), dtype="float32"), bh.load(str(folder), dtype="float32")
+        rows = {name: windows(options, text, 106)[100:] for name, text in CALIBRATION.items()}
+        rows["generated"] = written(options, dense)[32:38]
+        file.write_text(json.dumps({name: divergence(dense, model, own) for name, own in rows.items()}))
+    return json.loads(file.read_text())
+
+
+@torch.no_grad()
+def divergence(dense, model, rows):
+    """The mean KL over all predictions."""
+    own, other = ([each(row[None], use_cache=False).logits[0, :-1].log_softmax(-1) for row in rows] for each in (dense, model))
+    return float(kl_div(torch.cat(other), torch.cat(own), reduction="batchmean", log_target=True))
 
 
 def answered(options, folder):

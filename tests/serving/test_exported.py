@@ -94,14 +94,17 @@ def test_what_the_command_refuses(line, message, folder, tmp_path, monkeypatch):
     assert (tmp_path / "there.gguf").read_text() == "notes"
 
 
-def fit(tmp_path, model, **options):
-    tokenizer = AutoTokenizer.from_pretrained(model_path("tiny"))
-    callback = bh.Export(str(tmp_path / "out"), tokenizer, **options)
+def fit(tmp_path, model, *callbacks):
     lit = bh.TransformerModule(beside_of(tmp_path, model))
     rows = [{"input_ids": (ids := torch.arange(3 + i, 19 + i)), "labels": ids} for i in range(4)]
     cut = bh.StructuredPruning(bh.Amount(channels=0.5), importance=bh.WeightNorm())
-    trainer(tmp_path, [cut, callback], max_steps=2).fit(lit, torch.utils.data.DataLoader(rows, batch_size=2))
-    return callback
+    run = trainer(tmp_path, [cut, *callbacks], max_steps=2)
+    run.fit(lit, torch.utils.data.DataLoader(rows, batch_size=2))
+    return run
+
+
+def export_of(tmp_path, **options):
+    return bh.Export(str(tmp_path / "out"), AutoTokenizer.from_pretrained(model_path("tiny")), **options)
 
 
 def beside_of(tmp_path, model):
@@ -110,22 +113,30 @@ def beside_of(tmp_path, model):
 
 
 def test_a_fit_ends_with_a_file(tmp_path, fast):
-    fit(tmp_path, small("llama"), gguf=str(tmp_path / "files" / "out.gguf"))
+    fit(tmp_path, small("llama"), export_of(tmp_path, gguf=str(tmp_path / "files" / "out.gguf")))
     folder = tmp_path / "out"
     assert bh.load(folder).config.intermediate_size < 96
     assert torch.allclose(logits(tmp_path / "files" / "out.gguf"), expected(folder), atol=1e-4)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
+def test_the_command_writes_folder_and_file_of_a_checkpoint(tmp_path, fast):
+    fit(tmp_path, small("llama")).save_checkpoint(tmp_path / "last.ckpt")
+    folder, out = tmp_path / "out", tmp_path / "out.gguf"
+    main(["export", str(tmp_path / "last.ckpt"), str(folder), "--gguf", str(out)])
+    assert bh.load(folder).config.intermediate_size < 96
+    assert torch.allclose(logits(out), expected(folder), atol=1e-4)
+
+
 def test_what_cannot_be_converted_is_told_before_training(tmp_path, fast):
     with pytest.raises(ValueError, match="gguf: '.*rehearsal' cannot be converted: .*HeliumForCausalLM is not supported"):
-        fit(tmp_path, small("helium", head_dim=16), gguf=str(tmp_path / "out.gguf"))
+        fit(tmp_path, small("helium", head_dim=16), export_of(tmp_path, gguf=str(tmp_path / "out.gguf")))
     assert not (tmp_path / "out").exists()
 
 
 def test_the_model_stays_where_its_file_fails_at_the_end(tmp_path, fast):
     with pytest.warns(UserWarning, match="no GGUF file is written, and the model is in .*HeliumForCausalLM is not supported"):
-        fit(tmp_path, small("helium", head_dim=16), gguf=str(tmp_path / "out.gguf"), rehearse=False)
+        fit(tmp_path, small("helium", head_dim=16), export_of(tmp_path, gguf=str(tmp_path / "out.gguf"), rehearse=False))
     assert bh.load(tmp_path / "out").config.intermediate_size < 96
     assert not (tmp_path / "out.gguf").exists()
 

@@ -9,6 +9,7 @@ import transformers
 
 import billhook as bh
 from billhook.adapters.lora import attach
+from billhook.assets import model_path
 from billhook.serving.check import serve_check
 from kit import serving
 from kit.serving import FAMILIES, beside, small
@@ -96,34 +97,34 @@ def test_windows_that_the_row_does_not_reach(way, tmp_path, converter, llama_cpp
     assert ("up to 64 tokens: beyond, layers of the engine look back otherwise" in found.why) == (way is blocks)
 
 
-class TestSmolLM2:
-    """As users would: three KV heads become one, three of nine heads, a fifth of the channels, an eighth of the width, ..."""
+SHARES = {
+    "channels": {"channels": 0.2},
+    "heads": {"kv_heads": 0.34},
+    "residual": {"residual": 0.125},
+    "blocks": {"blocks": 2},
+    "differ": {"amount": bh.Amount(channels=0.2, first=1, last=2)},
+}
+REAL = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path(MODELS, "config.json").is_file(), reason="BILLHOOK_MODELS names no folder with smollm2"),
+]
 
-    pytestmark = [
-        pytest.mark.real,
-        pytest.mark.slow,
-        pytest.mark.skipif(not Path(MODELS, "config.json").is_file(), reason="BILLHOOK_MODELS names no folder with smollm2"),
-    ]
-    SHARES = {
-        "channels": {"channels": 0.2},
-        "heads": {"kv_heads": 0.34},
-        "residual": {"residual": 0.125},
-        "blocks": {"blocks": 3},
-        "differ": {"amount": bh.Amount(channels=0.2, first=4, last=2)},
-    }
 
-    @pytest.mark.parametrize("way", ["kv_heads", "lora", *SHARES])
-    def test_what_is_made_is_served(self, way, tmp_path, converter):
-        model = bh.load(MODELS, "float32")
-        if way == "lora":
-            lora(model, 1)
-        elif way == "kv_heads":
-            bh.convert_kv_heads(model, 1)
-        else:
-            importance = {"blocks": bh.BlockInfluence(), "residual": bh.WeightNorm()}.get(way, bh.WeightNorm())
-            batches = [{"input_ids": torch.arange(100, 164)[None]}] if way == "blocks" else None
-            bh.apply(model, bh.plan(model, importance, batches, **self.SHARES[way]))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(MODELS)
-        bh.save(model, tmp_path / "model", tokenizer)
-        found = serve_check(tmp_path / "model", converter=converter, tokens=32, new_tokens=16, quantised=())
-        assert found.yes, found
+@pytest.mark.parametrize("way", ["kv_heads", "lora", *SHARES])
+@pytest.mark.parametrize("name", ["tiny", pytest.param(MODELS, marks=REAL, id="smollm2")])
+def test_what_is_made_of_trained_models_is_served(name, way, tmp_path, converter, llama_cpp):
+    """As users would: one KV head is left, a third of the heads goes, a fifth of the channels, an eighth of the width, ..."""
+    model = bh.load(name, "float32")
+    if way == "lora":
+        lora(model, 1)
+    elif way == "kv_heads":
+        bh.convert_kv_heads(model, 1)
+    else:
+        importance = bh.BlockInfluence() if way == "blocks" else bh.WeightNorm()
+        batches = [{"input_ids": torch.arange(100, 164)[None]}] if way == "blocks" else None
+        bh.apply(model, bh.plan(model, importance, batches, **SHARES[way]))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_path(name))
+    bh.save(model, tmp_path / "model", tokenizer)
+    found = serve_check(tmp_path / "model", llama_cpp, converter, tokens=32, new_tokens=16, quantised=())
+    assert found.yes, found

@@ -110,9 +110,10 @@ class TestTable:
         ]
         assert lines[4] == "  model.layers.0.self_attn  8 -> 8 query, 4 KV heads; without none"
         assert lines[5].startswith("  model.layers.1.self_attn  8 -> 6 query, 3 KV heads; without ")
-        assert lines[-2:] == [
+        assert lines[-3:] == [
             "  model.layers.*.mlp        48 channels in each of 2",
             "  model.layers.*.mlp        48 -> 24 channels in each of 2",
+            "  3 KV heads cannot be divided among 2, 4 and 8 devices, as 1, 2, 4 or a multiple of 8 can",
         ]
 
     def test_of_blocks_whose_places_are_the_blocks(self):

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from billhook.cli import bench_engine
+from billhook.cli import engine
 from billhook.cli.main import main
 from billhook.serving import speed
 from kit import serving
@@ -15,7 +15,7 @@ pytestmark = serving.pytestmark
 
 
 def test_the_table_and_the_figures(tmp_path, capsys, monkeypatch, converter):
-    monkeypatch.setattr(bench_engine, "Converter", lambda: nullcontext(converter))
+    monkeypatch.setattr(engine, "Converter", lambda: nullcontext(converter))
     dense, cut = saved(tmp_path / "dense", "llama"), saved(tmp_path / "cut", "llama", intermediate_size=32)
     out = tmp_path / "out.json"
     line = f"bench {dense} {cut} --engine llama.cpp --contexts [16] --new_tokens 4 --rounds 2 --threads 1 --json {out}"

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import billhook
 from billhook import TransformerModule
@@ -14,11 +14,11 @@ from billhook.checkpoints.export import export
 from billhook.checkpoints.save import WAYS, load, save
 from billhook.model.shapes.shape import KEY, shape_of
 from billhook.pruning.planning import prune_units
+from kit.equivalents import FOUR, same, three_of_four, written
 from kit.families import EXTRA, build, llama, tokens
 from kit.fits import trainer
 from kit.shaped import narrow
 
-FOUR = {"num_attention_heads": 4, "num_key_value_heads": 4}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -39,33 +39,6 @@ LLAMAS = {
 }
 BIASED = {"attention_bias": {"attention_bias": True}, "mlp_bias": {"mlp_bias": True}}
 OWN = ["olmo", "cohere", "phi", "starcoder2", "smollm3", "granite"]
-
-
-def three_of_four(family: str = "llama", **changes: object) -> PreTrainedModel:
-    """With three of four query heads for each of what the config says, which does not divide the width of 32."""
-    model = build(family, **FOUR | changes)
-    groups = model.config.num_attention_heads // 4
-    prune_units(model, {0: [1], 1: [2]} if groups == 1 else {0: [2, 3], 1: [4, 5]})
-    return model
-
-
-def written(folder) -> dict:
-    return json.loads((folder / "config.json").read_text())
-
-
-@torch.no_grad()
-def answers(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Logits, of a padded batch too, and what is generated with a cache and without."""
-    ids = torch.arange(60).view(2, 30)
-    padding = torch.ones_like(ids)
-    padding[0, :7] = 0
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False, "eos_token_id": None}
-    cached, plain = (model.generate(ids, use_cache=cache, **options) for cache in (True, False))
-    return [model(ids).logits, model(ids, attention_mask=padding).logits, cached, plain]
-
-
-def same(a: PreTrainedModel, b: PreTrainedModel) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(answers(a), answers(b), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,20 +1,18 @@
 """Checkpoints whose heads are not as wide as the hidden size shared among them: engines must read that from config.json."""
 
-import json
-
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 import billhook as bh
 from billhook.checkpoints.equivalent import say_head_dim
 from billhook.checkpoints.save import load, save, way_of
 from billhook.model.meta import from_name
 from billhook.pruning.planning import prune_units
+from kit.equivalents import same, three_of_four, written
 from kit.families import build, tokens
 
-FOUR = {"num_attention_heads": 4, "num_key_value_heads": 4}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
 QWENS = {
     "default": {},
@@ -29,34 +27,9 @@ WINDOWS = {
 }
 
 
-def three_of_four(family: str = "qwen2", **changes: object) -> PreTrainedModel:
-    model = build(family, **FOUR | changes)
-    groups = model.config.num_attention_heads // 4
-    prune_units(model, {0: [1], 1: [2]} if groups == 1 else {0: [2, 3], 1: [4, 5]})
-    return model
-
-
-def written(folder) -> dict:
-    return json.loads((folder / "config.json").read_text())
-
-
-@torch.no_grad()
-def answers(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Logits, of a padded batch too, and what is generated with a cache."""
-    ids = torch.arange(60).view(2, 30)
-    padding = torch.ones_like(ids)
-    padding[0, :7] = 0
-    generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=None)
-    return [model(ids).logits, model(ids, attention_mask=padding).logits, generated]
-
-
-def same(a: PreTrainedModel, b: PreTrainedModel) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(answers(a), answers(b), strict=True))
-
-
 @pytest.mark.parametrize("case", QWENS)
 def test_a_qwen2_without_some_heads_is_saved_as_a_seed_oss(case, tmp_path):
-    model = three_of_four(**QWENS[case])
+    model = three_of_four("qwen2", **QWENS[case])
     fields = dict(vars(model.config))
     saved = save(model, tmp_path / "a")
     assert (saved.way, saved.family, saved.difference) == ("equivalent", "seed_oss", 0)
@@ -87,7 +60,7 @@ def test_a_qwen2_with_a_narrower_residual_stream_is_saved_as_one_too(tmp_path):
 
 @pytest.mark.parametrize("case", WINDOWS)
 def test_windows_keep_a_qwen2_what_it_is(case, tmp_path):
-    model = three_of_four(**WINDOWS[case])
+    model = three_of_four("qwen2", **WINDOWS[case])
     saved = save(model, tmp_path)
     assert (saved.way, saved.family) == ("plain", None)
     assert written(tmp_path)["head_dim"] == 8
@@ -103,7 +76,7 @@ def test_a_qwen2_that_engines_read_stays_one(tmp_path):
 
 
 def test_what_is_saved_as_another_family_is_pruned_further(tmp_path):
-    save(three_of_four(), tmp_path / "a")
+    save(three_of_four("qwen2"), tmp_path / "a")
     model = load(tmp_path / "a")
     prune_units(model, {0: [1], 1: [2]})
     bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.5))
@@ -114,7 +87,7 @@ def test_what_is_saved_as_another_family_is_pruned_further(tmp_path):
 
 
 def test_the_way_is_known_before_anything_is_written():
-    way, config = way_of(three_of_four())
+    way, config = way_of(three_of_four("qwen2"))
     assert (way, config.model_type, config.head_dim) == ("equivalent", "seed_oss", 8)
 
 

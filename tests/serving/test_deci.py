@@ -42,6 +42,7 @@ def narrowed(family, **changes):
         ("llama", {"num_key_value_heads": 2, "rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True}),
         ("mistral", {}),
         ("qwen2", {"tie_word_embeddings": True}),
+        ("seed_oss", {"head_dim": 16}),
         ("phi3", {"num_key_value_heads": 2}),
     ],
 )

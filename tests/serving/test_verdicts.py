@@ -13,8 +13,9 @@ from billhook.checkpoints.save import save
 from billhook.cli.main import main
 from billhook.model.meta import read_config
 from billhook.pruning.planning import prune_units
+from billhook.serving.divisible import GPUS, multiple_of, shares
 from billhook.serving.readings import FILES, reading
-from billhook.serving.verdicts import GPUS, Verdict, block_of, shares, told, verdicts
+from billhook.serving.verdicts import Verdict, told, verdicts
 from kit.families import build, llama
 from kit.shaped import uneven_llama
 
@@ -56,7 +57,9 @@ def test_heads_of_another_width_are_served_where_head_dim_is_read(kind):
     config.hidden_size, config.num_attention_heads, config.head_dim = 512, 6, 64
     for engine in ("llama.cpp", "vLLM", "SGLang"):
         one = said(kind, config)[engine]
-        assert one.serves == reading(kind, engine).reads_head_dim
+        as_deci = (kind, engine) == ("Phi3ForCausalLM", "llama.cpp")  # billhook writes it as deci, which takes widths
+        assert one.serves == (reading(kind, engine).reads_head_dim or as_deci)
+        assert ("as GGUF of its architecture deci" in one.why) == as_deci
         assert one.serves or "heads are 64 wide, and " in one.why
 
 
@@ -101,7 +104,15 @@ def test_layers_that_differ_run_in_llama_cpp_alone(tmp_path):
     assert "architecture deci, src/models/deci.cpp" in found["llama.cpp"].why
 
 
-@pytest.mark.parametrize("change", [{"hidden_act": "gelu"}, {"model_type": "granite"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_act": "gelu"},
+        {"model_type": "granite"},
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
 def test_layers_that_differ_and_that_deci_does_not_compute(change):
     entry = {"shape": {"tensors": {"model.layers.0.mlp.up_proj.weight": [40, 32]}, "attributes": {}}}
     config = transformers.LlamaConfig(num_hidden_layers=2)
@@ -161,9 +172,9 @@ def test_rows_that_k_quants_do_not_divide_are_named():
     assert "1,228 (feed-forward width, F16)" in note
 
 
-@pytest.mark.parametrize(("size", "block"), [(1024, 256), (384, 128), (576, 64), (1248, 32), (1228, None)])
+@pytest.mark.parametrize(("size", "block"), [(1024, 256), (384, 128), (576, 64), (1248, 32), (1228, 1)])
 def test_blocks(size, block):
-    assert block_of(size) == block
+    assert multiple_of(size) == block
 
 
 def test_windows_that_llama_cpp_does_not_see():

@@ -6,7 +6,6 @@ import torch
 import billhook as bh
 from billhook.model.meta import read_config
 from billhook.serving.check import serve_check
-from billhook.serving.readings import DECI
 from billhook.serving.verdicts import verdicts
 from kit import families, serving
 from kit.serving import beside
@@ -42,7 +41,7 @@ def three_of_four(family):
 
 @pytest.mark.parametrize(
     ("family", "serves"),
-    [("llama", True), ("qwen2", True), ("qwen3", True), ("gemma2", True), ("smollm3", True), ("granite", False), ("phi3", False)],
+    [("llama", True), ("qwen2", True), ("qwen3", True), ("gemma2", True), ("smollm3", True), ("granite", False), ("phi3", True)],
 )
 def test_where_heads_are_gone(family, serves, tmp_path, converter):
     assert bh.save(three_of_four(family), tmp_path / "model").way in ("plain", "equivalent")
@@ -86,9 +85,3 @@ def test_layers_that_differ(tmp_path, converter):
     bh.save(model, tmp_path / "model")
     assert runs(tmp_path / "model", converter)
     assert said(tmp_path / "model")
-
-
-def test_families_whose_layers_may_differ_are_those_that_are_written():
-    from billhook.serving import deci
-
-    assert deci.FAMILIES == DECI

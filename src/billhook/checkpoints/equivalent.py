@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import nested_configs
 from billhook.model.shapes.shape import KEY, Shape, built_shape, shape_of, unbuilt_shape
+from billhook.serving.readings import FILES
 
 ANY = object()
 """Any value, of a config field that no code reads."""
@@ -78,12 +79,8 @@ EQUIVALENT = {
 }
 """Families that can stand for another, the best known first, by the prefix of the other's class names."""
 
-COMPUTED = ("Qwen2",)
-"""Prefixes of class names of families whose `head_dim` vLLM or llama.cpp computes, whatever config.json says of it.
-
-Read in vLLM 0.33.0, `models/qwen2.py` (hidden_size // total_num_heads), and in llama.cpp, `src/models/qwen2.cpp` (what leaves the
-heads is n_embd wide); SGLang 0.5.23 reads the field.
-"""
+COMPUTED = tuple(start for start in EQUIVALENT if f"{start}ForCausalLM" in FILES and FILES[f"{start}ForCausalLM"].computed)
+"""Those whose `head_dim` an engine computes, whatever config.json says of it, as was read in its code."""
 
 COUNTED: Mapping[str, tuple[str | tuple[str, ...], bool]] = {
     "num_attention_heads": (".q_proj.weight", True),

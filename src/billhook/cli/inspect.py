@@ -18,8 +18,9 @@ from billhook.model.shapes.shape import to_entry, unbuilt_shape
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.removal import tried
 from billhook.pruning.widths.experts import width_step
+from billhook.serving.divisible import GPUS, shares
 from billhook.serving.readings import FILES
-from billhook.serving.verdicts import GPUS, Verdict, shares, told, verdicts
+from billhook.serving.verdicts import Verdict, told, verdicts
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold, kind_name, labelled
 from billhook.tracing.trace import trace

@@ -6,8 +6,9 @@ from dataclasses import replace
 from torch import nn
 
 from billhook.pruning.cuts import Cut, find_cut
-from billhook.pruning.widths.rows import MULTIPLES, length_of, multiple_of, others
+from billhook.pruning.widths.rows import length_of, others
 from billhook.pruning.widths.told import RowLength
+from billhook.serving.divisible import MULTIPLES, multiple_of
 from billhook.tracing.coupling import Structure
 from billhook.units.units import Units
 

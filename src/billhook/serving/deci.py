@@ -17,11 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from billhook.model.shapes.handed import handing_of
 from billhook.serving.converter import DType
+from billhook.serving.readings import refused_by_deci
 
-FAMILIES = ("llama", "mistral", "qwen2", "seed_oss", "phi3")
-"""Families that compute what a Llama does, up to the order in which they store it."""
 SHAPED = "llama.cpp's converter cannot say its heads and widths, as where layers differ"
-ROPES = ("default", "linear", "llama3", "yarn")
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 TYPES: dict[DType, Any] = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -44,14 +42,8 @@ class Layer:
 
 def why_not(model: PreTrainedModel) -> str | None:
     """Says why a model is none of those that `deci` computes; None if it is."""
-    config: Any = model.config
-    rope = config.rope_parameters if isinstance(getattr(config, "rope_parameters", None), dict) else {}
-    if config.model_type not in FAMILIES:
-        return f"{SHAPED}, and of {config.model_type} llama.cpp has no architecture whose layers may"
-    if config.hidden_act not in ("silu", "swish"):
-        return f"{SHAPED}, and the architecture that llama.cpp has for that computes silu, not {config.hidden_act}"
-    if rope.get("rope_type", "default") not in ROPES or rope.get("partial_rotary_factor", 1) != 1:
-        return f"{SHAPED}, and its rotary positions ({rope}) are none of {', '.join(ROPES)} over whole heads"
+    if (why := refused_by_deci(model.config)) is not None:
+        return f"{SHAPED}, and {why}"
     if any(handing_of(module) is not None for module in model.modules()):
         return "it hands out fewer heads than it computes with, which no architecture of llama.cpp does"
     return None

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from transformers import PretrainedConfig
 
 Engine = Literal["llama.cpp", "vLLM", "SGLang"]
 
@@ -46,7 +48,9 @@ class Files:
 
 
 DECI = ("llama", "mistral", "qwen2", "seed_oss", "phi3")
-"""Model types of which llama.cpp runs layers that differ, in its architecture `deci`, as `deci.py` writes it."""
+"""Model types that compute what a Llama does, up to the order in which they store it, and so llama.cpp's architecture `deci`."""
+ROPES = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary positions that `deci` computes."""
 
 ALL: tuple[Engine, ...] = ("llama.cpp", "vLLM", "SGLang")
 FILES: Mapping[str, Files] = {
@@ -83,3 +87,16 @@ def reading(kind: str, engine: Engine) -> Reading | None:
     file = f"{name}{'.cpp' if engine == 'llama.cpp' else '.py'}" if name else GENERIC[engine]
     own = kind if name else "TransformersForCausalLM"
     return Reading(own, f"{FOLDERS[engine]}/{file}", engine not in files.computed, not name)
+
+
+def refused_by_deci(config: PretrainedConfig) -> str | None:
+    """Says why llama.cpp's `deci`, whose layers may differ, does not compute a model, by its config; None if it does."""
+    given: Any = config
+    rope = given.rope_parameters if isinstance(getattr(given, "rope_parameters", None), dict) else {}
+    if given.model_type not in DECI:
+        return f"of {given.model_type} llama.cpp has no architecture whose layers may"
+    if given.hidden_act not in ("silu", "swish"):
+        return f"the architecture that llama.cpp has for that computes silu, not {given.hidden_act}"
+    if rope.get("rope_type", "default") not in ROPES or rope.get("partial_rotary_factor", 1) != 1:
+        return f"its rotary positions ({rope}) are none of {', '.join(ROPES)} over whole heads"
+    return None

@@ -7,17 +7,15 @@ from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
 
-from billhook.serving.readings import DECI, FOLDERS, READ_IN, Engine, Reading, reading
+from billhook.serving.divisible import GPUS, MULTIPLES, multiple_of, shares
+from billhook.serving.readings import FOLDERS, READ_IN, Engine, Reading, reading, refused_by_deci
 from billhook.tracing.show import pattern
 
-BLOCKS = (256, 128, 64, 32)
-"""Multiples of which rows are asked for: K-quants of llama.cpp take 256, FP8 and other formats 128 or 64, and all of it 32."""
-GPUS = (2, 4, 8)
-"""How many GPUs may share each layer (tensor parallelism)."""
 FFN = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner")
 NO_WINDOW = ("MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Classes whose windows llama.cpp does not know."""
 DIFFER = "layers differ in size"
+MISREAD = "its converter takes the width of heads for hidden size / heads"
 OUTPUT_BIASES = ("attention_out_bias", "mlp_bias")
 
 
@@ -125,9 +123,10 @@ def _unsaid(entry: Mapping[str, Any], config: PretrainedConfig) -> str:
 
 def _verdict(engine: Engine, kind: str, config: PretrainedConfig, unsaid: str, notes: Sequence[str]) -> Verdict:
     found, sizes = reading(kind, engine), sizes_of(config)
-    if engine == "llama.cpp" and unsaid == DIFFER and _is_deci(config):
+    other = unsaid == DIFFER or (not unsaid and misread(config))
+    if engine == "llama.cpp" and other and refused_by_deci(config) is None:
         file = f"{FOLDERS[engine]}/deci.cpp ({READ_IN[engine]})"
-        why = f"{unsaid}, as GGUF of its architecture deci, {file}, which billhook export --gguf writes"
+        why = f"{unsaid or MISREAD}, as GGUF of its architecture deci, {file}, which billhook export --gguf writes"
         return Verdict(engine, True, why, tuple(notes))
     if unsaid:
         return Verdict(engine, False, f"{unsaid}, and what it builds follows from config.json alone, the same for all layers")
@@ -145,6 +144,11 @@ def _verdict(engine: Engine, kind: str, config: PretrainedConfig, unsaid: str, n
     return Verdict(engine, True, cited, (*_windows(kind, config), _quants(sizes), *notes))
 
 
+def misread(config: PretrainedConfig) -> bool:
+    """Tells whether llama.cpp's converter takes heads for wider or narrower than they are: Phi-3's for hidden size / heads."""
+    return config.model_type == "phi3" and not sizes_of(config).shared_out
+
+
 def _windows(kind: str, config: PretrainedConfig) -> Iterator[str]:
     """Says to how many tokens llama.cpp is right, where it sees through no window."""
     window, types = _field(config, "sliding_window"), _field(config, "layer_types")
@@ -153,29 +157,18 @@ def _windows(kind: str, config: PretrainedConfig) -> Iterator[str]:
         yield f"right up to {window:,} tokens, as it sees through no window"
 
 
-def _is_deci(config: PretrainedConfig) -> bool:
-    """Tells whether a model computes what llama.cpp's `deci` does, as far as its config says."""
-    rope = _field(config, "rope_parameters")
-    whole = not isinstance(rope, dict) or rope.get("partial_rotary_factor", 1) == 1
-    return config.model_type in DECI and _field(config, "hidden_act") in ("silu", "swish") and whole
-
-
 def _quants(sizes: Sizes) -> str:
     """Names the rows that K-quants do not divide, and what does."""
-    short = [f"{size:,} ({name}, {_multiple(size)})" for name, size in sizes.rows.items() if size % BLOCKS[0]]
+    short = [f"{size:,} ({name}, {_multiple(size)})" for name, size in sizes.rows.items() if size % MULTIPLES[0]]
     if not short:
-        return f"K-quants divide all rows by {BLOCKS[0]}"
-    return f"K-quants, for multiples of {BLOCKS[0]}, give way to types with more bits in rows of {_listed(short)}"
+        return f"K-quants divide all rows by {MULTIPLES[0]}"
+    return f"K-quants, for multiples of {MULTIPLES[0]}, give way to types with more bits in rows of {_listed(short)}"
 
 
 def _multiple(size: int) -> str:
-    block = block_of(size)
-    return f"a multiple of {block}" if block else "F16"
-
-
-def block_of(size: int) -> int | None:
-    """Returns the largest of 256, 128, 64 and 32 that divides a width; None if none does, which llama.cpp keeps in F16."""
-    return next((block for block in BLOCKS if size % block == 0), None)
+    """Says what a row is a multiple of; where it is of none, llama.cpp keeps it in F16."""
+    multiple = multiple_of(size)
+    return f"a multiple of {multiple}" if multiple > 1 else "F16"
 
 
 def _parallel(sizes: Sizes, found: Reading, engine: Engine) -> str:
@@ -199,11 +192,6 @@ def _unshared(sizes: Sizes, gpus: int, exact: bool = False) -> str:
         parts.append(f"{sizes.kv_heads} KV head{'s' * (sizes.kv_heads > 1)}")
     parts += [f"a feed-forward width of {width:,}" for width in sizes.ffn if width % gpus]
     return _listed(parts)
-
-
-def shares(kv_heads: int, gpus: int, exact: bool = False) -> bool:
-    """Tells whether a number of GPUs can share KV heads; unless `exact`, each may have a copy of a head with others."""
-    return kv_heads % gpus == 0 or (not exact and gpus % kv_heads == 0)
 
 
 def _listed(words: Sequence[str], last: str = "and") -> str:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.preprocessors import FILES
 from billhook.model.shapes.shaped import load_as, readable, says_shape
 from billhook.serving.converter import Converter, DType
+from billhook.serving.verdicts import misread
 from billhook.serving.worker import WorkerError
 
 
@@ -47,22 +47,13 @@ def write_gguf(folder: str, out: str | Path, converter: Converter, dtype: DType 
         WorkerError: If the converter fails; its message says why.
     """
     check_checkpoint(folder)
-    if says_shape(folder) or _is_misread(folder):
+    if says_shape(folder) or misread(read_config(folder)):
         by = "billhook, as llama.cpp's deci, which takes heads and widths of each layer"
         convert = partial(_write_shaped, folder, out, converter, dtype)
     else:
         by = "llama.cpp's converter"
         convert = partial(converter.convert, folder, out, dtype)
     return _with_or_without(by, folder, convert, ids_alone)
-
-
-def _is_misread(folder: str) -> bool:
-    """Tells whether llama.cpp's converter takes heads for wider or narrower than they are: Phi-3's for hidden size / heads."""
-    config: Any = read_config(folder)
-    if config.model_type != "phi3":
-        return False
-    width = getattr(config, "head_dim", None)
-    return bool(width and width * config.num_attention_heads != config.hidden_size)
 
 
 def _with_or_without(by: str, folder: str, convert: Callable[[bool], str | None], ids_alone: bool) -> Written:

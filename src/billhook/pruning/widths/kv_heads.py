@@ -1,7 +1,6 @@
 """Numbers of KV heads that engines can divide among devices."""
 
-SPLITS = (2, 4, 8)
-"""Numbers of devices, of which each takes as many KV heads, or a copy of one, as in vLLM and SGLang."""
+from billhook.serving.divisible import GPUS, shares
 
 
 def suits(kv_heads: int) -> bool:
@@ -10,7 +9,7 @@ def suits(kv_heads: int) -> bool:
     >>> [number for number in range(1, 33) if suits(number)]
     [1, 2, 4, 8, 16, 24, 32]
     """
-    return all(kv_heads % devices == 0 or devices % kv_heads == 0 for devices in SPLITS)
+    return all(shares(kv_heads, gpus) for gpus in GPUS)
 
 
 def suiting(kept: int, count: int, least: int = 1) -> int:

@@ -3,11 +3,10 @@
 import math
 from typing import Literal
 
+from billhook.serving.divisible import MULTIPLES, multiple_of
 from billhook.units.units import Per, Units
 
 RoundTo = int | Literal["auto"]
-MULTIPLES = (256, 128, 64, 32)
-"""What the length of a row is best a multiple of, the best first: llama.cpp's K-quants take blocks of 256, its others of 32."""
 PERCENT = 3
 """So much of the units that there were may stay more or fewer than was asked for."""
 
@@ -63,15 +62,6 @@ def others(asked: int, kept: int, now: int, least: int = 1) -> dict[int, int]:
     """
     near = [nearest(asked, multiple, least, now - 1) for multiple in MULTIPLES]
     return {number: multiple_of(number) for number in near if number is not None and number != kept}
-
-
-def multiple_of(length: int) -> int:
-    """Returns the largest of `MULTIPLES` that a length is a multiple of; 1 if it is of none.
-
-    >>> multiple_of(1280), multiple_of(1216), multiple_of(1229)
-    (256, 64, 1)
-    """
-    return next((multiple for multiple in MULTIPLES if length % multiple == 0), 1)
 
 
 def finest(count: int) -> int:

@@ -96,12 +96,10 @@ class Search:
 
     def _cut(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], target: bool = False) -> Cut:
         """Finds the cut of some ratios; for a target, numbers that are found for it are not rounded unless they must be."""
-        chosen = self._chosen(scores, ratios, self.amount)
-        if target and self.amount.round_to == "auto":
-            found = {name: ratio for name, ratio in ratios.items() if name in self.amount.open}
-            given = {name: ratio for name, ratio in ratios.items() if name not in found}
-            exact = replace(self.amount, round_to=1)
-            chosen = self._chosen(scores, given, self.amount) | self._chosen(scores, found, exact)
+        exact = self.amount.open if target and self.amount.round_to == "auto" else ()
+        given = {name: ratio for name, ratio in ratios.items() if name not in exact}
+        found = {name: ratio for name, ratio in ratios.items() if name in exact}
+        chosen = self._chosen(scores, given, self.amount) | self._chosen(scores, found, replace(self.amount, round_to=1))
         return find_cut(self.model, self.structure, self.units, chosen)
 
     def _found_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
@@ -115,21 +113,20 @@ class Search:
         if len(names) == 1:
             return ratios
         # heads are few and large: channels alone then come as close as they can
-        for part in self._suiting(ratios["kv_heads"]):
-            near = ratios | {"kv_heads": part}
-            found = self._first(scores, names[-1:], near, target, limit)
-            if found is not None:
-                return near | {names[-1]: found}
+        near = ratios | self._suiting(ratios["kv_heads"])
+        found = self._first(scores, names[-1:], near, target, limit)
+        if found is not None:
+            return near | {names[-1]: found}
         return ratios | {names[-1]: self._lowest(scores, names[-1:], ratios, target, limit)}
 
-    def _suiting(self, ratio: float) -> list[float]:
-        """Returns the nearest ratio of KV heads that leaves a number that engines can divide, if that is left to us."""
+    def _suiting(self, ratio: float) -> dict[str, float]:
+        """Returns the nearest ratio of KV heads that leaves a number that engines can divide; none if that is not ours."""
         own = free(of_kind(self.units, "head"), self._protected)
         counts = {one.count("kv_head") for one in own.values()}
         if self.amount.round_to != "auto" or self.amount.ranking == "global" or len(counts) != 1:
-            return []
+            return {}
         count = counts.pop()
-        return [1 - suiting(count - int(ratio * count + 1e-9), count, self.amount.min_units) / count]
+        return {"kv_heads": 1 - suiting(count - int(ratio * count + 1e-9), count, self.amount.min_units) / count}
 
     def _lowest(
         self, scores: Mapping[str, Tensor], names: Sequence[str], ratios: dict[str, float], target: str, limit: int

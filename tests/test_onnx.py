@@ -1,28 +1,19 @@
 """docs/onnx.md, run as it stands."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 
 import billhook as bh
 from kit.changed import asked, changed
+from kit.pages import ROOT, blocks_in, run_page
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'billhook[onnx]'")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'billhook[onnx]'")
-PAGE = (Path(__file__).parents[1] / "docs" / "onnx.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = blocks_in(ROOT / "docs" / "onnx.md")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
 ]
-
-
-def run(blocks, **names):
-    for block in blocks:
-        exec(compile(block, "a block of onnx.md", "exec"), names)
-    return names
 
 
 def answers_alike(model, answer):
@@ -44,7 +35,7 @@ def onnx(session):
 def test_what_the_page_exports_answers_as_the_model(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     bh.save(changed(name), "pruned")
-    page = run(BLOCKS)
+    page = run_page(BLOCKS, {})
     model = page["model"]
     assert "billhook" in model.config.to_dict()
     with torch.no_grad():
@@ -71,5 +62,5 @@ def test_what_needs_another_setting_in_onnx(name, tmp_path, monkeypatch):
     inputs = asked(model)
     free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     program = torch.export.export(model, (), inputs, dynamic_shapes=dict.fromkeys(inputs, free))
-    page = run(BLOCKS[1:3], torch=torch, program=program, inputs=inputs)
+    page = run_page(BLOCKS[1:3], {"torch": torch, "program": program, "inputs": inputs})
     answers_alike(model, onnx(page["session"]))

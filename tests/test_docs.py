@@ -1,6 +1,7 @@
 """What the documentation names is there."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -9,11 +10,12 @@ import pytest
 import billhook as bh
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+REFERENCE = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
 SOURCES = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_tests_and_files_that_it_names(page):
     text = page.read_text()
     files = re.findall(r"`(?:tests/(?:\w+/)?)?(test_[\w*]+\.py)`", text)
@@ -29,6 +31,19 @@ def test_each_row_of_what_works_has_its_test():
     rows = [line for line in lines if re.match(r"\| [^|\s]", line)]
     assert len(rows) > 30
     assert [row for row in rows if "`test_" not in row] == []
+
+
+def test_each_public_name_stands_on_a_page_of_the_reference():
+    names = {name for name, one in vars(bh).items() if callable(one) and not name.startswith("_")}
+    shown = re.findall(r"^::: billhook\.(\w+)$", REFERENCE, re.MULTILINE)
+    assert sorted(names - set(shown)) == []
+    assert len(shown) == len(set(shown))
+
+
+def test_each_schedule_stands_on_a_page_of_the_reference():
+    classes = [one for one in vars(bh.schedules).values() if inspect.isclass(one) and issubclass(one, bh.schedules.Schedule)]
+    shown = re.findall(r"^::: billhook\.schedules\.(\w+)$", REFERENCE, re.MULTILINE)
+    assert {one.__name__ for one in classes} - {"Schedule", "Ramp"} == set(shown)
 
 
 NOUNS = {

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from billhook.adapters.masked import adapted_linears, fitting, on_linears
 from billhook.arguments import annotated
+from billhook.page import Shown
 
 
-@dataclass(frozen=True)
-class Merged:
+@dataclass(frozen=True, repr=False)
+class Merged(Shown):
     """The result of `merge`; `print` shows it in a line.
 
     Attributes:
@@ -35,7 +36,8 @@ class Merged:
         """True if anything was left out."""
         return any(self.error.values())
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Returns the line that `print` shows."""
         if not self.error:
             return "no adapter on a linear was left to merge; what the others add is in the weights"
         what = f"merged adapters of {len(self.error)} linears"

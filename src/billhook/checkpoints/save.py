@@ -28,6 +28,7 @@ from billhook.model.preprocessors import Preprocessor
 from billhook.model.shapes.shape import KEY, to_entry, unbuilt_shape
 from billhook.model.shapes.shaped import load_as, readable
 from billhook.model.transformers_internals import everything_saved, is_joined_unevenly
+from billhook.page import Shown
 
 Way = Literal["plain", "equivalent", "shaped"]
 WAYS: dict[Way, str] = {
@@ -39,8 +40,8 @@ WAYS: dict[Way, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Saved:
+@dataclass(frozen=True, repr=False)
+class Saved(Shown):
     """The result of `save`; `print` shows it in a line.
 
     Attributes:
@@ -65,7 +66,8 @@ class Saved:
         """How it was saved, in words."""
         return f"{WAYS[self.way]}; it is saved as {self.family}" if self.family else WAYS[self.way]
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Returns the line that `print` shows."""
         return f"{self.folder} ({self.megabytes:.1f} MB): {self.says}; largest difference of logits {self.difference:.3g}"
 
 
@@ -141,13 +143,13 @@ def save(
     if merged is not None:
         model = cast(PreTrainedModel, merged.model)
         if merged.lost:
-            warnings.warn(f"the checkpoint does not compute what the model does: {merged}", stacklevel=2)
+            warnings.warn(f"the checkpoint does not compute what the model does: {merged.text()}", stacklevel=2)
     expected, origin = expect(model, probe), hub_name(str(model.config.name_or_path))
     with drafted(target) as draft, _untouched(model):
         way, family, difference = _write(model, expected, draft, probe)
         for one in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
             one.save_pretrained(draft)
-        saved = Saved(str(folder), way, difference, size(draft) / 1e6, None if merged is None else str(merged), family)
+        saved = Saved(str(folder), way, difference, size(draft) / 1e6, None if merged is None else merged.text(), family)
         if plain:
             plain = ({"base_model": origin} if origin else {}) | plain | {"saved": asdict(saved)}
             config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)

@@ -18,6 +18,7 @@ from billhook.importance.probes import check_read
 from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
 from billhook.model.values import check_values
+from billhook.page import Shown
 from billhook.running.batches import Loss, Run
 from billhook.running.undisturbed import resting
 from billhook.units.blocks import skipping
@@ -82,8 +83,8 @@ def _closed(gate: Tensor, unit: int) -> Iterator[None]:
         gate[unit] = 1
 
 
-@dataclass(frozen=True)
-class HeadAblation:
+@dataclass(frozen=True, repr=False)
+class HeadAblation(Shown):
     """A metric of a model in which heads are masked, the paper's tables 1 to 3.
 
     Attributes:
@@ -96,7 +97,8 @@ class HeadAblation:
     whole: float
     values: dict[str, Tensor]
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Returns all lines of what `print` shows."""
         what = "without each head" if self.mode == "without" else "each head alone in its layer"
         lines = [f"{what}: change of {self.whole:.4f}"]
         width = max(map(len, self.values))

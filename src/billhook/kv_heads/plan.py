@@ -39,7 +39,7 @@ from billhook.tracing.show import pattern
 UNCHANGED = Change(lambda old: old, lambda _, value: value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class KVHeadPlan(Plan):
     """A conversion to fewer KV heads, as plain data; `print` shows a table.
 
@@ -99,7 +99,8 @@ class KVHeadPlan(Plan):
         made: Self = replace(plan, restart=tuple(restart or ()))  # type: ignore[assignment]
         return made
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Returns all lines of what `print` shows."""
         cache = "the KV cache shrinks" if self.saves_cache else "the KV cache stays as it is"
         lines = [f"{self.model}: {self.words} ({self.method}); {cache}"]
         rows: dict[tuple[str, str], int] = {}

@@ -1,6 +1,6 @@
 """Plans of what is done to a model: to its units, blocks, weights or KV heads."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
@@ -12,12 +12,13 @@ from torch.optim import Optimizer
 from billhook.arguments import annotated
 from billhook.model.surgery import undone_by_errors, values_kept
 from billhook.model.values import check_changeable
+from billhook.page import Shown
 
 Weights = Mapping[str, Tensor]
 """New values of parameters, by the parameter's name."""
 
 
-class Plan(ABC):
+class Plan(Shown):
     """A change of a model, found and checked before anything changes; `print` shows a table.
 
     A plan is plain data: it can be shown, saved as JSON and applied later, to the model that it was made for.

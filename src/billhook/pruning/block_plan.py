@@ -26,7 +26,7 @@ from billhook.units.blocks import block_of, find_blocks, skipping
 from billhook.units.units import UnitKind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BlockPlan(Plan):
     """Which blocks are removed, by stack; `print` shows a table.
 
@@ -104,7 +104,8 @@ class BlockPlan(Plan):
         with starting_from(subject, weights):
             _remove(subject, self.units, self.fields, self.attributes, list(optimizers))
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Returns all lines of what `print` shows."""
         before, after = self.parameters
         lines = [f"{self.model}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"]
         width = max(map(len, self.before))

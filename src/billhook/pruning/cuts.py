@@ -19,7 +19,7 @@ Cuts = dict[tuple[str, int], Indices]
 """(tensor, dimension) -> the positions that remain, ascending: int64."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Cut:
     """Which units are removed from a model, by place (of an attention, query heads), and what remains.
 

@@ -22,7 +22,7 @@ from billhook.units.find import units_of
 from billhook.units.units import PLURAL, UnitKind, counts
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class UnitPlan(Cut, Plan):
     """Which heads, channels, residual channels or experts are removed, and what the model costs then; `print` shows a table."""
 
@@ -91,7 +91,8 @@ class UnitPlan(Cut, Plan):
         with starting_from(subject, weights):
             remove(subject, self, list(optimizers))
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Returns all lines of what `print` shows."""
         before, after = self.parameters
         lines = [f"{self.model}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"]
         for label, field in {"FLOPs a token": "flops", "KV-cache bytes a token": "kv_cache_bytes", "bytes": "bytes"}.items():

@@ -11,12 +11,13 @@ from billhook.arguments import annotated
 from billhook.kv_heads.scope import heads_of
 from billhook.model.figures import figures_of
 from billhook.model.find import find_transformer
+from billhook.page import Shown
 from billhook.report.table import aligned
 from billhook.running.shards import is_sharded, reshard, sizes_only, whole
 
 
-@dataclass(frozen=True)
-class Summary:
+@dataclass(frozen=True, repr=False)
+class Summary(Shown):
     """Size and cost of a model; `print` shows a table.
 
     Attributes:
@@ -50,7 +51,8 @@ class Summary:
         """Returns plain data."""
         return asdict(self)
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Returns what `print` shows."""
         rows = [
             ("model", self.model),
             ("parameters", f"{self.params:,}"),

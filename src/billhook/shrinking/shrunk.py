@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from billhook.kv_heads.plan import KVHeadPlan
+from billhook.page import Shown
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.report.table import aligned
@@ -50,8 +51,8 @@ class Times:
         return f"{1e3 * self.smaller:.4g} ms, {self.ratio:.3f} of the dense model's {1e3 * self.dense:.4g} ms: {self.workload}"
 
 
-@dataclass(frozen=True)
-class Shrunk:
+@dataclass(frozen=True, repr=False)
+class Shrunk(Shown):
     """A model that was made smaller within a budget; `print` shows what it took.
 
     Attributes:
@@ -121,15 +122,17 @@ class Shrunk:
         merged = {"merged": [plan.to_json() for plan in self.merged]}
         return {"plan": self.plan.to_json(), **merged, **blocks, **plain, **choices, **compared}
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Returns all lines of what `print` shows."""
         rows = [[UNITS.get(self.target, self.target), "predicted", "put together"]]
         rows += [[f"{one.left:,}", f"{one.predicted:.4f}", f"{one.measured:.4f}"] for one in self.curve]
         found = ", ".join(f"{value:.4f}{f' on {source}' if source else ''}" for source, value in self.measured.items())
         told = "" if self.ratio is None else f"; perplexity {self.ratio:.4f} times the dense model's"
-        after = [str(self.blocks)] if self.blocks else [f"all blocks stay: {self.blocks_stay}"] if self.blocks_stay else []
+        after = [self.blocks.text()] if self.blocks else [f"all blocks stay: {self.blocks_stay}"] if self.blocks_stay else []
         after += [f"the hidden size stays: {self.hidden_stays}"] if self.hidden_stays else []
-        own = [self.budget, *self.merged, *([self.plan] if self.plan.units else [])] if self.merged else [self.plan]
-        lines = [*map(str, own), *after, "KL to the dense model by size:", aligned(rows)]
+        plans = [*self.merged, *([self.plan] if self.plan.units or not self.merged else [])]
+        budget = [self.budget] if self.merged else []
+        lines = [*budget, *(one.text() for one in plans), *after, "KL to the dense model by size:", aligned(rows)]
         lines += [f"without {name} alone, {left:,} left: {lost:.4f}" for name, (left, lost) in self.alone.items()]
         timed = [] if self.times is None else [f"measured: {self.times}"]
         return "\n".join([*lines, f"of the chosen, repaired as a whole: {found}{told}", *timed])

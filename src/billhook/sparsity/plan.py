@@ -85,7 +85,7 @@ class Pruned:
         return cls(pruned.bits, values)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class WeightPlan(Plan):
     """Which weights of a model become zero, and the new values of the others where a criterion changes them.
 
@@ -183,7 +183,8 @@ class WeightPlan(Plan):
             )
         return linears
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Returns all lines of what `print` shows."""
         alike: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
         for name, one in self.pruned.items():
             alike[re.sub(r"\b\d+\b", "*", name), self.shapes[name]].append(one.sparsity(math.prod(self.shapes[name])))

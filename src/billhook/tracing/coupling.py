@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from billhook.page import Shown
 from billhook.tracing import show
 from billhook.tracing.axes import find
 from billhook.tracing.findings import Findings
@@ -14,7 +15,7 @@ from billhook.tracing.roles import find_attention, find_feed_forward
 from billhook.tracing.tape import Tape, note
 
 
-class Structure(Findings):
+class Structure(Shown, Findings):
     """Axes, groups and roles of a model's parameters; `print` shows them as a table.
 
     Attributes:
@@ -50,7 +51,8 @@ class Structure(Findings):
         """Returns everything as plain data."""
         return show.to_json(self)
 
-    def __str__(self) -> str:
+    def text(self) -> str:
+        """Returns all lines of what `print` shows."""
         return show.table(self, self.groups)
 
     def show(self, groups: Sequence[Group]) -> str:

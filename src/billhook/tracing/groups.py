@@ -50,7 +50,7 @@ class Member:
     buffer: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Group:
     """Units of one kind, and where they are.
 
@@ -96,6 +96,9 @@ class Group:
     def where(self) -> str:
         """The innermost module that holds all members."""
         return innermost([member.name for member in self.members])
+
+    def __repr__(self) -> str:
+        return f"Group({self.kind!r}, {self.size:,} in {self.where!r})"
 
     def index(self, member: Member) -> Indices:
         """Returns for each position of a member's dimension its unit, -1 for none: int64 of shape (size,)."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from billhook.model.shapes.handed import Indices
+from billhook.page import Shown
 from billhook.tracing.axes import Axis, find, leaves
 from billhook.tracing.groups import Group
 from billhook.tracing.tape import Meeting, Rows, Sources, Tape
@@ -34,8 +35,8 @@ class Part:
         return self.name if whole else f"{self.name}[{_ranges(self.positions)} of {self.size}]"
 
 
-@dataclass(frozen=True, eq=False)
-class Attention:
+@dataclass(frozen=True, eq=False, repr=False)
+class Attention(Shown):
     """One attention: which rows make queries, keys and values, and who reads the outcome.
 
     Attributes:
@@ -56,9 +57,13 @@ class Attention:
     query_key: tuple[Axis, ...]
     value: tuple[Axis, ...]
 
+    def text(self) -> str:
+        """Returns a line for each role."""
+        return _lines(q=self.q, k=self.k, v=self.v, o=self.o)
 
-@dataclass(frozen=True, eq=False)
-class FeedForward:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FeedForward(Shown):
     """One feed-forward block: who makes the channels, who gates them, who reads them.
 
     Attributes:
@@ -72,6 +77,14 @@ class FeedForward:
     up: tuple[Part, ...]
     down: tuple[Part, ...]
     channel: Axis
+
+    def text(self) -> str:
+        """Returns a line for each role."""
+        return _lines(gate=self.gate, up=self.up, down=self.down)
+
+
+def _lines(**roles: tuple[Part, ...]) -> str:
+    return "\n".join(f"{role}: {', '.join(map(repr, parts))}" for role, parts in roles.items() if parts)
 
 
 def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:

@@ -26,7 +26,7 @@ PLURAL: dict[UnitKind, str] = {
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Units:
     """The units of one place: the heads of one attention, the channels of one feed-forward, the blocks of one stack.
 
@@ -58,6 +58,9 @@ class Units:
 
     def __post_init__(self) -> None:
         annotated(Units, vars(self))
+
+    def __repr__(self) -> str:
+        return f"Units({self.kind!r}, {' and '.join(f'{number:,}' for number in counts(self))} in {self.name!r})"
 
     def count(self, per: Per = "head") -> int:
         """Counts the units, or KV heads."""

@@ -67,4 +67,4 @@ def prune(
     zeros = sparsity_of(plan.masks(work.model).values())
     done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": zeros, "sequential": sequential}
     what = f"{plan.criterion}, {pattern}: sparsity {zeros:.4f} in {len(plan.pruned)} linears"
-    work.save(before, what, {"pruned": done}, plan)
+    work.save(before, what, {"pruned": done}, plan.text())

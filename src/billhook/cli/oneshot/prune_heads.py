@@ -77,4 +77,4 @@ def prune_heads(
     plan = prune_units(work.model, removed, per=per)
     how = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}
     record = {"heads": plan.to_json()["units"], "importance": how}
-    work.save(before, f"without {plan.words}", record, plan, *settled, settled=settled)
+    work.save(before, f"without {plan.words}", record, plan.text(), *settled, settled=settled)

@@ -87,7 +87,7 @@ def prune_structure(
     before = None if dry_run else work.measure()
     plans, refitted = list[BlockPlan | UnitPlan](), False
     for plan in _plans(work.model, batches, given.agreement, amount, block_importance, importance, rounds):
-        print(plan)
+        print(plan.text())
         if dry_run:
             return
         repaired, why = repair_as_asked(work.model, plan, batches, repair if plan.kind == "units" else None)

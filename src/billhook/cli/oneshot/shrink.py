@@ -113,7 +113,7 @@ def shrink(
     what = f"{shrunk.what}: {shrunk.budget}"
     what += f"; {recovery.recover:,} steps of recovery" if recovery.recover else ""
     trained, *said = _recovered(work, recovery, batches, before) if recovery.recover else ({},)
-    work.save(before, what, {"shrink": shrunk.to_json() | how} | trained, shrunk, *said)
+    work.save(before, what, {"shrink": shrunk.to_json() | how} | trained, shrunk.text(), *said)
     if plot is not None:
         _draw(shrunk, plot)
 

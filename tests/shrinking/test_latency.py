@@ -119,8 +119,8 @@ def test_a_budget_is_used_up_and_the_model_timed_beside_the_dense_one(layers, cl
     )
     assert 0.7 - 3e-5 * (LAYERS if layers == "uniform" else 1) / now - 1e-6 < shrunk.times.ratio <= 0.7
     assert shrunk.to_json()["times"] == vars(shrunk.times)
-    assert f"of the dense model's {1e3 * now:.4g} ms: writing a token" in str(shrunk)
-    assert any(line.split()[:2] == ["ns", "predicted"] for line in str(shrunk).splitlines())
+    assert f"of the dense model's {1e3 * now:.4g} ms: writing a token" in shrunk.text()
+    assert any(line.split()[:2] == ["ns", "predicted"] for line in shrunk.text().splitlines())
     assert shrunk.curve[-1].left == round(1e9 * now)
 
 

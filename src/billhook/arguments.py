@@ -35,7 +35,7 @@ def number(name: str, value: object, least: float | None = None, above: float | 
 
 
 def fraction(name: str, value: object, legal: str = "[0, 1)", of: str = "") -> None:
-    """Refuses a number outside of an interval.
+    """Refuses a number outside of an interval; of one that looks like a percentage, the message asks whether it is meant as one.
 
     Args:
         name: The argument.
@@ -46,11 +46,28 @@ def fraction(name: str, value: object, legal: str = "[0, 1)", of: str = "") -> N
     >>> fraction("ratio", 1.0, of="the heads")
     Traceback (most recent call last):
     ValueError: ratio=1.0 must be a fraction of the heads in [0, 1)
+    >>> fraction("sparsity", 50)
+    Traceback (most recent call last):
+    ValueError: sparsity=50 must be in [0, 1); did you mean 0.5?
     """
     low, high = map(float, legal[1:-1].split(","))
     ends = [end for end, bracket in ((low, legal[0]), (high, legal[-1])) if bracket in "()"]
-    if not _is_finite(value) or not low <= value <= high or value in ends:
-        raise ValueError(f"{name}={value!r} must be {f'a fraction of {of} ' if of else ''}in {legal}")
+
+    def holds(one: float) -> bool:
+        return low <= one <= high and one not in ends
+
+    if not _is_finite(value) or not holds(value):
+        meant = as_percentage(value) if _is_finite(value) and holds(value / 100) else ""
+        raise ValueError(f"{name}={value!r} must be {f'a fraction of {of} ' if of else ''}in {legal}{meant}")
+
+
+def as_percentage(value: float) -> str:
+    """Asks whether a number above 1 and up to 100 is meant as a percentage, for the end of a message; empty of another number.
+
+    >>> as_percentage(30), as_percentage(0.3), as_percentage(4096)
+    ('; did you mean 0.3?', '', '')
+    """
+    return f"; did you mean {value / 100:g}?" if 1 < value <= 100 else ""
 
 
 def one_of(name: str, value: object, legal: Any) -> None:  # noqa: ANN401 - a Literal is of no class

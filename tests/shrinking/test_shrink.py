@@ -185,6 +185,7 @@ def test_too_few_tokens_for_any_refit_are_refused_before_anything_is_measured(bu
         ({}, "params=None: give one budget of params, kv_cache_bytes, bytes, max_loss, latency"),
         ({"params": 0.5, "bytes": 0.5}, "params and bytes: give one budget"),
         ({"params": 1.5}, "params=1.5 must be a whole number above 0, or a fraction in"),
+        ({"params": 30}, r"can; did you mean 0.3\?"),
         ({"params": 0.01}, r"params=0.01: \d+ cannot be reached; with what may be removed, [\d,]+ to [\d,]+ can"),
         ({"params": 10**9}, "params=1000000000: the model has no more than that"),
         ({"params": 0.8, "layers": "all"}, "layers='all' must be one of uniform, free"),

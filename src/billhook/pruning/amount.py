@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from billhook.arguments import annotated, fraction, one_of, whole
+from billhook.arguments import annotated, as_percentage, fraction, one_of, whole
 from billhook.pruning.widths.rows import RoundTo
 from billhook.units.units import Per, UnitKind
 
@@ -102,7 +102,10 @@ class Amount:
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or value <= 0 or (isinstance(value, float) and not value < 1):
-                raise ValueError(f"{name}={value!r} must be a whole number above 0, or a fraction in (0, 1) of what is there")
+                meant = as_percentage(value) if number else ""
+                raise ValueError(
+                    f"{name}={value!r} must be a whole number above 0, or a fraction in (0, 1) of what is there{meant}"
+                )
         one_of("ranking", self.ranking, Ranking)
         for name, least in {"first": 0, "last": 0, "min_units": 1}.items():
             whole(name, getattr(self, name), least)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.arguments import as_percentage
 from billhook.model.figures import Figures, figures_of
 from billhook.pruning.amount import RATIOS, Amount
 from billhook.pruning.choice import Counts, choose_units, free, most, protected_places
@@ -138,6 +139,7 @@ class Search:
             least, most = (self._left(scores, names, ratios, target, ratio) for ratio in (tries[-1], tries[0]))
             raise ValueError(
                 f"{target}={asked}: {limit:,} cannot be reached; with what may be removed, {least:,} to {most:,} can"
+                f"{as_percentage(asked)}"
             )
         return found
 

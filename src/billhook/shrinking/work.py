@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from billhook.arguments import as_percentage
 from billhook.importance.base import Importance
 from billhook.importance.score import run_of, score
 from billhook.model.figures import figure_of
@@ -100,6 +101,7 @@ class Work:
             limit = f"{self.limit:,} {UNITS.get(self.target, '')}".strip()
             raise ValueError(
                 f"{self.target}={asked}: {limit} cannot be reached; with what may be removed, {self.least:,} to {self.now:,} can"
+                f"{as_percentage(asked)}"
             )
         for name, kept in (just_met(self.widths[0], self.levels, self.limit) if self.uniform else {}).items():
             own = {self._rounded({name: one})[name] for one in kept}

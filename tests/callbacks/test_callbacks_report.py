@@ -5,6 +5,7 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
+from matplotlib.figure import Figure
 
 from billhook import Export, KVHeadConversion, Report, TextDataModule, WeightPruning, load
 from kit.fits import data, module, trainer
@@ -132,10 +133,10 @@ def test_a_folder_that_fills_during_the_fit_does_not_cost_the_result(files, tmp_
 
 def test_the_line_called_dense_is_the_tables_dense(files, tmp_path, monkeypatch, capsys):
     drawn = []
-    monkeypatch.setattr("billhook.callbacks.report.plot", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr("billhook.callbacks.report.validation", lambda *given: drawn.append(given) or Figure())
     _, (_, _, report) = run(files, tmp_path, [KVHeadConversion(1, at=3)])
-    assert drawn[0][4] == report.first["after"]["val_perplexity"]
-    assert drawn[0][4] != drawn[0][1][0][2]  # three steps later it was another
+    assert drawn[0][3] == report.first["after"]["val_perplexity"]
+    assert drawn[0][3] != drawn[0][1][0][2]  # three steps later it was another
 
 
 def test_a_trial_leaves_the_last_export_alone(files, tmp_path):
@@ -187,7 +188,7 @@ def test_the_tokenizer_beside_a_model_of_any_attribute(files, tmp_path):
 @pytest.mark.parametrize("at", ["start", 3])
 def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, monkeypatch, at):
     drawn = []
-    monkeypatch.setattr("billhook.callbacks.report.plot", lambda *arguments: drawn.append(arguments))
+    monkeypatch.setattr("billhook.callbacks.report.validation", lambda *given: drawn.append(given) or Figure())
     pruning = WeightPruning(sparsity=0.5, at=at, calibration=6)
     lit, (_, _, report) = run(files, tmp_path, [pruning])
     (event,) = pruning.events
@@ -200,7 +201,7 @@ def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, monkey
     assert rows[label][:3] == [str(step), f"{event['after']['val_perplexity']:,.0f}", "0.50"]
     assert int(rows[label][3].replace(",", "")) == event["after"]["zeros"] > int(rows["dense"][3].replace(",", ""))
     assert drawn[0][1] == [(step, event["what"], event["before"]["val_perplexity"], event["after"]["val_perplexity"])]
-    assert drawn[0][4] == dense
+    assert drawn[0][3] == dense
     assert json.loads((tmp_path / "model" / "billhook.json").read_text())["events"] == pruning.events
 
 

@@ -1,8 +1,6 @@
 import copy
 import logging
 import math
-import struct
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +9,9 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedModel
 
 import billhook
-from billhook.report.plot import plot
 from billhook.report.summary import Stage, summary, table
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
-HISTORY = [(0, 39.3), (20, 42.5), (40, 114), (60, 91), (80, 74), (100, 62), (240, 46.9)]
-EVENT = (20, "8 -> 1 KV heads (mean)", 42.5, 1139.0)
 
 
 def llama(**fields) -> PreTrainedModel:
@@ -168,99 +163,6 @@ def test_table_without_validation():
     assert table([Stage("at the end", 3, {})]).splitlines()[0].split() == ["step"]
     assert table([]).splitlines()[0].split() == ["step"]
     assert "loss" in table([Stage("at the end", 3, {"val_loss": math.nan})])
-
-
-def png_size(path: Path) -> tuple[int, int]:
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert data[-8:-4] == b"IEND"
-    return struct.unpack(">II", data[16:24])
-
-
-CASES = {
-    "one event": (HISTORY, [EVENT]),
-    "three events": (HISTORY, [EVENT, (100, "4 -> 2 KV heads (mean)", 62, 300), (240, "2 -> 1 KV heads (mean)", 46.9, 800)]),
-    "near steps": (HISTORY, [(step, f"{step} KV heads", 40.0 + step, 90.0) for step in (20, 21, 22, 23)]),
-    "one step": (HISTORY, [EVENT, EVENT]),
-    "one point": ([(5, 1.0)], []),
-    "nothing": ([], []),
-    "no figures": ([], [(5, "8 -> 1 KV heads (mean)", None, None)]),
-    "only before": (HISTORY, [(20, "8 -> 1 KV heads (mean)", 42.5, None)]),
-    "not finite": (
-        [(0, 40.0), (10, math.inf), (20, math.nan), (30, 50.0)],
-        [(10, "a", 41.0, math.inf), (20, "b", math.nan, 1e9)],
-    ),
-    "never finite": ([(0, math.nan), (1, math.inf)], [(1, "a", math.inf, -math.inf)]),
-    "negative": ([(0, -1.0), (1, 0.0), (2, 5.0)], []),
-    "huge": ([(0, 1.0), (1, 1e300)], [(1, "a name that is far too long for any picture " * 5, 1.0, 1e300)]),
-    "$names$": ([(0, 1.0)], [(0, "100 % of $x_1 _ \\frac$", 1.0, 2.0)]),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_plot_draws_whatever_a_run_gives(case, tmp_path):
-    history, events = CASES[case]
-    before = copy.deepcopy(CASES[case])
-    plot(history, events, "val_perplexity", tmp_path / "a.png", history[0][1] if history else None)
-    assert png_size(tmp_path / "a.png") == (1200, 675)
-    assert before == CASES[case]
-
-
-def drawn(monkeypatch, *arguments):
-    import matplotlib.figure
-
-    figures = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, _: figures.append(self))
-    plot(*arguments)
-    figure = figures[0]
-    figure.draw_without_rendering()
-    return figure.axes[0]
-
-
-def test_plot_says_the_values_in_plain_numbers(monkeypatch):
-    axes = drawn(monkeypatch, HISTORY, [EVENT], "val_perplexity", "a.png", 39.3)
-    assert axes.get_yscale() == "log"
-    assert axes.get_ylabel() == "validation perplexity"
-    assert {"50", "100", "1,000"} <= {tick.get_text() for tick in axes.get_yticklabels()}
-    assert {text.get_text().strip() for text in axes.texts} == {"39.3", "42.5", "1,139", "46.9", "dense", EVENT[1]}
-    assert any(list(line.get_ydata()) == [39.3, 39.3] for line in axes.lines)
-    assert drawn(monkeypatch, [(0, 0.9), (1, 0.1)], [], "val_accuracy", "a.png").get_yscale() == "linear"
-
-
-def test_plot_labels_do_not_lie_on_each_other_or_on_the_curve(monkeypatch):
-    events = [(20, "8 -> 4 KV heads (mean)", 42.5, 130), (30, "4 -> 2 KV heads (mean)", 60, 310), EVENT[:1] + EVENT[1:]]
-    axes = drawn(monkeypatch, HISTORY, [*events[:2], (180, "2 -> 1 KV heads (mean)", 52, 800)], "val_perplexity", "a.png")
-    extents = [text.get_window_extent() for text in axes.texts]
-    assert not any(a.overlaps(b) for i, a in enumerate(extents) for b in extents[:i])
-    names = [text.get_window_extent() for text in axes.texts if "KV" in text.get_text()]
-    assert len(names) == 3
-    assert all(extent.y0 > axes.bbox.y1 for extent in names)
-    assert all(axes.figure.bbox.x0 <= extent.x0 <= extent.x1 <= axes.figure.bbox.x1 for extent in extents)
-
-
-def test_plot_labels_stand_beside_their_own_points(monkeypatch):
-    """Two of almost one value, one just after the other."""
-    history = [(0, 38.3), (20, 228), (100, 58), (300, 42.6)]
-    axes = drawn(monkeypatch, history, [(10, "8 -> 1 KV heads (mean)", 38.8, 1270)], "val_perplexity", "a.png")
-    dots = {"38.3": (0, 38.3), "38.8": (10, 38.8), "1,270": (10, 1270), "42.6": (300, 42.6)}
-    places = {name: axes.transData.transform(dot) for name, dot in dots.items()}
-    for text in axes.texts:
-        if (name := text.get_text()) in dots:
-            extent = text.get_window_extent()
-            center = ((extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2)
-            assert min(places, key=lambda other: math.dist(places[other], center)) == name
-    assert {text.get_text() for text in axes.texts} >= dots.keys()
-
-
-def test_plot_touches_no_global_state(tmp_path):
-    import sys
-
-    import matplotlib
-
-    settings, pyplot = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
-    plot(HISTORY, [EVENT], "val_perplexity", tmp_path / "a.png")
-    assert dict(matplotlib.rcParams) == settings
-    assert ("matplotlib.pyplot" in sys.modules) == pyplot
 
 
 def test_heads_of_a_model_whose_config_cannot_say_them():

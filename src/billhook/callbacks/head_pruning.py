@@ -26,10 +26,10 @@ from billhook.fit.run import callbacks_of
 from billhook.importance.base import Importance
 from billhook.importance.gate_gradient import GateGradient
 from billhook.model.find import find_transformer
+from billhook.plots.style import PICTURES
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import check_choice
 from billhook.pruning.planning import prune_units
-from billhook.report.plot import PICTURES
 from billhook.schedules import Schedule
 from billhook.units.find import find_units
 from billhook.units.units import Per

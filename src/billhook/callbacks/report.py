@@ -13,9 +13,10 @@ from billhook.callbacks.export import Export
 from billhook.fit.events.event import Event, events_of
 from billhook.fit.measure import measure
 from billhook.fit.run import callbacks_of
+from billhook.plots.style import PICTURES
+from billhook.plots.validation import validation
 from billhook.report.damage import TextDamage
 from billhook.report.damage import table as damage_table
-from billhook.report.plot import PICTURES, plot
 from billhook.report.summary import Stage, summary, table
 
 
@@ -86,7 +87,7 @@ class Report(Callback):
             Path(self.plot_file).parent.mkdir(parents=True, exist_ok=True)
             marks = [(e["step"], e["what"], e["before"].get(name), e["after"].get(name)) for e in events]
             dense = stages[0].numbers.get(name) if events else None
-            plot(self._points(name, last, trainer.global_step), marks, name, self.plot_file, dense)
+            validation(self._points(name, last, trainer.global_step), marks, name, dense).savefig(self.plot_file)
             notes.append(("plot", self.plot_file))
         elif self.metric:
             rank_zero_warn(

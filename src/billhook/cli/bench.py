@@ -17,8 +17,8 @@ from billhook.cli.engine import bench_engine
 from billhook.cli.machine import check_file, device_of, machine_name, threads_of, versions
 from billhook.model.meta import from_name
 from billhook.model.shapes.shape import unbuilt_shape
+from billhook.plots.speed import speed
 from billhook.report.generation import CacheKind, generates
-from billhook.report.plot_bench import plot_bench
 from billhook.report.speed import Phase, Row, check_speed, measure_speed, spread
 from billhook.report.summary import Summary, summary
 from billhook.report.table import aligned
@@ -114,7 +114,7 @@ def bench(
     print(table(rows, names))
     print("\n".join(_notes(rows, names, loaded, summaries)))
     if plot is not None:
-        plot_bench(rows, names).savefig(plot)
+        speed(rows, names).savefig(plot)
     if json is not None:
         settings = {"new_tokens": new_tokens, "rounds": rounds, "warmup": warmup, "cache": cache, "random": random, "seed": seed}
         about = [{"name": name, "dtype": _dtype(one)} for name, one in zip(models, loaded, strict=True)]

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from billhook.report.plot import plot_heads
+from billhook.plots.heads import heads
 
 
 @dataclass
@@ -66,7 +66,7 @@ class HeadRecord:
         boards = [board for board in boards if hasattr(board, "add_figure")]
         if not trainer.is_global_zero or not (path or boards):
             return
-        figure = plot_heads(self.scores, gone, self.curve, metric)
+        figure = heads(self.scores, gone, self.curve, metric)
         for board in boards:
             board.add_figure("heads", figure, global_step=trainer.global_step, close=False)
         if path:

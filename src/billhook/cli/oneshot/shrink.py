@@ -11,16 +11,14 @@ from billhook.cli.oneshot.recovery import Recovery
 from billhook.cli.oneshot.text import Examples
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
+from billhook.plots.pareto import pareto
 from billhook.pruning.widths.rows import RoundTo
 from billhook.repairs.repair import Repair
-from billhook.report.plot_curve import plot_curve
 from billhook.report.speed import Phase
 from billhook.running.batches import Batch
-from billhook.shrinking.divergence import mean_of
 from billhook.shrinking.latency.table import clock_of
 from billhook.shrinking.latency.workload import Workload
 from billhook.shrinking.shrink import Layers, budget, check_library, check_search, shrink_begun
-from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.work import Work
 
 REPAIR = Repair()
@@ -115,7 +113,7 @@ def shrink(
     trained, *said = _recovered(work, recovery, batches, before) if recovery.recover else ({},)
     work.save(before, what, {"shrink": shrunk.to_json() | how} | trained, shrunk.text(), *said)
     if plot is not None:
-        _draw(shrunk, plot)
+        pareto(shrunk).savefig(plot)
 
 
 def _recovered(
@@ -129,10 +127,3 @@ def _recovered(
     plain = [one.to_json() for one in cost] if isinstance(cost, list) else cost
     after = f"After {recovery.recover} steps of recovery on {len(loader.dataset):,} examples:"  # type: ignore[arg-type]
     return {"recovery": asdict(recovery) | {"before": plain}}, "Before recovery:", shown(before, cost), after
-
-
-def _draw(shrunk: Shrunk, file: str) -> None:
-    together = [(one.left, one.measured) for one in shrunk.curve]
-    predicted = [(one.left, one.predicted) for one in shrunk.curve]
-    chosen = shrunk.left, mean_of(shrunk.measured)
-    plot_curve(shrunk.target, together, predicted, chosen, shrunk.alone).savefig(file)

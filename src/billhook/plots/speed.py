@@ -3,21 +3,26 @@
 from collections.abc import Sequence
 from typing import Any
 
-from billhook.report.plot import dress
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
+
+from billhook.plots.style import dress
 from billhook.report.speed import Row, spread
 
 COLOURS = ("#1f5f8b", "#b03a2e", "#3c8d40", "#8e5ea2", "#d0812a", "#5a5a5a")
 MARKERS = "os^Dvx*"
 
 
-def plot_bench(rows: Sequence[Row], names: Sequence[str]) -> Any:  # noqa: ANN401 - matplotlib has no types
+def speed(rows: Sequence[Row], names: Sequence[str]) -> Figure:
     """Draws tokens per second over contexts for each phase; for several models also the speed-up, the ideal one dashed.
 
     Bars are quartiles. A colour is a model, a marker a batch size.
-    """
-    from matplotlib.figure import Figure  # slow to import, and needed once
-    from matplotlib.ticker import FuncFormatter, LogLocator
 
+    Args:
+        rows: What `billhook.report.speed.measure_speed` returns, as `billhook bench` does it.
+        names: The models' names.
+    """
     phases = list(dict.fromkeys(row.phase for row in rows))
     wide = 2 if len(names) > 1 else 1
     figure = Figure(figsize=(1 + 4.5 * wide, 0.8 + 3.2 * len(phases)), dpi=150, layout="constrained")
@@ -53,7 +58,7 @@ def _curves(rows: Sequence[Row]) -> list[tuple[list[Row], dict[str, Any]]]:
     ]
 
 
-def _draw_speeds(axes: Any, rows: Sequence[Row], names: Sequence[str]) -> None:  # noqa: ANN401
+def _draw_speeds(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
     for own, style in _curves(rows):
         tokens = [row.tokens_per_second * row.median for row in own]
         low, high = ([done / spread(row.seconds)[i] for done, row in zip(tokens, own, strict=True)] for i in (1, 0))
@@ -61,7 +66,7 @@ def _draw_speeds(axes: Any, rows: Sequence[Row], names: Sequence[str]) -> None: 
         _bars(axes, own, [row.tokens_per_second for row in own], low, high, style | {"label": label})
 
 
-def _draw_ratios(axes: Any, rows: Sequence[Row]) -> None:  # noqa: ANN401
+def _draw_ratios(axes: Axes, rows: Sequence[Row]) -> None:
     for own, style in _curves(rows):
         low, high = ([spread(row.ratios)[i] for row in own] for i in (0, 1))
         _bars(axes, own, [row.speed_up for row in own], low, high, style)
@@ -72,7 +77,7 @@ def _draw_ratios(axes: Any, rows: Sequence[Row]) -> None:  # noqa: ANN401
 
 
 def _bars(
-    axes: Any,  # noqa: ANN401
+    axes: Axes,
     rows: Sequence[Row],
     values: Sequence[float],
     low: Sequence[float],

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 import billhook as bh
-from billhook.report.plot import plot_heads
+from billhook import plots
 from kit.fits import data, trainer
 from kit.head_pruning import module, pruning
 
@@ -62,7 +62,7 @@ def test_each_round_is_drawn_to_a_file_and_to_loggers(files, tmp_path):
 
 
 def test_without_a_file_or_such_a_logger_nothing_is_drawn(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("billhook.callbacks.heads.record.plot_heads", None)
+    monkeypatch.setattr("billhook.callbacks.heads.record.heads", None)
     logger = pl.loggers.CSVLogger(tmp_path)
     trainer(tmp_path, [pruning(0.25)], logger=logger, max_steps=2, log_every_n_steps=1).fit(module(), data(files))
 
@@ -76,7 +76,7 @@ def test_the_monitored_value_is_what_is_drawn(files, tmp_path):
 
 class TestPlot:
     def draw(self, path, *arguments, **options):
-        figure = plot_heads(*arguments, **options)
+        figure = plots.heads(*arguments, **options)
         figure.savefig(path / "heads.png")
         width, height = size_of(path / "heads.png")
         assert 600 <= width <= 1500

@@ -1,38 +1,39 @@
-"""Pictures of a run: a validation figure over its steps with events marked, and the importance of heads."""
+"""A picture of a validation figure over the steps of a fit, with events marked."""
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from textwrap import shorten
 from typing import Any
 
-import numpy as np
-from torch import Tensor
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-RED, BLUE = "#b03a2e", "#1f5f8b"
-PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
-"""How the path of a picture may end."""
+from billhook.plots.style import BLUE, RED, dress, words
+
 CURVE: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, "color": BLUE}
 
 
-def plot(
+def validation(
     history: Sequence[tuple[int, float]],
     events: Sequence[tuple[int, str, float | None, float | None]],
     name: str,
-    path: str | Path,
     dense: float | None = None,
-) -> None:
-    """Draws a validation figure over optimizer steps, with the events marked, as a PNG.
+) -> Figure:
+    """Draws a validation figure over optimizer steps, with the events marked.
 
     Args:
         history: Pairs of step and value. Values that are not finite, or beyond 1e100, leave a gap.
         events: Step, description, and the value right before and right after.
         name: Name of the figure.
-        path: The file to write.
         dense: Value of the model before all events, drawn as a line.
-    """
-    from matplotlib.figure import Figure  # slow to import, and needed once
 
+    >>> from billhook import plots
+    >>> history = [(0, 38.6), (100, 52.0), (200, 44.1)]
+    >>> figure = plots.validation(history, [(20, "8 -> 4 KV heads", 38.7, 95.2)], "val_perplexity", dense=38.6)
+    >>> figure.axes[0].get_ylabel()
+    'validation perplexity'
+    """
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     before = [(step, 0, value) for step, _, value, _ in events if value is not None]
@@ -47,43 +48,32 @@ def plot(
     if dense is not None and abs(dense) < 1e100:
         axes.axhline(dense, color="0.45", linestyle=(0, (6, 4)), linewidth=0.8, zorder=1)
         axes.text(1.005, dense, "dense", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.45")
-    axes.set(xlabel="optimizer step", ylabel=_words(name))
+    axes.set(xlabel="optimizer step", ylabel=words(name))
     axes.margins(x=0.06, y=0.12)
     axes.locator_params(axis="x", integer=True)
     dress(axes)
     _mark(axes, [(step, what) for step, what, _, _ in events])
     wanted = [(step, value, "right") for step, _, value in after] + [(step, value, "left") for step, _, value in before]
     _label(axes, line, [*((*point, "right") for point in [*curve[-1:], *curve[:1]]), *wanted])
-    figure.savefig(path)
+    return figure
 
 
-def dress(axes: Any) -> None:  # noqa: ANN401 - matplotlib has no types
-    """Shows a grid, and only the left and the lower edge."""
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _words(metric: str) -> str:
-    return metric.replace("val_", "validation ").replace("_", " ")
-
-
-def _log_scale(axes: Any, span: float) -> None:  # noqa: ANN401 - matplotlib has no types
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
+def _log_scale(axes: Axes, span: float) -> None:  # noqa: ANN401 - a line or a text
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 300 else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _mark(axes: Any, events: Sequence[tuple[int, str]]) -> None:  # noqa: ANN401 - matplotlib has no types
+def _mark(axes: Axes, events: Sequence[tuple[int, str]]) -> None:  # noqa: ANN401 - a line or a text
     """Draws a line at each event, and its name above the axes, as low as the other names leave room."""
-    axes.figure.draw_without_rendering()
+    figure: Any = axes.figure
+    figure.draw_without_rendering()
     texts = [
         (step, axes.text(step, 1, f" {shorten(what, 60)} ", color=RED, fontsize=8, parse_math=False))
         for step, what in sorted(events)
     ]
-    right = [pair for pair in texts if pair[1].get_window_extent().x1 > axes.figure.bbox.x1]
+    right = [pair for pair in texts if pair[1].get_window_extent().x1 > figure.bbox.x1]
     taken: list[tuple[int, float, float]] = []
     # from the inside out, so that no line has to cross another's name
     for step, text in [*reversed([pair for pair in texts if pair not in right]), *right]:
@@ -93,13 +83,14 @@ def _mark(axes: Any, events: Sequence[tuple[int, str]]) -> None:  # noqa: ANN401
         row = next(row for row in range(len(taken) + 1) if row not in rows)
         taken.append((row, extent.x0, extent.x1))
         text.set_y(1.02 + 0.055 * row)
-        style = {"color": RED, "linestyle": ":", "linewidth": 0.9, "zorder": 1, "clip_on": False}
+        style: dict[str, Any] = {"color": RED, "linestyle": ":", "linewidth": 0.9, "zorder": 1, "clip_on": False}
         axes.plot([step, step], [0, 1.045 + 0.055 * row], transform=axes.get_xaxis_transform(), **style)
 
 
-def _label(axes: Any, curve: Any, points: Sequence[tuple[int, float, str]]) -> None:  # noqa: ANN401 - matplotlib has no types
+def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> None:  # noqa: ANN401 - a line or a text
     """Writes values next to their points, where they cross the fewest lines and are nearer to no other point or value."""
-    axes.figure.draw_without_rendering()
+    figure: Any = axes.figure
+    figure.draw_without_rendering()
     lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
     lines.append(curve.get_path().transformed(axes.transData))  # counts twice
     taken, seen = list[Any](), set[tuple[int, float]]()
@@ -129,55 +120,10 @@ def _label(axes: Any, curve: Any, points: Sequence[tuple[int, float, str]]) -> N
         taken.append(extent)
 
 
-def _put(text: Any, side: str, up: bool) -> None:  # noqa: ANN401 - matplotlib has no types
+def _put(text: Any, side: str, up: bool) -> None:  # noqa: ANN401 - a line or a text
     text.set(ha="left" if side == "right" else "right", va="bottom" if up else "top")
     text.xyann = (6 if side == "right" else -6, 3 if up else -3)
 
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:,.3g}"
-
-
-def plot_heads(
-    importance: Mapping[str, Tensor],
-    removed: Mapping[str, Sequence[int]],
-    curve: Sequence[tuple[float, float]] = (),
-    name: str = "",
-) -> Any:  # noqa: ANN401 - matplotlib has no types
-    """Draws a heat map of heads, with removed ones crossed out, and the pruning curve; `savefig` of the figure writes it.
-
-    Scores are by attention, `[heads]`, and NaN for heads that were removed before; the curve is a metric by share removed.
-    """
-    from matplotlib.figure import Figure  # slow to import, and needed once
-
-    width = max(len(scores) for scores in importance.values())
-    table = np.full((len(importance), width), np.nan)
-    for row, scores in enumerate(importance.values()):
-        table[row, : len(scores)] = scores.numpy()
-    tall = min(max(3.2, 0.28 * len(table) + 1.2), 14)
-    figure = Figure(figsize=(9.5 if curve else 5, tall), dpi=150, layout="constrained")
-    axes = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
-    shown = axes[0].imshow(table, aspect="auto", cmap="Blues", vmin=np.nanmin(table, initial=0))
-    figure.colorbar(shown, ax=axes[0], label="importance", shrink=0.8)
-    for row, layer in enumerate(importance):
-        if own := list(removed.get(layer, ())):
-            axes[0].plot(own, [row] * len(own), "x", color=RED, markersize=4, markeredgewidth=1.2)
-    axes[0].set(
-        xlabel="head (x: removed)",
-        title=f"{sum(map(len, removed.values()))} of {sum(map(len, importance.values()))} heads removed",
-    )
-    axes[0].set_yticks(range(len(table)), _distinct(list(importance)), fontsize=max(4, min(8, 200 // len(table))))
-    if curve:
-        axes[1].plot(*zip(*[(100 * share, value) for share, value in curve], strict=True), "o-", markersize=3.5, color=BLUE)
-        axes[1].set(xlabel="heads removed, %", ylabel=_words(name))
-        dress(axes[1])
-    return figure
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Shortens names by their common beginning and end."""
-    split = [name.split(".") for name in names]
-    least = min(map(len, split)) - 1
-    start = next((i for i in range(least) if len({parts[i] for parts in split}) > 1), 0)
-    end = next((i for i in range(least - start) if len({parts[-1 - i] for parts in split}) > 1), least - start)
-    return [".".join(parts[start : len(parts) - end]) for parts in split]

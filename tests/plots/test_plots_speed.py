@@ -2,7 +2,7 @@
 
 import pytest
 
-from billhook.report.plot_bench import plot_bench
+from billhook import plots
 from billhook.report.speed import Row
 
 NAMES = ["dense", "mqa"]
@@ -31,7 +31,7 @@ def bars(axes):
 
 
 def test_speeds_speed_ups_and_their_quartiles():
-    figure = plot_bench(ROWS, NAMES)
+    figure = plots.speed(ROWS, NAMES)
     speeds, ratios = figure.axes
     assert lines(speeds) == [((512, 800), (2048, 400)), ((512, 1600), (2048, 800))]  # 16 tokens in the median round
     assert bars(speeds)[0] == [pytest.approx((16 / 0.03, 16 / 0.015)), pytest.approx((16 / 0.06, 16 / 0.04))]
@@ -43,7 +43,7 @@ def test_speeds_speed_ups_and_their_quartiles():
 
 def test_a_row_of_panels_for_each_phase_and_no_speed_up_of_a_single_model(tmp_path):
     alone = [row(0, phase, 512, (1.0,), (1.0,), None) for phase in ("prefill", "decode")]
-    figure = plot_bench(alone, ["dense"])
+    figure = plots.speed(alone, ["dense"])
     assert [axes.get_title() for axes in figure.axes] == ["prefill", "decode"]
     figure.savefig(tmp_path / "o.png")
-    assert len(plot_bench([*alone, *ROWS[1:2]], NAMES).axes) == 4
+    assert len(plots.speed([*alone, *ROWS[1:2]], NAMES).axes) == 4

@@ -1,0 +1,11 @@
+"""Draws pictures, each a `matplotlib.figure.Figure` of its own, which notebooks show and `savefig` writes; pyplot stays alone."""
+
+from billhook.plots.heads import heads
+from billhook.plots.pareto import pareto
+from billhook.plots.removed import removed
+from billhook.plots.schedules import schedules
+from billhook.plots.sparsity import sparsity
+from billhook.plots.speed import speed
+from billhook.plots.validation import validation
+
+__all__ = ["heads", "pareto", "removed", "schedules", "sparsity", "speed", "validation"]

@@ -1,0 +1,48 @@
+"""A picture of schedules over the steps of training."""
+
+from collections.abc import Mapping
+
+from matplotlib.figure import Figure
+
+from billhook.arguments import annotated, whole
+from billhook.plots.style import BLUE, dress
+from billhook.schedules import Schedule
+
+COLUMNS = 4
+
+
+def schedules(named: Mapping[str, Schedule], steps: int = 1000) -> Figure:
+    """Draws values over the steps of training: a panel for each schedule, all on the same axes.
+
+    Args:
+        named: Schedules by the titles of their panels.
+        steps: Optimizer steps of the training, of which times as fractions are a part.
+
+    Raises:
+        ValueError: If there is no schedule, or one has a step past the end of training.
+
+    >>> import billhook as bh
+    >>> from billhook import plots
+    >>> figure = plots.schedules({"cubic": bh.schedules.Cubic(0.7, start=0.1, end=0.8)}, steps=100)
+    >>> float(figure.axes[0].lines[0].get_ydata()[80])
+    0.7
+    """
+    annotated(schedules, locals())
+    whole("steps", steps)
+    if not named:
+        raise ValueError("named={} must have one schedule at least")
+    columns = min(COLUMNS, len(named))
+    rows = -(-len(named) // columns)
+    size = (5, 3.2) if len(named) == 1 else (2.75 * columns, 2.3 * rows)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
+    for panel, (name, schedule) in zip(panels, named.items(), strict=False):
+        bound = schedule.bind(steps)
+        panel.plot(range(steps + 1), [bound(step) for step in range(steps + 1)], color=BLUE, linewidth=1.8)
+        panel.set_title(name.replace(", [", ",\n["), fontsize=8.5)
+        dress(panel)
+    for panel in panels[len(named) :]:
+        panel.remove()
+    figure.supxlabel("optimizer step", fontsize=9)
+    figure.supylabel("value", fontsize=9)
+    return figure

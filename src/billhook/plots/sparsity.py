@@ -1,0 +1,86 @@
+"""A picture of how many weights of each linear are zero."""
+
+import math
+import re
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import nn
+
+from billhook.arguments import annotated
+from billhook.model.linears import prunable, weight_of
+from billhook.plots.heat import heat_map
+from billhook.sparsity.plan import WeightPlan
+from billhook.tracing.show import pattern
+
+NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
+"""The number of a block in the name of a linear."""
+
+
+def sparsity(of: WeightPlan | nn.Module) -> Figure:
+    """Draws the share of zeros of each linear: a row for linears of one name, a column for each block.
+
+    Linears that stand in no block have a column of their own at the right; of several in one block, as of experts, the mean is
+    drawn.
+
+    Args:
+        of: A plan, as `bh.prune` returns it, or a model as it now is.
+
+    Raises:
+        ValueError: If it is neither, or has no linear.
+
+    >>> import billhook as bh
+    >>> from billhook import plots
+    >>> plan = bh.prune(bh.load("tiny"), bh.Magnitude(), sparsity=0.5, dry_run=True)
+    >>> plots.sparsity(plan).axes[0].get_title()
+    '50.0% of 2,228,224 weights are zero'
+    """
+    annotated(sparsity, locals())
+    zeros, sizes = _counted(of)
+    if not sizes:
+        raise ValueError("of: there is no linear in it")
+    kinds = list(dict.fromkeys(map(_kind, sizes)))
+    table, blocks = _table(zeros, sizes, kinds)
+    size = min(3.2 + 0.42 * len(blocks), 14), min(max(2.6, 0.3 * len(kinds) + 1.4), 14)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    axes: Axes = figure.subplots()
+    heat_map(axes, table, kinds, "share of zeros", 0, 1)
+    every = max(1, len(blocks) // 16)
+    axes.set_xticks(range(0, len(blocks), every), blocks[::every])
+    total = sum(sizes.values())
+    axes.set(xlabel="block", title=f"{sum(zeros.values()) / total:.1%} of {total:,} weights are zero")
+    if table.size <= 200:
+        for (row, column), share in np.ndenumerate(table):
+            if not math.isnan(share):
+                colour = "white" if share > 0.6 else "black"
+                axes.text(column, row, f"{100 * share:.0f}%", ha="center", va="center", fontsize=6, color=colour)
+    return figure
+
+
+def _kind(name: str) -> str:
+    return pattern(f"{name}.").removesuffix(".")
+
+
+def _counted(of: WeightPlan | nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """Counts zeros and weights by linear."""
+    if isinstance(of, WeightPlan):
+        sizes = {name: math.prod(of.shapes[name]) for name in of.pruned}
+        return {name: sizes[name] - one.kept for name, one in of.pruned.items()}, sizes
+    weights = {name: weight_of(linear) for name, linear in prunable(of).items()}
+    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    return zeros, {name: weight.numel() for name, weight in weights.items()}
+
+
+def _table(zeros: dict[str, int], sizes: dict[str, int], kinds: list[str]) -> tuple[NDArray[np.float64], list[str]]:
+    """Returns shares of zeros, `[kinds, blocks]`, and the names of the blocks."""
+    numbers = {name: int(found[0]) if (found := NUMBER.search(f"{name}.")) else None for name in sizes}
+    blocks = sorted({number for number in numbers.values() if number is not None})
+    columns = [*blocks, *([None] if None in numbers.values() else [])]
+    sums = np.zeros((2, len(kinds), len(columns)))
+    for name, size in sizes.items():
+        sums[:, kinds.index(_kind(name)), columns.index(numbers[name])] += zeros[name], size
+    shares = np.full(sums.shape[1:], np.nan)
+    np.divide(sums[0], sums[1], out=shares, where=sums[1] > 0)
+    return shares, ["none" if number is None else str(number) for number in columns]

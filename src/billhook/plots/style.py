@@ -1,0 +1,37 @@
+"""How all pictures look: their colours, edges and the names under their axes."""
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+
+RED, BLUE = "#b03a2e", "#1f5f8b"
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
+"""How the path of a picture may end."""
+
+
+def dress(axes: Axes) -> None:
+    """Shows a grid, and only the left and the lower edge."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def words(metric: str) -> str:
+    """Returns the words for a logged figure.
+
+    >>> words("val_perplexity")
+    'validation perplexity'
+    """
+    return metric.replace("val_", "validation ").replace("_", " ")
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Shortens names by their common beginning and end.
+
+    >>> distinct(["model.layers.0.mlp", "model.layers.1.mlp"])
+    ['0', '1']
+    """
+    split = [name.split(".") for name in names]
+    least = min(map(len, split)) - 1
+    start = next((i for i in range(least) if len({parts[i] for parts in split}) > 1), 0)
+    end = next((i for i in range(least - start) if len({parts[-1 - i] for parts in split}) > 1), least - start)
+    return [".".join(parts[start : len(parts) - end]) for parts in split]

@@ -1,0 +1,22 @@
+"""The picture of what sizes lose."""
+
+import pytest
+
+from billhook import plots
+from billhook.shrinking.shrunk import Choice, Shrunk
+
+
+def test_measured_predicted_and_chosen(tmp_path):
+    curve = Choice({}, 50, 1.2, 1.0), Choice({}, 100, 0.0, 0.0)
+    shrunk = Shrunk(None, "params", 75, 70, {}, 0.4, {"a": 0.2, "b": 0.4}, curve, curve, {"channels": (70, 0.5)})
+    figure = plots.pareto(shrunk)
+    (axes,) = figure.axes
+    assert [list(line.get_xdata()) for line in axes.lines] == [[50, 100], [50, 100], [70], [70]]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[1.0, 0.0], [1.2, 0.0], [0.5], [pytest.approx(0.3)]]
+    assert axes.get_xlabel() == "parameters left"
+    figure.savefig(tmp_path / "curve.png")
+
+
+def test_anything_else_is_refused():
+    with pytest.raises(ValueError, match="shrunk='tiny' must be"):
+        plots.pareto("tiny")

@@ -37,12 +37,17 @@ def shared() -> str:
     return "\n\n".join(_group(owner) for owner in _shared())
 
 
+def base() -> str:
+    """Returns the YAML that fragments are put on."""
+    return f'```yaml title="examples/base.yaml"\n{(ROOT / "examples" / "base.yaml").read_text()}```'
+
+
 def fragments() -> str:
     """Returns each YAML fragment, under its name."""
     return "\n\n".join(_fragment(path) for path in sorted((ROOT / "callbacks").glob("*.yaml")))
 
 
-MADE: dict[str, Callable[[], str]] = {"commands": commands, "shared": shared, "fragments": fragments}
+MADE: dict[str, Callable[[], str]] = {"commands": commands, "shared": shared, "base": base, "fragments": fragments}
 
 
 def _command(name: str) -> str:

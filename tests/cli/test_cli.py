@@ -1,4 +1,6 @@
+import runpy
 import shlex
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -6,6 +8,7 @@ import pytest
 import transformers
 import yaml
 
+import billhook as bh
 from billhook.cli.main import COMMANDS, command_of, description, main
 from kit.cli import QUICK, ROOT, callbacks_in, small_llama
 from kit.cli import pytestmark as quiet
@@ -95,6 +98,12 @@ def test_examples_are_legal(example, capsys):
     assert "class_path: billhook" in capsys.readouterr().out
 
 
+def test_the_package_is_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["billhook", "--version"])
+    runpy.run_module("billhook", run_name="__main__")
+    assert capsys.readouterr().out == f"{bh.__version__}\n"
+
+
 class TestHelp:
     def told(self, line, capsys):
         with pytest.raises(SystemExit) as stopped:
@@ -181,10 +190,10 @@ class TestRefused:
             ("fit --config wrong.yaml", ["max_stepz", "Did you mean 'max_steps'?"]),
             ("fit --model.lrr 1", ["lrr"]),
             ("fit --model.task poetry", ["poetry"]),
-            ("prunes", ["prunes", "Other commands: prune, prune-heads"]),
+            ("prunes", ["prunes", "Other commands: convert, prune, prune-heads"]),
             ("prune", ["required", "model"]),
             ("summary", ["required", "model"]),
-            ("", ["Other commands: prune, prune-heads"]),
+            ("", ["Other commands: convert, prune, prune-heads"]),
             ("fit --trainer.max_epochs 1 --model.model ./nowhere", ["'./nowhere' is not a folder with"]),
             ("export nowhere.ckpt out", ["'nowhere.ckpt' is not a file"]),
             ("summary ./nowhere", ["'./nowhere' is not a folder with"]),

@@ -81,6 +81,16 @@ def test_settings_of_criteria_and_allocations(tmp_path, data, capsys):
     assert " to 0.5" in said
 
 
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys):
+    main(["prune", "tiny", str(tmp_path / "out"), "--sparsity", "0.5", "--skip", "*.mlp.*", "--dry_run", *data, *SHORT])
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "Wanda(compares='row'), unstructured\n  model.layers.*.self_attn.q_proj     4 x [   256,    256]  sparsity 0.5"
+    )
+    assert "mlp" not in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

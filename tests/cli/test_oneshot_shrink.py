@@ -49,6 +49,29 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys):
     assert record["shrink"]["layers"] == "uniform"
 
 
+@pytest.mark.parametrize(
+    ("budget", "words"),
+    [
+        (
+            ["--params", "0.95"],
+            ["146,592 params now; at most 139,262", "4/8, 4/4, 2/4, ", "hidden size 32, 24", "1 whole block may go"],
+        ),
+        (
+            ["--max_loss", "1.1"],
+            ["as few as max_loss=1.1 allows are to be left", "model.layers.*.mlp  48, ", "channels, in each of 2"],
+        ),
+        (["--kv_cache_bytes", "0.5"], ["self_attn  4, 3, 2, 1 KV heads, in each of 2", "the hidden size stays"]),
+    ],
+)
+def test_a_dry_run_says_what_a_search_may_try_and_measures_nothing(small, tmp_path, monkeypatch, capsys, budget, words):
+    for name in ("batches", "measure"):
+        monkeypatch.setattr(f"billhook.cli.oneshot.frame.OneShot.{name}", lambda self: pytest.fail("too late"))
+    main(["shrink", str(small), str(tmp_path / "out"), *budget, "--dry_run"])
+    said = capsys.readouterr().out
+    assert [word for word in words if word not in said] == []
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_model_is_looked_at_once(small, files, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(work, "find_places", lambda *given, **how: calls.append(given) or find_places(*given, **how))

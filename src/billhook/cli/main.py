@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import billhook  # short class names in YAML work for what is imported
 from billhook.cli.options import Command, manual, run
 
-ONE_SHOT = ("prune", "prune-heads", "prune-structure", "shrink")
+ONE_SHOT = ("convert", "prune", "prune-heads", "prune-blocks", "prune-structure", "shrink")
 COMMANDS = (*ONE_SHOT, "export", "summary", "inspect", "evaluate", "bench", "serve-check")
 """A command is a module of this folder, or of `oneshot`, and the function in it of the same name; its docstring is the manual."""
 

@@ -87,16 +87,24 @@ def convert_kv_heads(
     method = method_of(method)
     check_repair(method, repair)
     check_changeable(model)
-    plan, weights = plan_kv_heads(model, num_key_value_heads, method, layers, encoder), dict[str, Tensor]()
-    if method.turns or repair is not None:
-        check_values(model)
-        groups, subject = dict.fromkeys(plan.layers, plan.after), find_transformer(model)
-        needs, _ = batches_needed(method, repair)
-        given = batches_of(batches, subject) if needs or batches is not None else ()
-        weights, _ = ready_weights(subject, groups, method, [(batch, None) for batch in given], repair)
-        plan = replace(plan, restart=tuple(changed(subject, weights)))
+    plan = plan_kv_heads(model, num_key_value_heads, method, layers, encoder)
+    plan, weights, _ = ready(model, plan, batches, repair)
     apply(model, plan, optimizers, weights)
     return plan
+
+
+def ready(
+    model: nn.Module, plan: KVHeadPlan, batches: Batches | None = None, repair: Repair | None = None
+) -> tuple[KVHeadPlan, dict[str, Tensor], str]:
+    """Returns a plan with what restarts, the values that it starts from, and how they came to be; the model stays as it is."""
+    if not plan.method.turns and repair is None:
+        return plan, {}, str(plan.method)
+    check_values(model)
+    groups, subject = dict.fromkeys(plan.layers, plan.after), find_transformer(model)
+    needs, _ = batches_needed(plan.method, repair)
+    given = batches_of(batches, subject) if needs or batches is not None else ()
+    weights, how = ready_weights(subject, groups, plan.method, [(batch, None) for batch in given], repair)
+    return replace(plan, restart=tuple(changed(subject, weights))), weights, how
 
 
 def check_repair(method: KVMethod, repair: Repair | None) -> None:

@@ -17,7 +17,7 @@ from billhook.assets import model_path
 from billhook.calibration.calibration import Calibration
 from billhook.calibration.enough import Settled
 from billhook.calibration.generated import NAME as GENERATED
-from billhook.calibration.generated import check_writes
+from billhook.calibration.generated import check_writes, writes
 from billhook.calibration.texts import check_also, texts
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import load, save
@@ -67,10 +67,13 @@ class OneShot:
     """A checkpoint that becomes a smaller one, on the data that it is scored and measured on.
 
     With `offload` the model stays in the CPU's memory, and is measured block by block on the device. One that `refits` linears is
-    shown what the model writes, too, whatever texts are given.
+    shown what the model writes, too, whatever texts are given. One that does not calibrate needs no data: without any, a model
+    that writes none is not measured.
     """
 
-    def __init__(self, name: str, out: str, given: Text, offload: bool = False, refits: bool = False) -> None:
+    def __init__(
+        self, name: str, out: str, given: Text, offload: bool = False, refits: bool = False, calibrates: bool = True
+    ) -> None:
         check_target(out)
         self.name, self.out, self.given, self.device = name, out, given, device_of(given.device)
         self.model = load(name, given.dtype)
@@ -83,6 +86,8 @@ class OneShot:
         self.length = given.length_for(self.model)
         classifies = isinstance(given, Examples) and "Classification" in type(self.model).__name__
         self.metric = "accuracy" if classifies else "perplexity"
+        self.calibrates = calibrates
+        self.reads = calibrates or given.data is not None or (self.metric == "perplexity" and writes(self.model))
         self.beside = self._beside(refits)
         if self.metric == "perplexity":
             check_also(self.calibration, given.also)
@@ -93,7 +98,7 @@ class OneShot:
         try:
             check_writes(self.model)
         except ValueError as error:
-            if given.data is None:
+            if given.data is None and self.reads:
                 raise ValueError(f"data=None: {error}: name a file") from error
             if given.generated:
                 raise ValueError(f"generated={given.generated}: {error}") from error
@@ -137,6 +142,8 @@ class OneShot:
     def measure(self) -> Before:
         """Measures the model before it is changed: accuracy, or what it predicts on texts; None for one that does neither."""
         most = self.given.evaluate
+        if not self.reads:
+            return None
         with offloaded(self._visiting, self.device):
             if self.metric == "perplexity":
                 measured = most and generates(self.model)
@@ -144,7 +151,7 @@ class OneShot:
                     return None
                 read = texts(self.calibration, self.model, most, self.given.also)
                 inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
-                return Dense(self.model, read, inside)
+                return Dense(self.model, read, inside if self.calibrates else [])
             splits = self._labelled.splits
             rows: Any = splits.get("test", splits.get("validation"))
             return None if rows is None else accuracy(self.model, self._batched(rows, range(min(most, len(rows)))))
@@ -167,7 +174,9 @@ class OneShot:
         if told := [one.to_json() for one in settled if one is not None]:
             event["settled"] = told
         record = {"events": [event], **record}
-        record = {**record, "calibration": asdict(self.calibration) if self.metric == "perplexity" else self._read()}
+        if self.reads:
+            read = asdict(self.calibration) if self.metric == "perplexity" else self._read()
+            record["calibration" if self.calibrates else "text"] = read
         figures: dict[str, Any] = {"before": None, "after": None, "examples": self.given.evaluate}
         cost, warning = self.cost(before), None
         if isinstance(cost, list):

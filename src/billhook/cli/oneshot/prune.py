@@ -23,6 +23,7 @@ def prune(
     output_embeddings: bool = False,
     offload: bool = False,
     activations: str | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Zeroes the least important weights of a model and saves it, verified, with its perplexity before and after.
 
@@ -41,6 +42,7 @@ def prune(
         output_embeddings: Whether an untied output embedding is pruned too.
         offload: Whether the model stays in the CPU's memory, and its blocks visit the device one at a time.
         activations: A folder for the outputs of blocks during calibration; by default they stay in memory.
+        dry_run: Score the weights, print the plan and write nothing.
 
     Raises:
         ValueError: If an argument is not legal or two contradict each other; before anything is written.
@@ -48,7 +50,7 @@ def prune(
     check_amount(sparsity, pattern)
     folder = check_folder(activations)
     work = OneShot(model, out, given, offload)
-    before = work.measure()
+    before = None if dry_run else work.measure()
     with bar("pruning", "linears") as progress:
         plan = prune_weights(
             work.model,
@@ -63,7 +65,11 @@ def prune(
             progress=progress,
             offload=work.device if offload else None,
             activations=folder,
+            dry_run=dry_run,
         )
+    if dry_run:
+        print(plan)
+        return
     zeros = sparsity_of(plan.masks(work.model).values())
     done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": zeros, "sequential": sequential}
     what = f"{plan.criterion}, {pattern}: sparsity {zeros:.4f} in {len(plan.pruned)} linears"

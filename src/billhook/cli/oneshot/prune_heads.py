@@ -11,9 +11,10 @@ from billhook.importance.base import Importance
 from billhook.importance.enough import score_enough
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Scoring, run_of
+from billhook.model.plan import apply
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import among_others, check_choice, choose
-from billhook.pruning.planning import plan_units, prune_units
+from billhook.pruning.planning import plan_units
 from billhook.units.find import find_units
 from billhook.units.gates import mask
 from billhook.units.units import Per
@@ -30,6 +31,7 @@ def prune_heads(
     min_heads: int = 1,
     rounds: int = 1,
     normalize: bool = True,
+    dry_run: bool = False,
 ) -> None:
     """Removes the least important attention heads of a language model or a text classifier and saves it, verified.
 
@@ -47,6 +49,7 @@ def prune_heads(
         min_heads: Heads that are kept in each layer, at least.
         rounds: In how many rounds, each with new scores.
         normalize: Whether the scores of each layer are divided by their L2 norm, as in the paper.
+        dry_run: Score the heads, print the plan and write nothing.
 
     Raises:
         ValueError: If an argument is not legal, or the heads cannot be removed; before anything is written.
@@ -64,7 +67,7 @@ def prune_heads(
     if not removed:
         raise ValueError(f"ratio={ratio} is not a single head of a layer, so that nothing would be removed")
     plan_units(work.model, removed, per=per)
-    batches, before = work.batches(), work.measure()
+    batches, before = work.batches(), None if dry_run else work.measure()
     runs = [run_of(work.model, heads, batch) for batch in batches]
     scoring, removed, settled = Scoring(work.model, heads, importance, None, normalize, per), {}, []
     for number in range(1, rounds + 1):
@@ -74,7 +77,11 @@ def prune_heads(
             scores, found = score_enough(scoring, runs, more, given.agreement)
         removed = more(scores)
         settled.append(found)
-    plan = prune_units(work.model, removed, per=per)
+    plan = plan_units(work.model, removed, per=per)
+    if dry_run:
+        print(plan)
+        return
+    apply(work.model, plan)
     how = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}
     record = {"heads": plan.to_json()["units"], "importance": how}
     work.save(before, f"without {plan.words}", record, plan.text(), *settled, settled=settled)

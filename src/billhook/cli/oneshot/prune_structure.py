@@ -9,6 +9,7 @@ from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
+from billhook.importance.blocks import BlockInfluence
 from billhook.importance.default import default_importance
 from billhook.model.plan import apply
 from billhook.pruning.amount import RATIOS, TARGETS, Amount
@@ -79,6 +80,7 @@ def prune_structure(
     work = OneShot(model, out, given, refits=repair is not None)
     if amount.blocks_alone is not None:
         count_blocks(work.model, amount.blocks_alone)
+        block_importance = block_importance or BlockInfluence()
     if amount.within is not None:
         search = Search(work.model, amount.within)
         search.check()
@@ -97,7 +99,8 @@ def prune_structure(
         apply(work.model, plan, weights=repaired)
         plans.append(plan)
     done = str(Repair() if repair == "auto" else repair) if refitted else None
-    how = {"by": importance and str(importance), "ranking": amount.ranking, "rounds": rounds, "repair": done}
+    by = {"by": importance and str(importance), "blocks_by": block_importance and str(block_importance)}
+    how = by | {"ranking": amount.ranking, "rounds": rounds, "repair": done}
     what = f"without {', '.join(plan.words for plan in plans)}"
     record = {"plans": [plan.to_json() for plan in plans], "importance": how}
     work.save(before, what, record, settled=[plan.settled for plan in plans])

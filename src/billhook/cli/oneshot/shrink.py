@@ -18,6 +18,7 @@ from billhook.report.speed import Phase
 from billhook.running.batches import Batch
 from billhook.shrinking.latency.table import clock_of
 from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking.outlook import outlook
 from billhook.shrinking.shrink import Layers, budget, check_library, check_search, shrink_begun
 from billhook.shrinking.work import Work
 
@@ -47,6 +48,7 @@ def shrink(
     time_batch_size: int = 1,
     time_context: int | None = None,
     plot: str | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Finds the smaller model within one budget that loses least, without channels, heads and blocks, and saves it, verified.
 
@@ -85,6 +87,7 @@ def shrink(
         time_batch_size: Sequences at once while it is timed.
         time_context: Tokens of each prompt while it is timed; by default 512.
         plot: A file, ending in .png, for a picture of what other sizes lose.
+        dry_run: Print what the search may try, and how many steps it takes at most; measure and write nothing.
 
     Raises:
         ValueError: If an argument is not legal, or the budget cannot be reached; before anything is written.
@@ -103,6 +106,11 @@ def shrink(
         recovery.task_of(work.model)
     clock = None if latency is None else (latency, clock_of(work.model, workload))
     begun = Work.begun(work.model, limits, layers == "uniform", timed=latency is not None)
+    if dry_run:
+        within = {f"max_loss={max_loss}": max_loss, f"latency={latency}": latency}
+        told = next((words for words, value in within.items() if value is not None), None)
+        print(outlook(begun, begun.most_steps(generations, candidates), told))
+        return
     batches, before = work.batches(), work.measure()
     with bar("shrinking", "steps") as progress:
         begun.progress, scored = progress, importance or OBS()

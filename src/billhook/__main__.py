@@ -1,0 +1,6 @@
+"""Runs the command: `python -m billhook` is `billhook`."""
+
+from billhook.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""`billhook convert`: a checkpoint in, one with fewer key/value heads out, with its metric before and after."""
+
+from billhook.arguments import whole
+from billhook.callbacks.kv.preparation import HINT
+from billhook.cli.oneshot.frame import OneShot
+from billhook.cli.oneshot.text import Examples
+from billhook.kv_heads.bases.ready import batches_needed, check_ready
+from billhook.kv_heads.convert import check_repair, ready
+from billhook.kv_heads.methods.base import KVMethod
+from billhook.kv_heads.methods.mean import Mean
+from billhook.kv_heads.methods.named import Name, method_of
+from billhook.kv_heads.plan import plan_kv_heads
+from billhook.model.plan import apply
+from billhook.repairs.repair import Repair
+
+
+def convert(
+    model: str,
+    out: str,
+    given: Examples,
+    num_key_value_heads: int | None = None,
+    method: KVMethod | Name = "mean",
+    repair: Repair | None = None,
+    layers: list[int | str] | None = None,
+    encoder: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Turns a model's attention into grouped-query or multi-query attention, with fewer KV heads, and saves it, verified.
+
+    The paper is Ainslie et al., GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints (2023),
+    https://arxiv.org/abs/2305.13245. It trains the model afterwards, as `billhook fit --config recipe:gqa` does.
+
+    Args:
+        model: A folder, a hub name, or "tiny".
+        out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
+        given: Examples for methods that need some, and to measure on, and the place to compute.
+        num_key_value_heads: KV heads afterwards, 1 for multi-query attention; divides both those now and the query heads.
+        method: How the heads of a group become one: "mean" (the paper's), "first" or "random", which need no data;
+            "aligned", which does without; "svd" or "auto", which stay nearest to the dense model; or any `KVMethod`, also a
+            class of your own.
+        repair: How what reads the heads, and the feed-forwards, make up for what is lost: least squares on the examples (see
+            `Repair`); by default they keep their weights.
+        layers: The attentions to convert, by name or by their place in the order in which they run, from 0, as in '[0, 1]'; by
+            default all.
+        encoder: Whether the self-attention of an encoder-decoder's encoder is converted too; as in the paper it is not.
+        dry_run: Print the plan and write nothing.
+
+    Raises:
+        ValueError: If an argument is not legal, or the model cannot be converted; before anything is written.
+    """
+    if num_key_value_heads is None:
+        raise ValueError("num_key_value_heads: say how many KV heads are left, such as 1 for multi-query attention")
+    whole("num_key_value_heads", num_key_value_heads)
+    method = method_of(method)
+    check_repair(method, repair)
+    calibrates = batches_needed(method, repair)[0] > 0 or (method.turns and given.data is not None)
+    work = OneShot(model, out, given, refits=repair is not None, calibrates=calibrates)
+    plan = plan_kv_heads(work.model, num_key_value_heads, method, layers, encoder)
+    if method.turns or repair is not None:
+        check_ready(work.model, dict.fromkeys(plan.layers, plan.after), method)
+    print(plan)
+    if dry_run:
+        return
+    if type(method) is Mean and repair is None:
+        print(HINT.removeprefix("billhook: "))
+    batches, before = work.batches() if calibrates else None, work.measure()
+    plan, weights, how = ready(work.model, plan, batches, repair)
+    apply(work.model, plan, weights=weights)
+    work.save(before, f"{plan.words} ({how})", {"plans": [plan.to_json()], "repair": repair and str(repair)})

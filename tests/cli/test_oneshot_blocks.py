@@ -1,0 +1,42 @@
+"""`billhook prune-blocks`: from the shell to a checkpoint with fewer blocks."""
+
+import json
+
+import pytest
+import transformers
+
+import billhook as bh
+from billhook.cli.main import main
+from kit.cli import blocks, drawn, option, small_llama
+
+SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return small_llama(tmp_path_factory.mktemp("small"), num_hidden_layers=3)
+
+
+def test_the_block_of_the_least_influence_goes(small, files, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(["prune-blocks", str(small), str(out), "--blocks", "1", *SHORT, *option(files)])
+    record = json.loads((out / "billhook.json").read_text())
+    plan = bh.plan(bh.load(small), batches=drawn(blocks(files["train"]), 4), blocks=1)
+    assert record["plans"][0]["units"] == plan.units
+    assert record["importance"]["blocks_by"] == "BlockInfluence()"
+    assert record["perplexity"]["after"] > 0
+    assert transformers.AutoModelForCausalLM.from_pretrained(out).config.num_hidden_layers == 2
+    assert "model.layers  3 -> 2 blocks; without" in capsys.readouterr().out
+
+
+def test_a_fraction_of_those_that_are_not_protected_and_a_dry_run(small, tmp_path, capsys):
+    ends = ["--first", "1", "--last", "1", "--importance", "Ablation", "--length", "16", "--examples", "2"]
+    main(["prune-blocks", str(small), str(tmp_path / "out"), "--blocks", "0.4", *ends, "--dry_run"])
+    assert "model.layers  3 -> 2 blocks; without 1 (" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [[], ["--blocks", "0"]])
+def test_nothing_asked_for_is_refused(small, tmp_path, given):
+    with pytest.raises(SystemExit, match=r"blocks=(None|0): say how many blocks to remove, or which fraction of them"):
+        main(["prune-blocks", str(small), str(tmp_path / "out"), *given])

@@ -1,0 +1,97 @@
+"""`billhook convert`: from the shell to a checkpoint with fewer KV heads."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.cli.main import main
+from kit.cli import blocks, drawn, option, perplexity, small_llama, tokenizer
+
+SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "3"]
+IDS = torch.arange(40).view(2, 20)
+
+
+def convert(model, out, *arguments):
+    main(["convert", str(model), str(out), *arguments])
+    return json.loads((out / "billhook.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return small_llama(tmp_path_factory.mktemp("small"))
+
+
+def test_by_svd_with_perplexity_before_and_after(small, files, tmp_path, capsys):
+    record = convert(small, tmp_path / "out", "--num_key_value_heads", "1", "--method", "svd", *SHORT, *option(files))
+    dense, held_out = bh.load(small), blocks(files["validation"])[:5]
+    assert record["perplexity"]["before"] == pytest.approx(perplexity(dense, held_out), rel=1e-4)
+    plan = bh.convert_kv_heads(dense, 1, "svd", drawn(blocks(files["train"]), 3))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert again.config.num_key_value_heads == 1
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, dense(IDS).logits)
+    assert record["perplexity"]["after"] == pytest.approx(perplexity(again, held_out), rel=1e-4)
+    assert record["plans"] == [plan.to_json()]
+    assert [(one["source"], one["inside"]) for one in record["damage"]] == [("train", True), ("generated", False)]
+    assert record["calibration"]["sources"] == files
+    assert record["events"][0]["what"] == "4 -> 1 KV heads in 2 attentions (svd)"
+    assert "- 4 -> 1 KV heads in 2 attentions (svd)\n" in (tmp_path / "out" / "README.md").read_text()
+    assert "k_proj.weight  16 -> 4 along dimension 0" in capsys.readouterr().out
+
+
+def test_a_method_that_needs_no_data_is_calibrated_on_none(small, tmp_path, capsys):
+    record = convert(small, tmp_path / "out", "--num_key_value_heads", "2", "--length", "16", "--evaluate", "2")
+    dense = bh.load(small)
+    bh.convert_kv_heads(dense, 2)
+    with torch.no_grad():
+        assert torch.equal(bh.load(tmp_path / "out")(IDS).logits, dense(IDS).logits)
+    assert [(one["source"], one["inside"]) for one in record["damage"]] == [("generated", False)]
+    assert "calibration" not in record
+    assert "method='svd' starts far nearer" in capsys.readouterr().out
+
+
+def test_some_layers_by_a_class_with_settings_and_repaired(small, files, tmp_path):
+    how = ["--method", "Aligned", "--method.grouping", "similar", "--layers", "[1]", "--repair", "Repair"]
+    record = convert(small, tmp_path / "out", "--num_key_value_heads", "2", *how, *SHORT, *option(files))
+    assert record["plans"][0]["layers"] == ["model.layers.1.self_attn"]
+    assert record["events"][0]["what"].endswith("in 1 attentions (aligned, similar heads grouped, repaired)")
+    assert record["repair"].startswith("Repair(")
+
+
+def test_a_model_that_writes_nothing_needs_no_data(tmp_path, capsys):
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=2048, d_model=16, d_kv=4, d_ff=20, num_layers=1, num_heads=4)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    tokenizer().save_pretrained(tmp_path / "t5")
+    record = convert(tmp_path / "t5", tmp_path / "out", "--num_key_value_heads", "2")
+    assert record["perplexity"]["before"] is None
+    assert "4 -> 2 KV heads in 2 attentions" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="data=None: a T5ForConditionalGeneration does not write text .*: name a file"):
+        main(["convert", str(tmp_path / "t5"), str(tmp_path / "two"), "--num_key_value_heads", "2", "--method", "svd"])
+
+
+def test_a_dry_run_prints_and_writes_nothing(small, tmp_path, capsys):
+    main(["convert", str(small), str(tmp_path / "out"), "--num_key_value_heads", "1", "--method", "auto", "--dry_run"])
+    assert capsys.readouterr().out.startswith("LlamaForCausalLM: 4 -> 1 KV heads in 2 attentions (auto); the KV cache shrinks")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ([], "num_key_value_heads: say how many KV heads are left"),
+        (["--num_key_value_heads", "0"], "num_key_value_heads=0 must be a whole number of at least 1"),
+        (["--num_key_value_heads", "3"], "num_key_value_heads=3, which must be fewer .* legal is 1, 2"),
+        (["--num_key_value_heads", "1", "--method", "first", "--repair", "Repair"], "repair goes with method 'mean'"),
+        (["--num_key_value_heads", "1", "--layers", "[7]"], "layers: there is no 7; there are 0 to 1"),
+    ],
+)
+def test_refused_before_anything_is_measured(small, tmp_path, monkeypatch, arguments, match):
+    for name in ("batches", "measure"):
+        monkeypatch.setattr(f"billhook.cli.oneshot.frame.OneShot.{name}", lambda self: pytest.fail("too late"))
+    with pytest.raises(SystemExit, match=match):
+        main(["convert", str(small), str(tmp_path / "out"), *arguments])
+    assert not (tmp_path / "out").exists()

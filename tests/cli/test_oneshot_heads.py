@@ -107,7 +107,7 @@ def test_a_dry_run_prints_what_would_be_done_and_writes_nothing(small, files, tm
     prune(small, tmp_path / "done", "--ratio", "0.5", *option(files), *SHORT)
     dry, done = capsys.readouterr().out.split("\nperplexity on")[0], bh.load(small)
     plan = bh.prune_units(done, json.loads((tmp_path / "done" / "billhook.json").read_text())["heads"])
-    assert dry == f"{plan}\n{plan}"
+    assert dry == f"{plan.text()}\n{plan.text()}"
     assert not (tmp_path / "out").exists()
 
 

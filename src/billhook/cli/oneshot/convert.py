@@ -58,7 +58,7 @@ def convert(
     plan = plan_kv_heads(work.model, num_key_value_heads, method, layers, encoder)
     if method.turns or repair is not None:
         check_ready(work.model, dict.fromkeys(plan.layers, plan.after), method)
-    print(plan)
+    print(plan.text())
     if dry_run:
         return
     if type(method) is Mean and repair is None:

@@ -68,7 +68,7 @@ def prune(
             dry_run=dry_run,
         )
     if dry_run:
-        print(plan)
+        print(plan.text())
         return
     zeros = sparsity_of(plan.masks(work.model).values())
     done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": zeros, "sequential": sequential}

@@ -79,7 +79,7 @@ def prune_heads(
         settled.append(found)
     plan = plan_units(work.model, removed, per=per)
     if dry_run:
-        print(plan)
+        print(plan.text())
         return
     apply(work.model, plan)
     how = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}

@@ -58,7 +58,7 @@ def test_chats_are_packed_through_the_template(model):
     tokenizer = bh.calibration.generated.tokenizer_of(model)
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
     chats = [[{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}] for n in range(9)]
-    blocks = pack({"messages": chats}, tokenizer, 16, "messages", documents=True)["input_ids"]
+    blocks = pack({"messages": chats}, tokenizer, 16, ["messages"], documents=True)["input_ids"]
     text = tokenizer.decode([token for block in blocks for token in block])
     assert {len(block) for block in blocks} == {16}
     assert "<user> question 0\n<assistant> answer 0\n<user> question 1" in text

@@ -11,17 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from billhook.assets import model_path
-from billhook.calibration.rows import (
-    SteadyMasking,
-    blocks_to_batch,
-    check_columns,
-    classify,
-    load_splits,
-    map_rows,
-    pack,
-    runs_on,
-    translate,
-)
+from billhook.calibration.reading import check_columns, load_splits, runs_on
+from billhook.calibration.rows import SteadyMasking, blocks_to_batch, classify, map_rows, pack, translate
 
 DOCUMENTS = ["The first document, of some length.", "A second: shorter.", 'The "third",\nwith a line break & ümlauts.']
 
@@ -65,7 +56,7 @@ def write(folder, name, texts):
 
 
 def blocks(rows, tokenizer, block_size=4):
-    return map_rows(rows, pack, "train", tokenizer, block_size=block_size, column="text", documents=not runs_on(rows))
+    return map_rows(rows, pack, "train", tokenizer, block_size=block_size, columns=["text"], documents=not runs_on(rows))
 
 
 def flat(rows):
@@ -112,9 +103,9 @@ def test_lines_of_text_run_on(tmp_path, tokenizer, name, streaming):
 def test_the_remainder_is_left_out(tokenizer):
     ids = tokenizer("one two three four five six", add_special_tokens=False)["input_ids"]
     for size in range(2, len(ids) + 1):
-        packed = pack({"text": ["one two three four five six"]}, tokenizer, size, "text", False)["input_ids"]
+        packed = pack({"text": ["one two three four five six"]}, tokenizer, size, ["text"], False)["input_ids"]
         assert packed == [ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
-    assert pack({"text": ["one"]}, tokenizer, 99, "text", True)["input_ids"] == []
+    assert pack({"text": ["one"]}, tokenizer, 99, ["text"], True)["input_ids"] == []
 
 
 def test_several_files_and_splits(tmp_path, tokenizer):
@@ -204,11 +195,11 @@ def test_a_document_ends_with_the_separator_where_there_is_no_end_token():
     tokenizer = AutoTokenizer.from_pretrained(model_path("tiny"))
     sep = tokenizer.convert_tokens_to_ids("a")
     tokenizer.eos_token, tokenizer.sep_token = None, "a"
-    packed = pack({"text": ["One", "Two"]}, tokenizer, 2, "text", True)["input_ids"]
+    packed = pack({"text": ["One", "Two"]}, tokenizer, 2, ["text"], True)["input_ids"]
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("One", "Two")]
     assert [token for row in packed for token in row] == [*ids[0], sep, *ids[1], sep][: len(packed) * 2]
     tokenizer.sep_token = None
-    packed = pack({"text": ["One", "Two"]}, tokenizer, 2, "text", True)["input_ids"]
+    packed = pack({"text": ["One", "Two"]}, tokenizer, 2, ["text"], True)["input_ids"]
     assert [token for row in packed for token in row] == [*ids[0], *ids[1]][: len(packed) * 2]
 
 
@@ -246,13 +237,16 @@ def test_classify_and_translate(tokenizer):
     assert pairs["input_ids"] == tokenizer(rows["a"], rows["b"])["input_ids"]
     translated = translate(rows, tokenizer, ("a", "b"), (2, 1))
     assert translated["input_ids"] == single["input_ids"]
+    assert classify(rows, tokenizer, ["a"], "label", 2, {1: 5})["labels"] == [5, 0]
     assert translated["labels"] == [tokenizer(text)["input_ids"][:1] for text in rows["b"]]
 
 
 @pytest.mark.parametrize("labels", [["yes", "no"], [0.0, 1.0], [0, None]])
-def test_labels_must_be_whole_numbers(tokenizer, labels):
+def test_labels_must_be_whole_numbers_or_known(tokenizer, labels):
     with pytest.raises(ValueError, match="the column 'label' must hold labels, whole numbers from 0; it holds"):
         classify({"a": ["x", "y"], "label": labels}, tokenizer, ["a"], "label", 9)
+    with pytest.raises(ValueError, match="whole numbers from 0, or one of perhaps; it holds"):
+        classify({"a": ["x", "y"], "label": labels}, tokenizer, ["a"], "label", 9, {"perhaps": 0})
 
 
 def test_texts_must_be_texts(tokenizer):
@@ -261,7 +255,7 @@ def test_texts_must_be_texts(tokenizer):
     with pytest.raises(ValueError, match="'b' must hold text in every row; it holds None"):
         translate({"a": ["x"], "b": [None]}, tokenizer, ("a", "b"), (9, 9))
     with pytest.raises(ValueError, match="'text' must hold text in every row; it holds 5"):
-        pack({"text": [5, 6]}, tokenizer, 2, "text", True)
+        pack({"text": [5, 6]}, tokenizer, 2, ["text"], True)
 
 
 def test_blocks_to_batch():

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from glob import has_magic
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -10,15 +11,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from billhook.arguments import annotated, fraction, number, whole
+from billhook.calibration.conversations import columns_of
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, generated, row_length
-from billhook.calibration.rows import check_columns, load_splits, map_rows, pack, runs_on
+from billhook.calibration.reading import load_splits, runs_on
+from billhook.calibration.rows import map_rows, pack
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
 from billhook.running.batches import Batch, each
 
 Source: TypeAlias = str | dict[str, str | list[str]]
-"""`"generated"`, `"tiny"`, a file, a folder, a hub name, or files by split."""
+"""`"generated"`, `"tiny"`, a file, a glob of files, a folder, a hub name, or files by split."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class Calibration:
 
     Args:
         sources: One or several: `"generated"`, which is what the model itself writes; `"tiny"`; a file (.txt, .jsonl, .csv,
-            .parquet), a folder, a hub name (`"name"` or `"name:config"`) or files by split, of which the split `train` is
-            taken. Rows may also be chats, lists of messages in a column `messages`, which go through the chat template.
+            .parquet) or a glob of files (`"chats/*.jsonl"`), a folder, a hub name (`"name"` or `"name:config"`) or files by
+            split, of which the split `train` is taken. Without the column `column`, rows are chats, lists of messages in a
+            column `messages`, or columns `prompt` and `response`: both go through the chat template.
         weights: Share of the tokens for each source, in the same order; by default they are equal.
         tokens: How many there are of all sources together; a source that has fewer than its share gives all that it has.
         length: Tokens in a row; by default as many as the model reads, at most 512.
@@ -146,18 +150,16 @@ class Calibration:
         return torch.tensor(blocks[drawn]["input_ids"])
 
     def _blocks(self, rows: Any, split: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401 - of `datasets`
-        column = "messages" if self.column not in rows.column_names and "messages" in rows.column_names else self.column
-        check_columns(rows, split, column)
-        how = {"block_size": length, "column": column, "documents": not runs_on(rows)}
+        how = {"block_size": length, "columns": columns_of(rows, split, self.column), "documents": not runs_on(rows)}
         return map_rows(rows, pack, split, tokenizer, **how)
 
 
 def _name(source: Source) -> str:
-    """Names a source; files by split after the first one of `train`."""
+    """Names a source; files by split after the first one of `train`, a glob as it is written."""
     if isinstance(source, dict):
         files = source.get("train") or next(iter(source.values()), "")
         source = files if isinstance(files, str) else files[0]
-    return Path(source).stem if Path(source).suffix else source
+    return Path(source).stem if Path(source).suffix and not has_magic(source) else source
 
 
 Batches: TypeAlias = Iterable[Any] | Calibration

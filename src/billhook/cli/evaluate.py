@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import whole
 from billhook.assets import model_path
-from billhook.calibration.rows import Rows
+from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
 from billhook.cli.choices import Question, Row, batches, encode, log_likelihoods, read_questions
 from billhook.cli.machine import check_file, device_of, versions

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from billhook.calibration.rows import Rows
+from billhook.calibration.reading import Rows
 from billhook.report.generation import generates
 
 

@@ -1,36 +1,47 @@
 """LightningDataModules over `datasets`: text packed into blocks, sequence classification, sequence to sequence."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import datasets
+from lightning_utilities.core.rank_zero import rank_zero_info
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel
 
 from billhook.arguments import annotated, fraction, whole
+from billhook.calibration.conversations import columns_of, is_text
+from billhook.calibration.reading import Data, Rows, Table, check_columns, runs_on
 from billhook.calibration.rows import (
     Batch,
-    Data,
-    Rows,
+    Padding,
     SteadyMasking,
+    apart,
     blocks_to_batch,
-    check_columns,
     classify,
     map_rows,
     pack,
-    runs_on,
     translate,
 )
-from billhook.training.dataset_module import DatasetModule
+from billhook.training.dataset_module import DatasetModule, NoExamples
+from billhook.training.labels import name_labels, names_in, number_labels, numbers_of
 
 
 class TextDataModule(DatasetModule):
-    """Text for language models, tokenised and packed into blocks of equal length.
+    """Text, chats, or prompts and responses for language models, tokenised and packed into blocks of equal length, or padded.
 
-    Each row of a hub data set, .jsonl, .csv or .parquet file is one document, and the tokenizer's end-of-sequence token
-    (or separator) ends it; the lines of a .txt file run on. Null and blank rows do not count. Tokens that do not fill a block
-    at the end of 10,000 rows are left out.
+    A row of a hub data set, .jsonl, .csv or .parquet file has one of these, in this order:
+
+    - the column `column`: a document, which the tokenizer's end-of-sequence token (or separator) ends, or a chat;
+    - `messages`: a chat, a list of messages with `role` and `content`, which the tokenizer's chat template writes;
+    - `prompt` and `response` (or `completion`): a chat of two messages, or, where the tokenizer has no chat template, the one
+      after the other and the end token.
+
+    The lines of a .txt file run on. Null and blank rows do not count. Tokens that do not fill a block at the end of 10,000 rows
+    are left out, as are examples in which nothing is learnt.
 
     Args:
-        data: `"tiny"` (the embedded text), a hub name (`"name"` or `"name:config"`), a folder, or local files by split.
+        data: `"tiny"` (the embedded text), a hub name (`"name"` or `"name:config"`), a folder, a file or a glob of files
+            (`"chats/*.jsonl"`), or files by split, as in `{train: [a.jsonl, b.jsonl], validation: c.jsonl}`; or a list of
+            several of these. In Python also a `Dataset` or `DatasetDict` of `datasets`, or one that streams.
         tokenizer: A name or folder; by default the tokenizer saved with the model in training.
         block_size: Tokens in a block.
         batch_size: Blocks in a batch, per device.
@@ -40,9 +51,17 @@ class TextDataModule(DatasetModule):
         seed: The order of the training blocks depends on this seed and the epoch alone.
         num_workers: Processes that load batches; 0 loads in the main process.
         streaming: Read while training instead of preparing and caching everything first.
+        validation: Share of the training rows, in [0, 1), that are held out, drawn by `seed`, to validate on where the data has
+            no split `validation` and does not stream; of a .txt file the last lines. 0 for none.
+        loss_on: Tokens of chats and of prompts that are learnt: those of "responses", or "all". Of plain text all are. Responses
+            are what the chat template marks by `{% generation %}`, or else what each message of the assistant adds to the chat.
+        packing: False for an example of each row: longer ones are cut to `block_size` tokens, and those of a batch are padded.
+        weights: Shares of the training blocks, one for each in the list `data`: they are drawn so till each source has been seen
+            whole, and what is drawn of others may repeat. By default each gives all that it has, once.
 
     Raises:
-        ValueError: If a file is empty or missing, a split has no such column, or the text is shorter than one block.
+        ValueError: If a file is empty or missing, a split has no such column, the text is shorter than one block, there is no
+            chat template for chats, or it does not show which tokens are responses.
 
     Example:
         >>> import billhook as bh
@@ -53,7 +72,7 @@ class TextDataModule(DatasetModule):
 
     def __init__(
         self,
-        data: Data = "tiny",
+        data: Data | Table | list[Data | Table] = "tiny",
         tokenizer: str | None = None,
         block_size: int = 256,
         batch_size: int = 8,
@@ -62,12 +81,17 @@ class TextDataModule(DatasetModule):
         seed: int = 0,
         num_workers: int = 0,
         streaming: bool = False,
+        validation: float = 0.05,
+        loss_on: Literal["responses", "all"] = "responses",
+        packing: bool = True,
+        weights: Sequence[float] | None = None,
     ) -> None:
         annotated(TextDataModule, locals())
-        super().__init__(data, tokenizer, batch_size, seed, num_workers, streaming)
+        super().__init__(data, tokenizer, batch_size, seed, num_workers, streaming, validation, weights)
         whole("block_size", block_size, 2)  # a token to read and one to predict
         fraction("mlm_probability", mlm_probability)
         self.block_size, self.column, self.mlm_probability = block_size, column, mlm_probability
+        self.loss_on, self.packing = loss_on, packing
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuses a classifier, whose labels are no tokens."""
@@ -77,18 +101,32 @@ class TextDataModule(DatasetModule):
             )
 
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Turns rows of text into rows of `block_size` token ids."""
-        check_columns(rows, split, self.column)
-        arguments = {"block_size": self.block_size, "column": self.column, "documents": not runs_on(rows)}
-        blocks = map_rows(rows, pack, split, self.tokenizer, **arguments)
-        if isinstance(blocks, datasets.Dataset) and len(blocks) == 0:
-            raise ValueError(f"block_size={self.block_size} is longer than the whole text of the split '{split}'")
-        return blocks
+        """Turns rows of text into rows of `block_size` token ids, or at most so many."""
+        columns, documents = columns_of(rows, split, self.column), not runs_on(rows)
+        if not (documents or self.packing):
+            raise ValueError("packing=False: the lines of a .txt file run on, and are no examples: give it rows (.jsonl, ...)")
+        responses = self.loss_on == "responses" and not self.mlm_probability and not is_text(rows, columns)
+        arguments = {"block_size": self.block_size, "columns": columns, "documents": documents, "responses": responses}
+        examples = map_rows(rows, pack if self.packing else apart, split, self.tokenizer, **arguments)
+        if not isinstance(examples, datasets.Dataset):
+            return examples
+        if len(examples) == 0:
+            what = (
+                "no example of the split '{}' has a token to learn within block_size={}" if responses or not self.packing else ""
+            )
+            what = what or "block_size={1} is longer than the whole text of the split '{0}'"
+            raise NoExamples(what.format(split, self.block_size))
+        if not self.packing and (left := len(rows) - len(examples)):
+            rank_zero_info(
+                f"billhook: {left} of {len(rows)} rows of the split '{split}' are left out, since there is nothing to learn in "
+                f"their first {self.block_size} tokens"
+            )
+        return examples
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
-        """Returns the function that makes a batch of blocks, masked with `mlm_probability`."""
+        """Returns the function that makes a batch of blocks, or of padded rows, masked with `mlm_probability`."""
         if not self.mlm_probability:
-            return blocks_to_batch
+            return blocks_to_batch if self.packing else Padding(self.tokenizer)
         if self.tokenizer.mask_token is None:
             raise ValueError(f"mlm_probability={self.mlm_probability}: the tokenizer has no mask token")
         return SteadyMasking(self.tokenizer, mlm_probability=self.mlm_probability)
@@ -98,17 +136,22 @@ class ClassificationDataModule(DatasetModule):
     """Texts, or pairs of texts, with a label each.
 
     Args:
-        data: A hub name (`"name"` or `"name:config"`), a folder, or local files by split.
+        data: A hub name (`"name"` or `"name:config"`), a folder, a file or a glob of files, or files by split; in Python also a
+            `Dataset` or `DatasetDict` of `datasets`.
         tokenizer: A name or folder; by default the tokenizer saved with the model in training.
         text_columns: The column of the text; two columns for pairs.
-        label_column: The column of the label: whole numbers from 0.
+        label_column: The column of the label: whole numbers from 0, or words, which are numbered as the model's config does
+            (`label2id`), or else in the order of the alphabet. The names are kept in the config, and so are exported.
         max_length: Longer texts are cut to so many tokens.
         batch_size: Texts in a batch, per device.
         seed: The order of the training texts depends on this seed and the epoch alone.
         num_workers: Processes that load batches; 0 loads in the main process.
+        validation: Share of the training rows, in [0, 1), that are held out, drawn by `seed`, to validate on where the data has
+            no split `validation`. 0 for none.
 
     Raises:
-        ValueError: If a file is empty or missing, or a split has no such column.
+        ValueError: If a file is empty or missing, a split has no such column, or there are more or fewer labels by name than the
+            model has classes.
 
     Example:
         >>> import billhook as bh
@@ -119,7 +162,7 @@ class ClassificationDataModule(DatasetModule):
 
     def __init__(
         self,
-        data: Data,
+        data: Data | Table,
         tokenizer: str | None = None,
         text_columns: list[str] | None = None,
         label_column: str = "label",
@@ -127,11 +170,13 @@ class ClassificationDataModule(DatasetModule):
         batch_size: int = 32,
         seed: int = 0,
         num_workers: int = 0,
+        validation: float = 0.05,
     ) -> None:
         annotated(ClassificationDataModule, locals())
-        super().__init__(data, tokenizer, batch_size, seed, num_workers)
+        super().__init__(data, tokenizer, batch_size, seed, num_workers, validation=validation)
         whole("max_length", max_length)
         self.text_columns, self.label_column, self.max_length = text_columns or ["text"], label_column, max_length
+        self.label2id: dict[str, int] = {}
         if len(self.text_columns) > 2:
             raise ValueError(f"text_columns={self.text_columns}: one column, or two for pairs")
 
@@ -144,10 +189,22 @@ class ClassificationDataModule(DatasetModule):
                 "(task='sequence-classification')"
             )
 
+    def read(self, model: PreTrainedModel | None = None) -> None:
+        """Makes the splits, with the numbers that a model gives to labels; it then knows their names."""
+        super().read(model)
+        if model is not None:
+            name_labels(model.config, self.label2id)
+
+    def prepare(self, given: Sequence[dict[str, Rows]], model: PreTrainedModel | None) -> None:
+        """Finds the names of labels."""
+        names = [name for splits in given for name in names_in(splits, self.label_column)]
+        self.label2id = number_labels(names, None if model is None else model.config, self.label_column)
+
     def encode(self, rows: Rows, split: str) -> Rows:
         """Turns rows of text and label into rows of token ids and labels."""
         check_columns(rows, split, *self.text_columns, self.label_column)
         arguments = {"text_columns": self.text_columns, "label_column": self.label_column, "max_length": self.max_length}
+        arguments |= {"numbers": numbers_of(rows, self.label_column, self.label2id)}
         return map_rows(rows, classify, split, self.tokenizer, **arguments)
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
@@ -160,7 +217,8 @@ class Seq2SeqDataModule(DatasetModule):
     """Pairs of source and target texts.
 
     Args:
-        data: A hub name (`"name"` or `"name:config"`), a folder, or local files by split.
+        data: A hub name (`"name"` or `"name:config"`), a folder, a file or a glob of files, or files by split; in Python also a
+            `Dataset` or `DatasetDict` of `datasets`.
         tokenizer: A name or folder; by default the tokenizer saved with the model in training.
         source_column: The column of the text to read.
         target_column: The column of the text to write.
@@ -169,6 +227,8 @@ class Seq2SeqDataModule(DatasetModule):
         batch_size: Pairs in a batch, per device.
         seed: The order of the training pairs depends on this seed and the epoch alone.
         num_workers: Processes that load batches; 0 loads in the main process.
+        validation: Share of the training rows, in [0, 1), that are held out, drawn by `seed`, to validate on where the data has
+            no split `validation`. 0 for none.
 
     Raises:
         ValueError: If a file is empty or missing, or a split has no such column.
@@ -182,7 +242,7 @@ class Seq2SeqDataModule(DatasetModule):
 
     def __init__(
         self,
-        data: Data,
+        data: Data | Table,
         tokenizer: str | None = None,
         source_column: str = "source",
         target_column: str = "target",
@@ -191,9 +251,10 @@ class Seq2SeqDataModule(DatasetModule):
         batch_size: int = 16,
         seed: int = 0,
         num_workers: int = 0,
+        validation: float = 0.05,
     ) -> None:
         annotated(Seq2SeqDataModule, locals())
-        super().__init__(data, tokenizer, batch_size, seed, num_workers)
+        super().__init__(data, tokenizer, batch_size, seed, num_workers, validation=validation)
         whole("max_source_length", max_source_length)
         whole("max_target_length", max_target_length)
         self.source_column, self.target_column = source_column, target_column

@@ -1,7 +1,7 @@
 """The part that all data modules share: splits from `datasets`, a tokenizer, and loaders in a resumable order."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -12,12 +12,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.arguments import whole
-from billhook.calibration.rows import SPLITS, Batch, Data, Rows, load_splits
+from billhook.arguments import fraction, whole
+from billhook.calibration.reading import SPLITS, Data, Rows, Table, load_splits
+from billhook.calibration.rows import Batch
 from billhook.fit.lightning_internals import drop_training_loaders
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import load_tokenizer
 from billhook.training.loader import EpochSampler, ResumableLoader, batches_seen, fit_place, place_of
+from billhook.training.splits import check_weights, held_out, join, tell_held_out
+
+
+class NoExamples(ValueError):
+    """There is a split whose rows make no example."""
 
 
 class DatasetModule(pl.LightningDataModule):
@@ -25,16 +31,24 @@ class DatasetModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        data: Data = "tiny",
+        data: Data | Table | list[Data | Table] = "tiny",
         tokenizer: str | None = None,
         batch_size: int = 8,
         seed: int = 0,
         num_workers: int = 0,
         streaming: bool = False,
+        validation: float = 0.05,
+        weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         whole("batch_size", batch_size)
+        fraction("validation", validation)
+        sources = data if isinstance(data, list) else [data]
+        if not sources:
+            raise ValueError("data=[] must name at least one source")
+        check_weights(weights, len(sources))
         self.data, self.tokenizer_name = data, tokenizer
+        self.validation, self.weights = validation, weights
         self.batch_size, self.seed, self.num_workers, self.streaming = batch_size, seed, num_workers, streaming
         self.splits: dict[str, Rows] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -71,11 +85,45 @@ class DatasetModule(pl.LightningDataModule):
         model = None
         with suppress(ValueError):  # there is none yet, or more than one
             model = find_transformer(getattr(self.trainer, "lightning_module", None) or nn.Identity())
+        self.read(model)
+
+    def read(self, model: PreTrainedModel | None = None) -> None:
+        """Makes the splits, for a model that is to read them."""
         if model is not None:
             self.check(model)
-        if not self.splits:
-            rows = load_splits(self.data, self.streaming)
-            self.splits = {split: self.encode(rows[split], split) for split in SPLITS if split in rows}
+        if self.splits:
+            return
+        sources = self.data if isinstance(self.data, list) else [self.data]
+        given = [self._used(source) for source in sources]
+        if self.weights is not None and not all("train" in splits for splits in given):
+            raise ValueError("weights: each source in data needs a split 'train'")
+        self.prepare(given, model)
+        held = self.validation > 0 and any("train" in splits for splits in given) and not any("validation" in s for s in given)
+        encoded = [self._held_out(splits) if held else self._encoded(splits) for splits in given]
+        found = {split: [own[split] for own in encoded if split in own] for split in SPLITS}
+        self.splits = {
+            split: join(parts, self.weights if split == "train" else None, self.seed) for split, parts in found.items() if parts
+        }
+        if held:
+            examples: Any = self.splits.get("validation", ())
+            tell_held_out(self.validation, self.seed, len(examples))
+
+    def _used(self, source: Data | Table) -> dict[str, Rows]:
+        return {split: rows for split, rows in load_splits(source, self.streaming).items() if split in SPLITS}
+
+    def _encoded(self, splits: dict[str, Rows]) -> dict[str, Rows]:
+        return {split: self.encode(rows, split) for split, rows in splits.items()}
+
+    def _held_out(self, splits: dict[str, Rows]) -> dict[str, Rows]:
+        """Encodes splits with a validation split held out of the training rows, unless one of both would have no example."""
+        parts = held_out(splits, self.validation, self.seed)
+        if parts is not None:
+            with suppress(NoExamples):
+                return self._encoded(parts)
+        return self._encoded(splits)
+
+    def prepare(self, given: Sequence[dict[str, Rows]], model: PreTrainedModel | None) -> None:
+        """Looks at the rows of all sources before they are encoded."""
 
     @abstractmethod
     def encode(self, rows: Rows, split: str) -> Rows:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from billhook.arguments import fraction, whole
 from billhook.calibration.generated import LENGTH
 from billhook.calibration.generated import NAME as GENERATED
-from billhook.calibration.rows import Data
+from billhook.calibration.reading import Data
 
 ENOUGH = 0.99
 """The agreement that is asked for where no number of examples is given."""

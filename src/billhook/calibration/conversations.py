@@ -1,0 +1,188 @@
+"""Turns a row of data into token ids, and marks those that a model learns of it: text, a chat, or a prompt and its response."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import datasets
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from billhook.calibration.reading import Rows, column_names
+
+CHAT = "messages"
+ANSWERED = (("prompt", "response"), ("prompt", "completion"))
+"""Columns of prompts and what follows them."""
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""The tag by which a chat template says which part the model writes."""
+
+Chat: TypeAlias = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as token ids, and for each of them whether a model learns to write it."""
+
+    ids: list[int]
+    learnt: list[bool]
+
+
+def columns_of(rows: Rows, split: str, column: str) -> list[str]:
+    """Finds the columns that hold the text of a split: `column`, or else `messages`, or else a prompt and its response."""
+    found = column_names(rows)
+    for columns in ((column,), (CHAT,), *ANSWERED):
+        if set(columns) <= set(found):
+            return list(columns)
+    raise ValueError(
+        f"the split '{split}' has no column '{column}'; it has {', '.join(found) or 'no rows'}, and neither '{CHAT}' nor "
+        "'prompt' and 'response'"
+    )
+
+
+def is_text(rows: Rows, columns: Sequence[str]) -> bool:
+    """Tells whether rows are plain text, of which all is learnt; reads the first row of a stream that does not know."""
+    if len(columns) > 1:
+        return False
+    kind = (rows.features or {}).get(columns[0])
+    if kind is not None:
+        return isinstance(kind, datasets.Value)
+    first: dict[str, Any] = next(iter(rows), {})
+    return isinstance(first.get(columns[0]), str | None)
+
+
+def encode(
+    rows: dict[str, Any], tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], documents: bool, responses: bool
+) -> Iterator[Encoded]:
+    """Encodes rows: text, chats (lists of messages), or prompts with responses, which are chats if the tokenizer has a template.
+
+    Args:
+        rows: Columns of rows, as `datasets` gives them to a function that maps batches; null and blank rows do not count.
+        tokenizer: The tokenizer; of chats, its chat template decides what is written.
+        columns: The column of text or chats, or those of prompts and responses.
+        documents: Whether a text is a document, which the end token ends; else all are one, the lines of a file.
+        responses: Whether responses alone are learnt; of text, all is.
+
+    Raises:
+        ValueError: If a row holds something else, or responses cannot be found in what the chat template makes of a chat.
+    """
+    values = [[value for value in row if value is not None] for row in zip(*(rows[column] for column in columns), strict=True)]
+    given = [row for row in values if len(row) == len(columns)]
+    if len(columns) > 1:
+        for prompt, response in given:
+            yield from _answered(prompt, response, tokenizer, columns, responses)
+    elif given and isinstance(given[0][0], list):
+        for (chat,) in given:
+            if _checked(chat, columns[0]):
+                yield _chat(chat, tokenizer, responses)
+    else:
+        yield from _texts([text for (text,) in given], tokenizer, columns[0], documents)
+
+
+def _texts(texts: list[Any], tokenizer: PreTrainedTokenizerBase, column: str, documents: bool) -> Iterator[Encoded]:
+    check_texts(texts, column)
+    told = [text for text in (texts if documents else ["".join(texts)]) if text and not text.isspace()]
+    if told:
+        end = _end(tokenizer) if documents else []
+        for ids in tokenizer(told, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield Encoded([*ids, *end], [True] * (len(ids) + len(end)))
+
+
+def check_texts(values: Sequence[Any], column: str) -> None:
+    """Refuses a column that holds anything but text."""
+    for value in values:
+        if not isinstance(value, str):
+            raise ValueError(f"the column '{column}' must hold text in every row; it holds {value!r}")
+
+
+def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the token that ends a document, if there is one."""
+    last: int | None = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return [] if last is None else [last]
+
+
+def _answered(
+    prompt: Any,  # noqa: ANN401 - text or a chat
+    response: Any,  # noqa: ANN401
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Sequence[str],
+    responses: bool,
+) -> Iterator[Encoded]:
+    """Encodes a prompt and its response: by the chat template, or one after the other where there is none."""
+    parts = list[Chat]()
+    for value, column, role in zip((prompt, response), columns, ("user", "assistant"), strict=True):
+        if not isinstance(value, list):
+            check_texts([value], column)
+        parts.append(_checked(value, column) if isinstance(value, list) else [{"role": role, "content": value}])
+    if isinstance(response, str) and (not response or response.isspace()):
+        return
+    if tokenizer.chat_template or isinstance(prompt, list) or isinstance(response, list):
+        yield _chat(parts[0] + parts[1], tokenizer, responses)
+        return
+    encoded = _spans(prompt + response, [(len(prompt), len(prompt + response))], tokenizer, responses)
+    end = _end(tokenizer)
+    yield Encoded(encoded.ids + end, encoded.learnt + [True] * len(end))
+
+
+def _checked(chat: list[Any], column: str) -> Chat:
+    """Returns the messages of a chat, without what `datasets` fills in where one of them has no such key."""
+    for message in chat:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(
+                f"the column '{column}' must hold chats, lists of messages with 'role' and 'content'; one is {message!r}"
+            )
+    return [{key: value for key, value in message.items() if value is not None} for message in chat]
+
+
+def _chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, responses: bool) -> Encoded:
+    """Encodes a chat; what is learnt is what the template marks as generated, or what each response adds to it."""
+    if not tokenizer.chat_template:
+        raise ValueError("tokenizer: it has no chat template, which rows of messages need: name a tokenizer that has one")
+    if not responses:
+        return _spans(_written(chat, tokenizer), [], tokenizer, responses)
+    if not GENERATION.search(tokenizer.get_chat_template()):
+        return _spans(*_responses(chat, tokenizer), tokenizer, responses)
+    _written(chat, tokenizer)  # which refuses in our words what the template refuses
+    encoded: Any = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    return Encoded(list(encoded["input_ids"]), [bool(own) for own in encoded["assistant_masks"]])
+
+
+def _written(chat: Chat, tokenizer: PreTrainedTokenizerBase, opened: bool = False) -> str:
+    """Writes a chat by the template, perhaps up to where a response begins."""
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=opened))
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses a chat: {error}; the chat is {str(chat)[:200]}") from error
+
+
+def _responses(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
+    """Returns a chat as text, with the characters of each response: from the text that asks for it, to the text with it."""
+    whole, spans = _written(chat, tokenizer), list[tuple[int, int]]()
+    for place, message in enumerate(chat):
+        if message["role"] != "assistant":
+            continue
+        before = _written(chat[:place], tokenizer, opened=True) if place else None
+        after = whole if place == len(chat) - 1 else _written(chat[: place + 1], tokenizer)
+        if before is None or not after.startswith(before) or not whole.startswith(after):
+            raise ValueError(
+                "loss_on='responses': the responses cannot be told apart from the rest, since the chat template writes "
+                f"{'no chat that begins with one' if before is None else 'what comes before one otherwise once it is there'}: "
+                "give the template {% generation %} tags, or learn from all (loss_on='all'); the chat is " + str(chat)[:200]
+            )
+        spans.append((len(before), len(after)))
+    return whole, spans
+
+
+def _spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, responses: bool) -> Encoded:
+    """Encodes text of which some characters are learnt: each token that has one of them, as transformers does."""
+    if not responses:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return Encoded(list(ids), [True] * len(ids))
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"loss_on='responses': {type(tokenizer).__name__} does not say which characters a token is of, as a fast tokenizer "
+            "does: name such a one, or learn from all (loss_on='all')"
+        )
+    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    learnt = [any(start < last and end > first for first, last in spans) for start, end in encoded["offset_mapping"]]
+    return Encoded(list(encoded["input_ids"]), learnt)

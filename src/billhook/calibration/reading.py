@@ -1,0 +1,122 @@
+"""Reads data with `datasets`: files, globs, folders, hub names and objects, by split."""
+
+from collections.abc import Mapping, Sequence
+from glob import escape, glob, has_magic
+from pathlib import Path
+from typing import TypeAlias
+
+import datasets
+
+from billhook.assets import text_files
+
+SPLITS = ("train", "validation", "test")
+FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+
+Data: TypeAlias = str | dict[str, str | list[str]]
+"""`"tiny"`, a hub name (`"name"` or `"name:config"`), a folder, a file or a glob of files, or files by split."""
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Table: TypeAlias = datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict
+"""Data that is loaded already."""
+
+
+def load_splits(data: Data | Table, streaming: bool = False) -> dict[str, Rows]:
+    """Loads the splits of `data` with `datasets`: a folder may be a hub data set, and files alone are the split `train`."""
+    if isinstance(data, datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict):
+        return _loaded(data, streaming)
+    if data == "tiny":
+        return _read("parquet", {split: [file] for split, file in text_files().items()}, streaming)
+    if isinstance(data, str) and (has_magic(data) or _kind(data) is not None) and not Path(data).is_dir():
+        data = {"train": data}
+    if isinstance(data, dict):
+        files = {split: _files(split, names) for split, names in data.items()}
+        return _read(_one_kind(files), files, streaming)
+    name, _, config = (data, "", "") if Path(data).is_dir() else data.partition(":")
+    found = dict(datasets.load_dataset(name, config or None, streaming=streaming))
+    if any(runs_on(rows) for rows in found.values()):
+        found = dict(datasets.load_dataset(name, config or None, streaming=streaming, keep_linebreaks=True))
+    return found
+
+
+def _loaded(data: Table, streaming: bool) -> dict[str, Rows]:
+    """Returns the splits of an object, each row of it a document; one table alone is the split `train`."""
+    found = dict(data) if isinstance(data, Mapping) else {"train": data}
+    if not found.keys() & set(SPLITS):
+        raise ValueError(f"data: the splits are {', '.join(map(str, found)) or 'none'}; one of {', '.join(SPLITS)} is needed")
+    for split, rows in found.items():
+        plain = rows.with_format(None)
+        plain._info = rows.info.copy()
+        plain.info.builder_name = None  # where it came from lines of text, they have lost their ends
+        found[split] = plain.to_iterable_dataset() if streaming and isinstance(plain, datasets.Dataset) else plain
+    return found
+
+
+def runs_on(rows: Rows) -> bool:
+    """Says whether a row is a line of a .txt file, not a document."""
+    return bool(rows.info.builder_name == "text")
+
+
+def _read(kind: str, files: Mapping[str, Sequence[str]], streaming: bool) -> dict[str, Rows]:
+    options = {"keep_linebreaks": True} if kind == "text" else {}
+    escaped = {split: [escape(name) for name in names] for split, names in files.items()}  # as `datasets` takes names for globs
+    try:
+        return dict(datasets.load_dataset(kind, data_files=escaped, streaming=streaming, **options))
+    except Exception as error:
+        raise _unreadable(f"the files {files} cannot be read as {kind}", error) from error
+
+
+def _unreadable(what: str, error: Exception) -> ValueError:
+    return ValueError(f"data: {what}, or hold no rows ({error.__cause__ or error or type(error).__name__})")
+
+
+def _kind(file: str) -> str | None:
+    """Returns the format of a file by its ending; one more ending may name its compression."""
+    suffixes = [suffix.lower() for suffix in Path(file).suffixes]
+    if suffixes and suffixes[-1] in COMPRESSED:
+        suffixes.pop()
+    return FORMATS.get(suffixes[-1]) if suffixes else None
+
+
+def _one_kind(files: Mapping[str, Sequence[str]]) -> str:
+    kinds = {_kind(name) for names in files.values() for name in names}
+    kind = kinds.pop() if len(kinds) == 1 else None
+    if kind is None:
+        raise ValueError(f"data: files of one kind, ending in one of {', '.join(FORMATS)}, are needed; got {files}")
+    return kind
+
+
+def _files(split: str, names: str | list[str]) -> list[str]:
+    """Returns the files of a split, those of a glob in the order of their names."""
+    if split not in SPLITS:
+        raise ValueError(f"data: unknown split '{split}'; a split is one of {', '.join(SPLITS)}")
+    found = list[str]()
+    for name in [names] if isinstance(names, str) else names:
+        globbed = has_magic(name) and not Path(name).exists()
+        files = [file for file in sorted(glob(name, recursive=True)) if Path(file).is_file()] if globbed else [name]
+        if not files:
+            raise ValueError(f"data: no file of the split '{split}' matches '{name}'")
+        found += files
+    for name in found:
+        if not Path(name).is_file():
+            raise ValueError(f"data: the file '{name}' of the split '{split}' does not exist")
+        if Path(name).stat().st_size == 0:
+            raise ValueError(f"data: the file '{name}' of the split '{split}' is empty")
+    return found
+
+
+def check_columns(rows: Rows, split: str, *columns: str) -> None:
+    """Refuses a split without one of the columns, or without any row."""
+    found = column_names(rows)
+    for column in columns:
+        if column not in found:
+            raise ValueError(f"the split '{split}' has no column '{column}'; it has {', '.join(found) or 'no rows'}")
+
+
+def column_names(rows: Rows) -> list[str]:
+    """Returns the columns; reads the first row of a stream that does not know them."""
+    if rows.column_names:
+        return list(rows.column_names)
+    try:
+        return list(next(iter(rows), {}))
+    except Exception as error:
+        raise _unreadable("the stream cannot be read", error) from error

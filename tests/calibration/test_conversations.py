@@ -1,0 +1,157 @@
+"""Rows to token ids, and which of them are learnt."""
+
+import datasets
+import pytest
+from transformers import AutoTokenizer
+
+from billhook.assets import model_path
+from billhook.calibration.conversations import columns_of, encode, is_text
+from billhook.calibration.rows import NOT_LEARNT, apart, blocks_to_batch, map_rows, pack
+from kit.chats import PLAIN, TAGGED, chat, talking
+
+TURNS = chat("Who was it?", "The old gardener.", "And why?", "Nobody knows, they say.")
+END = "<|endoftext|>"
+
+
+def one(rows, tokenizer, columns=("messages",), responses=True):
+    (encoded,) = encode(rows, tokenizer, columns, True, responses)
+    assert len(encoded.ids) == len(encoded.learnt)
+    return encoded
+
+
+def learnt(encoded, tokenizer):
+    return tokenizer.decode([token for token, own in zip(encoded.ids, encoded.learnt, strict=True) if own])
+
+
+@pytest.mark.parametrize(("template", "after"), [(PLAIN, "\n"), (TAGGED, "")])
+def test_responses_alone_are_learnt_of_a_chat(template, after):
+    tokenizer = talking(template)
+    encoded = one({"messages": [TURNS]}, tokenizer)
+    assert learnt(encoded, tokenizer) == f"The old gardener.{END}{after}Nobody knows, they say.{END}{after}"
+    assert encoded.ids == tokenizer.apply_chat_template(TURNS, return_dict=True)["input_ids"]
+    assert all(one({"messages": [TURNS]}, tokenizer, responses=False).learnt)
+
+
+def test_a_chat_that_ends_with_a_question():
+    tokenizer = talking()
+    assert learnt(one({"messages": [TURNS[:3]]}, tokenizer), tokenizer) == f"The old gardener.{END}\n"
+    assert not any(one({"messages": [TURNS[:1]]}, tokenizer).learnt)
+
+
+@pytest.mark.parametrize("response", ["response", "completion"])
+def test_a_prompt_and_its_response_are_a_chat(response):
+    tokenizer, rows = talking(), {"prompt": ["Who was it?"], response: ["The old gardener."]}
+    assert one(rows, tokenizer, ["prompt", response]) == one({"messages": [TURNS[:2]]}, tokenizer)
+    rows = {"prompt": [TURNS[:1]], response: [TURNS[1:2]]}
+    assert one(rows, tokenizer, ["prompt", response]) == one({"messages": [TURNS[:2]]}, tokenizer)
+
+
+def test_without_a_template_a_response_follows_its_prompt():
+    tokenizer = AutoTokenizer.from_pretrained(model_path("tiny"))
+    encoded = one({"prompt": ["Who was it?"], "response": [" The old gardener."]}, tokenizer, ["prompt", "response"])
+    assert tokenizer.decode(encoded.ids) == f"Who was it? The old gardener.{END}"
+    assert learnt(encoded, tokenizer) == f" The old gardener.{END}"
+
+
+def test_null_and_blank_rows_do_not_count():
+    tokenizer = talking()
+    assert not list(encode({"messages": [None, []]}, tokenizer, ["messages"], True, True))
+    rows = {"prompt": ["Who?", None, "Who?", "Who?"], "response": [None, "He.", " ", "He."]}
+    assert len(list(encode(rows, tokenizer, ["prompt", "response"], True, True))) == 1
+
+
+def test_keys_that_are_filled_in_do_not_reach_the_template():
+    tokenizer = talking("{% for m in messages %}{{ m.keys() | list }}{% endfor %}")
+    filled = [message | {"tool_calls": None} for message in TURNS]
+    encoded = one({"messages": [filled]}, tokenizer, responses=False)
+    assert "tool_calls" not in tokenizer.decode(encoded.ids)
+
+
+FORGETFUL = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (FORGETFUL, TURNS, "loss_on='responses': the responses cannot be told apart .* comes before one otherwise"),
+        (PLAIN, TURNS[1:], "writes no chat that begins with one"),
+        ("{{ raise_exception('roles must alternate') }}", TURNS, "the chat template refuses a chat: roles must alternate"),
+        (None, TURNS, "tokenizer: it has no chat template, which rows of messages need"),
+        (PLAIN, [{"from": "human", "value": "Who?"}], "the column 'messages' must hold chats, .*; one is {'from'"),
+        (PLAIN, ["Who?"], "the column 'messages' must hold chats"),
+    ],
+)
+def test_chats_that_are_refused(template, messages, message):
+    with pytest.raises(ValueError, match=message):
+        one({"messages": [messages]}, talking(template))
+
+
+def test_a_prompt_that_is_no_text():
+    with pytest.raises(ValueError, match="the column 'response' must hold text in every row; it holds 5"):
+        one({"prompt": ["Who?"], "response": [5]}, talking(), ["prompt", "response"])
+
+
+def test_a_tokenizer_that_does_not_know_characters(monkeypatch):
+    tokenizer = talking()
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(ValueError, match="does not say which characters a token is of.*loss_on='all'"):
+        one({"messages": [TURNS]}, tokenizer)
+    assert all(one({"messages": [TURNS]}, tokenizer, responses=False).learnt)
+
+
+@pytest.mark.parametrize("template", [PLAIN, TAGGED])
+@pytest.mark.parametrize("block_size", [2, 5, 16, 33])
+def test_packing_keeps_labels_with_their_tokens(template, block_size):
+    tokenizer = talking(template)
+    chats = [chat(f"Question {n}?", f"Answer {n}, of {'some ' * n}words.") for n in range(9)]
+    rows = list(encode({"messages": chats}, tokenizer, ["messages"], True, True))
+    ids, marks = ([value for row in rows for value in getattr(row, name)] for name in ("ids", "learnt"))
+    labels = [token if own else NOT_LEARNT for token, own in zip(ids, marks, strict=True)]
+    starts = range(0, len(ids) - block_size + 1, block_size)
+    expected = [(ids[i : i + block_size], labels[i : i + block_size]) for i in starts if any(marks[i + 1 : i + block_size])]
+    packed = pack({"messages": chats}, tokenizer, block_size, ["messages"], True, True)
+    assert list(zip(packed["input_ids"], packed["labels"], strict=True)) == expected
+    assert block_size > 5 or len(expected) < len(starts), "the test needs a block with nothing to learn"
+
+
+def test_rows_apart_are_cut_and_those_without_a_response_in_reach_left_out():
+    tokenizer, short, long = talking(), chat("Who?", "He."), chat("Who " * 50 + "?", "He.")
+    whole = one({"messages": [short]}, tokenizer)
+    made = apart({"messages": [long, short]}, tokenizer, 30, ["messages"], True, True)
+    assert made["input_ids"] == [whole.ids]
+    assert made["labels"] == [[token if own else NOT_LEARNT for token, own in zip(whole.ids, whole.learnt, strict=True)]]
+    assert [len(ids) for ids in apart({"messages": [long]}, tokenizer, 30, ["messages"], True)["input_ids"]] == [30]
+
+
+def test_another_template_is_another_cache_entry():
+    rows = datasets.Dataset.from_dict({"messages": [TURNS]})
+    how = {"block_size": 4, "columns": ["messages"], "documents": True, "responses": True}
+    one, other = (map_rows(rows, pack, "train", talking(template), **how) for template in (PLAIN, TAGGED))
+    assert one._fingerprint != other._fingerprint
+    assert one["labels"][:] != other["labels"][:]
+
+
+def test_which_columns_are_read():
+    def found(*columns, column="text"):
+        return columns_of(datasets.Dataset.from_dict({name: ["x"] for name in columns}), "train", column)
+
+    assert found("messages", "text") == ["text"]
+    assert found("messages", "text", column="messages") == ["messages"]
+    assert found("prompt", "response", "messages") == ["messages"]
+    assert found("prompt", "completion", "response") == ["prompt", "response"]
+    assert found("prompt", "completion") == ["prompt", "completion"]
+    with pytest.raises(ValueError, match="no column 'text'; it has prompt, a, and neither 'messages' nor 'prompt' and 'response'"):
+        found("prompt", "a")
+
+
+def test_which_rows_are_plain_text():
+    text, chats = (datasets.Dataset.from_dict({"x": [own]}) for own in ("a", TURNS))
+    for rows, plain in ((text, True), (chats, False)):
+        assert is_text(rows, ["x"]) is plain
+        assert is_text(datasets.IterableDataset.from_generator(lambda rows=rows: iter(rows)), ["x"]) is plain
+    assert not is_text(text, ["prompt", "response"])
+
+
+def test_labels_of_a_batch_are_those_of_its_blocks_or_else_all_tokens():
+    batch = blocks_to_batch([{"input_ids": [1, 2], "labels": [NOT_LEARNT, 2]}, {"input_ids": [3, 4], "labels": None}])
+    assert batch["labels"].tolist() == [[NOT_LEARNT, 2], [3, 4]]

@@ -1,0 +1,76 @@
+"""What is read: globs of files, and objects of `datasets`."""
+
+import json
+
+import datasets
+import pytest
+
+import billhook as bh
+from billhook.calibration.reading import load_splits, runs_on
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "d.jsonl").write_text(json.dumps({"text": "d"}))
+    (tmp_path / "deep.jsonl").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"), [("*.jsonl", "abc"), ("[ab].jsonl", "ab"), ("**/*.jsonl", "abcd"), ("deep/*", "d")]
+)
+def test_globs(folder, pattern, expected):
+    splits = load_splits(f"{folder}/{pattern}")
+    assert {split: sorted(rows["text"]) for split, rows in splits.items()} == {"train": list(expected)}
+    assert list(load_splits({"train": f"{folder}/*.jsonl"})["train"]["text"]) == ["a", "b", "c"]
+    several = load_splits({"validation": [f"{folder}/deep/*.jsonl", f"{folder}/a.jsonl"]})
+    assert list(several["validation"]["text"]) == ["d", "a"]
+
+
+def test_a_file_with_brackets_in_its_name(folder):
+    (folder / "x[1].jsonl").write_text(json.dumps({"text": "x"}))
+    assert list(load_splits({"train": f"{folder}/x[1].jsonl"})["train"]["text"]) == ["x"]
+
+
+def test_globs_that_match_nothing(folder):
+    with pytest.raises(ValueError, match=r"data: no file of the split 'train' matches '.*\*.csv'"):
+        load_splits(f"{folder}/*.csv")
+
+
+def test_calibration_on_a_glob(folder):
+    assert list(bh.Calibration([f"{folder}/*.jsonl", "notes.txt"]).named) == [f"{folder}/*.jsonl", "notes"]
+
+
+ROWS = datasets.Dataset.from_dict({"text": ["one", "two"]})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    "data",
+    [
+        ROWS,
+        ROWS.with_format("torch"),
+        ROWS.to_iterable_dataset(),
+        datasets.DatasetDict(train=ROWS, other=ROWS),
+        datasets.IterableDatasetDict({"train": ROWS.to_iterable_dataset()}),
+    ],
+)
+def test_objects(data, streaming):
+    rows = load_splits(data, streaming)["train"]
+    assert [row["text"] for row in rows] == ["one", "two"]
+    assert isinstance(rows, datasets.IterableDataset) or not streaming
+
+
+def test_objects_of_lines_of_text_are_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    given = datasets.load_dataset("text", data_files=str(tmp_path / "a.txt"))
+    assert not runs_on(load_splits(given)["train"])
+    assert runs_on(given["train"]), "which is left as it was"
+
+
+def test_objects_without_a_split_that_is_used():
+    with pytest.raises(ValueError, match="data: the splits are train_sft; one of train, validation, test is needed"):
+        load_splits(datasets.DatasetDict(train_sft=ROWS))

@@ -140,7 +140,9 @@ def test_which_columns_are_read():
     assert found("prompt", "response", "messages") == ["messages"]
     assert found("prompt", "completion", "response") == ["prompt", "response"]
     assert found("prompt", "completion") == ["prompt", "completion"]
-    with pytest.raises(ValueError, match="no column 'text'; it has prompt, a, and neither 'messages' nor 'prompt' and 'response'"):
+    with pytest.raises(
+        ValueError, match="no column 'text'; it has prompt, a, and neither 'messages' nor 'prompt' and 'response'"
+    ):
         found("prompt", "a")
 
 

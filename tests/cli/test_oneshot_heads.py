@@ -132,11 +132,12 @@ def test_rounds(small, files, tmp_path, ranking, per, importance):
         assert loads(tmp_path / "out").config.num_attention_heads == 4
 
 
-def test_settings(small, files, tmp_path):
+def test_settings(small, files, tmp_path, capsys):
     """Those that are not the default's, one after the other into one folder."""
     run = [small, tmp_path / "out", "--ratio", "0.4", *option(files), *SHORT]
     record = prune(*run, "--importance", "RandomUnits", "--importance.seed", "5", "--evaluate", "0", "--normalize", "false")
     assert record["perplexity"] == {"before": None, "after": None, "examples": 0}
+    assert "text to calibrate on: train; measured on nothing\n" in capsys.readouterr().out
     scores = bh.score(bh.load(small), bh.find_units(bh.load(small), "head"), bh.importance.baselines.RandomUnits(5))
     assert record["heads"] == choose(bh.find_units(bh.load(small), "head"), scores, 0.4)
     record = prune(*run, "--ranking", "global", "--min_heads", "4", "--importance", "WeightNorm", "--dtype", "bfloat16")
@@ -161,11 +162,37 @@ def test_a_classifier_and_its_accuracy(classifier, table, tmp_path, capsys):
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| accuracy | {expected[0]:,.4g} | {expected[1]:,.4g} |" in card
     assert "- without 6 heads of 2 places\n" in card
-    assert f"accuracy {expected[0]:,.4g} before, {expected[1]:,.4g} after" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"accuracy {expected[0]:,.4g} before, {expected[1]:,.4g} after" in said
+    assert f"the split 'train' of {table}; measured on its split 'test'\n" in said
     bh.prune_units(dense, record["heads"])
     batch = tokenizer()(rows[5][0], return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, dense(**batch).logits)
+
+
+def test_labels_that_are_words_are_numbered_as_the_classifier_does(classifier, table, tmp_path, capsys):
+    names = ["some", "none", "all"]
+    model = bh.load(classifier)
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    model.save_pretrained(tmp_path / "named")
+    tokenizer().save_pretrained(tmp_path / "named")
+    worded = {}
+    for split, path in table.items():
+        worded[split] = str(tmp_path / f"{split}.csv")
+        with open(path) as source, open(worded[split], "w", newline="") as target:
+            rows = [{"text": row["text"], "label": names[int(row["label"])]} for row in csv.DictReader(source)]
+            writer = csv.DictWriter(target, ["text", "label"])
+            writer.writeheader()
+            writer.writerows(rows)
+    line = ["--ratio", "0.5", "--examples", "8"]
+    record = prune(tmp_path / "named", tmp_path / "out", *line, *option(worded))
+    assert record["accuracy"] == prune(classifier, tmp_path / "same", *line, *option(table))["accuracy"]
+    assert bh.load(tmp_path / "out").config.id2label == dict(enumerate(names))
+    capsys.readouterr()
+    record = prune(tmp_path / "named", tmp_path / "alone", *line, "--data", worded["train"])
+    assert record["accuracy"]["before"] is not None
+    assert f"of {worded['train']}; measured on its split 'validation'" in capsys.readouterr().out
 
 
 def test_columns_of_other_names(classifier, table, tmp_path):

@@ -84,7 +84,9 @@ def test_numbers_leave_the_names_of_a_model(tmp_path):
 
 def test_another_number_of_classes_is_refused_before_anything_changes(table):
     classifier = module()
-    with pytest.raises(ValueError, match=r"label_column='label' holds 3 labels \(bad, good, so-so\), and the model has 2 classes: "):
+    with pytest.raises(
+        ValueError, match=r"label_column='label' holds 3 labels \(bad, good, so-so\), and the model has 2 classes: "
+    ):
         fit(classifier, table)
     assert classifier.model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
 

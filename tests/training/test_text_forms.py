@@ -60,7 +60,9 @@ def test_the_same_chats_in_four_forms(folder, name, streaming):
     starts = [i for i in range(0, len(ids) - 15, 16) if any(learnt[i + 1 : i + 16])]
     assert [row["input_ids"] for row in found] == [ids[i : i + 16] for i in starts]
     assert [[label != NOT_LEARNT for label in row["labels"]] for row in found] == [learnt[i : i + 16] for i in starts]
-    assert all(label in (token, NOT_LEARNT) for row in found for label, token in zip(row["labels"], row["input_ids"], strict=True))
+    assert all(
+        label in (token, NOT_LEARNT) for row in found for label, token in zip(row["labels"], row["input_ids"], strict=True)
+    )
 
 
 def test_loss_on_all_and_a_column_by_name(folder):
@@ -210,7 +212,9 @@ def test_where_nothing_can_be_held_out_it_is_told(folder, tmp_path, caplog, stre
         module = bh.TextDataModule(file(tmp_path, "a.jsonl"), "tiny", 16, 2, streaming=streaming)
         module.setup("fit")
     assert set(module.splits) == {"train"}
-    assert streaming or sum(row["input_ids"].count(module.splits["train"][0]["input_ids"][5]) for row in module.splits["train"]) > 90
+    assert (
+        streaming or sum(row["input_ids"].count(module.splits["train"][0]["input_ids"][5]) for row in module.splits["train"]) > 90
+    )
     assert "there is no validation, as" in caplog.text
 
 

@@ -126,7 +126,7 @@ class OneShot:
         if not isinstance(given, Examples) or given.data is None or isinstance(given.data, list):
             raise ValueError(f"data={given.data!r}: a {type(self.model).__name__} needs one table with texts and labels")
         data = ClassificationDataModule(given.data, path, [given.column], given.label_column, self.length, given.batch_size)
-        data.setup("fit")
+        data.read(self.model)
         if "train" not in data.splits:
             raise ValueError(f"data: calibration needs a split 'train'; there is {', '.join(data.splits)}")
         return data
@@ -153,7 +153,7 @@ class OneShot:
                 inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
                 return Dense(self.model, read, inside if self.calibrates else [])
             splits = self._labelled.splits
-            rows: Any = splits.get("test", splits.get("validation"))
+            rows: Any = splits.get(self._measured)
             return None if rows is None else accuracy(self.model, self._batched(rows, range(min(most, len(rows)))))
 
     def cost(self, before: Before) -> Cost:
@@ -185,7 +185,7 @@ class OneShot:
         elif cost is not None:
             figures |= {"before": before, "after": cost}
         saved = save(self.model, self.out, load_tokenizer(self.name), record | {self.metric: figures})
-        for line in (*says, shown(before, cost), warning and f"Warning: {warning}"):
+        for line in (*says, self._named(cost), shown(before, cost), warning and f"Warning: {warning}"):
             if line is not None:
                 print(line)
         print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
@@ -203,6 +203,20 @@ class OneShot:
             found += [ids for batch in more.read(self.model) for ids in batch["input_ids"]]
         own = {row: ids.cpu() for ids in found if (row := tuple(ids.tolist())) not in measured}
         return DataLoader([{"input_ids": ids, "labels": ids} for ids in own.values()], batch_size, shuffle=True, generator=chance)  # type: ignore[arg-type]
+
+    @property
+    def _measured(self) -> str:
+        """The split that a classifier is measured on."""
+        return "test" if "test" in self._labelled.splits else "validation"
+
+    def _named(self, cost: Cost) -> str | None:
+        """Names the text that was calibrated and measured on, where no table of texts does."""
+        if isinstance(cost, list):
+            return None
+        if self.metric == "perplexity":
+            return f"text to calibrate on: {', '.join(self.calibration.named)}; measured on nothing"
+        measured = "nothing" if cost is None else f"its split '{self._measured}'"
+        return f"text to calibrate on: the split 'train' of {self.given.data}; measured on {measured}"
 
     def _read(self) -> dict[str, Any]:
         """Says what a classifier was calibrated on."""

@@ -4,11 +4,12 @@ import json
 import os
 
 import pytest
+import torch
 import transformers
 from huggingface_hub import ModelCard
 
 import billhook as bh
-from billhook.checkpoints.card import hub_name
+from billhook.checkpoints.origin import hub_name
 from kit.families import llama
 
 SIZES = {"params": 1000, "zeros": 0, "kv_cache_bytes": None, "flops": 20}
@@ -51,16 +52,28 @@ def saved(folder, record=None):
     return (folder / "small" / "README.md").read_text() if record else None
 
 
+def front(folder):
+    """What the hub reads of a card."""
+    return ModelCard.load(folder / "README.md").data.to_dict()
+
+
 def test_what_was_done_what_it_costs_and_how_to_load_it(tmp_path):
     text = saved(tmp_path, {"steps": 8, "events": EVENTS, "damage": DAMAGE})
     body = text.split("---\n", 2)[2]
-    assert [line for line in body.splitlines() if line][:12] == [
+    lines = [line for line in body.splitlines() if line]
+    assert lines[:8] == [
         "# small",
         "## What was done",
         "- step 2: 4 -> 2 KV heads (mean)",
         "- step 3: a\\|b c",
         "  - chosen on 8 of 8 batches",
         "- training, 8 steps",
+        "| by | settings |",
+        "| --- | --- |",
+    ]
+    assert lines[8].startswith(f"| versions | billhook {bh.__version__}; torch {torch.__version__}; transformers ")
+    assert lines[9:16] == [
+        "`billhook.json` holds the whole record, such as which units or heads went.",
         "|  | before | after |",
         "| --- | ---: | ---: |",
         "| parameters | 1,000 | 800 |",
@@ -77,11 +90,83 @@ def test_metadata_as_the_hub_reads_it(tmp_path):
     model = llama()
     model.config._name_or_path = "owner/dense"
     bh.save(model, tmp_path / "small", record={"steps": 1})
-    read = ModelCard.load(tmp_path / "small" / "README.md").data.to_dict()
-    assert read == {"base_model": "owner/dense", "library_name": "transformers", "tags": ["billhook"]}
+    read = front(tmp_path / "small")
+    plain = {"library_name": "transformers", "tags": ["billhook"]}
+    assert read == {"base_model": "owner/dense", "base_model_relation": "finetune"} | plain
     assert json.loads((tmp_path / "small" / "billhook.json").read_text())["base_model"] == "owner/dense"
     bh.save(bh.load(tmp_path / "small"), tmp_path / "smaller", record={"steps": 1})
-    assert "base_model" not in (tmp_path / "smaller" / "README.md").read_text()  # a folder is none of the hub's
+    assert front(tmp_path / "smaller")["base_model"] == "owner/dense"  # which the folder was made of
+    llama().save_pretrained(tmp_path / "another")
+    bh.save(bh.load(tmp_path / "another"), tmp_path / "third", record={"steps": 1})
+    assert front(tmp_path / "third") == plain  # a folder is none of the hub's
+
+
+def test_tags_and_library_say_what_it_is(tmp_path):
+    saved(tmp_path, {"events": EVENTS})
+    assert front(tmp_path / "small")["tags"] == ["billhook", "pruned"]  # no figures of zeros before
+    zeros = [{"what": "zeros", "before": SIZES, "after": SIZES | {"zeros": 500}}]
+    saved(tmp_path, {"events": zeros})
+    assert front(tmp_path / "small")["tags"] == ["billhook", "pruned", "sparse"]
+    model = llama()
+    bh.prune_units(model, {0: list(range(8))}, kind="channel")
+    saving = bh.save(model, tmp_path / "uneven", record={"steps": 1})
+    assert saving.way == "shaped"
+    assert front(tmp_path / "uneven")["library_name"] == "billhook"
+    assert 'billhook.load("uneven")' in (tmp_path / "uneven" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("license: apache-2.0", {"license": "apache-2.0"}),
+        (
+            "license: other\nlicense_name: own\nlicense_link: https://example.org/own",
+            {"license": "other", "license_name": "own", "license_link": "https://example.org/own"},
+        ),
+        ("license: other\nlicense_name: own\nlicense_link: LICENSE", {"license": "other", "license_name": "own"}),
+        ("license: [mit, gpl]", {}),
+        ("license: {a: b", {}),
+        ("- license", {}),
+        ("license_name: own", {}),
+    ],
+)
+def test_the_licence_of_the_folder_that_it_was_made_of(tmp_path, head, expected):
+    llama().save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "README.md").write_text(f"---\n{head}\n---\n\n# A model")
+    bh.save(bh.load(tmp_path / "dense"), tmp_path / "small", record={"steps": 1})
+    assert {name: own for name, own in front(tmp_path / "small").items() if name.startswith("license")} == expected
+    bh.save(bh.load(tmp_path / "small"), tmp_path / "smaller", record={"steps": 1})
+    assert front(tmp_path / "smaller").get("license") == expected.get("license")
+
+
+def test_the_licence_that_a_config_names_and_none_from_the_working_folder(tmp_path, monkeypatch):
+    model = llama()
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "billhook.json").write_text('{"base_model": "owner/another"}')
+    monkeypatch.chdir(tmp_path)
+    bh.save(model, "small", record={"steps": 1})
+    assert not {"license", "base_model"} & front(tmp_path / "small").keys()  # made of a config, not of this folder
+    model.config.license = "bsd-3-clause"
+    bh.save(model, "small", record={"steps": 1})
+    assert front(tmp_path / "small")["license"] == "bsd-3-clause"
+
+
+def test_settings_once_and_what_a_line_can_say(tmp_path):
+    by = {"callback": "WeightPruning", "criterion": "Wanda()", "calibration": {"from": "training data", "seed": 3}}
+    events = [{"step": step, "what": "zeros", "before": SIZES, "after": SIZES, "by": by} for step in (1, 2)]
+    more = {"importance": {"by": "Taylor()", "repair": None}, "note": "a|b", "plan": {"units": {"x": list(range(500))}}}
+    text = saved(tmp_path, {"events": events, "calibration": {"sources": ["a.txt", "generated"], "seed": 0}} | more)
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows.count("| WeightPruning | criterion Wanda(); calibration (from training data; seed 3) |") == 1
+    assert {"| calibration | sources a.txt, generated; seed 0 |", "| importance | by Taylor() |", "| note | a\\|b |"} <= {*rows}
+    assert not [row for row in rows if row.startswith("| plan")]
+
+
+def test_what_validation_said(tmp_path):
+    event = {"what": "x", "before": SIZES | {"val_loss": 3.0}, "after": SIZES | {"val_loss": 4.0}}
+    text = saved(tmp_path, {"events": [event], "metrics": {"val_loss": 3.25}})
+    assert "|  | before | after | at the last validation |\n" in text
+    assert "| val_loss | 3 | 4 | 3.25 |" in text
 
 
 def test_of_a_family_of_the_users_own(tmp_path):

@@ -37,10 +37,12 @@ def fitted(folder):
 
 
 def of(folder, name, what="README.md"):
-    return (folder / name / what).read_text().replace(name, "NAME")
+    text = (folder / name / what).read_text().replace(name, "NAME")
+    return "\n".join(line for line in text.splitlines() if not line.startswith("| exported_from |"))
 
 
-def test_after_the_fit_both_say_the_same(tmp_path):
+def test_after_the_fit_both_say_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
     fit, _ = fitted(tmp_path)
     fit.save_checkpoint(tmp_path / "end.ckpt")
     export(tmp_path / "end.ckpt", tmp_path / FOLDERS[1])
@@ -51,7 +53,10 @@ def test_after_the_fit_both_say_the_same(tmp_path):
     assert "| generated | calibrated on |" in cards[0]
     assert "base_model: someone/a-model" in cards[0]
     records = list(map(json.loads, records))
-    for name in ("steps", "events", "damage", "base_model"):
+    how = "amount Amount(channels=0.5); at 2; rounds 1; repair auto; calibration (sources generated; tokens 96; "
+    assert f"| StructuredPruning | {how}" in cards[0]
+    assert "| training | seed 5; precision 32-true; devices 1 |" in cards[0]
+    for name in ("steps", "events", "damage", "base_model", "training"):
         assert records[1][name] == records[0][name]
     assert [event["step"] for event in records[1]["events"]] == [1, 2]
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / FOLDERS[1])
@@ -74,6 +79,8 @@ EVENT = {"number": 0, "step": 1, "what": "less", "before": {}, "after": {}}
 LOSS = dict.fromkeys(["source", "inside", "before", "after", "ratio", "ratio_error", "kl", "kl_error"], 1.0)
 HOSTILE = {
     "no states": {},
+    "how it was trained is text": {"billhook_trained": "x"},
+    "how it was trained is no plain data": {"billhook_trained": {"training": {"seed": {1}}, "metrics": 3}},
     "states are a list": {"callbacks": [1]},
     "a state is text": {"callbacks": {"a": "b"}},
     "events are text": {"callbacks": {"a": {"events": "b"}}},

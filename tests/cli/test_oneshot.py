@@ -64,6 +64,11 @@ def test_a_checkpoint_with_half_of_the_weights_and_its_perplexity(tmp_path, data
     for one in record["damage"]:
         costs = f"{one['before']:,.4g} | {one['after']:,.4g} | {one['ratio']:.3f} ± {one['ratio_error']:.3f} | {one['kl']:.3f} ±"
         assert f"| {one['source']} | {'' if one['inside'] else 'not '}calibrated on | {costs}" in card
+    assert f"| pruned | criterion {record['pruned']['criterion']}; pattern unstructured; sparsity 0.5; sequential block |" in card
+    sources = f"sources (train {tmp_path}/train.txt; validation {tmp_path}/validation.txt)"
+    assert f"| calibration | {sources}; tokens 96; length 16; " in card
+    assert f"| versions | billhook {bh.__version__}; " in card
+    assert "tags:\n- billhook\n- pruned\n- sparse\n" in card
     assert "model.layers.*.mlp.down_proj" in said
     assert "plain from_pretrained loads it" in said
 

@@ -26,6 +26,7 @@ from billhook.fit.lightning_internals import is_search
 from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.ranks import together
 from billhook.fit.run import callbacks_of, check_some_steps, is_trial
+from billhook.fit.trained import trained
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
 from billhook.model.shapes.checkpoint_shape import save_shape
@@ -194,7 +195,7 @@ class Export(Callback):
 
     def _save(self, trainer: pl.Trainer, model: PreTrainedModel) -> None:
         damage = [{"damage": one.last} for one in callbacks_of(trainer, Damage)]
-        record = {"steps": trainer.global_step, "events": events_of(trainer), **(damage[0] if damage else {})}
+        record = {"steps": trainer.global_step, "events": events_of(trainer), **trained(trainer), **(damage[0] if damage else {})}
         self.saved = save(model, self._free_folder(), self._along, record, self._probe)
         adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
         rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.says}{adapters}")

@@ -1,19 +1,21 @@
 """Writes a model card of what the record beside a checkpoint says: what was done, sizes, damage, and how it is loaded."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PretrainedConfig
 
+from billhook.checkpoints.markdown import listed, plain, table, with_error
+from billhook.checkpoints.origin import hub_name
+from billhook.checkpoints.settings import settings
 from billhook.model.shapes.shape import KEY
 from billhook.serving.verdicts import told, verdicts
 
-CARD = "README.md"
-"""The name of the file."""
+RELATION = "finetune"
+"""The relation to the base model. The hub knows finetune, adapter, merge and quantized; what is cut is other weights, alone."""
 SIZES = {
     "params": "parameters",
     "zeros": "of them zero",
@@ -22,34 +24,67 @@ SIZES = {
 }
 LOSSES = ("source", "inside", "before", "after", "ratio", "ratio_error", "kl", "kl_error")
 READ = "By what was read in the engines' code, in the releases named."
+SPARSE = 0.1
+"""The share of zeros from which a model counts as sparse."""
+KEPT = "`billhook.json` holds the whole record, such as which units or heads went."
 EXPLAINED = (
     "± are standard errors over rows of text, of differences row by row. KL is the divergence of next-token predictions from the "
     "dense model's, in nats."
 )
 
 
-def hub_name(name: str) -> str | None:
-    """Returns a model's name if it is one of the hub, not a folder."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return None if not name or Path(name).exists() else name
-
-
 def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> str:
     """Makes a model card, with the metadata that the hub reads, of a record, words that say how it is loaded, and its config."""
     named = record.get("base_model")
     base = hub_name(named) if isinstance(named, str) else None
-    data = ModelCardData(base_model=base, library_name="transformers", tags=["billhook"])
-    folder = Path(record["saved"]["folder"]).resolve().name
-    parts = [f"---\n{data.to_yaml().strip()}\n---", f"# {folder}"]
+    name = plain(Path(record["saved"]["folder"]).resolve().name)
+    parts = [f"---\n{_metadata(record, base).to_yaml().strip()}\n---", f"# {name}"]
     parts += [f"Made of [{base}](https://huggingface.co/{base}) with billhook."] if base else []
     for title, own in (("What was done", _done(record)), ("What it costs", _costs(record))):
         parts += [f"## {title}", *own] if own else []
-    how = f'```python\nimport billhook\n\nmodel = billhook.load("{folder}")\n```'
-    parts += ["## How to load it", f"It is {loading}.", how, "## Where it runs", *_engines(record, config)]
+    parts += ["## How to load it", f"It is {loading}.", _code(record, name, config)]
+    parts += ["## Where it runs", *_engines(record, config)]
     return "\n\n".join(parts) + "\n"
+
+
+def _metadata(record: Mapping[str, Any], base: str | None) -> ModelCardData:
+    """Returns what the hub reads: base model, licence, library, and tags by what has become of the sizes."""
+    licence = {name: record[name] for name in ("license", "license_name", "license_link") if isinstance(record.get(name), str)}
+    own: dict[str, Any] = licence | ({"base_model_relation": RELATION} if base else {})
+    library = "billhook" if record["saved"]["way"] == "shaped" else "transformers"
+    return ModelCardData(base_model=base, **own, library_name=library, tags=["billhook", *_tags(*_sizes(record))])
+
+
+def _tags(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Says what has become of the sizes: fewer parameters, or more of them zero, a tenth at least."""
+    sizes = [one.get(name) for name in ("params", "zeros") for one in (before, after)]
+    given = [one for one in sizes if isinstance(one, int)]
+    if len(given) < len(sizes):
+        return []
+    params, fewer, zeros, more = given
+    sparse = zeros < more and more >= SPARSE * fewer
+    return ["pruned"] * (sparse or fewer < params) + ["sparse"] * sparse
+
+
+def _sizes(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Returns figures before the first event and after the last."""
+    events = _measured(record)
+    return (events[0]["before"], events[-1]["after"]) if events else ({}, {})
+
+
+def _measured(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Returns the events of a fit or a command that say figures before and after."""
+    events = listed(record, "events", ("what", "before", "after"))
+    return [one for one in events if isinstance(one["before"], Mapping) and isinstance(one["after"], Mapping)]
+
+
+def _code(record: Mapping[str, Any], name: str, config: PretrainedConfig) -> str:
+    """Shows the lines that load it: by transformers alone if that can, and by billhook."""
+    kind = (config.architectures or ["?"])[0]
+    lines = ["import billhook", "", f'model = billhook.load("{name}")  # this folder, or its name on the hub']
+    if record["saved"]["way"] != "shaped" and hasattr(transformers, kind):
+        lines = [f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("{name}")  # or its name on the hub']
+    return "\n".join(["```python", *lines, "```"])
 
 
 def _engines(record: Mapping[str, Any], config: PretrainedConfig) -> list[str]:
@@ -57,69 +92,49 @@ def _engines(record: Mapping[str, Any], config: PretrainedConfig) -> list[str]:
     events = [one["after"] for one in listed(record, "events", ("after",)) if isinstance(one["after"], Mapping)]
     kind, zeros = (config.architectures or [""])[0], events[-1].get("zeros") if events else 0
     found = verdicts(kind, config, vars(config).get(KEY), zeros=isinstance(zeros, int) and zeros > 0)
-    return [_table(["engine", "runs it"], [list(one) for one in told(found)]), READ]
+    return [table(["engine", "runs it"], [list(one) for one in told(found)]), READ]
 
 
 def _done(record: Mapping[str, Any]) -> list[str]:
-    """Lists the events of a fit or a command, and shows sizes before the first and after the last."""
-    events = listed(record, "events", ("what", "before", "after"))
-    events = [one for one in events if isinstance(one["before"], Mapping) and isinstance(one["after"], Mapping)]
+    """Lists the events, and shows figures before the first, after the last and at the end, and by what all was done."""
+    events = _measured(record)
     when = [f"step {one['step']}: " if "step" in one else "" for one in events]
-    lines = [f"- {at}{_plain(one['what'])}{_settled(one)}" for at, one in zip(when, events, strict=True)]
+    lines = [f"- {at}{plain(one['what'])}{_settled(one)}" for at, one in zip(when, events, strict=True)]
     if isinstance(steps := record.get("steps"), int):
         lines.append(f"- training, {steps:,} steps")
-    rows = []
-    if events:
-        before, after = events[0]["before"], events[-1]["after"]
-        rows = [[name, before.get(key), after.get(key)] for key, name in SIZES.items() if after.get(key) is not None]
-    return ["\n".join(lines)] * bool(lines) + [_table(["", "before", "after"], rows)] * bool(rows)
+    parts = ["\n".join(lines)] * bool(lines)
+    if how := settings(record):
+        parts += [table(["by", "settings"], how, "---"), KEPT]
+    return parts + _figures(record)
+
+
+def _figures(record: Mapping[str, Any]) -> list[str]:
+    """Shows sizes and what validation logged: before the first event, after the last, and at the end of a fit."""
+    (before, after), last = _sizes(record), record.get("metrics")
+    last = last if isinstance(last, Mapping) else {}
+    names = {key: name for key, name in SIZES.items() if after.get(key) is not None}
+    names |= {key: plain(key) for key in (*after, *last) if key.startswith("val") and (key in before or key in last)}
+    heads = ["", "before", "after", *(["at the last validation"] if last else [])]
+    rows = [[name, *(one.get(key) for one in (before, after, last))][: len(heads)] for key, name in names.items()]
+    return [table(heads, rows)] * bool(rows)
 
 
 def _settled(event: Mapping[str, Any]) -> str:
     """Says how far the choice of what is removed follows from the examples, where an event does."""
-    return "".join(f"\n  - {_plain(one['says'])}" for one in listed(event, "settled", ["says"]))
+    return "".join(f"\n  - {plain(one['says'])}" for one in listed(event, "settled", ["says"]))
 
 
 def _costs(record: Mapping[str, Any]) -> list[str]:
     """Shows what is lost on each text, or of a classifier's accuracy."""
     accuracy, rows = record.get("accuracy"), list[list[object]]()
     if isinstance(accuracy, Mapping) and {"before", "after"} <= accuracy.keys() and accuracy["after"] is not None:
-        return [_table(["", "before", "after"], [["accuracy", accuracy["before"], accuracy["after"]]])]
+        return [table(["", "before", "after"], [["accuracy", accuracy["before"], accuracy["after"]]])]
     damage, when = listed(record, "damage", LOSSES), ""
     for event in listed(record, "events", ("step", "damage"))[-1:] if not damage else ():
-        damage, when = listed(event, "damage", LOSSES), f"Right after what was done at step {_plain(event['step'])}:"
+        damage, when = listed(event, "damage", LOSSES), f"Right after what was done at step {plain(event['step'])}:"
     for one in damage:
         where = "calibrated on" if one["inside"] else "not calibrated on"
-        pairs = [_with_error(one[name], one[f"{name}_error"]) for name in ("ratio", "kl")]
+        pairs = [with_error(one[name], one[f"{name}_error"]) for name in ("ratio", "kl")]
         rows.append([one["source"], where, one["before"], one["after"], *pairs])
-    shown = [_table(["perplexity on", "", "before", "after", "ratio", "KL"], rows), EXPLAINED] if rows else []
+    shown = [table(["perplexity on", "", "before", "after", "ratio", "KL"], rows), EXPLAINED] if rows else []
     return [when, *shown] if when and shown else shown
-
-
-def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[Mapping[str, Any]]:
-    """Returns the entries of a list in a record, which may be anybody's, that say what billhook's own do."""
-    found = record.get(name)
-    entries = found if isinstance(found, list) else []
-    return [one for one in entries if isinstance(one, Mapping) and all(key in one for key in keys)]
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [heads, ["---"] + ["---:"] * (len(heads) - 1), *([_number(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _with_error(value: object, error: object) -> str:
-    if not isinstance(value, float):  # a number that JSON lacks is a word
-        return "unknown"
-    return f"{value:,.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
-
-
-def _number(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:,.4g}"
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else _plain(value)
-
-
-def _plain(value: object) -> str:
-    """Returns text that is no Markdown of a table or a line."""
-    return " ".join(str(value).split()).replace("|", "\\|")

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.adapters.lora import base_checkpoint, put_back
-from billhook.checkpoints.card import hub_name
 from billhook.checkpoints.history import history
+from billhook.checkpoints.origin import origin_of
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import Saved, save
 from billhook.checkpoints.trained import check_trained
@@ -72,8 +72,7 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
     _zero_masked(model, checkpoint.get(MASKED), str(ckpt))
     steps, name = checkpoint.get("global_step", 0), checkpoint[KEY]["name_or_path"]
     record = {"exported_from": str(ckpt), "steps": steps if isinstance(steps, int) else None, **history(checkpoint)}
-    if origin := hub_name(name or ""):
-        record["base_model"] = origin
+    record |= origin_of(name or "", model.config)
     return save(model, out, _find_tokenizer(tokenizer, name, model), record)
 
 

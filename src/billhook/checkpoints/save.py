@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,8 +18,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.adapters.merge import has_adapters, merged_copy
 from billhook.arguments import annotated
 from billhook.assets import model_path
-from billhook.checkpoints.card import CARD, card, hub_name
+from billhook.checkpoints.card import card
 from billhook.checkpoints.equivalent import equivalents, rendered, say_head_dim
+from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.place import RECORD, check_target, drafted, move, recover, size
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.model.config_fields import nested_configs
@@ -144,14 +146,14 @@ def save(
         model = cast(PreTrainedModel, merged.model)
         if merged.lost:
             warnings.warn(f"the checkpoint does not compute what the model does: {merged.text()}", stacklevel=2)
-    expected, origin = expect(model, probe), hub_name(str(model.config.name_or_path))
+    expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
     with drafted(target) as draft, _untouched(model):
         way, family, difference = _write(model, expected, draft, probe)
         for one in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
             one.save_pretrained(draft)
         saved = Saved(str(folder), way, difference, size(draft) / 1e6, None if merged is None else merged.text(), family)
         if plain:
-            plain = ({"base_model": origin} if origin else {}) | plain | {"saved": asdict(saved)}
+            plain = {**origin, **plain, "versions": plain.get("versions", _versions()), "saved": asdict(saved)}
             config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
             (draft / CARD).write_text(card(plain, saved.says, config), encoding="utf-8")
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
@@ -251,6 +253,15 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
         for now, fields in before:
             now.clear()
             now.update(fields)
+
+
+def _versions() -> dict[str, str]:
+    """Returns the versions of what makes and loads a checkpoint, as far as they are installed."""
+    found = {}
+    for package in ("billhook", "torch", "transformers", "lightning"):
+        with suppress(PackageNotFoundError):  # run from a clone
+            found[package] = version(package)
+    return found
 
 
 def _to_plain(record: Mapping[str, Any]) -> dict[str, Any]:

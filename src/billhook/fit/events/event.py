@@ -11,13 +11,16 @@ from torch import nn
 
 from billhook.arguments import whole
 from billhook.calibration.enough import Settled
+from billhook.checkpoints.history import TRAINED
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.checkpoint_hooks import add_to, unwrap_hooks, wrap_hooks
+from billhook.fit.events.described import described
 from billhook.fit.events.rounds import still_due
 from billhook.fit.late_models import drop_waiting
 from billhook.fit.measure import measure
 from billhook.fit.resume_state import ResumeState
 from billhook.fit.run import callbacks_of, check_some_steps, training_steps
+from billhook.fit.trained import trained
 from billhook.report.summary import summary
 
 Event = dict[str, Any]
@@ -151,6 +154,7 @@ class EventCallback(Callback, ABC):
         what = change()
         number = len(events_of(trainer))  # of a step, events of several callbacks come in any order
         event: Event = {"number": number, "step": trainer.global_step, "what": what, "before": before, "after": {}}
+        event["by"] = described(self)
         self.events.append(event)  # it has happened, even if measuring fails
         event["after"] |= summary(model).numbers()
         rank_zero_info(f"billhook, step {event['step']}: {what}")
@@ -165,8 +169,9 @@ class EventCallback(Callback, ABC):
             )
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the shape to checkpoints that are saved after the fit or after an error, too."""
+        """Adds how the model was trained, and the shape to checkpoints that are saved after the fit or after an error, too."""
         add_to(trainer, pl_module, checkpoint, self._resume)
+        checkpoint[TRAINED] = trained(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has happened so far; the shape itself is in the LightningModule's part of the checkpoint."""

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, processors
 import billhook as bh
 from billhook.assets import model_path
 from billhook.cli.choices import Question, batches, encode, log_likelihoods, read_questions
-from billhook.cli.evaluate import Figure, accuracies, difference, mean, table
+from billhook.cli.evaluate import Figure, _work, accuracies, difference, mean, table
 from billhook.cli.main import main
+from kit.chats import chat, talking
 from kit.shaped import gpt2
 
 LINES = [
@@ -203,6 +204,13 @@ def test_before_and_after_from_the_command_line(tmp_path, file, files, cut, toke
     assert plain["difference"] == pytest.approx((sum(right[cut]) - sum(right["tiny"])) / 4)
     assert f"{perplexity['value']:,.3f}  ({perplexity['difference']:+,.3f})" in said
     assert said.splitlines()[0].split() == ["tiny", cut]
+
+
+def test_all_that_a_chat_says_is_measured(tmp_path):
+    talking().save_pretrained(tmp_path)
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat("Who " * 40, "The gardener.")}))
+    rows = _work(str(tmp_path), [], str(tmp_path / "chats.jsonl"), "text", 16, []).text
+    assert len(rows) > 3, "with loss on responses alone it would be one"
 
 
 @pytest.mark.parametrize(

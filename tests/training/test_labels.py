@@ -65,6 +65,13 @@ def test_a_model_that_knows_the_words_numbers_them(table):
     assert classifier.model.config.id2label == {0: "so-so", 1: "unheard", 2: "good", 3: "bad"}
 
 
+def test_another_model_gives_its_own_numbers(table):
+    data = bh.ClassificationDataModule(table, "tiny", validation=0)
+    for names, numbers in ((["so-so", "good", "bad"], [1, 2, 0, 2]), (["bad", "so-so", "good"], [2, 0, 1, 0])):
+        data.read(module(names).model)
+        assert labels(data) == numbers
+
+
 def test_names_that_datasets_knows():
     features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]))
     rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)

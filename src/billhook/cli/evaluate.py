@@ -147,7 +147,7 @@ def _work(name: str, questions: Sequence[list[Question]], text: str | None, colu
     sets = {own[0].file: list(zip(own, encode(own, tokenizer, length), strict=True)) for own in questions}
     rows = None
     if text is not None:
-        given = TextDataModule({"test": text}, model_path(name), block_size=length, column=column)
+        given = TextDataModule({"test": text}, model_path(name), block_size=length, column=column, loss_on="all")
         given.setup("test")
         rows = given.splits["test"]
     return _Work(name, tokenizer, sets, rows, tasks)

@@ -176,7 +176,7 @@ class ClassificationDataModule(DatasetModule):
         super().__init__(data, tokenizer, batch_size, seed, num_workers, validation=validation)
         whole("max_length", max_length)
         self.text_columns, self.label_column, self.max_length = text_columns or ["text"], label_column, max_length
-        self.label2id: dict[str, int] = {}
+        self.names, self.label2id = list[str](), dict[str, int]()
         if len(self.text_columns) > 2:
             raise ValueError(f"text_columns={self.text_columns}: one column, or two for pairs")
 
@@ -191,14 +191,16 @@ class ClassificationDataModule(DatasetModule):
 
     def read(self, model: PreTrainedModel | None = None) -> None:
         """Makes the splits, with the numbers that a model gives to labels; it then knows their names."""
+        if model is not None and number_labels(self.names, model.config, self.label_column) != self.label2id:
+            self.splits = {}  # which were made for a model that gives other numbers
         super().read(model)
         if model is not None:
             name_labels(model.config, self.label2id)
 
     def prepare(self, given: Sequence[dict[str, Rows]], model: PreTrainedModel | None) -> None:
         """Finds the names of labels."""
-        names = [name for splits in given for name in names_in(splits, self.label_column)]
-        self.label2id = number_labels(names, None if model is None else model.config, self.label_column)
+        self.names = [name for splits in given for name in names_in(splits, self.label_column)]
+        self.label2id = number_labels(self.names, None if model is None else model.config, self.label_column)
 
     def encode(self, rows: Rows, split: str) -> Rows:
         """Turns rows of text and label into rows of token ids and labels."""

@@ -32,7 +32,7 @@ def held_out(splits: dict[str, Rows], share: float, seed: int) -> dict[str, Rows
 
 
 def tell_held_out(share: float, seed: int, examples: int) -> None:
-    """Says that there is a validation split that nobody gave, or that there is none."""
+    """Logs how many examples are held out to validate on, or why there are none."""
     if examples:
         rank_zero_info(
             f"billhook: the data has no split 'validation', so {examples} examples are held out of 'train': "

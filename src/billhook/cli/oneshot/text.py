@@ -20,11 +20,11 @@ class Text:
 
     Args:
         data: What scores are taken from (split train) and what is measured on (split test, or else validation, or else other
-            rows): "generated", which is what the model itself writes, "tiny", a file, a hub name, a folder, or files by split,
-            as in '{train: a.txt, test: b.txt}'; or several, as in '[generated, a.txt]', of equal shares. By default what the
-            model writes. For a classifier, tables with a text and a label.
+            rows): "generated", which is what the model itself writes, "tiny", a file or a glob, a hub name, a folder, or files by
+            split, as in '{train: a.txt, test: b.txt}'; or several, as in '[generated, a.txt]', of equal shares. By default what
+            the model writes. For a classifier, tables with a text and a label.
         also: Files of other text to measure on.
-        column: The column that holds the text.
+        column: The column that holds the text; without it, chats in `messages`, or `prompt` and `response`, are read.
         length: Tokens of an example; by default as many as the model reads, but at most 512, or 2048 for `prune` with `data`.
         examples: Examples that scores are taken from, drawn by `seed`; by default 128, as in most papers, or 40 that the model
             writes.
@@ -85,7 +85,7 @@ class Examples(Text):
     """Text, with labels for a classifier, to calibrate and to measure on, and the place to compute.
 
     Args:
-        label_column: The column that holds a classifier's labels, whole numbers from 0.
+        label_column: The column that holds a classifier's labels: whole numbers from 0, or words, numbered as its config does it.
     """
 
     longest: ClassVar[int] = 512

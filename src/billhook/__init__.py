@@ -55,4 +55,4 @@ from billhook.training.module import TransformerModule as TransformerModule
 from billhook.training.data import TextDataModule as TextDataModule, ClassificationDataModule as ClassificationDataModule
 from billhook.training.distillation import Distillation as Distillation
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"

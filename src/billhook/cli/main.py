@@ -20,9 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook  # short class names in YAML work for what is imported
 from billhook.cli.options import Command, manual, run
+from billhook.cli.recipe_files import with_files
 
 ONE_SHOT = ("convert", "prune", "prune-heads", "prune-blocks", "prune-structure", "shrink")
-COMMANDS = (*ONE_SHOT, "export", "summary", "inspect", "evaluate", "bench", "serve-check")
+COMMANDS = (*ONE_SHOT, "recipes", "export", "summary", "inspect", "evaluate", "bench", "serve-check")
 """A command is a module of this folder, or of `oneshot`, and the function in it of the same name; its docstring is the manual."""
 
 
@@ -37,8 +38,8 @@ def description() -> str:
     commands = "\n".join(manual(command_of(name)) for name in COMMANDS)
     return f"""Prune and convert Hugging Face transformers inside a Lightning fit.
 
-  billhook fit --config examples/quickstart.yaml
-      Trains, with the callbacks in the config.
+  billhook fit --config recipe:quickstart
+      Trains, with the callbacks in the config: a file of yours, or one that `billhook recipes` lists.
 {commands}
 
 Options of a command: `billhook prune --help`. Of a callback, model or data module:
@@ -94,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # batches come from memory, where more processes would not help; the other is between Lightning and torch
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
     if given == ["--version"]:
         print(billhook.__version__)
         return
@@ -102,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if command in COMMANDS:
             run(command_of(command), given[1:])
         else:
-            _lightning(arguments)
+            _lightning(with_files(given))
     except BrokenPipeError:  # who reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -123,7 +125,7 @@ def _refusal(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def _lightning(arguments: Sequence[str] | None) -> None:
+def _lightning(arguments: list[str]) -> None:
     BillhookCLI(
         pl.LightningModule,
         pl.LightningDataModule,
@@ -133,5 +135,5 @@ def _lightning(arguments: Sequence[str] | None) -> None:
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "billhook", "description": description(), "formatter_class": _Help},
         parser_class=_Parser,
-        args=arguments,  # type: ignore[arg-type]
+        args=arguments,
     )

@@ -25,7 +25,7 @@ def run(command: Command, given: Sequence[str]) -> None:
     for group in groups.values():
         parser.add_class_arguments(group, sub_configs=True)
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name now, and before 4.53
-    values = vars(instantiate(parser.parse_args(_lists(flags, _switches(flags, given)))))
+    values = vars(instantiate(parser.parse_args(_named(command, _lists(flags, _switches(flags, given))))))
     made = {name: group(**{one.name: values.pop(one.name) for one in fields(group)}) for name, group in groups.items()}
     command(**{name: values[name] for name in inspect.signature(command).parameters if name in values}, **made)
 
@@ -37,9 +37,11 @@ def name_of(command: Command) -> str:
 
 def manual(command: Command) -> str:
     """Returns how a command is called, and the first sentence of its docstring."""
-    needed = [one for one in inspect.signature(command).parameters.values() if one.default is one.empty]
+    parameters = list(inspect.signature(command).parameters.values())
+    needed = [one for one in parameters if one.default is one.empty]
     words = [one.name.upper() for one in needed if not is_dataclass(one.annotation)]
     words = [f"{word[:-1]} [{word[:-1]} ...]" if word.endswith("S") else word for word in words]
+    words += [f"[{one.name.upper()}]" for one in parameters[:1] if one not in needed]
     first = inspect.cleandoc(command.__doc__ or "").splitlines()[0]
     return f"  billhook {' '.join([name_of(command), *words])}\n{textwrap.indent(textwrap.fill(first, 110), ' ' * 6)}"
 
@@ -67,10 +69,17 @@ def _switches(types: dict[str, Any], given: Sequence[str]) -> list[str]:
     ]
 
 
+def _named(command: Command, given: Sequence[str]) -> list[str]:
+    """Makes `--name wanda` of `wanda` alone, where a command's first parameter may be left out."""
+    first = next(iter(inspect.signature(command).parameters.values()), None)
+    alone = first is not None and first.default is not first.empty and len(given) == 1 and not given[0].startswith("-")
+    return [f"--{first.name}", *given] if first is not None and alone else list(given)
+
+
 def _lists(types: dict[str, Any], given: Sequence[str]) -> list[str]:
     """Makes a list of values in a row where an option takes one: `evaluate before after --data a.jsonl b.jsonl`."""
     lists = [f"--{name}" for name, kind in types.items() if kind in (list[str], list[str] | None)]
-    runs = [[f"--{next(iter(types))}"]]  # words before all options are the first parameter's
+    runs = [[f"--{next(iter(types), '')}"]]  # words before all options are the first parameter's
     for argument in given:
         if argument.startswith("-"):
             runs.append(argument.split("=", 1) if argument.partition("=")[0] in lists else [argument])

@@ -1,0 +1,59 @@
+"""The wheel holds what it should, and works without the clone."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+import billhook as bh
+from kit.fits import write_text
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    (path,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("dist")), versions=["standard"])
+    return zipfile.ZipFile(path)
+
+
+def test_what_is_in_it(wheel):
+    names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    recipes = {path.name for path in (ROOT / "callbacks").iterdir()} | {"base.yaml", "quickstart.yaml"}
+    source = ROOT / "src"
+    own = {str(path.relative_to(source)) for path in (source / "billhook").rglob("*") if path.is_file()}
+    assert names == {one for one in own if "__pycache__" not in one} | {f"billhook/recipes/{name}" for name in recipes}
+    assert {"billhook/py.typed", "billhook/assets/train.parquet", "billhook/assets/model/model.safetensors"} <= names
+
+
+def test_what_it_says_of_itself(wheel):
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    said = Parser().parsestr(wheel.read(name).decode())
+    assert (said["Name"], said["Version"], said["License-Expression"]) == ("billhook", bh.__version__, "Apache-2.0")
+    assert "Typing :: Typed" in said.get_all("Classifier")
+    assert wheel.read(name.replace("METADATA", "entry_points.txt")).decode().split() == [
+        "[console_scripts]",
+        "billhook",
+        "=",
+        "billhook.cli.main:main",
+    ]
+
+
+def test_installed_alone_it_runs_the_quickstart(wheel, tmp_path):
+    wheel.extractall(tmp_path / "site")
+    (tmp_path / "empty").mkdir()
+    short = "--trainer.max_steps 12 --trainer.limit_val_batches 1 --trainer.val_check_interval 6 --trainer.accelerator cpu"
+    files = ", ".join(f"{split}: {path}" for split, path in write_text(tmp_path).items())
+    data = ["--data.data", f"{{{files}}}", "--data.block_size", "16", "--data.batch_size", "2"]
+    line = [sys.executable, "-m", "billhook", "fit", "--config", "recipe:quickstart", *short.split(), *data]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(line, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "after 8 -> 1 KV heads (mean)" in done.stdout
+    assert (tmp_path / "empty" / "outputs" / "quickstart" / "model" / "model.safetensors").is_file()

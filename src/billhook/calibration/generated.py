@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from billhook.arguments import annotated, number, whole
+from billhook.bar import Told, bar
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
 from billhook.model.values import check_values
@@ -140,10 +140,24 @@ def _written(model: PreTrainedModel, starts: list[list[int]], length: int, tempe
         if not model(torch.tensor(starts[:1], device=model.device)).logits.isfinite().all():
             raise ValueError(f"model: {type(model).__name__} computes numbers that are not finite, so it writes nothing")
         torch.manual_seed(seed)
-        for places in track(groups, "Writing text", console=Console(stderr=True), transient=True):
-            ids = torch.tensor([starts[place] for place in places], device=model.device)
-            rows[places] = _continued(model, ids, length, temperature).cpu()
+        with bar("writing text", "tokens") as told:
+            watched = _Watched(told, rows.numel())
+            for places in groups:
+                ids = torch.tensor([starts[place] for place in places], device=model.device)
+                rows[places] = _continued(model, ids, length, temperature, watched).cpu()
+                watched.written += rows[places].numel()
     return rows
+
+
+class _Watched(StoppingCriteria):
+    """Tells after each token how many there are, and stops nothing."""
+
+    def __init__(self, told: Told, total: int) -> None:
+        self.told, self.total, self.written = told, total, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        self.told(self.written + input_ids.numel(), self.total)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _alike(starts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
@@ -155,7 +169,7 @@ def _alike(starts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         yield from (own[first : first + AT_ONCE] for first in range(0, len(own), AT_ONCE))
 
 
-def _continued(model: PreTrainedModel, ids: Tensor, length: int, temperature: float) -> Tensor:
+def _continued(model: PreTrainedModel, ids: Tensor, length: int, temperature: float, watched: _Watched) -> Tensor:
     """Draws the next tokens, past the ends of texts; nothing but the temperature changes the model's distribution."""
     how = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_length=length, eos_token_id=None, pad_token_id=0,
@@ -163,5 +177,6 @@ def _continued(model: PreTrainedModel, ids: Tensor, length: int, temperature: fl
     )  # fmt: skip
     write: Any = model.generate
     with overridden(model, generation_config=how):  # which would add what `how` leaves open
-        written: Tensor = write(ids, attention_mask=torch.ones_like(ids), generation_config=how)
+        watching = StoppingCriteriaList([watched])
+        written: Tensor = write(ids, attention_mask=torch.ones_like(ids), generation_config=how, stopping_criteria=watching)
     return written

@@ -9,13 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from billhook.bar import Told
 from billhook.calibration.enough import FIRST, Chosen, Settled, interleaved, settle, steps
 from billhook.importance.base import Sums
-from billhook.importance.score import Scoring
+from billhook.importance.score import Scoring, run_of
+from billhook.running.batches import telling
 
 
 def score_enough(
-    scoring: Scoring, batches: Iterable[Any], choose: Callable[[dict[str, Tensor]], Chosen], enough: float | None
+    scoring: Scoring,
+    batches: Iterable[Any],
+    choose: Callable[[dict[str, Tensor]], Chosen],
+    enough: float | None,
+    progress: Told | None = None,
 ) -> tuple[dict[str, Tensor], Settled | None]:
     """Scores units on more and more batches, until a choice by the scores is settled.
 
@@ -27,10 +33,13 @@ def score_enough(
         batches: All that may be used, on each rank as many, or one fewer.
         choose: Chooses units by their scores, which it may change.
         enough: The agreement that is asked for, in (0, 1]; None uses all batches.
+        progress: Is called with how many batches have been scored, and how many may be.
 
     Returns:
         The scores, and how settled the choice is; None where it does not depend on batches, or all of them are to be used.
     """
+    if progress is not None and scoring.importance.needs_data:
+        batches = telling([run_of(scoring.model, scoring.units, batch, scoring.loss) for batch in batches], progress)
     if enough is None or not scoring.importance.needs_data:
         return scoring.scores(scoring.sums(batches)), None
     mixed = interleaved(list(batches))

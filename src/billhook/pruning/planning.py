@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.arguments import annotated
+from billhook.bar import Told
 from billhook.calibration.calibration import Batches, Calibration, batches_of
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
@@ -114,14 +115,17 @@ def plan_amount(
     loss: Loss | None = None,
     reduce: Reduce | None = None,
     first: Counts | None = None,
+    progress: Told | None = None,
 ) -> UnitPlan | BlockPlan:
     """Plans as `plan`, on as many of the batches as are `enough` (see `Calibration`).
 
     Ratios are of the numbers of units that there were at `first` (see `First`), where a part of the amount has been removed.
+    `progress` is called with how many batches have been scored, and how many may be.
     """
     subject = find_transformer(model)
     if amount.blocks is not None:
-        return _plan_blocks(subject, amount, importance or BlockInfluence(), batches, enough, scores, greedy, loss, reduce)
+        importance = importance or BlockInfluence()
+        return _plan_blocks(subject, amount, importance, batches, enough, scores, greedy, loss, reduce, progress)
     if greedy:
         raise ValueError("greedy=True: only blocks are removed one at a time")
     search = Search(subject, amount, first)
@@ -132,7 +136,7 @@ def plan_amount(
         importance = importance or default_importance(units)
         scoring = Scoring(subject, units, importance, loss, amount.normalize, amount.per, reduce)
         given = batches_of(batches, subject) if scoring.importance.needs_data else ()
-        scores, settled = score_enough(scoring, given, lambda found: search.cut(found).units, enough)
+        scores, settled = score_enough(scoring, given, lambda found: search.cut(found).units, enough, progress)
     cut = search.cut(scores)
     return UnitPlan.of(cut, search.costs(cut), settled, search.row_lengths(scores, cut))
 
@@ -232,6 +236,7 @@ def _plan_blocks(
     greedy: bool,
     loss: Loss | None,
     reduce: Reduce | None,
+    progress: Told | None = None,
 ) -> BlockPlan:
     stacks, numbers = count_blocks(model, amount)
     if greedy and scores is None:
@@ -241,7 +246,8 @@ def _plan_blocks(
     if scores is None:
         scoring = Scoring(model, stacks, importance, loss, amount.normalize, reduce=reduce)
         given = batches_of(batches, model) if importance.needs_data else ()
-        scores, settled = score_enough(scoring, given, lambda found: choose_units(stacks, found, amount, amount.ratios), enough)
+        take = partial(choose_units, stacks, amount=amount, ratios=amount.ratios)
+        scores, settled = score_enough(scoring, given, take, enough, progress)
     made = find_block_plan(model, choose_units(stacks, scores, amount, amount.ratios), scores)
     return replace(tried_blocks(model, made), settled=settled)
 

@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from billhook.arguments import annotated
+from billhook.bar import Told
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear, matrix_of
@@ -30,20 +31,27 @@ Repairing = Repair | Literal["auto"] | None
 
 
 def repair_as_asked(
-    model: nn.Module, plan: Plan, batches: Batches, how: Repairing, reduce: Reduce | None = None
+    model: nn.Module, plan: Plan, batches: Batches, how: Repairing, reduce: Reduce | None = None, progress: Told | None = None
 ) -> tuple[Weights | None, str]:
     """Refits as `repair` does where that is asked, or `"auto"`, where it can be; returns new values, and why there are none."""
     if how is None:
         return None, ""
     if isinstance(how, Repair):
-        return repair(model, plan, batches, how, reduce), ""
+        return repair(model, plan, batches, how, reduce, progress), ""
     try:
-        return repair(model, plan, batches, reduce=reduce), ""
+        return repair(model, plan, batches, None, reduce, progress), ""
     except NoRepair as error:
         return None, f"not repaired: {error}"
 
 
-def repair(model: nn.Module, plan: Plan, batches: Batches, how: Repair | None = None, reduce: Reduce | None = None) -> Weights:
+def repair(
+    model: nn.Module,
+    plan: Plan,
+    batches: Batches,
+    how: Repair | None = None,
+    reduce: Reduce | None = None,
+    progress: Told | None = None,
+) -> Weights:
     """Refits the linears that read the heads and channels of a plan, so that they make up for what is removed; for `apply`.
 
     Each is refitted by least squares, one after the other, on its inputs when all before it have been cut and refitted. The model
@@ -56,6 +64,7 @@ def repair(model: nn.Module, plan: Plan, batches: Batches, how: Repair | None = 
             channels; or a `Calibration` that reads them. Padding (by `attention_mask`) does not count.
         how: How they are refitted; `Repair()` by default.
         reduce: Sums a tensor over ranks, if each has batches of its own.
+        progress: Is called with how many linears are refitted, and how many will be.
 
     Returns:
         New values of parameters, by the parameter's name; of adapted linears, those of the layer beneath the adapters.
@@ -75,7 +84,7 @@ def repair(model: nn.Module, plan: Plan, batches: Batches, how: Repair | None = 
     annotated(repair, locals())
     if not isinstance(plan, UnitPlan):
         raise ValueError(f"plan: repair makes up for units, and this is a plan of {plan.kind}")
-    return repair_with(model, plan, batches, how, reduce)
+    return repair_with(model, plan, batches, how, reduce, progress=progress)
 
 
 def repair_with(
@@ -86,6 +95,7 @@ def repair_with(
     reduce: Reduce | None = None,
     given: Given | None = None,
     whole: Collection[str] = (),
+    progress: Told | None = None,
 ) -> Weights:
     """Refits as `repair` does, where linears have other parameters besides; more of them make up for that, though they keep all.
 
@@ -97,6 +107,7 @@ def repair_with(
         reduce: Sums over ranks.
         given: By linear, its other parameters; it is not refitted, unless it is named in `whole`.
         whole: Linears that are refitted also where the plan leaves them all of their inputs.
+        progress: Is called with how many linears are refitted.
     """
     check_values(model)
     plan.check_made_for(model)
@@ -119,7 +130,8 @@ def repair_with(
     runs = [batch if isinstance(batch, Run) else run_with_loss(subject, reading, batch) for batch in each]
     under = {reader: _linear(subject, reader) for reader in kept}
     runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
-    refitted = repair_linears(subject, {under[reader]: stays for reader, stays in kept.items()}, runs, how, reduce, given or None)
+    left = {under[reader]: stays for reader, stays in kept.items()}
+    refitted = repair_linears(subject, left, runs, how, reduce, given or None, progress)
     parts = [(f"{name}.{part}", value) for name, own in refitted.items() for part, value in zip(PARTS, own, strict=True)]
     return {name: value for name, value in parts if value is not None}
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.arguments import annotated, fraction
+from billhook.bar import Told
 from billhook.calibration.alone import tell_alone
 from billhook.model.linears import matrix_of
 from billhook.repairs.enough import NoRepair, check_tokens, too_few
@@ -83,6 +84,7 @@ def repair_linears(
     repair: Repair | None = None,
     reduce: Reduce | None = None,
     given: Given | None = None,
+    progress: Told | None = None,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Refits linears that lose some of their inputs, and returns the new weights; the model stays as it is.
 
@@ -99,6 +101,7 @@ def repair_linears(
         reduce: Sums over ranks, where each has batches of its own.
         given: By linear, other parameters that it is to have, refitted or not, as they lie in memory; with them each refitted
             linear makes up for what it then falls short of in the whole model, which keeps its own.
+        progress: Is called with how many linears are done, and of how many.
 
     Returns:
         By linear, its weight, zero for removed inputs, and its bias, if any: in its own dtype and layout. One with fewer tokens
@@ -122,7 +125,7 @@ def repair_linears(
         if given is not None:  # each owes at least what it gave in the whole model
             _check_given(given, every, shown.calls, often)
             before = dict.fromkeys(linears) | before
-        visitor = RepairVisitor(every, kept, before, trials, repair.ridges, parts, held_out, reduce, given)
+        visitor = RepairVisitor(every, kept, before, trials, repair.ridges, parts, held_out, reduce, given, progress)
         with undisturbed(model):
             check_tokens(linears, {name: int(own.sum()) for name, own in kept.items()}, trials, reduce)
         if often:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from billhook.bar import Told
 from billhook.model.linears import as_it_lies, matrix_of, turned
 from billhook.repairs.enough import counting
 from billhook.repairs.least_squares import OwedMoments, folds_of, refit_linear, wide
@@ -33,6 +34,7 @@ class RepairVisitor:
         held_out: The parts that are held out, in turn.
         reduce: Sums over ranks.
         given: By linear, other parameters that it has except in runs of the whole model; also of ones not refitted.
+        progress: Is called with how many linears are done, and of how many.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class RepairVisitor:
         held_out: Sequence[int],
         reduce: Reduce | None = None,
         given: Given | None = None,
+        progress: Told | None = None,
     ) -> None:
+        self._progress, self._done = progress, set[str]()
         self._linears, self._before, self._runs = linears, before, runs
         self._ridges, self._parts, self._held_out, self._reduce = ridges, parts, held_out, reduce
         self._given = given or {}
@@ -84,6 +88,9 @@ class RepairVisitor:
                         weights = None if typical is None or run not in lost else 2 * typical / (typical + lost[run])
                         self._add(name, inputs[run], owed.get(run), run, weights)
                 self._refit(name)
+                self._done.add(name)
+                if self._progress is not None:
+                    self._progress(len(self._done), len(self._kept))
             if self._after[name]:
                 self._short[name] = {run: due - self._gained(name, inputs[run]) for run, due in owed.items()}
             last = self._before.get(name)

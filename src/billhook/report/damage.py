@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from billhook.bar import Told
 from billhook.report.predictions import Predictions, logits_in
 from billhook.report.table import aligned
 from billhook.running.batches import runs_of, source_of
@@ -100,6 +101,7 @@ class Dense:
         rank: int = 0,
         ranks: int = 1,
         reduce: Reduce | None = None,
+        progress: Told | None = None,
     ) -> None:
         self.inside, self._reduce = set(inside), reduce
         self.rows = [(source_of(batch), ids.cpu()) for batch in batches for ids in batch["input_ids"]]
@@ -109,6 +111,8 @@ class Dense:
         for row in self._here:
             logits, losses[row] = self._read(model, row)
             self._held[row] = Predictions.of(logits, len(self._here))
+            if progress is not None:
+                progress(len(self._held), len(self._here))
         self.losses = losses if reduce is None else reduce(losses)
 
     def _read(self, model: PreTrainedModel, row: int) -> tuple[Tensor, Tensor]:
@@ -117,13 +121,15 @@ class Dense:
         logits = logits_in(model, run)[:-1]
         return logits, cross_entropy(logits.float(), self.rows[row][1][1:].to(logits.device)).cpu()
 
-    def damage(self, model: PreTrainedModel) -> list[TextDamage]:
-        """Compares a changed model with the dense one, by source."""
+    def damage(self, model: PreTrainedModel, progress: Told | None = None) -> list[TextDamage]:
+        """Compares a changed model with the dense one, by source; `progress` is called with how many rows are done."""
         found = torch.zeros(len(self.rows), 2, dtype=torch.float64)
-        for row in self._here:
+        for done, row in enumerate(self._here, 1):
             logits, found[row, 0] = self._read(model, row)
             held = self._held.get(row)
             found[row, 1] = math.nan if held is None else held.divergence(logits) / len(held.positions)
+            if progress is not None:
+                progress(done, len(self._here))
         if self._reduce is not None:
             self._reduce(found)
         places: dict[str, list[int]] = {}

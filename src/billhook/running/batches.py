@@ -1,7 +1,7 @@
 """Batches: what a model is called with, which of the tokens count, and the loss."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from billhook.bar import Told
 from billhook.running.trees import tree_leaves, tree_map_only
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -54,6 +55,30 @@ def source_of(batch: Any) -> str:  # noqa: ANN401
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
     """Makes a run, on the model's device and without a loss, of each batch: a dictionary, a tuple, a list, a tensor, or a run."""
     return [batch if isinstance(batch, Run) else _run(model, batch, number) for number, batch in enumerate(each(batches))]
+
+
+def telling(runs: Sequence[Run], told: Told) -> list[Run]:
+    """Returns runs that tell how many of them have been visited, and how many there are."""
+    seen = set[int]()
+
+    def after(number: int, forward: Callable[[], Any]) -> Callable[[], Any]:
+        def visited() -> Any:  # noqa: ANN401 - whatever the forward returns
+            found = forward()
+            seen.add(number)
+            told(len(seen), len(runs))
+            return found
+
+        return visited
+
+    return [
+        replace(
+            run,
+            forward=after(number, run.forward),
+            examples=after(number, run.examples),
+            lossless=None if run.lossless is None else after(number, run.lossless),
+        )
+        for number, run in enumerate(runs)
+    ]
 
 
 def each(batches: Iterable[Any]) -> Iterable[Any]:

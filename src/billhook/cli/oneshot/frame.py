@@ -1,19 +1,19 @@
 """The frame of one-shot commands: load, calibrate, measure, change, measure, record, save, print."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, cast
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from billhook.assets import model_path
+from billhook.bar import bar as bar
 from billhook.calibration.calibration import Calibration
 from billhook.calibration.enough import Settled
 from billhook.calibration.generated import NAME as GENERATED
@@ -48,12 +48,16 @@ Cost = list[TextDamage] | float | None
 
 
 @contextmanager
-def bar(what: str, of: str) -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar on stderr; yields what is called with how much is done, and of how much."""
-    columns = (what, BarColumn(), MofNCompleteColumn(), of, TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
-        task = shown.add_task("")
-        yield lambda done, total: shown.update(task, completed=done, total=total)
+def files(what: str) -> Iterator[None]:
+    """Shows one bar, and none of transformers' own, while files are read or written."""
+    shows = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with bar(what):
+            yield
+    finally:
+        if shows:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def shown(before: Before, cost: Cost) -> str | None:
@@ -76,7 +80,8 @@ class OneShot:
     ) -> None:
         check_target(out)
         self.name, self.out, self.given, self.device = name, out, given, device_of(given.device)
-        self.model = load(name, given.dtype)
+        with files(f"loading {name}"):
+            self.model = load(name, given.dtype)
         self.sizes = _sizes(self.model)
         self._visiting: list[nn.Module] = []
         if offload:
@@ -131,6 +136,24 @@ class OneShot:
             raise ValueError(f"data: calibration needs a split 'train'; there is {', '.join(data.splits)}")
         return data
 
+    def tell(self, *steps: str) -> None:
+        """Prints what will be done with the model, before it is."""
+        most, metric = self.given.evaluate, self.metric
+        measure = [f"measure the {metric} before and after, on {most} examples{' of each text' * (metric != 'accuracy')}"]
+        print(f"{self.name}, {self.sizes['params']:,} parameters:")
+        for step in (*steps, *(measure if most else ()), f"save to {self.out}"):
+            print(f"  {step}")
+        print(flush=True)
+
+    @property
+    def shown(self) -> str:
+        """The words for the examples that the model is shown."""
+        if self.metric == "accuracy":
+            return f"{self.given.examples or EXAMPLES} examples of {self.given.data}"
+        rows = self.calibration.rows(self.length)
+        texts = [f"{count} {'that it writes' if name == GENERATED else f'of {name}'}" for name, count in rows.items()]
+        return f"{' and '.join(texts)}, examples of {self.length} tokens"
+
     def batches(self) -> list[Batch]:
         """Draws the batches to calibrate on."""
         if self.metric == "perplexity":
@@ -151,16 +174,18 @@ class OneShot:
                     return None
                 read = texts(self.calibration, self.model, most, self.given.also)
                 inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
-                return Dense(self.model, read, inside if self.calibrates else [])
+                with bar("measuring", "examples") as progress:
+                    return Dense(self.model, read, inside if self.calibrates else [], progress=progress)
             splits = self._labelled.splits
             rows: Any = splits.get(self._measured)
-            return None if rows is None else accuracy(self.model, self._batched(rows, range(min(most, len(rows)))))
+            with bar("measuring"):
+                return None if rows is None else accuracy(self.model, self._batched(rows, range(min(most, len(rows)))))
 
     def cost(self, before: Before) -> Cost:
         """Measures what the model has lost: on each text, or the accuracy that is left; None where nothing was measured."""
         if isinstance(before, Dense):
-            with offloaded(self._visiting, self.device):
-                return before.damage(self.model)
+            with offloaded(self._visiting, self.device), bar("measuring again", "examples") as progress:
+                return before.damage(self.model, progress)
         return None if before is None else cast(float, self.measure())
 
     def save(
@@ -184,11 +209,26 @@ class OneShot:
             record["damage"], warning = [one.to_json() for one in cost], warning_of(cost)
         elif cost is not None:
             figures |= {"before": before, "after": cost}
-        saved = save(self.model, self.out, load_tokenizer(self.name), record | {self.metric: figures})
+        with files("saving, loading again and comparing"):
+            saved = save(self.model, self.out, load_tokenizer(self.name), record | {self.metric: figures})
         for line in (*says, self._named(cost), shown(before, cost), warning and f"Warning: {warning}"):
             if line is not None:
                 print(line)
         print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
+        print("\n".join(["", "Next:", *(f"  {line}" for line in self._next(event["after"]))]))
+
+    def _next(self, after: Mapping[str, int | None]) -> list[str]:
+        """Returns commands that may follow, each with what it is for; training would undo zeros."""
+        if not generates(self.model):
+            return [f"billhook summary {self.out}  # counts parameters and operations"]
+        train = f"billhook fit --model.model {self.out} --model.lora '{{}}' --data.data FILE --trainer.max_steps 1000"
+        export = f"--trainer.callbacks+=billhook.Export --trainer.callbacks.folder {self.out}-trained"
+        sparse = (after["zeros"] or 0) > (self.sizes["zeros"] or 0)
+        return [
+            f"billhook evaluate {self.name} {self.out} --text FILE  # compares both on text of yours",
+            *([] if sparse else [f"{train} {export}  # trains it on such text"]),
+            f"billhook serve-check {self.out}  # asks whether llama.cpp computes the same",
+        ]
 
     def loader(self, examples: int, batch_size: int, calibrated: Sequence[Batch], before: Before) -> DataLoader[Any]:
         """Reads so many examples to train on, if there are: what was calibrated on and more, but nothing that is measured on."""

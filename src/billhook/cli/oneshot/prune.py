@@ -5,7 +5,7 @@ from billhook.cli.oneshot.text import Text
 from billhook.running.walk import Sequential
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder
-from billhook.sparsity.criteria import Criterion
+from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount, sparsity_of
 from billhook.sparsity.prune import prune as prune_weights
 
@@ -47,9 +47,11 @@ def prune(
     Raises:
         ValueError: If an argument is not legal or two contradict each other; before anything is written.
     """
-    check_amount(sparsity, pattern)
+    amount = check_amount(sparsity, pattern)
     folder = check_folder(activations)
     work = OneShot(model, out, given, offload)
+    if not dry_run:
+        work.tell(f"zero {amount:.4g} of the weights of linears ({pattern}), by {criterion or Wanda()}", f"shown {work.shown}")
     before = None if dry_run else work.measure()
     with bar("pruning", "linears") as progress:
         plan = prune_weights(

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from billhook.arguments import whole
-from billhook.cli.oneshot.frame import OneShot
+from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
 from billhook.importance.enough import score_enough
@@ -67,14 +67,18 @@ def prune_heads(
     if not removed:
         raise ValueError(f"ratio={ratio} is not a single head of a layer, so that nothing would be removed")
     plan_units(work.model, removed, per=per)
+    if not dry_run:
+        every, gone = sum(one.count(per) for one in heads.values()), sum(map(len, removed.values()))
+        what = "heads" if per == "head" else "KV heads, with their query heads"
+        work.tell(f"remove {gone:,} of {every:,} {what}, by {importance}", f"shown at most {work.shown}")
     batches, before = work.batches(), None if dry_run else work.measure()
     runs = [run_of(work.model, heads, batch) for batch in batches]
     scoring, removed, settled = Scoring(work.model, heads, importance, None, normalize, per), {}, []
     for number in range(1, rounds + 1):
         take = partial(choose, heads, ratio=ratio * number / rounds, ranking=ranking, min_units=min_heads, per=per)
         more = partial(among_others, take, removed)
-        with mask(work.model, removed, per=per):
-            scores, found = score_enough(scoring, runs, more, given.agreement)
+        with mask(work.model, removed, per=per), bar("scoring", "batches") as progress:
+            scores, found = score_enough(scoring, runs, more, given.agreement, progress)
         removed = more(scores)
         settled.append(found)
     plan = plan_units(work.model, removed, per=per)

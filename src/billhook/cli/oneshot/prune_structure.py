@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from transformers import PreTrainedModel
 
 from billhook.arguments import whole
-from billhook.cli.oneshot.frame import OneShot
+from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
@@ -85,6 +85,8 @@ def prune_structure(
         search = Search(work.model, amount.within)
         search.check()
         importance = importance or default_importance(search.free())
+    if not dry_run:
+        work.tell(*_steps(amount, block_importance, importance, rounds, repair, work.shown))
     batches = work.batches()
     before = None if dry_run else work.measure()
     plans, refitted = list[BlockPlan | UnitPlan](), False
@@ -92,7 +94,9 @@ def prune_structure(
         print(plan.text())
         if dry_run:
             return
-        repaired, why = repair_as_asked(work.model, plan, batches, repair if plan.kind == "units" else None)
+        with bar("refitting", "linears") as progress:
+            how_repaired = repair if plan.kind == "units" else None
+            repaired, why = repair_as_asked(work.model, plan, batches, how_repaired, progress=progress)
         if why:
             print(why)
         refitted = refitted or bool(repaired)
@@ -106,6 +110,20 @@ def prune_structure(
     work.save(before, what, record, settled=[plan.settled for plan in plans])
 
 
+def _steps(
+    amount: Removed, by: Importance | None, importance: Importance | None, rounds: int, repair: Repairing, shown: str
+) -> list[str]:
+    """Returns the words for what will be done."""
+    steps = [] if amount.blocks is None else [f"remove blocks={amount.blocks}, by {by}"]
+    if amount.within is not None:
+        asked = amount.within.ratios | ({amount.target: getattr(amount, amount.target)} if amount.target else {})
+        sizes = ", ".join(f"{name}={value}" for name, value in asked.items())
+        times = f", in {rounds} rounds" if rounds > 1 else ""
+        steps.append(f"remove units for {sizes}, by {importance}{times}")
+        steps += ["refit the linears that read them, by least squares"] if repair else []
+    return [*steps, f"shown at most {shown}"]
+
+
 def _plans(
     model: PreTrainedModel,
     batches: list[Batch],
@@ -117,10 +135,14 @@ def _plans(
 ) -> Iterator[BlockPlan | UnitPlan]:
     """Plans what to remove, each time from the model as it is when the plan before has been carried out."""
     if amount.blocks_alone is not None:
-        yield plan_amount(model, amount.blocks_alone, block_importance, batches, enough)
+        with bar("scoring blocks", "batches") as progress:
+            blocks = plan_amount(model, amount.blocks_alone, block_importance, batches, enough, progress=progress)
+        yield blocks
     if amount.within is None:
         return
     start = First.of(model, amount.within)
     for number in range(1, rounds + 1):
         if (due := start.part(model, amount.within, number / rounds)) is not None:
-            yield plan_amount(model, due, importance, batches, enough, first=start.counts)
+            with bar("scoring", "batches") as progress:
+                units = plan_amount(model, due, importance, batches, enough, first=start.counts, progress=progress)
+            yield units

@@ -111,6 +111,10 @@ def shrink(
         told = next((words for words, value in within.items() if value is not None), None)
         print(outlook(begun, begun.most_steps(generations, candidates), told))
         return
+    budgets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes, "max_loss": max_loss, "latency": latency}
+    asked = next(f"{name}={value}" for name, value in budgets.items() if value is not None)
+    then = [f"train it for {recovery.recover:,} steps"] if recovery.recover else []
+    work.tell(f"find the model within {asked} that loses least", f"shown {work.shown}", *then)
     batches, before = work.batches(), work.measure()
     with bar("shrinking", "steps") as progress:
         begun.progress, scored = progress, importance or OBS()

@@ -1,0 +1,76 @@
+"""A bar on stderr for what takes long, with the time that is left, as the first steps have shown it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Told = Callable[[int, int], None]
+"""Is called with how much is done, and of how much."""
+FIRST, SHARE = 3, 0.02
+"""How many steps, and which share of all, say how long all take; the first is left out, as it often takes longer."""
+LONG = 20.0
+"""Seconds from which on it is said in a line how long all steps take."""
+
+
+@contextmanager
+def bar(what: str, of: str = "") -> Iterator[Told]:
+    """Shows a bar on stderr until the end of a `with` block, if stderr is a terminal or a notebook.
+
+    Once a few steps have been measured, a line, which stays, says how long all of them take, if that is long.
+
+    Args:
+        what: What is done, as in "scoring".
+        of: What is counted, as in "batches"; empty where nothing is, and the bar only moves.
+
+    Yields:
+        A function to call with how much is done, and of how much.
+    """
+    console = Console(stderr=True)
+    counts = (MofNCompleteColumn(), of, TextColumn("left:"), TimeRemainingColumn()) if of else ()
+    columns = (what, BarColumn(), *counts, TimeElapsedColumn())
+    shown = Progress(*columns, console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))
+    pace = _Pace(what, of, console)
+    with shown:
+        task = shown.add_task("", total=None)
+
+        def told(done: int, total: int) -> None:
+            shown.update(task, completed=done, total=total)
+            pace.see(done, total)
+
+        yield told
+
+
+class _Pace:
+    """Measures the first steps, and says once how long all take."""
+
+    def __init__(self, what: str, of: str, console: Console) -> None:
+        self.what, self.of, self.console = what, of, console
+        self.calls, self.said = 0, False
+        self.first = 0, 0.0
+
+    def see(self, done: int, total: int) -> None:
+        """Notes that steps are done."""
+        now, self.calls = time.monotonic(), self.calls + 1
+        if self.calls == 1:
+            self.first = done, now
+        begun, then = self.first
+        if self.said or self.calls < FIRST or done - begun < max(SHARE * total, 1):
+            return
+        self.said = True
+        seconds = (now - then) / (done - begun) * total
+        if seconds >= LONG:
+            self.console.print(f"{self.what}: about {lasting(seconds)} for {total:,} {self.of}", highlight=False)
+
+
+def lasting(seconds: float) -> str:
+    """Writes how long something takes, roughly.
+
+    >>> lasting(42), lasting(200), lasting(9000)
+    ('40 s', '3 min', '2.5 h')
+    """
+    if seconds < 100:
+        return f"{max(round(seconds, -1), 1):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,88 @@
+"""What one-shot commands say while they work: what they will do, bars for each long step, and what may follow."""
+
+import shlex
+from contextlib import contextmanager
+
+import pytest
+import transformers
+
+from billhook.cli.main import main
+from kit.cli import QUICK, option, pytestmark, small_llama  # noqa: F401 - of short fits
+
+SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "1"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return small_llama(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The bars that are shown, in order, and how far each has come: `{what: (done, total, of)}`."""
+    shown = {}
+
+    @contextmanager
+    def bar(what, of=""):
+        shown[what] = None
+
+        def told(done, total):
+            shown[what] = done, total, of
+
+        yield told
+
+    for module in ("frame", "prune_structure", "prune_heads", "prune"):
+        monkeypatch.setattr(f"billhook.cli.oneshot.{module}.bar", bar)
+    monkeypatch.setattr("billhook.calibration.generated.bar", bar)
+    return shown
+
+
+def test_structure_shows_a_bar_for_each_step(small, tmp_path, bars, capsys):
+    out = tmp_path / "out"
+    main(["prune-structure", str(small), str(out), "--channels", "0.5", "--enough", "null", *SHORT])
+    assert bars == {
+        f"loading {small}": None,
+        "writing text": (5 * 16, 5 * 16, "tokens"),  # what it is measured on, the last
+        "measuring": (5, 5, "examples"),
+        "scoring": (6, 6, "batches"),
+        "refitting": (2, 2, "linears"),
+        "measuring again": (5, 5, "examples"),
+        "saving, loading again and comparing": None,
+    }
+    said = capsys.readouterr().out
+    plan = [f"{small}, ", "remove units for channels=0.5, by OutputNorm()", "refit the linears", "shown at most 6 that it writes"]
+    places = [said.index(words) for words in [*plan, f"save to {out}", "LlamaForCausalLM: ", "perplexity on", "Next:"]]
+    assert places == sorted(places), "the plan comes first, and what may follow last"
+
+
+@pytest.mark.parametrize(
+    ("words", "step", "of"),
+    [
+        (["prune-heads", "--ratio", "0.5", "--enough", "null"], "scoring", "batches"),
+        (["prune", "--sparsity", "0.5"], "pruning", "linears"),
+    ],
+)
+def test_others_show_bars_too(small, files, tmp_path, bars, capsys, words, step, of):
+    command, *more = words
+    main([command, str(small), str(tmp_path / "out"), *more, *SHORT, *option(files)])
+    done, total, counted = bars[step]
+    assert (done, counted) == (total, of)
+    assert bars["measuring again"] == (10, 10, "examples")  # of two texts
+    said = capsys.readouterr().out
+    assert said.index("save to ") < said.index("perplexity on")
+    assert ("billhook fit" in said) == (command != "prune"), "training would undo zeros"
+
+
+def test_what_may_follow_can_be_run(small, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["prune-heads", str(small), "out", "--ratio", "0.5", *SHORT, *option(files)])
+    _, _, after = capsys.readouterr().out.partition("Next:\n")
+    commands = [shlex.split(line, comments=True)[1:] for line in after.splitlines()]
+    assert [words[0] for words in commands] == ["evaluate", "fit", "serve-check"]
+    text = {"FILE": option({"train": files["train"]})[1], "1000": "1"}
+    evaluate, fit, _ = ([text.get(word, word) for word in words] for words in commands)
+    evaluate[evaluate.index("--text") + 1] = str(files["train"])
+    main([*evaluate, "--length", "16", "--examples", "2"])
+    assert "perplexity" in capsys.readouterr().out
+    main([*fit, *QUICK.split()])
+    assert transformers.AutoModelForCausalLM.from_pretrained("out-trained").num_parameters() > 0

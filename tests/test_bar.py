@@ -1,0 +1,64 @@
+"""Bars on stderr: moving where somebody looks, one line where nobody does, and how long it takes as the first steps say."""
+
+import io
+import re
+
+import pytest
+
+from billhook import bar as bars
+from billhook.bar import bar, lasting
+
+
+@pytest.fixture
+def stderr(monkeypatch):
+    """What is written to stderr, which is a terminal or none, and a clock that is set by hand."""
+    clock = [0.0]
+    monkeypatch.setattr(bars.time, "monotonic", lambda: clock[0])
+
+    def of(terminal):
+        out = io.StringIO()
+        out.isatty = lambda: terminal
+        monkeypatch.setattr("sys.stderr", out)
+        for name in ("TERM", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+            monkeypatch.delenv(name, raising=False)
+        return out
+
+    return of, clock
+
+
+def steps(clock, seconds, total):
+    """Shows a bar for steps, the first of which takes a hundred times as long."""
+    with bar("scoring", "batches") as told:
+        for done in range(1, total + 1):
+            clock[0] += seconds * (100 if done == 1 else 1)
+            told(done, total)
+
+
+def test_no_terminal_gets_one_line_and_only_if_it_takes_long(stderr):
+    of, clock = stderr
+    out = of(terminal=False)
+    steps(clock, 0.1, 100)
+    assert out.getvalue() == ""
+    steps(clock, 3.0, 100)
+    assert out.getvalue() == "scoring: about 5 min for 100 batches\n"
+
+
+def test_a_terminal_gets_a_bar_that_goes_away_and_the_line_that_stays(stderr):
+    of, clock = stderr
+    out = of(terminal=True)
+    steps(clock, 3.0, 100)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert "100/100 batches" in shown
+    assert "scoring: about 5 min for 100 batches" in shown
+    assert out.getvalue().rstrip().endswith("\x1b[2K"), "the bar is not wiped out"
+
+
+def test_nothing_is_said_before_three_steps_and_a_fiftieth_of_all_are_measured(stderr):
+    of, clock = stderr
+    out = of(terminal=False)
+    with bar("scoring", "batches") as told:
+        for done in range(1, 12):
+            clock[0] += 9.0
+            told(done, 500)
+            assert (out.getvalue() != "") == (done >= 11)
+    assert lasting(4500) == "75 min"

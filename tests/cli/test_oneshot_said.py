@@ -79,7 +79,7 @@ def test_what_may_follow_can_be_run(small, files, tmp_path, monkeypatch, capsys)
     _, _, after = capsys.readouterr().out.partition("Next:\n")
     commands = [shlex.split(line, comments=True)[1:] for line in after.splitlines()]
     assert [words[0] for words in commands] == ["evaluate", "fit", "serve-check"]
-    text = {"FILE": option({"train": files["train"]})[1], "1000": "1"}
+    text = {"FILE": option(files)[1], "1000": "1"}
     evaluate, fit, _ = ([text.get(word, word) for word in words] for words in commands)
     evaluate[evaluate.index("--text") + 1] = str(files["train"])
     main([*evaluate, "--length", "16", "--examples", "2"])

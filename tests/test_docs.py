@@ -3,11 +3,15 @@
 import ast
 import inspect
 import re
+import runpy
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import billhook as bh
+from billhook.cli.main import COMMANDS
+from billhook.cli.oneshot.text import Text
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
@@ -44,6 +48,16 @@ def test_each_schedule_stands_on_a_page_of_the_reference():
     classes = [one for one in vars(bh.schedules).values() if inspect.isclass(one) and issubclass(one, bh.schedules.Schedule)]
     shown = re.findall(r"^::: billhook\.schedules\.(\w+)$", REFERENCE, re.MULTILINE)
     assert {one.__name__ for one in classes} - {"Schedule", "Ramp"} == set(shown)
+
+
+def test_the_reference_describes_each_option_of_each_command():
+    pytest.importorskip("griffe", reason="griffe is not installed: pip install 'billhook[docs]'")
+    made = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    text = made["commands"]() + made["shared"]()
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    assert [name for name, kind, _, says in rows if not kind or not says] == []
+    assert {f"`--{one.name}`" for one in fields(Text)} < {name for name, *_ in rows}
+    assert re.findall(r"^billhook (\S+)", text, re.MULTILINE) == list(COMMANDS)
 
 
 NOUNS = {

@@ -19,6 +19,7 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook  # short class names in YAML work for what is imported
+from billhook.cli.dropped import configs_in, dropped_callbacks
 from billhook.cli.options import Command, manual, run
 from billhook.cli.recipe_files import with_files
 
@@ -104,7 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if command in COMMANDS:
             run(command_of(command), given[1:])
         else:
-            _lightning(with_files(given))
+            words = with_files(given)
+            for warning in dropped_callbacks(configs_in(words)):
+                sys.stderr.write(f"billhook {command}: warning: {warning}\n")
+            _lightning(words)
     except BrokenPipeError:  # who reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

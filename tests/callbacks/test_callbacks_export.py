@@ -13,9 +13,11 @@ from transformers import AutoTokenizer
 import billhook as bh
 from billhook.assets import model_path
 from billhook.checkpoints.export import export
+from billhook.checkpoints.push import push
 from kit.events import SIZES, loader
 from kit.families import VIT, llama
 from kit.fits import data, module, trainer
+from kit.hub import hub, to_hub
 
 IDS = torch.randint(3, 60, (8, 6), generator=torch.Generator().manual_seed(0))
 
@@ -278,3 +280,66 @@ def test_a_name_without_a_tokenizer_is_refused_before_training(tmp_path):
     llama().save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="bare' has no tokenizer or processor: none of tokenizer.json"):
         fit(tmp_path, Own(), loader(), tokenizer=str(tmp_path / "bare"))
+
+
+@pytest.fixture
+def held(monkeypatch):
+    with hub() as held:
+        to_hub(monkeypatch, held)
+        yield held
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")  # huggingface_hub, of httpx
+class TestPush:
+    def test_what_was_verified_arrives(self, tmp_path, held):
+        callback = fit(tmp_path, Own(), loader(), push_to_hub="someone/cut", private=True)
+        assert callback.saved is not None
+        there = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert held.repos == {"someone/cut": {"main": there}}
+        assert held.private == {"someone/cut": True}
+
+    def test_a_hub_that_refuses_costs_nothing_but_a_warning(self, tmp_path, held):
+        held.refuse = "/commit/"
+        with pytest.warns(UserWarning, match="The folder is as it was; `billhook push .*out someone/cut --private` tries again"):
+            fit(tmp_path, Own(), loader(), push_to_hub="someone/cut", private=True)
+        held.refuse = "\0"
+        push(tmp_path / "out", "someone/cut", private=True)
+        assert {path.name for path in (tmp_path / "out").iterdir()} == held.repos["someone/cut"]["main"].keys()
+
+    def test_what_is_not_verified_is_not_pushed(self, tmp_path, held, monkeypatch):
+        def other(*_):
+            raise RuntimeError("other logits")
+
+        monkeypatch.setattr("billhook.checkpoints.save.verify", other)
+        with pytest.raises(RuntimeError, match="other logits"), pytest.warns(UserWarning, match="Export failed"):
+            fit(tmp_path, Own(), loader(), push_to_hub="someone/cut", rehearse=False)
+        assert held.asked == []
+
+    def test_a_trial_pushes_nothing(self, tmp_path, held):
+        callback = bh.Export(str(tmp_path / "out"), push_to_hub="someone/cut")
+        trainer(tmp_path, [callback], fast_dev_run=True).fit(Own(), loader())
+        assert held.asked == []
+
+    def test_without_a_token_before_the_first_step(self, tmp_path, held, monkeypatch):
+        monkeypatch.delenv("HF_TOKEN")
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+        lit = Own()
+        before = {name: one.clone() for name, one in lit.state_dict().items()}
+        with pytest.raises(ValueError, match="push_to_hub='someone/cut': there is no token of the Hub"):
+            fit(tmp_path, lit, loader(), push_to_hub="someone/cut")
+        assert all(torch.equal(one, before[name]) for name, one in lit.state_dict().items())
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"push_to_hub": "cut"}, "push_to_hub='cut' must be the name of a repository of the Hub, as in 'user/name'"),
+        ({"push_to_hub": "some one/cut"}, "push_to_hub='some one/cut' must be the name of a repository"),
+        ({"push_to_hub": 3}, "push_to_hub=3 must be a string or None"),
+        ({"private": True}, "private=True is of a repository of the Hub: name it as push_to_hub"),
+    ],
+)
+def test_names_of_repositories(options, match):
+    with pytest.raises(ValueError, match=match):
+        bh.Export("out", **options)

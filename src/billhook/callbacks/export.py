@@ -19,10 +19,13 @@ from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 from billhook.adapters.lora import save_adapters
 from billhook.arguments import a_path, annotated
 from billhook.callbacks.damage import Damage, refuse_before
+from billhook.checkpoints.origin import CARD
 from billhook.checkpoints.place import check_target
+from billhook.checkpoints.push import NotPushed, check_repository, check_token, push
 from billhook.checkpoints.save import Saved, check_names, save
 from billhook.fit.events.event import events_of
 from billhook.fit.lightning_internals import is_search
+from billhook.fit.loggers import log_card
 from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.ranks import together
 from billhook.fit.run import callbacks_of, check_some_steps, is_trial
@@ -63,10 +66,13 @@ class Export(Callback):
             llama.cpp's converter (`pip install 'billhook[serve]'`), or by billhook where layers differ. Should that fail at the
             end, a warning says why, and the folder stays.
         converter: Where llama.cpp's `convert_hf_to_gguf.py` is; by default the one that is installed.
+        push_to_hub: A repository of the Hub, as in `"user/name"`, that the folder is pushed to once it is verified, with the
+            token of `hf auth login` or HF_TOKEN. Should that fail, a warning says why and how to try again, and the folder stays.
+        private: True if that repository must be private; otherwise a new one is as the account has it by default.
 
     Raises:
         ValueError: Before training, if `folder` holds something that billhook did not write, an argument is not legal, or the
-            model cannot be saved, verified or, for `gguf`, converted.
+            model cannot be saved, verified or, for `gguf`, converted; or there is no token for `push_to_hub`.
 
     >>> import billhook as bh
     >>> callback = bh.Export("outputs/model")  # last in Trainer(callbacks=[...])
@@ -81,6 +87,8 @@ class Export(Callback):
         rehearse: bool = True,
         gguf: str | None = None,
         converter: str | None = None,
+        push_to_hub: str | None = None,
+        private: bool = False,
     ) -> None:
         a_path("folder", folder)
         if gguf is not None:
@@ -93,9 +101,14 @@ class Export(Callback):
         if probe is not None and not (isinstance(probe, Mapping) and any(isinstance(one, Tensor) for one in probe.values())):
             raise ValueError(f"probe={probe!r} must be a dictionary of inputs of the model's forward, as {{'input_ids': ...}}")
         annotated(Export, locals())
+        if push_to_hub is not None:
+            check_repository("push_to_hub", push_to_hub)
+        elif private:
+            raise ValueError("private=True is of a repository of the Hub: name it as push_to_hub")
         self.folder, self.probe, self.rehearse = folder, probe, rehearse
         self.tokenizer, self.processor = tokenizer, processor
         self.gguf, self.converter = gguf, converter
+        self.push_to_hub, self.private = push_to_hub, private
         self.saved: Saved | None = None
         self._probe: Mapping[str, Any] | None = None
         self._along, self._begun = list[Preprocessor](), False
@@ -108,6 +121,10 @@ class Export(Callback):
             if self.gguf is not None:
                 check_gguf(self.gguf)
                 find_converter(self.converter)
+            if self.push_to_hub is not None:
+                with together(trainer, "Export"):
+                    if trainer.is_global_zero:
+                        check_token("push_to_hub", self.push_to_hub)
             for one in callbacks_of(trainer, Damage):
                 refuse_before(trainer, self, one)
             self.saved, self._begun, self._along = None, False, []
@@ -181,6 +198,19 @@ class Export(Callback):
                     self._keep(model, error)
                     raise
                 self._convert()
+                if self.saved is not None:
+                    log_card(trainer, Path(self.saved.folder) / CARD)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pushes what was saved, when no rank waits for another."""
+        if self.push_to_hub is None or self.saved is None or not trainer.is_global_zero:
+            return
+        try:
+            address = push(self.saved.folder, self.push_to_hub, self.private)
+        except (ValueError, NotPushed) as error:
+            rank_zero_warn(str(error))
+            return
+        rank_zero_info(f"billhook: pushed to {address}")
 
     def _convert(self) -> None:
         """Writes the GGUF file of what was saved."""

@@ -11,6 +11,7 @@ from billhook.arguments import a_path, annotated, whole
 from billhook.callbacks.damage import Damage, refuse_before
 from billhook.callbacks.export import Export
 from billhook.fit.events.event import Event, events_of
+from billhook.fit.loggers import log_picture
 from billhook.fit.measure import measure
 from billhook.fit.run import callbacks_of
 from billhook.plots.style import PICTURES
@@ -23,7 +24,8 @@ from billhook.report.summary import Stage, summary, table
 class Report(Callback):
     """Prints figures of the model before, right after each change, and at the end; draws validation over steps.
 
-    Put it last, after `Export`, so that it reports where the checkpoint is. What `Damage` has measured is printed too.
+    Put it last, after `Export`, so that it reports where the checkpoint is. What `Damage` has measured is printed too. The
+    picture also goes to the loggers: to TensorBoard, MLflow and W&B, and as a file beside the figures of `CSVLogger`.
 
     Args:
         plot_file: Path of the picture (PNG, PDF, SVG or JPEG); none is drawn where the run has no validation.
@@ -87,7 +89,9 @@ class Report(Callback):
             Path(self.plot_file).parent.mkdir(parents=True, exist_ok=True)
             marks = [(e["step"], e["what"], e["before"].get(name), e["after"].get(name)) for e in events]
             dense = stages[0].numbers.get(name) if events else None
-            validation(self._points(name, last, trainer.global_step), marks, name, dense).savefig(self.plot_file)
+            figure = validation(self._points(name, last, trainer.global_step), marks, name, dense)
+            figure.savefig(self.plot_file)
+            log_picture(trainer, "report", figure)
             notes.append(("plot", self.plot_file))
         elif self.metric:
             rank_zero_warn(

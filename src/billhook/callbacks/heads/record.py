@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from billhook.fit.loggers import log_picture
 from billhook.plots.heads import heads
 
 
@@ -62,13 +62,10 @@ class HeadRecord:
             self.curve.append((0.0, before[metric]))
         if metric in after:
             self.curve.append((sum(map(len, gone.values())) / sum(self.first.values()), after[metric]))
-        boards: list[Any] = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-        boards = [board for board in boards if hasattr(board, "add_figure")]
-        if not trainer.is_global_zero or not (path or boards):
+        if not trainer.is_global_zero or not (path or trainer.loggers):
             return
         figure = heads(self.scores, gone, self.curve, metric)
-        for board in boards:
-            board.add_figure("heads", figure, global_step=trainer.global_step, close=False)
+        log_picture(trainer, "heads", figure)
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(path)

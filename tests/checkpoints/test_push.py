@@ -1,0 +1,132 @@
+"""A saved folder is pushed to a stand-in for the Hub by the real client, and arrives whole."""
+
+import os
+import re
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+
+import billhook as bh
+from billhook.checkpoints.push import NotPushed, push
+from billhook.cli.main import main
+from kit.families import llama
+from kit.hub import TOKEN, hub, to_hub
+
+# huggingface_hub, of httpx
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
+
+
+@pytest.fixture
+def held(monkeypatch):
+    with hub() as held:
+        to_hub(monkeypatch, held)
+        yield held
+
+
+@pytest.fixture
+def folder(tmp_path):
+    bh.save(llama(), tmp_path / "small", record={"steps": 1})
+    return tmp_path / "small"
+
+
+def files_in(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_all_files_arrive(held, folder):
+    (folder / "more").mkdir()
+    (folder / "more" / "notes.txt").write_text("of one's own")
+    before = files_in(folder)
+    assert push(folder, "someone/small") == f"{held.url}/someone/small/commit/1"
+    assert held.repos == {"someone/small": {"main": before}}
+    assert {"README.md", "billhook.json", "config.json", "model.safetensors", "more/notes.txt"} <= before.keys()
+    assert [*held.large.values()] == [before["model.safetensors"]]
+    assert held.private == {"someone/small": False}
+    assert files_in(folder) == before
+
+
+def test_again_privately_and_to_a_branch(held, folder):
+    push(folder, "someone/small", private=True)
+    assert held.private == {"someone/small": True}
+    (folder / "README.md").write_text("# Another")
+    push(folder, "someone/small", private=True, revision="later")
+    assert held.repos["someone/small"]["later"]["README.md"] == b"# Another"
+    assert held.repos["someone/small"]["main"]["README.md"] != b"# Another"
+
+
+def test_what_must_be_private_does_not_go_where_all_can_read_it(held, folder):
+    push(folder, "someone/small")
+    (folder / "README.md").write_text("# A secret")
+    with pytest.raises(NotPushed, match="it is public.*`billhook push .*small someone/small --private` tries again"):
+        push(folder, "someone/small", private=True)
+    assert held.repos["someone/small"]["main"]["README.md"] != b"# A secret"
+
+
+@pytest.mark.parametrize("part", ["/create", "/preupload", "/objects/batch", "/large/", "/commit/"])
+def test_what_the_hub_refuses_is_still_in_the_folder(held, folder, part):
+    before, held.refuse = files_in(folder), part
+    again = re.escape(f"The folder is as it was; `billhook push {folder} someone/small --revision x` tries again")
+    with pytest.raises(NotPushed, match=f"is not pushed to someone/small: .*{again}"):
+        push(folder, "someone/small", revision="x")
+    assert files_in(folder) == before
+    held.refuse = "\0"
+    push(folder, "someone/small", revision="x")
+    assert held.repos["someone/small"]["x"] == before
+
+
+@pytest.mark.parametrize("name", ["small", "a/b/c", "someone/a model", "someone/", "someone/x.git", "../small", 3])
+def test_names_that_are_none(held, folder, name):
+    with pytest.raises(ValueError, match=r"name=.* must be the name of a repository of the Hub, as in 'user/name'"):
+        push(folder, name)
+    assert held.asked == []
+
+
+def test_without_a_token_or_offline_nothing_is_asked(held, folder, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set"):
+        push(folder, "someone/small")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(folder / "none"))
+    with pytest.raises(ValueError, match="name='someone/small': there is no token of the Hub on this machine: `hf auth login`"):
+        push(folder, "someone/small")
+    assert held.asked == []
+
+
+def test_a_wrong_token_is_told(held, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_another")
+    with pytest.raises(NotPushed, match="is not pushed to someone/small: .*401"):
+        push(folder, "someone/small")
+
+
+def test_only_what_was_saved_and_verified(held, folder, tmp_path):
+    llama().save_pretrained(tmp_path / "plain")
+    for other in (tmp_path / "plain", tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=r"it holds no billhook.json as billhook writes it, and only what"):
+            push(other, "someone/small")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model.safetensors is missing"):
+        push(folder, "someone/small")
+    assert held.asked == []
+
+
+def test_the_command(held, folder, capsys):
+    main(["push", str(folder), "someone/small", "--private", "--revision", "first"])
+    assert capsys.readouterr().out == f"pushed to {held.url}/someone/small/commit/1\n"
+    assert held.private == {"someone/small": True}
+    assert held.repos["someone/small"]["first"] == files_in(folder)
+    held.refuse = "/commit/"
+    with pytest.raises(SystemExit, match=r"^billhook push: '.*small' is not pushed to someone/small: .*tries again$"):
+        main(["push", str(folder), "someone/small"])
+
+
+@pytest.mark.slow
+def test_from_the_shell(folder):
+    with hub() as held:
+        env = os.environ | {"HF_ENDPOINT": held.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+        line = [sys.executable, "-c", "from billhook.cli.main import main; main()", "push", str(folder), "someone/small"]
+        done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert held.repos["someone/small"]["main"] == files_in(folder)

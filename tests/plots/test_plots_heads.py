@@ -1,6 +1,7 @@
 """The picture of heads: written, given to loggers, and of whatever scores there are."""
 
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -61,10 +62,15 @@ def test_each_round_is_drawn_to_a_file_and_to_loggers(files, tmp_path):
     assert curve.get_ylabel() == "validation loss"
 
 
-def test_without_a_file_or_such_a_logger_nothing_is_drawn(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("billhook.callbacks.heads.record.heads", None)
+def test_a_picture_lies_beside_the_figures_of_a_csv_logger(files, tmp_path):
     logger = pl.loggers.CSVLogger(tmp_path)
     trainer(tmp_path, [pruning(0.25)], logger=logger, max_steps=2, log_every_n_steps=1).fit(module(), data(files))
+    assert [path.name for path in Path(logger.log_dir).glob("*.png")] == ["heads_0.png"]
+
+
+def test_without_a_file_or_a_logger_nothing_is_drawn(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("billhook.callbacks.heads.record.heads", None)
+    trainer(tmp_path, [pruning(0.25)], max_steps=2).fit(module(), data(files))
 
 
 def test_the_monitored_value_is_what_is_drawn(files, tmp_path):

@@ -72,7 +72,7 @@ def _group(owner: type) -> str:
 
 def _fragment(path: Path) -> str:
     """Returns a fragment under its name: its comments as prose, with commands among them as code, and then the YAML."""
-    lines = path.read_text().splitlines()
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("# yaml-language-server:")]
     comments = [line.removeprefix("#").strip().removeprefix("Compose: ") for line in lines if line.startswith("#")]
     parts = [
         f"```\n{line}\n```" if command else " ".join([line, *following])

@@ -2,9 +2,9 @@
 
 import pytest
 
-from billhook.cli import recipe_files
+from billhook.cli import packaged
 from billhook.cli.main import main
-from billhook.cli.recipe_files import with_files
+from billhook.cli.packaged import with_files
 from kit.cli import ROOT
 from kit.cli import pytestmark as quiet
 
@@ -51,5 +51,5 @@ def test_those_in_the_package_come_before_those_of_a_clone(tmp_path, monkeypatch
     for place, name in (("callbacks", "of_the_clone"), ("src/billhook/recipes", "of_the_package")):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / f"{name}.yaml").write_text("trainer: {}")
-    monkeypatch.setattr(recipe_files, "PACKAGE", package)
-    assert recipe_files.recipe_files() == {"of_the_package": package / "recipes" / "of_the_package.yaml"}
+    monkeypatch.setattr(packaged, "PACKAGE", package)
+    assert packaged.recipe_files() == {"of_the_package": package / "recipes" / "of_the_package.yaml"}

@@ -21,10 +21,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 import billhook  # short class names in YAML work for what is imported
 from billhook.cli.dropped import configs_in, dropped_callbacks
 from billhook.cli.options import Command, manual, run
-from billhook.cli.recipe_files import with_files
+from billhook.cli.packaged import with_files
 
 ONE_SHOT = ("convert", "prune", "prune-heads", "prune-blocks", "prune-structure", "shrink")
-COMMANDS = (*ONE_SHOT, "recipes", "export", "push", "summary", "inspect", "evaluate", "bench", "serve-check")
+COMMANDS = (*ONE_SHOT, "recipes", "schema", "export", "push", "summary", "inspect", "evaluate", "bench", "serve-check")
 """A command is a module of this folder, or of `oneshot`, and the function in it of the same name; its docstring is the manual."""
 
 

@@ -4,7 +4,7 @@ import re
 import textwrap
 from itertools import takewhile
 
-from billhook.cli.recipe_files import PREFIX, recipe_file, recipe_files
+from billhook.cli.packaged import PREFIX, recipe_file, recipe_files
 
 FOR_EDITORS = "# yaml-language-server:"
 """How the line begins that names the schema of a file."""

@@ -1,0 +1,90 @@
+"""`billhook schema`: what it says of configs, and the file that fragments name."""
+
+import copy
+import json
+
+import jsonschema
+import pytest
+import yaml
+
+from billhook.cli.configs import config_schema
+from billhook.cli.main import main
+from kit.cli import ROOT
+
+FILE = ROOT / "callbacks" / "billhook.schema.json"
+CONFIGS = sorted([*ROOT.glob("callbacks/*.yaml"), *ROOT.glob("examples/*.yaml")])
+WANDA = yaml.safe_load((ROOT / "callbacks" / "wanda.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def validator():
+    schema = config_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def wanda(**changes):
+    config = copy.deepcopy(WANDA)
+    config["trainer"]["callbacks+"][0] |= changes
+    return config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_are_valid_and_name_it(path, validator):
+    first = path.read_text().splitlines()[0]
+    assert (path.parent / first.removeprefix("# yaml-language-server: $schema=")).resolve() == FILE
+    validator.validate(yaml.safe_load(path.read_text()))
+
+
+def test_the_file_is_what_the_command_prints(capsys):
+    """Lightning's own arguments are another version's business; `billhook schema > callbacks/billhook.schema.json` makes it."""
+    main(["schema"])
+    made, held = json.loads(capsys.readouterr().out), json.loads(FILE.read_text())
+    for one in (made, held):
+        del one["$defs"]["lightning.pytorch.Trainer"], one["$defs"]["class:lightning.pytorch.Callback"]["else"]
+        del one["$defs"]["class:lightning.pytorch.Callback"]["then"]["properties"]["class_path"]
+    assert made == held
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        wanda(class_path="WeightPruning"),
+        wanda(class_path="my.own.Callback", init_args={"any": 1}),
+        wanda(class_path="ModelCheckpoint", init_args={"monitor": "val_loss"}),
+        {"model": {"class_path": "my.own.Module", "init_args": {"any": 1}}, "data": {"data": "tiny"}},
+        {"trainer": {"callbacks": ["billhook.Uptraining"], "max_steps": 3}},
+        wanda(init_args={"criterion": {"class_path": "Refit", "init_args": {"criterion": "my.own.Criterion"}}, "sparsity": 0.5}),
+    ],
+)
+def test_legal(config, validator):
+    validator.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (wanda(class_path="billhook.WeightPrunning"), "WeightPrunning"),
+        (wanda(class_path="WeightPrunning"), "WeightPrunning"),
+        (wanda(init_args={"sparsitty": 0.5}), "sparsitty"),
+        (wanda(init_args={"sparsity": "half"}), "half"),
+        (wanda(init_args={"criterion": "billhook.Wander"}), "Wander"),
+        (wanda(init_args={"criterion": {"class_path": "billhook.Refit", "init_args": {"stepz": 3}}}), "stepz"),
+        (wanda(arguments={}), "arguments"),
+        ({"trainer": {"max_stepz": 3}}, "max_stepz"),
+        ({"model": {"lrr": 1}}, "lrr"),
+        ({"data": {"class_path": "TextDataModule", "init_args": {"dataa": "tiny"}}}, "dataa"),
+        ({"trainers": {}}, "trainers"),
+    ],
+)
+def test_illegal(config, word, validator):
+    with pytest.raises(jsonschema.ValidationError) as refused:
+        validator.validate(config)
+    assert word in str(refused.value)
+
+
+def test_arguments_are_described(validator):
+    own = validator.schema["$defs"]["billhook.KVHeadConversion"]["properties"]["num_key_value_heads"]
+    assert own["anyOf"] == [{"type": "integer"}, {"type": "array", "items": {"type": "integer"}}]
+    assert own["description"].startswith("KV heads after the conversion, 1 for multi-query attention;")
+    assert "max_steps" in validator.schema["$defs"]["lightning.pytorch.Trainer"]["properties"]

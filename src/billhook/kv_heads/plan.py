@@ -1,5 +1,6 @@
 """A plan for fewer KV heads: what shrinks, and the proof that the model's own code follows; found before anything changes."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 
 from billhook.adapters.beneath import MERGE, adapted, without_adapters
 from billhook.arguments import whole
+from billhook.html import html_table
 from billhook.kv_heads.adapters import check_adapters, with_adapters
 from billhook.kv_heads.config import cut_by_config
 from billhook.kv_heads.layout import find_kv
@@ -101,15 +103,26 @@ class KVHeadPlan(Plan):
 
     def text(self) -> str:
         """Returns all lines of what `print` shows."""
+        rows = self._rows()
+        width = max(len(name) for name, *_ in rows)
+        lines = [
+            f"  {name:<{width}}  {before} -> {after} along dimension {dim}, in each of {count}"
+            for (name, before, after, dim), count in rows.items()
+        ]
+        return "\n".join([self._title(), *lines])
+
+    def _repr_html_(self) -> str:
+        rows = [(name, *map(str, numbers), str(count)) for (name, *numbers), count in self._rows().items()]
+        return html_table(self._title(), ("parameter", "before", "after", "along dimension", "parameters"), rows)
+
+    def _title(self) -> str:
         cache = "the KV cache shrinks" if self.saves_cache else "the KV cache stays as it is"
-        lines = [f"{self.model}: {self.words} ({self.method}); {cache}"]
-        rows: dict[tuple[str, str], int] = {}
-        for name, pooled in self.parameters.items():
-            row = pattern(name), f"{len(pooled.index)} -> {len(pooled.counts)} along dimension {pooled.dim}"
-            rows[row] = rows.get(row, 0) + 1
-        width = max(len(name) for name, _ in rows)
-        lines += [f"  {name:<{width}}  {change}, in each of {count}" for (name, change), count in rows.items()]
-        return "\n".join(lines)
+        return f"{self.model}: {self.words} ({self.method}); {cache}"
+
+    def _rows(self) -> Counter[tuple[str, int, int, int]]:
+        """Counts parameters that are alike: by name, their sizes before and after, and the dimension that shrinks."""
+        pooled = self.parameters.items()
+        return Counter((pattern(name), len(one.index), len(one.counts), one.dim) for name, one in pooled)
 
     def check_made_for(self, model: nn.Module) -> None:
         """Refuses a model whose class or whose tensors are others than the plan was made for."""

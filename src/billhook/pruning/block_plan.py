@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.calibration.enough import Settled
+from billhook.html import html_table
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, set_fields, with_fields
 from billhook.model.find import find_transformer
@@ -106,14 +107,24 @@ class BlockPlan(Plan):
 
     def text(self) -> str:
         """Returns all lines of what `print` shows."""
-        before, after = self.parameters
-        lines = [f"{self.model}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"]
-        width = max(map(len, self.before))
+        lines, width = [self._cost()], max(map(len, self.before))
         for name, (count,) in self.before.items():
-            gone, scores = self.units.get(name, []), self.scores.get(name)
-            numbers = ", ".join(f"{number} ({scores[number]:.4g})" if scores else str(number) for number in gone) or "none"
-            lines.append(f"  {name:<{width}}  {count} -> {count - len(gone)} blocks; without {numbers}")
+            lines.append(f"  {name:<{width}}  {count} -> {self.after[name][0]} blocks; without {self._gone(name)}")
         return "\n".join([*lines, *([f"  {self.settled}"] if self.settled else [])])
+
+    def _repr_html_(self) -> str:
+        rows = [(name, str(count), str(self.after[name][0]), self._gone(name)) for name, (count,) in self.before.items()]
+        notes = [str(self.settled)] if self.settled else []
+        return html_table(self._cost(), ("stack", "blocks before", "after", "without"), rows, notes)
+
+    def _cost(self) -> str:
+        before, after = self.parameters
+        return f"{self.model}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"
+
+    def _gone(self, stack: str) -> str:
+        """Returns the numbers of the blocks that are removed, with their scores if there are any."""
+        gone, scores = self.units.get(stack, []), self.scores.get(stack)
+        return ", ".join(f"{number} ({scores[number]:.4g})" if scores else str(number) for number in gone) or "none"
 
 
 def find_block_plan(

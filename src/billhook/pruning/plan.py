@@ -1,5 +1,6 @@
 """Which units are removed from a model, as a plan."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, get_args
@@ -9,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.calibration.enough import Settled
+from billhook.html import html_table
 from billhook.model.figures import Figures
 from billhook.model.find import find_transformer
 from billhook.model.plan import Plan, Weights, starting_from
@@ -93,12 +95,8 @@ class UnitPlan(Cut, Plan):
 
     def text(self) -> str:
         """Returns all lines of what `print` shows."""
-        before, after = self.parameters
-        lines = [f"{self.model}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"]
-        for label, field in {"FLOPs a token": "flops", "KV-cache bytes a token": "kv_cache_bytes", "bytes": "bytes"}.items():
-            now, then = [getattr(cost, field) for cost in self.costs] if self.costs else (None, None)
-            if now and then:
-                lines.append(f"  {now:,} -> {then:,} {label} ({1 - then / now:.1%} fewer)")
+        first, *costs = self._costs()
+        lines = [first, *(f"  {cost}" for cost in costs)]
         rows: dict[tuple[str, str], list[str]] = {}
         for name, kind in self.kinds.items():
             change = _change(kind, self.before[name], self.after[name], self.units.get(name, []))
@@ -107,10 +105,33 @@ class UnitPlan(Cut, Plan):
         width = max(len(name) for name, _ in rows)
         for (name, change), places in rows.items():
             lines.append(f"  {name:<{width}}  {change}" + (f" in each of {len(places)}" if len(places) > 1 else ""))
-        lines += [f"  {row}" for row in self.rows]
+        return "\n".join([*lines, *(f"  {note}" for note in self._notes())])
+
+    def _repr_html_(self) -> str:
+        alike = Counter[tuple[str, ...]]()
+        for name, kind in self.kinds.items():
+            place = pattern(f"{name}.").strip(". ") or "the model"
+            alike[place, _counted(kind, self.before[name]), _counted(kind, self.after[name])] += 1
+        first, *costs = self._costs()
+        rows = [(*row, f"{count:,}") for row, count in alike.items()]
+        return html_table(first, ("place", "before", "after", "places"), rows, [*costs, *self._notes()])
+
+    def _costs(self) -> list[str]:
+        """Says what the model costs before and after: first its parameters."""
+        before, after = self.parameters
+        lines = [f"{self.model}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"]
+        for label, field in {"FLOPs a token": "flops", "KV-cache bytes a token": "kv_cache_bytes", "bytes": "bytes"}.items():
+            now, then = [getattr(cost, field) for cost in self.costs] if self.costs else (None, None)
+            if now and then:
+                lines.append(f"{now:,} -> {then:,} {label} ({1 - then / now:.1%} fewer)")
+        return lines
+
+    def _notes(self) -> list[str]:
+        """Says what else there is to know: row lengths that suit no engine, numbers of KV heads, how settled the choice is."""
         heads = [name for name in self.units if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]]
-        lines += [f"  {told(number)}" for number in sorted({self.after[name][1] for name in heads}) if not suits(number)]
-        return "\n".join([*lines, *([f"  {self.settled}"] if self.settled else [])])
+        numbers = sorted({self.after[name][1] for name in heads})
+        notes = [*map(str, self.rows), *(told(number) for number in numbers if not suits(number))]
+        return [*notes, *([str(self.settled)] if self.settled else [])]
 
 
 def _is_list(value: object) -> bool:
@@ -146,3 +167,9 @@ def _change(kind: UnitKind, before: tuple[int, ...], after: tuple[int, ...], gon
     query, kv = before
     then = "{} query, {} KV".format(*after) if kv != query else f"{after[0]}"
     return f"{query} -> {then} heads; without {', '.join(map(str, gone)) or 'none'}"
+
+
+def _counted(kind: UnitKind, numbers: tuple[int, ...]) -> str:
+    """Says how many units there are, of heads also KV heads where these are fewer."""
+    kv = f", {numbers[-1]:,} KV" if numbers[-1] != numbers[0] else ""
+    return f"{numbers[0]:,} {PLURAL[kind]}{kv}"

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from billhook.arguments import annotated
+from billhook.html import html_table
 from billhook.kv_heads.scope import heads_of
 from billhook.model.figures import figures_of
 from billhook.model.find import find_transformer
@@ -53,7 +54,15 @@ class Summary(Shown):
 
     def text(self) -> str:
         """Returns what `print` shows."""
-        rows = [
+        rows = self._rows()
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+    def _repr_html_(self) -> str:
+        return html_table("size and cost of a model", (), self._rows())
+
+    def _rows(self) -> list[tuple[str, str]]:
+        return [
             ("model", self.model),
             ("parameters", f"{self.params:,}"),
             ("zeros", f"{self.zeros:,} ({self.zeros / max(self.params, 1):.1%})"),
@@ -62,8 +71,6 @@ class Summary(Shown):
             ("KV cache per token", "unknown" if self.kv_cache_bytes is None else f"{self.kv_cache_bytes:,} bytes"),
             (f"forward FLOPs per token at {self.context}", "unknown" if self.flops is None else f"{self.flops:,}"),
         ]
-        width = max(len(label) for label, _ in rows)
-        return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
 
 
 def summary(model: nn.Module) -> Summary:

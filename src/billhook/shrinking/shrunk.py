@@ -1,14 +1,17 @@
 """Shows and records what a search for a smaller model has found."""
 
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
+from billhook.html import html_table
 from billhook.kv_heads.plan import KVHeadPlan
 from billhook.page import Shown
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.report.table import aligned
 
+CURVE = "KL to the dense model by size:"
 UNITS = {"latency": "ns"}
 """What a target is counted in, where its name does not say it."""
 
@@ -124,15 +127,36 @@ class Shrunk(Shown):
 
     def text(self) -> str:
         """Returns all lines of what `print` shows."""
-        rows = [[UNITS.get(self.target, self.target), "predicted", "put together"]]
-        rows += [[f"{one.left:,}", f"{one.predicted:.4f}", f"{one.measured:.4f}"] for one in self.curve]
+        budget = [self.budget] if self.merged else []
+        plans = [*(one.text() for one in self._plans()), *self._stays()]
+        return "\n".join([*budget, *plans, CURVE, aligned([self._head(), *self._rows()]), *self._notes()])
+
+    def _repr_html_(self) -> str:
+        plans = "".join(one._repr_html_() for one in self._plans())
+        curve = html_table(CURVE, self._head(), self._rows(), [*self._notes(), *self._stays()])
+        return f"<div><p>{escape(self.budget)}</p>{plans}{curve}</div>"
+
+    def _plans(self) -> list[KVHeadPlan | UnitPlan | BlockPlan]:
+        """Returns the plans in the order in which they were carried out."""
+        units = [self.plan] if self.plan.units or not self.merged else []
+        return [*self.merged, *units, *([self.blocks] if self.blocks else [])]
+
+    def _stays(self) -> list[str]:
+        """Says what stays, and why."""
+        blocks = [f"all blocks stay: {self.blocks_stay}"] if self.blocks_stay and not self.blocks else []
+        return [*blocks, *([f"the hidden size stays: {self.hidden_stays}"] if self.hidden_stays else [])]
+
+    def _head(self) -> list[str]:
+        return [UNITS.get(self.target, self.target), "predicted", "put together"]
+
+    def _rows(self) -> list[list[str]]:
+        """Returns the cells of other sizes."""
+        return [[f"{one.left:,}", f"{one.predicted:.4f}", f"{one.measured:.4f}"] for one in self.curve]
+
+    def _notes(self) -> list[str]:
+        """Says what is lost without units of one kind alone, and with the chosen size."""
         found = ", ".join(f"{value:.4f}{f' on {source}' if source else ''}" for source, value in self.measured.items())
         told = "" if self.ratio is None else f"; perplexity {self.ratio:.4f} times the dense model's"
-        after = [self.blocks.text()] if self.blocks else [f"all blocks stay: {self.blocks_stay}"] if self.blocks_stay else []
-        after += [f"the hidden size stays: {self.hidden_stays}"] if self.hidden_stays else []
-        plans = [*self.merged, *([self.plan] if self.plan.units or not self.merged else [])]
-        budget = [self.budget] if self.merged else []
-        lines = [*budget, *(one.text() for one in plans), *after, "KL to the dense model by size:", aligned(rows)]
-        lines += [f"without {name} alone, {left:,} left: {lost:.4f}" for name, (left, lost) in self.alone.items()]
+        alone = [f"without {name} alone, {left:,} left: {lost:.4f}" for name, (left, lost) in self.alone.items()]
         timed = [] if self.times is None else [f"measured: {self.times}"]
-        return "\n".join([*lines, f"of the chosen, repaired as a whole: {found}{told}", *timed])
+        return [*alone, f"of the chosen, repaired as a whole: {found}{told}", *timed]

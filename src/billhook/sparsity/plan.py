@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from billhook.html import html_table
 from billhook.model.linears import prunable, turned, weight_of
 from billhook.model.plan import Plan, Weights
 from billhook.model.surgery import values_kept
@@ -185,14 +186,27 @@ class WeightPlan(Plan):
 
     def text(self) -> str:
         """Returns all lines of what `print` shows."""
+        rows = self._rows()
+        width = max([len(name) for name, *_ in rows], default=0)
+        lines = [f"{self.criterion}, {self.pattern}"]
+        for name, number, (out, into), spread in rows:
+            lines.append(f"  {name:<{width}}  {number:>4} x [{out:>6,}, {into:>6,}]  sparsity {spread}")
+        lines += [f"  {name:<{width}}  not called by any batch: left as it is" for name in self.uncalled]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        head = "linear", "linears", "weight [out, in]", "sparsity"
+        rows = [(name, str(number), f"{out:,} x {into:,}", spread) for name, number, (out, into), spread in self._rows()]
+        notes = [f"{name}: not called by any batch: left as it is" for name in self.uncalled]
+        return html_table(f"{self.criterion}, {self.pattern}", head, rows, notes)
+
+    def _rows(self) -> list[tuple[str, int, tuple[int, ...], str]]:
+        """Returns for linears that are alike their name, number, shape, and the least and greatest sparsity."""
         alike: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
         for name, one in self.pruned.items():
             alike[re.sub(r"\b\d+\b", "*", name), self.shapes[name]].append(one.sparsity(math.prod(self.shapes[name])))
-        width = max([len(name) for name, _ in alike], default=0)
-        lines = [f"{self.criterion}, {self.pattern}"]
-        for (name, (out, into)), each in alike.items():
+        rows = []
+        for (name, shape), each in alike.items():
             low, high = min(each), max(each)
-            spread = f"{low:.4f}" if high - low < 5e-5 else f"{low:.4f} to {high:.4f}"
-            lines.append(f"  {name:<{width}}  {len(each):>4} x [{out:>6,}, {into:>6,}]  sparsity {spread}")
-        lines += [f"  {name:<{width}}  not called by any batch: left as it is" for name in self.uncalled]
-        return "\n".join(lines)
+            rows.append((name, len(each), shape, f"{low:.4f}" if high - low < 5e-5 else f"{low:.4f} to {high:.4f}"))
+        return rows

@@ -55,6 +55,9 @@ class Structure(Shown, Findings):
         """Returns all lines of what `print` shows."""
         return show.table(self, self.groups)
 
+    def _repr_html_(self) -> str:
+        return show.html(self, self.groups)
+
     def show(self, groups: Sequence[Group]) -> str:
         """Shows some of the groups as a table."""
         return show.table(self, groups)

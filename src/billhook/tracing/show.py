@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from billhook.html import html_table
 from billhook.tracing.axes import Axis, factors, find, segments
 from billhook.tracing.findings import Findings
 from billhook.tracing.groups import KINDS, Group, Kind
@@ -31,6 +32,7 @@ NAMES: dict[Kind, str] = {
     "vocab": "token",
     "fixed": "fixed place",
 }
+HEAD = "unit", "groups x units", "parameters", "bytes", "of each unit, in"
 WIDTH = 130  # columns; what is longer goes on below
 
 
@@ -52,21 +54,36 @@ def _axis(axis: Axis, kinds: dict[Axis, Kind], inside: bool = False) -> str:
 
 def table(structure: Findings, groups: Sequence[Group]) -> str:
     """Shows one row for all groups that are alike except for the layer; below roles, and whatever a reader should know."""
-    entries = sum(math.prod(shape) for shape in structure.shapes.values())
-    folded = fold(groups)
-    free = [alike for alike in folded if not alike[0].reason]
-    bound = [alike for alike in folded if alike[0].reason]
-    rows = [("unit", "groups x units", "parameters", "bytes", "of each unit, in")]
-    rows += [(kind_name(own[0]), _amount(own), f"{own[0].entries:,}", f"{own[0].bytes:,}", _where(own[0])) for own in free]
-    notes = [("not pruned", f"{kind_name(own[0])} ({_amount(own)}, {_where(own[0], 2)}): {own[0].reason}") for own in bound]
-    if len(groups) == len(structure.groups):
-        notes = [*_roles(structure), *notes, *_warnings(structure)]
+    rows, notes = _rows(groups), _notes(structure, groups)
     blocks = [
-        [f"{structure.model}: {entries:,} parameters in {len(structure.shapes)} tensors"],
-        _columns(rows) if free else [] if bound else ["no such units"],
+        [_title(structure)],
+        _columns([HEAD, *rows]) if rows else [] if groups else ["no such units"],
         [labelled(label, text) for label, text in notes],
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def html(structure: Findings, groups: Sequence[Group]) -> str:
+    """Shows the same as HTML."""
+    return html_table(_title(structure), HEAD, _rows(groups), [f"{label}: {text}" for label, text in _notes(structure, groups)])
+
+
+def _title(structure: Findings) -> str:
+    entries = sum(math.prod(shape) for shape in structure.shapes.values())
+    return f"{structure.model}: {entries:,} parameters in {len(structure.shapes)} tensors"
+
+
+def _rows(groups: Iterable[Group]) -> list[tuple[str, ...]]:
+    """Returns the cells of groups that may be pruned, under `HEAD`."""
+    free = [(own[0], _amount(own)) for own in fold(groups) if not own[0].reason]
+    return [(kind_name(one), amount, f"{one.entries:,}", f"{one.bytes:,}", _where(one)) for one, amount in free]
+
+
+def _notes(structure: Findings, groups: Sequence[Group]) -> list[tuple[str, str]]:
+    """Returns what cannot be pruned, with the reason; of the whole structure also roles and warnings."""
+    bound = [alike for alike in fold(groups) if alike[0].reason]
+    notes = [("not pruned", f"{kind_name(own[0])} ({_amount(own)}, {_where(own[0], 2)}): {own[0].reason}") for own in bound]
+    return [*_roles(structure), *notes, *_warnings(structure)] if len(groups) == len(structure.groups) else notes
 
 
 def _warnings(structure: Findings) -> list[tuple[str, str]]:

@@ -32,6 +32,13 @@ def test_nothing_outside_of_the_figure_is_touched(name, tmp_path):
     before = dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False), plt.get_fignums()
     figure = DRAWN[name]()
     figure.savefig(tmp_path / "picture.png")
-    assert type(figure) is Figure
+    assert isinstance(figure, Figure)
     assert (dict(matplotlib.rcParams), matplotlib.get_backend(auto_select=False), plt.get_fignums()) == before
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_notebook_shows_it_as_wide_as_it_is():
+    figure = DRAWN["heads"]()
+    content, told = figure._repr_png_()
+    assert content.startswith(b"\x89PNG")
+    assert told == {"width": 760}

@@ -52,7 +52,7 @@ def test_each_round_is_drawn_to_a_file_and_to_loggers(files, tmp_path):
     trainer(tmp_path, [callback, Keep()], logger=board, max_steps=5).fit(module(), data(files))
     assert sizes == [None, *[(1425, 480)] * 4]
     assert [(given[0], options["global_step"]) for given, options in board.figures] == [("heads", 2), ("heads", 4)]
-    assert all(type(given[1]) is Figure for given, _ in board.figures)
+    assert all(isinstance(given[1], Figure) for given, _ in board.figures)
     heads, curve, _ = board.figures[-1][0][1].axes
     assert heads.get_title() == "8 of 16 heads removed"
     shares, losses = curve.lines[0].get_data()

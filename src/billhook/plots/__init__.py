@@ -1,4 +1,4 @@
-"""Draws pictures, each a `matplotlib.figure.Figure` of its own, which notebooks show and `savefig` writes; pyplot stays alone."""
+"""Draws pictures, each a matplotlib figure of its own, which notebooks show and `savefig` writes; pyplot is left alone."""
 
 from billhook.plots.heads import heads
 from billhook.plots.pareto import pareto

@@ -3,12 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from billhook.arguments import annotated
 from billhook.plots.heat import heat_map
-from billhook.plots.style import BLUE, RED, dress, words
+from billhook.plots.style import BLUE, RED, Picture, dress, words
 
 
 def heads(
@@ -16,7 +15,7 @@ def heads(
     removed: Mapping[str, Sequence[int]] | None = None,
     curve: Sequence[tuple[float, float]] = (),
     name: str = "",
-) -> Figure:
+) -> Picture:
     """Draws a heat map of heads, with removed ones crossed out, and beside it a metric over the share of heads removed.
 
     Args:
@@ -42,7 +41,7 @@ def heads(
     for row, scores in enumerate(importance.values()):
         table[row, : len(scores)] = scores.detach().float().cpu().numpy()
     tall = min(max(3.2, 0.28 * len(table) + 1.2), 14)
-    figure = Figure(figsize=(9.5 if curve else 5, tall), dpi=150, layout="constrained")
+    figure = Picture(figsize=(9.5 if curve else 5, tall), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
     heat_map(axes[0], table, list(importance), "importance", least=np.nanmin(table, initial=0))
     for row, own in enumerate(gone.values()):

@@ -1,11 +1,10 @@
 """A picture of what a model loses at each size, with the chosen one."""
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from billhook.arguments import annotated
-from billhook.plots.style import BLUE, RED, dress
+from billhook.plots.style import BLUE, RED, Picture, dress
 from billhook.shrinking.divergence import mean_of
 from billhook.shrinking.shrunk import Shrunk
 
@@ -18,7 +17,7 @@ LABELS = {
 MARKERS = "sD^"
 
 
-def pareto(shrunk: Shrunk) -> Figure:
+def pareto(shrunk: Shrunk) -> Picture:
     """Draws what a model loses over what is left of it: KL divergence from the dense model, of the chosen size and of others.
 
     Drawn are models put together of places that were refitted one by one, the sums of what places lose alone, the chosen model as
@@ -31,7 +30,7 @@ def pareto(shrunk: Shrunk) -> Figure:
         ValueError: If it is something else.
     """
     annotated(pareto, locals())
-    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    figure = Picture(figsize=(6, 4), dpi=150, layout="constrained")
     axes: Axes = figure.subplots()
     left = [one.left for one in shrunk.curve]
     measured = [one.measured for one in shrunk.curve]

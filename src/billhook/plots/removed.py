@@ -1,11 +1,10 @@
 """A picture of what a plan removes from each layer."""
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from billhook.arguments import annotated
 from billhook.kv_heads.plan import KVHeadPlan
-from billhook.plots.style import BLUE, RED, distinct, dress
+from billhook.plots.style import BLUE, RED, Picture, distinct, dress
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.units.units import PLURAL
@@ -14,7 +13,7 @@ Bars = dict[str, tuple[float, float]]
 """By place, how much there is before, and afterwards."""
 
 
-def removed(plan: UnitPlan | BlockPlan | KVHeadPlan) -> Figure:
+def removed(plan: UnitPlan | BlockPlan | KVHeadPlan) -> Picture:
     """Draws what a plan leaves of each layer, and what it removes: a panel for each kind of unit, a bar for each layer.
 
     Blocks are as tall as their scores, where the plan has scores. Of attentions with different numbers of KV heads, a conversion
@@ -35,9 +34,10 @@ def removed(plan: UnitPlan | BlockPlan | KVHeadPlan) -> Figure:
     annotated(removed, locals())
     panels = _of_blocks(plan) if isinstance(plan, BlockPlan) else _of_units(plan) if isinstance(plan, UnitPlan) else _of_kv(plan)
     wide = min(max(5, 0.28 * max(map(len, panels.values())) + 1.5), 14)
-    figure = Figure(figsize=(wide, 0.4 + 2.3 * len(panels)), dpi=150, layout="constrained")
+    figure = Picture(figsize=(wide, 0.4 + 2.3 * len(panels)), dpi=150, layout="constrained")
     for axes, (what, bars) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         _draw(axes, what, bars)
+    figure.axes[-1].set_xlabel("layer")
     first: Axes = figure.axes[0]
     first.set_title(plan.words or "nothing is removed", fontsize=10)
     first.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)

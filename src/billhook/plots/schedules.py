@@ -2,16 +2,14 @@
 
 from collections.abc import Mapping
 
-from matplotlib.figure import Figure
-
 from billhook.arguments import annotated, whole
-from billhook.plots.style import BLUE, dress
+from billhook.plots.style import BLUE, Picture, dress
 from billhook.schedules import Schedule
 
 COLUMNS = 4
 
 
-def schedules(named: Mapping[str, Schedule], steps: int = 1000) -> Figure:
+def schedules(named: Mapping[str, Schedule], steps: int = 1000) -> Picture:
     """Draws values over the steps of training: a panel for each schedule, all on the same axes.
 
     Args:
@@ -34,7 +32,7 @@ def schedules(named: Mapping[str, Schedule], steps: int = 1000) -> Figure:
     columns = min(COLUMNS, len(named))
     rows = -(-len(named) // columns)
     size = (5, 3.2) if len(named) == 1 else (2.75 * columns, 2.3 * rows)
-    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    figure = Picture(figsize=size, dpi=110, layout="constrained")
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for panel, (name, schedule) in zip(panels, named.items(), strict=False):
         bound = schedule.bind(steps)

@@ -5,13 +5,13 @@ import re
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import nn
 
 from billhook.arguments import annotated
 from billhook.model.linears import prunable, weight_of
 from billhook.plots.heat import heat_map
+from billhook.plots.style import Picture
 from billhook.sparsity.plan import WeightPlan
 from billhook.tracing.show import pattern
 
@@ -19,7 +19,7 @@ NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
 """The number of a block in the name of a linear."""
 
 
-def sparsity(of: WeightPlan | nn.Module) -> Figure:
+def sparsity(of: WeightPlan | nn.Module) -> Picture:
     """Draws the share of zeros of each linear: a row for linears of one name, a column for each block.
 
     Linears that stand in no block have a column of their own at the right; of several in one block, as of experts, the mean is
@@ -44,7 +44,7 @@ def sparsity(of: WeightPlan | nn.Module) -> Figure:
     kinds = list(dict.fromkeys(map(_kind, sizes)))
     table, blocks = _table(zeros, sizes, kinds)
     size = min(3.2 + 0.42 * len(blocks), 14), min(max(2.6, 0.3 * len(kinds) + 1.4), 14)
-    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    figure = Picture(figsize=size, dpi=150, layout="constrained")
     axes: Axes = figure.subplots()
     heat_map(axes, table, kinds, "share of zeros", 0, 1)
     every = max(1, len(blocks) // 16)

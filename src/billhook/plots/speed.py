@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator
 
-from billhook.plots.style import dress
+from billhook.plots.style import Picture, dress
 from billhook.report.speed import Row, spread
 
 COLOURS = ("#1f5f8b", "#b03a2e", "#3c8d40", "#8e5ea2", "#d0812a", "#5a5a5a")
 MARKERS = "os^Dvx*"
 
 
-def speed(rows: Sequence[Row], names: Sequence[str]) -> Figure:
+def speed(rows: Sequence[Row], names: Sequence[str]) -> Picture:
     """Draws tokens per second over contexts for each phase; for several models also the speed-up, the ideal one dashed.
 
     Bars are quartiles. A colour is a model, a marker a batch size.
@@ -25,7 +24,7 @@ def speed(rows: Sequence[Row], names: Sequence[str]) -> Figure:
     """
     phases = list(dict.fromkeys(row.phase for row in rows))
     wide = 2 if len(names) > 1 else 1
-    figure = Figure(figsize=(1 + 4.5 * wide, 0.8 + 3.2 * len(phases)), dpi=150, layout="constrained")
+    figure = Picture(figsize=(1 + 4.5 * wide, 0.8 + 3.2 * len(phases)), dpi=150, layout="constrained")
     panels = figure.subplots(len(phases), wide, squeeze=False)
     for phase, (speeds, *others) in zip(phases, panels, strict=True):
         _draw_speeds(speeds, [row for row in rows if row.phase == phase], names)

@@ -1,12 +1,23 @@
 """How all pictures look: their colours, edges and the names under their axes."""
 
 from collections.abc import Sequence
+from io import BytesIO
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 RED, BLUE = "#b03a2e", "#1f5f8b"
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 """How the path of a picture may end."""
+
+
+class Picture(Figure):
+    """A figure that notebooks show by itself; of others they show only those that pyplot made."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        file = BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue(), {"width": round(80 * self.get_figwidth())}
 
 
 def dress(axes: Axes) -> None:

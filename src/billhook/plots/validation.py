@@ -6,10 +6,9 @@ from textwrap import shorten
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from billhook.plots.style import BLUE, RED, dress, words
+from billhook.plots.style import BLUE, RED, Picture, dress, words
 
 CURVE: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, "color": BLUE}
 
@@ -19,7 +18,7 @@ def validation(
     events: Sequence[tuple[int, str, float | None, float | None]],
     name: str,
     dense: float | None = None,
-) -> Figure:
+) -> Picture:
     """Draws a validation figure over optimizer steps, with the events marked.
 
     Args:
@@ -34,7 +33,7 @@ def validation(
     >>> figure.axes[0].get_ylabel()
     'validation perplexity'
     """
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
+    figure = Picture(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     before = [(step, 0, value) for step, _, value, _ in events if value is not None]
     after = [(step, 2, value) for step, _, _, value in events if value is not None]

@@ -12,7 +12,7 @@ from kit.pages import LANGUAGES, ROOT, Block, blocks_in, needed_by, printed, run
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 RUN = [page for page in PAGES if blocks_in(page) and page.name != "onnx.md"]  # which test_onnx.py runs, on several models
-pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")]
+pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:::lightning.*")]
 
 
 def named(page):

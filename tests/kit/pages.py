@@ -97,14 +97,14 @@ def _run(block: Block, names: dict[str, Any]) -> str | None:
     if block.marker in ("parsed", "shown") or kind not in ("python", "console") or (block.title and kind == "python"):
         _read(block, kind)
         return None
-    message, out = None, io.StringIO()
-    with contextlib.redirect_stdout(out):
+    message, out, said = None, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(said if block.marker == "refused" else sys.stderr):
         try:
             _python(block, names) if kind == "python" else _console(block)
         except (Exception, SystemExit) as error:
             if block.marker != "refused":
                 raise AssertionError(f"{block.place} fails: {error}\n{out.getvalue()}") from error
-            message = str(error)
+            message = said.getvalue() if isinstance(error, SystemExit) and isinstance(error.code, int) else str(error)
     assert (block.marker == "refused") == (message is not None), f"{block.place} is not refused"
     return out.getvalue() if message is None else message
 

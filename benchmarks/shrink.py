@@ -7,7 +7,8 @@ each row, so that an interrupted run goes on. `--only` takes rows by name.
 Calibration, "texts": 48 windows of 512 tokens each of FOLDOC's training text and of WikiText-2's validation text, drawn at
 random, and 32 that the model has written (what `billhook shrink --data '[a.txt, b.txt]'` takes by default); "generated": 40 that
 it has written, and nothing else (what it takes where it is given no data). All that is chosen, as ridges, levels and sizes, is
-chosen on these. "+ N steps": of 2 x 256 tokens of the two texts, taught by the dense model (`--recover`); the dense model is
+chosen on these. `--matmul medium` multiplies in bfloat16 where a CPU can (the model's forwards, not sums of squares nor solving);
+what is measured in the end is in float32 either way. "+ N steps": of 2 x 256 tokens of the two texts, taught by the dense model (`--recover`); the dense model is
 trained in the same way for comparison.
 """
 
@@ -77,6 +78,7 @@ def save(options, row):
     """Makes and saves a row's model, in this process, with how many CPU seconds that took."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision(options.matmul)
     start, (size, _, shown) = time.process_time(), row.partition(" | ")
     before, _, training = shown.partition(" + ")
     if training:
@@ -101,6 +103,7 @@ def main():
         parser.add_argument(name, type=Path)
     parser.add_argument("--only", nargs="*", default=ROWS, choices=ROWS)
     parser.add_argument("--lr", type=float, help="of the training")
+    parser.add_argument("--matmul", default="highest", choices=("highest", "medium"), help="precision of float32 products")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--row", choices=ROWS, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -30,6 +30,18 @@ def test_tests_and_files_that_it_names(page):
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_it_links_are_there(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_readme_is_read_in_two_minutes():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, (line for line in lines if not line.startswith("|")))) <= 140
+
+
 def test_each_row_of_what_works_has_its_test():
     lines = (ROOT / "docs" / "training.md").read_text().splitlines()
     rows = [line for line in lines if re.match(r"\| [^|\s]", line)]

@@ -1,4 +1,4 @@
-"""The pages of docs/, run as they stand: `kit/pages.py` says what an author has to do."""
+"""README and the pages of docs/, run as they stand: `kit/pages.py` says what an author has to do."""
 
 import logging
 import re
@@ -10,13 +10,13 @@ from billhook.assets import text_files
 from kit.cli import pytestmark as quiet
 from kit.pages import LANGUAGES, ROOT, Block, blocks_in, needed_by, printed, run_page
 
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = [page for page in PAGES if blocks_in(page) and page.name != "onnx.md"]  # which test_onnx.py runs, on several models
 pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:::lightning.*")]
 
 
 def named(page):
-    return page.relative_to(ROOT / "docs").as_posix()
+    return page.relative_to(ROOT).as_posix()
 
 
 @pytest.fixture

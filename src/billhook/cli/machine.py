@@ -13,9 +13,9 @@ from billhook.sparsity.checks import check_device
 
 
 def device_of(asked: str) -> torch.device:
-    """Returns the device of a name; for "auto", an accelerator if there is one."""
+    """Returns the device of a name; for "auto", an accelerator if there is one and its driver works."""
     if asked == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return cast(torch.device, check_device(asked, "device"))
 
 

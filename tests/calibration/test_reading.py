@@ -40,6 +40,11 @@ def test_globs_that_match_nothing(folder):
         load_splits(f"{folder}/*.csv")
 
 
+def test_what_is_no_data_is_refused():
+    with pytest.raises(ValueError, match="data=5: a name, a file"):
+        load_splits(5)
+
+
 def test_calibration_on_a_glob(folder):
     assert list(bh.Calibration([f"{folder}/*.jsonl", "notes.txt"]).named) == [f"{folder}/*.jsonl", "notes"]
 

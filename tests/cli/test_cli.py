@@ -40,6 +40,15 @@ def smaller(tmp_path_factory):
     return small_llama(tmp_path_factory.mktemp("smaller"), hidden_size=64, num_hidden_layers=4, num_key_value_heads=8)
 
 
+@pytest.mark.parametrize("name", ["TextDataModule", "ClassificationDataModule", "billhook.training.data.Seq2SeqDataModule"])
+@pytest.mark.parametrize("given", ["text.txt", "[text.txt, other.txt]"])
+def test_a_file_of_text_is_named_not_read(name, given, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("a: line\n" * 9)
+    with pytest.raises(SystemExit, match="0"):
+        billhook(f"fit --data {name} --data.data '{given}' --model.model tiny --print_config")
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["data"] == yaml.safe_load(given)
+
+
 @pytest.mark.parametrize("fragment", FRAGMENTS, ids=lambda path: path.stem)
 def test_every_fragment_runs(fragment, quick, smaller, capsys):
     length = "fast_dev_run 2" if fragment.stem == "uptraining" else "max_steps 2 --trainer.val_check_interval 1"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from glob import escape, glob, has_magic
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import datasets
 
@@ -16,14 +16,19 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 Data: TypeAlias = str | dict[str, str | list[str]]
 """`"tiny"`, a hub name (`"name"` or `"name:config"`), a folder, a file or a glob of files, or files by split."""
 Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
-Table: TypeAlias = datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict
-"""Data that is loaded already."""
+if TYPE_CHECKING:
+    Table: TypeAlias = datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict
+    """Data that is loaded already."""
+else:  # where an argument may be an object of a class, a command line gives it what stands in the file that is named
+    Table = Any
 
 
 def load_splits(data: Data | Table, streaming: bool = False) -> dict[str, Rows]:
     """Loads the splits of `data` with `datasets`: a folder may be a hub data set, and files alone are the split `train`."""
     if isinstance(data, datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict):
         return _loaded(data, streaming)
+    if not isinstance(data, str | dict):
+        raise ValueError(f"data={data!r}: a name, a file, files by split, or an object of `datasets` is needed")
     if data == "tiny":
         return _read("parquet", {split: [file] for split, file in text_files().items()}, streaming)
     if isinstance(data, str) and (has_magic(data) or _kind(data) is not None) and not Path(data).is_dir():

@@ -13,7 +13,7 @@ from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.shaped import load_as
 from billhook.model.transformers_internals import compute_alike
 from billhook.running.noise import seeded
-from billhook.running.undisturbed import undisturbed
+from billhook.running.undisturbed import precisely, undisturbed
 
 Probe = Mapping[str, Any]
 TIMES, TRIALS = 4, 4
@@ -71,7 +71,7 @@ def expect(model: PreTrainedModel, probe: Probe) -> Tensor:
 def logits_of(model: PreTrainedModel, probe: Probe) -> Tensor:
     """Computes the logits in float32, or for a model without a head its first output; some draw random numbers, the same."""
     inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in probe.items()}
-    with undisturbed(model), seeded(0, model.device):
+    with precisely(), undisturbed(model), seeded(0, model.device):
         output = model(**inputs)
     logits: Tensor | tuple[Tensor, ...] = output.logits if hasattr(output, "logits") else output[0]
     several = isinstance(logits, tuple | list)  # of heads for characters and for pieces of words, as MGP-STR's

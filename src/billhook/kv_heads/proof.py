@@ -24,6 +24,7 @@ from billhook.model.shapes.shape import Shape, built_shape, set_shape, shape_of,
 from billhook.model.surgery import Change, replace_parameters
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
 from billhook.running.trees import tree_leaves
+from billhook.running.undisturbed import precisely
 from billhook.units.fields import LAYERS
 
 TOLERANCE = 1e-3
@@ -120,6 +121,7 @@ def _take_shape(small: PreTrainedModel, model: PreTrainedModel, shape: Shape) ->
             )
 
 
+@precisely()
 def find_difference(dense: PreTrainedModel, shrunk: Shrunk, groups: int, implementation: str) -> str | None:
     """Finds the first case in which a small model with 1 of `groups` KV heads fails or differs from one with heads pooled."""
     reference, converted = (copy.deepcopy(dense, {id(one): one for one in dense.parameters()}) for _ in range(2))

@@ -22,7 +22,7 @@ from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.fold import fold
 from billhook.pruning.shape_then import shapes_then
 from billhook.running.trees import tree_leaves
-from billhook.running.undisturbed import resting
+from billhook.running.undisturbed import precisely, resting
 from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -209,7 +209,7 @@ def _answer(model: PreTrainedModel, readers: Iterable[str]) -> list[Tensor]:
     modules = [model.get_submodule(reader) for reader in sorted(readers)]
     hooks = [module.register_forward_hook(lambda *call: given.append(call[-1])) for module in modules]
     try:
-        with resting(model):
+        with precisely(), resting(model):
             given.append(model(**small_inputs(model)))
     finally:
         for hook in hooks:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from billhook.model.config_fields import configs_of
 from billhook.model.runs.inputs import make_inputs
-from billhook.running.undisturbed import resting
+from billhook.running.undisturbed import precisely, resting
 
 
 def small_inputs(model: nn.Module) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def small_inputs(model: nn.Module) -> dict[str, Any]:
 @torch.no_grad()
 def answer(model: PreTrainedModel) -> list[Tensor]:
     """Returns the tensors of real numbers that a model gives, except those of each block: float64, on the CPU."""
-    with resting(model):
+    with precisely(), resting(model):
         return _real(model(**small_inputs(model), return_dict=True))
 
 
@@ -32,7 +32,7 @@ def cached_answer(model: PreTrainedModel) -> tuple[list[Tensor], Exception | Non
     inputs |= dict.fromkeys({"use_cache"} & inputs.keys(), True)
     configs: list[Any] = [config for config in configs_of(model) if getattr(config, "use_cache", False)]
     try:
-        with resting(model):
+        with precisely(), resting(model):
             for config in configs:
                 config.use_cache = True
             given = model(**inputs, return_dict=True)

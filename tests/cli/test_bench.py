@@ -8,8 +8,8 @@ import transformers
 
 import billhook as bh
 from billhook.cli import bench as command
-from billhook.cli.bench import table
 from billhook.cli.main import description, main
+from billhook.cli.measuring.bench import table
 from billhook.report.speed import Row
 from kit.families import EXTRA, SMALL
 from kit.shaped import uneven_llama

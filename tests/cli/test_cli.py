@@ -121,7 +121,7 @@ class TestHelp:
         return " ".join(capsys.readouterr().out.split())
 
     def test_the_front_page_names_and_describes_every_command(self, capsys):
-        """A command is a module of cli/ or cli/oneshot/ with a function of the same name."""
+        """A command is a module of cli/ or a folder of it with a function of the same name."""
         told, front = self.told("--help", capsys), " ".join(description().split())
         assert front in told
         source = ROOT / "src"

@@ -24,14 +24,17 @@ from billhook.cli.options import Command, manual, run
 from billhook.cli.packaged import with_files
 
 ONE_SHOT = ("convert", "prune", "prune-heads", "prune-blocks", "prune-structure", "shrink")
-COMMANDS = (*ONE_SHOT, "recipes", "schema", "export", "push", "summary", "inspect", "evaluate", "bench", "serve-check")
-"""A command is a module of this folder, or of `oneshot`, and the function in it of the same name; its docstring is the manual."""
+MEASURING = ("summary", "inspect", "evaluate", "bench")
+COMMANDS = (*ONE_SHOT, "recipes", "schema", "export", "push", *MEASURING, "serve-check")
+"""A command is a module of this folder, of `oneshot` or of `measuring`, and the function in it of the same name; its docstring
+is the manual."""
 
 
 def command_of(name: str) -> Command:
     """Returns the function of a command."""
-    folder, name = "billhook.cli.oneshot" if name in ONE_SHOT else "billhook.cli", name.replace("-", "_")
-    return cast(Command, getattr(import_module(f"{folder}.{name}"), name))
+    folder = "oneshot." if name in ONE_SHOT else "measuring." if name in MEASURING else ""
+    name = name.replace("-", "_")
+    return cast(Command, getattr(import_module(f"billhook.cli.{folder}{name}"), name))
 
 
 def description() -> str:

@@ -22,7 +22,7 @@ from billhook.calibration.texts import check_also, texts
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import load, save
 from billhook.cli.machine import device_of
-from billhook.cli.metrics import accuracy
+from billhook.cli.measuring.metrics import accuracy
 from billhook.cli.oneshot.text import Examples, Scored, Text
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import prunable

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import one_of, whole
 from billhook.checkpoints.save import load
-from billhook.cli.engine import bench_engine
 from billhook.cli.machine import check_file, device_of, machine_name, threads_of, versions
+from billhook.cli.measuring.engine import bench_engine
 from billhook.model.meta import from_name
 from billhook.model.shapes.shape import unbuilt_shape
 from billhook.plots.speed import speed

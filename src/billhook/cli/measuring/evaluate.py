@@ -17,9 +17,9 @@ from billhook.arguments import whole
 from billhook.assets import model_path
 from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
-from billhook.cli.choices import Question, Row, batches, encode, log_likelihoods, read_questions
 from billhook.cli.machine import check_file, device_of, versions
-from billhook.cli.metrics import perplexity
+from billhook.cli.measuring.choices import Question, Row, batches, encode, log_likelihoods, read_questions
+from billhook.cli.measuring.metrics import perplexity
 from billhook.model.meta import model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
 from billhook.report.table import aligned

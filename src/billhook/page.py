@@ -1,4 +1,4 @@
-"""What an object shows of itself: a page, however large the model that it tells of."""
+"""Shows of an object a page, however large the model that it tells of."""
 
 import re
 import textwrap

@@ -5,7 +5,7 @@ import json
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, get_args
 
 from jsonargparse import ArgumentParser
 
@@ -25,7 +25,8 @@ def run(command: Command, given: Sequence[str]) -> None:
     for group in groups.values():
         parser.add_class_arguments(group, sub_configs=True)
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name now, and before 4.53
-    values = vars(instantiate(parser.parse_args(_named(command, _lists(flags, _switches(flags, given))))))
+    parsed = vars(instantiate(parser.parse_args(_named(command, _lists(flags, _switches(flags, given))))))
+    values = {name: _whole(value, flags.get(name)) for name, value in parsed.items()}
     made = {name: group(**{one.name: values.pop(one.name) for one in fields(group)}) for name, group in groups.items()}
     command(**{name: values[name] for name in inspect.signature(command).parameters if name in values}, **made)
 
@@ -57,6 +58,11 @@ def _typed(command: Command) -> dict[str, Any]:
     groups = _groups(command)
     plain = {name: one.annotation for name, one in inspect.signature(command).parameters.items() if name not in groups}
     return plain | {one.name: one.type for group in groups.values() for one in fields(group)}
+
+
+def _whole(value: object, kind: object) -> object:
+    """Makes an int of a whole float where an int is legal: once Lightning's types are read, `int | float` tries float first."""
+    return int(value) if isinstance(value, float) and value.is_integer() and int in get_args(kind) else value
 
 
 def _switches(types: dict[str, Any], given: Sequence[str]) -> list[str]:

@@ -49,7 +49,7 @@ class Distillation:
         >>> module = bh.TransformerModule("tiny", distillation=bh.Distillation(temperature=3.0, weight=0.9))
         >>> bh.Distillation(weight=2.0)
         Traceback (most recent call last):
-        ValueError: weight=2.0 must be in [0, 1]
+        ValueError: weight=2.0 must be in [0, 1]; did you mean 0.02?
     """
 
     teacher: str | None = None

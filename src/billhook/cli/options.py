@@ -24,8 +24,7 @@ def run(command: Command, given: Sequence[str]) -> None:
     parser.add_function_arguments(command, as_group=False, as_positional=True, skip=set(groups), sub_configs=True)
     for group in groups.values():
         parser.add_class_arguments(group, sub_configs=True)
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name now, and before 4.53
-    parsed = vars(instantiate(parser.parse_args(_named(command, _lists(flags, _switches(flags, given))))))
+    parsed = vars(parser.instantiate(parser.parse_args(_named(command, _lists(flags, _switches(flags, given))))))
     values = {name: _whole(value, flags.get(name)) for name, value in parsed.items()}
     made = {name: group(**{one.name: values.pop(one.name) for one in fields(group)}) for name, group in groups.items()}
     command(**{name: values[name] for name in inspect.signature(command).parameters if name in values}, **made)

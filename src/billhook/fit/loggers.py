@@ -57,7 +57,7 @@ def _beside(logger: CSVLogger) -> Path:
 
 @contextmanager
 def _warned(logger: Logger, what: str) -> Iterator[None]:
-    """Warns of a logger that fails, as what it is given comes when the training is done."""
+    """Warns where a logger fails, as what it is given comes when the training is done."""
     try:
         yield
     except Exception as error:

@@ -71,7 +71,8 @@ def test_what_was_done_what_it_costs_and_how_to_load_it(tmp_path):
         "| by | settings |",
         "| --- | --- |",
     ]
-    assert lines[8].startswith(f"| versions | billhook {bh.__version__}; torch {metadata.version("torch")}; transformers ")
+    torch = metadata.version("torch")
+    assert lines[8].startswith(f"| versions | billhook {bh.__version__}; torch {torch}; transformers ")
     assert lines[9:16] == [
         "`billhook.json` holds the whole record, such as which units or heads went.",
         "|  | before | after |",

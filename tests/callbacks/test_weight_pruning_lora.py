@@ -254,3 +254,14 @@ class TestRefused:
 
     def test_criteria_that_update_weights(self, tmp_path):
         self.refused(tmp_path, wrapped(), "SparseGPT changes them", criterion=bh.SparseGPT(), count_adapters=True)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_what_will_be_left_out_is_told_before_training(masked, tmp_path, caplog):
+    callback = pruning(bh.Magnitude(), 0.5, at=2, mask_adapters=masked)
+    with caplog.at_level("WARNING", "billhook"):
+        trainer(tmp_path, [callback], max_steps=3).fit(wrapped(), loader())
+    told = [record.message for record in caplog.records if "is left out when they are merged" in record.message]
+    assert [line.partition(",")[0] for line in told] == [
+        f"WeightPruning: adapters are on {len(callback.masks)} of the linears that are pruned"
+    ] * (not masked)

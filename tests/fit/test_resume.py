@@ -135,7 +135,8 @@ def test_stopped_again_and_again(files, tmp_path):
         path = folder / f"step={stop}.ckpt"
     assert same(weights(lit), weights(straight))
     found = differing(last(folder, steps), last(tmp_path / "all", steps))
-    assert [path for path in found if "val_loop" not in path] == []  # Lightning does not count validation again
+    # stopped where validation was due, Lightning does not validate again: it does not count it, and there is nothing it said
+    assert [path for path in found if "val_loop" not in path and path != "/billhook_trained"] == []
 
 
 class Stop(pl.Callback):

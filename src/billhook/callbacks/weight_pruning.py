@@ -1,15 +1,18 @@
 """Zeroes weights at given steps of a fit, and keeps them at zero."""
 
+import logging
 import sys
+from collections.abc import Collection
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from billhook.adapters.masked import mask_as_weights, plain_adapters
+from billhook.adapters.masked import mask_as_weights, on_linears, plain_adapters
 from billhook.arguments import annotated
 from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.events.event import EventCallback, FollowsShapes, log_event
@@ -30,6 +33,16 @@ from billhook.sparsity.hold import Hold
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.plan import WeightPlan
 from billhook.sparsity.prune import prune
+
+
+@rank_zero_only
+def _tell_left_out(adapted: Collection[str]) -> None:
+    """Tells, by the logger `billhook`, that what adapters learn where weights are zero is left out when they are merged."""
+    if adapted:
+        logging.getLogger("billhook").warning(
+            f"WeightPruning: adapters are on {len(adapted)} of the linears that are pruned, and what they learn where weights "
+            "are zero is left out when they are merged, as Export does: mask_adapters=True has LoRA learn only where weights are kept"
+        )
 
 
 class WeightPruning(EventCallback, FollowsShapes):
@@ -126,6 +139,8 @@ class WeightPruning(EventCallback, FollowsShapes):
         if self.count_adapters:
             adapters_to_count(model, self.criterion, linears)
         self._adapted = list(plain_adapters(model, linears, "mask_adapters=True")) if self.mask_adapters else []
+        if self._moments and not self.mask_adapters:
+            _tell_left_out(set(on_linears(model)) & set(linears))
         if self._moments:
             refuse_shape_changes(trainer, self, min(self._moments), sys.maxsize, "made masks", self._cannot_follow)
 

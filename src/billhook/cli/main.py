@@ -1,11 +1,7 @@
 """The `billhook` command: LightningCLI with what this package brings, and commands for checkpoints."""
 
 import argparse
-import difflib
-import inspect
 import os
-import pkgutil
-import re
 import sys
 import traceback
 import warnings
@@ -20,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook  # short class names in YAML work for what is imported
 from billhook.cli.dropped import configs_in, dropped_callbacks
+from billhook.cli.misspelt import legal
 from billhook.cli.options import Command, manual, run
 from billhook.cli.packaged import with_files
 
@@ -62,22 +59,8 @@ class _Parser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         others = f"Other commands: {', '.join(COMMANDS)}. `billhook --help` describes them.\n" if "subcommand" in message else ""
-        sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {message}\n{_legal(message)}{others}")
+        sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {message}\n{legal(message)}{others}")
         self.exit(2)
-
-
-def _legal(message: str) -> str:
-    """Lists the legal arguments of the classes for which an error message reports an unknown one."""
-    unknown = re.findall(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", message)
-    unknown += [("lightning.pytorch.Trainer", name) for name in re.findall(r"not accept option 'trainer\.(\w+)", message)]
-    lines = []
-    for path, name in unknown:
-        legal = list(inspect.signature(pkgutil.resolve_name(path)).parameters)
-        near = [f"'{close}'?" for close in difflib.get_close_matches(name, legal, n=1)]
-        lines.append(
-            f"{path} has no '{name}'. {' '.join(['Did you mean', *near]) if near else ''} It takes: {', '.join(legal)}\n"
-        )
-    return "".join(lines)
 
 
 class BillhookCLI(LightningCLI):

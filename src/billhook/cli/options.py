@@ -5,11 +5,20 @@ import json
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 from jsonargparse import ArgumentParser
 
+from billhook.cli.misspelt import legal
+
 Command = Callable[..., None]
+
+
+class _Parser(ArgumentParser):
+    """Parser that adds to an error what is legal."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error("\n".join([message, legal(message)]).rstrip(), ex)
 
 
 def run(command: Command, given: Sequence[str]) -> None:
@@ -19,7 +28,7 @@ def run(command: Command, given: Sequence[str]) -> None:
     """
     groups, flags = _groups(command), _typed(command)
     about = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:")[0]
-    parser = ArgumentParser(prog=f"billhook {name_of(command)}", description=about)
+    parser = _Parser(prog=f"billhook {name_of(command)}", description=about)
     parser.add_argument("--config", action="config", help="A YAML file of options.")
     parser.add_function_arguments(command, as_group=False, as_positional=True, skip=set(groups), sub_configs=True)
     for group in groups.values():

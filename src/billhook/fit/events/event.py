@@ -83,6 +83,7 @@ class EventCallback(Callback, ABC):
         """Forgets all events, when a fit begins."""
         self.events: list[Event] = []
         self.done, self.asked = -1, 0.0
+        self._validated: dict[str, Any] = {}
 
     @abstractmethod
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -171,7 +172,12 @@ class EventCallback(Callback, ABC):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds how the model was trained, and the shape to checkpoints that are saved after the fit or after an error, too."""
         add_to(trainer, pl_module, checkpoint, self._resume)
-        checkpoint[TRAINED] = trained(trainer)
+        checkpoint[TRAINED] = self._validated | trained(trainer)
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps what validation said before the stop, until it says something again."""
+        noted = checkpoint.get(TRAINED, {})
+        self._validated = {"metrics": noted["metrics"]} if "metrics" in noted else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has happened so far; the shape itself is in the LightningModule's part of the checkpoint."""

@@ -1,0 +1,40 @@
+"""What is said where a class is named that there is not."""
+
+import pytest
+
+from billhook.cli.main import main
+from kit.cli import pytestmark as quiet
+
+pytestmark = quiet
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "near", "others"),
+    [
+        (["prune", "tiny", "out", "--criterion", "Wandaa"], "Wanda", ("Magnitude", "Refit", "SparseGPT")),
+        (["prune", "tiny", "out", "--allocation", "Uniforn"], "Uniform", ("ByPattern", "OWL")),
+        (["prune-structure", "tiny", "out", "--importance", "Tayler"], "Taylor", ("OBS", "OutputNorm")),
+        (["fit", "--config", "recipe:base", "--trainer.callbacks+=WeightPrunning"], "WeightPruning", ("Export", "HeadPruning")),
+    ],
+)
+def test_those_there_are_are_listed(words, near, others, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    told = capsys.readouterr().err
+    assert f"There is no class '{words[-1].rpartition('=')[2]}'. Did you mean '{near}'? There are: " in told
+    assert all(f"{name}," in told or f"{name};" in told for name in (near, *others))
+    assert "Criterion," not in told
+    assert "Importance," not in told
+
+
+def test_a_class_within_a_config(tmp_path, capsys):
+    settings = "{class_path: WeightPruning, init_args: {criterion: Wandaa, sparsity: 0.5}}"
+    (tmp_path / "own.yaml").write_text(f"trainer:\n  callbacks+: [{settings}]\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["fit", "--config", "recipe:base", "--config", "own.yaml"])
+    assert "There is no class 'Wandaa'. Did you mean 'Wanda'?" in capsys.readouterr().err

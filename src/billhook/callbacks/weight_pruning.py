@@ -41,7 +41,7 @@ def _tell_left_out(adapted: Collection[str]) -> None:
     if adapted:
         logging.getLogger("billhook").warning(
             f"WeightPruning: adapters are on {len(adapted)} of the linears that are pruned, and what they learn where weights "
-            "are zero is left out when they are merged, as by Export: mask_adapters=True has LoRA learn only where weights are kept"
+            "are zero is left out when they are merged, as Export does: mask_adapters=True has LoRA learn where weights are kept"
         )
 
 

@@ -37,7 +37,8 @@ def _classes(message: str) -> Iterator[str]:
 
 def _of_billhook(base: type) -> Iterator[str]:
     """Yields the names of billhook's public classes that are a base class's."""
-    for kind in base.__subclasses__():
+    kinds: list[type] = base.__subclasses__()
+    for kind in kinds:
         if kind.__module__.startswith("billhook.") and not kind.__name__.startswith("_") and not inspect.isabstract(kind):
             yield kind.__name__
         yield from _of_billhook(kind)

@@ -82,6 +82,7 @@ def run_page(blocks: list[Block], names: dict[str, Any]) -> dict[str, Any]:
     told = None
     for block in blocks:
         if block.title is not None:
+            assert ROOT not in Path(block.title).resolve().parents, f"{block.place} would write into the clone"
             Path(block.title).write_text(block.code)
         if block.language == "text" and block.marker is None:
             assert told is None or printed(block.code, told), f"{block.place} says\n{block.code}\nand what is printed is\n{told}"

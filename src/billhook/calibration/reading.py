@@ -23,12 +23,20 @@ else:  # where an argument may be an object of a class, a command line gives it 
     Table = Any
 
 
+OBJECTS = (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict)
+
+
+def check_data(data: object) -> None:
+    """Refuses what names no data and holds none."""
+    if not data or not isinstance(data, (str, dict, *OBJECTS)):
+        raise ValueError(f"data={data!r} must be a name, a file, files by split, or an object of `datasets`")
+
+
 def load_splits(data: Data | Table, streaming: bool = False) -> dict[str, Rows]:
     """Loads the splits of `data` with `datasets`: a folder may be a hub data set, and files alone are the split `train`."""
-    if isinstance(data, datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict):
+    check_data(data)
+    if isinstance(data, OBJECTS):
         return _loaded(data, streaming)
-    if not isinstance(data, str | dict):
-        raise ValueError(f"data={data!r}: a name, a file, files by split, or an object of `datasets` is needed")
     if data == "tiny":
         return _read("parquet", {split: [file] for split, file in text_files().items()}, streaming)
     if isinstance(data, str) and (has_magic(data) or _kind(data) is not None) and not Path(data).is_dir():

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import fraction, whole
-from billhook.calibration.reading import SPLITS, Data, Rows, Table, load_splits
+from billhook.calibration.reading import SPLITS, Data, Rows, Table, check_data, load_splits
 from billhook.calibration.rows import Batch
 from billhook.fit.lightning_internals import drop_training_loaders
 from billhook.model.find import find_transformer
@@ -46,6 +46,8 @@ class DatasetModule(pl.LightningDataModule):
         sources = data if isinstance(data, list) else [data]
         if not sources:
             raise ValueError("data=[] must name at least one source")
+        for source in sources:
+            check_data(source)
         check_weights(weights, len(sources))
         self.data, self.tokenizer_name = data, tokenizer
         self.validation, self.weights = validation, weights

@@ -1,4 +1,4 @@
-"""Fills in what pages of the manual show of the code: the commands with their options, and the YAML fragments.
+"""Fills in what pages of the manual show of the code: the commands with their options, and the YAML fragments; lists its pages.
 
 A page says where by a line `<!-- made by hooks.py: commands -->`. The text is that of the docstrings that `--help` prints.
 """
@@ -7,12 +7,12 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from itertools import groupby
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import griffe
 
@@ -25,6 +25,29 @@ ROOT = Path(__file__).parents[1]
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Fills in a page, as MkDocs asks for it."""
     return re.sub(r"<!-- made by hooks.py: (\w+) -->", lambda found: MADE[found[1]](), markdown)
+
+
+def on_post_build(config: Mapping[str, Any], **_: object) -> None:
+    """Writes `llms.txt` beside the pages, as MkDocs asks for it."""
+    Path(config["site_dir"], "llms.txt").write_text(llms(config["nav"], Path(config["docs_dir"]), config["site_description"]))
+
+
+def llms(nav: Sequence[Any], folder: Path, about: str) -> str:
+    """Lists the pages with their first sentences for language models that read the manual, as llmstxt.org describes."""
+    lines = ["# billhook", "", f"> {about}"]
+    for entry in nav:
+        (section, pages), *_ = entry.items() if isinstance(entry, dict) else [("", [entry])]
+        lines += ["", f"## {section}", ""] if section else [""]
+        lines += [_listed(folder / page, page) for page in pages]
+    return "\n".join([*lines, ""])
+
+
+def _listed(path: Path, page: str) -> str:
+    title, _, text = path.read_text().partition("\n")
+    parts = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).split("\n\n")
+    prose = next((part for part in map(str.strip, parts) if re.match(r"[\w*`]", part)), "")
+    sentence = re.split(r"(?<=\.)\s", " ".join(prose.replace("**", "").split()).removeprefix("What for: "), maxsplit=1)[0]
+    return f"- [{title.removeprefix('# ')}]({page}): {sentence.removesuffix(':')}"
 
 
 def commands() -> str:

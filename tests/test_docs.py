@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 import billhook as bh
 from billhook.cli.main import COMMANDS
@@ -60,6 +61,14 @@ def test_each_schedule_stands_on_a_page_of_the_reference():
     classes = [one for one in vars(bh.schedules).values() if inspect.isclass(one) and issubclass(one, bh.schedules.Schedule)]
     shown = re.findall(r"^::: billhook\.schedules\.(\w+)$", REFERENCE, re.MULTILINE)
     assert {one.__name__ for one in classes} - {"Schedule", "Ramp"} == set(shown)
+
+
+def test_each_page_is_in_the_menu_and_in_the_list_for_language_models():
+    pytest.importorskip("griffe", reason="griffe is not installed: pip install 'billhook[docs]'")
+    config = yaml.load((ROOT / "mkdocs.yml").read_text(), yaml.BaseLoader)
+    told = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["llms"](config["nav"], ROOT / "docs", "What it is.")
+    listed = re.findall(r"^- \[.+?\]\((.+?)\): \w", told, re.MULTILINE)
+    assert sorted(listed) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.name != "README.md")
 
 
 def test_the_reference_describes_each_option_of_each_command():

@@ -67,7 +67,7 @@ def test_each_page_is_in_the_menu_and_in_the_list_for_language_models():
     pytest.importorskip("griffe", reason="griffe is not installed: pip install 'billhook[docs]'")
     config = yaml.load((ROOT / "mkdocs.yml").read_text(), yaml.BaseLoader)
     told = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["llms"](config["nav"], ROOT / "docs", "What it is.")
-    listed = re.findall(r"^- \[.+?\]\((.+?)\): \w", told, re.MULTILINE)
+    listed = re.findall(r"^- \[.+?\]\((.+?)\): \S", told, re.MULTILINE)
     assert sorted(listed) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.name != "README.md")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from billhook.arguments import whole
 from billhook.cli.machine import check_file
 from billhook.cli.oneshot.frame import Before, OneShot, bar, shown
+from billhook.cli.oneshot.outlook import outlook
 from billhook.cli.oneshot.recovery import Recovery
 from billhook.cli.oneshot.text import Examples
 from billhook.importance.base import Importance
@@ -18,7 +19,6 @@ from billhook.report.speed import Phase
 from billhook.running.batches import Batch
 from billhook.shrinking.latency.table import clock_of
 from billhook.shrinking.latency.workload import Workload
-from billhook.shrinking.outlook import outlook
 from billhook.shrinking.shrink import Layers, budget, check_library, check_search, shrink_begun
 from billhook.shrinking.work import Work
 

@@ -7,8 +7,8 @@ from typing import Any
 from billhook.arguments import whole
 from billhook.cli.machine import check_file
 from billhook.cli.oneshot.frame import Before, OneShot, bar, shown
-from billhook.cli.oneshot.outlook import outlook
 from billhook.cli.oneshot.recovery import Recovery
+from billhook.cli.oneshot.searched import outlook
 from billhook.cli.oneshot.text import Examples
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from billhook.cli import engine
+from billhook.cli.measuring import engine
 from billhook.cli.main import main
 from billhook.serving import speed
 from kit import serving

@@ -5,6 +5,7 @@ neither `callbacks+` nor short names.
 """
 
 import inspect
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -87,7 +88,7 @@ class Definitions:
         """Describes a class that is chosen by `class_path`, or by its path alone, of those that are some class, and others."""
         if (name := f"class:{path_of(of)}") not in self.found:
             self.found[name] = {}
-            own = {one: path_of(one) for one in subclasses(of) if one.__module__.startswith("billhook.") and is_public(one)}
+            own = {one: path_of(one) for one in subclasses(of) if is_public(one)}
             cases = [(sorted({path, path.rpartition(".")[2]}), one) for one, path in own.items()]
             words = sorted(word for names, _ in cases for word in names)
             words += pl.callbacks.__all__ if of is pl.Callback else []
@@ -110,7 +111,7 @@ class Definitions:
         if origin is Literal:
             return {"enum": list(inside)}
         if origin in (Union, UnionType):
-            return {"anyOf": [self.value(one) for one in inside]}
+            return {"anyOf": sorted((self.value(one) for one in inside), key=json.dumps)}  # typing keeps no order of its own
         if origin in ARRAYS:
             return {"type": "array"} | ({"items": self.value(inside[0])} if inside else {})
         if origin in (dict, Mapping):
@@ -131,8 +132,9 @@ def _own_arguments() -> Schema:
 
 
 def is_public(one: type) -> bool:
-    """Tells whether a class can be made, and is meant to be."""
-    return not inspect.isabstract(one) and not one.__name__.startswith("_")
+    """Tells whether a class is billhook's, can be made, and is meant to be; those of commands are not."""
+    ours = one.__module__.startswith("billhook.") and not one.__module__.startswith("billhook.cli.")
+    return ours and not inspect.isabstract(one) and not one.__name__.startswith("_")
 
 
 def path_of(one: type) -> str:

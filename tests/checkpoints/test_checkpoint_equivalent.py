@@ -212,7 +212,7 @@ def test_it_is_said(tmp_path):
     run = trainer(tmp_path, [])
     run.strategy.connect(TransformerModule(three_of_four()))
     run.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    assert "it is saved as mistral; largest difference of logits 0" in str(export(tmp_path / "last.ckpt", tmp_path / "b"))
+    assert "it is saved as mistral; largest difference of logits 0" in export(tmp_path / "last.ckpt", tmp_path / "b").text()
     assert type(load(tmp_path / "b")) is transformers.MistralForCausalLM
 
 

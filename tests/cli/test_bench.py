@@ -7,8 +7,8 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.cli.measuring import bench as command
 from billhook.cli.main import description, main
+from billhook.cli.measuring import bench as command
 from billhook.cli.measuring.bench import table
 from billhook.report.speed import Row
 from kit.families import EXTRA, SMALL

@@ -5,8 +5,8 @@ from contextlib import nullcontext
 
 import pytest
 
-from billhook.cli.measuring import engine
 from billhook.cli.main import main
+from billhook.cli.measuring import engine
 from billhook.serving import speed
 from kit import serving
 from kit.serving import saved

@@ -141,7 +141,7 @@ class OneShot:
         most, metric = self.given.evaluate, self.metric
         measure = [f"measure the {metric} before and after, on {most} examples{' of each text' * (metric != 'accuracy')}"]
         print(f"{self.name}, {self.sizes['params']:,} parameters:")
-        for step in (*steps, *(measure if most else ()), f"save to {self.out}"):
+        for step in (*steps, *(measure if self._measures else ()), f"save to {self.out}"):
             print(f"  {step}")
         print(flush=True)
 
@@ -162,16 +162,18 @@ class OneShot:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.given.seed))
         return list(self._batched(rows, order[: self.given.examples or EXAMPLES].tolist()))
 
+    @property
+    def _measures(self) -> bool:
+        """True where there is something to measure: a classifier's answers, or what a model writes."""
+        return self.reads and self.given.evaluate > 0 and (self.metric == "accuracy" or generates(self.model))
+
     def measure(self) -> Before:
         """Measures the model before it is changed: accuracy, or what it predicts on texts; None for one that does neither."""
         most = self.given.evaluate
-        if not self.reads:
+        if not self._measures:
             return None
         with offloaded(self._visiting, self.device):
             if self.metric == "perplexity":
-                measured = most and generates(self.model)
-                if not measured:
-                    return None
                 read = texts(self.calibration, self.model, most, self.given.also)
                 inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
                 with bar("measuring", "examples") as progress:

@@ -53,6 +53,7 @@ from billhook.callbacks import Damage as Damage, Export as Export, Report as Rep
 
 from billhook.training.module import TransformerModule as TransformerModule
 from billhook.training.data import TextDataModule as TextDataModule, ClassificationDataModule as ClassificationDataModule
+from billhook.training.evaluation import evaluate as evaluate
 from billhook.training.distillation import Distillation as Distillation
 
 __version__ = "0.1.0"

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, models, processors
 import billhook as bh
 from billhook.assets import model_path
 from billhook.cli.main import main
-from billhook.cli.measuring.choices import Question, batches, encode, log_likelihoods, read_questions
-from billhook.cli.measuring.evaluate import Figure, _work, accuracies, difference, mean, table
+from billhook.cli.measuring.evaluate import _work, difference, table
+from billhook.report.choices import Question, batches, encode, log_likelihoods, read_questions
+from billhook.training.evaluation import Figure, accuracies, mean
 from kit.chats import chat, talking
 from kit.shaped import gpt2
 

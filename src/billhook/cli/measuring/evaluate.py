@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, util
 from json import dumps
 from pathlib import Path
@@ -18,26 +19,11 @@ from billhook.assets import model_path
 from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
 from billhook.cli.machine import check_file, device_of, versions
-from billhook.cli.measuring.choices import Question, Row, batches, encode, log_likelihoods, read_questions
-from billhook.cli.measuring.metrics import perplexity
 from billhook.model.meta import model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
+from billhook.report.choices import Question, read_questions
 from billhook.report.table import aligned
-from billhook.training.data import TextDataModule
-
-LONGEST = 2048
-"""Tokens that models read at once, unless another length is asked for."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A figure of one model `of` questions, a text or a task; `each` is 1 or 0, whether each question was answered right."""
-
-    of: str
-    measure: str
-    value: float
-    error: float | None = None
-    each: tuple[int, ...] | None = None
+from billhook.training.evaluation import LONGEST, Asked, Figure, accuracies, blocks, encoded, mean, measured, shown
 
 
 @dataclass(frozen=True)
@@ -46,7 +32,7 @@ class _Work:
 
     model: str
     tokenizer: PreTrainedTokenizerBase
-    sets: dict[str, list[tuple[Question, list[Row]]]]
+    sets: dict[str, Asked]
     text: Rows | None
     tasks: list[str]
 
@@ -144,13 +130,8 @@ def _length(models: Sequence[str], asked: int | None) -> int:
 
 def _work(name: str, questions: Sequence[list[Question]], text: str | None, column: str, length: int, tasks: list[str]) -> _Work:
     tokenizer = load_tokenizer(name)
-    sets = {own[0].file: list(zip(own, encode(own, tokenizer, length), strict=True)) for own in questions}
-    rows = None
-    if text is not None:
-        given = TextDataModule({"test": text}, model_path(name), block_size=length, column=column, loss_on="all")
-        given.setup("test")
-        rows = given.splits["test"]
-    return _Work(name, tokenizer, sets, rows, tasks)
+    rows = None if text is None else blocks(text, model_path(name), length, column)
+    return _Work(name, tokenizer, encoded(questions, tokenizer, length), rows, tasks)
 
 
 def _measure(
@@ -158,40 +139,17 @@ def _measure(
 ) -> tuple[list[Figure], dict[str, Any]]:
     """Measures all figures of a model, and the likelihoods of each file's choices."""
     tasks = _harness(model, work, length, batch_size, limit) if work.tasks else []
-    rows = [row for own in work.sets.values() for _, choices in own for row in choices]
-    likelihoods = dict[Row, float]()
-    for batch in track(batches(rows, batch_size), work.model, console=Console(stderr=True), transient=True):
-        likelihoods |= zip(batch, log_likelihoods(model, batch), strict=True)
-    if not all(math.isfinite(value) for value in likelihoods.values()):
-        raise ValueError(f"models: '{work.model}' computes logits that are not finite; its weights have diverged")
-    figures, answers = list[Figure](), dict[str, Any]()
-    for file, own in work.sets.items():
-        found = [(question, [likelihoods[row] for row in choices]) for question, choices in own]
-        figures += (right := accuracies(f"{Path(file).stem} ({len(own)})", found))
-        each = zip(found, *(one.each or () for one in right), strict=True)
+    told = partial(track, description=work.model, console=Console(stderr=True), transient=True)
+    who = f"models: '{work.model}'"
+    figures, found = measured(model, who, work.sets, work.text, length, examples, batch_size, told)
+    answers = dict[str, Any]()
+    for file, own in found.items():
+        each = zip(own, *(one.each or () for one in accuracies(file, own)), strict=True)
         answers[file] = [
             {"line": question.line, "label": question.label, "acc": plain, "acc_norm": norm, "log_likelihoods": sums}
             for (question, sums), plain, norm in each
         ]
-    if work.text is not None and (value := perplexity(model, work.text, examples)) is not None:
-        figures.append(Figure(f"text ({min(examples, len(work.text))} x {length})", "perplexity", value))
     return figures + tasks, answers
-
-
-def accuracies(of: str, answers: Sequence[tuple[Question, Sequence[float]]]) -> list[Figure]:
-    """Measures `acc` and `acc_norm` on questions with the log-likelihood of each of their choices."""
-    plain, norm = list[int](), list[int]()
-    for question, sums in answers:
-        per_character = [total / len(choice) for total, choice in zip(sums, question.choices, strict=True)]
-        for right, scores in ((plain, sums), (norm, per_character)):
-            right.append(int(max(range(len(scores)), key=scores.__getitem__) == question.label))
-    return [Figure(of, name, *mean(own), tuple(own)) for name, own in (("acc", plain), ("acc_norm", norm))]
-
-
-def mean(values: Sequence[float]) -> tuple[float, float | None]:
-    """Returns the mean and its standard error, s / sqrt(n); None for the error of a single value."""
-    count, middle = len(values), sum(values) / len(values)
-    return middle, math.sqrt(sum((value - middle) ** 2 for value in values) / (count - 1) / count) if count > 1 else None
 
 
 def difference(figure: Figure, first: Figure) -> tuple[float, float | None]:
@@ -205,14 +163,10 @@ def table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> str:
     """Shows figures as rows and models as columns, with their differences to the first model."""
     rows = [["", "", *models]]
     for first, *others in zip(*figures, strict=True):
-        cells = [f"{_shown(one.value, one.error)}  ({_shown(*difference(one, first), sign='+')})" for one in others]
-        rows.append([first.of, first.measure, _shown(first.value, first.error), *cells])
+        cells = [f"{shown(one.value, one.error)}  ({shown(*difference(one, first), sign='+')})" for one in others]
+        rows.append([first.of, first.measure, shown(first.value, first.error), *cells])
     legend = f"(difference to {models[0]}; ± standard error)" if len(models) > 1 else "(± standard error)"
     return f"{aligned(rows, len(rows[0]))}\n\n{legend}"
-
-
-def _shown(value: float, error: float | None, sign: str = "") -> str:
-    return f"{value:{sign},.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def _plain(figures: Sequence[Figure], first: Sequence[Figure]) -> list[dict[str, Any]]:

@@ -22,13 +22,13 @@ from billhook.calibration.texts import check_also, texts
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import load, save
 from billhook.cli.machine import device_of
-from billhook.cli.measuring.metrics import accuracy
 from billhook.cli.oneshot.text import Examples, Scored, Text
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import prunable
 from billhook.model.preprocessors import load_tokenizer
 from billhook.report.damage import Dense, TextDamage, table, warning_of
 from billhook.report.generation import generates
+from billhook.report.metrics import accuracy
 from billhook.running.batches import Batch
 from billhook.running.offload import offloaded
 from billhook.running.walk import find_sites

@@ -1,0 +1,174 @@
+"""Measures a language model as it stands: perplexity on a text, and accuracy on multiple-choice questions."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from billhook.arguments import annotated, whole
+from billhook.calibration.reading import Rows
+from billhook.model.preprocessors import tokenizer_of
+from billhook.page import Shown
+from billhook.report.choices import Question, Row, batches, encode, log_likelihoods, read_questions
+from billhook.report.generation import generates
+from billhook.report.metrics import perplexity
+from billhook.report.table import aligned
+from billhook.running.undisturbed import undisturbed
+from billhook.training.data import TextDataModule
+
+LONGEST = 2048
+"""Tokens that models read at once, unless another length is asked for."""
+Asked = list[tuple[Question, list[Row]]]
+"""The questions of a file, each with its choices as tokens."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of one model `of` questions, a text or a task; `each` is 1 or 0, whether each question was answered right."""
+
+    of: str
+    measure: str
+    value: float
+    error: float | None = None
+    each: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation(Shown):
+    """What `evaluate` has measured.
+
+    Attributes:
+        figures: Of each file of questions `acc` and `acc_norm`, with binomial standard errors; of a text its perplexity.
+    """
+
+    figures: tuple[Figure, ...]
+
+    def text(self) -> str:
+        """Returns a table of the figures."""
+        rows = [[one.of, one.measure, shown(one.value, one.error)] for one in self.figures]
+        return aligned([["", "", "value"], *rows], 2)
+
+    @property
+    def perplexity(self) -> float | None:
+        """Perplexity on the text, if there was one."""
+        return next((one.value for one in self.figures if one.measure == "perplexity"), None)
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """The share of right answers (`acc`) by file of questions, as each is called in `figures`."""
+        return {one.of: one.value for one in self.figures if one.measure == "acc"}
+
+
+def evaluate(
+    model: PreTrainedModel,
+    text: str | None = None,
+    questions: Sequence[str] = (),
+    tokenizer: str | None = None,
+    length: int | None = None,
+    examples: int = 64,
+    limit: int | None = None,
+    batch_size: int = 8,
+    column: str = "text",
+) -> Evaluation:
+    """Measures a causal language model in memory: perplexity on a text, zero-shot accuracy on multiple-choice questions.
+
+    `billhook evaluate` measures the same of folders, side by side, with lm-eval's tasks beside it. An answer is the choice with
+    the highest log-likelihood (acc), or the highest one per character (acc_norm), as in lm-eval.
+
+    Args:
+        model: The model; it is left as it was.
+        text: A file (.txt, .jsonl, .csv, .parquet), cut into blocks.
+        questions: Files of questions, JSON Lines: `{"context": "Question: ...", "choices": ["one", "two"], "label": 1}`.
+        tokenizer: A name or folder; by default where the model came from.
+        length: Tokens that the model reads at once; by default 2048, or as many as it reads.
+        examples: Blocks of the text, the first ones.
+        limit: Questions of each file, the first ones; by default all.
+        batch_size: Choices in a batch.
+        column: The column that holds the text.
+
+    Raises:
+        ValueError: If an argument is not legal, the model predicts no next token, or it computes no finite number.
+
+    >>> import billhook as bh
+    >>> from billhook.assets import text_files
+    >>> found = bh.evaluate(bh.load("tiny", dtype="float32"), text_files()["validation"], length=128, examples=4)
+    >>> 20 < found.perplexity < 80
+    True
+    """
+    annotated(evaluate, locals())
+    for name, value in {"examples": examples, "batch_size": batch_size, "limit": 1 if limit is None else limit}.items():
+        whole(name, value)
+    if text is None and not questions:
+        raise ValueError("text=None: give a text to measure perplexity on, questions, or both")
+    if not generates(model):
+        raise ValueError(f"model: a {type(model).__name__} predicts no next token; a causal language model is needed")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length or LONGEST
+    if length is not None and not 2 <= length <= most:
+        raise ValueError(f"length={length} must be in 2..{most}: the model reads no more tokens at once")
+    tokens, own = length or min(LONGEST, most), tokenizer_of(model, tokenizer)
+    sets = encoded([read_questions(file, limit) for file in questions], own, tokens)
+    rows = None if text is None else blocks(text, tokenizer or str(model.config.name_or_path), tokens, column)
+    with undisturbed(model):
+        found, _ = measured(model, f"model: this {type(model).__name__}", sets, rows, tokens, examples, batch_size, iter)
+    return Evaluation(tuple(found))
+
+
+def encoded(questions: Iterable[list[Question]], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Asked]:
+    """Encodes questions, by file."""
+    return {own[0].file: list(zip(own, encode(own, tokenizer, length), strict=True)) for own in questions}
+
+
+def blocks(text: str, tokenizer: str, length: int, column: str) -> Rows:
+    """Cuts a text into blocks of so many tokens."""
+    given = TextDataModule({"test": text}, tokenizer, block_size=length, column=column, loss_on="all")
+    given.setup("test")
+    return given.splits["test"]
+
+
+def measured(
+    model: PreTrainedModel,
+    who: str,
+    sets: dict[str, Asked],
+    text: Rows | None,
+    length: int,
+    examples: int,
+    batch_size: int,
+    told: Callable[[list[list[Row]]], Iterable[list[Row]]],
+) -> tuple[list[Figure], dict[str, list[tuple[Question, list[float]]]]]:
+    """Measures all figures of a model, and the log-likelihoods of each file's choices; batches go through `told`."""
+    rows = [row for own in sets.values() for _, choices in own for row in choices]
+    likelihoods = dict[Row, float]()
+    for batch in told(batches(rows, batch_size)):
+        likelihoods |= zip(batch, log_likelihoods(model, batch), strict=True)
+    if not all(math.isfinite(value) for value in likelihoods.values()):
+        raise ValueError(f"{who} computes logits that are not finite; its weights have diverged")
+    answers = {
+        file: [(question, [likelihoods[row] for row in choices]) for question, choices in own] for file, own in sets.items()
+    }
+    figures = [one for file, found in answers.items() for one in accuracies(f"{Path(file).stem} ({len(found)})", found)]
+    if text is not None and (value := perplexity(model, text, examples)) is not None:
+        figures.append(Figure(f"text ({min(examples, len(text))} x {length})", "perplexity", value))
+    return figures, answers
+
+
+def accuracies(of: str, answers: Sequence[tuple[Question, Sequence[float]]]) -> list[Figure]:
+    """Measures `acc` and `acc_norm` on questions with the log-likelihood of each of their choices."""
+    plain, norm = list[int](), list[int]()
+    for question, sums in answers:
+        per_character = [total / len(choice) for total, choice in zip(sums, question.choices, strict=True)]
+        for right, scores in ((plain, sums), (norm, per_character)):
+            right.append(int(max(range(len(scores)), key=scores.__getitem__) == question.label))
+    return [Figure(of, name, *mean(own), tuple(own)) for name, own in (("acc", plain), ("acc_norm", norm))]
+
+
+def mean(values: Sequence[float]) -> tuple[float, float | None]:
+    """Returns the mean and its standard error, s / sqrt(n); None for the error of a single value."""
+    count, middle = len(values), sum(values) / len(values)
+    return middle, math.sqrt(sum((value - middle) ** 2 for value in values) / (count - 1) / count) if count > 1 else None
+
+
+def shown(value: float, error: float | None, sign: str = "") -> str:
+    """Writes a figure with its standard error, if it has one."""
+    return f"{value:{sign},.3f}" + ("" if error is None else f" ± {error:.3f}")

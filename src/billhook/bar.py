@@ -52,7 +52,7 @@ class _Pace:
         self.first = 0, 0.0
 
     def see(self, done: int, total: int) -> None:
-        """Records that steps are done."""
+        """Notes how many steps are done."""
         now, self.calls = time.monotonic(), self.calls + 1
         if self.calls == 1:
             self.first = done, now

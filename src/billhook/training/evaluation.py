@@ -37,7 +37,7 @@ class Figure:
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Shown):
-    """What `evaluate` has measured.
+    """Figures that `evaluate` has measured.
 
     Attributes:
         figures: Of each file of questions `acc` and `acc_norm`, with binomial standard errors; of a text its perplexity.
@@ -100,12 +100,13 @@ def evaluate(
     annotated(evaluate, locals())
     for name, value in {"examples": examples, "batch_size": batch_size, "limit": 1 if limit is None else limit}.items():
         whole(name, value)
+    whole("length", 2 if length is None else length, 2)
     if text is None and not questions:
         raise ValueError("text=None: give a text to measure perplexity on, questions, or both")
     if not generates(model):
         raise ValueError(f"model: a {type(model).__name__} predicts no next token; a causal language model is needed")
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length or LONGEST
-    if length is not None and not 2 <= length <= most:
+    if length is not None and length > most:
         raise ValueError(f"length={length} must be in 2..{most}: the model reads no more tokens at once")
     tokens, own = length or min(LONGEST, most), tokenizer_of(model, tokenizer)
     sets = encoded([read_questions(file, limit) for file in questions], own, tokens)

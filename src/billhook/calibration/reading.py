@@ -28,7 +28,7 @@ OBJECTS = (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, dat
 
 def check_data(data: object) -> None:
     """Refuses what names no data and holds none."""
-    if not data or not isinstance(data, (str, dict, *OBJECTS)):
+    if data == "" or not isinstance(data, (str, dict, *OBJECTS)):
         raise ValueError(f"data={data!r} must be a name, a file, files by split, or an object of `datasets`")
 
 

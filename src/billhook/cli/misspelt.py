@@ -30,9 +30,19 @@ def legal(message: str) -> str:
 def _classes(message: str) -> Iterator[str]:
     """Yields a line for each class that there is not."""
     bases = [base for types in TYPES.findall(message) for base in re.findall(r"\w+(?:\.\w+)+", types)]
-    names = sorted({name for base in bases for name in _of_billhook(pkgutil.resolve_name(base))})
+    names = sorted({name for base in bases for kind in _class(base) for name in _of_billhook(kind)})
     for wrong in dict.fromkeys(NO_CLASS.findall(message)) if names else ():
         yield f"There is no class '{wrong}'.{_near(wrong, names)} There are: {', '.join(names)}; or module.Class of your own\n"
+
+
+def _class(path: str) -> Iterator[type]:
+    """Yields the class of a path, if it is one; types as `typing.Literal` are none."""
+    try:
+        found = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError):  # of a class within a function
+        return
+    if isinstance(found, type):
+        yield found
 
 
 def _of_billhook(base: type) -> Iterator[str]:

@@ -6,6 +6,8 @@ import pkgutil
 import re
 from collections.abc import Iterator, Sequence
 
+from billhook.model.plan import subclasses
+
 NO_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
 NO_TRAINER_ARGUMENT = re.compile(r"not accept option 'trainer\.(\w+)")
 NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)")
@@ -47,11 +49,9 @@ def _class(path: str) -> Iterator[type]:
 
 def _of_billhook(base: type) -> Iterator[str]:
     """Yields the names of billhook's public classes that are a base class's."""
-    kinds: list[type] = base.__subclasses__()
-    for kind in kinds:
+    for kind in subclasses(base):
         if kind.__module__.startswith("billhook.") and not kind.__name__.startswith("_") and not inspect.isabstract(kind):
             yield kind.__name__
-        yield from _of_billhook(kind)
 
 
 def _near(wrong: str, names: Sequence[str]) -> str:

@@ -1,26 +1,63 @@
-"""The wheel holds what it should, and works without the clone."""
+"""Wheel and sdist hold what they should and pass twine's checks; the wheel works without the clone."""
 
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
 
 import billhook as bh
 from kit.fits import write_text
 
 ROOT = Path(__file__).parents[1]
+LETTERS = ("CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
+LITTER = re.compile(r"/(__pycache__|outputs|lightning_logs|dist|site|\..*)/|\.(pyc|log)$")
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    (path,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("dist")), versions=["standard"])
+def built(tmp_path_factory):
+    """Both in one folder, as `python -m build` makes them: the wheel of what is in the sdist."""
+    folder, beside = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("unpacked")
+    (sdist,) = SdistBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])
+    with tarfile.open(sdist) as tar:
+        tar.extractall(beside, filter="data")
+    list(WheelBuilder(str(beside / f"billhook-{bh.__version__}")).build(directory=str(folder), versions=["standard"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    (path,) = built.glob("*.whl")
     return zipfile.ZipFile(path)
+
+
+def test_twine_finds_nothing_to_mend(built):
+    paths = sorted(map(str, built.iterdir()))
+    line = [sys.executable, "-m", "twine", "check", "--strict", *paths]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == len(paths) == 2
+
+
+def test_what_is_in_the_sdist(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as tar:
+        files = [one.name.split("/", 1) for one in tar.getmembers() if one.isfile()]
+    assert {top for top, _ in files} == {f"billhook-{bh.__version__}"}
+    names = {name for _, name in files}
+    made = {"PKG-INFO", ".gitignore"}  # which hatchling adds
+    single = {*("README.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", "pyproject.toml", "mkdocs.yml"), *LETTERS}
+    folders = ("src", "callbacks", "examples", "benchmarks", "tests", "docs")
+    own = {str(one.relative_to(ROOT)) for name in folders for one in (ROOT / name).rglob("*") if one.is_file()}
+    assert names == {one for one in own if not LITTER.search(one)} | single | made
 
 
 def test_what_is_in_it(wheel):

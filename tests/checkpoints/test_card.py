@@ -49,7 +49,7 @@ DAMAGE = [
 
 def saved(folder, record=None):
     bh.save(llama(), folder / "small", record=record)
-    return (folder / "small" / "README.md").read_text() if record else None
+    return (folder / "small" / "README.md").read_text()
 
 
 def front(folder):
@@ -189,13 +189,28 @@ def test_names_of_the_hub(tmp_path, monkeypatch):
     assert [hub_name(name) for name in ("", "runs/1", "runs/1/model", "/work/model", "../model")] == [None] * 5
 
 
-def test_an_earlier_checkpoint_with_a_card_is_replaced_also_by_one_without(tmp_path):
+def test_an_earlier_card_is_replaced(tmp_path):
     saved(tmp_path, {"steps": 8})
     record = json.loads((tmp_path / "small" / "billhook.json").read_text())
     assert sorted(record["files"]) == sorted(os.listdir(tmp_path / "small"))
-    assert "What it costs" not in saved(tmp_path, {"note": "unchanged"})
-    saved(tmp_path)
-    assert not (tmp_path / "small" / "README.md").exists()
+    assert "training, 8 steps" not in saved(tmp_path, {"note": "unchanged"})
+
+
+def test_without_a_record_the_card_says_what_is_known(tmp_path):
+    model = llama()
+    model.config._name_or_path, model.config.license = "owner/dense", "mit"
+    bh.save(model, tmp_path / "small")
+    read = front(tmp_path / "small")
+    assert (read["base_model"], read["license"], read["library_name"]) == ("owner/dense", "mit", "transformers")
+    text = (tmp_path / "small" / "README.md").read_text()
+    assert "## What was done\n\nNothing was recorded of what was done to it: " in text
+    assert "| versions | billhook " in text
+    assert "holds the whole record" not in text
+    assert 'LlamaForCausalLM.from_pretrained("small")' in text
+    assert "vLLM" in text.split("## Where it runs")[1]
+    record = json.loads((tmp_path / "small" / "billhook.json").read_text())
+    assert record["versions"]["billhook"] == bh.__version__
+    assert "README.md" in record["files"]
 
 
 @pytest.mark.parametrize("anything", [None, 3, "x", [1, "x", {}], {"a": 1}, [{"what": 1, "before": 2, "after": None}]])

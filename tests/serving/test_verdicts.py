@@ -201,6 +201,15 @@ def test_a_class_that_was_not_looked_up_is_unknown():
     assert told(found)[1] == ("llama.cpp, vLLM, SGLang", "unknown: BertForMaskedLM was not looked up")
 
 
+def test_a_config_of_two_texts():
+    config = transformers.MusicgenConfig(
+        text_encoder=transformers.T5Config(),
+        audio_encoder=transformers.EncodecConfig(),
+        decoder=transformers.MusicgenDecoderConfig(),
+    )
+    assert [one.serves for one in verdicts("MusicgenForConditionalGeneration", config)] == [True, None, None, None]
+
+
 def test_inspect_says_who_serves_the_model_and_what_is_left_of_it(tmp_path, capsys):
     build("granite", num_attention_heads=4, num_key_value_heads=4).config.save_pretrained(tmp_path)
     main(["inspect", str(tmp_path)])

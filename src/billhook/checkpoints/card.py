@@ -27,6 +27,7 @@ READ = "By what was read in the engines' code, in the releases named."
 SPARSE = 0.1
 """The share of zeros from which a model counts as sparse."""
 KEPT = "`billhook.json` holds the whole record, such as which units or heads went."
+UNRECORDED = "Nothing was recorded of what was done to it: `billhook.save` was given no record."
 EXPLAINED = (
     "± are standard errors over rows of text, of differences row by row. KL is the divergence of next-token predictions from the "
     "dense model's, in nats."
@@ -102,10 +103,11 @@ def _done(record: Mapping[str, Any]) -> list[str]:
     lines = [f"- {at}{plain(one['what'])}{_settled(one)}" for at, one in zip(when, events, strict=True)]
     if isinstance(steps := record.get("steps"), int):
         lines.append(f"- training, {steps:,} steps")
-    parts = ["\n".join(lines)] * bool(lines)
-    if how := settings(record):
-        parts += [table(["by", "settings"], how, "---"), KEPT]
-    return parts + _figures(record)
+    how = settings(record)
+    recorded = bool(lines) or any(name != "versions" for name, _ in how)
+    parts = ["\n".join(lines)] * bool(lines) if recorded else [UNRECORDED]
+    parts += [table(["by", "settings"], how, "---")] * bool(how)
+    return [*parts, *([KEPT] if how and recorded else []), *_figures(record)]
 
 
 def _figures(record: Mapping[str, Any]) -> list[str]:

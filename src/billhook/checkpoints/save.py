@@ -110,8 +110,9 @@ def save(
         model: A Hugging Face model, or a module that holds one.
         folder: The folder to write; new, empty, or an earlier checkpoint of billhook's.
         tokenizer: Saved along; or a processor, or several of them.
-        record: The history of the model, for `billhook.json`, and what of it a model card shows, `README.md`. Numbers that JSON
-            lacks become `"NaN"`, `"Infinity"` and `"-Infinity"` there.
+        record: The history of the model, for `billhook.json` and what of it the model card shows, `README.md`. Numbers that JSON
+            lacks become `"NaN"`, `"Infinity"` and `"-Infinity"` there. Without one the card says what the model was made of, its
+            licence, how it is loaded and which engines run it.
         probe: Inputs on which the logits are compared; by default random ones of the kinds that the model reads.
 
     Returns:
@@ -152,12 +153,11 @@ def save(
         for one in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
             one.save_pretrained(draft)
         saved = Saved(str(folder), way, difference, size(draft) / 1e6, None if merged is None else merged.text(), family)
-        if plain:
-            plain = {**origin, **plain, "versions": plain.get("versions", _versions()), "saved": asdict(saved)}
-            config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
-            (draft / CARD).write_text(card(plain, saved.says, config), encoding="utf-8")
+        plain = {**origin, **plain, "versions": plain.get("versions", _versions()), "saved": asdict(saved)}
+        config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
+        (draft / CARD).write_text(card(plain, saved.says, config), encoding="utf-8")
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
-        (draft / RECORD).write_text(json.dumps({**plain, "saved": asdict(saved), "files": files}, indent=1) + "\n")
+        (draft / RECORD).write_text(json.dumps({**plain, "files": files}, indent=1) + "\n")
         move(draft, target)
     return saved
 

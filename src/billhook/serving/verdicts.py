@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -89,7 +90,7 @@ def told(found: Sequence[Verdict]) -> list[tuple[str, str]]:
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
     """Returns what engines read of a config, or of the text model's in it."""
-    text = config.get_text_config()
+    text = _text(config)
 
     def number(*names: str) -> int | None:
         return next((value for name in names if type(value := _field(text, name)) is int), None)
@@ -99,6 +100,13 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
     kv_heads = 1 if _field(text, "multi_query") is True else number("num_key_value_heads") or heads
     ffn = tuple(value for name in FFN if type(value := _field(text, name)) is int)
     return Sizes(heads, kv_heads, number("head_dim") or computed, hidden, ffn)
+
+
+def _text(config: PretrainedConfig) -> PretrainedConfig:
+    """Returns the config of the text model, or of the one that writes where there are two."""
+    with suppress(ValueError):
+        return config.get_text_config()
+    return config.get_text_config(decoder=True)
 
 
 def _field(config: PretrainedConfig, name: str) -> object:
@@ -116,7 +124,7 @@ def _unsaid(entry: Mapping[str, Any], config: PretrainedConfig) -> str:
     alike = defaultdict[str, list[tuple[int, ...]]](list)
     for name, size in shape.get("tensors", {}).items():
         alike[pattern(name)].append(tuple(size))
-    layers = _field(config.get_text_config(), "num_hidden_layers")
+    layers = _field(_text(config), "num_hidden_layers")
     differ = [name for name, found in alike.items() if "*" in name and (len(set(found)) > 1 or len(found) != layers)]
     return DIFFER if differ else "no field of the config says its sizes"
 

@@ -77,7 +77,7 @@ FORGETFUL = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ 
         (PLAIN, TURNS[1:], "writes no chat that begins with one"),
         ("{{ raise_exception('roles must alternate') }}", TURNS, "the chat template refuses a chat: roles must alternate"),
         (None, TURNS, "tokenizer: it has no chat template, which rows of messages need"),
-        (PLAIN, [{"from": "human", "value": "Who?"}], "the column 'messages' must hold chats, .*; one is {'from'"),
+        (PLAIN, [{"speaker": "human", "value": "Who?"}], "the column 'messages' must hold chats, .*; one is {'speaker'"),
         (PLAIN, ["Who?"], "the column 'messages' must hold chats"),
     ],
 )
@@ -140,9 +140,10 @@ def test_which_columns_are_read():
     assert found("prompt", "response", "messages") == ["messages"]
     assert found("prompt", "completion", "response") == ["prompt", "response"]
     assert found("prompt", "completion") == ["prompt", "completion"]
-    with pytest.raises(
-        ValueError, match="no column 'text'; it has prompt, a, and neither 'messages' nor 'prompt' and 'response'"
-    ):
+    assert found("prompt", "response", "conversations") == ["conversations"]
+    assert found("conversations", "messages") == ["messages"]
+    said = r"no column 'text'; it has prompt, a, and neither chats \(messages or conversations\) nor 'prompt' and 'response'"
+    with pytest.raises(ValueError, match=said):
         found("prompt", "a")
 
 

@@ -3,21 +3,19 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import datasets
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from billhook.calibration.chats import COLUMNS, TOOLS, Chat, Tools, chat_of, tools_of
 from billhook.calibration.reading import Rows, column_names
 
-CHAT = "messages"
 ANSWERED = (("prompt", "response"), ("prompt", "completion"))
 """Columns of prompts and what follows them."""
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag by which a chat template says which part the model writes."""
-
-Chat: TypeAlias = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -29,14 +27,14 @@ class Encoded:
 
 
 def columns_of(rows: Rows, split: str, column: str) -> list[str]:
-    """Finds the columns that hold the text of a split: `column`, or else `messages`, or else a prompt and its response."""
+    """Finds the columns that hold the text of a split: `column`, or else chats, or else prompts and responses."""
     found = column_names(rows)
-    for columns in ((column,), (CHAT,), *ANSWERED):
+    for columns in ((column,), *((chats,) for chats in COLUMNS), *ANSWERED):
         if set(columns) <= set(found):
             return list(columns)
     raise ValueError(
-        f"the split '{split}' has no column '{column}'; it has {', '.join(found) or 'no rows'}, and neither '{CHAT}' nor "
-        "'prompt' and 'response'"
+        f"the split '{split}' has no column '{column}'; it has {', '.join(found) or 'no rows'}, and neither chats "
+        f"({' or '.join(COLUMNS)}) nor 'prompt' and 'response'"
     )
 
 
@@ -57,7 +55,8 @@ def encode(
     """Encodes rows: text, chats (lists of messages), or prompts with responses, which are chats if the tokenizer has a template.
 
     Args:
-        rows: Columns of rows, as `datasets` gives them to a function that maps batches; null and blank rows do not count.
+        rows: Columns of rows, as `datasets` gives them to a function that maps batches; null and blank rows do not count. A
+            column `tools` says which tools the assistant of each chat may call.
         tokenizer: The tokenizer; of chats, its chat template decides what is written.
         columns: The column of text or chats, or those of prompts and responses.
         documents: Whether a text is a document, which the end token ends; else all are one, the lines of a file.
@@ -66,17 +65,18 @@ def encode(
     Raises:
         ValueError: If a row holds something else, or responses cannot be found in what the chat template makes of a chat.
     """
-    values = [[value for value in row if value is not None] for row in zip(*(rows[column] for column in columns), strict=True)]
-    given = [row for row in values if len(row) == len(columns)]
+    values = list(zip(*(rows[column] for column in columns), strict=True))
+    tools = rows.get(TOOLS) or [None] * len(values)
+    given = [(row, own) for row, own in zip(values, tools, strict=True) if all(value is not None for value in row)]
     if len(columns) > 1:
-        for prompt, response in given:
-            yield from _answered(prompt, response, tokenizer, columns, responses)
-    elif given and isinstance(given[0][0], list):
-        for (chat,) in given:
-            if _checked(chat, columns[0]):
-                yield _chat(chat, tokenizer, responses)
+        for row, own in given:
+            yield from _answered(row, own, tokenizer, columns, responses)
+    elif given and isinstance(given[0][0][0], list):
+        for (messages,), own in given:
+            if chat := chat_of(messages, columns[0]):
+                yield _chat(chat, tools_of(own), tokenizer, responses)
     else:
-        yield from _texts([text for (text,) in given], tokenizer, columns[0], documents)
+        yield from _texts([text for (text,), _ in given], tokenizer, columns[0], documents)
 
 
 def _texts(texts: list[Any], tokenizer: PreTrainedTokenizerBase, column: str, documents: bool) -> Iterator[Encoded]:
@@ -102,67 +102,53 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _answered(
-    prompt: Any,  # noqa: ANN401 - text or a chat
-    response: Any,  # noqa: ANN401
-    tokenizer: PreTrainedTokenizerBase,
-    columns: Sequence[str],
-    responses: bool,
+    row: Sequence[Any], tools: object, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], responses: bool
 ) -> Iterator[Encoded]:
     """Encodes a prompt and its response: by the chat template, or one after the other where there is none."""
-    parts = list[Chat]()
-    for value, column, role in zip((prompt, response), columns, ("user", "assistant"), strict=True):
+    chat, (prompt, response) = Chat(), row
+    for value, column, role in zip(row, columns, ("user", "assistant"), strict=True):
         if not isinstance(value, list):
             check_texts([value], column)
-        parts.append(_checked(value, column) if isinstance(value, list) else [{"role": role, "content": value}])
+        chat += chat_of(value, column) if isinstance(value, list) else [{"role": role, "content": value}]
     if isinstance(response, str) and (not response or response.isspace()):
         return
     if tokenizer.chat_template or isinstance(prompt, list) or isinstance(response, list):
-        yield _chat(parts[0] + parts[1], tokenizer, responses)
+        yield _chat(chat, tools_of(tools), tokenizer, responses)
         return
     encoded = _spans(prompt + response, [(len(prompt), len(prompt + response))], tokenizer, responses)
     end = _end(tokenizer)
     yield Encoded(encoded.ids + end, encoded.learnt + [True] * len(end))
 
 
-def _checked(chat: list[Any], column: str) -> Chat:
-    """Returns the messages of a chat, without what `datasets` fills in where one of them has no such key."""
-    for message in chat:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(
-                f"the column '{column}' must hold chats, lists of messages with 'role' and 'content'; one is {message!r}"
-            )
-    return [{key: value for key, value in message.items() if value is not None} for message in chat]
-
-
-def _chat(chat: Chat, tokenizer: PreTrainedTokenizerBase, responses: bool) -> Encoded:
+def _chat(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, responses: bool) -> Encoded:
     """Encodes a chat; what is learnt is what the template marks as generated, or what each response adds to it."""
     if not tokenizer.chat_template:
         raise ValueError("tokenizer: it has no chat template, which rows of messages need: name a tokenizer that has one")
     if not responses:
-        return _spans(_written(chat, tokenizer), [], tokenizer, responses)
-    if not GENERATION.search(tokenizer.get_chat_template()):
-        return _spans(*_responses(chat, tokenizer), tokenizer, responses)
-    _written(chat, tokenizer)  # which refuses in our words what the template refuses
-    encoded: Any = tokenizer.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+        return _spans(_written(chat, tools, tokenizer), [], tokenizer, responses)
+    if not GENERATION.search(tokenizer.get_chat_template(tools=tools)):
+        return _spans(*_responses(chat, tools, tokenizer), tokenizer, responses)
+    _written(chat, tools, tokenizer)  # which refuses in our words what the template refuses
+    encoded: Any = tokenizer.apply_chat_template(chat, tools, return_dict=True, return_assistant_tokens_mask=True)  # type: ignore[arg-type]
     return Encoded(list(encoded["input_ids"]), [bool(own) for own in encoded["assistant_masks"]])
 
 
-def _written(chat: Chat, tokenizer: PreTrainedTokenizerBase, opened: bool = False) -> str:
+def _written(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, opened: bool = False) -> str:
     """Writes a chat by the template, perhaps up to where a response begins."""
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=opened))
+        return str(tokenizer.apply_chat_template(chat, tools, tokenize=False, add_generation_prompt=opened))  # type: ignore[arg-type]
     except TemplateError as error:
         raise ValueError(f"the chat template refuses a chat: {error}; the chat is {str(chat)[:200]}") from error
 
 
-def _responses(chat: Chat, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
+def _responses(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
     """Returns a chat as text, with the characters of each response: from the text that asks for it, to the text with it."""
-    whole, spans = _written(chat, tokenizer), list[tuple[int, int]]()
+    whole, spans = _written(chat, tools, tokenizer), list[tuple[int, int]]()
     for place, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
-        before = _written(chat[:place], tokenizer, opened=True) if place else None
-        after = whole if place == len(chat) - 1 else _written(chat[: place + 1], tokenizer)
+        before = _written(chat[:place], tools, tokenizer, opened=True) if place else None
+        after = whole if place == len(chat) - 1 else _written(chat[: place + 1], tools, tokenizer)
         if before is None or not after.startswith(before) or not whole.startswith(after):
             raise ValueError(
                 "loss_on='responses': the responses cannot be told apart from the rest, since the chat template writes "

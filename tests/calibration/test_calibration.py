@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 
@@ -109,6 +110,45 @@ def test_what_is_held_out_is_not_shown(model, file, play):
     assert len(every.unique(dim=0)) == 8 + 8 + 5 + 5
 
 
+TEXTS, PLAYS = ([f"{what} {n}, {n * n} of them." for n in range(200)] for what in ("Line", "King"))
+TABLE = datasets.Dataset.from_dict({"text": TEXTS})
+
+
+def ids(batches):
+    return [batch["input_ids"].tolist() for batch in batches]
+
+
+def test_objects_are_read_as_their_files_are(model, tmp_path):
+    files = {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "test")}
+    splits = datasets.DatasetDict(train=TABLE, test=datasets.Dataset.from_dict({"text": PLAYS}))
+    for split, path in files.items():
+        splits[split].to_json(path)
+    how = {"tokens": 8 * 32, "length": 32}
+    given, alone, read = (bh.Calibration(sources, **how) for sources in (splits, TABLE, files))
+    assert ids(given.read(model)) == ids(alone.read(model)) == ids(read.read(model))
+    assert ids(given.held_out(model, 5)) == ids(read.held_out(model, 5)) != ids(alone.held_out(model, 5))
+    assert {batch.source for batch in given.read(model)} == {"dataset"}
+    several = bh.Calibration([files, splits, "generated"], weights=[1, 2, 1], **how)
+    assert several.rows(32) == {"train": 2, "dataset": 4, "generated": 2}
+
+
+def test_names_of_objects():
+    chats = TABLE.select(range(3))
+    chats.info.dataset_name = "chats"
+    loaded = TABLE.select(range(4))
+    loaded.info.dataset_name = loaded.info.builder_name = "json"  # as where files are loaded
+    writes = TABLE.select(range(5))
+    writes.info.dataset_name = "generated"
+    others = [chats, datasets.DatasetDict(train=chats), loaded, TABLE, writes, "dataset 3.txt", "generated"]
+    names = ["chats", "chats 2", "dataset", "dataset 2", "generated 2", "dataset 3", "generated"]
+    given = bh.Calibration(others, tokens=64)
+    assert list(given.named) == names
+    said = given.to_json()
+    assert json.loads(json.dumps(said)) == said
+    assert said["sources"] == [*names[:5], "dataset 3.txt", "generated"]
+    assert (bh.Calibration(TABLE).to_json()["sources"], bh.Calibration("a.txt").to_json()["sources"]) == ("dataset", "a.txt")
+
+
 def test_without_batches_a_model_that_does_not_write_needs_them():
     with pytest.raises(ValueError, match="batches=None: a Bert.* does not write text .*: give batches"):
         batches_of(None, BUILD["bert"]())
@@ -121,6 +161,11 @@ def test_without_batches_a_model_that_does_not_write_needs_them():
     ({"sources": "a/generated.txt"}, "sources: 'a/generated.txt' has the name of what the model writes, 'generated': rename it"),
     ({"weights": [1, 1]}, r"weights=\[1, 1\] must be a number for each of 1 sources"), ({"weights": [0.0]}, "weights=0.0"),
     ({"tokens": 0}, "tokens=0"), ({"length": 1}, "length=1"), ({"batch_size": 0}, "batch_size=0"), ({"sources": 3}, "sources=3"),
+    ({"sources": ["tiny", 3]}, "sources=3 must be a name, a file"), ({"sources": {"train": 3}}, "sources={'train': 3} must be"),
+    ({"sources": ["a/x.txt", "b/x.txt"]}, "each once: 'x' is there twice"), ({"sources": [TABLE, TABLE]}, "is there twice"),
+    ({"sources": TABLE.to_iterable_dataset()}, r"of a stream \(IterableDataset\) nobody knows them: give a part of it"),
+    ({"sources": datasets.IterableDatasetDict(train=TABLE.to_iterable_dataset())}, r"of a stream \(IterableDatasetDict\)"),
+    ({"sources": datasets.DatasetDict(test=TABLE)}, "calibration needs a split 'train', and the DatasetDict has test"),
 ])  # fmt: skip
 def test_refused(arguments, said):
     with pytest.raises(ValueError, match=said):

@@ -2,11 +2,14 @@
 
 import json
 
+import datasets
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 import billhook as bh
 from billhook.assets import model_path
+from billhook.fit.events.described import described
 from kit.events import Own, loader
 from kit.fits import trainer, weights
 
@@ -35,6 +38,25 @@ def test_a_callback_chooses_on_as_many_as_are_enough_if_it_is_asked_to(name, tmp
     assert min(settled["halves"], settled["doubling"]) >= settled["enough"] == 0.2
     assert f"billhook, step 0: chosen on {settled['batches']} of {settled['of']} batches" in caplog.text
     assert f"\n  - {settled['says']}\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_records_say_objects_by_their_names():
+    given = bh.Calibration([datasets.Dataset.from_dict({"text": ["a"]}), "tiny"])
+    said = described(bh.DepthPruning(1, calibration=given))["calibration"]
+    assert said["sources"] == ["dataset", "tiny"]
+    assert "weights" not in said
+
+
+@pytest.mark.parametrize("line", ["--texts.sources", "--texts"])
+def test_a_command_line_gives_the_name_of_a_file_that_is_there(line, tmp_path):
+    """Of a class that an annotation names, jsonargparse takes an existing file for a config."""
+    file, config = tmp_path / "text.jsonl", tmp_path / "config.yaml"
+    file.write_text('{"text": "a"}')
+    config.write_text(f"sources: [{file}, tiny]")
+    parser = ArgumentParser()
+    parser.add_argument("--texts", type=bh.Calibration)
+    read = parser.instantiate(parser.parse_args([line, str(file if line.endswith("sources") else config)])).texts
+    assert read.sources == (str(file) if line.endswith("sources") else [str(file), "tiny"])
 
 
 @pytest.mark.parametrize("name", CALLBACKS)

@@ -287,7 +287,7 @@ def test_masks_depend_on_the_blocks_alone():
         ({"train": "a.txt", "validation": "a.jsonl"}, "files of one kind"),
         ({"train": ["a.txt", "a.jsonl"]}, "files of one kind"),
         ({"valid": "a.txt"}, "unknown split 'valid'; a split is one of train, validation, test"),
-        ({}, "files of one kind"),
+        ({}, "data={} must be a name, a file"),
     ],
 )
 def test_files_that_are_refused(tmp_path, monkeypatch, data, message, streaming):

@@ -74,6 +74,7 @@ def test_legal(config, validator):
         ({"trainer": {"max_stepz": 3}}, "max_stepz"),
         ({"model": {"lrr": 1}}, "lrr"),
         ({"data": {"class_path": "TextDataModule", "init_args": {"dataa": "tiny"}}}, "dataa"),
+        ({"data": {"data": 5}}, "5"),
         ({"trainers": {}}, "trainers"),
     ],
 )

@@ -1,9 +1,7 @@
 """Tokens of several sources, to show to a method."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from glob import has_magic
-from pathlib import Path
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -14,14 +12,12 @@ from billhook.arguments import annotated, fraction, number, whole
 from billhook.calibration.conversations import columns_of
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, generated, row_length
-from billhook.calibration.reading import load_splits, runs_on
+from billhook.calibration.reading import OBJECTS, Table, load_splits, runs_on
 from billhook.calibration.rows import map_rows, pack
+from billhook.calibration.sources import Source, Sources, named
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
 from billhook.running.batches import Batch, each
-
-Source: TypeAlias = str | dict[str, str | list[str]]
-"""`"generated"`, `"tiny"`, a file, a glob of files, a folder, a hub name, or files by split."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +29,10 @@ class Calibration:
     Args:
         sources: One or several: `"generated"`, which is what the model itself writes; `"tiny"`; a file (.txt, .jsonl, .csv,
             .parquet) or a glob of files (`"chats/*.jsonl"`), a folder, a hub name (`"name"` or `"name:config"`) or files by
-            split, of which the split `train` is taken. Without the column `column`, rows are chats, lists of messages in a
-            column `messages`, or columns `prompt` and `response`: both go through the chat template.
+            split; in Python also a `Dataset` or `DatasetDict` of `datasets`, which is called by its `info.dataset_name`, or else
+            `"dataset"`. Of splits, `train` is taken, and `held_out` takes `test` or `validation`. Without the column `column`,
+            rows are chats, in a column `messages` or `conversations`, or columns `prompt` and `response`: both go through the
+            chat template, with the column `tools` if there is one.
         weights: Share of the tokens for each source, in the same order; by default they are equal.
         tokens: How many there are of all sources together; a source that has fewer than its share gives all that it has.
         length: Tokens in a row; by default as many as the model reads, at most 512.
@@ -48,8 +46,8 @@ class Calibration:
             refitted to all rows.
 
     Raises:
-        ValueError: If there is no source, or a number is out of range; when it is read, if a source has not one row, or the model
-            does not write text.
+        ValueError: If there is no source, one is a stream or a `DatasetDict` without `train`, two have one name, or a number is
+            out of range; when it is read, if a source has not one row, or the model does not write text.
 
     Example:
         >>> import billhook as bh
@@ -58,7 +56,7 @@ class Calibration:
         {'generated': 2, 'notes': 6}
     """
 
-    sources: Source | Sequence[Source] = GENERATED
+    sources: Sources = GENERATED
     weights: Sequence[float] | None = None
     tokens: int = 40 * 512
     length: int | None = None
@@ -75,25 +73,23 @@ class Calibration:
         whole("batch_size", self.batch_size)
         if self.enough is not None:
             fraction("enough", self.enough, "(0, 1]")
-        named = self.named
-        if not named or len(named) < len(self._listed):
-            raise ValueError(f"sources={self.sources!r} must be one or more, each once")
-        if named.get(GENERATED, GENERATED) != GENERATED:
-            raise ValueError(f"sources: '{named[GENERATED]}' has the name of what the model writes, '{GENERATED}': rename it")
-        weights = [1.0] * len(named) if self.weights is None else self.weights
+        sources = self.named
+        weights = [1.0] * len(sources) if self.weights is None else self.weights
         for weight in weights:
             number("weights", weight, above=0)
-        if len(weights) != len(named):
-            raise ValueError(f"weights={self.weights!r} must be a number for each of {len(named)} sources")
+        if len(weights) != len(sources):
+            raise ValueError(f"weights={self.weights!r} must be a number for each of {len(sources)} sources")
 
     @property
-    def _listed(self) -> list[Source]:
-        return [self.sources] if isinstance(self.sources, str | dict) else list(self.sources)
-
-    @property
-    def named(self) -> dict[str, Source]:
+    def named(self) -> dict[str, Source | Table]:
         """The sources by name: a file's is its stem."""
-        return {_name(source): source for source in self._listed}
+        return named(self.sources)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what is set as plain data, for records; an object of `datasets` is said by its name."""
+        said = [name if isinstance(source, OBJECTS) else source for name, source in self.named.items()]
+        plain = {one.name: getattr(self, one.name) for one in fields(self)}
+        return plain | {"sources": said[0] if len(said) == 1 else said}
 
     def rows(self, length: int) -> dict[str, int]:
         """Returns how many rows each source gives, at least one."""
@@ -152,14 +148,6 @@ class Calibration:
     def _blocks(self, rows: Any, split: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401 - of `datasets`
         how = {"block_size": length, "columns": columns_of(rows, split, self.column), "documents": not runs_on(rows)}
         return map_rows(rows, pack, split, tokenizer, **how)
-
-
-def _name(source: Source) -> str:
-    """Names a source; files by split after the first one of `train`, a glob as it is written."""
-    if isinstance(source, dict):
-        files = source.get("train") or next(iter(source.values()), "")
-        source = files if isinstance(files, str) else files[0]
-    return Path(source).stem if Path(source).suffix and not has_magic(source) else source
 
 
 Batches: TypeAlias = Iterable[Any] | Calibration

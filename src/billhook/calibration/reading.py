@@ -26,10 +26,14 @@ else:  # where an argument may be an object of a class, a command line gives it 
 OBJECTS = (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict)
 
 
-def check_data(data: object) -> None:
+def check_data(data: object, name: str = "data") -> None:
     """Refuses what names no data and holds none."""
-    if data == "" or not isinstance(data, (str, dict, *OBJECTS)):
-        raise ValueError(f"data={data!r} must be a name, a file, files by split, or an object of `datasets`")
+    if isinstance(data, OBJECTS):
+        return
+    files = [data] if isinstance(data, str) else list(data.values()) if isinstance(data, dict) else []
+    names = [one for own in files for one in (own if isinstance(own, list) else [own])]
+    if not names or not all(isinstance(one, str) and one for one in names):
+        raise ValueError(f"{name}={data!r} must be a name, a file, files by split, or an object of `datasets`")
 
 
 def load_splits(data: Data | Table, streaming: bool = False) -> dict[str, Rows]:

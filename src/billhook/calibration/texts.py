@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.calibration.calibration import Calibration, Source
+from billhook.calibration.calibration import Calibration
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import row_length
+from billhook.calibration.sources import Source
 from billhook.running.batches import Batch
 
 MEASURED = 4096

@@ -111,7 +111,8 @@ class Definitions:
         if origin is Literal:
             return {"enum": list(inside)}
         if origin in (Union, UnionType):
-            return {"anyOf": sorted((self.value(one) for one in inside), key=json.dumps)}  # typing keeps no order of its own
+            kinds = (one for one in inside if one is not Any)  # which is what only Python gives, beside what YAML does
+            return {"anyOf": sorted((self.value(one) for one in kinds), key=json.dumps)}  # typing keeps no order of its own
         if origin in ARRAYS:
             return {"type": "array"} | ({"items": self.value(inside[0])} if inside else {})
         if origin in (dict, Mapping):

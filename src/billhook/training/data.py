@@ -31,7 +31,8 @@ class TextDataModule(DatasetModule):
     A row of a hub data set, .jsonl, .csv or .parquet file has one of these, in this order:
 
     - the column `column`: a document, which the tokenizer's end-of-sequence token (or separator) ends, or a chat;
-    - `messages`: a chat, a list of messages with `role` and `content`, which the tokenizer's chat template writes;
+    - `messages` or `conversations`: a chat, a list of messages with `role` and `content`, or `from` (human, gpt, system, tool)
+      and `value`, which the tokenizer's chat template writes, with the tools of a column `tools` if there is one;
     - `prompt` and `response` (or `completion`): a chat of two messages, or, where the tokenizer has no chat template, the one
       after the other and the end token.
 

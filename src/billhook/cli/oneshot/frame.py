@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -202,7 +202,7 @@ class OneShot:
             event["settled"] = told
         record = {"events": [event], **record}
         if self.reads:
-            read = asdict(self.calibration) if self.metric == "perplexity" else self._read()
+            read = self.calibration.to_json() if self.metric == "perplexity" else self._read()
             record["calibration" if self.calibrates else "text"] = read
         figures: dict[str, Any] = {"before": None, "after": None, "examples": self.given.evaluate}
         cost, warning = self.cost(before), None

@@ -24,7 +24,8 @@ class Text:
             split, as in '{train: a.txt, test: b.txt}'; or several, as in '[generated, a.txt]', of equal shares. By default what
             the model writes. For a classifier, tables with a text and a label.
         also: Files of other text to measure on.
-        column: The column that holds the text; without it, chats in `messages`, or `prompt` and `response`, are read.
+        column: The column that holds the text; without it, chats in `messages` or `conversations`, or
+            `prompt` and `response`, are read.
         length: Tokens of an example; by default as many as the model reads, but at most 512, or 2048 for `prune` with `data`.
         examples: Examples that scores are taken from, drawn by `seed`; by default 128, as in most papers, or 40 that the model
             writes.

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
@@ -48,6 +48,6 @@ def _words(value: object) -> str:
 
 def _data(given: FitCalibration) -> dict[str, Any]:
     if isinstance(given.batches, Calibration):
-        return {name: value for name, value in asdict(given.batches).items() if value is not None}
+        return {name: value for name, value in given.batches.to_json().items() if value is not None}
     source = "training data" if given.batches is None else type(given.batches).__name__
     return {"from": source, "seed": given.seed, **({"examples": given.examples} if given.batches is None else {})}

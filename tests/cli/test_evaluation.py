@@ -220,9 +220,9 @@ def test_all_that_a_chat_says_is_measured(tmp_path):
         ([], "one of data, text and tasks are needed"),
         (["--data", "FILE", "--limit", "0"], "limit=0 must be a whole number of at least 1"),
         (["--data", "FILE", "--length", "513"], r"length=513 must be in 2..512: 'tiny' reads no more"),
-        (["--data", "FILE", "--length", "3"], r"q.jsonl, line 1: choice 1 has 7 tokens"),
+        (["--data", "FILE", "--length", "3"], r"evaluate: data: .*q.jsonl, line 1: choice 1 has 7 tokens"),
         (["--data=FILE", "--json", "out.txt"], "json='out.txt' must be a file that ends in .json"),
-        (["--data", "FILE", "none.jsonl"], "there is no file 'none.jsonl'"),
+        (["--data", "FILE", "none.jsonl"], "data: there is no file 'none.jsonl'"),
         (["--tasks", "hellaswag,arc_easy"], r"tasks=hellaswag,arc_easy .* not installed: pip install 'billhook\[eval\]'"),
     ],
 )

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,6 +22,7 @@ from billhook.checkpoints.equivalent import equivalents, rendered, say_head_dim
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.place import RECORD, check_target, drafted, move, recover, size
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
+from billhook.checkpoints.versions import versions
 from billhook.model.config_fields import nested_configs
 from billhook.model.find import find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
@@ -153,7 +153,7 @@ def save(
         for one in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
             one.save_pretrained(draft)
         saved = Saved(str(folder), way, difference, size(draft) / 1e6, None if merged is None else merged.text(), family)
-        plain = {**origin, **plain, "versions": plain.get("versions", _versions()), "saved": asdict(saved)}
+        plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": asdict(saved)}
         config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
         (draft / CARD).write_text(card(plain, saved.says, config), encoding="utf-8")
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
@@ -253,15 +253,6 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
         for now, fields in before:
             now.clear()
             now.update(fields)
-
-
-def _versions() -> dict[str, str]:
-    """Returns the versions of what makes and loads a checkpoint, as far as they are installed."""
-    found = {}
-    for package in ("billhook", "torch", "transformers", "lightning"):
-        with suppress(PackageNotFoundError):  # run from a clone
-            found[package] = version(package)
-    return found
 
 
 def _to_plain(record: Mapping[str, Any]) -> dict[str, Any]:

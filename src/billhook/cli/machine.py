@@ -1,9 +1,8 @@
-"""Where a command computes, with what versions, and where it may write its figures."""
+"""Where a command computes, and where it may write its figures."""
 
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import cast
 
@@ -35,12 +34,6 @@ def machine_name(place: torch.device, threads: int) -> str:
     if place.type == "cuda":
         return torch.cuda.get_device_name(place)
     return f"{place.type} ({platform.processor() or platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Returns the versions of Python, billhook, torch, transformers and further packages."""
-    names = ("billhook", "torch", "transformers", *packages)
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 
 def check_file(name: str, file: str | None, suffix: str) -> None:

@@ -33,24 +33,27 @@ class Row:
     cut: bool
 
 
-def read_questions(file: str, limit: int | None = None) -> list[Question]:
-    """Reads the first `limit` questions from JSON Lines, such as `{"context": "...?", "choices": ["one", "two"], "label": 1}`."""
+def read_questions(file: str, limit: int | None = None, argument: str = "questions") -> list[Question]:
+    """Reads the first `limit` questions from JSON Lines, such as `{"context": "...?", "choices": ["one", "two"], "label": 1}`.
+
+    A refusal names the argument that gave the file.
+    """
     path, questions = Path(file), list[Question]()
     if not path.is_file():
-        raise ValueError(f"data: there is no file '{file}'")
+        raise ValueError(f"{argument}: there is no file '{file}'")
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip() and (limit is None or len(questions) < limit):
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"data: {file}, line {number} is not JSON ({error}); {LEGAL}") from error
-            questions.append(_question(row, file, number))
+                raise ValueError(f"{argument}: {file}, line {number} is not JSON ({error}); {LEGAL}") from error
+            questions.append(_question(row, file, number, argument))
     if not questions:
-        raise ValueError(f"data: {file} holds no question; {LEGAL}")
+        raise ValueError(f"{argument}: {file} holds no question; {LEGAL}")
     return questions
 
 
-def _question(row: object, file: str, number: int) -> Question:
+def _question(row: object, file: str, number: int, argument: str) -> Question:
     match row:
         case {"context": str(context), "choices": [_, _, *_] as choices, "label": int(label)} if (
             type(label) is int
@@ -58,10 +61,12 @@ def _question(row: object, file: str, number: int) -> Question:
             and all(isinstance(text, str) and text.strip() for text in (context, *choices))
         ):
             return Question(file, number, context, tuple(choices), label)
-    raise ValueError(f"data: {file}, line {number} is {str(row)[:120]}; {LEGAL}")
+    raise ValueError(f"{argument}: {file}, line {number} is {str(row)[:120]}; {LEGAL}")
 
 
-def encode(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[Row]]:
+def encode(
+    questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "questions"
+) -> list[list[Row]]:
     """Encodes each question as rows, one for each choice.
 
     Context, space and choice are encoded as one text, as in lm-eval, because in most vocabularies a space belongs to the token
@@ -85,8 +90,8 @@ def encode(questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, le
             scored = len(ids) - shared
             if not shared or not 0 < scored <= length:
                 raise ValueError(
-                    f"data: {question.file}, line {question.line}: choice {number} has {scored} tokens after {shared} of the "
-                    f"context; it must have 1 to length={length}, after one at least"
+                    f"{argument}: {question.file}, line {question.line}: choice {number} has {scored} tokens after {shared} of "
+                    f"the context; it must have 1 to length={length}, after one at least"
                 )
             rows.append(Row(tuple(ids[-length - 1 :]), scored, len(ids) > length + 1))
         found.append(rows)

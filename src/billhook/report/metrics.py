@@ -9,21 +9,27 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from billhook.bar import Told
 from billhook.calibration.reading import Rows
 from billhook.report.generation import generates
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int) -> float | None:
-    """Measures exp of the mean negative log-likelihood of each next token; None for a model that predicts none."""
+def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, progress: Told | None = None) -> float | None:
+    """Measures exp of the mean negative log-likelihood of each next token; None for a model that predicts none.
+
+    `progress` is called with how many rows have been read, and how many will be.
+    """
     if rows is None or not examples or not generates(model):
         return None
     total, count, every = torch.zeros((), dtype=torch.float64), 0, rows  # type: Tensor, int, Any
-    for number in range(min(examples, len(every))):
+    for number in range(most := min(examples, len(every))):
         ids = torch.tensor([every[number]["input_ids"]], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
         total += cross_entropy(logits, ids[0, 1:], reduction="none").double().sum().cpu()
         count += ids.shape[1] - 1
+        if progress is not None:
+            progress(number + 1, most)
     return math.exp(total / count)
 
 

@@ -1,13 +1,14 @@
 """Measures a language model as it stands: perplexity on a text, and accuracy on multiple-choice questions."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import annotated, whole
+from billhook.bar import Told
 from billhook.calibration.reading import Rows
 from billhook.model.preprocessors import tokenizer_of
 from billhook.page import Shown
@@ -22,6 +23,8 @@ LONGEST = 2048
 """Tokens that models read at once, unless another length is asked for."""
 Asked = list[tuple[Question, list[Row]]]
 """The questions of a file, each with its choices as tokens."""
+Answers = Sequence[tuple[Question, Sequence[float]]]
+"""The questions of a file, each with the log-likelihoods of its choices."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +115,15 @@ def evaluate(
     sets = encoded([read_questions(file, limit) for file in questions], own, tokens)
     rows = None if text is None else blocks(text, tokenizer or str(model.config.name_or_path), tokens, column)
     with undisturbed(model):
-        found, _ = measured(model, f"model: this {type(model).__name__}", sets, rows, tokens, examples, batch_size, iter)
-    return Evaluation(tuple(found))
+        answers = answered(model, f"model: this {type(model).__name__}", sets, batch_size)
+        return Evaluation((*on_questions(answers), *on_text(model, rows, tokens, examples)))
 
 
-def encoded(questions: Iterable[list[Question]], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, Asked]:
-    """Encodes questions, by file."""
-    return {own[0].file: list(zip(own, encode(own, tokenizer, length), strict=True)) for own in questions}
+def encoded(
+    questions: Iterable[list[Question]], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "questions"
+) -> dict[str, Asked]:
+    """Encodes questions, by file; a refusal names the argument that gave them."""
+    return {own[0].file: list(zip(own, encode(own, tokenizer, length, argument), strict=True)) for own in questions}
 
 
 def blocks(text: str, tokenizer: str, length: int, column: str) -> Rows:
@@ -128,33 +133,36 @@ def blocks(text: str, tokenizer: str, length: int, column: str) -> Rows:
     return given.splits["test"]
 
 
-def measured(
-    model: PreTrainedModel,
-    who: str,
-    sets: dict[str, Asked],
-    text: Rows | None,
-    length: int,
-    examples: int,
-    batch_size: int,
-    told: Callable[[list[list[Row]]], Iterable[list[Row]]],
-) -> tuple[list[Figure], dict[str, list[tuple[Question, list[float]]]]]:
-    """Measures all figures of a model, and the log-likelihoods of each file's choices; batches go through `told`."""
-    rows = [row for own in sets.values() for _, choices in own for row in choices]
+def answered(
+    model: PreTrainedModel, who: str, sets: dict[str, Asked], batch_size: int, progress: Told | None = None
+) -> dict[str, Answers]:
+    """Measures the log-likelihoods of all choices, by file; `progress` is called with how many tokens of how many are read."""
+    found = batches([row for own in sets.values() for _, choices in own for row in choices], batch_size)
+    tokens = [sum(len(row.ids) for row in batch) for batch in found]  # the first batches are the longest
     likelihoods = dict[Row, float]()
-    for batch in told(batches(rows, batch_size)):
+    for number, batch in enumerate(found, 1):
         likelihoods |= zip(batch, log_likelihoods(model, batch), strict=True)
+        if progress is not None:
+            progress(sum(tokens[:number]), sum(tokens))
     if not all(math.isfinite(value) for value in likelihoods.values()):
         raise ValueError(f"{who} computes logits that are not finite; its weights have diverged")
-    answers = {
-        file: [(question, [likelihoods[row] for row in choices]) for question, choices in own] for file, own in sets.items()
-    }
-    figures = [one for file, found in answers.items() for one in accuracies(f"{Path(file).stem} ({len(found)})", found)]
-    if text is not None and (value := perplexity(model, text, examples)) is not None:
-        figures.append(Figure(f"text ({min(examples, len(text))} x {length})", "perplexity", value))
-    return figures, answers
+    return {file: [(question, [likelihoods[row] for row in choices]) for question, choices in own] for file, own in sets.items()}
 
 
-def accuracies(of: str, answers: Sequence[tuple[Question, Sequence[float]]]) -> list[Figure]:
+def on_text(model: PreTrainedModel, text: Rows | None, length: int, examples: int, progress: Told | None = None) -> list[Figure]:
+    """Measures perplexity on the first blocks of a text, if there is one."""
+    value = None if text is None else perplexity(model, text, examples, progress)
+    if text is None or value is None:
+        return []
+    return [Figure(f"text ({min(examples, len(text))} x {length})", "perplexity", value)]
+
+
+def on_questions(answers: Mapping[str, Answers]) -> list[Figure]:
+    """Measures `acc` and `acc_norm` of each file's answers."""
+    return [one for file, own in answers.items() for one in accuracies(f"{Path(file).stem} ({len(own)})", own)]
+
+
+def accuracies(of: str, answers: Answers) -> list[Figure]:
     """Measures `acc` and `acc_norm` on questions with the log-likelihood of each of their choices."""
     plain, norm = list[int](), list[int]()
     for question, sums in answers:

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import one_of, whole
 from billhook.checkpoints.save import load
-from billhook.cli.machine import check_file, device_of, machine_name, threads_of, versions
+from billhook.checkpoints.versions import versions
+from billhook.cli.machine import check_file, device_of, machine_name, threads_of
 from billhook.cli.measuring.engine import bench_engine
 from billhook.model.meta import from_name
 from billhook.model.shapes.shape import unbuilt_shape
@@ -59,12 +60,12 @@ def bench(
 
     Args:
         models: Folders, hub names or "tiny"; first the one to compare the others with: `bench dense converted ...`.
-        batch_sizes: Sequences at once, as in '[1, 16]' (the default).
-        contexts: Tokens of each prompt, as in '[512, 2048]' (the default).
+        batch_sizes: Sequences at once; several numbers in a row, as in `1 16` (the default).
+        contexts: Tokens of each prompt, as in `512 2048` (the default).
         new_tokens: Tokens that are decoded after the prompt, in each round.
         rounds: How often each model is measured.
         warmup: Rounds before these that do not count.
-        phases: '[prefill, decode]' (the default), or one of them. For decoding alone, one prompt is read, and
+        phases: `prefill decode` (the default), or one of them. For decoding alone, one prompt is read, and
             its keys and values stand for all sequences.
         cache: "static": allocated once, and the query heads that share a KV head are one matrix: by far the fastest for these on
             a CPU. "reserved": allocated once too, without a mask, `enable_gqa` on: for CUDA's kernels. "dynamic": the default of

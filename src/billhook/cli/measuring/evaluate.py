@@ -4,26 +4,37 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module, util
 from json import dumps
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import whole
 from billhook.assets import model_path
+from billhook.bar import bar
 from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
-from billhook.cli.machine import check_file, device_of, versions
+from billhook.checkpoints.versions import versions
+from billhook.cli.machine import check_file, device_of
 from billhook.model.meta import model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
 from billhook.report.choices import Question, read_questions
 from billhook.report.table import aligned
-from billhook.training.evaluation import LONGEST, Asked, Figure, accuracies, blocks, encoded, mean, measured, shown
+from billhook.training.evaluation import (
+    LONGEST,
+    Asked,
+    Figure,
+    accuracies,
+    answered,
+    blocks,
+    encoded,
+    mean,
+    on_questions,
+    on_text,
+    shown,
+)
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ def evaluate(
         raise ValueError("models and one of data, text and tasks are needed: what to measure, and on what")
     place, wanted = device_of(device), _tasks(tasks or [])
     tokens = _length(models, length)
-    questions = [read_questions(file, limit) for file in data or []]
+    questions = [read_questions(file, limit, "data") for file in data or []]
     works = [_work(name, questions, text, column, tokens, wanted) for name in models]
     results = []
     for work in works:
@@ -131,7 +142,7 @@ def _length(models: Sequence[str], asked: int | None) -> int:
 def _work(name: str, questions: Sequence[list[Question]], text: str | None, column: str, length: int, tasks: list[str]) -> _Work:
     tokenizer = load_tokenizer(name)
     rows = None if text is None else blocks(text, model_path(name), length, column)
-    return _Work(name, tokenizer, encoded(questions, tokenizer, length), rows, tasks)
+    return _Work(name, tokenizer, encoded(questions, tokenizer, length, "data"), rows, tasks)
 
 
 def _measure(
@@ -139,9 +150,10 @@ def _measure(
 ) -> tuple[list[Figure], dict[str, Any]]:
     """Measures all figures of a model, and the likelihoods of each file's choices."""
     tasks = _harness(model, work, length, batch_size, limit) if work.tasks else []
-    told = partial(track, description=work.model, console=Console(stderr=True), transient=True)
-    who = f"models: '{work.model}'"
-    figures, found = measured(model, who, work.sets, work.text, length, examples, batch_size, told)
+    with bar(f"{work.model}: questions", "tokens") as progress:
+        found = answered(model, f"models: '{work.model}'", work.sets, batch_size, progress)
+    with bar(f"{work.model}: text", "blocks") as progress:
+        figures = [*on_questions(found), *on_text(model, work.text, length, examples, progress)]
     answers = dict[str, Any]()
     for file, own in found.items():
         each = zip(own, *(one.each or () for one in accuracies(file, own)), strict=True)

@@ -1,0 +1,22 @@
+"""Versions that are recorded."""
+
+import platform
+
+import torch
+
+from billhook.checkpoints import versions as module
+from billhook.checkpoints.versions import versions
+
+
+def test_those_of_packages_that_are_asked_for_and_of_python():
+    found = versions("lightning")
+    assert list(found) == ["billhook", "torch", "transformers", "lightning", "python"]
+    assert (found["torch"], found["python"]) == (torch.__version__, platform.python_version())
+
+
+def test_of_what_is_not_installed_nothing_is_said(monkeypatch):
+    def version(name):
+        raise module.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(module.metadata, "version", version)
+    assert versions() == {"python": platform.python_version()}

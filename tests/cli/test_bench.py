@@ -14,7 +14,7 @@ from billhook.report.speed import Row
 from kit.families import EXTRA, SMALL
 from kit.shaped import uneven_llama
 
-QUICK = ["--batch_sizes", "[1, 2]", "--contexts", "[8]", "--new_tokens", "2", "--rounds", "2", "--device", "cpu"]
+QUICK = ["--batch_sizes", "1", "2", "--contexts", "8", "--new_tokens", "2", "--rounds", "2", "--device", "cpu"]
 
 
 @pytest.fixture

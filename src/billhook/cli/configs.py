@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 from docstring_parser import parse
 
 import billhook
-from billhook.model.plan import subclasses
+from billhook.cli.classes import public_classes
 
 Schema = dict[str, Any]
 PLAIN: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", NoneType: "null"}
@@ -88,7 +88,7 @@ class Definitions:
         """Describes a class that is chosen by `class_path`, or by its path alone, of those that are some class, and others."""
         if (name := f"class:{path_of(of)}") not in self.found:
             self.found[name] = {}
-            own = {one: path_of(one) for one in subclasses(of) if is_public(one)}
+            own = {one: path_of(one) for one in public_classes(of)}
             cases = [(sorted({path, path.rpartition(".")[2]}), one) for one, path in own.items()]
             words = sorted(word for names, _ in cases for word in names)
             words += pl.callbacks.__all__ if of is pl.Callback else []
@@ -130,12 +130,6 @@ class Definitions:
 def _own_arguments() -> Schema:
     """Returns what holds of a mapping of a class's own arguments."""
     return {"type": "object", "not": NAMES_CLASS}
-
-
-def is_public(one: type) -> bool:
-    """Tells whether a class is billhook's, can be made, and is meant to be; those of commands are not."""
-    ours = one.__module__.startswith("billhook.") and not one.__module__.startswith("billhook.cli.")
-    return ours and not inspect.isabstract(one) and not one.__name__.startswith("_")
 
 
 def path_of(one: type) -> str:

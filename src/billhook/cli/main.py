@@ -15,7 +15,7 @@ from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook  # short class names in YAML work for what is imported
-from billhook.cli.dropped import configs_in, dropped_callbacks
+from billhook.cli.fragments import configs_in, dropped_callbacks, without_base
 from billhook.cli.misspelt import legal
 from billhook.cli.options import Command, manual, run
 from billhook.cli.packaged import with_files
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run(command_of(command), given[1:])
         else:
             words = with_files(given)
-            for warning in dropped_callbacks(configs_in(words)):
+            for warning in [*dropped_callbacks(configs_in(words)), *without_base(words, configs_in(given))]:
                 sys.stderr.write(f"billhook {command}: warning: {warning}\n")
             _lightning(words)
     except BrokenPipeError:  # who reads has seen enough

@@ -6,7 +6,7 @@ import pkgutil
 import re
 from collections.abc import Iterator, Sequence
 
-from billhook.model.plan import subclasses
+from billhook.cli.classes import public_classes
 
 NO_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
 NO_TRAINER_ARGUMENT = re.compile(r"not accept option 'trainer\.(\w+)")
@@ -14,11 +14,12 @@ NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)")
 TYPES = re.compile(r"Subtypes: (.*)")
 
 
-def legal(message: str) -> str:
+def legal(message: str, options: Sequence[str] = ()) -> str:
     """Lists what is legal in the place of the names that a parser's message says are not; empty if it names none.
 
     Args:
-        message: What jsonargparse says of a wrong argument or class.
+        message: What jsonargparse says of a wrong argument, class or option.
+        options: The names of a command's options, which its usage lists.
     """
     unknown = NO_ARGUMENT.findall(message)
     unknown += [("lightning.pytorch.Trainer", name) for name in NO_TRAINER_ARGUMENT.findall(message)]
@@ -26,13 +27,21 @@ def legal(message: str) -> str:
     for path, name in unknown:
         arguments = list(inspect.signature(pkgutil.resolve_name(path)).parameters)
         lines.append(f"{path} has no '{name}'.{_near(name, arguments)} It takes: {', '.join(arguments)}\n")
-    return "".join([*lines, *_classes(message)])
+    return "".join([*lines, *_options(message, options), *_classes(message)])
+
+
+def _options(message: str, options: Sequence[str]) -> Iterator[str]:
+    """Yields a line for each option that there is not, and that is near to one."""
+    _, _, words = message.partition("unrecognized arguments: ")
+    for wrong in re.findall(r"(?:^|\s)--([\w-]+)", words):
+        if near := difflib.get_close_matches(wrong, options, n=1):
+            yield f"There is no option '--{wrong}'. Did you mean '--{near[0]}'?\n"
 
 
 def _classes(message: str) -> Iterator[str]:
     """Yields a line for each class that there is not."""
     bases = [base for types in TYPES.findall(message) for base in re.findall(r"\w+(?:\.\w+)+", types)]
-    names = sorted({name for base in bases for kind in _class(base) for name in _of_billhook(kind)})
+    names = sorted({one.__name__ for base in bases for kind in _class(base) for one in public_classes(kind)})
     for wrong in dict.fromkeys(NO_CLASS.findall(message)) if names else ():
         yield f"There is no class '{wrong}'.{_near(wrong, names)} There are: {', '.join(names)}; or module.Class of your own\n"
 
@@ -45,13 +54,6 @@ def _class(path: str) -> Iterator[type]:
         return
     if isinstance(found, type):
         yield found
-
-
-def _of_billhook(base: type) -> Iterator[str]:
-    """Yields the names of billhook's public classes that are a base class's."""
-    for kind in subclasses(base):
-        if kind.__module__.startswith("billhook.") and not kind.__name__.startswith("_") and not inspect.isabstract(kind):
-            yield kind.__name__
 
 
 def _near(wrong: str, names: Sequence[str]) -> str:

@@ -5,7 +5,8 @@ import json
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, NoReturn, get_args
+from types import NoneType
+from typing import Any, NoReturn, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
@@ -17,8 +18,11 @@ Command = Callable[..., None]
 class _Parser(ArgumentParser):
     """Parser that adds to an error what is legal."""
 
+    takes: Sequence[str] = ()
+    """The names of a command's options."""
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error("\n".join([message, legal(message)]).rstrip(), ex)
+        super().error("\n".join([message, legal(message, self.takes)]).rstrip(), ex)
 
 
 def run(command: Command, given: Sequence[str]) -> None:
@@ -26,14 +30,16 @@ def run(command: Command, given: Sequence[str]) -> None:
 
     A parameter whose type is a dataclass is given by the options of its fields: `--params 0.8` for `amount: Amount`.
     """
-    groups, flags = _groups(command), _typed(command)
+    groups, flags, needed = _groups(command), _typed(command), _needed(command)
     about = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:")[0]
     parser = _Parser(prog=f"billhook {name_of(command)}", description=about)
+    parser.takes = [name for name in flags if name not in needed]
     parser.add_argument("--config", action="config", help="A YAML file of options.")
     parser.add_function_arguments(command, as_group=False, as_positional=True, skip=set(groups), sub_configs=True)
     for group in groups.values():
         parser.add_class_arguments(group, sub_configs=True)
-    parsed = vars(parser.instantiate(parser.parse_args(_named(command, _lists(flags, _switches(flags, given))))))
+    words = _named(command, _lists(flags, len(needed), _switches(flags, given)))
+    parsed = vars(parser.instantiate(parser.parse_args(words)))
     values = {name: _whole(value, flags.get(name)) for name, value in parsed.items()}
     made = {name: group(**{one.name: values.pop(one.name) for one in fields(group)}) for name, group in groups.items()}
     command(**{name: values[name] for name in inspect.signature(command).parameters if name in values}, **made)
@@ -46,13 +52,17 @@ def name_of(command: Command) -> str:
 
 def manual(command: Command) -> str:
     """Returns how a command is called, and the first sentence of its docstring."""
-    parameters = list(inspect.signature(command).parameters.values())
-    needed = [one for one in parameters if one.default is one.empty]
-    words = [one.name.upper() for one in needed if not is_dataclass(one.annotation)]
-    words = [f"{word[:-1]} [{word[:-1]} ...]" if word.endswith("S") else word for word in words]
-    words += [f"[{one.name.upper()}]" for one in parameters[:1] if one not in needed]
+    parameters, needed = list(inspect.signature(command).parameters.values()), _needed(command)
+    words = [f"{name[:-1]} [{name[:-1]} ...]" if name.endswith("s") else name for name in needed]
+    words = [word.upper() for word in words] + [f"[{one.name.upper()}]" for one in parameters[:1] if one.name not in needed]
     first = inspect.cleandoc(command.__doc__ or "").splitlines()[0]
     return f"  billhook {' '.join([name_of(command), *words])}\n{textwrap.indent(textwrap.fill(first, 110), ' ' * 6)}"
+
+
+def _needed(command: Command) -> list[str]:
+    """Returns the names of the words that a command begins with."""
+    parameters = inspect.signature(command).parameters.values()
+    return [one.name for one in parameters if one.default is one.empty and not is_dataclass(one.annotation)]
 
 
 def _groups(command: Command) -> dict[str, Any]:
@@ -90,17 +100,38 @@ def _named(command: Command, given: Sequence[str]) -> list[str]:
     return [f"--{first.name}", *given] if first is not None and alone else list(given)
 
 
-def _lists(types: dict[str, Any], given: Sequence[str]) -> list[str]:
-    """Makes a list of values in a row where an option takes one: `evaluate before after --data a.jsonl b.jsonl`."""
-    lists = [f"--{name}" for name, kind in types.items() if kind in (list[str], list[str] | None)]
+def _lists(types: dict[str, Any], needed: int, given: Sequence[str]) -> list[str]:
+    """Makes a list of values in a row where an option takes one: `bench before after --batch_sizes 1 8`.
+
+    Where an option also takes a single value, it gets a list only behind all words that a command needs: these may follow it.
+    """
     runs = [[f"--{next(iter(types), '')}"]]  # words before all options are the first parameter's
     for argument in given:
         if argument.startswith("-"):
-            runs.append(argument.split("=", 1) if argument.partition("=")[0] in lists else [argument])
+            name, is_one, value = argument.partition("=")
+            runs.append([name, value] if is_one and _element(types.get(name[2:])) else [argument])
         else:
             runs[-1].append(argument)
-    joined = [
-        [option, json.dumps(values)] if option in lists and values and not values[0].startswith("[") else [option, *values]
-        for option, *values in runs
-    ]
-    return [argument for run in joined for argument in run][1:]
+    complete = len(runs[0]) > needed
+    return [word for option, *values in runs for word in _joined(option, values, types.get(option[2:]), complete)][1:]
+
+
+def _joined(option: str, values: list[str], kind: object, complete: bool) -> list[str]:
+    """Makes one word of an option's values, where it takes a list and they are one."""
+    element, others = _element(kind), {one for one in get_args(kind) if get_origin(one) is not list} - {NoneType}
+    takes_one = get_origin(kind) is not list and bool(others)
+    if element is None or not values or values[0].startswith("[") or (takes_one and (len(values) == 1 or not complete)):
+        return [option, *values]
+    return [option, f"[{', '.join(_as_yaml(value, element) for value in values)}]"]
+
+
+def _element(kind: object) -> object:
+    """Returns the type of a list's elements, or of those of a list in a union; None where no list is legal."""
+    return next((get_args(one)[0] for one in (kind, *get_args(kind)) if get_origin(one) is list), None)
+
+
+def _as_yaml(value: str, element: object) -> str:
+    """Quotes a word, unless it is a number or a mapping and may be one."""
+    kinds = {element, *get_args(element)}
+    plain = (int in kinds and value.isdecimal()) or (kinds != {str} and value.startswith("{"))
+    return value if plain else json.dumps(value)

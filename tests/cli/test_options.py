@@ -1,0 +1,81 @@
+"""How the words of a command line become the values of a command."""
+
+import pytest
+
+from billhook.cli.main import main
+from billhook.cli.options import run
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """What a command is called with."""
+    seen = {}
+
+    def prunes(
+        model: str,
+        out: str,
+        sizes: list[int] | None = None,
+        files: list[str] | None = None,
+        skip: str | list[str] | None = None,
+        data: str | dict[str, str] | list[str | dict[str, str]] | None = None,
+        layers: list[int | str] | None = None,
+        dry_run: bool = False,
+    ) -> None:
+        """Stands for a command."""
+        seen.update(locals())
+        del seen["seen"]
+
+    def called(*words):
+        run(prunes, words)
+        return {name: value for name, value in seen.items() if value not in (None, False)}
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--sizes", "1", "8"], "sizes", [1, 8]),
+        (["--sizes", "8"], "sizes", [8]),
+        (["--sizes=1", "8"], "sizes", [1, 8]),
+        (["--sizes", "[1, 8]"], "sizes", [1, 8]),
+        (["--sizes=[1, 8]"], "sizes", [1, 8]),
+        (["--files", "a, b.txt", "12"], "files", ["a, b.txt", "12"]),
+        (["--skip", "*.down_proj"], "skip", "*.down_proj"),
+        (["--skip", "*.down_proj", "lm_head"], "skip", ["*.down_proj", "lm_head"]),
+        (["--data", "{train: a.txt}"], "data", {"train": "a.txt"}),
+        (["--data", "{train: a.txt}", "b.txt"], "data", [{"train": "a.txt"}, "b.txt"]),
+        (["--layers", "0", "model.layers.1.self_attn"], "layers", [0, "model.layers.1.self_attn"]),
+    ],
+)
+def test_values_in_a_row_are_a_list_and_so_is_one_in_brackets(given, words, name, value):
+    assert given("tiny", "out", *words, "--dry_run") == {"model": "tiny", "out": "out", name: value, "dry_run": True}
+
+
+def test_an_option_of_one_value_may_stand_before_what_a_command_begins_with(given):
+    assert given("--data", "a.txt", "tiny", "out") == {"model": "tiny", "out": "out", "data": "a.txt"}
+
+
+def test_a_number_that_is_none_is_refused(given, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        given("tiny", "out", "--sizes", "1", "eight")
+    assert "eight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong", "near"),
+    [
+        ("prune tiny out --sparsty 0.5", "sparsty", "sparsity"),
+        ("prune tiny out --sparsity 0.5 --exmples=4", "exmples", "examples"),
+        ("prune-structure tiny out --chanels 0.5", "chanels", "channels"),
+        ("convert tiny out --dry-run", "dry-run", "dry_run"),
+        ("bench tiny --batchsizes 1 8", "batchsizes", "batch_sizes"),
+        ("prune tiny out --quite_another", "quite_another", None),
+    ],
+)
+def test_a_misspelt_option_is_answered_with_the_nearest(line, wrong, near, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split())
+    _, _, said = capsys.readouterr().err.partition("unrecognized arguments: ")
+    assert f"--{wrong}" in said
+    assert said.partition("\n")[2] == ("" if near is None else f"There is no option '--{wrong}'. Did you mean '--{near}'?\n")

@@ -36,6 +36,32 @@ def test_a_fraction_of_those_that_are_not_protected_and_a_dry_run(small, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_in_greedy_order(small, files, tmp_path, capsys):
+    main(["prune-blocks", str(small), str(tmp_path / "out"), "--blocks", "2", "--greedy", *SHORT, *option(files)])
+    record = json.loads((tmp_path / "out" / "billhook.json").read_text())
+    plan = bh.plan(bh.load(small), batches=drawn(blocks(files["train"]), 4), blocks=2, greedy=True)
+    assert record["plans"] == json.loads(json.dumps([plan.to_json()]))
+    assert record["importance"]["greedy"] is True
+    assert "remove blocks=2, one at a time, by BlockInfluence()" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "says"),
+    [
+        (
+            "prune-blocks",
+            ["--blocks", "1", "--enough", "0.9"],
+            "enough=0.9: in greedy order each block is chosen on all examples",
+        ),
+        ("prune-structure", ["--channels", "0.5"], "greedy=True removes blocks one at a time, and blocks=None"),
+    ],
+)
+def test_a_greedy_order_of_nothing_or_on_few_is_refused(small, tmp_path, command, given, says):
+    with pytest.raises(SystemExit, match=says):
+        main([command, str(small), str(tmp_path / "out"), "--greedy", *given])
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("given", [[], ["--blocks", "0"]])
 def test_nothing_asked_for_is_refused(small, tmp_path, given):
     with pytest.raises(SystemExit, match=r"blocks=(None|0): say how many blocks to remove, or which fraction of them"):

@@ -39,7 +39,16 @@ def test_by_svd_with_perplexity_before_and_after(small, files, tmp_path, capsys)
     assert record["calibration"]["sources"] == files
     assert record["events"][0]["what"] == "4 -> 1 KV heads in 2 attentions (svd)"
     assert "- 4 -> 1 KV heads in 2 attentions (svd)\n" in (tmp_path / "out" / "README.md").read_text()
-    assert "k_proj.weight  16 -> 4 along dimension 0" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    steps = [
+        f"{small}, ",
+        "turn 4 KV heads into 1 in 2 attentions, by svd",
+        "shown 6 of train",
+        "measure the perplexity before and",
+    ]
+    steps += [f"save to {tmp_path / 'out'}", "k_proj.weight  16 -> 4 along dimension 0", "perplexity on", "Next:"]
+    places = [said.index(words) for words in steps]
+    assert places == sorted(places), "the plan comes first, and what may follow last"
 
 
 def test_a_method_that_needs_no_data_is_calibrated_on_none(small, tmp_path, capsys):
@@ -50,15 +59,18 @@ def test_a_method_that_needs_no_data_is_calibrated_on_none(small, tmp_path, caps
         assert torch.equal(bh.load(tmp_path / "out")(IDS).logits, dense(IDS).logits)
     assert [(one["source"], one["inside"]) for one in record["damage"]] == [("generated", False)]
     assert "calibration" not in record
-    assert "method='svd' starts far nearer" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "turn 4 KV heads into 2 in 2 attentions, by mean\n  shown no text, as it needs none\n" in said
+    assert "method='svd' starts far nearer" in said
 
 
-def test_some_layers_by_a_class_with_settings_and_repaired(small, files, tmp_path):
-    how = ["--method", "Aligned", "--method.grouping", "similar", "--layers", "[1]", "--repair", "Repair"]
+def test_some_layers_by_a_class_with_settings_and_repaired(small, files, tmp_path, capsys):
+    how = ["--method", "Aligned", "--method.grouping", "similar", "--layers", "1", "--repair", "Repair"]
     record = convert(small, tmp_path / "out", "--num_key_value_heads", "2", *how, *SHORT, *option(files))
     assert record["plans"][0]["layers"] == ["model.layers.1.self_attn"]
     assert record["events"][0]["what"].endswith("in 1 attentions (aligned, similar heads grouped, repaired)")
     assert record["repair"].startswith("Repair(")
+    assert "  refit what reads the heads, and the feed-forwards, by least squares\n" in capsys.readouterr().out
 
 
 def test_a_model_that_writes_nothing_needs_no_data(tmp_path, capsys):

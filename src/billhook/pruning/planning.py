@@ -120,7 +120,8 @@ def plan_amount(
     """Plans as `plan`, on as many of the batches as are `enough` (see `Calibration`).
 
     Ratios are of the numbers of units that there were at `first` (see `First`), where a part of the amount has been removed.
-    `progress` is called with how many batches have been scored, and how many may be.
+    `progress` is called with how many batches have been scored, and how many may be; if `greedy`, how many blocks of a stack are
+    chosen.
     """
     subject = find_transformer(model)
     if amount.blocks is not None:
@@ -241,7 +242,8 @@ def _plan_blocks(
     stacks, numbers = count_blocks(model, amount)
     if greedy and scores is None:
         rank = partial(score, model, stacks, importance, list(batches_of(batches, model)), loss, reduce=reduce)
-        return tried_blocks(model, find_block_plan(model, _one_by_one(model, stacks, rank, numbers, (amount.first, amount.last))))
+        gone = _one_by_one(model, stacks, rank, numbers, (amount.first, amount.last), progress)
+        return tried_blocks(model, find_block_plan(model, gone))
     settled = None
     if scores is None:
         scoring = Scoring(model, stacks, importance, loss, amount.normalize, reduce=reduce)
@@ -258,12 +260,15 @@ def _one_by_one(
     rank: Callable[[], dict[str, Tensor]],
     numbers: Mapping[str, int],
     ends: tuple[int, int],
+    progress: Told | None = None,
 ) -> dict[str, list[int]]:
-    """Chooses the least important block of each stack, scores again without it, and so on."""
+    """Chooses the least important block of each stack, scores again without it, and so on; `progress` counts these rounds."""
     gone: dict[str, list[int]] = {name: [] for name in numbers}
     while left := [name for name, number in numbers.items() if len(gone[name]) < number]:
         with mask(model, gone, "block"):
             scores = rank()
         for name in left:
             gone[name].append(next(n for n in ranked(stacks[name], scores[name], ends) if n not in gone[name]))
+        if progress is not None:
+            progress(max(map(len, gone.values())), max(numbers.values()))
     return gone

@@ -9,7 +9,7 @@ from billhook.kv_heads.convert import check_repair, ready
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.mean import Mean
 from billhook.kv_heads.methods.named import Name, method_of
-from billhook.kv_heads.plan import plan_kv_heads
+from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.plan import apply
 from billhook.repairs.repair import Repair
 
@@ -40,7 +40,7 @@ def convert(
             class of your own.
         repair: How what reads the heads, and the feed-forwards, make up for what is lost: least squares on the examples (see
             `Repair`); by default they keep their weights.
-        layers: The attentions to convert, by name or by their place in the order in which they run, from 0, as in '[0, 1]'; by
+        layers: The attentions to convert, by name or by their place in the order in which they run, from 0, as in `0 1`; by
             default all.
         encoder: Whether the self-attention of an encoder-decoder's encoder is converted too; as in the paper it is not.
         dry_run: Print the plan and write nothing.
@@ -58,6 +58,8 @@ def convert(
     plan = plan_kv_heads(work.model, num_key_value_heads, method, layers, encoder)
     if method.turns or repair is not None:
         check_ready(work.model, dict.fromkeys(plan.layers, plan.after), method)
+    if not dry_run:
+        work.tell(*_steps(plan, repair, work.shown if calibrates else "no text, as it needs none"))
     print(plan.text())
     if dry_run:
         return
@@ -67,3 +69,10 @@ def convert(
     plan, weights, how = ready(work.model, plan, batches, repair)
     apply(work.model, plan, weights=weights)
     work.save(before, f"{plan.words} ({how})", {"plans": [plan.to_json()], "repair": repair and str(repair)})
+
+
+def _steps(plan: KVHeadPlan, repair: Repair | None, shown: str) -> list[str]:
+    """Returns the words for what will be done."""
+    steps = [f"turn {plan.before} KV heads into {plan.after} in {len(plan.layers)} attentions, by {plan.method}"]
+    steps += ["refit what reads the heads, and the feed-forwards, by least squares"] if repair else []
+    return [*steps, f"shown {shown}"]

@@ -11,6 +11,7 @@ def prune_blocks(
     given: Scored,
     blocks: int | float | None = None,
     importance: Importance | None = None,
+    greedy: bool = False,
     first: int = 0,
     last: int = 0,
     dry_run: bool = False,
@@ -28,6 +29,8 @@ def prune_blocks(
             a decoder, from each.
         importance: How much a block matters: `BlockInfluence` (the paper's; the default), `Ablation`, one forward a block, or any
             other `Importance`, also a class of your own.
+        greedy: Whether blocks are removed one at a time, and the others scored again without it, on all examples; as many times
+            the work.
         first: So many first blocks are kept.
         last: So many last blocks are kept.
         dry_run: Print the plan and write nothing.
@@ -37,5 +40,7 @@ def prune_blocks(
     """
     if not blocks:
         raise ValueError(f"blocks={blocks}: say how many blocks to remove, or which fraction of them, in (0, 1)")
-    amount = Removed(blocks=blocks, first=first, last=last)
+    if greedy and isinstance(given.enough, float):
+        raise ValueError(f"enough={given.enough}: in greedy order each block is chosen on all examples")
+    amount = Removed(blocks=blocks, first=first, last=last, greedy=greedy)
     prune_structure(model, out, amount, given, block_importance=importance, repair=None, dry_run=dry_run)

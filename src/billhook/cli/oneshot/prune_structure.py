@@ -25,9 +25,18 @@ from billhook.running.batches import Batch
 
 @dataclass(frozen=True)
 class Removed(Amount):
-    """Units to remove: whole blocks first, then others by a ratio for each kind of unit or by one target."""
+    """Units to remove: whole blocks first, then others by a ratio for each kind of unit or by one target.
+
+    Args:
+        greedy: Whether blocks are removed one at a time, and the others scored again without it, on all examples; as many times
+            the work.
+    """
+
+    greedy: bool = False
 
     def __post_init__(self) -> None:
+        if self.greedy and not self.blocks:
+            raise ValueError(f"greedy=True removes blocks one at a time, and blocks={self.blocks}")
         _ = self.blocks_alone, self.within
 
     @property
@@ -104,7 +113,7 @@ def prune_structure(
         plans.append(plan)
     done = str(Repair() if repair == "auto" else repair) if refitted else None
     by = {"by": importance and str(importance), "blocks_by": block_importance and str(block_importance)}
-    how = by | {"ranking": amount.ranking, "rounds": rounds, "repair": done}
+    how = by | {"ranking": amount.ranking, "rounds": rounds, "repair": done} | ({"greedy": True} if amount.greedy else {})
     what = f"without {', '.join(plan.words for plan in plans)}"
     record = {"plans": [plan.to_json() for plan in plans], "importance": how}
     work.save(before, what, record, settled=[plan.settled for plan in plans])
@@ -114,7 +123,8 @@ def _steps(
     amount: Removed, by: Importance | None, importance: Importance | None, rounds: int, repair: Repairing, shown: str
 ) -> list[str]:
     """Returns the words for what will be done."""
-    steps = [] if amount.blocks is None else [f"remove blocks={amount.blocks}, by {by}"]
+    order = ", one at a time" if amount.greedy else ""
+    steps = [] if amount.blocks is None else [f"remove blocks={amount.blocks}{order}, by {by}"]
     if amount.within is not None:
         asked = amount.within.ratios | ({amount.target: getattr(amount, amount.target)} if amount.target else {})
         sizes = ", ".join(f"{name}={value}" for name, value in asked.items())
@@ -135,8 +145,10 @@ def _plans(
 ) -> Iterator[BlockPlan | UnitPlan]:
     """Plans what to remove, each time from the model as it is when the plan before has been carried out."""
     if amount.blocks_alone is not None:
-        with bar("scoring blocks", "batches") as progress:
-            blocks = plan_amount(model, amount.blocks_alone, block_importance, batches, enough, progress=progress)
+        with bar("scoring blocks", "rounds" if amount.greedy else "batches") as progress:
+            blocks = plan_amount(
+                model, amount.blocks_alone, block_importance, batches, enough, greedy=amount.greedy, progress=progress
+            )
         yield blocks
     if amount.within is None:
         return

@@ -5,7 +5,7 @@ DATA, and how each row is measured. WORK keeps what the model writes, the librar
 each row, so that an interrupted run goes on. `--only` takes rows by name.
 
 Calibration, "texts": 48 windows of 512 tokens each of FOLDOC's training text and of WikiText-2's validation text, drawn at
-random, and 32 that the model has written (what `billhook shrink --data '[a.txt, b.txt]'` takes by default); "generated": 40 that
+random, and 32 that the model has written (what `billhook shrink --data a.txt b.txt` takes by default); "generated": 40 that
 it has written, and nothing else (what it takes where it is given no data). All that is chosen, as ridges, levels and sizes, is
 chosen on these. `--matmul medium` multiplies in bfloat16 where a CPU can: the model's forwards, not sums of squares nor solving;
 what is measured in the end is in float32 either way. "+ N steps": of 2 x 256 tokens of the two texts, taught by the dense model

@@ -198,6 +198,7 @@ class TestRefused:
             ("fit --config nowhere.yaml", ["nowhere.yaml"]),
             ("fit --config wrong.yaml", ["max_stepz", "Did you mean 'max_steps'?"]),
             ("fit --model.lrr 1", ["lrr"]),
+            ("fit --trainer.max_stepz 3", ["lightning.pytorch.Trainer has no 'max_stepz'. Did you mean 'max_steps'?"]),
             ("fit --model.task poetry", ["poetry"]),
             ("prunes", ["prunes", "Other commands: convert, prune, prune-heads"]),
             ("prune", ["required", "model"]),

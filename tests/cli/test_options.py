@@ -79,3 +79,10 @@ def test_a_misspelt_option_is_answered_with_the_nearest(line, wrong, near, capsy
     _, _, said = capsys.readouterr().err.partition("unrecognized arguments: ")
     assert f"--{wrong}" in said
     assert said.partition("\n")[2] == ("" if near is None else f"There is no option '--{wrong}'. Did you mean '--{near}'?\n")
+
+
+def test_one_in_a_file_is_too(tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("sparsty: 0.5\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["prune", "tiny", "out", "--config", str(tmp_path / "own.yaml")])
+    assert capsys.readouterr().err.endswith("There is no option 'sparsty'. Did you mean 'sparsity'?\n")

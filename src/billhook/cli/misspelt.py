@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from billhook.cli.classes import public_classes
 
 NO_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
-NO_TRAINER_ARGUMENT = re.compile(r"not accept option 'trainer\.(\w+)")
+NO_TRAINER_ARGUMENT = re.compile(r"(?:not accept option '|unrecognized arguments: --)trainer\.(\w+)")
 NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)")
 TYPES = re.compile(r"Subtypes: (.*)")
 
@@ -31,11 +31,12 @@ def legal(message: str, options: Sequence[str] = ()) -> str:
 
 
 def _options(message: str, options: Sequence[str]) -> Iterator[str]:
-    """Yields a line for each option that there is not, and that is near to one."""
+    """Yields a line for each option of a command line, or of a file, that there is not and that is near to one."""
     _, _, words = message.partition("unrecognized arguments: ")
-    for wrong in re.findall(r"(?:^|\s)--([\w-]+)", words):
+    unknown = re.findall(r"(?:^|\s)(--)([\w-]+)", words) + re.findall(r"^()Option '(\w+)' is not accepted", message)
+    for dashes, wrong in unknown:
         if near := difflib.get_close_matches(wrong, options, n=1):
-            yield f"There is no option '--{wrong}'. Did you mean '--{near[0]}'?\n"
+            yield f"There is no option '{dashes}{wrong}'. Did you mean '{dashes}{near[0]}'?\n"
 
 
 def _classes(message: str) -> Iterator[str]:

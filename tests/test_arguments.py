@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pytest
 from torch import nn
+from typing_extensions import TypeAliasType
 
 from billhook.arguments import a_path, annotated, fraction, number, one_of, whole
 
@@ -95,3 +97,21 @@ def test_what_annotations_allow_passes():
     trained(NET)
     trained(NET, "adam", {"a": [0], "b": iter([1])}, log=True)
     trained(NET, 1, {"a": (True, "0")})  # which numbers these are is said by who reads them
+
+
+def test_aliases_that_are_classes_of_no_value():
+    """As numpy 2.5 has `NDArray` from Python 3.12 on."""
+    kind = TypeVar("kind", bound=np.generic)
+    table = TypeAliasType("table", np.ndarray[Any, np.dtype[kind]], type_params=(kind,))
+    words = TypeAliasType("words", list[str])
+
+    def given(index, names):
+        annotated(given, locals())
+
+    given.__annotations__ = {"index": table[np.int64], "names": words | None}
+    given(np.arange(3), None)
+    given(np.arange(3), ["a"])
+    with pytest.raises(ValueError, match=r"index=\[0\] must be a table"):
+        given([0], None)
+    with pytest.raises(ValueError, match=r"names=\[3\] must be a words or None"):
+        given(np.arange(3), [3])

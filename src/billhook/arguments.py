@@ -126,6 +126,7 @@ def _kinds(of: Callable[..., Any]) -> dict[str, Any]:
 
 def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN401 - annotations are of no class
     """Tells whether a value is of an annotated kind; within containers, which number or word it is is left to who reads them."""
+    kind = _meant(kind)
     origin, inside = get_origin(kind), get_args(kind)
     if kind is Any or isinstance(kind, TypeVar):
         return True
@@ -144,6 +145,11 @@ def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN4
     if isinstance(value, Mapping) and issubclass(origin, Mapping):
         return all(_fits(key, inside[0], True) and _fits(own, inside[1], True) for key, own in value.items())
     return not isinstance(value, Collection) or all(_fits(one, inside[0], True) for one in value)
+
+
+def _meant(kind: Any) -> Any:  # noqa: ANN401
+    """Returns what an alias stands for that `type` has made, as numpy 2.5 makes `NDArray` from Python 3.12 on."""
+    return getattr(get_origin(kind) or kind, "__value__", kind)
 
 
 def _legal(kind: Any) -> str:  # noqa: ANN401

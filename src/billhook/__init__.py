@@ -41,6 +41,7 @@ from billhook.adapters.masked import mask_adapters as mask_adapters
 from billhook.adapters.merge import merge as merge
 
 from billhook.checkpoints.save import load as load, save as save
+from billhook.streaming.load import stream as stream
 from billhook.fit.resume import ShapeInCheckpoint as ShapeInCheckpoint, load_from_checkpoint as load_from_checkpoint
 from billhook.shrinking.shrink import shrink as shrink
 from billhook.report.summary import summary as summary

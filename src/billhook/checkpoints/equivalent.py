@@ -129,14 +129,14 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
             built = built_shape(kind, candidate)
         except Exception:  # whatever a class of configs or models raises
             continue
-        sizes = now.tensors if own else now.tensors | {name: now.tensors[name][::-1] for name in _transposed(model, kind)}
+        sizes = now.tensors if own else now.tensors | {name: now.tensors[name][::-1] for name in transposed(model, kind)}
         if built.tensors == sizes and all(built.attributes.get(k, v) == v for k, v in now.attributes.items()):
             yield kind, candidate
 
 
 def rendered(model: PreTrainedModel, kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel | None:
     """Builds the model in a class that stands for its own, with its tensors, some transposed; None if none has to be."""
-    turned = _transposed(model, kind)
+    turned = transposed(model, kind)
     if not turned:
         return None
     other = build_class_on_meta(kind, config)
@@ -148,7 +148,7 @@ def rendered(model: PreTrainedModel, kind: type[PreTrainedModel], config: Pretra
     return other
 
 
-def _transposed(model: PreTrainedModel, kind: type[PreTrainedModel]) -> list[str]:
+def transposed(model: PreTrainedModel, kind: type[PreTrainedModel]) -> list[str]:
     """Lists the weights that another class has transposed."""
     linears = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
     return [f"{name}.weight" for name in linears] if kind is not type(model) else []

@@ -18,7 +18,7 @@ from billhook.adapters.merge import has_adapters, merged_copy
 from billhook.arguments import annotated
 from billhook.assets import model_path
 from billhook.checkpoints.card import card
-from billhook.checkpoints.equivalent import equivalents, rendered, say_head_dim
+from billhook.checkpoints.equivalent import equivalents, rendered, say_head_dim, transposed
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.place import RECORD, check_target, drafted, move, recover, size
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
@@ -31,6 +31,7 @@ from billhook.model.shapes.shape import KEY, to_entry, unbuilt_shape
 from billhook.model.shapes.shaped import load_as, readable
 from billhook.model.transformers_internals import everything_saved, is_joined_unevenly
 from billhook.page import Shown
+from billhook.streaming.stream import stream_of
 
 Way = Literal["plain", "equivalent", "shaped"]
 WAYS: dict[Way, str] = {
@@ -159,6 +160,8 @@ def save(
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "files": files}, indent=1) + "\n")
         move(draft, target)
+    if (stream := stream_of(model)) is not None and stream.parts is not None:
+        stream.parts.remove()
     return saved
 
 
@@ -172,6 +175,8 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
     _write_weights(model, draft)
     written = (draft / "config.json").read_bytes()
     for kind, config in equivalents(model):
+        if stream_of(model) is not None and transposed(model, kind):
+            continue  # that takes a second model
         other = rendered(model, kind, config)
         (other or config).save_pretrained(draft)
         with suppress(RuntimeError):  # other logits
@@ -186,6 +191,9 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
 
 def _write_weights(model: PreTrainedModel, draft: Path) -> None:
     """Writes config and weights, also those that the class leaves out because it makes them: they may be others, or smaller."""
+    if (stream := stream_of(model)) is not None:
+        stream.write(draft)
+        return
     with everything_saved(model):
         model.save_pretrained(draft, save_original_format=not is_joined_unevenly(model))
 

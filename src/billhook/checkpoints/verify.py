@@ -14,6 +14,8 @@ from billhook.model.shapes.shaped import load_as
 from billhook.model.transformers_internals import compute_alike
 from billhook.running.noise import seeded
 from billhook.running.undisturbed import precisely, undisturbed
+from billhook.streaming.load import load_streamed
+from billhook.streaming.stream import stream_of
 
 Probe = Mapping[str, Any]
 TIMES, TRIALS = 4, 4
@@ -31,7 +33,11 @@ def verify(
     Raises:
         RuntimeError: If it is more than rounding explains.
     """
-    reloaded = load_as(kind or type(model), str(folder), model.dtype).to(cast(Any, model.device))
+    kind = kind or type(model)
+    if stream_of(model) is None:
+        reloaded = load_as(kind, str(folder), model.dtype).to(cast(Any, model.device))
+    else:
+        reloaded = load_streamed(kind, str(folder), model.dtype)
     compute_alike(model, reloaded)
     _lie_alike(model, reloaded)
     found = logits_of(reloaded, probe)

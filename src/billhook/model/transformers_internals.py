@@ -1,15 +1,18 @@
 """Private names of transformers, each in one place; a test asks whether they are still there."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Chunk
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
+from transformers.core_model_loading import convert_and_load_state_dict_in_model as load_state
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
 
 from billhook.model.config_fields import configs_of
 
@@ -91,6 +94,60 @@ def is_joined_unevenly(model: PreTrainedModel) -> bool:
         if any(len(sizes) > 1 for sizes in parts.values()):
             return True
     return False
+
+
+def initialize_buffers(model: PreTrainedModel) -> None:
+    """Makes the buffers of a model on meta as its class does, on the CPU; nothing else gets values."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                setattr(parameter, LOADED, True)
+        setattr(module, LOADED, False)  # a module may make the buffers of those within
+    model.initialize_weights()  # type: ignore[no-untyped-call]
+
+
+def named_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Returns what a model calls the tensors of a checkpoint's files: of one that becomes several, or part of one, the first.
+
+    Those that the model does not have are left out.
+    """
+    mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    found = {}
+    for key in keys:
+        for names in ((renamings, converters), ([], [])):
+            renamed, _ = rename_source_key(key, *names, model.base_model_prefix, state)
+            if renamed in state:
+                found[key] = renamed
+                break
+    return found
+
+
+def load_some(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
+    """Loads some tensors of a checkpoint, given as slices of its files, in the dtypes that the model's own have."""
+    conversions, active = getattr(model, "_weight_conversions", None), logging.is_progress_bar_enabled()
+    dtype: torch.dtype = model.dtype
+    mapping: Any = get_model_conversion_mapping(model)
+    plan = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        load_state(model, dict(slices), plan)
+    finally:
+        vars(model)["_weight_conversions"] = conversions  # of all tensors, which saving turns back
+        if active:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def as_in_files(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns some of a model's tensors as its files hold them, which may join or name them otherwise."""
+    if is_joined_unevenly(model):
+        return dict(state)
+    found: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    return found
 
 
 def classes_of(auto: Any, config: PretrainedConfig) -> list[type[PreTrainedModel]]:  # noqa: ANN401 - an auto class

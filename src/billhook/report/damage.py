@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -11,9 +12,11 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from billhook.bar import Told
-from billhook.report.predictions import Predictions, logits_in
+from billhook.report.predictions import Predictions, logits_now
 from billhook.report.table import aligned
-from billhook.running.batches import runs_of, source_of
+from billhook.running.batches import Run, runs_of, source_of
+from billhook.running.undisturbed import undisturbed
+from billhook.streaming.together import together
 
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
 """Sums a tensor over processes, in place."""
@@ -108,28 +111,38 @@ class Dense:
         self._here = range(rank, len(self.rows), ranks)
         self._held = dict[int, Predictions]()
         losses = torch.zeros(len(self.rows), dtype=torch.float64)
-        for row in self._here:
-            logits, losses[row] = self._read(model, row)
-            self._held[row] = Predictions.of(logits, len(self._here))
-            if progress is not None:
-                progress(len(self._held), len(self._here))
+
+        def take(row: int, logits: Tensor, loss: Tensor) -> None:
+            losses[row], self._held[row] = loss, Predictions.of(logits, len(self._here))
+
+        self._each(model, take, progress)
         self.losses = losses if reduce is None else reduce(losses)
 
-    def _read(self, model: PreTrainedModel, row: int) -> tuple[Tensor, Tensor]:
-        """Returns the logits of each next token in a row, `[length - 1, vocabulary]`, and the mean loss."""
-        (run,) = runs_of(model, [{"input_ids": self.rows[row][1][None]}])
-        logits = logits_in(model, run)[:-1]
-        return logits, cross_entropy(logits.float(), self.rows[row][1][1:].to(logits.device)).cpu()
+    def _each(self, model: PreTrainedModel, take: Callable[[int, Tensor, Tensor], None], progress: Told | None) -> None:
+        """Reads the rows that are read here; `take` is given each, its logits `[length - 1, vocabulary]` and its mean loss."""
+        done = set[int]()
+
+        def read(row: int, run: Run) -> None:
+            logits = logits_now(model, run)[:-1]
+            take(row, logits, cross_entropy(logits.float(), self.rows[row][1][1:].to(logits.device)).cpu())
+            done.add(row)
+            if progress is not None:
+                progress(len(done), len(self._here))
+
+        runs = runs_of(model, [{"input_ids": self.rows[row][1][None]} for row in self._here])
+        with undisturbed(model):
+            together(model, [partial(read, row, run) for row, run in zip(self._here, runs, strict=True)])
 
     def damage(self, model: PreTrainedModel, progress: Told | None = None) -> list[TextDamage]:
         """Compares a changed model with the dense one, by source; `progress` is called with how many rows are done."""
         found = torch.zeros(len(self.rows), 2, dtype=torch.float64)
-        for done, row in enumerate(self._here, 1):
-            logits, found[row, 0] = self._read(model, row)
+
+        def take(row: int, logits: Tensor, loss: Tensor) -> None:
             held = self._held.get(row)
+            found[row, 0] = loss
             found[row, 1] = math.nan if held is None else held.divergence(logits) / len(held.positions)
-            if progress is not None:
-                progress(done, len(self._here))
+
+        self._each(model, take, progress)
         if self._reduce is not None:
             self._reduce(found)
         places: dict[str, list[int]] = {}

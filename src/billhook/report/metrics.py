@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel
 from billhook.bar import Told
 from billhook.calibration.reading import Rows
 from billhook.report.generation import generates
+from billhook.streaming.together import together
 
 
 @torch.no_grad()
@@ -22,15 +24,18 @@ def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, progres
     """
     if rows is None or not examples or not generates(model):
         return None
-    total, count, every = torch.zeros((), dtype=torch.float64), 0, rows  # type: Tensor, int, Any
-    for number in range(most := min(examples, len(every))):
-        ids = torch.tensor([every[number]["input_ids"]], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        total += cross_entropy(logits, ids[0, 1:], reduction="none").double().sum().cpu()
-        count += ids.shape[1] - 1
+    every: Any = rows
+    texts = [torch.tensor([every[number]["input_ids"]], device=model.device) for number in range(min(examples, len(every)))]
+    losses = dict[int, Tensor]()
+
+    def read(number: int) -> None:
+        logits = model(input_ids=texts[number], use_cache=False).logits[0, :-1].float()
+        losses[number] = cross_entropy(logits, texts[number][0, 1:], reduction="none").double().sum().cpu()
         if progress is not None:
-            progress(number + 1, most)
-    return math.exp(total / count)
+            progress(len(losses), len(texts))
+
+    together(model, [partial(read, number) for number in range(len(texts))])
+    return math.exp(sum(losses.values()) / sum(ids.shape[1] - 1 for ids in texts))
 
 
 @torch.no_grad()

@@ -41,7 +41,12 @@ def _logs(logits: Tensor, positions: Tensor) -> Tensor:
 def logits_in(model: PreTrainedModel, run: Run) -> Tensor:
     """Returns the logits at all positions that count, `[positions, classes]`; refuses a model without logits."""
     with undisturbed(model):
-        logits = getattr(run.forward(), "logits", None)
+        return logits_now(model, run)
+
+
+def logits_now(model: PreTrainedModel, run: Run) -> Tensor:
+    """Returns the logits as `logits_in` does, of a model that is in evaluation mode already."""
+    logits = getattr(run.forward(), "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(f"model: {type(model).__name__} predicts nothing (it has no logits), so no loss can be told")
     mask = run.tokens.get("decoder_attention_mask", run.tokens.get("attention_mask"))

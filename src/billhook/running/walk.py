@@ -108,7 +108,8 @@ class Walk:
         keep: Called with what a run keeps while it waits for others: the arguments of a site's forward.
         untouched: The numbers of runs that keep the old parameters to the end, for comparison.
         around: What a site's module needs while runs are in it; by default nothing.
-        to_end: Whether a run continues to its end when all sites are complete, so that `again` has all that are called again.
+        ends: How many runs continue to their end when all sites are complete; with one, `again` has all that are called again.
+        leave: Called with each site when all runs have passed it, on any rank.
     """
 
     def __init__(
@@ -119,10 +120,11 @@ class Walk:
         keep: Callable[[object], None] | None = None,
         untouched: Collection[int] = (),
         around: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
-        to_end: bool = False,
+        ends: int = 0,
+        leave: Callable[[Site], None] | None = None,
     ) -> None:
         self.sites, self.visitor, self.reduce, self.keep = list(sites), visitor, reduce, keep
-        self.untouched, self.around, self.to_end = untouched, around, to_end
+        self.untouched, self.around, self.ends, self.leave = untouched, around, ends, leave
         self.complete: set[Site] = set()
         self.again: set[Site] = set()
         self._watched: Site | None = None
@@ -162,10 +164,12 @@ class Walk:
             self.complete.add(here)
             self._ready = (None, {})
             if last := len(self.complete) == len(self.sites):
-                arrived = arrived[: self.to_end]
+                arrived = arrived[: self.ends]
             with self.around(here.module):
                 for number in arrived:
                     at[runs[number]] = self._resume(number, runs[number])
+            if self.leave is not None:
+                self.leave(here)
             if last:
                 return
 

@@ -16,6 +16,7 @@ from billhook.running.walk import Reduce, Sequential, find_sites
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern
+from billhook.streaming.stream import stream_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 
@@ -70,7 +71,8 @@ def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool) -> 
     linears = prunable(model, output_embeddings)
     if not linears:
         raise ValueError(f"model: {type(model).__name__} has no linear layers to prune")
-    if empty := next((name for name, linear in linears.items() if weight_of(linear).is_meta), None):
+    empty = next((name for name, linear in linears.items() if weight_of(linear).is_meta), None)
+    if empty is not None and stream_of(model) is None:
         raise ValueError(f"model: {empty} has no weights yet (it is on the meta device): load them first")
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in linears):

@@ -20,6 +20,7 @@ from billhook.model.plan import Plan, Weights
 from billhook.model.surgery import values_kept
 from billhook.running.shards import local, reshard, sharded_as
 from billhook.sparsity.masks import where_kept
+from billhook.streaming.stream import changing
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
@@ -86,6 +87,21 @@ class Pruned:
         return cls(pruned.bits, values)
 
 
+@dataclass(frozen=True)
+class Applied:
+    """One linear's part of a plan that was carried out at once, as its model is streamed.
+
+    Attributes:
+        kept: How many weights are kept.
+    """
+
+    kept: int
+
+    def sparsity(self, size: int) -> float:
+        """Returns the fraction removed of a weight of so many entries."""
+        return 1 - self.kept / size if size else 0.0
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class WeightPlan(Plan):
     """Which weights of a model become zero, and the new values of the others where a criterion changes them.
@@ -95,7 +111,7 @@ class WeightPlan(Plan):
         model: The name of the model's class; only shown, as it is another one where a model is sharded.
         criterion: The criterion that chose them, in words.
         pattern: `"unstructured"` or `"N:M"`.
-        pruned: The results by linear.
+        pruned: The results by linear; where the model is streamed, how many weights are kept.
         shapes: Of each linear's weight, `[out_features, in_features]`.
         uncalled: Linears that stay as they are, as no batch has called them.
     """
@@ -104,7 +120,7 @@ class WeightPlan(Plan):
     model: str
     criterion: str
     pattern: str
-    pruned: dict[str, Pruned]
+    pruned: Mapping[str, Pruned | Applied]
     shapes: dict[str, tuple[int, ...]]
     uncalled: tuple[str, ...] = ()
 
@@ -116,7 +132,7 @@ class WeightPlan(Plan):
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain data: a bit for each weight, and the values that change, in base 64."""
-        pruned = {name: {"shape": list(self.shapes[name]), **one.to_json()} for name, one in self.pruned.items()}
+        pruned = {name: {"shape": list(self.shapes[name]), **one.to_json()} for name, one in self.held().items()}
         names = {"kind": self.kind, "model": self.model, "criterion": self.criterion, "pattern": self.pattern}
         uncalled = {name: list(self.shapes[name]) for name in self.uncalled}
         return names | {"pruned": pruned, "uncalled": uncalled}
@@ -142,12 +158,14 @@ class WeightPlan(Plan):
         """Returns the keep-masks, bool, each as its weight lies in memory, and sharded as it is."""
         linears = self._linears(model)
         weights = {name: weight_of(linears[name]) for name in self.pruned}
-        masks = {name: sharded_as(one.keep(weights[name]), weights[name]) for name, one in self.pruned.items()}
+        masks = {name: sharded_as(one.keep(weights[name]), weights[name]) for name, one in self.held().items()}
         return {name: turned(linears[name], mask) for name, mask in masks.items()}
 
     @torch.no_grad()
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
         """Changes the weights, in place; if that fails, nothing has changed. Removed values stay in the CPU's memory until then.
+
+        Of a model that is streamed, blocks are written one by one, and the checkpoint that they are of stays as it is.
 
         Args:
             model: The model that the plan was made for, or one with the same linears.
@@ -164,15 +182,22 @@ class WeightPlan(Plan):
             for parameter, value in given.items():
                 parameter.copy_(value)
             try:
-                for name, one in self.pruned.items():
-                    new, weight = one.weight(weight_of(linears[name])), local(weight_of(linears[name]))
-                    changes = (new != weight).cpu()
-                    removed.append((weight, changes, weight.cpu()[changes]))
-                    weight.copy_(new)
+                for name, one in self.held().items():
+                    with changing(model, linears[name]) as streamed:
+                        new, weight = one.weight(weight_of(linears[name])), local(weight_of(linears[name]))
+                        changes = (new != weight).cpu()
+                        removed += [] if streamed else [(weight, changes, weight.cpu()[changes])]
+                        weight.copy_(new)
             except BaseException:
                 for weight, changes, values in removed:
                     weight.masked_scatter_(changes.to(weight.device), values.to(weight.device))
                 raise
+
+    def held(self) -> dict[str, Pruned]:
+        """Returns the results; refuses a plan that was carried out while it was made."""
+        if applied := next((name for name, one in self.pruned.items() if isinstance(one, Applied)), None):
+            raise ValueError(f"plan: it was carried out as it was made, as the model is streamed: no mask is held of {applied}")
+        return {name: one for name, one in self.pruned.items() if isinstance(one, Pruned)}
 
     def _linears(self, model: nn.Module) -> dict[str, nn.Module]:
         reshard(model)

@@ -1,11 +1,9 @@
 """Prunes a model's weights in one shot: checks, plans while the model stays as it is, applies."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,13 +11,11 @@ from torch import nn
 from billhook.adapters.masked import counted
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches, batches_of
-from billhook.model.linears import find_twins, weight_of
+from billhook.model.linears import weight_of
 from billhook.model.values import check_changeable
 from billhook.running.batches import Run, runs_of
-from billhook.running.offload import Shelf, offloaded
-from billhook.running.shards import gathered, is_sharded, reshard, unsharded, whole
-from billhook.running.undisturbed import undisturbed
-from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, replaced
+from billhook.running.shards import is_sharded, reshard, whole
+from billhook.running.walk import Reduce, Sequential
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.checks import (
     adapters_to_count,
@@ -32,11 +28,12 @@ from billhook.sparsity.checks import (
 )
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
-from billhook.sparsity.plan import Pruned, WeightPlan
-from billhook.sparsity.visitor import GlobalPruningVisitor, InputsDiffer, Progress, PruningVisitor
+from billhook.sparsity.plan import Applied, Pruned, WeightPlan
+from billhook.sparsity.visitor import GlobalPruningVisitor, Progress, PruningVisitor
+from billhook.sparsity.walks import Walks
+from billhook.streaming.stream import stream_of
 
 Blocks = Sequence[Mapping[str, nn.Module]]
-V = TypeVar("V", bound=PruningVisitor)
 
 
 def prune(
@@ -114,15 +111,17 @@ def prune(
     if is_sharded(model):
         check_sharded(criterion, allocation, reduce, offload, count_adapters)
     needing = [one for one in (criterion, allocation) if (one.measures if isinstance(one, Allocation) else needs_data(one))]
-    walks = _Walks(model, linears, _runs(model, batches, needing, reduce), reduce, device, folder, adapters)
+    walks = Walks(model, linears, _runs(model, batches, needing, reduce), reduce, device, folder, adapters)
     warn_of_others(model, linears)
     sparsities = _sparsities(walks, amount, allocation)
     kind = GlobalPruningVisitor if criterion.compares == "global" else PruningVisitor
-    pruned = walks(sequential if needs_data(criterion) else None, partial(kind, criterion, sparsities, pattern, progress)).pruned
+    make = partial(kind, criterion, sparsities, pattern, progress)
+    key = None if dry_run else f"{criterion} {pattern} {sequential} {sparsities}"
+    pruned = walks(sequential if needs_data(criterion) else None, make, key).pruned
     uncalled = _uncalled(linears, pruned)
     shapes = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
     plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, uncalled)
-    if not dry_run:
+    if not dry_run and stream_of(model) is None:
         plan.apply(model)
     return plan
 
@@ -142,7 +141,7 @@ def _runs(
     return runs
 
 
-def _uncalled(linears: Iterable[str], pruned: Mapping[str, Pruned]) -> tuple[str, ...]:
+def _uncalled(linears: Iterable[str], pruned: Mapping[str, Pruned | Applied]) -> tuple[str, ...]:
     """Names the linears that were given no token; if none was given any, that is an error."""
     uncalled = tuple(name for name in linears if name not in pruned)
     if not pruned:
@@ -153,94 +152,7 @@ def _uncalled(linears: Iterable[str], pruned: Mapping[str, Pruned]) -> tuple[str
     return uncalled
 
 
-@dataclass(frozen=True, eq=False)
-class _Walks:
-    """Walks over one model, all with the same runs."""
-
-    model: nn.Module
-    linears: Mapping[str, nn.Module]
-    runs: Sequence[Run]
-    reduce: Reduce | None
-    offload: torch.device | None
-    activations: str | None
-    adapters: Mapping[str, nn.Module]
-
-    @cached_property
-    def twins(self) -> list[tuple[str, nn.Module]]:
-        """Other linears that have the weight of one."""
-        return find_twins(self.model, self.linears)
-
-    def __call__(self, sequential: Sequential | None, make: Callable[..., V]) -> V:
-        """Walks with a visitor and returns it; once more without shared statistics if inputs are shared in some runs only.
-
-        It also walks once more if a run has called linears again later: with these first, so that every call counts. With
-        `sequential=None` nothing runs: the visitor needs no data.
-        """
-        tokens, shared, often = [run.tokens for run in self.runs], True, {name for name, _ in self.twins}
-        while True:
-            visitor = make(tokens=tokens, reduce=self.reduce, adapters=self.adapters, shared=shared)
-            try:
-                again = set[str]() if sequential is None else self._walk(sequential, visitor, often)
-            except InputsDiffer:
-                if not shared:
-                    raise
-                shared = False
-                continue
-            if again <= often:
-                break
-            often |= again
-        if sequential is None:
-            visitor.finish(self.linears)
-        visitor.close()
-        return visitor
-
-    def _walk(self, sequential: Sequential, visitor: PruningVisitor, often: set[str]) -> set[str]:
-        """Returns the linears of which a walk left out some calls. Those called often come first, in the dense model."""
-        with ExitStack() as stack:
-            stack.enter_context(undisturbed(self.model))
-            keep = None
-            if self.offload is not None:
-                stack.enter_context(offloaded([site.module for site in self.blocks()], self.offload))
-            if self.activations is not None:
-                keep = stack.enter_context(closing(Shelf(self.activations))).keep
-            forwards = [run.forward for run in self.runs]
-            if is_sharded(self.model):
-                self._walk_sharded(sequential, visitor, keep, forwards)
-                return set()
-            first = {name: one for name, one in self.linears.items() if name in often or sequential == "none"}
-            if first:
-                site = Site(self.model, first, False if often else None, self.twins)
-                Walk([site], visitor, self.reduce, keep)(forwards)
-                stack.enter_context(replaced({first[name]: new for name, new in visitor.parameters(site).items()}))
-            if not (others := {name: one for name, one in self.linears.items() if name not in first}):
-                return set()
-            sites = find_sites(self.model, others, sequential, gates=self.offload is not None)
-            walk = Walk(sites, visitor, self.reduce, keep, to_end=True)
-            walk(forwards)
-            return {name for site in walk.again for name in site.linears}
-
-    def _walk_sharded(
-        self,
-        sequential: Sequential,
-        visitor: PruningVisitor,
-        keep: Callable[[object], None] | None,
-        forwards: Sequence[Callable[[], object]],
-    ) -> None:
-        """Gathers one block at a time, on all ranks together; with `"none"` the runs pass through the dense blocks, too."""
-        blocks = [site.module for site in self.blocks()]
-        owner = {module: block for block in blocks for module in block.modules()}
-        sites = find_sites(self.model, self.linears, "block" if sequential == "none" else sequential, gates=True)
-        dense = range(len(forwards)) if sequential == "none" else ()
-        walk = Walk(sites, visitor, self.reduce, keep, dense, lambda module: gathered(owner[module]))
-        with unsharded(self.model), gathered(self.model, but=blocks):
-            walk(forwards)
-
-    def blocks(self) -> list[Site]:
-        """Returns the blocks, and the linears outside of them."""
-        return find_sites(self.model, self.linears, "block")
-
-
-def _sparsities(walks: _Walks, amount: float, allocation: Allocation) -> dict[str, float]:
+def _sparsities(walks: Walks, amount: float, allocation: Allocation) -> dict[str, float]:
     """Finds the sparsity of each linear; blocks that no batch reaches take no part in measuring."""
     blocks: Blocks = [site.linears for site in walks.blocks()]
     measured: dict[int, float] = {}

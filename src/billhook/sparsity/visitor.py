@@ -17,7 +17,7 @@ from billhook.running.statistics import Statistics
 from billhook.running.walk import Reduce, Site
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.masks import keep_global, where_kept
-from billhook.sparsity.plan import Pruned
+from billhook.sparsity.plan import Applied, Pruned
 
 Progress = Callable[[int, int], None]
 """Called with how many linears are done, and of how many."""
@@ -56,7 +56,7 @@ class PruningVisitor:
     ) -> None:
         self.criterion, self.sparsities, self.pattern, self.progress = criterion, sparsities, pattern, progress
         self.tokens, self.reduce, self.adapters, self.shared = tokens, reduce, adapters, shared
-        self.pruned: dict[str, Pruned] = {}
+        self.pruned: dict[str, Pruned | Applied] = {}
         self.statistics: dict[str, Statistics] = {}
         self._first: dict[str, str] = {}  # linear -> the one whose statistics are its own
         self._last: dict[int, tuple[ReferenceType[Tensor], float, str]] = {}  # run -> inputs, their version, who read them first
@@ -139,12 +139,13 @@ class PruningVisitor:
                     raise ValueError(f"{name}: count_adapters=True, and {kind} changes kept weights (`updates` is False)")
                 new = where_kept(weight, keep)
             self.pruned[name] = Pruned.of(weight, new, keep)
-            self._tell()
+            self.tell()
 
     def _statistics(self, name: str) -> Statistics | None:
         return self.statistics[self._first[name]] if name in self._first else None
 
-    def _tell(self) -> None:
+    def tell(self) -> None:
+        """Tells how many linears are done."""
         if self.progress is not None:
             self.progress(len(self.pruned), len(self.sparsities))
 
@@ -155,10 +156,10 @@ class PruningVisitor:
         """Returns the new weights of a site's linears, as they lie in memory."""
         new = {}
         for name, linear in site.linears.items():
-            if name in self.pruned:
-                weight = self.pruned[name].weight(weight_of(linear))
+            if isinstance(pruned := self.pruned.get(name), Pruned):
+                weight = pruned.weight(weight_of(linear))
                 if name in self.adapters:  # makes up for what the layer adds there, which merging will leave out
-                    added = where_kept(product_of(self.adapters[name]), ~self.pruned[name].keep(weight))
+                    added = where_kept(product_of(self.adapters[name]), ~pruned.keep(weight))
                     weight = weight - added.to(weight.dtype)
                 new[name] = {"weight": turned(linear, weight)}
         return new
@@ -187,7 +188,7 @@ class GlobalPruningVisitor(PruningVisitor):
         for (name, (linear, _)), keep in zip(self._seen.items(), keeps, strict=True):
             weight = whole(weight_of(linear))
             self.pruned[name] = Pruned.of(weight, where_kept(weight, keep), keep)
-        self._tell()
+        self.tell()
 
 
 def _version(tensor: Tensor) -> float:

@@ -6,7 +6,7 @@ from billhook.running.walk import Sequential
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder
 from billhook.sparsity.criteria import Criterion, Wanda
-from billhook.sparsity.masks import check_amount, sparsity_of
+from billhook.sparsity.masks import check_amount
 from billhook.sparsity.prune import prune as prune_weights
 
 
@@ -72,7 +72,6 @@ def prune(
     if dry_run:
         print(plan.text())
         return
-    zeros = sparsity_of(plan.masks(work.model).values())
-    done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": zeros, "sequential": sequential}
-    what = f"{plan.criterion}, {pattern}: sparsity {zeros:.4f} in {len(plan.pruned)} linears"
+    done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": sequential}
+    what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linears"
     work.save(before, what, {"pruned": done}, plan.text())

@@ -137,6 +137,31 @@ def load_shaped(
     return _finish(model, kind, shape)
 
 
+def load_on_meta(
+    kind: type[PreTrainedModel], name: str, sizes: Mapping[str, Tensor], dtype: str | torch.dtype
+) -> PreTrainedModel:
+    """Loads a checkpoint in a class as `load_as` does, without values: of the sizes that the tensors in its files have."""
+    config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name)
+    entry = vars(config).pop(KEY, None)
+    shape, built = None, kind
+    if entry is not None:
+        with _said_by(name):
+            shadow = build_or_refuse(kind, config)
+            shape, held = _named_as_in(shadow, _from_entry(entry), {own: tuple(size.shape) for own, size in sizes.items()})
+            _check(shadow, shape, held)
+        built = _with_tensors(kind, shape)
+    found: Any = built.from_pretrained(
+        None, config=config, state_dict=dict(sizes), dtype=dtype, device_map={"": "meta"}, output_loading_info=True
+    )
+    model, info = cast(tuple[PreTrainedModel, dict[str, Any]], found)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"'{name}': the files lack {len(missing)} tensors of {kind.__name__}, such as {missing[0]}")
+    if shape is not None:
+        setattr(model.config, KEY, to_entry(shape))
+        _finish(model, kind, shape)
+    return model
+
+
 def take_said(shadow: PreTrainedModel, entry: object, name: str) -> None:
     """Gives a model on meta tensors the shape that an entry of a config says; no files are asked."""
     with _said_by(name):

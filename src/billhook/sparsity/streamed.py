@@ -1,0 +1,116 @@
+"""Prunes a model whose blocks come from files one at a time, and go with zeros in them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites
+from billhook.sparsity.plan import Applied
+from billhook.sparsity.visitor import PruningVisitor
+from billhook.streaming.stream import Stream
+
+Note = Mapping[str, int]
+"""How many weights of each linear of a block are kept."""
+
+
+class StreamedPruning:
+    """One walk over a model that is streamed: a block takes what it becomes when all runs have passed it, and is written.
+
+    Args:
+        stream: Where its blocks come from and go.
+        linears: Those to prune, by name.
+        visitor: What prunes them.
+        reduce: Sums over ranks.
+        key: What tells this work from all other; without one, the model stays as it is.
+    """
+
+    def __init__(
+        self, stream: Stream, linears: Mapping[str, nn.Module], visitor: PruningVisitor, reduce: Reduce | None, key: str | None
+    ) -> None:
+        self.stream, self.linears, self.visitor, self.reduce = stream, linears, visitor, reduce
+        self.applies = key is not None
+        self.done: dict[str, Note] = {} if key is None else stream.begin(key)
+        self.names = {block: name for name, block in stream.blocks.items()}
+
+    def go(
+        self,
+        sequential: Sequential | None,
+        keep: Callable[[object], None] | None,
+        forwards: Sequence[Callable[[], object]],
+    ) -> None:
+        """Goes over all blocks: of those that an earlier process has done, runs only pass what it made of them."""
+        sites = self._sites("block" if sequential in ("none", None) else sequential)
+        if sequential is None:
+            self._each(sites)
+            return
+        dense = range(len(forwards)) if sequential == "none" else ()
+        around = self._there if sequential == "none" else self._adopted
+        walk = Walk(sites, self.visitor, self.reduce, keep, dense, around, ends=1, leave=self._leave)
+        walk(forwards)
+        if walk.again:
+            again = next(name for site in walk.again for name in site.linears)
+            raise ValueError(f"model: {again} is called again later, and is streamed: prune the model in memory")
+        self.stream.leave()
+
+    def _sites(self, sequential: Sequential) -> list[Site]:
+        """Finds where runs rest: also at blocks of which nothing is pruned, or left to do, as all leave one before the next."""
+        found = find_sites(self.stream.model, self.linears, sequential, gates=True)
+        found += [Site(block, {}) for block in set(self.names) - {site.module for site in found}]
+        place = {module: number for number, module in enumerate(self.stream.model.modules())}
+        left = [self._left(site) for site in found if site.module in self.names or not self._is_done(site)]
+        return sorted(left, key=lambda site: place[site.module])
+
+    def _each(self, sites: Sequence[Site]) -> None:
+        """Prunes blocks whose visitor needs no data."""
+        with torch.no_grad():
+            for site in sites:
+                if site.linears:
+                    self.stream.bring(site.module)
+                    self.visitor.finish(site.linears)
+                self._leave(site)
+        self.stream.leave()
+
+    def _is_done(self, site: Site) -> bool:
+        block = self.stream.owner.get(site.module)
+        return block is not None and self.names[block] in self.done
+
+    def _left(self, site: Site) -> Site:
+        """Returns a site of which there is nothing left to do if its block is done."""
+        return Site(site.module, {}) if self._is_done(site) else site
+
+    @contextmanager
+    def _there(self, module: nn.Module) -> Iterator[None]:
+        """Has the block of a module in memory."""
+        if (block := self.stream.owner.get(module)) is not None:
+            self.stream.bring(block)
+        yield
+
+    @contextmanager
+    def _adopted(self, module: nn.Module) -> Iterator[None]:
+        """Has the block of a module in memory, as an earlier process has left it if it has."""
+        if (name := self.names.get(module)) in self.done and name is not None:
+            self.stream.adopt(name)
+        with self._there(module):
+            yield
+
+    def _leave(self, site: Site) -> None:
+        """Takes over what the linears of a site become."""
+        if not self.applies:
+            return
+        pruned, block = self.visitor.pruned, self.stream.owner.get(site.module)
+        name = None if block is None else self.names[block]
+        if name in self.done and name is not None:
+            self.stream.adopt(name)
+            pruned |= {linear: Applied(kept) for linear, kept in self.done[name].items()}
+            self.visitor.tell()
+            return
+        for linear, new in self.visitor.parameters(site).items():
+            for key, value in new.items():
+                site.linears[linear].get_parameter(key).detach().copy_(value)
+        pruned |= {linear: Applied(pruned[linear].kept) for linear in site.linears if linear in pruned}
+        if block is not None:
+            inside = set(block.modules())
+            own = (linear for linear, one in self.linears.items() if one in inside and linear in pruned)
+            self.stream.change(block, {linear: pruned[linear].kept for linear in own})

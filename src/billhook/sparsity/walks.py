@@ -1,0 +1,143 @@
+"""Walks over a model whose weights are pruned: in memory, sharded over ranks, or streamed from files."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from billhook.model.linears import find_twins
+from billhook.running.batches import Run
+from billhook.running.offload import Shelf, offloaded
+from billhook.running.shards import gathered, is_sharded, unsharded
+from billhook.running.trees import tree_leaves
+from billhook.running.undisturbed import undisturbed
+from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, replaced
+from billhook.sparsity.streamed import StreamedPruning
+from billhook.sparsity.visitor import InputsDiffer, PruningVisitor
+from billhook.streaming.stream import stream_of
+
+V = TypeVar("V", bound=PruningVisitor)
+
+
+@dataclass(frozen=True, eq=False)
+class Walks:
+    """Walks over one model, all with the same runs."""
+
+    model: nn.Module
+    linears: Mapping[str, nn.Module]
+    runs: Sequence[Run]
+    reduce: Reduce | None
+    offload: torch.device | None
+    activations: str | None
+    adapters: Mapping[str, nn.Module]
+
+    @cached_property
+    def twins(self) -> list[tuple[str, nn.Module]]:
+        """Other linears that have the weight of one."""
+        return find_twins(self.model, self.linears)
+
+    def __call__(self, sequential: Sequential | None, make: Callable[..., V], key: str | None = None) -> V:
+        """Walks with a visitor and returns it; once more without shared statistics if inputs are shared in some runs only.
+
+        It also walks once more if a run has called linears again later: with these first, so that every call counts. With
+        `sequential=None` nothing runs: the visitor needs no data. A model that is streamed takes what the visitor makes at once,
+        if there is a key, which tells this work from all other: what an earlier process has done of it is not done again.
+        """
+        tokens, shared, often = [run.tokens for run in self.runs], True, {name for name, _ in self.twins}
+        while True:
+            visitor = make(tokens=tokens, reduce=self.reduce, adapters=self.adapters, shared=shared)
+            try:
+                again = self._go(sequential, visitor, often, key and f"{key} {shared}")
+            except InputsDiffer:
+                if not shared:
+                    raise
+                shared = False
+                continue
+            if again <= often:
+                break
+            often |= again
+        visitor.close()
+        return visitor
+
+    def _go(self, sequential: Sequential | None, visitor: PruningVisitor, often: set[str], key: str | None) -> set[str]:
+        """Returns the linears of which a walk left out some calls. Those called often come first, in the dense model."""
+        forwards = [run.forward for run in self.runs]
+        with ExitStack() as stack:
+            stack.enter_context(undisturbed(self.model))
+            keep = None
+            if self.offload is not None:
+                stack.enter_context(offloaded([site.module for site in self.blocks()], self.offload))
+            if self.activations is not None:
+                keep = stack.enter_context(closing(Shelf(self.activations))).keep
+            if (stream := stream_of(self.model)) is not None:
+                if self.twins:
+                    raise ValueError(
+                        f"model: {self.twins[0][0]} shares its weight with another linear: prune it in memory, not streamed"
+                    )
+                streamed = StreamedPruning(stream, self.linears, visitor, self.reduce, key and f"{key} {self._seen}")
+                streamed.go(sequential, keep, forwards)
+                return set()
+            if sequential is None:
+                visitor.finish(self.linears)
+                return set()
+            if is_sharded(self.model):
+                self._walk_sharded(sequential, visitor, keep, forwards)
+                return set()
+            return self._walk(sequential, visitor, often, keep, forwards)
+
+    def _walk(
+        self,
+        sequential: Sequential,
+        visitor: PruningVisitor,
+        often: set[str],
+        keep: Callable[[object], None] | None,
+        forwards: Sequence[Callable[[], object]],
+    ) -> set[str]:
+        first = {name: one for name, one in self.linears.items() if name in often or sequential == "none"}
+        others = {name: one for name, one in self.linears.items() if name not in first}
+        new: dict[nn.Module, dict[str, Tensor]] = {}
+        if first:
+            site = Site(self.model, first, False if often else None, self.twins)
+            Walk([site], visitor, self.reduce, keep)(forwards)
+            new = {first[name]: own for name, own in visitor.parameters(site).items()}
+        if not others:
+            return set()
+        with replaced(new):
+            sites = find_sites(self.model, others, sequential, gates=self.offload is not None)
+            walk = Walk(sites, visitor, self.reduce, keep, ends=1)
+            walk(forwards)
+            return {name for site in walk.again for name in site.linears}
+
+    def _walk_sharded(
+        self,
+        sequential: Sequential,
+        visitor: PruningVisitor,
+        keep: Callable[[object], None] | None,
+        forwards: Sequence[Callable[[], object]],
+    ) -> None:
+        """Gathers one block at a time, on all ranks together; with `"none"` the runs pass through the dense blocks, too."""
+        blocks = [site.module for site in self.blocks()]
+        owner = {module: block for block in blocks for module in block.modules()}
+        sites = find_sites(self.model, self.linears, "block" if sequential == "none" else sequential, gates=True)
+        dense = range(len(forwards)) if sequential == "none" else ()
+        walk = Walk(sites, visitor, self.reduce, keep, dense, lambda module: gathered(owner[module]))
+        with unsharded(self.model), gathered(self.model, but=blocks):
+            walk(forwards)
+
+    def blocks(self) -> list[Site]:
+        """Returns the blocks, and the linears outside of them."""
+        return find_sites(self.model, self.linears, "block")
+
+    @cached_property
+    def _seen(self) -> str:
+        """Tells the data of the runs from other data."""
+        found = hashlib.sha256()
+        for run in self.runs:
+            for leaf in tree_leaves((getattr(run.forward, "args", ()), getattr(run.forward, "keywords", {}))):
+                found.update(leaf.cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(leaf, Tensor) else b"")
+        return found.hexdigest()

@@ -1,0 +1,80 @@
+"""Blocks that have changed, each in a file of its own, in a folder next to the checkpoint that they will be part of."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+RECORD = "record.json"
+
+
+class Parts:
+    """Writes blocks and what was done to them, step by step; a block is there as a whole or not at all, at every moment.
+
+    A process that is killed leaves what it has written. Another one that begins the same steps finds it; where a step is another
+    one, what stands there of it and of later ones is removed.
+
+    Args:
+        folder: Where they are written; it outlives the process.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._step = folder, 0
+        self._done = dict[str, Any]()
+        self._key = ""
+
+    def begin(self, key: str) -> dict[str, Any]:
+        """Begins a step, which `key` tells from all others; returns the blocks that are done, with what was noted of each."""
+        self._step, self._key = self._step + 1, key
+        found: Any = None
+        with suppress(OSError, ValueError):
+            found = json.loads((self._place / RECORD).read_text())
+        if not isinstance(found, dict) or found.get("key") != key:
+            step = self._step
+            while (later := self._folder / str(step)).exists():
+                shutil.rmtree(later)
+                step += 1
+            found = {"done": {}}
+        self._done = dict(found["done"])
+        return dict(self._done)
+
+    def path(self, name: str) -> Path:
+        """Returns the file of a block in this step."""
+        return self._place / f"{name}.safetensors"
+
+    def keys(self, name: str) -> list[str]:
+        """Returns the names of the tensors in the file of a block."""
+        with safe_open(self.path(name), "pt", backend="pread") as opened:
+            return list(opened.keys())
+
+    def write(self, name: str, tensors: Mapping[str, Tensor], note: object) -> None:
+        """Writes a block, instead of an earlier one, and then that it is done, with a note in plain data."""
+        self._place.mkdir(parents=True, exist_ok=True)
+        draft = self.path(name).with_suffix(".draft")
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, {"format": "pt"})
+        _put(draft, self.path(name))
+        self._done[name] = note
+        draft.write_text(json.dumps({"key": self._key, "done": self._done}))
+        _put(draft, self._place / RECORD)
+
+    def remove(self) -> None:
+        """Removes all that was written."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def _place(self) -> Path:
+        return self._folder / str(self._step)
+
+
+def _put(draft: Path, target: Path) -> None:
+    """Puts a file in the place of another, when it is safely on disk."""
+    with draft.open("rb") as written:
+        os.fsync(written.fileno())
+    draft.replace(target)

@@ -1,0 +1,187 @@
+"""A model of which one block at a time is in memory: each comes from files when it computes, and goes when another one does."""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from billhook.model.transformers_internals import (
+    as_in_files,
+    everything_saved,
+    initialize_buffers,
+    is_joined_unevenly,
+    load_some,
+    named_in,
+)
+from billhook.running.walk import blocks_of
+from billhook.streaming.files import Files, write_index
+from billhook.streaming.parts import Parts
+
+STREAM = "_billhook_stream"
+"""The attribute of a model that holds its stream."""
+
+
+class Stream:
+    """Where the blocks of a model on meta come from, and where changed ones go.
+
+    All that is in no block stays in memory, and so do buffers, and blocks that hold the model's first parameter or share a weight
+    with something outside of them.
+
+    Args:
+        model: The model, on meta.
+        files: The tensors of its checkpoint.
+        parts: Where changed blocks are written; None for a model that is only read.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: Files, parts: Parts | None) -> None:
+        self.model, self.files, self.parts = model, files, parts
+        self.here: nn.Module | None = None
+        self._changed = False
+        self._note: object = None
+        self.names = names = {module: name for name, module in model.named_modules()}
+        self.blocks: dict[str, nn.Module] = {names[block]: block for block in blocks_of(model) if self._is_apart(block)}
+        self.owner = {part: block for block in self.blocks.values() for part in block.modules()}
+        of = {f"{names[part]}.{key}": names[block] for part, block in self.owner.items() for key in part._parameters}
+        self.keys = defaultdict[str, list[str]](list)  # in the files, by the block that they are in, or ""
+        for key, own in named_in(model, files).items():
+            self.keys[of.get(own, "")].append(key)
+        initialize_buffers(model)
+        self._load(self.keys[""])
+        for module, block in self.owner.items():
+            if module is block:
+                vars(block)["forward"] = partial(self._compute, block, block.forward)
+            elif any(own is not None for own in module._parameters.values()):  # some are called, and their block is not
+                module.register_forward_pre_hook(partial(self._before, block))
+        setattr(model, STREAM, self)
+
+    def _is_apart(self, block: nn.Module) -> bool:
+        """Tells whether only a block itself ever needs its parameters."""
+        inside = set(block.modules())
+        own = {id(parameter) for parameter in block.parameters()}
+        others = (module for module in self.model.modules() if module not in inside)
+        if id(next(self.model.parameters())) in own:  # which models ask for the device that they are on
+            return False
+        return bool(own) and not any(id(one) in own for module in others for one in module._parameters.values())
+
+    def _compute(self, block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
+        self.bring(block)
+        return forward(*args, **kwargs)
+
+    def _before(self, block: nn.Module, *_: object) -> None:
+        self.bring(block)
+
+    def bring(self, block: nn.Module) -> None:
+        """Has a block in memory, and no other; what is outside of blocks is always there."""
+        if block is not self.here and block is self.owner.get(block):
+            self.leave()
+            self._load(self.keys[self.names[block]])
+            self.here = block
+
+    def change(self, block: nn.Module, note: object = None) -> None:
+        """Notes that the block that is here has changed: it is written, with a note in plain data, when it goes."""
+        assert block is self.here, f"{self.names[block]} is gone: what was changed in it is lost"
+        self._changed, self._note = True, note
+
+    def leave(self) -> None:
+        """Has no block in memory; the one that was there is written first, if it has changed."""
+        if self.here is None:
+            return
+        block, name = self.here, self.names[self.here]
+        if self._changed:
+            tensors = {f"{name}.{own}": parameter.detach() for own, parameter in block.named_parameters()}
+            self._written.write(name, as_in_files(self.model, tensors), self._note)
+        gone = dict[int, nn.Parameter]()
+        for part in block.modules():
+            for key, own in part._parameters.items():
+                if own is not None:
+                    part._parameters[key] = gone.setdefault(id(own), _gone(own))
+        self.here = None
+        if self._changed:
+            self._changed = False
+            self.adopt(name)
+
+    def begin(self, key: str) -> dict[str, Any]:
+        """Begins a step in which blocks change; returns those that an earlier process has done, with its notes.
+
+        They are as they were before the step until they are adopted.
+        """
+        self.leave()
+        return self._written.begin(key)
+
+    def adopt(self, name: str) -> None:
+        """Has a block come from what was written of it, from now on."""
+        if self.blocks[name] is self.here:
+            self.leave()
+        path, keys = self._written.path(name), self._written.keys(name)
+        self.files.move(self.keys[name], path, keys)
+        self.keys[name] = list(keys)
+
+    def write(self, folder: Path) -> None:
+        """Writes the checkpoint: config, a file for what is in no block, a file for each block, and the index."""
+        self.leave()
+        rest = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
+        with everything_saved(self.model):
+            self.model.save_pretrained(
+                folder, state_dict=rest, max_shard_size=sys.maxsize, save_original_format=not is_joined_unevenly(self.model)
+            )
+        (folder / SAFE_WEIGHTS_NAME).rename(folder / _named(0, len(self.blocks)))
+        for number, name in enumerate(self.blocks, 1):
+            save_file(self.files.read(self.keys[name]), folder / _named(number, len(self.blocks)), {"format": "pt"})
+        write_index(folder)
+
+    def _load(self, keys: list[str]) -> None:
+        """Loads tensors from the files; those that are tied stay so."""
+        tied = defaultdict[int, list[tuple[nn.Module, str]]](list)
+        for module in self.model.modules():
+            for key, own in module._parameters.items():
+                if own is not None and own.is_meta:
+                    tied[id(own)].append((module, key))
+        with self.files.slices(keys) as slices:
+            load_some(self.model, slices)
+        for places in tied.values():
+            found = [own for module, key in places if (own := module._parameters[key]) is not None and not own.is_meta]
+            for module, key in places if found else ():
+                module._parameters[key] = found[0]
+
+    @property
+    def _written(self) -> Parts:
+        if self.parts is None:
+            raise ValueError("model: it is streamed to be read only; say where it is written: bh.stream(folder, out)")
+        return self.parts
+
+
+def _named(number: int, blocks: int) -> str:
+    """Names a file of the checkpoint as transformers does; the first holds what is in no block."""
+    return f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors" if blocks else SAFE_WEIGHTS_NAME
+
+
+def _gone(parameter: nn.Parameter) -> nn.Parameter:
+    """Returns a parameter on meta in the place of one that goes."""
+    return nn.Parameter(torch.empty_like(parameter.detach(), device="meta"), parameter.requires_grad)
+
+
+def stream_of(model: nn.Module) -> Stream | None:
+    """Returns the stream of a model, or of the one that a module holds; None of one that is in memory."""
+    found = (vars(module).get(STREAM) for module in model.modules())
+    return next((one for one in found if isinstance(one, Stream)), None)
+
+
+@contextmanager
+def changing(model: nn.Module, module: nn.Module) -> Iterator[bool]:
+    """Has the block of a module in memory, which changes; yields whether it was streamed."""
+    stream = stream_of(model)
+    block = None if stream is None else stream.owner.get(module)
+    if stream is not None and block is not None:
+        stream.bring(block)
+    yield stream is not None
+    if stream is not None and block is not None:
+        stream.change(block)

@@ -100,6 +100,21 @@ def a_path(name: str, value: object, endings: Iterable[str] = ()) -> None:
         raise ValueError(f"{name}={value!r} must be a path{' that ends in ' if legal else ''}{', '.join(legal)}")
 
 
+def memory_of(name: str, value: str) -> int:
+    """Reads an amount of memory, refuses what is none, and returns it in bytes.
+
+    >>> memory_of("memory", "8GiB"), memory_of("memory", "1.5 GB")
+    (8589934592, 1500000000)
+    >>> memory_of("memory", "8")
+    Traceback (most recent call last):
+    ValueError: memory='8' must be a number with a unit, such as 8GiB or 900MB
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", value)
+    if found is None or not float(found[1]):
+        raise ValueError(f"{name}={value!r} must be a number with a unit, such as 8GiB or 900MB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2]) + 1))
+
+
 def annotated(of: Callable[..., Any], given: Mapping[str, object]) -> None:
     """Refuses arguments that are not of the kinds that the annotations of a function, or of a class's `__init__`, name.
 

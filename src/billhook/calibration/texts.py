@@ -30,11 +30,12 @@ def texts(
     rows: int,
     also: Also = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    written: bool = True,
 ) -> list[Batch]:
-    """Reads so many rows of each text: held out of the calibration, written by the model, and of other texts."""
+    """Reads so many rows of each text: held out of the calibration, `written` by the model, and of other texts."""
     found, how = calibration.held_out(model, rows, tokenizer), replace(calibration, weights=None)
     length = row_length(model, calibration.length)
-    if GENERATED not in calibration.named:
+    if written and GENERATED not in calibration.named:
         few = max(min(rows, MEASURED // length), 1)
         found += replace(how, sources=GENERATED).held_out(model, few)
     for source in Calibration(also).named.values() if also else ():

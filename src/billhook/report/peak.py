@@ -5,7 +5,9 @@ from typing import Self
 
 import torch
 
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+from billhook.running.resident import resident
+
+RESET = Path("/proc/self/clear_refs")
 
 
 class Peak:
@@ -25,7 +27,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before: int | None = torch.cuda.memory_allocated(self.device)
         elif self.device.type == "cpu":
-            self._before = _resident("VmRSS") if _forget_peak() else None
+            self._before = resident() if _forget_peak() else None
         else:
             self._before = None
         return self
@@ -33,7 +35,7 @@ class Peak:
     def __exit__(self, *error: object) -> None:
         if self._before is not None:
             cuda = self.device.type == "cuda"
-            most = torch.cuda.max_memory_allocated(self.device) if cuda else _resident("VmHWM")
+            most = torch.cuda.max_memory_allocated(self.device) if cuda else resident("VmHWM") or 0
             self.rise = max(most - self._before, 0)
 
 
@@ -44,8 +46,3 @@ def _forget_peak() -> bool:
     except OSError:
         return False
     return True
-
-
-def _resident(name: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024

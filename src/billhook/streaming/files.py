@@ -40,6 +40,12 @@ class Files:
         self._name = name
         self._files = _files(name)
         self._paths = dict[str, Path]()
+        self._seen = dict[Path, tuple[int, int]]()
+
+    @property
+    def state(self) -> list[tuple[str, int, int]]:
+        """The files that have been read, with their sizes and the times of their last changes."""
+        return [(str(path), *seen) for path, seen in self._seen.items()]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -75,8 +81,12 @@ class Files:
     @contextmanager
     def _open(self, file: str) -> Iterator[Any]:
         with self._readable():
-            path = self._paths.setdefault(file, Path(cast(str, cached_file(self._name, file))))
+            path = self._paths.get(file) or Path(cast(str, cached_file(self._name, file)))
+            now = path.stat().st_size, path.stat().st_mtime_ns
             opened = safe_open(path, "pt", backend="pread")
+        if self._seen.setdefault(path, now) != now:
+            raise ValueError(f"'{path}' has changed since it was first read: begin again")
+        self._paths[file] = path
         with opened:
             yield opened
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -56,13 +56,20 @@ class Parts:
 
     def write(self, name: str, tensors: Mapping[str, Tensor], note: object) -> None:
         """Writes a block, instead of an earlier one, and then that it is done, with a note in plain data."""
-        self._place.mkdir(parents=True, exist_ok=True)
         draft = self.path(name).with_suffix(".draft")
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, {"format": "pt"})
-        _put(draft, self.path(name))
-        self._done[name] = note
-        draft.write_text(json.dumps({"key": self._key, "done": self._done}))
-        _put(draft, self._place / RECORD)
+        try:
+            self._place.mkdir(parents=True, exist_ok=True)
+            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, {"format": "pt"})
+            _put(draft, self.path(name))
+            self._done[name] = note
+            draft.write_text(json.dumps({"key": self._key, "done": self._done}))
+            _put(draft, self._place / RECORD)
+        except (OSError, SafetensorError) as error:
+            draft.unlink(missing_ok=True)
+            raise OSError(
+                f"{name} cannot be written to '{self._place}': {error}; {len(self._done)} blocks are there, and the same call "
+                "goes on after them"
+            ) from error
 
     def remove(self) -> None:
         """Removes all that was written."""
@@ -78,3 +85,11 @@ def _put(draft: Path, target: Path) -> None:
     with draft.open("rb") as written:
         os.fsync(written.fileno())
     draft.replace(target)
+
+
+def link(path: Path, target: Path) -> None:
+    """Gives a file a second name, or copies it where files have but one."""
+    try:
+        target.hardlink_to(path)
+    except OSError:
+        shutil.copyfile(path, target)

@@ -24,7 +24,7 @@ from billhook.model.transformers_internals import (
 )
 from billhook.running.walk import blocks_of
 from billhook.streaming.files import Files, write_index
-from billhook.streaming.parts import Parts
+from billhook.streaming.parts import Parts, link
 
 STREAM = "_billhook_stream"
 """The attribute of a model that holds its stream."""
@@ -47,6 +47,7 @@ class Stream:
         self.here: nn.Module | None = None
         self._changed = False
         self._note: object = None
+        self._adopted = dict[str, Path]()  # the files that hold blocks as they are now
         self.names = names = {module: name for name, module in model.named_modules()}
         self.blocks: dict[str, nn.Module] = {names[block]: block for block in blocks_of(model) if self._is_apart(block)}
         self.owner = {part: block for block in self.blocks.values() for part in block.modules()}
@@ -54,6 +55,7 @@ class Stream:
         self.keys = defaultdict[str, list[str]](list)  # in the files, by the block that they are in, or ""
         for key, own in named_in(model, files).items():
             self.keys[of.get(own, "")].append(key)
+        self._origin = files.state
         initialize_buffers(model)
         self._load(self.keys[""])
         for module, block in self.owner.items():
@@ -115,7 +117,7 @@ class Stream:
         They are as they were before the step until they are adopted.
         """
         self.leave()
-        return self._written.begin(key)
+        return self._written.begin(f"{self._origin} {key}")
 
     def adopt(self, name: str) -> None:
         """Has a block come from what was written of it, from now on."""
@@ -123,7 +125,7 @@ class Stream:
             self.leave()
         path, keys = self._written.path(name), self._written.keys(name)
         self.files.move(self.keys[name], path, keys)
-        self.keys[name] = list(keys)
+        self.keys[name], self._adopted[name] = list(keys), path
 
     def write(self, folder: Path) -> None:
         """Writes the checkpoint: config, a file for what is in no block, a file for each block, and the index."""
@@ -135,7 +137,11 @@ class Stream:
             )
         (folder / SAFE_WEIGHTS_NAME).rename(folder / _named(0, len(self.blocks)))
         for number, name in enumerate(self.blocks, 1):
-            save_file(self.files.read(self.keys[name]), folder / _named(number, len(self.blocks)), {"format": "pt"})
+            file = folder / _named(number, len(self.blocks))
+            if name in self._adopted:
+                link(self._adopted[name], file)
+            else:
+                save_file(self.files.read(self.keys[name]), file, {"format": "pt"})
         write_index(folder)
 
     def _load(self, keys: list[str]) -> None:
@@ -185,3 +191,15 @@ def changing(model: nn.Module, module: nn.Module) -> Iterator[bool]:
     yield stream is not None
     if stream is not None and block is not None:
         stream.change(block)
+
+
+def each_parameter(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yields the parameters of a model once each; of one that is streamed, block by block."""
+    stream = stream_of(model)
+    blocks = {} if stream is None else stream.blocks
+    inside = {id(parameter) for block in blocks.values() for parameter in block.parameters()}
+    yield from (parameter for parameter in model.parameters() if id(parameter) not in inside)
+    for block in blocks.values():
+        assert stream is not None
+        stream.bring(block)
+        yield from block.parameters()

@@ -22,6 +22,7 @@ from billhook.calibration.texts import check_also, texts
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import load, save
 from billhook.cli.machine import device_of
+from billhook.cli.oneshot.streamed import check_streamed, shelf
 from billhook.cli.oneshot.text import Examples, Scored, Text
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import prunable
@@ -32,6 +33,8 @@ from billhook.report.metrics import accuracy
 from billhook.running.batches import Batch
 from billhook.running.offload import offloaded
 from billhook.running.walk import find_sites
+from billhook.streaming.load import stream
+from billhook.streaming.stream import each_parameter
 from billhook.training.data import ClassificationDataModule
 from billhook.training.dataset_module import DatasetModule
 
@@ -72,21 +75,31 @@ class OneShot:
 
     With `offload` the model stays in the CPU's memory, and is measured block by block on the device. One that `refits` linears is
     shown what the model writes, too, whatever texts are given. One that does not calibrate needs no data: without any, a model
-    that writes none is not measured.
+    that writes none is not measured. Where `streams` is False, a model must be in memory.
     """
 
     def __init__(
-        self, name: str, out: str, given: Text, offload: bool = False, refits: bool = False, calibrates: bool = True
+        self,
+        name: str,
+        out: str,
+        given: Text,
+        offload: bool = False,
+        refits: bool = False,
+        calibrates: bool = True,
+        streams: bool = False,
     ) -> None:
         check_target(out)
-        self.name, self.out, self.given, self.device = name, out, given, device_of(given.device)
-        with files(f"loading {name}"):
-            self.model = load(name, given.dtype)
+        if given.stream:
+            check_streamed(given, streams, offload)
+        self.name, self.out, self.given = name, out, given
+        self.device = torch.device("cpu") if given.stream else device_of(given.device)
+        with files(f"opening {name}" if given.stream else f"loading {name}"):
+            self.model = stream(name, out, given.dtype) if given.stream else load(name, given.dtype)
         self.sizes = _sizes(self.model)
         self._visiting: list[nn.Module] = []
         if offload:
             self._visiting = [site.module for site in find_sites(self.model, prunable(self.model), "block")]
-        else:
+        elif not given.stream:
             self.model.to(self.device)  # type: ignore[arg-type]
         self.length = given.length_for(self.model)
         classifies = isinstance(given, Examples) and "Classification" in type(self.model).__name__
@@ -136,6 +149,11 @@ class OneShot:
             raise ValueError(f"data: calibration needs a split 'train'; there is {', '.join(data.splits)}")
         return data
 
+    def shelf(self, moments: int) -> str | None:
+        """Returns the folder in which what blocks hand on rests, if it does not fit into the memory that is given."""
+        tokens = sum(self.calibration.rows(self.length).values()) * self.length
+        return shelf(self.model, self.given, self.out, tokens, moments)
+
     def tell(self, *steps: str) -> None:
         """Prints what will be done with the model, before it is."""
         most, metric = self.given.evaluate, self.metric
@@ -174,7 +192,7 @@ class OneShot:
             return None
         with offloaded(self._visiting, self.device):
             if self.metric == "perplexity":
-                read = texts(self.calibration, self.model, most, self.given.also)
+                read = texts(self.calibration, self.model, most, self.given.also, written=not self.given.stream)
                 inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
                 with bar("measuring", "examples") as progress:
                     return Dense(self.model, read, inside if self.calibrates else [], progress=progress)
@@ -274,5 +292,5 @@ class OneShot:
 
 def _sizes(model: PreTrainedModel) -> dict[str, int | None]:
     """Counts parameters, those that are zero, and bytes of the key/value cache per token."""
-    zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
+    zeros = sum(int((parameter == 0).sum()) for parameter in each_parameter(model))
     return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": kv_cache_bytes(model)}

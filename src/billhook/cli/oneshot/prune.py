@@ -1,7 +1,10 @@
 """`billhook prune`: a checkpoint in, one with zeros out, with its perplexity before and after."""
 
+from transformers import PreTrainedModel
+
 from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.text import Text
+from billhook.model.linears import prunable, weight_of
 from billhook.running.walk import Sequential
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder
@@ -49,7 +52,7 @@ def prune(
     """
     amount = check_amount(sparsity, pattern)
     folder = check_folder(activations)
-    work = OneShot(model, out, given, offload)
+    work = OneShot(model, out, given, offload, streams=True)
     if not dry_run:
         work.tell(f"zero {amount:.4g} of the weights of linears ({pattern}), by {criterion or Wanda()}", f"shown {work.shown}")
     before = None if dry_run else work.measure()
@@ -66,7 +69,7 @@ def prune(
             sequential=sequential,
             progress=progress,
             offload=work.device if offload else None,
-            activations=folder,
+            activations=folder or work.shelf(_moments(work.model, criterion or Wanda())),
             dry_run=dry_run,
         )
     if dry_run:
@@ -75,3 +78,9 @@ def prune(
     done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": sequential}
     what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linears"
     work.save(before, what, {"pruned": done}, plan.text())
+
+
+def _moments(model: PreTrainedModel, criterion: Criterion) -> int:
+    """Returns the bytes of the largest statistics of a linear, with three copies to compute with."""
+    statistics = (criterion.statistics(weight_of(linear).shape[1], "meta") for linear in prunable(model).values())
+    return 4 * max((sum(one.nbytes for one in own.tensors()) for own in statistics if own is not None), default=0)

@@ -37,6 +37,10 @@ class Text:
         seed: Which examples are drawn.
         dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
         device: Where it is computed: "auto" takes an accelerator if there is one.
+        stream: Whether the model stays in its files: blocks are read when they compute, one at a time, and written as soon as
+            they have changed; stopped and called again, the command goes on where it was.
+        memory: How much memory the process may take with `stream`, such as "8GiB": what blocks hand on rests in a folder next to
+            `out` if it does not fit; by default it stays in memory.
 
     Raises:
         ValueError: If a number is out of range.
@@ -55,8 +59,12 @@ class Text:
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
+    stream: bool = False
+    memory: str | None = None
 
     def __post_init__(self) -> None:
+        if self.memory is not None and not self.stream:
+            raise ValueError(f"memory={self.memory!r} says how much a streamed model may take: give stream, too")
         whole("examples", 1 if self.examples is None else self.examples)
         whole("batch_size", self.batch_size)
         whole("evaluate", self.evaluate, 0)

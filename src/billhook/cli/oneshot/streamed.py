@@ -1,0 +1,38 @@
+"""What one-shot commands ask of a model that is streamed."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from billhook.arguments import memory_of
+from billhook.calibration.generated import NAME as GENERATED
+from billhook.cli.oneshot.text import Text
+from billhook.streaming.room import fits
+
+
+def check_streamed(given: Text, streams: bool, offload: bool) -> None:
+    """Refuses what cannot be done with a model that is streamed."""
+    if not streams:
+        raise ValueError("stream=True: this command needs gradients, or all weights at once: leave it out")
+    if offload:
+        raise ValueError("offload=True keeps the model in memory, and stream=True does not: ask for one")
+    if given.device not in ("auto", "cpu"):
+        raise ValueError(f"device={given.device!r}: a streamed model computes on the CPU: leave it out")
+    sources = given.data if isinstance(given.data, list) else [given.data]
+    if given.generated or any(source in (None, GENERATED) for source in sources):
+        raise ValueError(f"data={given.data!r}: a streamed model is read once for each token that it writes: name a file of text")
+
+
+def shelf(model: PreTrainedModel, given: Text, out: str, tokens: int, moments: int) -> str | None:
+    """Returns the folder in which what blocks hand on rests; None where memory is enough for it, or not limited.
+
+    Args:
+        model: The model, which is streamed if memory is limited.
+        given: It says how much memory there is.
+        out: The folder that is written; files rest beside it.
+        tokens: In all runs together.
+        moments: Bytes of the largest statistics, with what is made of them.
+    """
+    if given.memory is None or fits(model, tokens, moments, memory_of("memory", given.memory)):
+        return None
+    return str(Path(out).resolve().parent)

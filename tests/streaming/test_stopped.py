@@ -1,0 +1,129 @@
+"""Streamed work that is stopped goes on where it was; what fails says so, and changes nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import billhook as bh
+from kit import stopped
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def source(tmp_path):
+    model = bh.load("tiny")
+    model.save_pretrained(tmp_path / "dense", max_shard_size="3MB")
+    return tmp_path / "dense"
+
+
+def tensors(folder):
+    return {key: one for file in Path(folder).glob("*.safetensors") for key, one in load_file(file).items()}
+
+
+def same(folder, other):
+    one, two = tensors(folder), tensors(other)
+    return one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.slow
+def test_killed_thirty_times(source, tmp_path):
+    command = [sys.executable, TESTS / "kit" / "stopped.py", source, tmp_path / "out", "30"]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)}, check=True)
+    stops, resumed = map(int, done.stdout.split())
+    assert stops == 30
+    assert resumed > 5, "nothing was there to go on with"
+    assert same(tmp_path / "out", tmp_path / "out-straight")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch):
+    stopped.work(source, tmp_path / "straight")
+    written = []
+
+    def fail(self, name, tensors, note):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(name)
+        original(self, name, tensors, note)
+
+    original = bh.streaming.parts.Parts.write
+    monkeypatch.setattr("billhook.streaming.parts.Parts.write", fail)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.work(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("billhook.streaming.parts.Parts.write", lambda *own: (written.append(own[1]), original(*own)))
+    stopped.work(source, tmp_path / "out")
+    assert written == [f"model.layers.{number}" for number in range(4)]
+    assert same(tmp_path / "out", tmp_path / "straight")
+
+
+def test_other_work_begins_afresh(source, tmp_path):
+    model = bh.stream(source, tmp_path / "out")
+    bh.prune(model, bh.Magnitude(), sparsity=0.5)
+    other = bh.stream(source, tmp_path / "out")
+    bh.prune(other, bh.Magnitude(), sparsity=0.25)
+    bh.save(other, tmp_path / "out")
+    expected = bh.load(source)
+    bh.prune(expected, bh.Magnitude(), sparsity=0.25)
+    found = bh.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], one) for name, one in expected.state_dict().items())
+
+
+def test_two_steps(source, tmp_path):
+    def both(model):
+        bh.prune(model, bh.Wanda(), stopped.batches(), sparsity=0.25)
+        bh.prune(model, bh.Wanda(), stopped.batches(), pattern="2:4")
+        return model
+
+    bh.save(both(bh.stream(source, tmp_path / "out")), tmp_path / "out")
+    expected, found = both(bh.load(source)).state_dict(), bh.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], one) for name, one in expected.items())
+
+
+def test_a_shard_that_changes_meanwhile(source, tmp_path):
+    model = bh.stream(source, tmp_path / "out")
+    shard = max(source.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes())
+    with pytest.raises(ValueError, match=rf"'{shard}' has changed since it was first read"):
+        bh.prune(model, bh.Magnitude(), sparsity=0.5)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_shard(source, tmp_path):
+    shard = max(source.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=rf"'{source}': a safetensors file cannot be read"):
+        bh.stream(source, tmp_path / "out")
+
+
+def test_a_tensor_that_is_not_there(source):
+    index = source / "model.safetensors.index.json"
+    plain = json.loads(index.read_text())
+    del plain["weight_map"]["model.layers.1.mlp.up_proj.weight"]
+    index.write_text(json.dumps(plain))
+    with pytest.raises(
+        ValueError, match="the files lack 1 tensors of LlamaForCausalLM, such as model.layers.1.mlp.up_proj.weight"
+    ):
+        bh.stream(source)
+
+
+def test_a_full_disk(source, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    model = bh.stream(source, tmp_path / "out")
+    monkeypatch.setattr("billhook.streaming.parts.save_file", full)
+    with pytest.raises(OSError, match="model.layers.0 cannot be written to .*No space left.*; 0 blocks are there"):
+        bh.prune(model, bh.Magnitude(), sparsity=0.5)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_only_read(source):
+    with pytest.raises(ValueError, match=r"it is streamed to be read only; say where it is written: bh.stream\(folder, out\)"):
+        bh.prune(bh.stream(source), bh.Magnitude(), sparsity=0.5)

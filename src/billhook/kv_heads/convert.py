@@ -20,11 +20,13 @@ from billhook.kv_heads.bases.ready import batches_needed, ready_weights
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.named import Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
+from billhook.kv_heads.streamed import StreamedConversion
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.model.surgery import changed
 from billhook.model.values import check_changeable, check_values
 from billhook.repairs.repair import Repair
+from billhook.streaming.stream import Stream, stream_of
 
 
 def convert_kv_heads(
@@ -88,9 +90,25 @@ def convert_kv_heads(
     check_repair(method, repair)
     check_changeable(model)
     plan = plan_kv_heads(model, num_key_value_heads, method, layers, encoder)
+    if (stream := stream_of(model)) is not None:
+        convert_streamed(stream, plan, batches, repair)
+        return plan
     plan, weights, _ = ready(model, plan, batches, repair)
     apply(model, plan, optimizers, weights)
     return plan
+
+
+def convert_streamed(stream: Stream, plan: KVHeadPlan, batches: Batches | None = None, repair: Repair | None = None) -> None:
+    """Carries a plan out on a model that is streamed, block by block."""
+    if repair is not None:
+        raise ValueError("repair: the model is streamed, and repair looks at all of it: leave it out, or convert in memory")
+    if len(plan.method.candidates) > 1:
+        raise ValueError(f"method='{plan.method.name}' compares whole models, and this one is streamed: name one, such as 'svd'")
+    needs, what = batches_needed(plan.method, None)
+    given = [] if batches is None else list(batches_of(batches, stream.model))
+    if len(given) < needs:
+        raise ValueError(f"batches: {what} needs {needs} at least; got {len(given)}")
+    StreamedConversion(stream, plan, given).go()
 
 
 def ready(

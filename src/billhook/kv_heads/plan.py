@@ -150,7 +150,7 @@ class KVHeadPlan(Plan):
                 wanted = list(sizes.get(name, ())) or "a parameter"
                 raise ValueError(f"weights: {name} is {list(values.shape)}, and must be {wanted}")
         changes = dict.fromkeys([*given, *self.restart], UNCHANGED) | self.method.changes(model, self.parameters)
-        changes |= {name: _starting(values, changes[name]) for name, values in given.items()}
+        changes |= {name: starting(values, changes[name]) for name, values in given.items()}
         changes |= {name: replace(changes[name], state=None) for name in changes.keys() & set(self.restart)}
         with undone_by_errors(model, trained_by):
             replace_parameters(model, changes, trained_by)
@@ -158,7 +158,8 @@ class KVHeadPlan(Plan):
             note_shape(model)
 
 
-def _starting(values: Any, change: Change) -> Change:  # noqa: ANN401
+def starting(values: Any, change: Change) -> Change:  # noqa: ANN401
+    """Returns a change that begins with other values than the old ones."""
     return replace(change, weight=lambda old: change.weight(values.to(old)))
 
 

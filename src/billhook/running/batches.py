@@ -1,5 +1,6 @@
 """Batches: what a model is called with, which of the tokens count, and the loss."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -55,6 +56,15 @@ def source_of(batch: Any) -> str:  # noqa: ANN401
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
     """Makes a run, on the model's device and without a loss, of each batch: a dictionary, a tuple, a list, a tensor, or a run."""
     return [batch if isinstance(batch, Run) else _run(model, batch, number) for number, batch in enumerate(each(batches))]
+
+
+def tell_apart(runs: Iterable[Run]) -> str:
+    """Returns a hash of what a model is given in runs."""
+    found = hashlib.sha256()
+    for run in runs:
+        for leaf in tree_leaves((getattr(run.forward, "args", ()), getattr(run.forward, "keywords", {}))):
+            found.update(leaf.cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(leaf, Tensor) else b"")
+    return found.hexdigest()
 
 
 def telling(runs: Sequence[Run], told: Told) -> list[Run]:

@@ -133,6 +133,11 @@ class Walk:
         self._ready: tuple[Site | None, dict[str, dict[str, Tensor]]] = (None, {})
         self._caller = Ambient.now()
 
+    @property
+    def run(self) -> int:
+        """The number of the run that is going on."""
+        return self._run
+
     def __call__(self, forwards: Iterable[Callable[[], object]]) -> list[str]:
         """Goes all the way with forwards of the model, and returns the linears that no run has called.
 

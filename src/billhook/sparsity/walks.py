@@ -1,6 +1,5 @@
 """Walks over a model whose weights are pruned: in memory, sharded over ranks, or streamed from files."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from billhook.model.linears import find_twins
-from billhook.running.batches import Run
+from billhook.running.batches import Run, tell_apart
 from billhook.running.offload import Shelf, offloaded
 from billhook.running.shards import gathered, is_sharded, unsharded
-from billhook.running.trees import tree_leaves
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, replaced
 from billhook.sparsity.streamed import StreamedPruning
@@ -79,7 +77,7 @@ class Walks:
                     raise ValueError(
                         f"model: {self.twins[0][0]} shares its weight with another linear: prune it in memory, not streamed"
                     )
-                streamed = StreamedPruning(stream, self.linears, visitor, self.reduce, key and f"{key} {self._seen}")
+                streamed = StreamedPruning(stream, self.linears, visitor, self.reduce, key and f"{key} {tell_apart(self.runs)}")
                 streamed.go(sequential, keep, forwards)
                 return set()
             if sequential is None:
@@ -132,12 +130,3 @@ class Walks:
     def blocks(self) -> list[Site]:
         """Returns the blocks, and the linears outside of them."""
         return find_sites(self.model, self.linears, "block")
-
-    @cached_property
-    def _seen(self) -> str:
-        """Tells the data of the runs from other data."""
-        found = hashlib.sha256()
-        for run in self.runs:
-            for leaf in tree_leaves((getattr(run.forward, "args", ()), getattr(run.forward, "keywords", {}))):
-                found.update(leaf.cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(leaf, Tensor) else b"")
-        return found.hexdigest()

@@ -2,7 +2,7 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,13 @@ class Stream:
                 module.register_forward_pre_hook(partial(self._before, block))
         setattr(model, STREAM, self)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Stream":
+        """Returns one without blocks: a copy of the model, as on meta, has no files."""
+        idle = object.__new__(Stream)
+        memo[id(self)] = idle
+        idle.blocks, idle.owner, idle.here = {}, {}, None
+        return idle
+
     def _is_apart(self, block: nn.Module) -> bool:
         """Tells whether only a block itself ever needs its parameters."""
         inside = set(block.modules())
@@ -83,7 +90,7 @@ class Stream:
 
     def bring(self, block: nn.Module) -> None:
         """Has a block in memory, and no other; what is outside of blocks is always there."""
-        if block is not self.here and block is self.owner.get(block):
+        if block is not self.here and self.owner.get(block) is block:
             self.leave()
             self._load(self.keys[self.names[block]])
             self.here = block
@@ -126,6 +133,13 @@ class Stream:
         path, keys = self._written.path(name), self._written.keys(name)
         self.files.move(self.keys[name], path, keys)
         self.keys[name], self._adopted[name] = list(keys), path
+
+    def resize(self, name: str, sizes: Mapping[str, tuple[int, ...]]) -> None:
+        """Gives the parameters of a block that is not there the sizes that they have in its file."""
+        for own, parameter in list(self.blocks[name].named_parameters()):
+            owner, _, key = f"{name}.{own}".rpartition(".")
+            empty = torch.empty(sizes[f"{name}.{own}"], dtype=parameter.dtype, device="meta")
+            self.model.get_submodule(owner)._parameters[key] = nn.Parameter(empty, parameter.requires_grad)
 
     def write(self, folder: Path) -> None:
         """Writes the checkpoint: config, a file for what is in no block, a file for each block, and the index."""
@@ -176,9 +190,16 @@ def _gone(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def stream_of(model: nn.Module) -> Stream | None:
-    """Returns the stream of a model, or of the one that a module holds; None of one that is in memory."""
+    """Returns the stream of a model, or of the one that a module holds; None of one that is in memory as a whole."""
     found = (vars(module).get(STREAM) for module in model.modules())
-    return next((one for one in found if isinstance(one, Stream)), None)
+    return next((one for one in found if isinstance(one, Stream) and one.blocks), None)
+
+
+def bring(model: nn.Module, module: nn.Module) -> None:
+    """Has the block of a module in memory, if the model is streamed."""
+    stream = stream_of(model)
+    if stream is not None and module in stream.owner:
+        stream.bring(stream.owner[module])
 
 
 @contextmanager

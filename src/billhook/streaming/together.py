@@ -8,7 +8,7 @@ from billhook.running.walk import Site, Walk
 from billhook.streaming.stream import stream_of
 
 
-class _Nothing:
+class Nothing:
     """A visitor that finds nothing to do."""
 
     def observe(self, name: str, inputs: Tensor, run: int) -> None:
@@ -30,7 +30,7 @@ def together(model: nn.Module, forwards: Sequence[Callable[[], object]]) -> None
     stream = stream_of(model)
     sites = [] if stream is None else [Site(block, {}) for block in stream.blocks.values()]
     if sites:
-        Walk(sites, _Nothing(), ends=len(forwards))(forwards)
+        Walk(sites, Nothing(), ends=len(forwards))(forwards)
         return
     for forward in forwards:
         forward()

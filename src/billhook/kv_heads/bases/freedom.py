@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from billhook.kv_heads.bases.alone import Alone, plainly, see_calls
 from billhook.kv_heads.bases.stacks import Projections, Stacks
 from billhook.running.undisturbed import undisturbed
+from billhook.streaming.stream import bring
 
 TOLERANCE = 1e-6
 """How far apart, relative to its norm, what an attention gives may be and still be the same: some compute in float32."""
@@ -81,7 +82,11 @@ def find_freedoms(model: nn.Module, places: Mapping[str, Projections]) -> dict[s
     """
     with undisturbed(model), plainly(model):
         calls = see_calls(model, places)
-        return {name: _freedoms(Alone(model, place, calls[name])) for name, place in places.items()}
+        found = {}
+        for name, place in places.items():
+            bring(model, model.get_submodule(name))
+            found[name] = _freedoms(Alone(model, place, calls[name]))
+        return found
 
 
 def _freedoms(attention: Alone) -> Freedoms:

@@ -68,7 +68,7 @@ def gather_each(
 
     An attention runs no more often than the fewest groups take, where the other numbers are multiples of that one.
     """
-    sums = {name: _Sums(model, place, groups[name]) for name, place in places.items()}
+    sums = {name: Sums(model, place, groups[name]) for name, place in places.items()}
     with undisturbed(model), ExitStack() as stack:
         for one in sums.values():
             stack.enter_context(one.listening())
@@ -83,14 +83,15 @@ class _Enough(BaseException):
     """Ends an attention's forward at the linear that reads the heads: the rest would be for nothing."""
 
 
-class _Sums:
+class Sums:
     """Listens to one attention, and adds up; `masks` say which tokens of the batch count, by linear, where not all do."""
 
     def __init__(self, model: nn.Module, place: Projections, groups: Collection[int]) -> None:
         self._model, self._place = model, place
         self._widest = math.gcd(*groups)  # the number of groups in which all others lie
         self._size = place.kv_heads // self._widest
-        device = model.get_submodule(place.k.linear).get_parameter("weight").device
+        weight = model.get_submodule(place.k.linear).get_parameter("weight")
+        device = next(model.parameters()).device if weight.is_meta else weight.device  # a block that is streamed may not be there
         zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         keys, values = (rows.index.shape[1] * place.kv_heads for rows in (place.k, place.v))
         self._keys = {number: zeros(number, keys // number, keys // number) for number in groups}

@@ -88,19 +88,28 @@ class Attentions:
         groups = {name: 1 if grouping == "similar" else self.groups[name] for name in self.places}
         if any(self.summed(len(trials))):
             return gather(self.model, self.places, groups, trials, self._reduce)
-        return {name: weight_moments(read(self.model, place), groups[name]) for name, place in self.places.items()}
+        return {name: self.weight_moments(name, grouping) for name in self.places}
+
+    def weight_moments(self, name: str, grouping: Grouping) -> Moments:
+        """Returns the moments that the weights of an attention alone let expect."""
+        return weight_moments(read(self.model, self.places[name]), 1 if grouping == "similar" else self.groups[name])
 
     def equal(self, method: Rendered, moments: Mapping[str, Moments], pool: bool = True) -> dict[str, dict[str, Tensor]]:
         """Returns by linear the parameters with which the heads of each group are equal; without pooling, in one basis."""
         new: dict[str, dict[str, Tensor]] = {}
-        for name, place in self.places.items():
-            stacks, freedom, groups, own = read(self.model, place), self.freedoms[name], self.groups[name], moments[name]
-            if method.grouping == "similar":
-                order = similar_order(stacks, own, freedom, method, groups)
-                stacks, own = in_order(stacks, order), moments_in_order(own, order, groups)
-            become = pooled if pool else turned
-            new |= written(self.model, place, become(stacks, *find_bases(stacks, own, freedom, method)))
+        for name, own in moments.items():
+            new |= self.equal_in(name, method, own, pool)
         return new
+
+    def equal_in(self, name: str, method: Rendered, own: Moments, pool: bool = True) -> dict[str, dict[str, Tensor]]:
+        """Returns the same of one attention."""
+        place, freedom, groups = self.places[name], self.freedoms[name], self.groups[name]
+        stacks = read(self.model, place)
+        if method.grouping == "similar":
+            order = similar_order(stacks, own, freedom, method, groups)
+            stacks, own = in_order(stacks, order), moments_in_order(own, order, groups)
+        become = pooled if pool else turned
+        return written(self.model, place, become(stacks, *find_bases(stacks, own, freedom, method)))
 
     def repaired(self, new: Given, trials: Sequence[Run], repair: Repair) -> dict[str, dict[str, Tensor]]:
         """Returns the same, with the linears behind attentions and feed-forwards refitted to what the whole model gives."""
@@ -198,10 +207,11 @@ def ready_weights(
     if repair is not None:
         new = attentions.repaired(new, trials, repair)
     how = f"{method}: {chosen}" if len(method.candidates) > 1 else str(method)
-    return _by_parameter(new), how + (", repaired" if repair is not None else "")
+    return by_parameter(new), how + (", repaired" if repair is not None else "")
 
 
-def _by_parameter(new: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def by_parameter(new: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Names parameters of linears as the model does."""
     return {f"{linear}.{name}": value for linear, own in new.items() for name, value in own.items()}
 
 
@@ -226,7 +236,7 @@ def turned_weights(
     attentions = Attentions(model, groups, reduce)
     attentions.check(method)
     trials = [attentions.trial(*pair) for pair in batches]
-    return _by_parameter(attentions.equal(method, attentions.moments(trials, method.grouping), pool=False))
+    return by_parameter(attentions.equal(method, attentions.moments(trials, method.grouping), pool=False))
 
 
 def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod) -> None:

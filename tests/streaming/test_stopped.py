@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
+from small_configs import small_config
 
 import billhook as bh
 from kit import stopped
@@ -127,3 +129,37 @@ def test_a_full_disk(source, tmp_path, monkeypatch):
 def test_a_model_that_is_only_read(source):
     with pytest.raises(ValueError, match=r"it is streamed to be read only; say where it is written: bh.stream\(folder, out\)"):
         bh.prune(bh.stream(source), bh.Magnitude(), sparsity=0.5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "refusal"),
+    [
+        (
+            {"criterion": bh.Magnitude(compares="global")},
+            "compares all weights with one another: a streamed model has one block",
+        ),
+        ({"offload": "cpu"}, "offload='cpu': the model is streamed"),
+        ({"reduce": lambda one: one}, "reduce: the model is streamed"),
+    ],
+    ids=["global", "offload", "reduce"],
+)
+def test_refused(tmp_path, asked, refusal):
+    with pytest.raises(ValueError, match=refusal):
+        bh.prune(bh.stream("tiny", tmp_path / "out"), **{"criterion": bh.Magnitude()} | asked, sparsity=0.5)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "refusal"),
+    [
+        (transformers.ZambaForCausalLM, "shares its weight with another linear: prune it in memory"),
+        (transformers.DoryForCausalLM, "is called again later, and is streamed: prune the model in memory"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:these hold several matrices")
+def test_linears_that_several_blocks_call(tmp_path, kind, refusal):
+    kind(small_config(kind.config_class)).save_pretrained(tmp_path / "dense")
+    given = [{"input_ids": batch["input_ids"] % 100} for batch in stopped.batches()]
+    with pytest.raises(ValueError, match=refusal):
+        bh.prune(bh.stream(tmp_path / "dense", tmp_path / "out"), bh.Wanda(), given, sparsity=0.5)
+    assert not (tmp_path / "out").exists()

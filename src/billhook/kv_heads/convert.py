@@ -100,15 +100,20 @@ def convert_kv_heads(
 
 def convert_streamed(stream: Stream, plan: KVHeadPlan, batches: Batches | None = None, repair: Repair | None = None) -> None:
     """Carries a plan out on a model that is streamed, block by block."""
-    if repair is not None:
-        raise ValueError("repair: the model is streamed, and repair looks at all of it: leave it out, or convert in memory")
-    if len(plan.method.candidates) > 1:
-        raise ValueError(f"method='{plan.method.name}' compares whole models, and this one is streamed: name one, such as 'svd'")
+    check_streams(plan.method, repair)
     needs, what = batches_needed(plan.method, None)
     given = [] if batches is None else list(batches_of(batches, stream.model))
     if len(given) < needs:
         raise ValueError(f"batches: {what} needs {needs} at least; got {len(given)}")
     StreamedConversion(stream, plan, given).go()
+
+
+def check_streams(method: KVMethod, repair: Repair | None) -> None:
+    """Refuses what looks at a whole model, which is streamed."""
+    if repair is not None:
+        raise ValueError("repair: the model is streamed, and repair looks at all of it: leave it out, or convert in memory")
+    if len(method.candidates) > 1:
+        raise ValueError(f"method='{method.name}' compares whole models, and this one is streamed: name one, such as 'svd'")
 
 
 def ready(

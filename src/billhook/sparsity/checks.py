@@ -96,6 +96,16 @@ def check_sharded(
         raise ValueError("reduce=None: the model is sharded, and each rank would prune by its own batches: say how ranks sum")
 
 
+def check_streamed(criterion: Criterion, offload: object, reduce: Reduce | None) -> None:
+    """Refuses arguments that do not suit a model that is streamed."""
+    if criterion.compares == "global":
+        raise ValueError(f"criterion={criterion} compares all weights with one another: a streamed model has one block at a time")
+    if offload is not None:
+        raise ValueError(f"offload={str(offload)!r}: the model is streamed, and its blocks compute on the CPU: leave it out")
+    if reduce is not None:
+        raise ValueError("reduce: the model is streamed, and each rank would write the same folder: prune it on one")
+
+
 def warn_of_others(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
     """Warns about weights that hold several matrices but are no linears: of three dimensions, as experts in one tensor are."""
     inside = {module for site in find_sites(model, linears, "block") for module in site.module.modules()}

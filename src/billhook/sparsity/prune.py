@@ -23,6 +23,7 @@ from billhook.sparsity.checks import (
     check_folder,
     check_pruning,
     check_sharded,
+    check_streamed,
     needs_data,
     warn_of_others,
 )
@@ -110,6 +111,8 @@ def prune(
     adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
     if is_sharded(model):
         check_sharded(criterion, allocation, reduce, offload, count_adapters)
+    if stream_of(model) is not None:
+        check_streamed(criterion, offload, reduce)
     needing = [one for one in (criterion, allocation) if (one.measures if isinstance(one, Allocation) else needs_data(one))]
     walks = Walks(model, linears, _runs(model, batches, needing, reduce), reduce, device, folder, adapters)
     warn_of_others(model, linears)

@@ -18,10 +18,10 @@ from billhook.streaming.stream import Stream
 def stream(folder: str | Path, out: str | Path | None = None, dtype: str = "auto") -> PreTrainedModel:
     """Loads a checkpoint of which one block at a time is in memory: it comes from the files when it computes, then goes.
 
-    What is in no block, such as embeddings, stays. `prune` writes each block as soon as it is pruned, into a folder next to
-    `out`, and `save` to `out` makes the checkpoint of it, verifies it block by block, and moves it into place. A process that is
-    stopped goes on where it was when the same calls are made again. The model gives what it gives in memory, bit for bit; what
-    needs gradients, or the values of all weights at once, is refused, or finds tensors on the meta device.
+    What is in no block, such as embeddings, stays. `prune` and `convert_kv_heads` write each block as soon as it has changed,
+    into a folder next to `out`; `save` to `out` makes the checkpoint of it, verifies it block by block, and moves it into place.
+    A process that is stopped goes on where it was when the same calls are made again. The model gives what it gives in memory,
+    bit for bit; what needs gradients, or the values of all weights at once, is refused, or finds tensors on the meta device.
 
     Args:
         folder: A folder with safetensors files, a hub name, or `"tiny"`. Of a hub's, each file is fetched when it is needed.

@@ -96,7 +96,7 @@ class Stream:
             self.here = block
 
     def change(self, block: nn.Module, note: object = None) -> None:
-        """Notes that the block that is here has changed: it is written, with a note in plain data, when it goes."""
+        """Has the block that is here, which has changed, written when it goes, with a note in plain data."""
         assert block is self.here, f"{self.names[block]} is gone: what was changed in it is lost"
         self._changed, self._note = True, note
 

@@ -9,6 +9,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import whole
@@ -22,6 +23,7 @@ from billhook.model.meta import model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
 from billhook.report.choices import Question, read_questions
 from billhook.report.table import aligned
+from billhook.streaming.load import stream as open_streamed
 from billhook.training.evaluation import (
     LONGEST,
     Asked,
@@ -60,6 +62,7 @@ def evaluate(
     column: str = "text",
     dtype: str = "auto",
     device: str = "auto",
+    stream: bool = False,
     json: str | None = None,
 ) -> None:
     """Measures language models side by side: zero-shot accuracy on multiple-choice questions, perplexity, lm-eval's tasks.
@@ -86,6 +89,7 @@ def evaluate(
         column: The column that holds the text.
         dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
         device: Where it is computed: "auto" takes an accelerator if there is one.
+        stream: Whether models stay in their files, and one block at a time is in memory, for perplexity on `text`.
         json: A file, ending in .json, for the figures, the likelihood of each choice, the settings and the versions.
 
     Raises:
@@ -96,15 +100,18 @@ def evaluate(
     check_file("json", json, ".json")
     if not models or not (data or text or tasks):
         raise ValueError("models and one of data, text and tasks are needed: what to measure, and on what")
-    place, wanted = device_of(device), _tasks(tasks or [])
+    if stream and (data or tasks or device not in ("auto", "cpu")):
+        raise ValueError("stream=True is for text alone, on the CPU: leave out data, tasks and device, or stream")
+    place, wanted = torch.device("cpu") if stream else device_of(device), _tasks(tasks or [])
     tokens = _length(models, length)
     questions = [read_questions(file, limit, "data") for file in data or []]
     works = [_work(name, questions, text, column, tokens, wanted) for name in models]
     results = []
     for work in works:
         began = time.perf_counter()
-        model = load(work.model, dtype)
-        model.to(place)  # type: ignore[arg-type]
+        model = open_streamed(work.model, dtype=dtype) if stream else load(work.model, dtype)
+        if not stream:
+            model.to(place)  # type: ignore[arg-type]
         figures, answers = _measure(model, work, tokens, examples, batch_size, limit)
         cut = sum(row.cut for own in work.sets.values() for _, rows in own for row in rows)
         about = {"model": work.model, "dtype": str(model.dtype), "cut": cut, "seconds": time.perf_counter() - began}

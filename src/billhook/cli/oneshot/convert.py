@@ -5,13 +5,14 @@ from billhook.callbacks.kv.preparation import HINT
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.text import Examples
 from billhook.kv_heads.bases.ready import batches_needed, check_ready
-from billhook.kv_heads.convert import check_repair, ready
+from billhook.kv_heads.convert import check_repair, check_streams, convert_streamed, ready
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.mean import Mean
 from billhook.kv_heads.methods.named import Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.plan import apply
 from billhook.repairs.repair import Repair
+from billhook.streaming.stream import stream_of
 
 
 def convert(
@@ -54,9 +55,11 @@ def convert(
     method = method_of(method)
     check_repair(method, repair)
     calibrates = batches_needed(method, repair)[0] > 0 or (method.turns and given.data is not None)
-    work = OneShot(model, out, given, refits=repair is not None, calibrates=calibrates)
+    work = OneShot(model, out, given, refits=repair is not None, calibrates=calibrates, streams=True)
     plan = plan_kv_heads(work.model, num_key_value_heads, method, layers, encoder)
-    if method.turns or repair is not None:
+    if given.stream:
+        check_streams(method, repair)
+    elif method.turns or repair is not None:
         check_ready(work.model, dict.fromkeys(plan.layers, plan.after), method)
     if not dry_run:
         work.tell(*_steps(plan, repair, work.shown if calibrates else "no text, as it needs none"))
@@ -66,8 +69,12 @@ def convert(
     if type(method) is Mean and repair is None:
         print(HINT.removeprefix("billhook: "))
     batches, before = work.batches() if calibrates else None, work.measure()
-    plan, weights, how = ready(work.model, plan, batches, repair)
-    apply(work.model, plan, weights=weights)
+    if (stream := stream_of(work.model)) is not None:
+        convert_streamed(stream, plan, batches, repair)
+        how = str(method)
+    else:
+        plan, weights, how = ready(work.model, plan, batches, repair)
+        apply(work.model, plan, weights=weights)
     work.save(before, f"{plan.words} ({how})", {"plans": [plan.to_json()], "repair": repair and str(repair)})
 
 

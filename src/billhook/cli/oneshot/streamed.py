@@ -1,4 +1,4 @@
-"""What one-shot commands ask of a model that is streamed."""
+"""Refuses what one-shot commands cannot do with a streamed model, and finds room for what its blocks hand on."""
 
 from pathlib import Path
 

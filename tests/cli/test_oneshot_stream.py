@@ -1,0 +1,95 @@
+"""Commands with `--stream`: the same checkpoint and figures as in memory."""
+
+import json
+
+import pytest
+import torch
+
+import billhook as bh
+from billhook.cli.main import main
+from kit.cli import option, small_llama
+
+SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return small_llama(tmp_path_factory.mktemp("small"))
+
+
+def ran(command, model, out, *arguments):
+    main([command, str(model), str(out), *arguments])
+    return json.loads((out / "billhook.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["prune", "--sparsity", "0.5"], ["convert", "--num_key_value_heads", "1", "--method", "svd"]],
+    ids=lambda a: a[0],
+)
+def test_the_same_as_in_memory(small, files, tmp_path, capsys, arguments):
+    command, *asked = arguments
+    text = [*SHORT, *option(files), *asked]
+    memory, streamed = (ran(command, small, tmp_path / name, *text, *how) for name, how in (("a", []), ("b", ["--stream"])))
+    found = [bh.load(tmp_path / name).state_dict() for name in "ab"]
+    assert all(torch.equal(found[1][name], one) for name, one in found[0].items())
+    assert memory["perplexity"] == pytest.approx(streamed["perplexity"], rel=1e-6)
+    assert [one["source"] for one in streamed["damage"]] == ["train"]  # what the model writes is not measured on
+    assert memory["events"] == streamed["events"]
+    assert not (tmp_path / ".b.parts").exists()
+
+
+def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, tmp_path, monkeypatch):
+    rests = []
+    monkeypatch.setattr("billhook.cli.oneshot.streamed.fits", lambda *given: bool(rests.append(given)))
+    kept = []
+    monkeypatch.setattr("billhook.sparsity.walks.Shelf.keep", lambda shelf, tensors: kept.append(tensors))
+    ran("prune", small, tmp_path / "out", *SHORT, *option(files), "--sparsity", "0.5", "--stream", "--memory", "1GiB")
+    (model, tokens, moments, memory) = rests[0]
+    assert (tokens, memory) == (6 * 16, 2**30)
+    widest = max(layer.in_features for layer in model.modules() if isinstance(layer, torch.nn.Linear))
+    assert moments == 4 * (4 * widest + 8)  # a sum of squares for each input, and how many tokens there were
+    assert len(kept) == 6 * 2
+
+
+def test_memory_that_is_too_little(small, files, tmp_path):
+    with pytest.raises(SystemExit, match=r"memory=0\.00 GiB: at least \d\.\d\d GiB are needed for one block at a time"):
+        main(["prune", str(small), str(tmp_path / "out"), *option(files), "--sparsity", "0.5", "--stream", "--memory", "1MB"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refusal"),
+    [
+        (["prune", "--sparsity", "0.5"], "data=None: a streamed model is read once for each token that it writes: name a file"),
+        (["prune", "--sparsity", "0.5", "--data", "generated"], "data='generated': a streamed model is read once"),
+        (["prune", "--sparsity", "0.5", "--data", "tiny", "--offload", "true"], "offload=True keeps the model in memory"),
+        (
+            ["prune", "--sparsity", "0.5", "--data", "tiny", "--device", "cuda"],
+            "device='cuda': a streamed model computes",
+        ),
+        (["prune-structure", "--params", "0.8", "--data", "tiny"], "stream=True: this command needs gradients, or all weights"),
+        (["convert", "--num_key_value_heads", "1", "--method", "auto", "--data", "tiny"], "method='auto' compares whole models"),
+    ],
+)
+def test_refused(small, tmp_path, arguments, refusal):
+    command, *asked = arguments
+    with pytest.raises(SystemExit) as refused:
+        main([command, str(small), str(tmp_path / "out"), *asked, "--stream"])
+    assert refusal in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_without_stream(small, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["prune", str(small), str(tmp_path / "out"), "--sparsity", "0.5", "--memory", "1GiB"])
+
+
+def test_perplexity_of_streamed_models(small, files, tmp_path, capsys):
+    figures = []
+    for how in ([], ["--stream"]):
+        main(["evaluate", str(small), "--text", files["validation"], "--length", "16", "--examples", "4", *how])
+        figures.append(capsys.readouterr().out)
+    assert figures[0] == figures[1]
+    with pytest.raises(SystemExit, match="stream=True is for text alone"):
+        main(["evaluate", str(small), "--data", files["validation"], "--stream"])

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -235,3 +236,14 @@ def test_the_model_card_has_them(tmp_path, zeros, fast):
     text = (tmp_path / "a" / "README.md").read_text()
     assert "| vLLM | yes: LlamaForCausalLM, model_executor/models/llama.py" in text
     assert ("zeros run at dense speed" in text) == fast
+
+
+def test_no_plain_llama_is_built_of_a_config_for_each_layer():
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**small, per_layer_config={1: {"intermediate_size": 16}})
+    with torch.device("meta"):
+        with pytest.raises(RuntimeError, match="intermediate_size"):
+            transformers.LlamaForCausalLM(config)
+        config.allow_global_per_layer_attribute_access = True
+        model = transformers.LlamaForCausalLM(config)
+    assert [len(layer.mlp.up_proj.weight) for layer in model.model.layers] == [48, 48], "save may write per_layer_config now"

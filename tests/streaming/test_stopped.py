@@ -88,6 +88,22 @@ def test_two_steps(source, tmp_path):
     assert all(torch.equal(found[name], one) for name, one in expected.items())
 
 
+def test_after_it_is_saved(source, tmp_path):
+    model = bh.stream(source, tmp_path / "out")
+    bh.prune(model, bh.Magnitude(), sparsity=0.5)
+    bh.save(model, tmp_path / "out")
+    given = stopped.batches()[0]
+    with torch.no_grad():
+        assert torch.equal(model(**given).logits, bh.load(tmp_path / "out")(**given).logits)
+    bh.prune(model, bh.Magnitude(), pattern="2:4")
+    bh.save(model, tmp_path / "out")
+    expected = bh.load(source)
+    bh.prune(expected, bh.Magnitude(), sparsity=0.5)
+    bh.prune(expected, bh.Magnitude(), pattern="2:4")
+    found = bh.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], one) for name, one in expected.state_dict().items())
+
+
 def test_a_shard_that_changes_meanwhile(source, tmp_path):
     model = bh.stream(source, tmp_path / "out")
     shard = max(source.glob("*.safetensors"))

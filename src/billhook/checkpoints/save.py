@@ -160,8 +160,8 @@ def save(
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "files": files}, indent=1) + "\n")
         move(draft, target)
-    if (stream := stream_of(model)) is not None and stream.parts is not None:
-        stream.parts.remove()
+    if (stream := stream_of(model)) is not None:
+        stream.settle(target)
     return saved
 
 

@@ -74,6 +74,7 @@ class Parts:
     def remove(self) -> None:
         """Removes all that was written."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._step, self._done = 0, {}
 
     @property
     def _place(self) -> Path:

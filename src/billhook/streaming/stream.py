@@ -51,10 +51,7 @@ class Stream:
         self.names = names = {module: name for name, module in model.named_modules()}
         self.blocks: dict[str, nn.Module] = {names[block]: block for block in blocks_of(model) if self._is_apart(block)}
         self.owner = {part: block for block in self.blocks.values() for part in block.modules()}
-        of = {f"{names[part]}.{key}": names[block] for part, block in self.owner.items() for key in part._parameters}
-        self.keys = defaultdict[str, list[str]](list)  # in the files, by the block that they are in, or ""
-        for key, own in named_in(model, files).items():
-            self.keys[of.get(own, "")].append(key)
+        self.keys = self._keys()
         self._origin = files.state
         initialize_buffers(model)
         self._load(self.keys[""])
@@ -64,6 +61,15 @@ class Stream:
             elif any(own is not None for own in module._parameters.values()):  # some are called, and their block is not
                 module.register_forward_pre_hook(partial(self._before, block))
         setattr(model, STREAM, self)
+
+    def _keys(self) -> dict[str, list[str]]:
+        """Returns the names of tensors in the files, by the block that they are in, or ""."""
+        names = self.names
+        of = {f"{names[part]}.{key}": names[block] for part, block in self.owner.items() for key in part._parameters}
+        found: dict[str, list[str]] = {name: [] for name in ("", *self.blocks)}
+        for key, own in named_in(self.model, self.files).items():
+            found[of.get(own, "")].append(key)
+        return found
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Stream":
         """Returns one without blocks: a copy of the model, as on meta, has no files."""
@@ -157,6 +163,13 @@ class Stream:
             else:
                 save_file(self.files.read(self.keys[name]), file, {"format": "pt"})
         write_index(folder)
+
+    def settle(self, folder: Path) -> None:
+        """Has blocks come from the checkpoint that was written of the model, and removes what was written on the way."""
+        if self.parts is not None:
+            self.parts.remove()
+        self.files, self._adopted = Files(str(folder)), {}
+        self.keys, self._origin = self._keys(), self.files.state
 
     def _load(self, keys: list[str]) -> None:
         """Loads tensors from the files; those that are tied stay so."""

@@ -179,3 +179,29 @@ def test_linears_that_several_blocks_call(tmp_path, kind, refusal):
     with pytest.raises(ValueError, match=refusal):
         bh.prune(bh.stream(tmp_path / "dense", tmp_path / "out"), bh.Wanda(), given, sparsity=0.5)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("step", [bh.prune, bh.convert_kv_heads], ids=lambda one: one.__name__)
+def test_after_an_error_the_model_is_as_it_was_and_the_same_call_goes_on(source, tmp_path, monkeypatch, step):
+    given = stopped.batches()
+    asked = (bh.Wanda(), given, 0.5) if step is bh.prune else (1, "svd", given)
+    model, dense, original, written = bh.stream(source, tmp_path / "out"), bh.load(source), bh.streaming.parts.Parts.write, []
+
+    def fail(self, name, tensors, note):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(name)
+        original(self, name, tensors, note)
+
+    monkeypatch.setattr("billhook.streaming.parts.Parts.write", fail)
+    with pytest.raises(KeyboardInterrupt):
+        step(model, *asked)
+    with torch.no_grad():
+        assert torch.equal(model(**given[0]).logits, dense(**given[0]).logits)
+    monkeypatch.setattr("billhook.streaming.parts.Parts.write", lambda *own: (written.append(own[1]), original(*own)))
+    step(model, *asked)
+    assert written == [f"model.layers.{number}" for number in range(4)]
+    bh.save(model, tmp_path / "out")
+    step(dense, *asked)
+    found = bh.load(tmp_path / "out").state_dict()
+    assert all(torch.equal(found[name], one) for name, one in dense.state_dict().items())

@@ -44,21 +44,26 @@ class StreamedConversion:
 
     def go(self) -> None:
         """Converts all blocks, and then what is in none."""
-        blocks = list(self.stream.blocks.values())
-        if self.attentions is not None and self.trials:
-            sites, ends = [Site(block, {}) for block in blocks], len(self.trials)
-            walk = Walk(sites, Nothing(), ends=ends, leave=lambda site: self._convert(site.module))
-            with undisturbed(self.model), ExitStack() as stack:
-                for name in self.attentions.places:
-                    self.listeners[name] = stack.enter_context(ExitStack())
-                    self._listen(name, walk)
-                walk([run.visit for run in self.trials])
-        else:
-            for block in blocks:
-                self._convert(block)
+        with self.stream.undone_by_errors():
+            self._blocks()
+            self.stream.leave()
         self._convert(None)
         set_shape(self.model, self.plan.shape)
         note_shape(self.model)
+
+    def _blocks(self) -> None:
+        blocks = list(self.stream.blocks.values())
+        if self.attentions is None or not self.trials:
+            for block in blocks:
+                self._convert(block)
+            return
+        sites, ends = [Site(block, {}) for block in blocks], len(self.trials)
+        walk = Walk(sites, Nothing(), ends=ends, leave=lambda site: self._convert(site.module))
+        with undisturbed(self.model), ExitStack() as stack:
+            for name in self.attentions.places:
+                self.listeners[name] = stack.enter_context(ExitStack())
+                self._listen(name, walk)
+            walk([run.visit for run in self.trials])
 
     def _listen(self, name: str, walk: Walk) -> None:
         """Listens to an attention until it is converted."""

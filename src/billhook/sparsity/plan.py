@@ -197,7 +197,7 @@ class WeightPlan(Plan):
         """Returns the results; refuses a plan that was carried out while it was made."""
         if applied := next((name for name, one in self.pruned.items() if isinstance(one, Applied)), None):
             raise ValueError(f"plan: it was carried out as it was made, as the model is streamed: no mask is held of {applied}")
-        return {name: one for name, one in self.pruned.items() if isinstance(one, Pruned)}
+        return {name: one for name, one in self.pruned.items() if not isinstance(one, Applied)}
 
     def _linears(self, model: nn.Module) -> dict[str, nn.Module]:
         reshard(model)

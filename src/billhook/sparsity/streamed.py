@@ -1,7 +1,7 @@
 """Prunes a model whose blocks come from files one at a time, and go with zeros in them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -42,17 +42,26 @@ class StreamedPruning:
     ) -> None:
         """Goes over all blocks: of those that an earlier process has done, runs only pass what it made of them."""
         sites = self._sites("block" if sequential in ("none", None) else sequential)
-        if sequential is None:
-            self._each(sites)
-            return
-        dense = range(len(forwards)) if sequential == "none" else ()
-        around = self._there if sequential == "none" else self._adopted
-        walk = Walk(sites, self.visitor, self.reduce, keep, dense, around, ends=1, leave=self._leave)
+        with self.stream.undone_by_errors() if self.applies else nullcontext():
+            if sequential is None:
+                self._each(sites)
+            else:
+                self._walk(sites, sequential == "none", keep, forwards)
+            self.stream.leave()
+        for site in sites:
+            if self.applies and site.module not in self.stream.owner:
+                self._take(site)
+
+    def _walk(
+        self, sites: Sequence[Site], dense: bool, keep: Callable[[object], None] | None, forwards: Sequence[Callable[[], object]]
+    ) -> None:
+        """Walks with runs, which pass blocks as they become, or as they were."""
+        around, untouched = (self._there, range(len(forwards))) if dense else (self._adopted, ())
+        walk = Walk(sites, self.visitor, self.reduce, keep, untouched, around, ends=1, leave=self._leave)
         walk(forwards)
         if walk.again:
             again = next(name for site in walk.again for name in site.linears)
             raise ValueError(f"model: {again} is called again later, and is streamed: prune the model in memory")
-        self.stream.leave()
 
     def _sites(self, sequential: Sequential) -> list[Site]:
         """Finds where runs rest: also at blocks of which nothing is pruned, or left to do, as all leave one before the next."""
@@ -70,7 +79,6 @@ class StreamedPruning:
                     self.stream.bring(site.module)
                     self.visitor.finish(site.linears)
                 self._leave(site)
-        self.stream.leave()
 
     def _is_done(self, site: Site) -> bool:
         block = self.stream.owner.get(site.module)
@@ -96,21 +104,26 @@ class StreamedPruning:
             yield
 
     def _leave(self, site: Site) -> None:
-        """Takes over what the linears of a site become."""
-        if not self.applies:
+        """Has a block take what its linears become; linears outside of blocks wait until nothing can fail any more."""
+        block = self.stream.owner.get(site.module)
+        if not self.applies or block is None:
             return
-        pruned, block = self.visitor.pruned, self.stream.owner.get(site.module)
-        name = None if block is None else self.names[block]
-        if name in self.done and name is not None:
+        pruned, name = self.visitor.pruned, self.names[block]
+        if name in self.done:
             self.stream.adopt(name)
             pruned |= {linear: Applied(kept) for linear, kept in self.done[name].items()}
             self.visitor.tell()
             return
+        self._take(site)
+        inside = set(block.modules())
+        own = (linear for linear, one in self.linears.items() if one in inside and linear in pruned)
+        self.stream.change(block, {linear: pruned[linear].kept for linear in own})
+
+    @torch.no_grad()
+    def _take(self, site: Site) -> None:
+        """Puts what the linears of a site become in their place."""
         for linear, new in self.visitor.parameters(site).items():
             for key, value in new.items():
-                site.linears[linear].get_parameter(key).detach().copy_(value)
+                site.linears[linear].get_parameter(key).copy_(value)
+        pruned = self.visitor.pruned
         pruned |= {linear: Applied(pruned[linear].kept) for linear in site.linears if linear in pruned}
-        if block is not None:
-            inside = set(block.modules())
-            own = (linear for linear, one in self.linears.items() if one in inside and linear in pruned)
-            self.stream.change(block, {linear: pruned[linear].kept for linear in own})

@@ -1,5 +1,6 @@
 """The tensors in the safetensors files of a checkpoint: sizes are read from headers, values one at a time; nothing is mapped."""
 
+import copy
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -49,6 +50,12 @@ class Files:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
+
+    def copy(self) -> "Files":
+        """Returns where everything is now."""
+        other = copy.copy(self)
+        other._files = dict(self._files)
+        return other
 
     def move(self, names: Collection[str], path: Path, new: Collection[str]) -> None:
         """Has tensors stand in another file from now on, under their own or other names."""

@@ -45,6 +45,10 @@ class Parts:
         self._done = dict(found["done"])
         return dict(self._done)
 
+    def go_back(self) -> None:
+        """Goes back to the step before; what was written of this one stays, for when it begins again."""
+        self._step -= 1
+
     def path(self, name: str) -> Path:
         """Returns the file of a block in this step."""
         return self._place / f"{name}.safetensors"

@@ -112,7 +112,7 @@ class Stream:
             return
         block, name = self.here, self.names[self.here]
         if self._changed:
-            tensors = {f"{name}.{own}": parameter.detach() for own, parameter in block.named_parameters()}
+            tensors = {own: parameter.detach() for own, parameter in _named_in(block, name)}
             self._written.write(name, as_in_files(self.model, tensors), self._note)
         gone = dict[int, nn.Parameter]()
         for part in block.modules():
@@ -130,7 +130,23 @@ class Stream:
         They are as they were before the step until they are adopted.
         """
         self.leave()
+        sizes = {name: {own: tuple(one.shape) for own, one in _named_in(block, name)} for name, block in self.blocks.items()}
+        self._earlier = self.files.copy(), dict(self.keys), dict(self._adopted), sizes
         return self._written.begin(f"{self._origin} {key}")
+
+    @contextmanager
+    def undone_by_errors(self) -> Iterator[None]:
+        """Has blocks come from where they came from before the step, if an error is raised within; what was written stays."""
+        try:
+            yield
+        except BaseException:
+            self._changed = False
+            self.leave()
+            self.files, self.keys, self._adopted, sizes = self._earlier
+            for name, own in sizes.items():
+                self.resize(name, own)
+            self._written.go_back()
+            raise
 
     def adopt(self, name: str) -> None:
         """Has a block come from what was written of it, from now on."""
@@ -142,9 +158,9 @@ class Stream:
 
     def resize(self, name: str, sizes: Mapping[str, tuple[int, ...]]) -> None:
         """Gives the parameters of a block that is not there the sizes that they have in its file."""
-        for own, parameter in list(self.blocks[name].named_parameters()):
-            owner, _, key = f"{name}.{own}".rpartition(".")
-            empty = torch.empty(sizes[f"{name}.{own}"], dtype=parameter.dtype, device="meta")
+        for own, parameter in list(_named_in(self.blocks[name], name)):
+            owner, _, key = own.rpartition(".")
+            empty = torch.empty(sizes[own], dtype=parameter.dtype, device="meta")
             self.model.get_submodule(owner)._parameters[key] = nn.Parameter(empty, parameter.requires_grad)
 
     def write(self, folder: Path) -> None:
@@ -195,6 +211,11 @@ class Stream:
 def _named(number: int, blocks: int) -> str:
     """Names a file of the checkpoint as transformers does; the first holds what is in no block."""
     return f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors" if blocks else SAFE_WEIGHTS_NAME
+
+
+def _named_in(block: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the parameters of a block, once each, by the names that its model gives them."""
+    return block.named_parameters(prefix=name)
 
 
 def _gone(parameter: nn.Parameter) -> nn.Parameter:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import billhook as bh
+from billhook.streaming.parts import Parts
 
 
 def batches():
@@ -22,6 +23,20 @@ def work(source, out):
     model = bh.stream(source, out)
     bh.prune(model, bh.SparseGPT(), batches(), sparsity=0.5)
     bh.save(model, out)
+
+
+def stop_after(blocks, monkeypatch):
+    """Has writing stop when so many blocks are written; returns the names of what is written, and what lets it go on."""
+    original, written, most = Parts.write, [], [blocks]
+
+    def write(parts, name, tensors, note):
+        if most == [len(written)]:
+            raise KeyboardInterrupt
+        written.append(name)
+        original(parts, name, tensors, note)
+
+    monkeypatch.setattr(Parts, "write", write)
+    return written, most.clear
 
 
 def child(source, out):

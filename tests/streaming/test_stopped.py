@@ -46,20 +46,11 @@ def test_killed_thirty_times(source, tmp_path):
 
 def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch):
     stopped.work(source, tmp_path / "straight")
-    written = []
-
-    def fail(self, name, tensors, note):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(name)
-        original(self, name, tensors, note)
-
-    original = bh.streaming.parts.Parts.write
-    monkeypatch.setattr("billhook.streaming.parts.Parts.write", fail)
+    written, go_on = stopped.stop_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         stopped.work(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("billhook.streaming.parts.Parts.write", lambda *own: (written.append(own[1]), original(*own)))
+    go_on()
     stopped.work(source, tmp_path / "out")
     assert written == [f"model.layers.{number}" for number in range(4)]
     assert same(tmp_path / "out", tmp_path / "straight")
@@ -185,20 +176,13 @@ def test_linears_that_several_blocks_call(tmp_path, kind, refusal):
 def test_after_an_error_the_model_is_as_it_was_and_the_same_call_goes_on(source, tmp_path, monkeypatch, step):
     given = stopped.batches()
     asked = (bh.Wanda(), given, 0.5) if step is bh.prune else (1, "svd", given)
-    model, dense, original, written = bh.stream(source, tmp_path / "out"), bh.load(source), bh.streaming.parts.Parts.write, []
-
-    def fail(self, name, tensors, note):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(name)
-        original(self, name, tensors, note)
-
-    monkeypatch.setattr("billhook.streaming.parts.Parts.write", fail)
+    model, dense = bh.stream(source, tmp_path / "out"), bh.load(source)
+    written, go_on = stopped.stop_after(2, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         step(model, *asked)
     with torch.no_grad():
         assert torch.equal(model(**given[0]).logits, dense(**given[0]).logits)
-    monkeypatch.setattr("billhook.streaming.parts.Parts.write", lambda *own: (written.append(own[1]), original(*own)))
+    go_on()
     step(model, *asked)
     assert written == [f"model.layers.{number}" for number in range(4)]
     bh.save(model, tmp_path / "out")

@@ -50,32 +50,6 @@ def test_which_tokens_count(tmp_path):
     assert same(tmp_path / "out", dense)
 
 
-def test_stopped_and_called_again(tmp_path, monkeypatch):
-    bh.load("tiny").save_pretrained(tmp_path / "dense")
-    original, written = bh.streaming.parts.Parts.write, []
-
-    def work():
-        model = bh.stream(tmp_path / "dense", tmp_path / "out")
-        bh.convert_kv_heads(model, 1, "svd", stopped.batches())
-        bh.save(model, tmp_path / "out")
-
-    def fail(self, name, tensors, note):
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(name)
-        original(self, name, tensors, note)
-
-    monkeypatch.setattr("billhook.streaming.parts.Parts.write", fail)
-    with pytest.raises(KeyboardInterrupt):
-        work()
-    monkeypatch.setattr("billhook.streaming.parts.Parts.write", lambda *own: (written.append(own[1]), original(*own)))
-    work()
-    assert written == [f"model.layers.{number}" for number in range(4)]
-    dense = bh.load("tiny")
-    bh.convert_kv_heads(dense, 1, "svd", stopped.batches())
-    assert same(tmp_path / "out", dense)
-
-
 def test_then_zeros(tmp_path):
     def both(model):
         bh.convert_kv_heads(model, 2)

@@ -5,6 +5,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -39,14 +40,34 @@ def stop_after(blocks, monkeypatch):
     return written, most.clear
 
 
-def child(source, out):
-    """Does the work in a process of its own; returns its number."""
-    if number := os.fork():
-        return number
-    try:
-        work(source, out)
-    finally:
+def whole(folder):
+    """Loads what stands at a folder, which must be a whole checkpoint."""
+    bh.load(folder)
+
+
+def ran(what, *arguments, seconds=None):
+    """Runs something in a process of its own, stops it after so many seconds, and tells whether it was stopped.
+
+    Everything runs in such processes: none may be made of one that has threads.
+    """
+    number = os.fork()
+    if not number:
+        try:
+            what(*arguments)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
         os._exit(0)
+    end, deadline = time.monotonic() + (seconds or 0), time.monotonic() + 120
+    while not (found := os.waitpid(number, os.WNOHANG))[0]:
+        if time.monotonic() > (end if seconds is not None else deadline):
+            os.kill(number, signal.SIGKILL)
+            found = os.waitpid(number, 0)
+            break
+        time.sleep(0.001)
+    stopped = os.WIFSIGNALED(found[1])
+    assert found[1] == 0 or (stopped and seconds is not None), f"{what.__name__} ended with {found[1]}"
+    return stopped
 
 
 def main(source, out, stops):
@@ -54,18 +75,14 @@ def main(source, out, stops):
     torch.set_num_threads(1)
     random.seed(0)
     start = time.monotonic()
-    os.waitpid(child(source, f"{out}-straight"), 0)
-    whole, stopped, resumed = time.monotonic() - start, 0, 0
+    ran(work, source, f"{out}-straight")
+    most, stopped, resumed = time.monotonic() - start, 0, 0
     while stopped < stops:
         resumed += Path(out).with_name(f".{Path(out).name}.parts").exists()
-        number = child(source, out)
-        time.sleep(random.uniform(0, whole))
-        os.kill(number, signal.SIGKILL)
-        _, status = os.waitpid(number, 0)
-        stopped += os.WIFSIGNALED(status)
+        stopped += ran(work, source, out, seconds=random.uniform(0, most))
         if Path(out).exists():
-            bh.load(out)  # as a whole or not at all
-    work(source, out)
+            ran(whole, out)
+    ran(work, source, out)
     print(stopped, resumed)
 
 

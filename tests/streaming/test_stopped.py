@@ -36,7 +36,8 @@ def same(folder, other):
 @pytest.mark.slow
 def test_killed_thirty_times(source, tmp_path):
     command = [sys.executable, TESTS / "kit" / "stopped.py", source, tmp_path / "out", "30"]
-    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)}, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)}, timeout=600)
+    assert done.returncode == 0, done.stderr
     stops, resumed = map(int, done.stdout.split())
     assert stops == 30
     assert resumed > 5, "nothing was there to go on with"

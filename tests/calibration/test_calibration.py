@@ -83,7 +83,8 @@ def test_a_text_shorter_than_its_share_gives_all_and_one_without_a_row_is_refuse
     ids = torch.cat([row["input_ids"] for row in rows])
     assert 10 < len(ids) < 100
     assert len(ids.unique(dim=0)) == len(ids)
-    with pytest.raises(ValueError, match="sources: 'other' has no row of 64 tokens but those to calibrate on"):
+    refusal = rf"'other' has no row of 64 tokens but those to calibrate on: of {len(ids)}, 10000 are asked for; ask for fewer"
+    with pytest.raises(ValueError, match=refusal):
         bh.Calibration(file, tokens=640_000, length=64).held_out(model, 4)
     with pytest.raises(ValueError, match="sources: 'other' has no row of 512 tokens$"):
         bh.Calibration(short(file), length=512).read(model)

@@ -200,7 +200,7 @@ class TestRefused:
             ("fit --model.lrr 1", ["lrr"]),
             ("fit --trainer.max_stepz 3", ["lightning.pytorch.Trainer has no 'max_stepz'. Did you mean 'max_steps'?"]),
             ("fit --model.task poetry", ["poetry"]),
-            ("prunes", ["prunes", "Other commands: convert, prune, prune-heads"]),
+            ("prunes", ["prunes", "Other commands: convert, prune, prune-heads", "Did you mean 'prune'?"]),
             ("prune", ["required", "model"]),
             ("summary", ["required", "model"]),
             ("", ["Other commands: convert, prune, prune-heads"]),

@@ -61,6 +61,7 @@ def test_a_method_that_needs_no_data_is_calibrated_on_none(small, tmp_path, caps
     assert "calibration" not in record
     said = capsys.readouterr().out
     assert "turn 4 KV heads into 2 in 2 attentions, by mean\n  shown no text, as it needs none\n" in said
+    assert "on 2 examples that it writes; --data FILE names a text\n" in said
     assert "method='svd' starts far nearer" in said
 
 
@@ -107,3 +108,10 @@ def test_refused_before_anything_is_measured(small, tmp_path, monkeypatch, argum
     with pytest.raises(SystemExit, match=match):
         main(["convert", str(small), str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out").exists()
+
+
+def test_means_that_round_to_zero_are_no_sparsity_that_training_would_undo(tmp_path, capsys):
+    record = convert("tiny", tmp_path / "out", "--num_key_value_heads", "2", "--length", "16", "--evaluate", "1")
+    event = record["events"][0]
+    assert event["after"]["zeros"] > event["before"]["zeros"]
+    assert "\n  billhook fit --model.model " in capsys.readouterr().out

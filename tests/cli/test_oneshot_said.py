@@ -33,7 +33,8 @@ def bars(monkeypatch):
 
     for module in ("frame", "prune_structure", "prune_heads", "prune"):
         monkeypatch.setattr(f"billhook.cli.oneshot.{module}.bar", bar)
-    monkeypatch.setattr("billhook.calibration.generated.bar", bar)
+    for module in ("calibration.generated", "cli.reading"):
+        monkeypatch.setattr(f"billhook.{module}.bar", bar)
     return shown
 
 

@@ -28,7 +28,9 @@ def test_one_is_printed(name, capsys):
 
 def test_one_that_there_is_not_is_refused_with_those_there_are():
     for line in (["recipes", "wander"], ["fit", "--config", "recipe:wander"], ["fit", "--config=recipe:wander"]):
-        with pytest.raises(SystemExit, match=f"billhook {line[0]}: recipe:wander must be one of base, .*, wanda_lora;"):
+        with pytest.raises(
+            SystemExit, match=f"billhook {line[0]}: recipe:wander must be one of base, .*, wanda_lora;.* Did you mean 'wanda'"
+        ):
             main(line)
 
 

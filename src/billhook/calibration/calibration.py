@@ -142,7 +142,8 @@ class Calibration:
         order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(self.seed)).tolist()
         drawn = order[:count] if held_out is None else order[count : count + held_out]
         if not drawn:
-            raise ValueError(f"sources: '{name}' has no row of {length} tokens{' but those to calibrate on' if order else ''}")
+            left = f" but those to calibrate on: of {len(order)}, {count} are asked for; ask for fewer, or give a longer text"
+            raise ValueError(f"sources: '{name}' has no row of {length} tokens{left if order else ''}")
         return torch.tensor(blocks[drawn]["input_ids"])
 
     def _blocks(self, rows: Any, split: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401 - of `datasets`

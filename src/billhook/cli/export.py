@@ -33,7 +33,9 @@ def export(
     if len(others) > 1 or (folder is None and not others):
         raise ValueError("paths: give a Lightning checkpoint and the folder to write, or a folder alone, with --gguf")
     if folder is not None and (gguf is None or tokenizer is not None):
-        raise ValueError(f"paths: '{first}' is a folder, of which --gguf makes a GGUF file, with the tokenizer in it")
+        raise ValueError(
+            f"paths: '{first}' is a folder, of which --gguf makes a GGUF file: add --gguf FILE.gguf, and no --tokenizer"
+        )
     if gguf is not None:
         check_gguf(gguf, kind)
     if folder is None:

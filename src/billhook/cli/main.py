@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -16,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook  # short class names in YAML work for what is imported
 from billhook.cli.fragments import configs_in, dropped_callbacks, without_base
-from billhook.cli.misspelt import legal
+from billhook.cli.misspelt import legal, near
 from billhook.cli.options import Command, manual, run
 from billhook.cli.packaged import with_files
 
@@ -58,7 +59,10 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        others = f"Other commands: {', '.join(COMMANDS)}. `billhook --help` describes them.\n" if "subcommand" in message else ""
+        others, wrong = "", re.search(r"argument subcommand: invalid choice: '(.*?)'", message)
+        if "subcommand" in message:
+            meant = near(wrong[1], ["fit", "validate", "test", "predict", *COMMANDS]) if wrong else ""
+            others = f"Other commands: {', '.join(COMMANDS)}. `billhook --help` describes them.{meant}\n"
         sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {message}\n{legal(message)}{others}")
         self.exit(2)
 

@@ -26,7 +26,7 @@ def legal(message: str, options: Sequence[str] = ()) -> str:
     lines = []
     for path, name in unknown:
         arguments = list(inspect.signature(pkgutil.resolve_name(path)).parameters)
-        lines.append(f"{path} has no '{name}'.{_near(name, arguments)} It takes: {', '.join(arguments)}\n")
+        lines.append(f"{path} has no '{name}'.{near(name, arguments)} It takes: {', '.join(arguments)}\n")
     return "".join([*lines, *_options(message, options), *_classes(message)])
 
 
@@ -35,8 +35,8 @@ def _options(message: str, options: Sequence[str]) -> Iterator[str]:
     _, _, words = message.partition("unrecognized arguments: ")
     unknown = re.findall(r"(?:^|\s)(--)([\w-]+)", words) + re.findall(r"^()Option '(\w+)' is not accepted", message)
     for dashes, wrong in unknown:
-        if near := difflib.get_close_matches(wrong, options, n=1):
-            yield f"There is no option '{dashes}{wrong}'. Did you mean '{dashes}{near[0]}'?\n"
+        if found := difflib.get_close_matches(wrong, options, n=1):
+            yield f"There is no option '{dashes}{wrong}'. Did you mean '{dashes}{found[0]}'?\n"
 
 
 def _classes(message: str) -> Iterator[str]:
@@ -44,7 +44,7 @@ def _classes(message: str) -> Iterator[str]:
     bases = [base for types in TYPES.findall(message) for base in re.findall(r"\w+(?:\.\w+)+", types)]
     names = sorted({one.__name__ for base in bases for kind in _class(base) for one in public_classes(kind)})
     for wrong in dict.fromkeys(NO_CLASS.findall(message)) if names else ():
-        yield f"There is no class '{wrong}'.{_near(wrong, names)} There are: {', '.join(names)}; or module.Class of your own\n"
+        yield f"There is no class '{wrong}'.{near(wrong, names)} There are: {', '.join(names)}; or module.Class of your own\n"
 
 
 def _class(path: str) -> Iterator[type]:
@@ -57,5 +57,10 @@ def _class(path: str) -> Iterator[type]:
         yield found
 
 
-def _near(wrong: str, names: Sequence[str]) -> str:
+def near(wrong: str, names: Sequence[str]) -> str:
+    """Asks whether the nearest name is meant, behind a space; empty if none is near.
+
+    >>> near("pruine", ["convert", "prune"])
+    " Did you mean 'prune'?"
+    """
     return "".join(f" Did you mean '{name}'?" for name in difflib.get_close_matches(wrong, names, n=1))

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from billhook.cli.misspelt import near
+
 PREFIX = "recipe:"
 PACKAGE = Path(__file__).parents[1]
 
@@ -19,7 +21,9 @@ def recipe_file(name: str) -> Path:
     """Returns the file of a recipe; refuses a name that there is not, and lists those there are."""
     files = recipe_files()
     if name not in files:
-        raise ValueError(f"{PREFIX}{name} must be one of {', '.join(files)}; `billhook recipes` says what each is")
+        raise ValueError(
+            f"{PREFIX}{name} must be one of {', '.join(files)}; `billhook recipes` says what each is.{near(name, [*files])}"
+        )
     return files[name]
 
 

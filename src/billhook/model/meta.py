@@ -140,6 +140,8 @@ def read_config(name: str) -> PretrainedConfig:
         first = (str(error).strip().splitlines() or [""])[0]
         unread = isinstance(error, OSError)
         what = "has no config that can be read" if unread else "is not a config of a family that transformers knows"
+        if unread and not Path(name).exists():
+            raise ValueError(f"there is no folder '{name}' here, and no model of that name came from the Hub: {first}") from error
         raise ValueError(f"'{name}' {what}: {type(error).__name__}: {first}") from error
     if config is None:
         raise ValueError(f"'{name}' {refusal}")

@@ -16,6 +16,7 @@ from billhook.checkpoints.save import load
 from billhook.checkpoints.versions import versions
 from billhook.cli.machine import check_file, device_of, machine_name, threads_of
 from billhook.cli.measuring.engine import bench_engine
+from billhook.cli.reading import files
 from billhook.model.meta import from_name
 from billhook.model.shapes.shape import unbuilt_shape
 from billhook.plots.speed import speed
@@ -102,7 +103,8 @@ def bench(
         return
     place, shadows = device_of(device), [from_name(name) for name in models]
     check_speed(shadows, sizes, lengths, new_tokens, rounds, warmup, cache, wanted)
-    loaded = _randomised(models, shadows, dtype, seed) if random else [load(name, dtype) for name in models]
+    with files(f"loading {', '.join(models)}"):
+        loaded = _randomised(models, shadows, dtype, seed) if random else [load(name, dtype) for name in models]
     for one in loaded:
         one.to(place)  # type: ignore[arg-type]
     with threads_of(threads) as used, Progress(console=Console(stderr=True), transient=True) as bar:

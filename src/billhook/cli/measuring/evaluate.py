@@ -19,6 +19,7 @@ from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
 from billhook.checkpoints.versions import versions
 from billhook.cli.machine import check_file, device_of
+from billhook.cli.reading import files
 from billhook.model.meta import model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
 from billhook.report.choices import Question, read_questions
@@ -109,7 +110,8 @@ def evaluate(
     results = []
     for work in works:
         began = time.perf_counter()
-        model = open_streamed(work.model, dtype=dtype) if stream else load(work.model, dtype)
+        with files(f"loading {work.model}"):
+            model = open_streamed(work.model, dtype=dtype) if stream else load(work.model, dtype)
         if not stream:
             model.to(place)  # type: ignore[arg-type]
         figures, answers = _measure(model, work, tokens, examples, batch_size, limit)

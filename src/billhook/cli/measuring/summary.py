@@ -1,6 +1,7 @@
 """`billhook summary`: what a checkpoint weighs."""
 
 from billhook.checkpoints.save import load
+from billhook.cli.reading import files
 from billhook.report.summary import summary as summarise
 
 
@@ -10,4 +11,6 @@ def summary(model: str) -> None:
     Args:
         model: A folder, a hub name, or "tiny".
     """
-    print(summarise(load(model)))
+    with files(f"loading {model}"):
+        found = load(model)
+    print(summarise(found))

@@ -1,7 +1,6 @@
 """The frame of one-shot commands: load, calibrate, measure, change, measure, record, save, print."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
@@ -10,7 +9,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from billhook.assets import model_path
 from billhook.bar import bar as bar
@@ -24,6 +22,7 @@ from billhook.checkpoints.save import load, save
 from billhook.cli.machine import device_of
 from billhook.cli.oneshot.streamed import check_streamed, shelf
 from billhook.cli.oneshot.text import Examples, Scored, Text
+from billhook.cli.reading import files
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import prunable
 from billhook.model.preprocessors import load_tokenizer
@@ -44,23 +43,12 @@ WRITTEN = 40
 """How many the model writes."""
 BESIDE = 0.25
 """Share of the examples that it writes beside texts that linears are refitted to."""
+FEW = 0.01
+"""Share of zeros that come by rounding, where none are meant: a mean of float16 weights may be 0."""
 Before = Dense | float | None
 """What is measured before a model is changed: predictions on texts, or an accuracy."""
 Cost = list[TextDamage] | float | None
 """What is measured afterwards: the damage on texts, or an accuracy."""
-
-
-@contextmanager
-def files(what: str) -> Iterator[None]:
-    """Shows one bar, and none of transformers' own, while files are read or written."""
-    shows = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        with bar(what):
-            yield
-    finally:
-        if shows:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def shown(before: Before, cost: Cost) -> str | None:
@@ -157,7 +145,14 @@ class OneShot:
     def tell(self, *steps: str) -> None:
         """Prints what will be done with the model, before it is."""
         most, metric = self.given.evaluate, self.metric
-        measure = [f"measure the {metric} before and after, on {most} examples{' of each text' * (metric != 'accuracy')}"]
+        of = (
+            ""
+            if metric == "accuracy"
+            else " of each text"
+            if self.given.data or self.given.also
+            else " that it writes; --data FILE names a text"
+        )
+        measure = [f"measure the {metric} before and after, on {most} examples{of}"]
         print(f"{self.name}, {self.sizes['params']:,} parameters:")
         for step in (*steps, *(measure if self._measures else ()), f"save to {self.out}"):
             print(f"  {step}")
@@ -243,7 +238,7 @@ class OneShot:
             return [f"billhook summary {self.out}  # counts parameters and operations"]
         train = f"billhook fit --model.model {self.out} --model.lora '{{}}' --data.data FILE --trainer.max_steps 1000"
         export = f"--trainer.callbacks+=billhook.Export --trainer.callbacks.folder {self.out}-trained"
-        sparse = (after["zeros"] or 0) > (self.sizes["zeros"] or 0)
+        sparse = (after["zeros"] or 0) - (self.sizes["zeros"] or 0) > FEW * (after["params"] or 0)
         return [
             f"billhook evaluate {self.name} {self.out} --text FILE  # compares both on text of yours",
             *([] if sparse else [f"{train} {export}  # trains it on such text"]),

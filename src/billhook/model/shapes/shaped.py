@@ -127,9 +127,7 @@ def load_shaped(
         shape = _from_entry(entry)
         config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name, **fields)
         vars(config).pop(KEY, None)
-        shadow = build_or_refuse(kind, config)
-        shape, held = _named_as_in(shadow, shape, _file_sizes(name))
-        _check(shadow, shape, held)
+        shape = _checked(kind, config, shape, _file_sizes(name))
     model: PreTrainedModel = _with_tensors(kind, shape).from_pretrained(
         name, config=config, dtype=dtype, use_safetensors=True, attn_implementation=attention
     )
@@ -146,9 +144,7 @@ def load_on_meta(
     shape, built = None, kind
     if entry is not None:
         with _said_by(name):
-            shadow = build_or_refuse(kind, config)
-            shape, held = _named_as_in(shadow, _from_entry(entry), {own: tuple(size.shape) for own, size in sizes.items()})
-            _check(shadow, shape, held)
+            shape = _checked(kind, config, _from_entry(entry), {own: tuple(size.shape) for own, size in sizes.items()})
         built = _with_tensors(kind, shape)
     found: Any = built.from_pretrained(
         None, config=config, state_dict=dict(sizes), dtype=dtype, device_map={"": "meta"}, output_loading_info=True
@@ -160,6 +156,14 @@ def load_on_meta(
         setattr(model.config, KEY, to_entry(shape))
         _finish(model, kind, shape)
     return model
+
+
+def _checked(kind: type[PreTrainedModel], config: PretrainedConfig, stated: Shape, held: Sizes) -> Shape:
+    """Returns what is stated, named as a class does, if it is what the files and the class hold."""
+    shadow = build_or_refuse(kind, config)
+    shape, sizes = _named_as_in(shadow, stated, held)
+    _check(shadow, shape, sizes)
+    return shape
 
 
 def take_said(shadow: PreTrainedModel, entry: object, name: str) -> None:

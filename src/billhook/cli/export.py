@@ -32,10 +32,10 @@ def export(
     folder = first if Path(first).is_dir() and not others else None
     if len(others) > 1 or (folder is None and not others):
         raise ValueError("paths: give a Lightning checkpoint and the folder to write, or a folder alone, with --gguf")
-    if folder is not None and (gguf is None or tokenizer is not None):
-        raise ValueError(
-            f"paths: '{first}' is a folder, of which --gguf makes a GGUF file: add --gguf FILE.gguf, and no --tokenizer"
-        )
+    if folder is not None and gguf is None:
+        raise ValueError(f"paths: '{first}' is a folder, of which --gguf makes a GGUF file: add --gguf FILE.gguf")
+    if folder is not None and tokenizer is not None:
+        raise ValueError(f"tokenizer={tokenizer!r}: a folder is made a GGUF file with the tokenizer in it: leave --tokenizer out")
     if gguf is not None:
         check_gguf(gguf, kind)
     if folder is None:

@@ -129,16 +129,26 @@ def named_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
 def load_some(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
     """Loads some tensors of a checkpoint, given as slices of its files, in the dtypes that the model's own have."""
-    conversions, active = getattr(model, "_weight_conversions", None), logging.is_progress_bar_enabled()
+    conversions = getattr(model, "_weight_conversions", None)
     dtype: torch.dtype = model.dtype
     mapping: Any = get_model_conversion_mapping(model)
     plan = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        load_state(model, dict(slices), plan)
+        with without_bars():
+            load_state(model, dict(slices), plan)
     finally:
         vars(model)["_weight_conversions"] = conversions  # of all tensors, which saving turns back
-        if active:
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Has transformers show no bars of its own within."""
+    shows = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shows:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 

@@ -91,8 +91,7 @@ class StreamedPruning:
     @contextmanager
     def _there(self, module: nn.Module) -> Iterator[None]:
         """Has the block of a module in memory."""
-        if (block := self.stream.owner.get(module)) is not None:
-            self.stream.bring(block)
+        self.stream.bring(module)
         yield
 
     @contextmanager

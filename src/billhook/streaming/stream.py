@@ -94,12 +94,14 @@ class Stream:
     def _before(self, block: nn.Module, *_: object) -> None:
         self.bring(block)
 
-    def bring(self, block: nn.Module) -> None:
-        """Has a block in memory, and no other; what is outside of blocks is always there."""
-        if block is not self.here and self.owner.get(block) is block:
+    def bring(self, module: nn.Module) -> nn.Module | None:
+        """Has the block of a module in memory, and no other, and returns it; what is outside of blocks is always there."""
+        block = self.owner.get(module)
+        if block is not None and block is not self.here:
             self.leave()
             self._load(self.keys[self.names[block]])
             self.here = block
+        return block
 
     def change(self, block: nn.Module, note: object = None) -> None:
         """Has the block that is here, which has changed, written when it goes, with a note in plain data."""
@@ -225,24 +227,23 @@ def _gone(parameter: nn.Parameter) -> nn.Parameter:
 
 def stream_of(model: nn.Module) -> Stream | None:
     """Returns the stream of a model, or of the one that a module holds; None of one that is in memory as a whole."""
-    found = (vars(module).get(STREAM) for module in model.modules())
-    return next((one for one in found if isinstance(one, Stream) and one.blocks), None)
+    if isinstance(model, PreTrainedModel):
+        own = vars(model).get(STREAM)
+        return own if isinstance(own, Stream) and own.blocks else None
+    return next((found for child in model.children() if (found := stream_of(child)) is not None), None)
 
 
 def bring(model: nn.Module, module: nn.Module) -> None:
     """Has the block of a module in memory, if the model is streamed."""
-    stream = stream_of(model)
-    if stream is not None and module in stream.owner:
-        stream.bring(stream.owner[module])
+    if (stream := stream_of(model)) is not None:
+        stream.bring(module)
 
 
 @contextmanager
 def changing(model: nn.Module, module: nn.Module) -> Iterator[bool]:
     """Has the block of a module in memory, which changes; yields whether it was streamed."""
     stream = stream_of(model)
-    block = None if stream is None else stream.owner.get(module)
-    if stream is not None and block is not None:
-        stream.bring(block)
+    block = None if stream is None else stream.bring(module)
     yield stream is not None
     if stream is not None and block is not None:
         stream.change(block)

@@ -14,6 +14,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from billhook.arguments import annotated, number, whole
 from billhook.bar import Told, bar
+from billhook.model.figures import kv_cache_bytes
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
 from billhook.model.values import check_values
@@ -26,7 +27,9 @@ NAME = "generated"
 LENGTH = 512
 """Tokens of a row, unless another length is asked for."""
 AT_ONCE = 8
-"""Rows that are written side by side."""
+"""Rows that are written side by side at least; more, as long as their key/value caches fit into `CACHES`."""
+CACHES = 2**30
+"""Bytes."""
 
 
 def generated(
@@ -135,7 +138,7 @@ def _encoded(
 def _written(model: PreTrainedModel, starts: list[list[int]], length: int, temperature: float, seed: int) -> Tensor:
     """Continues starts to full rows, `[rows, length]`; those of one length side by side."""
     rows = torch.empty(len(starts), length, dtype=torch.int64)
-    groups = list(_alike(starts))
+    groups = list(_alike(starts, _at_once(model, length)))
     with undisturbed(model):
         if not model(torch.tensor(starts[:1], device=model.device)).logits.isfinite().all():
             raise ValueError(f"model: {type(model).__name__} computes numbers that are not finite, so it writes nothing")
@@ -160,13 +163,18 @@ class _Watched(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _alike(starts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def _at_once(model: PreTrainedModel, length: int) -> int:
+    """Returns how many rows are written side by side: each step reads all weights, however many there are."""
+    return max(AT_ONCE, CACHES // (length * (kv_cache_bytes(model) or CACHES)))
+
+
+def _alike(starts: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
     """Yields places of starts of one length, as many as are written at once."""
     by_length: dict[int, list[int]] = {}
     for place, start in enumerate(starts):
         by_length.setdefault(len(start), []).append(place)
     for own in by_length.values():
-        yield from (own[first : first + AT_ONCE] for first in range(0, len(own), AT_ONCE))
+        yield from (own[first : first + most] for first in range(0, len(own), most))
 
 
 def _continued(model: PreTrainedModel, ids: Tensor, length: int, temperature: float, watched: _Watched) -> Tensor:

@@ -93,3 +93,37 @@ def test_perplexity_of_streamed_models(small, files, tmp_path, capsys):
     assert figures[0] == figures[1]
     with pytest.raises(SystemExit, match="stream=True is for text alone"):
         main(["evaluate", str(small), "--data", files["validation"], "--stream"])
+
+
+def printed(capsys, *arguments):
+    main([*map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def test_summary_is_the_same_and_no_block_comes(small, tmp_path, capsys, monkeypatch):
+    model = bh.load(small)
+    bh.prune(model, bh.Magnitude(), sparsity=0.5)
+    bh.save(model, tmp_path / "sparse")
+    expected, streamed = bh.summary(model), bh.stream(tmp_path / "sparse")
+    assert expected.zeros > 5_000
+    monkeypatch.setattr("billhook.streaming.stream.load_some", None)  # what reads blocks
+    assert bh.summary(streamed) == expected
+    assert printed(capsys, "summary", tmp_path / "sparse", "--stream") == expected.text() + "\n"
+
+
+def test_inspect_is_the_same_and_says_how_the_model_streams(small, capsys, monkeypatch):
+    monkeypatch.setattr("billhook.streaming.stream.load_some", None)
+    said = printed(capsys, "inspect", small, "--stream")
+    plain = printed(capsys, "inspect", small)
+    blocks = [sum(one.nbytes for one in block.parameters()) for block in bh.load(small).model.layers]
+    stays = sum(one.nbytes for one in bh.load(small).parameters()) - sum(blocks)
+    assert said.startswith(plain)
+    assert (
+        said[len(plain) :].split()
+        == (
+            f"streamed 2 blocks of at most {blocks[0] / 1e6:,.1f} MB, one at a time: {sum(blocks) / 1e6:,.1f} MB in all; "
+            f"{stays / 1e6:,.1f} MB stay in memory"
+        ).split()
+    )
+    found = json.loads(printed(capsys, "inspect", small, "--stream", "--json", "true"))
+    assert found["streamed"] == {"blocks": 2, "bytes": sum(blocks), "largest": max(blocks), "stays": stays}

@@ -15,6 +15,8 @@ from billhook.model.find import find_transformer
 from billhook.page import Shown
 from billhook.report.table import aligned
 from billhook.running.shards import is_sharded, reshard, sizes_only, whole
+from billhook.streaming.stream import stream_of
+from billhook.streaming.zeros import zeros_in_files
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,7 +26,7 @@ class Summary(Shown):
     Attributes:
         model: The model's class.
         params: Parameters; tied ones count once.
-        zeros: Parameters that are exactly zero.
+        zeros: Parameters that are exactly zero; None for a streamed model of which files are still on a hub.
         bytes: Bytes of all parameters.
         query_heads: Query heads of a layer, where all layers have the same number.
         kv_heads: Key/value heads of a layer, where all layers have the same number.
@@ -36,7 +38,7 @@ class Summary(Shown):
 
     model: str
     params: int
-    zeros: int
+    zeros: int | None
     bytes: int
     query_heads: int | None
     kv_heads: int | None
@@ -65,7 +67,7 @@ class Summary(Shown):
         return [
             ("model", self.model),
             ("parameters", f"{self.params:,}"),
-            ("zeros", f"{self.zeros:,} ({self.zeros / max(self.params, 1):.1%})"),
+            ("zeros", "not counted" if self.zeros is None else f"{self.zeros:,} ({self.zeros / max(self.params, 1):.1%})"),
             ("size of the weights", f"{self.bytes / 1e6:,.1f} MB"),
             ("query heads / KV heads", f"{self.query_heads or '?'} / {self.kv_heads or '?'}"),
             ("KV cache per token", "unknown" if self.kv_cache_bytes is None else f"{self.kv_cache_bytes:,} bytes"),
@@ -95,11 +97,16 @@ def summary(model: nn.Module) -> Summary:
     annotated(summary, locals())
     model = find_transformer(model)
     reshard(model)
-    zeros = sum(int(whole((p == 0).sum())) for p in model.parameters() if not p.is_meta)
+    stream = stream_of(model)
+    zeros = _zeros(model) if stream is None else zeros_in_files(stream)
     with sizes_only(model) if is_sharded(model) else nullcontext():
         figures, name = asdict(figures_of(model)), type(model).__name__
         query_heads, kv_heads = heads_of(model)
     return Summary(model=name, zeros=zeros, query_heads=query_heads, kv_heads=kv_heads, **figures)
+
+
+def _zeros(model: nn.Module) -> int:
+    return sum(int(whole((p == 0).sum())) for p in model.parameters() if not p.is_meta)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,19 @@
 
 import copy
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file
+
+from billhook.streaming.source import Source
 
 DTYPES = {
     "F64": torch.float64,
@@ -25,28 +28,36 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+UNREADABLE = (OSError, SafetensorError, KeyError)
 
 
 class Files:
     """Where the tensors of a checkpoint are, by their names in the files.
 
     Args:
-        name: A folder or a hub name. Of a hub's, an index is fetched, and each file when something in it is asked for.
+        name: A folder or a hub name. Of a hub's, an index and headers are fetched, and each file when a value in it is asked for.
 
     Raises:
         ValueError: If there are no safetensors files, or they cannot be read.
     """
 
     def __init__(self, name: str) -> None:
-        self._name = name
-        self._files = _files(name)
+        self._name, self._source = name, Source(name)
+        self._files = _files(self._source)
         self._paths = dict[str, Path]()
         self._seen = dict[Path, tuple[int, int]]()
 
     @property
-    def state(self) -> list[tuple[str, int, int]]:
-        """The files that have been read, with their sizes and the times of their last changes."""
+    def state(self) -> list[tuple[str | int, ...]]:
+        """The files that have been read, with their sizes and the times of their last changes, or the commit of a hub's."""
+        if self._source.commit is not None:
+            return [(self._name, self._source.commit)]
         return [(str(path), *seen) for path, seen in self._seen.items()]
+
+    @property
+    def are_here(self) -> bool:
+        """True if none of the files must be fetched."""
+        return all(self._here(file) is not None for file in set(self._files.values()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -66,8 +77,19 @@ class Files:
 
     def sizes(self) -> dict[str, Tensor]:
         """Returns all tensors on the meta device; only headers are read."""
-        with self.slices(list(self._files)) as found:
-            return {name: _like(self._name, name, one) for name, one in found.items()}
+        of, found = defaultdict[str, list[str]](list), dict[str, Tensor]()
+        for name, file in self._files.items():
+            of[file].append(name)
+        for file, names in of.items():
+            if self._here(file) is None:
+                with self._readable():
+                    header = self._source.header(file)
+                    found |= {name: self._like(name, header[name].dtype, header[name].shape) for name in names}
+            else:
+                with self._open(file) as opened, self._readable():
+                    slices = {name: opened.get_slice(name) for name in names}
+                found |= {name: self._like(name, one.get_dtype(), one.get_shape()) for name, one in slices.items()}
+        return found
 
     @contextmanager
     def slices(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
@@ -85,10 +107,18 @@ class Files:
         with self.slices(names) as found, self._readable():
             return {name: one[...] for name, one in found.items()}
 
+    def rows(self, name: str, elements: int) -> Iterator[Tensor]:
+        """Reads a tensor a few rows at a time, so many elements at once."""
+        with self.slices([name]) as found, self._readable():
+            one, shape = found[name], [1] if isinstance(found[name], Tensor) else found[name].get_shape() or [1]
+            step = max(1, elements * shape[0] // prod(shape))
+            for start in range(0, shape[0], step):
+                yield one[start : min(start + step, shape[0])] if step < shape[0] else one[...]
+
     @contextmanager
     def _open(self, file: str) -> Iterator[Any]:
         with self._readable():
-            path = self._paths.get(file) or Path(cast(str, cached_file(self._name, file)))
+            path = self._here(file) or self._source.fetch(file)
             now = path.stat().st_size, path.stat().st_mtime_ns
             opened = safe_open(path, "pt", backend="pread")
         if self._seen.setdefault(path, now) != now:
@@ -97,11 +127,19 @@ class Files:
         with opened:
             yield opened
 
+    def _here(self, file: str) -> Path | None:
+        return self._paths.get(file) or self._source.here(file)
+
+    def _like(self, name: str, kind: str, shape: Sequence[int]) -> Tensor:
+        if kind not in DTYPES:
+            raise ValueError(f"'{self._name}': {name} is of dtype {kind}, which is quantised or unknown: it cannot be streamed")
+        return torch.empty(tuple(shape), dtype=DTYPES[kind], device="meta")
+
     @contextmanager
     def _readable(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, SafetensorError, KeyError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"'{self._name}': a safetensors file cannot be read: {error}") from error
 
 
@@ -111,33 +149,27 @@ def write_index(folder: Path) -> None:
     where, total = dict[str, str](), 0
     for file in files if len(files) > 1 else ():
         with safe_open(file, "pt", backend="pread") as opened:
-            where |= dict.fromkeys(opened.keys(), file.name)
-            total += sum(_like(str(folder), key, opened.get_slice(key)).nbytes for key in opened.keys())  # noqa: SIM118 - no dict
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no dict
+        where |= dict.fromkeys(slices, file.name)
+        total += sum(_empty(one, "meta").nbytes for one in slices.values())
     if where:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _files(name: str) -> dict[str, str]:
+def _files(source: Source) -> dict[str, str]:
     """Returns the file of each tensor, as an index says it, or the one file has them."""
     try:
-        if (single := cached_file(name, SAFE_WEIGHTS_NAME, _raise_exceptions_for_missing_entries=False)) is not None:
+        if (single := source.here(SAFE_WEIGHTS_NAME)) is not None:
             with safe_open(single, "pt", backend="pread") as opened:
                 return dict.fromkeys(opened.keys(), SAFE_WEIGHTS_NAME)
-        index: Mapping[str, Any] = json.loads(Path(cast(str, cached_file(name, SAFE_WEIGHTS_INDEX_NAME))).read_text())
+        if source.has(SAFE_WEIGHTS_NAME):
+            return dict.fromkeys(source.header(SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
+        index: Mapping[str, Any] = json.loads(source.fetch(SAFE_WEIGHTS_INDEX_NAME).read_text())
         return {str(key): str(file) for key, file in index["weight_map"].items()}
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"'{name}': streaming needs safetensors files, and they cannot be read: {error}") from error
+    except (*UNREADABLE, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"'{source.name}': streaming needs safetensors files, and they cannot be read: {error}") from error
 
 
-def _empty(found: Any) -> Tensor:  # noqa: ANN401 - a slice of safetensors, which reads none without elements
-    return torch.empty(found.get_shape(), dtype=DTYPES[found.get_dtype()])
-
-
-def _like(checkpoint: str, name: str, found: Any) -> Tensor:  # noqa: ANN401 - a slice of safetensors
-    if isinstance(found, Tensor):
-        return found.to("meta")
-    kind = found.get_dtype()
-    if kind not in DTYPES:
-        raise ValueError(f"'{checkpoint}': {name} is of dtype {kind}, which is quantised or unknown: it cannot be streamed")
-    return torch.empty(found.get_shape(), dtype=DTYPES[kind], device="meta")
+def _empty(found: Any, device: str = "cpu") -> Tensor:  # noqa: ANN401 - a slice of safetensors, which reads none without elements
+    return torch.empty(found.get_shape(), dtype=DTYPES[found.get_dtype()], device=device)

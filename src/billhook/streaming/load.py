@@ -53,11 +53,27 @@ def load_streamed(
     kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, parts: Parts | None = None
 ) -> PreTrainedModel:
     """Loads a folder or a hub name in a class, as `load_as` does, with one block at a time in memory."""
+    stream = _stream(kind, name, dtype, parts)
+    stream.open()
+    return stream.model
+
+
+def outline(folder: str) -> PreTrainedModel:
+    """Returns a model on meta that knows its files, of which only headers are read; in memory, if it has no blocks to stream."""
+    name = model_path(folder)
+    check_checkpoint(name)
+    with readable(name):
+        stream = _stream(model_class(read_config(name), name), name, "auto")
+        if not stream.blocks:
+            stream.open()
+        return stream.model
+
+
+def _stream(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, parts: Parts | None = None) -> Stream:
     files = Files(name)
     model = load_on_meta(kind, name, files.sizes(), dtype)
     model.config._name_or_path = model.name_or_path = name
     if model.can_generate():
         with suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(name)
-    Stream(model, files, parts)
-    return model
+    return Stream(model, files, parts)

@@ -1,5 +1,7 @@
 """Tells how much memory a streamed model needs."""
 
+from dataclasses import dataclass
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -24,17 +26,41 @@ def fits(model: PreTrainedModel, tokens: int, moments: int, memory: int) -> bool
     """
     stream = stream_of(model)
     assert stream is not None, "the model is in memory"
-    needed = (resident() or 0) + COPIES * _largest(stream) + moments
+    needed = (resident() or 0) + COPIES * extent_of(stream).largest + moments
     if needed > memory:
         raise ValueError(f"memory={memory / 2**30:.2f} GiB: at least {needed / 2**30:.2f} GiB are needed for one block at a time")
     width: int = model.config.get_text_config().hidden_size
     return needed + 2 * tokens * width * model.dtype.itemsize <= memory  # what goes into a block, and what comes out
 
 
-def _largest(stream: Stream) -> int:
-    """Returns the bytes of the largest block."""
-    return max((_bytes(block) for block in stream.blocks.values()), default=0)
+@dataclass(frozen=True)
+class Extent:
+    """How much of a model comes and goes, and how much stays, in bytes of parameters.
+
+    Attributes:
+        blocks: How many blocks come and go.
+        bytes: Of all blocks together.
+        largest: Of the largest block.
+        stays: Of what is in no block.
+    """
+
+    blocks: int
+    bytes: int
+    largest: int
+    stays: int
+
+    def text(self) -> str:
+        """Says it in words."""
+        blocks = f"{self.blocks} blocks of at most {self.largest / 1e6:,.1f} MB, one at a time"
+        return f"{blocks}: {self.bytes / 1e6:,.1f} MB in all; {self.stays / 1e6:,.1f} MB stay in memory"
 
 
-def _bytes(block: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in block.parameters())
+def extent_of(stream: Stream) -> Extent:
+    """Finds how much of a model comes and goes."""
+    sizes = [_bytes(block) for block in stream.blocks.values()]
+    total = sum(sizes)
+    return Extent(len(sizes), total, max(sizes, default=0), _bytes(stream.model) - total)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())

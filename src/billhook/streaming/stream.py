@@ -31,10 +31,10 @@ STREAM = "_billhook_stream"
 
 
 class Stream:
-    """Where the blocks of a model on meta come from, and where changed ones go.
+    """Where the blocks of a model on meta come from, and where changed ones go; nothing is read before it is opened.
 
-    All that is in no block stays in memory, and so do buffers, and blocks that hold the model's first parameter or share a weight
-    with something outside of them.
+    All that is in no block then stays in memory, and so do buffers, and blocks that hold the model's first parameter or share a
+    weight with something outside of them.
 
     Args:
         model: The model, on meta.
@@ -53,14 +53,17 @@ class Stream:
         self.owner = {part: block for block in self.blocks.values() for part in block.modules()}
         self.keys = self._keys()
         self._origin = files.state
-        initialize_buffers(model)
+        setattr(model, STREAM, self)
+
+    def open(self) -> None:
+        """Loads what stays in memory, and has blocks come when they are called."""
+        initialize_buffers(self.model)
         self._load(self.keys[""])
         for module, block in self.owner.items():
             if module is block:
                 vars(block)["forward"] = partial(self._compute, block, block.forward)
             elif any(own is not None for own in module._parameters.values()):  # some are called, and their block is not
                 module.register_forward_pre_hook(partial(self._before, block))
-        setattr(model, STREAM, self)
 
     def _keys(self) -> dict[str, list[str]]:
         """Returns the names of tensors in the files, by the block that they are in, or ""."""

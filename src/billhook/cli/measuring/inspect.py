@@ -9,6 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.arguments import one_of
 from billhook.checkpoints.save import Way, way_of
+from billhook.cli.reading import files
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_of
 from billhook.model.config_fields import Fields, fields_of, set_fields
@@ -21,6 +22,9 @@ from billhook.pruning.widths.experts import width_step
 from billhook.serving.divisible import GPUS, shares
 from billhook.serving.readings import FILES
 from billhook.serving.verdicts import Verdict, told, verdicts
+from billhook.streaming.load import outline
+from billhook.streaming.room import Extent, extent_of
+from billhook.streaming.stream import stream_of
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold, kind_name, labelled
 from billhook.tracing.trace import trace
@@ -46,7 +50,7 @@ UNITS: dict[Kind, UnitKind] = {
 """The kinds of groups whose units `plan` removes."""
 
 
-def inspect(model: str, group: str | None = None, json: bool = False) -> None:
+def inspect(model: str, group: str | None = None, json: bool = False, stream: bool = False) -> None:
     """Prints the coupled units of a model, where they are, and what can be pruned, converted and saved.
 
     Only the config is read: no weights are downloaded.
@@ -55,12 +59,14 @@ def inspect(model: str, group: str | None = None, json: bool = False) -> None:
         model: A folder, a config.json, a hub name, or "tiny".
         group: Only units of this kind: heads, channels, residual, experts, ranks, dimensions, tables or fixed.
         json: Print everything as JSON.
+        stream: Whether it is also said how the model streams, as the headers of its safetensors files tell it.
 
     Raises:
         ValueError: If there is no such kind, transformers has no such model, or the model cannot be traced.
     """
     if group is not None:
         one_of("group", group, CHOICES)
+    streamed = _streamed(model) if stream else None
     shadow = from_name(model)
     structure = trace(shadow)
     groups = [one for one in structure.groups if group is None or one.kind in CHOICES[group]]
@@ -75,6 +81,7 @@ def inspect(model: str, group: str | None = None, json: bool = False) -> None:
             one | {"config_fields": numbers.get(one["number"], [])} for one in plain["groups"] if one["number"] in wanted
         ]
         plain |= {"conversion": converted, "serving": [asdict(one) for one in served]}
+        plain |= {} if streamed is None else {"streamed": asdict(streamed)}
         print(json_format.dumps(plain, indent=1))
         return
     print(structure.show(groups))
@@ -83,8 +90,19 @@ def inspect(model: str, group: str | None = None, json: bool = False) -> None:
         lines.append(labelled("converted", converted["says"]))
     if group is None:
         lines += ["", *(labelled("served" if not i else "", f"{who:<13}{text}") for i, (who, text) in enumerate(told(served)))]
+    if streamed is not None:
+        lines += ["", labelled("streamed", streamed.text())]
     if lines:
         print("\n" + "\n".join(lines))
+
+
+def _streamed(model: str) -> Extent:
+    """Finds how a model streams; of its files only headers are read."""
+    with files(f"opening {model}"):
+        stream = stream_of(outline(model))
+    if stream is None:
+        raise ValueError(f"stream=True: '{model}' has no blocks that could come and go")
+    return extent_of(stream)
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,17 @@
 from billhook.checkpoints.save import load
 from billhook.cli.reading import files
 from billhook.report.summary import summary as summarise
+from billhook.streaming.load import outline
 
 
-def summary(model: str) -> None:
+def summary(model: str, stream: bool = False) -> None:
     """Prints what a checkpoint weighs: parameters, zeros, heads, KV-cache bytes per token, FLOPs.
 
     Args:
         model: A folder, a hub name, or "tiny".
+        stream: Whether the model stays in its files: only zeros are counted in them, a few rows at a time; not in those that are
+            still on a hub.
     """
-    with files(f"loading {model}"):
-        found = load(model)
-    print(summarise(found))
+    with files(f"{'opening' if stream else 'loading'} {model}"):
+        found = summarise(outline(model) if stream else load(model))
+    print(found)

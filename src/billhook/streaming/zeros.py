@@ -1,0 +1,21 @@
+"""Counts zeros in a model whose blocks stay in their files."""
+
+from billhook.model.transformers_internals import named_in
+from billhook.streaming.stream import Stream
+
+ELEMENTS = 2**24
+"""Numbers that are read at once."""
+
+
+def zeros_in_files(stream: Stream) -> int | None:
+    """Counts parameters that are zero, a few rows at a time; no block comes. None if files would have to be fetched for it."""
+    if not stream.files.are_here:
+        return None
+    there, names = dict(stream.model.named_parameters(remove_duplicate=False)), dict[int, str]()
+    count = sum(int((one == 0).sum()) for one in stream.model.parameters() if not one.is_meta)
+    for key, own in named_in(stream.model, stream.files).items():
+        parameter = there.get(own)
+        if parameter is None or not parameter.is_meta or names.setdefault(id(parameter), own) != own:
+            continue  # a buffer, or it is in memory, or tied to one that has been counted
+        count += sum(int((rows.to(parameter.dtype) == 0).sum()) for rows in stream.files.rows(key, ELEMENTS))
+    return count

@@ -62,3 +62,16 @@ def test_nothing_is_said_before_three_steps_and_a_fiftieth_of_all_are_measured(s
             told(done, 500)
             assert (out.getvalue() != "") == (done >= 11)
     assert lasting(4500) == "75 min"
+
+
+def test_the_first_step_says_how_long_all_take_if_none_was_told_before_it(stderr):
+    of, clock = stderr
+    out = of(terminal=True)
+    with bar("pruning", "blocks", lambda: f"peak {clock[0]:.1f} GiB") as told:
+        told(0, 30)
+        clock[0] += 4.0
+        told(1, 30)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert "1/30 blocks left: " in shown
+    assert "peak 4.0 GiB" in shown
+    assert "pruning: about 2 min for 30 blocks" in shown

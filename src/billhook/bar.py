@@ -10,13 +10,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 Told = Callable[[int, int], None]
 """Is called with how much is done, and of how much."""
 FIRST, SHARE = 3, 0.02
-"""How many steps, and which share of all, say how long all take; the first is left out, as it often takes longer."""
+"""How many steps, and which share of all, say how long all take.
+
+The first is left out, as it often takes longer, unless it was told before that none is done.
+"""
 LONG = 20.0
 """Seconds from which on it is said in a line how long all steps take."""
 
 
 @contextmanager
-def bar(what: str, of: str = "") -> Iterator[Told]:
+def bar(what: str, of: str = "", beside: Callable[[], str] | None = None) -> Iterator[Told]:
     """Shows a bar on stderr until the end of a `with` block, if stderr is a terminal or a notebook.
 
     Once a few steps have been measured, a line, which stays, says how long all of them take, if that is long.
@@ -24,20 +27,21 @@ def bar(what: str, of: str = "") -> Iterator[Told]:
     Args:
         what: What is done, as in "scoring".
         of: What is counted, as in "batches"; empty where nothing is, and the bar only moves.
+        beside: Returns what is shown at its end whenever something is done.
 
     Yields:
         A function to call with how much is done, and of how much.
     """
     console = Console(stderr=True)
     counts = (MofNCompleteColumn(), of, TextColumn("left:"), TimeRemainingColumn()) if of else ()
-    columns = (what, BarColumn(), *counts, TimeElapsedColumn())
+    columns = (what, BarColumn(), *counts, TimeElapsedColumn(), TextColumn("{task.fields[beside]}"))
     shown = Progress(*columns, console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))
     pace = _Pace(what, of, console)
     with shown:
-        task = shown.add_task("", total=None)
+        task = shown.add_task("", total=None, beside="")
 
         def told(done: int, total: int) -> None:
-            shown.update(task, completed=done, total=total)
+            shown.update(task, completed=done, total=total, beside=beside() if beside is not None else "")
             pace.see(done, total)
 
         yield told
@@ -57,7 +61,7 @@ class _Pace:
         if self.calls == 1:
             self.first = done, now
         begun, then = self.first
-        if self.said or self.calls < FIRST or done - begun < max(SHARE * total, 1):
+        if self.said or self.calls < (FIRST if begun else 2) or done - begun < max(SHARE * total, 1):
             return
         self.said = True
         seconds = (now - then) / (done - begun) * total

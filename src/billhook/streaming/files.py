@@ -84,7 +84,7 @@ class Files:
             if self._here(file) is None:
                 with self._readable():
                     header = self._source.header(file)
-                    found |= {name: self._like(name, header[name].dtype, header[name].shape) for name in names}
+                    found |= {name: self._like(name, *header[name]) for name in names}
             else:
                 with self._open(file) as opened, self._readable():
                     slices = {name: opened.get_slice(name) for name in names}

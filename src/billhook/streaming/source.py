@@ -1,13 +1,11 @@
 """Where the files of a checkpoint are: in a folder, or on a hub, from which they are fetched one at a time, or their headers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.utils import TensorInfo
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from transformers.utils.hub import cached_file
 
 
@@ -39,15 +37,16 @@ class Source:
 
     def has(self, file: str) -> bool:
         """Asks the hub whether there is such a file; of a folder, and where no hub is asked, that is known."""
-        if self.folder is not None or HF_HUB_OFFLINE:
+        if self.folder is not None or constants.HF_HUB_OFFLINE:
             return self.here(file) is not None
         with self._asked(file):
             return HfApi().file_exists(self.name, file, revision=self.commit)
 
-    def header(self, file: str) -> Mapping[str, TensorInfo]:
-        """Asks the hub for the sizes and dtypes of the tensors in a file, by its first bytes."""
+    def header(self, file: str) -> dict[str, tuple[str, list[int]]]:
+        """Asks the hub for the dtype and the shape of each tensor in a file, by its first bytes."""
         with self._asked(file):
-            return HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.commit).tensors
+            found = HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.commit).tensors
+        return {name: (one.dtype, one.shape) for name, one in found.items()}
 
     @contextmanager
     def _asked(self, file: str) -> Iterator[None]:

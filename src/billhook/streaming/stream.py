@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from billhook.bar import Told
 from billhook.model.transformers_internals import (
     as_in_files,
     everything_saved,
@@ -48,6 +49,8 @@ class Stream:
         self._changed = False
         self._note: object = None
         self._adopted = dict[str, Path]()  # the files that hold blocks as they are now
+        self._told: Told | None = None
+        self._passed = set[str]()
         self.names = names = {module: name for name, module in model.named_modules()}
         self.blocks: dict[str, nn.Module] = {names[block]: block for block in blocks_of(model) if self._is_apart(block)}
         self.owner = {part: block for block in self.blocks.values() for part in block.modules()}
@@ -128,6 +131,19 @@ class Stream:
         if self._changed:
             self._changed = False
             self.adopt(name)
+        self._passed.add(name)
+        if self._told is not None:
+            self._told(len(self._passed), len(self.blocks))
+
+    @contextmanager
+    def watched(self, told: Told) -> Iterator[None]:
+        """Tells, within, how many blocks have come and gone, and of how many."""
+        self._passed, self._told = set(), told
+        told(0, len(self.blocks))
+        try:
+            yield
+        finally:
+            self._told = None
 
     def begin(self, key: str) -> dict[str, Any]:
         """Begins a step in which blocks change; returns those that an earlier process has done, with its notes.

@@ -18,6 +18,7 @@ from billhook.bar import bar
 from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
 from billhook.checkpoints.versions import versions
+from billhook.cli.blockwise import over
 from billhook.cli.machine import check_file, device_of
 from billhook.cli.reading import files
 from billhook.model.meta import model_class, read_config
@@ -161,7 +162,7 @@ def _measure(
     tasks = _harness(model, work, length, batch_size, limit) if work.tasks else []
     with bar(f"{work.model}: questions", "tokens") as progress:
         found = answered(model, f"models: '{work.model}'", work.sets, batch_size, progress)
-    with bar(f"{work.model}: text", "blocks") as progress:
+    with over(model, f"{work.model}: text", "blocks") as progress:
         figures = [*on_questions(found), *on_text(model, work.text, length, examples, progress)]
     answers = dict[str, Any]()
     for file, own in found.items():

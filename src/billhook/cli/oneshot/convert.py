@@ -2,6 +2,7 @@
 
 from billhook.arguments import whole
 from billhook.callbacks.kv.preparation import HINT
+from billhook.cli.blockwise import over
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.text import Examples
 from billhook.kv_heads.bases.ready import batches_needed, check_ready
@@ -70,7 +71,8 @@ def convert(
         print(HINT.removeprefix("billhook: "))
     batches, before = work.batches() if calibrates else None, work.measure()
     if (stream := stream_of(work.model)) is not None:
-        convert_streamed(stream, plan, batches, repair)
+        with over(work.model, "converting", "attentions"):
+            convert_streamed(stream, plan, batches, repair)
         how = str(method)
     else:
         plan, weights, how = ready(work.model, plan, batches, repair)

@@ -19,8 +19,9 @@ from billhook.calibration.generated import check_writes, writes
 from billhook.calibration.texts import check_also, texts
 from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import load, save
+from billhook.cli.blockwise import over
 from billhook.cli.machine import device_of
-from billhook.cli.oneshot.streamed import check_streamed, shelf
+from billhook.cli.oneshot.streamed import check_streamed, reads, shelf
 from billhook.cli.oneshot.text import Examples, Scored, Text
 from billhook.cli.reading import files
 from billhook.model.figures import kv_cache_bytes
@@ -33,7 +34,7 @@ from billhook.running.batches import Batch
 from billhook.running.offload import offloaded
 from billhook.running.walk import find_sites
 from billhook.streaming.load import stream
-from billhook.streaming.stream import each_parameter
+from billhook.streaming.stream import each_parameter, stream_of
 from billhook.training.data import ClassificationDataModule
 from billhook.training.dataset_module import DatasetModule
 
@@ -142,8 +143,8 @@ class OneShot:
         tokens = sum(self.calibration.rows(self.length).values()) * self.length
         return shelf(self.model, self.given, self.out, tokens, moments)
 
-    def tell(self, *steps: str) -> None:
-        """Prints what will be done with the model, before it is."""
+    def tell(self, *steps: str, passes: int = 1) -> None:
+        """Prints what will be done with the model, before it is, if that takes so many passes over one that is streamed."""
         most, metric = self.given.evaluate, self.metric
         of = (
             ""
@@ -154,7 +155,9 @@ class OneShot:
         )
         measure = [f"measure the {metric} before and after, on {most} examples{of}"]
         print(f"{self.name}, {self.sizes['params']:,} parameters:")
-        for step in (*steps, *(measure if self._measures else ()), f"save to {self.out}"):
+        stream = stream_of(self.model)
+        streams = [] if stream is None else [reads(stream, passes + 2 * self._measures)]
+        for step in (*steps, *(measure if self._measures else ()), *streams, f"save to {self.out}"):
             print(f"  {step}")
         print(flush=True)
 
@@ -189,7 +192,7 @@ class OneShot:
             if self.metric == "perplexity":
                 read = texts(self.calibration, self.model, most, self.given.also, written=not self.given.stream)
                 inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
-                with bar("measuring", "examples") as progress:
+                with over(self.model, "measuring", "examples") as progress:
                     return Dense(self.model, read, inside if self.calibrates else [], progress=progress)
             splits = self._labelled.splits
             rows: Any = splits.get(self._measured)
@@ -199,7 +202,7 @@ class OneShot:
     def cost(self, before: Before) -> Cost:
         """Measures what the model has lost: on each text, or the accuracy that is left; None where nothing was measured."""
         if isinstance(before, Dense):
-            with offloaded(self._visiting, self.device), bar("measuring again", "examples") as progress:
+            with offloaded(self._visiting, self.device), over(self.model, "measuring again", "examples") as progress:
                 return before.damage(self.model, progress)
         return None if before is None else cast(float, self.measure())
 

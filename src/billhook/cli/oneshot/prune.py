@@ -2,7 +2,8 @@
 
 from transformers import PreTrainedModel
 
-from billhook.cli.oneshot.frame import OneShot, bar
+from billhook.cli.blockwise import over
+from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.text import Text
 from billhook.model.linears import prunable, weight_of
 from billhook.running.walk import Sequential
@@ -54,9 +55,10 @@ def prune(
     folder = check_folder(activations)
     work = OneShot(model, out, given, offload, streams=True)
     if not dry_run:
-        work.tell(f"zero {amount:.4g} of the weights of linears ({pattern}), by {criterion or Wanda()}", f"shown {work.shown}")
+        what = f"zero {amount:.4g} of the weights of linears ({pattern}), by {criterion or Wanda()}"
+        work.tell(what, f"shown {work.shown}", passes=2 if allocation is not None and allocation.measures else 1)
     before = None if dry_run else work.measure()
-    with bar("pruning", "linears") as progress:
+    with over(work.model, "pruning", "linears") as progress:
         plan = prune_weights(
             work.model,
             criterion,

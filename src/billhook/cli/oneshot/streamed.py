@@ -7,7 +7,11 @@ from transformers import PreTrainedModel
 from billhook.arguments import memory_of
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.cli.oneshot.text import Text
-from billhook.streaming.room import fits
+from billhook.streaming.room import extent_of, fits
+from billhook.streaming.stream import Stream
+
+AFTERWARDS = 3
+"""Passes over the blocks that count zeros, say which logits the checkpoint must give, and compare it."""
 
 
 def check_streamed(given: Text, streams: bool, offload: bool) -> None:
@@ -36,3 +40,10 @@ def shelf(model: PreTrainedModel, given: Text, out: str, tokens: int, moments: i
     if given.memory is None or fits(model, tokens, moments, memory_of("memory", given.memory)):
         return None
     return str(Path(out).resolve().parent)
+
+
+def reads(stream: Stream, passes: int) -> str:
+    """Says how many bytes are read and written, if so many passes change and measure the blocks."""
+    extent, passes = extent_of(stream), passes + AFTERWARDS
+    read, written = (f"{size / 1e6:,.1f} MB" for size in (passes * extent.bytes, extent.bytes + extent.stays))
+    return f"read {extent.blocks} blocks from files in {passes} passes, {read}, and write {written}"

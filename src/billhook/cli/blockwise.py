@@ -1,0 +1,36 @@
+"""Shows a bar over the blocks of a model that is streamed, with the peak of memory so far."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from billhook.bar import Told, bar
+from billhook.running.resident import resident
+from billhook.streaming.stream import stream_of
+
+
+@contextmanager
+def over(model: nn.Module, what: str, of: str) -> Iterator[Told]:
+    """Shows a bar over what a pass over a model tells; of a model that is streamed, over its blocks.
+
+    Args:
+        model: The model.
+        what: What is done, as in "pruning".
+        of: What is counted where the model is in memory, as in "linears".
+
+    Yields:
+        A function to call with how much is done, and of how much.
+    """
+    if (stream := stream_of(model)) is None:
+        with bar(what, of) as told:
+            yield told
+        return
+    with bar(what, "blocks", peak) as told, stream.watched(told):
+        yield lambda done, total: None
+
+
+def peak() -> str:
+    """Says how much memory the process has taken at most; nothing where no system counts it."""
+    most = resident("VmHWM")
+    return "" if most is None else f"peak {most / 2**30:.1f} GiB"

@@ -1,0 +1,76 @@
+"""Bars over the blocks of a streamed model, and what is read and written, said before."""
+
+import io
+import re
+from math import prod
+
+import pytest
+import torch
+
+import billhook as bh
+from billhook.cli.blockwise import over
+from billhook.cli.main import main
+from billhook.streaming import stream as streams
+from kit.cli import option, small_llama
+
+SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Makes stderr a terminal, and returns what is written to it."""
+
+    def made():
+        out = io.StringIO()
+        out.isatty = lambda: True
+        monkeypatch.setattr("sys.stderr", out)
+        for name in ("TERM", "NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+            monkeypatch.delenv(name, raising=False)
+        return out
+
+    return made
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The bytes of each tensor of a block that is read."""
+    found, original = [], streams.load_some
+
+    def counted(model, slices):
+        for key, one in slices.items():
+            if ".layers." in key:
+                found.append(prod(one.get_shape()) * model.dtype.itemsize)
+        original(model, slices)
+
+    monkeypatch.setattr(streams, "load_some", counted)
+    return found
+
+
+def test_a_pass_over_blocks(terminal):
+    model, stderr = bh.stream("tiny"), terminal()
+    with over(model, "reading", "batches") as told, torch.no_grad():
+        model(torch.arange(8)[None])
+        told(5, 7)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stderr.getvalue())
+    assert "3/4 blocks left: " in shown, "the last one is still there"
+    assert re.search(r"peak \d\.\d GiB", shown)
+    assert "batches" not in shown
+
+
+def test_a_model_in_memory_has_the_bar_of_the_work(terminal):
+    model, stderr = bh.load("tiny"), terminal()
+    with over(model, "reading", "batches") as told:
+        told(5, 7)
+    assert "5/7 batches" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stderr.getvalue())
+
+
+@pytest.mark.parametrize(("allocation", "passes"), [([], 6), (["--allocation", "OWL"], 7)], ids=["alike", "OWL"])
+def test_the_plan_says_what_is_read_and_written(files, tmp_path, capsys, read, allocation, passes):
+    dense, out = small_llama(tmp_path / "dense"), tmp_path / "out"
+    main(["prune", str(dense), str(out), *SHORT, *option(files), "--sparsity", "0.5", "--stream", *allocation])
+    said, blocks = capsys.readouterr(), sum(p.nbytes for p in bh.load(dense).model.layers.parameters())
+    written = sum(p.nbytes for p in bh.load(dense).parameters())
+    amounts = f"{passes * blocks / 1e6:,.1f} MB, and write {written / 1e6:,.1f} MB"
+    assert f"read 2 blocks from files in {passes} passes, {amounts}" in said.out
+    assert sum(read) == (1 + passes) * blocks, "once to count zeros, before it is said"
+    assert "peak" not in said.err

@@ -18,6 +18,9 @@ from billhook.arguments import fraction
 CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**24
 """Scores in a block: few enough for a core's cache, and enough to keep an accelerator busy."""
 
+WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers of as many bytes as a number has: times 0 or 1, they leave its bits or none."""
+
 MAX_PAIRED = 8
 """The widest N:M group in which comparing every pair is faster than selection."""
 
@@ -143,7 +146,7 @@ def where_kept(values: Tensor, keep: Tensor) -> Tensor:
     >>> where_kept(torch.tensor([1.0, -2.0, torch.nan]), torch.tensor([True, False, False]))
     tensor([1., 0., 0.])
     """
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    bits = WHOLE[values.element_size()]
     return (values.detach().view(bits) * keep.view(torch.uint8).to(bits)).view(values.dtype)
 
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from billhook.html import html_table
@@ -20,7 +21,8 @@ from billhook.model.plan import Plan, Weights
 from billhook.model.surgery import values_kept
 from billhook.running.shards import local, reshard, sharded_as
 from billhook.sparsity.masks import where_kept
-from billhook.streaming.stream import changing
+from billhook.sparsity.put import Part, put
+from billhook.streaming.stream import changing, stream_of
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
@@ -56,6 +58,13 @@ class Pruned:
         """Unpacks the keep-mask, bool, of the size and on the device of a weight."""
         bits = np.unpackbits(self.bits, count=like.numel()).view(np.bool_)
         return torch.from_numpy(bits).view(like.shape).to(like.device)
+
+    def part(self, old: Tensor) -> Part:
+        """Returns what is put in the place of a weight; of one that is sharded, this rank's part."""
+        if not isinstance(old, DTensor):
+            return old, self.bits, self.values
+        keep = local(sharded_as(self.keep(old), old))
+        return local(old), np.packbits(keep.cpu().numpy()), None if self.values is None else self.weight(old)[keep].cpu()
 
     def weight(self, old: Tensor) -> Tensor:
         """Returns the weight after pruning; of one that is sharded, this rank's part."""
@@ -163,9 +172,10 @@ class WeightPlan(Plan):
 
     @torch.no_grad()
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
-        """Changes the weights, in place; if that fails, nothing has changed. Removed values stay in the CPU's memory until then.
+        """Changes the weights, in place; what is wrong with plan or model is refused before anything changes.
 
-        Of a model that is streamed, blocks are written one by one, and the checkpoint that they are of stays as it is.
+        An interrupt from the keyboard is raised before the first weight has changed, or after the last. Of a model that is
+        streamed, blocks are written one by one, and the checkpoint that they are of stays as it is.
 
         Args:
             model: The model that the plan was made for, or one with the same linears.
@@ -177,21 +187,15 @@ class WeightPlan(Plan):
         """
         linears = self._linears(model)
         given = {model.get_parameter(name): value for name, value in (weights or {}).items()}
-        removed: list[tuple[Tensor, Tensor, Tensor]] = []
         with values_kept(given) if given else nullcontext():
             for parameter, value in given.items():
                 parameter.copy_(value)
-            try:
-                for name, one in self.held().items():
-                    with changing(model, linears[name]) as streamed:
-                        new, weight = one.weight(weight_of(linears[name])), local(weight_of(linears[name]))
-                        changes = (new != weight).cpu()
-                        removed += [] if streamed else [(weight, changes, weight.cpu()[changes])]
-                        weight.copy_(new)
-            except BaseException:
-                for weight, changes, values in removed:
-                    weight.masked_scatter_(changes.to(weight.device), values.to(weight.device))
-                raise
+            if stream_of(model) is None:
+                put([one.part(weight_of(linears[name])) for name, one in self.held().items()])
+                return
+            for name, one in self.held().items():
+                with changing(model, linears[name]):
+                    put([one.part(weight_of(linears[name]))])
 
     def held(self) -> dict[str, Pruned]:
         """Returns the results; refuses a plan that was carried out while it was made."""

@@ -167,12 +167,12 @@ class Walk:
                 self.visitor.complete(here)
                 torch.clear_autocast_cache()
             self.complete.add(here)
-            self._ready = (None, {})
             if last := len(self.complete) == len(self.sites):
                 arrived = arrived[: self.ends]
             with self.around(here.module):
                 for number in arrived:
                     at[runs[number]] = self._resume(number, runs[number])
+            self._ready = (None, {})
             if self.leave is not None:
                 self.leave(here)
             if last:

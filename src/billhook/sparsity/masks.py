@@ -1,8 +1,8 @@
 """Keep-masks from scores: bool, True = kept; the lowest scores are removed, by exact count.
 
 The mask is that of a full stable ascending sort: of equal scores the lower column is removed first. Nothing is sorted, though:
-only the lowest score that is kept is searched, in blocks of rows, so memory is that of the mask and of a few blocks. Scores of
-any floating dtype are compared as float32.
+only the lowest score that is kept is searched, in blocks of rows or in one copy of a matrix. Scores of any floating dtype are
+compared as float32.
 """
 
 import math
@@ -115,9 +115,9 @@ def keep_global(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
         for rows, block in _blocks(one):
             keep = torch.ge(block, lowest_kept, out=keeps[-1][rows])
             if tied:
-                ties = block == lowest_kept
-                keep &= ~(ties & (ties.flatten().cumsum(0).view_as(ties) <= tied))
-                tied -= min(tied, int(ties.sum()))
+                ties = (block == lowest_kept).flatten().nonzero()[:tied, 0]
+                keep.view(-1)[ties] = False
+                tied -= len(ties)
     return keeps
 
 
@@ -192,9 +192,15 @@ def _drop_lowest(block: Tensor, count: int, keep: Tensor) -> None:
 
 
 def _find(scores: Sequence[Tensor], position: int) -> tuple[float, int]:
-    """Finds the score at a position in ascending order, and how many are lower: a radix selection, 16 bits at a time."""
+    """Finds the score at a position in ascending order, and how many are lower.
+
+    Of one matrix by numpy's selection, of several by a radix selection, 16 bits at a time: they are not held together.
+    """
     if not any(one.numel() for one in scores):
         return 0.0, 0
+    if len(scores) == 1 and scores[0].device.type == "cpu":
+        found = np.partition(scores[0].detach().float().numpy(), position, axis=None)
+        return float(found[position]), int(np.count_nonzero(found[:position] < found[position]))
     high, lower = _digit_at(((keys >> 16) + 2**15 for keys in _keys(scores)), position)
     within = (keys[keys >> 16 == high - 2**15] & 0xFFFF for keys in _keys(scores))
     low, lower_within = _digit_at(within, position - lower)

@@ -1,0 +1,61 @@
+"""Masks and new values are put in the place of weights: bit for bit, all of them, and with little beside the model."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import billhook as bh
+from billhook.sparsity import put as putting
+from billhook.sparsity.plan import Pruned
+from billhook.sparsity.put import put
+from kit.alive import Alive
+
+
+def pruned(weight, values):
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.4
+    return Pruned.of(weight, torch.where(keep, weight * 2 if values else weight, 0), keep)
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (64, 13), (33, 40), (0, 4)])
+def test_some_rows_at_a_time_make_the_same(monkeypatch, shape, dtype, values):
+    monkeypatch.setattr(putting, "CPU_BLOCK", 100)
+    straight, across = torch.randn(shape).to(dtype), torch.randn(shape[::-1]).to(dtype).t()
+    before = [(weight, pruned(weight, values)) for weight in (straight, across)]
+    expected = [one.weight(weight) for weight, one in before]
+    put([one.part(weight) for weight, one in before])
+    assert all(torch.equal(weight, new) for (weight, _), new in zip(before, expected, strict=True))
+    assert not (straight == 0).logical_and(straight.signbit()).any()
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 6])
+def test_an_interrupt_is_raised_when_all_rows_are_there(monkeypatch, at, values):
+    weight, calls = torch.randn(50, 16), []
+    one = pruned(weight, values)
+    expected, unpack = one.weight(weight), np.unpackbits
+
+    def interrupted(*given, **named):
+        calls.append(given)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        return unpack(*given, **named)
+
+    monkeypatch.setattr(putting, "CPU_BLOCK", 128)
+    monkeypatch.setattr(np, "unpackbits", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        put([one.part(weight)])
+    assert torch.equal(weight, expected)
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.Wanda(), bh.Wanda(compares="layer"), bh.RIA()])
+def test_pruning_takes_no_more_than_a_blocks_work_beside_the_model(criterion):
+    config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4)
+    model = LlamaForCausalLM(config)
+    block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    with Alive() as alive:
+        bh.prune(model, criterion, [{"input_ids": torch.arange(8)[None]}], sparsity=0.5)
+    assert 0 < alive.most < 1.5 * block

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arguments import fraction, one_of, whole
+from billhook.model.shapes.handed import Indices
 from billhook.pruning.amount import RATIOS, Amount, Ranking
 from billhook.pruning.cuts import coupled
 from billhook.pruning.widths.rows import length_of, rounded
@@ -23,12 +24,23 @@ Counts = Mapping[str, Mapping[str, int]]
 
 
 @dataclass(frozen=True)
-class _Step:
-    """Units by place that are removed together: their score, and how many they are."""
+class _Order:
+    """The units of places that lose the same ones, in the order in which they go: some of each place in each step.
 
-    score: float
-    units: dict[str, list[int]]
-    size: int
+    Attributes:
+        places: These places.
+        units: Those that go in each step: int64, `[steps, units]`.
+        scores: The score of each step, float64.
+    """
+
+    places: Sequence[str]
+    units: Indices
+    scores: np.ndarray
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many units go in each step."""
+        return [self.units.shape[1] * len(self.places)] * len(self.units)
 
 
 def check_choice(ratio: float, ranking: str, least: int, per: str, what: str = "units") -> None:
@@ -89,19 +101,17 @@ def choose(
         if scores[place].isnan().any():
             raise ValueError(f"scores: a score of {place} is NaN")
     sets = coupled(units) if remove else [[place] for place in units]
-    steps = [_steps(units, own, scores, per, remove, min_units, ends) for own in sets]
+    orders = [_order(units, own, scores, per, remove, min_units, ends) for own in sets]
     totals = [sum(units[place].count(per) for place in own) for own in sets]
     if ranking == "layer":
-        taken = [_take(one, ratio, total, own[0], what, name) for one, total, own in zip(steps, totals, sets, strict=True)]
-        flat = [step for own in taken for step in own]
+        taken = [_take(one.sizes, ratio, total, one.places[0], what, name) for one, total in zip(orders, totals, strict=True)]
     else:
-        every = sorted((step for own in steps for step in own), key=lambda step: step.score)
-        flat = _take(every, ratio, sum(totals), "all layers", what, name)
+        taken = _take_lowest(orders, ratio, sum(totals), what, name)
     gone: dict[str, list[int]] = {}
-    for step in flat:
-        for place, numbers in step.units.items():
-            gone.setdefault(place, []).extend(numbers)
-    return {place: sorted(gone[place]) for place in units if place in gone}
+    for one, steps in zip(orders, taken, strict=True):
+        if len(steps):
+            gone |= dict.fromkeys(one.places, np.sort(one.units[steps].flatten()).tolist())
+    return {place: list(gone[place]) for place in units if place in gone}
 
 
 def ranked(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> list[int]:
@@ -111,7 +121,7 @@ def ranked(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> list
     return [unit for unit in order.tolist() if ends[0] <= unit < count - ends[1]]
 
 
-def _steps(
+def _order(
     units: Mapping[str, Units],
     own: Sequence[str],
     scores: Mapping[str, Tensor],
@@ -119,37 +129,50 @@ def _steps(
     remove: bool,
     min_units: int,
     ends: tuple[int, int],
-) -> list[_Step]:
+) -> _Order:
     """Returns what may be removed one after the other, the least important first, in places that lose units together."""
     score = torch.stack([scores[place].detach().double().cpu() for place in own]).mean(0)
-    one = units[own[0]]
+    one, values = units[own[0]], score.numpy()
     size = one.count(per)
     if remove and per == "head" and one.count("kv_head") < size:  # the lowest of each KV head, then the next of each
         rows = [np.flatnonzero(one.kv_of == kv) for kv in range(one.count("kv_head"))]
         if len({len(row) for row in rows}) > 1:
             raise ValueError(f"per='head': the KV heads of {own[0]} serve different numbers of query heads; per='kv_head' works")
-        order = [row[np.argsort(score.numpy()[row], kind="stable")] for row in rows]
-        together = [sorted(int(row[j]) for row in order) for j in range(len(order[0]))]
+        order = [row[np.argsort(values[row], kind="stable")] for row in rows]
+        together = np.sort(np.stack(order, axis=1), axis=1)
+        means = np.array([fmean(row) for row in values[together].tolist()])
     else:
-        together = [[unit] for unit in ranked(one, score, ends)]
-    values = score.tolist()
-    steps = [_Step(fmean(values[one] for one in unit), dict.fromkeys(own, unit), len(unit) * len(own)) for unit in together]
-    each = len(together[0]) if together else 1
-    return steps[: max(size // each - -(-min_units // each), 0)]
+        together = np.array(ranked(one, score, ends), dtype=np.int64)[:, None]
+        means = values[together[:, 0]]
+    each = together.shape[1]
+    most = max(size // each - -(-min_units // each), 0)
+    return _Order(own, together[:most], means[:most])
 
 
-def _take(steps: Sequence[_Step], ratio: float, total: int, where: str, what: str, name: str) -> list[_Step]:
-    """Returns the first steps that come to at most this part of the units."""
-    target, taken, size = ratio if type(ratio) is int else int(ratio * total + 1e-9), list[_Step](), 0
-    most = sum(step.size for step in steps)
+def _take(sizes: Sequence[int], ratio: float, total: int, where: str, what: str, name: str) -> list[int]:
+    """Returns the numbers of the first steps, of these sizes, that come to at most this part of the units."""
+    target, taken, size = ratio if type(ratio) is int else int(ratio * total + 1e-9), list[int](), 0
+    most = sum(sizes)
     if target > most:
         raise ValueError(
             f"{name}={ratio}: {target} of {total} {what} of {where} would be removed, and at most {most} may: {most / total:g}"
         )
-    for step in steps:
-        if size + step.size <= target:
-            taken.append(step)
-            size += step.size
+    for number, step in enumerate(sizes):
+        if size + step <= target:
+            taken.append(number)
+            size += step
+    return taken
+
+
+def _take_lowest(orders: Sequence[_Order], ratio: float, total: int, what: str, name: str) -> list[list[int]]:
+    """Returns the numbers of the steps of the lowest scores of all, by where they are of."""
+    places = [(number, step) for number, one in enumerate(orders) for step in range(len(one.units))]
+    rank = np.argsort(np.concatenate([one.scores for one in orders]), kind="stable").tolist()
+    every = [size for one in orders for size in one.sizes]
+    taken: list[list[int]] = [[] for _ in orders]
+    for step in _take([every[step] for step in rank], ratio, total, "all layers", what, name):
+        where, number = places[rank[step]]
+        taken[where].append(number)
     return taken
 
 

@@ -5,7 +5,8 @@ Llama in bfloat16, `1.2B` or `13B`, which is written into WORK shard by shard (a
 time do not depend on them). Text is the embedded one, by the embedded tokenizer, eight examples of 128 tokens, as these machines
 are slow; what blocks hand on grows with the text: 2 x tokens x hidden size x bytes of a number. Peaks are of resident memory; the
 interpreter's own, with billhook imported, is printed first. `--memory` is handed on. An output is removed when it is measured;
-WORK needs as many bytes again as a model has.
+WORK needs as many bytes again as a model has. `--computed 70B` measures nothing: it says what a model of that size would take,
+from its shape, if CPU time grew with the parameters in blocks, as `--seconds` of a model of 1.2 billion say.
 """
 
 import argparse
@@ -28,6 +29,13 @@ SIZES = {
     "1.2B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 16},
     "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
+COMPUTED = {  # name: hidden size, width of the feed-forward, blocks, heads, KV heads, vocabulary
+    "1.2B": (2048, 5632, 22, 16, 16, 32_000),
+    "13B": (5120, 13824, 40, 40, 40, 32_000),
+    "70B": (8192, 28672, 80, 64, 8, 128_256),
+}
+PASSES = 7
+"""Passes of `prune` over the blocks: the one in which zeros are counted first, and those that its plan names."""
 COMMANDS = {
     "Wanda, 50 %": ["prune", "--sparsity", "0.5"],
     "SparseGPT, 50 %": ["prune", "--criterion", "billhook.SparseGPT", "--sparsity", "0.5"],
@@ -66,6 +74,25 @@ def write(folder, size):
     AutoTokenizer.from_pretrained(model_path("tiny")).save_pretrained(folder)
 
 
+def computed(size, seconds):
+    """Says what Wanda would take in bfloat16: bytes, and at most so much memory above the interpreter's.
+
+    That is what stays, twice while the saved model is compared, a block three times over, and 1 GiB.
+    """
+
+    def parameters(name):
+        hidden, wide, count, heads, kv, vocabulary = COMPUTED[name]
+        block = 2 * hidden**2 + 2 * hidden * (hidden // heads * kv) + 3 * hidden * wide + 2 * hidden
+        return block, count, 2 * vocabulary * hidden + hidden
+
+    block, count, rest = parameters(size)
+    peak = (2 * rest + 3 * block) * 2 / 2**30 + 1
+    small, times, _ = parameters("1.2B")
+    hours = seconds * block * count / (small * times) / 3600
+    read, written = 2e-9 * block * count * PASSES, 2e-9 * (block * count + rest)
+    return f"{size}, computed: peak at most {peak:.1f} GiB, {read:,.0f} GB read, {written:,.0f} GB written, {hours:.1f} CPU hours"
+
+
 def heads(model):
     """A fifth of the KV heads, or a quarter, or one."""
     config = json.loads((model / "config.json").read_text())
@@ -92,8 +119,13 @@ def main():
     parser.add_argument("--only", nargs="*", default=list(COMMANDS), choices=list(COMMANDS))
     parser.add_argument("--memory", help="as of the commands")
     parser.add_argument("--in_memory", action="store_true", help="measure the same commands without --stream beside them")
+    parser.add_argument("--computed", choices=list(COMPUTED), help="say what a model would take, and measure nothing")
+    parser.add_argument("--seconds", type=float, default=95, help="CPU seconds that Wanda took on 1.2B")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.computed:
+        print(computed(options.computed, options.seconds))
+        return
     torch.manual_seed(0)
     own, *_ = peak([sys.executable, "-c", "import billhook.cli.main, billhook"])
     print(f"the interpreter's own: {own / 2**30:.2f} GiB", flush=True)

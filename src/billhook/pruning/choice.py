@@ -108,9 +108,9 @@ def choose(
     else:
         taken = _take_lowest(orders, ratio, sum(totals), what, name)
     gone: dict[str, list[int]] = {}
-    for one, steps in zip(orders, taken, strict=True):
+    for order, steps in zip(orders, taken, strict=True):
         if len(steps):
-            gone |= dict.fromkeys(one.places, np.sort(one.units[steps].flatten()).tolist())
+            gone |= dict.fromkeys(order.places, np.sort(order.units[steps].flatten()).tolist())
     return {place: list(gone[place]) for place in units if place in gone}
 
 

@@ -1,7 +1,8 @@
 """Text that the model writes itself, to calibrate on: it covers what the model is for, and nobody has to give any.
 
 "Reasoning Models Can be Accurately Pruned Via Chain-of-Thought Reconstruction" (Lucas, Behdin, Wang, Song, Tang & Mazumder,
-2025, https://arxiv.org/abs/2509.12464) calibrates on prompts and the model's own answers.
+2025, https://arxiv.org/abs/2509.12464) calibrates on prompts and the model's own answers; "Self-calibration for Language Model
+Quantization and Pruning" (Williams, Chrysostomou & Aletras, 2024, https://arxiv.org/abs/2410.17170) on what it writes by itself.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

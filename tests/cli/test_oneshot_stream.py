@@ -24,7 +24,13 @@ def ran(command, model, out, *arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["prune", "--sparsity", "0.5"], ["convert", "--num_key_value_heads", "1", "--method", "svd"]],
+    [
+        ["prune", "--sparsity", "0.5"],
+        ["convert", "--num_key_value_heads", "1", "--method", "svd"],
+        ["prune-blocks", "--blocks", "1"],
+        ["prune-heads", "--ratio", "0.5", "--importance", "OutputNorm"],
+        ["prune-structure", "--channels", "0.25", "--blocks", "1", "--importance", "OBS", "--generated", "0"],
+    ],
     ids=lambda a: a[0],
 )
 def test_the_same_as_in_memory(small, files, tmp_path, capsys, arguments):
@@ -68,7 +74,12 @@ def test_memory_that_is_too_little(small, files, tmp_path):
             ["prune", "--sparsity", "0.5", "--data", "tiny", "--device", "cuda"],
             "device='cuda': a streamed model computes",
         ),
-        (["prune-structure", "--params", "0.8", "--data", "tiny"], "stream=True: this command needs gradients, or all weights"),
+        (["shrink", "--params", "0.8", "--data", "tiny"], "stream=True: this command needs gradients, or all weights"),
+        (
+            ["prune-structure", "--params", "0.8", "--data", "tiny", "--importance", "Taylor"],
+            "it needs gradients, and the model is",
+        ),
+        (["prune-heads", "--ratio", "0.5", "--data", "tiny"], "importance=GateGradient(each='token'): it needs gradients"),
         (["convert", "--num_key_value_heads", "1", "--method", "auto", "--data", "tiny"], "method='auto' compares whole models"),
     ],
 )

@@ -31,6 +31,7 @@ from billhook.model.shapes.shape import KEY, to_entry, unbuilt_shape
 from billhook.model.shapes.shaped import load_as, readable
 from billhook.model.transformers_internals import everything_saved, is_joined_unevenly
 from billhook.page import Shown
+from billhook.streaming.checkpoint import write_checkpoint
 from billhook.streaming.stream import stream_of
 
 Way = Literal["plain", "equivalent", "shaped"]
@@ -192,7 +193,7 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
 def _write_weights(model: PreTrainedModel, draft: Path) -> None:
     """Writes config and weights, also those that the class leaves out because it makes them: they may be others, or smaller."""
     if (stream := stream_of(model)) is not None:
-        stream.write(draft)
+        write_checkpoint(stream, draft)
         return
     with everything_saved(model):
         model.save_pretrained(draft, save_original_format=not is_joined_unevenly(model))

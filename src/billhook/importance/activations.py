@@ -15,6 +15,8 @@ from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import by_unit, check_read, counted, counting, reading
 from billhook.model.linears import read_dim
 from billhook.running.batches import Run
+from billhook.streaming.either import bring
+from billhook.streaming.together import Together
 from billhook.units.units import Per, Units
 
 
@@ -42,8 +44,7 @@ class ActivationNorm(Importance):
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
         sums = Sums.zero(units, per)
-        for run in runs:
-            watch(model, units, run, partial(self._note, sums, units, per, {}))
+        watch(model, units, runs, partial(self._note, sums, units, per, {}))
         return sums
 
     @staticmethod
@@ -51,14 +52,15 @@ class ActivationNorm(Importance):
         sums: Sums,
         units: Mapping[str, Units],
         per: Per,
-        last: dict[str, ReferenceType[Tensor]],
+        last: dict[tuple[int, str], ReferenceType[Tensor]],
+        run: int,
         name: str,
         _: str,
         inputs: Tensor,
         tokens: Tensor | None,
     ) -> None:
-        if name not in last or last[name]() is not inputs:
-            last[name] = ref(inputs)
+        if (run, name) not in last or last[run, name]() is not inputs:
+            last[run, name] = ref(inputs)
             norms = counting(by_unit(inputs.float().square(), units[name], per).sqrt(), tokens)
             sums.add(name, norms.flatten(0, -2).sum(0), counted(norms, tokens))
 
@@ -93,9 +95,9 @@ class OutputNorm(Importance):
         for name, one in units.items():
             tables[name], there = table_of(one, per)
             for reader, module in reading(model, one).items():
+                bring(model, module)
                 grams[name, reader] = gram_of(module, tables[name], there, len(one.index))
-        for run in runs:
-            watch(model, units, run, partial(self._note, sums, tables, grams))
+        watch(model, units, runs, partial(self._note, sums, tables, grams))
         return sums
 
     @staticmethod
@@ -103,6 +105,7 @@ class OutputNorm(Importance):
         sums: Sums,
         tables: Mapping[str, Tensor],
         grams: Mapping[tuple[str, str], Tensor],
+        _: int,
         name: str,
         reader: str,
         inputs: Tensor,
@@ -122,18 +125,28 @@ class OutputNorm(Importance):
         return mean.clamp(min=0).sqrt()
 
 
-def watch(model: nn.Module, units: Mapping[str, Units], run: Run, note: Callable[..., None]) -> None:
-    """Runs a batch, and calls `note` with place, reader, its input and which tokens count, whenever a reader runs."""
+def watch(
+    model: nn.Module,
+    units: Mapping[str, Units],
+    runs: Sequence[Run],
+    note: Callable[..., None],
+    leave: Callable[[nn.Module], None] | None = None,
+) -> None:
+    """Runs batches, and calls `note` with each call of a reader: its run, place, reader, input and which tokens count.
+
+    Of a model that is streamed, `leave` is called with each block when all runs have passed it.
+    """
+    turns = Together(model, leave)
 
     def see(name: str, reader: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        dim = read_dim(module)
-        note(name, reader, args[0] if dim == -1 else args[0].movedim(dim, -1), run.tokens.get(reader))
+        dim, tokens = read_dim(module), runs[turns.now].tokens.get(reader)
+        note(turns.now, name, reader, args[0] if dim == -1 else args[0].movedim(dim, -1), tokens)
 
     with ExitStack() as hooks, torch.no_grad():
         for name, one in units.items():
             for reader, module in reading(model, one).items():
                 hooks.callback(module.register_forward_pre_hook(partial(see, name, reader)).remove)
-        run.visit()
+        turns([run.visit for run in runs])
 
 
 def table_of(units: Units, per: Per) -> tuple[Tensor, Tensor]:

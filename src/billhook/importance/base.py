@@ -47,9 +47,11 @@ class Importance(ABC):
 
     Attributes:
         needs_data: Whether it needs batches.
+        needs_gradients: Whether it needs gradients, which a model has that is in memory as a whole.
     """
 
     needs_data: ClassVar[bool] = True
+    needs_gradients: ClassVar[bool] = False
 
     @property
     def adds_up(self) -> bool:
@@ -64,7 +66,7 @@ class Importance(ABC):
             model: The model, in eval mode.
             units: Its units, by place.
             per: For heads, whether there is a score for each query head or each KV head.
-            runs: The batches.
+            runs: The batches; of a model that is streamed, `Together` runs them side by side.
 
         Raises:
             ValueError: If it cannot score such units, a batch gives no score, or the loss does not depend on a place.

@@ -4,7 +4,7 @@
 https://arxiv.org/abs/2403.03853), equation 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from billhook.importance.base import Importance, Sums
 from billhook.running.batches import Run
+from billhook.streaming.together import Together
 from billhook.units.blocks import hidden_states, returned_states
 from billhook.units.units import PLURAL, Per, Units
 
@@ -44,15 +45,18 @@ class BlockInfluence(Importance):
         for name, one in units.items():
             if one.kind != "block":
                 raise ValueError(f"importance: BlockInfluence scores blocks, and the units of {name} are {PLURAL[one.kind]}")
-        for run in runs:
-            with ExitStack() as hooks, torch.no_grad():
-                for name, one in units.items():
-                    note = partial(self._note, sums, name, run.tokens.get(one.name))
-                    for number in range(one.count()):
-                        block = model.get_submodule(f"{one.name}.{number}")
-                        handle = block.register_forward_hook(partial(note, number), with_kwargs=True)
-                        hooks.callback(handle.remove)
-                run.visit()
+        turns = Together(model)
+
+        def counting(name: str) -> Tensor | None:
+            return runs[turns.now].tokens.get(name)
+
+        with ExitStack() as hooks, torch.no_grad():
+            for name, one in units.items():
+                for number in range(one.count()):
+                    block = model.get_submodule(f"{one.name}.{number}")
+                    note = partial(self._note, sums, name, number, partial(counting, one.name))
+                    hooks.callback(block.register_forward_hook(note, with_kwargs=True).remove)
+            turns([run.visit for run in runs])
         return sums
 
     def of_mean(self, mean: Tensor) -> Tensor:
@@ -63,8 +67,8 @@ class BlockInfluence(Importance):
     def _note(
         sums: Sums,
         name: str,
-        tokens: Tensor | None,
         number: int,
+        counting: Callable[[], Tensor | None],
         _: nn.Module,
         args: Any,  # noqa: ANN401
         kwargs: Any,  # noqa: ANN401
@@ -73,7 +77,7 @@ class BlockInfluence(Importance):
         given = hidden_states([*args, *kwargs.values()])
         returned = None if given is None else returned_states(given, output)
         if given is not None and returned is not None:
-            cosines = cosine_similarity(given.detach().float(), returned.detach().float(), dim=-1).double()
+            cosines, tokens = cosine_similarity(given.detach().float(), returned.detach().float(), dim=-1).double(), counting()
             if tokens is not None and tokens.shape == cosines.shape:
                 cosines = cosines[tokens.to(cosines.device)]
             sums.totals[name][number] += float(cosines.sum())

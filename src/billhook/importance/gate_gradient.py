@@ -6,7 +6,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -42,6 +42,7 @@ class GateGradient(Importance):
         [8, 8, 8, 8]
     """
 
+    needs_gradients: ClassVar[bool] = True
     each: Each = "token"
 
     def __post_init__(self) -> None:

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arguments import annotated, number, whole
-from billhook.importance.activations import gram_of, table_of, watch
+from billhook.importance.activations import gram_of, table_of
 from billhook.importance.base import Importance, Sums
+from billhook.importance.moments import Again, Moments, moments_in_turn, moments_of
 from billhook.importance.probes import check_read
 from billhook.running.batches import Run
-from billhook.running.statistics import InputMoments
+from billhook.streaming.either import bring
+from billhook.streaming.stream import stream_of
 from billhook.units.units import Per, Units
-
-Moments = dict[tuple[str, str], InputMoments]
-"""(place, reader) -> the moments of what it reads."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,7 @@ class OBS(Importance):
     Costs: a forward for each batch and pass; memory for a float32 matrix `[in_features, in_features]` of each reader of a pass,
     and five in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds. Where more and more
     batches are taken (`Calibration(enough=...)`), there are twice as many matrices; with several passes each step begins again.
+    Of a model that is streamed there are matrices of one block at a time, in one pass, and each step begins again.
 
     Args:
         damping: Share of the mean of H's diagonal that is added to it.
@@ -68,23 +68,37 @@ class OBS(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
-        find = partial(self._found, model, units, per)
+        if stream_of(model) is not None:
+            find = partial(self._in_turn, model, units, per)
+            return Again(**vars(find([runs])), groups=[runs], find=find)
+        found = partial(self._found, model, units, per)
         if self.adds_up:
-            moments = _seen(model, units, runs)
-            return _Errors(**vars(find(moments)), moments=moments, find=find)
+            moments = moments_of(model, units, runs)
+            return _Errors(**vars(found(moments)), moments=moments, find=found)
         sums, names = Sums.zero(units, per), list(units)
         for first in range(min(self.passes, len(names))):
-            sums.merge(find(_seen(model, {name: units[name] for name in names[first :: self.passes]}, runs)))
+            sums.merge(found(moments_of(model, {name: units[name] for name in names[first :: self.passes]}, runs)))
         return sums
 
     def _found(self, model: nn.Module, units: Mapping[str, Units], per: Per, moments: Moments) -> Sums:
         """Finds the errors that follow from moments."""
         sums = Sums.zero(units, per)
+        self._add(sums, model, units, per, moments)
+        return sums
+
+    def _in_turn(self, model: nn.Module, units: Mapping[str, Units], per: Per, groups: Sequence[Sequence[Run]]) -> Sums:
+        """Finds the errors of a model that is streamed, block by block."""
+        sums = Sums.zero(units, per)
+        moments_in_turn(model, units, groups, partial(self._add, sums, model, units, per))
+        return sums
+
+    def _add(self, sums: Sums, model: nn.Module, units: Mapping[str, Units], per: Per, moments: Moments) -> None:
+        """Adds the errors that follow from moments."""
         for (name, reader), seen in moments.items():
             table, there = table_of(units[name], per)
+            bring(model, model.get_submodule(reader))
             gram = gram_of(model.get_submodule(reader), table, there, seen.in_features)
             sums.add(name, errors_without(seen.products, gram, table, there, self.damping), int(seen.tokens))
-        return sums
 
     def of_mean(self, mean: Tensor) -> Tensor:
         """Returns the scores of a place; see `Importance.of_mean`."""
@@ -131,18 +145,3 @@ class _Errors(Sums):
                 self.moments[key] = seen
         found = self.find(self.moments)
         self.totals, self.counts = found.totals, found.counts
-
-
-def _seen(model: nn.Module, units: Mapping[str, Units], runs: Sequence[Run]) -> Moments:
-    """Gathers the moments of what the readers of units read."""
-    moments = Moments()
-    for run in runs:
-        watch(model, units, run, partial(_note, moments))
-    return moments
-
-
-def _note(moments: Moments, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
-    if (name, reader) not in moments:
-        moments[name, reader] = InputMoments(inputs.shape[-1], inputs.device)
-    fits = tokens is not None and tokens.shape == inputs.shape[:-1]
-    moments[name, reader].add(inputs, tokens.to(inputs.device) if tokens is not None and fits else None)

@@ -15,6 +15,7 @@ from billhook.model.values import check_values
 from billhook.running.batches import Loss, Run, run_with_loss
 from billhook.running.undisturbed import resting
 from billhook.running.walk import Reduce
+from billhook.streaming.stream import stream_of
 from billhook.units.find import check_held, numbered
 from billhook.units.units import Per, Units
 
@@ -33,7 +34,10 @@ class Scoring:
 
     def __post_init__(self) -> None:
         numbered(self.units, {}, self.per)
-        check_values(self.model)
+        if stream_of(self.model) is None:
+            check_values(self.model)
+        else:
+            check_streams(self.importance)
         check_held(self.model, self.units)
 
     def sums(self, batches: Iterable[Any]) -> Sums:
@@ -59,6 +63,15 @@ class Scoring:
                 f"importance: a score of {place} is NaN or infinite: the loss, or the model, is not finite on a batch"
             )
         return (scores / (scores.norm() + 1e-20) if self.normalize else scores).float()
+
+
+def check_streams(importance: Importance) -> None:
+    """Refuses an importance that needs gradients, of a model that is streamed."""
+    if importance.needs_gradients:
+        raise ValueError(
+            f"importance={importance}: it needs gradients, and the model is streamed, one block at a time: take OutputNorm, OBS, "
+            "ActivationNorm, WeightNorm or RandomUnits, of blocks BlockInfluence or Ablation, or score it in memory"
+        )
 
 
 def score(

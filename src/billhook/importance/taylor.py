@@ -7,7 +7,7 @@ section 3.2.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class Taylor(Importance):
         [8, 8, 8, 8]
     """
 
+    needs_gradients: ClassVar[bool] = True
     order: Order = "first"
     reduce: Reduction = "sum"
     passes: int = 4

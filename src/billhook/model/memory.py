@@ -100,7 +100,8 @@ def sight(model: nn.Module) -> Hashable | None:
     of blocks that were removed), or an attribute that is not pickled.
     """
     for module in model.modules():
-        if "forward" in vars(module) or not all(map(is_part, _counting_hooks(module))):
+        own = vars(module).get("forward")
+        if not (own is None or _keeps_shapes(own)) or not all(map(is_part, _counting_hooks(module))):
             return None
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
@@ -147,7 +148,7 @@ class _Writer(pickle.Pickler):
             if hasattr(one, "__deepcopy__"):
                 raise TypeError("a copy of this module may have other attributes")
             state: dict[str, Any] = one.__getstate__()  # type: ignore[no-untyped-call]
-            seen = {name: value for name, value in state.items() if name not in self.UNSEEN}
+            seen = {name: value for name, value in state.items() if name not in self.UNSEEN and not _keeps_shapes(value)}
             return object.__new__, (type(one),), seen | {"hooks": _counting_hooks(one)}
         if isinstance(one, MethodType):
             return MethodType, (one.__func__, one.__self__)
@@ -160,7 +161,12 @@ class _Writer(pickle.Pickler):
 
 def _counting_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return [hook for hook in hooks if not getattr(hook, "keeps_shapes", False)]
+    return [hook for hook in hooks if not _keeps_shapes(hook)]
+
+
+def _keeps_shapes(one: object) -> bool:
+    """Finds whether an attribute says that it decides nothing of how a model runs on meta tensors."""
+    return getattr(type(one), "keeps_shapes", False) is True
 
 
 def _is_plain(function: FunctionType) -> bool:

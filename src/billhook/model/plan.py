@@ -135,4 +135,6 @@ def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimiz
 
 
 def _usable(weights: Weights | None) -> Weights | None:
-    return weights and {name: one.clone() if one.is_inference() else one for name, one in weights.items()}
+    if not isinstance(weights, dict):  # which may come from files, one at a time
+        return weights
+    return {name: one.clone() if one.is_inference() else one for name, one in weights.items()}

@@ -23,6 +23,8 @@ from billhook.model.shapes.shape import note_shape, shape_of
 from billhook.model.shapes.stacks import keep, numbers_of
 from billhook.model.surgery import undone_by_errors
 from billhook.pruning.block_fields import Numbers, find_then
+from billhook.streaming.either import following
+from billhook.streaming.stream import stream_of
 from billhook.units.blocks import block_of, find_blocks, skipping
 from billhook.units.units import UnitKind
 
@@ -245,7 +247,7 @@ def _remove(
         raise ValueError(f"blocks: block {often[1]} of {often[0]} runs {runs[often]} times in a forward: its weights are shared")
     with skipping(model, blocks):
         cached, _ = cached_answer(model)
-    with undone_by_errors(model, optimizers):
+    with following(model), undone_by_errors(model, optimizers):
         trained = set(model.parameters())
         _take_out(model, blocks, fields, attributes)
         _forget(optimizers, trained - set(model.parameters()))
@@ -263,6 +265,8 @@ def _take_out(model: PreTrainedModel, blocks: Mapping[str, list[int]], fields: F
         owner, _, attr = name.rpartition(".")
         if getattr(model.get_submodule(owner), attr, None) == before:
             setattr(model.get_submodule(owner), attr, after)
+    if (stream := stream_of(model)) is not None:
+        stream.follow()
     set_fields(model.config, fields)
     note_shape(model)
 

@@ -13,11 +13,13 @@ from billhook.calibration.enough import Settled
 from billhook.html import html_table
 from billhook.model.figures import Figures
 from billhook.model.find import find_transformer
-from billhook.model.plan import Plan, Weights, starting_from
+from billhook.model.plan import Plan, Weights
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove
+from billhook.pruning.streamed import check_kinds, taking, tell_weights
 from billhook.pruning.widths.kv_heads import suits, told
 from billhook.pruning.widths.told import RowLength, rows_from
+from billhook.streaming.stream import stream_of
 from billhook.tracing.show import pattern
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -90,8 +92,9 @@ class UnitPlan(Cut, Plan):
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
         """Removes the units; see `Plan.apply`."""
         subject = find_transformer(model)
-        with starting_from(subject, weights):
-            remove(subject, self, list(optimizers))
+        check_kinds(subject, self.kinds.values())
+        with taking(subject, weights):
+            remove(subject, self, list(optimizers), tell_weights(weights) if stream_of(subject) is not None else "")
 
     def text(self) -> str:
         """Returns all lines of what `print` shows."""

@@ -26,6 +26,7 @@ from billhook.pruning.choice import Counts, choose_units, ranked
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import tried
+from billhook.pruning.streamed import check_kinds
 from billhook.pruning.target import Search
 from billhook.running.batches import Loss
 from billhook.running.walk import Reduce
@@ -129,6 +130,7 @@ def plan_amount(
         return _plan_blocks(subject, amount, importance, batches, enough, scores, greedy, loss, reduce, progress)
     if greedy:
         raise ValueError("greedy=True: only blocks are removed one at a time")
+    check_kinds(subject, amount.kinds)
     search = Search(subject, amount, first)
     search.check()
     settled = None
@@ -173,6 +175,7 @@ def plan_units(
         return tried_blocks(subject, find_block_plan(subject, numbered(find_units(subject, kinds), units)))
     if "block" in kinds:
         raise ValueError(f"kind={kind!r}: blocks are planned alone")
+    check_kinds(subject, kinds)
     structure = trace(subject)
     found = units_of(subject, structure, kinds)
     check_any(subject, structure, found, kinds)

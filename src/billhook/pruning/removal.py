@@ -21,8 +21,11 @@ from billhook.model.surgery import Change, replace_parameters, undone_by_errors,
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.fold import fold
 from billhook.pruning.shape_then import shapes_then
+from billhook.pruning.streamed import cut_blocks, outside, zeros_in_blocks
 from billhook.running.trees import tree_leaves
 from billhook.running.undisturbed import precisely, resting
+from billhook.streaming.either import following
+from billhook.streaming.stream import stream_of
 from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -31,12 +34,13 @@ from billhook.units.units import PLURAL, Units
 from billhook.units.zero import reading, zero_found
 
 
-def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer]) -> None:
+def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer], key: str = "") -> None:
     """Removes units from a model, in place; the model and the optimizers are as before if that fails.
 
     Where heads and feed-forward channels are removed, the outcome is compared with the model in which they are masked, without
     the residual channels that go with them. Where these or experts alone are removed, it must run, have the planned units, and
-    compute the same whether the config says so or not. A mask before the units is refused.
+    compute the same whether the config says so or not. A mask before the units is refused. The blocks of a model that is
+    streamed are written as they change; `key` tells the values that they start from.
     """
     if not cut.units:
         return
@@ -50,8 +54,8 @@ def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer]) -> Non
     why = ""
     for shape, fields in shapes_then(model, cut):
         try:
-            with undone_by_errors(model, optimizers):
-                _carry_out(model, cut, shape, optimizers)
+            with following(model), undone_by_errors(model, optimizers):
+                _carry_out(model, cut, shape, optimizers, key)
                 kept = _answer_if_any(model, readers) if expected is None and real and fields else expected
                 _say(model, fields, optimizers)
                 note_shape(model)
@@ -129,13 +133,15 @@ def _say(model: PreTrainedModel, fields: Fields, optimizers: list[Optimizer]) ->
         raise _Different(why)
 
 
-def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, optimizers: list[Optimizer]) -> None:
+def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, optimizers: list[Optimizer], key: str) -> None:
     parameters = dict(model.named_parameters())
     smaller = {name: partial(_smaller, {d: s for (own, d), s in cut.cuts.items() if own == name}) for name, _ in cut.cuts}
     buffers = {name: take(model.get_buffer(name)) for name, take in smaller.items() if name not in parameters}
     changes = {n: Change(take, partial(_smaller_state, take), take) for n, take in smaller.items() if n in parameters}
     sizes = list(_whole_sizes(model))
-    replace_parameters(model, changes, optimizers)
+    if (stream := stream_of(model)) is not None:
+        cut_blocks(stream, changes, shape.tensors, f"units {cut.units} {key}")
+    replace_parameters(model, outside(model, changes), optimizers)
     for module, attr in sizes:
         setattr(module, attr, type(getattr(module, attr))(module.get_parameter("weight").shape))
     for name, buffer in buffers.items():
@@ -193,10 +199,12 @@ def _zeroed_answer(
     model: PreTrainedModel, found: Mapping[str, Units], gone: Mapping[str, list[int]], readers: Iterable[str]
 ) -> list[Tensor]:
     """Returns the answer of the model without some units, whose reading weights are zero for that long."""
-    kept = [(weight, dim, at, weight.index_select(dim, at)) for weight, dim, at in reading(model, found, gone)]
+    here = [one for one in reading(model, found, gone) if not one[0].is_meta]
+    kept = [(weight, dim, at, weight.index_select(dim, at)) for weight, dim, at in here]
     try:
-        zero_found(model, found, gone)
-        return _answer(model, readers)
+        with zeros_in_blocks(model, found, gone):
+            zero_found(model, found, gone)
+            return _answer(model, readers)
     finally:
         for weight, dim, at, values in reversed(kept):
             weight.index_copy_(dim, at, values)

@@ -19,9 +19,11 @@ from billhook.model.values import check_values
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.enough import NoRepair
 from billhook.repairs.repair import Repair, repair_linears
+from billhook.repairs.streamed import Refitted
 from billhook.repairs.visitor import Given
 from billhook.running.batches import Run, run_with_loss
 from billhook.running.walk import Reduce
+from billhook.streaming.stream import stream_of
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 
@@ -109,7 +111,8 @@ def repair_with(
         whole: Linears that are refitted also where the plan leaves them all of their inputs.
         progress: Is called with how many linears are refitted.
     """
-    check_values(model)
+    if stream_of(model) is None:
+        check_values(model)
     plan.check_made_for(model)
     subject, given = find_transformer(model), given or {}
     found = units_of(subject, trace(subject), dict.fromkeys(plan.kinds.values()))
@@ -132,6 +135,8 @@ def repair_with(
     runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
     left = {under[reader]: stays for reader, stays in kept.items()}
     refitted = repair_linears(subject, left, runs, how, reduce, given or None, progress)
+    if isinstance(refitted, Refitted):
+        return refitted
     parts = [(f"{name}.{part}", value) for name, own in refitted.items() for part, value in zip(PARTS, own, strict=True)]
     return {name: value for name, value in parts if value is not None}
 

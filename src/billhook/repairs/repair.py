@@ -5,6 +5,7 @@ refitted. Its target is its part of the whole model's stream: where the outputs 
 stream, it also makes up for what those before it still owe (`sums.py`).
 """
 
+import hashlib
 import math
 import warnings
 import zlib
@@ -20,11 +21,13 @@ from billhook.bar import Told
 from billhook.calibration.alone import tell_alone
 from billhook.model.linears import matrix_of
 from billhook.repairs.enough import NoRepair, check_tokens, too_few
+from billhook.repairs.streamed import Refitted, StreamedRepair
 from billhook.repairs.sums import agreed, followed, seen
 from billhook.repairs.visitor import Given, RepairVisitor
-from billhook.running.batches import Run
+from billhook.running.batches import Run, tell_apart
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce, Site, Walk, find_sites, replaced
+from billhook.streaming.stream import stream_of
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,13 @@ def repair_linears(
     reduce: Reduce | None = None,
     given: Given | None = None,
     progress: Told | None = None,
-) -> dict[str, tuple[Tensor, Tensor | None]]:
+) -> dict[str, tuple[Tensor, Tensor | None]] | Refitted:
     """Refits linears that lose some of their inputs, and returns the new weights; the model stays as it is.
 
     In addition to the model, memory holds: the new weights; of every batch, what its run (or two) of the model holds while it
     waits before a linear for the others, and what its streams owe; and, of one linear at a time, some seven float64 matrices of
-    in_features^2. Where one of the linears is called several times in a run, there is no catching up.
+    in_features^2. Where one of the linears is called several times in a run, there is no catching up. The new weights of a model
+    that is streamed are written, block by block, and come from there.
 
     Args:
         model: The model.
@@ -105,7 +109,7 @@ def repair_linears(
 
     Returns:
         By linear, its weight, zero for removed inputs, and its bias, if any: in its own dtype and layout. One with fewer tokens
-        than kept inputs is not refitted, and a warning names it.
+        than kept inputs is not refitted, and a warning names it. Of a model that is streamed, these by the names of parameters.
 
     Raises:
         ValueError: If masks, batches, inputs or given parameters do not fit, or one of these is called more than once in a run.
@@ -113,7 +117,8 @@ def repair_linears(
     repair = repair or Repair()
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     linears = _check(model, kept, every)
-    device, forwards = next(iter(linears.values())).get_parameter("weight").device, [trial.visit for trial in trials]
+    stream, forwards = stream_of(model), [trial.visit for trial in trials]
+    device = next(iter(linears.values())).get_parameter("weight").device if stream is None else torch.device("cpu")
     _check_batches(len(trials), repair, device, reduce)
     sources = [trial.source for trial in trials]
     tell_alone(model, sources)
@@ -126,6 +131,15 @@ def repair_linears(
             _check_given(given, every, shown.calls, often)
             before = dict.fromkeys(linears) | before
         visitor = RepairVisitor(every, kept, before, trials, repair.ridges, parts, held_out, reduce, given, progress)
+        if stream is not None:
+            _check_once(often)
+            linear = {name: every[name] for name in every if name in {*before, *linears}}
+            told = hashlib.sha256(str([(name, own.tolist()) for name, own in kept.items()]).encode()).hexdigest()
+            refits = StreamedRepair(stream, visitor, linear, linears, f"{repair} {sources} {told} {tell_apart(trials)}")
+            whole = range(len(trials), 2 * len(trials)) if before else ()
+            new = refits.go(forwards * (2 if before else 1), whole)
+            _warn_of(visitor.left, kept)
+            return new
         with undisturbed(model):
             check_tokens(linears, {name: int(own.sum()) for name, own in kept.items()}, trials, reduce)
         if often:
@@ -166,6 +180,13 @@ def _check_given(given: Given, every: Mapping[str, nn.Module], calls: Mapping[st
             raise ValueError(f"given[{name!r}] must be {sizes}, got {found}")
     if several := [*often, *(name for name in given if calls[name] > 1)]:
         raise ValueError(f"repair: {several[0]} is called several times in a run, so it cannot be compared with the whole model")
+
+
+def _check_once(often: Collection[str]) -> None:
+    if often:
+        raise ValueError(
+            f"repair: {next(iter(often))} is called several times in a run, and the model is streamed: cut it in memory"
+        )
 
 
 def _same_on_all_ranks(names: Sequence[str], reduce: Reduce | None, device: torch.device) -> bool:

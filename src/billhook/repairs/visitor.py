@@ -1,7 +1,7 @@
 """Repairs linears during a walk over a model: gathers moments of their inputs and debts, and keeps the new weights aside."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from billhook.running.walk import Reduce, Site
 
 Given = Mapping[str, Mapping[str, Tensor]]
 """By linear, its parameters by their name in it, as they lie in memory."""
+Matrix = tuple[Tensor, Tensor | None]
+"""The weight of a linear, `[out_features, in_features]`, and its bias."""
 
 
 class RepairVisitor:
@@ -54,25 +56,44 @@ class RepairVisitor:
         self._linears, self._before, self._runs = linears, before, runs
         self._ridges, self._parts, self._held_out, self._reduce = ridges, parts, held_out, reduce
         self._given = given or {}
-        self._whole = {name: matrix_of(linears[name]) for name in {**kept, **before}}  # others may stand in the linears meanwhile
-        self._old = {name: self._start(name) for name in self._whole}
-        self._kept = {name: keep.to(self._old[name][0].device) for name, keep in kept.items()}
+        self._whole, self._old = dict[str, Matrix](), dict[str, Matrix]()  # others may stand in the linears meanwhile
+        self.take([name for name in {**kept, **before} if not linears[name].get_parameter("weight").is_meta])
+        self._kept = {name: keep.to(self._old[name][0].device) if name in self._old else keep for name, keep in kept.items()}
         self._moments: dict[str, list[OwedMoments]] = {}
         self._inputs: dict[str, dict[int, Tensor]] = {}
         self._short: dict[str, dict[int, Tensor]] = {}  # by linear and run, of the sum that it has added to
         self._after = Counter(before.values())
         self._new: dict[str, dict[str, Tensor]] = {}
+        self._refitted, self._known = set[str](), set[str]()
+
+    def take(self, names: Iterable[str]) -> None:
+        """Takes the weights that linears have now; of a model that is streamed, when they are there."""
+        self._whole |= {name: matrix_of(self._linears[name]) for name in names}
+        self._old |= {name: self._start(name) for name in names}
+
+    def know(self, name: str, new: dict[str, Tensor] | None) -> None:
+        """Takes what an earlier process has made of a linear, instead of a refit; None if it was left without one."""
+        self._known.add(name)
+        if new is not None:
+            self._new[name] = new
+            self._refitted.add(name)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Lets go of linears whose new parameters are kept elsewhere."""
+        for name in names:
+            for own in (self._whole, self._old, self._new):
+                own.pop(name, None)
 
     @property
     def left(self) -> dict[str, bool]:
         """True for each linear that was left without a refit."""
-        return {name: name not in self._new for name in self._kept}
+        return {name: name not in self._refitted for name in self._kept}
 
     def observe(self, name: str, inputs: Tensor, run: int) -> None:
         """Adds the inputs of a linear, or keeps them until they can be compared with the whole model's."""
         if name in self._before:
             self._inputs.setdefault(name, {})[run] = inputs.detach()
-        elif name in self._kept:
+        elif name in self._kept and name not in self._known:
             self._add(name, inputs, None, run, None)
 
     def complete(self, site: Site) -> None:
@@ -80,7 +101,7 @@ class RepairVisitor:
         for name in site.linears:
             inputs = self._inputs.pop(name, {})
             owed = self._owed(name, inputs)
-            if name in self._kept:
+            if name in self._kept and name not in self._known:
                 lost = {run: self._lost(name, inputs[run], due) for run, due in owed.items()}
                 typical = self._typical(name, lost)
                 for run in range(len(self._runs)):
@@ -88,6 +109,7 @@ class RepairVisitor:
                         weights = None if typical is None or run not in lost else 2 * typical / (typical + lost[run])
                         self._add(name, inputs[run], owed.get(run), run, weights)
                 self._refit(name)
+            if name in self._kept:
                 self._done.add(name)
                 if self._progress is not None:
                     self._progress(len(self._done), len(self._kept))
@@ -130,7 +152,7 @@ class RepairVisitor:
         total, count = sums if self._reduce is None else self._reduce(sums)
         return (total / count).exp() if count else None
 
-    def _start(self, name: str) -> tuple[Tensor, Tensor | None]:
+    def _start(self, name: str) -> Matrix:
         """Returns the weight and bias of a linear before it is refitted."""
         given, (weight, bias) = self._given.get(name), self._whole[name]
         if given is None:
@@ -160,6 +182,7 @@ class RepairVisitor:
         if folds and every.tokens >= self._kept[name].sum():
             new = refit_linear(*self._old[name], self._kept[name], folds, every, self._ridges)
             self._new[name] = as_it_lies(self._linears[name], *new)
+            self._refitted.add(name)
 
     def _owed(self, name: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Computes the debt of a linear in each run that can be compared with the whole model's."""

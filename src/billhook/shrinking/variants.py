@@ -7,7 +7,6 @@ together. All come from the second moments of what the linears read in the dense
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -187,15 +186,14 @@ def _moments(model: PreTrainedModel, units: Mapping[str, Units], runs: Sequence[
     """Runs all batches, and adds up the moments of what linears read."""
     moments: Moments = {}
 
-    def note(part: int, _: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
+    def note(run: int, _: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
         if reader not in moments:
             moments[reader] = [OwedMoments(1, inputs.shape[-1], inputs.device) for _ in range(max(parts) + 1)]
         fits = tokens is not None and tokens.shape == inputs.shape[:-1]
-        moments[reader][part].add(inputs, keep=tokens if fits else None)
+        moments[reader][parts[run]].add(inputs, keep=tokens if fits else None)
 
     with undisturbed(model):
-        for run, part in zip(runs, parts, strict=True):
-            watch(model, units, run, partial(note, part))
+        watch(model, units, runs, note)
     return moments
 
 

@@ -22,7 +22,8 @@ from billhook.model.surgery import values_kept
 from billhook.running.shards import local, reshard, sharded_as
 from billhook.sparsity.masks import where_kept
 from billhook.sparsity.put import Part, put
-from billhook.streaming.stream import changing, stream_of
+from billhook.streaming.either import changing
+from billhook.streaming.stream import stream_of
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 

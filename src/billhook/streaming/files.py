@@ -44,6 +44,7 @@ class Files:
     def __init__(self, name: str) -> None:
         self._name, self._source = name, Source(name)
         self._files = _files(self._source)
+        self._names = dict[str, str]()  # the names in the files of those that are called otherwise
         self._paths = dict[str, Path]()
         self._seen = dict[Path, tuple[int, int]]()
 
@@ -65,15 +66,23 @@ class Files:
     def copy(self) -> "Files":
         """Returns where everything is now."""
         other = copy.copy(self)
-        other._files = dict(self._files)
+        other._files, other._names = dict(self._files), dict(self._names)
         return other
 
     def move(self, names: Collection[str], path: Path, new: Collection[str]) -> None:
         """Has tensors stand in another file from now on, under their own or other names."""
         for name in names:
             del self._files[name]
+            self._names.pop(name, None)
         self._files |= dict.fromkeys(new, str(path))
         self._paths[str(path)] = path
+
+    def rename(self, names: Mapping[str, str], gone: Collection[str]) -> None:
+        """Calls tensors otherwise than the files do, and forgets those that are gone."""
+        own = {name: self._names.get(name, name) for name in self._files}
+        then = {name: names.get(name, name) for name in self._files if name not in gone}
+        self._files = {new: self._files[name] for name, new in then.items()}
+        self._names = {new: own[name] for name, new in then.items() if own[name] != new}
 
     def sizes(self) -> dict[str, Tensor]:
         """Returns all tensors on the meta device; only headers are read."""
@@ -84,10 +93,10 @@ class Files:
             if self._here(file) is None:
                 with self._readable():
                     header = self._source.header(file)
-                    found |= {name: self._like(name, *header[name]) for name in names}
+                    found |= {name: self._like(name, *header[self._names.get(name, name)]) for name in names}
             else:
                 with self._open(file) as opened, self._readable():
-                    slices = {name: opened.get_slice(name) for name in names}
+                    slices = {name: opened.get_slice(self._names.get(name, name)) for name in names}
                 found |= {name: self._like(name, one.get_dtype(), one.get_shape()) for name, one in slices.items()}
         return found
 
@@ -99,7 +108,7 @@ class Files:
             for file in dict.fromkeys(self._files[name] for name in names):
                 opened[file] = stack.enter_context(self._open(file))
             with self._readable():
-                found = {name: opened[self._files[name]].get_slice(name) for name in names}
+                found = {name: opened[self._files[name]].get_slice(self._names.get(name, name)) for name in names}
             yield {name: one if all(one.get_shape()) else _empty(one) for name, one in found.items()}
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
@@ -141,6 +150,22 @@ class Files:
             yield
         except UNREADABLE as error:
             raise ValueError(f"'{self._name}': a safetensors file cannot be read: {error}") from error
+
+
+def renumbered(key: str, block: str, then: str) -> str:
+    """Returns the name that a tensor of a block has in files when the block has another number.
+
+    >>> renumbered("h.3.mlp.experts.3.up.weight", "transformer.h.3", "transformer.h.2")
+    'h.2.mlp.experts.3.up.weight'
+    """
+    old, new = ([part for part in name.split(".") if part.isdigit()] for name in (block, then))
+    parts = key.split(".")
+    places = [place for place, part in enumerate(parts) if part.isdigit()][: len(old)]
+    if [parts[place] for place in places] != old:
+        raise ValueError(f"model: its files name a tensor of {block} {key}: remove blocks in memory, not streamed")
+    for place, number in zip(places, new, strict=True):
+        parts[place] = number
+    return ".".join(parts)
 
 
 def write_index(folder: Path) -> None:

@@ -23,31 +23,30 @@ class Parts:
 
     Args:
         folder: Where they are written; it outlives the process.
+
+    Attributes:
+        step: The number of the step that is going on; set to an earlier one, what was written of later ones stays.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._step = folder, 0
+        self._folder, self.step = folder, 0
         self._done = dict[str, Any]()
         self._key = ""
 
     def begin(self, key: str) -> dict[str, Any]:
         """Begins a step, which `key` tells from all others; returns the blocks that are done, with what was noted of each."""
-        self._step, self._key = self._step + 1, key
+        self.step, self._key = self.step + 1, key
         found: Any = None
         with suppress(OSError, ValueError):
             found = json.loads((self._place / RECORD).read_text())
         if not isinstance(found, dict) or found.get("key") != key:
-            step = self._step
+            step = self.step
             while (later := self._folder / str(step)).exists():
                 shutil.rmtree(later)
                 step += 1
             found = {"done": {}}
         self._done = dict(found["done"])
         return dict(self._done)
-
-    def go_back(self) -> None:
-        """Goes back to the step before; what was written of this one stays, for when it begins again."""
-        self._step -= 1
 
     def path(self, name: str) -> Path:
         """Returns the file of a block in this step."""
@@ -78,11 +77,11 @@ class Parts:
     def remove(self) -> None:
         """Removes all that was written."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._step, self._done = 0, {}
+        self.step, self._done = 0, {}
 
     @property
     def _place(self) -> Path:
-        return self._folder / str(self._step)
+        return self._folder / str(self.step)
 
 
 def _put(draft: Path, target: Path) -> None:

@@ -1,31 +1,26 @@
 """A model of which one block at a time is in memory: each comes from files when it computes, and goes when another one does."""
 
-import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from billhook.bar import Told
 from billhook.model.transformers_internals import (
     as_in_files,
-    everything_saved,
     initialize_buffers,
-    is_joined_unevenly,
     load_some,
     named_in,
 )
 from billhook.running.walk import blocks_of
-from billhook.streaming.files import Files, write_index
-from billhook.streaming.parts import Parts, link
+from billhook.streaming.coming import Before, Coming
+from billhook.streaming.files import Files, renumbered
+from billhook.streaming.parts import Parts
 
 STREAM = "_billhook_stream"
 """The attribute of a model that holds its stream."""
@@ -41,16 +36,26 @@ class Stream:
         model: The model, on meta.
         files: The tensors of its checkpoint.
         parts: Where changed blocks are written; None for a model that is only read.
+
+    Attributes:
+        blocks: The blocks that come and go, by name.
+        adopted: The files that hold blocks as they are now, by the name of the block.
+        rests: The folder in which what blocks hand on rests while runs go side by side; None for memory.
     """
+
+    keeps_shapes = True
 
     def __init__(self, model: PreTrainedModel, files: Files, parts: Parts | None) -> None:
         self.model, self.files, self.parts = model, files, parts
         self.here: nn.Module | None = None
+        self.rests: str | None = None
         self._changed = False
         self._note: object = None
-        self._adopted = dict[str, Path]()  # the files that hold blocks as they are now
+        self.adopted = dict[str, Path]()
         self._told: Told | None = None
         self._passed = set[str]()
+        self._alterations = dict[str, list[Callable[[nn.Module], None]]]()  # what is done to blocks whenever they come
+        self._lost = list[dict[str, str]]()  # each time that blocks were removed, the others by their names before and after
         self.names = names = {module: name for name, module in model.named_modules()}
         self.blocks: dict[str, nn.Module] = {names[block]: block for block in blocks_of(model) if self._is_apart(block)}
         self.owner = {part: block for block in self.blocks.values() for part in block.modules()}
@@ -64,9 +69,9 @@ class Stream:
         self._load(self.keys[""])
         for module, block in self.owner.items():
             if module is block:
-                vars(block)["forward"] = partial(self._compute, block, block.forward)
+                vars(block)["forward"] = Coming(self.bring, block, block.forward)
             elif any(own is not None for own in module._parameters.values()):  # some are called, and their block is not
-                module.register_forward_pre_hook(partial(self._before, block))
+                module.register_forward_pre_hook(Before(self.bring, block))
 
     def _keys(self) -> dict[str, list[str]]:
         """Returns the names of tensors in the files, by the block that they are in, or ""."""
@@ -93,13 +98,6 @@ class Stream:
             return False
         return bool(own) and not any(id(one) in own for module in others for one in module._parameters.values())
 
-    def _compute(self, block: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-        self.bring(block)
-        return forward(*args, **kwargs)
-
-    def _before(self, block: nn.Module, *_: object) -> None:
-        self.bring(block)
-
     def bring(self, module: nn.Module) -> nn.Module | None:
         """Has the block of a module in memory, and no other, and returns it; what is outside of blocks is always there."""
         block = self.owner.get(module)
@@ -107,7 +105,22 @@ class Stream:
             self.leave()
             self._load(self.keys[self.names[block]])
             self.here = block
+            for alter in self._alterations.get(self.names[block], ()):
+                alter(block)
         return block
+
+    @contextmanager
+    def altered(self, alter: Callable[[nn.Module], None]) -> Iterator[None]:
+        """Has values of blocks altered in memory whenever they come, within; one that is written and adopted stays as that is."""
+        self.leave()
+        before = self._alterations
+        self._alterations = {name: [*before.get(name, ()), alter] for name in self.blocks}
+        try:
+            yield
+        finally:
+            self._alterations = before
+            self._changed = False
+            self.leave()
 
     def change(self, block: nn.Module, note: object = None) -> None:
         """Has the block that is here, which has changed, written when it goes, with a note in plain data."""
@@ -121,7 +134,7 @@ class Stream:
         block, name = self.here, self.names[self.here]
         if self._changed:
             tensors = {own: parameter.detach() for own, parameter in _named_in(block, name)}
-            self._written.write(name, as_in_files(self.model, tensors), self._note)
+            self.written.write(name, as_in_files(self.model, tensors), self._note)
         gone = dict[int, nn.Parameter]()
         for part in block.modules():
             for key, own in part._parameters.items():
@@ -150,10 +163,8 @@ class Stream:
 
         They are as they were before the step until they are adopted.
         """
-        self.leave()
-        sizes = {name: {own: tuple(one.shape) for own, one in _named_in(block, name)} for name, block in self.blocks.items()}
-        self._earlier = self.files.copy(), dict(self.keys), dict(self._adopted), sizes
-        return self._written.begin(f"{self._origin} {key}")
+        self._back = self.way_back()
+        return self.written.begin(f"{self._origin} {self._lost} {key}")
 
     @contextmanager
     def undone_by_errors(self) -> Iterator[None]:
@@ -161,51 +172,70 @@ class Stream:
         try:
             yield
         except BaseException:
+            self._back()
+            raise
+
+    def way_back(self) -> Callable[[], None]:
+        """Returns what has blocks come, under the names that they have now, from where they come from now."""
+        self.leave()
+        step = 0 if self.parts is None else self.parts.step
+        files, keys, adopted, lost = self.files.copy(), dict(self.keys), dict(self.adopted), list(self._lost)
+        alterations = dict(self._alterations)
+        names, blocks, owner = dict(self.names), dict(self.blocks), dict(self.owner)
+        sizes = {name: {own: tuple(one.shape) for own, one in _named_in(block, name)} for name, block in blocks.items()}
+
+        def back() -> None:
             self._changed = False
             self.leave()
-            self.files, self.keys, self._adopted, sizes = self._earlier
+            self.files, self.keys, self.adopted, self._lost = files, keys, adopted, lost
+            self.names, self.blocks, self.owner, self._alterations = names, blocks, owner, alterations
             for name, own in sizes.items():
                 self.resize(name, own)
-            self._written.go_back()
-            raise
+            if self.parts is not None:
+                self.parts.step = step
+
+        return back
+
+    def follow(self) -> None:
+        """Follows the model, which has lost blocks: the others come under the names that they have now.
+
+        Raises:
+            ValueError: If the names in the files do not number the blocks as the model does.
+        """
+        self.leave()
+        now = {module: name for name, module in self.model.named_modules()}
+        then = {name: now[block] for name, block in self.blocks.items() if block in now}
+        moved = {key: renumbered(key, name, then[name]) for name in then for key in self.keys[name]}
+        self.files.rename(moved, [key for name in self.blocks.keys() - then.keys() for key in self.keys[name]])
+        self.keys = {"": self.keys[""]} | {new: [moved[key] for key in self.keys[name]] for name, new in then.items()}
+        self.adopted = {name: path for name, path in self.adopted.items() if then.get(name) == name}  # others hold old names
+        self.blocks = {new: self.blocks[name] for name, new in then.items()}
+        self.names, self.owner = now, {part: block for block in self.blocks.values() for part in block.modules()}
+        self._lost.append(then)
 
     def adopt(self, name: str) -> None:
         """Has a block come from what was written of it, from now on."""
         if self.blocks[name] is self.here:
             self.leave()
-        path, keys = self._written.path(name), self._written.keys(name)
+        path, keys = self.written.path(name), self.written.keys(name)
         self.files.move(self.keys[name], path, keys)
-        self.keys[name], self._adopted[name] = list(keys), path
+        self.keys[name], self.adopted[name] = list(keys), path
+        self._alterations.pop(name, None)
 
     def resize(self, name: str, sizes: Mapping[str, tuple[int, ...]]) -> None:
         """Gives the parameters of a block that is not there the sizes that they have in its file."""
         for own, parameter in list(_named_in(self.blocks[name], name)):
+            if tuple(parameter.shape) == tuple(sizes[own]):
+                continue
             owner, _, key = own.rpartition(".")
             empty = torch.empty(sizes[own], dtype=parameter.dtype, device="meta")
             self.model.get_submodule(owner)._parameters[key] = nn.Parameter(empty, parameter.requires_grad)
-
-    def write(self, folder: Path) -> None:
-        """Writes the checkpoint: config, a file for what is in no block, a file for each block, and the index."""
-        self.leave()
-        rest = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
-        with everything_saved(self.model):
-            self.model.save_pretrained(
-                folder, state_dict=rest, max_shard_size=sys.maxsize, save_original_format=not is_joined_unevenly(self.model)
-            )
-        (folder / SAFE_WEIGHTS_NAME).rename(folder / _named(0, len(self.blocks)))
-        for number, name in enumerate(self.blocks, 1):
-            file = folder / _named(number, len(self.blocks))
-            if name in self._adopted:
-                link(self._adopted[name], file)
-            else:
-                save_file(self.files.read(self.keys[name]), file, {"format": "pt"})
-        write_index(folder)
 
     def settle(self, folder: Path) -> None:
         """Has blocks come from the checkpoint that was written of the model, and removes what was written on the way."""
         if self.parts is not None:
             self.parts.remove()
-        self.files, self._adopted = Files(str(folder)), {}
+        self.files, self.adopted, self._lost = Files(str(folder)), {}, []
         self.keys, self._origin = self._keys(), self.files.state
 
     def _load(self, keys: list[str]) -> None:
@@ -223,15 +253,11 @@ class Stream:
                 module._parameters[key] = found[0]
 
     @property
-    def _written(self) -> Parts:
+    def written(self) -> Parts:
+        """Where changed blocks are written."""
         if self.parts is None:
             raise ValueError("model: it is streamed to be read only; say where it is written: bh.stream(folder, out)")
         return self.parts
-
-
-def _named(number: int, blocks: int) -> str:
-    """Names a file of the checkpoint as transformers does; the first holds what is in no block."""
-    return f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors" if blocks else SAFE_WEIGHTS_NAME
 
 
 def _named_in(block: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -250,31 +276,3 @@ def stream_of(model: nn.Module) -> Stream | None:
         own = vars(model).get(STREAM)
         return own if isinstance(own, Stream) and own.blocks else None
     return next((found for child in model.children() if (found := stream_of(child)) is not None), None)
-
-
-def bring(model: nn.Module, module: nn.Module) -> None:
-    """Has the block of a module in memory, if the model is streamed."""
-    if (stream := stream_of(model)) is not None:
-        stream.bring(module)
-
-
-@contextmanager
-def changing(model: nn.Module, module: nn.Module) -> Iterator[bool]:
-    """Has the block of a module in memory, which changes; yields whether it was streamed."""
-    stream = stream_of(model)
-    block = None if stream is None else stream.bring(module)
-    yield stream is not None
-    if stream is not None and block is not None:
-        stream.change(block)
-
-
-def each_parameter(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yields the parameters of a model once each; of one that is streamed, block by block."""
-    stream = stream_of(model)
-    blocks = {} if stream is None else stream.blocks
-    inside = {id(parameter) for block in blocks.values() for parameter in block.parameters()}
-    yield from (parameter for parameter in model.parameters() if id(parameter) not in inside)
-    for block in blocks.values():
-        assert stream is not None
-        stream.bring(block)
-        yield from block.parameters()

@@ -33,8 +33,9 @@ from billhook.report.metrics import accuracy
 from billhook.running.batches import Batch
 from billhook.running.offload import offloaded
 from billhook.running.walk import find_sites
+from billhook.streaming.either import each_parameter
 from billhook.streaming.load import stream
-from billhook.streaming.stream import each_parameter, stream_of
+from billhook.streaming.stream import stream_of
 from billhook.training.data import ClassificationDataModule
 from billhook.training.dataset_module import DatasetModule
 
@@ -110,7 +111,7 @@ class OneShot:
             if given.generated:
                 raise ValueError(f"generated={given.generated}: {error}") from error
             return 0.0
-        return given.generated if given.generated is not None else BESIDE if refits and given.alone else 0.0
+        return given.generated if given.generated is not None else BESIDE if refits and given.alone and not given.stream else 0.0
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -140,11 +141,13 @@ class OneShot:
 
     def shelf(self, moments: int) -> str | None:
         """Returns the folder in which what blocks hand on rests, if it does not fit into the memory that is given."""
-        tokens = sum(self.calibration.rows(self.length).values()) * self.length
-        return shelf(self.model, self.given, self.out, tokens, moments)
+        rows = self.given.examples or EXAMPLES
+        if self.metric == "perplexity":
+            rows = sum(self.calibration.rows(self.length).values())
+        return shelf(self.model, self.given, self.out, rows * self.length, moments)
 
-    def tell(self, *steps: str, passes: int = 1) -> None:
-        """Prints what will be done with the model, before it is, if that takes so many passes over one that is streamed."""
+    def tell(self, *steps: str, passes: int | None = 1) -> None:
+        """Prints what will be done with the model, before it is; of a streamed one, also what so many passes read, if known."""
         most, metric = self.given.evaluate, self.metric
         of = (
             ""
@@ -156,7 +159,7 @@ class OneShot:
         measure = [f"measure the {metric} before and after, on {most} examples{of}"]
         print(f"{self.name}, {self.sizes['params']:,} parameters:")
         stream = stream_of(self.model)
-        streams = [] if stream is None else [reads(stream, passes + 2 * self._measures)]
+        streams = [] if stream is None or passes is None else [reads(stream, passes + 2 * self._measures)]
         for step in (*steps, *(measure if self._measures else ()), *streams, f"save to {self.out}"):
             print(f"  {step}")
         print(flush=True)

@@ -6,6 +6,7 @@ import torch
 
 from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot, bar
+from billhook.cli.oneshot.streamed import check_scored, moments_of, rest
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
 from billhook.importance.enough import score_enough
@@ -43,7 +44,7 @@ def prune_heads(
         given: Examples to score and to measure on, and the place to compute.
         ratio: Fraction of the heads to remove, in [0, 1), rounded down.
         importance: How heads are scored: `GateGradient` (the paper's; the default), or any other `Importance`, also a class of
-            your own.
+            your own; with `stream` one without gradients, such as `OutputNorm`.
         ranking: "layer": as many in each layer; "global": the lowest of all layers, as in the paper; then the layers differ.
         per: Whether heads are query heads ("head"), or KV heads with the query heads that they serve ("kv_head").
         min_heads: Heads that are kept in each layer, at least.
@@ -59,7 +60,9 @@ def prune_heads(
     check_choice(ratio, ranking, min_heads, per, "heads")
     whole("min_heads", min_heads)
     whole("rounds", rounds)
-    work, importance = OneShot(model, out, given), importance or GateGradient()
+    importance = importance or GateGradient()
+    check_scored(given, importance)
+    work = OneShot(model, out, given, streams=True)
     heads = find_units(work.model, "head")
     # refuses a ratio that no scores could lead to, and heads that cannot be removed
     scores = {name: torch.zeros(one.count(per)) for name, one in heads.items()}
@@ -70,7 +73,9 @@ def prune_heads(
     if not dry_run:
         every, gone = sum(one.count(per) for one in heads.values()), sum(map(len, removed.values()))
         what = "heads" if per == "head" else "KV heads, with their query heads"
-        work.tell(f"remove {gone:,} of {every:,} {what}, by {importance}", f"shown at most {work.shown}")
+        work.tell(f"remove {gone:,} of {every:,} {what}, by {importance}", f"shown at most {work.shown}", passes=None)
+    if given.stream:
+        rest(work.model, work.shelf(moments_of(work.model, importance)))
     batches, before = work.batches(), None if dry_run else work.measure()
     runs = [run_of(work.model, heads, batch) for batch in batches]
     scoring, removed, settled = Scoring(work.model, heads, importance, None, normalize, per), {}, []

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot, bar
+from billhook.cli.oneshot.streamed import check_scored, moments_of, rest
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
@@ -76,7 +77,8 @@ def prune_structure(
         block_importance: How blocks are scored: `BlockInfluence` (ShortGPT, https://arxiv.org/abs/2403.03853; the default), or
             `Ablation`, one forward a block.
         importance: How units are scored: `OutputNorm`, `Taylor` (LLM-Pruner), or any other `Importance`, also a class of your
-            own; by default `OutputNorm`, or `Taylor` where no module of its own reads some units, as residual channels.
+            own; by default `OutputNorm`, or `Taylor` where no module of its own reads some units, as residual channels. With
+            `stream` one without gradients.
         rounds: In how many rounds, each with new scores.
         repair: How the linears that read removed units make up for them, by least squares on the examples; "auto": by `Repair()`
             where linears read them, and the examples are enough; null: they do not.
@@ -86,7 +88,8 @@ def prune_structure(
         ValueError: If an argument is not legal, or the model cannot give what is asked; before anything is written.
     """
     whole("rounds", rounds)
-    work = OneShot(model, out, given, refits=repair is not None)
+    check_scored(given, block_importance, importance)
+    work = OneShot(model, out, given, refits=repair is not None, streams=True)
     if amount.blocks_alone is not None:
         count_blocks(work.model, amount.blocks_alone)
         block_importance = block_importance or BlockInfluence()
@@ -94,8 +97,11 @@ def prune_structure(
         search = Search(work.model, amount.within)
         search.check()
         importance = importance or default_importance(search.free())
+        check_scored(given, importance)
     if not dry_run:
-        work.tell(*_steps(amount, block_importance, importance, rounds, repair, work.shown))
+        work.tell(*_steps(amount, block_importance, importance, rounds, repair, work.shown), passes=None)
+    if given.stream:
+        rest(work.model, work.shelf(moments_of(work.model, importance, repairs=repair is not None)))
     batches = work.batches()
     before = None if dry_run else work.measure()
     plans, refitted = list[BlockPlan | UnitPlan](), False

@@ -7,11 +7,20 @@ from transformers import PreTrainedModel
 from billhook.arguments import memory_of
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.cli.oneshot.text import Text
+from billhook.importance.base import Importance
+from billhook.importance.obs import OBS
+from billhook.importance.score import check_streams
+from billhook.model.linears import prunable, weight_of
 from billhook.streaming.room import extent_of, fits
-from billhook.streaming.stream import Stream
+from billhook.streaming.stream import Stream, stream_of
 
 AFTERWARDS = 3
 """Passes over the blocks that count zeros, say which logits the checkpoint must give, and compare it."""
+
+OBS_BYTES = 2 * 4 + 5 * 8
+"""Bytes for each pair of inputs: two matrices in float32, and five of one reader in float64."""
+REPAIR_BYTES = 7 * 8
+"""The same of a linear that is refitted: seven matrices in float64."""
 
 
 def check_streamed(given: Text, streams: bool, offload: bool) -> None:
@@ -27,6 +36,19 @@ def check_streamed(given: Text, streams: bool, offload: bool) -> None:
         raise ValueError(f"data={given.data!r}: a streamed model is read once for each token that it writes: name a file of text")
 
 
+def check_scored(given: Text, *importances: Importance | None) -> None:
+    """Refuses importances that need gradients, of a model that is streamed; before anything of it is read."""
+    for importance in importances if given.stream else ():
+        if importance is not None:
+            check_streams(importance)
+
+
+def moments_of(model: PreTrainedModel, importance: Importance | None, repairs: bool = False) -> int:
+    """Returns the bytes of the largest second moments of a linear that are taken, with what is computed of them."""
+    widest = max((weight_of(linear).shape[1] for linear in prunable(model).values()), default=0)
+    return widest**2 * (REPAIR_BYTES if repairs else OBS_BYTES if isinstance(importance, OBS) else 0)
+
+
 def shelf(model: PreTrainedModel, given: Text, out: str, tokens: int, moments: int) -> str | None:
     """Returns the folder in which what blocks hand on rests; None where memory is enough for it, or not limited.
 
@@ -40,6 +62,12 @@ def shelf(model: PreTrainedModel, given: Text, out: str, tokens: int, moments: i
     if given.memory is None or fits(model, tokens, moments, memory_of("memory", given.memory)):
         return None
     return str(Path(out).resolve().parent)
+
+
+def rest(model: PreTrainedModel, folder: str | None) -> None:
+    """Has what blocks hand on while units are scored and refitted rest in a folder; None for memory."""
+    if (stream := stream_of(model)) is not None:
+        stream.rests = folder
 
 
 def reads(stream: Stream, passes: int) -> str:

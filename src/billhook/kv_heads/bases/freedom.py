@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from billhook.kv_heads.bases.alone import Alone, plainly, see_calls
 from billhook.kv_heads.bases.stacks import Projections, Stacks
 from billhook.running.undisturbed import undisturbed
-from billhook.streaming.stream import bring
+from billhook.streaming.either import bring
 
 TOLERANCE = 1e-6
 """How far apart, relative to its norm, what an attention gives may be and still be the same: some compute in float32."""

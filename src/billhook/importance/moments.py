@@ -1,0 +1,97 @@
+"""Second moments of what modules read that read units: of all at once, or block by block where a model is streamed."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from billhook.importance.activations import watch
+from billhook.importance.base import Sums
+from billhook.running.batches import Run
+from billhook.running.statistics import InputMoments
+from billhook.units.units import Units
+
+Moments = dict[tuple[str, str], InputMoments]
+"""(place, reader) -> the moments of what it reads."""
+
+
+def moments_of(model: nn.Module, units: Mapping[str, Units], runs: Sequence[Run]) -> Moments:
+    """Gathers the moments of what the readers of units read."""
+    moments = Moments()
+
+    def note(_: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
+        _add(moments, (name, reader), inputs, tokens)
+
+    watch(model, units, runs, note)
+    return moments
+
+
+def moments_in_turn(
+    model: nn.Module, units: Mapping[str, Units], groups: Sequence[Sequence[Run]], use: Callable[[Moments], None]
+) -> None:
+    """Gathers the moments of a model that is streamed, and has those of each block used and dropped when all runs have passed it.
+
+    Those of groups of runs are gathered apart and added up in order, as where they are kept and merged.
+    """
+    group = [number for number, own in enumerate(groups) for _ in own]
+    sums, latest, part = Moments(), Moments(), dict[tuple[str, str], int]()
+    left, using = set[tuple[str, str]](), False
+
+    def note(run: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
+        key = name, reader
+        if using:  # it may call readers itself
+            return
+        if key in left:
+            raise ValueError(f"model: {reader} is called again later, and is streamed: score it in memory")
+        if part.setdefault(key, group[run]) != group[run]:
+            part[key] = group[run]
+            _merge(sums, key, latest.pop(key))
+        _add(latest, key, inputs, tokens)
+
+    def leave(block: nn.Module) -> None:
+        nonlocal using
+        inside = set(block.modules())
+        done = [key for key in latest if model.get_submodule(key[1]) in inside]
+        for key in done:
+            _merge(sums, key, latest.pop(key))
+        left.update(done)
+        using = True
+        use({key: sums.pop(key) for key in done})
+        using = False
+
+    watch(model, units, [run for own in groups for run in own], note, leave)
+    leave(model)  # with what is in no block
+
+
+@dataclass(eq=False)
+class Again(Sums):
+    """Sums that do not add up: with those of other batches they are found again, of all of them.
+
+    Attributes:
+        groups: The batches, as they came.
+        find: Finds the sums of groups of batches.
+    """
+
+    groups: Sequence[Sequence[Run]]
+    find: Callable[[Sequence[Sequence[Run]]], Sums]
+
+    def merge(self, other: Sums) -> None:
+        """Finds the sums of these batches and the others'."""
+        assert isinstance(other, Again)
+        self.groups = [*self.groups, *other.groups]
+        found = self.find(self.groups)
+        self.totals, self.counts = found.totals, found.counts
+
+
+def _add(moments: Moments, key: tuple[str, str], inputs: Tensor, tokens: Tensor | None) -> None:
+    if key not in moments:
+        moments[key] = InputMoments(inputs.shape[-1], inputs.device)
+    fits = tokens is not None and tokens.shape == inputs.shape[:-1]
+    moments[key].add(inputs, tokens.to(inputs.device) if tokens is not None and fits else None)
+
+
+def _merge(moments: Moments, key: tuple[str, str], others: InputMoments) -> None:
+    if key in moments:
+        moments[key].merge(others)
+    else:
+        moments[key] = others

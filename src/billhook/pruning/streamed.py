@@ -1,0 +1,95 @@
+"""Removes units from a model whose blocks come from files one at a time."""
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from billhook.model.plan import Weights, starting_from
+from billhook.model.surgery import Change, replace_parameters
+from billhook.streaming.stream import Stream, stream_of
+from billhook.units.units import UnitKind, Units
+from billhook.units.zero import reading
+
+
+def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
+    """Refuses units that stand in all blocks at once, of a model that is streamed."""
+    if "residual" in kinds and stream_of(model) is not None:
+        raise ValueError("residual: these channels run through all blocks, and the model is streamed: remove them in memory")
+
+
+@contextmanager
+def taking(model: PreTrainedModel, weights: Weights | None) -> Iterator[None]:
+    """Gives parameters new values, as `starting_from` does; those of blocks that are streamed whenever these come."""
+    stream, weights = stream_of(model), weights or {}
+    inside = [name for name in weights if stream is not None and _block(stream, name) is not None]
+    rest = {name: one for name, one in weights.items() if name not in inside} if inside else weights
+    with starting_from(model, rest), stream.altered(partial(_take, stream, weights)) if stream is not None else nullcontext():
+        yield
+
+
+@contextmanager
+def zeros_in_blocks(model: PreTrainedModel, found: Mapping[str, Units], gone: Mapping[str, Sequence[int]]) -> Iterator[None]:
+    """Has the weights of blocks that are streamed be zero where they read some units, within."""
+    stream = stream_of(model)
+    with stream.altered(partial(_zero, model, found, gone)) if stream is not None else nullcontext():
+        yield
+
+
+def cut_blocks(stream: Stream, changes: Mapping[str, Change], sizes: Mapping[str, tuple[int, ...]], key: str) -> None:
+    """Cuts the parameters of each block and writes it; blocks that an earlier process has cut are as it has left them.
+
+    Args:
+        stream: Where blocks come from and go.
+        changes: How parameters change, by name; those of no block are left out.
+        sizes: Those of all tensors afterwards.
+        key: What tells this work from all other.
+    """
+    done = stream.begin(key)
+    for name, block in stream.blocks.items():
+        if name in done:
+            stream.adopt(name)
+            stream.resize(name, sizes)
+            continue
+        stream.bring(block)
+        replace_parameters(stream.model, {own: change for own, change in changes.items() if _block(stream, own) is block})
+        stream.change(block)
+        stream.leave()
+
+
+def outside(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
+    """Returns the changes of parameters that are in no block that is streamed."""
+    stream = stream_of(model)
+    return {name: change for name, change in changes.items() if stream is None or _block(stream, name) is None}
+
+
+def tell_weights(weights: Weights | None) -> str:
+    """Returns a hash of new values; those that come from files follow from the step that has written them."""
+    found = hashlib.sha256()
+    for name, value in weights.items() if isinstance(weights, dict) else ():
+        found.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _block(stream: Stream, parameter: str) -> nn.Module | None:
+    return stream.owner.get(stream.model.get_submodule(parameter.rpartition(".")[0]))
+
+
+@torch.no_grad()
+def _take(stream: Stream, weights: Weights, block: nn.Module) -> None:
+    """Puts new values into the parameters of a block."""
+    for name, parameter in block.named_parameters(prefix=stream.names[block]):
+        if name in weights:
+            parameter.copy_(weights[name])
+
+
+@torch.no_grad()
+def _zero(model: nn.Module, found: Mapping[str, Units], gone: Mapping[str, Sequence[int]], block: nn.Module) -> None:
+    inside = {id(parameter) for parameter in block.parameters()}
+    for weight, dim, positions in reading(model, found, gone):
+        if id(weight) in inside:
+            weight.index_fill_(dim, positions, 0)

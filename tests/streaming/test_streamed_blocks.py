@@ -1,0 +1,100 @@
+"""Whole blocks of a streamed model: scored, chosen and removed as in memory."""
+
+import pytest
+import torch
+import transformers
+from small_configs import small_config
+
+import billhook as bh
+from kit import stopped
+
+KINDS = [transformers.LlamaForCausalLM, transformers.GPT2LMHeadModel, transformers.T5ForConditionalGeneration]
+
+
+def given(kind):
+    batches = [{"input_ids": batch["input_ids"][:, :12] % 99} for batch in stopped.batches()]
+    return [batch | {"decoder_input_ids": batch["input_ids"]} for batch in batches] if kind is KINDS[2] else batches
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
+def folder(tmp_path, request):
+    torch.manual_seed(0)
+    request.param(small_config(request.param.config_class)).eval().save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def same(folder, model):
+    found, expected = bh.load(folder).state_dict(), model.state_dict()
+    return found.keys() == expected.keys() and all(torch.equal(found[name], one) for name, one in expected.items())
+
+
+def test_the_same_bytes_without_the_least_important_block(folder, tmp_path):
+    dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
+    amount = bh.Amount(blocks=1, first=1)  # the first block of T5 has a bias for all
+    plans = [bh.plan(model, batches=given(type(model)), amount=amount) for model in (dense, streamed)]
+    assert plans[0].scores == plans[1].scores
+    for model, plan in zip((dense, streamed), plans, strict=True):
+        bh.apply(model, plan)
+    bh.save(streamed, tmp_path / "out")
+    assert same(tmp_path / "out", dense)
+
+
+def test_then_and_before_zeros(tmp_path):
+    def changed(model):
+        bh.prune(model, bh.Wanda(), stopped.batches(), sparsity=0.25)
+        bh.prune_units(model, [1], kind="block")
+        bh.prune(model, bh.Wanda(), stopped.batches(), sparsity=0.5)
+        return model
+
+    bh.save(changed(bh.stream("tiny", tmp_path / "out")), tmp_path / "out")
+    assert same(tmp_path / "out", changed(bh.load("tiny")))
+
+
+def test_what_was_done_without_other_blocks_is_not_taken(tmp_path, monkeypatch):
+    def work(gone):
+        model = bh.stream("tiny", tmp_path / "out")
+        bh.prune_units(model, [gone], kind="block")
+        bh.prune(model, bh.Magnitude(), sparsity=0.5)
+        bh.save(model, tmp_path / "out")
+
+    written, go_on = stopped.stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        work(1)
+    go_on()
+    work(2)
+    assert written == [f"model.layers.{number}" for number in (0, 1, 0, 1, 2)]
+    dense = bh.load("tiny")
+    bh.prune_units(dense, [2], kind="block")
+    bh.prune(dense, bh.Magnitude(), sparsity=0.5)
+    assert same(tmp_path / "out", dense)
+
+
+def test_each_block_is_read_once_for_all_batches(tmp_path, monkeypatch):
+    model = bh.stream("tiny")
+    blocks = bh.find_units(model, "block")
+    read, bring = [], type(model._billhook_stream)._load
+    monkeypatch.setattr(type(model._billhook_stream), "_load", lambda self, keys: read.append(keys) or bring(self, keys))
+    bh.score(model, blocks, bh.BlockInfluence(), stopped.batches())
+    assert len(read) == 4
+
+
+def test_after_an_error_blocks_are_as_they_were(tmp_path, monkeypatch):
+    model, dense = bh.stream("tiny"), bh.load("tiny")
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    plan = bh.plan_units(model, [1], "block")
+    monkeypatch.setattr("billhook.pruning.block_plan._check_alike", fails)
+    with pytest.raises(KeyboardInterrupt):
+        bh.apply(model, plan)
+    batch = stopped.batches()[0]
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, dense(**batch).logits)
+
+
+@pytest.mark.parametrize("importance", [bh.Taylor(), bh.GateGradient()], ids=lambda one: type(one).__name__)
+def test_gradients_are_refused(importance):
+    model = bh.stream("tiny")
+    with pytest.raises(ValueError, match=r"importance=\w+\(.*\): it needs gradients, and the model is streamed"):
+        bh.score(model, bh.find_units(model, "head"), importance, stopped.batches())

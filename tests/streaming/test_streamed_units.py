@@ -1,0 +1,108 @@
+"""Heads, KV heads and channels of a streamed model: scored, chosen and removed as in memory."""
+
+import pytest
+import torch
+import transformers
+from small_configs import small_config
+
+import billhook as bh
+from billhook.importance.enough import score_enough
+from billhook.importance.score import Scoring
+from kit import stopped
+
+KINDS = {
+    transformers.LlamaForCausalLM: {"kv_heads": 0.5, "channels": 0.25},
+    transformers.GPT2LMHeadModel: {"heads": 0.5, "channels": 0.25},  # tied, and queries, keys and values in one
+    transformers.Phi3ForCausalLM: {"channels": 0.25},
+    transformers.MixtralForCausalLM: {"kv_heads": 0.5},
+    transformers.T5ForConditionalGeneration: {"channels": 0.25},
+}
+IMPORTANCES = [bh.OutputNorm(), bh.OBS(), bh.WeightNorm()]
+
+
+def given(model):
+    batches = [{"input_ids": batch["input_ids"][:, :24] % 99} for batch in stopped.batches()]
+    batches[1]["attention_mask"] = torch.ones(1, 24, dtype=torch.long)
+    batches[1]["attention_mask"][:, 20:] = 0
+    both = model.config.is_encoder_decoder
+    return [batch | {"decoder_input_ids": batch["input_ids"][:, :9]} for batch in batches] if both else batches
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
+def folder(tmp_path, request):
+    torch.manual_seed(0)
+    request.param(small_config(request.param.config_class)).eval().save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def same(folder, model):
+    found, expected = bh.load(folder).state_dict(), model.state_dict()
+    return found.keys() == expected.keys() and all(torch.equal(found[name], one) for name, one in expected.items())
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES, ids=lambda one: type(one).__name__)
+def test_the_same_bytes_without_units(folder, tmp_path, importance):
+    dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
+    amounts = KINDS[type(dense)]
+    plans = [bh.plan(model, importance, given(dense), **amounts) for model in (dense, streamed)]
+    assert plans[0].to_json() == plans[1].to_json()
+    for model, plan in zip((dense, streamed), plans, strict=True):
+        bh.apply(model, plan)
+    assert bh.save(streamed, tmp_path / "out").way == bh.save(dense, tmp_path / "in memory").way
+    assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
+
+
+@pytest.mark.parametrize("importance", [bh.OBS(), bh.OBS(passes=2), bh.BlockInfluence(), bh.ActivationNorm()], ids=str)
+def test_enough_batches_are_the_same(importance):
+    kind = "block" if isinstance(importance, bh.BlockInfluence) else ["head", "channel"]
+    found = []
+    for model in (bh.load("tiny"), bh.stream("tiny")):
+        batches = [{"input_ids": torch.arange(16)[None] + 16 * number} for number in range(16)]
+        scoring = Scoring(model, bh.find_units(model, kind), importance)
+        gone = [{"a": [number]} for number in range(20)]  # never settled
+        found.append(score_enough(scoring, batches, lambda _, gone=gone: gone.pop(), 1.0))
+    assert found[0][1] == found[1][1]
+    assert all(torch.equal(one, found[1][0][name]) for name, one in found[0][0].items())
+
+
+def test_stopped_and_called_again(tmp_path, monkeypatch):
+    def work(model):
+        bh.apply(model, bh.plan(model, bh.OutputNorm(), stopped.batches(), kv_heads=0.5, channels=0.25))
+        bh.save(model, tmp_path / "out")
+
+    written, go_on = stopped.stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        work(bh.stream("tiny", tmp_path / "out"))
+    go_on()
+    work(bh.stream("tiny", tmp_path / "out"))
+    assert written == [f"model.layers.{number}" for number in range(4)]
+    dense = bh.load("tiny")
+    bh.apply(dense, bh.plan(dense, bh.OutputNorm(), stopped.batches(), kv_heads=0.5, channels=0.25))
+    assert same(tmp_path / "out", dense)
+
+
+def test_after_an_error_the_model_is_as_it_was(tmp_path, monkeypatch):
+    model, dense = bh.stream("tiny", tmp_path / "out"), bh.load("tiny")
+    plan = bh.plan_units(model, {0: [3]}, "channel")
+    monkeypatch.setattr("billhook.pruning.removal.alike", lambda *_: False)
+    with pytest.raises(ValueError, match="does not follow when channels are removed"):
+        bh.apply(model, plan)
+    batch = stopped.batches()[0]
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, dense(**batch).logits)
+
+
+def test_new_values_are_taken(tmp_path):
+    dense, streamed = bh.load("tiny"), bh.stream("tiny", tmp_path / "out")
+    weights = {name: one.detach() * 2 for name, one in dense.named_parameters() if "down_proj" in name or "norm" in name}
+    for model in (dense, streamed):
+        bh.apply(model, bh.plan_units(model, {0: [3]}, "channel"), weights=weights)
+    bh.save(streamed, tmp_path / "out")
+    assert same(tmp_path / "out", dense)
+
+
+def test_residual_channels_are_refused():
+    model = bh.stream("tiny")
+    for call in (lambda: bh.plan_units(model, [0], "residual"), lambda: bh.plan(model, bh.WeightNorm(), residual=0.25)):
+        with pytest.raises(ValueError, match="residual: these channels run through all blocks, and the model is streamed"):
+            call()

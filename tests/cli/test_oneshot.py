@@ -93,6 +93,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys):
         "Wanda(compares='row'), unstructured\n  model.layers.*.self_attn.q_proj     4 x [   256,    256]  sparsity 0.5"
     )
     assert "mlp" not in said
+    assert said.endswith(f"A dry run: nothing was changed, and nothing written to {tmp_path / 'out'}.\n")
     assert not (tmp_path / "out").exists()
 
 

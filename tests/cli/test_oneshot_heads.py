@@ -107,7 +107,7 @@ def test_a_dry_run_prints_what_would_be_done_and_writes_nothing(small, files, tm
     prune(small, tmp_path / "done", "--ratio", "0.5", *option(files), *SHORT)
     dry, done = capsys.readouterr().out.split(f"{small}, ")
     plan = bh.prune_units(bh.load(small), json.loads((tmp_path / "done" / "billhook.json").read_text())["heads"])
-    assert dry == f"{plan.text()}\n"
+    assert dry == f"{plan.text()}\n\nA dry run: nothing was changed, and nothing written to {tmp_path / 'out'}.\n"
     assert f"\n{plan.text()}\n" in done
     assert not (tmp_path / "out").exists()
 

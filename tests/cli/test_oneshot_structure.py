@@ -142,7 +142,9 @@ def test_with_what_the_model_writes_among_the_texts_shares_are_equal(small, two_
 
 def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):
     main(["prune-structure", str(small), str(tmp_path / "out"), "--channels", "0.5", "--dry_run", *SHORT, *option(files)])
-    assert "48 -> 24 channels in each of 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "48 -> 24 channels in each of 2" in said
+    assert "nothing was changed, and nothing written" in said
     assert not (tmp_path / "out").exists()
 
 

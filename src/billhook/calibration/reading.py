@@ -10,7 +10,7 @@ import datasets
 from billhook.assets import text_files
 
 SPLITS = ("train", "validation", "test")
-FORMATS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 
 Data: TypeAlias = str | dict[str, str | list[str]]
@@ -43,7 +43,7 @@ def load_splits(data: Data | Table, streaming: bool = False) -> dict[str, Rows]:
         return _loaded(data, streaming)
     if data == "tiny":
         return _read("parquet", {split: [file] for split, file in text_files().items()}, streaming)
-    if isinstance(data, str) and (has_magic(data) or _kind(data) is not None) and not Path(data).is_dir():
+    if isinstance(data, str) and not Path(data).is_dir() and (has_magic(data) or _kind(data) or Path(data).is_file()):
         data = {"train": data}
     if isinstance(data, dict):
         files = {split: _files(split, names) for split, names in data.items()}

@@ -64,9 +64,10 @@ def convert(
         check_ready(work.model, dict.fromkeys(plan.layers, plan.after), method)
     if not dry_run:
         work.tell(*_steps(plan, repair, work.shown if calibrates else "no text, as it needs none"))
-    print(plan.text())
     if dry_run:
+        work.tell_dry(plan.text())
         return
+    print(plan.text())
     if type(method) is Mean and repair is None:
         print(HINT.removeprefix("billhook: "))
     batches, before = work.batches() if calibrates else None, work.measure()

@@ -149,18 +149,13 @@ class OneShot:
     def tell(self, *steps: str, passes: int | None = 1) -> None:
         """Prints what will be done with the model, before it is; of a streamed one, also what so many passes read, if known."""
         most, metric = self.given.evaluate, self.metric
-        of = (
-            ""
-            if metric == "accuracy"
-            else " of each text"
-            if self.given.data or self.given.also
-            else " that it writes; --data FILE names a text"
-        )
-        measure = [f"measure the {metric} before and after, on {most} examples{of}"]
+        each = " of each text" if self.given.data or self.given.also else " that it writes; --data FILE names a text"
+        of = "" if metric == "accuracy" else each
+        measure = [f"measure the {metric} before and after, on {most} examples{of}"] if self._measures else []
         print(f"{self.name}, {self.sizes['params']:,} parameters:")
         stream = stream_of(self.model)
         streams = [] if stream is None or passes is None else [reads(stream, passes + 2 * self._measures)]
-        for step in (*steps, *(measure if self._measures else ()), *streams, f"save to {self.out}"):
+        for step in (*steps, *measure, *streams, f"save to {self.out}"):
             print(f"  {step}")
         print(flush=True)
 
@@ -185,6 +180,10 @@ class OneShot:
     def _measures(self) -> bool:
         """True where there is something to measure: a classifier's answers, or what a model writes."""
         return self.reads and self.given.evaluate > 0 and (self.metric == "accuracy" or generates(self.model))
+
+    def tell_dry(self, plan: str) -> None:
+        """Prints the plan of a dry run, which ends with it."""
+        print(f"{plan}\n\nA dry run: nothing was changed, and nothing written to {self.out}.")
 
     def measure(self) -> Before:
         """Measures the model before it is changed: accuracy, or what it predicts on texts; None for one that does neither."""

@@ -75,7 +75,7 @@ def prune(
             dry_run=dry_run,
         )
     if dry_run:
-        print(plan.text())
+        work.tell_dry(plan.text())
         return
     done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": sequential}
     what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linears"

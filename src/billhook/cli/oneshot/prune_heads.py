@@ -88,7 +88,7 @@ def prune_heads(
         settled.append(found)
     plan = plan_units(work.model, removed, per=per)
     if dry_run:
-        print(plan.text())
+        work.tell_dry(plan.text())
         return
     apply(work.model, plan)
     how = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}

@@ -106,9 +106,10 @@ def prune_structure(
     before = None if dry_run else work.measure()
     plans, refitted = list[BlockPlan | UnitPlan](), False
     for plan in _plans(work.model, batches, given.agreement, amount, block_importance, importance, rounds):
-        print(plan.text())
         if dry_run:
+            work.tell_dry(plan.text())
             return
+        print(plan.text())
         with bar("refitting", "linears") as progress:
             how_repaired = repair if plan.kind == "units" else None
             repaired, why = repair_as_asked(work.model, plan, batches, how_repaired, progress=progress)

@@ -109,7 +109,7 @@ def shrink(
     if dry_run:
         within = {f"max_loss={max_loss}": max_loss, f"latency={latency}": latency}
         told = next((words for words, value in within.items() if value is not None), None)
-        print(outlook(begun, begun.most_steps(generations, candidates), told))
+        work.tell_dry(outlook(begun, begun.most_steps(generations, candidates), told))
         return
     budgets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes, "max_loss": max_loss, "latency": latency}
     asked = next(f"{name}={value}" for name, value in budgets.items() if value is not None)

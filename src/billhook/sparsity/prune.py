@@ -57,7 +57,7 @@ def prune(
 ) -> WeightPlan:
     """Zeroes the least important weights of a model's linear layers, in place and in one shot.
 
-    If anything fails, nothing has changed; an interrupt while the finished masks are put in place is raised when all are. Modes,
+    If a criterion or a run fails, nothing has changed; an interrupt while finished masks are put in place is raised when all are. Modes,
     random numbers, hooks and configs are as before afterwards.
 
     Args:

@@ -57,8 +57,8 @@ def prune(
 ) -> WeightPlan:
     """Zeroes the least important weights of a model's linear layers, in place and in one shot.
 
-    If a criterion or a run fails, nothing has changed; an interrupt while finished masks are put in place is raised when all are. Modes,
-    random numbers, hooks and configs are as before afterwards.
+    If a criterion or a run fails, nothing has changed; an interrupt while finished masks are put in place is raised when all are.
+    Modes, random numbers, hooks and configs are as before afterwards.
 
     Args:
         model: A model of transformers, with LoRA attached or not (its base weights are pruned), or any module that the batches

@@ -1,4 +1,4 @@
-"""What is done with a model whether it is streamed or not."""
+"""Reaches parts of a model, whether it is in memory or streamed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

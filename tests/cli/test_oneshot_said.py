@@ -31,9 +31,9 @@ def bars(monkeypatch):
 
         yield told
 
-    for module in ("frame", "prune_structure", "prune_heads", "prune"):
+    for module in ("frame", "prune_structure", "prune_heads"):
         monkeypatch.setattr(f"billhook.cli.oneshot.{module}.bar", bar)
-    for module in ("calibration.generated", "cli.reading"):
+    for module in ("calibration.generated", "cli.reading", "cli.blockwise"):
         monkeypatch.setattr(f"billhook.{module}.bar", bar)
     return shown
 

@@ -3,13 +3,14 @@
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import huggingface_hub
+
+from kit.loopback import serving
 
 TOKEN = "hf_of_the_tests"
 
@@ -124,17 +125,8 @@ def hub() -> Iterator[Hub]:
         def log_message(self, *_):
             """Says nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    held.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(Handler) as held.url:
         yield held
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def to_hub(monkeypatch, held: Hub) -> None:

@@ -1,14 +1,15 @@
 """A stand-in for the Hub on the loopback, of which the files of one repository are read: as wholes, or some bytes of them."""
 
 import hashlib
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import huggingface_hub
+
+from kit.loopback import serving
 
 COMMIT = "c" * 40
 
@@ -73,17 +74,8 @@ def shelf(folder: Path, monkeypatch, cache: Path) -> Iterator[Shelf]:
         def log_message(self, *_):
             """Says nothing."""
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    held.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    own = {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(cache)}
-    for name, value in {**own, **endpoint(held.url)}.items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
-    try:
+    with serving(Handler) as held.url:
+        own = {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(cache)}
+        for name, value in {**own, **endpoint(held.url)}.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
         yield held
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

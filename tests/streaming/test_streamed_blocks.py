@@ -3,10 +3,10 @@
 import pytest
 import torch
 import transformers
-from small_configs import small_config
 
 import billhook as bh
 from kit import stopped
+from kit.streams import same, written
 
 KINDS = [transformers.LlamaForCausalLM, transformers.GPT2LMHeadModel, transformers.T5ForConditionalGeneration]
 
@@ -18,14 +18,7 @@ def given(kind):
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
 def folder(tmp_path, request):
-    torch.manual_seed(0)
-    request.param(small_config(request.param.config_class)).eval().save_pretrained(tmp_path / "dense")
-    return tmp_path / "dense"
-
-
-def same(folder, model):
-    found, expected = bh.load(folder).state_dict(), model.state_dict()
-    return found.keys() == expected.keys() and all(torch.equal(found[name], one) for name, one in expected.items())
+    return written(request.param, tmp_path / "dense")
 
 
 def test_the_same_bytes_without_the_least_important_block(folder, tmp_path):

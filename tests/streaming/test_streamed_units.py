@@ -3,12 +3,12 @@
 import pytest
 import torch
 import transformers
-from small_configs import small_config
 
 import billhook as bh
 from billhook.importance.enough import score_enough
 from billhook.importance.score import Scoring
 from kit import stopped
+from kit.streams import same, written
 
 KINDS = {
     transformers.LlamaForCausalLM: {"kv_heads": 0.5, "channels": 0.25},
@@ -30,14 +30,7 @@ def given(model):
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
 def folder(tmp_path, request):
-    torch.manual_seed(0)
-    request.param(small_config(request.param.config_class)).eval().save_pretrained(tmp_path / "dense")
-    return tmp_path / "dense"
-
-
-def same(folder, model):
-    found, expected = bh.load(folder).state_dict(), model.state_dict()
-    return found.keys() == expected.keys() and all(torch.equal(found[name], one) for name, one in expected.items())
+    return written(request.param, tmp_path / "dense")
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES, ids=lambda one: type(one).__name__)

@@ -6,7 +6,7 @@ import torch
 
 from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot, bar
-from billhook.cli.oneshot.streamed import check_scored, moments_of, rest
+from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored, rest
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
 from billhook.importance.enough import score_enough
@@ -75,7 +75,7 @@ def prune_heads(
         what = "heads" if per == "head" else "KV heads, with their query heads"
         work.tell(f"remove {gone:,} of {every:,} {what}, by {importance}", f"shown at most {work.shown}", passes=None)
     if given.stream:
-        rest(work.model, work.shelf(moments_of(work.model, importance)))
+        rest(work.model, work.shelf(bytes_of_moments(work.model, importance)))
     batches, before = work.batches(), None if dry_run else work.measure()
     runs = [run_of(work.model, heads, batch) for batch in batches]
     scoring, removed, settled = Scoring(work.model, heads, importance, None, normalize, per), {}, []

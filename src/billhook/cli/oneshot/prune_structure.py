@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot, bar
-from billhook.cli.oneshot.streamed import check_scored, moments_of, rest
+from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored, rest
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
@@ -101,7 +101,7 @@ def prune_structure(
     if not dry_run:
         work.tell(*_steps(amount, block_importance, importance, rounds, repair, work.shown), passes=None)
     if given.stream:
-        rest(work.model, work.shelf(moments_of(work.model, importance, repairs=repair is not None)))
+        rest(work.model, work.shelf(bytes_of_moments(work.model, importance, repairs=repair is not None)))
     batches = work.batches()
     before = None if dry_run else work.measure()
     plans, refitted = list[BlockPlan | UnitPlan](), False

@@ -43,7 +43,7 @@ def check_scored(given: Text, *importances: Importance | None) -> None:
             check_streams(importance)
 
 
-def moments_of(model: PreTrainedModel, importance: Importance | None, repairs: bool = False) -> int:
+def bytes_of_moments(model: PreTrainedModel, importance: Importance | None, repairs: bool = False) -> int:
     """Returns the bytes of the largest second moments of a linear that are taken, with what is computed of them."""
     widest = max((weight_of(linear).shape[1] for linear in prunable(model).values()), default=0)
     return widest**2 * (REPAIR_BYTES if repairs else OBS_BYTES if isinstance(importance, OBS) else 0)

@@ -73,16 +73,40 @@ def test_a_number_that_is_none_is_refused(given, capsys):
         ("prune tiny out --quite_another", "quite_another", None),
     ],
 )
-def test_a_misspelt_option_is_answered_with_the_nearest(line, wrong, near, capsys):
+def test_a_misspelt_option_is_answered_with_the_nearest_in_two_lines(line, wrong, near, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(line.split())
-    _, _, said = capsys.readouterr().err.partition("unrecognized arguments: ")
-    assert f"--{wrong}" in said
-    assert said.partition("\n")[2] == ("" if near is None else f"There is no option '--{wrong}'. Did you mean '--{near}'?\n")
+    command, meant = line.split()[0], "" if near is None else f" Did you mean '--{near}'?"
+    said = f"billhook {command}: there is no option '--{wrong}'.{meant}\n`billhook {command} --help` lists all options.\n"
+    assert capsys.readouterr().err == said
+
+
+def test_two_are_answered_with_one_line_each(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["prune", "tiny", "out", "--sparsty", "0.5", "--exmples=4"])
+    first, second, _ = capsys.readouterr().err.splitlines()
+    assert ("'--sparsity'?" in first, "'--examples'?" in second) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("prune tiny", "the following arguments are required: out"),
+        ("prune tiny out more", "unrecognized arguments: more"),
+        ("prune tiny out --sparsity half", 'Parser key "sparsity":'),
+    ],
+)
+def test_other_errors_are_told_without_the_usage_too(line, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split())
+    told = capsys.readouterr().err
+    assert told.startswith(f"billhook prune: {said}\n")
+    assert told.endswith("\n`billhook prune --help` lists all options.\n")
+    assert "usage:" not in told
 
 
 def test_one_in_a_file_is_too(tmp_path, capsys):
     (tmp_path / "own.yaml").write_text("sparsty: 0.5\n")
     with pytest.raises(SystemExit, match="2"):
         main(["prune", "tiny", "out", "--config", str(tmp_path / "own.yaml")])
-    assert capsys.readouterr().err.endswith("There is no option 'sparsty'. Did you mean 'sparsity'?\n")
+    assert capsys.readouterr().err.startswith("billhook prune: there is no option 'sparsty'. Did you mean 'sparsity'?\n")

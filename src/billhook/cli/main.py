@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -17,10 +16,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook  # short class names in YAML work for what is imported
 from billhook.cli.fragments import configs_in, dropped_callbacks, without_base
-from billhook.cli.misspelt import legal, near
+from billhook.cli.misspelt import legal, no_command
 from billhook.cli.options import Command, manual, run
 from billhook.cli.packaged import with_files
 
+LIGHTNING = ("fit", "validate", "test", "predict")
 ONE_SHOT = ("convert", "prune", "prune-heads", "prune-blocks", "prune-structure", "shrink")
 MEASURING = ("summary", "inspect", "evaluate", "bench")
 COMMANDS = (*ONE_SHOT, "recipes", "schema", "export", "push", *MEASURING, "serve-check")
@@ -59,11 +59,9 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        others, wrong = "", re.search(r"argument subcommand: invalid choice: '(.*?)'", message)
-        if "subcommand" in message:
-            meant = near(wrong[1], ["fit", "validate", "test", "predict", *COMMANDS]) if wrong else ""
-            others = f"Other commands: {', '.join(COMMANDS)}. `billhook --help` describes them.{meant}\n"
-        sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {message}\n{legal(message)}{others}")
+        wrong = "subcommand" in message
+        said = no_command(message, [*LIGHTNING, *COMMANDS]) if wrong else f"{message}\n{legal(message)}".rstrip()
+        sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {said}\n")
         self.exit(2)
 
 

@@ -1,4 +1,4 @@
-"""Says what is legal where a command line or a config names an argument or a class that there is not."""
+"""Says what is legal where a command line or a config names a command, an option or a class that there is not."""
 
 import difflib
 import inspect
@@ -14,12 +14,11 @@ NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)")
 TYPES = re.compile(r"Subtypes: (.*)")
 
 
-def legal(message: str, options: Sequence[str] = ()) -> str:
+def legal(message: str) -> str:
     """Lists what is legal in the place of the names that a parser's message says are not; empty if it names none.
 
     Args:
-        message: What jsonargparse says of a wrong argument, class or option.
-        options: The names of a command's options, which its usage lists.
+        message: What jsonargparse says of a wrong argument or class.
     """
     unknown = NO_ARGUMENT.findall(message)
     unknown += [("lightning.pytorch.Trainer", name) for name in NO_TRAINER_ARGUMENT.findall(message)]
@@ -27,16 +26,35 @@ def legal(message: str, options: Sequence[str] = ()) -> str:
     for path, name in unknown:
         arguments = list(inspect.signature(pkgutil.resolve_name(path)).parameters)
         lines.append(f"{path} has no '{name}'.{near(name, arguments)} It takes: {', '.join(arguments)}\n")
-    return "".join([*lines, *_options(message, options), *_classes(message)])
+    return "".join([*lines, *_classes(message)])
 
 
-def _options(message: str, options: Sequence[str]) -> Iterator[str]:
-    """Yields a line for each option of a command line, or of a file, that there is not and that is near to one."""
+def no_option(message: str, options: Sequence[str]) -> str:
+    """Says which options of a command line, or of a file, there are not, each with the nearest; empty if a message names none.
+
+    Args:
+        message: What jsonargparse says of a wrong command line.
+        options: The names of a command's options.
+
+    >>> no_option("unrecognized arguments: --sparsty 0.5", ["pattern", "sparsity"])
+    "there is no option '--sparsty'. Did you mean '--sparsity'?"
+    """
     _, _, words = message.partition("unrecognized arguments: ")
-    unknown = re.findall(r"(?:^|\s)(--)([\w-]+)", words) + re.findall(r"^()Option '(\w+)' is not accepted", message)
-    for dashes, wrong in unknown:
-        if found := difflib.get_close_matches(wrong, options, n=1):
-            yield f"There is no option '{dashes}{wrong}'. Did you mean '{dashes}{found[0]}'?\n"
+    unknown = re.findall(r"(?:^|\s)(--)([\w.-]+)", words) + re.findall(r"^()Option '(\w+)' is not accepted", message)
+    told = (f"there is no option '{dashes}{wrong}'.{near(wrong, options, dashes)}" for dashes, wrong in unknown)
+    return "\n".join(told)
+
+
+def no_command(message: str, commands: Sequence[str]) -> str:
+    """Says which command there is not, with the nearest, and which there are; or that one is needed.
+
+    Args:
+        message: What jsonargparse says of a command line with a wrong command, or without any.
+        commands: The names of all commands.
+    """
+    wrong = re.search(r"invalid choice: '(.*?)'", message)
+    said = f"there is no command '{wrong[1]}'.{near(wrong[1], commands)}" if wrong else "a command is needed."
+    return f"{said} `billhook --help` says what each does.\nThere are: {', '.join(commands)}"
 
 
 def _classes(message: str) -> Iterator[str]:
@@ -57,10 +75,10 @@ def _class(path: str) -> Iterator[type]:
         yield found
 
 
-def near(wrong: str, names: Sequence[str]) -> str:
-    """Asks whether the nearest name is meant, behind a space; empty if none is near.
+def near(wrong: str, names: Sequence[str], before: str = "") -> str:
+    """Asks whether the nearest name is meant, behind a space and with what stands before it; empty if none is near.
 
     >>> near("pruine", ["convert", "prune"])
     " Did you mean 'prune'?"
     """
-    return "".join(f" Did you mean '{name}'?" for name in difflib.get_close_matches(wrong, names, n=1))
+    return "".join(f" Did you mean '{before}{name}'?" for name in difflib.get_close_matches(wrong, names, n=1))

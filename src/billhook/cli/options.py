@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
@@ -10,19 +11,23 @@ from typing import Any, NoReturn, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from billhook.cli.misspelt import legal
+from billhook.cli.misspelt import legal, no_option
 
 Command = Callable[..., None]
 
 
 class _Parser(ArgumentParser):
-    """Parser that adds to an error what is legal."""
+    """Parser that reports the error and what is legal, instead of the whole usage."""
 
     takes: Sequence[str] = ()
     """The names of a command's options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error("\n".join([message, legal(message, self.takes)]).rstrip(), ex)
+        if not self.exit_on_error:
+            super().error(message, ex)
+        said = no_option(message, self.takes) or f"{message}\n{legal(message)}".rstrip()
+        sys.stderr.write(f"{self.prog}: {said}\n`{self.prog} --help` lists all options.\n")
+        self.exit(2)
 
 
 def run(command: Command, given: Sequence[str]) -> None:

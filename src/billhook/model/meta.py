@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -82,6 +84,29 @@ def check_checkpoint(name: str) -> None:
         raise ValueError(f"'{name}' is not a folder with a Hugging Face checkpoint")
 
 
+def _check_on_hub(name: str) -> None:
+    """Refuses a name of which no config is here or on the Hub; it is asked once, where transformers asks six times."""
+    own = f"there is no folder '{name}' here, and"
+    legal = 'name a folder, a model of the Hub, or "tiny"'
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        if constants.HF_HUB_OFFLINE:
+            raise ValueError(f"{own} no model of that name has been downloaded from the Hub; HF_HUB_OFFLINE is set: {legal}")
+        there = HfApi().file_exists(name, "config.json")
+    except HFValidationError:
+        raise ValueError(f"{own} no model of the Hub can have such a name: {legal}") from None
+    except HfHubHTTPError:  # the Hub has answered, and transformers says what: a model is gated, or the Hub is out of order
+        return
+    except ValueError:
+        raise
+    except Exception as error:  # the client and what it is made of raise all kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{own} the Hub cannot be asked for a model of that name ({first}): {legal}") from error
+    if not there:
+        raise ValueError(f"{own} the Hub has no model of that name, or hides it from who is not logged in: {legal}")
+
+
 def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
     """Returns the class that a config names; refuses one that transformers does not have, or that is built from other configs."""
     names: Any = config.architectures or []
@@ -132,6 +157,8 @@ def read_config(name: str) -> PretrainedConfig:
     """
     if not Path(name).is_file():
         check_checkpoint(name)
+    if not Path(name).exists():
+        _check_on_hub(name)
     try:
         file = Path(name).is_file()
         refusal = _refusal(json.loads(Path(name).read_text()) if file else PretrainedConfig.get_config_dict(name)[0])

@@ -33,13 +33,13 @@ def terminal(monkeypatch):
 
 @pytest.fixture
 def read(monkeypatch):
-    """The bytes of each tensor of a block that is read."""
+    """The name and the bytes of each tensor of a block that is read."""
     found, original = [], streams.load_some
 
     def counted(model, slices):
         for key, one in slices.items():
             if ".layers." in key:
-                found.append(prod(one.get_shape()) * model.dtype.itemsize)
+                found.append((key, prod(one.get_shape()) * model.dtype.itemsize))
         original(model, slices)
 
     monkeypatch.setattr(streams, "load_some", counted)
@@ -64,13 +64,38 @@ def test_a_model_in_memory_has_the_bar_of_the_work(terminal):
     assert "5/7 batches" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stderr.getvalue())
 
 
+def plan_of(dense, passes):
+    """What is said of so many passes over the blocks of a small Llama."""
+    model = bh.load(dense)
+    blocks, written = (sum(p.nbytes for p in part.parameters()) for part in (model.model.layers, model))
+    return f"read 2 blocks from files in {passes} passes, {passes * blocks / 1e6:,.1f} MB, and write {written / 1e6:,.1f} MB"
+
+
 @pytest.mark.parametrize(("allocation", "passes"), [([], 6), (["--allocation", "OWL"], 7)], ids=["alike", "OWL"])
 def test_the_plan_says_what_is_read_and_written(files, tmp_path, capsys, read, allocation, passes):
     dense, out = small_llama(tmp_path / "dense"), tmp_path / "out"
     main(["prune", str(dense), str(out), *SHORT, *option(files), "--sparsity", "0.5", "--stream", *allocation])
-    said, blocks = capsys.readouterr(), sum(p.nbytes for p in bh.load(dense).model.layers.parameters())
-    written = sum(p.nbytes for p in bh.load(dense).parameters())
-    amounts = f"{passes * blocks / 1e6:,.1f} MB, and write {written / 1e6:,.1f} MB"
-    assert f"read 2 blocks from files in {passes} passes, {amounts}" in said.out
-    assert sum(read) == (1 + passes) * blocks, "once to count zeros, before it is said"
+    said = capsys.readouterr()
+    assert plan_of(dense, passes) in said.out
+    blocks = sum(p.nbytes for p in bh.load(dense).model.layers.parameters())
+    assert sum(size for _, size in read) == (1 + passes) * blocks, "once to count zeros, before it is said"
     assert "peak" not in said.err
+
+
+CONVERSIONS = {
+    "mean": 0,
+    "svd": 1,  # to see the heads
+    "svd --repair Repair": 3,  # one more to see which linears are called, and one to refit them
+    "auto": 8,  # two to see the heads, of groups of either kind, five to compare methods, one to see the heads on all batches
+}
+
+
+@pytest.mark.parametrize(("how", "more"), CONVERSIONS.items(), ids=CONVERSIONS)
+def test_the_plan_of_a_conversion_says_what_is_read(files, tmp_path, capsys, read, how, more):
+    dense, asked = small_llama(tmp_path / "dense"), ["--num_key_value_heads", "2", "--batch_size", "1", "--method", *how.split()]
+    main(["convert", str(dense), str(tmp_path / "out"), *SHORT, *option(files), *asked, "--stream"])
+    assert plan_of(dense, 6 + more) in capsys.readouterr().out
+    often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
+    assert often == 1 + 2 * bool(more) + 6 + more, (
+        "once to count zeros, and twice to see how heads may be mixed, before it is said"
+    )

@@ -27,6 +27,19 @@ def ran(command, model, out, *arguments):
     [
         ["prune", "--sparsity", "0.5"],
         ["convert", "--num_key_value_heads", "1", "--method", "svd"],
+        [
+            "convert",
+            "--num_key_value_heads",
+            "1",
+            "--method",
+            "auto",
+            "--repair",
+            "Repair",
+            "--generated",
+            "0",
+            "--batch_size",
+            "1",
+        ],
         ["prune-blocks", "--blocks", "1"],
         ["prune-heads", "--ratio", "0.5", "--importance", "OutputNorm"],
         ["prune-structure", "--channels", "0.25", "--blocks", "1", "--importance", "OBS", "--generated", "0"],
@@ -80,7 +93,6 @@ def test_memory_that_is_too_little(small, files, tmp_path):
             "it needs gradients, and the model is",
         ),
         (["prune-heads", "--ratio", "0.5", "--data", "tiny"], "importance=GateGradient(each='token'): it needs gradients"),
-        (["convert", "--num_key_value_heads", "1", "--method", "auto", "--data", "tiny"], "method='auto' compares whole models"),
     ],
 )
 def test_refused(small, tmp_path, arguments, refusal):

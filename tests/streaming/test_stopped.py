@@ -185,7 +185,8 @@ def test_after_an_error_the_model_is_as_it_was_and_the_same_call_goes_on(source,
         assert torch.equal(model(**given[0]).logits, dense(**given[0]).logits)
     go_on()
     step(model, *asked)
-    assert written == [f"model.layers.{number}" for number in range(4)]
+    steps = 1 if step is bh.prune else 2  # heads in one basis first, and then fewer
+    assert written == [f"model.layers.{number}" for number in range(4)] * steps
     bh.save(model, tmp_path / "out")
     step(dense, *asked)
     found = bh.load(tmp_path / "out").state_dict()

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
 from billhook.calibration.calibration import Batches, batches_of
-from billhook.kv_heads.bases.ready import batches_needed, ready_weights
+from billhook.kv_heads.bases.ready import batches_needed, made_equal, ready_weights
+from billhook.kv_heads.bases.streamed import StreamedAttentions
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.named import Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
@@ -26,6 +27,8 @@ from billhook.model.plan import apply
 from billhook.model.surgery import changed
 from billhook.model.values import check_changeable, check_values
 from billhook.repairs.repair import Repair
+from billhook.repairs.visitor import Given
+from billhook.streaming.either import following
 from billhook.streaming.stream import Stream, stream_of
 
 
@@ -98,22 +101,29 @@ def convert_kv_heads(
     return plan
 
 
-def convert_streamed(stream: Stream, plan: KVHeadPlan, batches: Batches | None = None, repair: Repair | None = None) -> None:
-    """Carries a plan out on a model that is streamed, block by block."""
-    check_streams(plan.method, repair)
-    needs, what = batches_needed(plan.method, None)
-    given = [] if batches is None else list(batches_of(batches, stream.model))
-    if len(given) < needs:
-        raise ValueError(f"batches: {what} needs {needs} at least; got {len(given)}")
-    StreamedConversion(stream, plan, given).go()
+def convert_streamed(
+    stream: Stream,
+    plan: KVHeadPlan,
+    batches: Batches | None = None,
+    repair: Repair | None = None,
+    attentions: StreamedAttentions | None = None,
+) -> str:
+    """Carries a plan out on a model that is streamed, block by block; returns how its heads were made equal.
 
-
-def check_streams(method: KVMethod, repair: Repair | None) -> None:
-    """Refuses what looks at a whole model, which is streamed."""
-    if repair is not None:
-        raise ValueError("repair: the model is streamed, and repair looks at all of it: leave it out, or convert in memory")
-    if len(method.candidates) > 1:
-        raise ValueError(f"method='{method.name}' compares whole models, and this one is streamed: name one, such as 'svd'")
+    What is known of the `attentions` is found in two passes over the blocks, if it is not given.
+    """
+    new: Given = {}
+    how = str(plan.method)
+    with following(stream.model):
+        if plan.method.turns or repair is not None:
+            needs, what = batches_needed(plan.method, repair)
+            given = [] if batches is None else list(batches_of(batches, stream.model))
+            if len(given) < needs:
+                raise ValueError(f"batches: {what} needs {needs} at least; got {len(given)}")
+            attentions = attentions or StreamedAttentions(stream, dict.fromkeys(plan.layers, plan.after))
+            new, how = made_equal(attentions, plan.method, [(batch, None) for batch in given], repair)
+        StreamedConversion(stream, plan, new, how).go()
+    return how
 
 
 def ready(

@@ -133,7 +133,7 @@ def repair_linears(
         visitor = RepairVisitor(every, kept, before, trials, repair.ridges, parts, held_out, reduce, given, progress)
         if stream is not None:
             _check_once(often)
-            linear = {name: every[name] for name in every if name in {*before, *linears}}
+            linear = {name: every[name] for name in every if name in {*before, *(given or {}), *linears}}
             told = hashlib.sha256(str([(name, own.tolist()) for name, own in kept.items()]).encode()).hexdigest()
             refits = StreamedRepair(stream, visitor, linear, linears, f"{repair} {sources} {told} {tell_apart(trials)}")
             whole = range(len(trials), 2 * len(trials)) if before else ()

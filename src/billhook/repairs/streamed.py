@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from billhook.repairs.visitor import RepairVisitor
 from billhook.running.walk import Site, Walk, find_sites
+from billhook.streaming.parts import tensor_in
 from billhook.streaming.stream import Stream
 from billhook.streaming.together import shelf
 
@@ -25,9 +25,7 @@ class Refitted(Mapping[str, Tensor]):
         """Returns the values of one parameter."""
         if name in self._here:
             return self._here[name]
-        with safe_open(self._files[name], "pt", backend="pread") as opened:
-            found: Tensor = opened.get_tensor(name)
-        return found
+        return tensor_in(self._files[name], name)
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self._here, *self._files])

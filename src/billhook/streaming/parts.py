@@ -91,6 +91,13 @@ def _put(draft: Path, target: Path) -> None:
     draft.replace(target)
 
 
+def tensor_in(path: Path, key: str) -> Tensor:
+    """Reads one tensor of the file of a block."""
+    with safe_open(path, "pt", backend="pread") as opened:
+        found: Tensor = opened.get_tensor(key)
+    return found
+
+
 def link(path: Path, target: Path) -> None:
     """Gives a file a second name, or copies it where files have but one."""
     try:

@@ -150,7 +150,7 @@ class Stream:
 
     @contextmanager
     def watched(self, told: Told) -> Iterator[None]:
-        """Tells, within, how many blocks have come and gone, and of how many."""
+        """Tells, within, how many blocks have come and gone since the last step began, and of how many."""
         self._passed, self._told = set(), told
         told(0, len(self.blocks))
         try:
@@ -163,7 +163,7 @@ class Stream:
 
         They are as they were before the step until they are adopted.
         """
-        self._back = self.way_back()
+        self._back, self._passed = self.way_back(), set()
         return self.written.begin(f"{self._origin} {self._lost} {key}")
 
     @contextmanager

@@ -4,9 +4,11 @@ from billhook.arguments import whole
 from billhook.callbacks.kv.preparation import HINT
 from billhook.cli.blockwise import over
 from billhook.cli.oneshot.frame import OneShot
+from billhook.cli.oneshot.streamed import bytes_of_moments, rest
 from billhook.cli.oneshot.text import Examples
 from billhook.kv_heads.bases.ready import batches_needed, check_ready
-from billhook.kv_heads.convert import check_repair, check_streams, convert_streamed, ready
+from billhook.kv_heads.bases.streamed import StreamedAttentions
+from billhook.kv_heads.convert import check_repair, convert_streamed, ready
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.mean import Mean
 from billhook.kv_heads.methods.named import Name, method_of
@@ -58,12 +60,15 @@ def convert(
     calibrates = batches_needed(method, repair)[0] > 0 or (method.turns and given.data is not None)
     work = OneShot(model, out, given, refits=repair is not None, calibrates=calibrates, streams=True)
     plan = plan_kv_heads(work.model, num_key_value_heads, method, layers, encoder)
-    if given.stream:
-        check_streams(method, repair)
+    groups, passes, attentions = dict.fromkeys(plan.layers, plan.after), 1, None
+    if (stream := stream_of(work.model)) is not None and (method.turns or repair is not None):
+        attentions = StreamedAttentions(stream, groups)
+        passes += attentions.passes(method, repair)
+        rest(work.model, work.shelf(max(attentions.bytes(method), bytes_of_moments(work.model, None, repair is not None))))
     elif method.turns or repair is not None:
-        check_ready(work.model, dict.fromkeys(plan.layers, plan.after), method)
+        check_ready(work.model, groups, method)
     if not dry_run:
-        work.tell(*_steps(plan, repair, work.shown if calibrates else "no text, as it needs none"))
+        work.tell(*_steps(plan, repair, work.shown if calibrates else "no text, as it needs none"), passes=passes)
     if dry_run:
         work.tell_dry(plan.text())
         return
@@ -71,10 +76,9 @@ def convert(
     if type(method) is Mean and repair is None:
         print(HINT.removeprefix("billhook: "))
     batches, before = work.batches() if calibrates else None, work.measure()
-    if (stream := stream_of(work.model)) is not None:
+    if stream is not None:
         with over(work.model, "converting", "attentions"):
-            convert_streamed(stream, plan, batches, repair)
-        how = str(method)
+            how = convert_streamed(stream, plan, batches, repair, attentions)
     else:
         plan, weights, how = ready(work.model, plan, batches, repair)
         apply(work.model, plan, weights=weights)

@@ -1,7 +1,7 @@
 """Makes a model ready for fewer KV heads: weights with which the heads of a group are equal, by any method, repaired if asked."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from typing import Any
@@ -20,6 +20,7 @@ from billhook.kv_heads.bases.stacks import find_projections, instead, read, writ
 from billhook.kv_heads.methods.base import Grouping, KVMethod, Rendered
 from billhook.model.linears import matrix_of
 from billhook.repairs.repair import Repair, repair_linears
+from billhook.repairs.streamed import Refitted
 from billhook.repairs.visitor import Given
 from billhook.running.batches import Loss, Run, run_with_loss
 from billhook.running.undisturbed import undisturbed
@@ -94,6 +95,12 @@ class Attentions:
         """Returns the moments that the weights of an attention alone let expect."""
         return weight_moments(read(self.model, self.places[name]), 1 if grouping == "similar" else self.groups[name])
 
+    def rendered(self, methods: Sequence[Rendered], trials: Sequence[Run]) -> Iterator[tuple[Rendered, Given]]:
+        """Yields for each of some methods, which group heads alike, what `equal` returns on the moments that data shows."""
+        moments = self.moments(trials, methods[0].grouping)
+        for method in methods:
+            yield method, self.equal(method, moments)
+
     def equal(self, method: Rendered, moments: Mapping[str, Moments], pool: bool = True) -> dict[str, dict[str, Tensor]]:
         """Returns by linear the parameters with which the heads of each group are equal; without pooling, in one basis."""
         new: dict[str, dict[str, Tensor]] = {}
@@ -111,14 +118,19 @@ class Attentions:
         become = pooled if pool else turned
         return written(self.model, place, become(stacks, *find_bases(stacks, own, freedom, method)))
 
-    def repaired(self, new: Given, trials: Sequence[Run], repair: Repair) -> dict[str, dict[str, Tensor]]:
+    def repaired(self, new: Given, trials: Sequence[Run], repair: Repair) -> Given:
         """Returns the same, with the linears behind attentions and feed-forwards refitted to what the whole model gives."""
+        found = self._refitted(new, trials, repair)
+        assert isinstance(found, dict), "the model is streamed"
+        own = {name: {"weight": weight} | ({} if bias is None else {"bias": bias}) for name, (weight, bias) in found.items()}
+        return {name: dict(parameters) for name, parameters in new.items()} | own
+
+    def _refitted(self, new: Given, trials: Sequence[Run], repair: Repair) -> dict[str, tuple[Tensor, Tensor | None]] | Refitted:
+        """Refits the linears behind attentions and feed-forwards, where others are new."""
         reading = [place.o.linear for place in self.places.values()] + self.downs
         widths = {name: matrix_of(self.model.get_submodule(name))[0].shape[1] for name in dict.fromkeys(reading)}
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in widths.items()}
-        found = repair_linears(self.model, kept, trials, repair, self._reduce, given=new)
-        own = {name: {"weight": weight} | ({} if bias is None else {"bias": bias}) for name, (weight, bias) in found.items()}
-        return {name: dict(parameters) for name, parameters in new.items()} | own
+        return repair_linears(self.model, kept, trials, repair, self._reduce, given=new)
 
     @torch.no_grad()
     def distance(self, new: Given, trials: Sequence[Run]) -> float:
@@ -158,18 +170,16 @@ def best_method(
     held_out = [trial for number, trial in enumerate(trials) if number in chosen]
     distances: dict[Rendered, float] = {}
     for grouping, alike in groupby(attentions.allowed(methods), lambda method: method.grouping):
-        if grouping == "similar" and not _may_group(attentions):
+        if grouping == "similar" and not may_group(attentions):
             continue
-        moments = attentions.moments(seen, grouping)
-        for method in alike:
-            new = attentions.equal(method, moments)
+        for method, new in attentions.rendered(list(alike), seen):
             if repair is not None and not cannot_repair:
                 new = attentions.repaired(new, seen, repair)
             distances[method] = attentions.distance(new, held_out)
     return min(distances, key=lambda method: math.inf if math.isnan(distances[method]) else distances[method]), distances
 
 
-def _may_group(attentions: Attentions) -> bool:
+def may_group(attentions: Attentions) -> bool:
     """Returns whether there is a choice which heads share a group, and heads may change places."""
     some = any(1 < attentions.groups[name] < place.kv_heads for name, place in attentions.places.items())
     return some and all(own.order for own in attentions.freedoms.values())
@@ -193,7 +203,14 @@ def ready_weights(
         repair: If given, what reads the heads, and the feed-forwards, are refitted to what the whole model gives.
         reduce: Sums over ranks.
     """
-    attentions = Attentions(model, groups, reduce)
+    new, how = made_equal(Attentions(model, groups, reduce), method, batches, repair)
+    return by_parameter(new), how
+
+
+def made_equal(
+    attentions: Attentions, method: KVMethod, batches: Iterable[BatchAndLoss], repair: Repair | None
+) -> tuple[Given, str]:
+    """Returns the same by linear, of attentions that are known."""
     chosen, *others = attentions.allowed(method.candidates)
     trials = [attentions.trial(*pair) for pair in batches]
     least, what = batches_needed(method, repair)
@@ -203,11 +220,11 @@ def ready_weights(
         raise ValueError(f"batches: {what} needs {least} at least on each rank, {why}; got {len(trials)}")
     if len(method.candidates) > 1:
         chosen, _ = best_method(attentions, [chosen, *others], trials, repair)
-    new = attentions.equal(chosen, attentions.moments(trials, chosen.grouping))
+    ((_, new),) = attentions.rendered([chosen], trials)
     if repair is not None:
         new = attentions.repaired(new, trials, repair)
     how = f"{method}: {chosen}" if len(method.candidates) > 1 else str(method)
-    return by_parameter(new), how + (", repaired" if repair is not None else "")
+    return new, how + (", repaired" if repair is not None else "")
 
 
 def by_parameter(new: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

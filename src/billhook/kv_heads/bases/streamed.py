@@ -1,0 +1,195 @@
+"""The attentions of a model whose blocks come from files: bases are found on the way through it, and new weights lie in files."""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from billhook.kv_heads.bases.distance import distance_between
+from billhook.kv_heads.bases.moments import Moments, Sums
+from billhook.kv_heads.bases.ready import Attentions, may_group
+from billhook.kv_heads.bases.stacks import instead
+from billhook.kv_heads.methods.base import Grouping, KVMethod, Rendered
+from billhook.repairs.repair import Repair
+from billhook.repairs.streamed import Refitted
+from billhook.repairs.visitor import Given
+from billhook.running.batches import Run, tell_apart
+from billhook.running.overridden import overridden
+from billhook.running.undisturbed import undisturbed
+from billhook.streaming.aside import Aside
+from billhook.streaming.parts import tensor_in
+from billhook.streaming.stream import Stream
+from billhook.streaming.together import Together
+
+Reads = Mapping[str, Mapping[str, Callable[[], Tensor]]]
+
+
+class StreamedAttentions(Attentions):
+    """The attentions of a streamed model that are to have fewer KV heads; what becomes of them lies in files."""
+
+    def __init__(self, stream: Stream, groups: Mapping[str, int]) -> None:
+        super().__init__(stream.model, groups)
+        self.stream = stream
+
+    def passes(self, method: KVMethod, repair: Repair | None) -> int:
+        """Returns how often the blocks are read until heads are equal."""
+        each = 1 if repair is None else 3  # one to see what is called, one to refit
+        if len(method.candidates) == 1:
+            return each
+        tried = [one for one in self.allowed(method.candidates) if one.grouping == "consecutive" or may_group(self)]
+        return len({one.grouping for one in tried}) + len(tried) * each + each
+
+    def bytes(self, method: KVMethod) -> int:
+        """Returns the bytes of the largest moments of an attention, with those that are computed of them."""
+        similar, most = any(one.grouping == "similar" for one in method.candidates), 0
+        for name, place in self.places.items():
+            groups = 1 if similar else self.groups[name]
+            keys, values = (place.kv_heads * rows.index.shape[1] for rows in (place.k, place.v))
+            most = max(most, groups * ((keys // groups) ** 2 + (values // groups) ** 2))
+        return 2 * 8 * most
+
+    def rendered(self, methods: Sequence[Rendered], trials: Sequence[Run]) -> Iterator[tuple[Rendered, Aside]]:
+        """Yields for each of some methods, which group heads alike, where the new parameters lie; one pass writes all of them."""
+        stream, grouping = self.stream, methods[0].grouping
+        done = stream.begin(f"heads of {self.groups} by {methods} {tell_apart(trials)}")
+        left = {name: self._block(name) for name in self.places if self._block(name) not in done}
+        passing = _Passing(self, grouping, trials, left)
+
+        def write(module: nn.Module) -> None:
+            block = stream.names[module]
+            if own := [name for name, inside in left.items() if inside == block]:
+                stream.bring(module)
+                stream.written.write(block, self._written(methods, {name: passing.moments(name) for name in own}), None)
+
+        passing.go(write)
+        here = self._written(methods, {name: passing.moments(name) for name, inside in left.items() if inside is None})
+        reads = {key: partial(_itself, value) for key, value in here.items()}
+        for block in dict.fromkeys(inside for name in self.places if (inside := self._block(name)) is not None):
+            path = stream.written.path(block)
+            reads |= {key: partial(tensor_in, path, key) for key in stream.written.keys(block)}
+        for number, method in enumerate(methods):
+            yield method, Aside(_by_linear({key: read for key, read in reads.items() if key.startswith(f"{number} ")}))
+
+    def repaired(self, new: Given, trials: Sequence[Run], repair: Repair) -> Aside:
+        """Returns the same, with linears behind attentions and feed-forwards refitted, in files of another step."""
+        assert isinstance(new, Aside), "they are in memory"
+        found = self._refitted(new, trials, repair)
+        assert isinstance(found, Refitted), "the model is in memory"
+        return Aside(_by_linear({name: partial(found.__getitem__, name) for name in found})).over(new)
+
+    @torch.no_grad()
+    def distance(self, new: Given, trials: Sequence[Run]) -> float:
+        """Returns how far the outputs with other parameters are from the model's own; both go through its blocks side by side."""
+        last, expected, distances = list(self.places.values())[-1].o.linear, list[Any](), list[float]()
+        here = dict[str, Mapping[str, Tensor]]()  # the new parameters of the block that computes
+        together = Together(self.model, lambda _: here.clear())
+
+        def changed(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            if not together.now % 2:
+                return forward(*args, **kwargs)
+            if name not in here:
+                here[name] = new[name]
+            with instead(self.model, {name: here[name]}):
+                return forward(*args, **kwargs)
+
+        def compare(trial: Run) -> None:
+            found = trial.visit()
+            if together.now % 2:
+                distances.append(distance_between(expected.pop(), found, trial.tokens.get(last)))
+            else:
+                expected.append(found)
+
+        with undisturbed(self.model), ExitStack() as stack:
+            for name in new:
+                linear = self.model.get_submodule(name)
+                stack.enter_context(overridden(linear, forward=partial(changed, name, linear.forward)))
+            together([partial(compare, trial) for trial in trials for _ in range(2)])
+        total, count = self.summed(sum(distances), len(trials))
+        return total / count
+
+    def _block(self, name: str) -> str | None:
+        """Returns the name of the block that an attention is in; None of one that stays in memory."""
+        block = self.stream.owner.get(self.model.get_submodule(name))
+        return None if block is None else self.stream.names[block]
+
+    def _written(self, methods: Sequence[Rendered], moments: Mapping[str, Moments]) -> dict[str, Tensor]:
+        """Returns the new parameters of some attentions, by the number of the method and the name of the parameter."""
+        return {
+            f"{number} {linear}.{part}": value
+            for number, method in enumerate(methods)
+            for linear, own in self.equal(method, moments).items()
+            for part, value in own.items()
+        }
+
+
+class _Passing:
+    """One pass of runs over a model as it is, in which each block is left with the moments of its attentions.
+
+    Args:
+        attentions: All attentions.
+        grouping: Which heads are to share a group.
+        trials: The runs; without any, the weights alone say how heads vary.
+        names: The attentions to listen to.
+    """
+
+    def __init__(self, attentions: StreamedAttentions, grouping: Grouping, trials: Sequence[Run], names: Collection[str]) -> None:
+        self.attentions, self.grouping, self.trials, self.names = attentions, grouping, trials, names
+        self.sums: dict[str, Sums] = {}  # of the attentions that have not been left yet
+        self.listeners: dict[str, ExitStack] = {}
+
+    def go(self, leave: Callable[[nn.Module], None]) -> None:
+        """Goes over all blocks, and calls `leave` with each when all runs have passed it."""
+        own = self.attentions
+        if not self.trials or not self.names:
+            for block in own.stream.blocks.values():
+                leave(block)
+            return
+        together = Together(own.model, leave)
+        with undisturbed(own.model), own.stream.undone_by_errors(), ExitStack() as stack:
+            for name in self.names:
+                self.listeners[name] = stack.enter_context(ExitStack())
+                self._listen(name, together)
+            together([run.visit for run in self.trials])
+
+    def _listen(self, name: str, together: Together) -> None:
+        """Listens to an attention from its first call until its block is left, as what is added up takes memory."""
+        module = self.attentions.model.get_submodule(name)
+
+        def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
+            if name not in self.sums:
+                self.sums[name] = self._sums(name)
+                self.listeners[name].enter_context(self.sums[name].listening())
+                return module.forward(*args, **kwargs)
+            self.sums[name].masks = self.trials[together.now].tokens
+            return inner(*args, **kwargs)
+
+        self.listeners[name].enter_context(overridden(module, forward=partial(forward, module.forward)))
+
+    def _sums(self, name: str) -> Sums:
+        own = self.attentions
+        return Sums(own.model, own.places[name], [1 if self.grouping == "similar" else own.groups[name]])
+
+    def moments(self, name: str) -> Moments:
+        """Returns the moments of an attention, whose block has been left, and lets go of what they were added up in."""
+        if not self.trials:
+            return self.attentions.weight_moments(name, self.grouping)
+        self.listeners.pop(name).close()
+        (moments,) = (self.sums.pop(name, None) or self._sums(name)).moments(None).values()
+        return moments
+
+
+def _itself(value: Tensor) -> Tensor:
+    return value
+
+
+def _by_linear(reads: Mapping[str, Callable[[], Tensor]]) -> Reads:
+    """Takes names of parameters, after a number if there is one, apart into linears and names in them."""
+    found = defaultdict[str, dict[str, Callable[[], Tensor]]](dict)
+    for key, read in reads.items():
+        linear, _, part = key.rpartition(" ")[2].rpartition(".")
+        found[linear][part] = read
+    return dict(found)

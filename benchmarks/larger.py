@@ -1,12 +1,13 @@
 """Memory and time of models that stay in their files: commands with `--stream`, each in a process of its own.
 
 `OMP_NUM_THREADS=1 python benchmarks/larger.py WORK [MODEL ...] --out larger.md`; a MODEL is a folder, or the name of a random
-Llama in bfloat16, `1.2B` or `13B`, which is written into WORK shard by shard (all blocks hold the same random numbers; memory and
-time do not depend on them). Text is the embedded one, by the embedded tokenizer, eight examples of 128 tokens, as these machines
-are slow; what blocks hand on grows with the text: 2 x tokens x hidden size x bytes of a number. Peaks are of resident memory; the
-interpreter's own, with billhook imported, is printed first. `--memory` is handed on. An output is removed when it is measured;
-WORK needs as many bytes again as a model has. `--computed 70B` measures nothing: it says what a model of that size would take,
-from its shape, if CPU time grew with the parameters in blocks, as `--seconds` of a model of 1.2 billion say.
+Llama in bfloat16, `1.2B`, `13B`, or `2 of 13B`, two of its blocks, which is written into WORK shard by shard (all blocks hold the
+same random numbers; memory and time do not depend on them). Text is the embedded one, by the embedded tokenizer, `--examples` of
+128 tokens, few as these machines are slow; what blocks hand on grows with the text: 2 x tokens x hidden size x bytes of a number.
+A refit needs as many tokens as inputs that it keeps. Peaks are of resident memory; the interpreter's own, with billhook imported,
+is printed first. `--memory` is handed on. An output is removed when it is measured; WORK needs as many bytes again as a model
+has. `--computed 70B` measures nothing: it says what a model of that size would take, from its shape, if CPU time grew with the
+parameters in blocks, as `--seconds` of a model of 1.2 billion say.
 """
 
 import argparse
@@ -29,6 +30,7 @@ SIZES = {
     "1.2B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 16},
     "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
+SIZES["2 of 13B"] = SIZES["13B"] | {"num_hidden_layers": 2}
 COMPUTED = {  # name: hidden size, width of the feed-forward, blocks, heads, KV heads, vocabulary
     "1.2B": (2048, 5632, 22, 16, 16, 32_000),
     "13B": (5120, 13824, 40, 40, 40, 32_000),
@@ -39,9 +41,10 @@ PASSES = 7
 COMMANDS = {
     "Wanda, 50 %": ["prune", "--sparsity", "0.5"],
     "SparseGPT, 50 %": ["prune", "--criterion", "billhook.SparseGPT", "--sparsity", "0.5"],
+    "25 % of the FFN, with repair": ["prune-structure", "--channels", "0.25"],
     "KV heads to a fifth or a quarter, mean": ["convert", "--num_key_value_heads"],
 }
-TEXT = ["--length", "128", "--examples", "8", "--evaluate", "2", "--batch_size", "1"]
+TEXT = ["--length", "128", "--evaluate", "2", "--batch_size", "1"]
 
 
 def write(folder, size):
@@ -117,6 +120,7 @@ def main():
     parser.add_argument("work", type=Path)
     parser.add_argument("models", nargs="*", default=["1.2B"])
     parser.add_argument("--only", nargs="*", default=list(COMMANDS), choices=list(COMMANDS))
+    parser.add_argument("--examples", default="8", help="of 128 tokens, that are calibrated on")
     parser.add_argument("--memory", help="as of the commands")
     parser.add_argument("--in_memory", action="store_true", help="measure the same commands without --stream beside them")
     parser.add_argument("--computed", choices=list(COMPUTED), help="say what a model would take, and measure nothing")
@@ -142,7 +146,8 @@ def main():
                 out = options.work / "out"
                 text = ["--data", json.dumps({"train": str(text_files()["train"]), "test": str(text_files()["validation"])})]
                 billhook = [sys.executable, "-c", "from billhook.cli.main import main; main()", command[0], str(model), str(out)]
-                most, cpu, seconds = peak([*billhook, *command[1:], *TEXT, *text, *how])
+                shown = ["--examples", options.examples, *TEXT]
+                most, cpu, seconds = peak([*billhook, *command[1:], *shown, *text, *how])
                 shutil.rmtree(out)
                 row = [name, f"{size:.2f}", what, " ".join(how).replace("--", "") or "in memory"]
                 table.add([*row, f"{most / 2**30:.2f}", f"{(most - own) / 2**30:.2f}", f"{cpu:.0f}", f"{seconds:.0f}"])

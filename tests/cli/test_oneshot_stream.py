@@ -71,6 +71,24 @@ def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, 
     assert len(kept) == 6 * 2
 
 
+def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatch):
+    rests = []
+    monkeypatch.setattr("billhook.cli.oneshot.streamed.fits", lambda *given: bool(rests.append(given)))
+    kept = []
+    monkeypatch.setattr("billhook.streaming.together.Shelf.keep", lambda shelf, tensors: kept.append(tensors))
+    asked = ["--channels", "0.25", "--importance", "WeightNorm", "--stream", "--memory", "1GiB"]
+    text = ["--length", "32", "--examples", "8", "--batch_size", "1", "--evaluate", "5", *option(files)]
+    for name, more, series in (("both", [], 2), ("cut", ["--repair", "null"], 1)):
+        ran("prune-structure", small, tmp_path / name, *text, *asked, *more)
+        _, tokens, moments, _ = rests[-1]
+        assert tokens == series * 8 * 32
+        dense = bh.load(small).model.modules()
+        shapes = [(one.out_features, one.in_features) for one in dense if isinstance(one, torch.nn.Linear)]
+        most = max(2 * (columns**2 // 2 + rows * columns) + columns**2 + rows * columns for rows, columns in shapes)
+        assert moments == (series - 1) * 8 * most
+    assert sum(isinstance(one, torch.Tensor) for one in kept) == 3 * 8  # what three linears that follow each other owe
+
+
 def test_memory_that_is_too_little(small, files, tmp_path):
     with pytest.raises(SystemExit, match=r"memory=0\.00 GiB: at least \d\.\d\d GiB are needed for one block at a time"):
         main(["prune", str(small), str(tmp_path / "out"), *option(files), "--sparsity", "0.5", "--stream", "--memory", "1MB"])

@@ -33,7 +33,7 @@ class OBS(Importance):
     several, or of what the model writes itself, too (`Calibration([..., "generated"])`).
 
     Costs: a forward for each batch and pass; memory for a float32 matrix `[in_features, in_features]` of each reader of a pass,
-    and five in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds. Where more and more
+    and one in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds. Where more and more
     batches are taken (`Calibration(enough=...)`), there are twice as many matrices; with several passes each step begins again.
     Of a model that is streamed there are matrices of one block at a time, in one pass, and each step begins again.
 
@@ -115,12 +115,13 @@ def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor,
         there: Which of them exist, as some units may have fewer: bool.
         damping: Share of the mean of the diagonal that is added to it.
     """
-    h = products.double()
+    h = torch.empty_like(products, dtype=torch.float64).t().copy_(products)  # by columns: what is computed takes its place
     h.diagonal().add_((damping * h.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny))
-    lower, failed = torch.linalg.cholesky_ex(h)
+    failed = torch.zeros((), dtype=torch.int32, device=h.device)
+    torch.linalg.cholesky_ex(h, out=(h, failed))
     if failed:
         raise ValueError(f"damping={damping} is too small for inputs so alike, or they are NaN or infinite")
-    inverse = torch.cholesky_inverse(lower)
+    inverse = torch.cholesky_inverse(h, out=h)
     table, there = table.to(h.device), there.to(h.device)
     both = there[:, :, None] & there[:, None, :]
     blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))

@@ -7,121 +7,56 @@ towards the old weights instead of one towards zero, chosen on held-out data.
 """
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from billhook.running.statistics import TOKENS, add_products
+from billhook.repairs.moments import Fold, OwedMoments, SecondMoments
+
+Errors = Callable[[float], Sequence[float] | None]
+"""With a ridge, the error on each fold's held-out data; None where some fold has no solution."""
 
 
-class OwedMoments:
-    """First and second moments of a linear's inputs, and of what it owes in addition to its own output, float64.
+def least(ridges: Sequence[float], without: Sequence[float], errors: Errors) -> float:
+    """Chooses the ridge with which solutions err least on held-out data; infinity if none helps.
 
-    Attributes:
-        tokens: How many tokens were added, each with its weight, `[]`.
-        sums: The sum of their inputs x, `[in_features]`.
-        products: The sum of x x^T, `[in_features, in_features]`.
-        owed_sums: The sum of what is owed, d, `[out_features]`.
-        owed_products: The sum of d x^T, `[out_features, in_features]`.
-        owed_squares: The sum of |d|^2, `[]`.
+    The error of each fold counts as a share of the one `without` a refit. Ridges that have no solution are skipped.
     """
-
-    def __init__(self, out_features: int, in_features: int, device: torch.device | str = "cpu") -> None:
-        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
-        self.sums, self.owed_sums = self.tokens.new_zeros(in_features), self.tokens.new_zeros(out_features)
-        self.products = self.tokens.new_zeros(in_features, in_features)
-        self.owed_products = self.tokens.new_zeros(out_features, in_features)
-        self.owed_squares = self.tokens.clone()
-
-    def add(self, inputs: Tensor, owed: Tensor | None = None, keep: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Adds what a linear is given in one call; multiplied in float32, or in float64 if the inputs are.
-
-        Args:
-            inputs: `[..., in_features]`, of any floating dtype.
-            owed: Addition that its outputs need, `[..., out_features]`, if any.
-            keep: Which tokens count, bool, `[...]`; all if None.
-            weights: How much each token counts, `[...]`; all one if None.
-        """
-        weights = torch.ones(inputs.shape[:-1], device=inputs.device) if weights is None else weights
-        each = torch.split(_flat(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32)), TOKENS)
-        chunks = torch.split(_flat(inputs, keep), TOKENS)
-        for chunk, share in zip(chunks, each, strict=True):
-            weighted = wide(chunk) * share
-            self.tokens += share.sum(dtype=torch.float64)
-            self.sums += weighted.sum(0, dtype=torch.float64)
-            add_products(self.products, weighted, wide(chunk))
-        if owed is not None:
-            for chunk, due, share in zip(chunks, torch.split(_flat(owed, keep), TOKENS), each, strict=True):
-                weighted = wide(due) * share
-                self.owed_sums += weighted.sum(0, dtype=torch.float64)
-                add_products(self.owed_products, weighted, wide(chunk))
-                self.owed_squares += (weighted * wide(due)).sum(dtype=torch.float64)
-
-    def tensors(self) -> list[Tensor]:
-        """Returns the sums themselves, not copies, to be summed over ranks in place."""
-        return [self.tokens, self.sums, self.products, self.owed_sums, self.owed_products, self.owed_squares]
-
-    @classmethod
-    def merged(cls, parts: Sequence["OwedMoments"]) -> "OwedMoments":
-        """Returns the moments of all parts."""
-        rows, columns = parts[0].owed_products.shape
-        every = cls(rows, columns, parts[0].tokens.device)
-        for sums, *own in zip(every.tensors(), *(part.tensors() for part in parts), strict=True):
-            for one in own:
-                sums += one
-        return every
-
-    @property
-    def centre(self) -> tuple[Tensor, Tensor]:
-        """The means of x and d, `[in_features]` and `[out_features]`."""
-        return self.sums / self.tokens, self.owed_sums / self.tokens
-
-    def about(self, centre: tuple[Tensor, Tensor] | None = None) -> "SecondMoments":
-        """Computes the means of (x - c) (x - c)^T, (d - e) (x - c)^T and |d - e|^2 about a centre (c, e), zero if None."""
-        inputs, owed, squares = (sums / self.tokens for sums in (self.products, self.owed_products, self.owed_squares))
-        if centre is not None:
-            (c, e), (x, d) = centre, self.centre
-            inputs = inputs - torch.outer(x, c) - torch.outer(c, x) + torch.outer(c, c)
-            owed = owed - torch.outer(d, c) - torch.outer(e, x) + torch.outer(e, c)
-            squares = squares - 2 * e @ d + e @ e
-        return SecondMoments(inputs, owed, squares)
+    shares = {math.inf: 1.0}
+    for ridge in ridges:
+        if (found := errors(ridge)) is not None:
+            whole = (max(one, torch.finfo(torch.float64).tiny) for one in without)
+            shares[ridge] = sum(error / one for error, one in zip(found, whole, strict=True)) / len(found)
+    return min(shares, key=lambda ridge: shares[ridge])
 
 
-class SecondMoments(NamedTuple):
-    """Means of x x^T, `[in_features, in_features]`, H; of d x^T, `[out_features, in_features]`; and of |d|^2, `[]`."""
+def solve(inner: Tensor, owed: Tensor, ridge: float) -> Tensor | None:
+    """Solves for M = owed (H + ridge D)^-1, D the diagonal of H, in the memory of both, float64.
 
-    inputs: Tensor
-    owed: Tensor
-    owed_squares: Tensor
+    Args:
+        inner: H, `[in_features, in_features]`, of which the lower triangle is read, column after column in memory.
+        owed: `[out_features, in_features]`, row after row in memory.
+        ridge: At infinity M is zero.
 
-    def error(self, missing: Tensor) -> float:
-        """Computes E |M x + d|^2 = tr(M H M^T) + 2 tr(M (E d x^T)^T) + E |d|^2, M being the weights that are missing."""
-        return float(((missing @ self.inputs + 2 * self.owed) * missing).sum() + self.owed_squares)
-
-
-Fold = tuple[OwedMoments, OwedMoments]
-"""Data that a ridge is tried on: what is fitted, and what is held out."""
-
-
-def folds_of(parts: Sequence[OwedMoments], held_out: Sequence[int]) -> list[Fold]:
-    """Returns the data that a ridge is tried on: each of some parts held out in turn, where it and the others have tokens."""
-    others = {number: [own for place, own in enumerate(parts) if place != number and own.tokens] for number in held_out}
-    return [(OwedMoments.merged(own), parts[number]) for number, own in others.items() if own and parts[number].tokens]
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Converts to float32; float64 stays as it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _flat(tensor: Tensor, keep: Tensor | None) -> Tensor:
-    return tensor.detach().reshape(-1, tensor.shape[-1]) if keep is None else tensor.detach()[keep]
+    Returns:
+        M, in the place of `owed`; None if the ridge is too small for moments that rounding has left without an inverse.
+    """
+    diagonal = inner.diagonal()
+    if ridge == math.inf or not diagonal.any():
+        return owed.zero_()
+    diagonal += ridge * diagonal + torch.finfo(torch.float64).eps * diagonal.sum()
+    failed = torch.zeros((), dtype=torch.int32, device=inner.device)
+    torch.linalg.cholesky_ex(inner, out=(inner, failed))
+    if failed:
+        return None
+    torch.linalg.solve_triangular(inner.mT, owed, upper=True, left=False, out=owed)
+    torch.linalg.solve_triangular(inner, owed, upper=False, left=False, out=owed)
+    return owed
 
 
 def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: float) -> Tensor | None:
-    """Solves for the weights that do best from the kept inputs: W' = argmin E ||W x + d - W' x||^2 + ridge, float64.
+    """Solves for the weights that do best from some inputs: W' = argmin E ||W x + d - W' x||^2 + ridge, float64.
 
     With S the inputs that are kept, R those removed, H the second moments of the inputs and D the diagonal of H_SS:
     W'_S = W_S + (W_R H_RS + E d x_S^T) (H_SS + ridge D)^-1, W'_R = 0, the minimum of
@@ -129,55 +64,84 @@ def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: floa
     for the means, the second moments, float64, are about those. None if the ridge is too small for moments that rounding has left
     without an inverse.
     """
-    new = torch.where(keep, weight.double(), 0)
-    if ridge == math.inf or not second.inputs.diagonal()[keep].any():
-        return new
-    inner = second.inputs[keep][:, keep]
-    diagonal = inner.diagonal()
-    inner.diagonal().add_(ridge * diagonal + torch.finfo(torch.float64).eps * diagonal.sum())
-    lost = weight[:, ~keep].double() @ second.inputs[~keep][:, keep] + second.owed[:, keep]
-    factor, failed = torch.linalg.cholesky_ex(inner)
-    if failed:
+    rows = second.inputs[keep]
+    lost = weight[:, ~keep].double() @ rows[:, ~keep].t() + second.owed[:, keep]
+    more = solve(rows[:, keep].t(), lost.contiguous(), ridge)
+    if more is None:
         return None
-    new[:, keep] += torch.cholesky_solve(lost.t(), factor).t()
+    new = torch.where(keep, weight.double(), 0)
+    new[:, keep] += more
     return new
 
 
 def choose_ridge(
     weight: Tensor, keep: Tensor, folds: Sequence[tuple[SecondMoments, SecondMoments]], ridges: Sequence[float]
 ) -> float:
-    """Chooses the ridge with which solutions err least on held-out data, about the same means; infinity if none helps.
+    """Chooses the ridge with which solutions on some inputs err least on held-out data, about the same means."""
 
-    The error of each fold counts as a share of the one without a refit. Ridges that have no solution are skipped.
-    """
-    cut = weight.double() * ~keep
-    without = [max(held_out.error(cut), torch.finfo(torch.float64).tiny) for _, held_out in folds]
-    errors = {math.inf: 1.0}
-    for ridge in ridges:
+    def errors(ridge: float) -> list[float] | None:
         found = [solve_ridge(weight, keep, second, ridge) for second, _ in folds]
-        if all(new is not None for new in found):
-            left = [
-                held_out.error(weight.double() - new) for new, (_, held_out) in zip(found, folds, strict=True) if new is not None
-            ]
-            errors[ridge] = sum(error / whole for error, whole in zip(left, without, strict=True)) / len(folds)
-    return min(errors, key=lambda ridge: errors[ridge])
+        each = zip(found, folds, strict=True)
+        left = [held_out.error(weight.double() - new) for new, (_, held_out) in each if new is not None]
+        return left if len(left) == len(folds) else None
+
+    cut = weight.double() * ~keep
+    return least(ridges, [held_out.error(cut) for _, held_out in folds], errors)
 
 
 def refit_linear(
-    weight: Tensor, bias: Tensor | None, keep: Tensor, folds: Sequence[Fold], every: OwedMoments, ridges: Sequence[float]
+    weight: Tensor, bias: Tensor | None, folds: Sequence[Fold], every: Sequence[OwedMoments], ridges: Sequence[float]
 ) -> tuple[Tensor, Tensor | None]:
-    """Refits a linear's weight and bias, float64: chooses the ridge on held-out data, and solves on all.
+    """Refits a linear's weight and bias, float64, to give d in addition: chooses the ridge on held-out data, solves on all.
 
-    A bias makes up for the mean of what is missing, b' = b + (W - W') E x + E d, and the weight for the rest. Where all data has
-    no solution with that ridge, the next larger one takes its place.
+    W' = W + M, with M as of `solve`, from the moments of all inputs x that it has. A bias makes up for the mean of what is
+    missing, b' = b + E d - M E x, and M for the rest. Where all data has no solution with that ridge, the next larger one takes
+    its place. Beside the moments, memory holds a matrix of in_features^2, and one like the weight.
     """
-    centres = [None if bias is None else fit.centre for fit, _ in folds]
-    seen = [(fit.about(c), held_out.about(c)) for (fit, held_out), c in zip(folds, centres, strict=True)]
-    ridge = choose_ridge(weight, keep, seen, ridges)
-    second = every.about(None if bias is None else every.centre)
+
+    def errors(ridge: float) -> list[float] | None:
+        found = (_error(parts, held_out, bias is not None, ridge) for parts, held_out in folds)
+        left = [error for error in found if error is not None]
+        return left if len(left) == len(folds) else None
+
+    ridge = least(ridges, errors(math.inf) or [], errors)
     larger = sorted({ridge, math.inf, *(one for one in ridges if one > ridge)})
-    new = next(found for one in larger if (found := solve_ridge(weight, keep, second, one)) is not None)
-    if bias is None:
-        return new, None
-    mean, owed = every.centre
-    return new, bias.double() + (weight.double() - new) @ mean + owed
+    new = next(found for one in larger if (found := _more(every, bias is not None, one)) is not None)
+    shift = _shift(new, every)
+    return new.add_(weight), None if bias is None else bias.double() + shift
+
+
+def _more(parts: Sequence[OwedMoments], centred: bool, ridge: float) -> Tensor | None:
+    """Solves for what is added to a weight that is fitted to parts of the data; about the means, if a bias makes up for those."""
+    (x, d), tokens = _means(parts), _tokens(parts)
+    inner, owed = x.new_zeros(len(x), len(x)).t(), torch.zeros_like(parts[0].owed_products)
+    for part in parts:
+        part.products.add_to(inner)
+        owed += part.owed_products
+    for sums, mean in ((inner, x), (owed, d)):
+        sums /= tokens
+        if centred:
+            sums.addr_(mean, x, alpha=-1)
+    return solve(inner, owed, ridge)
+
+
+def _error(parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, ridge: float) -> float | None:
+    """Computes what a linear that is fitted to parts of the data errs on what is held out; None where there is no solution."""
+    more = _more(parts, centred, ridge)
+    return None if more is None else held_out.error(more, _shift(more, parts) if centred else None)
+
+
+def _shift(more: Tensor, parts: Sequence[OwedMoments]) -> Tensor:
+    """Computes what a bias adds, `[out_features]`."""
+    x, d = _means(parts)
+    return d - more @ x
+
+
+def _means(parts: Sequence[OwedMoments]) -> tuple[Tensor, Tensor]:
+    tokens = _tokens(parts)
+    x, d = (torch.stack(sums).sum(0) / tokens for sums in ([one.sums for one in parts], [one.owed_sums for one in parts]))
+    return x, d
+
+
+def _tokens(parts: Sequence[OwedMoments]) -> Tensor:
+    return torch.stack([part.tokens for part in parts]).sum()

@@ -92,9 +92,10 @@ def repair_linears(
     """Refits linears that lose some of their inputs, and returns the new weights; the model stays as it is.
 
     In addition to the model, memory holds: the new weights; of every batch, what its run (or two) of the model holds while it
-    waits before a linear for the others, and what its streams owe; and, of one linear at a time, some seven float64 matrices of
-    in_features^2. Where one of the linears is called several times in a run, there is no catching up. The new weights of a model
-    that is streamed are written, block by block, and come from there.
+    waits before a linear for the others, and what its streams owe; and, of one linear at a time, in float64, a matrix of the
+    square of its kept inputs and one like its weight, and for each part of the data half of such a square and one like its
+    weight. Where one of the linears is called several times in a run, there is no catching up. The new weights of a model that
+    is streamed are written, block by block, and come from there.
 
     Args:
         model: The model.

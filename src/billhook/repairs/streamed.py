@@ -58,6 +58,7 @@ class StreamedRepair:
         outside = self._inside(None)
         self.visitor.take(outside)
         with self.stream.undone_by_errors(), shelf(self.stream) as keep:
+            self.visitor.keep = keep
             Walk(self._sites(), self.visitor, keep=keep, untouched=untouched, around=self._there)(forwards)
             self._pass()
             self.stream.leave()

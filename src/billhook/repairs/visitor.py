@@ -1,7 +1,7 @@
 """Repairs linears during a walk over a model: gathers moments of their inputs and debts, and keeps the new weights aside."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from billhook.bar import Told
 from billhook.model.linears import as_it_lies, matrix_of, turned
 from billhook.repairs.enough import counting
-from billhook.repairs.least_squares import OwedMoments, folds_of, refit_linear, wide
+from billhook.repairs.least_squares import refit_linear
+from billhook.repairs.moments import OwedMoments, folds_of, wide
 from billhook.running.batches import Run
+from billhook.running.statistics import InputNorms
 from billhook.running.walk import Reduce, Site
 
 Given = Mapping[str, Mapping[str, Tensor]]
@@ -37,6 +39,9 @@ class RepairVisitor:
         reduce: Sums over ranks.
         given: By linear, other parameters that it has except in runs of the whole model; also of ones not refitted.
         progress: Is called with how many linears are done, and of how many.
+
+    Attributes:
+        keep: Is called with the debts of each run, which may rest elsewhere than in memory.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class RepairVisitor:
         given: Given | None = None,
         progress: Told | None = None,
     ) -> None:
+        self.keep: Callable[[object], None] | None = None
         self._progress, self._done = progress, set[str]()
         self._linears, self._before, self._runs = linears, before, runs
         self._ridges, self._parts, self._held_out, self._reduce = ridges, parts, held_out, reduce
@@ -59,7 +65,7 @@ class RepairVisitor:
         self._whole, self._old = dict[str, Matrix](), dict[str, Matrix]()  # others may stand in the linears meanwhile
         self.take([name for name in {**kept, **before} if not linears[name].get_parameter("weight").is_meta])
         self._kept = {name: keep.to(self._old[name][0].device) if name in self._old else keep for name, keep in kept.items()}
-        self._moments: dict[str, list[OwedMoments]] = {}
+        self._moments: dict[str, tuple[list[OwedMoments], InputNorms]] = {}
         self._inputs: dict[str, dict[int, Tensor]] = {}
         self._short: dict[str, dict[int, Tensor]] = {}  # by linear and run, of the sum that it has added to
         self._after = Counter(before.values())
@@ -114,7 +120,7 @@ class RepairVisitor:
                 if self._progress is not None:
                     self._progress(len(self._done), len(self._kept))
             if self._after[name]:
-                self._short[name] = {run: due - self._gained(name, inputs[run]) for run, due in owed.items()}
+                self._short[name] = {run: due.sub_(self._gained(name, inputs[run])) for run, due in owed.items()}
             last = self._before.get(name)
             self._after[last] -= 1
             if last is not None and not self._after[last]:
@@ -131,12 +137,21 @@ class RepairVisitor:
         return self._new.get(name) or as_it_lies(self._linears[name], torch.where(self._kept[name], weight, 0), bias)
 
     def _add(self, name: str, inputs: Tensor, owed: Tensor | None, run: int, weights: Tensor | None) -> None:
-        self._of(name)[self._parts[run]].add(inputs, owed, counting(self._runs[run], name, inputs), weights)
+        counts, keep = counting(self._runs[run], name, inputs), self._kept[name]
+        parts, norms = self._of(name)
+        norms.add(inputs, counts)
+        own, due = (inputs, owed) if keep.all() else (inputs[..., keep], self._lacking(name, inputs, owed))
+        parts[self._parts[run]].add(own, due, counts, weights)
 
     def _lost(self, name: str, inputs: Tensor, owed: Tensor) -> Tensor:
-        """Computes the square of what each token lacks without a refit, d and what removed inputs gave: `[...]`, float64."""
+        """Computes the square of what each token lacks without a refit, `[...]`, float64."""
+        return self._lacking(name, inputs, owed).square().sum(-1, dtype=torch.float64)
+
+    def _lacking(self, name: str, inputs: Tensor, owed: Tensor | None) -> Tensor:
+        """Computes what each token lacks without a refit, d and what removed inputs gave: `[..., out_features]`."""
         removed, (weight, _) = ~self._kept[name], self._old[name]
-        return (wide(owed) + wide(inputs[..., removed]) @ wide(weight[:, removed]).t()).square().sum(-1, dtype=torch.float64)
+        gave = wide(inputs[..., removed]) @ wide(weight[:, removed]).t()
+        return gave if owed is None else gave + owed
 
     def _typical(self, name: str, lost: Mapping[int, Tensor]) -> Tensor | None:
         """Computes the geometric mean m of the squares of what tokens lack, over all ranks; None if none lacks anything.
@@ -160,28 +175,30 @@ class RepairVisitor:
         new = turned(self._linears[name], given["weight"])
         return new, None if bias is None else given["bias"]
 
-    def _of(self, name: str) -> list[OwedMoments]:
+    def _of(self, name: str) -> tuple[list[OwedMoments], InputNorms]:
+        """Returns the moments of inputs that are kept and of what is lacking, by part, and the norms of all inputs."""
         if name not in self._moments:
-            weight, _ = self._old[name]
-            rows, columns = weight.shape
-            self._moments[name] = [OwedMoments(rows, columns, weight.device) for _ in range(max(*self._held_out, 1) + 1)]
+            (weight, _), keep, parts = self._old[name], self._kept[name], max(*self._held_out, 1) + 1
+            own = [OwedMoments(len(weight), int(keep.sum()), weight.device) for _ in range(parts)]
+            self._moments[name] = own, InputNorms(len(keep), weight.device)
         return self._moments[name]
 
     def _refit(self, name: str) -> None:
-        parts = self._of(name)
-        if self._reduce is not None:
-            for part in parts:
-                for sums in part.tensors():
-                    self._reduce(sums)
+        (parts, norms), keep = self._of(name), self._kept[name]
         del self._moments[name]
-        every = OwedMoments.merged(parts)
-        bad = (~every.products.diagonal().isfinite()).nonzero()
+        if self._reduce is not None:
+            for sums in (*norms.tensors(), *(sums for part in parts for sums in part.tensors())):
+                self._reduce(sums)
+        bad = (~norms.squares.isfinite()).nonzero()
         if len(bad):
             raise ValueError(f"{name}: NaN or infinite inputs in {len(bad)} features, the first in feature {int(bad[0])}")
         folds = folds_of(parts, self._held_out)
-        if folds and every.tokens >= self._kept[name].sum():
-            new = refit_linear(*self._old[name], self._kept[name], folds, every, self._ridges)
-            self._new[name] = as_it_lies(self._linears[name], *new)
+        if folds and sum(part.tokens for part in parts) >= keep.sum():
+            weight, bias = self._old[name]
+            kept, bias = refit_linear(weight[:, keep], bias, folds, parts, self._ridges)
+            new = torch.zeros_like(weight)
+            new[:, keep] = kept.to(weight.dtype)
+            self._new[name] = as_it_lies(self._linears[name], new, bias)
             self._refitted.add(name)
 
     def _owed(self, name: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -196,6 +213,8 @@ class RepairVisitor:
                     owed[run] += wide(before) - wide(bias)
                 if run in short:
                     owed[run] += short[run]
+                if self.keep is not None:
+                    self.keep(owed[run])
         return owed
 
     def _gained(self, name: str, inputs: Tensor) -> Tensor | float:

@@ -14,9 +14,8 @@ from billhook.model.figures import figures_of
 from billhook.model.find import find_transformer
 from billhook.page import Shown
 from billhook.report.table import aligned
-from billhook.running.shards import is_sharded, reshard, sizes_only, whole
-from billhook.streaming.stream import stream_of
-from billhook.streaming.zeros import zeros_in_files
+from billhook.running.shards import is_sharded, reshard, sizes_only
+from billhook.streaming.zeros import zeros_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,16 +96,11 @@ def summary(model: nn.Module) -> Summary:
     annotated(summary, locals())
     model = find_transformer(model)
     reshard(model)
-    stream = stream_of(model)
-    zeros = _zeros(model) if stream is None else zeros_in_files(stream)
+    zeros = zeros_of(model)
     with sizes_only(model) if is_sharded(model) else nullcontext():
         figures, name = asdict(figures_of(model)), type(model).__name__
         query_heads, kv_heads = heads_of(model)
     return Summary(model=name, zeros=zeros, query_heads=query_heads, kv_heads=kv_heads, **figures)
-
-
-def _zeros(model: nn.Module) -> int:
-    return sum(int(whole((p == 0).sum())) for p in model.parameters() if not p.is_meta)
 
 
 @dataclass(frozen=True)

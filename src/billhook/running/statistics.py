@@ -12,14 +12,19 @@ from torch import Tensor
 
 TOKENS = 1024
 """How many tokens are multiplied at a time."""
+ROWS = 1024
+"""How many rows of a sum of products are computed at a time."""
 
 
 def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds left^T right, of `[tokens, m]` and `[tokens, n]`, to sums `[m, n]`; in the dtype of left, also under autocast."""
-    product = torch.empty(sums.shape, dtype=left.dtype, device=left.device)
-    for some, others in zip(torch.split(left, TOKENS), torch.split(right, TOKENS), strict=True):
-        torch.mm(some.t(), others, out=product)  # given where to, autocast leaves it in float32
-        sums += product  # one sum first: some kernels round after each token
+    whole = torch.empty(min(ROWS, len(sums)), sums.shape[1], dtype=left.dtype, device=left.device)
+    for first in range(0, len(sums), ROWS):
+        rows = sums[first : first + ROWS]
+        product = whole[: len(rows)]
+        for some, others in zip(torch.split(left, TOKENS), torch.split(right, TOKENS), strict=True):
+            torch.mm(some[:, first : first + ROWS].t(), others, out=product)  # given where to, autocast leaves it in float32
+            rows += product  # one sum first: some kernels round after each token
 
 
 class Statistics(ABC):

@@ -19,7 +19,8 @@ from billhook.importance.score import run_of
 from billhook.model.linears import as_it_lies, matrix_of
 from billhook.pruning.target import Search
 from billhook.repairs.enough import check_tokens
-from billhook.repairs.least_squares import OwedMoments, SecondMoments, choose_ridge, folds_of, solve_ridge
+from billhook.repairs.least_squares import choose_ridge, solve_ridge
+from billhook.repairs.moments import OwedMoments, SecondMoments, folds_of
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run
 from billhook.running.undisturbed import undisturbed
@@ -122,7 +123,7 @@ class Reader:
         _check(name, parts)
         self.linear, self._ridge = model.get_submodule(name), math.inf
         self._weight, self._bias = matrix_of(self.linear)
-        folds = folds_of(parts, held_out)
+        folds = [(OwedMoments.merged(fit), other) for fit, other in folds_of(parts, held_out)]
         centres = [self._centre(fit) for fit, _ in folds]
         self._folds = [(fit.about(c), other.about(c)) for (fit, other), c in zip(folds, centres, strict=True)]
         every = OwedMoments.merged(parts)

@@ -36,13 +36,17 @@ def inverse_factor(products: Tensor, damping: float) -> Tensor:
     while shares[-1] < MAX_DAMPING:
         shares.append(min(10 * shares[-1], MAX_DAMPING))
     for share in shares:
-        reverse = products.flip(0, 1)
-        reverse.diagonal().copy_((torch.where(live, diagonal, mean) + share * mean).flip(0))
-        lower, failed = torch.linalg.cholesky_ex(reverse)
+        lower = torch.empty_like(products).t().copy_(products.flip(0, 1))  # by columns: the factor takes its place
+        lower.diagonal().copy_((torch.where(live, diagonal, mean) + share * mean).flip(0))
+        failed = torch.zeros((), dtype=torch.int32, device=lower.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
             if share > damping:
                 warnings.warn(f"X^T X is not positive definite: damping={damping} is raised to {share:g}", stacklevel=2)
-            factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(lower)).to(lower), upper=True)
+            upper = lower.flip(0, 1)
+            del lower
+            factor = torch.eye(len(upper), dtype=upper.dtype, device=upper.device).t()
+            torch.linalg.solve_triangular(upper, factor, upper=True, out=factor)
             return factor
     raise ValueError(f"X^T X is not positive definite even with damping={MAX_DAMPING}: are the inputs finite?")
 

@@ -24,18 +24,6 @@ def changing(model: nn.Module, module: nn.Module) -> Iterator[bool]:
         stream.change(block)
 
 
-def each_parameter(model: nn.Module) -> Iterator[nn.Parameter]:
-    """Yields the parameters of a model once each; of one that is streamed, block by block."""
-    stream = stream_of(model)
-    blocks = {} if stream is None else stream.blocks
-    inside = {id(parameter) for block in blocks.values() for parameter in block.parameters()}
-    yield from (parameter for parameter in model.parameters() if id(parameter) not in inside)
-    for block in blocks.values():
-        assert stream is not None
-        stream.bring(block)
-        yield from block.parameters()
-
-
 @contextmanager
 def following(model: nn.Module) -> Iterator[None]:
     """Has the blocks of a model, if it is streamed, come as before it changed, if an error is raised within."""

@@ -1,16 +1,27 @@
-"""Counts zeros in a model whose blocks stay in their files."""
+"""Counts zeros in a model, also in one whose blocks stay in their files."""
+
+from torch import nn
 
 from billhook.model.transformers_internals import named_in
-from billhook.streaming.stream import Stream
+from billhook.running.shards import whole
+from billhook.streaming.stream import Stream, stream_of
 
 ELEMENTS = 2**24
 """Numbers that are read at once."""
+
+
+def zeros_of(model: nn.Module) -> int | None:
+    """Counts parameters that are zero; None if files of a model that is streamed would have to be fetched for it."""
+    if (stream := stream_of(model)) is not None:
+        return zeros_in_files(stream)
+    return sum(int(whole((one == 0).sum())) for one in model.parameters() if not one.is_meta)
 
 
 def zeros_in_files(stream: Stream) -> int | None:
     """Counts parameters that are zero, a few rows at a time; no block comes. None if files would have to be fetched for it."""
     if not stream.files.are_here:
         return None
+    stream.leave()
     there, names = dict(stream.model.named_parameters(remove_duplicate=False)), dict[int, str]()
     count = sum(int((one == 0).sum()) for one in stream.model.parameters() if not one.is_meta)
     for key, own in named_in(stream.model, stream.files).items():

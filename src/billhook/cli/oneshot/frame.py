@@ -33,9 +33,9 @@ from billhook.report.metrics import accuracy
 from billhook.running.batches import Batch
 from billhook.running.offload import offloaded
 from billhook.running.walk import find_sites
-from billhook.streaming.either import each_parameter
 from billhook.streaming.load import stream
 from billhook.streaming.stream import stream_of
+from billhook.streaming.zeros import zeros_of
 from billhook.training.data import ClassificationDataModule
 from billhook.training.dataset_module import DatasetModule
 
@@ -139,12 +139,17 @@ class OneShot:
             raise ValueError(f"data: calibration needs a split 'train'; there is {', '.join(data.splits)}")
         return data
 
-    def shelf(self, moments: int) -> str | None:
-        """Returns the folder in which what blocks hand on rests, if it does not fit into the memory that is given."""
+    def shelf(self, moments: int, series: int = 1) -> str | None:
+        """Returns the folder where what blocks hand on, in so many runs of each example, rests if it does not fit into memory."""
         rows = self.given.examples or EXAMPLES
         if self.metric == "perplexity":
             rows = sum(self.calibration.rows(self.length).values())
-        return shelf(self.model, self.given, self.out, rows * self.length, moments)
+        return shelf(self.model, self.given, self.out, series * rows * self.length, moments)
+
+    @property
+    def parts(self) -> int:
+        """The parts of the examples of which one at a time is held out of a refit: sources, or two of one source."""
+        return max(2, len(self.calibration.named)) if self.metric == "perplexity" else 2
 
     def tell(self, *steps: str, passes: int | None = 1) -> None:
         """Prints what will be done with the model, before it is; of a streamed one, also what so many passes read, if known."""
@@ -292,5 +297,4 @@ class OneShot:
 
 def _sizes(model: PreTrainedModel) -> dict[str, int | None]:
     """Counts parameters, those that are zero, and bytes of the key/value cache per token."""
-    zeros = sum(int((parameter == 0).sum()) for parameter in each_parameter(model))
-    return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": kv_cache_bytes(model)}
+    return {"params": model.num_parameters(), "zeros": zeros_of(model), "kv_cache_bytes": kv_cache_bytes(model)}

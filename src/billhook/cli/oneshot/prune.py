@@ -1,11 +1,9 @@
 """`billhook prune`: a checkpoint in, one with zeros out, with its perplexity before and after."""
 
-from transformers import PreTrainedModel
-
 from billhook.cli.blockwise import over
 from billhook.cli.oneshot.frame import OneShot
+from billhook.cli.oneshot.streamed import bytes_of_moments
 from billhook.cli.oneshot.text import Text
-from billhook.model.linears import prunable, weight_of
 from billhook.running.walk import Sequential
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder
@@ -71,7 +69,7 @@ def prune(
             sequential=sequential,
             progress=progress,
             offload=work.device if offload else None,
-            activations=folder or work.shelf(_moments(work.model, criterion or Wanda())),
+            activations=folder or work.shelf(bytes_of_moments(work.model, criterion or Wanda())),
             dry_run=dry_run,
         )
     if dry_run:
@@ -80,9 +78,3 @@ def prune(
     done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": sequential}
     what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linears"
     work.save(before, what, {"pruned": done}, plan.text())
-
-
-def _moments(model: PreTrainedModel, criterion: Criterion) -> int:
-    """Returns the bytes of the largest statistics of a linear, with three copies to compute with."""
-    statistics = (criterion.statistics(weight_of(linear).shape[1], "meta") for linear in prunable(model).values())
-    return 4 * max((sum(one.nbytes for one in own.tensors()) for own in statistics if own is not None), default=0)

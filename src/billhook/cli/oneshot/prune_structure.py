@@ -101,7 +101,9 @@ def prune_structure(
     if not dry_run:
         work.tell(*_steps(amount, block_importance, importance, rounds, repair, work.shown), passes=None)
     if given.stream:
-        rest(work.model, work.shelf(bytes_of_moments(work.model, importance, repairs=repair is not None)))
+        refits = repair is not None
+        moments = bytes_of_moments(work.model, importance, work.parts if refits else 0)
+        rest(work.model, work.shelf(moments, series=1 + refits))
     batches = work.batches()
     before = None if dry_run else work.measure()
     plans, refitted = list[BlockPlan | UnitPlan](), False

@@ -11,16 +11,17 @@ from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.importance.score import check_streams
 from billhook.model.linears import prunable, weight_of
+from billhook.sparsity.criteria import Criterion
 from billhook.streaming.room import extent_of, fits
 from billhook.streaming.stream import Stream, stream_of
 
 AFTERWARDS = 3
 """Passes over the blocks that count zeros, say which logits the checkpoint must give, and compare it."""
 
-OBS_BYTES = 2 * 4 + 5 * 8
-"""Bytes for each pair of inputs: two matrices in float32, and five of one reader in float64."""
-REPAIR_BYTES = 7 * 8
-"""The same of a linear that is refitted: seven matrices in float64."""
+COPIES = 4
+"""How often a criterion's statistics are there at most: as they were taken, and what is computed of them."""
+OBS_BYTES = 2 * 4 + 8
+"""Bytes for each pair of inputs: two matrices in float32, as more and more batches are taken, and one of a reader in float64."""
 
 
 def check_streamed(given: Text, streams: bool, offload: bool) -> None:
@@ -43,10 +44,28 @@ def check_scored(given: Text, *importances: Importance | None) -> None:
             check_streams(importance)
 
 
-def bytes_of_moments(model: PreTrainedModel, importance: Importance | None, repairs: bool = False) -> int:
-    """Returns the bytes of the largest second moments of a linear that are taken, with what is computed of them."""
-    widest = max((weight_of(linear).shape[1] for linear in prunable(model).values()), default=0)
-    return widest**2 * (REPAIR_BYTES if repairs else OBS_BYTES if isinstance(importance, OBS) else 0)
+def bytes_of_moments(model: PreTrainedModel, by: Criterion | Importance | None, parts: int = 0) -> int:
+    """Returns the bytes of the largest statistics of a linear that are taken, with what is computed of them.
+
+    Args:
+        model: The model.
+        by: What weights or units are scored by.
+        parts: Where linears are refitted, of how many parts of the data moments are kept; 0 where none are.
+    """
+    shapes = {tuple(weight_of(linear).shape) for linear in prunable(model).values()}
+    return max((max(_to_score(by, columns), _to_refit(parts, rows, columns)) for rows, columns in shapes), default=0)
+
+
+def _to_score(by: Criterion | Importance | None, columns: int) -> int:
+    if isinstance(by, Criterion):
+        statistics = by.statistics(columns, "meta")
+        return 0 if statistics is None else COPIES * sum(one.nbytes for one in statistics.tensors())
+    return OBS_BYTES * columns**2 if isinstance(by, OBS) else 0
+
+
+def _to_refit(parts: int, rows: int, columns: int) -> int:
+    """Returns float64 matrices: of each part half of a square and one like the weight, and one of each to solve in."""
+    return 8 * columns * (parts * (columns // 2 + rows) + columns + rows) if parts else 0
 
 
 def shelf(model: PreTrainedModel, given: Text, out: str, tokens: int, moments: int) -> str | None:

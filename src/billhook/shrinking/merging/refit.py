@@ -9,13 +9,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from billhook.kv_heads.bases.stacks import Projections, instead
 from billhook.model.linears import as_it_lies, matrix_of, turned
 from billhook.repairs.enough import counting
-from billhook.repairs.least_squares import OwedMoments, folds_of, refit_linear, wide
+from billhook.repairs.least_squares import refit_linear
+from billhook.repairs.moments import OwedMoments, folds_of, wide
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run
 from billhook.running.overridden import overridden
@@ -87,11 +87,9 @@ class _Beside:
     def _refitted(self, number: int, held_out: Sequence[int], ridges: Sequence[float]) -> Weights:
         parts = self._moments[number]
         weight, bias = self._own(number)
-        folds, keep = folds_of(parts, held_out), torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-        if not folds:
+        if not (folds := folds_of(parts, held_out)):
             return {}
-        new = refit_linear(weight, bias, keep, folds, OwedMoments.merged(parts), ridges)
-        return {self._place.o.linear: as_it_lies(self._reader, *new)}
+        return {self._place.o.linear: as_it_lies(self._reader, *refit_linear(weight, bias, folds, parts, ridges))}
 
     def _own(self, number: int) -> tuple[Tensor, Tensor | None]:
         """Returns the weight and bias of the reader in a variant."""

@@ -1,0 +1,123 @@
+"""First and second moments of what a linear is given and of what it owes, of which least squares are solved."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from billhook.repairs.triangle import Triangle
+from billhook.running.statistics import TOKENS, add_products
+
+
+class OwedMoments:
+    """First and second moments of a linear's inputs, and of what it owes in addition to its own output, float64.
+
+    Attributes:
+        tokens: How many tokens were added, each with its weight, `[]`.
+        sums: The sum of their inputs x, `[in_features]`.
+        products: The sum of x x^T.
+        owed_sums: The sum of what is owed, d, `[out_features]`.
+        owed_products: The sum of d x^T, `[out_features, in_features]`.
+        owed_squares: The sum of |d|^2, `[]`.
+    """
+
+    def __init__(self, out_features: int, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+        self.sums, self.owed_sums = self.tokens.new_zeros(in_features), self.tokens.new_zeros(out_features)
+        self.products = Triangle(in_features, device)
+        self.owed_products = self.tokens.new_zeros(out_features, in_features)
+        self.owed_squares = self.tokens.clone()
+
+    def add(self, inputs: Tensor, owed: Tensor | None = None, keep: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Adds what a linear is given in one call; multiplied in float32, or in float64 if the inputs are.
+
+        Args:
+            inputs: `[..., in_features]`, of any floating dtype.
+            owed: Addition that its outputs need, `[..., out_features]`, if any.
+            keep: Which tokens count, bool, `[...]`; all if None.
+            weights: How much each token counts, `[...]`; all one if None.
+        """
+        weights = torch.ones(inputs.shape[:-1], device=inputs.device) if weights is None else weights
+        each = torch.split(_flat(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32)), TOKENS)
+        chunks = torch.split(_flat(inputs, keep), TOKENS)
+        for chunk, share in zip(chunks, each, strict=True):
+            weighted = wide(chunk) * share
+            self.tokens += share.sum(dtype=torch.float64)
+            self.sums += weighted.sum(0, dtype=torch.float64)
+            self.products.add(weighted, wide(chunk))
+        if owed is not None:
+            for chunk, due, share in zip(chunks, torch.split(_flat(owed, keep), TOKENS), each, strict=True):
+                weighted = wide(due) * share
+                self.owed_sums += weighted.sum(0, dtype=torch.float64)
+                add_products(self.owed_products, weighted, wide(chunk))
+                self.owed_squares += (weighted * wide(due)).sum(dtype=torch.float64)
+
+    def tensors(self) -> list[Tensor]:
+        """Returns the sums themselves, not copies, to be summed over ranks in place."""
+        return [self.tokens, self.sums, *self.products.panels, self.owed_sums, self.owed_products, self.owed_squares]
+
+    @classmethod
+    def merged(cls, parts: Sequence["OwedMoments"]) -> "OwedMoments":
+        """Returns the moments of all parts."""
+        rows, columns = parts[0].owed_products.shape
+        every = cls(rows, columns, parts[0].tokens.device)
+        for sums, *own in zip(every.tensors(), *(part.tensors() for part in parts), strict=True):
+            for one in own:
+                sums += one
+        return every
+
+    @property
+    def centre(self) -> tuple[Tensor, Tensor]:
+        """The means of x and d, `[in_features]` and `[out_features]`."""
+        return self.sums / self.tokens, self.owed_sums / self.tokens
+
+    def about(self, centre: tuple[Tensor, Tensor] | None = None) -> "SecondMoments":
+        """Computes the means of (x - c) (x - c)^T, (d - e) (x - c)^T and |d - e|^2 about a centre (c, e), zero if None."""
+        inputs, owed, squares = (sums / self.tokens for sums in (self.products.full(), self.owed_products, self.owed_squares))
+        if centre is not None:
+            (c, e), (x, d) = centre, self.centre
+            inputs = inputs - torch.outer(x, c) - torch.outer(c, x) + torch.outer(c, c)
+            owed = owed - torch.outer(d, c) - torch.outer(e, x) + torch.outer(e, c)
+            squares = squares - 2 * e @ d + e @ e
+        return SecondMoments(inputs, owed, squares)
+
+    def error(self, more: Tensor, shift: Tensor | None = None) -> float:
+        """Computes E |d - M x - b|^2, M being what is added to the weight, `[out_features, in_features]`, and b to the bias."""
+        error = self.owed_squares - 2 * more.flatten().dot(self.owed_products.flatten()) + self.products.form(more)
+        error = error / self.tokens
+        if shift is not None:
+            x, d = self.centre
+            error += shift @ (shift - 2 * (d - more @ x))
+        return float(error)
+
+
+class SecondMoments(NamedTuple):
+    """Means of x x^T, `[in_features, in_features]`, H; of d x^T, `[out_features, in_features]`; and of |d|^2, `[]`."""
+
+    inputs: Tensor
+    owed: Tensor
+    owed_squares: Tensor
+
+    def error(self, missing: Tensor) -> float:
+        """Computes E |M x + d|^2 = tr(M H M^T) + 2 tr(M (E d x^T)^T) + E |d|^2, M being the weights that are missing."""
+        return float(((missing @ self.inputs + 2 * self.owed) * missing).sum() + self.owed_squares)
+
+
+Fold = tuple[Sequence[OwedMoments], OwedMoments]
+"""Data that a ridge is tried on: parts that are fitted to, and the one that is held out."""
+
+
+def folds_of(parts: Sequence[OwedMoments], held_out: Sequence[int]) -> list[Fold]:
+    """Returns the data that a ridge is tried on: each of some parts held out in turn, where it and the others have tokens."""
+    others = {number: [own for place, own in enumerate(parts) if place != number and own.tokens] for number in held_out}
+    return [(own, parts[number]) for number, own in others.items() if own and parts[number].tokens]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Converts to float32; float64 stays as it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _flat(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    return tensor.detach().reshape(-1, tensor.shape[-1]) if keep is None else tensor.detach()[keep]

@@ -1,0 +1,63 @@
+"""How many matrices are in memory at once where least squares are solved, counted by the bytes of live tensors."""
+
+import pytest
+import torch
+
+from billhook.importance.obs import errors_without
+from billhook.repairs.least_squares import refit_linear
+from billhook.repairs.moments import OwedMoments
+from billhook.running.statistics import InputMoments, add_products
+from billhook.sparsity.sparsegpt import inverse_factor
+from kit.alive import Alive
+
+WIDTH, ROWS = 768, 128
+MATRIX = 8 * WIDTH**2
+OWED = 8 * ROWS * WIDTH
+
+
+def inputs():
+    torch.manual_seed(0)
+    return torch.randn(2 * WIDTH, WIDTH)
+
+
+@pytest.mark.parametrize("bias", [None, torch.zeros(ROWS)], ids=["without a bias", "with one"])
+def test_a_refit_takes_one_matrix_beside_the_moments(bias):
+    x, weight = inputs(), torch.randn(ROWS, WIDTH)
+    parts = [OwedMoments(ROWS, WIDTH) for _ in range(2)]
+    for part, some in zip(parts, x.split(WIDTH), strict=True):
+        part.add(some, torch.randn(len(some), ROWS))
+    with Alive() as alive:
+        refit_linear(weight, bias, [([parts[0]], parts[1])], parts, [0.01, 0.1])
+    assert alive.most >= MATRIX
+    assert alive.most < MATRIX + 4 * OWED
+
+
+def test_moments_of_what_a_refit_needs_take_no_copy():
+    x, moments = inputs(), OwedMoments(ROWS, WIDTH)
+    with Alive() as alive:
+        moments.add(x, torch.randn(len(x), ROWS))
+    assert alive.most < 4 * x.nbytes  # the tokens, and a panel of products
+
+
+def test_obs_takes_one_matrix_beside_the_moments():
+    moments, table = InputMoments(WIDTH), torch.arange(WIDTH)[:, None]
+    moments.add(inputs())
+    with Alive() as alive:
+        errors_without(moments.products, torch.rand(WIDTH, 1, 1), table, torch.ones_like(table, dtype=torch.bool), 0.01)
+    assert MATRIX <= alive.most < 1.1 * MATRIX
+
+
+def test_sparsegpt_takes_two_matrices_beside_the_moments():
+    moments = InputMoments(WIDTH)
+    moments.add(inputs())
+    with Alive() as alive:
+        inverse_factor(moments.products, 0.01)
+    assert MATRIX <= alive.most < 1.1 * MATRIX  # two in float32
+
+
+def test_products_are_added_some_rows_at_a_time():
+    x, sums = torch.randn(3, 4096), torch.zeros(4096, 4096)
+    with Alive() as alive:
+        add_products(sums, x, x)
+    assert alive.most < sums.nbytes / 3
+    torch.testing.assert_close(sums, x.t() @ x)

@@ -64,7 +64,9 @@ def convert(
     if (stream := stream_of(work.model)) is not None and (method.turns or repair is not None):
         attentions = StreamedAttentions(stream, groups)
         passes += attentions.passes(method, repair)
-        rest(work.model, work.shelf(max(attentions.bytes(method), bytes_of_moments(work.model, None, repair is not None))))
+        refits = repair is not None
+        moments = bytes_of_moments(work.model, None, work.parts if refits else 0)
+        rest(work.model, work.shelf(max(attentions.bytes(method), moments), series=1 + refits))
     elif method.turns or repair is not None:
         check_ready(work.model, groups, method)
     if not dry_run:

@@ -71,10 +71,13 @@ def plan_of(dense, passes):
     return f"read 2 blocks from files in {passes} passes, {passes * blocks / 1e6:,.1f} MB, and write {written / 1e6:,.1f} MB"
 
 
-@pytest.mark.parametrize(("allocation", "passes"), [([], 6), (["--allocation", "OWL"], 7)], ids=["alike", "OWL"])
-def test_the_plan_says_what_is_read_and_written(files, tmp_path, capsys, read, allocation, passes):
+PRUNED = [([], 6), (["--allocation", "OWL"], 7), (["--criterion", "Magnitude", "--criterion.compares", "global"], 8)]
+
+
+@pytest.mark.parametrize(("how", "passes"), PRUNED, ids=["alike", "OWL", "global"])
+def test_the_plan_says_what_is_read_and_written(files, tmp_path, capsys, read, how, passes):
     dense, out = small_llama(tmp_path / "dense"), tmp_path / "out"
-    main(["prune", str(dense), str(out), *SHORT, *option(files), "--sparsity", "0.5", "--stream", *allocation])
+    main(["prune", str(dense), str(out), *SHORT, *option(files), "--sparsity", "0.5", "--stream", *how])
     said = capsys.readouterr()
     assert plan_of(dense, passes) in said.out
     blocks = sum(p.nbytes for p in bh.load(dense).model.layers.parameters())

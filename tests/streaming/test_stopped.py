@@ -142,14 +142,10 @@ def test_a_model_that_is_only_read(source):
 @pytest.mark.parametrize(
     ("asked", "refusal"),
     [
-        (
-            {"criterion": bh.Magnitude(compares="global")},
-            "compares all weights with one another: a streamed model has one block",
-        ),
         ({"offload": "cpu"}, "offload='cpu': the model is streamed"),
         ({"reduce": lambda one: one}, "reduce: the model is streamed"),
     ],
-    ids=["global", "offload", "reduce"],
+    ids=["offload", "reduce"],
 )
 def test_refused(tmp_path, asked, refusal):
     with pytest.raises(ValueError, match=refusal):

@@ -8,6 +8,8 @@ from small_configs import small_config
 import billhook as bh
 from billhook.model.runs.inputs import make_inputs
 from billhook.streaming.load import stream
+from kit import stopped
+from kit.streams import same, written
 
 FAMILIES = [
     "Llama",
@@ -21,6 +23,12 @@ FAMILIES = [
     "BartForConditionalGeneration",
     "Gemma2",
 ]
+
+
+class SeenByAll(bh.Wanda):
+    """Wanda's scores, of all weights of a model together."""
+
+    compares = "global"
 
 
 def class_of(family):
@@ -62,3 +70,54 @@ def test_the_same_bytes(folder, tmp_path, criterion):
     one, other = (bh.load(tmp_path / name).state_dict() for name in ("in memory", "out"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+WORDS = {"tied in part": 0.5, "none is removed": 0.0, "nearly all": 0.999}
+
+
+@pytest.mark.parametrize("sparsity", WORDS.values(), ids=WORDS)
+def test_the_same_bytes_where_all_weights_compete(tmp_path, sparsity):
+    """Of weights with few digits many are tied, and those that go are in the middle of a block."""
+    dense = bh.load("tiny")
+    with torch.no_grad():
+        for parameter in dense.model.layers.parameters():
+            parameter.copy_((parameter * 20).round() / 20)
+    dense.save_pretrained(tmp_path / "dense")
+    streamed = bh.stream(tmp_path / "dense", tmp_path / "out")
+    plans = [bh.prune(model, bh.Magnitude(compares="global"), sparsity=sparsity) for model in (dense, streamed)]
+    assert plans[0].text() == plans[1].text()
+    bh.save(streamed, tmp_path / "out")
+    assert same(tmp_path / "out", dense)
+
+
+@pytest.mark.parametrize("family", [transformers.GPT2LMHeadModel, transformers.T5ForConditionalGeneration], ids=str)
+def test_the_same_bytes_where_all_weights_compete_by_what_they_see(tmp_path, family):
+    dense = bh.load(written(family, tmp_path / "dense"))
+    streamed, criterion = stream(tmp_path / "dense", tmp_path / "out"), SeenByAll()
+    how = {"sparsity": 0.5, "sequential": "none", "output_embeddings": True}
+    plans = [bh.prune(model, criterion, shown(dense), **how) for model in (dense, streamed)]
+    assert plans[0].text() == plans[1].text()
+    bh.save(dense, tmp_path / "in memory")
+    bh.save(streamed, tmp_path / "out")
+    assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
+
+
+def test_stopped_and_called_again_where_all_weights_compete(tmp_path, monkeypatch):
+    def work(model):
+        bh.prune(model, bh.Magnitude(compares="global"), sparsity=0.5)
+        return model
+
+    made, go_on = stopped.stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        work(bh.stream("tiny", tmp_path / "out"))
+    go_on()
+    bh.save(work(bh.stream("tiny", tmp_path / "out")), tmp_path / "out")
+    assert made == [f"model.layers.{number}" for number in range(4)]
+    assert same(tmp_path / "out", work(bh.load("tiny")))
+
+
+def test_masks_where_all_weights_compete():
+    plans = [
+        bh.prune(model, bh.Magnitude("global"), sparsity=0.5, dry_run=True) for model in (bh.load("tiny"), bh.stream("tiny"))
+    ]
+    assert plans[0].to_json() == plans[1].to_json()

@@ -96,10 +96,8 @@ def check_sharded(
         raise ValueError("reduce=None: the model is sharded, and each rank would prune by its own batches: say how ranks sum")
 
 
-def check_streamed(criterion: Criterion, offload: object, reduce: Reduce | None) -> None:
+def check_streamed(offload: object, reduce: Reduce | None) -> None:
     """Refuses arguments that do not suit a model that is streamed."""
-    if criterion.compares == "global":
-        raise ValueError(f"criterion={criterion} compares all weights with one another: a streamed model has one block at a time")
     if offload is not None:
         raise ValueError(f"offload={str(offload)!r}: the model is streamed, and its blocks compute on the CPU: leave it out")
     if reduce is not None:

@@ -7,7 +7,8 @@ compared as float32.
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -107,18 +108,43 @@ def keep_layer(scores: Tensor, sparsity: float) -> Tensor:
 def keep_global(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     """Compares across matrices: int(total numel * sparsity) are removed, of equal scores those in earlier matrices, then rows."""
     count = pruned_count(sum(s.numel() for s in scores), sparsity)
-    lowest_kept, lower = _find(scores, count)
-    tied = count - lower
-    keeps = []
-    for one in scores:
-        keeps.append(torch.empty(one.shape, dtype=torch.bool, device=one.device))
-        for rows, block in _blocks(one):
-            keep = torch.ge(block, lowest_kept, out=keeps[-1][rows])
-            if tied:
-                ties = (block == lowest_kept).flatten().nonzero()[:tied, 0]
+    lowest = _partitioned(scores[0], count) if len(scores) == 1 else Lowest.of(lambda: scores, count)
+    return [lowest.keep(one) for one in scores]
+
+
+@dataclass
+class Lowest:
+    """What is removed of matrices, one after the other: the lowest of all their scores.
+
+    Attributes:
+        kept: The lowest score that is kept.
+        tied: How many scores that are equal to it are still to be removed.
+    """
+
+    kept: float
+    tied: int
+
+    @classmethod
+    def of(cls, scores: Callable[[], Iterable[Tensor]], count: int) -> "Lowest":
+        """Finds which are the `count` lowest, by a radix selection, 16 bits at a time; matrices are asked for twice."""
+        if not count:
+            return cls(-math.inf, 0)
+        high, lower = _digit_at(((keys >> 16) + 2**15 for keys in _keys(scores())), count)
+        within = (keys[keys >> 16 == high - 2**15] & 0xFFFF for keys in _keys(scores()))
+        low, lower_within = _digit_at(within, count - lower)
+        key = torch.tensor((high - 2**15) * 2**16 + low, dtype=torch.int32)
+        return cls(float(_flip(key).view(torch.float32)), count - lower - lower_within)
+
+    def keep(self, scores: Tensor) -> Tensor:
+        """Returns the keep-mask of the next matrix."""
+        kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+        for rows, block in _blocks(scores):
+            keep = torch.ge(block, self.kept, out=kept[rows])
+            if self.tied:
+                ties = (block == self.kept).flatten().nonzero()[: self.tied, 0]
                 keep.view(-1)[ties] = False
-                tied -= len(ties)
-    return keeps
+                self.tied -= len(ties)
+        return kept
 
 
 def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
@@ -191,21 +217,12 @@ def _drop_lowest(block: Tensor, count: int, keep: Tensor) -> None:
         keep[rows] &= ~(ties & (ties.cumsum(1, dtype=torch.int32) <= tied[rows, None]))
 
 
-def _find(scores: Sequence[Tensor], position: int) -> tuple[float, int]:
-    """Finds the score at a position in ascending order, and how many are lower.
-
-    Of one matrix by numpy's selection, of several by a radix selection, 16 bits at a time: they are not held together.
-    """
-    if not any(one.numel() for one in scores):
-        return 0.0, 0
-    if len(scores) == 1 and scores[0].device.type == "cpu":
-        found = np.partition(scores[0].detach().float().numpy(), position, axis=None)
-        return float(found[position]), int(np.count_nonzero(found[:position] < found[position]))
-    high, lower = _digit_at(((keys >> 16) + 2**15 for keys in _keys(scores)), position)
-    within = (keys[keys >> 16 == high - 2**15] & 0xFFFF for keys in _keys(scores))
-    low, lower_within = _digit_at(within, position - lower)
-    key = torch.tensor((high - 2**15) * 2**16 + low, dtype=torch.int32)
-    return float(_flip(key).view(torch.float32)), lower + lower_within
+def _partitioned(scores: Tensor, count: int) -> Lowest:
+    """Finds which are the `count` lowest scores of one matrix, on the CPU by numpy's selection."""
+    if scores.device.type != "cpu" or not count:
+        return Lowest.of(lambda: [scores], count)
+    found = np.partition(scores.detach().float().numpy(), count, axis=None)
+    return Lowest(float(found[count]), count - int(np.count_nonzero(found[:count] < found[count])))
 
 
 def _digit_at(digits: Iterable[Tensor], position: int) -> tuple[int, int]:
@@ -218,7 +235,7 @@ def _digit_at(digits: Iterable[Tensor], position: int) -> tuple[int, int]:
     return digit, int(ends[digit] - counts[digit])
 
 
-def _keys(scores: Sequence[Tensor]) -> Iterator[Tensor]:
+def _keys(scores: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yields integers in the order of the scores, block by block."""
     for one in scores:
         for _, block in _blocks(one):

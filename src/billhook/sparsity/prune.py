@@ -113,7 +113,7 @@ def prune(
     if is_sharded(model):
         check_sharded(criterion, allocation, reduce, offload, count_adapters)
     if stream_of(model) is not None:
-        check_streamed(criterion, offload, reduce)
+        check_streamed(offload, reduce)
     needing = [one for one in (criterion, allocation) if (one.measures if isinstance(one, Allocation) else needs_data(one))]
     walks = Walks(model, linears, _runs(model, batches, needing, reduce), reduce, device, folder, adapters)
     warn_of_others(model, linears)

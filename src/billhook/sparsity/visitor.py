@@ -170,22 +170,29 @@ class GlobalPruningVisitor(PruningVisitor):
 
     def __init__(self, *args: Any, **walk: Any) -> None:  # noqa: ANN401 - those of a visitor
         super().__init__(*args, **walk)
-        self._seen: dict[str, tuple[nn.Module, Statistics | None]] = {}
+        self.seen: dict[str, tuple[nn.Module, Statistics | None]] = {}
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction that is removed of all together."""
+        return next(iter(self.sparsities.values()))
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Keeps the statistics of linears."""
-        self._seen |= {name: (linear, self._statistics(name)) for name, linear in linears.items()}
+        self.seen |= {name: (linear, self._statistics(name)) for name, linear in linears.items()}
+
+    def scores(self, name: str) -> Tensor:
+        """Scores the weights of a linear."""
+        linear, statistics = self.seen[name]
+        weight = counted(whole(weight_of(linear)), self.adapters.get(name))
+        with _naming(name):
+            check_finite(weight, "the weight")
+            return self.criterion.score(weight, statistics)
 
     def close(self) -> None:
         """Prunes all linears at once; all scores are in memory."""
-        scores = []
-        for name, (linear, statistics) in self._seen.items():
-            weight = counted(whole(weight_of(linear)), self.adapters.get(name))
-            with _naming(name):
-                check_finite(weight, "the weight")
-                scores.append(self.criterion.score(weight, statistics))
-        keeps = keep_global(scores, next(iter(self.sparsities.values())))
-        for (name, (linear, _)), keep in zip(self._seen.items(), keeps, strict=True):
+        keeps = keep_global([self.scores(name) for name in self.seen], self.sparsity)
+        for (name, (linear, _)), keep in zip(self.seen.items(), keeps, strict=True):
             weight = whole(weight_of(linear))
             self.pruned[name] = Pruned.of(weight, where_kept(weight, keep), keep)
         self.tell()

@@ -16,8 +16,9 @@ from billhook.running.shards import gathered, is_sharded, unsharded
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, replaced
 from billhook.sparsity.streamed import StreamedPruning
-from billhook.sparsity.visitor import InputsDiffer, PruningVisitor
-from billhook.streaming.stream import stream_of
+from billhook.sparsity.streamed_global import StreamedGlobalPruning
+from billhook.sparsity.visitor import GlobalPruningVisitor, InputsDiffer, PruningVisitor
+from billhook.streaming.stream import Stream, stream_of
 
 V = TypeVar("V", bound=PruningVisitor)
 
@@ -77,8 +78,7 @@ class Walks:
                     raise ValueError(
                         f"model: {self.twins[0][0]} shares its weight with another linear: prune it in memory, not streamed"
                     )
-                streamed = StreamedPruning(stream, self.linears, visitor, self.reduce, key and f"{key} {tell_apart(self.runs)}")
-                streamed.go(sequential, keep, forwards)
+                self._stream(stream, sequential, visitor, keep, key and f"{key} {tell_apart(self.runs)}")
                 return set()
             if sequential is None:
                 visitor.finish(self.linears)
@@ -110,6 +110,25 @@ class Walks:
             walk = Walk(sites, visitor, self.reduce, keep, ends=1)
             walk(forwards)
             return {name for site in walk.again for name in site.linears}
+
+    def _stream(
+        self,
+        stream: Stream,
+        sequential: Sequential | None,
+        visitor: PruningVisitor,
+        keep: Callable[[object], None] | None,
+        key: str | None,
+    ) -> None:
+        """Has each block come once; where all linears compete, first for what they see, if they need it, and then three times."""
+        all_compete, forwards = isinstance(visitor, GlobalPruningVisitor), [run.forward for run in self.runs]
+        if all_compete and sequential is None:
+            visitor.finish(self.linears)
+        else:
+            walk = StreamedPruning(stream, self.linears, visitor, self.reduce, None if all_compete else key)
+            walk.go(sequential, keep, forwards)
+        if isinstance(visitor, GlobalPruningVisitor):
+            StreamedGlobalPruning(stream, visitor, self.linears, key).go()
+            visitor.seen.clear()
 
     def _walk_sharded(
         self,

@@ -6,7 +6,7 @@ from billhook.cli.oneshot.streamed import bytes_of_moments
 from billhook.cli.oneshot.text import Text
 from billhook.running.walk import Sequential
 from billhook.sparsity.allocation import Allocation
-from billhook.sparsity.checks import check_folder
+from billhook.sparsity.checks import check_folder, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.prune import prune as prune_weights
@@ -54,7 +54,7 @@ def prune(
     work = OneShot(model, out, given, offload, streams=True)
     if not dry_run:
         what = f"zero {amount:.4g} of the weights of linears ({pattern}), by {criterion or Wanda()}"
-        work.tell(what, f"shown {work.shown}", passes=2 if allocation is not None and allocation.measures else 1)
+        work.tell(what, f"shown {work.shown}", passes=_passes(criterion or Wanda(), allocation))
     before = None if dry_run else work.measure()
     with over(work.model, "pruning", "linears") as progress:
         plan = prune_weights(
@@ -78,3 +78,10 @@ def prune(
     done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": sequential}
     what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linears"
     work.save(before, what, {"pruned": done}, plan.text())
+
+
+def _passes(criterion: Criterion, allocation: Allocation | None) -> int:
+    """Returns how often the blocks of a streamed model are read until they are pruned."""
+    if criterion.compares == "global":  # what is kept is found in two, after one in which linears are seen, if they must be
+        return 3 + needs_data(criterion)
+    return 2 if allocation is not None and allocation.measures else 1

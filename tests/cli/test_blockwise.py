@@ -11,6 +11,7 @@ import billhook as bh
 from billhook.cli.blockwise import over
 from billhook.cli.main import main
 from billhook.streaming import stream as streams
+from billhook.streaming.files import Files
 from kit.cli import option, small_llama
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]
@@ -33,8 +34,8 @@ def terminal(monkeypatch):
 
 @pytest.fixture
 def read(monkeypatch):
-    """The name and the bytes of each tensor of a block that is read."""
-    found, original = [], streams.load_some
+    """The name and the bytes of each tensor of a block that is read, as a whole or in rows."""
+    found, original, rows = [], streams.load_some, Files.rows
 
     def counted(model, slices):
         for key, one in slices.items():
@@ -42,7 +43,14 @@ def read(monkeypatch):
                 found.append((key, prod(one.get_shape()) * model.dtype.itemsize))
         original(model, slices)
 
+    def counted_rows(self, name, elements):
+        some = list(rows(self, name, elements))
+        if ".layers." in name:
+            found.append((name, sum(one.nbytes for one in some)))
+        return iter(some)
+
     monkeypatch.setattr(streams, "load_some", counted)
+    monkeypatch.setattr(Files, "rows", counted_rows)
     return found
 
 

@@ -84,3 +84,17 @@ def test_a_broken_shard_is_found(monkeypatch, change, tmp_path):
         bh.save(llama(), tmp_path / "a")
     assert raised.type is RuntimeError or change is half_a_file
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_last_digits_of_blocks_that_are_streamed_are_rounding(tmp_path):
+    dense, model = bh.load("tiny"), bh.stream("tiny")
+    probe, seen = verifying.make_probe(dense), []
+    found = verifying.logits_of(model, probe)
+    linear = model.model.layers[2].mlp.down_proj
+    linear.register_forward_pre_hook(lambda module, _: seen.append(module.weight.detach().clone()))
+    effects = [verifying._rounding(one, found, probe) for one in (model, dense)]
+    old = bh.load("tiny").model.layers[2].mlp.down_proj.weight.detach()
+    apart = [float(((one - old) / old).abs().mean()) / torch.finfo(old.dtype).eps for one in seen]
+    assert apart == pytest.approx([1, 1, 1.5, 1.5], rel=0.2)  # each step by one digit, up or down, from where the last one led
+    assert effects[0] == pytest.approx(effects[1], rel=0.5)
+    assert torch.equal(verifying.logits_of(bh.stream("tiny"), probe), found)

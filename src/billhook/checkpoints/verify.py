@@ -1,7 +1,8 @@
 """Verifies a saved checkpoint: reloads it and compares logits."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -162,17 +163,31 @@ def _lie_alike(there: Mapping[str, Tensor], part: nn.Module, prefix: str = "") -
 
 
 def _rounding(reloaded: PreTrainedModel, found: Tensor, probe: Probe) -> float:
-    """Returns how far logits may be apart: `TIMES` the largest effect, in some trials, of every weight's last digit."""
-    generator, effect, before = torch.Generator().manual_seed(0), 0.0, found
-    for _ in range(TRIALS):  # several, as by chance a few logits may stay as they are
-        with torch.no_grad():
-            for weight in reloaded.parameters():
-                if weight.is_floating_point():
-                    digits = torch.finfo(weight.dtype).eps * (2 * torch.randint(2, weight.shape, generator=generator) - 1)
-                    weight.mul_((1 + digits).to(weight))
-        after = logits_of(reloaded, probe)
-        effect, before = max(effect, (after - before).abs().nan_to_num(0.0).max().item()), after
+    """Returns how far logits may be apart: `TIMES` the largest effect, in some trials, of every weight's last digit.
+
+    Of a model that is streamed, blocks are changed whenever they come, each time alike.
+    """
+    stream, generator, effect, before = stream_of(reloaded), torch.Generator().manual_seed(0), 0.0, found
+    with torch.no_grad(), ExitStack() as stack:
+        for trial in range(TRIALS):  # several, as by chance a few logits may stay as they are
+            if stream is not None:
+                stack.enter_context(stream.altered(partial(_change_block, stream, trial)))
+            _change_last_digits((weight for weight in reloaded.parameters() if not weight.is_meta), generator)
+            after = logits_of(reloaded, probe)
+            effect, before = max(effect, (after - before).abs().nan_to_num(0.0).max().item()), after
     finite = found[found.isfinite()].abs()
     largest = finite.max().item() if len(finite) else 0.0
     least = torch.finfo(reloaded.dtype).eps * largest
     return max(min(TIMES * effect, MOST * largest), least)
+
+
+def _change_block(stream: Stream, trial: int, block: nn.Module) -> None:
+    number = list(stream.blocks.values()).index(block)
+    _change_last_digits(block.parameters(), torch.Generator().manual_seed(trial + TRIALS * (1 + number)))
+
+
+def _change_last_digits(weights: Iterable[nn.Parameter], generator: torch.Generator) -> None:
+    for weight in weights:
+        if weight.is_floating_point():
+            digits = torch.finfo(weight.dtype).eps * (2 * torch.randint(2, weight.shape, generator=generator) - 1)
+            weight.data = weight * (1 + digits).to(weight)  # others may share the old values

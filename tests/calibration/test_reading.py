@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 import billhook as bh
-from billhook.calibration.reading import load_splits, runs_on
+from billhook.calibration.reading import check_there, load_splits, runs_on
 
 
 @pytest.fixture
@@ -81,3 +81,19 @@ def test_objects_of_lines_of_text_are_documents(tmp_path):
 def test_objects_without_a_split_that_is_used():
     with pytest.raises(ValueError, match="data: the splits are train_sft; one of train, validation, test is needed"):
         load_splits(datasets.DatasetDict(train_sft=ROWS))
+
+
+def test_what_is_there_is_not_read_and_what_is_not_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("One.\n")
+    (tmp_path / "empty").mkdir()
+    for there in ("tiny", str(tmp_path / "a.txt"), str(tmp_path / "*.txt"), {"train": str(tmp_path / "a.txt")}, str(tmp_path)):
+        check_there(there)
+    refused = {
+        str(tmp_path / "b.txt"): "also: the file '.*' of the split 'train' does not exist",
+        str(tmp_path / "b*.txt"): "also: no file of the split 'train' matches",
+        str(tmp_path / "empty"): "also='.*' is no file here, and no folder or data set that can be read: The directory",
+        "nobody/notes": "also='nobody/notes' is no file here, and no folder or data set that can be read: Couldn't reach",
+    }
+    for absent, message in refused.items():
+        with pytest.raises(ValueError, match=message):
+            check_there(absent, "also")

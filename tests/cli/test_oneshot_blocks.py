@@ -29,9 +29,9 @@ def test_the_block_of_the_least_influence_goes(small, files, tmp_path, capsys):
     assert "model.layers  3 -> 2 blocks; without" in capsys.readouterr().out
 
 
-def test_a_fraction_of_those_that_are_not_protected_and_a_dry_run(small, tmp_path, capsys):
+def test_a_fraction_of_those_that_are_not_protected_and_a_dry_run(small, files, tmp_path, capsys):
     ends = ["--first", "1", "--last", "1", "--importance", "Ablation", "--length", "16", "--examples", "2"]
-    main(["prune-blocks", str(small), str(tmp_path / "out"), "--blocks", "0.4", *ends, "--dry_run"])
+    main(["prune-blocks", str(small), str(tmp_path / "out"), "--blocks", "0.4", *ends, "--dry_run", *option(files)])
     said = capsys.readouterr().out
     assert "model.layers  3 -> 2 blocks; without 1 (" in said
     assert "nothing was changed, and nothing written" in said

@@ -90,7 +90,7 @@ def test_a_dry_run_prints_and_writes_nothing(small, tmp_path, capsys):
     main(["convert", str(small), str(tmp_path / "out"), "--num_key_value_heads", "1", "--method", "auto", "--dry_run"])
     said = capsys.readouterr().out
     assert "nothing was changed, and nothing written" in said
-    assert said.startswith("LlamaForCausalLM: 4 -> 1 KV heads in 2 attentions (auto); the KV cache shrinks")
+    assert "\n\nLlamaForCausalLM: 4 -> 1 KV heads in 2 attentions (auto); the KV cache shrinks" in said
     assert not (tmp_path / "out").exists()
 
 

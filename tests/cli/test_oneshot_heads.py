@@ -105,9 +105,9 @@ def test_tiny_with_fewer_heads_and_its_perplexity(files, tmp_path, capsys):
 def test_a_dry_run_prints_what_would_be_done_and_writes_nothing(small, files, tmp_path, capsys):
     main(["prune-heads", str(small), str(tmp_path / "out"), "--ratio", "0.5", "--dry_run", *option(files), *SHORT])
     prune(small, tmp_path / "done", "--ratio", "0.5", *option(files), *SHORT)
-    dry, done = capsys.readouterr().out.split(f"{small}, ")
+    _, dry, done = capsys.readouterr().out.split(f"{small}, ")
     plan = bh.prune_units(bh.load(small), json.loads((tmp_path / "done" / "billhook.json").read_text())["heads"])
-    assert dry == f"{plan.text()}\n\nA dry run: nothing was changed, and nothing written to {tmp_path / 'out'}.\n"
+    assert f"\n\n{plan.text()}\n\nA dry run: nothing was changed, and nothing written to {tmp_path / 'out'}.\n" in dry
     assert f"\n{plan.text()}\n" in done
     assert not (tmp_path / "out").exists()
 

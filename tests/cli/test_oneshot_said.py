@@ -87,3 +87,43 @@ def test_what_may_follow_can_be_run(small, files, tmp_path, monkeypatch, capsys)
     assert "perplexity" in capsys.readouterr().out
     main([*fit, *QUICK.split()])
     assert transformers.AutoModelForCausalLM.from_pretrained("out-trained").num_parameters() > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "plan", "tokens"),
+    [
+        (["prune", "--sparsity", "0.5"], False, "176"),  # 6 rows of 16 to be shown, and 5 to be measured on
+        (["prune", "--sparsity", "0.5", "--criterion", "Magnitude"], True, "80"),
+        (["prune-heads", "--ratio", "0.5"], False, "176"),
+        (["prune-heads", "--ratio", "0.5", "--importance", "WeightNorm"], True, "80"),
+        (["prune-blocks", "--blocks", "1"], False, "176"),
+        (["prune-structure", "--channels", "0.5"], False, "176"),
+        (["prune-structure", "--channels", "0.5", "--importance", "WeightNorm"], True, "176"),
+        (["convert", "--num_key_value_heads", "1"], True, "80"),
+        (["shrink", "--params", "0.9"], True, "176"),
+    ],
+)
+def test_a_dry_run_has_the_model_write_nothing_and_says_how_much_it(small, tmp_path, monkeypatch, capsys, words, plan, tokens):
+    def writes(*_, **__):
+        raise AssertionError("the model writes")
+
+    monkeypatch.setattr("billhook.calibration.calibration.generated", writes)
+    command, *more = words
+    main([command, str(small), str(tmp_path / "out"), *more, *SHORT, "--dry_run"])
+    said = capsys.readouterr().out
+    assert said.index(f"save to {tmp_path / 'out'}") < said.index("A dry run: nothing was changed")
+    uses = "shown and measured on" if tokens == "176" else "measured on"
+    assert f"The model would write {tokens} tokens to be {uses}" in said
+    assert ("with --data FILE a dry run shows the plan" in said) == (not plan)
+    assert (said.count("\n\n") == 2) == plan
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--data", "none.txt"], ["--data", "generated", "none.txt"], ["--also", "none.txt"]])
+@pytest.mark.parametrize("command", [["prune", "--sparsity", "0.5"], ["prune-heads", "--ratio", "0.5"]])
+def test_text_that_is_not_there_is_refused_before_the_model_is_loaded(small, tmp_path, bars, capsys, command, words):
+    name, *more = command
+    with pytest.raises(SystemExit, match=f"billhook {name}: {words[0][2:]}: the file 'none.txt' of the split 'train' does not"):
+        main([name, str(small), str(tmp_path / "out"), *more, *words])
+    assert bars == {}
+    assert capsys.readouterr().out == ""

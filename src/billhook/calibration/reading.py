@@ -43,16 +43,37 @@ def load_splits(data: Data | Table, streaming: bool = False) -> dict[str, Rows]:
         return _loaded(data, streaming)
     if data == "tiny":
         return _read("parquet", {split: [file] for split, file in text_files().items()}, streaming)
+    if isinstance(files := _files_or_name(data), dict):
+        return _read(_one_kind(files), files, streaming)
+    found = dict(datasets.load_dataset(*files, streaming=streaming))
+    if any(runs_on(rows) for rows in found.values()):
+        found = dict(datasets.load_dataset(*files, streaming=streaming, keep_linebreaks=True))
+    return found
+
+
+def check_there(data: Data, name: str = "data") -> None:
+    """Refuses files that are not there or empty, and a folder or a data set that cannot be found; no rows are read."""
+    check_data(data, name)
+    if data == "tiny":
+        return
+    if isinstance(files := _files_or_name(data, name), dict):
+        _one_kind(files)
+        return
+    try:
+        datasets.load_dataset_builder(*files)
+    except Exception as error:  # `datasets` raises all kinds
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{name}={data!r} is no file here, and no folder or data set that can be read: {first}") from error
+
+
+def _files_or_name(data: Data, argument: str = "data") -> dict[str, list[str]] | tuple[str, str | None]:
+    """Returns files by split; or, of a folder or a data set, its name and its config."""
     if isinstance(data, str) and not Path(data).is_dir() and (has_magic(data) or _kind(data) or Path(data).is_file()):
         data = {"train": data}
     if isinstance(data, dict):
-        files = {split: _files(split, names) for split, names in data.items()}
-        return _read(_one_kind(files), files, streaming)
+        return {split: _files(split, names, argument) for split, names in data.items()}
     name, _, config = (data, "", "") if Path(data).is_dir() else data.partition(":")
-    found = dict(datasets.load_dataset(name, config or None, streaming=streaming))
-    if any(runs_on(rows) for rows in found.values()):
-        found = dict(datasets.load_dataset(name, config or None, streaming=streaming, keep_linebreaks=True))
-    return found
+    return name, config or None
 
 
 def _loaded(data: Table, streaming: bool) -> dict[str, Rows]:
@@ -102,22 +123,22 @@ def _one_kind(files: Mapping[str, Sequence[str]]) -> str:
     return kind
 
 
-def _files(split: str, names: str | list[str]) -> list[str]:
+def _files(split: str, names: str | list[str], argument: str) -> list[str]:
     """Returns the files of a split, those of a glob in the order of their names."""
     if split not in SPLITS:
-        raise ValueError(f"data: unknown split '{split}'; a split is one of {', '.join(SPLITS)}")
+        raise ValueError(f"{argument}: unknown split '{split}'; a split is one of {', '.join(SPLITS)}")
     found = list[str]()
     for name in [names] if isinstance(names, str) else names:
         globbed = has_magic(name) and not Path(name).exists()
         files = [file for file in sorted(glob(name, recursive=True)) if Path(file).is_file()] if globbed else [name]
         if not files:
-            raise ValueError(f"data: no file of the split '{split}' matches '{name}'")
+            raise ValueError(f"{argument}: no file of the split '{split}' matches '{name}'")
         found += files
     for name in found:
         if not Path(name).is_file():
-            raise ValueError(f"data: the file '{name}' of the split '{split}' does not exist")
+            raise ValueError(f"{argument}: the file '{name}' of the split '{split}' does not exist")
         if Path(name).stat().st_size == 0:
-            raise ValueError(f"data: the file '{name}' of the split '{split}' is empty")
+            raise ValueError(f"{argument}: the file '{name}' of the split '{split}' is empty")
     return found
 
 

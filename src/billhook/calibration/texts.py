@@ -36,8 +36,12 @@ def texts(
     found, how = calibration.held_out(model, rows, tokenizer), replace(calibration, weights=None)
     length = row_length(model, calibration.length)
     if written and GENERATED not in calibration.named:
-        few = max(min(rows, MEASURED // length), 1)
-        found += replace(how, sources=GENERATED).held_out(model, few)
+        found += replace(how, sources=GENERATED).held_out(model, written_rows(calibration, rows, length))
     for source in Calibration(also).named.values() if also else ():
         found += replace(how, sources=source, tokens=rows * length).read(model, tokenizer)
     return found
+
+
+def written_rows(calibration: Calibration, rows: int, length: int) -> int:
+    """Returns how many rows a model writes to be measured on: as many as of each text, or fewer beside other texts."""
+    return rows if GENERATED in calibration.named else max(min(rows, MEASURED // length), 1)

@@ -8,6 +8,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 
 RECORD = "billhook.json"
@@ -26,6 +27,14 @@ def check_target(folder: str | Path) -> None:
         raise ValueError(f"'{folder}' cannot be replaced in one step: '{aside}', where what stands there rests, is no folder")
     if path.exists() and (foreign := "a file" if not path.is_dir() else _foreign(path)):
         raise ValueError(f"'{folder}' holds something that billhook did not write ({foreign}): name another folder")
+
+
+def replaced(folder: str | Path) -> str:
+    """Says what a save to a folder that `check_target` has passed replaces, to follow its name; empty if nothing stands there."""
+    record = Path(folder) / RECORD
+    if not record.is_file():
+        return ""
+    return f", in the place of what billhook wrote there on {datetime.fromtimestamp(record.stat().st_mtime):%Y-%m-%d at %H:%M}"
 
 
 def _foreign(folder: Path) -> str | None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from billhook.checkpoints.export import export as exported
+from billhook.checkpoints.place import check_target, replaced
 from billhook.serving.exported import GGUFKind, check_gguf, export_gguf
 
 
@@ -39,6 +40,9 @@ def export(
     if gguf is not None:
         check_gguf(gguf, kind)
     if folder is None:
+        check_target(others[0])
+        if words := replaced(others[0]):
+            print(f"saves to {others[0]}{words}", flush=True)
         print(exported(first, folder := others[0], tokenizer))
     if gguf is not None:
         print(f"{gguf} ({export_gguf(folder, gguf, kind, converter)})")

@@ -3,7 +3,7 @@
 from billhook.arguments import whole
 from billhook.callbacks.kv.preparation import HINT
 from billhook.cli.blockwise import over
-from billhook.cli.oneshot.frame import OneShot
+from billhook.cli.oneshot.frame import NONE, OneShot
 from billhook.cli.oneshot.streamed import bytes_of_moments, rest
 from billhook.cli.oneshot.text import Examples
 from billhook.kv_heads.bases.ready import batches_needed, check_ready
@@ -69,8 +69,7 @@ def convert(
         rest(work.model, work.shelf(max(attentions.bytes(method), moments), series=1 + refits))
     elif method.turns or repair is not None:
         check_ready(work.model, groups, method)
-    if not dry_run:
-        work.tell(*_steps(plan, repair, work.shown if calibrates else "no text, as it needs none"), passes=passes)
+    work.tell(*_steps(plan, repair, work.shown if calibrates else NONE), passes=passes)
     if dry_run:
         work.tell_dry(plan.text())
         return

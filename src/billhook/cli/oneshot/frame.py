@@ -16,18 +16,19 @@ from billhook.calibration.calibration import Calibration
 from billhook.calibration.enough import Settled
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, writes
-from billhook.calibration.texts import check_also, texts
-from billhook.checkpoints.place import check_target
+from billhook.calibration.texts import check_also, texts, written_rows
+from billhook.checkpoints.place import check_target, replaced
 from billhook.checkpoints.save import load, save
 from billhook.cli.blockwise import over
 from billhook.cli.machine import device_of
+from billhook.cli.oneshot.after import Before, Cost, commands, shown
 from billhook.cli.oneshot.streamed import check_streamed, reads, shelf
 from billhook.cli.oneshot.text import Examples, Scored, Text
 from billhook.cli.reading import files
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import prunable
 from billhook.model.preprocessors import load_tokenizer
-from billhook.report.damage import Dense, TextDamage, table, warning_of
+from billhook.report.damage import Dense, warning_of
 from billhook.report.generation import generates
 from billhook.report.metrics import accuracy
 from billhook.running.batches import Batch
@@ -45,19 +46,8 @@ WRITTEN = 40
 """How many the model writes."""
 BESIDE = 0.25
 """Share of the examples that it writes beside texts that linears are refitted to."""
-FEW = 0.01
-"""Share of zeros that come by rounding, where none are meant: a mean of float16 weights may be 0."""
-Before = Dense | float | None
-"""What is measured before a model is changed: predictions on texts, or an accuracy."""
-Cost = list[TextDamage] | float | None
-"""What is measured afterwards: the damage on texts, or an accuracy."""
-
-
-def shown(before: Before, cost: Cost) -> str | None:
-    """Shows what a model has lost."""
-    if isinstance(cost, list):
-        return table(cost)
-    return None if cost is None else f"accuracy {before:,.4g} before, {cost:,.4g} after"
+NONE = "no text, as it needs none"
+"""What is said of a method that is shown nothing."""
 
 
 class OneShot:
@@ -79,6 +69,7 @@ class OneShot:
         streams: bool = False,
     ) -> None:
         check_target(out)
+        given.check_there()
         if given.stream:
             check_streamed(given, streams, offload)
         self.name, self.out, self.given = name, out, given
@@ -152,7 +143,7 @@ class OneShot:
         return max(2, len(self.calibration.named)) if self.metric == "perplexity" else 2
 
     def tell(self, *steps: str, passes: int | None = 1) -> None:
-        """Prints what will be done with the model, before it is; of a streamed one, also what so many passes read, if known."""
+        """Prints what is done with the model, before it is; of a streamed one, also what so many passes read, if known."""
         most, metric = self.given.evaluate, self.metric
         each = " of each text" if self.given.data or self.given.also else " that it writes; --data FILE names a text"
         of = "" if metric == "accuracy" else each
@@ -160,7 +151,7 @@ class OneShot:
         print(f"{self.name}, {self.sizes['params']:,} parameters:")
         stream = stream_of(self.model)
         streams = [] if stream is None or passes is None else [reads(stream, passes + 2 * self._measures)]
-        for step in (*steps, *measure, *streams, f"save to {self.out}"):
+        for step in (*steps, *measure, *streams, f"save to {self.out}{replaced(self.out)}"):
             print(f"  {step}")
         print(flush=True)
 
@@ -186,9 +177,30 @@ class OneShot:
         """True where there is something to measure: a classifier's answers, or what a model writes."""
         return self.reads and self.given.evaluate > 0 and (self.metric == "accuracy" or generates(self.model))
 
-    def tell_dry(self, plan: str) -> None:
-        """Prints the plan of a dry run, which ends with it."""
-        print(f"{plan}\n\nA dry run: nothing was changed, and nothing written to {self.out}.")
+    @property
+    def unread(self) -> bool:
+        """True where what the model is shown is only what it would first have to write, which a dry run does not have it do."""
+        return self.metric == "perplexity" and self.given.data is None
+
+    def tell_dry(self, plan: str = "") -> None:
+        """Prints the plan of a dry run, which ends with it, and how much the model would write."""
+        if plan:
+            print(f"{plan}\n")
+        print(f"A dry run: nothing was changed, and nothing written to {self.out}.")
+        if tokens := {what: rows * self.length for what, rows in self._written.items() if rows}:
+            more = "" if plan else "; with --data FILE a dry run shows the plan, too"
+            print(f"The model would write {sum(tokens.values()):,} tokens to be {' and '.join(tokens)}{more}.")
+
+    @property
+    def _written(self) -> dict[str, int]:
+        """How many examples the model writes to be shown, and to be measured on."""
+        if self.metric == "accuracy" or not writes(self.model):
+            return {}
+        measures = self._measures and not self.given.stream
+        return {
+            "shown": self.calibration.rows(self.length).get(GENERATED, 0) if self.calibrates else 0,
+            "measured on": written_rows(self.calibration, self.given.evaluate, self.length) if measures else 0,
+        }
 
     def measure(self) -> Before:
         """Measures the model before it is changed: accuracy, or what it predicts on texts; None for one that does neither."""
@@ -240,20 +252,7 @@ class OneShot:
             if line is not None:
                 print(line)
         print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
-        print("\n".join(["", "Next:", *(f"  {line}" for line in self._next(event["after"]))]))
-
-    def _next(self, after: Mapping[str, int | None]) -> list[str]:
-        """Returns commands that may follow, each with what it is for; training would undo zeros."""
-        if not generates(self.model):
-            return [f"billhook summary {self.out}  # counts parameters and operations"]
-        train = f"billhook fit --model.model {self.out} --model.lora '{{}}' --data.data FILE --trainer.max_steps 1000"
-        export = f"--trainer.callbacks+=billhook.Export --trainer.callbacks.folder {self.out}-trained"
-        sparse = (after["zeros"] or 0) - (self.sizes["zeros"] or 0) > FEW * (after["params"] or 0)
-        return [
-            f"billhook evaluate {self.name} {self.out} --text FILE  # compares both on text of yours",
-            *([] if sparse else [f"{train} {export}  # trains it on such text"]),
-            f"billhook serve-check {self.out}  # asks whether llama.cpp computes the same",
-        ]
+        print("\n".join(["", "Next:", *(f"  {line}" for line in commands(self.model, self.name, self.out, event))]))
 
     def loader(self, examples: int, batch_size: int, calibrated: Sequence[Batch], before: Before) -> DataLoader[Any]:
         """Reads so many examples to train on, if there are: what was calibrated on and more, but nothing that is measured on."""

@@ -1,7 +1,7 @@
 """`billhook prune`: a checkpoint in, one with zeros out, with its perplexity before and after."""
 
 from billhook.cli.blockwise import over
-from billhook.cli.oneshot.frame import OneShot
+from billhook.cli.oneshot.frame import NONE, OneShot
 from billhook.cli.oneshot.streamed import bytes_of_moments
 from billhook.cli.oneshot.text import Text
 from billhook.running.walk import Sequential
@@ -51,10 +51,13 @@ def prune(
     """
     amount = check_amount(sparsity, pattern)
     folder = check_folder(activations)
-    work = OneShot(model, out, given, offload, streams=True)
-    if not dry_run:
-        what = f"zero {amount:.4g} of the weights of linears ({pattern}), by {criterion or Wanda()}"
-        work.tell(what, f"shown {work.shown}", passes=_passes(criterion or Wanda(), allocation))
+    reads = needs_data(criterion or Wanda()) or (allocation is not None and allocation.measures)
+    work = OneShot(model, out, given, offload, calibrates=reads, streams=True)
+    what = f"zero {amount:.4g} of the weights of linears ({pattern}), by {criterion or Wanda()}"
+    work.tell(what, f"shown {work.shown if reads else NONE}", passes=_passes(criterion or Wanda(), allocation))
+    if dry_run and work.calibrates and work.unread:
+        work.tell_dry()
+        return
     before = None if dry_run else work.measure()
     with over(work.model, "pruning", "linears") as progress:
         plan = prune_weights(

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from billhook.arguments import whole
-from billhook.cli.oneshot.frame import OneShot, bar
+from billhook.cli.oneshot.frame import NONE, OneShot, bar
 from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored, rest
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
@@ -62,7 +62,7 @@ def prune_heads(
     whole("rounds", rounds)
     importance = importance or GateGradient()
     check_scored(given, importance)
-    work = OneShot(model, out, given, streams=True)
+    work = OneShot(model, out, given, calibrates=importance.needs_data, streams=True)
     heads = find_units(work.model, "head")
     # refuses a ratio that no scores could lead to, and heads that cannot be removed
     scores = {name: torch.zeros(one.count(per)) for name, one in heads.items()}
@@ -70,13 +70,16 @@ def prune_heads(
     if not removed:
         raise ValueError(f"ratio={ratio} is not a single head of a layer, so that nothing would be removed")
     plan_units(work.model, removed, per=per)
-    if not dry_run:
-        every, gone = sum(one.count(per) for one in heads.values()), sum(map(len, removed.values()))
-        what = "heads" if per == "head" else "KV heads, with their query heads"
-        work.tell(f"remove {gone:,} of {every:,} {what}, by {importance}", f"shown at most {work.shown}", passes=None)
+    every, gone = sum(one.count(per) for one in heads.values()), sum(map(len, removed.values()))
+    what = "heads" if per == "head" else "KV heads, with their query heads"
+    shown = f"at most {work.shown}" if work.calibrates else NONE
+    work.tell(f"remove {gone:,} of {every:,} {what}, by {importance}", f"shown {shown}", passes=None)
+    if dry_run and work.calibrates and work.unread:
+        work.tell_dry()
+        return
     if given.stream:
         rest(work.model, work.shelf(bytes_of_moments(work.model, importance)))
-    batches, before = work.batches(), None if dry_run else work.measure()
+    batches, before = work.batches() if work.calibrates else [], None if dry_run else work.measure()
     runs = [run_of(work.model, heads, batch) for batch in batches]
     scoring, removed, settled = Scoring(work.model, heads, importance, None, normalize, per), {}, []
     for number in range(1, rounds + 1):

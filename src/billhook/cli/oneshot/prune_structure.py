@@ -98,13 +98,16 @@ def prune_structure(
         search.check()
         importance = importance or default_importance(search.free())
         check_scored(given, importance)
-    if not dry_run:
-        work.tell(*_steps(amount, block_importance, importance, rounds, repair, work.shown), passes=None)
+    work.tell(*_steps(amount, block_importance, importance, rounds, repair, work.shown), passes=None)
+    needs = any(one.needs_data for one in (block_importance, importance) if one is not None)
+    if dry_run and needs and work.unread:
+        work.tell_dry()
+        return
     if given.stream:
         refits = repair is not None
         moments = bytes_of_moments(work.model, importance, work.parts if refits else 0)
         rest(work.model, work.shelf(moments, series=1 + refits))
-    batches = work.batches()
+    batches = work.batches() if needs or not dry_run else []
     before = None if dry_run else work.measure()
     plans, refitted = list[BlockPlan | UnitPlan](), False
     for plan in _plans(work.model, batches, given.agreement, amount, block_importance, importance, rounds):

@@ -6,7 +6,8 @@ from typing import Any
 
 from billhook.arguments import whole
 from billhook.cli.machine import check_file
-from billhook.cli.oneshot.frame import Before, OneShot, bar, shown
+from billhook.cli.oneshot.after import Before, shown
+from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.recovery import Recovery
 from billhook.cli.oneshot.searched import outlook
 from billhook.cli.oneshot.text import Examples
@@ -106,15 +107,15 @@ def shrink(
         recovery.task_of(work.model)
     clock = None if latency is None else (latency, clock_of(work.model, workload))
     begun = Work.begun(work.model, limits, layers == "uniform", timed=latency is not None)
+    budgets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes, "max_loss": max_loss, "latency": latency}
+    asked = next(f"{name}={value}" for name, value in budgets.items() if value is not None)
+    then = [f"train it for {recovery.recover:,} steps"] if recovery.recover else []
+    work.tell(f"find the model within {asked} that loses least", f"shown {work.shown}", *then)
     if dry_run:
         within = {f"max_loss={max_loss}": max_loss, f"latency={latency}": latency}
         told = next((words for words, value in within.items() if value is not None), None)
         work.tell_dry(outlook(begun, begun.most_steps(generations, candidates), told))
         return
-    budgets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes, "max_loss": max_loss, "latency": latency}
-    asked = next(f"{name}={value}" for name, value in budgets.items() if value is not None)
-    then = [f"train it for {recovery.recover:,} steps"] if recovery.recover else []
-    work.tell(f"find the model within {asked} that loses least", f"shown {work.shown}", *then)
     batches, before = work.batches(), work.measure()
     with bar("shrinking", "steps") as progress:
         begun.progress, scored = progress, importance or OBS()

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from billhook.arguments import fraction, whole
 from billhook.calibration.generated import LENGTH
 from billhook.calibration.generated import NAME as GENERATED
-from billhook.calibration.reading import Data
+from billhook.calibration.reading import Data, check_there
 
 ENOUGH = 0.99
 """The agreement that is asked for where no number of examples is given."""
@@ -77,6 +77,13 @@ class Text:
     def alone(self) -> bool:
         """Tells whether texts are given, and what the model writes is none of them."""
         return self.data is not None and GENERATED not in (self.data if isinstance(self.data, list) else [self.data])
+
+    def check_there(self) -> None:
+        """Refuses texts that are not there."""
+        for name, given in (("data", self.data), ("also", self.also)):
+            for source in given if isinstance(given, list) else [given]:
+                if source not in (None, GENERATED):
+                    check_there(source, name)
 
     def length_for(self, model: PreTrainedModel) -> int:
         """Returns how many tokens an example has."""

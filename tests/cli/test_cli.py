@@ -97,6 +97,8 @@ def test_validate_test_predict_and_export(quick, capsys):
     assert "plain from_pretrained loads it" in capsys.readouterr().out
     assert transformers.AutoModelForCausalLM.from_pretrained("out").config.num_key_value_heads == 4
     assert transformers.AutoTokenizer.from_pretrained("out")("to be").input_ids
+    billhook(f"export '{ckpt}' out")
+    assert capsys.readouterr().out.startswith("saves to out, in the place of what billhook wrote there on ")
 
 
 @pytest.mark.parametrize("example", sorted(ROOT.glob("examples/*.yaml")), ids=lambda path: path.stem)

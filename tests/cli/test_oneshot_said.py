@@ -127,3 +127,17 @@ def test_text_that_is_not_there_is_refused_before_the_model_is_loaded(small, tmp
         main([name, str(small), str(tmp_path / "out"), *more, *words])
     assert bars == {}
     assert capsys.readouterr().out == ""
+
+
+def test_an_earlier_checkpoint_is_named_before_the_work_and_other_folders_are_never_replaced(small, files, tmp_path, capsys):
+    words = ["prune-heads", str(small), str(tmp_path / "out"), "--ratio", "0.5", *SHORT, *option(files)]
+    main(words)
+    assert f"  save to {tmp_path / 'out'}\n" in capsys.readouterr().out
+    main(words)
+    said = capsys.readouterr().out
+    line = f"  save to {tmp_path / 'out'}, in the place of what billhook wrote there on "
+    assert 0 < said.index(line) < said.index("LlamaForCausalLM: ")
+    (tmp_path / "out" / "notes.txt").write_text("mine\n")
+    with pytest.raises(SystemExit, match=r"holds something that billhook did not write \(notes.txt\): name another folder"):
+        main(words)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine\n"

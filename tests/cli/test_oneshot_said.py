@@ -43,6 +43,7 @@ def test_structure_shows_a_bar_for_each_step(small, tmp_path, bars, capsys):
     main(["prune-structure", str(small), str(out), "--channels", "0.5", "--enough", "null", *SHORT])
     assert bars == {
         f"loading {small}": None,
+        "reading text": None,
         "writing text": (5 * 16, 5 * 16, "tokens"),  # what it is measured on, the last
         "measuring": (5, 5, "examples"),
         "scoring": (6, 6, "batches"),

@@ -19,6 +19,7 @@ from billhook.cli.fragments import configs_in, dropped_callbacks, without_base
 from billhook.cli.misspelt import legal, no_command
 from billhook.cli.options import Command, manual, run
 from billhook.cli.packaged import with_files
+from billhook.cli.reading import without_others_bars
 
 LIGHTNING = ("fit", "validate", "test", "predict")
 ONE_SHOT = ("convert", "prune", "prune-heads", "prune-blocks", "prune-structure", "shrink")
@@ -91,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = given[0] if given else ""
     try:
         if command in COMMANDS:
-            run(command_of(command), given[1:])
+            with without_others_bars():
+                run(command_of(command), given[1:])
         else:
             words = with_files(given)
             for warning in [*dropped_callbacks(configs_in(words)), *without_base(words, configs_in(given))]:

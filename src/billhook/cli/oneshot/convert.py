@@ -3,9 +3,9 @@
 from billhook.arguments import whole
 from billhook.callbacks.kv.preparation import HINT
 from billhook.cli.blockwise import over
-from billhook.cli.oneshot.frame import NONE, OneShot
+from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import bytes_of_moments, rest
-from billhook.cli.oneshot.text import Examples
+from billhook.cli.oneshot.text import NONE, Examples
 from billhook.kv_heads.bases.ready import batches_needed, check_ready
 from billhook.kv_heads.bases.streamed import StreamedAttentions
 from billhook.kv_heads.convert import check_repair, convert_streamed, ready

@@ -46,8 +46,6 @@ WRITTEN = 40
 """How many the model writes."""
 BESIDE = 0.25
 """Share of the examples that it writes beside texts that linears are refitted to."""
-NONE = "no text, as it needs none"
-"""What is said of a method that is shown nothing."""
 
 
 class OneShot:
@@ -167,7 +165,9 @@ class OneShot:
     def batches(self) -> list[Batch]:
         """Draws the batches to calibrate on."""
         if self.metric == "perplexity":
-            return [Batch(one | {"labels": one["input_ids"].clone()}, one.source) for one in self.calibration.read(self.model)]
+            with bar("reading text"):
+                read = self.calibration.read(self.model)
+            return [Batch(one | {"labels": one["input_ids"].clone()}, one.source) for one in read]
         rows: Any = self._labelled.splits["train"]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.given.seed))
         return list(self._batched(rows, order[: self.given.examples or EXAMPLES].tolist()))
@@ -209,7 +209,8 @@ class OneShot:
             return None
         with offloaded(self._visiting, self.device):
             if self.metric == "perplexity":
-                read = texts(self.calibration, self.model, most, self.given.also, written=not self.given.stream)
+                with bar("reading text"):
+                    read = texts(self.calibration, self.model, most, self.given.also, written=not self.given.stream)
                 inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
                 with over(self.model, "measuring", "examples") as progress:
                     return Dense(self.model, read, inside if self.calibrates else [], progress=progress)

@@ -1,9 +1,9 @@
 """`billhook prune`: a checkpoint in, one with zeros out, with its perplexity before and after."""
 
 from billhook.cli.blockwise import over
-from billhook.cli.oneshot.frame import NONE, OneShot
+from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import bytes_of_moments
-from billhook.cli.oneshot.text import Text
+from billhook.cli.oneshot.text import NONE, Text
 from billhook.running.walk import Sequential
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder, needs_data

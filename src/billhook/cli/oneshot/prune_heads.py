@@ -5,9 +5,9 @@ from functools import partial
 import torch
 
 from billhook.arguments import whole
-from billhook.cli.oneshot.frame import NONE, OneShot, bar
+from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored, rest
-from billhook.cli.oneshot.text import Scored
+from billhook.cli.oneshot.text import NONE, Scored
 from billhook.importance.base import Importance
 from billhook.importance.enough import score_enough
 from billhook.importance.gate_gradient import GateGradient

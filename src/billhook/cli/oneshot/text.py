@@ -12,6 +12,8 @@ from billhook.calibration.reading import Data, check_there
 
 ENOUGH = 0.99
 """The agreement that is asked for where no number of examples is given."""
+NONE = "no text, as it needs none"
+"""What is said of a method that is shown nothing."""
 
 
 @dataclass(frozen=True)

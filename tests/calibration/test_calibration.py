@@ -160,6 +160,7 @@ def test_without_batches_a_model_that_does_not_write_needs_them():
 @pytest.mark.parametrize(("arguments", "said"), [
     ({"sources": []}, r"sources=\[\] must be one or more, each once"), ({"sources": ["tiny", "tiny"]}, "each once"),
     ({"sources": "a/generated.txt"}, "sources: 'a/generated.txt' has the name of what the model writes, 'generated': rename it"),
+    ({"sources": ["generated", "a/generated.txt"]}, "'a/generated.txt' has the name of what the model writes, 'generated'"),
     ({"weights": [1, 1]}, r"weights=\[1, 1\] must be a number for each of 1 sources"), ({"weights": [0.0]}, "weights=0.0"),
     ({"tokens": 0}, "tokens=0"), ({"length": 1}, "length=1"), ({"batch_size": 0}, "batch_size=0"), ({"sources": 3}, "sources=3"),
     ({"sources": ["tiny", 3]}, "sources=3 must be a name, a file"), ({"sources": {"train": 3}}, "sources={'train': 3} must be"),

@@ -34,5 +34,5 @@ def test_blocks(given):
     assert plan.settled.of == 12
     assert "settled" not in plan.to_json()
     assert bh.Plan.from_json(plan.to_json(), model) == plan
-    greedy = bh.plan(model, batches=bh.Calibration(enough=1.0), blocks=1, greedy=True)
-    assert greedy.settled is None
+    with pytest.raises(ValueError, match=r"enough=1.0: in greedy order each block is chosen on all examples: leave it out"):
+        bh.plan(model, batches=bh.Calibration(enough=1.0), blocks=1, greedy=True)

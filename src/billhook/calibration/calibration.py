@@ -42,8 +42,8 @@ class Calibration:
         seed: Decides which rows are drawn, and what the model writes.
         enough: If given, units are chosen on as many rows as settle what is removed: twice as many, beginning with a few, until
             two halves of them, and half as many, agree on this share of it, in (0, 1]; `tokens` is the limit. Each row is scored
-            once. `plan` does it, and so do callbacks that choose units, except for blocks one at a time; whatever is refitted is
-            refitted to all rows.
+            once. `plan` does it, and so do callbacks that choose units; where blocks go one at a time it is refused, as each is
+            chosen on all rows, and whatever is refitted is refitted to all rows.
 
     Raises:
         ValueError: If there is no source, one is a stream or a `DatasetDict` without `train`, two have one name, or a number is

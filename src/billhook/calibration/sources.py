@@ -17,8 +17,12 @@ Sources: TypeAlias = Source | Table | Sequence[Source | Table]
 """One or several, in Python also objects of `datasets`."""
 
 
-def named(sources: Sources) -> dict[str, Source | Table]:
+def named(sources: Sources, taken: Collection[str] = ()) -> dict[str, Source | Table]:
     """Returns sources by name: of a file its stem, of an object the name of its data set, numbered where another has it.
+
+    Args:
+        sources: One or several.
+        taken: Names that no object is given.
 
     Raises:
         ValueError: If there is none, one cannot be read or is a stream, or two have a name in common.
@@ -28,14 +32,14 @@ def named(sources: Sources) -> dict[str, Source | Table]:
         _check(source)
     found = dict[str, Source | Table]()
     for source in given:
-        name = _of_object(source, found) if isinstance(source, OBJECTS) else _of_files(source)
+        name = _of_object(source, {*found, *taken}) if isinstance(source, OBJECTS) else _of_files(source)
+        if name == GENERATED and source != GENERATED:
+            raise ValueError(f"sources: '{source}' has the name of what the model writes, '{GENERATED}': rename it")
         if name in found or any(one is source for one in found.values()):
             raise ValueError(f"sources={sources!r} must be one or more, each once: '{name}' is there twice")
         found[name] = source
     if not found:
         raise ValueError(f"sources={sources!r} must be one or more, each once")
-    if found.get(GENERATED, GENERATED) != GENERATED:
-        raise ValueError(f"sources: '{found[GENERATED]}' has the name of what the model writes, '{GENERATED}': rename it")
     return found
 
 

@@ -8,19 +8,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from billhook.calibration.calibration import Calibration
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import row_length
-from billhook.calibration.sources import Source
+from billhook.calibration.reading import Table
+from billhook.calibration.sources import Source, Sources, named
 from billhook.running.batches import Batch
 
 MEASURED = 4096
 """How many tokens the model writes to be measured on, at most."""
-Also = Source | Sequence[Source] | None
+Also = Sources | None
 """Texts that nothing is calibrated on."""
 
 
 def check_also(calibration: Calibration, also: Also) -> None:
     """Refuses other texts that have the name of one of the calibration's, or of each other."""
-    others = Calibration(also).named if also else {}
-    if same := sorted(others.keys() & {*calibration.named, GENERATED}):
+    if same := sorted(_others(calibration, also).keys() & {*calibration.named, GENERATED}):
         raise ValueError(f"also: '{same[0]}' is the name of another text, too, so their figures would be one: rename the file")
 
 
@@ -37,9 +37,16 @@ def texts(
     length = row_length(model, calibration.length)
     if written and GENERATED not in calibration.named:
         found += replace(how, sources=GENERATED).held_out(model, written_rows(calibration, rows, length))
-    for source in Calibration(also).named.values() if also else ():
-        found += replace(how, sources=source, tokens=rows * length).read(model, tokenizer)
+    for name, source in _others(calibration, also).items():
+        read = replace(how, sources=source, tokens=rows * length).read(model, tokenizer)
+        found += [Batch(one, name) for one in read]
     return found
+
+
+def _others(calibration: Calibration, also: Also) -> dict[str, Source | Table]:
+    """Returns other texts by name; objects of `datasets` get none that the calibration has."""
+    none = also is None or (isinstance(also, Sequence) and not also)
+    return {} if none or also is None else named(also, calibration.named)
 
 
 def written_rows(calibration: Calibration, rows: int, length: int) -> int:

@@ -19,7 +19,7 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
-from billhook.pruning.planning import count_blocks, plan_amount
+from billhook.pruning.planning import check_all, count_blocks, plan_amount
 from billhook.schedules import Schedule
 from billhook.units.find import find_units
 
@@ -36,7 +36,7 @@ class DepthPruning(ShapeCallback):
         ratio: Instead of `count`, the fraction that is removed, in [0, 1), rounded down.
         at: When: a step (int), a fraction of training (float in 0..1), or `"start"` (before the first step).
         importance: How much a block matters: any `Importance`; by default `BlockInfluence`, the paper's.
-        greedy: True to remove one at a time and score the others again without it; as many times the work.
+        greedy: True to remove one at a time and score the others again without it, on all examples; as many times the work.
         first: So many first blocks are kept.
         last: So many last blocks are kept.
         calibration: Batches that scores are taken from, text as a `Calibration`, or a number of training
@@ -76,6 +76,8 @@ class DepthPruning(ShapeCallback):
         self.importance, self.at, self.greedy = importance or BlockInfluence(), at, greedy
         self.plan: BlockPlan | None = None
         super().__init__(FitCalibration.of(calibration), measure_batches)
+        if greedy:
+            check_all(self.calibration.enough)
 
     @property
     def state_key(self) -> str:

@@ -125,6 +125,8 @@ def plan_amount(
     chosen.
     """
     subject = find_transformer(model)
+    if greedy:
+        check_all(enough)
     if amount.blocks is not None:
         importance = importance or BlockInfluence()
         return _plan_blocks(subject, amount, importance, batches, enough, scores, greedy, loss, reduce, progress)
@@ -142,6 +144,12 @@ def plan_amount(
         scores, settled = score_enough(scoring, given, lambda found: search.cut(found).units, enough, progress)
     cut = search.cut(scores)
     return UnitPlan.of(cut, search.costs(cut), settled, search.row_lengths(scores, cut))
+
+
+def check_all(enough: float | None) -> None:
+    """Refuses that blocks, which are chosen one at a time, are chosen on a part of the examples."""
+    if enough is not None:
+        raise ValueError(f"enough={enough}: in greedy order each block is chosen on all examples: leave it out")
 
 
 def plan_units(

@@ -3,6 +3,7 @@
 from billhook.cli.oneshot.prune_structure import Removed, prune_structure
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
+from billhook.pruning.planning import check_all
 
 
 def prune_blocks(
@@ -41,6 +42,6 @@ def prune_blocks(
     if not blocks:
         raise ValueError(f"blocks={blocks}: say how many blocks to remove, or which fraction of them, in (0, 1)")
     if greedy and isinstance(given.enough, float):
-        raise ValueError(f"enough={given.enough}: in greedy order each block is chosen on all examples")
+        check_all(given.enough)
     amount = Removed(blocks=blocks, first=first, last=last, greedy=greedy)
     prune_structure(model, out, amount, given, block_importance=importance, repair=None, dry_run=dry_run)

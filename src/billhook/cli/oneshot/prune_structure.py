@@ -158,8 +158,9 @@ def _plans(
     """Plans what to remove, each time from the model as it is when the plan before has been carried out."""
     if amount.blocks_alone is not None:
         with bar("scoring blocks", "rounds" if amount.greedy else "batches") as progress:
+            some = None if amount.greedy else enough
             blocks = plan_amount(
-                model, amount.blocks_alone, block_importance, batches, enough, greedy=amount.greedy, progress=progress
+                model, amount.blocks_alone, block_importance, batches, some, greedy=amount.greedy, progress=progress
             )
         yield blocks
     if amount.within is None:

@@ -80,7 +80,7 @@ def write(folder, size):
 def computed(size, seconds):
     """Says what Wanda would take in bfloat16: bytes, and at most so much memory above the interpreter's.
 
-    That is what stays, twice while the saved model is compared, a block three times over, and 1 GiB.
+    That is what stays, a block three times over, and 1 GiB.
     """
 
     def parameters(name):
@@ -89,7 +89,7 @@ def computed(size, seconds):
         return block, count, 2 * vocabulary * hidden + hidden
 
     block, count, rest = parameters(size)
-    peak = (2 * rest + 3 * block) * 2 / 2**30 + 1
+    peak = (rest + 3 * block) * 2 / 2**30 + 1
     small, times, _ = parameters("1.2B")
     hours = seconds * block * count / (small * times) / 3600
     read, written = 2e-9 * block * count * PASSES, 2e-9 * (block * count + rest)

@@ -50,6 +50,41 @@ def test_no_second_model_is_in_memory(tmp_path):
     assert 0 < alive.most < 2 * block
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_in_no_block_is_not_there_twice(monkeypatch, tied, tmp_path):
+    (model := llama(tie_word_embeddings=tied)).save_pretrained(tmp_path / "dense")
+    streamed, looked = bh.stream(tmp_path / "dense", tmp_path / "b"), verifying.logits_of
+    places = {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"}
+    for own, out in ((model, "a"), (streamed, "b")):
+        seen = []
+        monkeypatch.setattr(verifying, "logits_of", lambda one, probe, seen=seen: seen.append(one) or looked(one, probe))
+        bh.save(own, tmp_path / out)
+        reloaded = seen[-1]
+        assert reloaded is not own
+        assert all(reloaded.get_parameter(name).data_ptr() == own.get_parameter(name).data_ptr() for name in places)
+
+
+@pytest.mark.parametrize("factor", [-1, 1.001])
+def test_a_model_that_shares_what_it_has_with_its_checkpoint_stays_as_it_is(monkeypatch, factor, tmp_path):
+    """The head that was written is another one: what is then compared, and changed to tell rounding, is a copy."""
+
+    def change(model, draft):
+        write(model, draft)
+        for file in draft.glob("*.safetensors"):
+            tensors = load_file(file)
+            if "lm_head.weight" in tensors:
+                tensors["lm_head.weight"] *= factor
+                save_file(tensors, file, {"format": "pt"})
+
+    llama().save_pretrained(tmp_path / "dense")
+    model, write = bh.stream(tmp_path / "dense", tmp_path / "a"), saving._write_weights
+    before = {name: one.clone() for name, one in model.state_dict().items() if not one.is_meta}
+    monkeypatch.setattr(saving, "_write_weights", change)
+    with pytest.raises(RuntimeError, match="other logits"):
+        bh.save(model, tmp_path / "a")
+    assert all(torch.equal(model.state_dict()[name], one) for name, one in before.items())
+
+
 def spoilt(change):
     """Writes weights as `save` does, and then changes the file."""
     write = saving._write_weights

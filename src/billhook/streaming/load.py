@@ -50,11 +50,18 @@ def stream(folder: str | Path, out: str | Path | None = None, dtype: str = "auto
 
 
 def load_streamed(
-    kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, parts: Parts | None = None
+    kind: type[PreTrainedModel],
+    name: str,
+    dtype: str | torch.dtype,
+    parts: Parts | None = None,
+    beside: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """Loads a folder or a hub name in a class, as `load_as` does, with one block at a time in memory."""
+    """Loads a folder or a hub name in a class, as `load_as` does, with one block at a time in memory.
+
+    What stays in memory is not loaded where a model beside this one has the same values: both then hold the same tensors.
+    """
     stream = _stream(kind, name, dtype, parts)
-    stream.open()
+    stream.open(beside)
     return stream.model
 
 

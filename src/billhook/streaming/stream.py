@@ -21,6 +21,7 @@ from billhook.running.walk import blocks_of
 from billhook.streaming.coming import Before, Coming
 from billhook.streaming.files import Files, renumbered
 from billhook.streaming.parts import Parts
+from billhook.streaming.shared import share
 
 STREAM = "_billhook_stream"
 """The attribute of a model that holds its stream."""
@@ -63,10 +64,11 @@ class Stream:
         self._origin = files.state
         setattr(model, STREAM, self)
 
-    def open(self) -> None:
-        """Loads what stays in memory, and has blocks come when they are called."""
+    def open(self, beside: PreTrainedModel | None = None) -> None:
+        """Loads what stays in memory, except for what a model beside this one has, and has blocks come when they are called."""
         initialize_buffers(self.model)
-        self._load(self.keys[""])
+        stay = self.keys[""]
+        self._load(stay if beside is None else share(self.model, beside, self.files, stay))
         for module, block in self.owner.items():
             if module is block:
                 vars(block)["forward"] = Coming(self.bring, block, block.forward)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from billhook.calibration.calibration import Calibration
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import row_length
-from billhook.calibration.reading import Table
+from billhook.calibration.reading import Table, check_data
 from billhook.calibration.sources import Source, Sources, named
 from billhook.running.batches import Batch
 
@@ -19,7 +19,10 @@ Also = Sources | None
 
 
 def check_also(calibration: Calibration, also: Also) -> None:
-    """Refuses other texts that have the name of one of the calibration's, or of each other."""
+    """Refuses other texts that have the name of one of the calibration's, or of each other, and what is no text."""
+    for source in also if isinstance(also, Sequence) and not isinstance(also, str) else [also]:
+        if source is not None:
+            check_data(source, "also")
     if same := sorted(_others(calibration, also).keys() & {*calibration.named, GENERATED}):
         raise ValueError(f"also: '{same[0]}' is the name of another text, too, so their figures would be one: rename the file")
 

@@ -98,7 +98,7 @@ class Fit:
         two = {"devices": 2, "strategy": sharding(2, save_distributed_checkpoint=not full), "use_distributed_sampler": text}
         # a validation leaves gathered what is around the blocks
         often = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2}
-        callbacks = [Looks(), callback, *[zeros] * (not text), *checkpoints]
+        callbacks = [Looks(), callback, *[zeros] * (hasattr(callback, "masks") and not text), *checkpoints]
         run = trainer(folder, callbacks, max_steps=self.steps, **often, **(two if ranks == 2 else {}))
         run.fit(lit, data(files, batch_size=2 // ranks) if text else None, ckpt_path=path)
         state = {name: whole(value) for name, value in lit.state_dict().items()}
@@ -109,6 +109,17 @@ def sharding(data_parallel_size, tensor_parallel_size=1, **options):
     return ModelParallelStrategy(data_parallel_size, tensor_parallel_size, **options)
 
 
+def shapes(callback, make=Own):
+    """With a last step that has no event, so that all optimizer state has been used since."""
+    return Fit(make, callback, lambda one: one.events, steps=5)
+
+
+RAMP = bh.schedules.Linear(final=0.5, start=1, end=3)
+SOME = {"calibration": 6, "measure_batches": 1}
+GIVEN = SOME | {"calibration": list(torch.randint(3, 60, (3, 1, 2, 12), generator=torch.Generator().manual_seed(5)))}
+"""Batches, since gradients of other batches are others."""
+
+
 def masks(criterion, module=Own, **options):
     """With batches that two processes cannot share out evenly, or training examples."""
     given = {"at": 2, "calibration": 3, "measure_batches": 1} | options
@@ -116,10 +127,22 @@ def masks(criterion, module=Own, **options):
     return Fit(module, lambda: bh.WeightPruning(criterion, **given), lambda one: [one.masks, one.events])
 
 
+SHAPES = {
+    "channels": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME)),
+    "channels, by gradients": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, importance=bh.Taylor(), repair=None, **GIVEN)),
+    "heads in rounds, after masks": shapes(lambda: bh.HeadPruning(RAMP, remove="rounds", **SOME)),
+    "blocks": shapes(lambda: bh.DepthPruning(1, at=2, **SOME)),
+    "residual channels": shapes(lambda: bh.StructuredPruning(bh.Amount(residual=0.25), at=2, **SOME)),
+    "KV heads, by mean": shapes(lambda: bh.KVHeadConversion(2, at=2, measure_batches=1)),
+    "KV heads, by svd": shapes(lambda: bh.KVHeadConversion(2, method="svd", **SOME)),
+    "KV heads, in stages": shapes(lambda: bh.KVHeadConversion([4, 2], at=["start", 2], measure_batches=1)),
+    "KV heads that move": shapes(lambda: bh.KVHeadConversion(2, at=3, over=2, measure_batches=1)),
+    "tied, Conv1D": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, **SOME), lambda: Own(gpt2)),
+    "as one": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME), lambda: Own(blocks=False)),
+}
+
+
 ONE = [(torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(3)),)]
-
-
-RAMP = bh.schedules.Linear(final=0.5, start=1, end=3)
 
 
 MASKS = {

@@ -24,6 +24,8 @@ from billhook.model.find import find_transformer
 from billhook.report.damage import Dense, TextDamage, warning_of
 from billhook.report.generation import generates
 
+READS = "each rank would read rows of its own"
+
 
 class Damage(FollowsEvents):
     """Tells what each event, and the fit as a whole, costs on texts: perplexity, and KL divergence from the dense model.
@@ -68,7 +70,7 @@ class Damage(FollowsEvents):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks the trainer, and reads the dense model once it exists."""
         if stage == "fit":
-            check_whole(trainer, "Damage")
+            check_whole(trainer, "Damage", READS)
             for one, _ in averages(trainer):
                 refuse_before(trainer, self, one)
             self.begin(trainer, pl_module)
@@ -77,7 +79,7 @@ class Damage(FollowsEvents):
         """Reads the dense model once it exists; a callback whose events come before the fit asks for it earlier."""
         if self._begun:
             return
-        check_whole(trainer, "Damage")
+        check_whole(trainer, "Damage", READS)
         self._begun, self.last = True, None
         if self._dense is None or trainer.global_step == 0:  # otherwise the fit before continues
             once_model_exists(pl_module, partial(self._read, trainer, pl_module))

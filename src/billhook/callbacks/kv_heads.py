@@ -23,6 +23,7 @@ from billhook.kv_heads.scope import kv_heads_by_layer, kv_heads_of, next_layers
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.repairs.repair import Repair
+from billhook.running.shards import sizes_only
 from billhook.schedules import Schedule
 
 
@@ -154,8 +155,9 @@ class KVHeadConversion(StageCallback):
 
     def _plan(self, model: nn.Module, stage: int) -> KVHeadPlan:
         """Returns what a stage does to the model as it is."""
-        layers = self._next(model, stage) if self._by_layer else None
-        return plan_kv_heads(model, self.heads[0 if self._by_layer else stage], self.preparation.method, layers, self.encoder)
+        layers, heads = self._next(model, stage) if self._by_layer else None, self.heads[0 if self._by_layer else stage]
+        with sizes_only(model):
+            return plan_kv_heads(model, heads, self.preparation.method, layers, self.encoder)
 
     def _next(self, model: nn.Module, stage: int) -> list[str]:
         return next_layers(kv_heads_by_layer(model, self.encoder), self.heads[0], self._stages[stage].share)

@@ -16,6 +16,7 @@ from billhook.fit.events.event import log_event
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, together
+from billhook.fit.strategies import check_whole
 from billhook.fit.training_step import runs_as_in_training, training_loss
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
@@ -128,6 +129,11 @@ class Shrink(ShapeCallback):
     def needs_data(self) -> bool:
         """True: it is measured what a smaller model loses."""
         return True
+
+    def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses strategies under which a rank does not hold the whole model, which the search changes again and again."""
+        check_whole(trainer, "Shrink", "each rank would search in a model of its own")
+        super().check_trainer(trainer, pl_module)
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses a budget that the model cannot meet, and adapters."""

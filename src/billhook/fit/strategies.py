@@ -4,8 +4,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from billhook.fit.lightning_internals import averages, forks_or_spawns
-from billhook.model.find import find_transformer
-from billhook.running.shards import is_sharded
 
 FIRST = "prune or convert first (billhook on one device), then train the result"
 
@@ -26,38 +24,21 @@ def check_masks(trainer: pl.Trainer, name: str, adapters: bool) -> None:
         )
 
 
-def check_shapes(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str, at_start: bool) -> None:
-    """Refuses strategies under which a callback cannot change shapes; `at_start` only in `setup`, before the fit."""
-    sharded = _shards(trainer, name)
+def check_shapes(trainer: pl.Trainer, name: str) -> None:
+    """Refuses strategies under which a callback cannot change shapes."""
+    _shards(trainer, name)
     if forks_or_spawns(trainer):
         raise ValueError(
             f"{name} changes shapes, and processes that are forked or spawned (ddp_notebook, ddp_fork, ddp_spawn) give back "
             f"nothing but weights, which the model they came from cannot take then: use strategy='ddp' in a script, or {FIRST}"
         )
-    if not sharded:
-        return
-    if not at_start:
-        raise ValueError(
-            f"{name} changes shapes when the model is sharded already, and ModelParallelStrategy (FSDP2) silently reverts "
-            f"parameters that are replaced then: use KVHeadConversion(at='start') without calibration, or {FIRST}"
-        )
-    try:
-        model = find_transformer(pl_module)
-    except ValueError as error:
-        raise ValueError(
-            f"{name}: {error} when shapes change, which is before `configure_model`: make the model in `__init__` and only shard "
-            f"it in `configure_model`, or {FIRST}"
-        ) from None
-    if is_sharded(model):
-        raise ValueError(f"{name}: {type(pl_module).__name__} is sharded already, by an earlier fit: make a new one, or {FIRST}")
 
 
-def check_whole(trainer: pl.Trainer, name: str) -> None:
+def check_whole(trainer: pl.Trainer, name: str, why: str) -> None:
     """Refuses strategies under which a rank does not hold the whole model."""
     if _shards(trainer, name):
         raise ValueError(
-            f"{name} under ModelParallelStrategy: each rank would read rows of its own, which a sharded model cannot: leave it "
-            f"out, or {FIRST}"
+            f"{name} under ModelParallelStrategy: {why}, which a sharded model cannot: leave it out, or {FIRST}"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from billhook.model.shapes.handed import Indices
 from billhook.model.shapes.shape import Shape
 from billhook.model.surgery import Change, values_kept
+from billhook.running.shards import local, reshard, sharded_as, whole
 
 Pool = Callable[[Sequence[Tensor]], Tensor]
 """From the heads of a group to one."""
@@ -110,7 +111,9 @@ def approach(model: nn.Module, parameters: Mapping[str, Pooled], share: float, h
     With shares 1/n, 1/(n - 1), ..., 1 the heads of a group are equal after n moves, whatever training does in between: each moves
     an equal part of the remaining way. Optimizer state stays. If anything fails, nothing has moved.
     """
+    reshard(model)
     moving = {model.get_parameter(name): pooled for name, pooled in parameters.items()}
     with values_kept(moving):
         for parameter, pooled in moving.items():
-            parameter.lerp_(pooled.spread(pooled.pool(parameter, how)), share)
+            target = pooled.spread(pooled.pool(whole(parameter), how))
+            local(parameter).lerp_(local(sharded_as(target, parameter)), share)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
 
 from billhook.model.config_fields import configs_of
+from billhook.running.shards import sharded_as, whole
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _new_state(optimizer: Optimizer, name: str, old: nn.Parameter, follow: Calla
     state: dict[str, object] = {}
     for key, value in optimizer.state.get(old, {}).items():
         if isinstance(value, Tensor) and value.shape == old.shape:
-            state[key] = follow(key, value).contiguous()
+            state[key] = sharded_as(follow(key, whole(value)).contiguous(), value)
         elif isinstance(value, Tensor) and value.ndim > 0:
             warnings.warn(
                 f"{type(optimizer).__name__} keeps '{key}' of size {tuple(value.shape)} for {name} of size "

@@ -13,6 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from billhook.running.fsdp import bare, precision_of
+
 
 def is_sharded(module: nn.Module) -> bool:
     """Tells whether parameters of a module are shards, or were before a forward gathered them."""
@@ -25,11 +27,6 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> No
     """Shards a model over a mesh: its blocks, and as one what is around them."""
     for one in (*blocks, model):
         fully_shard(one, mesh=mesh)
-
-
-def class_of(module: nn.Module) -> type[nn.Module]:
-    """Returns the class of a module, also where FSDP has put one of its own instead."""
-    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
 def reshard(module: nn.Module) -> None:
@@ -70,22 +67,16 @@ def unsharded(module: nn.Module) -> Iterator[None]:
     """
     reshard(module)
     parts: list[Any] = [part for part in module.modules() if isinstance(part, FSDPModule)]
-    policies = (part._get_fsdp_state()._mp_policy.param_dtype for part in parts)
-    dtype = next((policy for policy in policies if policy is not None), None)
+    dtype = next((own for own in map(precision_of, parts) if own is not None), None)
     device = next((shard.device_mesh.device_type for shard in module.parameters() if isinstance(shard, DTensor)), "cpu")
-    kinds = {part: type(part) for part in parts}
-    states = {part: {key: value for key, value in vars(part).items() if type(key) is not str} for part in parts}
-    for part in parts:
-        part.__class__ = class_of(part)
-        for key in states[part]:
-            del vars(part)[key]
+    kept = {part: bare(part) for part in parts}
     try:
         with _unhooked(module), nullcontext() if dtype is None else torch.autocast(device, dtype):
             yield
     finally:
-        for part in parts:
-            part.__class__ = kinds[part]
-            vars(part).update(states[part])
+        for part, (kind, states) in kept.items():
+            part.__class__ = kind
+            vars(part).update(states)
 
 
 @contextmanager
@@ -111,6 +102,13 @@ def gathered(module: nn.Module, but: Iterable[nn.Module] = ()) -> AbstractContex
     """Puts whole parameters instead of shards into a module and those within, except some; what is done to them is lost."""
     out = {part for one in but for part in one.modules()}
     return _replaced([part for part in module.modules() if part not in out], whole)
+
+
+@contextmanager
+def as_one(module: nn.Module) -> Iterator[None]:
+    """Makes a sharded module whole on each rank, as it was before it was sharded; what is done to its parameters is lost."""
+    with unsharded(module), gathered(module):
+        yield
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from billhook.model.find import find_transformer
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import among_others, choose
 from billhook.pruning.planning import plan_units
-from billhook.running.shards import gathered, unsharded
+from billhook.running.shards import as_one, sizes_only
 from billhook.units.find import find_units
 from billhook.units.units import Per, Units
 
@@ -47,7 +47,8 @@ class HeadRanking:
             which = f"the smallest ratio that does is {least:.4g}" if least else "no ratio does"
             raise ValueError(f"ratio={ratio} removes no head; {which}")
         if self.removes:
-            plan_units(model, chosen, per=self.per)
+            with sizes_only(model):
+                plan_units(model, chosen, per=self.per)
 
     def choose(
         self,
@@ -66,8 +67,7 @@ class HeadRanking:
         heads = find_units(model, "head")
         record.begin({name: one.count(self.per) for name, one in heads.items()})
         chosen = partial(among_others, partial(self._lowest, heads, record.left(ratio)), masked)
-        whole = unsharded(pl_module), gathered(pl_module)
-        with calibration.aside(pl_module), gradient_precision(trainer), whole[0], whole[1]:
+        with calibration.aside(pl_module), gradient_precision(trainer), as_one(pl_module):
             pairs = calibration.pairs(trainer, pl_module) if self.importance.needs_data else ()
             trials = [run_of(model, heads, *pair) for pair in pairs]
             scoring = Scoring(model, heads, self.importance, None, self.normalize, self.per, sum_over(trainer))

@@ -15,7 +15,7 @@ from billhook.callbacks.kv.preparation import Preparation
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.events.event import log_event
 from billhook.fit.events.rounds import At, check_at, shares_of, step_of
-from billhook.fit.events.shape_event import ShapeCallback
+from billhook.fit.events.shape_event import ShapeCallback, unwrapped
 from billhook.fit.lightning_internals import is_search
 from billhook.fit.run import callbacks_of, is_trial, training_steps
 from billhook.schedules import Schedule, check_step
@@ -135,7 +135,9 @@ class StageCallback(ShapeCallback):
             )
         for index, moment in enumerate(self.at):
             if moment == "start" and not is_search(trainer) and not self.is_done(pl_module, index):
-                log_event(trainer, self.as_event(trainer, pl_module, {}, partial(self.change, pl_module, index, [])))
+                with unwrapped(trainer):  # a model that is made late is sharded already
+                    event = self.as_event(trainer, pl_module, {}, partial(self.change, pl_module, index, []))
+                log_event(trainer, event)
 
     def stages(self, total: int | None, trainer: pl.Trainer) -> list[Stage]:
         """Returns when heads move and when they are cut; of `over` as a fraction of training, one step at least."""

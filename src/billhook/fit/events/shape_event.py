@@ -19,6 +19,8 @@ from billhook.fit.lightning_internals import averages, communication_state
 from billhook.fit.ranks import together
 from billhook.fit.run import callbacks_of, training_steps
 from billhook.fit.strategies import check_shapes
+from billhook.running.reshaped import reshaped
+from billhook.running.shards import sizes_only
 
 
 class ShapeCallback(EventCallback):
@@ -42,7 +44,7 @@ class ShapeCallback(EventCallback):
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses strategies, and averages of weights, that cannot follow."""
         name, averaging = type(self).__name__, averages(trainer)
-        check_shapes(trainer, pl_module, name, self.only_at_start)
+        check_shapes(trainer, name)
         if averaging and not self.only_at_start:
             raise ValueError(
                 f"{name} changes shapes when the fit is under way, which {type(averaging[0][0]).__name__} cannot follow: prune "
@@ -61,7 +63,8 @@ class ShapeCallback(EventCallback):
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the model once it exists."""
-        self.check(pl_module, trainer)
+        with sizes_only(pl_module):
+            self.check(pl_module, trainer)
 
     def happen(self, trainer: pl.Trainer, pl_module: pl.LightningModule, change: Callable[[list[Optimizer]], str]) -> Event:
         """Carries out a change as an event of its own, measured before and after, and logged; returns the event."""
@@ -88,11 +91,13 @@ class ShapeCallback(EventCallback):
 
 @contextmanager
 def unwrapped(trainer: pl.Trainer) -> Iterator[None]:
-    """Drops DDP, whose hooks are on the old parameters, and wraps the model again afterwards."""
-    wrapped = isinstance(trainer.strategy.model, DistributedDataParallel)
+    """Drops DDP, whose hooks are on the old parameters, and wraps the model again afterwards; takes FSDP2 off, and puts it on."""
+    module, wrapped = trainer.lightning_module, isinstance(trainer.strategy.model, DistributedDataParallel)
     if wrapped:
-        trainer.strategy.model = trainer.strategy.lightning_module
-    yield
+        trainer.strategy.model = module
+    # automatic optimization makes new gradients before it takes the next step
+    with reshaped(module, trainer.optimizers, gradients=not module.automatic_optimization):
+        yield
     if wrapped:
         assert isinstance(trainer.strategy, DDPStrategy)
         trainer.strategy.configure_ddp()

@@ -1,0 +1,186 @@
+"""Takes FSDP2 (`torch.distributed.fsdp.fully_shard`) off modules, and puts it on again as it was.
+
+Torch has no way to do this: the private names of its FSDP2 are used in this file alone, and `check_known` looks for each of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import Shard
+
+MODULE = "torch.distributed._composable_state"
+"""Where torch keeps which module has which state, in `_module_state_mapping`."""
+NOTED = "__composable_api_state_key"
+"""How names begin under which a module keeps what has been done to it."""
+OF_PART = ("_get_fsdp_state", "_orig_cls_mro_index")
+OF_STATE = (
+    "_modules",
+    "_mp_policy",
+    "_auto_reshard_after_forward",
+    "_fsdp_param_groups",
+    "_pre_forward_hook_handle",
+    "_post_forward_hook_handle",
+    "_states_to_forward_prefetch",
+    "_states_to_backward_prefetch",
+)
+SETTINGS = (
+    "reduce_grads",
+    "all_reduce_grads",
+    "reshard_after_backward",
+    "unshard_in_backward",
+    "unshard_async_op",
+    "gradient_divide_factor",
+    "force_sum_reduction_for_comms",
+    "reduce_scatter_unused_params",
+    "reduce_scatter_max_input_buffers",
+    "_all_reduce_hook",
+    "_all_reduce_hook_stream",
+    "_all_gather_comm",
+    "_reduce_scatter_comm",
+)
+"""What the methods `set_...` of an `FSDPModule` set, where torch keeps it of each group of parameters."""
+OF_GROUP = (
+    "mesh_info",
+    "post_forward_mesh_info",
+    "offload_policy",
+    "_module_to_pre_save_state_dict_hook_handle",
+    "_module_to_pre_load_state_dict_hook_handle",
+    *SETTINGS,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Sharding:
+    """How modules are sharded together: what `fully_shard` was told, and what was set later."""
+
+    modules: tuple[nn.Module, ...]
+    told: dict[str, Any]
+    settings: dict[str, Any]
+    prefetched: tuple[list[nn.Module], list[nn.Module]]  # before it in forwards, and in backwards
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """Returns the class of a module, also where FSDP has put one of its own instead."""
+    return type(module).__mro__[module._orig_cls_mro_index] if isinstance(module, FSDPModule) else type(module)
+
+
+def precision_of(part: nn.Module) -> torch.dtype | None:
+    """Returns the dtype in which a sharded module computes, None for that of its parameters."""
+    dtype: torch.dtype | None = _state(part)._mp_policy.param_dtype
+    return dtype
+
+
+def bare(part: nn.Module) -> tuple[type[nn.Module], dict[Any, Any]]:
+    """Gives a sharded module its own class again, without what FSDP keeps on it; returns the class of FSDP, and that."""
+    kind, kept = type(part), {key: value for key, value in vars(part).items() if type(key) is not str}
+    part.__class__ = class_of(part)
+    for key in kept:
+        del vars(part)[key]
+    return kind, kept
+
+
+def take_off(module: nn.Module) -> list[Sharding]:
+    """Takes FSDP off a module and those within; the parameters stay shards. Returns how they were sharded, inner ones first.
+
+    Raises:
+        RuntimeError: If this torch has another FSDP2 than billhook knows; nothing has changed then.
+        ValueError: If parameters of a module are sharded over several meshes.
+    """
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        check_known(part)
+    found = dict.fromkeys(_state(part) for part in reversed(parts))
+    shardings = [_sharding(state) for state in found]
+    for state in found:
+        state._pre_forward_hook_handle.remove()
+        state._post_forward_hook_handle.remove()
+        for group in state._fsdp_param_groups:
+            for hooks in (group._module_to_pre_save_state_dict_hook_handle, group._module_to_pre_load_state_dict_hook_handle):
+                for hook in hooks.values():
+                    hook.remove()
+    for part in parts:
+        bare(part)
+        for key in [key for key in vars(part) if key.startswith(NOTED)]:
+            for own in (fully_shard.__wrapped__, fully_shard.__name__):  # other marks may stand beside it
+                vars(part)[key].pop(own, None)
+        _states_of_modules().pop(part, None)
+    return shardings
+
+
+def put_on(
+    module: nn.Module, shardings: list[Sharding], ignored: set[nn.Parameter], placed: Callable[[nn.Parameter], Shard | None]
+) -> None:
+    """Shards a module of whole parameters as it was; of the modules that were sharded, those that it still has.
+
+    Args:
+        module: The module.
+        shardings: What `take_off` has returned.
+        ignored: Parameters that stay whole.
+        placed: Returns the dimension in which a parameter is sharded, None for the first.
+    """
+    there, meshes = set(module.modules()), [sharding.told["mesh"] for sharding in shardings if "mesh" in sharding.told]
+    for sharding in shardings:
+        modules = [part for part in sharding.modules if part in there]
+        if modules:
+            told = {"mesh": meshes[0]} | sharding.told
+            fully_shard(modules if len(modules) > 1 else modules[0], **told, ignored_params=ignored, shard_placement_fn=placed)
+            for group in _state(modules[0])._fsdp_param_groups:
+                vars(group).update(sharding.settings)
+    for sharding in shardings:
+        for part in (part for part in sharding.modules if isinstance(part, FSDPModule)):
+            forward, backward = ([one for one in own if isinstance(one, FSDPModule)] for own in sharding.prefetched)
+            part.set_modules_to_forward_prefetch(forward)
+            part.set_modules_to_backward_prefetch(backward)
+
+
+def _state(part: Any) -> Any:  # noqa: ANN401
+    return part._get_fsdp_state()
+
+
+def _sharding(state: Any) -> Sharding:  # noqa: ANN401
+    if len(state._fsdp_param_groups) > 1:
+        raise ValueError(
+            f"model: parameters of {class_of(state._modules[0]).__name__} are sharded over several meshes, which cannot be put "
+            "back once shapes have changed: shard them over one"
+        )
+    told: dict[str, Any] = {"mp_policy": state._mp_policy}
+    settings: dict[str, Any] = {}
+    for group in state._fsdp_param_groups:
+        after = group.post_forward_mesh_info
+        again: bool | int = after is not None
+        if after is not None and after.mesh is not group.mesh_info.mesh:
+            again = after.shard_mesh_size
+        told |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy}
+        told |= {"reshard_after_forward": None if state._auto_reshard_after_forward else again}
+        settings = {name: getattr(group, name) for name in SETTINGS}
+    forward, backward = state._states_to_forward_prefetch, state._states_to_backward_prefetch
+    ahead = [part for one in forward for part in one._modules], [part for one in backward for part in one._modules]
+    return Sharding(state._modules, told, settings, ahead)
+
+
+def check_known(part: Any) -> None:  # noqa: ANN401
+    """Refuses an FSDP2 that lacks a private name which is needed, before anything changes."""
+    missing = [name for name in OF_PART if not hasattr(part, name)]
+    if not missing:
+        state = part._get_fsdp_state()
+        missing = [name for name in OF_STATE if not hasattr(state, name)]
+        missing += [name for group in getattr(state, "_fsdp_param_groups", ()) for name in OF_GROUP if not hasattr(group, name)]
+    if not hasattr(_states_of_modules(), "pop"):
+        missing.append(f"{MODULE}._module_state_mapping")
+    if missing:
+        raise RuntimeError(
+            f"torch {torch.__version__}: its FSDP2 lacks {', '.join(missing)}, which billhook needs to change the shapes of a "
+            "sharded model: take another version of torch, or change shapes on one device first"
+        )
+
+
+def _states_of_modules() -> Any:  # noqa: ANN401
+    try:
+        return vars(import_module(MODULE)).get("_module_state_mapping")
+    except ImportError:
+        return None

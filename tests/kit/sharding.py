@@ -172,10 +172,19 @@ HEADS = Fit(
 EVERYTHING = {"output_embeddings": True, "calibration": 3, "measure_batches": 0}
 
 
+STEPS = 1, 3
+"""After which a fit is stopped: before an event, and after it."""
+FEW = {"calibration": 6, "measure_batches": 0}
+
+
 RESUMED = {
     "masks": Fit(module, lambda: bh.WeightPruning(bh.Wanda(), RAMP, **EVERYTHING), lambda one: one.masks),
     "heads": Fit(module, lambda: bh.KVHeadConversion(2), lambda one: one.events),
     "heads masked": HEADS,
+    "channels": Fit(module, lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **FEW), lambda one: one.events),
+    "blocks": Fit(module, lambda: bh.DepthPruning(1, at=2, **FEW), lambda one: one.events),
+    "KV heads, in stages": Fit(module, lambda: bh.KVHeadConversion([4, 2], at=["start", 2]), lambda one: one.events),
+    "heads removed": Fit(module, lambda: bh.HeadPruning(RAMP, remove="rounds", **FEW), lambda one: one.events),
 }
 
 
@@ -193,7 +202,7 @@ def fit_all() -> None:
             saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
             run, *straight = one.run(out, files, 2, full, checkpoints=[saves])
             keep(run, out / f"{name}, {full}.pt", straight)
-            for step in (1, 2):
+            for step in STEPS:
                 run, *resumed = one.run(out, files, 2, full, path=folder / f"step={step}.ckpt")
                 keep(run, out / f"{name}, {full}, {step}.pt", resumed)
     export(files, out)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from billhook.adapters.lora import save_adapters
 from billhook.fit.resume import ShapeInCheckpoint, before_weights, check_callbacks
 from billhook.fit.resume_state import ResumeState, set_gradients, unfinished_gradients
+from billhook.fit.shape_before import load_as_before, load_in_shape
 from billhook.model.find import find_transformer
 from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
 from billhook.model.shapes.shape import Shape, shape_of
@@ -20,11 +21,12 @@ _WRAPPED = "_billhook_wrapped"
 _HOOKS = ("on_load_checkpoint", "on_save_checkpoint", "on_train_start", "on_train_epoch_start")
 
 
-def wrap_hooks(pl_module: pl.LightningModule) -> None:
+def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Wraps the hooks of a module, once for all callbacks: the last ones before weights are loaded, and before training."""
     if _WRAPPED in pl_module.__dict__:
         return
     load, save, start, epoch = (getattr(pl_module, name) for name in _HOOKS)
+    load_in_shape(trainer, pl_module)
     found, resume, gradients = _shape_now(pl_module), ResumeState(), dict[str, Tensor]()
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -62,6 +64,7 @@ def unwrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ResumeSt
     resume: ResumeState | None = pl_module.__dict__.pop(_WRAPPED, None)
     if resume is not None:
         resume.end(trainer)
+        load_as_before(trainer)
         for name in _HOOKS:
             del pl_module.__dict__[name]
     return resume

@@ -50,8 +50,10 @@ OF_GROUP = (
     "offload_policy",
     "_module_to_pre_save_state_dict_hook_handle",
     "_module_to_pre_load_state_dict_hook_handle",
+    "fsdp_params",
     *SETTINGS,
 )
+OF_PARAMETER = "_post_load_hook_handle"
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +105,8 @@ def take_off(module: nn.Module) -> list[Sharding]:
             for hooks in (group._module_to_pre_save_state_dict_hook_handle, group._module_to_pre_load_state_dict_hook_handle):
                 for hook in hooks.values():
                     hook.remove()
+            for own in group.fsdp_params:
+                own._post_load_hook_handle.remove()
     for part in parts:
         bare(part)
         for key in [key for key in vars(part) if key.startswith(NOTED)]:
@@ -169,12 +173,14 @@ def check_known(part: Any) -> None:  # noqa: ANN401
     if not missing:
         state = part._get_fsdp_state()
         missing = [name for name in OF_STATE if not hasattr(state, name)]
-        missing += [name for group in getattr(state, "_fsdp_param_groups", ()) for name in OF_GROUP if not hasattr(group, name)]
+        for group in getattr(state, "_fsdp_param_groups", ()):
+            missing += [name for name in OF_GROUP if not hasattr(group, name)]
+            missing += [OF_PARAMETER for own in getattr(group, "fsdp_params", ()) if not hasattr(own, OF_PARAMETER)]
     if not hasattr(_states_of_modules(), "pop"):
         missing.append(f"{MODULE}._module_state_mapping")
     if missing:
         raise RuntimeError(
-            f"torch {torch.__version__}: its FSDP2 lacks {', '.join(missing)}, which billhook needs to change the shapes of a "
+            f"torch {torch.__version__}: its FSDP2 lacks {', '.join(dict.fromkeys(missing))}, which billhook needs to change the shapes of a "
             "sharded model: take another version of torch, or change shapes on one device first"
         )
 

@@ -22,6 +22,7 @@ from billhook.arguments import annotated, number, one_of
 from billhook.checkpoints.pretrained import AUTO_CLASSES, Task, load_model
 from billhook.fit.resume import ShapeInCheckpoint
 from billhook.fit.run import training_steps
+from billhook.fit.shape_before import load_as_before, load_in_shape
 from billhook.running.noise import Noise
 from billhook.running.shards import is_sharded, shard
 from billhook.running.walk import blocks_of
@@ -184,12 +185,17 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             shard(self.model, blocks_of(self.model), self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Tells a classifier which token is padding, where only the tokenizer knows."""
+        """Tells a classifier which token is padding, where only the tokenizer knows; loads checkpoints in their shape."""
+        load_in_shape(self.trainer, self)
         tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         for model in [self.model] + ([] if self.teacher is None else [self.teacher.model]):
             config = model.config.get_text_config(decoder=True)
             if self.task == "sequence-classification" and config.pad_token_id is None:
                 config.pad_token_id = getattr(tokenizer, "pad_token_id", None)
+
+    def teardown(self, stage: str) -> None:
+        """Leaves the strategy as it was found."""
+        load_as_before(self.trainer)
 
     def forward(self, **batch: Tensor) -> Any:  # noqa: ANN401 - a ModelOutput whose class depends on the model
         """Returns the model's own output for a batch of its own arguments."""

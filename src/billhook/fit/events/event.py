@@ -111,7 +111,7 @@ class EventCallback(Callback, ABC):
                 raise ValueError(f"two {self.state_key}: one is enough, with a schedule")
             for follower in callbacks_of(trainer, FollowsEvents):
                 follower.begin(trainer, pl_module)  # even if it is later in the list
-        wrap_hooks(pl_module)
+        wrap_hooks(trainer, pl_module)
         self._resume, self._moments, self._last_step = None, {}, -1
         if stage == "fit" and trainer.global_step == 0:  # otherwise the fit before continues
             self.reset()

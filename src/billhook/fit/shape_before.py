@@ -1,0 +1,58 @@
+"""Gives a sharded model the shape that a checkpoint holds: FSDP2's strategy loads weights before any hook is called."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from billhook.model.shapes.checkpoint_shape import load_shape
+from billhook.model.shapes.shape import KEY
+from billhook.running.reshaped import reshaped
+from billhook.running.shards import reshard
+
+DESCRIBED = "meta.pt"
+"""The file of a sharded checkpoint in which Lightning keeps all but the tensors."""
+_LOAD = "load_checkpoint"
+
+
+def load_in_shape(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Has FSDP2's strategy load checkpoints into a model of their shape, until `load_as_before`; other strategies ask a hook."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy) and _LOAD not in vars(strategy):
+        vars(strategy)[_LOAD] = partial(_load, trainer, pl_module, strategy.load_checkpoint)
+
+
+def load_as_before(trainer: pl.Trainer) -> None:
+    """Gives the strategy its own method again."""
+    vars(trainer.strategy).pop(_LOAD, None)
+
+
+def _load(trainer: pl.Trainer, pl_module: pl.LightningModule, load: Callable[..., Any], path: Any, *args: Any, **options: Any) -> Any:  # noqa: ANN401
+    held = _held(Path(trainer.strategy.broadcast(path)))
+    if held is not None:
+        reshard(pl_module)  # which a forward may have left gathered
+        names = {own: name for name, own in pl_module.named_parameters()}
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        trained = [[names[own] for own in group["params"] if own in names] for group in groups]
+        with reshaped(pl_module, (), gradients=False):
+            load_shape(pl_module, {KEY: held})
+        now = dict(pl_module.named_parameters())
+        for group, own in zip(groups, trained, strict=True):  # no step has been taken
+            group["params"][:] = [now[name] for name in own if name in now]
+    return load(path, *args, **options)
+
+
+def _held(path: Path) -> Any:  # noqa: ANN401
+    """Returns what a checkpoint, a file or a folder of shards, says of its model; None of one that Lightning is to refuse."""
+    try:
+        if path.is_dir():
+            checkpoint = torch.load(path / DESCRIBED, map_location="cpu", weights_only=True)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        return None
+    return checkpoint.get(KEY) if isinstance(checkpoint, dict) else None

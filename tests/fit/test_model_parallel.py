@@ -12,9 +12,13 @@ from kit.families import llama
 from kit.fits import same
 from kit.ranks import run_script
 from kit.sharding import (
+    CHANGED,
+    FOUR,
     HEADS,
     MASKS,
     RESUMED,
+    SHAPES,
+    STEPS,
 )
 
 SCRIPT = """
@@ -26,6 +30,7 @@ fit_all()
 
 
 pytestmark = pytest.mark.slow
+OF_FOUR = SCRIPT.replace("fit_all", "fit_four")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,43 @@ def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
         values = [found[f"net.{own}.weight"] for found in (state, single)]
         assert not values[0][~masks[own]].any()
         torch.testing.assert_close(values[0][both], values[1][both], atol=0.05 if "bfloat16" in name else 2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_two_processes_change_shapes_as_one_does(of_two, files, tmp_path, name):
+    state, (_, events) = of_two(name)
+    _, single, (_, events_of_one) = SHAPES[name].run(tmp_path, files)
+    assert [event["what"] for event in events] == [event["what"] for event in events_of_one]
+    assert [event["after"]["params"] for event in events] == [event["after"]["params"] for event in events_of_one]
+    assert events[-1]["before"]["params"] > events[-1]["after"]["params"]
+    assert state.keys() == single.keys()
+    for own, value in single.items():
+        torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def of_four(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    run_script(folder, OF_FOUR, [files, str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_processes_change_shapes_as_one_does(of_four, files, tmp_path, name):
+    alike, (state, (_, events)) = torch.load(of_four / f"{name}.pt", weights_only=True)
+    _, single, (_, events_of_one) = FOUR[name].run(tmp_path, files)
+    assert alike
+    assert [event["what"] for event in events] == [event["what"] for event in events_of_one]
+    for own, value in single.items():
+        torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("name", "full"), CHANGED)
+def test_shapes_that_have_changed_resume(of_two, name, full, step):
+    straight, resumed = of_two(f"{name} changed"), of_two(f"{name} changed, {step}")
+    assert same(straight[0], resumed[0])
+    assert str(straight[1]) == str(resumed[1])
 
 
 @pytest.mark.parametrize("step", [1, 2])

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 import billhook as bh
 from billhook.running.shards import is_sharded, whole
 from kit.families import llama
-from kit.fits import trainer
+from kit.fits import data, module, trainer
 from kit.sharding import Own, sharding
 
 
@@ -32,17 +32,8 @@ def alone():
     torch.distributed.destroy_process_group()
 
 
-REVERTS = "changes shapes when the model is sharded already, and ModelParallelStrategy .* silently reverts .*at='start'"
 REFUSED = {
-    "a later step": (lambda: bh.KVHeadConversion(2, at=1), Own, REVERTS),
-    "stages": (lambda: bh.KVHeadConversion([2, 1], at=["start", 1]), Own, REVERTS),
-    "heads move": (lambda: bh.KVHeadConversion(2, at=2, over=1), Own, REVERTS),
-    "needs data": (lambda: bh.KVHeadConversion(2, method="svd"), Own, REVERTS),
-    "heads removed": (lambda: bh.HeadPruning(0.5), Own, REVERTS),
-    "structure": (lambda: bh.StructuredPruning(bh.Amount(channels=0.5)), Own, REVERTS),
-    "shrink": (lambda: bh.Shrink(params=0.8), Own, REVERTS),
-    "depth": (lambda: bh.DepthPruning(1), Own, REVERTS),
-    "made late": (lambda: bh.KVHeadConversion(2), MadeLate, "make the model in `__init__` and only shard it"),
+    "shrink": (lambda: bh.Shrink(params=0.8), Own, "each rank would search in a model of its own, which a sharded model cannot"),
     "LoRA counts": (lambda: bh.WeightPruning(sparsity=0.5, count_adapters=True), Own, "need weights that are not sharded"),
     "damage": (lambda: bh.Damage(bh.Calibration()), Own, "a sharded model cannot: leave it out, or prune or convert first"),
 }
@@ -80,11 +71,33 @@ def test_averaged_weights_are_refused(tmp_path, alone):
         trainer(tmp_path, callbacks, max_steps=2, strategy=alone).fit(Own())
 
 
-def test_a_module_that_is_sharded_already_is_not_converted(tmp_path, alone):
+def test_a_module_that_an_earlier_fit_has_sharded_is_converted(tmp_path, alone):
     lit = Own()
     trainer(tmp_path, [], max_steps=1, strategy=alone).fit(lit)
-    with pytest.raises(ValueError, match="Own is sharded already, by an earlier fit: make a new one"):
-        trainer(tmp_path, [bh.KVHeadConversion(2)], max_steps=1, strategy=sharding(1)).fit(lit)
+    trainer(tmp_path, [bh.KVHeadConversion(2)], max_steps=1, strategy=sharding(1)).fit(lit)
+    assert lit.net.config.num_key_value_heads == 2
+    assert is_sharded(lit)
+
+
+def test_a_model_that_is_made_late_is_converted_at_the_start(tmp_path, alone):
+    lit = MadeLate()
+    trainer(tmp_path, [bh.KVHeadConversion(2)], max_steps=2, strategy=alone).fit(lit)
+    assert lit.net.config.num_key_value_heads == 2
+    assert is_sharded(lit)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_converted_checkpoint_is_validated_by_a_dense_module(tmp_path, alone, files):
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [bh.StructuredPruning(bh.Amount(channels=0.5), at=1, calibration=4, measure_batches=0), saves]
+    run = trainer(tmp_path, callbacks, max_steps=2, strategy=alone, limit_val_batches=2)
+    lit = module()
+    run.fit(lit, data(files, batch_size=2))
+    (straight,) = run.validate(lit, data(files, batch_size=2))
+    other = trainer(tmp_path, [], strategy=sharding(1), limit_val_batches=2)
+    (again,) = other.validate(module(), data(files, batch_size=2), ckpt_path=tmp_path / "step=2.ckpt")
+    assert again["val_loss"] == pytest.approx(straight["val_loss"])
+    assert "load_checkpoint" not in vars(other.strategy)
 
 
 @pytest.mark.parametrize("kind", [pl.strategies.FSDPStrategy, pl.strategies.DeepSpeedStrategy])

@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -31,25 +32,35 @@ def gpt2():
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**small, **dropout))
 
 
+def checkpointed():
+    model = llama()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
 class Own(pl.LightningModule):
     """A user's own module, which shards blocks and what is around them, or all as one."""
 
-    def __init__(self, model=llama, blocks=True, policy=None):
+    def __init__(self, model=llama, blocks=True, policy=None, batch=2, nodes=1, **sharded):
         super().__init__()
         torch.manual_seed(0)
         self.net = model().train()
         self.blocks, self.policy = blocks, policy or MixedPrecisionPolicy()
+        self.batch, self.nodes, self.sharded = batch, nodes, sharded
 
     def configure_model(self):
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.net):
             layers = next(m for m in self.net.modules() if isinstance(m, torch.nn.ModuleList)) if self.blocks else ()
+            mesh = self.device_mesh["data_parallel"]
+            if self.nodes > 1:  # sharded within a node, and the same on each
+                mesh = init_device_mesh("cpu", (self.nodes, mesh.size() // self.nodes), mesh_dim_names=("nodes", "ranks"))
             for part in [*layers, self.net]:
-                fully_shard(part, mesh=self.device_mesh["data_parallel"], mp_policy=self.policy)
+                fully_shard(part, mesh=mesh, mp_policy=self.policy, **self.sharded)
 
     def train_dataloader(self):
         ids, ranks = torch.randint(3, 60, (12, 12), generator=torch.Generator().manual_seed(0)), self.trainer.world_size
         sampler = DistributedSampler(ids, ranks, self.trainer.global_rank, shuffle=False) if ranks > 1 else None
-        return DataLoader(TensorDataset(ids), 2 // ranks, sampler=sampler)
+        return DataLoader(TensorDataset(ids), self.batch // ranks, sampler=sampler)
 
     val_dataloader = train_dataloader
 
@@ -89,17 +100,19 @@ class Fit:
     callback: Callable[[], Any]
     told: Callable[[Any], Any]  # of the callback, the same on both
     steps: int = 4
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the trainer
 
     def run(self, folder: Path, files: dict[str, str], ranks: int = 1, full: bool = True, path=None, checkpoints=()) -> Any:
         torch.manual_seed(0)
         lit, callback = self.module(), self.callback()
         zeros = Zeros(callback)
         text = isinstance(lit, bh.TransformerModule)
-        two = {"devices": 2, "strategy": sharding(2, save_distributed_checkpoint=not full), "use_distributed_sampler": text}
+        several = {"devices": ranks, "strategy": sharding(ranks, save_distributed_checkpoint=not full)}
+        several |= {"use_distributed_sampler": text}
         # a validation leaves gathered what is around the blocks
         often = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2}
         callbacks = [Looks(), callback, *[zeros] * (hasattr(callback, "masks") and not text), *checkpoints]
-        run = trainer(folder, callbacks, max_steps=self.steps, **often, **(two if ranks == 2 else {}))
+        run = trainer(folder, callbacks, max_steps=self.steps, **often, **self.options, **(several if ranks > 1 else {}))
         run.fit(lit, data(files, batch_size=2 // ranks) if text else None, ckpt_path=path)
         state = {name: whole(value) for name, value in lit.state_dict().items()}
         return run, state, [zeros.always, self.told(callback)]
@@ -109,9 +122,9 @@ def sharding(data_parallel_size, tensor_parallel_size=1, **options):
     return ModelParallelStrategy(data_parallel_size, tensor_parallel_size, **options)
 
 
-def shapes(callback, make=Own):
-    """With a last step that has no event, so that all optimizer state has been used since."""
-    return Fit(make, callback, lambda one: one.events, steps=5)
+def shapes(callback, make=Own, **options):
+    """With last steps that have no event, so that all optimizer state has been used since."""
+    return Fit(make, callback, lambda one: one.events, 5, options)
 
 
 RAMP = bh.schedules.Linear(final=0.5, start=1, end=3)
@@ -138,8 +151,27 @@ SHAPES = {
     "KV heads, in stages": shapes(lambda: bh.KVHeadConversion([4, 2], at=["start", 2], measure_batches=1)),
     "KV heads that move": shapes(lambda: bh.KVHeadConversion(2, at=3, over=2, measure_batches=1)),
     "tied, Conv1D": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, **SOME), lambda: Own(gpt2)),
+    "offloaded, computing in bfloat16": shapes(
+        lambda: bh.KVHeadConversion(2, at=2, measure_batches=1),
+        lambda: Own(policy=MixedPrecisionPolicy(torch.bfloat16), offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    ),
+    "gradient checkpointing": shapes(
+        lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME), lambda: Own(checkpointed)
+    ),
     "as one": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME), lambda: Own(blocks=False)),
 }
+
+
+FOUR = {
+    "four ranks": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME), lambda: Own(batch=4)),
+    "two nodes of two": shapes(lambda: bh.HeadPruning(0.5, at=2, **SOME), lambda: Own(batch=4, nodes=2)),
+    "accumulated, clipped": shapes(
+        lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, **SOME),
+        lambda: Own(batch=4, nodes=2),
+        accumulate_grad_batches=2, gradient_clip_val=0.1, max_epochs=-1,
+    ),
+    "a rank without calibration": shapes(lambda: bh.DepthPruning(1, at=2, **GIVEN), lambda: Own(batch=4)),
+}  # fmt: skip
 
 
 ONE = [(torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(3)),)]
@@ -181,11 +213,16 @@ RESUMED = {
     "masks": Fit(module, lambda: bh.WeightPruning(bh.Wanda(), RAMP, **EVERYTHING), lambda one: one.masks),
     "heads": Fit(module, lambda: bh.KVHeadConversion(2), lambda one: one.events),
     "heads masked": HEADS,
-    "channels": Fit(module, lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **FEW), lambda one: one.events),
-    "blocks": Fit(module, lambda: bh.DepthPruning(1, at=2, **FEW), lambda one: one.events),
-    "KV heads, in stages": Fit(module, lambda: bh.KVHeadConversion([4, 2], at=["start", 2]), lambda one: one.events),
-    "heads removed": Fit(module, lambda: bh.HeadPruning(RAMP, remove="rounds", **FEW), lambda one: one.events),
 }
+
+
+CHANGED = {
+    ("channels", True): Fit(module, lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **FEW), lambda one: one.events),
+    ("blocks", False): Fit(module, lambda: bh.DepthPruning(1, at=2, **FEW), lambda one: one.events),
+    ("KV heads", True): Fit(module, lambda: bh.KVHeadConversion([4, 2], at=["start", 2]), lambda one: one.events),
+    ("heads", False): Fit(module, lambda: bh.HeadPruning(RAMP, remove="rounds", **FEW), lambda one: one.events),
+}
+"""Fits whose shapes change on the way, each with whether its checkpoints are full."""
 
 
 def fit_all() -> None:
@@ -196,18 +233,35 @@ def fit_all() -> None:
     for name, one in MASKS.items():
         run, *result = one.run(out, files, ranks=2)
         keep(run, out / f"{name}.pt", result)
+    for name, one in SHAPES.items():
+        run, *result = one.run(out, files, ranks=2)
+        keep(run, out / f"{name}.pt", result)
     for name, one in RESUMED.items():
         for full in (True, False):
-            folder = out / f"{name}, {full}"
-            saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-            run, *straight = one.run(out, files, 2, full, checkpoints=[saves])
-            keep(run, out / f"{name}, {full}.pt", straight)
-            for step in STEPS:
-                run, *resumed = one.run(out, files, 2, full, path=folder / f"step={step}.ckpt")
-                keep(run, out / f"{name}, {full}, {step}.pt", resumed)
+            stop_and_resume(one, f"{name}, {full}", full, files, out, (1, 2))
+    for (name, full), one in CHANGED.items():
+        stop_and_resume(one, f"{name} changed", full, files, out, STEPS)
     export(files, out)
     refused = [str(refusal(files, out, callback)) for callback in (bh.WeightPruning(sparsity=0.5), bh.KVHeadConversion(2))]
     keep(run, out / "refused.pt", refused)
+
+
+def fit_four() -> None:
+    """What each of four processes runs."""
+    files, out = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    for name, one in FOUR.items():
+        run, *result = one.run(Path(out), files, ranks=4)
+        keep(run, Path(out) / f"{name}.pt", result)
+
+
+def stop_and_resume(one, name, full, files, out, steps):
+    saves = ModelCheckpoint(out / name, "{step}", every_n_train_steps=1, save_top_k=-1)
+    run, *straight = one.run(out, files, 2, full, checkpoints=[saves])
+    keep(run, out / f"{name}.pt", straight)
+    for step in steps:
+        run, *resumed = one.run(out, files, 2, full, path=out / name / f"step={step}.ckpt")
+        keep(run, out / f"{name}, {step}.pt", resumed)
 
 
 def export(files, out):
@@ -228,7 +282,7 @@ def refusal(files, out, callback):
 
 def keep(run, path, result):
     """Keeps what came of a fit, and whether it is the same on both ranks."""
-    gathered = [None, None]
+    gathered = [None] * run.world_size
     torch.distributed.all_gather_object(gathered, repr(tree_map_only(torch.Tensor, torch.Tensor.tolist, result)))
     if run.is_global_zero:
-        torch.save([gathered[0] == gathered[1], result], path)
+        torch.save([len(set(gathered)) == 1, result], path)

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import billhook as bh
 from billhook.checkpoints.export import export
 from billhook.model.linears import prunable
-from kit.families import llama
+from kit.families import llama, tokens
 from kit.fits import same
 from kit.ranks import run_script
 from kit.sharding import (
@@ -148,6 +148,18 @@ def test_a_full_checkpoint_loads_elsewhere(of_two, fitted, tmp_path):
     assert same(lit.state_dict(), state)
     export(path, tmp_path / "exported")
     assert bh.load(tmp_path / "exported").config.num_key_value_heads == 2
+
+
+@pytest.mark.parametrize(("name", "full"), CHANGED)
+def test_a_checkpoint_whose_shapes_have_changed_is_exported_and_loaded(of_two, fitted, tmp_path, name, full):
+    state, _ = of_two(f"{name} changed")
+    path = fitted / f"{name} changed" / "step=4.ckpt"
+    assert path.is_file() == full
+    lit = bh.load_from_checkpoint(bh.TransformerModule, path)
+    assert same(lit.state_dict(), state)
+    export(path, tmp_path / "exported")
+    ids = tokens()
+    torch.testing.assert_close(bh.load(tmp_path / "exported")(ids).logits, lit.model.eval()(ids).logits)
 
 
 def test_two_processes_mask_the_heads_that_one_does(of_two, files, tmp_path):

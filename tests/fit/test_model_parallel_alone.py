@@ -17,7 +17,7 @@ from kit.sharding import Own, sharding
 class MadeLate(Own):
     def __init__(self):
         pl.LightningModule.__init__(self)
-        self.blocks, self.policy = True, MixedPrecisionPolicy()
+        self.blocks, self.policy, self.batch, self.nodes, self.sharded = True, MixedPrecisionPolicy(), 2, 1, {}
 
     def configure_model(self):
         if not hasattr(self, "net"):

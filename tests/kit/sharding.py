@@ -142,7 +142,9 @@ def masks(criterion, module=Own, **options):
 
 SHAPES = {
     "channels": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME)),
-    "channels, by gradients": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, importance=bh.Taylor(), repair=None, **GIVEN)),
+    "channels, by gradients": shapes(
+        lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, importance=bh.Taylor(), repair=None, **GIVEN)
+    ),
     "heads in rounds, after masks": shapes(lambda: bh.HeadPruning(RAMP, remove="rounds", **SOME)),
     "blocks": shapes(lambda: bh.DepthPruning(1, at=2, **SOME)),
     "residual channels": shapes(lambda: bh.StructuredPruning(bh.Amount(residual=0.25), at=2, **SOME)),

@@ -27,6 +27,7 @@ from billhook.model.preprocessors import load_tokenizer
 from billhook.model.shapes.shape import KEY, Shape, shape_of
 from billhook.model.shapes.shaped import build_shaped
 from billhook.model.transformers_internals import build_class, compute_experts_in_turn
+from billhook.running.shard_files import is_sharded_checkpoint, read_sharded
 from billhook.units.units import Per
 from billhook.units.zero import zero_units
 
@@ -54,7 +55,7 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
     what callbacks have noted in the checkpoint: events, and damage, which is measured right after events and at the end.
 
     Args:
-        ckpt: The Lightning checkpoint, a .ckpt file.
+        ckpt: The Lightning checkpoint: a .ckpt file, or the folder of a sharded one, which needs no process group.
         out: The folder to write; new, empty, or an earlier export.
         tokenizer: The tokenizer to save with the model, a name or folder; by default the one that training started from.
 
@@ -88,10 +89,11 @@ def _zero_masked(model: PreTrainedModel, masked: Any, name: str) -> None:  # noq
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Reads a Lightning checkpoint as data; nothing in it can run code."""
-    if not Path(path).is_file():
-        raise ValueError(f"'{path}' is not a file: a Lightning checkpoint (.ckpt) is needed")
+    sharded = is_sharded_checkpoint(Path(path))
+    if not (sharded or Path(path).is_file()):
+        raise ValueError(f"'{path}' is neither a Lightning checkpoint (.ckpt) nor a folder of its shards: one of them is needed")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_sharded(Path(path)) if sharded else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"'{path}' cannot be read as a Lightning checkpoint: {error}") from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None

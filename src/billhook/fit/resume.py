@@ -1,9 +1,11 @@
 """Restores a model's shape from a Lightning checkpoint, and handles the state of callbacks that a run does not have."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -15,6 +17,7 @@ from billhook.checkpoints.export import MASKED
 from billhook.fit.run import callbacks_of
 from billhook.model.find import find_transformer
 from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
+from billhook.running.shard_files import is_sharded_checkpoint, read_sharded
 from billhook.units.zero import zero_units
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
@@ -54,7 +57,7 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
 
     Args:
         kind: The class of the module.
-        checkpoint_path: The checkpoint.
+        checkpoint_path: The checkpoint: a file, or the folder of a sharded one, which needs no process group.
         **options: What the class and Lightning's `load_from_checkpoint` take.
 
     Returns:
@@ -68,6 +71,11 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
         ValueError: If the checkpoint holds another model than the class makes.
     """
     annotated(load_from_checkpoint, locals())
+    if is_sharded_checkpoint(Path(checkpoint_path)):
+        with TemporaryDirectory() as folder:
+            whole = Path(folder) / "whole.ckpt"
+            torch.save(read_sharded(Path(checkpoint_path)), whole)
+            return load_from_checkpoint(kind, whole, **options)
     if issubclass(kind, ShapeInCheckpoint):
         return kind.load_from_checkpoint(checkpoint_path, **options)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}

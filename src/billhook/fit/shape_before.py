@@ -12,10 +12,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from billhook.model.shapes.checkpoint_shape import load_shape
 from billhook.model.shapes.shape import KEY
 from billhook.running.reshaped import reshaped
+from billhook.running.shard_files import described, is_sharded_checkpoint
 from billhook.running.shards import reshard
 
-DESCRIBED = "meta.pt"
-"""The file of a sharded checkpoint in which Lightning keeps all but the tensors."""
 _LOAD = "load_checkpoint"
 
 
@@ -31,8 +30,15 @@ def load_as_before(trainer: pl.Trainer) -> None:
     vars(trainer.strategy).pop(_LOAD, None)
 
 
-def _load(trainer: pl.Trainer, pl_module: pl.LightningModule, load: Callable[..., Any], path: Any, *args: Any, **options: Any) -> Any:  # noqa: ANN401
-    held = _held(Path(trainer.strategy.broadcast(path)))
+def _load(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    load: Callable[..., dict[str, Any]],
+    checkpoint_path: str | Path,
+    weights_only: bool | None = None,
+) -> dict[str, Any]:
+    """Loads a checkpoint as the strategy does, once model and optimizers have its shape."""
+    held = _held(Path(trainer.strategy.broadcast(checkpoint_path)))
     if held is not None:
         reshard(pl_module)  # which a forward may have left gathered
         names = {own: name for name, own in pl_module.named_parameters()}
@@ -43,16 +49,14 @@ def _load(trainer: pl.Trainer, pl_module: pl.LightningModule, load: Callable[...
         now = dict(pl_module.named_parameters())
         for group, own in zip(groups, trained, strict=True):  # no step has been taken
             group["params"][:] = [now[name] for name in own if name in now]
-    return load(path, *args, **options)
+    return load(checkpoint_path, weights_only=weights_only)
 
 
 def _held(path: Path) -> Any:  # noqa: ANN401
     """Returns what a checkpoint, a file or a folder of shards, says of its model; None of one that Lightning is to refuse."""
     try:
-        if path.is_dir():
-            checkpoint = torch.load(path / DESCRIBED, map_location="cpu", weights_only=True)
-        else:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        sharded = is_sharded_checkpoint(path)
+        checkpoint = described(path) if sharded else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
         return None
     return checkpoint.get(KEY) if isinstance(checkpoint, dict) else None

@@ -3,6 +3,7 @@
 Torch has no way to do this: the private names of its FSDP2 are used in this file alone, and `check_known` looks for each of them.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -110,7 +111,7 @@ def take_off(module: nn.Module) -> list[Sharding]:
     for part in parts:
         bare(part)
         for key in [key for key in vars(part) if key.startswith(NOTED)]:
-            for own in (fully_shard.__wrapped__, fully_shard.__name__):  # other marks may stand beside it
+            for own in (inspect.unwrap(fully_shard), fully_shard.__name__):  # other marks may stand beside it
                 vars(part)[key].pop(own, None)
         _states_of_modules().pop(part, None)
     return shardings
@@ -137,9 +138,13 @@ def put_on(
                 vars(group).update(sharding.settings)
     for sharding in shardings:
         for part in (part for part in sharding.modules if isinstance(part, FSDPModule)):
-            forward, backward = ([one for one in own if isinstance(one, FSDPModule)] for own in sharding.prefetched)
+            forward, backward = map(_sharded, sharding.prefetched)
             part.set_modules_to_forward_prefetch(forward)
             part.set_modules_to_backward_prefetch(backward)
+
+
+def _sharded(modules: list[nn.Module]) -> list[FSDPModule]:
+    return [one for one in modules if isinstance(one, FSDPModule)]
 
 
 def _state(part: Any) -> Any:  # noqa: ANN401
@@ -180,8 +185,8 @@ def check_known(part: Any) -> None:  # noqa: ANN401
         missing.append(f"{MODULE}._module_state_mapping")
     if missing:
         raise RuntimeError(
-            f"torch {torch.__version__}: its FSDP2 lacks {', '.join(dict.fromkeys(missing))}, which billhook needs to change the shapes of a "
-            "sharded model: take another version of torch, or change shapes on one device first"
+            f"torch {torch.__version__}: its FSDP2 lacks {', '.join(dict.fromkeys(missing))}, which billhook needs to change the "
+            "shapes of a sharded model: take another version of torch, or change shapes on one device first"
         )
 
 

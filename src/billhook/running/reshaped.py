@@ -48,7 +48,8 @@ def _places(module: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
 
 def _dimension(parameter: DTensor) -> tuple[int, int]:
     """Returns the dimension in which a parameter is sharded, and over how many ranks; the first one where it is not."""
-    shards = [(one.dim, size) for one, size in zip(parameter.placements, parameter.device_mesh.shape, strict=True) if one.is_shard()]
+    pairs = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+    shards = [(one.dim, size) for one, size in pairs if isinstance(one, Shard)]
     return shards[-1] if shards else (0, 1)
 
 

@@ -1,0 +1,95 @@
+"""Reads a sharded checkpoint of Lightning, a folder, without a process group, and without running anything that it brings."""
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+DESCRIBED, TENSORS = "meta.pt", "state_dict"
+"""The file in which Lightning keeps all but tensors, and the name under which the model's tensors are in the other files."""
+PLAIN = {
+    "torch.distributed.checkpoint.metadata": vars(metadata),
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo": vars(filesystem).get("_StorageInfo")},
+    "torch.serialization": {"_get_layout": vars(torch.serialization).get("_get_layout")},
+    "pathlib": {"PosixPath": Path, "WindowsPath": Path, "Path": Path},
+    "torch": {"Size": torch.Size} | {name: one for name, one in vars(torch).items() if isinstance(one, torch.dtype)},
+}
+"""What torch's list of the tensors in a folder is made of."""
+
+
+def is_sharded_checkpoint(path: Path) -> bool:
+    """Tells whether a path is a sharded checkpoint, as Lightning writes it under `ModelParallelStrategy`."""
+    return (path / DESCRIBED).is_file()
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """Reads all of a sharded checkpoint but its tensors."""
+    checkpoint: dict[str, Any] = torch.load(folder / DESCRIBED, map_location="cpu", weights_only=True)
+    return checkpoint
+
+
+def read_sharded(folder: Path) -> dict[str, Any]:
+    """Reads a sharded checkpoint without what optimizers keep, as if it was one file; each tensor is put together once.
+
+    Raises:
+        ValueError: If it lists what torch does not, files elsewhere, or more numbers than its files hold.
+    """
+    reader = _Reader(folder)
+    held = {name: one for name, one in reader.listed.state_dict_metadata.items() if name.startswith(f"{TENSORS}.")}
+    _check(folder, reader.listed, held)
+    tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in held.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
+        load(tensors, storage_reader=reader, no_dist=True)
+    return described(folder) | {TENSORS: {name.removeprefix(f"{TENSORS}."): one for name, one in tensors.items()}}
+
+
+def _check(folder: Path, listed: metadata.Metadata, held: Mapping[str, Any]) -> None:
+    if odd := next((name for name, one in held.items() if not isinstance(one, metadata.TensorStorageMetadata)), None):
+        raise ValueError(f"'{folder}' lists {odd[:80]}, which is no tensor")
+    for one in (listed.storage_data or {}).values():
+        if Path(one.relative_path).name != one.relative_path:
+            raise ValueError(f"'{folder}' lists a file elsewhere: {one.relative_path[:80]}")
+    there = sum(file.stat().st_size for file in folder.glob("*.distcp"))
+    said = sum(prod(one.size) * one.properties.dtype.itemsize for one in held.values())
+    if said > there:
+        raise ValueError(f"'{folder}' lists {said} bytes of weights, and its files have {there}")
+
+
+class _Reader(filesystem.FileSystemReader):
+    """Reads files of a folder, by a list that is read as data."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        with (folder / ".metadata").open("rb") as file:
+            try:
+                self.listed = _Plain(file).load()
+            except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError) as error:
+                raise ValueError(f"'{folder}' has no list of its tensors as torch writes it: {error}") from error
+        if not isinstance(self.listed, metadata.Metadata):
+            raise ValueError(f"'{folder}' has no list of its tensors as torch writes it")
+
+    def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:  # noqa: ANN401 - what torch calls it with
+        """Returns the list."""
+        listed: metadata.Metadata = self.listed
+        if listed.storage_meta is None:
+            listed.storage_meta = metadata.StorageMeta()
+        return listed
+
+
+class _Plain(pickle.Unpickler):
+    """Reads torch's list of tensors, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
+        """Returns what the list is made of; refuses all else."""
+        found = PLAIN.get(module, {}).get(name)
+        known = module != metadata.__name__ or (isinstance(found, type) and found.__module__ == module)
+        if found is None or not known:
+            raise pickle.UnpicklingError(f"it names {module}.{name}"[:160])
+        return found

@@ -1,0 +1,141 @@
+"""A sharded model whose shapes change, in one process: it is sharded as it was afterwards, whatever was told and set."""
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+import billhook as bh
+from billhook.running import fsdp
+from billhook.running.reshaped import reshaped
+from billhook.running.shards import is_sharded, whole
+from kit.families import llama, tokens
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def sharded(mesh, **told):
+    torch.manual_seed(0)
+    model = llama(tie_word_embeddings=True)
+    for part in (*model.model.layers, model):
+        fully_shard(part, mesh=mesh, **told)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def step(model, optimizer):
+    ids = tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def values(model, optimizer):
+    """Copies all values by name: of parameters, and of what the optimizer keeps of each."""
+    found = {name: whole(own).clone() for name, own in model.named_parameters()}
+    kept = {name: optimizer.state[own] for name, own in model.named_parameters()}
+    return found | {f"{name} {key}": whole(one).clone() for name, own in kept.items() for key, one in own.items()}
+
+
+def hooks(model):
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+    return [len(vars(part)[kind]) for part in model.modules() for kind in (*kinds, "_load_state_dict_post_hooks")]
+
+
+def test_what_is_cut_is_sharded_and_trains_on_with_its_state(mesh):
+    model, optimizer = sharded(mesh)
+    step(model, optimizer)
+    before = values(model, optimizer)
+    plan = bh.plan_units(llama(tie_word_embeddings=True), {0: [1, 3]}, "channel")
+    with reshaped(model, [optimizer], gradients=False):
+        assert not is_sharded(model)
+        bh.apply(model, plan, optimizer)
+    kept = [one for one in range(48) if one not in (1, 3)]
+    after, name = values(model, optimizer), "model.layers.0.mlp.up_proj.weight"
+    assert isinstance(model.get_parameter(name), DTensor)
+    for own in (name, f"{name} exp_avg", f"{name} exp_avg_sq"):
+        assert torch.equal(after[own], before[own][kept])
+    assert all(isinstance(model, FSDPModule) for model in (model, *model.model.layers))
+    assert all(isinstance(one, DTensor) for own in optimizer.state.values() for one in own.values() if one.ndim)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    step(model, optimizer)
+    assert not torch.equal(whole(model.get_parameter(name)), after[name])
+
+
+def test_an_error_leaves_all_as_it_was(mesh):
+    model, optimizer = sharded(mesh)
+    step(model, optimizer)
+    before, there = values(model, optimizer), hooks(model)
+    with pytest.raises(ValueError, match="in the middle"), reshaped(model, [optimizer], gradients=False):
+        raise ValueError("in the middle")
+    after = values(model, optimizer)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    step(model, optimizer)
+    assert hooks(model) == there
+
+
+def test_what_was_told_and_set_is_kept(mesh):
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    model, optimizer = sharded(mesh, reshard_after_forward=False, mp_policy=policy)
+    first, second = model.model.layers
+    first.set_modules_to_forward_prefetch([second])
+    second.set_modules_to_backward_prefetch([first])
+    second.set_gradient_divide_factor(4.0)
+    second.set_reshard_after_backward(False)
+    with reshaped(model, [optimizer], gradients=False):
+        pass
+    (of_first, of_second) = (part._get_fsdp_state() for part in (first, second))
+    assert of_first._states_to_forward_prefetch == [of_second]
+    assert of_second._states_to_backward_prefetch == [of_first]
+    (group,) = of_second._fsdp_param_groups
+    assert (group.gradient_divide_factor, group.reshard_after_backward, group.post_forward_mesh_info) == (4.0, False, None)
+    assert of_first._mp_policy == policy
+    model(input_ids=tokens())
+    assert not isinstance(first.mlp.up_proj.weight, DTensor)  # as it is not sharded after a forward
+
+
+def test_dimensions_and_ignored_parameters_are_kept(mesh):
+    torch.manual_seed(0)
+    model = llama()
+    norm = model.model.norm.weight
+    fully_shard(model, mesh=mesh, ignored_params={norm}, shard_placement_fn=lambda own: Shard(own.ndim - 1))
+    with reshaped(model, [], gradients=False):
+        bh.convert_kv_heads(model, 2)
+    assert model.model.norm.weight is norm
+    assert model.model.layers[0].self_attn.k_proj.weight.placements == (Shard(1),)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_gradients_follow_where_they_are_asked_for(mesh, gradients):
+    model, optimizer = sharded(mesh)
+    ids = tokens()
+    model(input_ids=ids, labels=ids).loss.backward()
+    before = {name: whole(own.grad).clone() for name, own in model.named_parameters()}
+    with reshaped(model, [optimizer], gradients=gradients):
+        pass
+    for name, own in model.named_parameters():
+        assert (own.grad is not None) == gradients
+        assert not gradients or torch.equal(whole(own.grad), before[name])
+
+
+@pytest.mark.parametrize(("where", "name"), [("_fsdp_param_groups", "fsdp_params"), ("", "_mp_policy")])
+def test_another_fsdp_is_refused_before_anything_changes(mesh, where, name):
+    model, optimizer = sharded(mesh)
+    state = model.model.layers[1]._get_fsdp_state()
+    del vars(state._fsdp_param_groups[0] if where else state)[name]
+    told = rf"torch {torch.__version__.partition('+')[0]}.*: its FSDP2 lacks {name}, which"
+    with pytest.raises(RuntimeError, match=told), reshaped(model, [optimizer], gradients=False):
+        pass
+    assert isinstance(model, FSDPModule)
+
+
+def test_all_private_names_are_there(mesh):
+    model, _ = sharded(mesh)
+    for part in (model, *model.model.layers):
+        fsdp.check_known(part)

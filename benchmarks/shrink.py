@@ -33,6 +33,7 @@ SHRINKS = {
     "71 %, uniform": {"params": 0.71},
     "71 %, free": {"params": 0.71, "layers": "free"},
     "71 %, free, generations=0": {"params": 0.71, "layers": "free", "generations": 0},
+    "71 %, free, generations=0, round_to=1": {"params": 0.71, "layers": "free", "generations": 0, "round_to": 1},
     "cache a third, uniform": {"kv_cache_bytes": 1 / 3},
     "cache a third, free": {"kv_cache_bytes": 1 / 3, "layers": "free"},
 }

@@ -34,7 +34,7 @@ def gpt2():
 
 def checkpointed():
     model = llama()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 

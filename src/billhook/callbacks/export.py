@@ -34,7 +34,7 @@ from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
 from billhook.model.shapes.checkpoint_shape import save_shape
 from billhook.running.batches import examples_of
-from billhook.running.shards import gathered, unsharded
+from billhook.running.shards import as_one
 from billhook.serving.converter import find_converter
 from billhook.serving.exported import check_gguf, export_gguf
 from billhook.serving.missing import Missing
@@ -153,7 +153,7 @@ class Export(Callback):
         self._probe = self.probe or _inputs_in(batch, model)
         if not self.rehearse:
             return
-        with unsharded(model), gathered(model), together(trainer, "Export"):
+        with as_one(model), together(trainer, "Export"):
             if trainer.is_global_zero:
                 self._rehearse(model)
 
@@ -190,7 +190,7 @@ class Export(Callback):
             rank_zero_info(f"billhook: nothing is saved to {self.folder}, since this is a fast_dev_run")
             return
         model = find_transformer(pl_module)
-        with unsharded(model), gathered(model), together(trainer, "Export"):
+        with as_one(model), together(trainer, "Export"):
             if trainer.is_global_zero:
                 try:
                     self._save(trainer, model)

@@ -110,3 +110,44 @@ def test_the_plan_of_a_conversion_says_what_is_read(files, tmp_path, capsys, rea
     assert often == 1 + 2 * bool(more) + 6 + more, (
         "once to count zeros, and twice to see how heads may be mixed, before it is said"
     )
+
+
+REMOVALS = {
+    "prune-heads --ratio 0.5 --importance OutputNorm": 5,  # scored in two, masked, cut and compared
+    "prune-structure --channels 0.25 --importance OBS --repair Repair": 6,  # scored in one, and refitted in two
+    "prune-blocks --blocks 1 --first 1 --importance Ablation": 6 * 5 + 12,  # six batches with all blocks, and without each
+}
+
+
+@pytest.mark.parametrize(("how", "expected"), REMOVALS.items(), ids=REMOVALS)
+def test_the_plan_of_a_removal_says_what_is_read(files, tmp_path, capsys, read, how, expected):
+    dense, (command, *asked) = small_llama(tmp_path / "dense", num_hidden_layers=4), how.split()
+    more = [*SHORT, "--batch_size", "1", *option(files), *asked, "--stream"]
+    main([command, str(dense), str(tmp_path / "out"), *more])
+    passes = expected + 5
+    assert f"read 4 blocks from files in {passes} passes" in capsys.readouterr().out
+    often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
+    before = 2 if command == "prune-blocks" else 1
+    assert often == before + passes, "once to count zeros, and to find blocks, before it is said"
+
+
+def test_the_plan_says_how_often_is_read_at_most_where_few_examples_may_be_enough(files, tmp_path, capsys, read):
+    dense = small_llama(tmp_path / "dense", num_hidden_layers=4)
+    asked = [
+        "--channels",
+        "0.25",
+        "--length",
+        "16",
+        "--evaluate",
+        "5",
+        "--batch_size",
+        "2",
+        "--generated",
+        "0",
+        "--enough",
+        "1.0",
+    ]
+    main(["prune-structure", str(dense), str(tmp_path / "out"), *asked, *option(files), "--stream"])
+    said = re.search(r"read 4 blocks from files in at most (\d+) passes", capsys.readouterr().out)
+    often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
+    assert int(said[1]) // 2 < often - 1 <= int(said[1])

@@ -130,25 +130,27 @@ class OneShot:
 
     def shelf(self, moments: int, series: int = 1) -> str | None:
         """Returns the folder where what blocks hand on, in so many runs of each example, rests if it does not fit into memory."""
-        rows = self.given.examples or EXAMPLES
-        if self.metric == "perplexity":
-            rows = sum(self.calibration.rows(self.length).values())
-        return shelf(self.model, self.given, self.out, series * rows * self.length, moments)
+        return shelf(self.model, self.given, self.out, series * sum(self.rows) * self.length, moments)
+
+    @property
+    def rows(self) -> list[int]:
+        """How many examples there are of each source."""
+        few = [self.given.examples or EXAMPLES]
+        return few if self.metric == "accuracy" else list(self.calibration.rows(self.length).values())
 
     @property
     def parts(self) -> int:
         """The parts of the examples of which one at a time is held out of a refit: sources, or two of one source."""
         return max(2, len(self.calibration.named)) if self.metric == "perplexity" else 2
 
-    def tell(self, *steps: str, passes: int | None = 1) -> None:
-        """Prints what is done with the model, before it is; of a streamed one, also what so many passes read, if known."""
-        most, metric = self.given.evaluate, self.metric
+    def tell(self, *steps: str, passes: int | None = 1, exactly: bool = True) -> None:
+        """Prints what will be done, before it is; of a streamed model also what so many passes, or at most so many, read."""
         each = " of each text" if self.given.data or self.given.also else " that it writes; --data FILE names a text"
-        of = "" if metric == "accuracy" else each
-        measure = [f"measure the {metric} before and after, on {most} examples{of}"] if self._measures else []
+        many = f"{self.given.evaluate} examples{'' if self.metric == 'accuracy' else each}"
+        measure = [f"measure the {self.metric} before and after, on {many}"] if self._measures else []
         print(f"{self.name}, {self.sizes['params']:,} parameters:")
         stream = stream_of(self.model)
-        streams = [] if stream is None or passes is None else [reads(stream, passes + 2 * self._measures)]
+        streams = [reads(stream, passes + 2 * self._measures, exactly)] if stream and passes is not None else []
         for step in (*steps, *measure, *streams, f"save to {self.out}{replaced(self.out)}"):
             print(f"  {step}")
         print(flush=True)

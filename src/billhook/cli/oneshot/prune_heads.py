@@ -6,6 +6,7 @@ import torch
 
 from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot, bar
+from billhook.cli.oneshot.passes import REMOVED, batch_count, in_all, to_score
 from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored, rest
 from billhook.cli.oneshot.text import NONE, Scored
 from billhook.importance.base import Importance
@@ -73,7 +74,9 @@ def prune_heads(
     every, gone = sum(one.count(per) for one in heads.values()), sum(map(len, removed.values()))
     what = "heads" if per == "head" else "KV heads, with their query heads"
     shown = f"at most {work.shown}" if work.calibrates else NONE
-    work.tell(f"remove {gone:,} of {every:,} {what}, by {importance}", f"shown {shown}", passes=None)
+    once = to_score(importance, every, batch_count(work.rows, given.batch_size), given.agreement) if given.stream else None
+    words = f"remove {gone:,} of {every:,} {what}, by {importance}", f"shown {shown}"
+    work.tell(*words, passes=in_all([*rounds * [once], REMOVED]), exactly=given.agreement is None)
     if dry_run and work.calibrates and work.unread:
         work.tell_dry()
         return

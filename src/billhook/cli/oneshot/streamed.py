@@ -89,8 +89,9 @@ def rest(model: PreTrainedModel, folder: str | None) -> None:
         stream.rests = folder
 
 
-def reads(stream: Stream, passes: int) -> str:
-    """Says how many bytes are read and written, if so many passes change and measure the blocks."""
+def reads(stream: Stream, passes: int, exactly: bool = True) -> str:
+    """Says how many bytes are read and written, if so many passes, or as many at most, change and measure the blocks."""
     extent, passes = extent_of(stream), passes + AFTERWARDS
     read, written = (f"{size / 1e6:,.1f} MB" for size in (passes * extent.bytes, extent.bytes + extent.stays))
-    return f"read {extent.blocks} blocks from files in {passes} passes, {read}, and write {written}"
+    most = "" if exactly else "at most "
+    return f"read {extent.blocks} blocks from files in {most}{passes} passes, {read}, and write {written}"

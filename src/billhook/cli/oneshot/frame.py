@@ -135,8 +135,8 @@ class OneShot:
     @property
     def rows(self) -> list[int]:
         """How many examples there are of each source."""
-        few = [self.given.examples or EXAMPLES]
-        return few if self.metric == "accuracy" else list(self.calibration.rows(self.length).values())
+        labelled = self.metric == "accuracy"
+        return [self.given.examples or EXAMPLES] if labelled else list(self.calibration.rows(self.length).values())
 
     @property
     def parts(self) -> int:
@@ -149,8 +149,8 @@ class OneShot:
         many = f"{self.given.evaluate} examples{'' if self.metric == 'accuracy' else each}"
         measure = [f"measure the {self.metric} before and after, on {many}"] if self._measures else []
         print(f"{self.name}, {self.sizes['params']:,} parameters:")
-        stream = stream_of(self.model)
-        streams = [reads(stream, passes + 2 * self._measures, exactly)] if stream and passes is not None else []
+        own, more = stream_of(self.model), 2 * self._measures
+        streams = [] if own is None or passes is None else [reads(own, passes + more, exactly)]
         for step in (*steps, *measure, *streams, f"save to {self.out}{replaced(self.out)}"):
             print(f"  {step}")
         print(flush=True)

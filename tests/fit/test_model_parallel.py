@@ -6,12 +6,15 @@ import transformers
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import billhook as bh
+from billhook.adapters.masked import on_linears, product_of
 from billhook.checkpoints.export import export
 from billhook.model.linears import prunable
+from billhook.running.shards import is_sharded
 from kit.families import llama, tokens
 from kit.fits import same
 from kit.ranks import run_script
 from kit.sharding import (
+    ADAPTED,
     CHANGED,
     FOUR,
     HEADS,
@@ -19,6 +22,7 @@ from kit.sharding import (
     RESUMED,
     SHAPES,
     STEPS,
+    sharding,
 )
 
 SCRIPT = """
@@ -100,12 +104,52 @@ def test_four_processes_change_shapes_as_one_does(of_four, files, tmp_path, name
         torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)
 
 
+def test_two_processes_mask_the_adapters_that_one_does(of_two, fitted, files, tmp_path):
+    state, (_, (masks, events)) = of_two("adapted")
+    _, single, (_, (masks_of_one, events_of_one)) = ADAPTED.run(tmp_path, files)
+    assert [event["after"]["sparsity"] for event in events] == [event["after"]["sparsity"] for event in events_of_one]
+    for name, mask in masks_of_one.items():
+        assert (mask == masks[name]).float().mean() >= 0.99, name
+    for own, value in single.items():
+        assert (state[own] - value).abs().mean() < 1e-4, own
+    lit = bh.load_from_checkpoint(
+        bh.TransformerModule, fitted / "adapted" / "step=5.ckpt", model=llama(vocab_size=2048), lora=bh.LoRA(r=2, dropout=0.0)
+    )
+    layers = on_linears(lit.model)
+    assert all(bool(product_of(layer).any()) for layer in layers.values())
+    assert masks.keys() <= layers.keys()
+    merged = export(fitted / "adapted" / "step=5.ckpt", tmp_path / "merged")
+    weights = prunable(bh.load(merged.folder))
+    assert not any(weights[name].weight[~mask].any() for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_masked_adapters_resume(of_two, step):
+    straight, resumed = of_two("adapted"), of_two(f"adapted, {step}")
+    assert same(straight[0], resumed[0])
+    assert str(straight[1]) == str(resumed[1])
+
+
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(("name", "full"), CHANGED)
 def test_shapes_that_have_changed_resume(of_two, name, full, step):
     straight, resumed = of_two(f"{name} changed"), of_two(f"{name} changed, {step}")
     assert same(straight[0], resumed[0])
     assert str(straight[1]) == str(resumed[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*as many processes", "ignore:You're resuming from a checkpoint")
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(("name", "full"), CHANGED)
+def test_one_process_goes_on_where_two_have_changed_shapes(of_two, fitted, files, tmp_path, name, full, step):
+    straight, (_, events) = of_two(f"{name} changed")
+    one, path = CHANGED[name, full], fitted / f"{name} changed" / f"step={step}.ckpt"
+    run, state, (_, events_of_one) = one.run(tmp_path, files, path=path, options={"strategy": sharding(1)})
+    torch.distributed.destroy_process_group()
+    assert is_sharded(run.lightning_module)
+    assert [event["what"] for event in events] == [event["what"] for event in events_of_one]
+    for own, value in straight.items():
+        torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("step", [1, 2])

@@ -34,7 +34,6 @@ def alone():
 
 REFUSED = {
     "shrink": (lambda: bh.Shrink(params=0.8), Own, "each rank would search in a model of its own, which a sharded model cannot"),
-    "LoRA counts": (lambda: bh.WeightPruning(sparsity=0.5, count_adapters=True), Own, "need weights that are not sharded"),
     "damage": (lambda: bh.Damage(bh.Calibration()), Own, "a sharded model cannot: leave it out, or prune or convert first"),
 }
 

@@ -102,7 +102,9 @@ class Fit:
     steps: int = 4
     options: Mapping[str, Any] = field(default_factory=dict)  # of the trainer
 
-    def run(self, folder: Path, files: dict[str, str], ranks: int = 1, full: bool = True, path=None, checkpoints=()) -> Any:
+    def run(
+        self, folder: Path, files: dict[str, str], ranks: int = 1, full: bool = True, path=None, checkpoints=(), options=None
+    ) -> Any:
         torch.manual_seed(0)
         lit, callback = self.module(), self.callback()
         zeros = Zeros(callback)
@@ -112,7 +114,8 @@ class Fit:
         # a validation leaves gathered what is around the blocks
         often = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2}
         callbacks = [Looks(), callback, *[zeros] * (hasattr(callback, "masks") and not text), *checkpoints]
-        run = trainer(folder, callbacks, max_steps=self.steps, **often, **self.options, **(several if ranks > 1 else {}))
+        more = self.options | (several if ranks > 1 else options or {})
+        run = trainer(folder, callbacks, max_steps=self.steps, **often, **more)
         run.fit(lit, data(files, batch_size=2 // ranks) if text else None, ckpt_path=path)
         state = {name: whole(value) for name, value in lit.state_dict().items()}
         return run, state, [zeros.always, self.told(callback)]
@@ -218,6 +221,20 @@ RESUMED = {
 }
 
 
+def adapted():
+    torch.manual_seed(0)
+    return bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, warmup=2, lora=bh.LoRA(r=2, dropout=0.0))
+
+
+ADAPTED = Fit(
+    adapted,
+    lambda: bh.WeightPruning(sparsity=RAMP, count_adapters=True, mask_adapters=True, **FEW),
+    lambda one: [one.masks, one.events],
+    steps=5,
+)
+"""With LoRA that counts and is masked; it has learned something before the last round."""
+
+
 CHANGED = {
     ("channels", True): Fit(module, lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **FEW), lambda one: one.events),
     ("blocks", False): Fit(module, lambda: bh.DepthPruning(1, at=2, **FEW), lambda one: one.events),
@@ -238,6 +255,7 @@ def fit_all() -> None:
     for name, one in SHAPES.items():
         run, *result = one.run(out, files, ranks=2)
         keep(run, out / f"{name}.pt", result)
+    stop_and_resume(ADAPTED, "adapted", True, files, out, STEPS)
     for name, one in RESUMED.items():
         for full in (True, False):
             stop_and_resume(one, f"{name}, {full}", full, files, out, (1, 2))

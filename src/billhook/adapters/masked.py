@@ -8,10 +8,12 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from billhook.arguments import annotated
 from billhook.model.linears import prunable, weight_of
+from billhook.running.shards import reshard, whole
 
 WRAPPED = "base_model.model."
 """Prefix of PEFT's for the names of the model that it wraps."""
@@ -21,9 +23,12 @@ PRUNED = 0.01
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A keep-mask, bool, that copies of a layer have in common, as it is never changed, but replaced."""
+    """A keep-mask, bool, that copies of a layer have in common, as it is never changed, but replaced.
 
-    keep: Tensor
+    Of a weight that is sharded over ranks there is none (None): the weights that are not zero are kept.
+    """
+
+    keep: Tensor | None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -40,8 +45,8 @@ class MaskedLora(LoraLinear):
 
     @property
     def keep(self) -> Tensor:
-        """The mask, bool."""
-        return self.mask.keep
+        """The mask, bool; of a weight that is sharded, all ranks ask for it together, or while the weight is gathered."""
+        return whole(self.base_layer.get_parameter("weight")) != 0 if self.mask.keep is None else self.mask.keep
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Computes the product scale B A, masked; PEFT merges and unmerges this."""
@@ -65,7 +70,7 @@ class MaskedLora(LoraLinear):
         return result.to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.mask = Mask(fn(self.keep))
+        self.mask = Mask(None if self.mask.keep is None else fn(self.mask.keep))
         return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -95,6 +100,7 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -
         False
     """
     annotated(mask_adapters, locals())
+    reshard(model)  # what a forward has left gathered is held as shards
     layers = adapted_linears(model)
     kept = fitting(layers, masks)
     if not kept:
@@ -105,7 +111,8 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -
     for name, keep in kept.items():
         weight = layers[name].base_layer.weight
         layers[name].__class__ = MaskedLora
-        layers[name].mask = Mask(keep.to(weight.device) & (weight.detach() != 0))
+        sharded = isinstance(weight, DTensor)
+        layers[name].mask = Mask(None if sharded else keep.to(weight.device) & (weight.detach() != 0))
 
 
 def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> None:
@@ -193,7 +200,7 @@ def fitting(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> di
     """Returns the keep-masks of these layers' weights, by linear; by default the nonzero weights of those that are pruned."""
     weights = {name: layer.get_base_layer().weight.detach() for name, layer in layers.items()}
     if masks is None:
-        kept = {name: weight != 0 for name, weight in weights.items()}
+        kept = {name: whole(weight) != 0 for name, weight in weights.items()}
         return {name: keep for name, keep in kept.items() if int((~keep).sum()) >= max(1, PRUNED * keep.numel())}
     found = {name: masks.get(name, masks.get(name.removeprefix(WRAPPED))) for name in weights}
     given = {name: mask for name, mask in found.items() if mask is not None}
@@ -217,7 +224,7 @@ def product_of(layer: Any) -> Tensor:  # noqa: ANN401
     weight = weight_of(layer.base_layer)
     product = torch.zeros(weight.shape, device=weight.device)
     for adapter in active_in(layer):
-        b, a = (one[adapter].weight.float().to(weight.device) for one in (layer.lora_B, layer.lora_A))
+        b, a = (whole(one[adapter].weight).float().to(weight.device) for one in (layer.lora_B, layer.lora_A))
         product.addmm_(b, a, alpha=layer.scaling[adapter])  # in place, so in float32 under autocast too
     if isinstance(layer, MaskedLora):
         keep = layer.keep.to(weight.device)

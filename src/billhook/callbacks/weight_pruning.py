@@ -124,7 +124,7 @@ class WeightPruning(EventCallback, FollowsShapes):
 
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses strategies under which weights cannot be masked."""
-        check_masks(trainer, type(self).__name__, adapters=self.count_adapters or self.mask_adapters)
+        check_masks(trainer, type(self).__name__)
 
     def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
         """Returns from which step on which sparsity holds."""

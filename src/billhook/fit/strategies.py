@@ -8,15 +8,10 @@ from billhook.fit.lightning_internals import averages, forks_or_spawns
 FIRST = "prune or convert first (billhook on one device), then train the result"
 
 
-def check_masks(trainer: pl.Trainer, name: str, adapters: bool) -> None:
-    """Refuses strategies under which a callback cannot mask weights; with `adapters`, LoRA counts or is masked, too."""
+def check_masks(trainer: pl.Trainer, name: str) -> None:
+    """Refuses strategies under which a callback cannot mask weights."""
     if not _shards(trainer, name):
         return
-    if adapters:
-        raise ValueError(
-            f"{name} under ModelParallelStrategy: count_adapters and mask_adapters need weights that are not sharded: leave them "
-            f"out, or {FIRST}"
-        )
     averaging = [type(one).__name__ for one, _ in averages(trainer)]
     if averaging:
         raise ValueError(

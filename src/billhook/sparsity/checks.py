@@ -83,14 +83,10 @@ def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool) -> 
     return chosen
 
 
-def check_sharded(
-    criterion: Criterion, allocation: Allocation, reduce: Reduce | None, offload: object, count_adapters: bool
-) -> None:
+def check_sharded(criterion: Criterion, allocation: Allocation, reduce: Reduce | None, offload: object) -> None:
     """Refuses arguments that do not suit a model that is sharded over ranks."""
     if offload is not None:
         raise ValueError(f"offload={str(offload)!r}: the model is sharded, its blocks are gathered one at a time: leave it out")
-    if count_adapters:
-        raise ValueError("count_adapters=True: the model is sharded, and LoRA does not count then: merge the adapters first")
     ranks = torch.distributed.get_world_size()
     if reduce is None and ranks > 1 and (needs_data(criterion) or allocation.measures):
         raise ValueError("reduce=None: the model is sharded, and each rank would prune by its own batches: say how ranks sum")

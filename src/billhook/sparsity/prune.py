@@ -111,7 +111,7 @@ def prune(
     linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings)
     adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
     if is_sharded(model):
-        check_sharded(criterion, allocation, reduce, offload, count_adapters)
+        check_sharded(criterion, allocation, reduce, offload)
     if stream_of(model) is not None:
         check_streamed(offload, reduce)
     needing = [one for one in (criterion, allocation) if (one.measures if isinstance(one, Allocation) else needs_data(one))]

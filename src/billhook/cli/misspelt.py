@@ -30,7 +30,7 @@ def legal(message: str) -> str:
 
 
 def no_option(message: str, options: Sequence[str]) -> str:
-    """Says which options of a command line, or of a file, there are not, each with the nearest; empty if a message names none.
+    """Names the options that there are not, of a command line or a file, each with the nearest; empty if a message names none.
 
     Args:
         message: What jsonargparse says of a wrong command line.
@@ -46,7 +46,7 @@ def no_option(message: str, options: Sequence[str]) -> str:
 
 
 def no_command(message: str, commands: Sequence[str]) -> str:
-    """Says which command there is not, with the nearest, and which there are; or that one is needed.
+    """Names the command that there is not, with the nearest, and all that there are; or tells that one is needed.
 
     Args:
         message: What jsonargparse says of a command line with a wrong command, or without any.

@@ -147,7 +147,7 @@ def plan_amount(
 
 
 def check_all(enough: float | None) -> None:
-    """Refuses that blocks, which are chosen one at a time, are chosen on a part of the examples."""
+    """Refuses to choose blocks, which go one at a time, on a part of the examples."""
     if enough is not None:
         raise ValueError(f"enough={enough}: in greedy order each block is chosen on all examples: leave it out")
 

@@ -114,7 +114,7 @@ def keep_global(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
 
 @dataclass
 class Lowest:
-    """What is removed of matrices, one after the other: the lowest of all their scores.
+    """The lowest of the scores of all matrices, which are removed, one matrix after the other.
 
     Attributes:
         kept: The lowest score that is kept.
@@ -126,7 +126,7 @@ class Lowest:
 
     @classmethod
     def of(cls, scores: Callable[[], Iterable[Tensor]], count: int) -> "Lowest":
-        """Finds which are the `count` lowest, by a radix selection, 16 bits at a time; matrices are asked for twice."""
+        """Finds the `count` lowest, by a radix selection, 16 bits at a time; matrices are asked for twice."""
         if not count:
             return cls(-math.inf, 0)
         high, lower = _digit_at(((keys >> 16) + 2**15 for keys in _keys(scores())), count)
@@ -218,7 +218,7 @@ def _drop_lowest(block: Tensor, count: int, keep: Tensor) -> None:
 
 
 def _partitioned(scores: Tensor, count: int) -> Lowest:
-    """Finds which are the `count` lowest scores of one matrix, on the CPU by numpy's selection."""
+    """Finds the `count` lowest scores of one matrix, on the CPU by numpy's selection."""
     if scores.device.type != "cpu" or not count:
         return Lowest.of(lambda: [scores], count)
     found = np.partition(scores.detach().float().numpy(), count, axis=None)

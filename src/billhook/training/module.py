@@ -180,13 +180,15 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
 
     def configure_model(self) -> None:
         """Shards blocks, and what is around them, over ranks, where `ModelParallelStrategy` (FSDP2) asks for it."""
-        if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.model):
+        if self._trainer is None or not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        load_in_shape(self.trainer, self)
+        if not is_sharded(self.model):
             assert self.device_mesh is not None
             shard(self.model, blocks_of(self.model), self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Tells a classifier which token is padding, where only the tokenizer knows; loads checkpoints in their shape."""
-        load_in_shape(self.trainer, self)
+        """Tells a classifier which token is padding, where only the tokenizer knows."""
         tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         for model in [self.model] + ([] if self.teacher is None else [self.teacher.model]):
             config = model.config.get_text_config(decoder=True)
@@ -195,7 +197,8 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Leaves the strategy as it was found."""
-        load_as_before(self.trainer)
+        if self._trainer is not None:
+            load_as_before(self.trainer)
 
     def forward(self, **batch: Tensor) -> Any:  # noqa: ANN401 - a ModelOutput whose class depends on the model
         """Returns the model's own output for a batch of its own arguments."""

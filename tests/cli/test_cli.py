@@ -207,7 +207,7 @@ class TestRefused:
             ("summary", ["required", "model"]),
             ("", ["billhook: a command is needed.", "There are: fit, validate, test, predict, convert, prune, "]),
             ("fit --trainer.max_epochs 1 --model.model ./nowhere", ["'./nowhere' is not a folder with"]),
-            ("export nowhere.ckpt out", ["'nowhere.ckpt' is not a file"]),
+            ("export nowhere.ckpt out", ["'nowhere.ckpt' is neither a Lightning checkpoint (.ckpt) nor a folder of its shards"]),
             ("summary ./nowhere", ["'./nowhere' is not a folder with"]),
             ("summary .", ["has no config.json, so it is not a Hugging Face checkpoint"]),
         ],

@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from billhook.model.find import find_transformer
 from billhook.model.shapes.checkpoint_shape import load_shape
-from billhook.model.shapes.shape import KEY
+from billhook.model.shapes.shape import KEY, shape_of
 from billhook.running.reshaped import reshaped
 from billhook.running.shard_files import described, is_sharded_checkpoint
 from billhook.running.shards import reshard
@@ -39,7 +40,7 @@ def _load(
 ) -> dict[str, Any]:
     """Loads a checkpoint as the strategy does, once model and optimizers have its shape."""
     held = _held(Path(trainer.strategy.broadcast(checkpoint_path)))
-    if held is not None:
+    if held is not None and not _has_shape(pl_module, held):
         reshard(pl_module)  # which a forward may have left gathered
         names = {own: name for name, own in pl_module.named_parameters()}
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -50,6 +51,11 @@ def _load(
         for group, own in zip(groups, trained, strict=True):  # no step has been taken
             group["params"][:] = [now[name] for name in own if name in now]
     return load(checkpoint_path, weights_only=weights_only)
+
+
+def _has_shape(pl_module: pl.LightningModule, held: Any) -> bool:  # noqa: ANN401 - what a file holds
+    """Tells whether the model has the shape that a checkpoint says already, so that nothing is to be gathered."""
+    return isinstance(held, dict) and shape_of(find_transformer(pl_module)).to_dict() == held.get("shape")
 
 
 def _held(path: Path) -> Any:  # noqa: ANN401

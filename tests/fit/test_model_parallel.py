@@ -138,14 +138,20 @@ def test_shapes_that_have_changed_resume(of_two, name, full, step):
     assert str(straight[1]) == str(resumed[1])
 
 
-@pytest.mark.filterwarnings("ignore:.*as many processes", "ignore:You're resuming from a checkpoint")
+@pytest.fixture
+def alone():
+    """A strategy that shards over one process."""
+    yield sharding(1)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*as many processes", "ignore:You're resuming", "ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(("name", "full"), CHANGED)
-def test_one_process_goes_on_where_two_have_changed_shapes(of_two, fitted, files, tmp_path, name, full, step):
+def test_one_process_goes_on_where_two_have_changed_shapes(of_two, fitted, alone, files, tmp_path, name, full, step):
     straight, (_, events) = of_two(f"{name} changed")
     one, path = CHANGED[name, full], fitted / f"{name} changed" / f"step={step}.ckpt"
-    run, state, (_, events_of_one) = one.run(tmp_path, files, path=path, options={"strategy": sharding(1)})
-    torch.distributed.destroy_process_group()
+    run, state, (_, events_of_one) = one.run(tmp_path, files, path=path, options={"strategy": alone})
     assert is_sharded(run.lightning_module)
     assert [event["what"] for event in events] == [event["what"] for event in events_of_one]
     for own, value in straight.items():

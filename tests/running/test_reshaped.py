@@ -80,6 +80,27 @@ def test_an_error_leaves_all_as_it_was(mesh):
     assert hooks(model) == there
 
 
+def test_a_gather_that_fails_leaves_all_as_it_was(mesh, monkeypatch):
+    model, optimizer = sharded(mesh)
+    step(model, optimizer)
+    before, there, seen = values(model, optimizer), hooks(model), []
+
+    def fails(tensor):
+        seen.append(tensor)
+        if len(seen) == 5:
+            raise MemoryError
+        return whole(tensor)
+
+    monkeypatch.setattr("billhook.running.reshaped.whole", fails)
+    with pytest.raises(MemoryError), reshaped(model, [optimizer], gradients=False):
+        pass
+    after = values(model, optimizer)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert hooks(model) == there
+    assert all(isinstance(part, FSDPModule) for part in (model, *model.model.layers))
+    step(model, optimizer)
+
+
 def test_what_was_told_and_set_is_kept(mesh):
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     model, optimizer = sharded(mesh, reshard_after_forward=False, mp_policy=policy)

@@ -28,8 +28,9 @@ def reshaped(module: nn.Module, optimizers: Collection[Optimizer], gradients: bo
     plain = {place for place, own in before.items() if not isinstance(own, DTensor)}
     along = {place: found for place, own in before.items() if isinstance(own, DTensor) and (found := _dimension(own))[0]}
     del before
+    gathered = _gathered(module, gradients)  # which may fail, so it comes before anything changes
     shardings = take_off(module)
-    _gather(module, optimizers, gradients)
+    _put(module, optimizers, gathered)
     try:
         yield
     finally:
@@ -59,20 +60,24 @@ def _placement(parameter: nn.Parameter, dims: Mapping[nn.Parameter, tuple[int, i
     return Shard(dim) if dim and parameter.shape[dim] % ranks == 0 else None
 
 
-def _gather(module: nn.Module, optimizers: Collection[Optimizer], gradients: bool) -> None:
-    """Puts whole parameters instead of shards into a module and into optimizers; those that are tied stay tied."""
-    owners: dict[nn.Parameter, list[Place]] = {}
-    for place, own in _places(module):
-        if isinstance(own, DTensor):
-            owners.setdefault(own, []).append(place)
-    while owners:
-        own, places = owners.popitem()
-        new = nn.Parameter(whole(own), own.requires_grad)
-        if gradients and own.grad is not None:
-            new.grad = whole(own.grad)
-        for part, name in places:
-            part._parameters[name] = new
-        _swap(optimizers, own, new)
+def _gathered(module: nn.Module, gradients: bool) -> dict[nn.Parameter, nn.Parameter]:
+    """Gathers all shards of a module, each once; with their gradients, if that is asked for."""
+    found: dict[nn.Parameter, nn.Parameter] = {}
+    for _, own in _places(module):
+        if isinstance(own, DTensor) and own not in found:
+            found[own] = nn.Parameter(whole(own), own.requires_grad)
+            if gradients and own.grad is not None:
+                found[own].grad = whole(own.grad)
+    return found
+
+
+def _put(module: nn.Module, optimizers: Collection[Optimizer], new: dict[nn.Parameter, nn.Parameter]) -> None:
+    """Puts whole parameters instead of shards into a module and into optimizers, and lets go of the shards."""
+    for (part, name), own in list(_places(module)):
+        if own in new:
+            part._parameters[name] = new[own]
+    while new:
+        _swap(optimizers, *new.popitem())
 
 
 def _follow(places: Mapping[Place, nn.Parameter], optimizers: Collection[Optimizer]) -> None:

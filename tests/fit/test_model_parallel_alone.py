@@ -78,6 +78,23 @@ def test_a_module_that_an_earlier_fit_has_sharded_is_converted(tmp_path, alone):
     assert is_sharded(lit)
 
 
+LATER = {
+    "blocks": lambda **given: bh.DepthPruning(1, at=2, **given),
+    "channels": lambda **given: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, repair=None, **given),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_masks_follow_shapes_that_change_later(tmp_path, alone, name):
+    masks, lit = bh.WeightPruning(bh.Magnitude(), 0.5, at=1, skip=["model.layers.0.*"], measure_batches=0), Own()
+    callbacks = [masks, LATER[name](calibration=4, measure_batches=0)]
+    trainer(tmp_path, callbacks, max_steps=4, strategy=alone, limit_val_batches=0).fit(lit)
+    last = lit.net.model.layers[-1]
+    zeros = [(whole(part.weight) == 0).float().mean() for part in last.modules() if isinstance(part, torch.nn.Linear)]
+    assert len(masks.masks) == len(zeros) == 7
+    assert all(0.4 < share < 0.6 for share in zeros)
+
+
 def test_a_model_that_is_made_late_is_converted_at_the_start(tmp_path, alone):
     lit = MadeLate()
     trainer(tmp_path, [bh.KVHeadConversion(2)], max_steps=2, strategy=alone).fit(lit)

@@ -75,11 +75,12 @@ class Hold:
         if not self.masks or not self._models:
             return
         of, masks = {id(weight): self.masks[name] for name, weight in self._weights.items()}, dict[str, Tensor]()
+        held = {self._linears[0][name] for name in self.masks}
         for name, linear in prunable(self._models[0], output_embeddings=True).items():
             weight = linear.get_parameter("weight")
             if id(weight) in of:  # the same, perhaps in another place
                 masks[name] = of[id(weight)]
-            elif name in self.masks:
+            elif linear in held or name in self.masks:  # FSDP makes all weights anew, and another name may be a block's now
                 masks[name] = weight.detach() != 0
         self.hold(masks)
 

@@ -34,6 +34,15 @@ UNUSUAL = {
         transformers.MusicgenDecoderConfig(vocab_size=50, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2,
         num_codebooks=4)
     ),
+    "a text to read and codebooks to write": lambda: transformers.MusicgenForConditionalGeneration(
+        transformers.MusicgenConfig(
+            text_encoder=transformers.T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).to_dict(),
+            audio_encoder=transformers.EncodecConfig(num_filters=4, hidden_size=8, codebook_size=64, upsampling_ratios=[2, 2],
+            codebook_dim=8).to_dict(),
+            decoder=transformers.MusicgenDecoderConfig(vocab_size=64, pad_token_id=60, bos_token_id=60, hidden_size=16, ffn_dim=16,
+            num_hidden_layers=1, num_attention_heads=2, num_codebooks=2).to_dict(),
+        )
+    ),
     "logits of three heads": lambda: transformers.MgpstrForSceneTextRecognition(
         transformers.MgpstrConfig(image_size=[8, 16], patch_size=4, max_token_length=3, num_character_labels=5, num_bpe_labels=6,
         num_wordpiece_labels=7, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2.0)

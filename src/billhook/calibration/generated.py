@@ -15,6 +15,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from billhook.arguments import annotated, number, whole
 from billhook.bar import Told, bar
+from billhook.model.config_fields import text_config
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
@@ -101,7 +102,7 @@ def row_length(model: PreTrainedModel, length: int | None) -> int:
     """Returns how many tokens a row has: those asked for, or as many as the model reads, at most 512."""
     whole("length", 2 if length is None else length, 2)
     config: Any = model.config
-    most = getattr(config.get_text_config(), "max_position_embeddings", None) or length or LENGTH
+    most = getattr(text_config(config), "max_position_embeddings", None) or length or LENGTH
     if length is not None and length > most:
         raise ValueError(f"length={length}: the model reads no more than {most} tokens at once")
     return length or min(LENGTH, most)
@@ -109,7 +110,7 @@ def row_length(model: PreTrainedModel, length: int | None) -> int:
 
 def _start(model: PreTrainedModel) -> list[int]:
     """Returns the token that begins a text: where there is none, the one that ends the text before."""
-    config: Any = model.config.get_text_config()
+    config: Any = text_config(model.config)
     for name in ("bos_token_id", "eos_token_id"):
         found = getattr(config, name, None)
         if found is not None:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.model.build import build_class_on_meta
-from billhook.model.config_fields import nested_configs
+from billhook.model.config_fields import nested_configs, text_config
 from billhook.model.shapes.shape import KEY, Shape, built_shape, shape_of, unbuilt_shape
 from billhook.serving.readings import FILES
 
@@ -113,7 +113,7 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
     """
     now, config = shape_of(model), model.config
     counts = _counts(now, config)
-    if counts is None or config.get_text_config() is not config:
+    if counts is None or text_config(config) is not config:
         return
     misread = type(model).__name__.startswith(COMPUTED) and not _is_shared_out(counts)
     if not (misread or unbuilt_shape(model).tensors):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.model.config_fields import text_config
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.shaped import load_as
 from billhook.model.transformers_internals import compute_alike
@@ -113,7 +114,7 @@ def make_probe(model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         ValueError: If they cannot be guessed.
     """
-    text = model.config.get_text_config()
+    text = text_config(model.config)
     positions = getattr(text, "max_position_embeddings", None)
     length = min(32, positions // 2) if isinstance(positions, int) and positions > 1 else 32
     try:  # some classifiers take one row, and music comes in a row for each codebook

@@ -60,6 +60,14 @@ def nested_configs(config: PretrainedConfig, prefix: str = "") -> Iterator[tuple
             yield from nested_configs(value, f"{prefix}{name}.")
 
 
+def text_config(config: PretrainedConfig, encoder: bool = False) -> PretrainedConfig:
+    """Returns the config of the text that a model reads or writes; of two, as MusicGen's, the decoder's or the encoder's."""
+    try:
+        return config.get_text_config()
+    except ValueError:
+        return config.get_text_config(encoder=encoder, decoder=not encoder)
+
+
 def configs_of(model: nn.Module) -> list[PretrainedConfig]:
     """Returns the configs that modules hold, and those nested in them, each once."""
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, PretrainedConfig)]

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from billhook.arguments import annotated, one_of, whole
+from billhook.model.config_fields import text_config
 from billhook.model.figures import meta_copy
 from billhook.report.generation import CacheKind, Generation, cache_name, generates
 from billhook.report.peak import Peak
@@ -197,14 +198,14 @@ def _check_model(model: PreTrainedModel, name: str, tokens: int) -> None:
         raise ValueError(f"{name} takes none of transformers' caches, so that there is no incremental decoding to be measured")
     if model.training:
         raise ValueError(f"{name} is in training mode, with dropout: call model.eval() first")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(text_config(model.config), "max_position_embeddings", None)
     if longest and tokens > longest:
         raise ValueError(f"contexts and new_tokens: {name} reads {longest} tokens at once, fewer than {tokens}")
 
 
 def _prompts(model: PreTrainedModel, batch_size: int, context: int, seed: int) -> Tensor:
     """Draws random tokens, `[batch_size, context]`, the same for all models of one vocabulary."""
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = text_config(model.config).vocab_size
     ids = torch.randint(vocabulary, (batch_size, context), generator=torch.Generator().manual_seed(seed))
     return ids.to(model.device)
 

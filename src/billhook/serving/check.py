@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import annotated, one_of, whole
 from billhook.assets import model_path
+from billhook.model.config_fields import text_config
 from billhook.model.preprocessors import load_tokenizer
 from billhook.serving.converter import Converter
 from billhook.serving.engine import LlamaCpp
@@ -185,7 +186,7 @@ def _limit(model: PreTrainedModel, file: Path) -> str:
     """Says up to how many tokens that holds, where the engine's attention looks back otherwise than the model's."""
     from billhook.serving.gguf_file import window_of  # it needs gguf, an extra
 
-    config: Any = model.config.get_text_config()
+    config: Any = text_config(model.config)
     window, types = getattr(config, "sliding_window", None), list(getattr(config, "layer_types", None) or ["sliding_attention"])
     if not window or window >= (getattr(config, "max_position_embeddings", None) or math.inf) or "sliding_attention" not in types:
         return ""

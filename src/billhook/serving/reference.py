@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from billhook.calibration.generated import check_writes, generated
+from billhook.model.config_fields import text_config
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.shapes.shaped import load_as, readable
 from billhook.running.overridden import overridden
@@ -32,7 +33,7 @@ def load_reference(folder: str) -> PreTrainedModel:
 
 def most_tokens(model: PreTrainedModel, wanted: int) -> int:
     """Returns how many tokens a row may have, of those wanted."""
-    config: Any = model.config.get_text_config()
+    config: Any = text_config(model.config)
     return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
 
 

@@ -2,12 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
 
+from billhook.model.config_fields import text_config
 from billhook.serving.divisible import GPUS, MULTIPLES, multiple_of, shares
 from billhook.serving.readings import FOLDERS, READ_IN, Engine, Reading, reading, refused_by_deci
 from billhook.tracing.show import pattern
@@ -90,7 +90,7 @@ def told(found: Sequence[Verdict]) -> list[tuple[str, str]]:
 
 def sizes_of(config: PretrainedConfig) -> Sizes:
     """Returns what engines read of a config, or of the text model's in it."""
-    text = _text(config)
+    text = text_config(config)
 
     def number(*names: str) -> int | None:
         return next((value for name in names if type(value := _field(text, name)) is int), None)
@@ -100,13 +100,6 @@ def sizes_of(config: PretrainedConfig) -> Sizes:
     kv_heads = 1 if _field(text, "multi_query") is True else number("num_key_value_heads") or heads
     ffn = tuple(value for name in FFN if type(value := _field(text, name)) is int)
     return Sizes(heads, kv_heads, number("head_dim") or computed, hidden, ffn)
-
-
-def _text(config: PretrainedConfig) -> PretrainedConfig:
-    """Returns the config of the text model, or of the one that writes where there are two."""
-    with suppress(ValueError):
-        return config.get_text_config()
-    return config.get_text_config(decoder=True)
 
 
 def _field(config: PretrainedConfig, name: str) -> object:
@@ -124,7 +117,7 @@ def _unsaid(entry: Mapping[str, Any], config: PretrainedConfig) -> str:
     alike = defaultdict[str, list[tuple[int, ...]]](list)
     for name, size in shape.get("tensors", {}).items():
         alike[pattern(name)].append(tuple(size))
-    layers = _field(_text(config), "num_hidden_layers")
+    layers = _field(text_config(config), "num_hidden_layers")
     differ = [name for name, found in alike.items() if "*" in name and (len(set(found)) > 1 or len(found) != layers)]
     return DIFFER if differ else "no field of the config says its sizes"
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from billhook.model.config_fields import text_config
 from billhook.running.resident import resident
 from billhook.streaming.stream import Stream, stream_of
 
@@ -29,7 +30,7 @@ def fits(model: PreTrainedModel, tokens: int, moments: int, memory: int) -> bool
     needed = (resident() or 0) + COPIES * extent_of(stream).largest + moments
     if needed > memory:
         raise ValueError(f"memory={memory / 2**30:.2f} GiB: at least {needed / 2**30:.2f} GiB are needed for one block at a time")
-    width: int = model.config.get_text_config().hidden_size
+    width: int = text_config(model.config).hidden_size
     return needed + 2 * tokens * width * model.dtype.itemsize <= memory  # what goes into a block, and what comes out
 
 

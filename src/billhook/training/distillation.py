@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from billhook.arguments import a_path, annotated, fraction, number
+from billhook.model.config_fields import text_config
 
 CHUNK = 2**22
 """How many logits are in work at once: 16 MB in float32."""
@@ -194,7 +195,7 @@ def _squared_error(ours: Tensor, theirs: Tensor, keep: Tensor | None) -> Tensor:
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: Distillation, classifies: bool) -> None:
     """Refuses a teacher whose logits or inputs mean something else than the student's."""
-    one, other = student.config.get_text_config(), teacher.config.get_text_config()
+    one, other = text_config(student.config), text_config(teacher.config)
     name = f"distillation: teacher={settings.teacher!r}"
     fields = ["num_labels"] * classifies + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden)
     for field in fields:

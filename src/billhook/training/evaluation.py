@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from billhook.arguments import annotated, whole
 from billhook.bar import Told
 from billhook.calibration.reading import Rows
+from billhook.model.config_fields import text_config
 from billhook.model.preprocessors import tokenizer_of
 from billhook.page import Shown
 from billhook.report.choices import Question, Row, batches, encode, log_likelihoods, read_questions
@@ -108,7 +109,7 @@ def evaluate(
         raise ValueError("text=None: give a text to measure perplexity on, questions, or both")
     if not generates(model):
         raise ValueError(f"model: a {type(model).__name__} predicts no next token; a causal language model is needed")
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length or LONGEST
+    most = getattr(text_config(model.config), "max_position_embeddings", None) or length or LONGEST
     if length is not None and length > most:
         raise ValueError(f"length={length} must be in 2..{most}: the model reads no more tokens at once")
     tokens, own = length or min(LONGEST, most), tokenizer_of(model, tokenizer)

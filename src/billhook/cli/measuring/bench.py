@@ -17,6 +17,7 @@ from billhook.checkpoints.versions import versions
 from billhook.cli.machine import check_file, device_of, machine_name, threads_of
 from billhook.cli.measuring.engine import bench_engine
 from billhook.cli.reading import files
+from billhook.model.config_fields import text_config
 from billhook.model.meta import from_name
 from billhook.model.shapes.shape import unbuilt_shape
 from billhook.plots.speed import speed
@@ -214,7 +215,7 @@ def _notes(
 
 
 def _experts(model: PreTrainedModel) -> bool:
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 

@@ -21,6 +21,7 @@ from billhook.checkpoints.versions import versions
 from billhook.cli.blockwise import over
 from billhook.cli.machine import check_file, device_of
 from billhook.cli.reading import files
+from billhook.model.config_fields import text_config
 from billhook.model.meta import model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
 from billhook.report.choices import Question, read_questions
@@ -142,7 +143,7 @@ def _length(models: Sequence[str], asked: int | None) -> int:
         kind = model_class(config, path).__name__
         if "CausalLM" not in kind and "LMHead" not in kind:
             raise ValueError(f"models: '{name}' is a {kind}, which predicts no next token; a causal language model is needed")
-        longest[name] = getattr(config.get_text_config(), "max_position_embeddings", None) or asked or LONGEST
+        longest[name] = getattr(text_config(config), "max_position_embeddings", None) or asked or LONGEST
     most = min(longest, key=longest.__getitem__)
     if asked is not None and not 2 <= asked <= longest[most]:
         raise ValueError(f"length={asked} must be in 2..{longest[most]}: '{most}' reads no more tokens at once")

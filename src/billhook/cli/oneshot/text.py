@@ -9,6 +9,7 @@ from billhook.arguments import fraction, whole
 from billhook.calibration.generated import LENGTH
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.reading import Data, check_there
+from billhook.model.config_fields import text_config
 
 ENOUGH = 0.99
 """The agreement that is asked for where no number of examples is given."""
@@ -89,7 +90,7 @@ class Text:
 
     def length_for(self, model: PreTrainedModel) -> int:
         """Returns how many tokens an example has."""
-        most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        most: int | None = getattr(text_config(model.config), "max_position_embeddings", None)
         if self.length is None:
             longest = self.longest if self.data is not None else LENGTH
             return min(longest, most or longest)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from billhook.kv_heads.bases.stacks import Projections, Stacks, instead, read, written
-from billhook.model.config_fields import configs_of
+from billhook.model.config_fields import configs_of, text_config
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.transformers_internals import ATTENTION, attention_of
 from billhook.running.overridden import overridden
@@ -111,7 +111,7 @@ def plainly(model: nn.Module) -> Iterator[None]:
 def _length(model: nn.Module) -> int:
     """Returns half of the length that the model is made for, as some lose places at the start; few, if that is unknown."""
     config: Any = model.config
-    said = [getattr(config.get_text_config(), name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    said = [getattr(text_config(config), name, None) for name in ("max_position_embeddings", "max_seq_len")]
     return min([LENGTH, *(max(number // 2, 1) for number in said if type(number) is int)]) if any(said) else FEW
 
 

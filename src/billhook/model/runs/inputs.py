@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from billhook.model.config_fields import nested_configs
+from billhook.model.config_fields import nested_configs, text_config
 
 
 def make_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, Any]:
@@ -81,10 +81,12 @@ class _Maker:
     def real(self, *shape: int) -> torch.Tensor:
         return torch.randn(self.batch, *shape, generator=self.generator)
 
-    def ids(self, length: int) -> torch.Tensor:
-        size = getattr(self.config.get_text_config(), "vocab_size", None) or self.find("vocab_size", default=100)
+    def ids(self, length: int, encoder: bool = True) -> torch.Tensor:
+        text: Any = text_config(self.config, encoder)
+        size = getattr(text, "vocab_size", None) or self.find("vocab_size", default=100)
+        rows = self.batch * (1 if encoder else getattr(text, "num_codebooks", None) or 1)  # of music, one for each codebook
         allowed = torch.tensor(sorted(set(range(size)) - self.special()) or [0])
-        return allowed[torch.randint(len(allowed), (self.batch, length), generator=self.generator)]
+        return allowed[torch.randint(len(allowed), (rows, length), generator=self.generator)]
 
     def boxes(self) -> torch.Tensor:
         size = int(self.find("max_2d_position_embeddings", default=1000))
@@ -135,7 +137,7 @@ class _Maker:
 
 _MAKERS: dict[str, Callable[[_Maker], torch.Tensor]] = {
     "input_ids": lambda maker: maker.ids(maker.length),
-    "decoder_input_ids": lambda maker: maker.ids(5),
+    "decoder_input_ids": lambda maker: maker.ids(5, encoder=False),
     "bbox": _Maker.boxes,
     "pixel_values": _Maker.image,
     "pixel_values_videos": _Maker.image,

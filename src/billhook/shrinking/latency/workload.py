@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from billhook.arguments import annotated, whole
+from billhook.model.config_fields import text_config
 from billhook.report.generation import CacheKind, generates
 from billhook.report.speed import Phase, check_speed, measure_speed
 
@@ -48,7 +49,7 @@ class Workload:
     def of(self, model: PreTrainedModel) -> "Workload":
         """Decides what is left open, for one model; refuses a model that cannot do it."""
         phase: Phase = self.phase or ("decode" if generates(model) else "prefill")
-        longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or CONTEXT + self.new_tokens
+        longest = getattr(text_config(model.config), "max_position_embeddings", None) or CONTEXT + self.new_tokens
         room = longest - (self.new_tokens if generates(model) else 0)
         own = replace(self, phase=phase, context=self.context or max(min(CONTEXT, room), 2))
         check_speed([model], *own._given)

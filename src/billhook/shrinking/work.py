@@ -243,14 +243,16 @@ class Work:
 
     def _filled(self, point: Point) -> dict[str, int]:
         """Lets places keep more, between levels too, as far as the budget goes."""
-        space = self.spaces[point[0]]
-        width = next(one for one in self.widths if one.kept == space.fixed.get(HIDDEN, 0))
-        return self._rounded(filled_up(space, point[1], self.limit, width.places, self.levels, self.losses, self.uniform))
+        space, levels = self.spaces[point[0]], point[1]
+        width, before = next(one for one in self.widths if one.kept == space.fixed.get(HIDDEN, 0)), space.kept(levels)
+        kept = filled_up(space, levels, self.limit, width.places, self.levels, self.losses, self.uniform)
+        more = sum(one.cost(kept[one.name]) - one.cost(before[one.name]) for one in width.places)
+        return self._rounded(kept, self.limit - space.left(levels) - more, width.places)
 
-    def _rounded(self, kept: Mapping[str, int]) -> dict[str, int]:
+    def _rounded(self, kept: Mapping[str, int], spare: int = 0, places: Sequence[Place] | None = None) -> dict[str, int]:
         """Rounds numbers of channels down, where layers stay alike and that is left to us."""
         left_to_us = self.uniform and self.search.amount.round_to == "auto"
-        return coarser(self.places, kept) if left_to_us else dict(kept)
+        return coarser(places or self.places, kept, spare) if left_to_us else dict(kept)
 
     def _present(self, kept: Mapping[str, int]) -> list[Place]:
         """Returns the places that do not go with their block."""

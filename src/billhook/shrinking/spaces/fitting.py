@@ -59,17 +59,27 @@ def filled_up(
     return kept | {name: number for slot, number in zip(slots, more, strict=True) for name in slot.names}
 
 
-def coarser(places: Sequence[Place], kept: Mapping[str, int]) -> dict[str, int]:
+def coarser(places: Sequence[Place], kept: Mapping[str, int], spare: int = 0) -> dict[str, int]:
     """Lets channels be a larger multiple of what rows are best a multiple of, where that takes at most 3 % of them more.
 
+    Of them counts what a budget leaves, be it between the numbers that may be kept.
+
     Args:
-        places: The places.
+        places: The places, which stay alike.
         kept: How many units some of them keep.
+        spare: How much less they leave than the budget does.
     """
     found = dict(kept)
-    for place in places:
-        now = kept.get(place.name, 0)
-        if place.kind == "channel" and 0 < now < place.count:
-            fewer = rounded(now, place.count, more=False)
-            found[place.name] = fewer if fewer in place.allowed else now
+    for group in groups(places, uniform=True):
+        present, place = [one.name for one in group if kept.get(one.name, 0)], group[0]
+        now = kept[present[0]] if present else place.count
+        if place.kind == "channel" and now < place.count:
+            fewer = rounded(_afforded(place, now, spare / len(present)), place.count, most=now, more=False)
+            found |= dict.fromkeys(present, fewer if fewer in place.allowed else now)
     return found
+
+
+def _afforded(place: Place, kept: int, spare: float) -> int:
+    """Returns how many units a place could keep, allowed or not, if it were given all that is spare."""
+    within = place.cost(kept) + spare
+    return next((more - 1 for more in range(kept + 1, place.count) if place.cost(more) > within), kept)

@@ -1,12 +1,15 @@
 """What is read: globs of files, and objects of `datasets`."""
 
 import json
+import time
 
 import datasets
+import huggingface_hub
 import pytest
 
 import billhook as bh
 from billhook.calibration.reading import check_there, load_splits, runs_on
+from kit.shards import endpoint
 
 
 @pytest.fixture
@@ -97,3 +100,20 @@ def test_what_is_there_is_not_read_and_what_is_not_is_refused(tmp_path):
     for absent, message in refused.items():
         with pytest.raises(ValueError, match=message):
             check_there(absent, "also")
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_for_a_data_set_once(tmp_path, monkeypatch):
+    def waits(seconds):
+        raise AssertionError(f"it waits for {seconds} s")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, value in endpoint("http://127.0.0.1:9").items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr(time, "sleep", waits)
+    with pytest.raises(ValueError, match=r"data='own/MySet' is no file or folder here, and the Hub cannot be asked for a"):
+        check_there("own/MySet")
+    (tmp_path / "cache" / "own___my_set").mkdir(parents=True)  # where what was read of it rests
+    with pytest.raises(ValueError, match="is no file here, and no folder or data set that can be read"):
+        check_there("own/MySet")

@@ -39,8 +39,8 @@ UNUSUAL = {
             text_encoder=transformers.T5Config(vocab_size=60, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2).to_dict(),
             audio_encoder=transformers.EncodecConfig(num_filters=4, hidden_size=8, codebook_size=64, upsampling_ratios=[2, 2],
             codebook_dim=8).to_dict(),
-            decoder=transformers.MusicgenDecoderConfig(vocab_size=64, pad_token_id=60, bos_token_id=60, hidden_size=16, ffn_dim=16,
-            num_hidden_layers=1, num_attention_heads=2, num_codebooks=2).to_dict(),
+            decoder=transformers.MusicgenDecoderConfig(vocab_size=64, pad_token_id=60, bos_token_id=60, hidden_size=16,
+            ffn_dim=16, num_hidden_layers=1, num_attention_heads=2, num_codebooks=2).to_dict(),
         )
     ),
     "logits of three heads": lambda: transformers.MgpstrForSceneTextRecognition(

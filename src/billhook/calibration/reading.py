@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import datasets
+from datasets.naming import camelcase_to_snakecase
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from billhook.assets import text_files
 
 SPLITS = ("train", "validation", "test")
 FORMATS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+TIMEOUT = 10.0
+"""Seconds that the Hub may take to say whether it has a data set."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 
 Data: TypeAlias = str | dict[str, str | list[str]]
@@ -59,11 +64,30 @@ def check_there(data: Data, name: str = "data") -> None:
     if isinstance(files := _files_or_name(data, name), dict):
         _one_kind(files)
         return
+    if not Path(files[0]).is_dir():
+        _ask_hub(files[0], name)
     try:
         datasets.load_dataset_builder(*files)
     except Exception as error:  # `datasets` raises all kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{name}={data!r} is no file here, and no folder or data set that can be read: {first}") from error
+
+
+def _ask_hub(data: str, argument: str) -> None:
+    """Refuses a data set that was never read if the Hub cannot be asked; it is asked once, where `datasets` asks six times."""
+    owner, slash, name = data.rpartition("/")
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}{slash and '___'}{camelcase_to_snakecase(name)}"
+    if constants.HF_HUB_OFFLINE or data.count("/") > 1 or folder.is_dir():
+        return
+    try:
+        HfApi().dataset_info(data, timeout=TIMEOUT)
+    except (HfHubHTTPError, HFValidationError):  # the Hub has answered, or is not to be asked; `datasets` says what
+        return
+    except Exception as error:  # the client and what it is made of raise all kinds
+        raise ValueError(
+            f"{argument}={data!r} is no file or folder here, and the Hub cannot be asked for a data set of that name "
+            f"({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+        ) from error
 
 
 def _files_or_name(data: Data, argument: str = "data") -> dict[str, list[str]] | tuple[str, str | None]:

@@ -86,7 +86,7 @@ def test_a_text_shorter_than_its_share_gives_all_and_one_without_a_row_is_refuse
     refusal = rf"'other' has no row of 64 tokens but those to calibrate on: of {len(ids)}, 10000 are asked for; ask for fewer"
     with pytest.raises(ValueError, match=refusal):
         bh.Calibration(file, tokens=640_000, length=64).held_out(model, 4)
-    with pytest.raises(ValueError, match="sources: 'other' has no row of 512 tokens$"):
+    with pytest.raises(ValueError, match="sources: 'other' has no row of 512 tokens: give a longer text, or a smaller length$"):
         bh.Calibration(short(file), length=512).read(model)
 
 

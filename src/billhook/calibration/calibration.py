@@ -143,7 +143,8 @@ class Calibration:
         drawn = order[:count] if held_out is None else order[count : count + held_out]
         if not drawn:
             left = f" but those to calibrate on: of {len(order)}, {count} are asked for; ask for fewer, or give a longer text"
-            raise ValueError(f"sources: '{name}' has no row of {length} tokens{left if order else ''}")
+            none = ": give a longer text, or a smaller length"
+            raise ValueError(f"sources: '{name}' has no row of {length} tokens{left if order else none}")
         return torch.tensor(blocks[drawn]["input_ids"])
 
     def _blocks(self, rows: Any, split: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401 - of `datasets`

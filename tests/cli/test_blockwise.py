@@ -2,6 +2,7 @@
 
 import io
 import re
+from dataclasses import dataclass
 from math import prod
 
 import pytest
@@ -115,6 +116,7 @@ def test_the_plan_of_a_conversion_says_what_is_read(files, tmp_path, capsys, rea
 REMOVALS = {
     "prune-heads --ratio 0.5 --importance OutputNorm": 5,  # scored in two, masked, cut and compared
     "prune-structure --channels 0.25 --importance OBS --repair Repair": 6,  # scored in one, and refitted in two
+    "prune-structure --residual 0.25 --importance WeightNorm --repair null": 4,  # scored in one, cut, and compared twice
     "prune-blocks --blocks 1 --first 1 --importance Ablation": 6 * 5 + 12,  # six batches with all blocks, and without each
 }
 
@@ -129,6 +131,22 @@ def test_the_plan_of_a_removal_says_what_is_read(files, tmp_path, capsys, read, 
     often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
     before = 2 if command == "prune-blocks" else 1
     assert often == before + passes, "once to count zeros, and to find blocks, before it is said"
+
+
+@dataclass(frozen=True)
+class Own(bh.OutputNorm):
+    """An importance of a user's own, of which nobody knows how often it reads the model."""
+
+
+@pytest.mark.parametrize(("command", "asked", "passes"), [("prune-structure", "--channels", 8), ("prune-heads", "--ratio", 8)])
+def test_the_plan_says_that_an_own_importance_reads_as_often_as_it_needs(files, tmp_path, capsys, read, command, asked, passes):
+    dense = small_llama(tmp_path / "dense", num_hidden_layers=4)
+    own = [asked, "0.5", "--importance", f"{__name__}.Own", *(["--repair", "null"] if command == "prune-structure" else [])]
+    main([command, str(dense), str(tmp_path / "out"), *SHORT, "--batch_size", "1", *option(files), *own, "--stream"])
+    said = re.search(r"read 4 blocks from files in (\d+) passes, [\d.]+ MB, (.*), and write", capsys.readouterr().out)
+    assert (int(said[1]), said[2]) == (passes, "and as often as Own() needs")
+    often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
+    assert often == 1 + passes + 2, "once to count zeros, and twice by the importance"
 
 
 def test_the_plan_says_how_often_is_read_at_most_where_few_examples_may_be_enough(files, tmp_path, capsys, read):

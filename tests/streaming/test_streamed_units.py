@@ -92,10 +92,3 @@ def test_new_values_are_taken(tmp_path):
         bh.apply(model, bh.plan_units(model, {0: [3]}, "channel"), weights=weights)
     bh.save(streamed, tmp_path / "out")
     assert same(tmp_path / "out", dense)
-
-
-def test_residual_channels_are_refused():
-    model = bh.stream("tiny")
-    for call in (lambda: bh.plan_units(model, [0], "residual"), lambda: bh.plan(model, bh.WeightNorm(), residual=0.25)):
-        with pytest.raises(ValueError, match="residual: these channels run through all blocks, and the model is streamed"):
-            call()

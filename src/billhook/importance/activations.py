@@ -43,26 +43,26 @@ class ActivationNorm(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
-        sums = Sums.zero(units, per)
+        sums = ByReader()
         watch(model, units, runs, partial(self._note, sums, units, per, {}))
-        return sums
+        return sums.over(units, per)
 
     @staticmethod
     def _note(
-        sums: Sums,
+        sums: "ByReader",
         units: Mapping[str, Units],
         per: Per,
         last: dict[tuple[int, str], ReferenceType[Tensor]],
         run: int,
         name: str,
-        _: str,
+        reader: str,
         inputs: Tensor,
         tokens: Tensor | None,
     ) -> None:
         if (run, name) not in last or last[run, name]() is not inputs:
             last[run, name] = ref(inputs)
             norms = counting(by_unit(inputs.float().square(), units[name], per).sqrt(), tokens)
-            sums.add(name, norms.flatten(0, -2).sum(0), counted(norms, tokens))
+            sums.add(name, reader, norms.flatten(0, -2).sum(0), counted(norms, tokens))
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,18 @@ class OutputNorm(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
-        sums, tables, grams = Sums.zero(units, per), dict[str, Tensor](), dict[tuple[str, str], Tensor]()
+        sums, tables, grams = ByReader(), dict[str, Tensor](), dict[tuple[str, str], Tensor]()
         for name, one in units.items():
             tables[name], there = table_of(one, per)
             for reader, module in reading(model, one).items():
                 bring(model, module)
                 grams[name, reader] = gram_of(module, tables[name], there, len(one.index))
         watch(model, units, runs, partial(self._note, sums, tables, grams))
-        return sums
+        return sums.over(units, per)
 
     @staticmethod
     def _note(
-        sums: Sums,
+        sums: "ByReader",
         tables: Mapping[str, Tensor],
         grams: Mapping[tuple[str, str], Tensor],
         _: int,
@@ -118,11 +118,35 @@ class OutputNorm(Importance):
         else:
             given = rows[:, table].transpose(0, 1)
             moments = _square(given.mT)
-        sums.add(name, (moments * grams[name, reader]).sum((1, 2)), counted(inputs, tokens))
+        sums.add(name, reader, (moments * grams[name, reader]).sum((1, 2)), counted(inputs, tokens))
 
     def of_mean(self, mean: Tensor) -> Tensor:
         """Returns the scores of a place; see `Importance.of_mean`."""
         return mean.clamp(min=0).sqrt()
+
+
+class ByReader:
+    """Sums over runs for each reader alone, which are added up in the order of readers.
+
+    So the numbers are the same whether all runs go through a block before the next one, or each through the whole model.
+    """
+
+    def __init__(self) -> None:
+        self._sums = dict[tuple[str, str], tuple[Tensor, int]]()
+
+    def add(self, name: str, reader: str, total: Tensor, count: int) -> None:
+        """Adds the sums of one call of a reader of a place."""
+        before, counted = self._sums.get((name, reader), (0.0, 0))
+        self._sums[name, reader] = before + total.detach().double().cpu(), counted + count
+
+    def over(self, units: Mapping[str, Units], per: Per) -> Sums:
+        """Returns the sums over all readers of each place."""
+        sums = Sums.zero(units, per)
+        for name, one in units.items():
+            for reader in dict.fromkeys(one.readers):
+                if (name, reader) in self._sums:
+                    sums.add(name, *self._sums[name, reader])
+        return sums
 
 
 def watch(

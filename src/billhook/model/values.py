@@ -11,7 +11,7 @@ def check_values(model: nn.Module) -> None:
     """Refuses a model with tensors that have no values yet, or that nothing may change."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
-            raise ValueError(f"model: {name} has no weights yet (it is on the meta device): load them first")
+            raise ValueError(f"model: {name} has no weights yet (it is on the meta device): load all of them first")
     check_changeable(model)
 
 

@@ -16,7 +16,7 @@ from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.default import default_importance
 from billhook.importance.enough import score_enough
-from billhook.importance.score import Scoring, score
+from billhook.importance.score import Scoring, check_streams, score
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.pruning.amount import Amount
@@ -30,6 +30,7 @@ from billhook.pruning.streamed import check_kinds
 from billhook.pruning.target import Search
 from billhook.running.batches import Loss
 from billhook.running.walk import Reduce
+from billhook.streaming.stream import stream_of
 from billhook.tracing.trace import trace
 from billhook.units.find import Chosen, check_any, find_units, kinds_of, numbered, units_of
 from billhook.units.gates import mask
@@ -125,6 +126,8 @@ def plan_amount(
     chosen.
     """
     subject = find_transformer(model)
+    if importance is not None and scores is None and stream_of(subject) is not None:
+        check_streams(importance)
     if greedy:
         check_all(enough)
     if amount.blocks is not None:

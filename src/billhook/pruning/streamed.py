@@ -17,9 +17,15 @@ from billhook.units.zero import reading
 
 
 def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
-    """Refuses units that stand in all blocks at once, of a model that is streamed."""
-    if "residual" in kinds and stream_of(model) is not None:
-        raise ValueError("residual: these channels run through all blocks, and the model is streamed: remove them in memory")
+    """Refuses residual channels together with heads or channels, of a model that is streamed.
+
+    These are compared with their mask in the model without the residual channels, of which there would be two on files.
+    """
+    if "residual" in kinds and {"head", "channel"} & set(kinds) and stream_of(model) is not None:
+        raise ValueError(
+            "residual: the model is streamed, and loses these channels, or heads and channels within blocks, not both at once: "
+            "remove one kind after the other, or all in memory"
+        )
 
 
 @contextmanager

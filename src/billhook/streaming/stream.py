@@ -104,12 +104,22 @@ class Stream:
         """Has the block of a module in memory, and no other, and returns it; what is outside of blocks is always there."""
         block = self.owner.get(module)
         if block is not None and block is not self.here:
+            self._check_known(block)
             self.leave()
             self._load(self.keys[self.names[block]])
             self.here = block
             for alter in self._alterations.get(self.names[block], ()):
                 alter(block)
         return block
+
+    def _check_known(self, block: nn.Module) -> None:
+        """Refuses a block with modules that have come since the model was loaded, such as adapters; nothing is read for it."""
+        for name, part in block.named_modules(prefix=self.names[block]):
+            if part not in self.owner and part._parameters:
+                raise ValueError(
+                    f"model: {name} was added to it, and the model is streamed, so that its files alone say what a block holds: "
+                    "load it with bh.load for adapters and the like"
+                )
 
     @contextmanager
     def altered(self, alter: Callable[[nn.Module], None]) -> Iterator[None]:

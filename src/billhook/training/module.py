@@ -110,7 +110,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         one_of("task", task, AUTO_CLASSES)
         number("lr", lr, above=0)
         check_step(warmup, "warmup")
-        check_trainable(trainable)
+        check_trainable(trainable, model)
         if lora is not None and trainable != "all":
             raise ValueError(f"trainable={trainable!r} and lora: with LoRA the adapters train and nothing else; leave one out")
         self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.model.find import find_transformer
+from billhook.streaming.stream import stream_of
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import innermost
@@ -18,8 +19,10 @@ Trainable = Literal["all", "attention"] | list[str]
 """All parameters, those of attention, or those whose names match one of some glob patterns."""
 
 
-def check_trainable(trainable: Trainable) -> None:
-    """Refuses a value that is legal for no model."""
+def check_trainable(trainable: Trainable, model: object) -> None:
+    """Refuses a value that is legal for no model, and a model that is streamed, of which nothing trains."""
+    if isinstance(model, nn.Module) and stream_of(model) is not None:
+        raise ValueError("model: it is streamed, and training needs all weights in memory: load it with bh.load")
     patterns = isinstance(trainable, Sequence) and not isinstance(trainable, str) and all(isinstance(p, str) for p in trainable)
     if trainable not in ("all", "attention") and not (patterns and trainable):
         raise ValueError(f"trainable={trainable!r} must be 'all', 'attention' or patterns of names, as in ['*.k_proj.*']")

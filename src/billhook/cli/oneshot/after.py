@@ -1,12 +1,14 @@
-"""Says what a smaller model has lost, and which commands may follow."""
+"""Says how large a model is, what a smaller one has lost, and which commands may follow."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from billhook.model.figures import kv_cache_bytes
 from billhook.report.damage import Dense, TextDamage, table
 from billhook.report.generation import generates
+from billhook.streaming.zeros import zeros_of
 
 FEW = 0.01
 """Share of zeros that come by rounding, where none are meant: a mean of float16 weights may be 0."""
@@ -14,6 +16,11 @@ Before = Dense | float | None
 """What is measured before a model is changed: predictions on texts, or an accuracy."""
 Cost = list[TextDamage] | float | None
 """What is measured afterwards: the damage on texts, or an accuracy."""
+
+
+def sizes_of(model: PreTrainedModel) -> dict[str, int | None]:
+    """Counts parameters, those that are zero, and bytes of the key/value cache per token."""
+    return {"params": model.num_parameters(), "zeros": zeros_of(model), "kv_cache_bytes": kv_cache_bytes(model)}
 
 
 def shown(before: Before, cost: Cost) -> str | None:

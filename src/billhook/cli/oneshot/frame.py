@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
 
 from billhook.assets import model_path
 from billhook.bar import bar as bar
@@ -21,11 +20,10 @@ from billhook.checkpoints.place import check_target, replaced
 from billhook.checkpoints.save import load, save
 from billhook.cli.blockwise import over
 from billhook.cli.machine import device_of
-from billhook.cli.oneshot.after import Before, Cost, commands, shown
+from billhook.cli.oneshot.after import Before, Cost, commands, shown, sizes_of
 from billhook.cli.oneshot.streamed import check_streamed, reads, shelf
 from billhook.cli.oneshot.text import Examples, Scored, Text
 from billhook.cli.reading import files
-from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import prunable
 from billhook.model.preprocessors import load_tokenizer
 from billhook.report.damage import Dense, warning_of
@@ -36,7 +34,6 @@ from billhook.running.offload import offloaded
 from billhook.running.walk import find_sites
 from billhook.streaming.load import stream
 from billhook.streaming.stream import stream_of
-from billhook.streaming.zeros import zeros_of
 from billhook.training.data import ClassificationDataModule
 from billhook.training.dataset_module import DatasetModule
 
@@ -74,7 +71,6 @@ class OneShot:
         self.device = torch.device("cpu") if given.stream else device_of(given.device)
         with files(f"opening {name}" if given.stream else f"loading {name}"):
             self.model = stream(name, out, given.dtype) if given.stream else load(name, given.dtype)
-        self.sizes = _sizes(self.model)
         self._visiting: list[nn.Module] = []
         if offload:
             self._visiting = [site.module for site in find_sites(self.model, prunable(self.model), "block")]
@@ -88,6 +84,11 @@ class OneShot:
         self.beside = self._beside(refits)
         if self.metric == "perplexity":
             check_also(self.calibration, given.also)
+
+    @cached_property
+    def sizes(self) -> dict[str, int | None]:
+        """The parameters of the model as it was, those that are zero, and bytes of the key/value cache per token."""
+        return sizes_of(self.model)
 
     def _beside(self, refits: bool) -> float:
         """Returns the share of the examples that the model writes beside texts; refuses one that it cannot write."""
@@ -143,14 +144,14 @@ class OneShot:
         """The parts of the examples of which one at a time is held out of a refit: sources, or two of one source."""
         return max(2, len(self.calibration.named)) if self.metric == "perplexity" else 2
 
-    def tell(self, *steps: str, passes: int | None = 1, exactly: bool = True) -> None:
-        """Prints what will be done, before it is; of a streamed model also what so many passes, or at most so many, read."""
+    def tell(self, *steps: str, passes: int = 1, exactly: bool = True, beside: Sequence[object] = ()) -> None:
+        """Prints what will be done, before it is; of a streamed model also what so many passes read, at most, beside others'."""
         each = " of each text" if self.given.data or self.given.also else " that it writes; --data FILE names a text"
         many = f"{self.given.evaluate} examples{'' if self.metric == 'accuracy' else each}"
         measure = [f"measure the {self.metric} before and after, on {many}"] if self._measures else []
-        print(f"{self.name}, {self.sizes['params']:,} parameters:")
+        print(f"{self.name}, {self.model.num_parameters():,} parameters:")
         own, more = stream_of(self.model), 2 * self._measures
-        streams = [] if own is None or passes is None else [reads(own, passes + more, exactly)]
+        streams = [] if own is None else [reads(own, passes + more, exactly, beside)]
         for step in (*steps, *measure, *streams, f"save to {self.out}{replaced(self.out)}"):
             print(f"  {step}")
         print(flush=True)
@@ -206,7 +207,7 @@ class OneShot:
 
     def measure(self) -> Before:
         """Measures the model before it is changed: accuracy, or what it predicts on texts; None for one that does neither."""
-        most = self.given.evaluate
+        most, _ = self.given.evaluate, self.sizes
         if not self._measures:
             return None
         with offloaded(self._visiting, self.device):
@@ -235,7 +236,7 @@ class OneShot:
 
         The record says how far choices of units are `settled`.
         """
-        event: dict[str, Any] = {"what": what, "before": self.sizes, "after": _sizes(self.model)}
+        event: dict[str, Any] = {"what": what, "before": self.sizes, "after": sizes_of(self.model)}
         if told := [one.to_json() for one in settled if one is not None]:
             event["settled"] = told
         record = {"events": [event], **record}
@@ -295,8 +296,3 @@ class OneShot:
         collate, size = self._labelled.collate(), self.given.batch_size
         for start in range(0, len(numbers), size):
             yield Batch(collate([rows[number] for number in numbers[start : start + size]]))
-
-
-def _sizes(model: PreTrainedModel) -> dict[str, int | None]:
-    """Counts parameters, those that are zero, and bytes of the key/value cache per token."""
-    return {"params": model.num_parameters(), "zeros": zeros_of(model), "kv_cache_bytes": kv_cache_bytes(model)}

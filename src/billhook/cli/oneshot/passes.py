@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from billhook.calibration.enough import FIRST
 from billhook.importance.ablation import Ablation
@@ -28,10 +29,25 @@ def batch_count(rows: Sequence[int], size: int) -> int:
     return sum(-(-count // size) for count in rows)
 
 
-def in_all(passes: Sequence[int | None]) -> int | None:
-    """Returns the sum; None if one of them is not known."""
-    known = [one for one in passes if one is not None]
-    return sum(known) if len(known) == len(passes) else None
+@dataclass
+class Passes:
+    """How often the blocks of a streamed model are read until units are removed.
+
+    Attributes:
+        known: As often as is known before.
+        beside: The importances of which that is not known: a user's own.
+    """
+
+    known: int = 0
+    beside: list[Importance] = field(default_factory=list)
+
+    def to_score(self, times: int, importance: Importance, units: int, count: int, agreement: float | None) -> None:
+        """Adds the passes in which an importance scores units so many times; see `to_score`."""
+        once = to_score(importance, units, count, agreement)
+        if once is not None:
+            self.known += times * once
+        elif importance not in self.beside:
+            self.beside.append(importance)
 
 
 def to_score(importance: Importance, units: int, count: int, agreement: float | None) -> int | None:

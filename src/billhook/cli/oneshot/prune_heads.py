@@ -6,7 +6,7 @@ import torch
 
 from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot, bar
-from billhook.cli.oneshot.passes import REMOVED, batch_count, in_all, to_score
+from billhook.cli.oneshot.passes import REMOVED, Passes, batch_count
 from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored, rest
 from billhook.cli.oneshot.text import NONE, Scored
 from billhook.importance.base import Importance
@@ -74,9 +74,11 @@ def prune_heads(
     every, gone = sum(one.count(per) for one in heads.values()), sum(map(len, removed.values()))
     what = "heads" if per == "head" else "KV heads, with their query heads"
     shown = f"at most {work.shown}" if work.calibrates else NONE
-    once = to_score(importance, every, batch_count(work.rows, given.batch_size), given.agreement) if given.stream else None
+    passes = Passes(REMOVED)
+    if given.stream:
+        passes.to_score(rounds, importance, every, batch_count(work.rows, given.batch_size), given.agreement)
     words = f"remove {gone:,} of {every:,} {what}, by {importance}", f"shown {shown}"
-    work.tell(*words, passes=in_all([*rounds * [once], REMOVED]), exactly=given.agreement is None)
+    work.tell(*words, passes=passes.known, exactly=given.agreement is None, beside=passes.beside)
     if dry_run and work.calibrates and work.unread:
         work.tell_dry()
         return

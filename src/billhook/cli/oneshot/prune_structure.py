@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot, bar
-from billhook.cli.oneshot.passes import REFITTED, REMOVED, WITHOUT_BLOCKS, batch_count, in_all, to_score
+from billhook.cli.oneshot.passes import REFITTED, REMOVED, WITHOUT_BLOCKS, Passes, batch_count
 from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored, rest
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
@@ -20,6 +20,7 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import count_blocks, plan_amount
 from billhook.pruning.progress import First
 from billhook.pruning.repair import Repairing, repair_as_asked
+from billhook.pruning.streamed import check_kinds
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Batch
@@ -91,23 +92,24 @@ def prune_structure(
     whole("rounds", rounds)
     check_scored(given, block_importance, importance)
     work = OneShot(model, out, given, refits=repair is not None, streams=True)
-    passes, count = list[int | None](), batch_count(work.rows, given.batch_size) if given.stream else 0
-    if amount.blocks_alone is not None:
-        stacks, gone = count_blocks(work.model, amount.blocks_alone)
-        block_importance = block_importance or BlockInfluence()
-        every, times = sum(one.count() for one in stacks.values()), sum(gone.values()) if amount.greedy else 1
-        passes += times * [to_score(block_importance, every, count, None if amount.greedy else given.agreement)]
-        passes.append(WITHOUT_BLOCKS)
+    passes, count = Passes(), batch_count(work.rows, given.batch_size) if given.stream else 0
     if amount.within is not None:
+        check_kinds(work.model, amount.within.kinds)
         search = Search(work.model, amount.within)
         search.check()
         importance = importance or default_importance(search.free())
         check_scored(given, importance)
         every = sum(one.count(amount.per) for one in search.free().values())
-        once = to_score(importance, every, count, given.agreement)
-        passes += rounds * [once, REMOVED, REFITTED * (repair is not None)]
+        passes.to_score(rounds, importance, every, count, given.agreement)
+        passes.known += rounds * (REMOVED + REFITTED * (repair is not None))
+    if amount.blocks_alone is not None:
+        stacks, gone = count_blocks(work.model, amount.blocks_alone)
+        block_importance = block_importance or BlockInfluence()
+        every, times = sum(one.count() for one in stacks.values()), sum(gone.values()) if amount.greedy else 1
+        passes.to_score(times, block_importance, every, count, None if amount.greedy else given.agreement)
+        passes.known += WITHOUT_BLOCKS
     steps = _steps(amount, block_importance, importance, rounds, repair, work.shown)
-    work.tell(*steps, passes=in_all(passes), exactly=given.agreement is None and repair != "auto")
+    work.tell(*steps, passes=passes.known, exactly=given.agreement is None and repair != "auto", beside=passes.beside)
     needs = any(one.needs_data for one in (block_importance, importance) if one is not None)
     if dry_run and needs and work.unread:
         work.tell_dry()

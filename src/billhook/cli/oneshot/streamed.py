@@ -1,5 +1,6 @@
 """Refuses what one-shot commands cannot do with a streamed model, and finds room for what its blocks hand on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -89,9 +90,13 @@ def rest(model: PreTrainedModel, folder: str | None) -> None:
         stream.rests = folder
 
 
-def reads(stream: Stream, passes: int, exactly: bool = True) -> str:
-    """Says how many bytes are read and written, if so many passes, or as many at most, change and measure the blocks."""
+def reads(stream: Stream, passes: int, exactly: bool = True, beside: Sequence[object] = ()) -> str:
+    """Says how many bytes are read and written, if so many passes, or as many at most, change and measure the blocks.
+
+    What is named in `beside` reads them besides, nobody knows how often.
+    """
     extent, passes = extent_of(stream), passes + AFTERWARDS
     read, written = (f"{size / 1e6:,.1f} MB" for size in (passes * extent.bytes, extent.bytes + extent.stays))
     most = "" if exactly else "at most "
-    return f"read {extent.blocks} blocks from files in {most}{passes} passes, {read}, and write {written}"
+    own = f", and as often as {' and '.join(map(str, beside))} needs" if beside else ""
+    return f"read {extent.blocks} blocks from files in {most}{passes} passes, {read}{own}, and write {written}"

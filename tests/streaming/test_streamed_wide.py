@@ -1,0 +1,90 @@
+"""Experts, channels of experts and residual channels of a streamed model: scored, chosen and removed as in memory."""
+
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.importance.baselines import RandomUnits
+from kit import stopped
+from kit.streams import same, written
+
+MIXTURES = [transformers.MixtralForCausalLM, transformers.Qwen2MoeForCausalLM, transformers.Qwen3MoeForCausalLM]
+STREAMS = {
+    transformers.LlamaForCausalLM: [bh.WeightNorm(), bh.ActivationNorm(), bh.OutputNorm(), bh.OBS()],
+    transformers.GPT2LMHeadModel: [bh.ActivationNorm()],  # tied, with positions of its own
+    transformers.GemmaForCausalLM: [bh.ActivationNorm()],  # tied, and embeddings that make up for a number of the config
+    transformers.MixtralForCausalLM: [RandomUnits()],
+    transformers.T5ForConditionalGeneration: [bh.WeightNorm()],
+    transformers.BertForMaskedLM: [bh.ActivationNorm()],
+}
+
+
+def given(model):
+    batches = [{"input_ids": batch["input_ids"][:, :24] % 99} for batch in stopped.batches()]
+    batches[1]["attention_mask"] = torch.ones(1, 24, dtype=torch.long)
+    batches[1]["attention_mask"][:, 20:] = 0
+    both = model.config.is_encoder_decoder
+    return [batch | {"decoder_input_ids": batch["input_ids"][:, :9]} for batch in batches] if both else batches
+
+
+def check_the_same(folder, tmp_path, importance, **amounts):
+    dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
+    plans = [bh.plan(model, importance, given(dense), **amounts) for model in (dense, streamed)]
+    assert plans[0].to_json() == plans[1].to_json()
+    assert plans[0].units
+    for model, plan in zip((dense, streamed), plans, strict=True):
+        bh.apply(model, plan)
+    assert bh.save(streamed, tmp_path / "out").way == bh.save(dense, tmp_path / "in memory").way
+    assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
+
+
+@pytest.mark.parametrize("kind", MIXTURES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "amounts", [{"experts": 0.5}, {"channels": 0.25}, {"experts": 0.5, "channels": 0.25}], ids=lambda one: " and ".join(one)
+)
+def test_the_same_bytes_without_experts_and_their_channels(tmp_path, kind, amounts):
+    check_the_same(written(kind, tmp_path / "dense"), tmp_path, bh.WeightNorm(), **amounts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "importance"),
+    [(kind, one) for kind, some in STREAMS.items() for one in some],
+    ids=lambda one: getattr(one, "__name__", str(one)),
+)
+def test_the_same_bytes_without_residual_channels(tmp_path, kind, importance):
+    check_the_same(written(kind, tmp_path / "dense"), tmp_path, importance, residual=0.25)
+
+
+@pytest.mark.parametrize("importance", [bh.ActivationNorm(), bh.OutputNorm(), bh.OBS()], ids=str)
+def test_residual_channels_have_the_same_scores(importance):
+    models = bh.load("tiny"), bh.stream("tiny")
+    batches = stopped.batches()
+    scores = [bh.score(model, bh.find_units(model, "residual"), importance, batches) for model in models]
+    assert all(torch.equal(one, scores[1][name]) for name, one in scores[0].items())
+
+
+def test_residual_channels_after_others(tmp_path):
+    def changed(model):
+        for amounts in ({"channels": 0.25}, {"residual": 0.25}, {"kv_heads": 0.5}):
+            bh.apply(model, bh.plan(model, bh.WeightNorm(), **amounts))
+        return model
+
+    bh.save(changed(bh.stream("tiny", tmp_path / "out")), tmp_path / "out")
+    assert same(tmp_path / "out", changed(bh.load("tiny")))
+
+
+def test_stopped_and_called_again(tmp_path, monkeypatch):
+    def work(model):
+        bh.prune_units(model, [0, 5, 7], kind="residual")
+        bh.save(model, tmp_path / "out")
+
+    done, go_on = stopped.stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        work(bh.stream("tiny", tmp_path / "out"))
+    go_on()
+    work(bh.stream("tiny", tmp_path / "out"))
+    assert done == [f"model.layers.{number}" for number in range(4)]
+    dense = bh.load("tiny")
+    bh.prune_units(dense, [0, 5, 7], kind="residual")
+    assert same(tmp_path / "out", dense)

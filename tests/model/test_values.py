@@ -46,5 +46,5 @@ def test_a_model_that_is_changed_in_inference_mode_can_be_trained_later(change):
 
 def test_a_model_without_values_has_no_scores():
     model = llama().to("meta")
-    with pytest.raises(ValueError, match=r"model: model.embed_tokens.weight has no weights yet .it is on the meta device.: load all"):
+    with pytest.raises(ValueError, match=r"model: model.embed_tokens.weight has no weights yet .it is on the meta device.: load"):
         bh.score(model, bh.find_units(model, "head"), bh.WeightNorm())

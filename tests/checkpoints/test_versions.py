@@ -11,7 +11,8 @@ from billhook.checkpoints.versions import versions
 def test_those_of_packages_that_are_asked_for_and_of_python():
     found = versions("lightning")
     assert list(found) == ["billhook", "torch", "transformers", "lightning", "python"]
-    assert (found["torch"], found["python"]) == (torch.__version__, platform.python_version())
+    assert found["torch"].partition("+")[0] == torch.__version__.partition("+")[0]  # what it was built for may be left out
+    assert found["python"] == platform.python_version()
 
 
 def test_of_what_is_not_installed_nothing_is_said(monkeypatch):

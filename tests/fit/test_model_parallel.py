@@ -9,7 +9,7 @@ import billhook as bh
 from billhook.adapters.masked import on_linears, product_of
 from billhook.checkpoints.export import export
 from billhook.model.linears import prunable
-from billhook.running.shards import is_sharded
+from billhook.running.sharded.shards import is_sharded
 from kit.families import llama, tokens
 from kit.fits import same
 from kit.ranks import run_script

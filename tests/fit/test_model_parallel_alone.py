@@ -8,7 +8,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import billhook as bh
-from billhook.running.shards import is_sharded, whole
+from billhook.running.sharded.shards import is_sharded, whole
 from kit.families import llama
 from kit.fits import data, module, trainer
 from kit.sharding import Own, sharding

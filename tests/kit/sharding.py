@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import billhook as bh
 from billhook.fit.measure import measure
-from billhook.running.shards import is_sharded, whole
+from billhook.running.sharded.shards import is_sharded, whole
 from kit.families import llama
 from kit.fits import data, module, trainer
 

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from billhook.arguments import annotated
 from billhook.model.linears import prunable, weight_of
-from billhook.running.shards import reshard, whole
+from billhook.running.sharded.shards import reshard, whole
 
 WRAPPED = "base_model.model."
 """Prefix of PEFT's for the names of the model that it wraps."""

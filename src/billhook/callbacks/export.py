@@ -34,7 +34,7 @@ from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
 from billhook.model.shapes.checkpoint_shape import save_shape
 from billhook.running.batches import examples_of
-from billhook.running.shards import as_one
+from billhook.running.sharded.shards import as_one
 from billhook.serving.converter import find_converter
 from billhook.serving.exported import check_gguf, export_gguf
 from billhook.serving.missing import Missing

@@ -23,7 +23,7 @@ from billhook.kv_heads.scope import kv_heads_by_layer, kv_heads_of, next_layers
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply
 from billhook.repairs.repair import Repair
-from billhook.running.shards import sizes_only
+from billhook.running.sharded.shards import sizes_only
 from billhook.schedules import Schedule
 
 

@@ -26,7 +26,7 @@ from billhook.pruning.progress import First, first_from
 from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
-from billhook.running.shards import as_one
+from billhook.running.sharded.shards import as_one
 from billhook.schedules import Schedule
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of

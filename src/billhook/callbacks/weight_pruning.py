@@ -23,7 +23,7 @@ from billhook.fit.ranks import check_agreed, sum_over, together
 from billhook.fit.strategies import check_masks
 from billhook.fit.training_step import runs_as_in_training
 from billhook.model.find import find_transformer
-from billhook.running.shards import gathered, unsharded, whole
+from billhook.running.sharded.shards import gathered, unsharded, whole
 from billhook.running.walk import Sequential
 from billhook.schedules import Schedule
 from billhook.sparsity.allocation import Allocation

@@ -27,7 +27,7 @@ from billhook.model.preprocessors import load_tokenizer
 from billhook.model.shapes.shape import KEY, Shape, shape_of
 from billhook.model.shapes.shaped import build_shaped
 from billhook.model.transformers_internals import build_class, compute_experts_in_turn
-from billhook.running.shard_files import is_sharded_checkpoint, read_sharded
+from billhook.running.sharded.files import is_sharded_checkpoint, read_sharded
 from billhook.units.units import Per
 from billhook.units.zero import zero_units
 

@@ -24,7 +24,7 @@ from billhook.fit.training_step import training_loss
 from billhook.model.find import find_transformer
 from billhook.running.batches import Batch
 from billhook.running.overridden import overridden
-from billhook.running.shards import is_sharded
+from billhook.running.sharded.shards import is_sharded
 from billhook.running.trees import tree_flatten, tree_leaves, tree_unflatten
 
 Pair = tuple[Any, Callable[[nn.Module, Any], Tensor]]

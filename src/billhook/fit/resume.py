@@ -17,7 +17,7 @@ from billhook.checkpoints.export import MASKED
 from billhook.fit.run import callbacks_of
 from billhook.model.find import find_transformer
 from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
-from billhook.running.shard_files import is_sharded_checkpoint, read_sharded
+from billhook.running.sharded.files import is_sharded_checkpoint, read_sharded
 from billhook.units.zero import zero_units
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)

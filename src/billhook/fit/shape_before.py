@@ -12,9 +12,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from billhook.model.find import find_transformer
 from billhook.model.shapes.checkpoint_shape import load_shape
 from billhook.model.shapes.shape import KEY, shape_of
-from billhook.running.reshaped import reshaped
-from billhook.running.shard_files import described, is_sharded_checkpoint
-from billhook.running.shards import reshard
+from billhook.running.sharded.files import described, is_sharded_checkpoint
+from billhook.running.sharded.reshaped import reshaped
+from billhook.running.sharded.shards import reshard
 
 _LOAD = "load_checkpoint"
 

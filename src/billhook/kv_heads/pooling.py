@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from billhook.model.shapes.handed import Indices
 from billhook.model.shapes.shape import Shape
 from billhook.model.surgery import Change, values_kept
-from billhook.running.shards import local, reshard, sharded_as, whole
+from billhook.running.sharded.shards import local, reshard, sharded_as, whole
 
 Pool = Callable[[Sequence[Tensor]], Tensor]
 """From the heads of a group to one."""

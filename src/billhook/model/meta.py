@@ -20,7 +20,7 @@ from billhook.model.build import build_or_refuse
 from billhook.model.hooks import stand_ins
 from billhook.model.shapes.shape import KEY
 from billhook.model.shapes.shaped import take_said
-from billhook.running.shards import is_sharded, sizes_only
+from billhook.running.sharded.shards import is_sharded, sizes_only
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
 
 from billhook.model.config_fields import configs_of
-from billhook.running.shards import sharded_as, whole
+from billhook.running.sharded.shards import sharded_as, whole
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from billhook.model.figures import figures_of
 from billhook.model.find import find_transformer
 from billhook.page import Shown
 from billhook.report.table import aligned
-from billhook.running.shards import is_sharded, reshard, sizes_only
+from billhook.running.sharded.shards import is_sharded, reshard, sizes_only
 from billhook.streaming.zeros import zeros_of
 
 

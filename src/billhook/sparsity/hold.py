@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from billhook.adapters.masked import mask_adapters, unmask_adapters
 from billhook.model.linears import prunable
-from billhook.running.shards import local, reshard, sharded_as, whole
+from billhook.running.sharded.shards import local, reshard, sharded_as, whole
 
 
 class Hold:

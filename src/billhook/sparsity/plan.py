@@ -19,7 +19,7 @@ from billhook.html import html_table
 from billhook.model.linears import prunable, turned, weight_of
 from billhook.model.plan import Plan, Weights
 from billhook.model.surgery import values_kept
-from billhook.running.shards import local, reshard, sharded_as
+from billhook.running.sharded.shards import local, reshard, sharded_as
 from billhook.sparsity.masks import where_kept
 from billhook.sparsity.put import Part, put
 from billhook.streaming.either import changing

@@ -14,7 +14,7 @@ from billhook.calibration.calibration import Batches, batches_of
 from billhook.model.linears import weight_of
 from billhook.model.values import check_changeable
 from billhook.running.batches import Run, runs_of
-from billhook.running.shards import is_sharded, reshard, whole
+from billhook.running.sharded.shards import is_sharded, reshard, whole
 from billhook.running.walk import Reduce, Sequential
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.checks import (

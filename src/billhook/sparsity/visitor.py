@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from billhook.adapters.masked import counted, product_of
 from billhook.model.linears import turned, weight_of
-from billhook.running.shards import whole
+from billhook.running.sharded.shards import whole
 from billhook.running.statistics import Statistics
 from billhook.running.walk import Reduce, Site
 from billhook.sparsity.criteria import Criterion, check_finite

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from billhook.model.linears import find_twins
 from billhook.running.batches import Run, tell_apart
 from billhook.running.offload import Shelf, offloaded
-from billhook.running.shards import gathered, is_sharded, unsharded
+from billhook.running.sharded.shards import gathered, is_sharded, unsharded
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, replaced
 from billhook.sparsity.streamed import StreamedPruning

@@ -3,7 +3,7 @@
 from torch import nn
 
 from billhook.model.transformers_internals import named_in
-from billhook.running.shards import whole
+from billhook.running.sharded.shards import whole
 from billhook.streaming.stream import Stream, stream_of
 
 ELEMENTS = 2**24

@@ -24,7 +24,7 @@ from billhook.fit.resume import ShapeInCheckpoint
 from billhook.fit.run import training_steps
 from billhook.fit.shape_before import load_as_before, load_in_shape
 from billhook.running.noise import Noise
-from billhook.running.shards import is_sharded, shard
+from billhook.running.sharded.shards import is_sharded, shard
 from billhook.running.walk import blocks_of
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.training.distillation import Distillation, Teacher, check_teacher

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.model.find import find_transformer
-from billhook.running.shards import local, reshard, sharded_as
+from billhook.running.sharded.shards import local, reshard, sharded_as
 from billhook.units.find import Chosen, find_units, numbered
 from billhook.units.units import Per, UnitKind, Units
 

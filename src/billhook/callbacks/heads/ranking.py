@@ -20,7 +20,7 @@ from billhook.model.find import find_transformer
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import among_others, choose
 from billhook.pruning.planning import plan_units
-from billhook.running.shards import as_one, sizes_only
+from billhook.running.sharded.shards import as_one, sizes_only
 from billhook.units.find import find_units
 from billhook.units.units import Per, Units
 

@@ -19,8 +19,8 @@ from billhook.fit.lightning_internals import averages, communication_state
 from billhook.fit.ranks import together
 from billhook.fit.run import callbacks_of, training_steps
 from billhook.fit.strategies import check_shapes
-from billhook.running.reshaped import reshaped
-from billhook.running.shards import sizes_only
+from billhook.running.sharded.reshaped import reshaped
+from billhook.running.sharded.shards import sizes_only
 
 
 class ShapeCallback(EventCallback):

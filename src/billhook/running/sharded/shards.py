@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from billhook.running.fsdp import bare, precision_of
+from billhook.running.sharded.fsdp import bare, precision_of
 
 
 def is_sharded(module: nn.Module) -> bool:

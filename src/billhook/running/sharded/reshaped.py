@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from billhook.running.fsdp import put_on, take_off
-from billhook.running.shards import is_sharded, reshard, sharded_as, whole
+from billhook.running.sharded.fsdp import put_on, take_off
+from billhook.running.sharded.shards import is_sharded, reshard, sharded_as, whole
 
 Place = tuple[nn.Module, str]
 """A parameter, by a module that has it and its name there."""

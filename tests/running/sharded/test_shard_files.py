@@ -8,7 +8,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from billhook.running.shard_files import is_sharded_checkpoint, read_sharded
+from billhook.running.sharded.files import is_sharded_checkpoint, read_sharded
 
 WEIGHTS = {"model.one": torch.arange(6.0).view(2, 3), "model.two": torch.ones(4, dtype=torch.bfloat16)}
 

@@ -7,9 +7,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import billhook as bh
-from billhook.running import fsdp
-from billhook.running.reshaped import reshaped
-from billhook.running.shards import is_sharded, whole
+from billhook.running.sharded import fsdp
+from billhook.running.sharded.reshaped import reshaped
+from billhook.running.sharded.shards import is_sharded, whole
 from kit.families import llama, tokens
 
 
@@ -91,7 +91,7 @@ def test_a_gather_that_fails_leaves_all_as_it_was(mesh, monkeypatch):
             raise MemoryError
         return whole(tensor)
 
-    monkeypatch.setattr("billhook.running.reshaped.whole", fails)
+    monkeypatch.setattr("billhook.running.sharded.reshaped.whole", fails)
     with pytest.raises(MemoryError), reshaped(model, [optimizer], gradients=False):
         pass
     after = values(model, optimizer)

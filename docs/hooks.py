@@ -16,8 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 import griffe
 
-from billhook.cli.main import COMMANDS, command_of
-from billhook.cli.options import Command
+from billhook.cli.options import COMMANDS, Command, command_of
 
 ROOT = Path(__file__).parents[1]
 

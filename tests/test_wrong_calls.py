@@ -19,7 +19,7 @@ import billhook as bh
 from kit.families import llama, tokens
 
 HOME = Path(bh.__file__).parent
-PUBLIC = {name: one for name, one in vars(bh).items() if callable(one) and not name.startswith("_")}
+PUBLIC = {name: getattr(bh, name) for name in dir(bh) if not name.startswith("_") and callable(getattr(bh, name))}
 NO_ARGUMENTS = {name for name, one in PUBLIC.items() if not inspect.signature(one).parameters}
 ANY = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}

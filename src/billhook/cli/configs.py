@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 from docstring_parser import parse
 
 import billhook
-from billhook.cli.classes import public_classes
+from billhook.model.plan import subclasses
 
 Schema = dict[str, Any]
 PLAIN: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", NoneType: "null"}
@@ -137,3 +137,13 @@ def path_of(one: type) -> str:
     if getattr(billhook, one.__name__, None) is one:
         return f"billhook.{one.__name__}"
     return re.sub(r"^lightning\.pytorch\..*", "lightning.pytorch", one.__module__) + f".{one.__name__}"
+
+
+def public_classes(of: type) -> list[type]:
+    """Returns billhook's classes that are some class, can be made, and are meant to be, by path; those of commands are not."""
+    return sorted((one for one in subclasses(of) if _is_public(one)), key=lambda one: (one.__module__, one.__name__))
+
+
+def _is_public(one: type) -> bool:
+    ours = one.__module__.startswith("billhook.") and not one.__module__.startswith("billhook.cli.")
+    return ours and not inspect.isabstract(one) and not one.__name__.startswith("_")

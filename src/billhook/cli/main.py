@@ -1,78 +1,17 @@
-"""The `billhook` command: LightningCLI with what this package brings, and commands for checkpoints."""
+"""The `billhook` command: Lightning's subcommands, and commands for checkpoints."""
 
-import argparse
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import NoReturn, cast
 
-import lightning.pytorch as pl
-from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-
-import billhook  # short class names in YAML work for what is imported
+import billhook
 from billhook.cli.fragments import configs_in, dropped_callbacks, without_base
-from billhook.cli.misspelt import legal, no_command
-from billhook.cli.options import Command, manual, run
+from billhook.cli.misspelt import no_command
+from billhook.cli.options import COMMANDS, LIGHTNING, command_of, run
 from billhook.cli.packaged import with_files
-from billhook.cli.reading import without_others_bars
-
-LIGHTNING = ("fit", "validate", "test", "predict")
-ONE_SHOT = ("convert", "prune", "prune-heads", "prune-blocks", "prune-structure", "shrink")
-MEASURING = ("summary", "inspect", "evaluate", "bench")
-COMMANDS = (*ONE_SHOT, "recipes", "schema", "export", "push", *MEASURING, "serve-check")
-"""A command is a module of this folder, of `oneshot` or of `measuring`, and the function in it of the same name; its docstring
-is the manual."""
-
-
-def command_of(name: str) -> Command:
-    """Returns the function of a command."""
-    folder = "oneshot." if name in ONE_SHOT else "measuring." if name in MEASURING else ""
-    name = name.replace("-", "_")
-    return cast(Command, getattr(import_module(f"billhook.cli.{folder}{name}"), name))
-
-
-def description() -> str:
-    """Returns the front page of `billhook --help`: all commands, each with the first sentence of its docstring."""
-    commands = "\n".join(manual(command_of(name)) for name in COMMANDS)
-    return f"""Prune and convert Hugging Face transformers inside a Lightning fit.
-
-  billhook fit --config recipe:quickstart
-      Trains, with the callbacks in the config: a file of yours, or one that `billhook recipes` lists.
-{commands}
-
-Options of a command: `billhook prune --help`. Of a callback, model or data module:
-`billhook fit --trainer.callbacks.help KVHeadConversion`, `billhook fit --model.help TransformerModule`,
-`billhook fit --data.help TextDataModule`."""
-
-
-class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description."""
-
-
-class _Parser(LightningArgumentParser):
-    """Parser that reports the error and what is legal, instead of the whole usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:
-            super().error(message, ex)
-        wrong = "subcommand" in message
-        said = no_command(message, [*LIGHTNING, *COMMANDS]) if wrong else f"{message}\n{legal(message)}".rstrip()
-        sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {said}\n")
-        self.exit(2)
-
-
-class BillhookCLI(LightningCLI):
-    """LightningCLI with billhook's own model and data as defaults."""
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Makes `model: {model: ...}` and `data: {data: ...}` enough."""
-        classes = {"model": "billhook.TransformerModule", "data": "billhook.TextDataModule"}
-        parser.set_defaults({name: {"class_path": path} for name, path in classes.items()})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -90,10 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(billhook.__version__)
         return
     command = given[0] if given else ""
+    if command not in (*LIGHTNING, *COMMANDS) and not command.startswith("-"):
+        sys.stderr.write(f"billhook: {no_command(command, [*LIGHTNING, *COMMANDS])}\n")
+        sys.exit(2)
     try:
-        if command in COMMANDS:
-            with without_others_bars():
-                run(command_of(command), given[1:])
+        if command == "recipes":
+            run(command_of(command), given[1:])
+        elif command in COMMANDS:
+            _run(command, given[1:])
         else:
             words = with_files(given)
             for warning in [*dropped_callbacks(configs_in(words)), *without_base(words, configs_in(given))]:
@@ -119,15 +62,25 @@ def _refusal(error: BaseException | None) -> BaseException | None:
     return None
 
 
-def _lightning(arguments: list[str]) -> None:
-    BillhookCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "billhook", "description": description(), "formatter_class": _Help},
-        parser_class=_Parser,
-        args=arguments,
-    )
+# what takes seconds to import is imported once it is needed
+
+
+def _run(command: str, words: list[str]) -> None:
+    _import_all()
+    from billhook.cli.reading import without_others_bars
+
+    with without_others_bars():
+        run(command_of(command), words)
+
+
+def _lightning(words: list[str]) -> None:
+    _import_all()
+    from billhook.cli.fitting import run_lightning
+
+    run_lightning(words)
+
+
+def _import_all() -> None:
+    """Imports all that is public: short class names work for what is imported."""
+    for name in dir(billhook):
+        getattr(billhook, name)

@@ -6,8 +6,6 @@ import pkgutil
 import re
 from collections.abc import Iterator, Sequence
 
-from billhook.cli.classes import public_classes
-
 NO_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
 NO_TRAINER_ARGUMENT = re.compile(r"(?:not accept option '|unrecognized arguments: --)trainer\.(\w+)")
 NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)")
@@ -45,20 +43,21 @@ def no_option(message: str, options: Sequence[str]) -> str:
     return "\n".join(told)
 
 
-def no_command(message: str, commands: Sequence[str]) -> str:
+def no_command(wrong: str, commands: Sequence[str]) -> str:
     """Names the command that there is not, with the nearest, and all that there are; or tells that one is needed.
 
     Args:
-        message: What jsonargparse says of a command line with a wrong command, or without any.
+        wrong: What was given; empty if nothing was.
         commands: The names of all commands.
     """
-    wrong = re.search(r"invalid choice: '(.*?)'", message)
-    said = f"there is no command '{wrong[1]}'.{near(wrong[1], commands)}" if wrong else "a command is needed."
+    said = f"there is no command '{wrong}'.{near(wrong, commands)}" if wrong else "a command is needed."
     return f"{said} `billhook --help` says what each does.\nThere are: {', '.join(commands)}"
 
 
 def _classes(message: str) -> Iterator[str]:
     """Yields a line for each class that there is not."""
+    from billhook.cli.configs import public_classes  # which takes seconds: a misspelt command is told at once
+
     bases = [base for types in TYPES.findall(message) for base in re.findall(r"\w+(?:\.\w+)+", types)]
     names = sorted({one.__name__ for base in bases for kind in _class(base) for one in public_classes(kind)})
     for wrong in dict.fromkeys(NO_CLASS.findall(message)) if names else ():

@@ -1,4 +1,4 @@
-"""A function as a command: its parameters are the options, and its docstring is the manual."""
+"""The commands, and a function as a command: its parameters are the options, and its docstring is the manual."""
 
 import inspect
 import json
@@ -6,14 +6,21 @@ import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, NoReturn, cast, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
 from billhook.cli.misspelt import legal, no_option
 
 Command = Callable[..., None]
+LIGHTNING = ("fit", "validate", "test", "predict")
+ONE_SHOT = ("convert", "prune", "prune-heads", "prune-blocks", "prune-structure", "shrink")
+MEASURING = ("summary", "inspect", "evaluate", "bench")
+COMMANDS = (*ONE_SHOT, "recipes", "schema", "export", "push", *MEASURING, "serve-check")
+"""A command is a module of this folder, of `oneshot` or of `measuring`, and the function in it of the same name; its docstring
+is the manual."""
 
 
 class _Parser(ArgumentParser):
@@ -28,6 +35,27 @@ class _Parser(ArgumentParser):
         said = no_option(message, self.takes) or f"{message}\n{legal(message)}".rstrip()
         sys.stderr.write(f"{self.prog}: {said}\n`{self.prog} --help` lists all options.\n")
         self.exit(2)
+
+
+def command_of(name: str) -> Command:
+    """Returns the function of a command."""
+    folder = "oneshot." if name in ONE_SHOT else "measuring." if name in MEASURING else ""
+    name = name.replace("-", "_")
+    return cast(Command, getattr(import_module(f"billhook.cli.{folder}{name}"), name))
+
+
+def description() -> str:
+    """Returns the front page of `billhook --help`: all commands, each with the first sentence of its docstring."""
+    commands = "\n".join(manual(command_of(name)) for name in COMMANDS)
+    return f"""Prune and convert Hugging Face transformers inside a Lightning fit.
+
+  billhook fit --config recipe:quickstart
+      Trains, with the callbacks in the config: a file of yours, or one that `billhook recipes` lists.
+{commands}
+
+Options of a command: `billhook prune --help`. Of a callback, model or data module:
+`billhook fit --trainer.callbacks.help KVHeadConversion`, `billhook fit --model.help TransformerModule`,
+`billhook fit --data.help TextDataModule`."""
 
 
 def run(command: Command, given: Sequence[str]) -> None:

@@ -1,0 +1,55 @@
+"""LightningCLI with what this package brings: `billhook fit`, `validate`, `test` and `predict`."""
+
+import argparse
+import re
+import sys
+from typing import NoReturn
+
+import lightning.pytorch as pl
+from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from billhook.cli.misspelt import legal, no_command
+from billhook.cli.options import COMMANDS, LIGHTNING, description
+
+
+class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the description."""
+
+
+class _Parser(LightningArgumentParser):
+    """Parser that reports the error and what is legal, instead of the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        said = f"{message}\n{legal(message)}".rstrip()
+        if "subcommand" in message:
+            wrong = re.search(r"invalid choice: '(.*?)'", message)
+            said = no_command(wrong[1] if wrong else "", [*LIGHTNING, *COMMANDS])
+        sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {said}\n")
+        self.exit(2)
+
+
+class BillhookCLI(LightningCLI):
+    """LightningCLI with billhook's own model and data as defaults."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Makes `model: {model: ...}` and `data: {data: ...}` enough."""
+        classes = {"model": "billhook.TransformerModule", "data": "billhook.TextDataModule"}
+        parser.set_defaults({name: {"class_path": path} for name, path in classes.items()})
+
+
+def run_lightning(words: list[str]) -> None:
+    """Runs one of Lightning's subcommands, or prints the front page of `--help`."""
+    BillhookCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "billhook", "description": description(), "formatter_class": _Help},
+        parser_class=_Parser,
+        args=words,
+    )

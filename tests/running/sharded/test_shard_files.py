@@ -1,5 +1,6 @@
 """Sharded checkpoints as data: what is listed is read, and nothing that a folder brings is run."""
 
+import io
 import pickle
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from billhook.running.sharded.files import is_sharded_checkpoint, read_sharded
+from billhook.running.sharded.files import _Plain, is_sharded_checkpoint, read_sharded
 
 WEIGHTS = {"model.one": torch.arange(6.0).view(2, 3), "model.two": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -82,3 +83,8 @@ def test_a_list_of_what_is_not_there_is_refused(folder, change, match):
     changed(folder, change)
     with pytest.raises(ValueError, match=match):
         read_sharded(folder)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+def test_paths_are_read_as_python_before_3_13_and_since_names_them(module):
+    assert _Plain(io.BytesIO(f"c{module}\nPosixPath\n(Vshards\ntR.".encode())).load() == Path("shards")

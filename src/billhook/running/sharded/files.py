@@ -17,7 +17,7 @@ PLAIN = {
     "torch.distributed.checkpoint.metadata": vars(metadata),
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo": vars(filesystem).get("_StorageInfo")},
     "torch.serialization": {"_get_layout": vars(torch.serialization).get("_get_layout")},
-    "pathlib": {"PosixPath": Path, "WindowsPath": Path, "Path": Path},
+    **dict.fromkeys(("pathlib", "pathlib._local"), {"PosixPath": Path, "WindowsPath": Path, "Path": Path}),  # of Python 3.13
     "torch": {"Size": torch.Size} | {name: one for name, one in vars(torch).items() if isinstance(one, torch.dtype)},
 }
 """What torch's list of the tensors in a folder is made of."""

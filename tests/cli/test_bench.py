@@ -100,6 +100,15 @@ def test_what_is_assumed_or_missing_is_said(tmp_path, capsys, monkeypatch):
     assert "ideal: all experts of moe count as read in each step" in printed
 
 
+def test_without_contexts_as_many_tokens_are_read_as_all_models_can(folders, capsys):
+    bench(
+        *folders, "--random", "--new_tokens", "2", "--rounds", "1", "--warmup", "0", "--batch_sizes", "1", "--phases", "prefill"
+    )
+    dense, mqa = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("dense", "mqa")))
+    assert (dense[2], mqa[2]) == ("62", "62")  # of 64
+    assert command._read_by([], 16) == [512, 2048]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -108,7 +117,7 @@ def test_what_is_assumed_or_missing_is_said(tmp_path, capsys, monkeypatch):
         (["--plot", "o.svg"], "plot='o.svg' must be a file that ends in .png"),
         (["--json", "nowhere/o.json"], "json='nowhere/o.json'"),
         (["--rounds", "0"], "rounds=0 must be a whole number of at least 1"),
-        (["--contexts", "[100]"], "reads 64 tokens at once"),
+        (["--contexts", "[100]"], "reads 64 at once: ask for fewer"),
         (["--device", "cuda:99"], "device"),
     ],
 )

@@ -111,7 +111,7 @@ def test_a_model_that_predicts_no_next_token_has_a_prefill_only():
         ({"warmup": -1}, r"warmup=-1 must be a whole number of at least 0"),
         ({"cache": "paged"}, "static, reserved, dynamic"),
         ({"phases": ["train"]}, "prefill, decode"),
-        ({"contexts": [64]}, "LlamaForCausalLM, reads 64 tokens at once, fewer than 67"),
+        ({"contexts": [64]}, "LlamaForCausalLM, reads 64 at once: ask for fewer"),
         ({"models": "training"}, "training mode"),
         ({"models": "t5"}, "an encoder and a decoder"),
         ({"models": "gpt1"}, "OpenAIGPTLMHeadModel, takes none of transformers' caches"),

@@ -200,7 +200,7 @@ def _check_model(model: PreTrainedModel, name: str, tokens: int) -> None:
         raise ValueError(f"{name} is in training mode, with dropout: call model.eval() first")
     longest = getattr(text_config(model.config), "max_position_embeddings", None)
     if longest and tokens > longest:
-        raise ValueError(f"contexts and new_tokens: {name} reads {longest} tokens at once, fewer than {tokens}")
+        raise ValueError(f"contexts and new_tokens are {tokens} tokens; {name} reads {longest} at once: ask for fewer")
 
 
 def _prompts(model: PreTrainedModel, batch_size: int, context: int, seed: int) -> Tensor:

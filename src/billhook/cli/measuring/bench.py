@@ -27,6 +27,8 @@ from billhook.report.summary import Summary, summary
 from billhook.report.table import aligned
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+CONTEXTS = (512, 2048)
+"""Tokens of the prompts, where models read as many."""
 
 
 def bench(
@@ -63,7 +65,7 @@ def bench(
     Args:
         models: Folders, hub names or "tiny"; first the one to compare the others with: `bench dense converted ...`.
         batch_sizes: Sequences at once; several numbers in a row, as in `1 16` (the default).
-        contexts: Tokens of each prompt, as in `512 2048` (the default).
+        contexts: Tokens of each prompt, as in `512 2048`; by default these, or as many as all models read before those decoded.
         new_tokens: Tokens that are decoded after the prompt, in each round.
         rounds: How often each model is measured.
         warmup: Rounds before these that do not count.
@@ -87,7 +89,7 @@ def bench(
     Raises:
         ValueError: If an argument is not legal, before any weights are read.
     """
-    sizes, lengths, wanted = batch_sizes or [1, 16], contexts or [512, 2048], phases or ["prefill", "decode"]
+    sizes, wanted = batch_sizes or [1, 16], phases or ["prefill", "decode"]
     one_of("dtype", dtype, DTYPES)
     whole("threads", 1 if threads is None else threads)
     check_file("plot", plot, ".png")
@@ -100,9 +102,11 @@ def bench(
         for name, value in own.items():
             if value is not None:
                 raise ValueError(f"{name}={value!r} is not of engine='llama.cpp', which reads one sequence at a time, on a CPU")
+        lengths = contexts or _read_by([from_name(name) for name in models], new_tokens)
         _in_engine(models, lengths, new_tokens, rounds, warmup, threads, json)
         return
     place, shadows = device_of(device), [from_name(name) for name in models]
+    lengths = contexts or _read_by(shadows, new_tokens)
     check_speed(shadows, sizes, lengths, new_tokens, rounds, warmup, cache, wanted)
     with files(f"loading {', '.join(models)}"):
         loaded = _randomised(models, shadows, dtype, seed) if random else [load(name, dtype) for name in models]
@@ -125,6 +129,13 @@ def bench(
         about = [mine | own.to_dict() for mine, own in zip(about, summaries, strict=True)]
         record = {"versions": versions(), "machine": where, "settings": settings, "models": about}
         Path(json).write_text(dumps(record | {"rows": [row.to_dict() for row in rows]}, indent=1, allow_nan=False) + "\n")
+
+
+def _read_by(models: Sequence[PreTrainedModel], new_tokens: int) -> list[int]:
+    """Returns the contexts that all models read and can then go on from; where all are too long, the longest that is not."""
+    said = [getattr(text_config(model.config), "max_position_embeddings", None) for model in models]
+    most = max(min((one for one in said if one), default=CONTEXTS[-1] + new_tokens) - new_tokens, 1)
+    return [context for context in CONTEXTS if context <= most] or [most]
 
 
 def _in_engine(

@@ -17,6 +17,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from billhook.running import ranks
 from kit.families import llama
 from kit.fits import data, trainer
 
@@ -37,7 +38,7 @@ class Ranks:
             self.barrier.wait()
             return tensor.copy_(total)
 
-        return sums
+        return ranks.Ranks(rank, len(self.given), sums)
 
     def run(self, function):
         results, errors = {}, {}

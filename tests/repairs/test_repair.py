@@ -202,7 +202,7 @@ def test_runs_of_several_sources_choose_the_ridge_by_source(monkeypatch):
     monkeypatch.setattr("billhook.repairs.visitor.refit_linear", lambda *given: seen.append(given) or refit_linear(*given))
     runs = [replace(run, source=name) for run, name in zip(trials(model, batches), "abab", strict=True)]
     repair_linears(model, masks, runs)
-    for _, _, turns, every, _ in seen:
+    for _, _, turns, every, *_ in seen:
         ((fit,), held_out), ((other,), fitted) = turns
         assert fit is fitted
         assert held_out is other

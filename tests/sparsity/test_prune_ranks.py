@@ -93,3 +93,49 @@ def test_bad_inputs_of_one_rank_are_refused_by_all():
 def test_no_data_on_any_rank_is_refused_by_all():
     with pytest.raises(ValueError, match="batches=an empty collection: Wanda needs calibration data"):
         planned(llama(), [], 2, criterion=bh.Wanda(), sparsity=0.5)
+
+
+class Counting(bh.SparseGPT):
+    """SparseGPT that notes what it is asked to prune."""
+
+    def prune(self, weight, statistics=None, sparsity=None, pattern="unstructured"):
+        self.seen.append(tuple(weight.shape))
+        return super().prune(weight, statistics, sparsity, pattern)
+
+    @property
+    def seen(self):
+        return vars(self).setdefault("asked", [])
+
+
+@pytest.mark.parametrize("criterion", [bh.SparseGPT(), bh.Refit()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_divide_linears_whose_weights_are_solved_for(criterion, dtype):
+    model, batches = llama().to(dtype), [{"input_ids": tokens(4)} for _ in range(4)]
+
+    def prune(rank, reduce):
+        own = copy.deepcopy(model)
+        bh.prune(own, criterion, batches[rank::2], sparsity=0.5, reduce=reduce)
+        return own.state_dict()
+
+    whole = Ranks(2).run(lambda rank, reduce: prune(rank, reduce.add))[0]
+    for state in Ranks(2).run(prune):
+        assert all(torch.equal(value, whole[name]) for name, value in state.items())
+
+
+def test_each_rank_solves_for_its_share():
+    model, batches, criteria = llama(), [{"input_ids": tokens(4)} for _ in range(2)], [Counting() for _ in range(2)]
+    Ranks(2).run(lambda rank, reduce: bh.prune(copy.deepcopy(model), criteria[rank], batches[rank:], sparsity=0.5, reduce=reduce))
+    shapes = [tuple(linear.weight.shape) for linear in model.model.modules() if isinstance(linear, nn.Linear)]
+    assert sorted(criteria[0].seen + criteria[1].seen) == sorted(shapes)
+    cost = [sum(width**2 * (rows + width) for rows, width in one.seen) for one in criteria]
+    assert max(cost) < 0.7 * sum(cost)
+
+
+def test_ranks_of_which_one_cannot_solve_for_a_linear_all_stop():
+    class Failing(bh.SparseGPT):
+        def prune(self, weight, statistics=None, sparsity=None, pattern="unstructured"):
+            raise ValueError("no memory is left")
+
+    given = [Failing(), bh.SparseGPT()]
+    with pytest.raises(ValueError, match=r"model\.layers\.0\..*: no memory is left"):
+        Ranks(2).run(lambda rank, reduce: bh.prune(llama(), given[rank], [{"input_ids": tokens(4)}], sparsity=0.5, reduce=reduce))

@@ -4,7 +4,7 @@ Before each exchange the ranks meet, so that none waits for a message that never
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -13,6 +13,8 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
+
+from billhook.running.ranks import Ranks
 
 LENGTH = 1024
 """Bytes of a rank's message when ranks meet."""
@@ -29,9 +31,10 @@ def summed(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
     return tensor.copy_(trainer.strategy.reduce(on_device, reduce_op="sum"))
 
 
-def sum_over(trainer: pl.Trainer) -> Callable[[Tensor], Tensor] | None:
-    """Returns the sum over all ranks; None where there is one rank."""
-    return None if trainer.world_size == 1 else partial(summed, trainer)
+def sum_over(trainer: pl.Trainer) -> Ranks | None:
+    """Returns the ranks, which sum and divide work; None where there is one."""
+    count = trainer.world_size
+    return None if count == 1 else Ranks(trainer.global_rank, count, partial(summed, trainer))
 
 
 def check_agreed(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None:  # noqa: ANN401

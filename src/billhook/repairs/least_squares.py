@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from billhook.repairs.moments import Fold, OwedMoments, SecondMoments
+from billhook.running.ranks import Ranks, own_of
 
 Errors = Callable[[float], Sequence[float] | None]
 """With a ridge, the error on each fold's held-out data; None where some fold has no solution."""
@@ -90,25 +91,42 @@ def choose_ridge(
 
 
 def refit_linear(
-    weight: Tensor, bias: Tensor | None, folds: Sequence[Fold], every: Sequence[OwedMoments], ridges: Sequence[float]
+    weight: Tensor,
+    bias: Tensor | None,
+    folds: Sequence[Fold],
+    every: Sequence[OwedMoments],
+    ridges: Sequence[float],
+    reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Refits a linear's weight and bias, float64, to give d in addition: chooses the ridge on held-out data, solves on all.
 
     W' = W + M, with M as of `solve`, from the moments of all inputs x that it has. A bias makes up for the mean of what is
     missing, b' = b + E d - M E x, and M for the rest. Where all data has no solution with that ridge, the next larger one takes
-    its place. Beside the moments, memory holds a matrix of in_features^2, and one like the weight.
+    its place. Beside the moments, memory holds a matrix of in_features^2, and one like the weight. Ranks that have the same
+    moments (`Ranks`) divide what is tried.
     """
-
-    def errors(ridge: float) -> list[float] | None:
-        found = (_error(parts, held_out, bias is not None, ridge) for parts, held_out in folds)
-        left = [error for error in found if error is not None]
-        return left if len(left) == len(folds) else None
-
-    ridge = least(ridges, errors(math.inf) or [], errors)
+    tried = _tried(folds, bias is not None, ridges, reduce)
+    without = [float(_error(parts, held_out, bias is not None, math.inf) or 0) for parts, held_out in folds]
+    ridge = least(ridges, without, lambda one: None if (own := tried[one]).isnan().any() else own.tolist())
     larger = sorted({ridge, math.inf, *(one for one in ridges if one > ridge)})
     new = next(found for one in larger if (found := _more(every, bias is not None, one)) is not None)
     shift = _shift(new, every)
     return new.add_(weight), None if bias is None else bias.double() + shift
+
+
+def _tried(
+    folds: Sequence[Fold], centred: bool, ridges: Sequence[float], reduce: Callable[[Tensor], Tensor] | None
+) -> dict[float, Tensor]:
+    """Computes with each ridge what is erred on the held-out data of each fold, `[folds]`, NaN where there is no solution."""
+    errors = folds[0][1].tokens.new_zeros(len(ridges), len(folds))
+    pieces = [(row, column) for row in range(len(ridges)) for column in range(len(folds))]
+    for (row, column), own in zip(pieces, own_of([1.0] * len(pieces), reduce), strict=True):
+        if own:
+            error = _error(*folds[column], centred, ridges[row])
+            errors[row, column] = math.nan if error is None else error
+    if isinstance(reduce, Ranks):
+        reduce(errors)
+    return dict(zip(ridges, errors, strict=True))
 
 
 def _more(parts: Sequence[OwedMoments], centred: bool, ridge: float) -> Tensor | None:

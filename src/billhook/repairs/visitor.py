@@ -195,7 +195,7 @@ class RepairVisitor:
         folds = folds_of(parts, self._held_out)
         if folds and sum(part.tokens for part in parts) >= keep.sum():
             weight, bias = self._old[name]
-            kept, bias = refit_linear(weight[:, keep], bias, folds, parts, self._ridges)
+            kept, bias = refit_linear(weight[:, keep], bias, folds, parts, self._ridges, self._reduce)
             new = torch.zeros_like(weight)
             new[:, keep] = kept.to(weight.dtype)
             self._new[name] = as_it_lies(self._linears[name], new, bias)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from billhook.adapters.masked import counted, product_of
 from billhook.model.linears import turned, weight_of
+from billhook.running.ranks import Ranks, own_of
 from billhook.running.sharded.shards import whole
 from billhook.running.statistics import Statistics
 from billhook.running.walk import Reduce, Site
@@ -128,11 +129,15 @@ class PruningVisitor:
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Prunes linears whose statistics are complete, or are not needed."""
-        for name, linear in linears.items():
+        for (name, linear), own in zip(linears.items(), self._own(list(linears.values())), strict=True):
             weight, adapter = whole(weight_of(linear)), self.adapters.get(name)
             scored = counted(weight, adapter)
-            with _naming(name):
-                new, keep = self.criterion.prune(scored, self._statistics(name), self.sparsities[name], self.pattern)
+            new, keep = torch.zeros_like(scored), torch.zeros_like(scored, dtype=torch.bool)
+            if own:
+                with _naming(name):
+                    new, keep = self.criterion.prune(scored, self._statistics(name), self.sparsities[name], self.pattern)
+            if self._divides and self.reduce is not None:
+                new, keep = self.reduce(new.float()).to(new.dtype), self.reduce(keep.byte()).bool()
             if adapter is not None:
                 if not torch.equal(new, where_kept(scored, keep)):
                     kind = type(self.criterion).__name__
@@ -140,6 +145,16 @@ class PruningVisitor:
                 new = where_kept(weight, keep)
             self.pruned[name] = Pruned.of(weight, new, keep)
             self.tell()
+
+    @property
+    def _divides(self) -> bool:
+        """Tells whether ranks divide linears: where weights are solved for, which takes longer than to send them."""
+        return self.criterion.updates and isinstance(self.reduce, Ranks)
+
+    def _own(self, linears: Sequence[nn.Module]) -> list[bool]:
+        """Tells which linears are this rank's, reckoned to cost rows x width^2 + width^3; all where they are not divided."""
+        shapes = [weight_of(linear).shape for linear in linears]
+        return own_of([width**2 * (rows + width) for rows, width in shapes], self.reduce if self._divides else None)
 
     def _statistics(self, name: str) -> Statistics | None:
         return self.statistics[self._first[name]] if name in self._first else None

@@ -1,20 +1,28 @@
-"""Prunes a model in a process that may take only so many bytes more than it has taken: SOURCE OUT LIMIT MORE HOW."""
+"""Prunes a model in processes that may take only so many bytes more than they have taken; run as a script: SOURCE OUT MORE."""
 
+import json
+import os
 import resource
 import sys
 from pathlib import Path
 
 import torch
+from transformers.models.llama import modeling_llama as modeling_llama  # once, and not in each process
 
-import billhook as bh
+from billhook.checkpoints.save import load, save
+from billhook.sparsity.criteria import Magnitude
+from billhook.sparsity.prune import prune
+from billhook.streaming.load import stream
+from kit.forked import forked
 
 LIMITS = {"address space": (resource.RLIMIT_AS, "VmSize"), "data": (resource.RLIMIT_DATA, "VmData")}
+WAYS = "streamed", "in memory"
 
 
 def work(model, out):
     """What is done, and before the limit is set, too, as some things are imported late."""
-    bh.prune(model, bh.Magnitude(), sparsity=0.5)
-    bh.save(model, out)
+    prune(model, Magnitude(), sparsity=0.5)
+    save(model, out)
 
 
 def taken(line):
@@ -23,15 +31,27 @@ def taken(line):
     return next(int(one.split()[1]) * 1024 for one in lines if one.startswith(f"{line}:"))
 
 
-def main(source, out, limit, more, how):
-    """Sets a limit, and works."""
-    torch.set_num_threads(1)
-    work(bh.stream("tiny", f"{out}-before"), f"{out}-before")
+def limited(source, out, limit, more, how):
+    """Sets a limit, and works; what goes wrong is written beside."""
+    with Path(f"{out}.txt").open("w") as said:
+        os.dup2(said.fileno(), sys.stderr.fileno())
+    work(stream("tiny", f"{out}-before"), f"{out}-before")
     which, line = LIMITS[limit]
-    before = taken(line)
-    resource.setrlimit(which, (before + int(more), before + int(more)))
-    work(bh.stream(source, out) if how == "streamed" else bh.load(source), out)
-    print(before)
+    most = taken(line) + more
+    resource.setrlimit(which, (most, most))
+    work(stream(source, out) if how == "streamed" else load(source), out)
+
+
+def main(source, out, more):
+    """Works in each way under each limit, and prints how that ended."""
+    torch.set_num_threads(1)
+    ended = {}
+    for limit in LIMITS:
+        for how in WAYS:
+            folder = Path(out, limit, how)
+            folder.parent.mkdir(exist_ok=True)
+            ended[f"{limit}, {how}"] = forked(limited, source, folder, limit, int(more), how)
+    print(json.dumps(ended))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """Prunes a streamed model in processes that are killed at random; run as a script: SOURCE OUT STOPS."""
 
-import os
 import random
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
+from transformers.models.llama import modeling_llama as modeling_llama  # once, and not in each process that is stopped
 
-import billhook as bh
+from billhook.checkpoints.save import load, save
+from billhook.sparsity.prune import prune
+from billhook.sparsity.sparsegpt import SparseGPT
+from billhook.streaming.load import stream
 from billhook.streaming.parts import Parts
+from kit.forked import forked
 
 
 def batches():
@@ -21,9 +24,9 @@ def batches():
 
 def work(source, out):
     """What is stopped, and goes on when it is called again."""
-    model = bh.stream(source, out)
-    bh.prune(model, bh.SparseGPT(), batches(), sparsity=0.5)
-    bh.save(model, out)
+    model = stream(source, out)
+    prune(model, SparseGPT(), batches(), sparsity=0.5)
+    save(model, out)
 
 
 def stop_after(blocks, monkeypatch):
@@ -42,7 +45,7 @@ def stop_after(blocks, monkeypatch):
 
 def whole(folder):
     """Loads what stands at a folder, which must be a whole checkpoint."""
-    bh.load(folder)
+    load(folder)
 
 
 def ran(what, *arguments, seconds=None):
@@ -50,23 +53,9 @@ def ran(what, *arguments, seconds=None):
 
     Everything runs in such processes: none may be made of one that has threads.
     """
-    number = os.fork()
-    if not number:
-        try:
-            what(*arguments)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    end, deadline = time.monotonic() + (seconds or 0), time.monotonic() + 120
-    while not (found := os.waitpid(number, os.WNOHANG))[0]:
-        if time.monotonic() > (end if seconds is not None else deadline):
-            os.kill(number, signal.SIGKILL)
-            found = os.waitpid(number, 0)
-            break
-        time.sleep(0.001)
-    stopped = os.WIFSIGNALED(found[1])
-    assert found[1] == 0 or (stopped and seconds is not None), f"{what.__name__} ended with {found[1]}"
+    ended = forked(what, *arguments, seconds=120 if seconds is None else seconds)
+    stopped = ended == -signal.SIGKILL
+    assert ended == 0 or (stopped and seconds is not None), f"{what.__name__} ended with {ended}"
     return stopped
 
 

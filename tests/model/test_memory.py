@@ -4,19 +4,22 @@ import copy
 import gc
 import threading
 import weakref
+from contextlib import nullcontext
 from types import MethodType
 
 import peft
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import billhook as bh
+from billhook.model import figures as costs
 from billhook.model import memory
 from billhook.model.figures import figures_of
 from billhook.model.memory import forget, remembered, remembered_built, sight
 from billhook.pruning.block_plan import find_block_plan, take_out
-from kit.families import llama
+from kit.families import build, llama
 
 
 @pytest.fixture(autouse=True)
@@ -296,3 +299,40 @@ def test_what_a_class_builds_is_remembered_by_the_config(monkeypatch):
         other.number = number
         find(other)
     assert find(model.config) == {"found": memory.MOST + 9}
+
+
+class Done(TorchDispatchMode):
+    """Notes the ops that are really done."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        self.names += [name] * (name != "empty_strided")  # which gives what is known
+        return func(*args, **kwargs or {})
+
+
+def test_ops_on_meta_are_done_once_for_all_that_are_alike():
+    x, other = torch.empty(2, 3, device="meta"), torch.empty(3, 2, device="meta").T
+    with torch.no_grad(), Done() as done, memory.Repeated():
+        found = [torch.add(one, number) for one in (x, other, x) for number in (1, 1, 1.0)]
+        x.add_(1), x.add_(1), torch.rand_like(x), torch.rand_like(x)
+        here = torch.ones(2) + 1
+        again = torch.ones(2) + 1
+    assert done.names == ["add"] * 4 + ["add_"] * 2 + ["rand_like"] * 2 + ["ones", "add"] * 2
+    assert {(one.shape, one.dtype, one.is_meta) for one in found} == {(x.shape, x.dtype, True)}
+    assert [one.stride() for one in found] == [x.stride()] * 3 + [other.stride()] * 3 + [x.stride()] * 3
+    assert torch.equal(here, again)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "phi"])
+def test_figures_are_those_of_runs_in_which_each_op_is_done(family, monkeypatch):
+    model = build(family)
+    found = [figures_of(model), memory._findings.clear() or figures_of(model)]
+    memory._findings.clear()
+    monkeypatch.setattr(costs, "Repeated", nullcontext)
+    assert found == [figures_of(model)] * 2
+    assert found[0].flops
+    assert found[0].kv_cache_bytes

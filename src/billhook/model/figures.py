@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from billhook.model.memory import remembered
+from billhook.model.memory import Repeated, remembered
 from billhook.model.meta import to_meta
 from billhook.model.transformers_internals import compute_every_expert
 
@@ -77,7 +77,8 @@ def _cache_on_meta(model: PreTrainedModel) -> int | None:
         return None
     try:
         shadow = meta_copy(model)
-        return _forward(shadow, 2) - _forward(shadow, 1) or None
+        with Repeated():
+            return _forward(shadow, 2) - _forward(shadow, 1) or None
     except CANNOT_RUN:
         return None
 
@@ -88,7 +89,7 @@ def _flops_on_meta(model: PreTrainedModel, context: int) -> int | None:
         return None
     try:
         shadow = meta_copy(model)
-        with FlopCounterMode(display=False) as counter:
+        with Repeated(), FlopCounterMode(display=False) as counter:
             _forward(shadow, context)
     except CANNOT_RUN:
         return None

@@ -13,6 +13,8 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig
 
 from billhook.model.hooks import is_part
@@ -79,6 +81,64 @@ def results_of_ops() -> Results:
         if len(known) > MOST_RESULTS:
             known.clear()
     return known
+
+
+class Repeated(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Does ops on meta tensors once for all that are alike, as layers repeat: torch finds many of their shapes in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.repeats: dict[OpOverload, bool] = {}
+        self.results = results_of_ops()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spares torch the question at every op whether it should be compiled: nothing is on meta."""
+        return False
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        """Does an op, or gives a tensor like the one that it gave before."""
+        return self.once(func, args, kwargs or {})
+
+    def once(self, func: OpOverload, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
+        """Does an op, unless its result is known."""
+        if (repeats := self.repeats.get(func)) is None:
+            repeats = self.repeats[func] = _repeats(func)
+        key = _key(func, args, kwargs) if repeats else None
+        if key is not None and (known := self.results.get(key)) is not None:
+            shape, stride, dtype = known
+            return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        out = func(*args, **kwargs)
+        if key is not None and out.is_meta:
+            self.results[key] = (out.shape, out.stride(), out.dtype)
+        return out
+
+
+def _repeats(func: OpOverload) -> bool:
+    """Tells whether the result of an op is new memory whose shape, strides and dtype follow from those of its arguments."""
+    schema = func._schema
+    plain = not any(a.alias_info for a in (*schema.arguments, *schema.returns))
+    one = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
+    random = torch.Tag.nondeterministic_seeded in func.tags
+    return plain and one and not random and schema.name not in ("aten::_to_copy", "aten::empty")
+
+
+def _key(func: OpOverload, args: Any, kwargs: Any) -> object:  # noqa: ANN401
+    """Returns all that decides the shape of an op's result; None if that is not known."""
+    parts: list[object] = [func]
+    for x in (*args, *kwargs.items()):
+        if isinstance(x, Tensor):
+            if not x.is_meta:
+                return None
+            parts.append((x.shape, x.stride(), x.dtype))
+        elif isinstance(x, list | tuple):
+            inner = _key(func, x, {})
+            if inner is None:
+                return None
+            parts.append(inner)
+        else:
+            parts.append((type(x), x))
+    return tuple(parts)
 
 
 def forget() -> None:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from billhook.model.memory import results_of_ops
+from billhook.model.memory import Repeated
 from billhook.running.trees import tree_map_only
 from billhook.tracing.assumed import EVERYTHING, first_nonzero
 from billhook.tracing.axes import Axis, Irregular, mark
@@ -27,35 +26,24 @@ class Op:
     Attributes:
         writes: The arguments that it writes to: place and name.
         reshapes: Whether it changes the shape of its argument in place.
-        repeats: Whether its result is new memory whose shape, strides and dtype follow from those of its arguments.
     """
 
-    __slots__ = ("name", "repeats", "reshapes", "rule", "writes")
+    __slots__ = ("name", "reshapes", "rule", "writes")
 
     def __init__(self, func: OpOverload) -> None:
         schema = func._schema
         self.name, self.rule = schema.name.removeprefix("aten::"), rule_for(func)
         self.writes = [(i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
         self.reshapes = torch.Tag.inplace_view in func.tags
-        plain = not any(a.alias_info for a in (*schema.arguments, *schema.returns))
-        one = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
-        random = torch.Tag.nondeterministic_seeded in func.tags
-        self.repeats = plain and one and not random and self.name not in ("_to_copy", "empty")
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(Repeated):  # type: ignore[no-untyped-call]
     """Notes on the tape what each op of a model says of axes; see `recording`."""
 
     def __init__(self, tape: Tape, model: nn.Module, everything: bool = True) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.tape, self.model, self.everything = tape, model, everything
         self.ops: dict[OpOverload, Op] = {}
-        self.results = results_of_ops()
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Spares torch the question at every op whether it should be compiled: nothing is on meta."""
-        return False
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         """Does an op, then notes what it says."""
@@ -96,13 +84,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _do(self, func: OpOverload, op: Op, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401
-        """Does an op on meta, where arguments are moved if they were not there; results are remembered, as layers repeat."""
-        key = _key(func, args, kwargs) if op.repeats else None
-        if key is not None and (known := self.results.get(key)) is not None:
-            shape, stride, dtype = known
-            return torch.empty_strided(shape, stride, dtype=dtype, device="meta"), args, kwargs
+        """Does an op on meta, where arguments are moved if they were not there."""
         try:
-            out = func(*args, **kwargs)
+            return self.once(func, args, kwargs), args, kwargs
         except RuntimeError as error:
             if "device" not in str(error):
                 raise
@@ -110,10 +94,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 reason = "a tensor on the CPU is written to; the code should make it on the device of its input"
                 raise NotImplementedError(reason) from error
             args, kwargs = tree_map_only(Tensor, _to_meta, (args, kwargs))
-            out = func(*args, **kwargs)
-        if key is not None and out.is_meta:
-            self.results[key] = (out.shape, out.stride(), out.dtype)
-        return out, args, kwargs
+            return func(*args, **kwargs), args, kwargs
 
     def _introduce(self, x: Tensor) -> None:
         """Notes the axes of a tensor that no op has made: a constant of the code's own, or a parameter in disguise."""
@@ -203,24 +184,6 @@ def _before(x: Tensor) -> Tensor:
 def _written(op: Op, args: Any, kwargs: Any) -> list[Tensor]:  # noqa: ANN401
     """Returns the arguments that an op writes to."""
     return tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in op.writes])
-
-
-def _key(func: OpOverload, args: Any, kwargs: Any) -> object:  # noqa: ANN401
-    """Returns all that decides the shape of an op's result; None if that is not known."""
-    parts: list[object] = [func]
-    for x in (*args, *kwargs.items()):
-        if isinstance(x, Tensor):
-            if not x.is_meta:
-                return None
-            parts.append((x.shape, x.stride(), x.dtype))
-        elif isinstance(x, list | tuple):
-            inner = _key(func, x, {})
-            if inner is None:
-                return None
-            parts.append(inner)
-        else:
-            parts.append((type(x), x))
-    return tuple(parts)
 
 
 def _value(tape: Tape, func: OpOverload, name: str, out: Tensor, args: Any, kwargs: Any) -> Tensor | None:  # noqa: ANN401

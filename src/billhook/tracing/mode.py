@@ -217,7 +217,7 @@ def _value(tape: Tape, func: OpOverload, name: str, out: Tensor, args: Any, kwar
 
 @contextmanager
 def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator[None]:
-    """Notes on a tape all that a model does meanwhile, without gradients and without torch's fused encoder layers.
+    """Notes on a tape all that a model does meanwhile, without gradients, compiled code and torch's fused encoder layers.
 
     Code that asks which entries are not zero hears that `everything` is, or that the first is.
     """
@@ -225,7 +225,7 @@ def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator
     torch.backends.mha.set_fastpath_enabled(False)
     torch.Tensor.__getitem__ = _seen(torch.Tensor.__getitem__)  # type: ignore[method-assign, assignment]
     try:
-        with torch.no_grad(), Recorder(tape, model, everything):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), Recorder(tape, model, everything):
             yield
     finally:
         if own is None:

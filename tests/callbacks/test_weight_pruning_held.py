@@ -255,3 +255,15 @@ def test_gradient_checkpointing(tmp_path):
     trainer(tmp_path, [callbacks[0]]).fit(lit, loader())
     trainer(tmp_path, [callbacks[1]]).fit(straight, loader())
     assert same(weights(lit), weights(straight))
+
+
+def test_what_is_cut_and_repaired_keeps_its_zeros(files, tmp_path):
+    lit, masks = module(), bh.WeightPruning(bh.Magnitude(), sparsity=0.5, at="start")
+    cut = bh.StructuredPruning(bh.Amount(channels=0.25), importance=bh.WeightNorm(), repair=bh.Repair(), at=2)
+    trainer(tmp_path, [masks, cut], 4).fit(lit, data(files))
+    (event,) = cut.events
+    assert "repaired" in event["what"]
+    held(lit.state_dict(), masks)
+    readers = [mask for name, mask in masks.masks.items() if name.endswith("down_proj")]
+    assert readers
+    assert all(0.3 < mask.float().mean() < 0.7 for mask in readers)

@@ -13,10 +13,15 @@ import torch
 from torch import Tensor
 
 from billhook.repairs.moments import Fold, OwedMoments, SecondMoments
+from billhook.running.conjugate_gradients import on_support
 from billhook.running.ranks import Ranks, own_of
 
 Errors = Callable[[float], Sequence[float] | None]
 """With a ridge, the error on each fold's held-out data; None where some fold has no solution."""
+
+
+STEPS = 30
+"""Of conjugate gradients, where weights stay zero."""
 
 
 def least(ridges: Sequence[float], without: Sequence[float], errors: Errors) -> float:
@@ -97,6 +102,7 @@ def refit_linear(
     every: Sequence[OwedMoments],
     ridges: Sequence[float],
     reduce: Callable[[Tensor], Tensor] | None = None,
+    support: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Refits a linear's weight and bias, float64, to give d in addition: chooses the ridge on held-out data, solves on all.
 
@@ -104,12 +110,20 @@ def refit_linear(
     missing, b' = b + E d - M E x, and M for the rest. Where all data has no solution with that ridge, the next larger one takes
     its place. Beside the moments, memory holds a matrix of in_features^2, and one like the weight. Ranks that have the same
     moments (`Ranks`) divide what is tried.
+
+    Where weights are to stay zero, off their `support`, bool, M is the best on it with that ridge, by conjugate gradients; what
+    is tried is without this bound, but where M on the support then helps no held-out data, M is zero.
     """
     tried = _tried(folds, bias is not None, ridges, reduce)
     without = [float(_error(parts, held_out, bias is not None, math.inf) or 0) for parts, held_out in folds]
     ridge = least(ridges, without, lambda one: None if (own := tried[one]).isnan().any() else own.tolist())
     larger = sorted({ridge, math.inf, *(one for one in ridges if one > ridge)})
-    new = next(found for one in larger if (found := _more(every, bias is not None, one)) is not None)
+    new, own = next((more, one) for one in larger if (more := _more(every, bias is not None, one)) is not None)
+    if support is not None:
+        bound = [_bound(parts, bias is not None, own, support) for parts, _ in folds]
+        left = [_left(more, *fold, bias is not None) for more, fold in zip(bound, folds, strict=True)]
+        helps = least([own], without, lambda _: left) == own
+        new = _bound(every, bias is not None, own, support) if helps else new.zero_()
     shift = _shift(new, every)
     return new.add_(weight), None if bias is None else bias.double() + shift
 
@@ -131,6 +145,11 @@ def _tried(
 
 def _more(parts: Sequence[OwedMoments], centred: bool, ridge: float) -> Tensor | None:
     """Solves for what is added to a weight that is fitted to parts of the data; about the means, if a bias makes up for those."""
+    return solve(*_normal(parts, centred), ridge)
+
+
+def _normal(parts: Sequence[OwedMoments], centred: bool) -> tuple[Tensor, Tensor]:
+    """Returns the means of x x^T, whose lower triangle is filled, column after column, and of d x^T, over parts of the data."""
     (x, d), tokens = _means(parts), _tokens(parts)
     inner, owed = x.new_zeros(len(x), len(x)).t(), torch.zeros_like(parts[0].owed_products)
     for part in parts:
@@ -140,13 +159,29 @@ def _more(parts: Sequence[OwedMoments], centred: bool, ridge: float) -> Tensor |
         sums /= tokens
         if centred:
             sums.addr_(mean, x, alpha=-1)
-    return solve(inner, owed, ridge)
+    return inner, owed
+
+
+def _bound(parts: Sequence[OwedMoments], centred: bool, ridge: float, support: Tensor) -> Tensor:
+    """Solves for what is added on a support, by conjugate gradients from zero."""
+    inner, owed = _normal(parts, centred)
+    if ridge == math.inf:
+        return owed.zero_()
+    h = inner.tril() + inner.tril(-1).t()
+    diagonal = h.diagonal()
+    diagonal += ridge * diagonal + torch.finfo(torch.float64).eps * diagonal.sum()
+    return on_support(torch.zeros_like(owed), owed.mul_(support), h, support, STEPS)
 
 
 def _error(parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, ridge: float) -> float | None:
     """Computes what a linear that is fitted to parts of the data errs on what is held out; None where there is no solution."""
     more = _more(parts, centred, ridge)
-    return None if more is None else held_out.error(more, _shift(more, parts) if centred else None)
+    return None if more is None else _left(more, parts, held_out, centred)
+
+
+def _left(more: Tensor, parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool) -> float:
+    """Computes what is erred on what is held out with what is added to a weight, fitted to parts of the data."""
+    return held_out.error(more, _shift(more, parts) if centred else None)
 
 
 def _shift(more: Tensor, parts: Sequence[OwedMoments]) -> Tensor:

@@ -36,6 +36,7 @@ class Repair:
 
     Fitted to one kind of text alone, a language model may do worse on others: calibrate it on a `Calibration` of several
     sources, `"generated"` among them, which is what it writes itself. Where it is not, the logger `billhook` says so, once.
+    Weights that are zero stay zero: a pruned model stays as sparse as it was.
 
     Args:
         catch_up: Whether a linear also makes up for what those before it have lost of the stream that it adds to. It takes a

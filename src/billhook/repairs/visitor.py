@@ -195,7 +195,9 @@ class RepairVisitor:
         folds = folds_of(parts, self._held_out)
         if folds and sum(part.tokens for part in parts) >= keep.sum():
             weight, bias = self._old[name]
-            kept, bias = refit_linear(weight[:, keep], bias, folds, parts, self._ridges, self._reduce)
+            there = weight[:, keep] != 0
+            support = None if there.all() else there
+            kept, bias = refit_linear(weight[:, keep], bias, folds, parts, self._ridges, self._reduce, support)
             new = torch.zeros_like(weight)
             new[:, keep] = kept.to(weight.dtype)
             self._new[name] = as_it_lies(self._linears[name], new, bias)

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import annotated, number, whole
+from billhook.running.conjugate_gradients import on_support
 from billhook.running.statistics import InputMoments, Statistics
-from billhook.sparsity.criteria import Comparison, Criterion, Wanda, nonzero
+from billhook.sparsity.criteria import Comparison, Criterion, Wanda
 
 
 def conjugate_gradients(weight: Tensor, pruned: Tensor, keep: Tensor, products: Tensor, damping: float, steps: int) -> Tensor:
     """Moves kept weights towards the minimum of ||(W - V) X||^2 + damping * mean(diag(X X^T)) ||W - V||^2 over the support of V.
 
-    Every row is a least-squares problem of its own, with one matrix H = X X^T + damping * mean(diag) I and another support. All
-    rows take the steps of conjugate gradients together, preconditioned by the diagonal of H, with one product by H a step.
-    The error never rises from step to step.
+    Every row is a least-squares problem of its own, with one matrix H = X X^T + damping * mean(diag) I and another support; see
+    `on_support`. The error never rises from step to step.
 
     Args:
         weight: W, before pruning, `[out_features, in_features]`, of any floating dtype.
@@ -32,22 +32,9 @@ def conjugate_gradients(weight: Tensor, pruned: Tensor, keep: Tensor, products: 
     """
     h = products.clone()
     h.diagonal().add_(damping * products.diagonal().mean())
-    scale = h.diagonal().clamp(min=torch.finfo(h.dtype).tiny)
     solution = pruned.float().clone()
     residual = ((weight.float() - solution) @ h).mul_(keep)
-    scaled = residual / scale
-    direction = scaled.clone()
-    before = (residual * scaled).sum(1, keepdim=True)
-    for _ in range(steps):
-        turned = (direction @ h).mul_(keep)
-        length = before / nonzero((direction * turned).sum(1, keepdim=True))
-        solution.add_(direction * length)
-        residual.sub_(turned.mul_(length))
-        scaled = torch.div(residual, scale, out=scaled)
-        after = (residual * scaled).sum(1, keepdim=True)
-        direction.mul_(after / nonzero(before)).add_(scaled)
-        before = after
-    return solution
+    return on_support(solution, residual, h, keep, steps)
 
 
 @dataclass(frozen=True)

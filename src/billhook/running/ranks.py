@@ -26,7 +26,7 @@ class Ranks:
 
 
 def own_of(costs: Sequence[float], reduce: Callable[[Tensor], Tensor] | None) -> list[bool]:
-    """Tells which pieces of work are this rank's, so that none has much more than others; all, if ranks are not known.
+    """Picks this rank's pieces of work, so that no rank has much more than others; all, if ranks are not known.
 
     The dearest piece goes first, each to the rank with the least so far.
 

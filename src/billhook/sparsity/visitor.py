@@ -152,7 +152,7 @@ class PruningVisitor:
         return self.criterion.updates and isinstance(self.reduce, Ranks)
 
     def _own(self, linears: Sequence[nn.Module]) -> list[bool]:
-        """Tells which linears are this rank's, reckoned to cost rows x width^2 + width^3; all where they are not divided."""
+        """Picks this rank's linears, reckoned to cost rows x width^2 + width^3; all where they are not divided."""
         shapes = [weight_of(linear).shape for linear in linears]
         return own_of([width**2 * (rows + width) for rows, width in shapes], self.reduce if self._divides else None)
 

@@ -64,10 +64,12 @@ def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, 
     kept = []
     monkeypatch.setattr("billhook.sparsity.walks.Shelf.keep", lambda shelf, tensors: kept.append(tensors))
     ran("prune", small, tmp_path / "out", *SHORT, *option(files), "--sparsity", "0.5", "--stream", "--memory", "1GiB")
-    (model, tokens, moments, memory) = rests[0]
+    (model, tokens, moments, memory, held) = rests[0]
     assert (tokens, memory) == (6 * 16, 2**30)
     widest = max(layer.in_features for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-    assert moments == 4 * (4 * widest + 8)  # a sum of squares for each input, and how many tokens there were
+    logits = 4 * 16 * model.config.vocab_size  # of an example
+    assert moments == 4 * (4 * widest + 8) + logits  # a sum of squares for each input, and how many tokens there were
+    assert held == 5 * logits
     assert len(kept) == 6 * 2
 
 
@@ -80,12 +82,12 @@ def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatc
     text = ["--length", "32", "--examples", "8", "--batch_size", "1", "--evaluate", "5", *option(files)]
     for name, more, series in (("both", [], 2), ("cut", ["--repair", "null"], 1)):
         ran("prune-structure", small, tmp_path / name, *text, *asked, *more)
-        _, tokens, moments, _ = rests[-1]
+        model, tokens, moments, *_ = rests[-1]
         assert tokens == series * 8 * 32
         dense = bh.load(small).model.modules()
         shapes = [(one.out_features, one.in_features) for one in dense if isinstance(one, torch.nn.Linear)]
         most = max(2 * (columns**2 // 2 + rows * columns) + columns**2 + rows * columns for rows, columns in shapes)
-        assert moments == (series - 1) * 8 * most
+        assert moments == (series - 1) * 8 * most + 4 * 32 * model.config.vocab_size
     assert sum(isinstance(one, torch.Tensor) for one in kept) == 3 * 8  # what three linears that follow each other owe
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import billhook as bh
 from billhook.report import predictions as module
 from billhook.report.damage import Dense, TextDamage, table, warning_of
 from billhook.running.batches import Batch
@@ -95,6 +96,16 @@ def test_few_predictions_are_held_of_a_large_vocabulary(monkeypatch):
     dense = Dense(model, texts())
     assert {tuple(held.logs.shape) for held in dense._held.values()} == {(2, 64)}
     assert all(one.kl == pytest.approx(0, abs=1e-5) and one.ratio == 1 for one in dense.damage(model))
+
+
+def test_a_few_positions_at_a_time_say_the_same(monkeypatch):
+    model, changed = llama(), llama()
+    bh.prune(changed, bh.Magnitude(), sparsity=0.5)
+    expected = Dense(model, texts()).damage(changed)
+    monkeypatch.setattr(module, "ELEMENTS", 3 * 64)
+    for found, then in zip(Dense(model, texts()).damage(changed), expected, strict=True):
+        assert found.kl > 1e-6
+        assert (found.before, found.after, found.kl) == pytest.approx((then.before, then.after, then.kl), rel=1e-5)
 
 
 def one(source, ratio, inside, error=0.0):

@@ -9,6 +9,7 @@ from torch import nn
 import billhook as bh
 from billhook.running import offload
 from billhook.running.offload import Shelf, offloaded
+from billhook.running.resident import let_go, resident
 from kit.families import llama, tokens
 from kit.sparsity import batches_of, family
 
@@ -151,3 +152,17 @@ def test_no_such_place(arguments, match):
     with pytest.raises(ValueError, match=match):
         bh.prune(model, bh.Wanda(), batches(), 0.5, **arguments)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.skipif(resident() is None, reason="the system does not say what is resident")
+def test_what_rests_in_files_is_not_resident_until_it_is_read(tmp_path):
+    shelf, tensor = Shelf(str(tmp_path)), torch.ones(2**24)
+    before = resident()
+    shelf.keep(tensor)
+    assert resident() - before < -tensor.nbytes / 2
+    assert tensor.sum() == 2**24
+    assert resident() - before > -tensor.nbytes / 2
+    let_go(tensor)
+    assert resident() - before < -tensor.nbytes / 2
+    assert tensor[5] == 1
+    shelf.close()

@@ -1,6 +1,7 @@
 """A process that may not take as much memory as a model has bytes prunes it where it is streamed, and only there."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import transformers
 
 import billhook as bh
-from kit.limited import LIMITS, WAYS
+from kit.limited import GROUP, LIMITS, WAYS
 
 SCRIPT = Path(__file__).parents[1] / "kit" / "limited.py"
 
@@ -48,5 +49,17 @@ def test_half_of_the_model_fits(large, ended, limit):
     assert how["streamed"] == 0, (out / "streamed.txt").read_text()
     assert how["in memory"] != 0
     assert "memory" in (out / "in memory.txt").read_text().lower()
+    assert bh.summary(bh.stream(out / "streamed")).zeros > 0.4 * size_of(large) / 2
+    assert not (out / "in memory").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no control groups")
+def test_half_of_the_model_fits_in_a_control_group(large, ended):
+    out, how = ended[0] / GROUP, ended[1]
+    if GROUP in how:
+        pytest.skip(f"no control group can be made: {how[GROUP]}")
+    assert how[f"{GROUP}, streamed"] == 0, (out / "streamed.txt").read_text()
+    assert how[f"{GROUP}, in memory"] == -signal.SIGKILL, (out / "in memory.txt").read_text()
     assert bh.summary(bh.stream(out / "streamed")).zeros > 0.4 * size_of(large) / 2
     assert not (out / "in memory").exists()

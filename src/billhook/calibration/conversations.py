@@ -14,6 +14,8 @@ from billhook.calibration.reading import Rows, column_names
 
 ANSWERED = (("prompt", "response"), ("prompt", "completion"))
 """Columns of prompts and what follows them."""
+CHARACTERS = 2**18
+"""How many characters of texts are encoded at once, if a text is not longer."""
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag by which a chat template says which part the model writes."""
 
@@ -84,8 +86,21 @@ def _texts(texts: list[Any], tokenizer: PreTrainedTokenizerBase, column: str, do
     told = [text for text in (texts if documents else ["".join(texts)]) if text and not text.isspace()]
     if told:
         end = _end(tokenizer) if documents else []
-        for ids in tokenizer(told, add_special_tokens=False, verbose=False)["input_ids"]:
-            yield Encoded([*ids, *end], [True] * (len(ids) + len(end)))
+        for some in _together(told):
+            for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+                yield Encoded([*ids, *end], [True] * (len(ids) + len(end)))
+
+
+def _together(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yields texts in order, a few at once: a tokenizer holds more than a hundred bytes for each character meanwhile."""
+    some, size = list[str](), 0
+    for text in texts:
+        if some and size + len(text) > CHARACTERS:
+            yield some
+            some, size = [], 0
+        some.append(text)
+        size += len(text)
+    yield some
 
 
 def check_texts(values: Sequence[Any], column: str) -> None:

@@ -13,6 +13,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 from billhook.calibration import chats, conversations
 from billhook.calibration.conversations import check_texts, encode
 from billhook.calibration.reading import Rows, column_names
+from billhook.running.resident import give_back
 
 ROWS_AT_ONCE = 10_000
 NOT_LEARNT = -100
@@ -39,7 +40,9 @@ def map_rows(
         return rows.map(function, **options)
     source = [Path(file).read_text(encoding="utf-8") for file in (__file__, chats.__file__, conversations.__file__)]
     parts = [rows._fingerprint, source, function.__name__, arguments, _identity(tokenizer)]
-    return rows.map(function, **options, new_fingerprint=Hasher.hash(parts), desc=f"Tokenising {split}")
+    made = rows.map(function, **options, new_fingerprint=Hasher.hash(parts), desc=f"Tokenising {split}")
+    give_back()
+    return made
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

@@ -2,21 +2,23 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from billhook.bar import Told
-from billhook.report.predictions import Predictions, logits_now
+from billhook.report.predictions import Predictions, logits_now, loss_of
 from billhook.report.table import aligned
 from billhook.running.batches import Run, runs_of, source_of
+from billhook.running.resident import let_go
 from billhook.running.undisturbed import undisturbed
-from billhook.streaming.together import together
+from billhook.streaming.stream import stream_of
+from billhook.streaming.together import shelf, together
 
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
 """Sums a tensor over processes, in place."""
@@ -112,19 +114,22 @@ class Dense:
         self._held = dict[int, Predictions]()
         losses = torch.zeros(len(self.rows), dtype=torch.float64)
 
-        def take(row: int, logits: Tensor, loss: Tensor) -> None:
+        def take(row: int, logits: Tensor, loss: float) -> None:
             losses[row], self._held[row] = loss, Predictions.of(logits, len(self._here))
+            if keep is not None:
+                keep(self._held[row].logs)
 
-        self._each(model, take, progress)
+        with shelf(stream) if (stream := stream_of(model)) is not None else nullcontext() as keep:
+            self._each(model, take, progress)
         self.losses = losses if reduce is None else reduce(losses)
 
-    def _each(self, model: PreTrainedModel, take: Callable[[int, Tensor, Tensor], None], progress: Told | None) -> None:
+    def _each(self, model: PreTrainedModel, take: Callable[[int, Tensor, float], None], progress: Told | None) -> None:
         """Reads the rows that are read here; `take` is given each, its logits `[length - 1, vocabulary]` and its mean loss."""
         done = set[int]()
 
         def read(row: int, run: Run) -> None:
             logits = logits_now(model, run)[:-1]
-            take(row, logits, cross_entropy(logits.float(), self.rows[row][1][1:].to(logits.device)).cpu())
+            take(row, logits, loss_of(logits, self.rows[row][1][1:].to(logits.device)))
             done.add(row)
             if progress is not None:
                 progress(len(done), len(self._here))
@@ -137,10 +142,12 @@ class Dense:
         """Compares a changed model with the dense one, by source; `progress` is called with how many rows are done."""
         found = torch.zeros(len(self.rows), 2, dtype=torch.float64)
 
-        def take(row: int, logits: Tensor, loss: Tensor) -> None:
+        def take(row: int, logits: Tensor, loss: float) -> None:
             held = self._held.get(row)
             found[row, 0] = loss
             found[row, 1] = math.nan if held is None else held.divergence(logits) / len(held.positions)
+            if held is not None:
+                let_go(held.logs)
 
         self._each(model, take, progress)
         if self._reduce is not None:

@@ -1,16 +1,19 @@
 """Holds what a dense model predicts, so that a changed one can be compared with it: the KL divergence."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 
 from billhook.running.batches import Run
 from billhook.running.undisturbed import undisturbed
 
+ELEMENTS = 2**22
+"""How many logits are worked on at once."""
 BYTES = 2**28
 """How much of a dense model's predictions is held, of all runs together: evenly spaced positions."""
 
@@ -27,11 +30,28 @@ class Predictions:
         """Holds a share, one of so many, of what fits."""
         few = max(BYTES // (4 * logits.shape[-1] * runs), 1)
         positions = torch.linspace(0, len(logits) - 1, min(few, len(logits))).round().long()
-        return cls(positions, _logs(logits, positions))
+        logs = torch.empty(len(positions), logits.shape[-1])
+        for some in _parts(logs):
+            logs[some] = _logs(logits, positions[some])
+        return cls(positions, logs)
 
     def divergence(self, logits: Tensor) -> float:
         """Adds up KL(dense || now) over the positions held, in nats."""
-        return float(kl_div(_logs(logits, self.positions), self.logs, reduction="sum", log_target=True))
+        each = ((_logs(logits, self.positions[some]), self.logs[some]) for some in _parts(self.logs))
+        return sum(float(kl_div(now, then, reduction="sum", log_target=True)) for now, then in each)
+
+
+def loss_of(logits: Tensor, labels: Tensor) -> float:
+    """Returns the mean cross-entropy of logits, `[positions, classes]`, in float32, a few positions at a time."""
+    sums = [cross_entropy(logits[some].float(), labels[some], reduction="sum") for some in _parts(logits)]
+    return sum(map(float, sums)) / len(logits)
+
+
+def _parts(logits: Tensor) -> Iterator[slice]:
+    """Yields a few positions at a time, so that what is computed of them is small beside the logits."""
+    step = max(ELEMENTS // logits.shape[-1], 1)
+    for start in range(0, len(logits), step):
+        yield slice(start, start + step)
 
 
 def _logs(logits: Tensor, positions: Tensor) -> Tensor:

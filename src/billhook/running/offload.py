@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.running.overridden import overridden
+from billhook.running.resident import let_go
 from billhook.running.trees import tree_leaves, tree_map_only
 
 SMALL = 2**16
@@ -70,6 +71,7 @@ class Shelf:
                 path = Path(self._folder.name, str(self._files))
                 mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
                 tensor.data = mapped.view(tensor.shape).copy_(tensor)
+                let_go(tensor)
                 with suppress(OSError):  # where a file that is mapped cannot be removed, closing does it
                     path.unlink()
 

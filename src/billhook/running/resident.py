@@ -1,7 +1,12 @@
 """The memory of this process, as the system counts it (Linux only)."""
 
+import ctypes
+import mmap
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
+
+from torch import Tensor
 
 STATUS = Path("/proc/self/status")
 
@@ -10,3 +15,16 @@ def resident(which: Literal["VmRSS", "VmHWM"] = "VmRSS") -> int | None:
     """Returns the bytes that the process takes now, or has taken at most (VmHWM); None where nothing counts them."""
     lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:")), None)
+
+
+def give_back() -> None:
+    """Has the allocator give memory that it keeps in pieces, for later, back to the system, where it can (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def let_go(tensor: Tensor) -> None:
+    """Lets the pages of a tensor that lies in a file go from the process; they come again when they are read."""
+    with suppress(OSError, AttributeError):
+        if tensor.untyped_storage().filename is not None:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), mmap.MADV_DONTNEED)

@@ -13,14 +13,15 @@ COPIES = 3
 """How often a block is there at most: as it was, as it is now, and on its way to a file."""
 
 
-def fits(model: PreTrainedModel, tokens: int, moments: int, memory: int) -> bool:
+def fits(model: PreTrainedModel, tokens: int, moments: int, memory: int, held: int = 0) -> bool:
     """Tells whether what blocks hand on, of so many tokens, fits into the memory of the process beside all else.
 
     Args:
         model: The model; it is streamed.
         tokens: In all runs together.
-        moments: Bytes of the largest statistics, with what is made of them.
+        moments: Bytes of the largest statistics, with what is made of them, and of what runs compute at once.
         memory: Bytes that the process may take.
+        held: Bytes of what else may rest in files.
 
     Raises:
         ValueError: If not even all else fits.
@@ -31,7 +32,7 @@ def fits(model: PreTrainedModel, tokens: int, moments: int, memory: int) -> bool
     if needed > memory:
         raise ValueError(f"memory={memory / 2**30:.2f} GiB: at least {needed / 2**30:.2f} GiB are needed for one block at a time")
     width: int = text_config(model.config).hidden_size
-    return needed + 2 * tokens * width * model.dtype.itemsize <= memory  # what goes into a block, and what comes out
+    return needed + 2 * tokens * width * model.dtype.itemsize + held <= memory  # what goes into a block, and what comes out
 
 
 @dataclass(frozen=True)

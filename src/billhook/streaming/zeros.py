@@ -1,6 +1,8 @@
 """Counts zeros in a model, also in one whose blocks stay in their files."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from billhook.model.transformers_internals import named_in
 from billhook.running.sharded.shards import whole
@@ -14,7 +16,7 @@ def zeros_of(model: nn.Module) -> int | None:
     """Counts parameters that are zero; None if files of a model that is streamed would have to be fetched for it."""
     if (stream := stream_of(model)) is not None:
         return zeros_in_files(stream)
-    return sum(int(whole((one == 0).sum())) for one in model.parameters() if not one.is_meta)
+    return sum(_zeros(one) for one in model.parameters() if not one.is_meta)
 
 
 def zeros_in_files(stream: Stream) -> int | None:
@@ -23,10 +25,17 @@ def zeros_in_files(stream: Stream) -> int | None:
         return None
     stream.leave()
     there, names = dict(stream.model.named_parameters(remove_duplicate=False)), dict[int, str]()
-    count = sum(int((one == 0).sum()) for one in stream.model.parameters() if not one.is_meta)
+    count = sum(_zeros(one) for one in stream.model.parameters() if not one.is_meta)
     for key, own in named_in(stream.model, stream.files).items():
         parameter = there.get(own)
         if parameter is None or not parameter.is_meta or names.setdefault(id(parameter), own) != own:
             continue  # a buffer, or it is in memory, or tied to one that has been counted
-        count += sum(int((rows.to(parameter.dtype) == 0).sum()) for rows in stream.files.rows(key, ELEMENTS))
+        count += sum(_zeros(rows.to(parameter.dtype)) for rows in stream.files.rows(key, ELEMENTS))
     return count
+
+
+def _zeros(values: Tensor) -> int:
+    """Counts zeros; a sum of what equals zero would hold a number of 8 bytes for each."""
+    if isinstance(values, DTensor):
+        return int(whole((values == 0).sum()))
+    return values.numel() - int(torch.count_nonzero(values))

@@ -4,7 +4,7 @@ from billhook.arguments import whole
 from billhook.callbacks.kv.preparation import HINT
 from billhook.cli.blockwise import over
 from billhook.cli.oneshot.frame import OneShot
-from billhook.cli.oneshot.streamed import bytes_of_moments, rest
+from billhook.cli.oneshot.streamed import bytes_of_moments
 from billhook.cli.oneshot.text import NONE, Examples
 from billhook.kv_heads.bases.ready import batches_needed, check_ready
 from billhook.kv_heads.bases.streamed import StreamedAttentions
@@ -60,15 +60,14 @@ def convert(
     calibrates = batches_needed(method, repair)[0] > 0 or (method.turns and given.data is not None)
     work = OneShot(model, out, given, refits=repair is not None, calibrates=calibrates, streams=True)
     plan = plan_kv_heads(work.model, num_key_value_heads, method, layers, encoder)
-    groups, passes, attentions = dict.fromkeys(plan.layers, plan.after), 1, None
+    groups, passes, attentions, moments = dict.fromkeys(plan.layers, plan.after), 1, None, 0
     if (stream := stream_of(work.model)) is not None and (method.turns or repair is not None):
         attentions = StreamedAttentions(stream, groups)
         passes += attentions.passes(method, repair)
-        refits = repair is not None
-        moments = bytes_of_moments(work.model, None, work.parts if refits else 0)
-        rest(work.model, work.shelf(max(attentions.bytes(method), moments), series=1 + refits))
+        moments = max(attentions.bytes(method), bytes_of_moments(work.model, None, work.parts if repair is not None else 0))
     elif method.turns or repair is not None:
         check_ready(work.model, groups, method)
+    work.rest(moments, series=1 + (repair is not None))
     work.tell(*_steps(plan, repair, work.shown if calibrates else NONE), passes=passes)
     if dry_run:
         work.tell_dry(plan.text())

@@ -21,7 +21,7 @@ from billhook.checkpoints.save import load, save
 from billhook.cli.blockwise import over
 from billhook.cli.machine import device_of
 from billhook.cli.oneshot.after import Before, Cost, commands, shown, sizes_of
-from billhook.cli.oneshot.streamed import check_streamed, reads, shelf
+from billhook.cli.oneshot.streamed import check_streamed, reads, rest
 from billhook.cli.oneshot.text import Examples, Scored, Text
 from billhook.cli.reading import files
 from billhook.model.linears import prunable
@@ -129,9 +129,12 @@ class OneShot:
             raise ValueError(f"data: calibration needs a split 'train'; there is {', '.join(data.splits)}")
         return data
 
-    def shelf(self, moments: int, series: int = 1) -> str | None:
+    def rest(self, moments: int, series: int = 1) -> str | None:
         """Returns the folder where what blocks hand on, in so many runs of each example, rests if it does not fit into memory."""
-        return shelf(self.model, self.given, self.out, series * sum(self.rows) * self.length, moments)
+        if self.given.memory is None:
+            return None
+        measured = self._measures * (len(self.rows) + len(self.given.also or ())) * self.given.evaluate
+        return rest(self.model, self.given, self.out, series * sum(self.rows), measured, moments)
 
     @property
     def rows(self) -> list[int]:
@@ -252,9 +255,8 @@ class OneShot:
             figures |= {"before": before, "after": cost}
         with files("saving, loading again and comparing"):
             saved = save(self.model, self.out, load_tokenizer(self.name), record | {self.metric: figures})
-        for line in (*says, self._named(cost), shown(before, cost), warning and f"Warning: {warning}"):
-            if line is not None:
-                print(line)
+        for line in filter(None, (*says, self._named(cost), shown(before, cost), warning and f"Warning: {warning}")):
+            print(line)
         print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
         print("\n".join(["", "Next:", *(f"  {line}" for line in commands(self.model, self.name, self.out, event))]))
 

@@ -58,6 +58,7 @@ def prune(
     if dry_run and work.calibrates and work.unread:
         work.tell_dry()
         return
+    rests = work.rest(bytes_of_moments(work.model, criterion or Wanda()))
     before = None if dry_run else work.measure()
     with over(work.model, "pruning", "linears") as progress:
         plan = prune_weights(
@@ -72,7 +73,7 @@ def prune(
             sequential=sequential,
             progress=progress,
             offload=work.device if offload else None,
-            activations=folder or work.shelf(bytes_of_moments(work.model, criterion or Wanda())),
+            activations=folder or rests,
             dry_run=dry_run,
         )
     if dry_run:

@@ -7,7 +7,7 @@ import torch
 from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.passes import REMOVED, Passes, batch_count
-from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored, rest
+from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored
 from billhook.cli.oneshot.text import NONE, Scored
 from billhook.importance.base import Importance
 from billhook.importance.enough import score_enough
@@ -83,7 +83,7 @@ def prune_heads(
         work.tell_dry()
         return
     if given.stream:
-        rest(work.model, work.shelf(bytes_of_moments(work.model, importance)))
+        work.rest(bytes_of_moments(work.model, importance))
     batches, before = work.batches() if work.calibrates else [], None if dry_run else work.measure()
     runs = [run_of(work.model, heads, batch) for batch in batches]
     scoring, removed, settled = Scoring(work.model, heads, importance, None, normalize, per), {}, []

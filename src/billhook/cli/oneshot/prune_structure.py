@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.passes import REFITTED, REMOVED, WITHOUT_BLOCKS, Passes, batch_count
-from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored, rest
+from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
@@ -117,7 +117,7 @@ def prune_structure(
     if given.stream:
         refits = repair is not None
         moments = bytes_of_moments(work.model, importance, work.parts if refits else 0)
-        rest(work.model, work.shelf(moments, series=1 + refits))
+        work.rest(moments, series=1 + refits)
     batches = work.batches() if needs or not dry_run else []
     before = None if dry_run else work.measure()
     plans, refitted = list[BlockPlan | UnitPlan](), False

@@ -12,6 +12,7 @@ from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.importance.score import check_streams
 from billhook.model.linears import prunable, weight_of
+from billhook.report.predictions import BYTES as PREDICTIONS
 from billhook.sparsity.criteria import Criterion
 from billhook.streaming.room import extent_of, fits
 from billhook.streaming.stream import Stream, stream_of
@@ -69,25 +70,28 @@ def _to_refit(parts: int, rows: int, columns: int) -> int:
     return 8 * columns * (parts * (columns // 2 + rows) + columns + rows) if parts else 0
 
 
-def shelf(model: PreTrainedModel, given: Text, out: str, tokens: int, moments: int) -> str | None:
-    """Returns the folder in which what blocks hand on rests; None where memory is enough for it, or not limited.
+def rest(model: PreTrainedModel, given: Text, out: str, shown: int, measured: int, moments: int) -> str | None:
+    """Has what blocks hand on, and predictions to compare with, rest in files where memory is limited and too small for it.
 
     Args:
-        model: The model, which is streamed if memory is limited.
+        model: The model, which is streamed.
         given: It says how much memory there is.
         out: The folder that is written; files rest beside it.
-        tokens: In all runs together.
+        shown: Examples that are shown in all runs together.
+        measured: Examples that are measured on.
         moments: Bytes of the largest statistics, with what is made of them.
+
+    Returns:
+        The folder in which the files are; None for memory.
     """
-    if given.memory is None or fits(model, tokens, moments, memory_of("memory", given.memory)):
-        return None
-    return str(Path(out).resolve().parent)
-
-
-def rest(model: PreTrainedModel, folder: str | None) -> None:
-    """Has what blocks hand on while units are scored and refitted rest in a folder; None for memory."""
-    if (stream := stream_of(model)) is not None:
-        stream.rests = folder
+    stream, memory = stream_of(model), memory_of("memory", given.memory or "")
+    assert stream is not None, "memory is limited of a model that is streamed alone"
+    length = given.length_for(model)
+    logits = 4 * length * model.config.get_text_config().vocab_size
+    now, held = moments + given.batch_size * logits, min(PREDICTIONS, measured * logits)
+    if not fits(model, max(shown, measured) * length, now, memory, held):
+        stream.rests = str(Path(out).resolve().parent)
+    return stream.rests
 
 
 def reads(stream: Stream, passes: int, exactly: bool = True, beside: Sequence[object] = ()) -> str:

@@ -59,3 +59,48 @@ def test_pruning_takes_no_more_than_a_blocks_work_beside_the_model(criterion):
     with Alive() as alive:
         bh.prune(model, criterion, [{"input_ids": torch.arange(8)[None]}], sparsity=0.5)
     assert 0 < alive.most < 1.5 * block
+
+
+def failing(function, at):
+    """A function that fails at some of its calls, as where memory ends."""
+    calls = []
+
+    def called(*given, **named):
+        calls.append(given)
+        if len(calls) in at:
+            raise MemoryError("no memory is left")
+        return function(*given, **named)
+
+    return called
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("at", [1, 3, 7])
+def test_where_memory_ends_half_way_what_was_put_by_is_used(monkeypatch, at, values):
+    weight, taken = torch.randn(50, 16), []
+    one, reserve = pruned(weight, values), putting._reserve
+    expected = one.weight(weight)
+    monkeypatch.setattr(putting, "CPU_BLOCK", 128)
+    monkeypatch.setattr(putting, "_reserve", lambda *given: taken.append(reserve(*given)) or taken[0])
+    monkeypatch.setattr(np, "unpackbits", failing(np.unpackbits, [at]))
+    put([one.part(weight)])
+    assert torch.equal(weight, expected)
+    assert taken == [[]], "it is let go where it is needed"
+
+
+def test_without_memory_for_a_step_nothing_changes(monkeypatch):
+    weight = torch.randn(50, 16)
+    one, before = pruned(weight, True), weight.clone()
+    monkeypatch.setattr(torch, "empty_like", failing(torch.empty_like, [2]))
+    with pytest.raises(MemoryError):
+        put([one.part(weight)])
+    assert torch.equal(weight, before)
+
+
+def test_memory_that_does_not_come_back_is_told(monkeypatch):
+    weight = torch.randn(50, 16)
+    one = pruned(weight, False)
+    monkeypatch.setattr(putting, "CPU_BLOCK", 128)
+    monkeypatch.setattr(np, "unpackbits", failing(np.unpackbits, range(3, 99)))
+    with pytest.raises(MemoryError):
+        put([one.part(weight)])

@@ -16,27 +16,50 @@ Part = tuple[Tensor, np.ndarray, Tensor | None]
 def put(parts: Sequence[Part]) -> None:
     """Zeroes what masks leave out of weights, and gives what they keep its new values, if there are any.
 
-    No old value is held, so that nothing could be undone: what can be refused is refused before. An interrupt from the keyboard
-    is raised when all rows have been put; some may be put twice, which is the same.
+    No old value is held, so that nothing could be undone: what can be refused is refused before, and memory for the largest step
+    is put by before the first, and used where memory ends meanwhile. An interrupt from the keyboard is raised when all rows have
+    been put; some may be put twice, which is the same.
+
+    Raises:
+        MemoryError: Before anything has changed, if there is no memory for a step; or torch's own error.
     """
     left = [(rows, first, bits, values) for weight, bits, values in parts for rows, first in _taken_apart(weight)]
+    reserve = _reserve(parts, [rows for rows, *_ in left])
     interrupt: KeyboardInterrupt | None = None
     while left:
         try:
-            rows, first, bits, values = left[-1]
-            keep = torch.from_numpy(np.unpackbits(bits[first // 8 :], count=rows.numel())).view(rows.shape).to(rows.device)
-            if values is None:
-                whole = WHOLE[rows.element_size()]
-                rows.view(whole).mul_(keep.to(whole))
-            else:
-                before, kept = int(np.bitwise_count(bits[: first // 8]).sum()), int(keep.count_nonzero())
-                some = values[before : before + kept].to(rows)
-                rows.copy_(torch.zeros_like(rows).masked_scatter_(keep.view(torch.bool), some))
+            _put_some(*left[-1])
             left.pop()
         except KeyboardInterrupt as error:
             interrupt = error
+        except (MemoryError, RuntimeError):  # which is what allocators of torch raise
+            if not reserve:
+                raise
+            reserve.clear()
     if interrupt is not None:
         raise interrupt
+
+
+def _put_some(rows: Tensor, first: int, bits: np.ndarray, values: Tensor | None) -> None:
+    """Puts some rows of a weight, of which `first` is the number of the first weight in them."""
+    keep = torch.from_numpy(np.unpackbits(bits[first // 8 :], count=rows.numel())).view(rows.shape).to(rows.device)
+    if values is None:
+        whole = WHOLE[rows.element_size()]
+        rows.view(whole).mul_(keep.to(whole))
+        return
+    before, kept = int(np.bitwise_count(bits[: first // 8]).sum()), int(keep.count_nonzero())
+    some = values[before : before + kept].to(rows)
+    rows.copy_(torch.zeros_like(rows).masked_scatter_(keep.view(torch.bool), some))
+
+
+def _reserve(parts: Sequence[Part], rows: Sequence[Tensor]) -> list[object]:
+    """Takes as much memory as a step does at most: for bits, for what they keep, and for new values and where they go."""
+    taken: list[object] = [np.empty(max((len(bits) for _, bits, _ in parts), default=0), dtype=np.uint8)]
+    for device in dict.fromkeys(one.device for one in rows):
+        largest = max((one for one in rows if one.device == device), key=lambda one: one.nbytes)
+        taken += [torch.empty(largest.numel(), dtype=torch.uint8, device=where) for where in ("cpu", device)]
+        taken += [torch.empty_like(largest) for _ in range(3)]
+    return taken
 
 
 def _taken_apart(weight: Tensor) -> list[tuple[Tensor, int]]:

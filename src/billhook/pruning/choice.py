@@ -157,6 +157,8 @@ def _take(sizes: Sequence[int], ratio: float, total: int, where: str, what: str,
         raise ValueError(
             f"{name}={ratio}: {target} of {total} {what} of {where} would be removed, and at most {most} may: {most / total:g}"
         )
+    if len(set(sizes)) == 1:
+        return list(range(min(target // sizes[0], len(sizes))))
     for number, step in enumerate(sizes):
         if size + step <= target:
             taken.append(number)

@@ -13,7 +13,7 @@ from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Member
 from billhook.units.find import Chosen, numbered
-from billhook.units.units import PLURAL, Per, UnitKind, Units, along, counts
+from billhook.units.units import PLURAL, Per, UnitKind, Units, counts
 
 Cuts = dict[tuple[str, int], Indices]
 """(tensor, dimension) -> the positions that remain, ascending: int64."""
@@ -150,11 +150,6 @@ def _stays(units: Units, member: Member, gone: Sequence[int]) -> Indices:
     """Returns the positions that remain: all except those whose heads are all removed, as keys serve all heads of a group."""
     if units.kind != "head":
         return np.flatnonzero(~np.isin(units.of_member(member), gone))
-    keys, lost = units.keys, np.isin(np.arange(units.count()), gone)
-    stays = np.ones(member.axis.size, dtype=bool)
-    places, inverse = np.unique(along(member.axis, units.leaves), axis=0, return_inverse=True)
-    for number, place in enumerate(places):
-        own = (keys[:, place >= 0] == place[place >= 0]).all(1)
-        if (place >= 0).any() and own.any() and lost[own].all():
-            stays[inverse.reshape(-1) == number] = False
-    return np.flatnonzero(stays)
+    (place, holders), lost = units.holders(member), np.isin(np.arange(units.count()), gone)
+    goes: Indices = np.any(holders, axis=1) & np.all(~holders | lost, axis=1)
+    return np.flatnonzero(~goes[place])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -81,6 +82,17 @@ class Units:
 
     def of_member(self, member: Member, per: Per = "head") -> Indices:
         """Returns for each position of a member's dimension its unit, or KV head, -1 if it has none: int64."""
+        key = member.name, member.dim, per
+        if key not in self._of_members:
+            self._of_members[key] = self._of_member(member, per)
+        return self._of_members[key]
+
+    @cached_property
+    def _of_members(self) -> dict[tuple[str, int, Per], Indices]:
+        """What has been found of members; a search for a target asks for it again and again."""
+        return {}
+
+    def _of_member(self, member: Member, per: Per) -> Indices:
         if per == "kv_head" and self.kv_leaves:
             columns = [self.leaves.index(leaf) for leaf in self.kv_leaves]
             first = [int(np.flatnonzero(self.kv_of == kv)[0]) for kv in range(self.count("kv_head"))]
@@ -88,7 +100,20 @@ class Units:
         own = match(along(member.axis, self.leaves), self.keys)
         return own if per == "head" else np.where(own < 0, -1, self.kv_of[own])
 
-    @property
+    def holders(self, member: Member) -> tuple[Indices, Indices]:
+        """Returns the places along a member's dimension: each position's, and which units hold each: `[places, units]`, bool."""
+        key = member.name, member.dim
+        if key not in self._holders:
+            places, inverse = np.unique(along(member.axis, self.leaves), axis=0, return_inverse=True)
+            same = (self.keys[None] == places[:, None]) | (places < 0)[:, None]
+            self._holders[key] = inverse.reshape(-1), np.all(same, axis=2) & np.any(places >= 0, axis=1, keepdims=True)
+        return self._holders[key]
+
+    @cached_property
+    def _holders(self) -> dict[tuple[str, int], tuple[Indices, Indices]]:
+        return {}
+
+    @cached_property
     def keys(self) -> Indices:
         """Number of each unit along every leaf: int64, `[units, leaves]`."""
         if self.kind != "head":

@@ -22,7 +22,6 @@ from kit.sharding import (
     RESUMED,
     SHAPES,
     STEPS,
-    sharding,
 )
 
 SCRIPT = """
@@ -136,13 +135,6 @@ def test_shapes_that_have_changed_resume(of_two, name, full, step):
     straight, resumed = of_two(f"{name} changed"), of_two(f"{name} changed, {step}")
     assert same(straight[0], resumed[0])
     assert str(straight[1]) == str(resumed[1])
-
-
-@pytest.fixture
-def alone():
-    """A strategy that shards over one process."""
-    yield sharding(1)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:.*as many processes", "ignore:You're resuming", "ignore:Be aware that when using `ckpt_path`")

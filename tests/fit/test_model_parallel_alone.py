@@ -25,13 +25,6 @@ class MadeLate(Own):
         super().configure_model()
 
 
-@pytest.fixture
-def alone():
-    """A strategy that shards over one process."""
-    yield sharding(1)
-    torch.distributed.destroy_process_group()
-
-
 REFUSED = {
     "shrink": (lambda: bh.Shrink(params=0.8), Own, "each rank would search in a model of its own, which a sharded model cannot"),
     "damage": (lambda: bh.Damage(bh.Calibration()), Own, "a sharded model cannot: leave it out, or prune or convert first"),

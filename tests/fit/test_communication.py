@@ -1,0 +1,106 @@
+"""What ranks send each other in an event, in bytes, as `docs/clusters.md` reckons it: what is sent is counted."""
+
+import copy
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+import billhook as bh
+from billhook.running.ranks import Ranks
+from kit.families import llama, tokens
+from kit.fits import trainer
+from kit.sharding import Own
+
+READ = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+"""Linears of a block that read the same."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama(hidden_size=64, intermediate_size=160)
+
+
+def batches():
+    return [{"input_ids": ids, "labels": ids} for ids in (tokens(4) for _ in range(4))]
+
+
+def summed(work):
+    """Bytes of all that is summed over ranks in a piece of work."""
+    found = []
+
+    def add(tensor):
+        found.append(tensor.numel() * tensor.element_size())
+        return tensor
+
+    work(Ranks(0, 1, add))
+    return sum(found)
+
+
+def linears(model):
+    return [(name, linear.weight) for name, linear in model.model.named_modules() if isinstance(linear, torch.nn.Linear)]
+
+
+def widths(model):
+    """Of what linears read that read the same."""
+    return [
+        getattr(part, names[0]).in_features
+        for layer in model.model.layers
+        for names in READ
+        for part in (layer.self_attn, layer.mlp)
+        if hasattr(part, names[0])
+    ]
+
+
+def wanda(model):
+    return 4 * sum(widths(model))
+
+
+def solved(model):
+    return sum(4 * width**2 for width in widths(model)) + sum((4 + 1) * weight.numel() for _, weight in linears(model))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "reckoned"),
+    [(bh.Magnitude(), lambda _: 0), (bh.Wanda(), wanda), (bh.SparseGPT(), solved), (bh.Refit(), solved)],
+)
+def test_criteria(model, criterion, reckoned):
+    found = summed(lambda ranks: bh.prune(copy.deepcopy(model), criterion, batches(), sparsity=0.5, reduce=ranks, dry_run=True))
+    numbers = 48 * len(linears(model)) if criterion.needs else 0  # of tokens, and of which linears read the same
+    assert reckoned(model) <= found <= reckoned(model) + numbers
+
+
+@pytest.mark.parametrize("importance", [bh.OutputNorm(), bh.OBS(), bh.Taylor()])
+def test_importances(model, importance):
+    found = summed(lambda ranks: bh.plan(model, importance, batches(), channels=0.25, reduce=ranks))
+    units = sum(layer.mlp.down_proj.in_features for layer in model.model.layers)
+    assert found == 16 * units
+
+
+def test_repair(model):
+    plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
+    found = summed(lambda ranks: bh.repair(model, plan, batches(), reduce=ranks))
+    reckoned = 0
+    for layer in model.model.layers:
+        out, kept = layer.mlp.down_proj.out_features, layer.mlp.down_proj.in_features * 3 // 4
+        reckoned += 2 * 8 * (kept**2 + out * kept)  # of two parts; of large matrices half of the square
+    assert reckoned <= found <= 1.1 * reckoned
+
+
+def test_shapes_that_change_gather_the_weights_twice_and_what_the_optimizer_keeps_of_those_that_are_cut(
+    tmp_path, alone, monkeypatch
+):
+    sent, full = [], DTensor.full_tensor
+
+    def counted(tensor, **how):
+        sent.append(tensor.numel() * tensor.element_size())
+        return full(tensor, **how)
+
+    monkeypatch.setattr(DTensor, "full_tensor", counted)
+    lit = Own()
+    weights = sum(4 * parameter.numel() for parameter in lit.parameters())
+    cut = sum(4 * parameter.numel() for name, parameter in lit.named_parameters() if ".mlp." in name)
+    callback = bh.StructuredPruning(bh.Amount(channels=0.5), at=1, calibration=2, measure_batches=0)
+    trainer(tmp_path, [callback], max_steps=2, strategy=alone, limit_val_batches=0).fit(lit)
+    assert len(callback.events) == 1
+    assert sum(sent) == 2 * weights + 2 * cut  # both moments of AdamW

@@ -1,0 +1,82 @@
+"""Two nodes of two ranks each on the loopback, started by `torchrun` as on a cluster, of which one can be killed in an event."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+import billhook as bh
+from billhook.running.sharded import reshaped
+from billhook.running.sharded.shards import whole
+from kit.fits import trainer
+from kit.sharding import Own, sharding
+
+SCRIPT = "from kit.nodes import fit\nfit()\n"
+STEPS, STAGES = 7, [2, 5]
+SECONDS = 180
+
+
+def callback():
+    return bh.KVHeadConversion([2, 1], at=STAGES, measure_batches=1)
+
+
+def fit():
+    """What each rank runs: a fit over both nodes, from a checkpoint if there is one."""
+    folder, dies, path = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if dies:
+        die_in_the_last_event()
+    saves = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    own, strategy = callback(), sharding(4, save_distributed_checkpoint=True)
+    run = trainer(Path(folder), [own, saves], STEPS, devices=2, num_nodes=2, strategy=strategy, use_distributed_sampler=False)
+    lit = Own(batch=4, nodes=2)
+    run.fit(lit, ckpt_path=path)
+    state = {name: whole(value) for name, value in lit.state_dict().items()}
+    if run.is_global_zero:
+        torch.save([state, own.events], Path(folder, "end.pt"))
+
+
+def die_in_the_last_event():
+    """Kills this rank and what has started it, as a machine that goes down, when the model is to be sharded in its last shape."""
+    events, put_on = iter(STAGES), reshaped.put_on
+
+    def last(*given):
+        if next(events) == STAGES[-1]:
+            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+        put_on(*given)
+
+    reshaped.put_on = last
+
+
+def run_nodes(folder, dies=False, path=None):
+    """Runs the fit on both nodes; returns how each of them ended, and what it said."""
+    script = folder / "run.py"
+    script.write_text(SCRIPT)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meet = f"127.0.0.1:{free.getsockname()[1]}"
+    start = ["--nnodes", "2", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", meet]
+    here = os.pathsep.join([str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = os.environ | {"PYTHONPATH": here, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
+    nodes = list[subprocess.Popen]()
+    try:
+        for node in range(2):
+            own = [*start, "--local_addr", "127.0.0.1", "--rdzv_conf", f"is_host={int(node == 0)}", str(script)]
+            told = json.dumps([str(folder), dies and node == 1, path and str(path)])
+            command = [sys.executable, "-m", "torch.distributed.run", *own, told]
+            log = (folder / f"node{node}.log").open("w")
+            nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+            log.close()
+        return [(node.wait(SECONDS), (folder / f"node{number}.log").read_text()) for number, node in enumerate(nodes)]
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                node.kill()

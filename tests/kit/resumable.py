@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers.models.llama import modeling_llama as modeling_llama  # once, and not in each process that is killed
 
 import billhook as bh
+from billhook import HeadPruning, KVHeadConversion, WeightPruning
 from kit.families import llama
 from kit.fits import data, trainer
 
@@ -34,9 +36,9 @@ def module(seed=0, lora=False, **options):
 
 def heads_then_kv_heads_then_weights(folder):
     return [
-        bh.HeadPruning(TWICE["heads"], **FEW),
-        bh.KVHeadConversion(1, at=4, measure_batches=0),
-        bh.WeightPruning(bh.Wanda(), TWICE["late"], **FEW),
+        HeadPruning(TWICE["heads"], **FEW),
+        KVHeadConversion(1, at=4, measure_batches=0),
+        WeightPruning(bh.Wanda(), TWICE["late"], **FEW),
     ]
 
 

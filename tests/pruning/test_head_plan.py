@@ -59,7 +59,7 @@ def test_the_table():
     assert str(plan).splitlines() == [
         f"LlamaForCausalLM: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)",
         "  model.layers.0.self_attn  8 -> 4 query, 4 KV heads; without 1, 2, 5, 7",
-        "  model.layers.1.self_attn  8 -> 8 query, 4 KV heads; without none",
+        "  model.layers.1.self_attn  8 query, 4 KV heads",
     ]
     assert str(bh.plan_units(bert(), {1: [3]})).splitlines()[2] == "  bert.encoder.layer.1.attention  4 -> 3 heads; without 3"
 

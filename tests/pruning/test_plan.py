@@ -108,11 +108,11 @@ class TestTable:
             f"  {4 * plan.parameters[0]:,} -> {4 * plan.parameters[1]:,} bytes "
             f"({1 - plan.parameters[1] / plan.parameters[0]:.1%} fewer)",
         ]
-        assert lines[4] == "  model.layers.0.self_attn  8 -> 8 query, 4 KV heads; without none"
+        assert lines[4] == "  model.layers.*.self_attn  8 query, 4 KV heads in each of 2: 0, 3"
         assert lines[5].startswith("  model.layers.1.self_attn  8 -> 6 query, 3 KV heads; without ")
         assert lines[-3:] == [
-            "  model.layers.*.mlp        48 channels in each of 2",
-            "  model.layers.*.mlp        48 -> 24 channels in each of 2",
+            "  model.layers.*.mlp        48 channels in each of 2: 0, 3",
+            "  model.layers.*.mlp        48 -> 24 channels in each of 2: 1, 2",
             "  3 KV heads cannot be divided among 2, 4 and 8 devices, as 1, 2, 4 or a multiple of 8 can",
         ]
 

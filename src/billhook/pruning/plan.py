@@ -102,19 +102,20 @@ class UnitPlan(Cut, Plan):
         lines = [first, *(f"  {cost}" for cost in costs)]
         rows: dict[tuple[str, str], list[str]] = {}
         for name, kind in self.kinds.items():
-            change = _change(kind, self.before[name], self.after[name], self.units.get(name, []))
-            shown = name if kind == "head" else pattern(f"{name}.").strip(". ") or "the model"
-            rows.setdefault((shown, change), []).append(name)
-        width = max(len(name) for name, _ in rows)
-        for (name, change), places in rows.items():
-            lines.append(f"  {name:<{width}}  {change}" + (f" in each of {len(places)}" if len(places) > 1 else ""))
+            gone = self.units.get(name, [])
+            change = _change(kind, self.before[name], self.after[name], gone)
+            alike = name if kind == "head" and gone else _pattern(name)
+            rows.setdefault((alike, change), []).append(name)
+        several = Counter(_pattern(alike) for alike, _ in rows)
+        shown = [(_places(alike, own, several[_pattern(alike)] > 1), change) for (alike, change), own in rows.items()]
+        width = max(len(place) for (place, _), _ in shown)
+        lines += [f"  {place:<{width}}  {change}{where}" for (place, where), change in shown]
         return "\n".join([*lines, *(f"  {note}" for note in self._notes())])
 
     def _repr_html_(self) -> str:
         alike = Counter[tuple[str, ...]]()
         for name, kind in self.kinds.items():
-            place = pattern(f"{name}.").strip(". ") or "the model"
-            alike[place, _counted(kind, self.before[name]), _counted(kind, self.after[name])] += 1
+            alike[_pattern(name), _counted(kind, self.before[name]), _counted(kind, self.after[name])] += 1
         first, *costs = self._costs()
         rows = [(*row, f"{count:,}") for row, count in alike.items()]
         return html_table(first, ("place", "before", "after", "places"), rows, [*costs, *self._notes()])
@@ -163,13 +164,27 @@ def _numbers(numbers: tuple[int, ...] | None) -> str:
     return "none" if numbers is None else " and ".join(map(str, numbers))
 
 
+def _pattern(name: str) -> str:
+    return pattern(f"{name}.").strip(". ") or "the model"
+
+
+def _places(alike: str, names: Sequence[str], differ: bool) -> tuple[str, str]:
+    """Returns what stands before and after the change of some places: their number, and which where others differ."""
+    if len(names) == 1:
+        return names[0] or "the model", ""
+    which = [next(own for own, star in zip(name.split("."), alike.split("."), strict=True) if star == "*") for name in names]
+    return alike, f" in each of {len(names)}" + (f": {', '.join(which)}" if differ else "")
+
+
 def _change(kind: UnitKind, before: tuple[int, ...], after: tuple[int, ...], gone: Sequence[int]) -> str:
     """Returns a line of the table: heads by number, other units by how many."""
     if kind != "head":
         return f"{before[0]:,} -> {after[0]:,} {PLURAL[kind]}" if gone else f"{before[0]:,} {PLURAL[kind]}"
     query, kv = before
+    if not gone:
+        return f"{query} query, {kv} KV heads" if kv != query else f"{query} heads"
     then = "{} query, {} KV".format(*after) if kv != query else f"{after[0]}"
-    return f"{query} -> {then} heads; without {', '.join(map(str, gone)) or 'none'}"
+    return f"{query} -> {then} heads; without {', '.join(map(str, gone))}"
 
 
 def _counted(kind: UnitKind, numbers: tuple[int, ...]) -> str:

@@ -89,7 +89,7 @@ class Units:
 
     @cached_property
     def _of_members(self) -> dict[tuple[str, int, Per], Indices]:
-        """What has been found of members; a search for a target asks for it again and again."""
+        """Holds what has been found of members; a search for a target asks for it again and again."""
         return {}
 
     def _of_member(self, member: Member, per: Per) -> Indices:

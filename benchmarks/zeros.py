@@ -2,8 +2,8 @@
 
 `OMP_NUM_THREADS=1 python benchmarks/zeros.py MODEL DATA --out zeros.md` writes the table: Wanda at 50 %, then a fifth of the
 channels by `OutputNorm()`, without and with repair. All see the first 8 windows of 512 tokens of FOLDOC's training text and of
-WikiText-2's validation text; perplexity is that of the first 8 of their test texts. `--matmul medium` multiplies in bfloat16 where a
-CPU can.
+WikiText-2's validation text; perplexity is that of the first 8 of their test texts. `--matmul medium` multiplies in bfloat16
+where a CPU can.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from billhook.cli.oneshot.text import Text
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.importance.score import check_streams
+from billhook.model.config_fields import text_config
 from billhook.model.linears import prunable, weight_of
 from billhook.report.predictions import BYTES as PREDICTIONS
 from billhook.sparsity.criteria import Criterion
@@ -87,7 +88,7 @@ def rest(model: PreTrainedModel, given: Text, out: str, shown: int, measured: in
     stream, memory = stream_of(model), memory_of("memory", given.memory or "")
     assert stream is not None, "memory is limited of a model that is streamed alone"
     length = given.length_for(model)
-    logits = 4 * length * model.config.get_text_config().vocab_size
+    logits = 4 * length * text_config(model.config).vocab_size
     now, held = moments + given.batch_size * logits, min(PREDICTIONS, measured * logits)
     if not fits(model, max(shown, measured) * length, now, memory, held):
         stream.rests = str(Path(out).resolve().parent)

@@ -46,7 +46,13 @@ def test_what_the_budget_leaves_becomes_a_larger_multiple_if_that_is_near():
 def test_what_is_rounded_down_is_what_the_budget_leaves_and_not_what_may_be_kept():
     one, other = (Place((name,), "channel", 1536, tuple(range(1536, 0, -32)), 10) for name in "ab")
     kept = {"a": 1120, "b": 1120}
-    for spare, left in {0: 1088, 20 * 14: 1088, 20 * 15: 1120, 20 * 26: 1120}.items():  # 1,088 is 47 less than 1,120 and 15
+    for spare, left in {
+        0: 1088,
+        20 * 14: 1088,
+        20 * 15: 1120,
+        20 * 26: 1120,
+        10**6: 1120,
+    }.items():  # 1,088 is 47 less than 1,120 and 15
         assert coarser([one, other], kept, spare) == {"a": left, "b": left}
     assert coarser([one, other], {"a": 1120, "b": 0}, 10 * 14) == {"a": 1088, "b": 0}  # of which the other has gone
     assert coarser([one, other], {"a": 1120, "b": 0}, 10 * 15) == {"a": 1120, "b": 0}

@@ -82,4 +82,4 @@ def coarser(places: Sequence[Place], kept: Mapping[str, int], spare: int = 0) ->
 def _afforded(place: Place, kept: int, spare: float) -> int:
     """Returns how many units a place could keep, allowed or not, if it were given all that is spare."""
     within = place.cost(kept) + spare
-    return next((more - 1 for more in range(kept + 1, place.count) if place.cost(more) > within), kept)
+    return next((more - 1 for more in range(kept + 1, place.count) if place.cost(more) > within), place.count - 1)

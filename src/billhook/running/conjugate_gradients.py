@@ -27,15 +27,16 @@ def on_support(solution: Tensor, residual: Tensor, h: Tensor, keep: Tensor, step
     before = (residual * scaled).sum(1, keepdim=True)
     for _ in range(steps):
         turned = (direction @ h).mul_(keep)
-        length = before / _nonzero((direction * turned).sum(1, keepdim=True))
+        length = before / nonzero((direction * turned).sum(1, keepdim=True))
         solution.add_(direction * length)
         residual.sub_(turned.mul_(length))
         scaled = torch.div(residual, scale, out=scaled)
         after = (residual * scaled).sum(1, keepdim=True)
-        direction.mul_(after / _nonzero(before)).add_(scaled)
+        direction.mul_(after / nonzero(before)).add_(scaled)
         before = after
     return solution
 
 
-def _nonzero(sums: Tensor) -> Tensor:
+def nonzero(sums: Tensor) -> Tensor:
+    """Replaces zero divisors by one, so that zero over zero is zero."""
     return torch.where(sums > 0, sums, 1)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import annotated, number, one_of
+from billhook.running.conjugate_gradients import nonzero
 from billhook.running.statistics import InputNorms, Statistics
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern, where_kept
 
@@ -223,8 +224,3 @@ def check_finite(values: Tensor, what: str) -> None:
     lowest, highest = values.detach().aminmax()
     if not (torch.isfinite(lowest) and torch.isfinite(highest)):
         raise ValueError(f"{what} holds NaN or inf")
-
-
-def nonzero(sums: Tensor) -> Tensor:
-    """Replaces zero divisors by one, so that zero over zero is zero."""
-    return torch.where(sums > 0, sums, 1)

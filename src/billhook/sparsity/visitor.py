@@ -132,12 +132,13 @@ class PruningVisitor:
         for (name, linear), own in zip(linears.items(), self._own(list(linears.values())), strict=True):
             weight, adapter = whole(weight_of(linear)), self.adapters.get(name)
             scored = counted(weight, adapter)
-            new, keep = torch.zeros_like(scored), torch.zeros_like(scored, dtype=torch.bool)
             if own:
                 with _naming(name):
                     new, keep = self.criterion.prune(scored, self._statistics(name), self.sparsities[name], self.pattern)
-            if self._divides and self.reduce is not None:
-                new, keep = self.reduce(new.float()).to(new.dtype), self.reduce(keep.byte()).bool()
+            else:
+                new, keep = torch.zeros_like(scored), torch.zeros_like(scored, dtype=torch.bool)
+            if (ranks := self._dividing) is not None:
+                new, keep = ranks(new.float()).to(new.dtype), ranks(keep.byte()).bool()
             if adapter is not None:
                 if not torch.equal(new, where_kept(scored, keep)):
                     kind = type(self.criterion).__name__
@@ -147,14 +148,14 @@ class PruningVisitor:
             self.tell()
 
     @property
-    def _divides(self) -> bool:
-        """Tells whether ranks divide linears: where weights are solved for, which takes longer than to send them."""
-        return self.criterion.updates and isinstance(self.reduce, Ranks)
+    def _dividing(self) -> Ranks | None:
+        """The ranks that divide linears, where weights are solved for, which takes longer than to send them."""
+        return self.reduce if self.criterion.updates and isinstance(self.reduce, Ranks) else None
 
     def _own(self, linears: Sequence[nn.Module]) -> list[bool]:
         """Picks this rank's linears, reckoned to cost rows x width^2 + width^3; all where they are not divided."""
         shapes = [weight_of(linear).shape for linear in linears]
-        return own_of([width**2 * (rows + width) for rows, width in shapes], self.reduce if self._divides else None)
+        return own_of([width**2 * (rows + width) for rows, width in shapes], self._dividing)
 
     def _statistics(self, name: str) -> Statistics | None:
         return self.statistics[self._first[name]] if name in self._first else None

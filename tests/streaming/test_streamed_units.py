@@ -8,7 +8,7 @@ import billhook as bh
 from billhook.importance.enough import score_enough
 from billhook.importance.score import Scoring
 from kit import stopped
-from kit.streams import same, written
+from kit.streams import check_the_same, same, written
 
 KINDS = {
     transformers.LlamaForCausalLM: {"kv_heads": 0.5, "channels": 0.25},
@@ -20,14 +20,6 @@ KINDS = {
 IMPORTANCES = [bh.OutputNorm(), bh.OBS(), bh.WeightNorm()]
 
 
-def given(model):
-    batches = [{"input_ids": batch["input_ids"][:, :24] % 99} for batch in stopped.batches()]
-    batches[1]["attention_mask"] = torch.ones(1, 24, dtype=torch.long)
-    batches[1]["attention_mask"][:, 20:] = 0
-    both = model.config.is_encoder_decoder
-    return [batch | {"decoder_input_ids": batch["input_ids"][:, :9]} for batch in batches] if both else batches
-
-
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
 def folder(tmp_path, request):
     return written(request.param, tmp_path / "dense")
@@ -35,14 +27,7 @@ def folder(tmp_path, request):
 
 @pytest.mark.parametrize("importance", IMPORTANCES, ids=lambda one: type(one).__name__)
 def test_the_same_bytes_without_units(folder, tmp_path, importance):
-    dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
-    amounts = KINDS[type(dense)]
-    plans = [bh.plan(model, importance, given(dense), **amounts) for model in (dense, streamed)]
-    assert plans[0].to_json() == plans[1].to_json()
-    for model, plan in zip((dense, streamed), plans, strict=True):
-        bh.apply(model, plan)
-    assert bh.save(streamed, tmp_path / "out").way == bh.save(dense, tmp_path / "in memory").way
-    assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
+    check_the_same(folder, tmp_path, importance, **KINDS[type(bh.load(folder))])
 
 
 @pytest.mark.parametrize("importance", [bh.OBS(), bh.OBS(passes=2), bh.BlockInfluence(), bh.ActivationNorm()], ids=str)

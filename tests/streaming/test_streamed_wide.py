@@ -7,7 +7,7 @@ import transformers
 import billhook as bh
 from billhook.importance.baselines import RandomUnits
 from kit import stopped
-from kit.streams import same, written
+from kit.streams import check_the_same, same, written
 
 MIXTURES = [transformers.MixtralForCausalLM, transformers.Qwen2MoeForCausalLM, transformers.Qwen3MoeForCausalLM]
 STREAMS = {
@@ -18,25 +18,6 @@ STREAMS = {
     transformers.T5ForConditionalGeneration: [bh.WeightNorm()],
     transformers.BertForMaskedLM: [bh.ActivationNorm()],
 }
-
-
-def given(model):
-    batches = [{"input_ids": batch["input_ids"][:, :24] % 99} for batch in stopped.batches()]
-    batches[1]["attention_mask"] = torch.ones(1, 24, dtype=torch.long)
-    batches[1]["attention_mask"][:, 20:] = 0
-    both = model.config.is_encoder_decoder
-    return [batch | {"decoder_input_ids": batch["input_ids"][:, :9]} for batch in batches] if both else batches
-
-
-def check_the_same(folder, tmp_path, importance, **amounts):
-    dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
-    plans = [bh.plan(model, importance, given(dense), **amounts) for model in (dense, streamed)]
-    assert plans[0].to_json() == plans[1].to_json()
-    assert plans[0].units
-    for model, plan in zip((dense, streamed), plans, strict=True):
-        bh.apply(model, plan)
-    assert bh.save(streamed, tmp_path / "out").way == bh.save(dense, tmp_path / "in memory").way
-    assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
 
 
 @pytest.mark.parametrize("kind", MIXTURES, ids=lambda kind: kind.__name__)

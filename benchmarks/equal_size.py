@@ -53,6 +53,7 @@ class Table:
         folder, refused = self.options.work / name, self.options.work / f"{name}.refused"
         if not folder.exists() and not refused.exists():
             start = time.process_time()
+            torch.set_float32_matmul_precision(self.options.matmul)
             try:
                 model = self.made(kind, size, by, repaired)
             except ValueError as error:
@@ -60,6 +61,7 @@ class Table:
             else:
                 print(f"{name}: {time.process_time() - start:.0f} CPU s", flush=True)
                 bh.save(model, folder, AutoTokenizer.from_pretrained(self.options.model))
+            torch.set_float32_matmul_precision("highest")
         if refused.exists():
             return [f"refused: {refused.read_text()}", *[""] * (len(self.columns) - 1)]
         if self.options.left_out:
@@ -118,6 +120,7 @@ def main():
         parser.add_argument(name, type=Path)
     parser.add_argument("--only", nargs="*", default=KINDS, choices=KINDS)
     parser.add_argument("--sizes", nargs="*", type=float, default=SIZES, choices=SIZES)
+    parser.add_argument("--matmul", default="highest", choices=("highest", "medium"), help="precision of float32 products")
     parser.add_argument("--left-out", action="store_true", help="measure on text that defaults may be chosen by")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

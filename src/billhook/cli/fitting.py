@@ -1,20 +1,14 @@
 """LightningCLI with what this package brings: `billhook fit`, `validate`, `test` and `predict`."""
 
-import argparse
 import re
 import sys
 from typing import NoReturn
 
 import lightning.pytorch as pl
-from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from billhook.cli.misspelt import legal, no_command
-from billhook.cli.options import COMMANDS, LIGHTNING, description
-
-
-class _Help(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description."""
+from billhook.cli.options import COMMANDS, LIGHTNING
 
 
 class _Parser(LightningArgumentParser):
@@ -41,7 +35,7 @@ class BillhookCLI(LightningCLI):
 
 
 def run_lightning(words: list[str]) -> None:
-    """Runs one of Lightning's subcommands, or prints the front page of `--help`."""
+    """Runs one of Lightning's subcommands."""
     BillhookCLI(
         pl.LightningModule,
         pl.LightningDataModule,
@@ -49,7 +43,7 @@ def run_lightning(words: list[str]) -> None:
         subclass_mode_data=True,
         auto_configure_optimizers=False,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "billhook", "description": description(), "formatter_class": _Help},
+        parser_kwargs={"prog": "billhook"},
         parser_class=_Parser,
         args=words,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import billhook
 from billhook.cli.fragments import configs_in, dropped_callbacks, without_base
+from billhook.cli.front import description
 from billhook.cli.misspelt import no_command
 from billhook.cli.options import COMMANDS, LIGHTNING, command_of, run
 from billhook.cli.packaged import with_files
@@ -27,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
     if given == ["--version"]:
         print(billhook.__version__)
+        return
+    if given in (["-h"], ["--help"]):
+        print(description(), end="")
         return
     command = given[0] if given else ""
     if command not in (*LIGHTNING, *COMMANDS) and not command.startswith("-"):

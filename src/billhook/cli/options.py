@@ -3,7 +3,6 @@
 import inspect
 import json
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
@@ -37,25 +36,16 @@ class _Parser(ArgumentParser):
         self.exit(2)
 
 
+def module_of(name: str) -> str:
+    """Returns the module of a command, by its name in this folder; the function is called the same."""
+    folder = "oneshot." if name in ONE_SHOT else "measuring." if name in MEASURING else ""
+    return folder + name.replace("-", "_")
+
+
 def command_of(name: str) -> Command:
     """Returns the function of a command."""
-    folder = "oneshot." if name in ONE_SHOT else "measuring." if name in MEASURING else ""
-    name = name.replace("-", "_")
-    return cast(Command, getattr(import_module(f"billhook.cli.{folder}{name}"), name))
-
-
-def description() -> str:
-    """Returns the front page of `billhook --help`: all commands, each with the first sentence of its docstring."""
-    commands = "\n".join(manual(command_of(name)) for name in COMMANDS)
-    return f"""Prune and convert Hugging Face transformers inside a Lightning fit.
-
-  billhook fit --config recipe:quickstart
-      Trains, with the callbacks in the config: a file of yours, or one that `billhook recipes` lists.
-{commands}
-
-Options of a command: `billhook prune --help`. Of a callback, model or data module:
-`billhook fit --trainer.callbacks.help KVHeadConversion`, `billhook fit --model.help TransformerModule`,
-`billhook fit --data.help TextDataModule`."""
+    module = module_of(name)
+    return cast(Command, getattr(import_module(f"billhook.cli.{module}"), module.rpartition(".")[2]))
 
 
 def run(command: Command, given: Sequence[str]) -> None:
@@ -81,15 +71,6 @@ def run(command: Command, given: Sequence[str]) -> None:
 def name_of(command: Command) -> str:
     """Returns the name of a command on a command line."""
     return command.__name__.replace("_", "-")
-
-
-def manual(command: Command) -> str:
-    """Returns how a command is called, and the first sentence of its docstring."""
-    parameters, needed = list(inspect.signature(command).parameters.values()), _needed(command)
-    words = [f"{name[:-1]} [{name[:-1]} ...]" if name.endswith("s") else name for name in needed]
-    words = [word.upper() for word in words] + [f"[{one.name.upper()}]" for one in parameters[:1] if one.name not in needed]
-    first = inspect.cleandoc(command.__doc__ or "").splitlines()[0]
-    return f"  billhook {' '.join([name_of(command), *words])}\n{textwrap.indent(textwrap.fill(first, 110), ' ' * 6)}"
 
 
 def _needed(command: Command) -> list[str]:

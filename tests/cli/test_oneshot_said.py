@@ -4,9 +4,12 @@ import shlex
 from contextlib import contextmanager
 
 import pytest
+import torch
 import transformers
 
+import billhook as bh
 from billhook.cli.main import main
+from billhook.cli.oneshot.pace import forward
 from kit.cli import QUICK, option, pytestmark, small_llama  # noqa: F401 - of short fits
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "1"]
@@ -142,3 +145,27 @@ def test_an_earlier_checkpoint_is_named_before_the_work_and_other_folders_are_ne
     with pytest.raises(SystemExit, match=r"holds something that billhook did not write \(notes.txt\): name another folder"):
         main(words)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine\n"
+
+
+def test_how_long_the_examples_take_is_said_before(small, tmp_path, monkeypatch, capsys):
+    told = []
+    monkeypatch.setattr("billhook.cli.oneshot.pace.forward", lambda model, length: told.append(length) or 20.0)
+    line = ["prune-structure", str(small), str(tmp_path / "out"), "--channels", "0.5", "--dry_run", *SHORT]
+    main(line)
+    assert told == [8, 16]
+    plan = capsys.readouterr().out.partition("\n\n")[0]
+    words = "2 min each time that 6 examples are shown, thrice that with gradients, 3 min to measure on 5 twice"
+    assert plan.endswith(f"an example takes 20 s here: {words}")
+
+
+def test_what_is_soon_done_is_not_reckoned(small, tmp_path, capsys):
+    main(["prune-structure", str(small), str(tmp_path / "out"), "--channels", "0.5", "--dry_run", *SHORT])
+    assert "an example takes" not in capsys.readouterr().out
+
+
+def test_timing_an_example_leaves_the_model_and_chance_as_they_were(small):
+    model = bh.load(str(small)).train()
+    before = torch.get_rng_state()
+    assert forward(model, 8) > 0
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,6 +1,6 @@
 """The frame of one-shot commands: load, calibrate, measure, change, measure, record, save, print."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
@@ -21,8 +21,10 @@ from billhook.checkpoints.save import load, save
 from billhook.cli.blockwise import over
 from billhook.cli.machine import device_of
 from billhook.cli.oneshot.after import Before, Cost, commands, shown, sizes_of
+from billhook.cli.oneshot.labelled import Labelled
+from billhook.cli.oneshot.pace import pace
 from billhook.cli.oneshot.streamed import check_streamed, reads, rest
-from billhook.cli.oneshot.text import Examples, Scored, Text
+from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
 from billhook.cli.reading import files
 from billhook.model.linears import prunable
 from billhook.model.preprocessors import load_tokenizer
@@ -34,11 +36,7 @@ from billhook.running.offload import offloaded
 from billhook.running.walk import find_sites
 from billhook.streaming.load import stream
 from billhook.streaming.stream import stream_of
-from billhook.training.data import ClassificationDataModule
-from billhook.training.dataset_module import DatasetModule
 
-EXAMPLES = 128
-"""How many examples of a text scores are taken from, if no number is asked for."""
 WRITTEN = 40
 """How many the model writes."""
 BESIDE = 0.25
@@ -82,6 +80,7 @@ class OneShot:
         self.calibrates = calibrates
         self.reads = calibrates or given.data is not None or (self.metric == "perplexity" and writes(self.model))
         self.beside = self._beside(refits)
+        self._labelled = Labelled(given, self.model, model_path(name), self.length)
         if self.metric == "perplexity":
             check_also(self.calibration, given.also)
 
@@ -117,30 +116,16 @@ class OneShot:
         options["enough"] = given.agreement if isinstance(given, Scored) else None
         return Calibration(sources, weights, tokens, self.length, **options)  # type: ignore[arg-type]
 
-    @cached_property
-    def _labelled(self) -> DatasetModule:
-        """The data of a classifier, ready to be read; it needs a split to calibrate on."""
-        given, path = self.given, model_path(self.name)
-        if not isinstance(given, Examples) or given.data is None or isinstance(given.data, list):
-            raise ValueError(f"data={given.data!r}: a {type(self.model).__name__} needs one table with texts and labels")
-        data = ClassificationDataModule(given.data, path, [given.column], given.label_column, self.length, given.batch_size)
-        data.read(self.model)
-        if "train" not in data.splits:
-            raise ValueError(f"data: calibration needs a split 'train'; there is {', '.join(data.splits)}")
-        return data
-
     def rest(self, moments: int, series: int = 1) -> str | None:
         """Returns the folder where what blocks hand on, in so many runs of each example, rests if it does not fit into memory."""
         if self.given.memory is None:
             return None
-        measured = self._measures * (len(self.rows) + len(self.given.also or ())) * self.given.evaluate
-        return rest(self.model, self.given, self.out, series * sum(self.rows), measured, moments)
+        return rest(self.model, self.given, self.out, series * sum(self.rows), self._measured * self._measures, moments)
 
     @property
     def rows(self) -> list[int]:
         """How many examples there are of each source."""
-        labelled = self.metric == "accuracy"
-        return [self.given.examples or EXAMPLES] if labelled else list(self.calibration.rows(self.length).values())
+        return [self._labelled.count] if self.metric == "accuracy" else list(self.calibration.rows(self.length).values())
 
     @property
     def parts(self) -> int:
@@ -155,15 +140,29 @@ class OneShot:
         print(f"{self.name}, {self.model.num_parameters():,} parameters:")
         own, more = stream_of(self.model), 2 * self._measures
         streams = [] if own is None else [reads(own, passes + more, exactly, beside)]
-        for step in (*steps, *measure, *streams, f"save to {self.out}{replaced(self.out)}"):
+        for step in (*steps, *measure, *streams, f"save to {self.out}{replaced(self.out)}", *self._pace):
             print(f"  {step}")
         print(flush=True)
+
+    @property
+    def _pace(self) -> list[str]:
+        """Says how long the examples take, of a model that is in memory, on its device."""
+        if self.given.stream or self._visiting:
+            return []
+        shown = sum(self.rows) * self.calibrates
+        return pace(self.model, self.length, shown, self._measured * self._measures)
+
+    @property
+    def _measured(self) -> int:
+        """How many examples it is measured on, as far as they are there."""
+        texts = 1 if self.metric == "accuracy" else len(self.calibration.named) + len(self.given.also or ())
+        return texts * self.given.evaluate
 
     @property
     def shown(self) -> str:
         """The words for the examples that the model is shown."""
         if self.metric == "accuracy":
-            return f"{self.given.examples or EXAMPLES} examples of {self.given.data}"
+            return f"{self._labelled.count} examples of {self.given.data}"
         rows = self.calibration.rows(self.length)
         texts = [f"{count} {'that it writes' if name == GENERATED else f'of {name}'}" for name, count in rows.items()]
         return f"{' and '.join(texts)}, examples of {self.length} tokens"
@@ -174,9 +173,7 @@ class OneShot:
             with bar("reading text"):
                 read = self.calibration.read(self.model)
             return [Batch(one | {"labels": one["input_ids"].clone()}, one.source) for one in read]
-        rows: Any = self._labelled.splits["train"]
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.given.seed))
-        return list(self._batched(rows, order[: self.given.examples or EXAMPLES].tolist()))
+        return list(self._labelled.shown())
 
     @property
     def _measures(self) -> bool:
@@ -210,20 +207,20 @@ class OneShot:
 
     def measure(self) -> Before:
         """Measures the model before it is changed: accuracy, or what it predicts on texts; None for one that does neither."""
-        most, _ = self.given.evaluate, self.sizes
+        _ = self.sizes
         if not self._measures:
             return None
         with offloaded(self._visiting, self.device):
             if self.metric == "perplexity":
                 with bar("reading text"):
-                    read = texts(self.calibration, self.model, most, self.given.also, written=not self.given.stream)
+                    written = not self.given.stream
+                    read = texts(self.calibration, self.model, self.given.evaluate, self.given.also, written=written)
                 inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
                 with over(self.model, "measuring", "examples") as progress:
                     return Dense(self.model, read, inside if self.calibrates else [], progress=progress)
-            splits = self._labelled.splits
-            rows: Any = splits.get(self._measured)
+            rows = self._labelled.measured()
             with bar("measuring"):
-                return None if rows is None else accuracy(self.model, self._batched(rows, range(min(most, len(rows)))))
+                return None if rows is None else accuracy(self.model, rows)
 
     def cost(self, before: Before) -> Cost:
         """Measures what the model has lost: on each text, or the accuracy that is left; None where nothing was measured."""
@@ -244,7 +241,7 @@ class OneShot:
             event["settled"] = told
         record = {"events": [event], **record}
         if self.reads:
-            read = self.calibration.to_json() if self.metric == "perplexity" else self._read()
+            read = self.calibration.to_json() if self.metric == "perplexity" else self._labelled.to_json()
             record["calibration" if self.calibrates else "text"] = read
         figures: dict[str, Any] = {"before": None, "after": None, "examples": self.given.evaluate}
         cost, warning = self.cost(before), None
@@ -264,8 +261,7 @@ class OneShot:
         """Reads so many examples to train on, if there are: what was calibrated on and more, but nothing that is measured on."""
         chance = torch.Generator().manual_seed(self.given.seed)
         if self.metric == "accuracy":
-            rows: Any = self._labelled.splits["train"]
-            return DataLoader(rows, batch_size, shuffle=True, collate_fn=self._labelled.collate(), generator=chance)
+            return self._labelled.loader(batch_size, chance)
         found = [ids for batch in calibrated for ids in batch["input_ids"]]
         measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, Dense) else set()
         if files := [source for name, source in self.calibration.named.items() if name != GENERATED]:
@@ -274,27 +270,11 @@ class OneShot:
         own = {row: ids.cpu() for ids in found if (row := tuple(ids.tolist())) not in measured}
         return DataLoader([{"input_ids": ids, "labels": ids} for ids in own.values()], batch_size, shuffle=True, generator=chance)  # type: ignore[arg-type]
 
-    @property
-    def _measured(self) -> str:
-        """The split that a classifier is measured on."""
-        return "test" if "test" in self._labelled.splits else "validation"
-
     def _named(self, cost: Cost) -> str | None:
         """Names the text that was calibrated and measured on, where no table of texts does."""
         if isinstance(cost, list):
             return None
         if self.metric == "perplexity":
             return f"text to calibrate on: {', '.join(self.calibration.named)}; measured on nothing"
-        measured = "nothing" if cost is None else f"its split '{self._measured}'"
+        measured = "nothing" if cost is None else f"its split '{self._labelled.split}'"
         return f"text to calibrate on: the split 'train' of {self.given.data}; measured on {measured}"
-
-    def _read(self) -> dict[str, Any]:
-        """Says what a classifier was calibrated on."""
-        rows: Any = self._labelled.splits["train"]
-        read = {"data": self.given.data, "examples": min(self.given.examples or EXAMPLES, len(rows)), "length": self.length}
-        return read | {"batch_size": self.given.batch_size, "seed": self.given.seed}
-
-    def _batched(self, rows: Any, numbers: Sequence[int]) -> Iterator[Batch]:  # noqa: ANN401 - `datasets` types rows as a list too
-        collate, size = self._labelled.collate(), self.given.batch_size
-        for start in range(0, len(numbers), size):
-            yield Batch(collate([rows[number] for number in numbers[start : start + size]]))

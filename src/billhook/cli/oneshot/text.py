@@ -13,6 +13,8 @@ from billhook.model.config_fields import text_config
 
 ENOUGH = 0.99
 """The agreement that is asked for where no number of examples is given."""
+EXAMPLES = 128
+"""How many examples of a text scores are taken from, if no number is asked for."""
 NONE = "no text, as it needs none"
 """What is said of a method that is shown nothing."""
 

@@ -12,10 +12,11 @@ from billhook.model.runs.inputs import make_inputs
 from billhook.running.undisturbed import precisely, resting
 
 
-def small_inputs(model: nn.Module) -> dict[str, Any]:
+def small_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, Any]:
     """Makes small inputs, as `make_inputs` does, on the model's device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in make_inputs(model).items()}
+    made = make_inputs(model, batch, length)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
 
 
 @torch.no_grad()

@@ -92,10 +92,12 @@ def test_a_title_writes_a_file(folder):
     [
         ("a  b\n----", "a b\n-------\n", True),
         ("loss 1,234.5", "loss 7e-3", True),
+        ("head  -0.5  +0.5", "head  +0.25  -0.25", True),
+        ("1-2 of -s", "1+2 of -s", False),
         ("first ...\nlast", "first 1\nsecond\nlast", True),
         ("first", "first\nsecond", False),
         ("first ... last", "first\nsecond", False),
     ],
 )
-def test_what_is_printed_is_compared_apart_from_numbers(expected, told, same):
+def test_what_is_printed_is_compared_apart_from_numbers_and_their_signs(expected, told, same):
     assert printed(expected, told) == same

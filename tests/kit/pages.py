@@ -164,11 +164,12 @@ def _parse(words: list[str], block: Block) -> None:
 
 
 def printed(expected: str, told: str) -> bool:
-    """Tells whether text is what a page says, apart from numbers, spaces and what `...` stands for."""
+    """Tells whether text is what a page says, apart from numbers and their signs, spaces and what `...` stands for."""
     pattern = r"\s*.*\s*".join(re.escape(_plain(piece)) for piece in expected.split("..."))
     return re.fullmatch(pattern, _plain(told), re.DOTALL) is not None
 
 
 def _plain(text: str) -> str:
+    text = re.sub(r"(?<=\s)[+-](?=\d)", "", text)
     text = re.sub(r"\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?", "0", text)
     return re.sub(r"-{2,}", "--", re.sub(r"\s+", " ", text)).strip()

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+import billhook as bh
+from kit.families import llama
 from kit.fits import same
 from kit.other_ranks import RESUMED, SAVED
 from kit.ranks import run_script
@@ -47,5 +49,8 @@ def test_another_number_of_ranks_ends_where_the_straight_run_does(fitted, ranks,
 
 
 @CASES
-def test_checkpoints_are_of_their_kind(fitted, ranks, what, step):
-    assert (fitted.folder / f"{ranks} {what}" / f"step={step}.ckpt").is_file() == SAVED[ranks, what]
+def test_it_is_loaded_without_ranks(fitted, ranks, what, step):
+    (straight, _, _), path = fitted(f"{ranks} {what}"), fitted.folder / f"{ranks} {what}" / f"step={step}.ckpt"
+    assert path.is_file() == SAVED[ranks, what]
+    lit = bh.load_from_checkpoint(bh.TransformerModule, path, model=llama(vocab_size=2048))
+    assert all(torch.equal(value, straight[step][name]) for name, value in lit.named_parameters())

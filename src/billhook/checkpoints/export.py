@@ -88,12 +88,12 @@ def _zero_masked(model: PreTrainedModel, masked: Any, name: str) -> None:  # noq
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a Lightning checkpoint as data; nothing in it can run code."""
+    """Reads a Lightning checkpoint as data; nothing in it can run code, and its tensors stay in its files."""
     sharded = is_sharded_checkpoint(Path(path))
     if not (sharded or Path(path).is_file()):
         raise ValueError(f"'{path}' is neither a Lightning checkpoint (.ckpt) nor a folder of its shards: one of them is needed")
     try:
-        checkpoint = read_sharded(Path(path)) if sharded else torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_sharded(Path(path)) if sharded else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(f"'{path}' cannot be read as a Lightning checkpoint: {error}") from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None

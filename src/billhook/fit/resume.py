@@ -1,7 +1,7 @@
 """Restores a model's shape from a Lightning checkpoint, and handles the state of callbacks that a run does not have."""
 
+from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
@@ -17,7 +17,8 @@ from billhook.checkpoints.export import MASKED
 from billhook.fit.run import callbacks_of
 from billhook.model.find import find_transformer
 from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
-from billhook.running.sharded.files import is_sharded_checkpoint, read_sharded
+from billhook.running.sharded.files import TENSORS, is_sharded_checkpoint, read_sharded
+from billhook.running.sharded.unread import Unread
 from billhook.units.zero import zero_units
 
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
@@ -57,7 +58,8 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
 
     Args:
         kind: The class of the module.
-        checkpoint_path: The checkpoint: a file, or the folder of a sharded one, which needs no process group.
+        checkpoint_path: The checkpoint: a file, or the folder of a sharded one, which is read shard by shard into the module and
+            needs no process group.
         **options: What the class and Lightning's `load_from_checkpoint` take.
 
     Returns:
@@ -71,18 +73,29 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
         ValueError: If the checkpoint holds another model than the class makes.
     """
     annotated(load_from_checkpoint, locals())
-    if is_sharded_checkpoint(Path(checkpoint_path)):
-        with TemporaryDirectory() as folder:
-            whole = Path(folder) / "whole.ckpt"
-            torch.save(read_sharded(Path(checkpoint_path)), whole)
-            return load_from_checkpoint(kind, whole, **options)
-    if issubclass(kind, ShapeInCheckpoint):
-        return kind.load_from_checkpoint(checkpoint_path, **options)
+    path = Path(checkpoint_path)
+    source, shaped = (checkpoint_path, ShapeInCheckpoint) if not is_sharded_checkpoint(path) else _of_shards(read_sharded(path))
+    bases = (kind,) if issubclass(kind, shaped) else (shaped, kind)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    shaped: Any = type(kind.__name__, (ShapeInCheckpoint, kind), names)
-    module = cast(ModuleT, shaped.load_from_checkpoint(checkpoint_path, **options))
+    made: Any = type(kind.__name__, bases, names)
+    module = cast(ModuleT, made.load_from_checkpoint(source, **options))
     module.__class__ = kind
     return module
+
+
+def _of_shards(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInCheckpoint]]:
+    """Makes of a checkpoint whose tensors are unread what Lightning loads, and the class of modules that it is loaded into."""
+    unread: dict[str, Unread] = checkpoint[TENSORS]
+    source = BytesIO()
+    torch.save(checkpoint | {TENSORS: {name: torch.empty(0) for name in unread}}, source)  # to be put where Lightning is told
+    source.seek(0)
+
+    class Sharded(ShapeInCheckpoint):
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint[TENSORS] = {name: unread[name].on(empty.device) for name, empty in checkpoint[TENSORS].items()}
+            super().on_load_checkpoint(checkpoint)
+
+    return source, Sharded
 
 
 def left_behind(trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> dict[str, Any]:

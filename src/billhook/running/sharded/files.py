@@ -3,13 +3,17 @@
 import pickle
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.state_dict_loader import load
+
+from billhook.running.sharded.unread import Unread
 
 DESCRIBED, TENSORS = "meta.pt", "state_dict"
 """The file in which Lightning keeps all but tensors, and the name under which the model's tensors are in the other files."""
@@ -35,7 +39,9 @@ def described(folder: Path) -> dict[str, Any]:
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
-    """Reads a sharded checkpoint without what optimizers keep, as if it was one file; each tensor is put together once.
+    """Reads a sharded checkpoint without what optimizers keep, as if it was one file.
+
+    Its tensors stay in the folder: each is read, and put together, whenever something computes with it.
 
     Raises:
         ValueError: If it lists what torch does not, files elsewhere, or more numbers than its files hold.
@@ -43,11 +49,21 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     reader = _Reader(folder)
     held = {name: one for name, one in reader.listed.state_dict_metadata.items() if name.startswith(f"{TENSORS}.")}
     _check(folder, reader.listed, held)
-    tensors = {name: torch.empty(one.size, dtype=one.properties.dtype) for name, one in held.items()}
+    tensors = {
+        name.removeprefix(f"{TENSORS}."): Unread.of(one.size, one.properties.dtype, partial(_read, reader, name))
+        for name, one in held.items()
+    }
+    return described(folder) | {TENSORS: tensors}
+
+
+def _read(reader: "_Reader", name: str) -> Tensor:
+    """Puts a tensor together."""
+    held: Any = reader.listed.state_dict_metadata[name]
+    found = torch.empty(held.size, dtype=held.properties.dtype, device="cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
-        load(tensors, storage_reader=reader, no_dist=True)
-    return described(folder) | {TENSORS: {name.removeprefix(f"{TENSORS}."): one for name, one in tensors.items()}}
+        load({name: found}, storage_reader=reader, no_dist=True)
+    return found
 
 
 def _check(folder: Path, listed: metadata.Metadata, held: Mapping[str, Any]) -> None:

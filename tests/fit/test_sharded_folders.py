@@ -1,0 +1,104 @@
+"""Folders of shards are loaded and exported a tensor at a time: no process holds the model twice, or writes it elsewhere."""
+
+import gc
+import tempfile
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.distributed import checkpoint as dcp
+
+import billhook as bh
+from billhook.checkpoints.export import build_model, export, read_checkpoint
+from billhook.model.shapes.checkpoint_shape import save_shape
+from billhook.running.sharded import files
+from kit.alive import alive_now
+from kit.families import llama, tokens
+from kit.fits import same
+
+
+class Plain(pl.LightningModule):
+    """A user's own module, which renames what it loads."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.save_hyperparameters()
+        self.model = llama(hidden_size=width, vocab_size=2048)
+        self.seen = None
+
+    def on_load_checkpoint(self, checkpoint):
+        self.seen = {name: value.sum() for name, value in checkpoint["state_dict"].items()}
+
+
+def sharded(lit, folder):
+    """Writes a folder of shards as Lightning does, whose model has fewer KV heads than its class makes."""
+    bh.convert_kv_heads(lit.model, 2)
+    checkpoint = {"hyper_parameters": dict(lit.hparams), "global_step": 3, "pytorch-lightning_version": pl.__version__}
+    save_shape(lit, checkpoint)
+    with pytest.warns(UserWarning, match="torch.distributed is disabled"):
+        dcp.save({"state_dict": lit.state_dict()}, checkpoint_id=folder, no_dist=True)
+    torch.save(checkpoint, folder / "meta.pt")
+    gc.collect()  # the dense weights
+    return lit
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The bytes of tensors that are alive at each read, and which tensor it is; no temporary file can be made."""
+    seen, load = [], files.load
+
+    def counted(tensors, **options):
+        load(tensors, **options)
+        seen.append((alive_now(), *tensors))
+
+    monkeypatch.setattr(files, "load", counted)
+    monkeypatch.setattr(tempfile, "tempdir", "nowhere")
+    return seen
+
+
+def size(state):
+    return sum(value.nbytes for value in {value.data_ptr(): value for value in state.values()}.values())
+
+
+@pytest.mark.parametrize("kind", [Plain, bh.TransformerModule])
+def test_a_module_is_loaded_a_tensor_at_a_time(tmp_path, reads, kind):
+    options = {"model": llama(vocab_size=2048)} if kind is bh.TransformerModule else {}
+    lit = sharded(kind(**options), tmp_path)
+    options = {"model": llama(vocab_size=2048)} if options else {}
+    expected, there, before = lit.state_dict(), sorted(tmp_path.iterdir()), alive_now()
+    found = bh.load_from_checkpoint(kind, tmp_path, **options)
+    assert type(found) is kind
+    assert same(found.state_dict(), expected)
+    assert sorted(tmp_path.iterdir()) == there
+    largest = max(value.nbytes for value in expected.values())
+    assert {name for _, name in reads} == {f"state_dict.{name}" for name in expected}
+    assert 0 < max(alive for alive, _ in reads) - before <= size(expected) + 1.1 * largest
+
+
+def test_a_hook_of_a_module_sees_the_values(tmp_path):
+    lit = sharded(Plain(), tmp_path)
+    found = bh.load_from_checkpoint(Plain, tmp_path)
+    assert all(torch.equal(found.seen[name], value.sum()) for name, value in lit.state_dict().items())
+    assert type(next(iter(found.seen.values()))) is torch.Tensor
+
+
+def test_it_is_put_where_lightning_is_told(tmp_path):
+    sharded(Plain(), tmp_path)
+    with torch.device("meta"):
+        meta = bh.load_from_checkpoint(Plain, tmp_path, map_location="meta")
+    assert meta.device.type == "meta"
+
+
+def test_a_model_is_built_a_tensor_at_a_time(tmp_path, reads):
+    expected, before = sharded(Plain(), tmp_path).model.state_dict(), alive_now()
+    model = build_model(read_checkpoint(tmp_path), str(tmp_path))
+    assert same(model.state_dict(), expected)
+    assert max(alive for alive, _ in reads) - before <= size(expected) + 1.1 * max(value.nbytes for value in expected.values())
+
+
+def test_what_is_exported_computes_the_same(tmp_path):
+    (tmp_path / "shards").mkdir()
+    lit = sharded(Plain(), tmp_path / "shards")
+    export(tmp_path / "shards", tmp_path / "exported")
+    ids = tokens()
+    assert torch.equal(bh.load(tmp_path / "exported")(ids).logits, lit.model.eval()(ids).logits)

@@ -4,30 +4,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 import billhook as bh
 from billhook.running.sharded.shards import is_sharded, whole
-from kit.families import llama
+from kit.damaged import MadeLate
 from kit.fits import data, module, trainer
 from kit.sharding import Own, sharding
 
-
-class MadeLate(Own):
-    def __init__(self):
-        pl.LightningModule.__init__(self)
-        self.blocks, self.policy, self.batch, self.nodes, self.sharded = True, MixedPrecisionPolicy(), 2, 1, {}
-
-    def configure_model(self):
-        if not hasattr(self, "net"):
-            self.net = llama().train()
-        super().configure_model()
-
-
 REFUSED = {
     "shrink": (lambda: bh.Shrink(params=0.8), Own, "each rank would search in a model of its own, which a sharded model cannot"),
-    "damage": (lambda: bh.Damage(bh.Calibration()), Own, "a sharded model cannot: leave it out, or prune or convert first"),
 }
 
 

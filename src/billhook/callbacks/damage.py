@@ -19,12 +19,11 @@ from billhook.fit.late_models import drop_waiting, once_model_exists
 from billhook.fit.lightning_internals import averages, is_search
 from billhook.fit.ranks import check_agreed, sum_over, together
 from billhook.fit.run import callbacks_of
-from billhook.fit.strategies import check_whole
+from billhook.fit.strategies import check_strategy
 from billhook.model.find import find_transformer
 from billhook.report.damage import Dense, TextDamage, warning_of
 from billhook.report.generation import generates
-
-READS = "each rank would read rows of its own"
+from billhook.running.sharded.shards import is_sharded, reshard
 
 
 class Damage(FollowsEvents):
@@ -42,7 +41,8 @@ class Damage(FollowsEvents):
     loaded. If its script does not make the same model on the same texts, ratios are still told, of the checkpoint's rows, and the
     divergence is not, with a warning.
 
-    Put it behind callbacks that average weights, and before `Export` and `Report`. Under DDP each rank reads a share of the rows.
+    Put it behind callbacks that average weights, and before `Export` and `Report`. Under DDP and FSDP2 each rank reads a share of
+    the rows; what is sharded is gathered as in training.
 
     Args:
         texts: What the model is calibrated on, the same `Calibration` that other callbacks are given.
@@ -50,8 +50,8 @@ class Damage(FollowsEvents):
         rows: How many rows of each text are read.
 
     Raises:
-        ValueError: If an argument is not legal; before training, if the model does not predict next tokens, the strategy shards
-            it, or a callback stands on the wrong side.
+        ValueError: If an argument is not legal; before training, if the model does not predict next tokens, the strategy is
+            none that callbacks know, or a callback stands on the wrong side.
 
     >>> import billhook as bh
     >>> text = bh.Calibration(["generated", "manual.txt"])
@@ -70,7 +70,7 @@ class Damage(FollowsEvents):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks the trainer, and reads the dense model once it exists."""
         if stage == "fit":
-            check_whole(trainer, "Damage", READS)
+            check_strategy(trainer, "Damage")
             for one, _ in averages(trainer):
                 refuse_before(trainer, self, one)
             self.begin(trainer, pl_module)
@@ -79,7 +79,7 @@ class Damage(FollowsEvents):
         """Reads the dense model once it exists; a callback whose events come before the fit asks for it earlier."""
         if self._begun:
             return
-        check_whole(trainer, "Damage", READS)
+        check_strategy(trainer, "Damage")
         self._begun, self.last = True, None
         if self._dense is None or trainer.global_step == 0:  # otherwise the fit before continues
             once_model_exists(pl_module, partial(self._read, trainer, pl_module))
@@ -158,11 +158,13 @@ def _figures(damage: list[TextDamage]) -> dict[str, float]:
 def _aside(trainer: pl.Trainer, pl_module: pl.LightningModule, model: PreTrainedModel) -> Iterator[None]:
     """Leaves no trace in the training; before the strategy has moved the model, it is on the device meanwhile."""
     home, device = model.device, trainer.strategy.root_device
-    if home != device:
+    moves = home != device and not is_sharded(model)
+    if moves:
         model.to(device)  # type: ignore[arg-type]
     try:
         with FitCalibration().aside(pl_module), trainer.precision_plugin.forward_context():
             yield
     finally:
-        if home != device:
+        reshard(model)
+        if moves:
             model.to(home)  # type: ignore[arg-type]

@@ -8,6 +8,11 @@ from billhook.fit.lightning_internals import averages, forks_or_spawns
 FIRST = "prune or convert first (billhook on one device), then train the result"
 
 
+def check_strategy(trainer: pl.Trainer, name: str) -> None:
+    """Refuses strategies under which no callback works."""
+    _shards(trainer, name)
+
+
 def check_masks(trainer: pl.Trainer, name: str) -> None:
     """Refuses strategies under which a callback cannot mask weights."""
     if not _shards(trainer, name):

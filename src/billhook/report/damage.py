@@ -16,6 +16,7 @@ from billhook.report.predictions import Predictions, logits_now, loss_of
 from billhook.report.table import aligned
 from billhook.running.batches import Run, runs_of, source_of
 from billhook.running.resident import let_go
+from billhook.running.sharded.shards import is_sharded
 from billhook.running.undisturbed import undisturbed
 from billhook.streaming.stream import stream_of
 from billhook.streaming.together import shelf, together
@@ -134,9 +135,12 @@ class Dense:
             if progress is not None:
                 progress(len(done), len(self._here))
 
-        runs = runs_of(model, [{"input_ids": self.rows[row][1][None]} for row in self._here])
+        most = math.ceil(len(self.rows) / self._here.step) if is_sharded(model) else 0
+        others = [0] * (most - len(self._here))  # so that all ranks gather what is sharded equally often
+        runs = runs_of(model, [{"input_ids": self.rows[row][1][None]} for row in (*self._here, *others)])
+        reads = [partial(read, row, run) for row, run in zip(self._here, runs, strict=False)]
         with undisturbed(model):
-            together(model, [partial(read, row, run) for row, run in zip(self._here, runs, strict=True)])
+            together(model, [*reads, *(run.forward for run in runs[len(reads) :])])
 
     def damage(self, model: PreTrainedModel, progress: Told | None = None) -> list[TextDamage]:
         """Compares a changed model with the dense one, by source; `progress` is called with how many rows are done."""

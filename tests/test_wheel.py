@@ -74,6 +74,8 @@ def test_what_it_says_of_itself(wheel):
     said = Parser().parsestr(wheel.read(name).decode())
     assert (said["Name"], said["Version"], said["License-Expression"]) == ("billhook", bh.__version__, "Apache-2.0")
     assert "Typing :: Typed" in said.get_all("Classifier")
+    cited = re.findall(r"^    url: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert [address.rpartition(", ")[2] for address in said.get_all("Project-URL")] == cited != []
     assert wheel.read(name.replace("METADATA", "entry_points.txt")).decode().split() == [
         "[console_scripts]",
         "billhook",

@@ -8,22 +8,9 @@ from torch.distributed.tensor import DTensor
 
 import billhook as bh
 from billhook.running.sharded.shards import is_sharded, whole
-from kit.damaged import MadeLate
 from kit.fits import data, module, trainer
+from kit.measured import MadeLate
 from kit.sharding import Own, sharding
-
-REFUSED = {
-    "shrink": (lambda: bh.Shrink(params=0.8), Own, "each rank would search in a model of its own, which a sharded model cannot"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_before_training(tmp_path, alone, name):
-    callback, module, match = REFUSED[name]
-    lit = module()
-    with pytest.raises(ValueError, match=match):
-        trainer(tmp_path, [callback()], max_steps=2, strategy=alone).fit(lit)
-    assert not is_sharded(lit)
 
 
 def test_one_block_is_gathered_at_a_time(tmp_path, alone):

@@ -16,7 +16,6 @@ from billhook.fit.events.event import log_event
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, together
-from billhook.fit.strategies import check_whole
 from billhook.fit.training_step import runs_as_in_training, training_loss
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
@@ -30,6 +29,7 @@ from billhook.pruning.planning import plan_units
 from billhook.pruning.widths.rows import RoundTo
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run, run_with_loss
+from billhook.running.sharded.shards import as_one
 from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.library import key_of
 from billhook.shrinking.shrink import Layers, budget, check_search
@@ -47,7 +47,8 @@ class Shrink(ShapeCallback):
 
     This is `bh.shrink` in the middle of a fit, so that training recovers what is lost; with `TransformerModule(distillation=...)`
     the dense model teaches it. Optimizer state and gradients follow, checkpoints carry the shape, and a resumed run ends as the
-    straight run does. Under DDP each rank searches on the same batches, all of them, and what is found is compared. With
+    straight run does. Under DDP and FSDP2 each rank searches on the same batches, all of them, and what is found is compared;
+    under FSDP2 the whole model is gathered on each rank for that long. With
     `TransformerModule(lora=...)` it comes at the start, and LoRA, cut too, trains what is left; the budget counts no adapters.
     For `params` and `bytes`, query heads that share a KV head may go, too, as many of each.
     For a budget of time, call `bh.shrink(model, latency=...)` before the fit: ranks would not agree on what they measure.
@@ -130,11 +131,6 @@ class Shrink(ShapeCallback):
         """True: it is measured what a smaller model loses."""
         return True
 
-    def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses strategies under which a rank does not hold the whole model, which the search changes again and again."""
-        check_whole(trainer, "Shrink", "each rank would search in a model of its own")
-        super().check_trainer(trainer, pl_module)
-
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses a budget that the model cannot meet, and adapters."""
         subject = find_transformer(model)
@@ -152,7 +148,7 @@ class Shrink(ShapeCallback):
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
         """Searches, removes and repairs."""
         metrics, model = self.measured(trainer, pl_module), find_transformer(pl_module)
-        with together(trainer, "Shrink"):
+        with together(trainer, "Shrink"), as_one(pl_module):
             work = self._begun(model)
             self._known.clear()
             with taken_off(model):

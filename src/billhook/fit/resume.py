@@ -84,7 +84,7 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
 
 
 def _of_shards(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInCheckpoint]]:
-    """Makes of a checkpoint whose tensors are unread what Lightning loads, and the class of modules that it is loaded into."""
+    """Returns what Lightning loads of a checkpoint whose tensors are unread, and a class for modules to take them."""
     unread: dict[str, Unread] = checkpoint[TENSORS]
     source = BytesIO()
     torch.save(checkpoint | {TENSORS: {name: torch.empty(0) for name in unread}}, source)  # to be put where Lightning is told

@@ -34,12 +34,6 @@ def check_shapes(trainer: pl.Trainer, name: str) -> None:
         )
 
 
-def check_whole(trainer: pl.Trainer, name: str, why: str) -> None:
-    """Refuses strategies under which a rank does not hold the whole model."""
-    if _shards(trainer, name):
-        raise ValueError(f"{name} under ModelParallelStrategy: {why}, which a sharded model cannot: leave it out, or {FIRST}")
-
-
 def _shards(trainer: pl.Trainer, name: str) -> bool:
     """Returns whether the fit is sharded by FSDP2; refuses other ways to shard, and strategies that are not known."""
     strategy = trainer.strategy

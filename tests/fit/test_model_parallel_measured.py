@@ -1,0 +1,40 @@
+"""FSDP2: two processes tell the damage that one does, and search and find the smaller model that one does."""
+
+import pytest
+import torch
+
+from kit.measured import MODULES, shrunk, told
+from kit.ranks import run_script
+
+pytestmark = pytest.mark.slow
+SCRIPT = "from kit.measured import fit_all\nfit_all()\n"
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    run_script(folder, SCRIPT, [str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_two_processes_tell_the_sharded_damage_that_one_does(of_two, tmp_path, name):
+    alike, found = torch.load(of_two / f"told, {name}.pt", weights_only=True)
+    _, of_one = told(tmp_path, name)
+    assert alike
+    for here, there in zip(found, of_one, strict=True):
+        assert [own.pop("source") for own in here] == [own.pop("source") for own in there] == ["generated"]
+        assert here == [pytest.approx(own, rel=2e-3, abs=1e-5) for own in there]
+        assert here[0]["rows"] == 3
+        assert here[0]["kl"] > 1e-4
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_two_processes_shrink_a_sharded_model_to_what_one_finds(of_two, tmp_path, name):
+    alike, (what, left, kept, state) = torch.load(of_two / f"shrunk, {name}.pt", weights_only=True)
+    _, (what_of_one, left_of_one, kept_of_one, state_of_one) = shrunk(tmp_path, name)
+    assert alike
+    assert (what, left, kept) == (what_of_one, left_of_one, kept_of_one)
+    assert len(what) == 1
+    for own, value in state_of_one.items():
+        torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)

@@ -33,11 +33,12 @@ def windows(options, text, count, length=512, drawn=True):
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]] if drawn else rows[:count]
 
 
-def written(options, model):
-    """What the model has written, once."""
-    file = options.work / "written.pt"
+def written(options, model, count=40):
+    """So many windows that the model has written, once."""
+    file = options.work / ("written.pt" if count <= 40 else f"written {count}.pt")
     if not file.exists():
-        torch.save(torch.cat([batch["input_ids"] for batch in bh.generated(model, examples=40, length=512)]), file)
+        made = bh.generated(model, examples=max(count, 40), length=512)
+        torch.save(torch.cat([batch["input_ids"] for batch in made]), file)
     return torch.load(file)
 
 
@@ -49,7 +50,7 @@ def batches(rows, source):
 def calibration(options, model, texts=48, own=32):
     """The batches that a smaller model is fitted to and chosen on: so many windows of each text, and of the model's own."""
     shown = [batch for name, text in CALIBRATION.items() for batch in batches(windows(options, text, 48)[:texts], name)]
-    return shown + batches(written(options, model)[:own], "generated")
+    return shown + batches(written(options, model, own)[:own], "generated")
 
 
 def perplexity(model, rows):

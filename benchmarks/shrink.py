@@ -5,11 +5,12 @@ DATA, and how each row is measured. WORK keeps what the model writes, the librar
 each row, so that an interrupted run goes on. `--only` takes rows by name.
 
 Calibration, "texts": 48 windows of 512 tokens each of FOLDOC's training text and of WikiText-2's validation text, drawn at
-random, and 32 that the model has written (what `billhook shrink --data a.txt b.txt` takes by default); "generated": 40 that
-it has written, and nothing else (what it takes where it is given no data). All that is chosen, as ridges, levels and sizes, is
-chosen on these. `--matmul medium` multiplies in bfloat16 where a CPU can: the model's forwards, not sums of squares nor solving;
-what is measured in the end is in float32 either way. "+ N steps": of 2 x 256 tokens of the two texts, taught by the dense model
-(`--recover`); the dense model is trained in the same way for comparison.
+random, and 32 that the model has written (what `billhook shrink --data a.txt b.txt` takes by default); "generated": 40 that it
+has written, and nothing else (what it takes where it is given no data); "generated, 128": so many (`--examples 128`). All that
+is chosen, as ridges, levels and sizes, is chosen on these. `--matmul medium` multiplies in bfloat16 where a CPU can: the
+model's forwards, not sums of squares nor solving; what is measured in the end is in float32 either way. "+ N steps": of 2 x
+256 tokens of the two texts, taught by the dense model (`--recover`); the dense model is trained in the same way for
+comparison.
 """
 
 import argparse
@@ -38,10 +39,10 @@ SHRINKS = {
     "cache a third, free": {"kv_cache_bytes": 1 / 3, "layers": "free"},
 }
 CONVERTED = "1 of 3 KV heads by svd"
-STEPS = 300
+STEPS, OWN = 300, {"generated": 40, "generated, 128": 128}
 ROWS = [
     "dense",
-    *(f"{size} | {texts}" for size in [*SHRINKS, CONVERTED] for texts in ("texts", "generated")),
+    *(f"{size} | {texts}" for size in [*SHRINKS, CONVERTED] for texts in ("texts", *OWN)),
     *(f"{size} | texts + {STEPS} steps" for size in SHRINKS if "generations" not in size),
     f"dense | texts + {STEPS} steps",
 ]
@@ -52,7 +53,7 @@ def make(options, size, texts):
     model = bh.load(str(options.model), dtype="float32")
     if size == "dense":
         return model
-    shown = calibration(options, model) if texts else calibration(options, model, 0, 40)
+    shown = calibration(options, model, 0, OWN[texts]) if texts in OWN else calibration(options, model)
     if size == CONVERTED:
         bh.convert_kv_heads(model, 1, "svd", shown, repair=bh.Repair())
         return model
@@ -87,7 +88,7 @@ def save(options, row):
         model = bh.load(str(first), dtype="float32")
         recovered(options, model, STEPS)
     else:
-        model = make(options, size, shown == "texts")
+        model = make(options, size, shown)
     bh.save(model, folder_of(options, row), AutoTokenizer.from_pretrained(options.model))
     (options.work / f"{folder_of(options, row).name}.seconds").write_text(f"{time.process_time() - start:.0f}")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
 
 from billhook.model.config_fields import configs_of
-from billhook.running.sharded.shards import sharded_as, whole
+from billhook.running.sharded.shards import local, reshard, sharded_as, whole
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,11 @@ def _new_state(optimizer: Optimizer, name: str, old: nn.Parameter, follow: Calla
 
 @torch.no_grad()
 def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
-    """Takes other values of the same sizes, in place or not at all; the optimizer state of what differs restarts."""
+    """Takes other values of the same sizes, in place or not at all; the optimizer state of what differs restarts.
+
+    Where parameters are sharded, each rank takes its part of values that all have; those that change are gathered to tell.
+    """
+    reshard(model)
     trained_by = list(optimizers)
     for name, values in weights.items():
         if not values.isfinite().all():
@@ -162,7 +166,7 @@ def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[O
     new = {model.get_parameter(name): weights[name] for name in changed(model, weights)}
     with undone_by_errors(model, trained_by), values_kept(new):
         for parameter, values in new.items():
-            parameter.copy_(values)
+            local(parameter).copy_(local(sharded_as(values, parameter)))
             for optimizer in trained_by:
                 if optimizer.state.pop(parameter, None) is not None and (first := fresh(optimizer, parameter)):
                     optimizer.state[parameter] = first
@@ -170,4 +174,4 @@ def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[O
 
 def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """Returns the names of parameters that are to have other values than they have."""
-    return [name for name, values in weights.items() if not torch.equal(model.get_parameter(name), values)]
+    return [name for name, values in weights.items() if not torch.equal(whole(model.get_parameter(name)), values)]

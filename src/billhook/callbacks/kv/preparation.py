@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from billhook.fit.calibration import FitCalibration, Pair
-from billhook.fit.events.shape_event import unwrapped
 from billhook.fit.ranks import check_agreed, sum_over, summed, together
 from billhook.kv_heads.bases.ready import batches_needed, ready_weights, turned_weights
 from billhook.kv_heads.convert import check_repair
@@ -23,6 +22,7 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import Weights
 from billhook.model.surgery import changed, take
 from billhook.repairs.repair import Repair
+from billhook.running.sharded.shards import as_one
 
 HINT = (
     "billhook: KV heads are mean-pooled, as in the paper. method='svd' starts far nearer to the dense model (SmolLM2-135M, 3 -> "
@@ -121,8 +121,9 @@ class Moving:
             return
         if preparation.method.turns and stage not in self.turned:
             groups = dict.fromkeys(self.path.layers, self.path.after)
-            with unwrapped(trainer), together(trainer, "KVHeadConversion"):
-                weights = preparation.turned(trainer, pl_module, groups)
+            with together(trainer, "KVHeadConversion"):
+                with as_one(pl_module):
+                    weights = preparation.turned(trainer, pl_module, groups)
                 check_agreed(trainer, "KVHeadConversion", "how heads are turned", weights)
                 take(model, weights, trainer.optimizers)
             self.turned.append(stage)

@@ -50,6 +50,8 @@ class DepthPruning(ShapeCallback):
     >>> callback = bh.DepthPruning(count=1, at=0.1)  # for Trainer(callbacks=[callback])
     """
 
+    in_turn = True
+
     def __init__(
         self,
         count: int | None = None,

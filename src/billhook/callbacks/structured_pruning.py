@@ -26,7 +26,7 @@ from billhook.pruning.progress import First, first_from
 from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
-from billhook.running.sharded.shards import as_one
+from billhook.running.sharded.turns import in_turn
 from billhook.schedules import Schedule
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -61,6 +61,8 @@ class StructuredPruning(ShapeCallback):
     >>> progress = bh.schedules.Linear(final=1.0, end=0.5, every=100)
     >>> callback = bh.StructuredPruning(bh.Amount(channels=0.2), at=progress)  # for Trainer(callbacks=[callback])
     """
+
+    in_turn = True
 
     def __init__(
         self,
@@ -135,7 +137,7 @@ class StructuredPruning(ShapeCallback):
         amount = self._first.part(model, self.amount, share)
         if amount is None:
             return None, None, ""
-        with self.calibration.aside(pl_module), gradient_precision(trainer), as_one(pl_module):
+        with self.calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
             units, reduce = units_of(model, trace(model), amount.kinds), sum_over(trainer)
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
             runs = [run_of(model, units, *pair) for pair in pairs]

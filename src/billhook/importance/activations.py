@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ReferenceType, ref
 
 import numpy as np
@@ -39,6 +39,8 @@ class ActivationNorm(Importance):
         >>> [len(own) for own in scores.values()]
         [8, 8, 8, 8]
     """
+
+    in_turn: ClassVar[bool] = True
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
@@ -87,6 +89,8 @@ class OutputNorm(Importance):
         >>> [len(own) for own in scores.values()]
         [384, 384, 384, 384]
     """
+
+    in_turn: ClassVar[bool] = True
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""

@@ -47,11 +47,14 @@ class Importance(ABC):
 
     Attributes:
         needs_data: Whether it needs batches.
-        needs_gradients: Whether it needs gradients, which a model has that is in memory as a whole.
+        needs_gradients: Whether it needs gradients, which a streamed model has not.
+        in_turn: Whether it has the block of a module brought (`billhook.streaming.either.bring`) before it looks into its weights
+            other than in a forward, so that one block at a time of a model that ranks share need be whole.
     """
 
     needs_data: ClassVar[bool] = True
     needs_gradients: ClassVar[bool] = False
+    in_turn: ClassVar[bool] = False
 
     @property
     def adds_up(self) -> bool:

@@ -8,6 +8,7 @@ Inference-Aware Structured Pruning of Language Models" (Kurtic, Frantar & Alista
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,7 @@ class OBS(Importance):
         [384, 384, 384, 384]
     """
 
+    in_turn: ClassVar[bool] = True
     damping: float = 0.01
     passes: int = 1
 

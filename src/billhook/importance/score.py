@@ -15,6 +15,7 @@ from billhook.model.values import check_values
 from billhook.running.batches import Loss, Run, run_with_loss
 from billhook.running.undisturbed import resting
 from billhook.running.walk import Reduce
+from billhook.streaming.either import all_here, apart
 from billhook.streaming.stream import stream_of
 from billhook.units.find import check_held, numbered
 from billhook.units.units import Per, Units
@@ -43,7 +44,8 @@ class Scoring:
     def sums(self, batches: Iterable[Any]) -> Sums:
         """Sums over batches; of an importance that needs none, over nothing."""
         given = batches if self.importance.needs_data else ()
-        with resting(self.model):
+        turns = apart(self.model, self.reduce) if self.importance.in_turn else all_here(self.model)
+        with resting(self.model), turns:
             runs = [run_of(self.model, self.units, batch, self.loss) for batch in given]
             return self.importance.sums(self.model, self.units, self.per, runs)
 

@@ -56,16 +56,37 @@ def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimize
             _carry_out(swap)
 
 
+@torch.no_grad()
+def have_followed(
+    model: nn.Module, old: Mapping[str, nn.Parameter], changes: Mapping[str, Change], optimizers: Iterable[Optimizer]
+) -> None:
+    """Gives optimizers parameters that have changed without them; what they keep of each follows, and goes, before the next.
+
+    Args:
+        model: The model as it is now.
+        old: The parameters that optimizers have, by the names of those that came instead.
+        changes: How each has changed.
+        optimizers: Those that train the model.
+    """
+    for name, parameter in old.items():
+        for optimizer in optimizers:
+            _swap(optimizer, parameter, new := model.get_parameter(name), _state(optimizer, name, parameter, new, changes[name]))
+
+
 def _carry_out(swap: _Swap) -> None:
     for module, attr in swap.places:
         setattr(module, attr, swap.new)
     for optimizer, state in swap.states:
-        for group in optimizer.param_groups:
-            group["params"][:] = [swap.new if p is swap.old else p for p in group["params"]]
-        if swap.old in optimizer.state:
-            del optimizer.state[swap.old]
-            if state:
-                optimizer.state[swap.new] = state
+        _swap(optimizer, swap.old, swap.new, state)
+
+
+def _swap(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, state: dict[str, object]) -> None:
+    for group in optimizer.param_groups:
+        group["params"][:] = [new if p is old else p for p in group["params"]]
+    if old in optimizer.state:
+        del optimizer.state[old]
+        if state:
+            optimizer.state[new] = state
 
 
 @contextmanager
@@ -123,8 +144,11 @@ def _prepare(model: nn.Module, name: str, change: Change, optimizers: list[Optim
     if old.grad is not None and change.gradient is not None:
         new.grad = change.gradient(old.grad).to(new.dtype).contiguous()
     places = [(m, attr) for m in model.modules() for attr, p in m._parameters.items() if p is old]
-    states = [(o, fresh(o, new) if change.state is None else _new_state(o, name, old, change.state)) for o in optimizers]
-    return _Swap(places, old, new, states)
+    return _Swap(places, old, new, [(optimizer, _state(optimizer, name, old, new, change)) for optimizer in optimizers])
+
+
+def _state(optimizer: Optimizer, name: str, old: nn.Parameter, new: nn.Parameter, change: Change) -> dict[str, object]:
+    return fresh(optimizer, new) if change.state is None else _new_state(optimizer, name, old, change.state)
 
 
 def fresh(optimizer: Optimizer, parameter: Tensor) -> dict[str, object]:

@@ -23,8 +23,7 @@ from billhook.model.shapes.shape import note_shape, shape_of
 from billhook.model.shapes.stacks import keep, numbers_of
 from billhook.model.surgery import undone_by_errors
 from billhook.pruning.block_fields import Numbers, find_then
-from billhook.streaming.either import following
-from billhook.streaming.stream import stream_of
+from billhook.streaming.either import coming_of, following
 from billhook.units.blocks import block_of, find_blocks, skipping
 from billhook.units.units import UnitKind
 
@@ -265,8 +264,8 @@ def _take_out(model: PreTrainedModel, blocks: Mapping[str, list[int]], fields: F
         owner, _, attr = name.rpartition(".")
         if getattr(model.get_submodule(owner), attr, None) == before:
             setattr(model.get_submodule(owner), attr, after)
-    if (stream := stream_of(model)) is not None:
-        stream.follow()
+    if (coming := coming_of(model)) is not None:
+        coming.follow()
     set_fields(model.config, fields)
     note_shape(model)
 

@@ -17,21 +17,21 @@ from billhook.model.meta import to_meta
 from billhook.model.runs.answers import alike, small_inputs, tolerance
 from billhook.model.shapes.handed import Indices
 from billhook.model.shapes.shape import Shape, derived_then, note_shape, set_shape, shape_of, unbuilt_shape
-from billhook.model.surgery import Change, replace_parameters, undone_by_errors, way_back
+from billhook.model.surgery import Change, have_followed, replace_parameters, undone_by_errors, way_back
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.fold import fold
 from billhook.pruning.shape_then import shapes_then
-from billhook.pruning.streamed import cut_blocks, outside, zeros_in_blocks
+from billhook.pruning.streamed import cut_blocks, cut_in_turn, outside, reading_outside, zeros_in_blocks
+from billhook.running.sharded.turns import Turns
 from billhook.running.trees import tree_leaves
 from billhook.running.undisturbed import precisely, resting
-from billhook.streaming.either import following
-from billhook.streaming.stream import stream_of
+from billhook.streaming.either import coming_of, following
+from billhook.streaming.stream import Stream
 from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 from billhook.units.gates import Gate
 from billhook.units.units import PLURAL, Units
-from billhook.units.zero import reading, zero_found
 
 
 def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer], key: str = "") -> None:
@@ -55,12 +55,13 @@ def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer], key: s
     for shape, fields in shapes_then(model, cut):
         try:
             with following(model), undone_by_errors(model, optimizers):
-                _carry_out(model, cut, shape, optimizers, key)
+                follow = _carry_out(model, cut, shape, optimizers, key)
                 kept = _answer_if_any(model, readers) if expected is None and real and fields else expected
                 _say(model, fields, optimizers)
                 note_shape(model)
                 if real:
                     _check_answer(model, readers, kept)
+            follow()  # which is not undone, so that what optimizers keep is never there twice
             return
         except _Different as different:
             why = str(different)
@@ -133,14 +134,18 @@ def _say(model: PreTrainedModel, fields: Fields, optimizers: list[Optimizer]) ->
         raise _Different(why)
 
 
-def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, optimizers: list[Optimizer], key: str) -> None:
+def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, optimizers: list[Optimizer], key: str) -> Callable[[], object]:
+    """Cuts tensors, and returns what has optimizers follow where blocks come and go by ranks."""
     parameters = dict(model.named_parameters())
     smaller = {name: partial(_smaller, {d: s for (own, d), s in cut.cuts.items() if own == name}) for name, _ in cut.cuts}
     buffers = {name: take(model.get_buffer(name)) for name, take in smaller.items() if name not in parameters}
     changes = {n: Change(take, partial(_smaller_state, take), take) for n, take in smaller.items() if n in parameters}
-    sizes = list(_whole_sizes(model))
-    if (stream := stream_of(model)) is not None:
-        cut_blocks(stream, changes, shape.tensors, f"units {cut.units} {key}")
+    sizes, old = list(_whole_sizes(model)), dict[str, nn.Parameter]()
+    match coming_of(model):
+        case Stream() as stream:
+            cut_blocks(stream, changes, shape.tensors, f"units {cut.units} {key}")
+        case Turns() as turns:
+            old = cut_in_turn(turns, model, changes)
     replace_parameters(model, outside(model, changes), optimizers)
     for module, attr in sizes:
         setattr(module, attr, type(getattr(module, attr))(module.get_parameter("weight").shape))
@@ -148,6 +153,7 @@ def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, optimizers: list[
         owner, _, attr = name.rpartition(".")
         model.get_submodule(owner)._buffers[attr] = buffer
     set_shape(model, shape)
+    return partial(have_followed, model, old, changes, optimizers)
 
 
 def _makes_units(model: nn.Module, reader: str, cut: Cut) -> bool:
@@ -186,12 +192,13 @@ def _expected(
         return None
     if not others:
         return _zeroed_answer(model, found, masked, readers)
-    back = way_back(model)
+    ways = [way_back(model), *([coming.way_back()] if (coming := coming_of(model)) is not None else [])]
     try:
         remove(model, find_cut(model, structure, found, others), [])
         return _zeroed_answer(model, found, masked, readers)
     finally:
-        back()
+        for back in ways:
+            back()
 
 
 @torch.no_grad()
@@ -199,11 +206,11 @@ def _zeroed_answer(
     model: PreTrainedModel, found: Mapping[str, Units], gone: Mapping[str, list[int]], readers: Iterable[str]
 ) -> list[Tensor]:
     """Returns the answer of the model without some units, whose reading weights are zero for that long."""
-    here = [one for one in reading(model, found, gone) if not one[0].is_meta]
-    kept = [(weight, dim, at, weight.index_select(dim, at)) for weight, dim, at in here]
+    kept = [(weight, dim, at, weight.index_select(dim, at)) for weight, dim, at in reading_outside(model, found, gone)]
     try:
         with zeros_in_blocks(model, found, gone):
-            zero_found(model, found, gone)
+            for weight, dim, at, _ in kept:
+                weight.index_fill_(dim, at, 0)
             return _answer(model, readers)
     finally:
         for weight, dim, at, values in reversed(kept):

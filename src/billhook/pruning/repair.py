@@ -23,6 +23,7 @@ from billhook.repairs.streamed import Refitted
 from billhook.repairs.visitor import Given
 from billhook.running.batches import Run, run_with_loss
 from billhook.running.walk import Reduce
+from billhook.streaming.either import all_here
 from billhook.streaming.stream import stream_of
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -134,7 +135,8 @@ def repair_with(
     under = {reader: _linear(subject, reader) for reader in kept}
     runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
     left = {under[reader]: stays for reader, stays in kept.items()}
-    refitted = repair_linears(subject, left, runs, how, reduce, given or None, progress)
+    with all_here(subject):
+        refitted = repair_linears(subject, left, runs, how, reduce, given or None, progress)
     if isinstance(refitted, Refitted):
         return refitted
     parts = [(f"{name}.{part}", value) for name, own in refitted.items() for part, value in zip(PARTS, own, strict=True)]

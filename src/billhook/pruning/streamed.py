@@ -1,4 +1,4 @@
-"""Removes units from a model whose blocks come from files one at a time."""
+"""Removes units from a model whose blocks come and go one at a time: from files, or from the ranks that share them."""
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -6,11 +6,13 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.model.plan import Weights, starting_from
 from billhook.model.surgery import Change, replace_parameters
+from billhook.running.sharded.turns import Turns
+from billhook.streaming.either import coming_of
 from billhook.streaming.stream import Stream, stream_of
 from billhook.units.units import UnitKind, Units
 from billhook.units.zero import reading
@@ -31,18 +33,18 @@ def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
 @contextmanager
 def taking(model: PreTrainedModel, weights: Weights | None) -> Iterator[None]:
     """Gives parameters new values, as `starting_from` does; those of blocks that are streamed whenever these come."""
-    stream, weights = stream_of(model), weights or {}
-    inside = [name for name in weights if stream is not None and _block(stream, name) is not None]
-    rest = {name: one for name, one in weights.items() if name not in inside} if inside else weights
-    with starting_from(model, rest), stream.altered(partial(_take, stream, weights)) if stream is not None else nullcontext():
+    coming, weights = coming_of(model), weights or {}
+    inside = {name for name in weights if coming is not None and _block(coming, model, name) is not None}
+    rest = {name: weights[name] for name in weights if name not in inside} if inside else weights
+    with starting_from(model, rest), coming.altered(partial(_take, model, weights)) if coming and inside else nullcontext():
         yield
 
 
 @contextmanager
 def zeros_in_blocks(model: PreTrainedModel, found: Mapping[str, Units], gone: Mapping[str, Sequence[int]]) -> Iterator[None]:
-    """Has the weights of blocks that are streamed be zero where they read some units, within."""
-    stream = stream_of(model)
-    with stream.altered(partial(_zero, model, found, gone)) if stream is not None else nullcontext():
+    """Has the weights of blocks that come and go be zero where they read some units, within."""
+    coming = coming_of(model)
+    with coming.altered(partial(_zero, model, found, gone)) if coming is not None else nullcontext():
         yield
 
 
@@ -62,15 +64,43 @@ def cut_blocks(stream: Stream, changes: Mapping[str, Change], sizes: Mapping[str
             stream.resize(name, sizes)
             continue
         stream.bring(block)
-        replace_parameters(stream.model, {own: change for own, change in changes.items() if _block(stream, own) is block})
+        replace_parameters(stream.model, _inside(stream, stream.model, block, changes))
         stream.change(block)
         stream.leave()
 
 
+def cut_in_turn(turns: Turns, model: nn.Module, changes: Mapping[str, Change]) -> dict[str, nn.Parameter]:
+    """Cuts the parameters of each block that ranks share, which then lies in shards again; returns those before, by name."""
+    old = dict[str, nn.Parameter]()
+    for block in turns.blocks:
+        own = _inside(turns, model, block, changes)
+        if own or turns.is_altered(block):
+            turns.bring(block)
+            old |= {name: model.get_parameter(name) for name in own}
+            replace_parameters(model, own)
+            turns.change()
+            turns.leave()
+    return old
+
+
+def _inside(coming: Stream | Turns, model: nn.Module, block: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
+    return {name: change for name, change in changes.items() if _block(coming, model, name) is block}
+
+
 def outside(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
-    """Returns the changes of parameters that are in no block that is streamed."""
-    stream = stream_of(model)
-    return {name: change for name, change in changes.items() if stream is None or _block(stream, name) is None}
+    """Returns the changes of parameters that are in no block that comes and goes."""
+    coming = coming_of(model)
+    return {name: change for name, change in changes.items() if coming is None or _block(coming, model, name) is None}
+
+
+def reading_outside(
+    model: nn.Module, found: Mapping[str, Units], gone: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
+    """Yields what reads some units, as `reading` does, in no block that comes and goes."""
+    coming = coming_of(model)
+    blocks = set() if coming is None else set(coming.owner.values())
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    yield from (one for one in reading(model, found, gone) if id(one[0]) not in inside)
 
 
 def tell_weights(weights: Weights | None) -> str:
@@ -81,15 +111,16 @@ def tell_weights(weights: Weights | None) -> str:
     return found.hexdigest()
 
 
-def _block(stream: Stream, parameter: str) -> nn.Module | None:
-    return stream.owner.get(stream.model.get_submodule(parameter.rpartition(".")[0]))
+def _block(coming: Stream | Turns, model: nn.Module, parameter: str) -> nn.Module | None:
+    return coming.owner.get(model.get_submodule(parameter.rpartition(".")[0]))
 
 
 @torch.no_grad()
-def _take(stream: Stream, weights: Weights, block: nn.Module) -> None:
+def _take(model: nn.Module, weights: Weights, block: nn.Module) -> None:
     """Puts new values into the parameters of a block."""
-    for name, parameter in block.named_parameters(prefix=stream.names[block]):
-        if name in weights:
+    inside = {id(parameter) for parameter in block.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in inside and name in weights:
             parameter.copy_(weights[name])
 
 

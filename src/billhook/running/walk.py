@@ -15,8 +15,8 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import Cache
-from transformers.pytorch_utils import Conv1D
 
+from billhook.running.blocks import blocks_with
 from billhook.running.overridden import overridden
 from billhook.running.undisturbed import Ambient
 
@@ -65,7 +65,7 @@ def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: S
     if sequential == "none":
         return [Site(model, dict(linears))]
     of: dict[nn.Module, Site] = {}
-    blocks = list(_blocks(model, set(linears.values())))
+    blocks = list(blocks_with(model, set(linears.values())))
     owner = {module: block for block in blocks for module in block.modules()}
     for name, linear in linears.items():
         block = owner.get(linear, linear)
@@ -74,27 +74,6 @@ def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: S
         module = block if sequential == "block" else linear
         of.setdefault(module, Site(module, {})).linears[name] = linear
     return list(of.values())
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Returns the blocks of a model, as `find_sites` knows them, of all linear layers."""
-    return list(_blocks(model, {module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}))
-
-
-def _blocks(module: nn.Module, linears: set[nn.Module]) -> Iterator[nn.Module]:
-    """Yields the elements of outermost module lists in which two or more hold linears.
-
-    Any module has such, and none needs to run; `find_blocks`, which needs a run, finds the same in 274 of 322 small models of
-    transformers, and in the others leaves out towers that its inputs do not reach, and stages that change the shape.
-    """
-    children = list(module.children())
-    holding = [child for child in children if not linears.isdisjoint(child.modules())]
-    runs = not any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in children)
-    if runs and isinstance(module, nn.ModuleList | nn.Sequential) and len(holding) > 1:
-        yield from children
-        return
-    for child in children:
-        yield from _blocks(child, linears)
 
 
 class Walk:

@@ -1,17 +1,35 @@
-"""Reaches parts of a model, whether it is in memory or streamed."""
+"""Reaches parts of a model, whether it is in memory, or its blocks come and go: from files, or from the ranks that share them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from torch import nn
+from torch import Tensor, nn
 
-from billhook.streaming.stream import stream_of
+from billhook.running.sharded.turns import Turns, turns_of
+from billhook.streaming.stream import Stream, stream_of
+
+
+def coming_of(model: nn.Module) -> Stream | Turns | None:
+    """Returns what has a model's blocks come and go; None where all are there."""
+    return stream_of(model) or turns_of(model)
 
 
 def bring(model: nn.Module, module: nn.Module) -> None:
-    """Has the block of a module in memory, if the model is streamed."""
-    if (stream := stream_of(model)) is not None:
-        stream.bring(module)
+    """Has the block of a module in memory, if the model's blocks come and go."""
+    if (coming := coming_of(model)) is not None:
+        coming.bring(module)
+
+
+def apart(model: nn.Module, add: Callable[[Tensor], Tensor] | None) -> AbstractContextManager[None]:
+    """Lets ranks that share blocks bring what each needs, within, however often; `add` sums over ranks, in place."""
+    turns = turns_of(model)
+    return nullcontext() if turns is None else turns.apart(add)
+
+
+def all_here(model: nn.Module) -> AbstractContextManager[None]:
+    """Has all blocks of a model that ranks share in memory, within."""
+    turns = turns_of(model)
+    return nullcontext() if turns is None else turns.all_here()
 
 
 @contextmanager
@@ -26,8 +44,8 @@ def changing(model: nn.Module, module: nn.Module) -> Iterator[bool]:
 
 @contextmanager
 def following(model: nn.Module) -> Iterator[None]:
-    """Has the blocks of a model, if it is streamed, come as before it changed, if an error is raised within."""
-    back = None if (stream := stream_of(model)) is None else stream.way_back()
+    """Has the blocks of a model that come and go come as before it changed, if an error is raised within."""
+    back = None if (coming := coming_of(model)) is None else coming.way_back()
     try:
         yield
     except BaseException:

@@ -17,8 +17,8 @@ from billhook.model.transformers_internals import (
     load_some,
     named_in,
 )
-from billhook.running.walk import blocks_of
-from billhook.streaming.coming import Before, Coming
+from billhook.running.blocks import blocks_of
+from billhook.running.coming import Before, Coming
 from billhook.streaming.files import Files, renumbered
 from billhook.streaming.parts import Parts
 from billhook.streaming.shared import share

@@ -6,6 +6,7 @@ from torch.distributed.tensor import DTensor
 
 from billhook.model.transformers_internals import named_in
 from billhook.running.sharded.shards import whole
+from billhook.running.sharded.turns import turns_of
 from billhook.streaming.stream import Stream, stream_of
 
 ELEMENTS = 2**24
@@ -16,7 +17,9 @@ def zeros_of(model: nn.Module) -> int | None:
     """Counts parameters that are zero; None if files of a model that is streamed would have to be fetched for it."""
     if (stream := stream_of(model)) is not None:
         return zeros_in_files(stream)
-    return sum(_zeros(one) for one in model.parameters() if not one.is_meta)
+    turns = turns_of(model)
+    held = model.parameters() if turns is None else (turns.held(one) for one in model.parameters())
+    return sum(_zeros(one) for one in held if not one.is_meta)
 
 
 def zeros_in_files(stream: Stream) -> int | None:

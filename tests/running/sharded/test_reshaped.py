@@ -80,25 +80,26 @@ def test_an_error_leaves_all_as_it_was(mesh):
     assert hooks(model) == there
 
 
-def test_a_gather_that_fails_leaves_all_as_it_was(mesh, monkeypatch):
+@pytest.mark.parametrize("number", [1, 5])  # before FSDP is taken off, and after
+def test_a_gather_that_fails_leaves_all_as_it_was(mesh, monkeypatch, number):
     model, optimizer = sharded(mesh)
     step(model, optimizer)
     before, there, seen = values(model, optimizer), hooks(model), []
 
     def fails(tensor):
         seen.append(tensor)
-        if len(seen) == 5:
+        if len(seen) == number:
             raise MemoryError
         return whole(tensor)
 
-    monkeypatch.setattr("billhook.running.sharded.reshaped.whole", fails)
+    monkeypatch.setattr("billhook.running.sharded.turns.whole", fails)
     with pytest.raises(MemoryError), reshaped(model, [optimizer], gradients=False):
         pass
     after = values(model, optimizer)
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert hooks(model) == there
     assert all(isinstance(part, FSDPModule) for part in (model, *model.model.layers))
     step(model, optimizer)
+    assert hooks(model) == there
 
 
 def test_what_was_told_and_set_is_kept(mesh):

@@ -18,6 +18,7 @@ from billhook.units.zero import zero_units
 class HeadMasking(ShapeCallback):
     """Masks `heads`, by attention, in a fit; which ones, and when, a subclass decides."""
 
+    in_turn = True
     per: Per
     _mask: Mask | None = None
 

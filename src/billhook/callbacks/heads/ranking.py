@@ -20,7 +20,8 @@ from billhook.model.find import find_transformer
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import among_others, choose
 from billhook.pruning.planning import plan_units
-from billhook.running.sharded.shards import as_one, sizes_only
+from billhook.running.sharded.shards import sizes_only
+from billhook.running.sharded.turns import in_turn
 from billhook.units.find import find_units
 from billhook.units.units import Per, Units
 
@@ -67,7 +68,7 @@ class HeadRanking:
         heads = find_units(model, "head")
         record.begin({name: one.count(self.per) for name, one in heads.items()})
         chosen = partial(among_others, partial(self._lowest, heads, record.left(ratio)), masked)
-        with calibration.aside(pl_module), gradient_precision(trainer), as_one(pl_module):
+        with calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
             pairs = calibration.pairs(trainer, pl_module) if self.importance.needs_data else ()
             trials = [run_of(model, heads, *pair) for pair in pairs]
             scoring = Scoring(model, heads, self.importance, None, self.normalize, self.per, sum_over(trainer))

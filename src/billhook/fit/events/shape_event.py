@@ -27,6 +27,7 @@ class ShapeCallback(EventCallback):
     """Changes tensor shapes at given steps of a fit."""
 
     moves = False  # weights between events, too
+    in_turn = False  # whether its events need one block of a sharded model whole at a time, and not all of it
 
     @abstractmethod
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
@@ -81,7 +82,7 @@ class ShapeCallback(EventCallback):
         change: Callable[[list[Optimizer]], str],
     ) -> Event:
         """Carries out a change of model and optimizers, also where DDP has wrapped the model; see `as_event`."""
-        with unwrapped(trainer), together(trainer, type(self).__name__):
+        with unwrapped(trainer, self.in_turn), together(trainer, type(self).__name__):
             event = self.as_event(trainer, pl_module, metrics, partial(change, trainer.optimizers))
         for callback in callbacks_of(trainer, FollowsShapes):
             callback.follow()
@@ -90,13 +91,16 @@ class ShapeCallback(EventCallback):
 
 
 @contextmanager
-def unwrapped(trainer: pl.Trainer) -> Iterator[None]:
-    """Drops DDP, whose hooks are on the old parameters, and wraps the model again afterwards; takes FSDP2 off, and puts it on."""
+def unwrapped(trainer: pl.Trainer, in_turn: bool = False) -> Iterator[None]:
+    """Drops DDP, whose hooks are on the old parameters, and wraps the model again afterwards; takes FSDP2 off, and puts it on.
+
+    What was sharded is whole meanwhile, or if that is enough, a block at a time.
+    """
     module, wrapped = trainer.lightning_module, isinstance(trainer.strategy.model, DistributedDataParallel)
     if wrapped:
         trainer.strategy.model = module
     # automatic optimization makes new gradients before it takes the next step
-    with reshaped(module, trainer.optimizers, gradients=not module.automatic_optimization):
+    with reshaped(module, trainer.optimizers, gradients=not module.automatic_optimization, in_turn=in_turn):
         yield
     if wrapped:
         assert isinstance(trainer.strategy, DDPStrategy)

@@ -4,7 +4,7 @@ Torch has no way to do this: the private names of its FSDP2 are used in this fil
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -54,7 +54,7 @@ OF_GROUP = (
     "fsdp_params",
     *SETTINGS,
 )
-OF_PARAMETER = "_post_load_hook_handle"
+OF_PARAMETER = ("_post_load_hook_handle", "reset_sharded_param")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ def precision_of(part: nn.Module) -> torch.dtype | None:
 
 def bare(part: nn.Module) -> tuple[type[nn.Module], dict[Any, Any]]:
     """Gives a sharded module its own class again, without what FSDP keeps on it; returns the class of FSDP, and that."""
-    kind, kept = type(part), {key: value for key, value in vars(part).items() if type(key) is not str}
+    kind, kept = type(part), {key: value for key, value in vars(part).items() if type(key) is not str or key.startswith(NOTED)}
     part.__class__ = class_of(part)
     for key in kept:
         del vars(part)[key]
@@ -109,25 +109,45 @@ def take_off(module: nn.Module) -> list[Sharding]:
             for own in group.fsdp_params:
                 own._post_load_hook_handle.remove()
     for part in parts:
-        bare(part)
-        for key in [key for key in vars(part) if key.startswith(NOTED)]:
-            for own in (inspect.unwrap(fully_shard), fully_shard.__name__):  # other marks may stand beside it
-                vars(part)[key].pop(own, None)
+        for key, marks in bare(part)[1].items():
+            if type(key) is str:
+                for own in (inspect.unwrap(fully_shard), fully_shard.__name__):  # other marks may stand beside it
+                    marks.pop(own, None)
+                vars(part)[key] = marks
         _states_of_modules().pop(part, None)
     return shardings
 
 
-def put_on(
-    module: nn.Module, shardings: list[Sharding], ignored: set[nn.Parameter], placed: Callable[[nn.Parameter], Shard | None]
-) -> None:
-    """Shards a module of whole parameters as it was; of the modules that were sharded, those that it still has.
+def put_on(module: nn.Module, shardings: list[Sharding], shards: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Shards a module as it was; of the modules that were sharded, those that it still has.
 
     Args:
-        module: The module.
+        module: The module, whose parameters are whole; of their values nothing is asked.
         shardings: What `take_off` has returned.
-        ignored: Parameters that stay whole.
-        placed: Returns the dimension in which a parameter is sharded, None for the first.
+        shards: The shards that come instead of parameters, as they lie from now on; others stay whole.
     """
+    places = [(part, name, own) for part in module.modules() for name, own in part._parameters.items() if own is not None]
+    sizes = {own: nn.Parameter(torch.empty_like(own, device="meta"), own.requires_grad) for own in shards}
+    placed = {sizes[own]: _beyond_first(shard) for own, shard in shards.items()}
+    for part, name, own in places:
+        part._parameters[name] = sizes.get(own, own)
+    _put_on(module, shardings, {own for _, _, own in places if own not in shards}, placed.get)
+    for part, name, own in places:
+        part._parameters[name] = shards.get(own, own)
+    for part in module.modules():
+        for group in _state(part)._fsdp_param_groups if isinstance(part, FSDPModule) else ():
+            for held in group.fsdp_params:
+                held.reset_sharded_param()
+
+
+def _beyond_first(shard: nn.Parameter) -> Shard | None:
+    """Returns in which dimension a parameter is sharded, None for the first."""
+    return next((one for one in getattr(shard, "placements", ()) if isinstance(one, Shard) and one.dim), None)
+
+
+def _put_on(
+    module: nn.Module, shardings: list[Sharding], ignored: set[nn.Parameter], placed: Callable[[nn.Parameter], Shard | None]
+) -> None:
     there, meshes = set(module.modules()), [sharding.told["mesh"] for sharding in shardings if "mesh" in sharding.told]
     for sharding in shardings:
         modules = [part for part in sharding.modules if part in there]
@@ -180,7 +200,7 @@ def check_known(part: Any) -> None:  # noqa: ANN401
         missing = [name for name in OF_STATE if not hasattr(state, name)]
         for group in getattr(state, "_fsdp_param_groups", ()):
             missing += [name for name in OF_GROUP if not hasattr(group, name)]
-            missing += [OF_PARAMETER for own in getattr(group, "fsdp_params", ()) if not hasattr(own, OF_PARAMETER)]
+            missing += [name for own in getattr(group, "fsdp_params", ()) for name in OF_PARAMETER if not hasattr(own, name)]
     if not hasattr(_states_of_modules(), "pop"):
         missing.append(f"{MODULE}._module_state_mapping")
     if missing:

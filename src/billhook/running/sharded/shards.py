@@ -5,13 +5,15 @@ What gathers is collective: every rank calls it, in the same order.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 
 from billhook.running.sharded.fsdp import bare, precision_of
 
@@ -57,6 +59,31 @@ def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
+
+
+@dataclass(frozen=True)
+class Lies:
+    """How a parameter lies on ranks: sharded in which dimension over which of them, and on which device."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, shard: DTensor) -> Self:
+        """Returns how a sharded parameter lies."""
+        return cls(shard.device_mesh, shard.placements, shard.device)
+
+    def shards(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Shards a whole parameter, and its gradient; in the first dimension where torch shares out another only evenly."""
+        sizes = zip(self.placements, self.mesh.shape, strict=True)
+        uneven = any(isinstance(one, Shard) and parameter.shape[one.dim] % size for one, size in sizes)
+        placed = [Shard(0) if uneven and isinstance(one, Shard) else one for one in self.placements]
+        divide = partial(distribute_tensor, device_mesh=self.mesh, placements=placed, src_data_rank=None)
+        shard = nn.Parameter(divide(parameter.detach()).to(self.device), parameter.requires_grad)
+        if parameter.grad is not None:
+            shard.grad = divide(parameter.grad).to(self.device)
+        return shard
 
 
 @contextmanager

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from billhook.running.trees import tree_leaves
 
 
 class Coming:
@@ -18,6 +21,21 @@ class Coming:
         """Returns what the block makes of what it is given."""
         self.bring(self.block)
         return self.forward(*args, **kwargs)
+
+
+class ComingAgain(Coming):
+    """A forward of a block that is there by then, and again when gradients come back to what it has given."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
+        """Returns what the block makes of what it is given."""
+        given = super().__call__(*args, **kwargs)
+        for one in tree_leaves(given) if torch.is_grad_enabled() else ():
+            if isinstance(one, Tensor) and one.requires_grad:
+                one.register_hook(self._back)  # type: ignore[no-untyped-call]
+        return given
+
+    def _back(self, _: Tensor) -> None:
+        self.bring(self.block)
 
 
 class Before:

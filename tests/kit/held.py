@@ -1,0 +1,40 @@
+"""How many bytes of memory tensors hold at most, those that lose their memory and get it again included."""
+
+import weakref
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+LEAST = 2**12
+"""Bytes of what counts."""
+
+
+class Held(TorchDispatchMode):
+    """Sums the memory of all tensors that operations give within; `most` is how many bytes of it there were at once."""
+
+    def __init__(self, tensors=()):
+        super().__init__()
+        self.most, self._known = 0, {}
+        for one in tensors:
+            self._look(one)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        given = operation(*args, **(kwargs or {}))
+        found = [self._look(one) for one in (given if isinstance(given, tuple | list) else (given,))]
+        if any(found):
+            self.most = max(self.most, self.now())
+        return given
+
+    def now(self):
+        return sum(storage.nbytes() for one in list(self._known.values()) if (storage := one()) is not None)
+
+    def _look(self, one):
+        """Notes the memory of a tensor; tells whether it counts."""
+        own = one.to_local() if isinstance(one, DTensor) else one
+        if not isinstance(own, Tensor) or own.is_meta or own.numel() * own.element_size() < LEAST:
+            return False
+        storage = own.untyped_storage()
+        if storage._cdata not in self._known:
+            self._known[storage._cdata] = weakref.ref(storage, lambda _, key=storage._cdata: self._known.pop(key, None))
+        return True

@@ -87,9 +87,7 @@ def test_repair(model):
     assert reckoned <= found <= 1.1 * reckoned
 
 
-def test_shapes_that_change_gather_blocks_in_turn_and_what_the_optimizer_keeps_of_what_is_cut(
-    tmp_path, alone, monkeypatch
-):
+def test_shapes_that_change_gather_blocks_in_turn_and_what_the_optimizer_keeps_of_what_is_cut(tmp_path, alone, monkeypatch):
     sent, full = [], DTensor.full_tensor
 
     def counted(tensor, **how):

@@ -25,7 +25,7 @@ class Turns:
     """Has one block of a module whole at a time, and always what is in no block, instead of shards.
 
     The parameters of other blocks keep their sizes, without memory: shards hold their values. A block that changes is sharded
-    anew when it goes. Every rank brings the same blocks in the same order, except within `apart`.
+    again when it goes. Every rank brings the same blocks in the same order, except within `apart`.
 
     Args:
         root: The module; whoever computes with it takes out what FSDP does around forwards.
@@ -137,7 +137,7 @@ class Turns:
         return block
 
     def change(self) -> None:
-        """Has the block that is here, which has new parameters or altered values, sharded anew when it goes."""
+        """Has the block that is here, which has new parameters or altered values, sharded again when it goes."""
         self._changed = True
 
     def is_altered(self, block: nn.Module) -> bool:
@@ -145,7 +145,7 @@ class Turns:
         return bool(self._alterations.get(block))
 
     def leave(self) -> None:
-        """Has no block whole; those that were are sharded anew if they have changed."""
+        """Has no block whole; those that were are sharded again if they have changed."""
         for block in self._here if self._changed else ():
             self._shard(block)
             self._alterations.pop(block, None)
@@ -158,9 +158,9 @@ class Turns:
     @torch.no_grad()
     def _shard(self, block: nn.Module) -> None:
         """Shards the parameters of a block that are new, or may have other values than before."""
-        anew, done = self.everything or self.is_altered(block), set[nn.Parameter]()
+        again, done = self.everything or self.is_altered(block), set[nn.Parameter]()
         for place, own in places_of(block):
-            if (lies := self.lies(place)) is not None and own not in done and (anew or own not in self.shards):
+            if (lies := self.lies(place)) is not None and own not in done and (again or own not in self.shards):
                 self.shards[own] = lies.shards(own)
                 self._filled.append(own)
                 done.add(own)

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
 
 import billhook as bh
+from billhook.callbacks.kv import preparation
 from billhook.running.sharded.shards import is_sharded, whole
 from kit.fits import data, module, trainer
 from kit.measured import MadeLate
@@ -111,3 +112,40 @@ def test_heads_that_a_checkpoint_has_masked_do_nothing_in_a_run_without_the_call
 def heads_that_do_nothing(lit):
     read = [whole(layer.self_attn.o_proj.weight).unflatten(1, (8, -1)) for layer in lit.net.model.layers]
     return [int((weight == 0).all(2).all(0).sum()) for weight in read]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_weights_of_another_shape_are_loaded_and_no_block_is_gathered(tmp_path, alone, files, monkeypatch):
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    callbacks = [bh.DepthPruning(1, at=2, calibration=4, measure_batches=0), bh.KVHeadConversion(2, at=2), saves]
+    run = trainer(tmp_path, callbacks, max_steps=2, strategy=alone, limit_val_batches=2)
+    lit = module(num_hidden_layers=3)
+    run.fit(lit, data(files, batch_size=2))
+    (after,) = run.validate(lit, data(files, batch_size=2))
+    gathered, full = [], DTensor.full_tensor
+    monkeypatch.setattr(DTensor, "full_tensor", lambda own, **options: gathered.append(own.shape) or full(own, **options))
+    run.validate(lit, data(files, batch_size=2), ckpt_path=tmp_path / "step=1.ckpt")
+    assert [len(lit.model.model.layers), lit.model.config.num_key_value_heads] == [3, 4]
+    (again,) = run.validate(lit, data(files, batch_size=2), ckpt_path=tmp_path / "step=2.ckpt")
+    assert again["val_loss"] == pytest.approx(after["val_loss"])
+    assert set(gathered) <= {lit.model.lm_head.weight.shape, lit.model.model.norm.weight.shape}
+
+
+def test_heads_turn_a_block_at_a_time(tmp_path, alone, monkeypatch):
+    seen, turned = [], preparation.turned_weights
+
+    def watched(model, *given):
+        def note(*_):
+            seen.append([layer.mlp.up_proj.weight.untyped_storage().nbytes() > 0 for layer in model.model.layers])
+
+        hooks = [layer.mlp.register_forward_pre_hook(note) for layer in model.model.layers]
+        found = turned(model, *given)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    monkeypatch.setattr(preparation, "turned_weights", watched)
+    callback = bh.KVHeadConversion(2, at=2, method="aligned", over=1, calibration=4, measure_batches=0)
+    trainer(tmp_path, [callback], max_steps=3, strategy=alone, limit_val_batches=0).fit(Own())
+    assert len(callback.events) == 1
+    assert {*map(tuple, seen)} == {(True, False), (False, True)}

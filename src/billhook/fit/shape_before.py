@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 
 from billhook.model.find import find_transformer
 from billhook.model.shapes.checkpoint_shape import load_shape
@@ -42,10 +43,12 @@ def _load(
     held = _held(Path(trainer.strategy.broadcast(checkpoint_path)))
     if held is not None and not _has_shape(pl_module, held):
         reshard(pl_module)  # which a forward may have left gathered
+        if trainer.state.fn != TrainerFn.FITTING:
+            trainer.strategy.optimizers = []  # those of an earlier fit are of other parameters
         names = {own: name for name, own in pl_module.named_parameters()}
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         trained = [[names[own] for own in group["params"] if own in names] for group in groups]
-        with reshaped(pl_module, (), gradients=False):
+        with reshaped(pl_module, (), gradients=False, in_turn=True):
             load_shape(pl_module, {KEY: held})
         now = dict(pl_module.named_parameters())
         for group, own in zip(groups, trained, strict=True):  # no step has been taken

@@ -22,7 +22,7 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import Weights
 from billhook.model.surgery import changed, take
 from billhook.repairs.repair import Repair
-from billhook.running.sharded.shards import as_one
+from billhook.running.sharded.turns import in_turn
 
 HINT = (
     "billhook: KV heads are mean-pooled, as in the paper. method='svd' starts far nearer to the dense model (SmolLM2-135M, 3 -> "
@@ -122,7 +122,7 @@ class Moving:
         if preparation.method.turns and stage not in self.turned:
             groups = dict.fromkeys(self.path.layers, self.path.after)
             with together(trainer, "KVHeadConversion"):
-                with as_one(pl_module):
+                with in_turn(pl_module):
                     weights = preparation.turned(trainer, pl_module, groups)
                 check_agreed(trainer, "KVHeadConversion", "how heads are turned", weights)
                 take(model, weights, trainer.optimizers)

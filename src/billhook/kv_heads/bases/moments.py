@@ -20,6 +20,7 @@ from billhook.running.batches import Run
 from billhook.running.overridden import overridden
 from billhook.running.undisturbed import precisely, undisturbed
 from billhook.running.walk import Reduce, spare
+from billhook.streaming.either import apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,7 @@ def gather_each(
     with undisturbed(model), ExitStack() as stack:
         for one in sums.values():
             stack.enter_context(one.listening())
+        stack.enter_context(apart(model, reduce))
         for trial in trials:
             for one in sums.values():
                 one.masks = trial.tokens

@@ -25,6 +25,7 @@ from billhook.repairs.visitor import Given
 from billhook.running.batches import Loss, Run, run_with_loss
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce
+from billhook.streaming.either import bring
 from billhook.tracing.trace import trace
 
 BatchAndLoss = tuple[Any, Loss | None]
@@ -93,6 +94,7 @@ class Attentions:
 
     def weight_moments(self, name: str, grouping: Grouping) -> Moments:
         """Returns the moments that the weights of an attention alone let expect."""
+        bring(self.model, self.model.get_submodule(name))
         return weight_moments(read(self.model, self.places[name]), 1 if grouping == "similar" else self.groups[name])
 
     def rendered(self, methods: Sequence[Rendered], trials: Sequence[Run]) -> Iterator[tuple[Rendered, Given]]:
@@ -111,6 +113,7 @@ class Attentions:
     def equal_in(self, name: str, method: Rendered, own: Moments, pool: bool = True) -> dict[str, dict[str, Tensor]]:
         """Returns the same of one attention."""
         place, freedom, groups = self.places[name], self.freedoms[name], self.groups[name]
+        bring(self.model, self.model.get_submodule(name))
         stacks = read(self.model, place)
         if method.grouping == "similar":
             order = similar_order(stacks, own, freedom, method, groups)

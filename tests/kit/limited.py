@@ -24,7 +24,7 @@ GROUPS = {"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "m
 
 @contextmanager
 def group(limit):
-    """Makes a control group whose processes take so many bytes of memory at most; OSError where none can be made."""
+    """Makes a control group whose processes take so many bytes of memory at most; OSError where none can be made, or joined."""
     root, file = next(((root, file) for root, file in GROUPS.items() if Path(root, "cgroup.procs").exists()), (None, None))
     if root is None:
         raise OSError("there are no control groups")
@@ -34,9 +34,16 @@ def group(limit):
         if not (folder / file).exists():
             raise OSError(f"groups in {root} do not limit memory")
         (folder / file).write_text(str(limit))
+        if forked(join, folder):
+            raise OSError(f"groups in {root} cannot be joined")
         yield folder
     finally:
         folder.rmdir()
+
+
+def join(folder):
+    """Has this process, and those that it makes, be in a control group."""
+    Path(folder, "cgroup.procs").write_text(str(os.getpid()))
 
 
 def work(model, out):
@@ -61,7 +68,7 @@ def limited(source, out, limit, more, how):
         most = taken(line) + more
         resource.setrlimit(which, (most, most))
     else:  # what was taken before does not count there
-        Path(limit, "cgroup.procs").write_text(str(os.getpid()))
+        join(limit)
     work(stream(source, out) if how == "streamed" else load(source), out)
 
 

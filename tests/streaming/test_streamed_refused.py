@@ -1,5 +1,6 @@
 """What cannot be done with a streamed model is refused before a block of it is read."""
 
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -107,6 +108,31 @@ def test_commands_refuse_before_a_block_is_read(tmp_path, read, asked, refusal):
     assert refusal in str(refused.value)
     assert read == []
     assert list(tmp_path.iterdir()) == []
+
+
+def loss_of(model, **given):
+    return model(**given, labels=torch.arange(8)[None]).loss
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+def test_gradients_are_refused(embedded):
+    model, ids = bh.stream("tiny"), torch.arange(8)[None]
+    inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with pytest.raises(ValueError, match="model: it is streamed, and gradients need all weights in memory"):
+        loss_of(model, **({"inputs_embeds": inputs} if embedded else {"input_ids": ids})).backward()
+    assert inputs.grad is None
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, bh.load("tiny")(ids).logits)
+
+
+def test_a_model_that_is_called_with_gradients_keeps_no_block():
+    model, were = bh.stream("tiny"), []
+    for block in model.model.layers:
+        block.mlp.register_forward_pre_hook(lambda mlp, _: were.append(weakref.ref(mlp.down_proj.weight)))
+    loss = loss_of(model, input_ids=torch.arange(8)[None])
+    assert loss.requires_grad
+    assert len(were) == len(model.model.layers)
+    assert sum(one() is not None for one in were) <= 1  # the last, which nothing has followed
 
 
 def test_reading_is_seen(read):

@@ -18,8 +18,9 @@ from billhook.model.transformers_internals import (
     named_in,
 )
 from billhook.running.blocks import blocks_of
-from billhook.running.coming import Before, Coming
+from billhook.running.coming import Before
 from billhook.streaming.files import Files, renumbered
+from billhook.streaming.gradients import ComingOnce
 from billhook.streaming.parts import Parts
 from billhook.streaming.shared import share
 
@@ -71,7 +72,7 @@ class Stream:
         self._load(stay if beside is None else share(self.model, beside, self.files, stay))
         for module, block in self.owner.items():
             if module is block:
-                vars(block)["forward"] = Coming(self.bring, block, block.forward)
+                vars(block)["forward"] = ComingOnce(self.bring, block, block.forward)
             elif any(own is not None for own in module._parameters.values()):  # some are called, and their block is not
                 module.register_forward_pre_hook(Before(self.bring, block))
 

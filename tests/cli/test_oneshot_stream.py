@@ -64,12 +64,12 @@ def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, 
     kept = []
     monkeypatch.setattr("billhook.sparsity.walks.Shelf.keep", lambda shelf, tensors: kept.append(tensors))
     ran("prune", small, tmp_path / "out", *SHORT, *option(files), "--sparsity", "0.5", "--stream", "--memory", "1GiB")
-    (model, tokens, moments, memory, held) = rests[0]
-    assert (tokens, memory) == (6 * 16, 2**30)
+    (model, moments, refit, held, memory) = rests[0]
+    assert (refit, memory) == (0, 2**30)
     widest = max(layer.in_features for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     logits = 4 * 16 * model.config.vocab_size  # of an example
     assert moments == 4 * (4 * widest + 8) + logits  # a sum of squares for each input, and how many tokens there were
-    assert held == 5 * logits
+    assert held == 2 * 6 * 16 * 32 * 4 + 5 * logits  # what goes into a block, and what comes out
     predicted = [one for one in kept if isinstance(one, torch.Tensor)]
     assert [one.shape for one in predicted] == [(15, model.config.vocab_size)] * 5
     assert len(kept) - len(predicted) == (6 + 5 + 5) * 2  # pruned, and measured before and after
@@ -82,16 +82,18 @@ def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatc
     monkeypatch.setattr("billhook.streaming.together.Shelf.keep", lambda shelf, tensors: kept.append(tensors))
     asked = ["--channels", "0.25", "--importance", "WeightNorm", "--stream", "--memory", "1GiB"]
     text = ["--length", "32", "--examples", "8", "--batch_size", "1", "--evaluate", "5", *option(files)]
-    for name, more, series in (("both", [], 2), ("cut", ["--repair", "null"], 1)):
+    tokens, logits = 8 * 32, 4 * 32 * bh.load(small).config.vocab_size
+    for name, more in (("both", []), ("cut", ["--repair", "null"])):
         ran("prune-structure", small, tmp_path / name, *text, *asked, *more)
-        model, tokens, moments, *_ = rests[-1]
-        assert tokens == series * 8 * 32
-        dense = bh.load(small).model.modules()
-        shapes = [(one.out_features, one.in_features) for one in dense if isinstance(one, torch.nn.Linear)]
-        most = max(2 * (columns**2 // 2 + rows * columns) + columns**2 + rows * columns for rows, columns in shapes)
-        assert moments == (series - 1) * 8 * most + 4 * 32 * model.config.vocab_size
+        (_, moments, refit, held, _), repaired = rests[-1], not more
+        rows, columns = 32, 36  # of what reads 48 channels, of which a quarter goes
+        most = 8 * (2 * (columns**2 + rows * columns) + columns**2 + rows * columns) + 4 * rows * columns
+        waiting = 2 * tokens * 5 * 32 * 4  # both runs: the stream, its norm, queries, keys and values
+        assert refit == repaired * (most + waiting)
+        assert moments == logits
+        assert held == (2 * tokens * (48 * 4 + 4 * 32) if repaired else 2 * tokens * 32 * 4) + 5 * logits
     sizes = [one.shape[-1] for one in kept if isinstance(one, torch.Tensor)]
-    assert sizes.count(model.config.vocab_size) == 2 * 5  # predictions of the dense model, each time
+    assert sizes.count(bh.load(small).config.vocab_size) == 2 * 5  # predictions of the dense model, each time
     assert len(sizes) - 2 * 5 == 3 * 8  # what three linears that follow each other owe
 
 

@@ -38,14 +38,14 @@ class Search:
         self._ratios: dict[str, float] | None = None
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Figures] = {}
 
-    def check(self) -> None:
-        """Refuses the amount if so much cannot be removed, whatever the scores; the message says what can."""
+    def check(self) -> Cut:
+        """Refuses the amount if so much cannot be removed, whatever the scores, by saying what can; returns a cut of so much."""
         for name, ratio in self.amount.ratios.items():
             kind = RATIOS[name][0]
             if ratio and not of_kind(self.units, kind):
                 why = why_none(self.model, self.structure, kind)
                 raise ValueError(f"{name}={ratio:g}: the model has none that may be removed{why}")
-        self.cut({name: torch.zeros(one.count(self.amount.per)) for name, one in self.units.items()})
+        return self.cut({name: torch.zeros(one.count(self.amount.per)) for name, one in self.units.items()})
 
     def free(self) -> dict[str, Units]:
         """Returns the places that may lose units."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from billhook.repairs.moments import Fold, OwedMoments, SecondMoments
 from billhook.running.conjugate_gradients import on_support
 from billhook.running.ranks import Ranks, own_of
+from billhook.running.statistics import ROWS
 
 Errors = Callable[[float], Sequence[float] | None]
 """With a ridge, the error on each fold's held-out data; None where some fold has no solution."""
@@ -41,7 +42,7 @@ def solve(inner: Tensor, owed: Tensor, ridge: float) -> Tensor | None:
     """Solves for M = owed (H + ridge D)^-1, D the diagonal of H, in the memory of both, float64.
 
     Args:
-        inner: H, `[in_features, in_features]`, of which the lower triangle is read, column after column in memory.
+        inner: H, `[in_features, in_features]`, of which the upper triangle is read, column after column in memory.
         owed: `[out_features, in_features]`, row after row in memory.
         ridge: At infinity M is zero.
 
@@ -53,11 +54,11 @@ def solve(inner: Tensor, owed: Tensor, ridge: float) -> Tensor | None:
         return owed.zero_()
     diagonal += ridge * diagonal + torch.finfo(torch.float64).eps * diagonal.sum()
     failed = torch.zeros((), dtype=torch.int32, device=inner.device)
-    torch.linalg.cholesky_ex(inner, out=(inner, failed))
+    torch.linalg.cholesky_ex(inner, upper=True, out=(inner, failed))
     if failed:
         return None
-    torch.linalg.solve_triangular(inner.mT, owed, upper=True, left=False, out=owed)
-    torch.linalg.solve_triangular(inner, owed, upper=False, left=False, out=owed)
+    torch.linalg.solve_triangular(inner, owed, upper=True, left=False, out=owed)
+    torch.linalg.solve_triangular(inner.mT, owed, upper=False, left=False, out=owed)
     return owed
 
 
@@ -108,24 +109,39 @@ def refit_linear(
 
     W' = W + M, with M as of `solve`, from the moments of all inputs x that it has. A bias makes up for the mean of what is
     missing, b' = b + E d - M E x, and M for the rest. Where all data has no solution with that ridge, the next larger one takes
-    its place. Beside the moments, memory holds a matrix of in_features^2, and one like the weight. Ranks that have the same
-    moments (`Ranks`) divide what is tried.
+    its place. Beside the moments, memory holds a matrix of in_features^2, and one like the weight. Ridges are tried on mixtures
+    of the outputs, where there are many (`OwedMoments.mixed`). Ranks that have the same moments (`Ranks`) divide what is tried.
 
     Where weights are to stay zero, off their `support`, bool, M is the best on it with that ridge, by conjugate gradients; what
     is tried is without this bound, but where M on the support then helps no held-out data, M is zero.
     """
-    tried = _tried(folds, bias is not None, ridges, reduce)
-    without = [float(_error(parts, held_out, bias is not None, math.inf) or 0) for parts, held_out in folds]
-    ridge = least(ridges, without, lambda one: None if (own := tried[one]).isnan().any() else own.tolist())
+    ridge = _chosen(_mixed(folds), bias is not None, ridges, reduce)
     larger = sorted({ridge, math.inf, *(one for one in ridges if one > ridge)})
     new, own = next((more, one) for one in larger if (more := _more(every, bias is not None, one)) is not None)
     if support is not None:
         bound = [_bound(parts, bias is not None, own, support) for parts, _ in folds]
         left = [_left(more, *fold, bias is not None) for more, fold in zip(bound, folds, strict=True)]
-        helps = least([own], without, lambda _: left) == own
+        helps = least([own], _without(folds, bias is not None), lambda _: left) == own
         new = _bound(every, bias is not None, own, support) if helps else new.zero_()
     shift = _shift(new, every)
     return new.add_(weight), None if bias is None else bias.double() + shift
+
+
+def _mixed(folds: Sequence[Fold]) -> list[Fold]:
+    """Returns folds of which each part has a bounded number of outputs."""
+    mixed = {part: part.mixed() for own, held_out in folds for part in (*own, held_out)}
+    return [([mixed[part] for part in own], mixed[held_out]) for own, held_out in folds]
+
+
+def _chosen(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], reduce: Callable[[Tensor], Tensor] | None) -> float:
+    """Chooses the ridge on held-out data; infinity if none helps."""
+    tried = _tried(folds, centred, ridges, reduce)
+    return least(ridges, _without(folds, centred), lambda one: None if (own := tried[one]).isnan().any() else own.tolist())
+
+
+def _without(folds: Sequence[Fold], centred: bool) -> list[float]:
+    """Computes what is erred on the held-out data of each fold where nothing is added to a weight."""
+    return [_left(torch.zeros_like(held_out.owed_products), parts, held_out, centred) for parts, held_out in folds]
 
 
 def _tried(
@@ -149,9 +165,9 @@ def _more(parts: Sequence[OwedMoments], centred: bool, ridge: float) -> Tensor |
 
 
 def _normal(parts: Sequence[OwedMoments], centred: bool) -> tuple[Tensor, Tensor]:
-    """Returns the means of x x^T, whose lower triangle is filled, column after column, and of d x^T, over parts of the data."""
+    """Returns the means of x x^T, whose upper triangle is filled, column after column, and of d x^T, over parts of the data."""
     (x, d), tokens = _means(parts), _tokens(parts)
-    inner, owed = x.new_zeros(len(x), len(x)).t(), torch.zeros_like(parts[0].owed_products)
+    inner, owed = x.new_zeros(len(x), len(x)), torch.zeros_like(parts[0].owed_products)
     for part in parts:
         part.products.add_to(inner)
         owed += part.owed_products
@@ -159,7 +175,7 @@ def _normal(parts: Sequence[OwedMoments], centred: bool) -> tuple[Tensor, Tensor
         sums /= tokens
         if centred:
             sums.addr_(mean, x, alpha=-1)
-    return inner, owed
+    return inner.t(), owed
 
 
 def _bound(parts: Sequence[OwedMoments], centred: bool, ridge: float, support: Tensor) -> Tensor:
@@ -167,10 +183,19 @@ def _bound(parts: Sequence[OwedMoments], centred: bool, ridge: float, support: T
     inner, owed = _normal(parts, centred)
     if ridge == math.inf:
         return owed.zero_()
-    h = inner.tril() + inner.tril(-1).t()
-    diagonal = h.diagonal()
+    _mirror(inner)
+    diagonal = inner.diagonal()
     diagonal += ridge * diagonal + torch.finfo(torch.float64).eps * diagonal.sum()
-    return on_support(torch.zeros_like(owed), owed.mul_(support), h, support, STEPS)
+    return on_support(torch.zeros_like(owed), owed.mul_(support), inner, support, STEPS)
+
+
+def _mirror(upper: Tensor) -> None:
+    """Makes a matrix symmetric, of which the upper triangle is filled, in its place."""
+    for first in range(0, len(upper), ROWS):
+        last = first + ROWS
+        own = upper[first:last, first:last]
+        own.copy_(own.triu() + own.triu(1).t())
+        upper[last:, first:last] = upper[first:last, last:].t()
 
 
 def _error(parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, ridge: float) -> float | None:

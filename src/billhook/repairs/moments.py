@@ -9,6 +9,9 @@ from torch import Tensor
 from billhook.repairs.triangle import Triangle
 from billhook.running.statistics import TOKENS, add_products
 
+OUTPUTS = 1024
+"""How many outputs, or mixtures of more, ridges are tried on."""
+
 
 class OwedMoments:
     """First and second moments of a linear's inputs, and of what it owes in addition to its own output, float64.
@@ -39,19 +42,33 @@ class OwedMoments:
             weights: How much each token counts, `[...]`; all one if None.
         """
         weights = torch.ones(inputs.shape[:-1], device=inputs.device) if weights is None else weights
-        each = torch.split(_flat(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32)), TOKENS)
-        chunks = torch.split(_flat(inputs, keep), TOKENS)
+        each = torch.split(flat(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32)), TOKENS)
+        chunks = torch.split(flat(inputs, keep), TOKENS)
         for chunk, share in zip(chunks, each, strict=True):
             weighted = wide(chunk) * share
             self.tokens += share.sum(dtype=torch.float64)
             self.sums += weighted.sum(0, dtype=torch.float64)
             self.products.add(weighted, wide(chunk))
         if owed is not None:
-            for chunk, due, share in zip(chunks, torch.split(_flat(owed, keep), TOKENS), each, strict=True):
+            for chunk, due, share in zip(chunks, torch.split(flat(owed, keep), TOKENS), each, strict=True):
                 weighted = wide(due) * share
                 self.owed_sums += weighted.sum(0, dtype=torch.float64)
                 add_products(self.owed_products, weighted, wide(chunk))
                 self.owed_squares += (weighted * wide(due)).sum(dtype=torch.float64)
+
+    def mixed(self) -> "OwedMoments":
+        """Returns moments of random mixtures of what is owed, if that has more than `OUTPUTS` features; inputs are the same.
+
+        The expectation of the error on mixtures is the error itself, and all ridges are tried on the same ones.
+        """
+        rows = len(self.owed_products)
+        if rows <= OUTPUTS:
+            return self
+        turn = torch.randn(OUTPUTS, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / OUTPUTS**0.5
+        turn, few = turn.to(self.tokens.device), OwedMoments(OUTPUTS, 0, self.tokens.device)
+        few.tokens, few.sums, few.products, few.owed_squares = self.tokens, self.sums, self.products, self.owed_squares
+        few.owed_sums, few.owed_products = turn @ self.owed_sums, turn @ self.owed_products
+        return few
 
     def tensors(self) -> list[Tensor]:
         """Returns the sums themselves, not copies, to be summed over ranks in place."""
@@ -119,5 +136,6 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _flat(tensor: Tensor, keep: Tensor | None) -> Tensor:
+def flat(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    """Returns the tokens that count, `[tokens, ...]`, without their gradients."""
     return tensor.detach().reshape(-1, tensor.shape[-1]) if keep is None else tensor.detach()[keep]

@@ -11,7 +11,9 @@ from billhook.model.linears import as_it_lies, matrix_of, turned
 from billhook.repairs.enough import counting
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments, folds_of, wide
+from billhook.repairs.pool import Pool
 from billhook.running.batches import Run
+from billhook.running.resident import give_back, let_go
 from billhook.running.statistics import InputNorms
 from billhook.running.walk import Reduce, Site
 
@@ -66,6 +68,7 @@ class RepairVisitor:
         self.take([name for name in {**kept, **before} if not linears[name].get_parameter("weight").is_meta])
         self._kept = {name: keep.to(self._old[name][0].device) if name in self._old else keep for name, keep in kept.items()}
         self._moments: dict[str, tuple[list[OwedMoments], InputNorms]] = {}
+        self._pools: dict[str, list[Pool]] = {}
         self._inputs: dict[str, dict[int, Tensor]] = {}
         self._short: dict[str, dict[int, Tensor]] = {}  # by linear and run, of the sum that it has added to
         self._after = Counter(before.values())
@@ -106,21 +109,21 @@ class RepairVisitor:
         """Refits the linears of a site; refuses inputs that are not finite."""
         for name in site.linears:
             inputs = self._inputs.pop(name, {})
-            owed = self._owed(name, inputs)
+            lacking = self._compared(name, inputs)
             if name in self._kept and name not in self._known:
-                lost = {run: self._lost(name, inputs[run], due) for run, due in owed.items()}
+                lost = {run: lacks.square().sum(-1, dtype=torch.float64) for run, lacks in lacking.items()}
                 typical = self._typical(name, lost)
                 for run in range(len(self._runs)):
                     if run in inputs:
                         weights = None if typical is None or run not in lost else 2 * typical / (typical + lost[run])
-                        self._add(name, inputs[run], owed.get(run), run, weights)
+                        self._add(name, inputs[run], lacking.get(run), run, weights)
                 self._refit(name)
             if name in self._kept:
                 self._done.add(name)
                 if self._progress is not None:
                     self._progress(len(self._done), len(self._kept))
             if self._after[name]:
-                self._short[name] = {run: due.sub_(self._gained(name, inputs[run])) for run, due in owed.items()}
+                self._short[name] = self._still(name, inputs, lacking)
             last = self._before.get(name)
             self._after[last] -= 1
             if last is not None and not self._after[last]:
@@ -136,22 +139,15 @@ class RepairVisitor:
         weight, bias = self._old[name]
         return self._new.get(name) or as_it_lies(self._linears[name], torch.where(self._kept[name], weight, 0), bias)
 
-    def _add(self, name: str, inputs: Tensor, owed: Tensor | None, run: int, weights: Tensor | None) -> None:
+    def _add(self, name: str, inputs: Tensor, lacking: Tensor | None, run: int, weights: Tensor | None) -> None:
         counts, keep = counting(self._runs[run], name, inputs), self._kept[name]
         parts, norms = self._of(name)
         norms.add(inputs, counts)
-        own, due = (inputs, owed) if keep.all() else (inputs[..., keep], self._lacking(name, inputs, owed))
-        parts[self._parts[run]].add(own, due, counts, weights)
-
-    def _lost(self, name: str, inputs: Tensor, owed: Tensor) -> Tensor:
-        """Computes the square of what each token lacks without a refit, `[...]`, float64."""
-        return self._lacking(name, inputs, owed).square().sum(-1, dtype=torch.float64)
-
-    def _lacking(self, name: str, inputs: Tensor, owed: Tensor | None) -> Tensor:
-        """Computes what each token lacks without a refit, d and what removed inputs gave: `[..., out_features]`."""
-        removed, (weight, _) = ~self._kept[name], self._old[name]
-        gave = wide(inputs[..., removed]) @ wide(weight[:, removed]).t()
-        return gave if owed is None else gave + owed
+        own = inputs if keep.all() else inputs[..., keep]
+        if lacking is None and own is not inputs:
+            lacking = wide(inputs[..., ~keep]) @ wide(self._old[name][0][:, ~keep]).t()
+        self._pools[name][self._parts[run]].add(own, lacking, counts, weights)
+        let_go(inputs)
 
     def _typical(self, name: str, lost: Mapping[int, Tensor]) -> Tensor | None:
         """Computes the geometric mean m of the squares of what tokens lack, over all ranks; None if none lacks anything.
@@ -181,11 +177,15 @@ class RepairVisitor:
             (weight, _), keep, parts = self._old[name], self._kept[name], max(*self._held_out, 1) + 1
             own = [OwedMoments(len(weight), int(keep.sum()), weight.device) for _ in range(parts)]
             self._moments[name] = own, InputNorms(len(keep), weight.device)
+            self._pools[name] = [Pool(one) for one in own]
         return self._moments[name]
 
     def _refit(self, name: str) -> None:
         (parts, norms), keep = self._of(name), self._kept[name]
+        for pool in self._pools.pop(name):
+            pool.empty()
         del self._moments[name]
+        give_back()  # what the tokens took in pieces, before matrices are made
         if self._reduce is not None:
             for sums in (*norms.tensors(), *(sums for part in parts for sums in part.tensors())):
                 self._reduce(sums)
@@ -202,28 +202,47 @@ class RepairVisitor:
             new[:, keep] = kept.to(weight.dtype)
             self._new[name] = as_it_lies(self._linears[name], new, bias)
             self._refitted.add(name)
+        parts.clear()
+        give_back()
 
-    def _owed(self, name: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Computes the debt of a linear in each run that can be compared with the whole model's."""
-        owed, short = {}, self._short.get(self._before.get(name) or "", {})
-        for run in range(len(self._runs)):
-            cut, whole = inputs.get(run), inputs.get(run + len(self._runs))
-            if cut is not None and whole is not None and cut.shape == whole.shape:
-                owed[run] = wide(whole) @ wide(self._whole[name][0]).t() - wide(cut) @ wide(self._old[name][0]).t()
-                (_, before), (_, bias) = self._whole[name], self._old[name]
-                if before is not None and bias is not None and bias is not before:
-                    owed[run] += wide(before) - wide(bias)
-                if run in short:
-                    owed[run] += short[run]
-                if self.keep is not None:
-                    self.keep(owed[run])
-        return owed
+    def _compared(self, name: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Computes what each token lacks without a refit, in each run that can be compared with the whole model's.
 
-    def _gained(self, name: str, inputs: Tensor) -> Tensor | float:
-        """Computes how much more a linear gives than with its old weights: (W' - W) x + b' - b."""
-        if name not in self._kept:
-            return 0.0
-        own, (weight, bias) = self.own(name), self._old[name]
-        new = turned(self._linears[name], own["weight"])
-        gained = wide(inputs) @ (wide(new) - wide(weight)).t()
-        return gained if bias is None else gained + wide(own["bias"]) - wide(bias)
+        That is d and what removed inputs gave: W x* - W_S x_S + b* - b + s, `[..., out_features]`.
+        """
+        pairs = {run: (cut, inputs[run + len(self._runs)]) for run, cut in inputs.items() if run + len(self._runs) in inputs}
+        if not pairs:
+            return {}
+        found, short, keep = {}, self._short.get(self._before.get(name) or "", {}), self._kept.get(name)
+        (given, before), (weight, bias) = self._whole[name], self._old[name]
+        own = wide(weight).t()
+        for run, (cut, whole) in sorted(pairs.items()):
+            if cut.shape != whole.shape:
+                continue
+            stays = wide(cut) if keep is None else wide(cut).masked_fill(~keep, 0)
+            lacks = (wide(whole) - stays) @ own if given is weight else wide(whole) @ wide(given).t() - stays @ own
+            if before is not None and bias is not None and bias is not before:
+                lacks += wide(before) - wide(bias)
+            if run in short:
+                lacks += short[run]
+                let_go(short[run])
+            if self.keep is not None:
+                self.keep(lacks)
+            found[run] = lacks
+            let_go(cut)
+            let_go(whole)
+        return found
+
+    def _still(self, name: str, inputs: Mapping[int, Tensor], lacking: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Computes what the sum is short of with the new weights, in the place of what it lacks: less (W' - W)_S x_S + b' - b."""
+        if name not in self._refitted:
+            return lacking
+        own, keep, (weight, bias) = self.own(name), self._kept[name], self._old[name]
+        more = (wide(turned(self._linears[name], own["weight"])[:, keep]) - wide(weight[:, keep])).t()
+        for run, lacks in lacking.items():
+            lacks -= wide(inputs[run][..., keep]) @ more
+            if bias is not None:
+                lacks -= wide(own["bias"]) - wide(bias)
+            let_go(lacks)
+            let_go(inputs[run])
+        return lacking

@@ -5,34 +5,36 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.model.config_fields import text_config
 from billhook.running.resident import resident
 from billhook.streaming.stream import Stream, stream_of
 
 COPIES = 3
 """How often a block is there at most: as it was, as it is now, and on its way to a file."""
 
+WORK = 2**27
+"""Bytes that libraries keep to compute in, and the allocator in pieces."""
 
-def fits(model: PreTrainedModel, tokens: int, moments: int, memory: int, held: int = 0) -> bool:
-    """Tells whether what blocks hand on, of so many tokens, fits into the memory of the process beside all else.
+
+def fits(model: PreTrainedModel, sums: int, refit: int, rests: int, memory: int) -> bool:
+    """Tells whether all that may rest in files fits into the memory of the process beside all else.
 
     Args:
         model: The model; it is streamed.
-        tokens: In all runs together.
-        moments: Bytes of the largest statistics, with what is made of them, and of what runs compute at once.
+        sums: Bytes of the largest statistics, with what is made of them, and of what runs compute at once.
+        refit: Bytes that a linear is refitted in while its block stays as it is; 0 where none is.
+        rests: Bytes of what may rest in files.
         memory: Bytes that the process may take.
-        held: Bytes of what else may rest in files.
 
     Raises:
         ValueError: If not even all else fits.
     """
     stream = stream_of(model)
     assert stream is not None, "the model is in memory"
-    needed = (resident() or 0) + COPIES * extent_of(stream).largest + moments
+    block = extent_of(stream).largest
+    needed = (resident() or 0) + WORK + max(COPIES * block + sums, block + refit)
     if needed > memory:
         raise ValueError(f"memory={memory / 2**30:.2f} GiB: at least {needed / 2**30:.2f} GiB are needed for one block at a time")
-    width: int = text_config(model.config).hidden_size
-    return needed + 2 * tokens * width * model.dtype.itemsize + held <= memory  # what goes into a block, and what comes out
+    return needed + rests <= memory
 
 
 @dataclass(frozen=True)

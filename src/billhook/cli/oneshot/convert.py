@@ -4,7 +4,7 @@ from billhook.arguments import whole
 from billhook.callbacks.kv.preparation import HINT
 from billhook.cli.blockwise import over
 from billhook.cli.oneshot.frame import OneShot
-from billhook.cli.oneshot.streamed import bytes_of_moments
+from billhook.cli.oneshot.refits import Refits
 from billhook.cli.oneshot.text import NONE, Examples
 from billhook.kv_heads.bases.ready import batches_needed, check_ready
 from billhook.kv_heads.bases.streamed import StreamedAttentions
@@ -64,10 +64,10 @@ def convert(
     if (stream := stream_of(work.model)) is not None and (method.turns or repair is not None):
         attentions = StreamedAttentions(stream, groups)
         passes += attentions.passes(method, repair)
-        moments = max(attentions.bytes(method), bytes_of_moments(work.model, None, work.parts if repair is not None else 0))
+        moments = attentions.bytes(method)
     elif method.turns or repair is not None:
         check_ready(work.model, groups, method)
-    work.rest(moments, series=1 + (repair is not None))
+    work.rest(moments, None if repair is None else Refits(work.parts))
     work.tell(*_steps(plan, repair, work.shown if calibrates else NONE), passes=passes)
     if dry_run:
         work.tell_dry(plan.text())

@@ -23,6 +23,7 @@ from billhook.cli.machine import device_of
 from billhook.cli.oneshot.after import Before, Cost, commands, shown, sizes_of
 from billhook.cli.oneshot.labelled import Labelled
 from billhook.cli.oneshot.pace import pace
+from billhook.cli.oneshot.refits import Refits
 from billhook.cli.oneshot.streamed import check_streamed, reads, rest
 from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
 from billhook.cli.reading import files
@@ -116,11 +117,11 @@ class OneShot:
         options["enough"] = given.agreement if isinstance(given, Scored) else None
         return Calibration(sources, weights, tokens, self.length, **options)  # type: ignore[arg-type]
 
-    def rest(self, moments: int, series: int = 1) -> str | None:
-        """Returns the folder where what blocks hand on, in so many runs of each example, rests if it does not fit into memory."""
+    def rest(self, moments: int, refits: Refits | None = None) -> str | None:
+        """Returns the folder where what runs keep while they wait for each other rests if it does not fit into memory."""
         if self.given.memory is None:
             return None
-        return rest(self.model, self.given, self.out, series * sum(self.rows), self._measured * self._measures, moments)
+        return rest(self.model, self.given, self.out, sum(self.rows), self._measured * self._measures, moments, refits)
 
     @property
     def rows(self) -> list[int]:

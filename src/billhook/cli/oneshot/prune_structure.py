@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.passes import REFITTED, REMOVED, WITHOUT_BLOCKS, Passes, batch_count
+from billhook.cli.oneshot.refits import Refits, left
 from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
@@ -92,11 +93,12 @@ def prune_structure(
     whole("rounds", rounds)
     check_scored(given, block_importance, importance)
     work = OneShot(model, out, given, refits=repair is not None, streams=True)
-    passes, count = Passes(), batch_count(work.rows, given.batch_size) if given.stream else 0
+    passes, kept, count = Passes(), None, batch_count(work.rows, given.batch_size) if given.stream else 0
     if amount.within is not None:
         check_kinds(work.model, amount.within.kinds)
         search = Search(work.model, amount.within)
-        search.check()
+        cut = search.check()
+        kept = left(search, cut) if rounds == 1 else None
         importance = importance or default_importance(search.free())
         check_scored(given, importance)
         every = sum(one.count(amount.per) for one in search.free().values())
@@ -114,11 +116,9 @@ def prune_structure(
     if dry_run and needs and work.unread:
         work.tell_dry()
         return
-    if given.stream:
-        refits = repair is not None
-        moments = bytes_of_moments(work.model, importance, work.parts if refits else 0)
-        work.rest(moments, series=1 + refits)
     batches = work.batches() if needs or not dry_run else []
+    if given.stream:  # what reading text took is there
+        work.rest(bytes_of_moments(work.model, importance), None if repair is None else Refits(work.parts, kept))
     before = None if dry_run else work.measure()
     plans, refitted = list[BlockPlan | UnitPlan](), False
     for plan in _plans(work.model, batches, given.agreement, amount, block_importance, importance, rounds):

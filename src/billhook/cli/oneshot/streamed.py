@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import memory_of
 from billhook.calibration.generated import NAME as GENERATED
+from billhook.cli.oneshot.refits import Refits
 from billhook.cli.oneshot.text import Text
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
@@ -14,6 +15,7 @@ from billhook.importance.score import check_streams
 from billhook.model.config_fields import text_config
 from billhook.model.linears import prunable, weight_of
 from billhook.report.predictions import BYTES as PREDICTIONS
+from billhook.running.resident import give_back
 from billhook.sparsity.criteria import Criterion
 from billhook.streaming.room import extent_of, fits
 from billhook.streaming.stream import Stream, stream_of
@@ -47,16 +49,9 @@ def check_scored(given: Text, *importances: Importance | None) -> None:
             check_streams(importance)
 
 
-def bytes_of_moments(model: PreTrainedModel, by: Criterion | Importance | None, parts: int = 0) -> int:
-    """Returns the bytes of the largest statistics of a linear that are taken, with what is computed of them.
-
-    Args:
-        model: The model.
-        by: What weights or units are scored by.
-        parts: Where linears are refitted, of how many parts of the data moments are kept; 0 where none are.
-    """
-    shapes = {tuple(weight_of(linear).shape) for linear in prunable(model).values()}
-    return max((max(_to_score(by, columns), _to_refit(parts, rows, columns)) for rows, columns in shapes), default=0)
+def bytes_of_moments(model: PreTrainedModel, by: Criterion | Importance | None) -> int:
+    """Returns the bytes of the largest statistics of a linear that weights or units are scored by, with what is made of them."""
+    return max((_to_score(by, weight_of(linear).shape[1]) for linear in prunable(model).values()), default=0)
 
 
 def _to_score(by: Criterion | Importance | None, columns: int) -> int:
@@ -66,31 +61,33 @@ def _to_score(by: Criterion | Importance | None, columns: int) -> int:
     return OBS_BYTES * columns**2 if isinstance(by, OBS) else 0
 
 
-def _to_refit(parts: int, rows: int, columns: int) -> int:
-    """Returns float64 matrices: of each part half of a square and one like the weight, and one of each to solve in."""
-    return 8 * columns * (parts * (columns // 2 + rows) + columns + rows) if parts else 0
-
-
-def rest(model: PreTrainedModel, given: Text, out: str, shown: int, measured: int, moments: int) -> str | None:
+def rest(
+    model: PreTrainedModel, given: Text, out: str, shown: int, measured: int, moments: int, refits: Refits | None = None
+) -> str | None:
     """Has what blocks hand on, and predictions to compare with, rest in files where memory is limited and too small for it.
 
     Args:
         model: The model, which is streamed.
         given: It says how much memory there is.
         out: The folder that is written; files rest beside it.
-        shown: Examples that are shown in all runs together.
+        shown: Examples that are shown.
         measured: Examples that are measured on.
         moments: Bytes of the largest statistics, with what is made of them.
+        refits: How linears are refitted, if they are.
 
     Returns:
         The folder in which the files are; None for memory.
     """
     stream, memory = stream_of(model), memory_of("memory", given.memory or "")
     assert stream is not None, "memory is limited of a model that is streamed alone"
-    length = given.length_for(model)
-    logits = 4 * length * text_config(model.config).vocab_size
-    now, held = moments + given.batch_size * logits, min(PREDICTIONS, measured * logits)
-    if not fits(model, max(shown, measured) * length, now, memory, held):
+    give_back()
+    length, text = given.length_for(model), text_config(model.config)
+    logits, refit, within = 4 * length * text.vocab_size, 0, 0
+    between = 2 * max(shown, measured) * length * text.hidden_size * model.dtype.itemsize  # what goes into a block, and comes out
+    if refits is not None:
+        refit, within = refits.sums(model) + refits.waits(model, shown * length), refits.rests(model, shown * length)
+    rests = max(between, within) + min(PREDICTIONS, measured * logits)
+    if not fits(model, moments + given.batch_size * logits, refit, rests, memory):
         stream.rests = str(Path(out).resolve().parent)
     return stream.rests
 

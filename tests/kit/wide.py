@@ -1,0 +1,33 @@
+"""Refits the feed-forwards of a streamed model in as much memory as it is said to need; run as a script: SOURCE OUT TEXT."""
+
+import json
+import re
+import sys
+
+from billhook.cli.main import main
+from billhook.running.resident import resident
+
+
+def cut(source, out, text, memory):
+    """Removes a quarter of the channels, and has the linears that read them refitted."""
+    shown = ["--examples", "32", "--length", "128", "--evaluate", "2", "--data", json.dumps({"train": text, "test": text})]
+    asked = ["--channels", "0.25", "--importance", "WeightNorm", "--repair", "Repair", "--repair.ridges", "[0.1, 1.0]"]
+    main(["prune-structure", source, out, *asked, *shown, "--stream", "--memory", memory])
+
+
+def work(source, out, text):
+    """Asks with too little memory, and again with as much as the refusal says; prints that, and the peak, in bytes."""
+    memory = 0.1
+    for _ in range(4):  # what is imported late counts the next time
+        before = resident("VmHWM")
+        try:
+            cut(source, out, text, f"{memory:.3f}GiB")
+            break
+        except SystemExit as refused:
+            (needed,) = re.findall(r"at least ([\d.]+) GiB are needed", str(refused))
+            memory = float(needed) + 0.006  # it is rounded
+    print(json.dumps({"before": before, "memory": memory * 2**30, "peak": resident("VmHWM")}))
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])

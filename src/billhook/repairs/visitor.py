@@ -118,6 +118,7 @@ class RepairVisitor:
                         weights = None if typical is None or run not in lost else 2 * typical / (typical + lost[run])
                         self._add(name, inputs[run], lacking.get(run), run, weights)
                 self._refit(name)
+                give_back()
             if name in self._kept:
                 self._done.add(name)
                 if self._progress is not None:
@@ -202,8 +203,6 @@ class RepairVisitor:
             new[:, keep] = kept.to(weight.dtype)
             self._new[name] = as_it_lies(self._linears[name], new, bias)
             self._refitted.add(name)
-        parts.clear()
-        give_back()
 
     def _compared(self, name: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Computes what each token lacks without a refit, in each run that can be compared with the whole model's.

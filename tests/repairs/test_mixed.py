@@ -1,0 +1,97 @@
+"""Ridges that are tried on mixtures of many outputs, and short calls that are added together."""
+
+import pytest
+import torch
+
+from billhook.repairs import least_squares, moments, pool
+from billhook.repairs.least_squares import refit_linear
+from billhook.repairs.moments import OwedMoments
+from billhook.repairs.pool import Pool
+
+RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
+ROWS, WIDTH = 300, 24
+
+
+def folds(noise, biased=False):
+    """Moments of two parts of data that differ by noise, as a fold and as all data."""
+    torch.manual_seed(0)
+    turn, found = torch.randn(WIDTH, ROWS), []
+    for tokens in (30, 400):
+        x = torch.randn(tokens, WIDTH) @ torch.randn(WIDTH, WIDTH).tril() + biased
+        found.append(OwedMoments(ROWS, WIDTH))
+        found[-1].add(x, x @ turn / 5 + noise * torch.randn(tokens, ROWS) + biased)
+    return [([found[0]], found[1])], found
+
+
+def test_few_outputs_stay_as_they_are():
+    (([part], _),), _ = folds(1.0)
+    assert part.mixed() is part
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_mixtures_err_as_all_outputs_do(monkeypatch, biased):
+    monkeypatch.setattr(moments, "OUTPUTS", 100)
+    exact, _ = folds(1.0, biased)
+    mixed = least_squares._mixed(exact)
+    assert mixed[0][0][0].owed_products.shape == (100, WIDTH)
+    for ridge in RIDGES:
+        whole, some = (least_squares._error(*one[0], biased, ridge) for one in (exact, mixed))
+        assert some == pytest.approx(whole, rel=0.25)
+
+
+def test_mixtures_choose_the_same_ridges(monkeypatch):
+    chosen = []
+    for noise in (0.0, 1.0, 10.0, 100.0):
+        parts, every = folds(noise)
+        weight = torch.randn(ROWS, WIDTH)
+        exact = refit_linear(weight, None, parts, every, RIDGES)[0]
+        with monkeypatch.context() as patched:
+            patched.setattr(moments, "OUTPUTS", 100)
+            assert torch.equal(refit_linear(weight, None, parts, every, RIDGES)[0], exact)
+        chosen.append(least_squares._chosen(parts, False, RIDGES, None))
+    assert len(set(chosen)) > 2
+
+
+def test_a_support_is_solved_on_in_panels_as_in_one(monkeypatch):
+    (_, every), support = folds(1.0), torch.rand(ROWS, WIDTH) < 0.5
+    whole = least_squares._bound(every, False, 0.1, support)
+    monkeypatch.setattr(least_squares, "ROWS", 7)
+    assert torch.equal(least_squares._bound(every, False, 0.1, support), whole)
+    assert whole[support].any()
+    assert not whole[~support].any()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("owes", [True, False])
+def test_short_calls_are_added_together(monkeypatch, weighted, owes):
+    monkeypatch.setattr(pool, "TOKENS", 16)
+    torch.manual_seed(0)
+    sums, expected = OwedMoments(3, 5), OwedMoments(3, 5)
+    own, added = Pool(sums), []
+    monkeypatch.setattr(
+        sums, "add", lambda inputs, *rest, **more: added.append(len(inputs)) or OwedMoments.add(sums, inputs, *rest, **more)
+    )
+    for length in (4, 9, 2, 40, 1):
+        x, d = torch.randn(2, length, 5, dtype=torch.bfloat16), torch.randn(2, length, 3) if owes else None
+        keep = torch.rand(2, length) < 0.8 if length % 2 else None
+        weights = torch.rand(2, length) if weighted else None
+        own.add(x, d, keep, weights)
+        expected.add(x, d, keep, weights)
+        x.zero_()  # as may happen later in a run
+    own.empty()
+    own.empty()
+    assert len(added) < 5
+    for found, one in zip(sums.tensors(), expected.tensors(), strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-5)
+
+
+def test_calls_without_debts_are_not_mixed_with_others():
+    sums, expected = OwedMoments(3, 5), OwedMoments(3, 5)
+    own = Pool(sums)
+    for owed in (None, torch.randn(4, 3), None):
+        x = torch.randn(4, 5)
+        own.add(x, owed, None, None)
+        expected.add(x, owed)
+    own.empty()
+    for found, one in zip(sums.tensors(), expected.tensors(), strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-5)

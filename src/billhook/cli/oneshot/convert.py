@@ -4,7 +4,7 @@ from billhook.arguments import whole
 from billhook.callbacks.kv.preparation import HINT
 from billhook.cli.blockwise import over
 from billhook.cli.oneshot.frame import OneShot
-from billhook.cli.oneshot.refits import Refits
+from billhook.cli.oneshot.streamed import Refits
 from billhook.cli.oneshot.text import NONE, Examples
 from billhook.kv_heads.bases.ready import batches_needed, check_ready
 from billhook.kv_heads.bases.streamed import StreamedAttentions

@@ -23,8 +23,7 @@ from billhook.cli.machine import device_of
 from billhook.cli.oneshot.after import Before, Cost, commands, shown, sizes_of
 from billhook.cli.oneshot.labelled import Labelled
 from billhook.cli.oneshot.pace import pace
-from billhook.cli.oneshot.refits import Refits
-from billhook.cli.oneshot.streamed import check_streamed, reads, rest
+from billhook.cli.oneshot.streamed import Refits, check_streamed, reads, rest
 from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
 from billhook.cli.reading import files
 from billhook.model.linears import prunable

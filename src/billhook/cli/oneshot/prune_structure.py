@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.passes import REFITTED, REMOVED, WITHOUT_BLOCKS, Passes, batch_count
-from billhook.cli.oneshot.refits import Refits, left
-from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored
+from billhook.cli.oneshot.streamed import Refits, bytes_of_moments, check_scored, left
 from billhook.cli.oneshot.text import Scored
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence

@@ -29,7 +29,7 @@ from billhook.pruning.planning import plan_units
 from billhook.pruning.widths.rows import RoundTo
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run, run_with_loss
-from billhook.running.sharded.shards import as_one
+from billhook.running.sharded.shards import as_one, is_sharded
 from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.library import key_of
 from billhook.shrinking.shrink import Layers, budget, check_search
@@ -130,6 +130,13 @@ class Shrink(ShapeCallback):
     def needs_data(self) -> bool:
         """True: it is measured what a smaller model loses."""
         return True
+
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Checks the model once it exists, with its values: whole, where it is sharded."""
+        with as_one(pl_module):
+            self.check(pl_module, trainer)
+        if is_sharded(pl_module):
+            self._known.clear()  # of parameters that are shards again
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses a budget that the model cannot meet, and adapters."""

@@ -47,6 +47,8 @@ ROWS = {
     "Refit(Wanda), 2:4, layer": (bh.Refit(), PAIRS | {"sequential": "layer"}),
     "Refit(RIA), 2:4, layer": (bh.Refit(bh.RIA(compares="row")), PAIRS | {"sequential": "layer"}),
     "Refit(SparseGPT), 50 %, layer": (bh.Refit(bh.SparseGPT()), HALF | {"sequential": "layer"}),
+    "ALPS, 50 %, layer": (bh.ALPS(), HALF | {"sequential": "layer"}),
+    "ALPS, 2:4, layer": (bh.ALPS(), PAIRS | {"sequential": "layer"}),
     "Refit(SparseGPT), 2:4, layer": (bh.Refit(bh.SparseGPT()), PAIRS | {"sequential": "layer"}),
 }
 HEADER = "one shot | perplexity | sparsity | CPU s | forwards | peak memory above the model, MiB"

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from billhook.sparsity.prune import prune as prune
     from billhook.sparsity.criteria import RIA as RIA, Magnitude as Magnitude, Wanda as Wanda
     from billhook.sparsity.sparsegpt import SparseGPT as SparseGPT
+    from billhook.sparsity.alps import ALPS as ALPS
     from billhook.sparsity.refit import Refit as Refit
     from billhook.sparsity.allocation import OWL as OWL
 
@@ -89,6 +90,7 @@ else:
         "billhook.sparsity.prune": "prune",
         "billhook.sparsity.criteria": "RIA Magnitude Wanda",
         "billhook.sparsity.sparsegpt": "SparseGPT",
+        "billhook.sparsity.alps": "ALPS",
         "billhook.sparsity.refit": "Refit",
         "billhook.sparsity.allocation": "OWL",
         "billhook.kv_heads.convert": "convert_kv_heads",

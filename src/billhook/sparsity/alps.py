@@ -102,6 +102,7 @@ class ALPS(Criterion):
     refits: int = 10
     needs: ClassVar[type[Statistics] | None] = InputMoments
     updates: ClassVar[bool] = True
+    copies: ClassVar[int] = 10  # of float32; eigenvectors are found in float64
 
     def __post_init__(self) -> None:
         super().__post_init__()

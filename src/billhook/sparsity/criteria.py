@@ -31,11 +31,13 @@ class Criterion(ABC):
         compares: Which weights compete; patterns N:M compare within each group of M instead.
         needs: The kind of statistics of a layer's inputs that are needed; None if none are.
         updates: Whether pruning changes weights that it keeps, too.
+        copies: How often the statistics' size is taken at most: as they are, and what is computed of them.
     """
 
     compares: Comparison
     needs: ClassVar[type[Statistics] | None] = None
     updates: ClassVar[bool] = False
+    copies: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
         one_of("compares", self.compares, Comparison)

@@ -27,8 +27,6 @@ from billhook.streaming.stream import Stream, stream_of
 AFTERWARDS = 3
 """Passes over the blocks that count zeros, say which logits the checkpoint must give, and compare it."""
 
-COPIES = 4
-"""How often a criterion's statistics are there at most: as they were taken, and what is computed of them."""
 HELD = 5
 """Tensors of the hidden size that a run holds while it waits within a block: the stream, its norm, queries, keys and values."""
 OBS_BYTES = 2 * 4 + 8
@@ -63,7 +61,7 @@ def bytes_of_moments(model: PreTrainedModel, by: Criterion | Importance | None) 
 def _to_score(by: Criterion | Importance | None, columns: int) -> int:
     if isinstance(by, Criterion):
         statistics = by.statistics(columns, "meta")
-        return 0 if statistics is None else COPIES * sum(one.nbytes for one in statistics.tensors())
+        return 0 if statistics is None else by.copies * sum(one.nbytes for one in statistics.tensors())
     return OBS_BYTES * columns**2 if isinstance(by, OBS) else 0
 
 

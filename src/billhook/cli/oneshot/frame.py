@@ -22,7 +22,7 @@ from billhook.cli.blockwise import over
 from billhook.cli.machine import device_of
 from billhook.cli.oneshot.after import Before, Cost, commands, shown, sizes_of
 from billhook.cli.oneshot.labelled import Labelled
-from billhook.cli.oneshot.pace import pace
+from billhook.cli.oneshot.pace import how_long
 from billhook.cli.oneshot.streamed import Refits, check_streamed, reads, rest
 from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
 from billhook.cli.reading import files
@@ -150,7 +150,7 @@ class OneShot:
         if self.given.stream or self._visiting:
             return []
         shown = sum(self.rows) * self.calibrates
-        return pace(self.model, self.length, shown, self._measured * self._measures)
+        return how_long(self.model, self.length, shown, self._measured * self._measures)
 
     @property
     def _measured(self) -> int:

@@ -15,7 +15,7 @@ SOON = 120.0
 """Seconds from which on it is said how long all examples take."""
 
 
-def pace(model: PreTrainedModel, length: int, shown: int, measured: int) -> list[str]:
+def how_long(model: PreTrainedModel, length: int, shown: int, measured: int) -> list[str]:
     """Times a forward of one example, and says how long all take; nothing where that is soon.
 
     Args:

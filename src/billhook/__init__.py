@@ -117,15 +117,19 @@ else:
     __all__ = ["schedules", *_WHERE]
 
     def __getattr__(name: str) -> object:
-        """Imports a public name; or all of them, where a folder is asked for, of which any part may be meant."""
-        if name in _WHERE:
-            globals()[name] = found = getattr(importlib.import_module(_WHERE[name]), name)
-            return found
-        if importlib.util.find_spec(f"{__name__}.{name}") is None:
+        """Imports a public name; or all of them, where a folder is asked for, of which any part may be meant, or plans are.
+
+        `Plan.from_json` makes those of every kind that has been imported.
+        """
+        if name not in _WHERE and importlib.util.find_spec(f"{__name__}.{name}") is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        for place in _PLACES:
-            importlib.import_module(place)
-        return importlib.import_module(f"{__name__}.{name}")
+        if name not in _WHERE or name == "Plan":
+            for place in _PLACES:
+                importlib.import_module(place)
+        if name not in _WHERE:
+            return importlib.import_module(f"{__name__}.{name}")
+        globals()[name] = found = getattr(importlib.import_module(_WHERE[name]), name)
+        return found
 
     def __dir__() -> list[str]:
         """Lists what is there, and what can be imported."""

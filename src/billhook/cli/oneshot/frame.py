@@ -149,8 +149,8 @@ class OneShot:
         """Says how long the examples take, of a model that is in memory, on its device."""
         if self.given.stream or self._visiting:
             return []
-        shown = sum(self.rows) * self.calibrates
-        return how_long(self.model, self.length, shown, self._measured * self._measures)
+        shown, measured = sum(self.rows) if self.calibrates else 0, self._measured if self._measures else 0
+        return how_long(self.model, self.length, shown, measured) if shown or measured else []
 
     @property
     def _measured(self) -> int:

@@ -1,6 +1,7 @@
 """What `trace` and torch-pruning's DependencyGraph each say belongs together, and which of them is right when the model is run.
 
 `pip install torch-pruning`; `python benchmarks/coupling_vs_torch_pruning.py --out comparison.md`; names of FAMILIES restrict it.
+SmolLM2's config is read from the folder that BILLHOOK_MODELS names, or else from the hub.
 
 Both get the same small model of two layers: random weights (norms and biases too), float64, eager attention, in which autograd
 sees the repetition of KV heads. torch-pruning is used as documented: `build_dependency` with its default treatment of unwrapped
@@ -18,6 +19,7 @@ import argparse
 import copy
 import gc
 import multiprocessing
+import os
 import time
 import warnings
 from collections import defaultdict
@@ -54,6 +56,7 @@ FAMILIES = {
     "T5": ("AutoModelForSeq2SeqLM", "t5", {}),
     "ViT": ("AutoModelForImageClassification", "vit", {}),
 }
+SMOLLM2 = f"{os.environ['BILLHOOK_MODELS']}/smollm2" if "BILLHOOK_MODELS" in os.environ else "HuggingFaceTB/SmolLM2-135M-Instruct"
 REAL = ["gpt2-small", "SmolLM2-135M"]
 
 
@@ -87,7 +90,7 @@ class Conv1DPruner(tp.BasePruningFunc):
 def make(name):
     """The small model of a family, or a real-sized one with random weights."""
     if name in REAL:
-        config = transformers.GPT2Config() if name == "gpt2-small" else AutoConfig.from_pretrained("/work/models/smollm2")
+        config = transformers.GPT2Config() if name == "gpt2-small" else AutoConfig.from_pretrained(SMOLLM2)
         config._attn_implementation = "eager"
         torch.manual_seed(0)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -15,7 +15,7 @@ from billhook.arguments import annotated, number, one_of, whole
 from billhook.running.conjugate_gradients import on_support
 from billhook.running.statistics import InputMoments, Statistics
 from billhook.sparsity.criteria import Comparison, Criterion, check_finite
-from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern
+from billhook.sparsity.masks import check_amount, check_width, parse_pattern
 
 EVERY = 3
 """Iterations after which the support is compared with what it was, and the penalty raised."""
@@ -105,7 +105,6 @@ class ALPS(Criterion):
     copies: ClassVar[int] = 10  # of float32; eigenvectors are found in float64
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         annotated(ALPS, vars(self))
         one_of("compares", self.compares, ("row", "layer"))
         number("damping", self.damping, above=0)
@@ -130,10 +129,7 @@ class ALPS(Criterion):
         gone = (weight.detach() == 0) | (moments.squares == 0)
 
         def keep_of(scores: Tensor) -> Tensor:
-            scores = scores.masked_fill(gone, -1)
-            if kept is not None:
-                return keep_n_of_m(scores, *kept)
-            return keep_rows(scores, sparsity) if self.compares == "row" else keep_layer(scores, sparsity)
+            return self._keep(scores.masked_fill(gone, -1), sparsity, kept)
 
         with torch.autocast(weight.device.type, enabled=False):
             dense = weight.detach().float().contiguous() * scale

@@ -75,12 +75,14 @@ class Criterion(ABC):
         sparsity, kept = check_amount(sparsity, pattern), parse_pattern(pattern)
         check_width(weight.shape[1], pattern)
         check_finite(weight, "the weight")
-        scores = self.score(weight, statistics)
-        if kept is not None:
-            keep = keep_n_of_m(scores, *kept)
-        else:
-            keep = keep_rows(scores, sparsity) if self.compares == "row" else keep_layer(scores, sparsity)
+        keep = self._keep(self.score(weight, statistics), sparsity, kept)
         return where_kept(weight, keep), keep
+
+    def _keep(self, scores: Tensor, sparsity: float, kept: tuple[int, int] | None) -> Tensor:
+        """Returns the keep-mask of the highest scores: N of every M, with (N, M) = `kept`, or of those that compete."""
+        if kept is not None:
+            return keep_n_of_m(scores, *kept)
+        return keep_rows(scores, sparsity) if self.compares == "row" else keep_layer(scores, sparsity)
 
     def _of_inputs(self, statistics: Statistics | None, weight: Tensor, kind: type[S]) -> S:
         """Returns the statistics, if they are of the kind that is needed, and of this weight's inputs."""

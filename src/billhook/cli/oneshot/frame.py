@@ -140,8 +140,10 @@ class OneShot:
         print(f"{self.name}, {self.model.num_parameters():,} parameters:")
         own, more = stream_of(self.model), 2 * self._measures
         streams = [] if own is None else [reads(own, passes + more, exactly, beside)]
-        for step in (*steps, *measure, *streams, f"save to {self.out}{replaced(self.out)}", *self._pace):
-            print(f"  {step}")
+        for step in (*steps, *measure, *streams, f"save to {self.out}{replaced(self.out)}"):
+            print(f"  {step}", flush=True)
+        for words in self._pace:  # which a large model needs a while to say
+            print(f"  {words}")
         print(flush=True)
 
     @property

@@ -20,26 +20,38 @@ def rows(batches):
     return torch.cat([batch["input_ids"] for batch in batches])
 
 
-def test_rows_are_full_begin_a_text_and_are_the_same_again(model):
+def test_rows_are_full_and_the_same_again(model):
     before, mode = torch.get_rng_state(), model.training
     found = rows(bh.generated(model, examples=3, length=24, batch_size=2))
     assert found.shape == (3, 24)
-    assert (found[:, 0] == model.config.bos_token_id).all()
     assert torch.equal(found, rows(bh.generated(model, examples=3, length=24)))
     assert not torch.equal(found, rows(bh.generated(model, examples=3, length=24, seed=1)))
     assert torch.equal(before, torch.get_rng_state())
     assert model.training == mode
 
 
+def test_rows_begin_within_an_eighth_of_their_length():
+    """A model that counts: each token is one more than the last."""
+    model = llama(vocab_size=128, hidden_size=128, num_hidden_layers=1, bos_token_id=0, max_position_embeddings=256).eval()
+    with torch.no_grad():
+        for weight in (model.model.layers[0].self_attn.o_proj.weight, model.model.layers[0].mlp.down_proj.weight):
+            weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.eye(128))
+        model.lm_head.weight.copy_(100 * torch.eye(128).roll(1, 0))
+    found = rows(bh.generated(model, examples=100, length=80))
+    assert torch.equal(found[:, 1:], found[:, :-1] + 1)
+    assert set(found[:, 0].tolist()) == set(range(1, 11))
+
+
 def test_tokens_are_drawn_from_the_models_own_distribution():
-    """Of a vocabulary of 8, the second tokens of 2,000 rows; the temperature sharpens it."""
-    model = llama(vocab_size=8, num_hidden_layers=1, bos_token_id=1, eos_token_id=2).eval()
+    """Of a vocabulary of 8, what follows the first token of 2,000 texts; the temperature sharpens it."""
+    model = llama(vocab_size=8, num_hidden_layers=1, bos_token_id=1, eos_token_id=2, max_position_embeddings=2).eval()
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
         logits = model(input_ids=torch.tensor([[1]])).logits[0, -1]
     for temperature in (1.0, 0.5):
-        second = rows(bh.generated(model, examples=2000, length=2, temperature=temperature, batch_size=50))[:, 1]
-        shares = torch.bincount(second, minlength=8) / len(second)
+        first = rows(bh.generated(model, examples=2000, length=2, temperature=temperature, batch_size=50))[:, 0]
+        shares = torch.bincount(first, minlength=8) / len(first)
         torch.testing.assert_close(shares, (logits / temperature).softmax(-1), atol=0.04, rtol=0)
 
 
@@ -48,6 +60,14 @@ def test_a_row_goes_on_past_the_end_of_a_text():
     found = rows(bh.generated(model, examples=20, length=30))
     assert (found == 3).sum() > 20
     assert (found[:, -1] != 3).any()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_rows_may_be_as_long_as_the_model_reads(kind):
+    model = BUILD[kind]()
+    most = model.config.max_position_embeddings
+    model.generation_config.bos_token_id = model.config.bos_token_id = 1
+    assert rows(bh.generated(model, examples=2, length=most)).shape == (2, most)
 
 
 def test_prompts_begin_the_rows_in_turn(model):

@@ -32,6 +32,8 @@ AT_ONCE = 8
 """Rows that are written side by side at least; more, as long as their key/value caches fit into `CACHES`."""
 CACHES = 2**30
 """Bytes."""
+SKIPPED = 8
+"""A row begins within the first eighth of its length."""
 
 
 def generated(
@@ -47,7 +49,9 @@ def generated(
 ) -> list[Batch]:
     """Lets a causal language model write the text that it is calibrated on, token by token, without padding.
 
-    Each row begins with the token that begins a text, or with a prompt, and goes on past the ends of texts until it is full.
+    Rows begin with prompts. Without any, texts are begun, and rows begin anywhere in an eighth of their length after the first
+    token, as attention rests on the first one of a row, which is not to be the same in all. Each goes on past the ends of texts
+    until it is full.
 
     Args:
         model: A Hugging Face model that predicts the next token, or a module that holds one.
@@ -82,7 +86,9 @@ def generated(
     check_writes(subject)
     length = row_length(subject, length)
     starts = [_start(subject)] if prompts is None else _encoded(subject, prompts, tokenizer, length)
-    rows = _written(subject, [starts[place % len(starts)] for place in range(examples)], length, temperature, seed)
+    skipped = 0 if prompts is not None else _skipped(subject, length)
+    begun = [starts[place % len(starts)] for place in range(examples)]
+    rows = _begun_anywhere(_written(subject, begun, length + skipped, temperature, seed), skipped, seed)
     return [Batch({"input_ids": own}, NAME) for own in torch.split(rows, batch_size)]
 
 
@@ -106,6 +112,21 @@ def row_length(model: PreTrainedModel, length: int | None) -> int:
     if length is not None and length > most:
         raise ValueError(f"length={length}: the model reads no more than {most} tokens at once")
     return length or min(LENGTH, most)
+
+
+def _skipped(model: PreTrainedModel, length: int) -> int:
+    """Returns how many tokens more than a row are written: the last of them is not read, and all others are."""
+    most = getattr(text_config(model.config), "max_position_embeddings", None)
+    skipped = max(1, length // SKIPPED)
+    return min(skipped, most + 1 - length) if most else skipped
+
+
+def _begun_anywhere(rows: Tensor, skipped: int, seed: int) -> Tensor:
+    """Leaves out tokens at both ends of each row, `skipped` together and one of the first at least."""
+    if skipped == 0:
+        return rows
+    first = torch.randint(1, skipped + 1, (len(rows), 1), generator=torch.Generator().manual_seed(seed))
+    return rows.gather(1, first + torch.arange(rows.shape[1] - skipped))
 
 
 def _start(model: PreTrainedModel) -> list[int]:
@@ -146,16 +167,17 @@ def _written(model: PreTrainedModel, starts: list[list[int]], length: int, tempe
             raise ValueError(f"model: {type(model).__name__} computes numbers that are not finite, so it writes nothing")
         torch.manual_seed(seed)
         with bar("writing text", "tokens") as told:
-            watched = _Watched(told, rows.numel())
+            watched = _Watched(told, rows.numel() - sum(map(len, starts)))
             for places in groups:
                 ids = torch.tensor([starts[place] for place in places], device=model.device)
+                watched.written -= ids.numel()
                 rows[places] = _continued(model, ids, length, temperature, watched).cpu()
                 watched.written += rows[places].numel()
     return rows
 
 
 class _Watched(StoppingCriteria):
-    """Tells after each token how many there are, and stops nothing."""
+    """Tells after each token how many the model has written, and stops nothing."""
 
     def __init__(self, told: Told, total: int) -> None:
         self.told, self.total, self.written = told, total, 0

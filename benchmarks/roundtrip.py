@@ -334,7 +334,7 @@ def kept_of_four(subject: Subject, dense: nn.Module, model: nn.Module, names) ->
     for name in names:
 
         def add(module, args, out, name=name):
-            sums[name] = sums.get(name, 0) + args[0].double().flatten(0, -2).square().sum(0)
+            sums[name] = sums.get(name, 0) + squares_read(module, args[0].double().square())
 
         weight = dense.get_submodule(name).weight
         sharing = [module for module in dense.modules() if getattr(module, "weight", None) is weight]
@@ -344,13 +344,30 @@ def kept_of_four(subject: Subject, dense: nn.Module, model: nn.Module, names) ->
         handle.remove()
     for name in names:
         module, zeros = dense.get_submodule(name), model.get_submodule(name).weight == 0
-        scores = (module.weight.T if isinstance(module, Conv1D) else module.weight).abs().double() * sums[name].sqrt()
-        lost = scores * (zeros.T if isinstance(module, Conv1D) else zeros)  # where norms are 0, any two do
+        scores = as_matrix(module, module.weight).abs().double() * sums[name].sqrt()
+        lost = scores * as_matrix(module, zeros)  # where norms are 0, any two do
         least = scores.reshape(scores.shape[0], -1, 4).sort().values[..., :2].sum(-1)
         if not torch.allclose(lost.reshape(scores.shape[0], -1, 4).sum(-1), least, rtol=1e-5):
             raise Wrong(f"{name}: others than the smallest |W| * ||x|| of four are zero")
         module.weight.masked_fill_(zeros, 0)
     return subject.answer(dense)
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """Returns what lies as a weight does as `[out, in]`; of a convolution the channels of one tap are next to each other."""
+    if isinstance(module, Conv1D):
+        return weight.T
+    return weight.movedim(1, -1).flatten(1)
+
+
+def squares_read(module: nn.Module, squares: Tensor) -> Tensor:
+    """Sums the squares that each weight is multiplied with: of a convolution the derivative of all outputs by its weight."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return squares.flatten(0, -2).sum(0)
+    weight = torch.zeros_like(module.weight, dtype=torch.float64, requires_grad=True)
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(module._conv_forward(squares, weight, None).sum(), weight)
+    return as_matrix(module, gradient)
 
 
 def untouched(subject: Subject, model: nn.Module) -> Done:

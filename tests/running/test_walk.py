@@ -50,7 +50,7 @@ class Halve:
     def __init__(self):
         self.sums, self.order, self.new = {}, [], {}
 
-    def observe(self, name, inputs, run):
+    def observe(self, name, linear, inputs, run):
         self.sums[name] = self.sums.get(name, 0) + inputs.double().square().flatten(0, -2).sum(0)
 
     def complete(self, site):
@@ -125,7 +125,7 @@ def test_an_experts_linears_that_few_runs_call():
     seen = {}
 
     class Count(Halve):
-        def observe(self, name, inputs, run):
+        def observe(self, name, linear, inputs, run):
             seen.setdefault(name, []).append(run)
 
         def complete(self, site):

@@ -19,6 +19,7 @@ from kit.families import llama, tokens
 from kit.sparsity import CRITERIA, batches_of, family, masks_of
 
 FAMILIES = ["llama", "gpt2", "t5", "bert", "mixtral", "vit", "falcon", "gpt_neox", "bart", "whisper", "mamba", "clip"]
+IMAGES = ["convnext", "resnet"]
 
 
 def seen_by(model, names, batches):
@@ -34,6 +35,11 @@ def seen_by(model, names, batches):
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def as_matrix(linear, weight):
+    """What lies as a linear's weight does, `[out, in]`; of a convolution channels are innermost."""
+    return weight.t() if isinstance(linear, Conv1D) else weight.movedim(1, -1).flatten(1)
 
 
 def by_hand(model, batches, sparsity, stages):
@@ -85,7 +91,7 @@ def test_sparsegpt_is_its_own_criterion_on_plainly_gathered_moments():
 @pytest.mark.filterwarnings("ignore:X.T X is not positive definite")
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("kind", CRITERIA, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + IMAGES)
 def test_every_criterion_on_every_family(name, kind, pattern):
     model, criterion = family(name), kind()
     batches, before = batches_of(model), {n: v.clone() for n, v in model.state_dict().items()}
@@ -99,9 +105,7 @@ def test_every_criterion_on_every_family(name, kind, pattern):
             assert torch.equal(value, before[n]), n
     masks = pruning.masks(model)
     for n, mask in masks.items():
-        linear = linears[n]
-        mask = mask.t() if isinstance(linear, Conv1D) else mask
-        weight, old = weight_of(linear), before[f"{n}.weight"].t() if isinstance(linear, Conv1D) else before[f"{n}.weight"]
+        mask, weight, old = (as_matrix(linears[n], one) for one in (mask, linears[n].weight.detach(), before[f"{n}.weight"]))
         assert not weight[~mask].any()
         if not criterion.updates:
             assert torch.equal(weight[mask], old[mask])

@@ -147,7 +147,7 @@ def on_linears(model: nn.Module) -> dict[str, Any]:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             owners.setdefault(id(BaseTunerLayer.get_base_layer(module)), module)
-    linears = prunable(model, output_embeddings=True) if owners else {}
+    linears = prunable(model, output_embeddings=True, convolutions="all") if owners else {}
     return {name: owners[id(one)] for name, one in linears.items() if id(one) in owners}
 
 

@@ -22,6 +22,7 @@ from billhook.fit.lightning_internals import averages
 from billhook.fit.ranks import check_agreed, sum_over, together
 from billhook.fit.strategies import check_masks
 from billhook.fit.training_step import runs_as_in_training
+from billhook.model.convolutions import Convolutions
 from billhook.model.find import find_transformer
 from billhook.running.sharded.shards import gathered, unsharded, whole
 from billhook.running.walk import Sequential
@@ -60,6 +61,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         allocation: How sparse each linear becomes, as in `prune`.
         skip: Glob patterns of linears to leave alone.
         output_embeddings: True to prune an untied output embedding, too.
+        convolutions: Which are pruned, as in `prune`: `"mixing"`, `"all"` or `"none"`.
         count_adapters: True to count LoRA in the scores, as in `prune`.
         mask_adapters: True to have LoRA act only where weights are kept, during and after the fit; see `mask_adapters`.
         calibration: Batches that the criterion sees, text as a `Calibration`, or a number of training
@@ -83,6 +85,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         allocation: Allocation | None = None,
         skip: list[str] | None = None,
         output_embeddings: bool = False,
+        convolutions: Convolutions = "mixing",
         count_adapters: bool = False,
         mask_adapters: bool = False,
         calibration: Given = None,
@@ -98,7 +101,8 @@ class WeightPruning(EventCallback, FollowsShapes):
             raise ValueError(f"skip={skip!r} must be glob patterns of linears, as in ['*.down_proj']")
         self.criterion, self.sparsity, self.pattern, self.at = criterion or Wanda(), sparsity, pattern, at
         self.sequential, self.allocation, self.skip = sequential, allocation, list(self.skip)
-        self.output_embeddings, self.count_adapters, self.mask_adapters = output_embeddings, count_adapters, mask_adapters
+        self.output_embeddings, self.convolutions = output_embeddings, convolutions
+        self.count_adapters, self.mask_adapters = count_adapters, mask_adapters
         self._hold, self._adapted = Hold(), list[str]()
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
@@ -134,7 +138,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         """Finds the rounds, and checks all that can be checked before training."""
         super().on_fit_start(trainer, pl_module)
         model = find_transformer(pl_module)
-        how = self.sequential, self.allocation, self.skip, self.output_embeddings
+        how = self.sequential, self.allocation, self.skip, self.output_embeddings, self.convolutions
         linears = check_pruning(model, self.criterion, self.pattern, *how)
         if self.count_adapters:
             adapters_to_count(model, self.criterion, linears)
@@ -200,8 +204,8 @@ class WeightPruning(EventCallback, FollowsShapes):
             runs = runs_as_in_training(pl_module, model, self.calibration.read(trainer)) if self.needs_data else None
             return prune(
                 model, self.criterion, runs, sparsity, self.pattern, allocation=self.allocation, skip=self.skip,
-                output_embeddings=self.output_embeddings, sequential=self.sequential, count_adapters=self.count_adapters,
-                reduce=sum_over(trainer), dry_run=True,
+                output_embeddings=self.output_embeddings, convolutions=self.convolutions, sequential=self.sequential,
+                count_adapters=self.count_adapters, reduce=sum_over(trainer), dry_run=True,
             )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,17 +9,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from billhook.model.convolutions import Convolutions, as_tensor, channels_of, is_among, is_convolution
+
 PACKED = ("qweight", "weight_packed", "W_q")
 """What quantised layers that are no `nn.Linear` call their weight (GPTQ and AWQ, compressed-tensors, HQQ)."""
 
 
-def prunable(module: nn.Module, output_embeddings: bool = False) -> dict[str, nn.Module]:
+def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: Convolutions = "mixing") -> dict[str, nn.Module]:
     """Finds the linear layers of a module tree, by name: `nn.Linear`, transformers' `Conv1D`, and what PEFT has put adapters on.
+
+    Convolutions, `nn.Conv1d` and `nn.Conv2d`, are found too: by default those of which an output reads four channels or more, so
+    neither depthwise ones nor patch embeddings and stems, which read pixels; never one with a forward of its own.
 
     Left out are embeddings, unless asked for the output embedding (what `get_output_embeddings` of a model in the tree returns,
     or a linear whose weight is an embedding's), PEFT's own matrices, and modules that PEFT trains as a whole copy
     (`modules_to_save`). A weight that several share comes once; under an adapter it is the base layer, by the name of the whole.
-    A weight that is quantised or computed from other tensors is refused.
+    A weight that is quantised, or that a linear computes from other tensors, is refused.
 
     >>> list(prunable(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))))
     ['1']
@@ -30,7 +35,7 @@ def prunable(module: nn.Module, output_embeddings: bool = False) -> dict[str, nn
     for name, part in _walk(module, "", left_out):
         if any(key in part._parameters or key in part._buffers for key in PACKED):
             raise ValueError(f"{name} is quantised ({type(part).__name__}): prune the model before it is quantised")
-        if isinstance(part, nn.Linear | Conv1D) and id(part.weight) not in left_out | weights:
+        if _is_among(part, convolutions) and id(part.weight) not in left_out | weights:
             _check_plain(name, part)
             weights.add(id(part.weight))
             found[name] = part
@@ -51,18 +56,35 @@ def read_dim(reader: nn.Module) -> int:
 def find_twins(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     """Finds the other linears of a model that have the weight of one of these, each by its name."""
     names, known = {id(linear.get_parameter("weight")): name for name, linear in linears.items()}, set(linears.values())
-    others = [module for module in model.modules() if is_linear(module) and module not in known]
+    others = [module for module in model.modules() if _is_among(module, "all") and module not in known]
     return [(names[weight], module) for module in others if (weight := id(module._parameters.get("weight"))) in names]
 
 
 def turned(linear: nn.Module, matrix: Tensor) -> Tensor:
-    """Transposes a matrix for a linear whose weight lies transposed in memory: from `[out, in]` to how it lies, and back."""
+    """Turns a matrix `[out, in]` to how the weight of a linear lies in memory; of all but convolutions also back."""
+    if is_convolution(linear):
+        return as_tensor(linear, matrix)
     return matrix.t() if isinstance(linear, Conv1D) else matrix
 
 
+def in_place(linear: nn.Module) -> Tensor:
+    """Returns the weight as `[out, in]`, of a convolution as `[out, *taps, channels]`: a view of its memory; may be sharded."""
+    weight = linear.get_parameter("weight").detach()
+    return weight.movedim(1, -1) if is_convolution(linear) else turned(linear, weight)
+
+
 def weight_of(linear: nn.Module) -> Tensor:
-    """Returns the weight as `[out_features, in_features]`: a view without gradient of the layer's own memory; may be sharded."""
-    return turned(linear, linear.get_parameter("weight").detach())
+    """Returns the weight as `[out_features, in_features]`, without gradient; may be sharded.
+
+    A convolution has an input for each tap and channel that an output reads, channels innermost, so that patterns N:M are along
+    channels. Its matrix may be a copy; that of all others is a view of the layer's own memory.
+    """
+    return in_place(linear).flatten(1)
+
+
+def channels(linear: nn.Module) -> int:
+    """Returns how many inputs of a linear are next to each other, for patterns N:M: of a convolution the channels of one tap."""
+    return channels_of(linear) if is_convolution(linear) else weight_of(linear).shape[1]
 
 
 def matrix_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -76,6 +98,11 @@ def as_it_lies(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[s
     own = {"weight": turned(linear, weight)} | ({} if bias is None else {"bias": bias})
     like = {name: linear.get_parameter(name) for name in own}
     return {name: value.to(like[name].device, like[name].dtype).contiguous() for name, value in own.items()}
+
+
+def _is_among(module: nn.Module, convolutions: Convolutions) -> bool:
+    """Tells whether a module is a linear, or among the convolutions that are taken for one."""
+    return is_among(module, convolutions) if is_convolution(module) else is_linear(module)
 
 
 def _walk(module: nn.Module, name: str, left_out: set[int]) -> Iterator[tuple[str, nn.Module]]:

@@ -98,7 +98,7 @@ class RepairVisitor:
         """True for each linear that was left without a refit."""
         return {name: name not in self._refitted for name in self._kept}
 
-    def observe(self, name: str, inputs: Tensor, run: int) -> None:
+    def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
         """Adds the inputs of a linear, or keeps them until they can be compared with the whole model's."""
         if name in self._before:
             self._inputs.setdefault(name, {})[run] = inputs.detach()

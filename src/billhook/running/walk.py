@@ -39,8 +39,8 @@ class Site:
 class Visitor(Protocol):
     """The work that is done at sites."""
 
-    def observe(self, name: str, inputs: Tensor, run: int) -> None:
-        """Notes the call of a linear, in a site that is not complete, by a run."""
+    def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
+        """Notes the call of a linear, or of another with its weight, in a site that is not complete, by a run."""
 
     def complete(self, site: Site) -> None:
         """Completes a site with linears, at which all runs that come to it, on any rank, have been."""
@@ -227,7 +227,7 @@ class Walk:
         own = Ambient.now()
         Ambient().restore()
         try:
-            self.visitor.observe(name, args[0] if args else kwargs["input"], self._run)
+            self.visitor.observe(name, linear, args[0] if args else kwargs["input"], self._run)
         finally:
             own.restore()
         self._calls.append(name)

@@ -129,7 +129,7 @@ class ALPS(Criterion):
         gone = (weight.detach() == 0) | (moments.squares == 0)
 
         def keep_of(scores: Tensor) -> Tensor:
-            return self._keep(scores.masked_fill(gone, -1), sparsity, kept)
+            return self.keep(scores.masked_fill(gone, -1), sparsity, kept)
 
         with torch.autocast(weight.device.type, enabled=False):
             dense = weight.detach().float().contiguous() * scale

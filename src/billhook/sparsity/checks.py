@@ -11,7 +11,8 @@ from torch import nn
 
 from billhook.adapters.masked import active_in, plain_adapters
 from billhook.arguments import one_of
-from billhook.model.linears import prunable, weight_of
+from billhook.model.convolutions import Convolutions, is_convolution
+from billhook.model.linears import channels, prunable, weight_of
 from billhook.running.walk import Reduce, Sequential, find_sites
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
@@ -34,12 +35,15 @@ def check_pruning(
     allocation: Allocation | None = None,
     skip: Sequence[str] = (),
     output_embeddings: bool = False,
+    convolutions: Convolutions = "mixing",
 ) -> dict[str, nn.Module]:
     """Checks arguments of `prune` before there is data; returns the linears to prune, by name. See `prune`."""
     if not isinstance(criterion, Criterion):
         raise ValueError(f"criterion={criterion!r} must be a Criterion, such as Wanda()")
     one_of("sequential", sequential, Sequential)
-    linears, kept, all_layers = _linears(model, skip, output_embeddings), parse_pattern(pattern), criterion.compares == "global"
+    one_of("convolutions", convolutions, Convolutions)
+    linears = _linears(model, skip, output_embeddings, convolutions)
+    kept, all_layers = parse_pattern(pattern), criterion.compares == "global"
     if all_layers and kept is not None:
         raise ValueError(f"criterion={criterion} compares all layers, and pattern={pattern!r} within groups: ask for one")
     if all_layers and needs_data(criterion) and sequential != "none":
@@ -48,8 +52,9 @@ def check_pruning(
         other = f"criterion={criterion} compares all of them" if kept is None else f"pattern={pattern!r} says it for all"
         raise ValueError(f"allocation={allocation} says how sparse each linear is, and {other}: ask for one")
     for name, linear in linears.items():
-        if kept is not None and (width := weight_of(linear).shape[1]) % kept[1]:
-            raise ValueError(f"pattern={pattern!r}: {name} has {width} inputs, which {kept[1]} does not divide; skip it")
+        if kept is not None and (width := channels(linear)) % kept[1]:
+            read = "channels" if is_convolution(linear) else "inputs"
+            raise ValueError(f"pattern={pattern!r}: {name} has {width} {read}, which {kept[1]} does not divide; skip it")
     return linears
 
 
@@ -66,9 +71,9 @@ def adapters_to_count(model: nn.Module, criterion: Criterion, linears: Iterable[
     return layers
 
 
-def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool) -> dict[str, nn.Module]:
+def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool, convolutions: Convolutions) -> dict[str, nn.Module]:
     skip = [skip] if isinstance(skip, str) else skip
-    linears = prunable(model, output_embeddings)
+    linears = prunable(model, output_embeddings, convolutions)
     if not linears:
         raise ValueError(f"model: {type(model).__name__} has no linear layers to prune")
     empty = next((name for name, linear in linears.items() if weight_of(linear).is_meta), None)

@@ -75,10 +75,10 @@ class Criterion(ABC):
         sparsity, kept = check_amount(sparsity, pattern), parse_pattern(pattern)
         check_width(weight.shape[1], pattern)
         check_finite(weight, "the weight")
-        keep = self._keep(self.score(weight, statistics), sparsity, kept)
+        keep = self.keep(self.score(weight, statistics), sparsity, kept)
         return where_kept(weight, keep), keep
 
-    def _keep(self, scores: Tensor, sparsity: float, kept: tuple[int, int] | None) -> Tensor:
+    def keep(self, scores: Tensor, sparsity: float, kept: tuple[int, int] | None) -> Tensor:
         """Returns the keep-mask of the highest scores: N of every M, with (N, M) = `kept`, or of those that compete."""
         if kept is not None:
             return keep_n_of_m(scores, *kept)

@@ -50,7 +50,7 @@ class Hold:
         """Replaces the masks, and applies them; if `change`, which changes the weights with them, fails, they are as before."""
         for model in self._models:
             reshard(model)
-        linears = [prunable(model, output_embeddings=True) for model in self._models]
+        linears = [prunable(model, output_embeddings=True, convolutions="all") for model in self._models]
         first = linears[0]
         for name, mask in masks.items():
             if name not in first or first[name].weight.shape != mask.shape:
@@ -76,7 +76,7 @@ class Hold:
             return
         of, masks = {id(weight): self.masks[name] for name, weight in self._weights.items()}, dict[str, Tensor]()
         held = {self._linears[0][name] for name in self.masks}
-        for name, linear in prunable(self._models[0], output_embeddings=True).items():
+        for name, linear in prunable(self._models[0], output_embeddings=True, convolutions="all").items():
             weight = linear.get_parameter("weight")
             if id(weight) in of:  # the same, perhaps in another place
                 masks[name] = of[id(weight)]

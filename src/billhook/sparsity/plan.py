@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from billhook.html import html_table
-from billhook.model.linears import prunable, turned, weight_of
+from billhook.model.linears import in_place, prunable, turned, weight_of
 from billhook.model.plan import Plan, Weights
 from billhook.model.surgery import values_kept
 from billhook.running.sharded.shards import local, reshard, sharded_as
@@ -167,7 +167,7 @@ class WeightPlan(Plan):
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the keep-masks, bool, each as its weight lies in memory, and sharded as it is."""
         linears = self._linears(model)
-        weights = {name: weight_of(linears[name]) for name in self.pruned}
+        weights = {name: in_place(linears[name]) for name in self.pruned}
         masks = {name: sharded_as(one.keep(weights[name]), weights[name]) for name, one in self.held().items()}
         return {name: turned(linears[name], mask) for name, mask in masks.items()}
 
@@ -192,11 +192,11 @@ class WeightPlan(Plan):
             for parameter, value in given.items():
                 parameter.copy_(value)
             if stream_of(model) is None:
-                put([one.part(weight_of(linears[name])) for name, one in self.held().items()])
+                put([one.part(in_place(linears[name])) for name, one in self.held().items()])
                 return
             for name, one in self.held().items():
                 with changing(model, linears[name]):
-                    put([one.part(weight_of(linears[name]))])
+                    put([one.part(in_place(linears[name]))])
 
     def held(self) -> dict[str, Pruned]:
         """Returns the results; refuses a plan that was carried out while it was made."""
@@ -206,7 +206,7 @@ class WeightPlan(Plan):
 
     def _linears(self, model: nn.Module) -> dict[str, nn.Module]:
         reshard(model)
-        linears = prunable(model, output_embeddings=True)
+        linears = prunable(model, output_embeddings=True, convolutions="all")
         found = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
         if wrong := next((name for name in self.pruned if found.get(name) != self.shapes[name]), None):
             raise ValueError(

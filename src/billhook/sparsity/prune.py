@@ -11,6 +11,7 @@ from torch import nn
 from billhook.adapters.masked import counted
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches, batches_of
+from billhook.model.convolutions import Convolutions
 from billhook.model.linears import weight_of
 from billhook.model.values import check_changeable
 from billhook.running.batches import Run, runs_of
@@ -28,6 +29,7 @@ from billhook.sparsity.checks import (
     warn_of_others,
 )
 from billhook.sparsity.criteria import Criterion, Wanda
+from billhook.sparsity.grouped import scores_of
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.plan import Applied, Pruned, WeightPlan
 from billhook.sparsity.visitor import GlobalPruningVisitor, Progress, PruningVisitor
@@ -47,6 +49,7 @@ def prune(
     allocation: Allocation | None = None,
     skip: Sequence[str] = (),
     output_embeddings: bool = False,
+    convolutions: Convolutions = "mixing",
     sequential: Sequential = "block",
     count_adapters: bool = False,
     reduce: Reduce | None = None,
@@ -55,7 +58,7 @@ def prune(
     activations: str | None = None,
     dry_run: bool = False,
 ) -> WeightPlan:
-    """Zeroes the least important weights of a model's linear layers, in place and in one shot.
+    """Zeroes the least important weights of a model's linear layers and convolutions, in place and in one shot.
 
     If a criterion or a run fails, nothing has changed; an interrupt while finished masks are put in place is raised when all are.
     Modes, random numbers, hooks and configs are as before afterwards.
@@ -68,10 +71,13 @@ def prune(
             (`attention_mask`, `decoder_attention_mask`) does not count. A `Calibration` reads them; by default they are what a
             language model itself writes.
         sparsity: Fraction of each linear's weights that become zero, in [0, 1); None with a pattern N:M.
-        pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive inputs.
+        pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive inputs; of a convolution, of M channels of a tap.
         allocation: How the sparsity is shared among linears; the same for each by default.
         skip: A glob pattern of linears to leave alone, such as `"*.down_proj"`, or several.
         output_embeddings: Whether the output embedding (`lm_head`) is pruned too, where it is not tied to an embedding.
+        convolutions: Which `nn.Conv1d` and `nn.Conv2d` are pruned, each as a linear over the patches that its outputs read:
+            `"mixing"`, those of which an output reads four channels or more, so not depthwise ones, patch embeddings and stems;
+            `"all"`; or `"none"`, as in Wanda's experiments on images.
         sequential: The inputs that a layer's statistics are taken from. `"block"`, the papers': those of the dense block, on the
             outputs of pruned blocks before it. `"layer"`: those of each linear on the outputs of all pruned ones before it, in
             one pass. `"none"`: those of the dense model. All calls of a linear count; one that is called again after its block
@@ -108,7 +114,7 @@ def prune(
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
     check_changeable(model)
     reshard(model)
-    linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings)
+    linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
     adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
     if is_sharded(model):
         check_sharded(criterion, allocation, reduce, offload)
@@ -180,6 +186,6 @@ class _Measured(PruningVisitor):
         for number, block in enumerate(self.blocks):
             called = {name: linear for name, linear in block.items() if name in linears}
             seen = {name: counted(whole(weight_of(linear)), self.adapters.get(name)) for name, linear in called.items()}
-            scores = [self.criterion.score(weight, self.statistics[self._first[name]]) for name, weight in seen.items()]
+            scores = [scores_of(self.criterion, weight, self.statistics[self._first[name]]) for name, weight in seen.items()]
             if scores:
                 self.measured[number] = self.allocation.measure(scores)

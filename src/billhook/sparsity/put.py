@@ -1,5 +1,6 @@
 """Puts pruned weights in the place of the old ones: all of them, in no more memory than some rows take."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,8 @@ from torch import Tensor
 from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, WHOLE
 
 Part = tuple[Tensor, np.ndarray, Tensor | None]
-"""A weight `[out, in]` in its own memory, its keep-mask with 8 weights a byte, and new values of those that are kept."""
+"""A weight in its own memory, `[out, in]` or of more dimensions, its keep-mask with 8 weights a byte, and new values of those
+that are kept."""
 
 
 @torch.no_grad()
@@ -65,5 +67,6 @@ def _reserve(parts: Sequence[Part], rows: Sequence[Tensor]) -> list[object]:
 def _taken_apart(weight: Tensor) -> list[tuple[Tensor, int]]:
     """Returns some rows at a time, whose bits fill whole bytes, each with the number of its first weight."""
     size = CPU_BLOCK if weight.device.type == "cpu" else DEVICE_BLOCK
-    step = max(1, size // (8 * max(1, weight.shape[1]))) * 8
-    return [(weight[start : start + step], start * weight.shape[1]) for start in range(0, len(weight), step)]
+    width = math.prod(weight.shape[1:])
+    step = max(1, size // (8 * max(1, width))) * 8
+    return [(weight[start : start + step], start * width) for start in range(0, len(weight), step)]

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from billhook.adapters.masked import counted, product_of
+from billhook.model.convolutions import batched, is_convolution, places_of
 from billhook.model.linears import turned, weight_of
 from billhook.running.ranks import Ranks, own_of
 from billhook.running.sharded.shards import whole
 from billhook.running.statistics import Statistics
 from billhook.running.walk import Reduce, Site
 from billhook.sparsity.criteria import Criterion, check_finite
+from billhook.sparsity.grouped import Grouped, add_patches, empty_for, prune_by, scores_of
 from billhook.sparsity.masks import keep_global, where_kept
 from billhook.sparsity.plan import Applied, Pruned
 
@@ -58,40 +60,39 @@ class PruningVisitor:
         self.criterion, self.sparsities, self.pattern, self.progress = criterion, sparsities, pattern, progress
         self.tokens, self.reduce, self.adapters, self.shared = tokens, reduce, adapters, shared
         self.pruned: dict[str, Pruned | Applied] = {}
-        self.statistics: dict[str, Statistics] = {}
+        self.statistics: dict[str, Statistics | Grouped] = {}
         self._first: dict[str, str] = {}  # linear -> the one whose statistics are its own
         self._last: dict[int, tuple[ReferenceType[Tensor], float, str]] = {}  # run -> inputs, their version, who read them first
         self._calls = Counter[str]()
         self._complete: set[str] = set()
         self._differ = False
 
-    def observe(self, name: str, inputs: Tensor, run: int) -> None:
-        """Adds the inputs of a linear in one run."""
-        first = self._reader(inputs, run) or name
+    def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
+        """Adds the inputs of a linear in one run; of a convolution, whatever reads the same tensor may read other patches."""
+        first = name if is_convolution(linear) else self._reader(inputs, run) or name
         known = self._first.setdefault(name, first)
         self._calls[name] += 1
         self._differ |= known not in (name, first)
         if known == name:
             if name not in self.statistics:
-                self.statistics[name] = self._empty(inputs.shape[-1], inputs.device)
-            self.statistics[name].add(inputs, self._counting(inputs, run))
+                self.statistics[name] = empty_for(self.criterion, linear, inputs.device)
+            if is_convolution(linear):
+                images = batched(linear, inputs)
+                add_patches(self.statistics[name], linear, images, self._counting(places_of(linear, images), images, run))
+                return
+            self.statistics[name].add(inputs, self._counting(inputs.shape[:-1], inputs, run))
             self._last[run] = (ref(inputs), _version(inputs), name)
-
-    def _empty(self, width: int, device: torch.device) -> Statistics:
-        empty = self.criterion.statistics(width, device)
-        assert empty is not None, "a walk is for criteria that need data"
-        return empty
 
     def _reader(self, inputs: Tensor, run: int) -> str | None:
         """Names the linear that has just read the same tensor."""
         last = self._last.get(run)
         return last[2] if self.shared and last and last[0]() is inputs and last[1] == _version(inputs) else None
 
-    def _counting(self, inputs: Tensor, run: int) -> Tensor | None:
-        """Finds the mask of tokens that are not padding, if one fits the inputs."""
+    def _counting(self, shape: torch.Size, inputs: Tensor, run: int) -> Tensor | None:
+        """Finds the mask of tokens that are not padding, if one fits the shape of those that inputs hold."""
         for keep in self.tokens[run].values():
-            if keep.shape == inputs.shape[:-1] or (inputs.dim() == 2 and keep.numel() == len(inputs)):
-                return keep.reshape(inputs.shape[:-1]).to(inputs.device)
+            if keep.shape == shape or (len(shape) == 1 and keep.numel() == shape[0]):
+                return keep.reshape(shape).to(inputs.device)
         return None
 
     def complete(self, site: Site) -> None:
@@ -123,7 +124,7 @@ class PruningVisitor:
         self._first |= {name: names[total // ranks] for name, (ranks, total, _) in zip(names, sums, strict=False) if ranks}
         for name in dict.fromkeys(self._first[name] for name in names if name in self._first):
             if name not in self.statistics:
-                self.statistics[name] = self._empty(weight_of(site.linears[name]).shape[1], device)
+                self.statistics[name] = empty_for(self.criterion, site.linears[name], device)
             for tensor in self.statistics[name].tensors():
                 reduce(tensor)
 
@@ -134,7 +135,7 @@ class PruningVisitor:
             scored = counted(weight, adapter)
             if own:
                 with _naming(name):
-                    new, keep = self.criterion.prune(scored, self._statistics(name), self.sparsities[name], self.pattern)
+                    new, keep = prune_by(self.criterion, scored, self._statistics(name), self.sparsities[name], self.pattern)
             else:
                 new, keep = torch.zeros_like(scored), torch.zeros_like(scored, dtype=torch.bool)
             if (ranks := self._dividing) is not None:
@@ -157,7 +158,7 @@ class PruningVisitor:
         shapes = [weight_of(linear).shape for linear in linears]
         return own_of([width**2 * (rows + width) for rows, width in shapes], self._dividing)
 
-    def _statistics(self, name: str) -> Statistics | None:
+    def _statistics(self, name: str) -> Statistics | Grouped | None:
         return self.statistics[self._first[name]] if name in self._first else None
 
     def tell(self) -> None:
@@ -186,7 +187,7 @@ class GlobalPruningVisitor(PruningVisitor):
 
     def __init__(self, *args: Any, **walk: Any) -> None:  # noqa: ANN401 - those of a visitor
         super().__init__(*args, **walk)
-        self.seen: dict[str, tuple[nn.Module, Statistics | None]] = {}
+        self.seen: dict[str, tuple[nn.Module, Statistics | Grouped | None]] = {}
 
     @property
     def sparsity(self) -> float:
@@ -203,7 +204,7 @@ class GlobalPruningVisitor(PruningVisitor):
         weight = counted(whole(weight_of(linear)), self.adapters.get(name))
         with _naming(name):
             check_finite(weight, "the weight")
-            return self.criterion.score(weight, statistics)
+            return scores_of(self.criterion, weight, statistics)
 
     def close(self) -> None:
         """Prunes all linears at once; all scores are in memory."""

@@ -13,7 +13,7 @@ from billhook.streaming.stream import Stream, stream_of
 class Nothing:
     """A visitor that finds nothing to do."""
 
-    def observe(self, name: str, inputs: Tensor, run: int) -> None:
+    def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
         """Observes nothing."""
 
     def complete(self, site: Site) -> None:

@@ -4,6 +4,7 @@ from billhook.cli.blockwise import over
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import bytes_of_moments
 from billhook.cli.oneshot.text import NONE, Text
+from billhook.model.convolutions import Convolutions
 from billhook.running.walk import Sequential
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder, needs_data
@@ -23,6 +24,7 @@ def prune(
     allocation: Allocation | None = None,
     skip: str | list[str] | None = None,
     output_embeddings: bool = False,
+    convolutions: Convolutions = "mixing",
     offload: bool = False,
     activations: str | None = None,
     dry_run: bool = False,
@@ -42,6 +44,8 @@ def prune(
         allocation: How sparse each linear becomes: `Uniform` (the default), `OWL` or `ByPattern`.
         skip: A glob pattern of linears to leave alone, such as "*.down_proj", or a list of them.
         output_embeddings: Whether an untied output embedding is pruned too.
+        convolutions: Which convolutions are pruned: "mixing", those of which an output reads four channels or more; "all", also
+            depthwise ones and those that read pixels; or "none".
         offload: Whether the model stays in the CPU's memory, and its blocks visit the device one at a time.
         activations: A folder for the outputs of blocks during calibration; by default they stay in memory.
         dry_run: Score the weights, print the plan and write nothing.
@@ -70,6 +74,7 @@ def prune(
             allocation=allocation,
             skip=skip or (),
             output_embeddings=output_embeddings,
+            convolutions=convolutions,
             sequential=sequential,
             progress=progress,
             offload=work.device if offload else None,

@@ -1,0 +1,60 @@
+"""Convolutions are pruned in a fit as linears are, by a user's own module: what is zero stays zero, and resumes as zero."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+from transformers import ResNetConfig, ResNetForImageClassification
+
+import billhook as bh
+from billhook.model.linears import prunable
+from kit.fits import same, trainer, weights
+from kit.weight_pruning import checkpoints
+
+
+class Classifier(pl.LightningModule):
+    """A classifier of images of a user's own, which knows nothing of billhook."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        config = ResNetConfig(embedding_size=4, hidden_sizes=[16, 16], depths=[1, 1], layer_type="bottleneck", num_labels=3)
+        self.net = ResNetForImageClassification(config).train()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
+
+
+def images():
+    generator = torch.Generator().manual_seed(1)
+    rows = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": number % 3} for number in range(12)]
+    return DataLoader(rows, batch_size=2)
+
+
+def pruning(**options):
+    return bh.WeightPruning(sparsity=bh.schedules.MultiStep([0.25, 0.5], [1, 3]), calibration=4, measure_batches=0, **options)
+
+
+@pytest.mark.parametrize("convolutions", ["mixing", "all", "none"])
+def test_zeros_are_held_in_those_that_were_asked_for(tmp_path, convolutions):
+    lit, callback = Classifier(), pruning(convolutions=convolutions)
+    trainer(tmp_path, [callback], max_steps=5).fit(lit, images())
+    every, asked = prunable(lit.net, convolutions="all"), prunable(lit.net, convolutions=convolutions)
+    assert callback.masks.keys() == asked.keys()
+    for name, one in every.items():
+        share = float((one.weight == 0).float().mean())
+        assert (share == pytest.approx(0.5, abs=0.03)) if name in asked else share == 0, name
+    assert [event["step"] for event in callback.events] == [1, 3]
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
+def test_a_resumed_fit_goes_on_as_if_it_had_not_been_stopped(tmp_path):
+    lit = Classifier()
+    trainer(tmp_path, [pruning(), checkpoints(tmp_path)], max_steps=5, limit_train_batches=2).fit(lit, images())
+    resumed = Classifier()
+    last = {"ckpt_path": tmp_path / "step=2.ckpt", "weights_only": False}
+    trainer(tmp_path, [pruning()], max_steps=5, limit_train_batches=2).fit(resumed, images(), **last)
+    assert same(weights(lit), weights(resumed))

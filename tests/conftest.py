@@ -82,3 +82,11 @@ def llama_cpp():
 
     with LlamaCpp() as running:
         yield running
+
+
+@pytest.fixture
+def mesh(tmp_path):
+    """A mesh of one process, over which models can be sharded."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()

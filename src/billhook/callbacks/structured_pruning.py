@@ -24,6 +24,7 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_amount
 from billhook.pruning.progress import First, first_from
 from billhook.pruning.repair import Repairing, repair_as_asked
+from billhook.pruning.streamed import tell_weights
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.running.sharded.turns import in_turn
@@ -116,7 +117,7 @@ class StructuredPruning(ShapeCallback):
             share = self.asked + (goal - self.asked) * number / self.rounds
             with together(trainer, "StructuredPruning"):
                 made, weights, how = self._plan(trainer, pl_module, share)
-                decided = [None if made is None else made.to_json(), weights]
+                decided = [None if made is None else made.to_json(), tell_weights(weights)]
                 check_agreed(trainer, "StructuredPruning", "the plan of what is removed", decided)
             if made is not None:
                 first = len(self.events) == before

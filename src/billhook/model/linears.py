@@ -87,6 +87,12 @@ def channels(linear: nn.Module) -> int:
     return channels_of(linear) if is_convolution(linear) else weight_of(linear).shape[1]
 
 
+def size_of(linear: nn.Module) -> tuple[int, int]:
+    """Returns a linear's number of outputs, and that of its inputs, also where its weight is not there."""
+    rows, columns = linear.get_parameter("weight").shape
+    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+
+
 def matrix_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Returns the weight as `[out_features, in_features]`, and the bias."""
     bias = linear._parameters.get("bias")

@@ -13,17 +13,16 @@ from billhook.arguments import annotated
 from billhook.bar import Told
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.model.find import find_transformer
-from billhook.model.linears import is_linear, matrix_of
+from billhook.model.linears import is_linear, size_of
 from billhook.model.plan import Plan, Weights
 from billhook.model.values import check_values
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.enough import NoRepair
+from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair, repair_linears
-from billhook.repairs.streamed import Refitted
 from billhook.repairs.visitor import Given
 from billhook.running.batches import Run, run_with_loss
 from billhook.running.walk import Reduce
-from billhook.streaming.either import all_here
 from billhook.streaming.stream import stream_of
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -117,7 +116,7 @@ def repair_with(
     plan.check_made_for(model)
     subject, given = find_transformer(model), given or {}
     found = units_of(subject, trace(subject), dict.fromkeys(plan.kinds.values()))
-    kept = {name: torch.ones(matrix_of(subject.get_submodule(name))[0].shape[1], dtype=torch.bool) for name in whole}
+    kept = {name: torch.ones(size_of(subject.get_submodule(name))[1], dtype=torch.bool) for name in whole}
     for place, numbers in plan.units.items():
         one = found[place]
         linear = [reader for reader in one.readers if is_linear(subject.get_submodule(_linear(subject, reader)))]
@@ -135,8 +134,7 @@ def repair_with(
     under = {reader: _linear(subject, reader) for reader in kept}
     runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
     left = {under[reader]: stays for reader, stays in kept.items()}
-    with all_here(subject):
-        refitted = repair_linears(subject, left, runs, how, reduce, given or None, progress)
+    refitted = repair_linears(subject, left, runs, how, reduce, given or None, progress)
     if isinstance(refitted, Refitted):
         return refitted
     parts = [(f"{name}.{part}", value) for name, own in refitted.items() for part, value in zip(PARTS, own, strict=True)]

@@ -1,6 +1,5 @@
 """Removes units from a model whose blocks come and go one at a time: from files, or from the ranks that share them."""
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -11,6 +10,8 @@ from transformers import PreTrainedModel
 
 from billhook.model.plan import Weights, starting_from
 from billhook.model.surgery import Change, replace_parameters
+from billhook.repairs.in_turn import Refitted
+from billhook.repairs.shared import told
 from billhook.running.sharded.turns import Turns
 from billhook.streaming.either import coming_of
 from billhook.streaming.stream import Stream, stream_of
@@ -104,11 +105,8 @@ def reading_outside(
 
 
 def tell_weights(weights: Weights | None) -> str:
-    """Returns a hash of new values; those that come from files follow from the step that has written them."""
-    found = hashlib.sha256()
-    for name, value in weights.items() if isinstance(weights, dict) else ():
-        found.update(name.encode() + value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    """Returns a hash of new values as this rank has found them; of those in files none, as the step that wrote them tells."""
+    return weights.told if isinstance(weights, Refitted) else told(weights or {})
 
 
 def _block(coming: Stream | Turns, model: nn.Module, parameter: str) -> nn.Module | None:
@@ -116,17 +114,22 @@ def _block(coming: Stream | Turns, model: nn.Module, parameter: str) -> nn.Modul
 
 
 @torch.no_grad()
-def _take(model: nn.Module, weights: Weights, block: nn.Module) -> None:
-    """Puts new values into the parameters of a block."""
+def _take(model: nn.Module, weights: Weights, block: nn.Module) -> list[nn.Parameter]:
+    """Puts new values into parameters of a block, and returns these."""
     inside = {id(parameter) for parameter in block.parameters()}
-    for name, parameter in model.named_parameters():
-        if id(parameter) in inside and name in weights:
-            parameter.copy_(weights[name])
+    own = {name: one for name, one in model.named_parameters() if id(one) in inside and name in weights}
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
+    return list(own.values())
 
 
 @torch.no_grad()
-def _zero(model: nn.Module, found: Mapping[str, Units], gone: Mapping[str, Sequence[int]], block: nn.Module) -> None:
+def _zero(
+    model: nn.Module, found: Mapping[str, Units], gone: Mapping[str, Sequence[int]], block: nn.Module
+) -> list[nn.Parameter]:
+    """Has what reads some units in a block be zero, and returns these parameters."""
     inside = {id(parameter) for parameter in block.parameters()}
-    for weight, dim, positions in reading(model, found, gone):
-        if id(weight) in inside:
-            weight.index_fill_(dim, positions, 0)
+    own = [(weight, dim, positions) for weight, dim, positions in reading(model, found, gone) if id(weight) in inside]
+    for weight, dim, positions in own:
+        weight.index_fill_(dim, positions, 0)
+    return [weight for weight, _, _ in own]

@@ -9,7 +9,7 @@ import hashlib
 import math
 import warnings
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +19,19 @@ from transformers.pytorch_utils import Conv1D
 from billhook.arguments import annotated, fraction
 from billhook.bar import Told
 from billhook.calibration.alone import tell_alone
-from billhook.model.linears import matrix_of
+from billhook.model.linears import size_of
 from billhook.repairs.enough import NoRepair, check_tokens, too_few
-from billhook.repairs.streamed import Refitted, StreamedRepair
-from billhook.repairs.sums import agreed, followed, seen
+from billhook.repairs.in_turn import Refitted, RepairInTurn
+from billhook.repairs.shared import InShards
+from billhook.repairs.streamed import refit_streamed
+from billhook.repairs.sums import Linears, agreed, followed, seen
 from billhook.repairs.visitor import Given, RepairVisitor
 from billhook.running.batches import Run, tell_apart
+from billhook.running.sharded.passes import passing
+from billhook.running.sharded.turns import turns_of
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce, Site, Walk, find_sites, replaced
+from billhook.streaming.either import all_here, apart
 from billhook.streaming.stream import stream_of
 
 
@@ -96,7 +101,8 @@ def repair_linears(
     waits before a linear for the others, and what its streams owe; and, of one linear at a time, in float64, a matrix of the
     square of its kept inputs and one like its weight, and for each part of the data half of such a square and one like its
     weight. Where one of the linears is called several times in a run, there is no catching up. The new weights of a model that
-    is streamed are written, block by block, and come from there.
+    is streamed are written, block by block, and come from there; those of one that ranks share become shards, as long as it
+    calls its blocks one after the other, and otherwise all blocks are gathered.
 
     Args:
         model: The model.
@@ -111,7 +117,7 @@ def repair_linears(
 
     Returns:
         By linear, its weight, zero for removed inputs, and its bias, if any: in its own dtype and layout. One with fewer tokens
-        than kept inputs is not refitted, and a warning names it. Of a model that is streamed, these by the names of parameters.
+        than kept inputs is not refitted, and a warning names it. Where blocks come and go, these by the names of parameters.
 
     Raises:
         ValueError: If masks, batches, inputs or given parameters do not fit, or one of these is called more than once in a run.
@@ -119,39 +125,73 @@ def repair_linears(
     repair = repair or Repair()
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     linears = _check(model, kept, every)
-    stream, forwards = stream_of(model), [trial.visit for trial in trials]
-    device = next(iter(linears.values())).get_parameter("weight").device if stream is None else torch.device("cpu")
+    forwards = [trial.visit for trial in trials]
+    device = next(iter(linears.values())).get_parameter("weight").device if stream_of(model) is None else torch.device("cpu")
     _check_batches(len(trials), repair, device, reduce)
     sources = [trial.source for trial in trials]
     tell_alone(model, sources)
     parts, held_out = repair.parts(sources, reduce, device)
     with undisturbed(model):
-        shown = agreed([seen(every, forward) for forward in forwards[:1]], list(every), device, reduce)
+        shown, orderly = _shown(model, every, forwards, device, reduce)
         often = {name: linear for name, linear in linears.items() if shown.calls[name] > 1}
         before = followed(shown, set(linears) | set(given or {})) if repair.catch_up and not often else {}
         if given is not None:  # each owes at least what it gave in the whole model
             _check_given(given, every, shown.calls, often)
             before = dict.fromkeys(linears) | before
         visitor = RepairVisitor(every, kept, before, trials, repair.ridges, parts, held_out, reduce, given, progress)
-        if stream is not None:
+        looked = {name: every[name] for name in every if name in {*before, *(given or {}), *linears}}
+        runs = forwards * (2 if before else 1), range(len(trials), 2 * len(trials)) if before else range(0)
+        new: dict[str, tuple[Tensor, Tensor | None]] | Refitted
+        if (stream := stream_of(model)) is not None:
             _check_once(often)
-            linear = {name: every[name] for name in every if name in {*before, *(given or {}), *linears}}
             told = hashlib.sha256(str([(name, own.tolist()) for name, own in kept.items()]).encode()).hexdigest()
-            refits = StreamedRepair(stream, visitor, linear, linears, f"{repair} {sources} {told} {tell_apart(trials)}")
-            whole = range(len(trials), 2 * len(trials)) if before else ()
-            new = refits.go(forwards * (2 if before else 1), whole)
-            _warn_of(visitor.left, kept)
-            return new
-        with undisturbed(model):
-            check_tokens(linears, {name: int(own.sum()) for name, own in kept.items()}, trials, reduce)
-        if often:
-            with replaced({linear: visitor.own(name) for name, linear in linears.items()}):
-                Walk([Site(model, often)], visitor, reduce)(forwards)
-        if once := {name: every[name] for name in every if name in {*before, *(given or {}), *linears} - often.keys()}:
-            whole = range(len(trials), 2 * len(trials)) if before else ()
-            with replaced({linear: visitor.own(name) for name, linear in often.items()}):
-                Walk(find_sites(model, once, "layer"), visitor, reduce, untouched=whole)(forwards * (2 if before else 1))
+            key = f"{repair} {sources} {told} {tell_apart(trials)}"
+            new = refit_streamed(stream, visitor, looked, linears, key, *runs)
+        elif (turns := turns_of(model)) is not None and orderly and not often:
+            refits = RepairInTurn(model, turns, InShards(turns, linears), visitor, looked, linears, reduce)
+            new = refits.go(refits.sites(), *runs)
+        else:
+            with all_here(model):
+                with undisturbed(model):
+                    check_tokens(linears, {name: int(own.sum()) for name, own in kept.items()}, trials, reduce)
+                new = _refit_whole(model, visitor, looked, linears, often, reduce, *runs)
     _warn_of(visitor.left, kept)
+    return new
+
+
+def _shown(
+    model: nn.Module,
+    every: Mapping[str, nn.Module],
+    forwards: Sequence[Callable[[], object]],
+    device: torch.device,
+    reduce: Reduce | None,
+) -> tuple[Linears, bool]:
+    """Runs a model once; returns how its linears are called, and whether its blocks are one after the other, on all ranks."""
+    with apart(model, reduce), passing(turns_of(model), model) as passed:
+        own = [seen(every, forward) for forward in forwards[:1]]
+    shown = agreed(own, list(every), device, reduce)
+    otherwise = torch.tensor(int(not passed.orderly), device=device)
+    return shown, not (otherwise if reduce is None else reduce(otherwise))
+
+
+def _refit_whole(
+    model: nn.Module,
+    visitor: RepairVisitor,
+    looked: Mapping[str, nn.Module],
+    linears: Mapping[str, nn.Module],
+    often: Mapping[str, nn.Module],
+    reduce: Reduce | None,
+    forwards: Sequence[Callable[[], object]],
+    untouched: Collection[int],
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Refits linears, of which some are called often in a run, in a model that is there as a whole."""
+    visitor.take({**linears, **looked})
+    if often:
+        with replaced({linear: visitor.own(name) for name, linear in linears.items()}):
+            Walk([Site(model, dict(often))], visitor, reduce)(forwards)
+    if once := {name: linear for name, linear in looked.items() if name not in often}:
+        with replaced({linear: visitor.own(name) for name, linear in often.items()}):
+            Walk(find_sites(model, once, "layer"), visitor, reduce, untouched=untouched)(forwards)
     return {name: (own["weight"], own.get("bias")) for name, own in ((name, visitor.own(name)) for name in linears)}
 
 
@@ -161,7 +201,7 @@ def _check(model: nn.Module, kept: Mapping[str, Tensor], every: Mapping[str, nn.
         if name not in every:
             found = type(dict(model.named_modules()).get(name)).__name__.replace("NoneType", "nothing")
             raise ValueError(f"kept: {name!r} is {found} in {type(model).__name__}, not an nn.Linear or Conv1D")
-        width = matrix_of(every[name])[0].shape[1]
+        _, width = size_of(every[name])
         if keep.dtype != torch.bool or keep.shape != (width,) or not keep.any():
             raise ValueError(
                 f"kept[{name!r}] must be bool of shape [{width}] and keep an input at least, got {keep.dtype} of shape "

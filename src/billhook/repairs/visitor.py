@@ -1,7 +1,7 @@
 """Repairs linears during a walk over a model: gathers moments of their inputs and debts, and keeps the new weights aside."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,10 +63,10 @@ class RepairVisitor:
         self._progress, self._done = progress, set[str]()
         self._linears, self._before, self._runs = linears, before, runs
         self._ridges, self._parts, self._held_out, self._reduce = ridges, parts, held_out, reduce
-        self._given = given or {}
+        self._given, self._here = given or {}, dict[str, dict[str, Tensor]]()
         self._whole, self._old = dict[str, Matrix](), dict[str, Matrix]()  # others may stand in the linears meanwhile
-        self.take([name for name in {**kept, **before} if not linears[name].get_parameter("weight").is_meta])
-        self._kept = {name: keep.to(self._old[name][0].device) if name in self._old else keep for name, keep in kept.items()}
+        weights = {name: linears[name].get_parameter("weight") for name in kept}
+        self._kept = {name: keep if (own := weights[name]).is_meta else keep.to(own.device) for name, keep in kept.items()}
         self._moments: dict[str, tuple[list[OwedMoments], InputNorms]] = {}
         self._pools: dict[str, list[Pool]] = {}
         self._inputs: dict[str, dict[int, Tensor]] = {}
@@ -75,8 +75,9 @@ class RepairVisitor:
         self._new: dict[str, dict[str, Tensor]] = {}
         self._refitted, self._known = set[str](), set[str]()
 
-    def take(self, names: Iterable[str]) -> None:
-        """Takes the weights that linears have now; of a model that is streamed, when they are there."""
+    def take(self, names: Collection[str]) -> None:
+        """Takes the weights that linears have now, before any run comes to them, and the other parameters that are given."""
+        self._here |= {name: dict(self._given[name]) for name in names if name in self._given}
         self._whole |= {name: matrix_of(self._linears[name]) for name in names}
         self._old |= {name: self._start(name) for name in names}
 
@@ -90,7 +91,7 @@ class RepairVisitor:
     def drop(self, names: Iterable[str]) -> None:
         """Lets go of linears whose new parameters are kept elsewhere."""
         for name in names:
-            for own in (self._whole, self._old, self._new):
+            for own in (self._whole, self._old, self._new, self._here):
                 own.pop(name, None)
 
     @property
@@ -132,7 +133,7 @@ class RepairVisitor:
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new parameters of a site's linears, as they lie in memory."""
-        given = {name: dict(self._given[name]) for name in site.linears if name in self._given and name not in self._kept}
+        given = {name: self._here[name] for name in site.linears if name in self._here and name not in self._kept}
         return given | {name: self.own(name) for name in site.linears if name in self._kept}
 
     def own(self, name: str) -> dict[str, Tensor]:
@@ -166,7 +167,7 @@ class RepairVisitor:
 
     def _start(self, name: str) -> Matrix:
         """Returns the weight and bias of a linear before it is refitted."""
-        given, (weight, bias) = self._given.get(name), self._whole[name]
+        given, (weight, bias) = self._here.get(name), self._whole[name]
         if given is None:
             return weight, bias
         new = turned(self._linears[name], given["weight"])

@@ -56,7 +56,7 @@ class Stream:
         self.adopted = dict[str, Path]()
         self._told: Told | None = None
         self._passed = set[str]()
-        self._alterations = dict[str, list[Callable[[nn.Module], None]]]()  # what is done to blocks whenever they come
+        self._alterations = dict[str, list[Callable[[nn.Module], object]]]()  # what is done to blocks whenever they come
         self._lost = list[dict[str, str]]()  # each time that blocks were removed, the others by their names before and after
         self.names = names = {module: name for name, module in model.named_modules()}
         self.blocks: dict[str, nn.Module] = {names[block]: block for block in blocks_of(model) if self._is_apart(block)}
@@ -123,7 +123,7 @@ class Stream:
                 )
 
     @contextmanager
-    def altered(self, alter: Callable[[nn.Module], None]) -> Iterator[None]:
+    def altered(self, alter: Callable[[nn.Module], object]) -> Iterator[None]:
         """Has values of blocks altered in memory whenever they come, within; one that is written and adopted stays as that is."""
         self.leave()
         before = self._alterations

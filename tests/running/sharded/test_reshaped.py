@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -11,13 +10,6 @@ from billhook.running.sharded import fsdp
 from billhook.running.sharded.reshaped import reshaped
 from billhook.running.sharded.shards import is_sharded, whole
 from kit.families import llama, tokens
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
 
 
 def sharded(mesh, **told):

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -12,13 +11,6 @@ from billhook.importance.base import Importance, Sums
 from billhook.importance.baselines import RandomUnits
 from billhook.running.sharded.turns import in_turn, turns_of
 from kit.families import llama, tokens
-
-
-@pytest.fixture
-def mesh(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
 
 
 def both(mesh):

@@ -18,9 +18,9 @@ from billhook.kv_heads.bases.grouping import moments_in_order, similar_order
 from billhook.kv_heads.bases.moments import Moments, gather
 from billhook.kv_heads.bases.stacks import find_projections, instead, read, written
 from billhook.kv_heads.methods.base import Grouping, KVMethod, Rendered
-from billhook.model.linears import matrix_of
+from billhook.model.linears import size_of
+from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair, repair_linears
-from billhook.repairs.streamed import Refitted
 from billhook.repairs.visitor import Given
 from billhook.running.batches import Loss, Run, run_with_loss
 from billhook.running.undisturbed import undisturbed
@@ -131,7 +131,7 @@ class Attentions:
     def _refitted(self, new: Given, trials: Sequence[Run], repair: Repair) -> dict[str, tuple[Tensor, Tensor | None]] | Refitted:
         """Refits the linears behind attentions and feed-forwards, where others are new."""
         reading = [place.o.linear for place in self.places.values()] + self.downs
-        widths = {name: matrix_of(self.model.get_submodule(name))[0].shape[1] for name in dict.fromkeys(reading)}
+        widths = {name: size_of(self.model.get_submodule(name))[1] for name in dict.fromkeys(reading)}
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in widths.items()}
         return repair_linears(self.model, kept, trials, repair, self._reduce, given=new)
 

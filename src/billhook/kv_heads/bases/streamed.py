@@ -14,8 +14,8 @@ from billhook.kv_heads.bases.moments import Moments, Sums
 from billhook.kv_heads.bases.ready import Attentions, may_group
 from billhook.kv_heads.bases.stacks import instead
 from billhook.kv_heads.methods.base import Grouping, KVMethod, Rendered
+from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair
-from billhook.repairs.streamed import Refitted
 from billhook.repairs.visitor import Given
 from billhook.running.batches import Run, tell_apart
 from billhook.running.overridden import overridden

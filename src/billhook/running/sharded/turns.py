@@ -1,7 +1,7 @@
 """A sharded model of which one block at a time is whole: it is gathered when it computes, and goes when another one does."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,8 @@ from billhook.running.sharded.shards import Lies, is_sharded, unsharded, whole
 
 TURNS = "_billhook_turns"
 """The attribute of modules around blocks that holds their turns."""
-Alter = Callable[[nn.Module], None]
+Alter = Callable[[nn.Module], Iterable[nn.Parameter]]
+"""Gives parameters of a block other values, and returns these."""
 Add = Callable[[Tensor], Tensor]
 
 
@@ -50,7 +51,7 @@ class Turns:
         self.blocks = [block for block in blocks_of(root) if self._is_apart(block)]
         self.owner = {part: block for block in self.blocks for part in block.modules()}
         self._filled = list[nn.Parameter]()
-        self._here = list[nn.Module]()
+        self._here, self._altered = list[nn.Module](), set[nn.Parameter]()
         self._changed = self.everything = False
         self._alterations = defaultdict[nn.Module, list[Alter]](list)
         self._add: Add | None = None
@@ -132,8 +133,7 @@ class Turns:
             else:
                 self._round(block)
             self._here = [block]
-            for alter in self._alterations.get(block, ()):
-                alter(block)
+            self._altered = {own for alter in self._alterations.get(block, ()) for own in alter(block)}
         return block
 
     def change(self) -> None:
@@ -152,15 +152,16 @@ class Turns:
         for own in self._filled:
             free(own)
             own.grad = None
-        self._filled, self._here, self._changed = [], [], False
+        self._filled, self._here, self._altered, self._changed = [], [], set(), False
         torch.clear_autocast_cache()
 
     @torch.no_grad()
     def _shard(self, block: nn.Module) -> None:
         """Shards the parameters of a block that are new, or may have other values than before."""
-        again, done = self.everything or self.is_altered(block), set[nn.Parameter]()
+        done = set[nn.Parameter]()
         for place, own in places_of(block):
-            if (lies := self.lies(place)) is not None and own not in done and (again or own not in self.shards):
+            again = self.everything or own in self._altered or own not in self.shards
+            if (lies := self.lies(place)) is not None and own not in done and again:
                 self.shards[own] = lies.shards(own)
                 self._filled.append(own)
                 done.add(own)

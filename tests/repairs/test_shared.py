@@ -1,0 +1,97 @@
+"""Repair of a model whose blocks ranks share, in one process: it is as in memory, a block at a time."""
+
+import copy
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+
+import billhook as bh
+from billhook.pruning.repair import repair_with
+from billhook.repairs.in_turn import Refitted
+from billhook.running.batches import Run
+from billhook.running.blocks import blocks_of
+from billhook.running.sharded.turns import Turns, in_turn
+from kit.families import build, tokens
+from kit.losses import BUILD
+
+MODELS = {
+    "llama": lambda: build("llama", attention_bias=True, mlp_bias=True),
+    "mixtral": lambda: build("mixtral", num_key_value_heads=8),
+    "gpt2": lambda: BUILD["gpt2"]().eval(),
+    "t5": lambda: BUILD["t5"]().eval(),
+}
+
+
+def both(mesh, family):
+    """A model, and the same sharded."""
+    plain = MODELS[family]()
+    sharded = copy.deepcopy(plain)
+    for part in (*blocks_of(sharded), sharded):
+        fully_shard(part, mesh=mesh)
+    return plain, sharded
+
+
+def cut(model):
+    """A plan for some heads, and channels if there are any."""
+    return bh.plan(model, bh.WeightNorm(), heads=0.5, **({} if "Mixtral" in type(model).__name__ else {"channels": 0.5}))
+
+
+def batches(model):
+    found = [{"input_ids": tokens(6, 16)} for _ in range(4)]
+    return [one | {"labels": tokens(6, 8)} for one in found] if model.config.is_encoder_decoder else found
+
+
+@pytest.mark.parametrize("catch_up", [True, False])
+@pytest.mark.parametrize("family", MODELS)
+def test_as_in_memory_a_block_at_a_time(mesh, family, catch_up, monkeypatch):
+    plain, sharded = both(mesh, family)
+    plan, given, repair = cut(plain), batches(plain), bh.Repair(catch_up)
+    expected = bh.repair(plain, plan, given, repair)
+    monkeypatch.setattr(Turns, "all_here", None)
+    with in_turn(sharded):
+        found = bh.repair(sharded, plan, given, repair, reduce=lambda tensor: tensor)
+    assert isinstance(found, Refitted)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+    assert len(found.told) == 64
+
+
+def test_other_parameters_that_are_given(mesh):
+    plain, sharded = both(mesh, "llama")
+    others = {f"model.layers.{layer}.self_attn.v_proj": None for layer in range(2)}
+    for name in others:
+        linear = plain.get_submodule(name)
+        others[name] = {"weight": linear.weight.detach() * 1.5, "bias": linear.bias.detach()}
+    asked = bh.plan_units(plain, {0: [0, 1]}), batches(plain)
+    expected = repair_with(plain, *asked, given=others)
+    with in_turn(sharded):
+        found = repair_with(sharded, *asked, reduce=lambda tensor: tensor, given=others)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_all_blocks_are_gathered_where_they_are_called_twice(mesh):
+    plain, sharded = both(mesh, "llama")
+    plan, given = cut(plain), batches(plain)
+
+    def twice(model):
+        return [Run(lambda one=one: (model(**one), model(**one)), {}) for one in given]
+
+    expected = bh.repair(plain, plan, twice(plain))
+    with in_turn(sharded):
+        found = bh.repair(sharded, plan, twice(sharded), reduce=lambda tensor: tensor)
+    assert not isinstance(found, Refitted)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_values_that_ranks_find_otherwise_have_another_hash(mesh):
+    plain, sharded = both(mesh, "llama")
+    plan, told = cut(plain), []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        with in_turn(sharded):
+            told.append(bh.repair(sharded, plan, batches(plain), reduce=lambda tensor: tensor).told)
+    assert told[0] == told[2] != told[1]

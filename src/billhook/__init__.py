@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from billhook.sparsity.alps import ALPS as ALPS
     from billhook.sparsity.refit import Refit as Refit
     from billhook.sparsity.allocation import OWL as OWL
+    from billhook.sparsity.matching import BlockMatching as BlockMatching
 
     from billhook.kv_heads.convert import convert_kv_heads as convert_kv_heads
     from billhook.kv_heads.methods.mean import Mean as Mean
@@ -93,6 +94,7 @@ else:
         "billhook.sparsity.alps": "ALPS",
         "billhook.sparsity.refit": "Refit",
         "billhook.sparsity.allocation": "OWL",
+        "billhook.sparsity.matching": "BlockMatching",
         "billhook.kv_heads.convert": "convert_kv_heads",
         "billhook.kv_heads.methods.mean": "Mean",
         "billhook.kv_heads.methods.aligned": "Aligned",

@@ -86,6 +86,15 @@ def test_settings_of_criteria_and_allocations(tmp_path, data, capsys):
     assert " to 0.5" in said
 
 
+def test_blocks_are_matched(tmp_path, data, capsys):
+    line = ["prune", "tiny", str(tmp_path / "out"), *data, *SHORT, "--sparsity", "0.5", "--criterion", "Magnitude"]
+    main([*line, "--match", "{steps: 2}", "--batch_size", "1"])
+    said = capsys.readouterr().out
+    assert "by Magnitude(compares='layer'), and match each block by BlockMatching(steps=2, " in said
+    record = json.loads((tmp_path / "out" / "billhook.json").read_text())
+    assert record["pruned"]["match"].startswith("BlockMatching(steps=2, ")
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys):
     main(["prune", "tiny", str(tmp_path / "out"), "--sparsity", "0.5", "--skip", "*.mlp.*", "--dry_run", *data, *SHORT])
     said = capsys.readouterr().out

@@ -45,6 +45,27 @@ def test_ranks_come_to_what_one_comes_to(sequential, batches, options):
     assert agree(planned(model, given, 2, **options), bh.prune(model, batches=given, **options, dry_run=True).masks(model)) > 0.98
 
 
+def test_ranks_match_blocks_together():
+    torch.manual_seed(0)
+    model, given = llama(), [{"input_ids": tokens(4)} for _ in range(6)]
+    options = {"criterion": bh.Wanda(), "sparsity": 0.5, "match": bh.BlockMatching(steps=4)}
+
+    def matched(rank, reduce):
+        own = copy.deepcopy(model)
+        bh.prune(own, batches=given[rank::2], reduce=reduce, **options)
+        return own
+
+    one, other = Ranks(2).run(matched)
+    assert all(torch.equal(mine, yours) for mine, yours in zip(one.parameters(), other.parameters(), strict=True))
+    plain = copy.deepcopy(model)
+    bh.prune(plain, batches=given, criterion=bh.Wanda(), sparsity=0.5)
+    with torch.no_grad():
+        far = [sum(float((own(**x)[0] - model(**x)[0]).norm()) for x in given) for own in (one, plain)]
+    assert far[0] < far[1]
+    with pytest.raises(ValueError, match=r"batches: match holds some out, and needs two at least on each rank, got [12] here"):
+        Ranks(2).run(lambda rank, reduce: bh.prune(model, batches=given[rank * 2 :: 5], reduce=reduce, **options))
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()

@@ -72,6 +72,33 @@ def test_the_same_bytes(folder, tmp_path, criterion):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.filterwarnings("ignore:these hold several matrices")
+@pytest.mark.parametrize("sequential", ["block", "layer"])
+def test_the_same_bytes_where_blocks_are_matched(folder, tmp_path, sequential):
+    dense, streamed = bh.load(folder), stream(folder, tmp_path / "out")
+    how = {"sparsity": 0.5, "sequential": sequential, "match": bh.BlockMatching(steps=3)}
+    plans = [bh.prune(model, bh.Wanda(), shown(dense), **how) for model in (dense, streamed)]
+    assert plans[0].text() == plans[1].text()
+    bh.save(streamed, tmp_path / "out")
+    bh.save(dense, tmp_path / "in memory")
+    assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
+
+
+def test_stopped_and_called_again_where_blocks_are_matched(tmp_path, monkeypatch):
+    """It begins again: the dense model's runs need the blocks as they were."""
+
+    def work(model):
+        bh.prune(model, bh.Wanda(), shown(model), sparsity=0.5, match=bh.BlockMatching(steps=3))
+        return model
+
+    _, go_on = stopped.stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        work(bh.stream("tiny", tmp_path / "out"))
+    go_on()
+    bh.save(work(bh.stream("tiny", tmp_path / "out")), tmp_path / "out")
+    assert same(tmp_path / "out", work(bh.load("tiny")))
+
+
 WORDS = {"tied in part": 0.5, "none is removed": 0.0, "nearly all": 0.999}
 
 

@@ -27,10 +27,11 @@ from billhook.repairs.streamed import refit_streamed
 from billhook.repairs.sums import Linears, agreed, followed, seen
 from billhook.repairs.visitor import Given, RepairVisitor
 from billhook.running.batches import Run, tell_apart
+from billhook.running.replaced import replaced
 from billhook.running.sharded.passes import passing
 from billhook.running.sharded.turns import turns_of
 from billhook.running.undisturbed import undisturbed
-from billhook.running.walk import Reduce, Site, Walk, find_sites, replaced
+from billhook.running.walk import Reduce, Site, Walk, find_sites
 from billhook.streaming.either import all_here, apart
 from billhook.streaming.stream import stream_of
 

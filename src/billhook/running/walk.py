@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,11 +17,15 @@ from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import Cache
 
-from billhook.running.blocks import blocks_with
+from billhook.running.blocks import blocks_of, blocks_with
 from billhook.running.overridden import overridden
+from billhook.running.replaced import replaced
 from billhook.running.undisturbed import Ambient
 
 Sequential = Literal["block", "layer", "none"]
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments and the keywords of a call."""
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks, in place."""
@@ -34,6 +39,7 @@ class Site:
     linears: dict[str, nn.Module]
     once: bool | None = None  # whether each of them is called exactly once, as the first run has shown
     twins: Sequence[tuple[str, nn.Module]] = ()  # others with the weight of one of them, which count as calls of it
+    out: bool = False  # whether runs rest where they come out of the module, and pass it once more with what is new then
 
 
 class Visitor(Protocol):
@@ -76,6 +82,17 @@ def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: S
     return list(of.values())
 
 
+def with_ways_out(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+    """Adds to sites of a model, in order, the way out of each block in which some of them have linears."""
+    owner = {module: block for block in blocks_of(model) for module in block.modules()}
+    found = list[Site]()
+    for block, within in groupby(sites, key=lambda site: owner.get(site.module)):
+        own = list(within)
+        inside = {name: linear for site in own for name, linear in site.linears.items()}
+        found += own if block is None or not inside else [*own, Site(block, inside, out=True)]
+    return found
+
+
 class Walk:
     """The runs, side by side; whatever they or the caller have set, the visitor is called in the state of `Ambient()`.
 
@@ -89,6 +106,8 @@ class Walk:
         around: What a site's module needs while runs are in it; by default nothing.
         ends: How many runs continue to their end when all sites are complete; with one, `again` has all that are called again.
         leave: Called with each site when all runs have passed it, on any rank.
+        unseen: The numbers of runs that the visitor observes nothing of.
+        came_out: Called at the ways out with the number of a run, the arguments and keywords of the module, and what it gave.
     """
 
     def __init__(
@@ -101,14 +120,17 @@ class Walk:
         around: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
         ends: int = 0,
         leave: Callable[[Site], None] | None = None,
+        unseen: Collection[int] = (),
+        came_out: Callable[[int, Given, object], None] | None = None,
     ) -> None:
         self.sites, self.visitor, self.reduce, self.keep = list(sites), visitor, reduce, keep
         self.untouched, self.around, self.ends, self.leave = untouched, around, ends, leave
+        self.unseen, self.came_out = unseen, came_out
         self.complete: set[Site] = set()
         self.again: set[Site] = set()
         self._watched: Site | None = None
         self._calls: list[str] = []
-        self._run = 0
+        self._run, self._straight = 0, False
         self._ready: tuple[Site | None, dict[str, dict[str, Tensor]]] = (None, {})
         self._caller = Ambient.now()
 
@@ -182,7 +204,8 @@ class Walk:
         """Overrides the forwards of sites, and listens to linears."""
         with ExitStack() as stack:
             for site in self.sites:
-                stack.enter_context(overridden(site.module, forward=partial(self._visit, site, site.module.forward)))
+                visit = self._come_out if site.out else self._visit
+                stack.enter_context(overridden(site.module, forward=partial(visit, site, site.module.forward)))
                 for name, linear in (*site.linears.items(), *site.twins):
                     hook = partial(self._listen, site, name)
                     stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -190,20 +213,49 @@ class Walk:
 
     def _visit(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs a site's forward: when all are here, with the old weights, to see; when all have seen, with the new ones."""
+        if self._straight or greenlet.getcurrent() is self._main:  # a visitor runs what it likes
+            return forward(*args, **kwargs)
         if site in self.complete:
             self.again.add(site)
         else:
-            own = Ambient.now()
-            if self.keep is not None:
-                self.keep((args, kwargs))
-            self._main.switch(site)
-            own.restore()
+            self._rest(site, (args, kwargs))
             if site.linears:
-                self._see(site, forward, args, kwargs)
-                self._main.switch(site)
-                own.restore()
+                if self._run not in self.unseen:
+                    self._see(site, forward, args, kwargs)
+                self._rest(site)
         with nullcontext() if self._run in self.untouched else self._pruned(site):
             return forward(*args, **kwargs)
+
+    def _rest(self, site: Site, kept: object = None) -> None:
+        """Lets others go on until all are here."""
+        own = Ambient.now()
+        if self.keep is not None:
+            self.keep(kept)
+        self._main.switch(site)
+        own.restore()
+
+    def _come_out(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Runs a site's forward, rests where it ends, and runs it again, straight through, with the new weights."""
+        if self._straight or greenlet.getcurrent() is self._main:
+            return forward(*args, **kwargs)
+        if site in self.complete:
+            self.again.add(site)
+            return forward(*args, **kwargs)
+        if self.keep is not None:
+            self.keep((args, kwargs))
+        output = forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
+        self._rest(site, output)
+        if self.came_out is not None:
+            self.came_out(self._run, (args, kwargs), output)
+        self._rest(site)
+        if self._run in self.untouched:
+            return output
+        self._straight = True
+        try:
+            with self._pruned(site):
+                return forward(*args, **kwargs)
+        finally:
+            self._straight = False
 
     def _see(self, site: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ANN401
         self._watched, self._calls = site, []
@@ -241,20 +293,6 @@ class Walk:
             self._ready = (site, self.visitor.parameters(site))
         with replaced({site.linears[name]: new for name, new in self._ready[1].items()}):
             yield
-
-
-@contextmanager
-def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
-    """Puts other values instead of modules' own parameters, given by module and by their name in it; the old ones come back."""
-    pairs = [(module.get_parameter(name), value) for module, own in new.items() for name, value in own.items()]
-    old = [parameter.data for parameter, _ in pairs]
-    try:
-        for parameter, value in pairs:
-            parameter.data = value
-        yield
-    finally:
-        for (parameter, _), value in zip(pairs, old, strict=True):
-            parameter.data = value
 
 
 def spare(value: Any) -> Any:  # noqa: ANN401

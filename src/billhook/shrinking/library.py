@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.running.batches import source_of
+from billhook.running.replaced import replaced
 from billhook.running.trees import tree_leaves
-from billhook.running.walk import replaced
 
 FORMAT = 2
 Weights = dict[str, dict[str, Tensor]]

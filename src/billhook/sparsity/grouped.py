@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from billhook.model.convolutions import is_convolution, patches, places_of
 from billhook.model.linears import weight_of
-from billhook.running.statistics import Statistics
+from billhook.running.statistics import InputNorms, Statistics
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.masks import check_amount, parse_pattern, where_kept
 
@@ -38,11 +38,9 @@ class Grouped:
 
 
 def empty_for(criterion: Criterion, linear: nn.Module, device: torch.device) -> Statistics | Grouped:
-    """Makes the empty statistics of a linear's inputs, for a criterion that needs some."""
-    groups = linear.groups if is_convolution(linear) else 1
-    made = [criterion.statistics(weight_of(linear).shape[1], device) for _ in range(groups)]
-    parts = [part for part in made if part is not None]
-    assert len(parts) == groups, "a walk is for criteria that need data"
+    """Makes the empty statistics of a linear's inputs; norms, for a criterion that needs none, tell at least who is called."""
+    groups, width = linear.groups if is_convolution(linear) else 1, weight_of(linear).shape[1]
+    parts = [criterion.statistics(width, device) or InputNorms(width, device) for _ in range(groups)]
     return parts[0] if groups == 1 else Grouped(parts)
 
 

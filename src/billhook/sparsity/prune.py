@@ -1,7 +1,7 @@
 """Prunes a model's weights in one shot: checks, plans while the model stays as it is, applies."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from billhook.sparsity.checks import (
     adapters_to_count,
     check_device,
     check_folder,
+    check_matching,
     check_pruning,
     check_sharded,
     check_streamed,
@@ -31,6 +32,8 @@ from billhook.sparsity.checks import (
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.grouped import scores_of
 from billhook.sparsity.masks import check_amount
+from billhook.sparsity.matched import MatchingVisitor
+from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.plan import Applied, Pruned, WeightPlan
 from billhook.sparsity.visitor import GlobalPruningVisitor, Progress, PruningVisitor
 from billhook.sparsity.walks import Walks
@@ -51,6 +54,7 @@ def prune(
     output_embeddings: bool = False,
     convolutions: Convolutions = "mixing",
     sequential: Sequential = "block",
+    match: BlockMatching | None = None,
     count_adapters: bool = False,
     reduce: Reduce | None = None,
     progress: Progress | None = None,
@@ -82,6 +86,8 @@ def prune(
             outputs of pruned blocks before it. `"layer"`: those of each linear on the outputs of all pruned ones before it, in
             one pass. `"none"`: those of the dense model. All calls of a linear count; one that is called again after its block
             or itself would be pruned (ALBERT's, ProphetNet's), or shares its weight, is pruned first, as with `"none"`.
+        match: How what is kept of a block is tuned, once its linears are pruned, so that the block gives what it gave in the
+            dense model; by default not at all. Runs go twice then, pruned and dense.
         count_adapters: Whether LoRA counts as if it were merged: a criterion that leaves kept weights as they are then sees
             W + scale B A of the active adapters, in float32. W is pruned, and zeros are pruned first; the adapters stay as they
             are, and `merge` keeps every zero.
@@ -98,7 +104,8 @@ def prune(
     Raises:
         ValueError: If an argument is not legal, two contradict each other, the criterion needs data and there is none, a linear
             is quantised or of a width that M does not divide, or weights or statistics hold NaN or inf. With `count_adapters`,
-            also if the criterion updates weights, or there is no plain LoRA that is active and not merged.
+            also if the criterion updates weights, or there is no plain LoRA that is active and not merged; with `match`, if
+            all blocks are pruned at once, there are fewer than two batches, or the model is sharded or calls a block again.
 
     Example:
         >>> import billhook as bh
@@ -115,19 +122,21 @@ def prune(
     check_changeable(model)
     reshard(model)
     linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
+    if match is not None:
+        check_matching(model, criterion, sequential, count_adapters, offload)
     adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
     if is_sharded(model):
         check_sharded(criterion, allocation, reduce, offload)
     if stream_of(model) is not None:
         check_streamed(offload, reduce)
-    needing = [one for one in (criterion, allocation) if (one.measures if isinstance(one, Allocation) else needs_data(one))]
-    walks = Walks(model, linears, _runs(model, batches, needing, reduce), reduce, device, folder, adapters)
+    needing = _needing(criterion, allocation, match)
+    runs = _runs(model, batches, needing, reduce)
+    walks = Walks(model, linears, runs, reduce, device, folder, adapters)
     warn_of_others(model, linears)
     sparsities = _sparsities(walks, amount, allocation)
-    kind = GlobalPruningVisitor if criterion.compares == "global" else PruningVisitor
-    make = partial(kind, criterion, sparsities, pattern, progress)
-    key = None if dry_run else f"{criterion} {pattern} {sequential} {sparsities}"
-    pruned = walks(sequential if needs_data(criterion) else None, make, key).pruned
+    key = None if dry_run else f"{criterion} {pattern} {sequential} {sparsities}" + (f" {match}" if match else "")
+    make = partial(_kind(criterion, match), criterion, sparsities, pattern, progress)
+    pruned = walks(sequential if needs_data(criterion) or match else None, make, key).pruned
     uncalled = _uncalled(linears, pruned)
     shapes = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
     plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, uncalled)
@@ -136,18 +145,34 @@ def prune(
     return plan
 
 
-def _runs(
-    model: nn.Module, batches: Batches | None, needing: Sequence[Criterion | Allocation], reduce: Reduce | None
-) -> list[Run]:
+def _needing(criterion: Criterion, allocation: Allocation, match: BlockMatching | None) -> list[object]:
+    """Returns what needs data."""
+    needs = [(criterion, needs_data(criterion)), (allocation, allocation.measures), (match, match is not None)]
+    return [one for one, does in needs if does]
+
+
+def _kind(criterion: Criterion, match: BlockMatching | None) -> Callable[..., PruningVisitor]:
+    """Returns what makes the visitor."""
+    if match is not None:
+        return partial(MatchingVisitor, match)
+    return GlobalPruningVisitor if criterion.compares == "global" else PruningVisitor
+
+
+def _runs(model: nn.Module, batches: Batches | None, needing: Sequence[object], reduce: Reduce | None) -> list[Run]:
     """Makes a run of each batch, if something needs data; refuses to go without any, on all ranks together."""
     if not needing:
         return []
     if batches is None and (is_sharded(model) or reduce is not None):
         raise ValueError(f"batches=None: {type(needing[0]).__name__} needs calibration data")
     runs = runs_of(model, batches_of(batches, model))
-    count = torch.tensor([len(runs)], device=next(model.parameters()).device)
-    if not (count if reduce is None else reduce(count)):
+    matches = any(isinstance(one, BlockMatching) for one in needing)
+    found = torch.tensor([len(runs), int(matches and len(runs) < 2)], device=next(model.parameters()).device)
+    count, lacking = (found if reduce is None else reduce(found)).tolist()
+    if not count:
         raise ValueError(f"batches=an empty collection: {type(needing[0]).__name__} needs calibration data")
+    if lacking:
+        each = "" if reduce is None else " on each rank"
+        raise ValueError(f"batches: match holds some out, and needs two at least{each}, got {len(runs)} here: give smaller ones")
     return runs
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites
+from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
 from billhook.sparsity.plan import Applied
 from billhook.sparsity.visitor import PruningVisitor
 from billhook.streaming.stream import Stream
@@ -32,6 +32,8 @@ class StreamedPruning:
         self.stream, self.linears, self.visitor, self.reduce = stream, linears, visitor, reduce
         self.applies = key is not None
         self.done: dict[str, Note] = {} if key is None else stream.begin(key)
+        if visitor.dense:  # which need what the blocks were, from the first on
+            self.done = {}
         self.names = {block: name for name, block in stream.blocks.items()}
 
     def go(
@@ -56,8 +58,19 @@ class StreamedPruning:
         self, sites: Sequence[Site], dense: bool, keep: Callable[[object], None] | None, forwards: Sequence[Callable[[], object]]
     ) -> None:
         """Walks with runs, which pass blocks as they become, or as they were."""
-        around, untouched = (self._there, range(len(forwards))) if dense else (self._adopted, ())
-        walk = Walk(sites, self.visitor, self.reduce, keep, untouched, around, ends=1, leave=self._leave)
+        around, untouched = (self._there, range(len(forwards))) if dense else (self._adopted, self.visitor.dense)
+        walk = Walk(
+            sites,
+            self.visitor,
+            self.reduce,
+            keep,
+            untouched,
+            around,
+            ends=1,
+            leave=self._leave,
+            unseen=self.visitor.dense,
+            came_out=self.visitor.came_out,
+        )
         walk(forwards)
         if walk.again:
             again = next(name for site in walk.again for name in site.linears)
@@ -69,7 +82,8 @@ class StreamedPruning:
         found += [Site(block, {}) for block in set(self.names) - {site.module for site in found}]
         place = {module: number for number, module in enumerate(self.stream.model.modules())}
         left = [self._left(site) for site in found if site.module in self.names or not self._is_done(site)]
-        return sorted(left, key=lambda site: place[site.module])
+        left.sort(key=lambda site: place[site.module])
+        return with_ways_out(self.stream.model, left) if self.visitor.dense else left
 
     def _each(self, sites: Sequence[Site]) -> None:
         """Prunes blocks whose visitor needs no data."""
@@ -105,7 +119,7 @@ class StreamedPruning:
     def _leave(self, site: Site) -> None:
         """Has a block take what its linears become; linears outside of blocks wait until nothing can fail any more."""
         block = self.stream.owner.get(site.module)
-        if not self.applies or block is None:
+        if not self.applies or block is None or (self.visitor.dense and not site.out):
             return
         pruned, name = self.visitor.pruned, self.names[block]
         if name in self.done:

@@ -16,7 +16,7 @@ from billhook.model.linears import turned, weight_of
 from billhook.running.ranks import Ranks, own_of
 from billhook.running.sharded.shards import whole
 from billhook.running.statistics import Statistics
-from billhook.running.walk import Reduce, Site
+from billhook.running.walk import Given, Reduce, Site
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.grouped import Grouped, add_patches, empty_for, prune_by, scores_of
 from billhook.sparsity.masks import keep_global, where_kept
@@ -66,6 +66,14 @@ class PruningVisitor:
         self._calls = Counter[str]()
         self._complete: set[str] = set()
         self._differ = False
+
+    @property
+    def dense(self) -> Sequence[int]:
+        """The numbers of runs, after those of the batches, that pass the dense model, for comparison."""
+        return ()
+
+    def came_out(self, run: int, given: Given, output: object) -> None:
+        """Notes what a block was given in a run, and what it gave; here nothing."""
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
         """Adds the inputs of a linear in one run; of a convolution, whatever reads the same tensor may read other patches."""

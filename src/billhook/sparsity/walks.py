@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from billhook.model.linears import find_twins
 from billhook.running.batches import Run, tell_apart
 from billhook.running.offload import Shelf, offloaded
+from billhook.running.replaced import replaced
 from billhook.running.sharded.shards import gathered, is_sharded, unsharded
 from billhook.running.undisturbed import undisturbed
-from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, replaced
+from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
 from billhook.sparsity.streamed import StreamedPruning
 from billhook.sparsity.streamed_global import StreamedGlobalPruning
 from billhook.sparsity.visitor import GlobalPruningVisitor, InputsDiffer, PruningVisitor
@@ -65,7 +66,7 @@ class Walks:
 
     def _go(self, sequential: Sequential | None, visitor: PruningVisitor, often: set[str], key: str | None) -> set[str]:
         """Returns the linears of which a walk left out some calls. Those called often come first, in the dense model."""
-        forwards = [run.forward for run in self.runs]
+        forwards = [run.forward for run in self.runs] * (2 if visitor.dense else 1)
         with ExitStack() as stack:
             stack.enter_context(undisturbed(self.model))
             keep = None
@@ -78,7 +79,7 @@ class Walks:
                     raise ValueError(
                         f"model: {self.twins[0][0]} shares its weight with another linear: prune it in memory, not streamed"
                     )
-                self._stream(stream, sequential, visitor, keep, key and f"{key} {tell_apart(self.runs)}")
+                self._stream(stream, sequential, visitor, keep, forwards, key and f"{key} {tell_apart(self.runs)}")
                 return set()
             if sequential is None:
                 visitor.finish(self.linears)
@@ -99,6 +100,10 @@ class Walks:
         first = {name: one for name, one in self.linears.items() if name in often or sequential == "none"}
         others = {name: one for name, one in self.linears.items() if name not in first}
         new: dict[nn.Module, dict[str, Tensor]] = {}
+        if often and visitor.dense:
+            raise ValueError(
+                f"match: {next(iter(often))} is called again after its block, or shares its weight: leave match out, or skip it"
+            )
         if first:
             site = Site(self.model, first, False if often else None, self.twins)
             Walk([site], visitor, self.reduce, keep)(forwards)
@@ -107,7 +112,9 @@ class Walks:
             return set()
         with replaced(new):
             sites = find_sites(self.model, others, sequential, gates=self.offload is not None)
-            walk = Walk(sites, visitor, self.reduce, keep, ends=1)
+            sites = with_ways_out(self.model, sites) if visitor.dense else sites
+            dense = visitor.dense
+            walk = Walk(sites, visitor, self.reduce, keep, dense, ends=1, unseen=dense, came_out=visitor.came_out)
             walk(forwards)
             return {name for site in walk.again for name in site.linears}
 
@@ -117,10 +124,11 @@ class Walks:
         sequential: Sequential | None,
         visitor: PruningVisitor,
         keep: Callable[[object], None] | None,
+        forwards: Sequence[Callable[[], object]],
         key: str | None,
     ) -> None:
         """Has each block come once; where all linears compete, first for what they see, if they need it, and then three times."""
-        all_compete, forwards = isinstance(visitor, GlobalPruningVisitor), [run.forward for run in self.runs]
+        all_compete = isinstance(visitor, GlobalPruningVisitor)
         if all_compete and sequential is None:
             visitor.finish(self.linears)
         else:

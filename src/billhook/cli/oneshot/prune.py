@@ -2,7 +2,7 @@
 
 from billhook.cli.blockwise import over
 from billhook.cli.oneshot.frame import OneShot
-from billhook.cli.oneshot.streamed import bytes_of_moments
+from billhook.cli.oneshot.streamed import Matches, bytes_of_moments
 from billhook.cli.oneshot.text import NONE, Text
 from billhook.model.convolutions import Convolutions
 from billhook.running.walk import Sequential
@@ -10,6 +10,7 @@ from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
+from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.prune import prune as prune_weights
 
 
@@ -21,6 +22,7 @@ def prune(
     sparsity: float | None = None,
     pattern: str = "unstructured",
     sequential: Sequential = "block",
+    match: BlockMatching | None = None,
     allocation: Allocation | None = None,
     skip: str | list[str] | None = None,
     output_embeddings: bool = False,
@@ -41,6 +43,8 @@ def prune(
         sequential: Where a layer's statistics come from. "block", as in the papers: the dense block, on the outputs of pruned
             blocks before it. "layer": each linear on the outputs of all pruned ones before it, in one pass. "none": the dense
             model.
+        match: How what is kept of a block is tuned so that it gives what the dense block gave, such as "{steps: 100}"; by default
+            not at all.
         allocation: How sparse each linear becomes: `Uniform` (the default), `OWL` or `ByPattern`.
         skip: A glob pattern of linears to leave alone, such as "*.down_proj", or a list of them.
         output_embeddings: Whether an untied output embedding is pruned too.
@@ -55,14 +59,15 @@ def prune(
     """
     amount = check_amount(sparsity, pattern)
     folder = check_folder(activations)
-    reads = needs_data(criterion or Wanda()) or (allocation is not None and allocation.measures)
+    reads = needs_data(criterion or Wanda()) or (allocation is not None and allocation.measures) or match is not None
     work = OneShot(model, out, given, offload, calibrates=reads, streams=True)
-    what = f"zero {amount:.4g} of the weights of linears ({pattern}), by {criterion or Wanda()}"
+    how = f"{criterion or Wanda()}" + (f", and match each block by {match}" if match else "")
+    what = f"zero {amount:.4g} of the weights of linears ({pattern}), by {how}"
     work.tell(what, f"shown {work.shown if reads else NONE}", passes=_passes(criterion or Wanda(), allocation))
     if dry_run and work.calibrates and work.unread:
         work.tell_dry()
         return
-    rests = work.rest(bytes_of_moments(work.model, criterion or Wanda()))
+    rests = work.rest(bytes_of_moments(work.model, criterion or Wanda()), Matches(2) if match else None)
     before = None if dry_run else work.measure()
     with over(work.model, "pruning", "linears") as progress:
         plan = prune_weights(
@@ -76,6 +81,7 @@ def prune(
             output_embeddings=output_embeddings,
             convolutions=convolutions,
             sequential=sequential,
+            match=match,
             progress=progress,
             offload=work.device if offload else None,
             activations=folder or rests,
@@ -85,6 +91,7 @@ def prune(
         work.tell_dry(plan.text())
         return
     done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": sequential}
+    done |= {"match": str(match)} if match else {}
     what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linears"
     work.save(before, what, {"pruned": done}, plan.text())
 

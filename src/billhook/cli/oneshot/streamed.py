@@ -29,6 +29,8 @@ AFTERWARDS = 3
 
 HELD = 5
 """Tensors of the hidden size that a run holds while it waits within a block: the stream, its norm, queries, keys and values."""
+TUNED = 6
+"""Copies of a block in float32 while it is tuned: as it is, its gradient, two means of Adam's, the best so far, and what was."""
 OBS_BYTES = 2 * 4 + 8
 """Bytes for each pair of inputs: two matrices in float32, as more and more batches are taken, and one of a reader in float64."""
 
@@ -104,6 +106,15 @@ class Refits:
         widest = max((weight_of(linear).shape[1] for linear in prunable(model).values()), default=0)
         hidden: int = text_config(model.config).hidden_size
         return 2 * tokens * (widest * model.dtype.itemsize + 4 * hidden)
+
+
+class Matches(Refits):
+    """How blocks are matched, each run of the pruned model beside one of the dense model."""
+
+    def sums(self, model: PreTrainedModel) -> int:
+        """Returns the bytes that tuning the largest block takes, without what a batch leaves for its gradients."""
+        stream = stream_of(model)
+        return 0 if stream is None else TUNED * 4 * extent_of(stream).largest // model.dtype.itemsize
 
 
 def left(search: Search, cut: Cut) -> dict[str, int]:

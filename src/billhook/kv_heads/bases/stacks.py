@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.model.linears import as_it_lies, matrix_of
 from billhook.model.shapes.handed import Indices
-from billhook.running.walk import replaced
+from billhook.running.replaced import replaced
 from billhook.tracing.coupling import Structure
 from billhook.tracing.roles import Attention, Part
 from billhook.units.heads import find_heads

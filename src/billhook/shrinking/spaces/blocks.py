@@ -11,7 +11,7 @@ from billhook.model.linears import is_linear
 from billhook.model.runs.answers import alike, answer, tolerance
 from billhook.pruning.block_plan import BlockPlan, find_block_plan, tried, without
 from billhook.pruning.target import Search
-from billhook.running.walk import replaced
+from billhook.running.replaced import replaced
 from billhook.shrinking.levels import Place
 from billhook.shrinking.library import zeros_of
 from billhook.units.blocks import block_of, skipping

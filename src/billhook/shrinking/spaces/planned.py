@@ -20,7 +20,7 @@ from billhook.pruning.row_lengths import row_lengths
 from billhook.pruning.target import Search
 from billhook.pruning.widths.told import RowLength
 from billhook.repairs.repair import Repair
-from billhook.running.walk import replaced
+from billhook.running.replaced import replaced
 from billhook.shrinking.spaces.blocks import Block, Blocks
 from billhook.shrinking.spaces.hidden import Hidden
 from billhook.tracing.trace import trace

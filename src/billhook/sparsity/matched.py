@@ -1,0 +1,83 @@
+"""Prunes during a walk, and tunes what is kept of a block when all runs have come out of it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from billhook.model.convolutions import is_convolution
+from billhook.model.linears import turned, weight_of
+from billhook.running.walk import Given, Site
+from billhook.sparsity.matching import BlockMatching, Passage, Tuning, stream_in
+from billhook.sparsity.plan import Pruned
+from billhook.sparsity.visitor import PruningVisitor
+
+
+class MatchingVisitor(PruningVisitor):
+    """A visitor of runs in two series of the same batches, the second of the dense model, which says what blocks shall give.
+
+    Args:
+        matching: How blocks are tuned.
+    """
+
+    def __init__(self, matching: BlockMatching, *args: Any, **walk: Any) -> None:  # noqa: ANN401 - those of a visitor
+        super().__init__(*args, **walk)
+        self.matching = matching
+        self._given: dict[int, tuple[Given, Tensor]] = {}
+
+    @property
+    def dense(self) -> Sequence[int]:
+        """The numbers of the runs of the dense model."""
+        return range(len(self.tokens), 2 * len(self.tokens))
+
+    def came_out(self, run: int, given: Given, output: object) -> None:
+        """Notes what a block was given, and what it gave."""
+        if (stream := stream_in(output)) is not None:
+            self._given[run] = given, stream
+
+    def complete(self, site: Site) -> None:
+        """Prunes the linears of a site, or tunes those of a block that all runs have come out of."""
+        if not site.out:
+            super().complete(site)
+            return
+        own = {name: one for name in site.linears if isinstance(one := self.pruned.get(name), Pruned)}
+        passages, self._given = self._passages(), {}
+        if own and self._enough(passages, weight_of(site.linears[next(iter(own))]).device):
+            self._tune(site, own, passages)
+
+    def _enough(self, passages: Sequence[Passage], device: torch.device) -> bool:
+        """Tells whether all ranks have passages to tune on, and others to hold out."""
+        lacking = torch.tensor([float(len(passages) < 2)], device=device)
+        return not (lacking if self.reduce is None else self.reduce(lacking))
+
+    def _passages(self) -> list[Passage]:
+        found = []
+        for run, dense in enumerate(self.dense):
+            if run in self._given and dense in self._given:
+                (given, output), (_, goal) = self._given[run], self._given[dense]
+                if output.shape == goal.shape:
+                    found.append(Passage(given, goal, self._counting(goal.shape[:-1], goal, run)))
+        return found
+
+    def _tune(self, site: Site, own: dict[str, Pruned], passages: Sequence[Passage]) -> None:
+        names = {id(one): name for name, one in site.module.named_parameters()}
+        lies, weights, keeps = dict[str, str](), dict[str, Tensor](), dict[str, Tensor]()
+        for name, one in own.items():
+            linear = site.linears[name]
+            lies[name] = key = names[id(linear.get_parameter("weight"))]
+            weights[key] = turned(linear, one.weight(weight_of(linear)))
+            keeps[key] = turned(linear, one.keep(weight_of(linear)))
+        held_out = self.matching.is_held_out(len(passages))
+        parts = [[one for one, held in zip(passages, held_out, strict=True) if held is part] for part in (False, True)]
+        with torch.inference_mode(False):
+            tuned = Tuning(self.matching, site.module, weights, keeps, self.reduce)(*parts)
+        for name, one in own.items():
+            self.pruned[name] = self._rounded(site.linears[name], one, tuned[lies[name]])
+
+    @staticmethod
+    def _rounded(linear: nn.Module, one: Pruned, tuned: Tensor) -> Pruned:
+        """Returns a linear's part of the plan with tuned weights, as they lie in memory, rounded to the dtype of the old ones."""
+        old = weight_of(linear)
+        new = tuned.movedim(1, -1).flatten(1) if is_convolution(linear) else turned(linear, tuned)
+        return Pruned.of(old, new.to(old.dtype), one.keep(old))

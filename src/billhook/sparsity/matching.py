@@ -1,0 +1,181 @@
+"""BlockMatching: tunes what is kept of a block, so that the block gives what the dense one gave.
+
+As the transformer matching of 3BASiL (Makni, Meng & Mazumder, 2025, https://arxiv.org/abs/2603.01376), EBFT (Guo et al., 2024,
+https://arxiv.org/abs/2402.12419) and the regional optimization of Wanda++ (Yang et al., 2025, https://arxiv.org/abs/2503.04992).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from billhook.arguments import annotated, fraction, number, whole
+from billhook.running.overridden import overridden
+from billhook.running.trees import tree_leaves, tree_map_only
+from billhook.running.walk import Given, Reduce, spare
+
+LOOKS = 5
+"""How often, in the steps of a block, what is held out is looked at."""
+DECAY = 0.9, 0.99
+"""Of Adam's means of gradients and of their squares; steps are few."""
+
+
+@dataclass(frozen=True, eq=False)
+class Passage:
+    """Holds what a batch gives to a block, and what shall come out.
+
+    Attributes:
+        given: The arguments and keywords of the block, on the outputs of pruned blocks before it.
+        goal: What the dense block gave, on the outputs of dense blocks before it.
+        counts: Which tokens count, bool, of the shape of the goal without its last dimension; None if all do.
+    """
+
+    given: Given
+    goal: Tensor
+    counts: Tensor | None
+
+
+@dataclass(frozen=True)
+class BlockMatching:
+    """Tunes the kept weights of each block, by Adam, so that the block gives what the dense model's block gave there.
+
+    Criteria look at one linear at a time, on the outputs of what is pruned before it; here all linears of a block make up
+    together for what each of them and all blocks before have lost. The error of a token is the square of what differs, over the
+    square of what the dense block gave. Some batches are held out, and of each block the state is kept that is best on these:
+    it is never worse there than without. As in 3BASiL (Makni, Meng & Mazumder, 2025, https://arxiv.org/abs/2603.01376), EBFT
+    (https://arxiv.org/abs/2402.12419) and Wanda++ (https://arxiv.org/abs/2503.04992).
+
+    A step takes one batch, forwards and backwards through one block; what is tuned is float32, and rounded once.
+
+    Args:
+        steps: Steps of Adam for each block.
+        lr: Step size at the beginning, as a share of the root mean square of a linear's kept weights; it falls to zero.
+        held_out: Fraction of the batches that is held out, in (0, 1); at least one is.
+        seed: Of the order of batches.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import billhook as bh
+        >>> model, batches = bh.load("tiny"), [{"input_ids": torch.arange(i, i + 32)[None]} for i in range(4)]
+        >>> plan = bh.prune(model, bh.Wanda(), batches, sparsity=0.5, match=bh.BlockMatching(steps=5))
+    """
+
+    steps: int = 100
+    lr: float = 0.01
+    held_out: float = 0.125
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        annotated(BlockMatching, vars(self))
+        whole("steps", self.steps)
+        number("lr", self.lr, above=0)
+        fraction("held_out", self.held_out, "(0, 1)", "the batches")
+        whole("seed", self.seed, 0)
+
+    def is_held_out(self, count: int) -> list[bool]:
+        """Chooses of so many batches, of two at least, some that lie evenly among them; True for each that is held out."""
+        some = min(max(1, round(self.held_out * count)), count - 1)
+        held = {int((place + 0.5) * count / some) for place in range(some)}
+        return [number in held for number in range(count)]
+
+
+class Tuning:
+    """Tunes the kept weights of a block.
+
+    Args:
+        matching: How.
+        block: The block; its parameters stay as they are.
+        weights: The weights to tune, by the name of the parameter in the block, as they lie in memory.
+        keeps: Of each, which weights are kept, bool.
+        reduce: Sums over ranks, each of which has passages of its own.
+    """
+
+    def __init__(
+        self,
+        matching: BlockMatching,
+        block: nn.Module,
+        weights: Mapping[str, Tensor],
+        keeps: Mapping[str, Tensor],
+        reduce: Reduce | None = None,
+    ) -> None:
+        self.matching, self.block, self.keeps, self.reduce = matching, block, keeps, reduce
+        self.tuned = {name: _wide(weight).detach().clone().requires_grad_() for name, weight in weights.items()}
+        others = {name: one.detach() for name, one in (*block.named_parameters(), *block.named_buffers())}
+        self.others = {name: _wide(one) for name, one in others.items() if name not in weights}
+
+    def __call__(self, tune: Sequence[Passage], held_out: Sequence[Passage]) -> dict[str, Tensor]:
+        """Tunes on some passages, and returns the weights, float32, that were best on others."""
+        matching = self.matching
+        optimizer = self._optimizer()
+        order = torch.Generator().manual_seed(matching.seed)
+        queue, looks = list[int](), {matching.steps * look // LOOKS for look in range(1, LOOKS + 1)}
+        with overridden(self.block, forward=partial(type(self.block).forward, self.block)):
+            best, state = self._measured(held_out), self._state()
+            for step in range(1, matching.steps + 1):
+                queue = queue or torch.randperm(len(tune), generator=order).tolist()
+                self._step(optimizer, tune[queue.pop()], 1 - (step - 1) / matching.steps)
+                if step in looks and (now := self._measured(held_out)) < best:
+                    best, state = now, self._state()
+        return state
+
+    def _optimizer(self) -> torch.optim.Adam:
+        groups = [
+            {"params": [weight], "lr": 0.0, "most": self.matching.lr * _size(weight.detach(), self.keeps[name])}
+            for name, weight in self.tuned.items()
+        ]
+        return torch.optim.Adam(groups, betas=DECAY)
+
+    def _step(self, optimizer: torch.optim.Adam, passage: Passage, share: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = share * group["most"]
+        with torch.enable_grad():
+            error, count = self._error(passage)
+            found = torch.autograd.grad(error / count, list(self.tuned.values()), allow_unused=True)
+        for (name, weight), gradient in zip(self.tuned.items(), found, strict=True):
+            own = torch.zeros_like(weight) if gradient is None else gradient * self.keeps[name]
+            weight.grad = own if self.reduce is None else self.reduce(own)
+        optimizer.step()
+
+    @torch.no_grad()
+    def _measured(self, passages: Sequence[Passage]) -> float:
+        """Returns the mean error of the tokens of passages, on all ranks."""
+        sums = torch.stack([torch.stack(self._error(passage)).double() for passage in passages]).sum(0)
+        error, count = sums if self.reduce is None else self.reduce(sums)
+        return float(error / count)
+
+    def _error(self, passage: Passage) -> tuple[Tensor, Tensor]:
+        """Returns the sum of the errors of tokens, and how many these are."""
+        args, kwargs = tree_map_only(Tensor, _wide, passage.given)
+        args, kwargs = tuple(map(spare, args)), {name: spare(value) for name, value in kwargs.items()}
+        given = stream_in(functional_call(self.block, self.tuned | self.others, args, kwargs))
+        assert given is not None, "it has come out before"
+        goal = _wide(passage.goal)
+        size = goal.square().sum(-1)
+        errors = (given - goal).square().sum(-1) / torch.where(size > 0, size, 1)
+        errors = errors if passage.counts is None else errors[passage.counts]
+        return errors.sum(), torch.tensor(float(errors.numel()), device=errors.device).clamp(min=1)
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: weight.detach().clone() for name, weight in self.tuned.items()}
+
+
+def stream_in(output: object) -> Tensor | None:
+    """Returns what a block hands to the next: the first tensor of floating-point numbers that it gives."""
+    return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+
+
+def _size(weight: Tensor, keep: Tensor) -> float:
+    """Returns the root mean square of kept weights."""
+    return math.sqrt(float(weight.square().sum() / keep.sum().clamp(min=1)))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Returns floating-point numbers in float32, outside of inference mode, in which nothing has gradients."""
+    tensor = tensor.clone() if tensor.is_inference() else tensor
+    return tensor.float() if tensor.is_floating_point() else tensor

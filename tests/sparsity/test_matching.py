@@ -61,7 +61,7 @@ def by_hand(weight, keep, tune, goals, matching):
         first = DECAY[0] * first + (1 - DECAY[0]) * slope
         second = DECAY[1] * second + (1 - DECAY[1]) * slope.square()
         down = (second / (1 - DECAY[1] ** step)).sqrt() + 1e-8
-        own = own - matching.lr * size * (1 - (step - 1) / matching.steps) * first / (1 - DECAY[0] ** step) / down
+        own = own - matching.lr * size * (1 - abs((2 * step - 1) / matching.steps - 1)) * first / (1 - DECAY[0] ** step) / down
     return own
 
 

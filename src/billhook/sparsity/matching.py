@@ -53,7 +53,8 @@ class BlockMatching:
 
     Args:
         steps: Steps of Adam for each block.
-        lr: Step size at the beginning, as a share of the root mean square of a linear's kept weights; it falls to zero.
+        lr: The largest step size, as a share of the root mean square of a linear's kept weights; it rises to that in the first
+            half of the steps, and falls to zero then.
         held_out: Fraction of the batches that is held out, in (0, 1); at least one is.
         seed: Of the order of batches.
 
@@ -67,7 +68,7 @@ class BlockMatching:
     """
 
     steps: int = 100
-    lr: float = 0.01
+    lr: float = 0.02
     held_out: float = 0.125
     seed: int = 0
 
@@ -79,7 +80,7 @@ class BlockMatching:
         whole("seed", self.seed, 0)
 
     def is_held_out(self, count: int) -> list[bool]:
-        """Chooses of so many batches, of two at least, some that lie evenly among them; True for each that is held out."""
+        """Picks some of so many batches, two at least, that lie evenly among them: True for each that is held out."""
         some = min(max(1, round(self.held_out * count)), count - 1)
         held = {int((place + 0.5) * count / some) for place in range(some)}
         return [number in held for number in range(count)]
@@ -119,7 +120,7 @@ class Tuning:
             best, state = self._measured(held_out), self._state()
             for step in range(1, matching.steps + 1):
                 queue = queue or torch.randperm(len(tune), generator=order).tolist()
-                self._step(optimizer, tune[queue.pop()], 1 - (step - 1) / matching.steps)
+                self._step(optimizer, tune[queue.pop()], _share(step, matching.steps))
                 if step in looks and (now := self._measured(held_out)) < best:
                     best, state = now, self._state()
         return state
@@ -168,6 +169,11 @@ class Tuning:
 def stream_in(output: object) -> Tensor | None:
     """Returns what a block hands to the next: the first tensor of floating-point numbers that it gives."""
     return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+
+
+def _share(step: int, steps: int) -> float:
+    """Returns the share of the largest step size that a step takes: it rises in the first half of the steps, and falls then."""
+    return 1 - abs((2 * step - 1) / steps - 1)
 
 
 def _size(weight: Tensor, keep: Tensor) -> float:

@@ -53,6 +53,10 @@ ROWS = {
     "ALPS, 2:4, layer, matched": (bh.ALPS(), PAIRS | {"sequential": "layer", "match": bh.BlockMatching(steps=28)}),
     "Refit(SparseGPT), 2:4, layer": (bh.Refit(bh.SparseGPT()), PAIRS | {"sequential": "layer"}),
 }
+ROWS |= {
+    f"{name}, permuted": (criterion, settings | {"permute": True})
+    for name, (criterion, settings) in ((name, ROWS[name]) for name in ROWS if "2:4" in name)
+}
 HEADER = "one shot | perplexity | sparsity | CPU s | forwards | peak memory above the model, MiB"
 
 

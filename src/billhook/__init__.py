@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from billhook.repairs.repair import Repair as Repair
 
     from billhook.sparsity.prune import prune as prune
+    from billhook.sparsity.orders.permute import permute_for as permute_for
     from billhook.sparsity.criteria import RIA as RIA, Magnitude as Magnitude, Wanda as Wanda
     from billhook.sparsity.sparsegpt import SparseGPT as SparseGPT
     from billhook.sparsity.alps import ALPS as ALPS
@@ -89,6 +90,7 @@ else:
         "billhook.pruning.repair": "repair",
         "billhook.repairs.repair": "Repair",
         "billhook.sparsity.prune": "prune",
+        "billhook.sparsity.orders.permute": "permute_for",
         "billhook.sparsity.criteria": "RIA Magnitude Wanda",
         "billhook.sparsity.sparsegpt": "SparseGPT",
         "billhook.sparsity.alps": "ALPS",

@@ -146,3 +146,31 @@ def test_offloaded_to_the_only_device_there_is_the_figures_are_the_same(tmp_path
     plain, *others = (json.loads((tmp_path / out / "billhook.json").read_text()) for out in ("plain", "offloaded", "said"))
     assert all(other["perplexity"] == plain["perplexity"] for other in others)
     assert {one.name for one in tmp_path.iterdir() if one.is_dir()} == {"plain", "offloaded", "said"}
+
+
+def test_channels_in_the_order_in_which_groups_lose_least(tmp_path, data, capsys):
+    main(["prune", "tiny", str(tmp_path / "out"), "--pattern", "2:4", "--permute", "true", *data, *SHORT])
+    assert "channels in the order in which groups lose least" in capsys.readouterr().out
+    record, dense = json.loads((tmp_path / "out" / "billhook.json").read_text()), bh.load("tiny")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert record["pruned"]["permute"] is True
+    weight = model.model.layers[0].mlp.down_proj.weight
+    assert (weight.view(len(weight), -1, 4) != 0).sum(-1).eq(2).all()
+    before, then = dense.model.embed_tokens.weight[5].tolist(), model.model.embed_tokens.weight[5].tolist()
+    assert before != then
+    assert sorted(before) == sorted(then)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["--sparsity", "0.5"], "the order of channels counts only where groups are pruned"),
+        (["--pattern", "2:4", "--dry_run", "true"], "dry_run=True leaves it"),
+        (["--pattern", "2:4", "--stream", "true"], "the order of channels runs through all blocks"),
+    ],
+)
+def test_an_order_that_cannot_be_changed(tmp_path, data, settings, said, capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "tiny", str(tmp_path / "out"), "--permute", "true", *settings, *data])
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

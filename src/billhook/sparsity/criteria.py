@@ -189,7 +189,7 @@ class RIA(Criterion):
     """S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||^a (relative importance and activations).
 
     From "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", Zhang, Bai, Lin, Zhao, Hou &
-    Cannistraci, ICLR 2024, https://openreview.net/forum?id=Tr0lPx9woF. Its permutation of channels for N:M is left out.
+    Cannistraci, ICLR 2024, https://openreview.net/forum?id=Tr0lPx9woF. Its permutation of channels for N:M is `permute_for`.
 
     Args:
         exponent: a, of the inputs' norms.

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,11 +11,10 @@ from torch import nn
 
 from billhook.adapters.masked import counted
 from billhook.arguments import annotated
-from billhook.calibration.calibration import Batches, batches_of
+from billhook.calibration.calibration import Batches
 from billhook.model.convolutions import Convolutions
 from billhook.model.linears import weight_of
 from billhook.model.values import check_changeable
-from billhook.running.batches import Run, runs_of
 from billhook.running.sharded.shards import is_sharded, reshard, whole
 from billhook.running.walk import Reduce, Sequential
 from billhook.sparsity.allocation import Allocation, Uniform
@@ -34,9 +34,10 @@ from billhook.sparsity.grouped import scores_of
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.matched import MatchingVisitor
 from billhook.sparsity.matching import BlockMatching
+from billhook.sparsity.orders.permute import check_permutable, check_permute, in_order
 from billhook.sparsity.plan import Applied, Pruned, WeightPlan
 from billhook.sparsity.visitor import GlobalPruningVisitor, Progress, PruningVisitor
-from billhook.sparsity.walks import Walks
+from billhook.sparsity.walks import Walks, runs_for
 from billhook.streaming.stream import stream_of
 
 Blocks = Sequence[Mapping[str, nn.Module]]
@@ -60,6 +61,7 @@ def prune(
     progress: Progress | None = None,
     offload: str | torch.device | None = None,
     activations: str | None = None,
+    permute: bool = False,
     dry_run: bool = False,
 ) -> WeightPlan:
     """Zeroes the least important weights of a model's linear layers and convolutions, in place and in one shot.
@@ -96,6 +98,7 @@ def prune(
         offload: A device, such as `"cuda"`, to which the blocks of a model are moved one at a time and back; the outputs of a
             block stay with the model. With `sequential="none"` they are moved again for each batch.
         activations: A folder for the outputs of blocks, in files that are removed afterwards; by default memory.
+        permute: Whether channels are first put in the order in which groups of N:M lose least, as `permute_for` does.
         dry_run: Whether the model stays as it is; `bh.apply(model, plan)` carries out the plan later.
 
     Returns:
@@ -121,6 +124,9 @@ def prune(
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
     check_changeable(model)
     reshard(model)
+    if permute:
+        check_permute(pattern, dry_run, stream_of(model) is not None, reduce)
+        check_permutable(model)
     linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
     if match is not None:
         check_matching(model, criterion, sequential, count_adapters, offload)
@@ -129,15 +135,15 @@ def prune(
         check_sharded(criterion, allocation, reduce, offload)
     if stream_of(model) is not None:
         check_streamed(offload, reduce)
-    needing = _needing(criterion, allocation, match)
-    runs = _runs(model, batches, needing, reduce)
+    runs = runs_for(model, batches, _needing(criterion, allocation, match), reduce)
     walks = Walks(model, linears, runs, reduce, device, folder, adapters)
     warn_of_others(model, linears)
-    sparsities = _sparsities(walks, amount, allocation)
-    key = None if dry_run else f"{criterion} {pattern} {sequential} {sparsities}" + (f" {match}" if match else "")
-    make = partial(_kind(criterion, match), criterion, sparsities, pattern, progress)
-    pruned = walks(sequential if needs_data(criterion) or match else None, make, key).pruned
-    uncalled = _uncalled(linears, pruned)
+    with in_order(walks, criterion, pattern) if permute else nullcontext():
+        sparsities = _sparsities(walks, amount, allocation)
+        key = None if dry_run else f"{criterion} {pattern} {sequential} {sparsities}" + (f" {match}" if match else "")
+        make = partial(_kind(criterion, match), criterion, sparsities, pattern, progress)
+        pruned = walks(sequential if needs_data(criterion) or match else None, make, key).pruned
+        uncalled = _uncalled(linears, pruned)
     shapes = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
     plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, uncalled)
     if not dry_run and stream_of(model) is None:
@@ -156,24 +162,6 @@ def _kind(criterion: Criterion, match: BlockMatching | None) -> Callable[..., Pr
     if match is not None:
         return partial(MatchingVisitor, match)
     return GlobalPruningVisitor if criterion.compares == "global" else PruningVisitor
-
-
-def _runs(model: nn.Module, batches: Batches | None, needing: Sequence[object], reduce: Reduce | None) -> list[Run]:
-    """Makes a run of each batch, if something needs data; refuses to go without any, on all ranks together."""
-    if not needing:
-        return []
-    if batches is None and (is_sharded(model) or reduce is not None):
-        raise ValueError(f"batches=None: {type(needing[0]).__name__} needs calibration data")
-    runs = runs_of(model, batches_of(batches, model))
-    matches = any(isinstance(one, BlockMatching) for one in needing)
-    found = torch.tensor([len(runs), int(matches and len(runs) < 2)], device=next(model.parameters()).device)
-    count, lacking = (found if reduce is None else reduce(found)).tolist()
-    if not count:
-        raise ValueError(f"batches=an empty collection: {type(needing[0]).__name__} needs calibration data")
-    if lacking:
-        each = "" if reduce is None else " on each rank"
-        raise ValueError(f"batches: match holds some out, and needs two at least{each}, got {len(runs)} here: give smaller ones")
-    return runs
 
 
 def _uncalled(linears: Iterable[str], pruned: Mapping[str, Pruned | Applied]) -> tuple[str, ...]:

@@ -142,7 +142,7 @@ class PruningVisitor:
             weight, adapter = whole(weight_of(linear)), self.adapters.get(name)
             scored = counted(weight, adapter)
             if own:
-                with _naming(name):
+                with naming(name):
                     new, keep = prune_by(self.criterion, scored, self._statistics(name), self.sparsities[name], self.pattern)
             else:
                 new, keep = torch.zeros_like(scored), torch.zeros_like(scored, dtype=torch.bool)
@@ -210,7 +210,7 @@ class GlobalPruningVisitor(PruningVisitor):
         """Scores the weights of a linear."""
         linear, statistics = self.seen[name]
         weight = counted(whole(weight_of(linear)), self.adapters.get(name))
-        with _naming(name):
+        with naming(name):
             check_finite(weight, "the weight")
             return scores_of(self.criterion, weight, statistics)
 
@@ -229,7 +229,7 @@ def _version(tensor: Tensor) -> float:
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Puts a linear's name before the criterion's refusal."""
     try:
         yield

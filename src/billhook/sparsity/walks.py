@@ -9,19 +9,39 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from billhook.calibration.calibration import Batches, batches_of
 from billhook.model.linears import find_twins
-from billhook.running.batches import Run, tell_apart
+from billhook.running.batches import Run, runs_of, tell_apart
 from billhook.running.offload import Shelf, offloaded
 from billhook.running.replaced import replaced
 from billhook.running.sharded.shards import gathered, is_sharded, unsharded
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
+from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.streamed import StreamedPruning
 from billhook.sparsity.streamed_global import StreamedGlobalPruning
 from billhook.sparsity.visitor import GlobalPruningVisitor, InputsDiffer, PruningVisitor
 from billhook.streaming.stream import Stream, stream_of
 
 V = TypeVar("V", bound=PruningVisitor)
+
+
+def runs_for(model: nn.Module, batches: Batches | None, needing: Sequence[object], reduce: Reduce | None) -> list[Run]:
+    """Makes a run of each batch, if something needs data; refuses to go without any, on all ranks together."""
+    if not needing:
+        return []
+    if batches is None and (is_sharded(model) or reduce is not None):
+        raise ValueError(f"batches=None: {type(needing[0]).__name__} needs calibration data")
+    runs = runs_of(model, batches_of(batches, model))
+    matches = any(isinstance(one, BlockMatching) for one in needing)
+    found = torch.tensor([len(runs), int(matches and len(runs) < 2)], device=next(model.parameters()).device)
+    count, lacking = (found if reduce is None else reduce(found)).tolist()
+    if not count:
+        raise ValueError(f"batches=an empty collection: {type(needing[0]).__name__} needs calibration data")
+    if lacking:
+        each = "" if reduce is None else " on each rank"
+        raise ValueError(f"batches: match holds some out, and needs two at least{each}, got {len(runs)} here: give smaller ones")
+    return runs
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from billhook.sparsity.checks import check_folder, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.matching import BlockMatching
+from billhook.sparsity.orders.permute import check_permute
 from billhook.sparsity.prune import prune as prune_weights
 
 
@@ -29,6 +30,7 @@ def prune(
     convolutions: Convolutions = "mixing",
     offload: bool = False,
     activations: str | None = None,
+    permute: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Zeroes the least important weights of a model and saves it, verified, with its perplexity before and after.
@@ -52,17 +54,22 @@ def prune(
             depthwise ones and those that read pixels; or "none".
         offload: Whether the model stays in the CPU's memory, and its blocks visit the device one at a time.
         activations: A folder for the outputs of blocks during calibration; by default they stay in memory.
+        permute: Whether channels are first put in the order in which groups of N:M lose least; the model then computes the same,
+            and nothing is gathered. Not with dry_run.
         dry_run: Score the weights, print the plan and write nothing.
 
     Raises:
         ValueError: If an argument is not legal or two contradict each other; before anything is written.
     """
     amount = check_amount(sparsity, pattern)
+    if permute:
+        check_permute(pattern, dry_run, given.stream)
     folder = check_folder(activations)
     reads = needs_data(criterion or Wanda()) or (allocation is not None and allocation.measures) or match is not None
     work = OneShot(model, out, given, offload, calibrates=reads, streams=True)
     how = f"{criterion or Wanda()}" + (f", and match each block by {match}" if match else "")
-    what = f"zero {amount:.4g} of the weights of linears ({pattern}), by {how}"
+    order = ", channels in the order in which groups lose least" if permute else ""
+    what = f"zero {amount:.4g} of the weights of linears ({pattern}), by {how}{order}"
     work.tell(what, f"shown {work.shown if reads else NONE}", passes=_passes(criterion or Wanda(), allocation))
     if dry_run and work.calibrates and work.unread:
         work.tell_dry()
@@ -85,6 +92,7 @@ def prune(
             progress=progress,
             offload=work.device if offload else None,
             activations=folder or rests,
+            permute=permute,
             dry_run=dry_run,
         )
     if dry_run:
@@ -92,6 +100,7 @@ def prune(
         return
     done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": sequential}
     done |= {"match": str(match)} if match else {}
+    done |= {"permute": True} if permute else {}
     what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linears"
     work.save(before, what, {"pruned": done}, plan.text())
 

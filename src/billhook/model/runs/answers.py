@@ -27,6 +27,15 @@ def answer(model: PreTrainedModel) -> list[Tensor]:
 
 
 @torch.no_grad()
+def logits_of(model: PreTrainedModel) -> list[Tensor]:
+    """Returns the logits that a model gives, or all that `answer` returns if it gives none: float64, on the CPU."""
+    with precisely(), resting(model):
+        given = model(**small_inputs(model), return_dict=True)
+    logits = {name: value for name, value in given.items() if "logits" in name}
+    return _real(logits if {"logits", "prediction_logits"} & logits.keys() else given)
+
+
+@torch.no_grad()
 def cached_answer(model: PreTrainedModel) -> tuple[list[Tensor], Exception | None]:
     """Returns what `answer` does with a key-value cache, then for one token more; ends with the error of what does not run."""
     inputs, found = small_inputs(model), list[Tensor]()

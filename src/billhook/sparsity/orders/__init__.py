@@ -1,0 +1,1 @@
+"""The order of channels in which groups of N:M lose least."""

@@ -77,7 +77,14 @@ def legal(name):
     by_name = {
         **{"model": MODEL, "config": MODEL.config, "models": [MODEL], "units": units, "plan": PLAN, "batches": BATCHES},
         **{"kind": bh.TransformerModule if name == "load_from_checkpoint" else "head", "importance": bh.WeightNorm()},
-        **{"num_key_value_heads": 2, "ratio": 0.5, "amount": bh.Amount(heads=0.5), "data": "tiny", "folder": "nowhere"},
+        **{
+            "num_key_value_heads": 2,
+            "ratio": 0.5,
+            "pattern": "2:4",
+            "amount": bh.Amount(heads=0.5),
+            "data": "tiny",
+            "folder": "nowhere",
+        },
         **{"texts": bh.Calibration(), "name": "a", "checkpoint_path": "nowhere.ckpt", "index": np.zeros(1), "kv_of": np.zeros(1)},
         **dict.fromkeys(("readers", "leaves", "kv_leaves", "members"), ()),
     }

@@ -1,4 +1,4 @@
-"""What has been put in another order."""
+"""The order in which the channels of a model have been put."""
 
 import re
 from collections import defaultdict

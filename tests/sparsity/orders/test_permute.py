@@ -1,13 +1,16 @@
 """`permute_for`, and `prune(permute=True)`: the model computes the same, keeps more of its scores, and is exactly N:M."""
 
 import copy
+from functools import partial
 
 import peft
 import pytest
 import torch
 import transformers
+from torch import nn
 
 import billhook as bh
+from billhook.model.convolutions import is_convolution, patches
 from billhook.model.linears import prunable, weight_of
 from billhook.running.statistics import InputNorms
 from billhook.sparsity.masks import keep_n_of_m
@@ -21,6 +24,7 @@ MODELS = {
     **{name: (lambda name=name: build(name)) for name in ("mixtral", "qwen3_moe", "olmo2")},
     "whisper": lambda: family("whisper"),
     "vit": lambda: family("vit"),
+    "resnet": lambda: family("resnet"),
 }
 
 
@@ -43,7 +47,8 @@ def scores_of(model, batches):
     hooks = []
     for name, linear in linears.items():
         norms[name] = InputNorms(weight_of(linear).shape[1])
-        hooks.append(linear.register_forward_pre_hook(lambda _, args, own=norms[name]: own.add(args[0])))
+        reads = partial(patches, linear) if is_convolution(linear) else nn.Identity()
+        hooks.append(linear.register_forward_pre_hook(lambda _, args, own=norms[name], reads=reads: own.add(reads(args[0]))))
     logits(model, batches)
     for hook in hooks:
         hook.remove()
@@ -68,7 +73,7 @@ def test_the_model_computes_the_same_and_keeps_more(name):
         torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
     assert not same(model, before)
     assert kept_in(scores_of(model, batches)) > kept_in(first)
-    assert {one.kind for one in done.axes} >= {"residual", "value"}
+    assert {one.kind for one in done.axes} >= ({"residual", "channel"} if name == "resnet" else {"residual", "value"})
     assert all(then >= share - 1e-6 for share, then in (one.kept for one in done.axes))
 
 
@@ -211,7 +216,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="has 48 inputs, which 5 does not divide|has 32 inputs, which 5 does not divide"):
             bh.permute_for(model, "2:5", batches_of(model))
         with pytest.raises(ValueError, match="holds no Hugging Face model"):
-            bh.permute_for(torch.nn.Sequential(torch.nn.Linear(8, 8)), "2:4", [torch.ones(1, 8)])
+            bh.permute_for(nn.Sequential(nn.Linear(8, 8)), "2:4", [torch.ones(1, 8)])
 
     def test_while_a_mask_stands_before_units(self):
         model = llama()

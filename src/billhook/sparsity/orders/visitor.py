@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from billhook.adapters.masked import counted
 from billhook.model.linears import weight_of
 from billhook.sparsity.criteria import Criterion, check_finite
+from billhook.sparsity.grouped import scores_of
 from billhook.sparsity.orders.free import Free
 from billhook.sparsity.orders.search import find_order, kept
 from billhook.sparsity.visitor import PruningVisitor, naming
@@ -48,7 +49,7 @@ class OrderingVisitor(PruningVisitor):
             with naming(name):
                 weight = counted(weight_of(linear), self.adapters.get(name))
                 check_finite(weight, "the weight")
-                scores = self.criterion.score(weight, self._statistics(name)).float()
+                scores = scores_of(self.criterion, weight, self._statistics(name)).float()
                 check_finite(scores, "a score")
             for number in reading:
                 axis = self.free[number]

@@ -63,6 +63,7 @@ if TYPE_CHECKING:
 
     from billhook.training.module import TransformerModule as TransformerModule
     from billhook.training.data import TextDataModule as TextDataModule, ClassificationDataModule as ClassificationDataModule
+    from billhook.training.images import ImageDataModule as ImageDataModule
     from billhook.training.evaluation import evaluate as evaluate
     from billhook.training.distillation import Distillation as Distillation
 
@@ -114,6 +115,7 @@ else:
         "Damage Export Report Shrink",
         "billhook.training.module": "TransformerModule",
         "billhook.training.data": "TextDataModule ClassificationDataModule",
+        "billhook.training.images": "ImageDataModule",
         "billhook.training.evaluation": "evaluate",
         "billhook.training.distillation": "Distillation",
     }

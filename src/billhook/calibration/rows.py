@@ -1,7 +1,7 @@
 """Rows of data to examples of token ids, with `datasets`."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -100,12 +100,18 @@ def classify(
     numbers: dict[Any, int] | None = None,
 ) -> Batch:
     """Encodes texts, or pairs of texts, with their labels, of which `numbers` may be given."""
-    labels = [label if numbers is None else numbers.get(label, label) for label in rows[label_column]]
-    if wrong := [label for label in labels if not isinstance(label, int)]:
-        known = f", or one of {', '.join(map(str, numbers))}" if numbers else ""
-        raise ValueError(f"the column '{label_column}' must hold labels, whole numbers from 0{known}; it holds {wrong[0]!r}")
+    labels = numbered(rows[label_column], label_column, numbers)
     encoded = tokenizer(*(_texts(rows[column], column) for column in text_columns), truncation=True, max_length=max_length)
     return {**encoded, "labels": labels}
+
+
+def numbered(labels: Sequence[Any], column: str, numbers: Mapping[Any, int] | None = None) -> list[int]:
+    """Returns labels by number, as given, or as they are; refuses what is no number then."""
+    found = [label if numbers is None else numbers.get(label, label) for label in labels]
+    if wrong := [label for label in found if not isinstance(label, int)]:
+        known = f", or one of {', '.join(map(str, numbers))}" if numbers else ""
+        raise ValueError(f"the column '{column}' must hold labels, whole numbers from 0{known}; it holds {wrong[0]!r}")
+    return found
 
 
 def translate(rows: Batch, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], lengths: Sequence[int]) -> Batch:

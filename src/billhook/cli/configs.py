@@ -146,4 +146,9 @@ def public_classes(of: type) -> list[type]:
 
 def _is_public(one: type) -> bool:
     ours = one.__module__.startswith("billhook.") and not one.__module__.startswith("billhook.cli.")
-    return ours and not inspect.isabstract(one) and not one.__name__.startswith("_")
+    return ours and not _is_abstract(one) and not one.__name__.startswith("_")
+
+
+def _is_abstract(one: type) -> bool:
+    """Tells whether a class has an abstract method, also where its metaclass does not know."""
+    return any(getattr(getattr(one, name, None), "__isabstractmethod__", False) for name in dir(one))

@@ -21,11 +21,13 @@ from billhook.calibration.rows import (
     pack,
     translate,
 )
-from billhook.training.dataset_module import DatasetModule, NoExamples
-from billhook.training.labels import name_labels, names_in, number_labels, numbers_of
+from billhook.training.dataset_module import NoExamples
+from billhook.training.labelled import LabelledModule
+from billhook.training.labels import numbers_of
+from billhook.training.tokenized import TokenizedModule
 
 
-class TextDataModule(DatasetModule):
+class TextDataModule(TokenizedModule):
     """Text, chats, or prompts and responses for language models, tokenised and packed into blocks of equal length, or padded.
 
     A row of a hub data set, .jsonl, .csv or .parquet file has one of these, in this order:
@@ -88,9 +90,10 @@ class TextDataModule(DatasetModule):
         weights: Sequence[float] | None = None,
     ) -> None:
         annotated(TextDataModule, locals())
-        super().__init__(data, tokenizer, batch_size, seed, num_workers, streaming, validation, weights)
+        super().__init__(data, batch_size, seed, num_workers, streaming, validation, weights)
         whole("block_size", block_size, 2)  # a token to read and one to predict
         fraction("mlm_probability", mlm_probability)
+        self.tokenizer_name = tokenizer
         self.block_size, self.column, self.mlm_probability = block_size, column, mlm_probability
         self.loss_on, self.packing = loss_on, packing
 
@@ -133,7 +136,7 @@ class TextDataModule(DatasetModule):
         return SteadyMasking(self.tokenizer, mlm_probability=self.mlm_probability)
 
 
-class ClassificationDataModule(DatasetModule):
+class ClassificationDataModule(LabelledModule, TokenizedModule):
     """Texts, or pairs of texts, with a label each.
 
     Args:
@@ -174,10 +177,10 @@ class ClassificationDataModule(DatasetModule):
         validation: float = 0.05,
     ) -> None:
         annotated(ClassificationDataModule, locals())
-        super().__init__(data, tokenizer, batch_size, seed, num_workers, validation=validation)
+        super().__init__(data, batch_size, seed, num_workers, validation=validation)
         whole("max_length", max_length)
-        self.text_columns, self.label_column, self.max_length = text_columns or ["text"], label_column, max_length
-        self.names, self.label2id = list[str](), dict[str, int]()
+        self.tokenizer_name, self.text_columns = tokenizer, text_columns or ["text"]
+        self.label_column, self.max_length = label_column, max_length
         if len(self.text_columns) > 2:
             raise ValueError(f"text_columns={self.text_columns}: one column, or two for pairs")
 
@@ -189,19 +192,6 @@ class ClassificationDataModule(DatasetModule):
                 f"ClassificationDataModule: a {type(model).__name__} predicts tokens and no classes: train a classifier "
                 "(task='sequence-classification')"
             )
-
-    def read(self, model: PreTrainedModel | None = None) -> None:
-        """Makes the splits, with the numbers that a model gives to labels; it then knows their names."""
-        if model is not None and number_labels(self.names, model.config, self.label_column) != self.label2id:
-            self.splits = {}  # which were made for a model that gives other numbers
-        super().read(model)
-        if model is not None:
-            name_labels(model.config, self.label2id)
-
-    def prepare(self, given: Sequence[dict[str, Rows]], model: PreTrainedModel | None) -> None:
-        """Finds the names of labels."""
-        self.names = [name for splits in given for name in names_in(splits, self.label_column)]
-        self.label2id = number_labels(self.names, None if model is None else model.config, self.label_column)
 
     def encode(self, rows: Rows, split: str) -> Rows:
         """Turns rows of text and label into rows of token ids and labels."""
@@ -216,7 +206,7 @@ class ClassificationDataModule(DatasetModule):
         return collator
 
 
-class Seq2SeqDataModule(DatasetModule):
+class Seq2SeqDataModule(TokenizedModule):
     """Pairs of source and target texts.
 
     Args:
@@ -257,10 +247,10 @@ class Seq2SeqDataModule(DatasetModule):
         validation: float = 0.05,
     ) -> None:
         annotated(Seq2SeqDataModule, locals())
-        super().__init__(data, tokenizer, batch_size, seed, num_workers, validation=validation)
+        super().__init__(data, batch_size, seed, num_workers, validation=validation)
         whole("max_source_length", max_source_length)
         whole("max_target_length", max_target_length)
-        self.source_column, self.target_column = source_column, target_column
+        self.tokenizer_name, self.source_column, self.target_column = tokenizer, source_column, target_column
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
 
     def check(self, model: PreTrainedModel) -> None:

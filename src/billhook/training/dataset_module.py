@@ -1,4 +1,4 @@
-"""The part that all data modules share: splits from `datasets`, a tokenizer, and loaders in a resumable order."""
+"""The part that all data modules share: splits from `datasets`, and loaders in a resumable order."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -10,14 +10,13 @@ import lightning.pytorch as pl
 from datasets.distributed import split_dataset_by_node
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from billhook.arguments import fraction, whole
 from billhook.calibration.reading import SPLITS, Data, Rows, Table, check_data, load_splits
 from billhook.calibration.rows import Batch
 from billhook.fit.lightning_internals import drop_training_loaders
 from billhook.model.find import find_transformer
-from billhook.model.preprocessors import load_tokenizer
 from billhook.training.loader import EpochSampler, ResumableLoader, batches_seen, fit_place, place_of
 from billhook.training.splits import check_weights, held_out, join, tell_held_out
 
@@ -27,12 +26,11 @@ class NoExamples(ValueError):
 
 
 class DatasetModule(pl.LightningDataModule):
-    """Base of the data modules: splits from `datasets`, a tokenizer, and loaders in a deterministic, resumable order."""
+    """Base of the data modules: splits from `datasets`, and loaders in a deterministic, resumable order."""
 
     def __init__(
         self,
         data: Data | Table | list[Data | Table] = "tiny",
-        tokenizer: str | None = None,
         batch_size: int = 8,
         seed: int = 0,
         num_workers: int = 0,
@@ -49,33 +47,21 @@ class DatasetModule(pl.LightningDataModule):
         for source in sources:
             check_data(source)
         check_weights(weights, len(sources))
-        self.data, self.tokenizer_name = data, tokenizer
-        self.validation, self.weights = validation, weights
+        self.data, self.validation, self.weights = data, validation, weights
         self.batch_size, self.seed, self.num_workers, self.streaming = batch_size, seed, num_workers, streaming
         self.splits: dict[str, Rows] = {}
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self._resume: dict[str, int] = {}
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded when first asked for."""
-        if self._tokenizer is None:
-            name = self.tokenizer_name or self._name_of_model()
-            tokenizer: PreTrainedTokenizerBase = load_tokenizer(name)
-            if tokenizer.pad_token is None:
-                tokenizer.pad_token = tokenizer.eos_token
-            self._tokenizer = tokenizer
-        return self._tokenizer
-
-    def _name_of_model(self) -> str:
+    def name_of_model(self, needed: str) -> str:
+        """Returns where the model in training came from, beside which what is needed is saved."""
         module = getattr(self.trainer, "lightning_module", None)
         name = None if module is None else find_transformer(module).config.name_or_path
         if not name:
-            raise ValueError("tokenizer: the model in training does not say where it came from; name a tokenizer")
+            raise ValueError(f"{needed}: the model in training does not say where it came from; name a {needed}")
         return str(name)
 
     def prepare_data(self) -> None:
-        """Reads, tokenises and caches the data in one process, for the others to find in the cache."""
+        """Reads, prepares and caches the data in one process, for the others to find in the cache."""
         if not self.streaming:
             self.setup("fit")
 
@@ -129,7 +115,7 @@ class DatasetModule(pl.LightningDataModule):
 
     @abstractmethod
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Turns rows of text into rows of token ids."""
+        """Turns rows of the data into examples."""
 
     @abstractmethod
     def collate(self) -> Callable[[list[Batch]], Batch]:

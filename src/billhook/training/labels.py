@@ -1,6 +1,6 @@
 """Names of a classifier's labels: found in the data, numbered as the model numbers them, and kept in its config."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -21,7 +21,7 @@ def names_in(splits: Mapping[str, Rows], column: str) -> list[str]:
     return sorted(found)
 
 
-def number_labels(names: list[str], config: PretrainedConfig | None, column: str) -> dict[str, int]:
+def number_labels(names: Sequence[str], config: PretrainedConfig | None, column: str) -> dict[str, int]:
     """Numbers labels by name, as a model does that knows them all, or else in their order.
 
     Raises:

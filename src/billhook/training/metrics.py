@@ -29,8 +29,16 @@ class TokenPerplexity(Metric):
         return torch.exp(self.total / self.tokens)
 
 
-def metric_of(task: str, num_labels: int | None) -> Metric:
-    """Makes the metric of a task: accuracy for classification, perplexity for all others."""
-    if task.endswith("classification"):
-        return MulticlassAccuracy(num_classes=num_labels or 2, average="micro")
-    return TokenPerplexity()
+TOP = 5
+"""How many classes an image may be taken for, in the second accuracy of image classification."""
+
+
+def metrics_of(task: str, num_labels: int | None) -> dict[str, Metric]:
+    """Makes the metrics of a task, by name: accuracy for classification, of images of many classes also top 5, or perplexity."""
+    if not task.endswith("classification"):
+        return {"perplexity": TokenPerplexity()}
+    classes = num_labels or 2
+    found: dict[str, Metric] = {"accuracy": MulticlassAccuracy(num_classes=classes, average="micro")}
+    if task == "image-classification" and classes > TOP:
+        found[f"accuracy_top{TOP}"] = MulticlassAccuracy(num_classes=classes, top_k=TOP, average="micro")
+    return found

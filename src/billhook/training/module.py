@@ -29,7 +29,7 @@ from billhook.running.sharded.shards import is_sharded, shard
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.training.distillation import Distillation, Teacher, check_teacher
 from billhook.training.loader import batches_seen
-from billhook.training.metrics import TokenPerplexity, metric_of
+from billhook.training.metrics import TokenPerplexity, metrics_of
 from billhook.training.trainable import Trainable, check_trainable, freeze_others
 
 Decay = Literal["cosine", "linear", "constant"]
@@ -40,7 +40,8 @@ TEACHER, NOISE, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
 class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
     """A Hugging Face model in training: loss from the model, token-weighted perplexity or accuracy, AdamW, warm-up and decay.
 
-    Logs `train_loss`, `val_loss`, and `val_perplexity` or `val_accuracy` (`test_...` likewise).
+    Logs `train_loss`, `val_loss`, and `val_perplexity` or `val_accuracy` (`test_...` likewise); of images of more than five
+    classes also `val_accuracy_top5`, for which the right class may be any of the five likeliest.
 
     After pruning, three ways restore quality. Full training (`lora=None`) needs memory for gradients and AdamW's state, 12 bytes
     a weight in float32, and enough text. `lora` trains a few weights next to frozen ones, for little memory or text. It is either
@@ -130,7 +131,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             enable = getattr(self.model, "activation_checkpointing_enable", None) or self.model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         classes = self.model.config.num_labels
-        self.metrics = nn.ModuleDict({f"{stage}_metric": metric_of(task, classes) for stage in ("val", "test")})
+        self.metrics = nn.ModuleDict({stage: nn.ModuleDict(metrics_of(task, classes)) for stage in ("val", "test")})
         self.metric_name = "accuracy" if task.endswith("classification") else "perplexity"
         self.model.train()
         if self.model.main_input_name == "input_ids":
@@ -236,11 +237,11 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self.noise.seed = self.trainer.strategy.broadcast(self.noise.draw())
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs `val_loss` and the task's metric."""
+        """Logs `val_loss` and the task's metrics."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs `test_loss` and the task's metric."""
+        """Logs `test_loss` and the task's metrics."""
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -253,17 +254,14 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
         output, labels = self(**batch), batch["labels"]
-        metric = cast(Metric, self.metrics[f"{stage}_metric"])
-        if isinstance(metric, TokenPerplexity):
-            # a causal model predicts each label but the first
-            predicted = labels[:, 1:] if self.task == "causal-lm" else labels
-            weight = (predicted != -100).sum()
-            metric.update(output.loss, weight)
-        else:
-            weight = torch.tensor(len(labels))
-            metric.update(output.logits, labels)
+        # a causal model predicts each label but the first
+        predicted = labels[:, 1:] if self.task == "causal-lm" else labels
+        weight = (predicted != -100).sum()
         self.log(f"{stage}_loss", output.loss, batch_size=int(weight), sync_dist=True)
-        self.log(f"{stage}_{self.metric_name}", metric, prog_bar=True, batch_size=int(weight))
+        for name, metric in cast(dict[str, Metric], self.metrics[stage]).items():
+            given = (output.loss, weight) if isinstance(metric, TokenPerplexity) else (output.logits, labels)
+            metric.update(*given)
+            self.log(f"{stage}_{name}", metric, prog_bar=True, batch_size=int(weight))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Makes AdamW (fused where possible) with warm-up and decay by optimizer step."""

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import pad, unfold
 from transformers import ConvNextConfig, ConvNextForImageClassification, ResNetConfig, ResNetForImageClassification
 
 import billhook as bh
 from billhook.model.linears import prunable
+from billhook.running.sharded.shards import whole
 from billhook.sparsity import grouped
 from kit.sparsity import CRITERIA, stable_sort_layer, stable_sort_rows
 
@@ -183,3 +185,16 @@ def test_convolutions_and_linears_compete(criterion):
     masks = plan.masks(model)
     assert all(torch.equal(masks[name], one.weight != 0) for name, one in found.items())
     assert len({round(float((one.weight == 0).float().mean()), 2) for one in found.values()}) > 3
+
+
+@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.Refit(), bh.Wanda(compares="global")], ids=str)
+def test_sharded_convolutions_become_what_whole_ones_do(mesh, criterion):
+    torch.manual_seed(0)
+    config = ConvNextConfig(hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1], num_labels=3)
+    plain, batches = ConvNextForImageClassification(config).eval(), [{"pixel_values": torch.randn(2, 3, 32, 32)}]
+    model = copy.deepcopy(plain)
+    for part in (*model.convnext.encoder.stages, model):
+        fully_shard(part, mesh=mesh)
+    for one in (plain, model):
+        bh.prune(one, criterion, batches, 0.5, convolutions="all", sequential="none", reduce=lambda tensor: tensor)
+    assert all(torch.equal(whole(own), other) for own, other in zip(model.parameters(), plain.parameters(), strict=True))

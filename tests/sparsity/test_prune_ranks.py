@@ -160,3 +160,14 @@ def test_ranks_of_which_one_cannot_solve_for_a_linear_all_stop():
     given = [Failing(), bh.SparseGPT()]
     with pytest.raises(ValueError, match=r"model\.layers\.0\..*: no memory is left"):
         Ranks(2).run(lambda rank, reduce: bh.prune(llama(), given[rank], [{"input_ids": tokens(4)}], sparsity=0.5, reduce=reduce))
+
+
+@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.Refit()], ids=str)
+def test_ranks_come_to_one_mask_of_convolutions(criterion):
+    """Each group of a depthwise convolution has sums of its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8, padding=1), nn.Conv2d(8, 4, 1))
+    given = [torch.randn(2, 3, 6, 6) for _ in range(3)]
+    options = {"criterion": criterion, "sparsity": 0.5, "convolutions": "all"}
+    expected = bh.prune(model, batches=given, **options, dry_run=True).masks(model)
+    assert agree(planned(model, given, 2, **options), expected) == 1

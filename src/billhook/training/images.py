@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 from torch.utils.data import default_collate
-from transformers import AutoImageProcessor, ImageProcessingMixin, PreTrainedModel
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
 from billhook.arguments import annotated
 from billhook.calibration.reading import Data, Rows, Table, check_columns
@@ -61,15 +61,15 @@ class ImageDataModule(LabelledModule):
         annotated(ImageDataModule, locals())
         super().__init__(data, batch_size, seed, num_workers, validation=validation)
         self.processor_name, self.image_column, self.label_column = processor, image_column, label_column
-        self._processor: ImageProcessingMixin | None = None
+        self._processor: BaseImageProcessor | None = None
 
     @property
-    def image_processor(self) -> ImageProcessingMixin:
+    def image_processor(self) -> BaseImageProcessor:
         """The image processor, loaded when first asked for."""
         if self._processor is None:
             name = self.processor_name or self.name_of_model("processor")
             loaded = load_preprocessor(name, AutoImageProcessor)
-            if not isinstance(loaded, ImageProcessingMixin):
+            if not isinstance(loaded, BaseImageProcessor):
                 raise ValueError(f"processor={name!r}: a {type(loaded).__name__} prepares no images")
             self._processor = loaded
         return self._processor
@@ -111,7 +111,7 @@ class Prepared:
         numbers: Of each label as it stands there; None where it is the number.
     """
 
-    processor: ImageProcessingMixin
+    processor: BaseImageProcessor
     image_column: str
     label_column: str
     numbers: Mapping[Any, int] | None

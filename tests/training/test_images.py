@@ -2,11 +2,9 @@
 
 import datasets
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTImageProcessor
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers import ViTForImageClassification as Classifier
 
 import billhook as bh
@@ -14,6 +12,7 @@ from billhook.model.linears import prunable
 from billhook.training.images import ImageDataModule
 from billhook.training.metrics import metrics_of
 from kit.families import llama
+from kit.images import CLASSES, config, picture, write_photos, write_processor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -21,37 +20,17 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero"),
 ]
 
-CLASSES = ["ant", "bee", "cat", "dog", "elk", "fox"]
 QUIET = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-
-
-def config(**options):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    return ViTConfig(**sizes, image_size=16, patch_size=8, **{"num_labels": len(CLASSES)} | options)
-
-
-def picture(number, mode="RGB"):
-    generator = np.random.default_rng(number)
-    return Image.fromarray(generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)).convert(mode)
 
 
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processor")
-    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return str(folder)
+    return write_processor(tmp_path_factory.mktemp("processor"))
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """A folder of twelve images to train on, and six to validate on, by class; one is grey."""
-    folder = tmp_path_factory.mktemp("photos")
-    for split, copies in (("train", 2), ("validation", 1)):
-        for number, name in enumerate(CLASSES * copies):
-            place = folder / split / name
-            place.mkdir(parents=True, exist_ok=True)
-            picture(number, "L" if number == 3 else "RGB").save(place / f"{number}.png")
-    return str(folder)
+    return write_photos(tmp_path_factory.mktemp("photos"))
 
 
 def table(labels, **columns):

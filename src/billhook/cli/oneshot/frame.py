@@ -27,7 +27,7 @@ from billhook.cli.oneshot.streamed import Refits, check_streamed, reads, rest
 from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
 from billhook.cli.reading import files
 from billhook.model.linears import prunable
-from billhook.model.preprocessors import load_tokenizer
+from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer
 from billhook.report.damage import Dense, warning_of
 from billhook.report.generation import generates
 from billhook.report.metrics import accuracy
@@ -75,12 +75,12 @@ class OneShot:
         elif not given.stream:
             self.model.to(self.device)  # type: ignore[arg-type]
         self.length = given.length_for(self.model)
-        classifies = isinstance(given, Examples) and "Classification" in type(self.model).__name__
-        self.metric = "accuracy" if classifies else "perplexity"
+        self._labelled = Labelled(given, self.model, model_path(name), self.length)
+        classifies = isinstance(given, Examples) and self._labelled.is_classifier
+        self.metric = "accuracy" if classifies or self._labelled.of_images else "perplexity"
         self.calibrates = calibrates
         self.reads = calibrates or given.data is not None or (self.metric == "perplexity" and writes(self.model))
         self.beside = self._beside(refits)
-        self._labelled = Labelled(given, self.model, model_path(name), self.length)
         if self.metric == "perplexity":
             check_also(self.calibration, given.also)
 
@@ -253,11 +253,15 @@ class OneShot:
         elif cost is not None:
             figures |= {"before": before, "after": cost}
         with files("saving, loading again and comparing"):
-            saved = save(self.model, self.out, load_tokenizer(self.name), record | {self.metric: figures})
+            saved = save(self.model, self.out, self._preprocessor(), record | {self.metric: figures})
         for line in filter(None, (*says, self._named(cost), shown(before, cost), warning and f"Warning: {warning}")):
             print(line)
         print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
         print("\n".join(["", "Next:", *(f"  {line}" for line in commands(self.model, self.name, self.out, event))]))
+
+    def _preprocessor(self) -> Preprocessor:
+        """Loads what lies beside the model, to be saved along."""
+        return load_preprocessor(self.name) if self._labelled.of_images else load_tokenizer(self.name)
 
     def loader(self, examples: int, batch_size: int, calibrated: Sequence[Batch], before: Before) -> DataLoader[Any]:
         """Reads so many examples to train on, if there are: what was calibrated on and more, but nothing that is measured on."""
@@ -279,4 +283,5 @@ class OneShot:
         if self.metric == "perplexity":
             return f"text to calibrate on: {', '.join(self.calibration.named)}; measured on nothing"
         measured = "nothing" if cost is None else f"its split '{self._labelled.split}'"
-        return f"text to calibrate on: the split 'train' of {self.given.data}; measured on {measured}"
+        what = "images" if self._labelled.of_images else "text"
+        return f"{what} to calibrate on: the split 'train' of {self.given.data}; measured on {measured}"

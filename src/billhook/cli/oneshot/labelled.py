@@ -1,4 +1,4 @@
-"""Reads what a classifier is shown, measured and trained on: a table of texts with labels."""
+"""Reads what a classifier is shown, measured and trained on: a table of texts, or images, with labels."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -8,37 +8,57 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from billhook.cli.oneshot.text import EXAMPLES, Examples, Text
+from billhook.cli.oneshot.text import EXAMPLES, Pictures, Text
 from billhook.running.batches import Batch
 from billhook.training.data import ClassificationDataModule
 from billhook.training.dataset_module import DatasetModule
+from billhook.training.images import ImageDataModule
+
+IMAGE = "image"
+"""The column of images, where no other is asked for."""
 
 
 class Labelled:
-    """A table of texts with labels, which is read once it is needed.
+    """A table of texts, or images, with labels, which is read once it is needed.
 
     Args:
         given: It names the table.
         model: The classifier.
-        tokenizer: The folder of its tokenizer.
+        preprocessor: The folder of its tokenizer, or image processor.
         length: The most tokens of an example.
     """
 
-    def __init__(self, given: Text, model: PreTrainedModel, tokenizer: str, length: int) -> None:
-        self.given, self.model, self.tokenizer, self.length = given, model, tokenizer, length
+    def __init__(self, given: Text, model: PreTrainedModel, preprocessor: str, length: int) -> None:
+        self.given, self.model, self.preprocessor, self.length = given, model, preprocessor, length
 
     @cached_property
     def data(self) -> DatasetModule:
         """The table, by splits; it needs one to calibrate on."""
         given = self.given
-        if not isinstance(given, Examples) or given.data is None or isinstance(given.data, list):
-            raise ValueError(f"data={given.data!r}: a {type(self.model).__name__} needs one table with texts and labels")
-        columns, size = [given.column], given.batch_size
-        data = ClassificationDataModule(given.data, self.tokenizer, columns, given.label_column, self.length, size)
+        if not isinstance(given, Pictures) or given.data is None or isinstance(given.data, list):
+            what = "images" if self.of_images else "texts"
+            raise ValueError(f"data={given.data!r}: a {type(self.model).__name__} needs one table with {what} and labels")
+        data: DatasetModule
+        if self.of_images:
+            column = IMAGE if given.column == Text.column else given.column
+            data = ImageDataModule(given.data, self.preprocessor, column, given.label_column, given.batch_size)
+        else:
+            columns, size = [given.column], given.batch_size
+            data = ClassificationDataModule(given.data, self.preprocessor, columns, given.label_column, self.length, size)
         data.read(self.model)
         if "train" not in data.splits:
             raise ValueError(f"data: calibration needs a split 'train'; there is {', '.join(data.splits)}")
         return data
+
+    @property
+    def is_classifier(self) -> bool:
+        """True for a classifier of any kind."""
+        return "Classification" in type(self.model).__name__
+
+    @property
+    def of_images(self) -> bool:
+        """True for a classifier of images."""
+        return self.is_classifier and self.model.main_input_name == "pixel_values"
 
     @property
     def count(self) -> int:
@@ -69,7 +89,9 @@ class Labelled:
     def to_json(self) -> dict[str, Any]:
         """Says what is calibrated on."""
         rows: Any = self.data.splits["train"]
-        read = {"data": self.given.data, "examples": min(self.count, len(rows)), "length": self.length}
+        read = {"data": self.given.data, "examples": min(self.count, len(rows))} | (
+            {} if self.of_images else {"length": self.length}
+        )
         return read | {"batch_size": self.given.batch_size, "seed": self.given.seed}
 
     def _batched(self, rows: Any, numbers: Sequence[int]) -> Iterator[Batch]:  # noqa: ANN401 - `datasets` types rows as a list too

@@ -3,7 +3,7 @@
 from billhook.cli.blockwise import over
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import Matches, bytes_of_moments
-from billhook.cli.oneshot.text import NONE, Text
+from billhook.cli.oneshot.text import NONE, Pictures
 from billhook.model.convolutions import Convolutions
 from billhook.running.walk import Sequential
 from billhook.sparsity.allocation import Allocation
@@ -18,7 +18,7 @@ from billhook.sparsity.prune import prune as prune_weights
 def prune(
     model: str,
     out: str,
-    given: Text,
+    given: Pictures,
     criterion: Criterion | None = None,
     sparsity: float | None = None,
     pattern: str = "unstructured",
@@ -38,7 +38,7 @@ def prune(
     Args:
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        given: Text to calibrate and to measure on, and the place to compute.
+        given: Text, or images with labels, to calibrate and to measure on, and the place to compute.
         criterion: How weights are scored: `Wanda` (the default), or any other `Criterion`, also a class of your own.
         sparsity: Fraction of each linear's weights that become zero, in [0, 1); not with a pattern N:M.
         pattern: "unstructured", or "N:M": N are kept of every M consecutive inputs, as in 2:4.
@@ -76,11 +76,12 @@ def prune(
         return
     rests = work.rest(bytes_of_moments(work.model, criterion or Wanda()), Matches(2) if match else None)
     before = None if dry_run else work.measure()
+    shown = work.batches() if reads and work.metric == "accuracy" else work.calibration
     with over(work.model, "pruning", "linears") as progress:
         plan = prune_weights(
             work.model,
             criterion,
-            work.calibration,
+            shown,
             sparsity,
             pattern,
             allocation=allocation,

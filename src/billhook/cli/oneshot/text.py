@@ -27,7 +27,7 @@ class Text:
         data: What scores are taken from (split train) and what is measured on (split test, or else validation, or else other
             rows): "generated", which is what the model itself writes, "tiny", a file or a glob, a hub name, a folder, or files by
             split, as in '{train: a.txt, test: b.txt}'; or several, as in `generated a.txt`, of equal shares. By default what
-            the model writes. For a classifier, tables with a text and a label.
+            the model writes. For a classifier, tables with a text and a label; of images, a folder of these by class.
         also: Files of other text to measure on.
         column: The column that holds the text; without it, chats in `messages` or `conversations`, or
             `prompt` and `response`, are read.
@@ -102,17 +102,23 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Examples(Text):
-    """Text, with labels for a classifier, to calibrate and to measure on, and the place to compute.
+class Pictures(Text):
+    """Text, or images with labels for a classifier of these, to calibrate and to measure on, and the place to compute.
 
     Args:
         label_column: The column that holds a classifier's labels: whole numbers from 0, or words, numbered as its config does it.
     """
 
+    label_column: str = "label"
+
+
+@dataclass(frozen=True)
+class Examples(Pictures):
+    """Text or images, with labels for a classifier, to calibrate and to measure on, and the place to compute."""
+
     longest: ClassVar[int] = 512
 
     batch_size: int = 8
-    label_column: str = "label"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""One-shot commands on a classifier of images: shown a folder of these, measured by accuracy, saved with its processor."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
+
+from billhook.cli.main import main
+from billhook.model.linears import prunable
+from kit.images import config, picture, write_photos, write_processor
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with images, and a tiny ViT beside its processor."""
+    folder = tmp_path_factory.mktemp("images")
+    write_photos(folder / "photos")
+    torch.manual_seed(0)
+    ViTForImageClassification(config()).save_pretrained(folder / "vit")
+    write_processor(folder / "vit")
+    return folder
+
+
+def pruned(here, out, command, *options):
+    main([command, str(here / "vit"), str(out), "--device", "cpu", *options])
+    record = json.loads((out / "billhook.json").read_text())
+    pixels = AutoImageProcessor.from_pretrained(out)([picture(0)], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 16, 16)
+    assert not (out / "tokenizer.json").exists()
+    return AutoModelForImageClassification.from_pretrained(out), record
+
+
+def test_weights_become_zero(here, tmp_path, capsys):
+    model, record = pruned(here, tmp_path / "out", "prune", "--sparsity", "0.5", "--data", str(here / "photos"))
+    assert all(float((one.weight == 0).float().mean()) == 0.5 for one in prunable(model).values())
+    assert record["accuracy"].keys() == {"before", "after", "examples"}
+    assert record["calibration"]["examples"] == 12
+    told = capsys.readouterr().out
+    assert "measured on its split 'validation'" in told
+    assert "images to calibrate on: the split 'train' of" in told
+
+
+def test_heads_are_removed(here, tmp_path):
+    model, record = pruned(here, tmp_path / "out", "prune-heads", "--ratio", "0.5", "--data", str(here / "photos"))
+    assert model.vit.layers[0].attention.q_proj.weight.shape == (8, 16)
+    assert record["accuracy"]["before"] is not None
+
+
+def test_without_data_weights_are_pruned_by_size_and_nothing_is_measured(here, tmp_path):
+    model, record = pruned(here, tmp_path / "out", "prune", "--sparsity", "0.5", "--criterion", "Magnitude")
+    assert all(float((one.weight == 0).float().mean()) == 0.5 for one in prunable(model).values())
+    assert record["accuracy"]["before"] is None
+
+
+def test_criteria_that_need_images_are_refused_without(here, tmp_path):
+    with pytest.raises(SystemExit, match="data=None: .*ViTForImageClassification"):
+        main(["prune", str(here / "vit"), str(tmp_path / "out"), "--sparsity", "0.5"])
+    assert not (tmp_path / "out").exists()

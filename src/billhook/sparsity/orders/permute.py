@@ -27,7 +27,7 @@ from billhook.tracing.trace import trace
 from billhook.units.gates import Gate
 
 ROUNDS = 8
-"""How often groups exchange channels at most."""
+"""How often groups exchange channels."""
 
 
 def permute_for(
@@ -114,7 +114,7 @@ def check_permutable(model: nn.Module) -> None:
 def in_order(walks: Walks, criterion: Criterion, pattern: str) -> Iterator[Permuted]:
     """Puts channels in order, and puts them back if an error is raised within."""
     model, kept = find_transformer(walks.model), parse_pattern(pattern)
-    assert kept is not None, "check_order has seen the pattern"
+    assert kept is not None, "check_permute has seen the pattern"
     free, why = find_free(model, trace(walks.model), walks.linears, kept[1])
     make = partial(OrderingVisitor, criterion, free, kept, ROUNDS)
     found = walks("block" if needs_data(criterion) else None, make).found

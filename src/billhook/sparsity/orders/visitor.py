@@ -28,7 +28,7 @@ class OrderingVisitor(PruningVisitor):
         criterion: How weights are scored.
         free: The axes.
         kept: (N, M).
-        rounds: How often groups exchange columns at most.
+        rounds: How often groups exchange columns.
         walk: The arguments of a visitor.
     """
 

@@ -87,15 +87,44 @@ def test_repair(model):
     assert reckoned <= found <= 1.1 * reckoned
 
 
-@pytest.mark.parametrize("repair", [None, bh.Repair()], ids=["no repair", "repair"])
-def test_shapes_that_change_gather_blocks_in_turn_and_what_optimizers_keep_of_what_is_cut(tmp_path, alone, monkeypatch, repair):
-    sent, full = [], DTensor.full_tensor
+@pytest.fixture
+def sent(monkeypatch):
+    """Bytes of what is gathered, one number for each tensor."""
+    found, full = [], DTensor.full_tensor
 
     def counted(tensor, **how):
-        sent.append(tensor.numel() * tensor.element_size())
+        found.append(tensor.numel() * tensor.element_size())
         return full(tensor, **how)
 
     monkeypatch.setattr(DTensor, "full_tensor", counted)
+    return found
+
+
+KV = {
+    "mean": (lambda given: bh.KVHeadConversion(2, at=1, measure_batches=0), 1, 0),
+    "svd": (lambda given: bh.KVHeadConversion(2, at=1, method="svd", calibration=given, measure_batches=0), 7, 3),
+    "repair": (
+        lambda given: bh.KVHeadConversion(2, at=1, method="svd", repair=bh.Repair(), calibration=given, measure_batches=0), 9, 7
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KV)
+def test_fewer_kv_heads_gather_blocks_in_turn(tmp_path, alone, sent, name):
+    make, often, again = KV[name]
+    lit, callback = Own(), make([(tokens(4),), (tokens(4),)])
+    own = {name: 4 * parameter.numel() for name, parameter in lit.named_parameters()}
+    blocks = sum(size for name, size in own.items() if ".layers." in name)
+    new = sum(size for name, size in own.items() if "_proj." in name and (".self_attn." in name or "down" in name and again > 3))
+    trainer(tmp_path, [callback], max_steps=2, strategy=alone, limit_val_batches=0).fit(lit)
+    moments = sum(2 * size for name, size in own.items() if "k_proj" in name or "v_proj" in name)  # of AdamW
+    assert len(callback.events) == 1
+    bound = sum(own.values()) - blocks + often * blocks + again * new + moments + 8 * 2 * len(own)
+    assert bound - 2 * blocks < sum(sent) <= bound
+
+
+@pytest.mark.parametrize("repair", [None, bh.Repair()], ids=["no repair", "repair"])
+def test_shapes_that_change_gather_blocks_in_turn_and_what_optimizers_keep_of_what_is_cut(tmp_path, alone, sent, repair):
     lit = Own()
     blocks = sum(4 * parameter.numel() for parameter in lit.net.model.layers.parameters())
     around = sum(4 * parameter.numel() for parameter in lit.parameters()) - blocks

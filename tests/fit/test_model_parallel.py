@@ -10,6 +10,7 @@ from billhook.adapters.masked import on_linears, product_of
 from billhook.checkpoints.export import export
 from billhook.model.linears import prunable
 from billhook.running.sharded.shards import is_sharded
+from kit.beside import ASIDE
 from kit.families import llama, tokens
 from kit.fits import same
 from kit.ranks import run_script
@@ -27,13 +28,14 @@ from kit.sharding import (
 SCRIPT = """
 import os
 os.environ["PYTHONHASHSEED"] = "4"
-from kit.sharding import fit_all
-fit_all()
+from kit import beside, sharding
+sharding.fit_all()
+beside.measure_all()
 """
 
 
 pytestmark = pytest.mark.slow
-OF_FOUR = SCRIPT.replace("fit_all", "fit_four")
+OF_FOUR = SCRIPT.partition("sharding.fit_all")[0] + "sharding.fit_four()"
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +225,12 @@ def test_what_is_exported_loads(fitted):
     model = bh.load(fitted / "exported")
     assert type(model) is transformers.LlamaForCausalLM
     assert all((linear.weight == 0).float().mean() == 0.5 for linear in prunable(model).values())
+
+
+@pytest.mark.parametrize("name", ASIDE)
+def test_two_blocks_at_most_are_there_on_each_of_two_ranks(of_two, name):
+    for most, allowed in of_two(f"{name}, beside"):
+        assert most <= allowed
 
 
 def test_tensor_parallel_is_refused(of_two):

@@ -195,8 +195,10 @@ def test_one_that_fails_leaves_the_model_as_it_was():
     places = find_projections(model, trace(model))
     place = next(iter(places.values()))
     attention = Alone(model, place, see_calls(model, places)[place.name])
-    with pytest.raises(RuntimeError, match="shape mismatch"), attention.wide() as stacks:
-        attention(type(stacks)(stacks.q[:, :3], stacks.k, stacks.v, stacks.o))
+    stacks, before = attention.stacks(), copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="shape mismatch"), attention.wide():
+        attention(type(stacks)(2 * stacks.q, stacks.k[:, :3], stacks.v, stacks.o))
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     assert {one.dtype for one in model.parameters()} == {torch.float32}
 
 
@@ -205,7 +207,8 @@ def test_alone_an_attention_gives_what_it_gives_of_the_same_noise():
     places = find_projections(model, trace(model))
     place = places["model.layers.1.self_attn"]
     attention = Alone(model, place, see_calls(model, places)[place.name])
-    with attention.wide() as stacks:
+    with attention.wide():
+        stacks = attention.stacks()
         assert torch.equal(attention(stacks), attention(stacks))
         assert stacks.k.dtype == attention(stacks).dtype == torch.float64
         other = type(stacks)(stacks.q, 2 * stacks.k, stacks.v, stacks.o)

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import annotated
@@ -21,7 +21,7 @@ from billhook.kv_heads.methods.named import Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, check_in_part, plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_by_layer, kv_heads_of, next_layers
 from billhook.model.find import find_transformer
-from billhook.model.plan import apply
+from billhook.model.plan import Weights, apply
 from billhook.repairs.repair import Repair
 from billhook.running.sharded.shards import sizes_only
 from billhook.schedules import Schedule
@@ -60,6 +60,8 @@ class KVHeadConversion(StageCallback):
     >>> import billhook as bh
     >>> callback = bh.KVHeadConversion(1, at=0.1, method="svd")  # for Trainer(callbacks=[callback])
     """
+
+    in_turn = True
 
     def __init__(
         self,
@@ -132,7 +134,8 @@ class KVHeadConversion(StageCallback):
         """Converts, and returns from how many heads to how many."""
         assert isinstance(model, pl.LightningModule)
         plan, own = self._plan(model, stage), self.preparation
-        weights, how = dict[str, Tensor](), str(own.method)
+        weights: Weights = {}
+        how = str(own.method)
         if self.over and self._stages[stage].begin <= self._moving.moved:
             how += f", over {self._stages[stage].over} steps"
         elif own.needed:

@@ -24,9 +24,9 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_amount
 from billhook.pruning.progress import First, first_from
 from billhook.pruning.repair import Repairing, repair_as_asked
-from billhook.pruning.streamed import tell_weights
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
+from billhook.repairs.shared import tell_weights
 from billhook.running.sharded.turns import in_turn
 from billhook.schedules import Schedule
 from billhook.tracing.trace import trace

@@ -11,19 +11,20 @@ query head h reads KV head h // (query heads / KV heads), so consecutive heads a
 from collections.abc import Collection, Iterable
 from dataclasses import replace
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
 from billhook.calibration.calibration import Batches, batches_of
-from billhook.kv_heads.bases.ready import batches_needed, made_equal, ready_weights
+from billhook.kv_heads.bases.ready import batches_needed, made_equal
 from billhook.kv_heads.bases.streamed import StreamedAttentions
+from billhook.kv_heads.bases.weights import ready_weights
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.named import Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.kv_heads.streamed import StreamedConversion
 from billhook.model.find import find_transformer
-from billhook.model.plan import apply
+from billhook.model.plan import Weights, apply
 from billhook.model.surgery import changed
 from billhook.model.values import check_changeable, check_values
 from billhook.repairs.repair import Repair
@@ -128,7 +129,7 @@ def convert_streamed(
 
 def ready(
     model: nn.Module, plan: KVHeadPlan, batches: Batches | None = None, repair: Repair | None = None
-) -> tuple[KVHeadPlan, dict[str, Tensor], str]:
+) -> tuple[KVHeadPlan, Weights, str]:
     """Returns a plan with what restarts, the values that it starts from, and how they came to be; the model stays as it is."""
     if not plan.method.turns and repair is None:
         return plan, {}, str(plan.method)

@@ -1,11 +1,12 @@
 """A plan for fewer KV heads: what shrinks, and the proof that the model's own code follows; found before anything changes."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -34,8 +35,10 @@ from billhook.model.find import find_transformer
 from billhook.model.meta import to_meta
 from billhook.model.plan import Plan, Weights
 from billhook.model.shapes.shape import Shape, note_shape, set_shape, shape_of
-from billhook.model.surgery import Change, replace_parameters, undone_by_errors
+from billhook.model.surgery import Change, undone_by_errors
 from billhook.model.values import check_plain
+from billhook.streaming.changes import change_in_turn
+from billhook.streaming.either import following
 from billhook.tracing.show import pattern
 
 UNCHANGED = Change(lambda old: old, lambda _, value: value)
@@ -145,22 +148,23 @@ class KVHeadPlan(Plan):
         """
         model, given, trained_by = find_transformer(model), weights or {}, list(optimizers)
         sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        for name, values in given.items():
+        for name, values in given.items() if isinstance(given, dict) else ():  # others are read one at a time
             if sizes.get(name) != tuple(values.shape):
                 wanted = list(sizes.get(name, ())) or "a parameter"
                 raise ValueError(f"weights: {name} is {list(values.shape)}, and must be {wanted}")
         changes = dict.fromkeys([*given, *self.restart], UNCHANGED) | self.method.changes(model, self.parameters)
-        changes |= {name: starting(values, changes[name]) for name, values in given.items()}
+        changes |= {name: starting(partial(given.__getitem__, name), changes[name]) for name in given}
         changes |= {name: replace(changes[name], state=None) for name in changes.keys() & set(self.restart)}
-        with undone_by_errors(model, trained_by):
-            replace_parameters(model, changes, trained_by)
+        with following(model), undone_by_errors(model, trained_by):
+            follow = change_in_turn(model, changes, trained_by)
             set_shape(model, self.shape)
             note_shape(model)
+        follow()
 
 
-def starting(values: Any, change: Change) -> Change:  # noqa: ANN401
-    """Returns a change that begins with other values than the old ones."""
-    return replace(change, weight=lambda old: change.weight(values.to(old)))
+def starting(values: Callable[[], Tensor], change: Change) -> Change:
+    """Returns a change that begins with other values than the old ones, which are read then."""
+    return replace(change, weight=lambda old: change.weight(values().to(old)))
 
 
 def plan_kv_heads(

@@ -1,6 +1,7 @@
 """Fewer key/value heads in a model whose blocks come from files one at a time."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from billhook.kv_heads.plan import UNCHANGED, KVHeadPlan, starting
 from billhook.model.shapes.shape import note_shape, set_shape
 from billhook.model.surgery import replace_parameters
+from billhook.repairs.in_turn import itself
 from billhook.streaming.stream import Stream
 
 
@@ -49,7 +51,7 @@ class StreamedConversion:
         changes = {own: change for own, change in self.changes.items() if self._block(own.rpartition(".")[0]) is block}
         for linear in (one for one in self.new if self._block(one) is block):
             for part, values in self.new[linear].items():
-                changes[f"{linear}.{part}"] = starting(values, changes.get(f"{linear}.{part}", UNCHANGED))
+                changes[f"{linear}.{part}"] = starting(partial(itself, values), changes.get(f"{linear}.{part}", UNCHANGED))
         replace_parameters(self.model, changes)
         if block is not None and changes:
             self.stream.change(block)

@@ -12,6 +12,7 @@ from torch.optim import Adagrad, Optimizer
 
 from billhook.model.config_fields import configs_of
 from billhook.running.sharded.shards import local, reshard, sharded_as, whole
+from billhook.running.sharded.turns import turns_of
 
 
 @dataclass(frozen=True)
@@ -187,15 +188,21 @@ def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[O
     for name, values in weights.items():
         if not values.isfinite().all():
             raise ValueError(f"{name}: the new values are not finite")
-    new = {model.get_parameter(name): weights[name] for name in changed(model, weights)}
-    with undone_by_errors(model, trained_by), values_kept(new):
-        for parameter, values in new.items():
-            local(parameter).copy_(local(sharded_as(values, parameter)))
+    new = {name: model.get_parameter(name) for name in changed(model, weights)}
+    with undone_by_errors(model, trained_by), values_kept(new.values()):
+        for name, parameter in new.items():
+            local(parameter).copy_(local(sharded_as(weights[name], parameter)))
             for optimizer in trained_by:
                 if optimizer.state.pop(parameter, None) is not None and (first := fresh(optimizer, parameter)):
                     optimizer.state[parameter] = first
 
 
 def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of parameters that are to have other values than they have."""
-    return [name for name, values in weights.items() if not torch.equal(whole(model.get_parameter(name)), values)]
+    """Returns the names of parameters that are to have other values than they have, in the model's order."""
+    turns, found = turns_of(model), list[str]()
+    for name in (name for name, _ in model.named_parameters(remove_duplicate=False) if name in weights):
+        if turns is not None:
+            turns.bring(model.get_submodule(name.rpartition(".")[0]))
+        if not torch.equal(whole(model.get_parameter(name)), weights[name]):
+            found.append(name)
+    return found

@@ -16,9 +16,10 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import Plan, Weights
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove
-from billhook.pruning.streamed import check_kinds, taking, tell_weights
+from billhook.pruning.streamed import check_kinds, taking
 from billhook.pruning.widths.kv_heads import suits, told
 from billhook.pruning.widths.told import RowLength, rows_from
+from billhook.repairs.shared import tell_weights
 from billhook.streaming.stream import stream_of
 from billhook.tracing.show import pattern
 from billhook.tracing.trace import trace

@@ -17,16 +17,16 @@ from billhook.model.meta import to_meta
 from billhook.model.runs.answers import alike, small_inputs, tolerance
 from billhook.model.shapes.handed import Indices
 from billhook.model.shapes.shape import Shape, derived_then, note_shape, set_shape, shape_of, unbuilt_shape
-from billhook.model.surgery import Change, have_followed, replace_parameters, undone_by_errors, way_back
+from billhook.model.surgery import Change, undone_by_errors, way_back
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.fold import fold
 from billhook.pruning.shape_then import shapes_then
-from billhook.pruning.streamed import cut_blocks, cut_in_turn, outside, reading_outside, zeros_in_blocks
-from billhook.running.sharded.turns import Turns
+from billhook.pruning.streamed import cut_blocks, reading_outside, zeros_in_blocks
 from billhook.running.trees import tree_leaves
 from billhook.running.undisturbed import precisely, resting
+from billhook.streaming.changes import change_in_turn
 from billhook.streaming.either import coming_of, following
-from billhook.streaming.stream import Stream
+from billhook.streaming.stream import stream_of
 from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -140,20 +140,17 @@ def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, optimizers: list[
     smaller = {name: partial(_smaller, {d: s for (own, d), s in cut.cuts.items() if own == name}) for name, _ in cut.cuts}
     buffers = {name: take(model.get_buffer(name)) for name, take in smaller.items() if name not in parameters}
     changes = {n: Change(take, partial(_smaller_state, take), take) for n, take in smaller.items() if n in parameters}
-    sizes, old = list(_whole_sizes(model)), dict[str, nn.Parameter]()
-    match coming_of(model):
-        case Stream() as stream:
-            cut_blocks(stream, changes, shape.tensors, f"units {cut.units} {key}")
-        case Turns() as turns:
-            old = cut_in_turn(turns, model, changes)
-    replace_parameters(model, outside(model, changes), optimizers)
+    sizes = list(_whole_sizes(model))
+    if (stream := stream_of(model)) is not None:
+        cut_blocks(stream, changes, shape.tensors, f"units {cut.units} {key}")
+    follow = change_in_turn(model, changes, optimizers)
     for module, attr in sizes:
         setattr(module, attr, type(getattr(module, attr))(module.get_parameter("weight").shape))
     for name, buffer in buffers.items():
         owner, _, attr = name.rpartition(".")
         model.get_submodule(owner)._buffers[attr] = buffer
     set_shape(model, shape)
-    return partial(have_followed, model, old, changes, optimizers)
+    return follow
 
 
 def _makes_units(model: nn.Module, reader: str, cut: Cut) -> bool:

@@ -10,9 +10,7 @@ from transformers import PreTrainedModel
 
 from billhook.model.plan import Weights, starting_from
 from billhook.model.surgery import Change, replace_parameters
-from billhook.repairs.in_turn import Refitted
-from billhook.repairs.shared import told
-from billhook.running.sharded.turns import Turns
+from billhook.streaming.changes import block_of, inside
 from billhook.streaming.either import coming_of
 from billhook.streaming.stream import Stream, stream_of
 from billhook.units.units import UnitKind, Units
@@ -35,7 +33,7 @@ def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
 def taking(model: PreTrainedModel, weights: Weights | None) -> Iterator[None]:
     """Gives parameters new values, as `starting_from` does; those of blocks that are streamed whenever these come."""
     coming, weights = coming_of(model), weights or {}
-    inside = {name for name in weights if coming is not None and _block(coming, model, name) is not None}
+    inside = {name for name in weights if coming is not None and block_of(coming, model, name) is not None}
     rest = {name: weights[name] for name in weights if name not in inside} if inside else weights
     with starting_from(model, rest), coming.altered(partial(_take, model, weights)) if coming and inside else nullcontext():
         yield
@@ -65,33 +63,9 @@ def cut_blocks(stream: Stream, changes: Mapping[str, Change], sizes: Mapping[str
             stream.resize(name, sizes)
             continue
         stream.bring(block)
-        replace_parameters(stream.model, _inside(stream, stream.model, block, changes))
+        replace_parameters(stream.model, inside(stream, stream.model, block, changes))
         stream.change(block)
         stream.leave()
-
-
-def cut_in_turn(turns: Turns, model: nn.Module, changes: Mapping[str, Change]) -> dict[str, nn.Parameter]:
-    """Cuts the parameters of each block that ranks share, which then lies in shards again; returns those before, by name."""
-    old = dict[str, nn.Parameter]()
-    for block in turns.blocks:
-        own = _inside(turns, model, block, changes)
-        if own or turns.is_altered(block):
-            turns.bring(block)
-            old |= {name: model.get_parameter(name) for name in own}
-            replace_parameters(model, own)
-            turns.change()
-            turns.leave()
-    return old
-
-
-def _inside(coming: Stream | Turns, model: nn.Module, block: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
-    return {name: change for name, change in changes.items() if _block(coming, model, name) is block}
-
-
-def outside(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
-    """Returns the changes of parameters that are in no block that comes and goes."""
-    coming = coming_of(model)
-    return {name: change for name, change in changes.items() if coming is None or _block(coming, model, name) is None}
 
 
 def reading_outside(
@@ -102,15 +76,6 @@ def reading_outside(
     blocks = set() if coming is None else set(coming.owner.values())
     inside = {id(parameter) for block in blocks for parameter in block.parameters()}
     yield from (one for one in reading(model, found, gone) if id(one[0]) not in inside)
-
-
-def tell_weights(weights: Weights | None) -> str:
-    """Returns a hash of new values as this rank has found them; of those in files none, as the step that wrote them tells."""
-    return weights.told if isinstance(weights, Refitted) else told(weights or {})
-
-
-def _block(coming: Stream | Turns, model: nn.Module, parameter: str) -> nn.Module | None:
-    return coming.owner.get(model.get_submodule(parameter.rpartition(".")[0]))
 
 
 @torch.no_grad()

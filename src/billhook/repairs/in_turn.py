@@ -21,25 +21,26 @@ class Refitted(Mapping[str, Tensor]):
     """New values of parameters, by the parameter's name; each is read when it is asked for.
 
     Attributes:
+        reads: What reads each.
         told: A hash of the values as this rank has found them; empty where they follow from the step that has written them.
     """
 
     def __init__(self, reads: Reads, told: str = "") -> None:
-        self._reads, self.told = reads, told
+        self.reads, self.told = reads, told
 
     def __getitem__(self, name: str) -> Tensor:
         """Returns the values of one parameter."""
-        return self._reads[name]()
+        return self.reads[name]()
 
     def __contains__(self, name: object) -> bool:
         """Tells whether there are values of a parameter; nothing is read."""
-        return name in self._reads
+        return name in self.reads
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._reads)
+        return iter(self.reads)
 
     def __len__(self) -> int:
-        return len(self._reads)
+        return len(self.reads)
 
 
 class Rest(Protocol):
@@ -146,3 +147,10 @@ def itself(value: Tensor) -> Tensor:
 def by_parameter(new: Parameters) -> dict[str, Tensor]:
     """Names parameters of linears as the model does."""
     return {f"{linear}.{part}": value for linear, own in new.items() for part, value in own.items()}
+
+
+def but(weights: Mapping[str, Tensor], names: Collection[str]) -> Mapping[str, Tensor]:
+    """Returns new values without those of some parameters; nothing is read."""
+    if isinstance(weights, Refitted):
+        return Refitted({name: read for name, read in weights.reads.items() if name not in names}, weights.told)
+    return {name: values for name, values in weights.items() if name not in names}

@@ -1,15 +1,27 @@
 """Where the new weights of a model whose blocks ranks share rest: each rank has its shards of them."""
 
 import hashlib
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from billhook.repairs.in_turn import Parameters, Reads
+from billhook.model.plan import Weights
+from billhook.repairs.in_turn import Parameters, Refitted
 from billhook.running.sharded.shards import whole
 from billhook.running.sharded.turns import Turns
+
+
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """Gathers a parameter's values whenever it is called, by all ranks together, or returns them if it is not sharded."""
+
+    held: nn.Parameter
+
+    def __call__(self) -> Tensor:
+        """Returns the whole values."""
+        return whole(self.held)
 
 
 class InShards:
@@ -28,14 +40,13 @@ class InShards:
         return {}
 
     @torch.no_grad()
-    def put(self, _: nn.Module | None, new: Parameters, __: Mapping[str, bool]) -> Reads:
+    def put(self, _: nn.Module | None, new: Parameters, __: Mapping[str, bool]) -> dict[str, Gathered]:
         """Shards new parameters of linears, and returns what gathers each."""
-        reads = dict[str, Callable[[], Tensor]]()
+        reads = dict[str, Gathered]()
         for linear, own in new.items():
             for part, value in own.items():
-                lies = self._turns.lies((self._linears[linear], part))
-                held = value if lies is None else lies.shards(nn.Parameter(value, requires_grad=False))
-                reads[f"{linear}.{part}"] = partial(whole, held)
+                lies, held = self._turns.lies((self._linears[linear], part)), nn.Parameter(value, requires_grad=False)
+                reads[f"{linear}.{part}"] = Gathered(held if lies is None else lies.shards(held))
                 self._told.update(told({f"{linear}.{part}": value}).encode())
         return reads
 
@@ -48,6 +59,11 @@ class InShards:
 def told(values: Mapping[str, Tensor]) -> str:
     """Returns a hash of values of parameters, by the parameter's name."""
     found = hashlib.sha256()
-    for name, value in values.items():
-        found.update(name.encode() + value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for name in sorted(values):
+        found.update(name.encode() + values[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def tell_weights(weights: Weights | None) -> str:
+    """Returns a hash of new values as this rank has found them; of those in files none, as the step that wrote them tells."""
+    return weights.told if isinstance(weights, Refitted) else told(weights or {})

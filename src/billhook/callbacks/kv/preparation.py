@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from billhook.fit.calibration import FitCalibration, Pair
 from billhook.fit.ranks import check_agreed, sum_over, summed, together
-from billhook.kv_heads.bases.ready import batches_needed, ready_weights, turned_weights
+from billhook.kv_heads.bases.ready import batches_needed
+from billhook.kv_heads.bases.weights import ready_weights, turned_weights
 from billhook.kv_heads.convert import check_repair
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.plan import KVHeadPlan
@@ -21,8 +22,10 @@ from billhook.kv_heads.pooling import approach
 from billhook.model.find import find_transformer
 from billhook.model.plan import Weights
 from billhook.model.surgery import changed, take
+from billhook.repairs.in_turn import but
 from billhook.repairs.repair import Repair
-from billhook.running.sharded.turns import in_turn
+from billhook.repairs.shared import tell_weights
+from billhook.running.sharded.turns import in_turn, turns_of
 
 HINT = (
     "billhook: KV heads are mean-pooled, as in the paper. method='svd' starts far nearer to the dense model (SmolLM2-135M, 3 -> "
@@ -59,16 +62,14 @@ class Preparation:
             held_out = ", as some are held out" if least > 1 else ""
             raise ValueError(f"{source}: {what} needs {least} batches at least on each device{held_out}; here there are {count}")
 
-    def ready(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: KVHeadPlan
-    ) -> tuple[KVHeadPlan, dict[str, Tensor], str]:
+    def ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: KVHeadPlan) -> tuple[KVHeadPlan, Weights, str]:
         """Returns the plan with what restarts, the values that it starts from, and how they came to be."""
         model, groups = find_transformer(pl_module), dict.fromkeys(plan.layers, plan.after)
         with self.calibration.aside(pl_module):
             batches = list(self._pairs(trainer, pl_module))
             weights, how = ready_weights(model, groups, self.method, batches, self.repair, sum_over(trainer))
         if not self.method.turns:  # what the mean pools is as it was
-            weights = {name: values for name, values in weights.items() if name not in plan.parameters}
+            weights = but(weights, plan.parameters)
         return replace(plan, restart=tuple(changed(model, weights))), weights, how
 
     def check_same(
@@ -77,10 +78,11 @@ class Preparation:
         """Makes sure that ranks convert the same to the same; before DDP has the model, each may have weights of its own."""
         model = find_transformer(pl_module)
         pooled = {name: [own.dim, np.asarray(own.index)] for name, own in plan.parameters.items()}
-        before = {name: model.get_parameter(name) for name in plan.parameters} if trained else {}
-        check_agreed(trainer, "KVHeadConversion", "what heads become", [pooled, before, weights])
+        own = plan.parameters if trained and turns_of(model) is None else ()  # what ranks share is the same on each
+        before = {name: model.get_parameter(name) for name in own}
+        check_agreed(trainer, "KVHeadConversion", "what heads become", [pooled, before, tell_weights(weights)])
 
-    def turned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: Mapping[str, int]) -> dict[str, Tensor]:
+    def turned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: Mapping[str, int]) -> Weights:
         """Returns values with which the heads of a group lie in one basis, and the model computes what it did."""
         with self.calibration.aside(pl_module):
             batches, (method,) = list(self._pairs(trainer, pl_module)), self.method.candidates
@@ -124,7 +126,7 @@ class Moving:
             with together(trainer, "KVHeadConversion"):
                 with in_turn(pl_module):
                     weights = preparation.turned(trainer, pl_module, groups)
-                check_agreed(trainer, "KVHeadConversion", "how heads are turned", weights)
+                check_agreed(trainer, "KVHeadConversion", "how heads are turned", tell_weights(weights))
                 take(model, weights, trainer.optimizers)
             self.turned.append(stage)
         approach(model, self.path.parameters, share, preparation.method.pool)

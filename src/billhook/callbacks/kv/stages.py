@@ -135,7 +135,7 @@ class StageCallback(ShapeCallback):
             )
         for index, moment in enumerate(self.at):
             if moment == "start" and not is_search(trainer) and not self.is_done(pl_module, index):
-                with unwrapped(trainer):  # a model that is made late is sharded already
+                with unwrapped(trainer, self.in_turn):  # a model that is made late is sharded already
                     event = self.as_event(trainer, pl_module, {}, partial(self.change, pl_module, index, []))
                 log_event(trainer, event)
 

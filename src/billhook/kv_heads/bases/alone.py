@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from billhook.kv_heads.bases.stacks import Projections, Stacks, instead, read, written
+from billhook.kv_heads.bases.stacks import Projections, Stacks, put, read
 from billhook.model.config_fields import configs_of, text_config
+from billhook.model.linears import matrix_of
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.transformers_internals import ATTENTION, attention_of
 from billhook.running.overridden import overridden
@@ -38,30 +39,36 @@ class Alone:
         self._module = model.get_submodule(place.name)
 
     @contextmanager
-    def wide(self) -> Iterator[Stacks]:
-        """Puts all its numbers in float64 for a while, and yields its weights.
+    def wide(self) -> Iterator[None]:
+        """Puts all its numbers in float64 for a while, in which it can be called.
 
         Other tensors replace its own: a parameter whose dtype changes would lose the hooks that DDP has on its gradient.
         """
-        owners: list[dict[str, Any]] = [own for module in self._module.modules() for own in (module._parameters, module._buffers)]
+        linears = (self._model.get_submodule(name) for name in self._place.linears)
+        modules = dict.fromkeys([*self._module.modules(), *linears])
+        owners: list[dict[str, Any]] = [own for module in modules for own in (module._parameters, module._buffers)]
         held = [(own, name, one) for own in owners for name, one in own.items() if one is not None and one.is_floating_point()]
         others = {id(one): _wide(one) for _, _, one in held}  # tied ones stay tied
         try:
             for own, name, one in held:
                 own[name] = others[id(one)]
-            yield read(self._model, self._place)
+            yield
         finally:
             for own, name, one in held:
                 own[name] = one
+
+    def stacks(self) -> Stacks:
+        """Returns its weights."""
+        return read(self._model, self._place)
 
     def __call__(self, stacks: Stacks) -> Tensor:
         """Returns what the linear behind its heads gives with these weights, `[calls * tokens, hidden]`."""
         found: list[Tensor] = []
         place = self._place
+        put({name: matrix_of(self._model.get_submodule(name)) for name in place.linears}, place, stacks)
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(stacks.k.device.type, enabled=False))
             stack.enter_context(_WideNumbers())
-            stack.enter_context(instead(self._model, written(self._model, place, stacks)))
             for number, linear in enumerate(dict.fromkeys((place.q.linear, place.k.linear, place.v.linear))):
                 hook = partial(_given_noise, number)
                 stack.callback(self._model.get_submodule(linear).register_forward_pre_hook(hook).remove)

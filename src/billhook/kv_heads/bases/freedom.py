@@ -91,8 +91,8 @@ def find_freedoms(model: nn.Module, places: Mapping[str, Projections]) -> dict[s
 
 def _freedoms(attention: Alone) -> Freedoms:
     generator = torch.Generator().manual_seed(0)
-    with attention.wide() as own:
-        drawn = _drawn(own, generator)
+    with attention.wide():
+        drawn = _drawn(attention.stacks(), generator)
         first = attention(drawn)
 
         def same(tried: Stacks) -> bool:

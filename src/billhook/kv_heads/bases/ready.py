@@ -16,10 +16,11 @@ from billhook.kv_heads.bases.distance import distance_between
 from billhook.kv_heads.bases.freedom import Freedoms, find_freedoms, in_order
 from billhook.kv_heads.bases.grouping import moments_in_order, similar_order
 from billhook.kv_heads.bases.moments import Moments, gather
-from billhook.kv_heads.bases.stacks import find_projections, instead, read, written
+from billhook.kv_heads.bases.stacks import Stacks, find_projections, instead, read, written
 from billhook.kv_heads.methods.base import Grouping, KVMethod, Rendered
 from billhook.model.linears import size_of
-from billhook.repairs.in_turn import Refitted
+from billhook.model.plan import Weights
+from billhook.repairs.in_turn import Refitted, by_parameter
 from billhook.repairs.repair import Repair, repair_linears
 from billhook.repairs.visitor import Given
 from billhook.running.batches import Loss, Run, run_with_loss
@@ -103,7 +104,7 @@ class Attentions:
         for method in methods:
             yield method, self.equal(method, moments)
 
-    def equal(self, method: Rendered, moments: Mapping[str, Moments], pool: bool = True) -> dict[str, dict[str, Tensor]]:
+    def equal(self, method: Rendered, moments: Mapping[str, Moments], pool: bool = True) -> Given:
         """Returns by linear the parameters with which the heads of each group are equal; without pooling, in one basis."""
         new: dict[str, dict[str, Tensor]] = {}
         for name, own in moments.items():
@@ -112,21 +113,32 @@ class Attentions:
 
     def equal_in(self, name: str, method: Rendered, own: Moments, pool: bool = True) -> dict[str, dict[str, Tensor]]:
         """Returns the same of one attention."""
-        place, freedom, groups = self.places[name], self.freedoms[name], self.groups[name]
         bring(self.model, self.model.get_submodule(name))
-        stacks = read(self.model, place)
+        return written(self.model, self.places[name], self._become(name, method, own, pool))
+
+    def _become(self, name: str, method: Rendered, own: Moments, pool: bool) -> Stacks:
+        """Returns what the heads of an attention become."""
+        freedom, groups = self.freedoms[name], self.groups[name]
+        stacks = read(self.model, self.places[name])
         if method.grouping == "similar":
             order = similar_order(stacks, own, freedom, method, groups)
             stacks, own = in_order(stacks, order), moments_in_order(own, order, groups)
         become = pooled if pool else turned
-        return written(self.model, place, become(stacks, *find_bases(stacks, own, freedom, method)))
+        return become(stacks, *find_bases(stacks, own, freedom, method))
 
     def repaired(self, new: Given, trials: Sequence[Run], repair: Repair) -> Given:
         """Returns the same, with the linears behind attentions and feed-forwards refitted to what the whole model gives."""
         found = self._refitted(new, trials, repair)
-        assert isinstance(found, dict), "the model is streamed"
-        own = {name: {"weight": weight} | ({} if bias is None else {"bias": bias}) for name, (weight, bias) in found.items()}
-        return {name: dict(parameters) for name, parameters in new.items()} | own
+        assert isinstance(found, dict), "the blocks of the model come and go"
+        return {name: dict(parameters) for name, parameters in new.items()} | self.parameters(found)
+
+    def parameters(self, refitted: Mapping[str, tuple[Tensor, Tensor | None]]) -> dict[str, dict[str, Tensor]]:
+        """Names the weight and bias of each refitted linear as the linear does."""
+        return {name: {"weight": weight} | ({} if bias is None else {"bias": bias}) for name, (weight, bias) in refitted.items()}
+
+    def weights(self, new: Given) -> Weights:
+        """Returns new values by parameter, as the model names them."""
+        return by_parameter(new)
 
     def _refitted(self, new: Given, trials: Sequence[Run], repair: Repair) -> dict[str, tuple[Tensor, Tensor | None]] | Refitted:
         """Refits the linears behind attentions and feed-forwards, where others are new."""
@@ -139,12 +151,16 @@ class Attentions:
     def distance(self, new: Given, trials: Sequence[Run]) -> float:
         """Returns how far the outputs with other parameters are from the model's own, the mean over some batches."""
         last, total = list(self.places.values())[-1].o.linear, 0.0
-        for trial in trials:
-            expected, found = (self._outputs(own, trial) for own in ({}, new))
+        for trial, expected, found in self.compared(new, trials):
             each = [distance_between(*pair, trial.tokens.get(last)) for pair in zip(expected, found, strict=True)]
             total += sum(each) / len(each)
         total, count = self.summed(total, len(trials))
         return float(total / count)
+
+    def compared(self, new: Given, trials: Sequence[Run]) -> Iterator[tuple[Run, list[Any], list[Any]]]:
+        """Yields each run with the model's own outputs and those with other parameters."""
+        for trial in trials:
+            yield trial, self._outputs({}, trial), self._outputs(new, trial)
 
     def _outputs(self, new: Given, trial: Run) -> list[Any]:
         """Returns what the model returns each time that it is called, or else, if only parts of it are, what the run does."""
@@ -188,32 +204,17 @@ def may_group(attentions: Attentions) -> bool:
     return some and all(own.order for own in attentions.freedoms.values())
 
 
-def ready_weights(
-    model: nn.Module,
-    groups: Mapping[str, int],
-    method: KVMethod,
-    batches: Iterable[BatchAndLoss] = (),
-    repair: Repair | None = None,
-    reduce: Reduce | None = None,
-) -> tuple[dict[str, Tensor], str]:
-    """Returns by parameter the values with which the heads of each group are equal, and how they came to be.
-
-    Args:
-        model: A Hugging Face model; it stays as it is.
-        groups: How many KV heads each attention is to have, by the attention's name; others stay as they are.
-        method: How heads become equal; of several `candidates` the best on held-out batches.
-        batches: Batches, each with its loss (None for the model's own).
-        repair: If given, what reads the heads, and the feed-forwards, are refitted to what the whole model gives.
-        reduce: Sums over ranks.
-    """
-    new, how = made_equal(Attentions(model, groups, reduce), method, batches, repair)
-    return by_parameter(new), how
-
-
 def made_equal(
     attentions: Attentions, method: KVMethod, batches: Iterable[BatchAndLoss], repair: Repair | None
 ) -> tuple[Given, str]:
-    """Returns the same by linear, of attentions that are known."""
+    """Returns by linear the parameters with which the heads of each group are equal, and how they came to be.
+
+    Args:
+        attentions: What is known of the attentions.
+        method: How heads become equal; of several `candidates` the best on held-out batches.
+        batches: Batches, each with its loss (None for the model's own).
+        repair: If given, what reads the heads, and the feed-forwards, are refitted to what the whole model gives.
+    """
     chosen, *others = attentions.allowed(method.candidates)
     trials = [attentions.trial(*pair) for pair in batches]
     least, what = batches_needed(method, repair)
@@ -230,33 +231,11 @@ def made_equal(
     return new, how + (", repaired" if repair is not None else "")
 
 
-def by_parameter(new: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Names parameters of linears as the model does."""
-    return {f"{linear}.{name}": value for linear, own in new.items() for name, value in own.items()}
-
-
 def batches_needed(method: KVMethod, repair: Repair | None) -> tuple[int, str]:
     """Returns how many batches are needed at least, and what needs them, in words."""
     if repair is not None and method.least_batches < 2:
         return 2, "repair"
     return method.least_batches, f"method='{method.name}'"
-
-
-def turned_weights(
-    model: nn.Module,
-    groups: Mapping[str, int],
-    method: Rendered,
-    batches: Iterable[BatchAndLoss] = (),
-    reduce: Reduce | None = None,
-) -> dict[str, Tensor]:
-    """Returns by parameter the values with which the heads of each group lie in one basis and next to each other.
-
-    Nothing is pooled, and the model computes what it did. Without batches the weights alone say which basis.
-    """
-    attentions = Attentions(model, groups, reduce)
-    attentions.check(method)
-    trials = [attentions.trial(*pair) for pair in batches]
-    return by_parameter(attentions.equal(method, attentions.moments(trials, method.grouping), pool=False))
 
 
 def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod) -> None:

@@ -38,6 +38,11 @@ class Projections:
     o: Rows
 
     @property
+    def linears(self) -> list[str]:
+        """The linears that make and read the heads, once each."""
+        return list(dict.fromkeys(rows.linear for rows in (self.q, self.k, self.v, self.o)))
+
+    @property
     def kv_heads(self) -> int:
         """How many KV heads there are."""
         return len(self.k.index)
@@ -86,17 +91,20 @@ def read(model: nn.Module, place: Projections) -> Stacks:
 
 def written(model: nn.Module, place: Projections, stacks: Stacks) -> dict[str, dict[str, Tensor]]:
     """Returns the new parameters of an attention's linears, by linear, in their own sizes and dtypes."""
-    linears: dict[str, tuple[Tensor, Tensor | None]] = {}
-    for rows, stack in ((place.q, stacks.q), (place.k, stacks.k), (place.v, stacks.v)):
-        weight, bias = linears.get(rows.linear) or _copy(model, rows.linear)
-        weight[rows.index] = stack[..., : weight.shape[1]]
-        if bias is not None:
-            bias[rows.index] = stack[..., -1]
-        linears[rows.linear] = weight, bias
-    weight, bias = linears.get(place.o.linear) or _copy(model, place.o.linear)
-    weight[:, place.o.index] = stacks.o.transpose(0, 1)
-    linears[place.o.linear] = weight, bias
+    linears = {name: _copy(model, name) for name in place.linears}
+    put(linears, place, stacks)
     return {name: as_it_lies(model.get_submodule(name), *both) for name, both in linears.items()}
+
+
+def put(linears: Mapping[str, tuple[Tensor, Tensor | None]], place: Projections, stacks: Stacks) -> None:
+    """Writes stacks of heads into the weights, `[out_features, in_features]`, and the biases of an attention's linears."""
+    for rows, stack in ((place.q, stacks.q), (place.k, stacks.k), (place.v, stacks.v)):
+        weight, bias = linears[rows.linear]
+        weight[rows.index] = stack[..., : weight.shape[1]].to(weight.dtype)
+        if bias is not None:
+            bias[rows.index] = stack[..., -1].to(bias.dtype)
+    weight, _ = linears[place.o.linear]
+    weight[:, place.o.index] = stacks.o.transpose(0, 1).to(weight.dtype)
 
 
 def _projections(model: nn.Module, units: Units, attention: Attention) -> Projections:
@@ -153,7 +161,7 @@ def _augmented(model: nn.Module, rows: Rows) -> Tensor:
 
 def _copy(model: nn.Module, linear: str) -> tuple[Tensor, Tensor | None]:
     weight, bias = matrix_of(model.get_submodule(linear))
-    return weight.double().clone(), None if bias is None else bias.double().clone()
+    return weight.clone(), None if bias is None else bias.clone()
 
 
 def moved_values(model: nn.Module, place: Projections, order: Sequence[int]) -> dict[str, dict[str, Tensor]]:

@@ -1,6 +1,5 @@
 """The attentions of a model whose blocks come from files: bases are found on the way through it, and new weights lie in files."""
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -14,18 +13,16 @@ from billhook.kv_heads.bases.moments import Moments, Sums
 from billhook.kv_heads.bases.ready import Attentions, may_group
 from billhook.kv_heads.bases.stacks import instead
 from billhook.kv_heads.methods.base import Grouping, KVMethod, Rendered
-from billhook.repairs.in_turn import Refitted
+from billhook.repairs.in_turn import Refitted, itself
 from billhook.repairs.repair import Repair
 from billhook.repairs.visitor import Given
 from billhook.running.batches import Run, tell_apart
 from billhook.running.overridden import overridden
 from billhook.running.undisturbed import undisturbed
-from billhook.streaming.aside import Aside
+from billhook.streaming.aside import Aside, by_module
 from billhook.streaming.parts import tensor_in
 from billhook.streaming.stream import Stream
 from billhook.streaming.together import Together
-
-Reads = Mapping[str, Mapping[str, Callable[[], Tensor]]]
 
 
 class StreamedAttentions(Attentions):
@@ -67,19 +64,19 @@ class StreamedAttentions(Attentions):
 
         passing.go(write)
         here = self._written(methods, {name: passing.moments(name) for name, inside in left.items() if inside is None})
-        reads = {key: partial(_itself, value) for key, value in here.items()}
+        reads = {key: partial(itself, value) for key, value in here.items()}
         for block in dict.fromkeys(inside for name in self.places if (inside := self._block(name)) is not None):
             path = stream.written.path(block)
             reads |= {key: partial(tensor_in, path, key) for key in stream.written.keys(block)}
         for number, method in enumerate(methods):
-            yield method, Aside(_by_linear({key: read for key, read in reads.items() if key.startswith(f"{number} ")}))
+            yield method, Aside(by_module({key: read for key, read in reads.items() if key.startswith(f"{number} ")}))
 
     def repaired(self, new: Given, trials: Sequence[Run], repair: Repair) -> Aside:
         """Returns the same, with linears behind attentions and feed-forwards refitted, in files of another step."""
         assert isinstance(new, Aside), "they are in memory"
         found = self._refitted(new, trials, repair)
         assert isinstance(found, Refitted), "the model is in memory"
-        return Aside(_by_linear({name: partial(found.__getitem__, name) for name in found})).over(new)
+        return Aside(by_module(found.reads)).over(new)
 
     @torch.no_grad()
     def distance(self, new: Given, trials: Sequence[Run]) -> float:
@@ -180,16 +177,3 @@ class _Passing:
         self.listeners.pop(name).close()
         (moments,) = (self.sums.pop(name, None) or self._sums(name)).moments(None).values()
         return moments
-
-
-def _itself(value: Tensor) -> Tensor:
-    return value
-
-
-def _by_linear(reads: Mapping[str, Callable[[], Tensor]]) -> Reads:
-    """Takes names of parameters, after a number if there is one, apart into linears and names in them."""
-    found = defaultdict[str, dict[str, Callable[[], Tensor]]](dict)
-    for key, read in reads.items():
-        linear, _, part = key.rpartition(" ")[2].rpartition(".")
-        found[linear][part] = read
-    return dict(found)

@@ -1,7 +1,7 @@
 """A sharded model of which one block at a time is whole: it is gathered when it computes, and goes when another one does."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -177,6 +177,18 @@ class Turns:
         finally:
             self._alterations, self._changed = before, False
             self.leave()
+
+    @contextmanager
+    def instead(self, held: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
+        """Has blocks come with the values of other shards, given by the parameters that have them, within."""
+        self.leave()
+        before = dict(self.shards)
+        self.shards |= held
+        try:
+            yield
+        finally:
+            self.leave()
+            self.shards = before
 
     @contextmanager
     def all_here(self) -> Iterator[None]:

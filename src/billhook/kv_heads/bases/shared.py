@@ -1,0 +1,91 @@
+"""The attentions of a model whose blocks ranks share: each rank has its shards of what becomes of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from billhook.kv_heads.bases.moments import Moments
+from billhook.kv_heads.bases.ready import Attentions
+from billhook.kv_heads.bases.stacks import instead
+from billhook.kv_heads.methods.base import Rendered
+from billhook.model.plan import Weights
+from billhook.repairs.in_turn import Refitted
+from billhook.repairs.repair import Repair
+from billhook.repairs.shared import Gathered, InShards
+from billhook.repairs.visitor import Given
+from billhook.running.batches import Run
+from billhook.running.sharded.turns import Turns, turns_of
+from billhook.running.walk import Reduce
+from billhook.streaming.aside import Aside, by_module
+from billhook.streaming.either import apart
+
+
+class SharedAttentions(Attentions):
+    """The attentions of a model, a block of which is whole at a time, that are to have fewer KV heads."""
+
+    def __init__(self, turns: Turns, model: nn.Module, groups: Mapping[str, int], reduce: Reduce | None = None) -> None:
+        super().__init__(model, groups, reduce)
+        self._turns, self._rest = turns, InShards(turns, dict(model.named_modules()))
+        self._told = list[str]()
+
+    def equal(self, method: Rendered, moments: Mapping[str, Moments], pool: bool = True) -> Aside:
+        """Returns by linear the parameters with which the heads of each group are equal; each attention's become shards."""
+        reads = dict[str, Gathered]()
+        for name, own in moments.items():
+            reads |= self._rest.put(None, self.equal_in(name, method, own, pool), {})
+        return Aside(by_module(reads))
+
+    def repaired(self, new: Given, trials: Sequence[Run], repair: Repair) -> Aside:
+        """Returns the same, with the linears behind attentions and feed-forwards refitted."""
+        assert isinstance(new, Aside), "they are in memory"
+        found = self._refitted(new, trials, repair)
+        if isinstance(found, Refitted):
+            self._told.append(found.told)
+            return Aside(by_module(found.reads)).over(new)
+        return Aside(by_module(self._rest.put(None, self.parameters(found), {}))).over(new)
+
+    def weights(self, new: Given) -> Weights:
+        """Returns new values by parameter, each gathered when it is asked for."""
+        assert isinstance(new, Aside), "they are in memory"
+        reads = {f"{linear}.{part}": read for linear, own in new.reads.items() for part, read in own.items()}
+        return Refitted(reads, " ".join([self._rest.told, *self._told]))
+
+    def compared(self, new: Given, trials: Sequence[Run]) -> Iterator[tuple[Run, list[Any], list[Any]]]:
+        """Yields each run with the model's own outputs and those with other parameters; all ranks go on until none has any."""
+        assert isinstance(new, Aside), "they are in memory"
+        for number in count():
+            mine = trials[number : number + 1]
+            if not any(self.summed(len(mine))):
+                return
+            given = list[list[Any]]()
+            for own in (Aside({}), new):
+                with self._with(own), apart(self.model, self._reduce):
+                    given += [self._outputs({}, trial) for trial in mine]
+            for trial in mine:
+                yield trial, given[0], given[1]
+
+    @contextmanager
+    def _with(self, new: Aside) -> Iterator[None]:
+        """Has blocks come with other parameters, within; those of no block are replaced."""
+        held, here = dict[nn.Parameter, nn.Parameter](), dict[str, dict[str, Tensor]]()
+        for linear, own in new.reads.items():
+            module = self.model.get_submodule(linear)
+            for part, read in own.items():
+                parameter = module.get_parameter(part)
+                if module in self._turns.owner and parameter in self._turns.shards:
+                    assert isinstance(read, Gathered), "it is no shard"
+                    held[parameter] = read.held
+                else:
+                    here.setdefault(linear, {})[part] = read()
+        with torch.no_grad(), self._turns.instead(held), instead(self.model, here):
+            yield
+
+
+def attentions_of(model: nn.Module, groups: Mapping[str, int], reduce: Reduce | None = None) -> Attentions:
+    """Returns the attentions of a model, in memory or shared by ranks, that are to have fewer KV heads."""
+    turns = turns_of(model)
+    return Attentions(model, groups, reduce) if turns is None else SharedAttentions(turns, model, groups, reduce)

@@ -1,0 +1,101 @@
+"""How much memory an event under FSDP2 takes beside what the fit has, by the bytes of live tensors."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import billhook as bh
+from kit.families import llama
+from kit.fits import trainer
+from kit.held import Held
+from kit.sharding import Own, sharding
+
+LAYERS, WIDTH = 6, 256
+FEW = {"calibration": [(torch.tensor([[5, 6, 7]]),)] * 2, "measure_batches": 0}
+MORE = {"calibration": [(torch.arange(3, 27).view(8, 3),)] * 4, "measure_batches": 0}
+"""Tokens enough to repair what reads a tenth of the channels, and little that is computed of them."""
+EVENTS = {
+    "masks, by gates": lambda: bh.HeadPruning(0.5, at=1, remove="never", **FEW),
+    "heads": lambda: bh.HeadPruning(0.5, at=1, **FEW),
+    "channels": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, repair=None, **FEW),
+    "channels, repaired": lambda: bh.StructuredPruning(bh.Amount(channels=0.9), at=1, repair=bh.Repair(), **MORE),
+    "residual channels, by gradients": lambda: bh.StructuredPruning(bh.Amount(residual=0.5), at=1, repair=None, **FEW),
+    "KV heads": lambda: bh.KVHeadConversion(2, at=1, measure_batches=0),
+    "KV heads, with data": lambda: bh.KVHeadConversion(2, at=1, method="svd", **FEW),
+    "blocks": lambda: bh.DepthPruning(2, at=1, **FEW),
+}
+ASIDE = {"channels, repaired": 1, "KV heads, with data": 3}
+"""Of how many weights of WIDTH x WIDTH in each block new values wait, as shards, until tensors are cut."""
+
+HEADS, SHARED, HEAD = 4, 2, 32
+"""KV heads, how many become one, and how wide each is."""
+MOMENTS = {"KV heads, with data": 8 * LAYERS * (2 * HEADS // SHARED * (SHARED * HEAD) ** 2 + HEADS * HEAD**2)}
+"""Bytes of second moments: of all attentions, or where nothing is said of what one linear reads."""
+
+
+def model():
+    """Its blocks are large beside the rest, and beside what it computes of a few tokens."""
+    return llama(hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=LAYERS)
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Bytes that an event took at most on this rank, beside what the fit had; and those of a block, and of what is in none."""
+
+    most: int
+    block: int
+    rest: int
+    moments: int
+    shards: int  # of what has changed, twice, as it was and as it is, and of what waited, on this rank
+    what: str  # happened
+
+    @property
+    def allowed(self):
+        """Two blocks, what is in none, shards, and second moments."""
+        return 2 * self.block + self.rest + self.shards + self.moments
+
+
+def kept(lit, run):
+    """The fit's own tensors: its shards, and what the optimizer keeps of them."""
+    states = [state for optimizer in run.optimizers for state in optimizer.state.values()]
+    return [*lit.parameters(), *(one for state in states for one in state.values())]
+
+
+def size(parameters):
+    return sum(one.numel() * one.element_size() for one in parameters)
+
+
+def beside(folder, name, strategy, ranks=1):
+    """Fits, and measures an event."""
+    callback, lit, found = EVENTS[name](), Own(model), []
+    block = size(lit.net.model.layers[0].parameters())
+    rest = size(lit.parameters()) - LAYERS * block
+    happen, there = callback.carry_out, set()
+
+    def carry_out(run, module, moment):
+        for part in (module.net, *module.net.model.layers):
+            part.reshard()
+        there.update(module.parameters())
+        with Held(kept(module, run)) as held:
+            before = held.now()
+            happen(run, module, moment)
+        found.append(held.most - before)
+
+    callback.carry_out = carry_out
+    options = {"devices": ranks, "use_distributed_sampler": False} if ranks > 1 else {}
+    trainer(folder, [callback], max_steps=2, strategy=strategy, limit_val_batches=0, **options).fit(lit)
+    (most,), (event,) = found, callback.events
+    shards = size(set(lit.net.model.layers.parameters()) - there) + ASIDE.get(name, 0) * 4 * LAYERS * WIDTH**2
+    return Beside(most, block, rest, MOMENTS.get(name, 4 * WIDTH**2), shards // ranks, event["what"])
+
+
+def measure_all():
+    """What each of two processes runs, after other fits: those events whose new values wait."""
+    _, out = json.loads(sys.argv[1])
+    for name in ASIDE:
+        own, gathered = beside(out, name, sharding(2), ranks=2), [None, None]
+        torch.distributed.all_gather_object(gathered, (own.most, own.allowed))
+        torch.save([True, gathered], Path(out, f"{name}, beside.pt"))

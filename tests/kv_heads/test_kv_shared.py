@@ -1,0 +1,70 @@
+"""KV heads of a model whose blocks ranks share, in one process: what they become is as in memory, and lies in shards."""
+
+import copy
+
+import pytest
+import torch
+from torch.distributed.fsdp import fully_shard
+
+import billhook as bh
+from billhook.kv_heads.bases.weights import ready_weights, turned_weights
+from billhook.kv_heads.methods.named import method_of
+from billhook.kv_heads.plan import plan_kv_heads
+from billhook.model.surgery import changed
+from billhook.repairs.in_turn import Refitted, but
+from billhook.running.blocks import blocks_of
+from billhook.running.sharded.turns import Turns, in_turn
+from kit.families import llama, tokens
+from kit.losses import BUILD
+
+MODELS = {"llama": lambda: llama(attention_bias=True, mlp_bias=True), "gpt2": lambda: BUILD["gpt2"]().eval()}
+METHODS = {"svd": "svd", "aligned": "aligned", "auto": "auto", "similar": bh.SVD("similar")}
+
+
+def both(mesh, family="llama"):
+    """A model, and the same sharded, how its heads are grouped, and batches."""
+    plain = MODELS[family]()
+    sharded = copy.deepcopy(plain)
+    for part in (*blocks_of(sharded), sharded):
+        fully_shard(part, mesh=mesh)
+    plan = plan_kv_heads(plain, 2)
+    return plain, sharded, dict.fromkeys(plan.layers, 2), [({"input_ids": tokens(6, 16)}, None) for _ in range(4)]
+
+
+@pytest.mark.parametrize("repair", [None, bh.Repair()], ids=["no repair", "repair"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", MODELS)
+def test_heads_are_made_ready_as_in_memory(mesh, family, method, repair, monkeypatch):
+    plain, sharded, groups, batches = both(mesh, family)
+    asked = groups, method_of(METHODS[method]), batches, repair
+    expected, how = ready_weights(plain, *asked)
+    monkeypatch.setattr(Turns, "all_here", None)
+    with in_turn(sharded):
+        found, how_found = ready_weights(sharded, *asked, reduce=lambda tensor: tensor)
+        assert changed(sharded, found) == changed(plain, expected)
+    assert isinstance(found, Refitted)
+    assert how_found == how
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_heads_are_turned_as_in_memory(mesh):
+    plain, sharded, groups, batches = both(mesh)
+    asked = groups, bh.Aligned(), batches
+    expected = turned_weights(plain, *asked)
+    with in_turn(sharded):
+        found = turned_weights(sharded, *asked, reduce=lambda tensor: tensor)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_some_are_left_out_and_nothing_is_read():
+    def fail():
+        raise AssertionError("it is read")
+
+    found = but(Refitted({"a": fail, "b": fail}, "told"), {"a"})
+    assert isinstance(found, Refitted)
+    assert (list(found), found.told) == (["b"], "told")
+    assert but({"a": 1, "b": 2}, {"a"}) == {"b": 2}

@@ -2,12 +2,13 @@
 
 import copy
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 
 import jsonschema
 import pytest
 import yaml
 
-from billhook.cli.configs import config_schema
 from billhook.cli.main import main
 from kit.cli import ROOT
 
@@ -18,7 +19,9 @@ WANDA = yaml.safe_load((ROOT / "callbacks" / "wanda.yaml").read_text())
 
 @pytest.fixture(scope="module")
 def validator():
-    schema = config_schema()
+    with redirect_stdout(StringIO()) as said:
+        main(["schema"])
+    schema = json.loads(said.getvalue())
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
 

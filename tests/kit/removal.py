@@ -16,6 +16,7 @@ from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.shape import shape_of
 from billhook.pruning import removal
 from billhook.pruning.cuts import coupled
+from billhook.streaming import changes
 from billhook.units.find import find_units
 from kit.families import llama, tokens
 from kit.shaped import gpt2
@@ -107,7 +108,8 @@ class TestNothingIsHalfDone:
     def test_an_error_in_the_middle(self, where, call, monkeypatch):
         model, optimizer = self.trained(llama())
         before = self.everything(model, optimizer)
-        real, calls = getattr(removal, where), []
+        place = changes if where == "replace_parameters" else removal
+        real, calls = getattr(place, where), []
 
         def fails(*args):
             calls.append(args)
@@ -115,7 +117,7 @@ class TestNothingIsHalfDone:
                 raise KeyError("in the middle")
             return real(*args)
 
-        monkeypatch.setattr(removal, where, fails)
+        monkeypatch.setattr(place, where, fails)
         with pytest.raises(KeyError, match="in the middle"):
             bh.prune_units(model, self.CHOSEN["llama"], optimizer)
         assert self.everything(model, optimizer) == before

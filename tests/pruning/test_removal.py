@@ -16,6 +16,7 @@ from torch import nn
 import billhook as bh
 from billhook.model.shapes.shape import shape_of
 from billhook.pruning import removal
+from billhook.streaming import changes
 from billhook.units.find import find_units, of_kind, units_of
 from kit.families import build, llama, t5, tokens
 from kit.removal import ALIKE, make, questions, some_heads
@@ -483,7 +484,8 @@ class TestNothingIsHalfDone:
         model, optimizer = self.trained(llama() if name == "llama" else gpt2())
         plan = bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(**kinds))
         before = self.everything(model, optimizer)
-        real, calls = getattr(removal, where), []
+        place = changes if where == "replace_parameters" else removal
+        real, calls = getattr(place, where), []
         last = 2 if where == "_answer" and "residual" not in kinds else 1
 
         def fails(*args):
@@ -492,7 +494,7 @@ class TestNothingIsHalfDone:
                 raise KeyError("in the middle")
             return real(*args)
 
-        monkeypatch.setattr(removal, where, fails)
+        monkeypatch.setattr(place, where, fails)
         with pytest.raises(KeyError, match="in the middle"):
             bh.apply(model, plan, optimizer)
         assert self.everything(model, optimizer) == before

@@ -101,12 +101,13 @@ def test_pruning_then_is_exactly_n_of_m_by_every_criterion(criterion, pattern):
     assert plan.sparsity == pytest.approx(1 - n / m)
 
 
-def test_it_is_permute_for_and_then_prune():
+@pytest.mark.parametrize("match", [None, bh.BlockMatching(steps=4)])
+def test_it_is_permute_for_and_then_prune(match):
     one, batches = llama(), batches_of(llama())
     other = copy.deepcopy(one)
-    bh.prune(one, bh.Wanda(), batches, pattern="2:4", permute=True, skip="*.o_proj")
+    bh.prune(one, bh.Wanda(), batches, pattern="2:4", permute=True, skip="*.o_proj", match=match)
     bh.permute_for(other, "2:4", batches, skip="*.o_proj")
-    bh.prune(other, bh.Wanda(), batches, pattern="2:4", skip="*.o_proj")
+    bh.prune(other, bh.Wanda(), batches, pattern="2:4", skip="*.o_proj", match=match)
     assert same(one, values(other))
 
 

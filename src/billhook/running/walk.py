@@ -229,7 +229,7 @@ class Walk:
     def _rest(self, site: Site, kept: object = None) -> None:
         """Lets others go on until all are here."""
         own = Ambient.now()
-        if self.keep is not None:
+        if self.keep is not None and kept is not None:
             self.keep(kept)
         self._main.switch(site)
         own.restore()

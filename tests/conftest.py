@@ -49,12 +49,13 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def _alone():
-    """The same random numbers for each test, and nothing that a trainer leaves in the environment."""
+    """The same random numbers for each test, and nothing that a trainer leaves in the environment or torch."""
     torch.manual_seed(0)
     before = dict(os.environ)
     yield
     os.environ.clear()
     os.environ.update(before)
+    torch.use_deterministic_algorithms(False)
     if "torch._dynamo.eval_frame" in sys.modules:
         assert sys.modules["torch._dynamo.eval_frame"]._stance.stance == "default", "compiled code has been switched off"
 

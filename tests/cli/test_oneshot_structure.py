@@ -149,7 +149,7 @@ def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):
 
 
 def test_blocks_and_then_what_is_within(small, files, tmp_path):
-    record = prune(small, tmp_path / "out", "--blocks", "1", "--channels", "0.5", *SHORT, *option(files))
+    record = prune(small, tmp_path / "out", "--blocks", "1", "--channels", "0.5", "--generated", "0", *SHORT, *option(files))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert (again.config.num_hidden_layers, again.config.intermediate_size) == (1, 24)
     dense, batches = bh.load(small), drawn(blocks(files["train"]), 4)

@@ -59,17 +59,20 @@ def test_the_same_logits(folder):
         assert torch.equal(dense(**inputs)[0], streamed(**inputs)[0])
 
 
+def saved_alike(dense, streamed, folder):
+    """Tells whether two models, the second of them streamed to `out`, are the same once they are saved."""
+    bh.save(dense, folder / "in memory")
+    bh.save(streamed, folder / "out")
+    return same(folder / "out", bh.load(folder / "in memory"))
+
+
 @pytest.mark.filterwarnings("ignore:these hold several matrices")
 @pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.Wanda(), bh.SparseGPT()])
 def test_the_same_bytes(folder, tmp_path, criterion):
     dense, streamed = bh.load(folder), stream(folder, tmp_path / "out")
     plans = [bh.prune(model, criterion, shown(dense), sparsity=0.5) for model in (dense, streamed)]
     assert plans[0].text() == plans[1].text()
-    bh.save(streamed, tmp_path / "out")
-    bh.save(dense, tmp_path / "in memory")
-    one, other = (bh.load(tmp_path / name).state_dict() for name in ("in memory", "out"))
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert saved_alike(dense, streamed, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:these hold several matrices")
@@ -79,9 +82,7 @@ def test_the_same_bytes_where_blocks_are_matched(folder, tmp_path, sequential):
     how = {"sparsity": 0.5, "sequential": sequential, "match": bh.BlockMatching(steps=3)}
     plans = [bh.prune(model, bh.Wanda(), shown(dense), **how) for model in (dense, streamed)]
     assert plans[0].text() == plans[1].text()
-    bh.save(streamed, tmp_path / "out")
-    bh.save(dense, tmp_path / "in memory")
-    assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
+    assert saved_alike(dense, streamed, tmp_path)
 
 
 def test_stopped_and_called_again_where_blocks_are_matched(tmp_path, monkeypatch):
@@ -124,9 +125,7 @@ def test_the_same_bytes_where_all_weights_compete_by_what_they_see(tmp_path, fam
     how = {"sparsity": 0.5, "sequential": "none", "output_embeddings": True}
     plans = [bh.prune(model, criterion, shown(dense), **how) for model in (dense, streamed)]
     assert plans[0].text() == plans[1].text()
-    bh.save(dense, tmp_path / "in memory")
-    bh.save(streamed, tmp_path / "out")
-    assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
+    assert saved_alike(dense, streamed, tmp_path)
 
 
 def test_stopped_and_called_again_where_all_weights_compete(tmp_path, monkeypatch):

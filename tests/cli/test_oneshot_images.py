@@ -8,6 +8,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 from billhook.cli.main import main
 from billhook.model.linears import prunable
+from billhook.training.labelled import draw
 from kit.images import config, picture, write_photos, write_processor
 
 
@@ -45,6 +46,24 @@ def test_heads_are_removed(here, tmp_path):
     model, record = pruned(here, tmp_path / "out", "prune-heads", "--ratio", "0.5", "--data", str(here / "photos"))
     assert model.vit.layers[0].attention.q_proj.weight.shape == (8, 16)
     assert record["accuracy"]["before"] is not None
+
+
+def test_blocks_and_channels_are_removed(here, tmp_path, capsys):
+    options = ["--blocks", "1", "--channels", "0.5"]
+    model, record = pruned(here, tmp_path / "out", "prune-structure", *options, "--data", str(here / "photos"))
+    assert len(model.vit.layers) == 1
+    assert model.vit.layers[0].mlp.fc1.weight.shape == (16, 16)
+    assert [plan["kind"] for plan in record["plans"]] == ["blocks", "units"]
+    assert record["accuracy"].keys() == {"before", "after", "examples"}
+    assert record["accuracy"]["after"] is not None
+    assert "images to calibrate on: the split 'train' of" in capsys.readouterr().out
+
+
+def test_images_to_measure_on_are_drawn_from_all_classes():
+    assert draw(6, 64) == [0, 1, 2, 3, 4, 5]
+    drawn = draw(1000, 64, seed=1)
+    assert drawn == sorted(set(drawn))
+    assert len({number // 100 for number in drawn}) == 10, "of a hundred images of each class, one after the other"
 
 
 def test_without_data_weights_are_pruned_by_size_and_nothing_is_measured(here, tmp_path):

@@ -43,6 +43,10 @@ def accuracy(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> fl
     """Measures the share of examples whose label has the highest logit; None if there are no examples."""
     right = list[bool]()
     for batch in batches:
-        inputs: dict[str, Any] = {name: tensor.to(model.device) for name, tensor in batch.items() if name != "labels"}
+        inputs: dict[str, Any] = {
+            name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
+            for name, tensor in batch.items()
+            if name != "labels"
+        }
         right += (model(**inputs).logits.argmax(-1).cpu() == batch["labels"]).tolist()
     return sum(right) / len(right) if right else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from transformers import PreTrainedModel
 
 from billhook.calibration.reading import Rows
@@ -34,3 +35,8 @@ class LabelledModule(DatasetModule):
         """Finds the names of labels."""
         self.names = [name for splits in given for name in names_in(splits, self.label_column)]
         self.label2id = number_labels(self.names, None if model is None else model.config, self.label_column)
+
+
+def draw(rows: int, count: int, seed: int = 0) -> list[int]:
+    """Draws the numbers of so many rows, in their order, as folders and tables are often in the order of their labels."""
+    return sorted(torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count].tolist())

@@ -1,9 +1,10 @@
-"""`billhook evaluate`: checkpoints before and after, side by side: zero-shot accuracy, perplexity, lm-eval's tasks."""
+"""`billhook evaluate`: checkpoints before and after, side by side: accuracy, perplexity, lm-eval's tasks."""
 
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module, util
 from json import dumps
 from pathlib import Path
@@ -20,6 +21,7 @@ from billhook.checkpoints.save import load
 from billhook.checkpoints.versions import versions
 from billhook.cli.blockwise import over
 from billhook.cli.machine import check_file, device_of
+from billhook.cli.measuring import images
 from billhook.cli.reading import files
 from billhook.model.config_fields import text_config
 from billhook.model.meta import model_class, read_config
@@ -63,33 +65,41 @@ def evaluate(
     examples: int = 64,
     batch_size: int = 8,
     column: str = "text",
+    label_column: str = "label",
     dtype: str = "auto",
     device: str = "auto",
     stream: bool = False,
     json: str | None = None,
 ) -> None:
-    """Measures language models side by side: zero-shot accuracy on multiple-choice questions, perplexity, lm-eval's tasks.
+    """Measures language models, or classifiers of images, side by side: accuracy, perplexity, lm-eval's tasks.
 
-    An answer is the choice with the highest log-likelihood (acc), or the highest one per character (acc_norm), both as in
-    lm-eval; the first of equal ones counts. Standard errors are binomial, sqrt(p (1 - p) / (n - 1)). The difference between a
-    later model and the first has the standard error of the differences question by question, as both answer the same questions:
-    most often it is smaller than each model's own.
+    A language model answers multiple-choice questions zero-shot: by the choice with the highest log-likelihood (acc), or the
+    highest one per character (acc_norm), both as in lm-eval; the first of equal ones counts. Standard errors are binomial,
+    sqrt(p (1 - p) / (n - 1)). The difference between a later model and the first has the standard error of the differences
+    question by question, as both answer the same questions: most often it is smaller than each model's own.
+
+    A classifier of images has its accuracy (acc), of more than five classes also the share of images whose label is among the
+    five likeliest (acc_top5), with the same standard errors; and, where there are several models, the share of images that each
+    takes for what the first one does (agreement).
 
     Args:
         models: Folders, hub names or "tiny"; first the one to compare the others with: `evaluate before after ...`.
         data: Files of questions, JSON Lines: `{"context": "Question: ... Answer:", "choices": ["one", "two"], "label": 1}`. A
             choice follows the context and a space; its log-likelihood is the sum over its tokens (acc), for acc_norm divided by
-            its characters, as in lm-eval.
+            its characters, as in lm-eval. For classifiers of images, folders of these by class, .parquet files or hub names: they
+            are measured on the split `test`, or else `validation`, or the one that there is.
         text: A file (.txt, .jsonl, .csv, .parquet) to measure perplexity on. Perplexities of models with different tokenizers
             cannot be compared.
         tasks: Tasks of lm-eval by name, as in `--tasks hellaswag,arc_easy`; `pip install 'billhook[eval]'` installs it. Their
             differences have no standard errors.
-        limit: Questions of each file, and of each task of lm-eval: the first ones; by default all.
+        limit: Questions of each file, and of each task of lm-eval: the first ones; by default all. Of images so many drawn at
+            random, always the same.
         length: Tokens that the models read at once: longer contexts lose their beginning, and the text is cut into blocks of so
             many. By default 2048, or as many as all of the models read.
         examples: Blocks of the text, the first ones.
-        batch_size: Choices in a batch.
-        column: The column that holds the text.
+        batch_size: Choices in a batch, or images.
+        column: The column that holds the text; of images, by default "image".
+        label_column: The column that holds the labels of images.
         dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
         device: Where it is computed: "auto" takes an accelerator if there is one.
         stream: Whether models stay in their files, and one block at a time is in memory, for perplexity on `text`.
@@ -103,35 +113,63 @@ def evaluate(
     check_file("json", json, ".json")
     if not models or not (data or text or tasks):
         raise ValueError("models and one of data, text and tasks are needed: what to measure, and on what")
-    if stream and (data or tasks or device not in ("auto", "cpu")):
-        raise ValueError("stream=True is for text alone, on the CPU: leave out data, tasks and device, or stream")
-    place, wanted = torch.device("cpu") if stream else device_of(device), _tasks(tasks or [])
-    tokens = _length(models, length)
-    questions = [read_questions(file, limit, "data") for file in data or []]
-    works = [_work(name, questions, text, column, tokens, wanted) for name in models]
-    results = []
-    for work in works:
-        began = time.perf_counter()
-        with files(f"loading {work.model}"):
-            model = open_streamed(work.model, dtype=dtype) if stream else load(work.model, dtype)
-        if not stream:
-            model.to(place)  # type: ignore[arg-type]
-        figures, answers = _measure(model, work, tokens, examples, batch_size, limit)
-        cut = sum(row.cut for own in work.sets.values() for _, rows in own for row in rows)
-        about = {"model": work.model, "dtype": str(model.dtype), "cut": cut, "seconds": time.perf_counter() - began}
-        results.append((figures, about | {"answers": answers}))
-        del model
+    of_images = any(images.classifies(model) for model in models)
+    if of_images:
+        images.check(models, {"text": text, "tasks": tasks, "length": length, "stream": stream})
+        settings, works = images.prepare(models, data or [], limit, batch_size, column, label_column)
+        place = device_of(device)
+    else:
+        if stream and (data or tasks or device not in ("auto", "cpu")):
+            raise ValueError("stream=True is for text alone, on the CPU: leave out data, tasks and device, or stream")
+        place = torch.device("cpu") if stream else device_of(device)
+        settings, works = _prepare(models, data or [], text, _tasks(tasks or []), limit, length, examples, batch_size, column)
+    results = [_result(name, work, place, dtype, stream) for name, work in zip(models, works, strict=True)]
+    if of_images and len(models) > 1:
+        for figures, about in results:
+            figures += images.agreements(about["answers"], results[0][1]["answers"])
     print(table(models, [figures for figures, _ in results]))
-    for _, about in results:
-        if about["cut"]:
-            print(f"{about['model']}: {about['cut']} choices had their context cut from the left, to length={tokens}")
+    for name, (_, about) in zip(models, results, strict=True):
+        if about.get("cut"):
+            print(f"{name}: {about['cut']} choices had their context cut from the left, to length={settings['length']}")
     if json is not None:
-        settings = {"data": data, "text": text, "tasks": wanted, "limit": limit, "length": tokens, "examples": examples}
-        settings |= {"batch_size": batch_size, "column": column, "dtype": dtype, "device": str(place)}
-        first = results[0][0]
-        of_models = [about | {"figures": _plain(figures, first)} for figures, about in results]
-        record = {"versions": versions("tokenizers", *(["lm_eval"] if wanted else [])), "settings": settings, "models": of_models}
+        settings |= {"dtype": dtype, "device": str(place)}
+        of_models = [about | {"figures": _plain(figures, results[0][0])} for figures, about in results]
+        used = versions("tokenizers", *(["lm_eval"] if settings.get("tasks") else []))
+        record = {"versions": used, "settings": settings, "models": of_models}
         Path(json).write_text(dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def _result(name: str, work: images.Work, place: torch.device, dtype: str, stream: bool) -> tuple[list[Figure], dict[str, Any]]:
+    """Loads and measures a model; returns its figures, and what is recorded about it."""
+    began = time.perf_counter()
+    with files(f"loading {name}"):
+        model = open_streamed(name, dtype=dtype) if stream else load(name, dtype)
+    if not stream:
+        model.to(place)  # type: ignore[arg-type]
+    figures, about = work(model)
+    return figures, {"model": name, "dtype": str(model.dtype), "seconds": time.perf_counter() - began} | about
+
+
+def _prepare(
+    models: Sequence[str],
+    data: list[str],
+    text: str | None,
+    tasks: list[str],
+    limit: int | None,
+    length: int | None,
+    examples: int,
+    batch_size: int,
+    column: str,
+) -> tuple[dict[str, Any], list[images.Work]]:
+    """Reads what language models are measured on; returns the settings, and what measures each of the models."""
+    tokens = _length(models, length)
+    settings = {"data": data or None, "text": text, "tasks": tasks, "limit": limit, "length": tokens, "examples": examples}
+    settings |= {"batch_size": batch_size, "column": column}
+    questions = [read_questions(file, limit, "data") for file in data]
+    works = [_work(name, questions, text, column, tokens, tasks) for name in models]
+    return settings, [
+        partial(_measure, work=one, length=tokens, examples=examples, batch_size=batch_size, limit=limit) for one in works
+    ]
 
 
 def _length(models: Sequence[str], asked: int | None) -> int:
@@ -159,7 +197,7 @@ def _work(name: str, questions: Sequence[list[Question]], text: str | None, colu
 def _measure(
     model: PreTrainedModel, work: _Work, length: int, examples: int, batch_size: int, limit: int | None
 ) -> tuple[list[Figure], dict[str, Any]]:
-    """Measures all figures of a model, and the likelihoods of each file's choices."""
+    """Measures all figures of a model; returns with them the likelihoods of each file's choices."""
     tasks = _harness(model, work, length, batch_size, limit) if work.tasks else []
     with bar(f"{work.model}: questions", "tokens") as progress:
         found = answered(model, f"models: '{work.model}'", work.sets, batch_size, progress)
@@ -172,7 +210,8 @@ def _measure(
             {"line": question.line, "label": question.label, "acc": plain, "acc_norm": norm, "log_likelihoods": sums}
             for (question, sums), plain, norm in each
         ]
-    return figures + tasks, answers
+    cut = sum(row.cut for own in work.sets.values() for _, rows in own for row in rows)
+    return figures + tasks, {"cut": cut, "answers": answers}
 
 
 def difference(figure: Figure, first: Figure) -> tuple[float, float | None]:

@@ -13,6 +13,7 @@ from billhook.running.batches import Batch
 from billhook.training.data import ClassificationDataModule
 from billhook.training.dataset_module import DatasetModule
 from billhook.training.images import ImageDataModule
+from billhook.training.labelled import draw
 
 IMAGE = "image"
 """The column of images, where no other is asked for."""
@@ -77,9 +78,9 @@ class Labelled:
         return self._batched(rows, order[: self.count].tolist())
 
     def measured(self) -> Iterator[Batch] | None:
-        """Returns the first examples to measure on; None where there is no split for that."""
+        """Draws the examples to measure on; None where there is no split for that."""
         rows: Any = self.data.splits.get(self.split)
-        return None if rows is None else self._batched(rows, range(min(self.given.evaluate, len(rows))))
+        return None if rows is None else self._batched(rows, draw(len(rows), self.given.evaluate, self.given.seed))
 
     def loader(self, batch_size: int, chance: torch.Generator) -> DataLoader[Any]:
         """Returns what is trained on, shuffled."""

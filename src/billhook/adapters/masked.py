@@ -12,13 +12,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
 
 from billhook.arguments import annotated
-from billhook.model.linears import prunable, weight_of
+from billhook.model.linears import is_pruned, prunable, weight_of
 from billhook.running.sharded.shards import reshard, whole
 
 WRAPPED = "base_model.model."
 """Prefix of PEFT's for the names of the model that it wraps."""
-PRUNED = 0.01
-"""The share of zeros from which on a linear counts as pruned where no masks are given: a few weights are zero by chance."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,7 +199,7 @@ def fitting(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> di
     weights = {name: layer.get_base_layer().weight.detach() for name, layer in layers.items()}
     if masks is None:
         kept = {name: whole(weight) != 0 for name, weight in weights.items()}
-        return {name: keep for name, keep in kept.items() if int((~keep).sum()) >= max(1, PRUNED * keep.numel())}
+        return {name: keep for name, keep in kept.items() if is_pruned(keep)}
     found = {name: masks.get(name, masks.get(name.removeprefix(WRAPPED))) for name in weights}
     given = {name: mask for name, mask in found.items() if mask is not None}
     if not given:

@@ -14,6 +14,9 @@ from billhook.model.convolutions import Convolutions, as_tensor, channels_of, is
 PACKED = ("qweight", "weight_packed", "W_q")
 """What quantised layers that are no `nn.Linear` call their weight (GPTQ and AWQ, compressed-tensors, HQQ)."""
 
+PRUNED = 0.01
+"""The share of zeros from which on a weight counts as pruned: rounding leaves a few zeros in one that never was."""
+
 
 def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: Convolutions = "mixing") -> dict[str, nn.Module]:
     """Finds the linear layers of a module tree, by name: `nn.Linear`, transformers' `Conv1D`, and what PEFT has put adapters on.
@@ -40,6 +43,11 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
             weights.add(id(part.weight))
             found[name] = part
     return found
+
+
+def is_pruned(keep: Tensor) -> bool:
+    """Tells whether a weight counts as pruned, of which a mask, bool, says what is not zero."""
+    return int((~keep).sum()) >= max(1, PRUNED * keep.numel())
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.bar import Told
-from billhook.model.linears import as_it_lies, matrix_of, turned
+from billhook.model.linears import as_it_lies, is_pruned, matrix_of, turned
 from billhook.repairs.enough import counting
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments, folds_of, wide
@@ -198,7 +198,7 @@ class RepairVisitor:
         if folds and sum(part.tokens for part in parts) >= keep.sum():
             weight, bias = self._old[name]
             there = weight[:, keep] != 0
-            support = None if there.all() else there
+            support = there if is_pruned(there) else None
             kept, bias = refit_linear(weight[:, keep], bias, folds, parts, self._ridges, self._reduce, support)
             new = torch.zeros_like(weight)
             new[:, keep] = kept.to(weight.dtype)

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from billhook.cli.oneshot.streamed import Refits
 from billhook.importance.obs import errors_without
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments
 from billhook.running.statistics import InputMoments, add_products
 from billhook.sparsity.sparsegpt import inverse_factor
 from kit.alive import Alive
+from kit.families import llama
 
 WIDTH, ROWS = 768, 128
 MATRIX = 8 * WIDTH**2
@@ -30,6 +32,21 @@ def test_a_refit_takes_one_matrix_beside_the_moments(bias):
         refit_linear(weight, bias, [([parts[0]], parts[1])], parts, [0.01, 0.1])
     assert alive.most >= MATRIX
     assert alive.most < MATRIX + 4 * OWED
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.5], ids=["dense", "pruned"])
+def test_a_limit_of_memory_reckons_what_a_refit_takes(zeros):
+    x, true, support = inputs(), torch.randn(WIDTH, ROWS), torch.rand(ROWS, WIDTH) >= zeros
+    weight = torch.randn(ROWS, WIDTH) * support
+    model = llama(hidden_size=ROWS, intermediate_size=WIDTH)
+    name = "model.layers.0.mlp.down_proj"
+    refits = Refits(2, {name: WIDTH}, {f"{name}.weight": int((~support).sum())})
+    with Alive() as alive:
+        parts = [OwedMoments(ROWS, WIDTH) for _ in range(2)]
+        for part, some in zip(parts, x.split(WIDTH), strict=True):
+            part.add(some, some @ true)
+        refit_linear(weight, None, [([parts[0]], parts[1])], parts, [0.01, 0.1], support=support if zeros else None)
+    assert 0.85 * refits.sums(model) < alive.most <= refits.sums(model)
 
 
 def test_moments_of_what_a_refit_needs_take_no_copy():

@@ -55,7 +55,7 @@ def test_mixtures_choose_the_same_ridges(monkeypatch):
 def test_a_support_is_solved_on_in_panels_as_in_one(monkeypatch):
     (_, every), support = folds(1.0), torch.rand(ROWS, WIDTH) < 0.5
     whole = least_squares._bound(every, False, 0.1, support)
-    monkeypatch.setattr(least_squares, "ROWS", 7)
+    monkeypatch.setattr(least_squares, "MIRRORED", 7)
     assert torch.equal(least_squares._bound(every, False, 0.1, support), whole)
     assert whole[support].any()
     assert not whole[~support].any()

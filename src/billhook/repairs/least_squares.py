@@ -15,7 +15,6 @@ from torch import Tensor
 from billhook.repairs.moments import Fold, OwedMoments, SecondMoments
 from billhook.running.conjugate_gradients import on_support
 from billhook.running.ranks import Ranks, own_of
-from billhook.running.statistics import ROWS
 
 Errors = Callable[[float], Sequence[float] | None]
 """With a ridge, the error on each fold's held-out data; None where some fold has no solution."""
@@ -23,6 +22,8 @@ Errors = Callable[[float], Sequence[float] | None]
 
 STEPS = 30
 """Of conjugate gradients, where weights stay zero."""
+MIRRORED = 256
+"""Rows that are mirrored at once, beside which three squares of them are needed."""
 
 
 def least(ridges: Sequence[float], without: Sequence[float], errors: Errors) -> float:
@@ -109,20 +110,22 @@ def refit_linear(
 
     W' = W + M, with M as of `solve`, from the moments of all inputs x that it has. A bias makes up for the mean of what is
     missing, b' = b + E d - M E x, and M for the rest. Where all data has no solution with that ridge, the next larger one takes
-    its place. Beside the moments, memory holds a matrix of in_features^2, and one like the weight. Ridges are tried on mixtures
-    of the outputs, where there are many (`OwedMoments.mixed`). Ranks that have the same moments (`Ranks`) divide what is tried.
+    its place. Beside the moments, memory holds a matrix of in_features^2, and one like the weight, six on a support. Ridges are
+    tried on mixtures of the outputs, where there are many (`OwedMoments.mixed`). Ranks that have the same moments (`Ranks`)
+    divide what is tried.
 
     Where weights are to stay zero, off their `support`, bool, M is the best on it with that ridge, by conjugate gradients; what
     is tried is without this bound, but where M on the support then helps no held-out data, M is zero.
     """
-    ridge = _chosen(_mixed(folds), bias is not None, ridges, reduce)
-    larger = sorted({ridge, math.inf, *(one for one in ridges if one > ridge)})
-    new, own = next((more, one) for one in larger if (more := _more(every, bias is not None, one)) is not None)
-    if support is not None:
-        bound = [_bound(parts, bias is not None, own, support) for parts, _ in folds]
-        left = [_left(more, *fold, bias is not None) for more, fold in zip(bound, folds, strict=True)]
-        helps = least([own], _without(folds, bias is not None), lambda _: left) == own
-        new = _bound(every, bias is not None, own, support) if helps else new.zero_()
+    centred = bias is not None
+    ridge = _chosen(_mixed(folds), centred, ridges, reduce)
+    if support is None:
+        larger = sorted({ridge, math.inf, *(one for one in ridges if one > ridge)})
+        new = next(more for one in larger if (more := _more(every, centred, one)) is not None)
+    else:
+        left = [_left(_bound(parts, centred, ridge, support), parts, held_out, centred) for parts, held_out in folds]
+        helps = least([ridge], _without(folds, centred), lambda _: left) == ridge
+        new = _bound(every, centred, ridge if helps else math.inf, support)
     shift = _shift(new, every)
     return new.add_(weight), None if bias is None else bias.double() + shift
 
@@ -191,8 +194,8 @@ def _bound(parts: Sequence[OwedMoments], centred: bool, ridge: float, support: T
 
 def _mirror(upper: Tensor) -> None:
     """Makes a matrix symmetric, of which the upper triangle is filled, in its place."""
-    for first in range(0, len(upper), ROWS):
-        last = first + ROWS
+    for first in range(0, len(upper), MIRRORED):
+        last = first + MIRRORED
         own = upper[first:last, first:last]
         own.copy_(own.triu() + own.triu(1).t())
         upper[last:, first:last] = upper[first:last, last:].t()

@@ -15,26 +15,31 @@ ELEMENTS = 2**24
 
 def zeros_of(model: nn.Module) -> int | None:
     """Counts parameters that are zero; None if files of a model that is streamed would have to be fetched for it."""
+    counts = zeros_by_name(model)
+    return None if counts is None else sum(counts.values())
+
+
+def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
+    """Counts zeros of each parameter, by name; None if files of a model that is streamed would have to be fetched for it."""
     if (stream := stream_of(model)) is not None:
-        return zeros_in_files(stream)
+        return _in_files(stream) if stream.files.are_here else None
     turns = turns_of(model)
-    held = model.parameters() if turns is None else (turns.held(one) for one in model.parameters())
-    return sum(_zeros(one) for one in held if not one.is_meta)
+    held = ((name, one if turns is None else turns.held(one)) for name, one in model.named_parameters())
+    return {name: _zeros(one) for name, one in held if not one.is_meta}
 
 
-def zeros_in_files(stream: Stream) -> int | None:
-    """Counts parameters that are zero, a few rows at a time; no block comes. None if files would have to be fetched for it."""
-    if not stream.files.are_here:
-        return None
+def _in_files(stream: Stream) -> dict[str, int]:
+    """Counts zeros a few rows at a time; no block comes. What a checkpoint keeps as one tensor counts for its first name."""
     stream.leave()
+    counts = {name: _zeros(one) for name, one in stream.model.named_parameters() if not one.is_meta}
     there, names = dict(stream.model.named_parameters(remove_duplicate=False)), dict[int, str]()
-    count = sum(_zeros(one) for one in stream.model.parameters() if not one.is_meta)
     for key, own in named_in(stream.model, stream.files).items():
         parameter = there.get(own)
         if parameter is None or not parameter.is_meta or names.setdefault(id(parameter), own) != own:
             continue  # a buffer, or it is in memory, or tied to one that has been counted
-        count += sum(_zeros(rows.to(parameter.dtype)) for rows in stream.files.rows(key, ELEMENTS))
-    return count
+        rows = stream.files.rows(key, ELEMENTS)
+        counts[own] = counts.get(own, 0) + sum(_zeros(some.to(parameter.dtype)) for some in rows)
+    return counts
 
 
 def _zeros(values: Tensor) -> int:

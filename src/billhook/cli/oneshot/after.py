@@ -6,21 +6,19 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook.model.figures import kv_cache_bytes
+from billhook.model.linears import PRUNED
 from billhook.report.damage import Dense, TextDamage, table
 from billhook.report.generation import generates
-from billhook.streaming.zeros import zeros_of
 
-FEW = 0.01
-"""Share of zeros that come by rounding, where none are meant: a mean of float16 weights may be 0."""
 Before = Dense | float | None
 """What is measured before a model is changed: predictions on texts, or an accuracy."""
 Cost = list[TextDamage] | float | None
 """What is measured afterwards: the damage on texts, or an accuracy."""
 
 
-def sizes_of(model: PreTrainedModel) -> dict[str, int | None]:
-    """Counts parameters, those that are zero, and bytes of the key/value cache per token."""
-    return {"params": model.num_parameters(), "zeros": zeros_of(model), "kv_cache_bytes": kv_cache_bytes(model)}
+def sizes_of(model: PreTrainedModel, zeros: int | None) -> dict[str, int | None]:
+    """Returns the numbers of parameters and of those that are zero, and the bytes of the key/value cache per token."""
+    return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": kv_cache_bytes(model)}
 
 
 def shown(before: Before, cost: Cost) -> str | None:
@@ -43,7 +41,7 @@ def commands(model: PreTrainedModel, name: str, out: str, event: Mapping[str, An
         return [f"billhook summary {out}  # counts parameters and operations"]
     train = f"billhook fit --model.model {out} --model.lora '{{}}' --data.data FILE --trainer.max_steps 1000"
     export = f"--trainer.callbacks+=billhook.Export --trainer.callbacks.folder {out}-trained"
-    sparse = event["after"]["zeros"] - event["before"]["zeros"] > FEW * event["after"]["params"]
+    sparse = event["after"]["zeros"] - event["before"]["zeros"] > PRUNED * event["after"]["params"]
     return [
         f"billhook evaluate {name} {out} --text FILE  # compares both on text of yours",
         *([] if sparse else [f"{train} {export}  # trains it on such text"]),

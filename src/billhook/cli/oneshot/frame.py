@@ -36,6 +36,7 @@ from billhook.running.offload import offloaded
 from billhook.running.walk import find_sites
 from billhook.streaming.load import stream
 from billhook.streaming.stream import stream_of
+from billhook.streaming.zeros import zeros_by_name, zeros_of
 
 WRITTEN = 40
 """How many the model writes."""
@@ -87,7 +88,12 @@ class OneShot:
     @cached_property
     def sizes(self) -> dict[str, int | None]:
         """The parameters of the model as it was, those that are zero, and bytes of the key/value cache per token."""
-        return sizes_of(self.model)
+        return sizes_of(self.model, None if self.zeros is None else sum(self.zeros.values()))
+
+    @cached_property
+    def zeros(self) -> dict[str, int] | None:
+        """How many weights of the model as it was are zero, by name; None where that is not known."""
+        return zeros_by_name(self.model)
 
     def _beside(self, refits: bool) -> float:
         """Returns the share of the examples that the model writes beside texts; refuses one that it cannot write."""
@@ -238,7 +244,7 @@ class OneShot:
 
         The record says how far choices of units are `settled`.
         """
-        event: dict[str, Any] = {"what": what, "before": self.sizes, "after": sizes_of(self.model)}
+        event: dict[str, Any] = {"what": what, "before": self.sizes, "after": sizes_of(self.model, zeros_of(self.model))}
         if told := [one.to_json() for one in settled if one is not None]:
             event["settled"] = told
         record = {"events": [event], **record}

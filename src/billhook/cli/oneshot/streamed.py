@@ -13,7 +13,7 @@ from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.importance.score import check_streams
 from billhook.model.config_fields import text_config
-from billhook.model.linears import prunable, weight_of
+from billhook.model.linears import PRUNED, prunable, weight_of
 from billhook.pruning.cuts import Cut
 from billhook.pruning.target import Search
 from billhook.repairs.moments import OUTPUTS
@@ -31,6 +31,8 @@ HELD = 5
 """Tensors of the hidden size that a run holds while it waits within a block: the stream, its norm, queries, keys and values."""
 TUNED = 6
 """Copies of a block in float32 while it is tuned: as it is, its gradient, two means of Adam's, the best so far, and what was."""
+STEPPED = 6
+"""Matrices like the weight while conjugate gradients step: what is found, what is left, that scaled, the way, and two products."""
 OBS_BYTES = 2 * 4 + 8
 """Bytes for each pair of inputs: two matrices in float32, as more and more batches are taken, and one of a reader in float64."""
 
@@ -74,26 +76,31 @@ class Refits:
     Attributes:
         parts: Of how many parts of the data moments are kept.
         kept: How many inputs are left to each that is refitted; by default all linears keep all.
+        zeros: How many weights are zero, by name, as far as that is known.
     """
 
     parts: int
     kept: Mapping[str, int] | None = None
+    zeros: Mapping[str, int] | None = None
 
     def sums(self, model: PreTrainedModel) -> int:
         """Returns the bytes that the largest refit takes."""
         shapes = {name: weight_of(linear).shape for name, linear in prunable(model).items()}
         kept = {name: columns for name, (_, columns) in shapes.items()} if self.kept is None else self.kept
-        sizes = [(shapes[name][0], columns) for name, columns in kept.items() if name in shapes]
-        return max((self._one(rows, columns, model.dtype.itemsize) for rows, columns in sizes), default=0)
+        zeros = {name: (self.zeros or {}).get(f"{name}.weight", 0) for name in shapes}
+        sizes = [(shapes[name][0], columns, zeros[name]) for name, columns in kept.items() if name in shapes]
+        return max((self._one(*size, model.dtype.itemsize) for size in sizes), default=0)
 
-    def _one(self, rows: int, columns: int, itemsize: int) -> int:
+    def _one(self, rows: int, columns: int, zeros: int, itemsize: int) -> int:
         """Returns the bytes of one: float64 matrices, and the weight of the inputs that are left.
 
         Of each part, half of a square, in panels, and one like the weight; and a square to solve in, with what is solved for: all
-        outputs, or mixtures of these for each part beside while ridges are tried.
+        outputs, and where weights stay zero what conjugate gradients step in; or mixtures of outputs for each part beside while
+        ridges are tried.
         """
         half = columns * (columns + min(ROWS, columns)) // 2
-        solved = max(rows, (self.parts + 1) * OUTPUTS if rows > OUTPUTS else 0) * columns
+        steps = STEPPED * rows if zeros >= PRUNED * rows * columns and zeros else rows
+        solved = max(steps, (self.parts + 1) * OUTPUTS if rows > OUTPUTS else 0) * columns
         return 8 * (self.parts * (half + rows * columns) + columns**2 + solved) + itemsize * rows * columns
 
     def waits(self, model: PreTrainedModel, tokens: int) -> int:

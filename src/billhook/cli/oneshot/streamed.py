@@ -32,7 +32,7 @@ HELD = 5
 TUNED = 6
 """Copies of a block in float32 while it is tuned: as it is, its gradient, two means of Adam's, the best so far, and what was."""
 STEPPED = 6
-"""Matrices like the weight while conjugate gradients step: what is found, what is left, that scaled, the way, and two products."""
+"""Matrices like the weight while conjugate gradients step: what is found, what is left, that scaled, a way, and two products."""
 OBS_BYTES = 2 * 4 + 8
 """Bytes for each pair of inputs: two matrices in float32, as more and more batches are taken, and one of a reader in float64."""
 

@@ -117,6 +117,10 @@ class DatasetModule(pl.LightningDataModule):
     def encode(self, rows: Rows, split: str) -> Rows:
         """Turns rows of the data into examples."""
 
+    def examples(self, split: str) -> Any:  # noqa: ANN401 - what a DataLoader reads
+        """Returns the examples of a split, as its loader reads them."""
+        return self.splits[split]
+
     @abstractmethod
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Returns the function that makes a batch of examples."""
@@ -161,7 +165,7 @@ class DatasetModule(pl.LightningDataModule):
         return self.test_dataloader()
 
     def _loader(self, split: str, shuffle: bool = False, **place: int) -> ResumableLoader:
-        rows, trainer = self.splits[split], self.trainer
+        rows, trainer = self.examples(split), self.trainer
         world, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
         sampler = None
         if isinstance(rows, datasets.IterableDataset):

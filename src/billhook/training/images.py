@@ -12,6 +12,7 @@ from billhook.arguments import annotated
 from billhook.calibration.reading import Data, Rows, Table, check_columns
 from billhook.calibration.rows import Batch, numbered
 from billhook.model.preprocessors import load_preprocessor
+from billhook.training.augmented import Augmented
 from billhook.training.labelled import LabelledModule
 from billhook.training.labels import numbers_of
 
@@ -35,6 +36,9 @@ class ImageDataModule(LabelledModule):
         num_workers: Processes that load batches; 0 loads in the main process.
         validation: Share of the training rows, in [0, 1), that are held out, drawn by `seed`, to validate on where the data has
             no split `validation`. 0 for none.
+        augment: Transforms of training images, called with an image of PIL before the processor is: those of torchvision, as in
+            `[{class_path: torchvision.transforms.v2.TrivialAugmentWide}]` (`pip install torchvision`), or functions of your own.
+            What they draw with torch depends on `seed`, the epoch and the image alone.
 
     Raises:
         ValueError: If a file is empty or missing, a split has no such column, the column holds no images, there are more or fewer
@@ -57,10 +61,12 @@ class ImageDataModule(LabelledModule):
         seed: int = 0,
         num_workers: int = 0,
         validation: float = 0.05,
+        augment: list[Callable[[Any], Any]] | None = None,
     ) -> None:
         annotated(ImageDataModule, locals())
         super().__init__(data, batch_size, seed, num_workers, validation=validation)
         self.processor_name, self.image_column, self.label_column = processor, image_column, label_column
+        self.augment = augment or []
         self._processor: BaseImageProcessor | None = None
 
     @property
@@ -87,12 +93,22 @@ class ImageDataModule(LabelledModule):
         check_columns(rows, split, self.image_column, self.label_column)
         if not isinstance(rows, datasets.Dataset):
             raise ValueError("data: images are not read from a stream: give a folder, files or a Dataset")
-        numbers = numbers_of(rows, self.label_column, self.label2id)
         try:
             pictures = rows.select_columns([self.image_column, self.label_column]).cast_column(self.image_column, RGB)
         except (TypeError, ValueError, NotImplementedError) as error:  # as arrow has them
             raise ValueError(f"image_column='{self.image_column}' of the split '{split}' holds no images: {error}") from error
-        return pictures.with_transform(Prepared(self.image_processor, self.image_column, self.label_column, numbers))
+        return pictures.with_transform(self._prepare(pictures))
+
+    def _prepare(self, rows: Rows) -> "Prepared":
+        numbers = numbers_of(rows, self.label_column, self.label2id)
+        return Prepared(self.image_processor, self.image_column, self.label_column, numbers)
+
+    def examples(self, split: str) -> Any:  # noqa: ANN401 - what a DataLoader reads by number
+        """Returns the examples of a split, those of `train` with what `augment` changes."""
+        rows: Any = self.splits[split]
+        if split != "train" or not self.augment:
+            return rows
+        return Augmented(rows.with_format(None), self.image_column, self.augment, self._prepare(rows), self.seed)
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Returns the function that makes a batch of examples."""

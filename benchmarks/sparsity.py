@@ -49,8 +49,8 @@ ROWS = {
     "Refit(SparseGPT), 50 %, layer": (bh.Refit(bh.SparseGPT()), HALF | {"sequential": "layer"}),
     "ALPS, 50 %, layer": (bh.ALPS(), HALF | {"sequential": "layer"}),
     "ALPS, 2:4, layer": (bh.ALPS(), PAIRS | {"sequential": "layer"}),
-    "ALPS, 50 %, layer, matched": (bh.ALPS(), HALF | {"sequential": "layer", "match": bh.BlockMatching(steps=28)}),
-    "ALPS, 2:4, layer, matched": (bh.ALPS(), PAIRS | {"sequential": "layer", "match": bh.BlockMatching(steps=28)}),
+    "ALPS, 50 %, layer, matched": (bh.ALPS(), HALF | {"sequential": "layer", "match": bh.BlockMatching()}),
+    "ALPS, 2:4, layer, matched": (bh.ALPS(), PAIRS | {"sequential": "layer", "match": bh.BlockMatching()}),
     "Refit(SparseGPT), 2:4, layer": (bh.Refit(bh.SparseGPT()), PAIRS | {"sequential": "layer"}),
 }
 ROWS |= {

@@ -88,11 +88,11 @@ def test_settings_of_criteria_and_allocations(tmp_path, data, capsys):
 
 def test_blocks_are_matched(tmp_path, data, capsys):
     line = ["prune", "tiny", str(tmp_path / "out"), *data, *SHORT, "--sparsity", "0.5", "--criterion", "Magnitude"]
-    main([*line, "--match", "{steps: 2}", "--batch_size", "1"])
+    main([*line, "--match", "{}", "--batch_size", "1"])
     said = capsys.readouterr().out
-    assert "by Magnitude(compares='layer'), and match each block by BlockMatching(steps=2, " in said
+    assert "by Magnitude(compares='layer'), and match each block by BlockMatching(steps=None, lr=0.02, " in said
     record = json.loads((tmp_path / "out" / "billhook.json").read_text())
-    assert record["pruned"]["match"].startswith("BlockMatching(steps=2, ")
+    assert record["pruned"]["match"].startswith("BlockMatching(steps=None, ")
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys):

@@ -74,6 +74,17 @@ def test_it_is_adam_on_what_a_block_gives():
     torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-4)
 
 
+def test_by_default_each_batch_is_taken_once():
+    block, keep, inputs = problem()
+    pruned, tune = block[0].weight.detach() * keep, passages(block, inputs)
+    once, five, six = (
+        Tuning(BlockMatching(steps), block, {"0.weight": pruned}, {"0.weight": keep})(tune[:5], tune[5:])["0.weight"]
+        for steps in (None, 5, 6)
+    )
+    assert torch.equal(once, five)
+    assert not torch.equal(once, six)
+
+
 def test_a_block_of_one_linear_reaches_least_squares():
     block, keep, inputs = problem()
     dense = block[0].weight.detach()

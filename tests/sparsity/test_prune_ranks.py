@@ -47,8 +47,8 @@ def test_ranks_come_to_what_one_comes_to(sequential, batches, options):
 
 def test_ranks_match_blocks_together():
     torch.manual_seed(0)
-    model, given = llama(), [{"input_ids": tokens(4)} for _ in range(6)]
-    options = {"criterion": bh.Wanda(), "sparsity": 0.5, "match": bh.BlockMatching(steps=4)}
+    model, given = llama(), [{"input_ids": tokens(4)} for _ in range(7)]
+    options = {"criterion": bh.Wanda(), "sparsity": 0.5, "match": bh.BlockMatching()}
 
     def matched(rank, reduce):
         own = copy.deepcopy(model)

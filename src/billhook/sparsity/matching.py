@@ -52,7 +52,7 @@ class BlockMatching:
     A step takes one batch, forwards and backwards through one block; what is tuned is float32, and rounded once.
 
     Args:
-        steps: Steps of Adam for each block.
+        steps: Steps of Adam for each block; by default one for each batch that is not held out.
         lr: The largest step size, as a share of the root mean square of a linear's kept weights; it rises to that in the first
             half of the steps, and falls to zero then.
         held_out: Fraction of the batches that is held out, in (0, 1); at least one is.
@@ -64,17 +64,17 @@ class BlockMatching:
     Example:
         >>> import billhook as bh
         >>> model, batches = bh.load("tiny"), [{"input_ids": torch.arange(i, i + 32)[None]} for i in range(4)]
-        >>> plan = bh.prune(model, bh.Wanda(), batches, sparsity=0.5, match=bh.BlockMatching(steps=5))
+        >>> plan = bh.prune(model, bh.Wanda(), batches, sparsity=0.5, match=bh.BlockMatching())
     """
 
-    steps: int = 100
+    steps: int | None = None
     lr: float = 0.02
     held_out: float = 0.125
     seed: int = 0
 
     def __post_init__(self) -> None:
         annotated(BlockMatching, vars(self))
-        whole("steps", self.steps)
+        whole("steps", 1 if self.steps is None else self.steps)
         number("lr", self.lr, above=0)
         fraction("held_out", self.held_out, "(0, 1)", "the batches")
         whole("seed", self.seed, 0)
@@ -112,18 +112,26 @@ class Tuning:
 
     def __call__(self, tune: Sequence[Passage], held_out: Sequence[Passage]) -> dict[str, Tensor]:
         """Tunes on some passages, and returns the weights, float32, that were best on others."""
-        matching = self.matching
-        optimizer = self._optimizer()
-        order = torch.Generator().manual_seed(matching.seed)
-        queue, looks = list[int](), {matching.steps * look // LOOKS for look in range(1, LOOKS + 1)}
+        optimizer, steps = self._optimizer(), self._steps(len(tune))
+        order = torch.Generator().manual_seed(self.matching.seed)
+        queue, looks = list[int](), {steps * look // LOOKS for look in range(1, LOOKS + 1)}
         with overridden(self.block, forward=partial(type(self.block).forward, self.block)):
             best, state = self._measured(held_out), self._state()
-            for step in range(1, matching.steps + 1):
+            for step in range(1, steps + 1):
                 queue = queue or torch.randperm(len(tune), generator=order).tolist()
-                self._step(optimizer, tune[queue.pop()], _share(step, matching.steps))
+                self._step(optimizer, tune[queue.pop()], _share(step, steps))
                 if step in looks and (now := self._measured(held_out)) < best:
                     best, state = now, self._state()
         return state
+
+    def _steps(self, batches: int) -> int:
+        """Returns the number of steps: by default one for each batch, of ranks together as many as each has on average."""
+        if self.matching.steps is not None:
+            return self.matching.steps
+        device = next(iter(self.tuned.values())).device
+        count = torch.tensor([float(batches), 1.0], device=device)
+        every, ranks = (count if self.reduce is None else self.reduce(count)).tolist()
+        return math.ceil(every / ranks)
 
     def _optimizer(self) -> torch.optim.Adam:
         groups = [

@@ -45,8 +45,8 @@ def prune(
         sequential: Where a layer's statistics come from. "block", as in the papers: the dense block, on the outputs of pruned
             blocks before it. "layer": each linear on the outputs of all pruned ones before it, in one pass. "none": the dense
             model.
-        match: How what is kept of a block is tuned so that it gives what the dense block gave, such as "{lr: 0.01}", or "{}" for the defaults; by
-            default not at all.
+        match: How what is kept of a block is tuned so that it gives what the dense block gave, such as "{lr: 0.01}", or "{}" for
+            the defaults; by default not at all.
         allocation: How sparse each linear becomes: `Uniform` (the default), `OWL` or `ByPattern`.
         skip: A glob pattern of linears to leave alone, such as "*.down_proj", or a list of them.
         output_embeddings: Whether an untied output embedding is pruned too.

@@ -130,8 +130,8 @@ class Tuning:
             return self.matching.steps
         device = next(iter(self.tuned.values())).device
         count = torch.tensor([float(batches), 1.0], device=device)
-        every, ranks = (count if self.reduce is None else self.reduce(count)).tolist()
-        return math.ceil(every / ranks)
+        every, ranks = count if self.reduce is None else self.reduce(count)
+        return math.ceil(float(every / ranks))
 
     def _optimizer(self) -> torch.optim.Adam:
         groups = [

@@ -12,13 +12,23 @@ from billhook.model.meta import check_checkpoint, read_config
 from billhook.model.shapes.shaped import load_shaped, readable, says_shape
 from billhook.model.transformers_internals import build_class, classes_of
 
-Task = Literal["causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification"]
+Task = Literal[
+    "causal-lm",
+    "seq2seq-lm",
+    "masked-lm",
+    "sequence-classification",
+    "image-classification",
+    "speech-seq2seq",
+    "feature-extraction",
+]
 AUTO_CLASSES: dict[str, Any] = {
     "causal-lm": transformers.AutoModelForCausalLM,
     "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
     "masked-lm": transformers.AutoModelForMaskedLM,
     "sequence-classification": transformers.AutoModelForSequenceClassification,
     "image-classification": transformers.AutoModelForImageClassification,
+    "speech-seq2seq": transformers.AutoModelForSpeechSeq2Seq,
+    "feature-extraction": transformers.AutoModel,
 }
 
 

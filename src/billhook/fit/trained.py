@@ -11,7 +11,7 @@ def trained(trainer: pl.Trainer) -> dict[str, Any]:
     """Returns data, seed, precision and devices of a fit as `training`, and the last figures of its validation as `metrics`."""
     data = getattr(getattr(trainer, "datamodule", None), "data", None)
     training = {
-        "data": data if isinstance(data, str | list | dict) else None,
+        "data": data if _names(data) else None,
         "seed": _seed(),
         "precision": str(trainer.precision),
         "devices": trainer.world_size,
@@ -20,6 +20,12 @@ def trained(trainer: pl.Trainer) -> dict[str, Any]:
     metrics = {name: value for name, value in figures.items() if math.isfinite(value)}
     found = {"training": {name: value for name, value in training.items() if value is not None}}
     return found | ({"metrics": metrics} if metrics else {})
+
+
+def _names(data: object) -> bool:
+    """Tells whether data is named, and not, or only in part, an object of `datasets`, which may be a dictionary."""
+    parts = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    return isinstance(data, str) or (bool(parts) and all(_names(part) for part in parts))
 
 
 def _seed() -> int | None:

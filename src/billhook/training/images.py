@@ -4,23 +4,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 from torch.utils.data import default_collate
-from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from billhook.arguments import annotated
-from billhook.calibration.reading import Data, Rows, Table, check_columns
+from billhook.calibration.reading import Data, Rows, Table
 from billhook.calibration.rows import Batch, numbered
-from billhook.model.preprocessors import load_preprocessor
-from billhook.training.augmented import Augmented
+from billhook.training.inputs.pictured import PicturedModule
 from billhook.training.labelled import LabelledModule
 from billhook.training.labels import numbers_of
 
-RGB = datasets.Image(mode="RGB")
-"""Images of any kind, read in three colours."""
 
-
-class ImageDataModule(LabelledModule):
+class ImageDataModule(LabelledModule, PicturedModule):
     """Images with a label each, prepared by an image processor of transformers when they are loaded.
 
     Args:
@@ -67,18 +62,6 @@ class ImageDataModule(LabelledModule):
         super().__init__(data, batch_size, seed, num_workers, validation=validation)
         self.processor_name, self.image_column, self.label_column = processor, image_column, label_column
         self.augment = augment or []
-        self._processor: BaseImageProcessor | None = None
-
-    @property
-    def image_processor(self) -> BaseImageProcessor:
-        """The image processor, loaded when first asked for."""
-        if self._processor is None:
-            name = self.processor_name or self.name_of_model("processor")
-            loaded = load_preprocessor(name, AutoImageProcessor)
-            if not isinstance(loaded, BaseImageProcessor):
-                raise ValueError(f"processor={name!r}: a {type(loaded).__name__} prepares no images")
-            self._processor = loaded
-        return self._processor
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuses a model that does not classify images."""
@@ -90,25 +73,13 @@ class ImageDataModule(LabelledModule):
 
     def encode(self, rows: Rows, split: str) -> Rows:
         """Returns rows of image and label that become pixels and a number when they are read."""
-        check_columns(rows, split, self.image_column, self.label_column)
-        if not isinstance(rows, datasets.Dataset):
-            raise ValueError("data: images are not read from a stream: give a folder, files or a Dataset")
-        try:
-            pictures = rows.select_columns([self.image_column, self.label_column]).cast_column(self.image_column, RGB)
-        except (TypeError, ValueError, NotImplementedError) as error:  # as arrow has them
-            raise ValueError(f"image_column='{self.image_column}' of the split '{split}' holds no images: {error}") from error
-        return pictures.with_transform(self._prepare(pictures))
+        pictures = self.pictures(rows, split, self.label_column)
+        return pictures.with_transform(self.preparation(pictures))
 
-    def _prepare(self, rows: Rows) -> "Prepared":
+    def preparation(self, rows: Rows) -> "Prepared":
+        """Returns what makes pixels and numbers of rows."""
         numbers = numbers_of(rows, self.label_column, self.label2id)
         return Prepared(self.image_processor, self.image_column, self.label_column, numbers)
-
-    def examples(self, split: str) -> Any:  # noqa: ANN401 - what a DataLoader reads by number
-        """Returns the examples of a split, those of `train` with what `augment` changes."""
-        rows: Any = self.splits[split]
-        if split != "train" or not self.augment:
-            return rows
-        return Augmented(rows.with_format(None), self.image_column, self.augment, self._prepare(rows), self.seed)
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Returns the function that makes a batch of examples."""

@@ -1,9 +1,14 @@
-"""Metrics of validation: perplexity per token, and accuracy."""
+"""Metrics of validation: perplexity per token, accuracy, and the word error rate."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.text import WordErrorRate
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class TokenPerplexity(Metric):
@@ -33,12 +38,70 @@ TOP = 5
 """How many classes an image may be taken for, in the second accuracy of image classification."""
 
 
+WRITTEN = 128
+"""Tokens that a model writes at most, where its generation config names no `max_new_tokens`."""
+NAMES = {"speech-seq2seq": "wer", "feature-extraction": "accuracy"}
+"""The metrics of tasks, other than accuracy for classification and perplexity for text."""
+
+
+def metric_name(task: str) -> str:
+    """Returns the name of a task's first metric."""
+    return "accuracy" if task.endswith("classification") else NAMES.get(task, "perplexity")
+
+
 def metrics_of(task: str, num_labels: int | None) -> dict[str, Metric]:
-    """Makes the metrics of a task, by name: accuracy for classification, of images of many classes also top 5, or perplexity."""
-    if not task.endswith("classification"):
-        return {"perplexity": TokenPerplexity()}
-    classes = num_labels or 2
-    found: dict[str, Metric] = {"accuracy": MulticlassAccuracy(num_classes=classes, average="micro")}
+    """Makes the metrics of a task, by name: accuracy for classification, of images of many classes also top 5, or perplexity.
+
+    Of speech it is the word error rate. Of images and captions it is the share of images of a batch to which of all its captions
+    their own is nearest.
+    """
+    name, classes = metric_name(task), num_labels or 2
+    if name == "wer":
+        return {name: WordErrorRate()}
+    if name == "perplexity":
+        return {name: TokenPerplexity()}
+    if task == "feature-extraction":
+        return {name: MeanMetric()}
+    found: dict[str, Metric] = {name: MulticlassAccuracy(num_classes=classes, average="micro")}
     if task == "image-classification" and classes > TOP:
         found[f"accuracy_top{TOP}"] = MulticlassAccuracy(num_classes=classes, top_k=TOP, average="micro")
     return found
+
+
+def counted(batch: Mapping[str, Any], causal: bool) -> Tensor:
+    """Counts what the loss of a batch is the mean of: labels, or, where there are none, examples."""
+    labels: Tensor | None = batch.get("labels")
+    if labels is None:
+        return torch.tensor(len(next(one for one in batch.values() if isinstance(one, Tensor))))
+    # a causal model predicts each label but the first
+    return ((labels[:, 1:] if causal else labels) != -100).sum()
+
+
+def observed(metric: Metric, output: Any, batch: Mapping[str, Any], weight: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
+    """Returns what a metric takes of a batch and a model's output for it."""
+    if isinstance(metric, TokenPerplexity):
+        return output.loss, weight
+    if isinstance(metric, MeanMetric):
+        nearest = output.logits_per_image.argmax(-1)
+        return ((nearest == torch.arange(len(nearest), device=nearest.device)).float(),)
+    return output.logits, batch["labels"]
+
+
+def written(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
+    """Returns what an encoder-decoder writes of a batch, token ids, `[batch, length]`.
+
+    It is at most `max_new_tokens` of the generation config, or else as long as that and the places of the decoder allow, or 128.
+    """
+    given, room = model.generation_config, getattr(model.config, "max_target_positions", None)
+    limit = {"max_new_tokens": getattr(given, "max_new_tokens", None) or WRITTEN}
+    if room and not getattr(given, "max_new_tokens", None):  # Whisper's own warns of both
+        limit = {"max_length": min(getattr(given, "max_length", None) or WRITTEN, room)}
+    inputs = {name: batch[name] for name in (model.main_input_name, "attention_mask") if batch.get(name) is not None}
+    ids: Tensor = model.generate(**inputs, **limit)  # type: ignore[operator]
+    return ids
+
+
+def texts(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
+    """Returns the text of rows of token ids, in which those below 0 are left out."""
+    kept = [[token for token in row if token >= 0] for row in ids.tolist()]
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in kept]

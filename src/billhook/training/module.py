@@ -1,7 +1,7 @@
 """The LightningModule: a Hugging Face model with its loss, metrics, optimizer and learning-rate schedule."""
 
 import copy
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from typing import Any, Literal, cast
 
@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from peft import LoraConfig
 from torch import Tensor, nn
 from torchmetrics import Metric
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.adapters.lora import LoRA, attach, from_plain, to_plain
 from billhook.arguments import annotated, number, one_of
@@ -23,13 +23,14 @@ from billhook.checkpoints.pretrained import AUTO_CLASSES, Task, load_model
 from billhook.fit.resume import ShapeInCheckpoint
 from billhook.fit.run import training_steps
 from billhook.fit.shape_before import load_as_before, load_in_shape
+from billhook.model.preprocessors import tokenizer_of
 from billhook.running.blocks import blocks_of
 from billhook.running.noise import Noise
 from billhook.running.sharded.shards import is_sharded, shard
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.training.distillation import Distillation, Teacher, check_teacher
 from billhook.training.loader import batches_seen
-from billhook.training.metrics import TokenPerplexity, metrics_of
+from billhook.training.metrics import counted, metric_name, metrics_of, observed, texts, written
 from billhook.training.trainable import Trainable, check_trainable, freeze_others
 
 Decay = Literal["cosine", "linear", "constant"]
@@ -41,7 +42,9 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
     """A Hugging Face model in training: loss from the model, token-weighted perplexity or accuracy, AdamW, warm-up and decay.
 
     Logs `train_loss`, `val_loss`, and `val_perplexity` or `val_accuracy` (`test_...` likewise); of images of more than five
-    classes also `val_accuracy_top5`, for which the right class may be any of the five likeliest.
+    classes also `val_accuracy_top5`, for which the right class may be any of the five likeliest. Of `speech-seq2seq` (Whisper) it
+    is `val_wer`, the word error rate of what is written greedily, where there is a tokenizer. Of `feature-extraction` (CLIP) the
+    loss is contrastive within a device's batch, and `val_accuracy` the share of images there whose own caption suits them best.
 
     After pruning, three ways restore quality. Full training (`lora=None`) needs memory for gradients and AdamW's state, 12 bytes
     a weight in float32, and enough text. `lora` trains a few weights next to frozen ones, for little memory or text. It is either
@@ -112,6 +115,8 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         number("lr", lr, above=0)
         check_step(warmup, "warmup")
         check_trainable(trainable, model)
+        if distillation is not None and task == "feature-extraction":
+            raise ValueError("distillation: a teacher of logits has none to give for task='feature-extraction'; leave it out")
         if lora is not None and trainable != "all":
             raise ValueError(f"trainable={trainable!r} and lora: with LoRA the adapters train and nothing else; leave one out")
         self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
@@ -132,7 +137,8 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             enable({"use_reentrant": False})
         classes = self.model.config.num_labels
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict(metrics_of(task, classes)) for stage in ("val", "test")})
-        self.metric_name = "accuracy" if task.endswith("classification") else "perplexity"
+        self.metric_name = metric_name(task)
+        self.tokenizer: PreTrainedTokenizerBase | None = None
         self.model.train()
         if self.model.main_input_name == "input_ids":
             ids = torch.zeros(1, 8, dtype=torch.long)
@@ -189,8 +195,11 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             shard(self.model, blocks_of(self.model), self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Tells a classifier which token is padding, where only the tokenizer knows."""
+        """Tells a classifier which token is padding, where only the tokenizer knows; finds the tokenizer of what is said."""
         tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if self.task == "speech-seq2seq":
+            with suppress(ValueError):  # there is none: what is written is not read, either
+                self.tokenizer = tokenizer or tokenizer_of(self.model)
         for model in [self.model] + ([] if self.teacher is None else [self.teacher.model]):
             config = model.config.get_text_config(decoder=True)
             if self.task == "sequence-classification" and config.pad_token_id is None:
@@ -245,22 +254,24 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns classes, generated ids (sequence to sequence; at most the config's `max_new_tokens`, or 128), or logits."""
-        if self.task == "seq2seq-lm":
-            length = getattr(self.model.generation_config, "max_new_tokens", None) or 128
-            return self.generate(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), max_new_tokens=length)
-        logits: Tensor = self(**batch).logits
+        """Returns classes, generated ids (sequence to sequence; see `written`), similarities to captions, or logits."""
+        if self.task in ("seq2seq-lm", "speech-seq2seq"):
+            return written(self.model, batch)
+        output = self(**batch)
+        logits: Tensor = output.logits_per_image if self.task == "feature-extraction" else output.logits
         return logits.argmax(-1) if self.task.endswith("classification") else logits
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
-        output, labels = self(**batch), batch["labels"]
-        # a causal model predicts each label but the first
-        predicted = labels[:, 1:] if self.task == "causal-lm" else labels
-        weight = (predicted != -100).sum()
+        output, weight = self(**batch), counted(batch, self.task == "causal-lm")
         self.log(f"{stage}_loss", output.loss, batch_size=int(weight), sync_dist=True)
         for name, metric in cast(dict[str, Metric], self.metrics[stage]).items():
-            given = (output.loss, weight) if isinstance(metric, TokenPerplexity) else (output.logits, labels)
-            metric.update(*given)
+            if self.task != "speech-seq2seq":
+                metric.update(*observed(metric, output, batch, weight))
+            elif self.tokenizer is not None:
+                said = (texts(self.tokenizer, ids) for ids in (written(self.model, batch), batch["labels"]))
+                metric.update(*said)
+            else:
+                continue
             self.log(f"{stage}_{name}", metric, prog_bar=True, batch_size=int(weight))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -1,0 +1,1 @@
+"""Reads sound, prepares images, and changes those that are trained on."""

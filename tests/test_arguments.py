@@ -99,6 +99,23 @@ def test_what_annotations_allow_passes():
     trained(NET, 1, {"a": (True, "0")})  # which numbers these are is said by who reads them
 
 
+class Lazy(Mapping):
+    """Values that are read when they are asked for, as those in files."""
+
+    def __getitem__(self, name):
+        raise AssertionError("it is read")
+
+    def __iter__(self):
+        return iter(["a"])
+
+    def __len__(self):
+        return 1
+
+
+def test_values_that_must_be_read_are_not():
+    trained(NET, units=Lazy())
+
+
 def test_aliases_that_are_classes_of_no_value():
     """As numpy 2.5 has `NDArray` from Python 3.12 on."""
     kind = TypeVar("kind", bound=np.generic)

@@ -102,9 +102,9 @@ def sent(monkeypatch):
 
 KV = {
     "mean": (lambda given: bh.KVHeadConversion(2, at=1, measure_batches=0), 1, 0),
-    "svd": (lambda given: bh.KVHeadConversion(2, at=1, method="svd", calibration=given, measure_batches=0), 7, 3),
+    "svd": (lambda given: bh.KVHeadConversion(2, at=1, method="svd", calibration=given, measure_batches=0), 7, 2),
     "repair": (
-        lambda given: bh.KVHeadConversion(2, at=1, method="svd", repair=bh.Repair(), calibration=given, measure_batches=0), 9, 7
+        lambda given: bh.KVHeadConversion(2, at=1, method="svd", repair=bh.Repair(), calibration=given, measure_batches=0), 9, 6
     ),
 }  # fmt: skip
 
@@ -115,7 +115,7 @@ def test_fewer_kv_heads_gather_blocks_in_turn(tmp_path, alone, sent, name):
     lit, callback = Own(), make([(tokens(4),), (tokens(4),)])
     own = {name: 4 * parameter.numel() for name, parameter in lit.named_parameters()}
     blocks = sum(size for name, size in own.items() if ".layers." in name)
-    new = sum(size for name, size in own.items() if "_proj." in name and (".self_attn." in name or "down" in name and again > 3))
+    new = sum(size for name, size in own.items() if "_proj." in name and (".self_attn." in name or "down" in name and again > 2))
     trainer(tmp_path, [callback], max_steps=2, strategy=alone, limit_val_batches=0).fit(lit)
     moments = sum(2 * size for name, size in own.items() if "k_proj" in name or "v_proj" in name)  # of AdamW
     assert len(callback.events) == 1
@@ -134,6 +134,6 @@ def test_shapes_that_change_gather_blocks_in_turn_and_what_optimizers_keep_of_wh
     trainer(tmp_path, [callback], max_steps=2, strategy=alone, limit_val_batches=0).fit(lit)
     assert len(callback.events) == 1
     scored, carried_out, moments = (1 + len(given)) * blocks, 3 * blocks - cut // 2, 2 * cut  # of AdamW
-    repaired = 2 * blocks + 3 * cut // 3 if repair else 0  # seen, refitted; what is new is checked, compared and cut
+    repaired = 2 * blocks + 2 * cut // 3 if repair else 0  # seen, refitted; what is new is compared and cut
     zeros = 8 * 2 * len(list(lit.parameters()))  # are counted before and after
     assert sum(sent) - 2 * around - scored - repaired - carried_out - moments in range(zeros + 1)

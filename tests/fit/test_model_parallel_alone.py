@@ -5,10 +5,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.callbacks.kv import preparation
 from billhook.running.sharded.shards import is_sharded, whole
+from billhook.running.sharded.turns import Turns
+from kit.families import llama
 from kit.fits import data, module, trainer
 from kit.measured import MadeLate
 from kit.sharding import Own, sharding
@@ -149,3 +152,46 @@ def test_heads_turn_a_block_at_a_time(tmp_path, alone, monkeypatch):
     trainer(tmp_path, [callback], max_steps=3, strategy=alone, limit_val_batches=0).fit(Own())
     assert len(callback.events) == 1
     assert {*map(tuple, seen)} == {(True, False), (False, True)}
+
+
+def rows(number, seed):
+    ids = torch.randint(3, 60, (number, 12), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": own, "labels": own} for own in ids]
+
+
+class Dictionaries(Own):
+    """A user's own module, of batches of which the model gives a loss by itself."""
+
+    def training_step(self, batch, batch_idx):
+        return self.net(**batch).loss
+
+
+def adapted():
+    torch.manual_seed(0)
+    return bh.TransformerModule(llama(), lr=1e-2, lora=bh.LoRA(r=2, dropout=0.0))
+
+
+SEARCHES = {  # what goes in each; residual channels, which are fitted in a narrow model, and blocks that go after that among it
+    "by loss": (Dictionaries, {"max_loss": 1.3, "at": 1}, ("heads", "channels", "residual channels", "blocks")),
+    "beneath adapters": (adapted, {"params": 0.9, "at": "start"}, ("channels",)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_sharded_model_is_shrunk_to_what_one_in_memory_is(tmp_path, alone, monkeypatch, name):
+    make, given, gone = SEARCHES[name]
+    batches = DataLoader(rows(30, 1), 6)
+    monkeypatch.setattr(Turns, "all_here", None)
+    found = []
+    for strategy in ("auto", alone):
+        lit, callback = make(), bh.Shrink(**given, calibration=list(batches), generations=1, candidates=2, measure_batches=0)
+        run = trainer(tmp_path, [callback], 3, strategy=strategy, limit_val_batches=0, use_distributed_sampler=False)
+        run.fit(lit, *[DataLoader(rows(12, 0), 2)] * 2)
+        state = {own: whole(value).clone() for own, value in lit.state_dict().items()}
+        found.append((callback.events[0]["what"], callback.shrunk.ratio, state))
+    (what, ratio, state), (what_of_shards, ratio_of_shards, shards) = found
+    assert all(kind in what for kind in gone)
+    assert (what, ratio) == (what_of_shards, ratio_of_shards)
+    assert state.keys() == shards.keys()
+    assert all(torch.equal(value, shards[own]) for own, value in state.items())

@@ -1,9 +1,9 @@
-"""FSDP2: two processes tell the damage that one does, and search and find the smaller model that one does."""
+"""FSDP2: two processes tell the damage that one does, and find the smaller model that one does, a block at a time."""
 
 import pytest
 import torch
 
-from kit.measured import MODULES, shrunk, told
+from kit.measured import MODULES, SEARCHED, shrunk, told
 from kit.ranks import run_script
 
 pytestmark = pytest.mark.slow
@@ -39,3 +39,10 @@ def test_two_processes_shrink_a_sharded_model_to_what_one_finds(of_two, tmp_path
     for own, value in state_of_one.items():
         # a refit, and Adam's first steps, which divide a gradient near zero by itself, make more of what rounding has left
         torch.testing.assert_close(state[own], value, atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_two_blocks_at_most_are_there_on_each_of_two_ranks_of_a_search(of_two, name):
+    _, found = torch.load(of_two / f"{name}, beside.pt", weights_only=True)
+    for most, allowed in found:
+        assert most <= allowed

@@ -5,9 +5,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 
 import billhook as bh
+from billhook.shrinking import library, variants
 from kit.families import llama
 from kit.fits import trainer
 from kit.held import Held
@@ -17,6 +19,7 @@ LAYERS, WIDTH = 6, 256
 FEW = {"calibration": [(torch.tensor([[5, 6, 7]]),)] * 2, "measure_batches": 0}
 MORE = {"calibration": [(torch.arange(3, 27).view(8, 3),)] * 4, "measure_batches": 0}
 """Tokens enough to repair what reads a tenth of the channels, and little that is computed of them."""
+SEARCH = MORE | {"at": 1, "importance": bh.WeightNorm(), "repair": None, "generations": 0}
 EVENTS = {
     "masks, by gates": lambda: bh.HeadPruning(0.5, at=1, remove="never", **FEW),
     "heads": lambda: bh.HeadPruning(0.5, at=1, **FEW),
@@ -26,9 +29,13 @@ EVENTS = {
     "KV heads": lambda: bh.KVHeadConversion(2, at=1, measure_batches=0),
     "KV heads, with data": lambda: bh.KVHeadConversion(2, at=1, method="svd", **FEW),
     "blocks": lambda: bh.DepthPruning(2, at=1, **FEW),
+    "a smaller model": lambda: bh.Shrink(params=0.8, **SEARCH),
+    "a smaller cache": lambda: bh.Shrink(kv_cache_bytes=0.5, **SEARCH),
 }
 ASIDE = {"channels, repaired": 1, "KV heads, with data": 3}
 """Of how many weights of WIDTH x WIDTH in each block new values wait, as shards, until tensors are cut."""
+NARROW = {"a smaller model": 15 / 16}
+"""How much of each block is there once more as shards, with a smaller hidden size."""
 
 HEADS, SHARED, HEAD = 4, 2, 32
 """KV heads, how many become one, and how wide each is."""
@@ -50,12 +57,13 @@ class Beside:
     rest: int
     moments: int
     shards: int  # of what has changed, twice, as it was and as it is, and of what waited, on this rank
+    held: int  # by a search: shards of variants of places, and of the model with a smaller hidden size
     what: str  # happened
 
     @property
     def allowed(self):
         """Two blocks, what is in none, shards, and second moments."""
-        return 2 * self.block + self.rest + self.shards + self.moments
+        return 2 * self.block + self.rest + self.shards + self.held + self.moments
 
 
 def kept(lit, run):
@@ -66,6 +74,19 @@ def kept(lit, run):
 
 def size(parameters):
     return sum(one.numel() * one.element_size() for one in parameters)
+
+
+def searched(patch, make=library.in_shards):
+    """Bytes of each variant that a search holds, of which ranks have shards; it has second moments of one place at a time."""
+    found = []
+
+    def counted(turns, place, value, device=None):
+        found.append(size([value]))
+        return make(turns, place, value, device)
+
+    patch.setattr(library, "in_shards", counted)
+    patch.setattr(variants, "BYTES", 1)
+    return found
 
 
 def beside(folder, name, strategy, ranks=1):
@@ -86,16 +107,24 @@ def beside(folder, name, strategy, ranks=1):
 
     callback.carry_out = carry_out
     options = {"devices": ranks, "use_distributed_sampler": False} if ranks > 1 else {}
-    trainer(folder, [callback], max_steps=2, strategy=strategy, limit_val_batches=0, **options).fit(lit)
+    with pytest.MonkeyPatch.context() as patch:
+        held = searched(patch)
+        trainer(folder, [callback], max_steps=2, strategy=strategy, limit_val_batches=0, **options).fit(lit)
     (most,), (event,) = found, callback.events
+    held += [LAYERS * block * NARROW[name], ranks * rest] if name in NARROW else []
     shards = size(set(lit.net.model.layers.parameters()) - there) + ASIDE.get(name, 0) * 4 * LAYERS * WIDTH**2
-    return Beside(most, block, rest, MOMENTS.get(name, 4 * WIDTH**2), shards // ranks, event["what"])
+    return Beside(most, block, rest, MOMENTS.get(name, 4 * WIDTH**2), shards // ranks, int(sum(held)) // ranks, event["what"])
 
 
 def measure_all():
     """What each of two processes runs, after other fits: those events whose new values wait."""
     _, out = json.loads(sys.argv[1])
-    for name in ASIDE:
+    measure(ASIDE, out)
+
+
+def measure(names, out):
+    """Measures events on both of two ranks."""
+    for name in names:
         own, gathered = beside(out, name, sharding(2), ranks=2), [None, None]
         torch.distributed.all_gather_object(gathered, (own.most, own.allowed))
         torch.save([True, gathered], Path(out, f"{name}, beside.pt"))

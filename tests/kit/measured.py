@@ -10,6 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import billhook as bh
 from billhook.running.sharded.shards import whole
+from kit.beside import measure
 from kit.families import llama
 from kit.fits import trainer
 from kit.sharding import Own, keep, sharding
@@ -36,6 +37,10 @@ SEARCHES = {
     "whole at first": {"kv_cache_bytes": 0.5, "at": 1},
     "made late": {"params": 0.9, "layers": "free", "at": "start"},
 }
+
+
+SEARCHED = ["a smaller model"]
+"""Events of which each rank says how much memory they take."""
 
 
 def fit(folder, name, ranks, callbacks):
@@ -71,3 +76,4 @@ def fit_all():
         for what in (told, shrunk):
             run, found = what(Path(out), name, 2)
             keep(run, Path(out, f"{what.__name__}, {name}.pt"), found)
+    measure(SEARCHED, out)

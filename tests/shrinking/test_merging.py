@@ -7,7 +7,6 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.model.plan import apply_in_turn
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
 from billhook.running.batches import Batch, runs_of
@@ -15,6 +14,7 @@ from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.levels import Place
 from billhook.shrinking.merging import merging, plans
+from billhook.shrinking.spaces.planned import apply_in_turn
 from billhook.shrinking.work import Work
 from kit.families import build, llama, tokens
 

@@ -22,22 +22,24 @@ from billhook.importance.obs import OBS
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear
 from billhook.model.memory import sight
-from billhook.model.plan import apply_in_turn
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
 from billhook.pruning.widths.rows import RoundTo
+from billhook.repairs.in_turn import called
 from billhook.repairs.repair import Repair
+from billhook.repairs.shared import tell_weights
 from billhook.running.batches import Run, run_with_loss
-from billhook.running.sharded.shards import as_one, is_sharded
+from billhook.running.sharded.turns import in_turn, turns_of
 from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.library import key_of
 from billhook.shrinking.shrink import Layers, budget, check_search
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
-from billhook.shrinking.spaces.planned import Planned
+from billhook.shrinking.spaces.planned import Planned, apply_in_turn
 from billhook.shrinking.variants import check_enough
 from billhook.shrinking.work import Work
+from billhook.streaming.either import bring
 
 REPAIR = Repair()
 
@@ -48,7 +50,7 @@ class Shrink(ShapeCallback):
     This is `bh.shrink` in the middle of a fit, so that training recovers what is lost; with `TransformerModule(distillation=...)`
     the dense model teaches it. Optimizer state and gradients follow, checkpoints carry the shape, and a resumed run ends as the
     straight run does. Under DDP and FSDP2 each rank searches on the same batches, all of them, and what is found is compared;
-    under FSDP2 the whole model is gathered on each rank for that long. With
+    under FSDP2 one block is whole at a time, and variants of places are divided among ranks. With
     `TransformerModule(lora=...)` it comes at the start, and LoRA, cut too, trains what is left; the budget counts no adapters.
     For `params` and `bytes`, query heads that share a KV head may go, too, as many of each.
     For a budget of time, call `bh.shrink(model, latency=...)` before the fit: ranks would not agree on what they measure.
@@ -87,6 +89,8 @@ class Shrink(ShapeCallback):
     >>> import billhook as bh
     >>> callback = bh.Shrink(params=0.8, calibration=64)  # for Trainer(callbacks=[callback])
     """
+
+    in_turn = True
 
     def __init__(
         self,
@@ -132,11 +136,9 @@ class Shrink(ShapeCallback):
         return True
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks the model once it exists, with its values: whole, where it is sharded."""
-        with as_one(pl_module):
+        """Checks the model once it exists, with its values."""
+        with in_turn(pl_module):
             self.check(pl_module, trainer)
-        if is_sharded(pl_module):
-            self._known.clear()  # of parameters that are shards again
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses a budget that the model cannot meet, and adapters."""
@@ -155,12 +157,12 @@ class Shrink(ShapeCallback):
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
         """Searches, removes and repairs."""
         metrics, model = self.measured(trainer, pl_module), find_transformer(pl_module)
-        with together(trainer, "Shrink"), as_one(pl_module):
+        with together(trainer, "Shrink"), in_turn(pl_module):
             work = self._begun(model)
             self._known.clear()
             with taken_off(model):
                 found = self._search(trainer, pl_module, work)
-            agreed = [*(plan.to_json() for plan in found.planned.plans), found.planned.weights]
+            agreed = [*(plan.to_json() for plan in found.planned.plans), tell_weights(found.planned.weights)]
             check_agreed(trainer, "Shrink", "the plan of what is removed", agreed)
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, found))
         self.done, self.asked = moment, 1.0
@@ -174,11 +176,15 @@ class Shrink(ShapeCallback):
 
         What is found in `setup` is there once more at the event, if the model is then the same to the last bit.
         """
-        if late := [name for name, layer in adapted(model).items() if not adds_nothing(layer)]:
-            raise ValueError(f"Shrink: the adapter of {late[0]} is not plain LoRA, or has learned something: merge it (bh.merge)")
+        for name, layer in adapted(model).items():
+            bring(model, layer)
+            if not adds_nothing(layer):
+                what = f"the adapter of {name} is not plain LoRA, or has learned something"
+                raise ValueError(f"Shrink: {what}: merge it (bh.merge)")
         merges = not adapted(model)
         with taken_off(model):
-            seen = _seen(model) if self.at == "start" else None  # training changes it in any case
+            lasts = self.at == "start" and turns_of(model) is None  # training changes it, and shards are gathered anew
+            seen = _seen(model) if lasts else None
             work = self._known.pop(seen, None) or Work.begun(model, self.amount, self.layers == "uniform")
         self._known, work.merges = {seen: work} if seen is not None else {}, merges
         return work
@@ -203,7 +209,7 @@ class Shrink(ShapeCallback):
     def _remove(self, model: PreTrainedModel, found: Found, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, of adapters too, and says how much that is."""
         layers, planned = adapted(model), found.planned
-        weights = {beneath(name, layers): value for name, value in (planned.weights or {}).items()}
+        weights = called(planned.weights or {}, partial(beneath, layers=layers))
         apply_in_turn(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
         before, after = planned.parameters
         return f"{before:,} -> {after:,} parameters ({planned.words}; Shrink)"

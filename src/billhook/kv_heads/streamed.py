@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from billhook.kv_heads.plan import UNCHANGED, KVHeadPlan, starting
 from billhook.model.shapes.shape import note_shape, set_shape
 from billhook.model.surgery import replace_parameters
-from billhook.repairs.in_turn import itself
+from billhook.streaming.aside import itself
 from billhook.streaming.stream import Stream
 
 

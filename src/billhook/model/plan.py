@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from billhook.arguments import annotated
-from billhook.model.surgery import undone_by_errors, values_kept
+from billhook.model.surgery import values_kept
 from billhook.model.values import check_changeable
 from billhook.page import Shown
 
@@ -93,18 +93,6 @@ def starting_from(model: nn.Module, weights: Weights | None) -> Iterator[None]:
         yield
 
 
-def apply_in_turn(
-    model: nn.Module, plans: Iterable[Plan], optimizers: Iterable[Optimizer] = (), weights: Weights | None = None
-) -> None:
-    """Carries out plans one after the other, each asked for once those before it have been, or none; see `apply`."""
-    check_changeable(model)
-    trained_by = list(optimizers)
-    with torch.inference_mode(mode=False), starting_from(model, _usable(weights)), undone_by_errors(model, trained_by):
-        for plan in plans:
-            plan.check_made_for(model)
-            plan.apply(model, trained_by)
-
-
 def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
     """Carries out a plan, in place; the model and the optimizers are as before if that fails.
 
@@ -131,10 +119,11 @@ def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimiz
     check_changeable(model)
     plan.check_made_for(model)
     with torch.inference_mode(mode=False):  # whose tensors nothing could change later
-        plan.apply(model, [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers), _usable(weights))
+        plan.apply(model, [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers), usable(weights))
 
 
-def _usable(weights: Weights | None) -> Weights | None:
+def usable(weights: Weights | None) -> Weights | None:
+    """Returns new values without such as were made in inference mode, which nothing could change later: copies instead."""
     if not isinstance(weights, dict):  # which may come from files, one at a time
         return weights
     return {name: one.clone() if one.is_inference() else one for name, one in weights.items()}

@@ -17,15 +17,15 @@ from billhook.model.meta import to_meta
 from billhook.model.runs.answers import alike, small_inputs, tolerance
 from billhook.model.shapes.handed import Indices
 from billhook.model.shapes.shape import Shape, derived_then, note_shape, set_shape, shape_of, unbuilt_shape
-from billhook.model.surgery import Change, undone_by_errors, way_back
+from billhook.model.surgery import Change, undone_by_errors
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.fold import fold
 from billhook.pruning.shape_then import shapes_then
 from billhook.pruning.streamed import cut_blocks, reading_outside, zeros_in_blocks
 from billhook.running.trees import tree_leaves
 from billhook.running.undisturbed import precisely, resting
-from billhook.streaming.changes import change_in_turn
-from billhook.streaming.either import coming_of, following
+from billhook.streaming.changes import change_in_turn, whole_way_back
+from billhook.streaming.either import following
 from billhook.streaming.stream import stream_of
 from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import trace
@@ -189,13 +189,12 @@ def _expected(
         return None
     if not others:
         return _zeroed_answer(model, found, masked, readers)
-    ways = [way_back(model), *([coming.way_back()] if (coming := coming_of(model)) is not None else [])]
+    back = whole_way_back(model)
     try:
         remove(model, find_cut(model, structure, found, others), [])
         return _zeroed_answer(model, found, masked, readers)
     finally:
-        for back in ways:
-            back()
+        back()
 
 
 @torch.no_grad()

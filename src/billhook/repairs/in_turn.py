@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -9,12 +10,15 @@ from torch import Tensor, nn
 from billhook.repairs.visitor import RepairVisitor
 from billhook.running.sharded.turns import Turns
 from billhook.running.walk import Reduce, Site, Walk, find_sites
+from billhook.streaming.aside import itself
 from billhook.streaming.stream import Stream
 
 Parameters = Mapping[str, Mapping[str, Tensor]]
 """By linear, its parameters by their name in it."""
 Reads = Mapping[str, Callable[[], Tensor]]
 """What reads the values of parameters, by the parameter's name."""
+Values = Mapping[str, Tensor]
+"""New values of parameters, by the parameter's name."""
 
 
 class Refitted(Mapping[str, Tensor]):
@@ -139,18 +143,27 @@ class RepairInTurn:
         return [name for name, linear in self.linears.items() if self.coming.owner.get(linear) is block]
 
 
-def itself(value: Tensor) -> Tensor:
-    """Returns a value that is here."""
-    return value
-
-
 def by_parameter(new: Parameters) -> dict[str, Tensor]:
     """Names parameters of linears as the model does."""
     return {f"{linear}.{part}": value for linear, own in new.items() for part, value in own.items()}
 
 
-def but(weights: Mapping[str, Tensor], names: Collection[str]) -> Mapping[str, Tensor]:
+def but(weights: Values, names: Collection[str]) -> Values:
     """Returns new values without those of some parameters; nothing is read."""
     if isinstance(weights, Refitted):
         return Refitted({name: read for name, read in weights.reads.items() if name not in names}, weights.told)
     return {name: values for name, values in weights.items() if name not in names}
+
+
+def each_changed(weights: Values, change: Callable[[str, Callable[[], Tensor]], Tensor]) -> Values:
+    """Returns what becomes of each of some new values; those that are read when they are asked for are changed then."""
+    if isinstance(weights, Refitted):
+        return Refitted({name: partial(change, name, read) for name, read in weights.reads.items()}, weights.told)
+    return {name: change(name, partial(itself, value)) for name, value in weights.items()}
+
+
+def called(weights: Values, name: Callable[[str], str]) -> Values:
+    """Returns the same new values under other names; nothing is read."""
+    if isinstance(weights, Refitted):
+        return Refitted({name(own): read for own, read in weights.reads.items()}, weights.told)
+    return {name(own): values for own, values in weights.items()}

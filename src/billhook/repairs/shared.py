@@ -2,15 +2,18 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from billhook.model.plan import Weights
-from billhook.repairs.in_turn import Parameters, Refitted
+from billhook.repairs.in_turn import Parameters, Refitted, Values
+from billhook.running.sharded.places import Place
 from billhook.running.sharded.shards import whole
 from billhook.running.sharded.turns import Turns
+from billhook.streaming.aside import itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +25,20 @@ class Gathered:
     def __call__(self) -> Tensor:
         """Returns the whole values."""
         return whole(self.held)
+
+
+@torch.no_grad()
+def in_shards(turns: Turns, place: Place, value: Tensor, device: torch.device | None = None) -> Gathered:
+    """Shards new values of the parameter at a place as that is, and returns what gathers them.
+
+    Args:
+        turns: What has the blocks come and go.
+        place: The module that has the parameter, and its name there.
+        value: The values, whole, alike on all ranks.
+        device: Where shards rest; by default where those of the parameter do.
+    """
+    lies, held = turns.lies(place), nn.Parameter(value, requires_grad=False)
+    return Gathered(held if lies is None else replace(lies, device=device or lies.device).shards(held))
 
 
 class InShards:
@@ -39,14 +56,12 @@ class InShards:
         """Returns nothing: no earlier process has left anything."""
         return {}
 
-    @torch.no_grad()
     def put(self, _: nn.Module | None, new: Parameters, __: Mapping[str, bool]) -> dict[str, Gathered]:
         """Shards new parameters of linears, and returns what gathers each."""
         reads = dict[str, Gathered]()
         for linear, own in new.items():
             for part, value in own.items():
-                lies, held = self._turns.lies((self._linears[linear], part)), nn.Parameter(value, requires_grad=False)
-                reads[f"{linear}.{part}"] = Gathered(held if lies is None else lies.shards(held))
+                reads[f"{linear}.{part}"] = in_shards(self._turns, (self._linears[linear], part), value)
                 self._told.update(told({f"{linear}.{part}": value}).encode())
         return reads
 
@@ -67,3 +82,15 @@ def told(values: Mapping[str, Tensor]) -> str:
 def tell_weights(weights: Weights | None) -> str:
     """Returns a hash of new values as this rank has found them; of those in files none, as the step that wrote them tells."""
     return weights.told if isinstance(weights, Refitted) else told(weights or {})
+
+
+def both(weights: Values, others: Values) -> Values:
+    """Returns new values, and others, which count where there are both; nothing is read."""
+    if not isinstance(weights, Refitted) and not isinstance(others, Refitted):
+        return {**weights, **others}
+    one, other = (own if isinstance(own, Refitted) else _read_again(own) for own in (weights, others))
+    return Refitted({**one.reads, **other.reads}, f"{one.told} {other.told}")
+
+
+def _read_again(values: Values) -> Refitted:
+    return Refitted({name: partial(itself, value) for name, value in values.items()}, told(values))

@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from billhook.repairs.in_turn import Parameters, Reads, Refitted, RepairInTurn, by_parameter, itself
+from billhook.repairs.in_turn import Parameters, Reads, Refitted, RepairInTurn, by_parameter
 from billhook.repairs.visitor import RepairVisitor
+from billhook.streaming.aside import itself
 from billhook.streaming.parts import tensor_in
 from billhook.streaming.stream import Stream
 from billhook.streaming.together import shelf

@@ -1,8 +1,9 @@
-"""Holds the variants of places, in memory or in a folder, from which an interrupted search goes on."""
+"""Holds the variants of places: in memory, in a folder, from which an interrupted search goes on, or divided among ranks."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.repairs.in_turn import Refitted, Values
+from billhook.repairs.shared import in_shards
 from billhook.running.batches import source_of
-from billhook.running.replaced import replaced
+from billhook.running.sharded.turns import turns_of
 from billhook.running.trees import tree_leaves
+from billhook.streaming.aside import Aside, computing_with
 
 FORMAT = 2
-Weights = dict[str, dict[str, Tensor]]
+Weights = Mapping[str, Mapping[str, Tensor]]
 """New parameters, by linear and by their name in it."""
 
 
@@ -27,7 +31,8 @@ class Library:
 
     Args:
         model: The model.
-        folder: Where they are kept, a file for each; None keeps them in memory.
+        folder: Where they are kept, a file for each; None keeps them in memory. Of a model whose blocks ranks share, each keeps
+            its shards of them, in the CPU's memory.
         writers: By the name of each block that may go, the linears that write its outputs, which are zero where it has.
 
     Attributes:
@@ -43,7 +48,7 @@ class Library:
         self.errors: dict[tuple[str, int], float] = {}
         self.measured: dict[tuple[str, int], float] = {}
         self.instead: dict[tuple[str, int], str] = {}
-        self._weights: dict[tuple[str, int], Weights] = {}
+        self._weights: dict[tuple[str, int], Aside] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             for file in folder.glob("*.safetensors"):
@@ -56,7 +61,7 @@ class Library:
         """Adds the variant of a place that keeps so many units."""
         self.errors[place, kept] = error
         if self._folder is None:
-            self._weights[place, kept] = weights
+            self._weights[place, kept] = resting(self.model, weights)
             return
         tensors = {f"{linear}/{part}": value.cpu() for linear, own in weights.items() for part, value in own.items()}
         unfinished = self._folder / "unfinished"
@@ -71,38 +76,56 @@ class Library:
             unfinished.write_text(_to_json(self.measured))
             unfinished.replace(self._folder / "measured.json")
 
-    def weights(self, place: str, kept: int) -> Weights:
+    def weights(self, place: str, kept: int) -> Aside:
         """Returns the parameters of a variant; none where a place keeps all, or has gone with its block."""
         if not kept:
             return zeros_of(self.model, self._writers.get(place, ()))
         place = self.instead.get((place, kept), place)
         if self._folder is None or (place, kept) not in self.errors:
-            return self._weights.get((place, kept), {})
-        found: Weights = {}
+            return self._weights.get((place, kept), Aside({}))
+        found: dict[str, dict[str, Tensor]] = {}
         for name, value in load_file(self._folder / f"{place}.{kept}.safetensors").items():
             linear, part = name.split("/")
             like = self.model.get_submodule(linear).get_parameter(part)
             found.setdefault(linear, {})[part] = value.to(like.device)
-        return found
+        return Aside.of(found)
 
-    def assembled(
-        self, kept: Mapping[str, int], change: Callable[[Weights], Weights] | None = None
-    ) -> AbstractContextManager[None]:
+    def forget(self) -> None:
+        """Lets go of the variants that are in memory."""
+        self._weights.clear()
+
+    def assembled(self, kept: Mapping[str, int], change: Callable[[Aside], Aside] | None = None) -> AbstractContextManager[None]:
         """Puts variants in the places of the model until the end of a `with` block; what a place loses is multiplied by zero.
 
         Args:
             kept: By place, how many units it keeps; 0 of blocks that are gone, and of places in them.
             change: Changes their parameters before.
         """
-        variants = {name: own for place, number in kept.items() for name, own in self.weights(place, number).items()}
-        new = change(variants) if change is not None else variants
-        return replaced({self.model.get_submodule(name): own for name, own in new.items()})
+        variants = Aside({})
+        for place, number in kept.items():
+            variants = self.weights(place, number).over(variants)
+        return computing_with(self.model, change(variants) if change is not None else variants)
 
 
-def zeros_of(model: PreTrainedModel, linears: Sequence[str]) -> Weights:
+def resting(model: PreTrainedModel, weights: Weights) -> Aside:
+    """Returns parameters, by linear and by their name in it, that are here, or of which each rank has its shards, on the CPU."""
+    turns, cpu = turns_of(model), torch.device("cpu")
+    if turns is None or isinstance(weights, Aside):  # which rest
+        return Aside.of(weights)
+    own = {name: (model.get_submodule(name), parts) for name, parts in weights.items()}
+    return Aside({n: {p: in_shards(turns, (m, p), value, cpu) for p, value in parts.items()} for n, (m, parts) in own.items()})
+
+
+def as_values(model: PreTrainedModel, weights: Aside) -> Values:
+    """Returns parameters by their names in the model: read when they are asked for where ranks share them."""
+    reads = {f"{linear}.{part}": read for linear, own in weights.reads.items() for part, read in own.items()}
+    return {name: read() for name, read in reads.items()} if turns_of(model) is None else Refitted(reads)
+
+
+def zeros_of(model: PreTrainedModel, linears: Sequence[str]) -> Aside:
     """Returns the parameters, all zero, of linears, by linear and by their name in it."""
     parts = {name: model.get_submodule(name).named_parameters(recurse=False) for name in linears}
-    return {name: {part: torch.zeros_like(value.data) for part, value in own} for name, own in parts.items()}
+    return Aside({name: {part: partial(torch.zeros_like, value.data) for part, value in own} for name, own in parts.items()})
 
 
 def key_of(model: PreTrainedModel, settings: object, scores: Mapping[str, Tensor], batches: Sequence[Any]) -> str:

@@ -12,7 +12,6 @@ from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.model.find import find_transformer
-from billhook.model.plan import apply_in_turn
 from billhook.model.values import check_values
 from billhook.pruning.amount import TARGETS, Amount
 from billhook.pruning.widths.rows import RoundTo
@@ -23,6 +22,7 @@ from billhook.shrinking.latency.table import Clock, clock_of, timed
 from billhook.shrinking.latency.workload import Workload
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
+from billhook.shrinking.spaces.planned import apply_in_turn
 from billhook.shrinking.variants import check_enough
 from billhook.shrinking.work import Work
 

@@ -26,6 +26,7 @@ from billhook.running.batches import Run
 from billhook.running.undisturbed import undisturbed
 from billhook.shrinking.levels import Place, any_gone
 from billhook.shrinking.library import Library
+from billhook.streaming.either import bring
 from billhook.units.units import Units
 
 BYTES = 2**31
@@ -121,38 +122,45 @@ class Reader:
 
     def __init__(self, model: PreTrainedModel, name: str, parts: Sequence[OwedMoments], held_out: Sequence[int]) -> None:
         _check(name, parts)
-        self.linear, self._ridge = model.get_submodule(name), math.inf
-        self._weight, self._bias = matrix_of(self.linear)
+        self.model, self.linear, self._ridge = model, model.get_submodule(name), math.inf
+        self._has_bias = self._matrix()[1] is not None
         folds = [(OwedMoments.merged(fit), other) for fit, other in folds_of(parts, held_out)]
         centres = [self._centre(fit) for fit, _ in folds]
         self._folds = [(fit.about(c), other.about(c)) for (fit, other), c in zip(folds, centres, strict=True)]
         every = OwedMoments.merged(parts)
         self._mean, self._every = every.centre[0], every.about(self._centre(every))
-        self.whole = sum(other.error(self._weight.double()) for _, other in self._folds)
+        self.whole = sum(other.error(self._matrix()[0].double()) for _, other in self._folds)
 
     def choose(self, keep: Tensor, ridges: Sequence[float]) -> None:
         """Chooses the ridge that does best on what is held out; with none to choose from, it is not refitted."""
-        self._ridge = choose_ridge(self._weight, keep.to(self._weight.device), self._folds, ridges)
+        weight, _ = self._matrix()
+        self._ridge = choose_ridge(weight, keep.to(weight.device), self._folds, ridges)
 
     def error(self, keep: Tensor) -> float:
         """Adds up E |W x - W' x|^2 of what is held out, with W' fitted to the rest."""
-        weight = self._weight.double()
+        weight = self._matrix()[0].double()
         return sum(other.error(weight - self._solved(keep, fit)) for fit, other in self._folds)
 
     def refitted(self, keep: Tensor) -> dict[str, Tensor]:
         """Returns the parameters that make up best for what is not kept, fitted to all batches."""
-        new, bias = self._solved(keep, self._every), self._bias
+        new, (weight, bias) = self._solved(keep, self._every), self._matrix()
         if bias is not None and self._ridge < math.inf:
-            bias = bias.double() + (self._weight.double() - new) @ self._mean
+            bias = bias.double() + (weight.double() - new) @ self._mean
         return as_it_lies(self.linear, new, bias)
 
     def _centre(self, moments: OwedMoments) -> tuple[Tensor, Tensor] | None:
-        return None if self._bias is None else moments.centre
+        return moments.centre if self._has_bias else None
+
+    def _matrix(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the weight and the bias, once the linear's block is there."""
+        bring(self.model, self.linear)
+        return matrix_of(self.linear)
 
     def _solved(self, keep: Tensor, second: SecondMoments) -> Tensor:
         """Returns the refitted weight; only cut, where the ridge is too small for a solution."""
-        keep = keep.to(self._weight.device)
-        found = (solve_ridge(self._weight, keep, second, ridge) for ridge in (self._ridge, math.inf))
+        weight, _ = self._matrix()
+        keep = keep.to(weight.device)
+        found = (solve_ridge(weight, keep, second, ridge) for ridge in (self._ridge, math.inf))
         return next(new for new in found if new is not None)
 
 

@@ -180,7 +180,7 @@ class Work:
         return self._filled(point)
 
     def compare(self, fitted: Sequence[Any]) -> None:
-        """Measures what would be lost within the budget without channels alone, heads alone, or whole blocks."""
+        """Measures what would be lost within the budget without one kind of unit alone; variants are let go of after that."""
         kinds, slots = {place.name: place.kind for place in self.places}, self._slots(self.places)
         whole = cost(slots, (0,) * len(slots))
         for kind, levels in of_one_kind(slots, [kinds[slot.names[0]] for slot in slots], self.limit - self.now + whole).items():
@@ -189,6 +189,8 @@ class Work:
         ends = self.search.amount.first, self.search.amount.last
         if self.target == "params" and (found := fewer_blocks(self.model, fitted, self.divergence, self.now - self.limit, ends)):
             self.alone[CALLED["block"]] = (self.now - found[0], found[1])
+        self.library.forget()
+        self.hidden.forget()
 
     def planned(self, fitted: Sequence[Any], repair: Repair | None, kept: Mapping[str, int]) -> Planned:
         """Plans what was chosen, and repairs it from front to back; the model stays as it is."""

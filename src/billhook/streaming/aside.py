@@ -2,8 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Self
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from billhook.running.replaced import replaced
+from billhook.running.sharded.turns import turns_of
 
 Reads = Mapping[str, Mapping[str, Callable[[], Tensor]]]
 """By module and by the name in it, what reads the values of a parameter."""
@@ -18,6 +24,13 @@ class Aside(Mapping[str, Mapping[str, Tensor]]):
 
     def __init__(self, reads: Reads) -> None:
         self.reads = reads
+
+    @classmethod
+    def of(cls, values: Mapping[str, Mapping[str, Tensor]]) -> Self:
+        """Returns values as they are if they are such, and otherwise such, of values that are here."""
+        if isinstance(values, cls):
+            return values
+        return cls({module: {part: partial(itself, one) for part, one in own.items()} for module, own in values.items()})
 
     def __getitem__(self, module: str) -> Mapping[str, Tensor]:
         """Reads the values of one module."""
@@ -34,6 +47,11 @@ class Aside(Mapping[str, Mapping[str, Tensor]]):
         return Aside({**other.reads, **self.reads})
 
 
+def itself(value: Tensor) -> Tensor:
+    """Returns a value that is here."""
+    return value
+
+
 def by_module(reads: Mapping[str, Callable[[], Tensor]]) -> Reads:
     """Takes names of parameters, after a number if there is one, apart into modules and names in them."""
     found = defaultdict[str, dict[str, Callable[[], Tensor]]](dict)
@@ -41,3 +59,19 @@ def by_module(reads: Mapping[str, Callable[[], Tensor]]) -> Reads:
         module, _, part = key.rpartition(" ")[2].rpartition(".")
         found[module][part] = read
     return dict(found)
+
+
+@contextmanager
+def computing_with(model: nn.Module, new: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
+    """Has modules compute with other values of parameters, within; in blocks that ranks share they are read when these come."""
+    turns, coming, here = turns_of(model), dict[nn.Parameter, Callable[[], Tensor]](), dict[nn.Module, dict[str, Tensor]]()
+    for name, own in Aside.of(new).reads.items():
+        module = model.get_submodule(name)
+        for part, read in own.items():
+            parameter = module.get_parameter(part)
+            if turns is not None and module in turns.owner and parameter in turns.shards:
+                coming[parameter] = read
+            else:
+                here.setdefault(module, {})[part] = read()
+    with nullcontext() if turns is None else turns.instead(coming), replaced(here):
+        yield

@@ -6,7 +6,7 @@ from functools import partial
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.model.surgery import Change, have_followed, replace_parameters
+from billhook.model.surgery import Change, have_followed, replace_parameters, way_back
 from billhook.running.sharded.turns import Turns, turns_of
 from billhook.streaming.either import coming_of
 from billhook.streaming.stream import Stream
@@ -31,6 +31,17 @@ def change_in_turn(model: nn.Module, changes: Mapping[str, Change], optimizers: 
             turns.leave()
     replace_parameters(model, outside(model, changes), trained_by)
     return partial(have_followed, model, old, changes, trained_by)
+
+
+def whole_way_back(model: nn.Module) -> Callable[[], None]:
+    """Returns what puts a model back to what it is now, as `way_back` does, and has its blocks come as now."""
+    ways = [way_back(model), *([coming.way_back()] if (coming := coming_of(model)) is not None else [])]
+
+    def back() -> None:
+        for way in ways:
+            way()
+
+    return back
 
 
 def inside(coming: Stream | Turns, model: nn.Module, block: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:

@@ -1,16 +1,13 @@
 """The attentions of a model whose blocks ranks share: each rank has its shards of what becomes of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from billhook.kv_heads.bases.moments import Moments
 from billhook.kv_heads.bases.ready import Attentions
-from billhook.kv_heads.bases.stacks import instead
 from billhook.kv_heads.methods.base import Rendered
 from billhook.model.plan import Weights
 from billhook.repairs.in_turn import Refitted
@@ -20,7 +17,7 @@ from billhook.repairs.visitor import Given
 from billhook.running.batches import Run
 from billhook.running.sharded.turns import Turns, turns_of
 from billhook.running.walk import Reduce
-from billhook.streaming.aside import Aside, by_module
+from billhook.streaming.aside import Aside, by_module, computing_with
 from billhook.streaming.either import apart
 
 
@@ -63,26 +60,10 @@ class SharedAttentions(Attentions):
                 return
             given = list[list[Any]]()
             for own in (Aside({}), new):
-                with self._with(own), apart(self.model, self._reduce):
+                with computing_with(self.model, own), apart(self.model, self._reduce):
                     given += [self._outputs({}, trial) for trial in mine]
             for trial in mine:
                 yield trial, given[0], given[1]
-
-    @contextmanager
-    def _with(self, new: Aside) -> Iterator[None]:
-        """Has blocks come with other parameters, within; those of no block are replaced."""
-        held, here = dict[nn.Parameter, nn.Parameter](), dict[str, dict[str, Tensor]]()
-        for linear, own in new.reads.items():
-            module = self.model.get_submodule(linear)
-            for part, read in own.items():
-                parameter = module.get_parameter(part)
-                if module in self._turns.owner and parameter in self._turns.shards:
-                    assert isinstance(read, Gathered), "it is no shard"
-                    held[parameter] = read.held
-                else:
-                    here.setdefault(linear, {})[part] = read()
-        with torch.no_grad(), self._turns.instead(held), instead(self.model, here):
-            yield
 
 
 def attentions_of(model: nn.Module, groups: Mapping[str, int], reduce: Reduce | None = None) -> Attentions:

@@ -13,13 +13,13 @@ from billhook.kv_heads.bases.moments import Moments, Sums
 from billhook.kv_heads.bases.ready import Attentions, may_group
 from billhook.kv_heads.bases.stacks import instead
 from billhook.kv_heads.methods.base import Grouping, KVMethod, Rendered
-from billhook.repairs.in_turn import Refitted, itself
+from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair
 from billhook.repairs.visitor import Given
 from billhook.running.batches import Run, tell_apart
 from billhook.running.overridden import overridden
 from billhook.running.undisturbed import undisturbed
-from billhook.streaming.aside import Aside, by_module
+from billhook.streaming.aside import Aside, by_module, itself
 from billhook.streaming.parts import tensor_in
 from billhook.streaming.stream import Stream
 from billhook.streaming.together import Together

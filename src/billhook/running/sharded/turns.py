@@ -20,6 +20,8 @@ TURNS = "_billhook_turns"
 Alter = Callable[[nn.Module], Iterable[nn.Parameter]]
 """Gives parameters of a block other values, and returns these."""
 Add = Callable[[Tensor], Tensor]
+Read = Callable[[], Tensor]
+"""Reads the values of a parameter; all ranks call it together."""
 
 
 class Turns:
@@ -54,6 +56,7 @@ class Turns:
         self._here, self._altered = list[nn.Module](), set[nn.Parameter]()
         self._changed = self.everything = False
         self._alterations = defaultdict[nn.Module, list[Alter]](list)
+        self._reads: Mapping[nn.Parameter, Read] = {}
         self._add: Add | None = None
         self._installed, self._forwards = list[RemovableHandle](), dict[nn.Module, Any]()
         inside = {own for block in self.blocks for own in block.parameters()}
@@ -179,16 +182,15 @@ class Turns:
             self.leave()
 
     @contextmanager
-    def instead(self, held: Mapping[nn.Parameter, nn.Parameter]) -> Iterator[None]:
-        """Has blocks come with the values of other shards, given by the parameters that have them, within."""
+    def instead(self, reads: Mapping[nn.Parameter, Read]) -> Iterator[None]:
+        """Has parameters of blocks come with other values, which are read each time, within."""
         self.leave()
-        before = dict(self.shards)
-        self.shards |= held
+        before, self._reads = self._reads, {**self._reads, **reads}
         try:
             yield
         finally:
             self.leave()
-            self.shards = before
+            self._reads = before
 
     @contextmanager
     def all_here(self) -> Iterator[None]:
@@ -243,7 +245,7 @@ class Turns:
     def _fill(self, own: nn.Parameter, keep: bool = True) -> None:
         """Gathers the values of a parameter, which keeps them if asked."""
         shard = self.shards[own]
-        values = whole(shard)
+        values = self._reads[own]() if own in self._reads else whole(shard)
         if keep:
             own.untyped_storage().resize_(values.numel() * values.element_size())
             own.data.copy_(values)
@@ -266,7 +268,7 @@ class Turns:
         def back() -> None:
             self._changed = False
             self.leave()
-            self.shards, self.blocks, self._alterations = shards, blocks, alterations
+            self.shards, self.blocks, self._alterations = dict(shards), list(blocks), alterations.copy()
 
         return back
 

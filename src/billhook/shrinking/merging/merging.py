@@ -16,14 +16,16 @@ from billhook.running.batches import Run
 from billhook.shrinking.damages import groups
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
-from billhook.shrinking.library import Library, Weights
+from billhook.shrinking.library import Library, resting
 from billhook.shrinking.merging.plans import METHOD, Merged, plans_of
 from billhook.shrinking.merging.refit import refit_readers
 from billhook.shrinking.variants import passes
+from billhook.streaming.aside import Aside
+from billhook.streaming.either import bring
 
 Scale = tuple[list[Place], dict[str, tuple[int, ...]], dict[str, list[float]]]
 """Places, and by place the numbers of units that it may keep, and what it loses at each."""
-ByNumber = dict[str, dict[int, Weights]]
+ByNumber = dict[str, dict[int, Aside]]
 """Parameters by attention and number of KV heads."""
 
 
@@ -73,8 +75,8 @@ class Merging:
                 for kept in missing[place.name]:
                     weights, fitted = _joined(equal, place, kept), _joined(readers, place, kept)
                     if fitted:
-                        library.add(unfitted(place), kept, 0.0, {linear: weights[linear] for linear in fitted})
-                    library.add(held(place), kept, 0.0, weights | fitted)
+                        library.add(unfitted(place), kept, 0.0, Aside({linear: weights.reads[linear] for linear in fitted}))
+                    library.add(held(place), kept, 0.0, fitted.over(weights))
                 done()
 
     def choose(self, divergence: Divergence, scale: Scale, uniform: bool) -> Scale:
@@ -116,7 +118,8 @@ class Merging:
             for name in (held(place), unfitted(place))
             if stay[place.name]
         ]
-        return Merged(self.search, heads, {name: new for one in weights for name, new in one.items()}) if heads else None
+        new = Aside({name: own for one in weights for name, own in one.reads.items()})
+        return Merged(self.search, heads, new) if heads else None
 
 
 def find_merging(search: Search, places: Sequence[Place], uniform: bool, library: Library) -> Merging | None:
@@ -177,19 +180,22 @@ def _variants(
     moments = gather_each(model, places, numbers, trials)
     equal = {name: {kept: _equal(attentions, name, one) for kept, one in own.items()} for name, own in moments.items()}
     if repair is None:
-        return equal, {name: {kept: {} for kept in own} for name, own in equal.items()}
+        return equal, {name: {kept: Aside({}) for kept in own} for name, own in equal.items()}
     return equal, refit_readers(model, places, equal, trials, repair)
 
 
-def _joined(found: ByNumber, place: Place, kept: int) -> Weights:
+def _joined(found: ByNumber, place: Place, kept: int) -> Aside:
     """Returns the parameters of all attentions of a place."""
-    return {linear: new for name in place.names for linear, new in found[name][kept].items()}
+    return Aside({linear: new for name in place.names for linear, new in found[name][kept].reads.items()})
 
 
-def _equal(attentions: Attentions, name: str, moments: Moments) -> Weights:
+def _equal(attentions: Attentions, name: str, moments: Moments) -> Aside:
     """Returns the parameters of an attention with which the heads of each group are equal."""
-    stacks, place = read(attentions.model, attentions.places[name]), attentions.places[name]
-    return written(attentions.model, place, pooled(stacks, *find_bases(stacks, moments, attentions.freedoms[name], METHOD)))
+    model, place = attentions.model, attentions.places[name]
+    bring(model, model.get_submodule(name))
+    stacks = read(model, place)
+    found = written(model, place, pooled(stacks, *find_bases(stacks, moments, attentions.freedoms[name], METHOD)))
+    return resting(model, found)
 
 
 def _is_better(

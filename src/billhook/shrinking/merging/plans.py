@@ -21,9 +21,11 @@ from billhook.pruning.removal import tried
 from billhook.pruning.repair import repair_with
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
-from billhook.shrinking.library import Weights as ByLinear
+from billhook.repairs.shared import both
+from billhook.shrinking.library import as_values
 from billhook.shrinking.spaces.blocks import Block, Blocks
 from billhook.shrinking.spaces.planned import Planned
+from billhook.streaming.aside import Aside
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 
@@ -54,7 +56,7 @@ class Merged:
 
     search: Search
     heads: Mapping[str, int]
-    weights: ByLinear
+    weights: Aside
 
     def planned(
         self,
@@ -80,9 +82,9 @@ class Merged:
         """
         numbers = {name: own for name, own in numbers.items() if name not in self.heads}
         planned = self._plans(limit, numbers, blocks, gone)
-        weights = {f"{name}.{part}": value for name, own in self.weights.items() for part, value in own.items()}
+        weights: Weights = as_values(self.search.model, self.weights)
         if repair is not None:
-            weights |= self._repaired(numbers, blocks.zeros(gone), fitted, repair)
+            weights = both(weights, self._repaired(numbers, blocks.zeros(gone), fitted, repair))
         new = [name for name in changed(self.search.model, weights) if name.rpartition(".")[0] in self.weights]
         plans = tuple(replace(plan, restart=_of(plan.layers, new)) for plan in planned.merged)
         return replace(planned, weights=weights, merged=plans)
@@ -100,12 +102,12 @@ class Merged:
             raise ValueError(f"kv_cache_bytes: {left:,} would be left, more than {limit:,}, as heads do not all cost the same")
         return Planned(units, after, merged=tuple(plans), dense=self.search.now.params)
 
-    def _repaired(self, numbers: Mapping[str, list[int]], zeros: ByLinear, fitted: Sequence[Any], repair: Repair) -> Weights:
+    def _repaired(self, numbers: Mapping[str, list[int]], zeros: Aside, fitted: Sequence[Any], repair: Repair) -> Weights:
         """Refits linears; those that are zero, as their block goes, stay so."""
         model, search = self.search.model, self.search
         units = UnitPlan.of(find_cut(model, search.structure, search.units, numbers))
         whole = [name for name in self._reading() if name not in zeros]
-        return repair_with(model, units, fitted, repair, given={**self.weights, **zeros}, whole=whole)
+        return repair_with(model, units, fitted, repair, given=zeros.over(self.weights), whole=whole)
 
     def _reading(self) -> list[str]:
         """Returns the linears that read heads, and those that feed-forwards end in."""

@@ -10,9 +10,10 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from billhook.kv_heads.bases.stacks import Projections, instead
-from billhook.model.linears import as_it_lies, matrix_of, turned
+from billhook.model.linears import as_it_lies, matrix_of, size_of, turned
 from billhook.repairs.enough import counting
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments, folds_of, wide
@@ -21,16 +22,17 @@ from billhook.running.batches import Run
 from billhook.running.overridden import overridden
 from billhook.running.undisturbed import precisely, undisturbed
 from billhook.running.walk import spare
-from billhook.shrinking.library import Weights
+from billhook.shrinking.library import resting
+from billhook.streaming.aside import Aside
 
 
 def refit_readers(
-    model: nn.Module,
+    model: PreTrainedModel,
     places: Mapping[str, Projections],
-    variants: Mapping[str, Mapping[int, Weights]],
+    variants: Mapping[str, Mapping[int, Aside]],
     runs: Sequence[Run],
     repair: Repair,
-) -> dict[str, dict[int, Weights]]:
+) -> dict[str, dict[int, Aside]]:
     """Returns new parameters of the linears that read heads, by attention and number of KV heads; the model stays as it is.
 
     Args:
@@ -60,12 +62,11 @@ class _Enough(BaseException):
 class _Beside:
     """Runs one attention with the parameters of each variant, and adds up what its reader is given, and owes, in each."""
 
-    def __init__(self, model: nn.Module, place: Projections, variants: Mapping[int, Weights], parts: int) -> None:
+    def __init__(self, model: PreTrainedModel, place: Projections, variants: Mapping[int, Aside], parts: int) -> None:
         self._model, self._place, self._variants = model, place, variants
         self._reader = model.get_submodule(place.o.linear)
-        self._weight, _ = matrix_of(self._reader)
-        rows, columns = self._weight.shape
-        self._moments = {number: [OwedMoments(rows, columns, self._weight.device) for _ in range(parts)] for number in variants}
+        (rows, columns), device = size_of(self._reader), self._reader.get_parameter("weight").device
+        self._moments = {number: [OwedMoments(rows, columns, device) for _ in range(parts)] for number in variants}
         self._given: Tensor | None = None
         self._proper = True
         self.run: Run
@@ -80,16 +81,17 @@ class _Beside:
             stack.enter_context(overridden(module, forward=partial(self._visit, module.forward)))
             yield
 
-    def refitted(self, held_out: Sequence[int], ridges: Sequence[float]) -> dict[int, Weights]:
+    def refitted(self, held_out: Sequence[int], ridges: Sequence[float]) -> dict[int, Aside]:
         """Returns by variant the new parameters of the reader; none where nothing can be held out."""
         return {number: self._refitted(number, held_out, ridges) for number in self._variants}
 
-    def _refitted(self, number: int, held_out: Sequence[int], ridges: Sequence[float]) -> Weights:
+    def _refitted(self, number: int, held_out: Sequence[int], ridges: Sequence[float]) -> Aside:
         parts = self._moments[number]
         weight, bias = self._own(number)
         if not (folds := folds_of(parts, held_out)):
-            return {}
-        return {self._place.o.linear: as_it_lies(self._reader, *refit_linear(weight, bias, folds, parts, ridges))}
+            return Aside({})
+        found = as_it_lies(self._reader, *refit_linear(weight, bias, folds, parts, ridges))
+        return resting(self._model, {self._place.o.linear: found})
 
     def _own(self, number: int) -> tuple[Tensor, Tensor | None]:
         """Returns the weight and bias of the reader in a variant."""
@@ -123,7 +125,7 @@ class _Beside:
     def _add(self, given: Mapping[int, Tensor], dense: Tensor) -> None:
         """Adds what the reader owes in each variant: what it gives in the dense model, less what it gives then."""
         with precisely():
-            keep, expected = counting(self.run, self._place.o.linear, dense), wide(dense) @ wide(self._weight).t()
+            keep, expected = counting(self.run, self._place.o.linear, dense), wide(dense) @ wide(matrix_of(self._reader)[0]).t()
             for number, inputs in given.items():
                 owed = expected - wide(inputs) @ wide(self._own(number)[0]).t()
                 self._moments[number][self.part].add(inputs, owed, keep)

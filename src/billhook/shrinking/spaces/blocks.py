@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.model.figures import figure_of
@@ -11,9 +11,9 @@ from billhook.model.linears import is_linear
 from billhook.model.runs.answers import alike, answer, tolerance
 from billhook.pruning.block_plan import BlockPlan, find_block_plan, tried, without
 from billhook.pruning.target import Search
-from billhook.running.replaced import replaced
 from billhook.shrinking.levels import Place
 from billhook.shrinking.library import zeros_of
+from billhook.streaming.aside import Aside, computing_with
 from billhook.units.blocks import block_of, skipping
 from billhook.units.find import find_units, units_of
 from billhook.units.units import Units
@@ -80,7 +80,7 @@ class Blocks:
         """Finds the plan by which blocks go from a model, also on meta tensors, and once units have been removed from it."""
         return find_block_plan(model, {self.stack: [block.number for block in gone]}, names=[self.stack])
 
-    def zeros(self, gone: Sequence[Block]) -> dict[str, dict[str, Tensor]]:
+    def zeros(self, gone: Sequence[Block]) -> Aside:
         """Returns the parameters, all zero, with which linears of blocks write nothing, by linear and by their name in it."""
         return zeros_of(self.model, [name for block in gone for name in self.writers[block.name]])
 
@@ -154,7 +154,7 @@ def _adds(blocks: Blocks, name: str, number: int) -> str:
     model, zeros = blocks.model, zeros_of(blocks.model, blocks.writers[name])
     with skipping(model, {blocks.stack: [number]}):
         expected = answer(model)
-    with replaced({model.get_submodule(linear): own for linear, own in zeros.items()}):
+    with computing_with(model, zeros):
         found = answer(model)
     same = alike(expected, found, tolerance(model))
     return "" if same else f"{name} computes something also with the linears behind its heads and channels at zero"

@@ -4,30 +4,36 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from billhook.importance.base import Importance
 from billhook.importance.baselines import WeightNorm
 from billhook.importance.score import score
+from billhook.kv_heads.plan import UNCHANGED, starting
 from billhook.model.figures import figure_of
 from billhook.model.shapes.shape import unbuilt_shape
-from billhook.model.surgery import way_back
 from billhook.pruning.block_plan import without
 from billhook.pruning.choice import ranked
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove, tried
 from billhook.pruning.target import Search
 from billhook.pruning.widths.rows import RoundTo, rounded
+from billhook.repairs.in_turn import Values, each_changed
 from billhook.running.batches import Run
+from billhook.running.sharded.shards import whole
+from billhook.running.sharded.turns import turns_of
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
-from billhook.shrinking.library import Library, Weights
+from billhook.shrinking.library import Library
 from billhook.shrinking.spaces.blocks import Block, Blocks
 from billhook.shrinking.spaces.norms import energies, scaled_norms
+from billhook.streaming.aside import Aside, itself
+from billhook.streaming.changes import change_in_turn, whole_way_back
 from billhook.units.find import units_of
 from billhook.units.units import Units
 
@@ -119,20 +125,23 @@ class Hidden:
         if not number:
             yield
             return
-        back = way_back(model)
+        back = whole_way_back(model)
         try:
             if self._last is not None and self._last[0] == number:
                 self._last[1]()
             else:
                 self._last, cut = None, self.cut(kept)
-                scales = sliced_parameters(self.scales(kept), cut)
+                scales = {name: _sliced(cut, name, partial(itself, value)) for name, value in self.scales(kept).items()}
                 remove(model, cut, [])
-                for name, value in scales.items():
-                    model.get_parameter(name).data.copy_(value)
-                self._last = number, way_back(model)
+                change_in_turn(model, {name: starting(partial(itself, value), UNCHANGED) for name, value in scales.items()})
+                self._last = number, whole_way_back(model)
             yield
         finally:
             back()
+
+    def forget(self) -> None:
+        """Lets go of the narrow model."""
+        self._last = None
 
     def damages(self, library: Library, divergence: Divergence, done: Callable[[], None]) -> dict[int, float]:
         """Returns what is lost at each size, measured at every other one, and in between on a straight line.
@@ -153,33 +162,35 @@ class Hidden:
         lost = [points[size] for size in sizes]
         return {width.kept: float(np.interp(width.kept, sizes, lost)) for width in self.widths}
 
-    def sliced(self, weights: Weights, kept: Mapping[str, int]) -> Weights:
+    def sliced(self, weights: Aside, kept: Mapping[str, int]) -> Aside:
         """Returns parameters of linears, by linear and by their name in it, without what goes with residual channels."""
         if not kept.get(HIDDEN, 0):
             return weights
-        cut = self.cut(kept)
-        parts = {f"{linear}.{part}": value for linear, own in weights.items() for part, value in own.items()}
-        small = sliced_parameters(parts, cut)
-        return {linear: {part: small[f"{linear}.{part}"] for part in own} for linear, own in weights.items()}
+        cut, reads = self.cut(kept), weights.reads
+        return Aside({n: {p: partial(_sliced, cut, f"{n}.{p}", read) for p, read in own.items()} for n, own in reads.items()})
 
-    def widened(self, small: Mapping[str, Tensor], kept: Mapping[str, int]) -> dict[str, Tensor]:
+    def widened(self, small: Values, kept: Mapping[str, int]) -> Values:
         """Returns parameters in the sizes that they have, where those that stay have values of a narrow model's."""
-        cut, found = self.cut(kept), {}
-        for name, value in small.items():
-            whole = self.search.model.get_parameter(name).detach().clone()
-            stays = [torch.as_tensor(cut.cuts.get((name, dim), range(size))) for dim, size in enumerate(whole.shape)]
-            whole[torch.meshgrid(*(one.to(whole.device) for one in stays), indexing="ij")] = value.to(whole.dtype)
-            found[name] = whole
-        return found
+        turns, own = turns_of(self.search.model), {name: self.search.model.get_parameter(name) for name in small}
+        held = own if turns is None else {name: turns.shards.get(parameter, parameter) for name, parameter in own.items()}
+        return each_changed(small, partial(_wide, self.cut(kept), held))
 
 
-def sliced_parameters(parameters: Mapping[str, Tensor], cut: Cut) -> dict[str, Tensor]:
-    """Returns parameters, by name, without what is cut."""
-    found = dict(parameters)
-    for (name, dim), stays in cut.cuts.items():
-        if name in found:
-            found[name] = found[name].index_select(dim, torch.from_numpy(stays).to(found[name].device))
+def _wide(cut: Cut, held: Mapping[str, nn.Parameter], name: str, read: Callable[[], Tensor]) -> Tensor:
+    """Returns a parameter as it is held, with the values of a narrow model's."""
+    value, found = read(), whole(held[name]).clone()
+    stays = [torch.as_tensor(cut.cuts.get((name, dim), range(size))) for dim, size in enumerate(found.shape)]
+    found[torch.meshgrid(*(one.to(found.device) for one in stays), indexing="ij")] = value.to(found.dtype)
     return found
+
+
+def _sliced(cut: Cut, name: str, read: Callable[[], Tensor]) -> Tensor:
+    """Returns a parameter without what is cut."""
+    value = read()
+    for dim in range(value.dim()):
+        if (stays := cut.cuts.get((name, dim))) is not None:
+            value = value.index_select(dim, torch.from_numpy(stays).to(value.device))
+    return value
 
 
 def find_hidden(search: Search, target: str, places: Sequence[Place], blocks: Blocks, uniform: bool) -> Hidden:

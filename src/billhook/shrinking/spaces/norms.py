@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from billhook.pruning.fold import divided
 from billhook.running.batches import Run
 from billhook.running.undisturbed import undisturbed
+from billhook.streaming.either import bring
 from billhook.units.units import Units
 
 
@@ -48,6 +49,7 @@ def scaled_norms(model: PreTrainedModel, shares: Mapping[str, Tensor], gone: Seq
         stays[list(gone)] = 0
         ratio = 1 / math.sqrt(max(float(own @ stays), 1e-6) * len(own) / float(stays.sum()))
         norm, weight = model.get_submodule(name), f"{name}.weight"
+        bring(model, norm)
         scale = partial(torch.div, other=ratio) if isinstance(norm, nn.LayerNorm) else divided(norm, ratio)
         if scale is not None and "weight" in norm._parameters:
             found[weight] = scale(norm.get_parameter("weight").detach())

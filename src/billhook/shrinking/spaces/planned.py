@@ -1,15 +1,21 @@
 """Plans what was chosen: the units that go, then the whole blocks, and the weights of what makes up for them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from billhook.kv_heads.plan import KVHeadPlan
 from billhook.model.figures import figure_of
-from billhook.model.plan import Weights
+from billhook.model.find import find_transformer
+from billhook.model.plan import Plan, Weights, usable
+from billhook.model.surgery import undone_by_errors
+from billhook.model.values import check_changeable
 from billhook.pruning.amount import TARGETS
 from billhook.pruning.block_plan import BlockPlan, without
 from billhook.pruning.cuts import Cut, find_cut
@@ -17,12 +23,17 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import tried
 from billhook.pruning.repair import repair_with
 from billhook.pruning.row_lengths import row_lengths
+from billhook.pruning.streamed import taking
 from billhook.pruning.target import Search
 from billhook.pruning.widths.told import RowLength
+from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair
-from billhook.running.replaced import replaced
+from billhook.repairs.shared import both
 from billhook.shrinking.spaces.blocks import Block, Blocks
 from billhook.shrinking.spaces.hidden import Hidden
+from billhook.streaming.aside import Aside, by_module, computing_with, itself
+from billhook.streaming.changes import change_in_turn
+from billhook.streaming.either import following
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 from billhook.units.gates import mask
@@ -119,31 +130,44 @@ def repaired(
     Where residual channels go, all is fitted within what is left of them, and norms make up for the narrower stream.
     """
     gone, model, scales = blocks.gone(kept), hidden.search.model, hidden.scales(kept)
-    whole, (units, kinds), weights = blocks.behind(gone) if gone else [], planned.inside, dict[str, Tensor]()
+    weights: Weights = {}
+    whole, (units, kinds) = blocks.behind(gone) if gone else [], planned.inside
     if repair is not None and (units or whole):
         with hidden.narrowed(kept):
             plan = _planned_now(model, units, kinds) if hidden.gone(kept) else planned.units
-            weights = dict(repair_with(model, plan, fitted, repair, given=blocks.zeros(gone), whole=whole))
+            weights = repair_with(model, plan, fitted, repair, given=blocks.zeros(gone), whole=whole)
         weights = hidden.widened(weights, kept) if hidden.gone(kept) else weights
-    return Planned(planned.units, planned.blocks, weights | scales or None)
+    return Planned(planned.units, planned.blocks, both(weights, scales) or None)
 
 
 @contextmanager
 def as_planned(planned: Planned, hidden: Hidden, kept: Mapping[str, int]) -> Iterator[None]:
     """Lets the model compute what it will once plans have been carried out, until the end of a `with` block."""
-    model, by_module = hidden.search.model, dict[str, dict[str, Tensor]]()
-    for name, value in (planned.weights or {}).items():
-        module, _, part = name.rpartition(".")
-        by_module.setdefault(module, {})[part] = value
-    new, (units, kinds) = hidden.sliced(by_module, kept), planned.inside
+    model, weights, (units, kinds) = hidden.search.model, planned.weights or {}, planned.inside
+    reads = weights.reads if isinstance(weights, Refitted) else {name: partial(itself, one) for name, one in weights.items()}
+    new = hidden.sliced(Aside(by_module(reads)), kept)
     with ExitStack() as stack:
         stack.enter_context(hidden.narrowed(kept))
-        stack.enter_context(replaced({model.get_submodule(name): own for name, own in new.items()}))
+        stack.enter_context(computing_with(model, new))
         if units:
             stack.enter_context(mask(model, units, kinds))
         if planned.blocks is not None:
             stack.enter_context(mask(model, planned.blocks))
         yield
+
+
+def apply_in_turn(
+    model: nn.Module, plans: Iterable[Plan], optimizers: Iterable[Optimizer] = (), weights: Weights | None = None
+) -> None:
+    """Carries out plans one after the other, each asked for once those before it have been, or none; see `apply`."""
+    check_changeable(model)
+    trained_by, subject = list(optimizers), find_transformer(model)
+    undone = following(subject), undone_by_errors(model, trained_by)
+    with torch.inference_mode(mode=False), taking(subject, usable(weights)), undone[0], undone[1]:
+        for plan in plans:
+            plan.check_made_for(model)
+            plan.apply(model, trained_by)
+        change_in_turn(subject, {})  # blocks of which no plan has cut anything keep their new values, too
 
 
 def _planned_now(model: Any, units: Mapping[str, list[int]], kinds: Sequence[UnitKind]) -> UnitPlan:  # noqa: ANN401

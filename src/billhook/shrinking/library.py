@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.repairs.in_turn import Refitted, Values
@@ -107,7 +107,7 @@ class Library:
         return computing_with(self.model, change(variants) if change is not None else variants)
 
 
-def resting(model: PreTrainedModel, weights: Weights) -> Aside:
+def resting(model: nn.Module, weights: Weights) -> Aside:
     """Returns parameters, by linear and by their name in it, that are here, or of which each rank has its shards, on the CPU."""
     turns, cpu = turns_of(model), torch.device("cpu")
     if turns is None or isinstance(weights, Aside):  # which rest

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from billhook.kv_heads.bases.stacks import Projections, instead
 from billhook.model.linears import as_it_lies, matrix_of, size_of, turned
@@ -27,7 +26,7 @@ from billhook.streaming.aside import Aside
 
 
 def refit_readers(
-    model: PreTrainedModel,
+    model: nn.Module,
     places: Mapping[str, Projections],
     variants: Mapping[str, Mapping[int, Aside]],
     runs: Sequence[Run],
@@ -62,7 +61,7 @@ class _Enough(BaseException):
 class _Beside:
     """Runs one attention with the parameters of each variant, and adds up what its reader is given, and owes, in each."""
 
-    def __init__(self, model: PreTrainedModel, place: Projections, variants: Mapping[int, Aside], parts: int) -> None:
+    def __init__(self, model: nn.Module, place: Projections, variants: Mapping[int, Aside], parts: int) -> None:
         self._model, self._place, self._variants = model, place, variants
         self._reader = model.get_submodule(place.o.linear)
         (rows, columns), device = size_of(self._reader), self._reader.get_parameter("weight").device

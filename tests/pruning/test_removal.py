@@ -28,7 +28,6 @@ NO_HEADS = ("mamba", "recurrent_gemma", "convnext", "resnet", "bloom", "mpt", "o
 UNUSED = "which the run never used, may have it too"
 STAYS = {  # what cannot lose residual channels, and why
     "olmo": "does not follow",  # a norm without weights keeps its size in a tuple
-    "convnext": "does not follow",  # convolutions of as many groups as channels
     "bart": UNUSED, "pegasus": UNUSED, "marian": UNUSED, "whisper": UNUSED,  # decoders, with an attention to no encoder
     "dinov2": UNUSED,  # a mask token
 }  # fmt: skip
@@ -210,6 +209,22 @@ class TestResidual:
             assert ({own: id(tensor) for own, tensor in model.state_dict(keep_vars=True).items()}, shape_of(model)) == before
             return
         assert_permutation_exact(model, ["residual"], gone, questions(model)[1])
+
+    def test_depthwise_convolutions_follow(self, tmp_path):
+        """Against the class itself, built narrower in every stage, of which it says that channels are four times as many."""
+        sizes = {"depths": [1, 1], "num_stages": 2, "image_size": 16, "patch_size": 2, "layer_scale_init_value": 0.5}
+        wide, narrow = (
+            transformers.ConvNextForImageClassification(transformers.ConvNextConfig(hidden_sizes=widths, **sizes)).eval()
+            for widths in ([8, 16], [6, 12])
+        )
+        bh.apply(wide, bh.plan(wide, bh.WeightNorm(), amount=bh.Amount(residual=0.25)))
+        bh.save(wide, tmp_path / "wide")
+        loaded, pixels = bh.load(tmp_path / "wide"), {"pixel_values": torch.randn(2, 3, 16, 16)}
+        assert loaded.convnext.encoder.stages[1].layers[0].dwconv.groups == 12
+        torch.testing.assert_close(answer(loaded, pixels), answer(wide, pixels), rtol=0, atol=0)
+        bh.apply(wide, bh.plan(wide, bh.WeightNorm(), amount=bh.Amount(channels=0.25)))
+        narrow.load_state_dict(wide.state_dict())
+        torch.testing.assert_close(answer(narrow, pixels), answer(wide, pixels))
 
     @pytest.mark.parametrize(("name", "tied"), [("llama", True), ("llama", False), ("t5", True), ("qwen3", False)])
     def test_as_its_class_builds_it(self, name, tied):

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import adapted, beneath, without_adapters
 from billhook.model.config_fields import Fields, configs_of, field, read_back, set_fields, with_fields
+from billhook.model.convolutions import is_convolution
 from billhook.model.meta import to_meta
 from billhook.model.shapes.shape import GROUPS, Shape, built_shape, set_shape, shape_of
 from billhook.model.transformers_internals import set_attention
@@ -166,7 +167,18 @@ def _certain(model: PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dic
             weight = names.get(id(layer.weight), "")
             if weight in tensors and hasattr(module, attr):
                 certain[f"{name}.{attr}"] = tensors[weight][dim]
+        if is_convolution(module) and (weight := names.get(id(module.weight), "")) in tensors:
+            certain |= {f"{name}.{attr}": value for attr, value in _of_convolution(module, tensors[weight]).items()}
     return certain
+
+
+def _of_convolution(convolution: nn.Conv1d | nn.Conv2d, size: tuple[int, ...]) -> dict[str, int]:
+    """Returns the attributes of a convolution whose weight has this size; a depthwise one has as many groups as inputs."""
+    outputs, read = size[:2]
+    groups = convolution.groups
+    if groups == convolution.in_channels > 1:
+        groups = outputs // (convolution.out_channels // groups)
+    return {"out_channels": outputs, "in_channels": read * groups, "groups": groups}
 
 
 def _meanings(

@@ -15,6 +15,7 @@ from billhook.pruning.progress import First, first_from
 from billhook.pruning.target import Search, lowest
 from billhook.units.find import find_units, of_kind
 from kit.families import ATTENTIONS, MLPS, build, llama, t5, tokens
+from kit.removal import make
 from kit.shaped import bert, gpt2
 
 
@@ -136,6 +137,16 @@ class TestTargets:
         )  # fmt: skip
         limit = int(asked * getattr(before, target)) if isinstance(asked, float) else asked
         assert getattr(plan.costs[1], target) <= limit
+
+    @pytest.mark.parametrize("name", ["vit", "convnext"])
+    def test_operations_of_an_image(self, name):
+        model = make(name)
+        before = figures_of(model)
+        plan = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(flops=0.8))
+        bh.apply(model, plan)
+        assert plan.costs == (before, figures_of(model))
+        assert 0 < plan.costs[1].flops <= 0.8 * before.flops
+        assert " FLOPs an image (" in str(plan)
 
     @pytest.mark.parametrize(
         ("target", "asked", "first"), [*((*one, 0) for one in TARGETS if one[0] != "flops"), ("params", 0.75, 1)]

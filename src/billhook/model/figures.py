@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from billhook.model.memory import Repeated, remembered
 from billhook.model.meta import to_meta
+from billhook.model.runs.inputs import make_inputs
 from billhook.model.transformers_internals import compute_every_expert
 
 CONTEXT = 512
@@ -27,8 +28,9 @@ class Figures:
         bytes: Bytes of all parameters.
         kv_cache_bytes: Bytes that the key/value cache grows by with each token, until sliding windows are full, in the dtype of
             the weights; None without one.
-        flops: Floating-point operations of the forward pass, per token, at `context` tokens; None where it does not run on meta.
-        context: Tokens for which `flops` holds.
+        flops: Floating-point operations of the forward pass, per token, at `context` tokens, or of an image of the config's size;
+            None where it does not run on meta.
+        context: Tokens for which `flops` holds; 0 for a model of images.
     """
 
     params: int
@@ -42,6 +44,7 @@ def figures_of(model: PreTrainedModel) -> Figures:
     """Finds the costs of a model, which may stand on meta tensors itself."""
     config = model.config.get_text_config(decoder=True)
     context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
+    context = 0 if model.main_input_name == "pixel_values" else context
     flops = remembered(partial(_flops_on_meta, model, context), model, "flops", context)
     return Figures(_params(model), _bytes(model), kv_cache_bytes(model), flops, context)
 
@@ -84,17 +87,20 @@ def _cache_on_meta(model: PreTrainedModel) -> int | None:
 
 
 def _flops_on_meta(model: PreTrainedModel, context: int) -> int | None:
-    """Counts FLOPs per token; None where the model cannot run on meta."""
-    if model.main_input_name != "input_ids":
+    """Counts FLOPs per token, or of an image where there is no context; None where the model cannot run on meta."""
+    if context and model.main_input_name != "input_ids":
         return None
     try:
         shadow = meta_copy(model)
         with Repeated(), FlopCounterMode(display=False) as counter:
-            _forward(shadow, context)
+            if context:
+                _forward(shadow, context)
+            else:
+                _see(shadow)
     except CANNOT_RUN:
         return None
     total: int = counter.get_total_flops()
-    return total // context
+    return total // max(context, 1)
 
 
 def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -112,6 +118,12 @@ def _forward(shadow: PreTrainedModel, length: int) -> int:
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if shadow.config.is_encoder_decoder else {})
     cached = {"use_cache": True} if hasattr(shadow.config.get_text_config(decoder=True), "use_cache") else {}
     return sum(t.numel() * t.element_size() for t in _cached(shadow(**inputs, **cached)))
+
+
+@torch.no_grad()
+def _see(shadow: PreTrainedModel) -> None:
+    """Runs a model on one image."""
+    shadow(**{name: one.to("meta") if isinstance(one, Tensor) else one for name, one in make_inputs(shadow, batch=1).items()})
 
 
 def _cached(output: Any) -> list[Tensor]:  # noqa: ANN401 - a ModelOutput whose class depends on the model

@@ -36,7 +36,7 @@ class Amount:
         experts: Ratio of the experts, with their row of the router.
         blocks: Ratio of the whole blocks of each stack, or their number (int); nothing else may be asked for with it.
         params: Target: parameters.
-        flops: Target: operations of the forward pass, per token.
+        flops: Target: operations of the forward pass, per token; of a model of images, of one image.
         kv_cache_bytes: Target: bytes that the key/value cache takes for each token.
         bytes: Target: bytes of all parameters.
         ranking: `"layer"`: as many are removed in each layer, so that layers stay alike; `"global"`: the lowest of all layers.

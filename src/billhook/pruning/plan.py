@@ -125,7 +125,8 @@ class UnitPlan(Cut, Plan):
         """Says what the model costs before and after: first its parameters."""
         before, after = self.parameters
         lines = [f"{self.model}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"]
-        for label, field in {"FLOPs a token": "flops", "KV-cache bytes a token": "kv_cache_bytes", "bytes": "bytes"}.items():
+        flops = "FLOPs a token" if not self.costs or self.costs[0].context else "FLOPs an image"
+        for label, field in {flops: "flops", "KV-cache bytes a token": "kv_cache_bytes", "bytes": "bytes"}.items():
             now, then = [getattr(cost, field) for cost in self.costs] if self.costs else (None, None)
             if now and then:
                 lines.append(f"{now:,} -> {then:,} {label} ({1 - then / now:.1%} fewer)")

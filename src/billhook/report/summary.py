@@ -31,8 +31,8 @@ class Summary(Shown):
         kv_heads: Key/value heads of a layer, where all layers have the same number.
         kv_cache_bytes: Bytes that the key/value cache grows by with each token, until sliding windows are full, in the dtype of
             the weights.
-        flops: Floating-point operations of the forward pass, per token, at `context` tokens.
-        context: Tokens for which `flops` holds.
+        flops: Floating-point operations of the forward pass, per token, at `context` tokens; of a model of images, of one image.
+        context: Tokens for which `flops` holds; 0 for a model of images.
     """
 
     model: str
@@ -63,6 +63,7 @@ class Summary(Shown):
         return html_table("size and cost of a model", (), self._rows())
 
     def _rows(self) -> list[tuple[str, str]]:
+        per = f"token at {self.context}" if self.context else "image"
         return [
             ("model", self.model),
             ("parameters", f"{self.params:,}"),
@@ -70,12 +71,12 @@ class Summary(Shown):
             ("size of the weights", f"{self.bytes / 1e6:,.1f} MB"),
             ("query heads / KV heads", f"{self.query_heads or '?'} / {self.kv_heads or '?'}"),
             ("KV cache per token", "unknown" if self.kv_cache_bytes is None else f"{self.kv_cache_bytes:,} bytes"),
-            (f"forward FLOPs per token at {self.context}", "unknown" if self.flops is None else f"{self.flops:,}"),
+            (f"forward FLOPs per {per}", "unknown" if self.flops is None else f"{self.flops:,}"),
         ]
 
 
 def summary(model: nn.Module) -> Summary:
-    """Counts parameters, zeros, KV-cache bytes per token and FLOPs, the last two by a run on meta tensors.
+    """Counts parameters, zeros, KV-cache bytes per token and FLOPs per token or image, the last two by a run on meta tensors.
 
     If the model is sharded, all ranks must call this together.
 

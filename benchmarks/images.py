@@ -32,6 +32,12 @@ CRITERIA = {
 }
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 AMOUNTS = {f"{sparsity:.0%}": {"sparsity": sparsity} for sparsity in SPARSITIES} | {"2:4": {"pattern": "2:4"}}
+OTHERWISE = {  # what weights are compared with, and what the classifier's ten rows lose
+    "Magnitude by rows, 70%": (bh.Magnitude(compares="row"), {"sparsity": 0.7}),
+    "Wanda by layers, 70%": (bh.Wanda(compares="layer"), {"sparsity": 0.7}),
+    "Magnitude, 70%, classifier left": (bh.Magnitude(), {"sparsity": 0.7, "skip": "classifier"}),
+    "Wanda, 70%, classifier left": (bh.Wanda(), {"sparsity": 0.7, "skip": "classifier"}),
+}
 TRAINED = [(criterion, "80%") for criterion in ("Magnitude", "Wanda", "ALPS")]
 CHANNELS = {"50% of the channels": {"channels": 0.5}, "75% of the channels": {"channels": 0.75}}
 HEADS = {"2 of 4 heads": {"heads": 0.5}, "2 of 4 heads, 50% of the channels": {"heads": 0.5, "channels": 0.5}}
@@ -101,6 +107,8 @@ def rows(name):
     for amount, settings in AMOUNTS.items():
         for criterion, made in CRITERIA.items():
             yield f"{criterion}, {amount}", partial(zeros, made, settings), (criterion, amount) in TRAINED
+    for row, settings in OTHERWISE.items():
+        yield row, partial(zeros, *settings), False
     for cut, ratios in CUTS[name].items():
         for repaired in (False, True):
             yield f"{cut}{', repaired' if repaired else ''}", partial(smaller, ratios, repaired), True
@@ -111,7 +119,7 @@ def draw(found, path):
     figure = Picture(figsize=(9, 3.6), dpi=150, layout="constrained")
     for axes, (name, own) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
         whole = own["dense"]["before"][0]
-        axes.axhline(100 * whole, color="black", linestyle=":", linewidth=1)
+        axes.axhline(100 * whole, color="black", linestyle=":", linewidth=1, label="dense")
         for criterion, colour in COLOURS.items():
             curve = [whole, *(own[f"{criterion}, {sparsity:.0%}"]["before"][0] for sparsity in SPARSITIES)]
             axes.plot([0, *(100 * s for s in SPARSITIES)], [100 * a for a in curve], "o-", color=colour, label=criterion, ms=4)

@@ -79,7 +79,8 @@ EVERY = [*FAMILIES, "T5ForConditionalGeneration", "BartForConditionalGeneration"
 
 
 DOWN = re.compile(
-    r"(?<!attention\.)(?<!attn\.)\b(down_proj|fc2|c_proj|dense_4h_to_h|fc_out|wo|lin2|pwconv2|output_dense|Wo|output\.dense|ffn_output)$"
+    r"(?<!attention\.)(?<!attn\.)\b(down_proj|fc2|c_proj|dense_4h_to_h|fc_out|wo|lin2|pwconv2|output_dense|Wo|output\.dense|ffn_output"
+    r"|layer\.[12]\.convolution)$"
 )  # what reads the channels of a feed-forward, by the names that families give it
 
 
@@ -96,7 +97,7 @@ HELD = {  # of those that are parameters of all experts together: name -> the di
 EXPERTS = {"mixtral": 2, "qwen2_moe": 2, "qwen3_moe": 2, "gpt_oss": 2, "deepseek_v3": 1, "dbrx": 2}
 
 
-WITHOUT_CHANNELS = ("mamba", "mamba2", "resnet")  # a feed-forward
+WITHOUT_CHANNELS = ("mamba", "mamba2")  # a feed-forward
 
 
 def down_projections(model):

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 import billhook as bh
+from billhook.model.linears import read_dim
 from billhook.model.shapes.shape import shape_of
 from billhook.pruning import removal
 from billhook.streaming import changes
@@ -49,7 +50,7 @@ def without_channels(model, name, chosen):
         for own, gone in chosen.items():
             if own in dict(model.named_modules()):
                 hook = model.get_submodule(own).register_forward_pre_hook(
-                    lambda _, args, gone=gone: (args[0].index_fill(-1, torch.tensor(gone), 0), *args[1:])
+                    lambda own, args, gone=gone: (args[0].index_fill(read_dim(own), torch.tensor(gone), 0), *args[1:])
                 )
                 undo.callback(hook.remove)
             else:

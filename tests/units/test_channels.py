@@ -63,7 +63,7 @@ def test_without_some_it_computes_as_if_they_were_masked(name):
     ("name", "why"),
     [
         ("mamba", "those of backbone.layers.0.mixer go through a convolution and a gate, or are read twice"),
-        ("resnet", "those of resnet are in no block; those of resnet.encoder.stages.0.layers.0.layer are made or read by a conv"),
+        ("bit", "those of bit are in no block; those of bit.encoder.stages.0.layers.0 are made or read by a conv"),
     ],
 )
 def test_why_there_are_none(name, why):

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any, ClassVar
 from weakref import ReferenceType, ref
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import by_unit, check_read, counted, counting, reading
-from billhook.model.linears import read_dim
+from billhook.model.convolutions import Convolution, batched, channels_of, is_convolution, patches
+from billhook.model.linears import read_dim, weight_of
 from billhook.running.batches import Run
 from billhook.streaming.either import bring
 from billhook.streaming.together import Together
@@ -76,6 +78,8 @@ class OutputNorm(Importance):
     for a column instead of a weight; of a head, whose positions move the output together, it comes from W_u^T W_u and the sums
     of a_u a_u^T. It needs no loss and no gradient.
 
+    Of a convolution that reads several places, W_u and a_u are those of all taps, and the mean is over its outputs.
+
     Costs: a forward for each batch; memory for the sums of one reader, and `[units, size, size]` numbers for each reader, with
     `size` positions a unit (a head's width; 1 for a channel). W is found by giving a reader unit vectors, so that adapters count.
 
@@ -95,27 +99,35 @@ class OutputNorm(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
-        sums, tables, grams = ByReader(), dict[str, Tensor](), dict[tuple[str, str], Tensor]()
+        sums, tables, grams = ByReader(), dict[tuple[str, str], Tensor](), dict[tuple[str, str], Tensor]()
+        windows = dict[str, Convolution]()
         for name, one in units.items():
-            tables[name], there = table_of(one, per)
+            table, there = table_of(one, per)
             for reader, module in reading(model, one).items():
                 bring(model, module)
-                grams[name, reader] = gram_of(module, tables[name], there, len(one.index))
-        watch(model, units, runs, partial(self._note, sums, tables, grams))
+                if (window := window_of(module)) is None:
+                    tables[name, reader], grams[name, reader] = table, gram_of(module, table, there, len(one.index))
+                else:
+                    windows[reader], tables[name, reader] = window, over_taps(window, table)
+                    grams[name, reader] = gram_over_taps(window, tables[name, reader], there)
+        watch(model, units, runs, partial(self._note, sums, tables, grams, windows))
         return sums.over(units, per)
 
     @staticmethod
     def _note(
         sums: "ByReader",
-        tables: Mapping[str, Tensor],
+        tables: Mapping[tuple[str, str], Tensor],
         grams: Mapping[tuple[str, str], Tensor],
+        windows: Mapping[str, Convolution],
         _: int,
         name: str,
         reader: str,
         inputs: Tensor,
         tokens: Tensor | None,
     ) -> None:
-        table = tables[name].to(inputs.device)
+        if (window := windows.get(reader)) is not None:
+            inputs, tokens = patches(window, batched(window, inputs.movedim(-1, read_dim(window)))), None
+        table = tables[name, reader].to(inputs.device)
         rows = counting(inputs.float(), tokens).flatten(0, -2)
         if table.shape[1] == 1:
             moments = rows.square().sum(0)[table][..., None]
@@ -204,6 +216,27 @@ def gram_of(reader: nn.Module, table: Tensor, there: Tensor, width: int) -> Tens
         columns = (reader(each) - reader(torch.zeros_like(each[:1]))).float().flatten(1)[table.to(like.device)]
     columns *= there.to(like.device)[..., None]
     return _square(columns)
+
+
+def window_of(reader: nn.Module) -> Convolution | None:
+    """Returns a reader that is a plain convolution of several places, if it is."""
+    if not is_convolution(reader) or reader.groups > 1 or {*reader.kernel_size, *reader.stride} == {1}:
+        return None
+    return reader
+
+
+def over_taps(window: Convolution, table: Tensor) -> Tensor:
+    """Returns the positions of each unit in what a convolution reads for one output: `[units, taps * size]`, int64."""
+    taps = torch.arange(prod(window.kernel_size)) * channels_of(window)
+    return (table[:, None] + taps[:, None]).flatten(1)
+
+
+@torch.no_grad()
+def gram_over_taps(window: Convolution, table: Tensor, there: Tensor) -> Tensor:
+    """Returns W_u^T W_u of each unit, over all that an output reads of it: float32, `[units, taps * size, taps * size]`."""
+    columns = weight_of(window).float().t()[table.to(window.weight.device)]
+    held = there.repeat(1, prod(window.kernel_size)).to(columns.device)
+    return _square(columns * held[..., None])
 
 
 def _square(rows: Tensor) -> Tensor:

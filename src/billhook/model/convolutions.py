@@ -9,6 +9,8 @@ from torch.nn.functional import pad
 Convolutions = Literal["mixing", "all", "none"]
 """Which convolutions are pruned: those of which an output reads `MIXING` channels or more, all, or none."""
 
+Convolution = nn.Conv1d | nn.Conv2d
+
 MIXING = 4
 """The fewest channels that an output of a mixing convolution reads: depthwise ones read one; patch embeddings and stems, which
 read pixels or a waveform, three at most."""

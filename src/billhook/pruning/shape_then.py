@@ -12,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import adapted, beneath, without_adapters
 from billhook.model.config_fields import Fields, configs_of, field, read_back, set_fields, with_fields
-from billhook.model.convolutions import is_convolution
 from billhook.model.meta import to_meta
 from billhook.model.shapes.shape import GROUPS, Shape, built_shape, set_shape, shape_of
 from billhook.model.transformers_internals import set_attention
@@ -167,7 +166,8 @@ def _certain(model: PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dic
             weight = names.get(id(layer.weight), "")
             if weight in tensors and hasattr(module, attr):
                 certain[f"{name}.{attr}"] = tensors[weight][dim]
-        if is_convolution(module) and (weight := names.get(id(module.weight), "")) in tensors:
+        held = module._parameters.get("weight") if isinstance(module, nn.Conv1d | nn.Conv2d) else None
+        if isinstance(module, nn.Conv1d | nn.Conv2d) and (weight := names.get(id(held), "")) in tensors:
             certain |= {f"{name}.{attr}": value for attr, value in _of_convolution(module, tensors[weight]).items()}
     return certain
 
@@ -246,6 +246,8 @@ def _says(module: nn.Module) -> dict[str, int]:
         return {"in_features": 1, "out_features": 0}
     if isinstance(module, Conv1D):
         return {"nx": 0, "nf": 1}
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+        return {"num_features": 0}
     return {"num_embeddings": 0, "embedding_dim": 1} if isinstance(module, nn.Embedding) else {}
 
 

@@ -150,7 +150,7 @@ def find_feed_forward(tape: Tape, groups: Iterable[Group]) -> list[FeedForward]:
     gated: dict[Axis, Meeting] = {}
     for meeting in tape.meetings:
         if meeting.over is None and meeting.left_axes:
-            for leaf in leaves(meeting.left_axes[-1]):
+            for leaf in (leaf for axis in meeting.left_axes for leaf in leaves(axis)):  # of images channels are not the last
                 gated.setdefault(find(leaf), meeting)
     found = []
     for group in groups:

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from billhook.model.convolutions import is_convolution
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group, Member
 from billhook.units.units import UnitKind, Units
@@ -38,8 +39,13 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
         return "are not made and read as those of a feed-forward"
     if not _in_block(model, group.where):
         return "are in no block"
-    if any(module.groups != group.size for module in convolutions):
-        return "are made or read by a convolution"
+    if any(module.groups not in (1, group.size) for module in convolutions):
+        return "are made or read by a convolution of several groups"
+    mixing = [module for module in convolutions if module.groups == 1]
+    if not all(map(is_convolution, mixing)):
+        return "are made or read by a convolution that is no plain nn.Conv1d or nn.Conv2d"
+    if mixing and (group.reason or "normed" in group.leaf.notes):
+        return f"are made or read by a convolution, and {group.reason or 'a norm spans all of them'}"
     if convolutions and (own.gate or len(own.down) > 1):
         return "go through a convolution and a gate, or are read twice, as those of a recurrence"
     return ""
@@ -47,7 +53,9 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
 
 def _units(model: nn.Module, structure: Structure, group: Group, kind: UnitKind) -> Units:
     members = tuple({(m.name, m.dim): m for m in group.members if not m.buffer}.values())
-    reading = [(name, member) for member in members if member.reads for name in _linears(model, structure, member)]
+    reading = [
+        (name, member) for member in members if member.reads for name in _linears(model, structure, member, kind == "channel")
+    ]
     indices = [group.index(member) for _, member in reading]
     alike = [name for (name, _), index in zip(reading, indices, strict=True) if np.array_equal(index, indices[0])]
     once = {id(model.get_submodule(name)): name for name in reversed(alike)}  # one gate for a module in several places
@@ -57,15 +65,18 @@ def _units(model: nn.Module, structure: Structure, group: Group, kind: UnitKind)
     return Units(kind, group.where, readers, index, np.arange(group.size), (group.leaf,), (group.leaf,), members)
 
 
-def _linears(model: nn.Module, structure: Structure, member: Member) -> list[str]:
-    """Returns the linears that get what a parameter reads; an adapter's stands for the layer that it is added to."""
+def _linears(model: nn.Module, structure: Structure, member: Member, convolutions: bool) -> list[str]:
+    """Returns the linears that get what a parameter reads; an adapter's stands for the layer that it is added to.
+
+    Convolutions that mix all channels are such, too, where they are asked for.
+    """
     found = []
     for parameter in [member.name, *(alias for alias, name in structure.tied.items() if name == member.name)]:
         path = parameter.split(".")[:-1]
         outer = next((end for end in range(len(path)) if isinstance(_at(model, path[:end]), BaseTunerLayer)), len(path))
         module = _at(model, path[:outer])
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        if isinstance(layer, nn.Linear | Conv1D):
+        if isinstance(layer, nn.Linear | Conv1D) or (convolutions and is_convolution(layer) and layer.groups == 1):
             found.append(".".join(path[:outer]))
     return found
 

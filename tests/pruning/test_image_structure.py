@@ -1,0 +1,192 @@
+"""Channels of convolutions with batch norm, and widths of stages: cut, saved and loaded, they compute what is left."""
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import conv2d
+
+import billhook as bh
+from billhook.cli.main import main
+from billhook.units.find import find_units
+from kit.images import write_photos, write_processor
+from kit.units import other
+
+STAGES = {"hidden_sizes": [16, 24, 24, 32], "depths": [1, 2, 1, 1], "num_labels": 6}
+MODELS = {
+    "resnet": lambda: transformers.ResNetForImageClassification(transformers.ResNetConfig(embedding_size=8, **STAGES)),
+    "basic resnet": lambda: transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(embedding_size=8, layer_type="basic", **STAGES)
+    ),
+    "mobilenet_v2": lambda: transformers.MobileNetV2ForImageClassification(
+        transformers.MobileNetV2Config(depth_multiplier=0.1, num_labels=6, depth_divisible_by=4, min_depth=4)
+    ),
+    "poolformer": lambda: transformers.PoolFormerForImageClassification(
+        transformers.PoolFormerConfig(**STAGES, mlp_ratio=2.0)
+    ),
+    "regnet": lambda: transformers.RegNetForImageClassification(
+        transformers.RegNetConfig(embedding_size=8, groups_width=8, layer_type="y", **STAGES)
+    ),
+    "convnext": lambda: convnext(STAGES["hidden_sizes"]),
+    "beit": lambda: transformers.BeitForImageClassification(transformers.BeitConfig(**SMALL, intermediate_size=32)),
+    "dinov2": lambda: transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**SMALL)),
+    "detr": lambda: transformers.DetrForObjectDetection(detr()),
+}  # fmt: skip
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2, "image_size": 16, "patch_size": 8}
+READS = {  # what reads the channels of one of the places, by the names of the families
+    "resnet": "layer.1.convolution", "basic resnet": "layer.1.convolution", "mobilenet_v2": "reduce_1x1.convolution",
+    "poolformer": "output.conv2", "regnet": "attention.2", "convnext": "pwconv2", "beit": "fc2", "dinov2": "fc2", "detr": "fc2",
+}  # fmt: skip
+
+
+def convnext(sizes):
+    config = transformers.ConvNextConfig(**STAGES | {"hidden_sizes": sizes}, layer_scale_init_value=0.5)
+    return transformers.ConvNextForImageClassification(config)
+
+
+def detr():
+    backbone = transformers.ResNetConfig(embedding_size=8, **STAGES, out_features=["stage4"])
+    heads = {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")}
+    sizes = {f"{part}_{what}": value for part in ("encoder", "decoder") for what, value in {"layers": 1, "ffn_dim": 16}.items()}
+    return transformers.DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=16,
+        num_queries=3, **heads, **sizes,
+    )  # fmt: skip
+
+
+def made(name):
+    """A model with weights of which each matters, and statistics of batch norms as after training."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for own, tensor in model.state_dict().items():
+        if "running_var" in own:
+            tensor.uniform_(0.5, 1.5)
+        elif tensor.is_floating_point() and (tensor.dim() == 1 or "layer_scale" in own):
+            tensor.uniform_(-0.5, 1.5)
+        elif tensor.is_floating_point():
+            torch.nn.init.normal_(tensor, std=(2 / tensor[0].numel()) ** 0.5)
+    return model.eval()
+
+
+def looked(model, size=32):
+    size = getattr(model.config, "image_size", size)
+    torch.manual_seed(1)
+    pixels = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        return model(pixel_values=pixels).logits
+
+
+@pytest.mark.parametrize(("name", "kind"), [*((name, "channel") for name in MODELS), ("beit", "head"), ("detr", "head")])
+def test_units_go_as_if_they_were_masked(name, kind, tmp_path):
+    model = made(name)
+    units = find_units(model, kind)
+    assert kind == "head" or any(one.readers[0].endswith(READS[name]) for one in units.values())
+    gone = {
+        place: [number % one.count(), one.count() - 1][: one.count() - 1] for number, (place, one) in enumerate(units.items())
+    }
+    whole = looked(model)
+    with bh.mask(model, gone, kind):
+        expected = looked(model)
+    bh.prune_units(model, gone, kind=kind)
+    assert torch.allclose(looked(model), expected, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(looked(model), whole, rtol=1e-2, atol=1e-2)
+    for place, one in find_units(model, kind).items():
+        assert one.count() == units[place].count() - len(set(gone[place]))
+    bh.save(model, tmp_path / "out")
+    assert torch.allclose(looked(bh.load(tmp_path / "out").eval()), looked(model), rtol=1e-4, atol=1e-5)
+    model.train()
+    looked(model)  # batch norms count in training, too
+
+
+def test_stages_of_convnext_are_what_their_class_builds_of_other_widths(tmp_path):
+    """LayerScale, the depthwise convolutions and their groups, the norms and what leads from stage to stage follow."""
+    model = made("convnext")
+    before = model.state_dict()
+    stages = find_units(model, "residual")
+    assert [one.count() for one in stages.values()] == STAGES["hidden_sizes"]
+    gone = {place: [1, 5] for place in stages}
+    inner = {place: list(range(3, 11)) for place in find_units(model, "channel")}  # four times as wide as the stage
+    bh.prune_units(model, gone | inner, kind=["residual", "channel"])
+    assert model.convnext.encoder.stages[1].layers[0].dwconv.groups == 22
+    plain = convnext([14, 22, 22, 30]).eval()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(looked(plain), looked(model))
+    kept = [number for number in range(24) if number not in (1, 5)]
+    scale = "convnext.encoder.stages.1.layers.1.layer_scale_parameter"
+    assert torch.equal(model.state_dict()[scale], before[scale][kept])
+    bh.save(model, tmp_path / "out")
+    assert torch.equal(looked(bh.load(tmp_path / "out").eval()), looked(model))
+
+
+def test_the_output_norm_of_what_a_convolution_reads():
+    """Against the outputs of the convolution itself, given one channel at a time."""
+    model = made("basic resnet")
+    place = "resnet.encoder.stages.1.layers.0.layer"
+    units = {place: find_units(model, "channel")[place]}
+    torch.manual_seed(2)
+    batches = [{"pixel_values": torch.randn(count, 3, 32, 32)} for count in (2, 3)]
+    (scores,) = bh.score(model, units, bh.OutputNorm(), batches).values()
+    (reader,) = units[place].readers
+    module, given = model.get_submodule(reader), []
+    hook = module.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    hook.remove()
+    inputs, weight = torch.cat(given), module.weight.detach()
+    for channel in range(inputs.shape[1]):
+        alone = torch.zeros_like(inputs)
+        alone[:, channel] = inputs[:, channel]
+        moved = conv2d(alone, weight, None, module.stride, module.padding).movedim(1, -1)
+        assert float(scores[channel]) == pytest.approx(float(moved.square().sum(-1).mean().sqrt()), rel=1e-4)
+
+
+def test_a_plan_takes_the_least_and_says_why_nothing_is_refitted():
+    model, batches = made("resnet"), [{"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}]
+    units = find_units(model, "channel")
+    scores = bh.score(model, units, bh.OutputNorm(), batches)
+    plan = bh.plan(model, bh.OutputNorm(), batches, channels=0.5)
+    for place, one in units.items():
+        assert sorted(plan.units[place]) == sorted(scores[place].argsort()[: one.count() // 2].tolist())
+    bh.apply(model, plan)
+    assert plan.parameters[1] == sum(one.numel() for one in model.parameters())
+    with pytest.raises(ValueError, match="no linear layer reads what is removed"):
+        bh.repair(made("resnet"), bh.plan(made("resnet"), bh.WeightNorm(), channels=0.5), batches)
+
+
+def test_the_command_on_a_folder_of_images(tmp_path):
+    write_photos(tmp_path / "photos")
+    made("resnet").save_pretrained(tmp_path / "resnet")
+    write_processor(tmp_path / "resnet")
+    given = ["--data", str(tmp_path / "photos"), "--device", "cpu", "--channels", "0.5"]
+    main(["prune-structure", str(tmp_path / "resnet"), str(tmp_path / "out"), *given])
+    layer = bh.load(tmp_path / "out").resnet.encoder.stages[3].layers[0].layer[0].convolution
+    assert layer.weight.shape[0] == 4
+
+
+def test_convolutions_beside_feed_forwards_that_cannot_lose_channels_are_no_places():
+    """A conformer's convolutions are normed over their channels, which a mask that no run used may have, too."""
+    model = other("Wav2Vec2ConformerForCTC")
+    readers = [reader for one in find_units(model, "channel").values() for reader in one.readers]
+    assert [reader.rpartition(".")[2] for reader in readers] == ["output_dense"] * 4
+    bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.25))
+
+
+def test_weights_that_a_convolution_standardises_have_no_channels():
+    model = transformers.BitForImageClassification(transformers.BitConfig(embedding_size=8, num_groups=4, **STAGES))
+    with pytest.raises(ValueError, match="made or read by a convolution that is no plain nn.Conv1d or nn.Conv2d"):
+        find_units(model, "channel")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("dinov2", "residual", "mask_token, which the run never used"),
+        ("detr", "residual", "its numbers are used as values"),
+    ],
+)
+def test_what_stays_is_refused_before_anything_changes(name, kind, message):
+    model = made(name)
+    before = looked(model)
+    with pytest.raises(ValueError, match=message):
+        bh.prune_units(model, {place: [0] for place in find_units(model, kind)}, kind=kind)
+    assert torch.equal(looked(model), before)

@@ -1,9 +1,12 @@
 """FSDP2 in one process: what is refused before training, with the reason and the way out, and how much is gathered at a time."""
 
+import sys
+
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -11,8 +14,10 @@ import billhook as bh
 from billhook.callbacks.kv import preparation
 from billhook.running.sharded.shards import is_sharded, whole
 from billhook.running.sharded.turns import Turns
+from kit.beside import kept, model, size
 from kit.families import llama
 from kit.fits import data, module, trainer
+from kit.held import Held
 from kit.measured import MadeLate
 from kit.sharding import Own, sharding
 
@@ -152,6 +157,33 @@ def test_heads_turn_a_block_at_a_time(tmp_path, alone, monkeypatch):
     trainer(tmp_path, [callback], max_steps=3, strategy=alone, limit_val_batches=0).fit(Own())
     assert len(callback.events) == 1
     assert {*map(tuple, seen)} == {(True, False), (False, True)}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
+@pytest.mark.filterwarnings("ignore:You're resuming", "ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
+def test_a_checkpoint_is_loaded_a_tensor_at_a_time(tmp_path, alone, monkeypatch, full):
+    found, load = [], ModelParallelStrategy.load_checkpoint
+
+    def measured(strategy, checkpoint_path, weights_only=None):
+        optimizers = strategy.optimizers
+        with Held(kept(lit, run), but=checkpoint_path) as held:
+            before = held.now()
+            read = load(strategy, checkpoint_path, weights_only=weights_only)
+        states = size(one for optimizer in optimizers for state in optimizer.state.values() for one in state.values())
+        found.append(held.most - before - states)
+        return read
+
+    monkeypatch.setattr(ModelParallelStrategy, "load_checkpoint", measured)
+    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2)
+    for path, steps, callbacks in ((None, 2, [saves]), (tmp_path / "step=2.ckpt", 3, [])):
+        lit, strategy = Own(model), sharding(1, save_distributed_checkpoint=not full)
+        callbacks = [bh.KVHeadConversion(2, at=1, measure_batches=0), *callbacks]
+        run = trainer(tmp_path, callbacks, steps, strategy=strategy, limit_val_batches=0)
+        run.fit(lit, ckpt_path=path)
+    assert lit.net.config.num_key_value_heads == 2
+    gradients, largest = size(lit.parameters()), max(size([own]) for own in lit.parameters())
+    assert found[0] <= gradients + 4 * largest < 1.2 * gradients  # zeros, by which torch has the optimizer make its state
 
 
 def rows(number, seed):

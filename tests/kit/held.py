@@ -1,6 +1,7 @@
 """How many bytes of memory tensors hold at most, those that lose their memory and get it again included."""
 
 import weakref
+from pathlib import Path
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -13,9 +14,10 @@ LEAST = 2**12
 class Held(TorchDispatchMode):
     """Sums the memory of all tensors that operations give within; `most` is how many bytes of it there were at once."""
 
-    def __init__(self, tensors=()):
+    def __init__(self, tensors=(), but=None):
+        """Counts these too; not what is mapped from a file, or from those of a folder."""
         super().__init__()
-        self.most, self._known = 0, {}
+        self.most, self._known, self._but = 0, {}, but
         for one in tensors:
             self._look(one)
 
@@ -35,6 +37,13 @@ class Held(TorchDispatchMode):
         if not isinstance(own, Tensor) or own.is_meta or own.numel() * own.element_size() < LEAST:
             return False
         storage = own.untyped_storage()
-        if storage._cdata not in self._known:
+        if storage._cdata not in self._known and (self._but is None or not mapped(storage, self._but)):
             self._known[storage._cdata] = weakref.ref(storage, lambda _, key=storage._cdata: self._known.pop(key, None))
         return True
+
+
+def mapped(storage, path):
+    """Tells whether memory is that of a file, as Linux says."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(path) in line]
+    ends = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    return any(start <= storage.data_ptr() < end for start, end in ends)

@@ -191,20 +191,13 @@ def rows(number, seed):
     return [{"input_ids": own, "labels": own} for own in ids]
 
 
-class Dictionaries(Own):
-    """A user's own module, of batches of which the model gives a loss by itself."""
-
-    def training_step(self, batch, batch_idx):
-        return self.net(**batch).loss
-
-
 def adapted():
     torch.manual_seed(0)
     return bh.TransformerModule(llama(), lr=1e-2, lora=bh.LoRA(r=2, dropout=0.0))
 
 
 SEARCHES = {  # what goes in each; residual channels, which are fitted in a narrow model, and blocks that go after that among it
-    "by loss": (Dictionaries, {"max_loss": 1.3, "at": 1}, ("heads", "channels", "residual channels", "blocks")),
+    "by loss": (Own, {"max_loss": 1.3, "at": 1}, ("heads", "channels", "residual channels", "blocks")),
     "beneath adapters": (adapted, {"params": 0.9, "at": "start"}, ("channels",)),
 }
 

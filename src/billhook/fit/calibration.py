@@ -24,7 +24,7 @@ from billhook.fit.training_step import training_loss
 from billhook.model.find import find_transformer
 from billhook.running.batches import Batch
 from billhook.running.overridden import overridden
-from billhook.running.sharded.shards import is_sharded
+from billhook.running.sharded.turns import in_turn
 from billhook.running.trees import tree_flatten, tree_leaves, tree_unflatten
 
 Pair = tuple[Any, Callable[[nn.Module, Any], Tensor]]
@@ -121,9 +121,8 @@ Given = FitCalibration | Batches | int | None
 def _text(calibration: Calibration, trainer: pl.Trainer) -> list[Batch]:
     """Reads text for the model in training; every rank reads all of it."""
     model = find_transformer(trainer.lightning_module)
-    if GENERATED in calibration.named and is_sharded(model):
-        raise ValueError(f"sources: a sharded {type(model).__name__} cannot write text in a fit: give files")
-    batches = calibration.read(model, tokenizer_in(trainer))
+    with in_turn(trainer.lightning_module) if GENERATED in calibration.named else nullcontext():  # for each token a block comes
+        batches = calibration.read(model, tokenizer_in(trainer))
     labelled = model.can_generate() and not model.config.is_encoder_decoder  # every token is one to predict
     return [Batch(one | {"labels": one["input_ids"].clone()}, one.source) for one in batches] if labelled else batches
 

@@ -102,9 +102,9 @@ def sent(monkeypatch):
 
 KV = {
     "mean": (lambda given: bh.KVHeadConversion(2, at=1, measure_batches=0), 1, 0),
-    "svd": (lambda given: bh.KVHeadConversion(2, at=1, method="svd", calibration=given, measure_batches=0), 7, 2),
+    "svd": (lambda given: bh.KVHeadConversion(2, at=1, method="svd", calibration=given, measure_batches=0), 6, 2),
     "repair": (
-        lambda given: bh.KVHeadConversion(2, at=1, method="svd", repair=bh.Repair(), calibration=given, measure_batches=0), 9, 6
+        lambda given: bh.KVHeadConversion(2, at=1, method="svd", repair=bh.Repair(), calibration=given, measure_batches=0), 8, 6
     ),
 }  # fmt: skip
 

@@ -39,8 +39,8 @@ NARROW = {"a smaller model": 15 / 16}
 
 HEADS, SHARED, HEAD = 4, 2, 32
 """KV heads, how many become one, and how wide each is."""
-MOMENTS = {"KV heads, with data": 8 * LAYERS * (2 * HEADS // SHARED * (SHARED * HEAD) ** 2 + HEADS * HEAD**2)}
-"""Bytes of second moments: of all attentions, or where nothing is said of what one linear reads."""
+MOMENTS = {"KV heads, with data": 2 * 8 * (2 * HEADS // SHARED * (SHARED * HEAD) ** 2 + HEADS * HEAD**2)}
+"""Bytes of second moments: of the heads of an attention, as sums and as means, or of what one linear reads."""
 
 
 def model():

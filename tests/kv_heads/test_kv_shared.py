@@ -1,12 +1,14 @@
 """KV heads of a model whose blocks ranks share, in one process: what they become is as in memory, and lies in shards."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
 
 import billhook as bh
+from billhook.kv_heads.bases.moments import Sums
 from billhook.kv_heads.bases.weights import ready_weights, turned_weights
 from billhook.kv_heads.methods.named import method_of
 from billhook.kv_heads.plan import plan_kv_heads
@@ -47,6 +49,21 @@ def test_heads_are_made_ready_as_in_memory(mesh, family, method, repair, monkeyp
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
+
+
+def test_moments_of_an_attention_go_with_its_block(mesh, monkeypatch):
+    _, sharded, groups, batches = both(mesh)
+    alive, most, begin = weakref.WeakSet(), [], Sums.__init__
+
+    def begun(self, *given):
+        begin(self, *given)
+        alive.add(self)
+        most.append(len(alive))
+
+    monkeypatch.setattr(Sums, "__init__", begun)
+    with in_turn(sharded):
+        ready_weights(sharded, groups, bh.SVD(), batches, reduce=lambda tensor: tensor)
+    assert most == [1] * len(groups)
 
 
 def test_heads_are_turned_as_in_memory(mesh):

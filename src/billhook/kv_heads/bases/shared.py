@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from billhook.kv_heads.bases.moments import Moments
+from billhook.kv_heads.bases.passing import Passing
 from billhook.kv_heads.bases.ready import Attentions
 from billhook.kv_heads.methods.base import Rendered
 from billhook.model.plan import Weights
@@ -15,10 +16,13 @@ from billhook.repairs.repair import Repair
 from billhook.repairs.shared import Gathered, InShards
 from billhook.repairs.visitor import Given
 from billhook.running.batches import Run
+from billhook.running.sharded.passes import passing
 from billhook.running.sharded.turns import Turns, turns_of
+from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce
 from billhook.streaming.aside import Aside, by_module, computing_with
 from billhook.streaming.either import apart
+from billhook.streaming.together import Together
 
 
 class SharedAttentions(Attentions):
@@ -28,6 +32,37 @@ class SharedAttentions(Attentions):
         super().__init__(model, groups, reduce)
         self._turns, self._rest = turns, InShards(turns, dict(model.named_modules()))
         self._told = list[str]()
+
+    def rendered(self, methods: Sequence[Rendered], trials: Sequence[Run]) -> Iterator[tuple[Rendered, Given]]:
+        """Yields for each of some methods, which group heads alike, what `equal` returns; one pass renders all of them.
+
+        Where blocks are called one after the other, moments go with their block; otherwise those of all are there at once.
+        """
+        if not any(self.summed(len(trials))) or not self._orderly(trials[:1]):
+            yield from super().rendered(methods, trials)
+            return
+        passed, owner = Passing(self, methods[0].grouping, trials, self.places, self._reduce), self._turns.owner
+        of = {name: owner.get(self.model.get_submodule(name)) for name in self.places}
+        reads = [dict[str, Gathered]() for _ in methods]
+
+        def render(block: nn.Module | None) -> None:
+            for name in [name for name, inside in of.items() if inside is block]:
+                del of[name]
+                moments = passed.moments(name)
+                for method, found in zip(methods, reads, strict=True):
+                    found |= self._rest.put(None, self.equal_in(name, method, moments), {})
+
+        passed.go(Together(self.model, render, self._turns, self._reduce))
+        for block in list(dict.fromkeys(of.values())):  # what no run has come to, which is refused, and what is in no block
+            render(block)
+        yield from zip(methods, (Aside(by_module(found)) for found in reads), strict=True)
+
+    def _orderly(self, trials: Sequence[Run]) -> bool:
+        """Tells whether runs need blocks one after the other, on all ranks."""
+        with undisturbed(self.model), apart(self.model, self._reduce), passing(self._turns, self.model) as passed:
+            for trial in trials:
+                trial.visit()
+        return not any(self.summed(not passed.orderly))
 
     def equal(self, method: Rendered, moments: Mapping[str, Moments], pool: bool = True) -> Aside:
         """Returns by linear the parameters with which the heads of each group are equal; each attention's become shards."""

@@ -1,6 +1,6 @@
 """The attentions of a model whose blocks come from files: bases are found on the way through it, and new weights lie in files."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from billhook.kv_heads.bases.distance import distance_between
-from billhook.kv_heads.bases.moments import Moments, Sums
+from billhook.kv_heads.bases.moments import Moments
+from billhook.kv_heads.bases.passing import Passing
 from billhook.kv_heads.bases.ready import Attentions, may_group
 from billhook.kv_heads.bases.stacks import instead
-from billhook.kv_heads.methods.base import Grouping, KVMethod, Rendered
+from billhook.kv_heads.methods.base import KVMethod, Rendered
 from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair
 from billhook.repairs.visitor import Given
@@ -54,7 +55,7 @@ class StreamedAttentions(Attentions):
         stream, grouping = self.stream, methods[0].grouping
         done = stream.begin(f"heads of {self.groups} by {methods} {tell_apart(trials)}")
         left = {name: self._block(name) for name in self.places if self._block(name) not in done}
-        passing = _Passing(self, grouping, trials, left)
+        passing = Passing(self, grouping, trials, left)
 
         def write(module: nn.Module) -> None:
             block = stream.names[module]
@@ -62,7 +63,12 @@ class StreamedAttentions(Attentions):
                 stream.bring(module)
                 stream.written.write(block, self._written(methods, {name: passing.moments(name) for name in own}), None)
 
-        passing.go(write)
+        if trials and left:
+            with stream.undone_by_errors():
+                passing.go(Together(self.model, write))
+        else:
+            for block in stream.blocks.values():
+                write(block)
         here = self._written(methods, {name: passing.moments(name) for name, inside in left.items() if inside is None})
         reads = {key: partial(itself, value) for key, value in here.items()}
         for block in dict.fromkeys(inside for name in self.places if (inside := self._block(name)) is not None):
@@ -121,59 +127,3 @@ class StreamedAttentions(Attentions):
             for linear, own in self.equal(method, moments).items()
             for part, value in own.items()
         }
-
-
-class _Passing:
-    """One pass of runs over a model as it is, in which each block is left with the moments of its attentions.
-
-    Args:
-        attentions: All attentions.
-        grouping: Which heads are to share a group.
-        trials: The runs; without any, the weights alone say how heads vary.
-        names: The attentions to listen to.
-    """
-
-    def __init__(self, attentions: StreamedAttentions, grouping: Grouping, trials: Sequence[Run], names: Collection[str]) -> None:
-        self.attentions, self.grouping, self.trials, self.names = attentions, grouping, trials, names
-        self.sums: dict[str, Sums] = {}  # of the attentions that have not been left yet
-        self.listeners: dict[str, ExitStack] = {}
-
-    def go(self, leave: Callable[[nn.Module], None]) -> None:
-        """Goes over all blocks, and calls `leave` with each when all runs have passed it."""
-        own = self.attentions
-        if not self.trials or not self.names:
-            for block in own.stream.blocks.values():
-                leave(block)
-            return
-        together = Together(own.model, leave)
-        with undisturbed(own.model), own.stream.undone_by_errors(), ExitStack() as stack:
-            for name in self.names:
-                self.listeners[name] = stack.enter_context(ExitStack())
-                self._listen(name, together)
-            together([run.visit for run in self.trials])
-
-    def _listen(self, name: str, together: Together) -> None:
-        """Listens to an attention from its first call until its block is left, as what is added up takes memory."""
-        module = self.attentions.model.get_submodule(name)
-
-        def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-            if name not in self.sums:
-                self.sums[name] = self._sums(name)
-                self.listeners[name].enter_context(self.sums[name].listening())
-                return module.forward(*args, **kwargs)
-            self.sums[name].masks = self.trials[together.now].tokens
-            return inner(*args, **kwargs)
-
-        self.listeners[name].enter_context(overridden(module, forward=partial(forward, module.forward)))
-
-    def _sums(self, name: str) -> Sums:
-        own = self.attentions
-        return Sums(own.model, own.places[name], [1 if self.grouping == "similar" else own.groups[name]])
-
-    def moments(self, name: str) -> Moments:
-        """Returns the moments of an attention, whose block has been left, and lets go of what they were added up in."""
-        if not self.trials:
-            return self.attentions.weight_moments(name, self.grouping)
-        self.listeners.pop(name).close()
-        (moments,) = (self.sums.pop(name, None) or self._sums(name)).moments(None).values()
-        return moments

@@ -19,7 +19,7 @@ LAYERS, WIDTH = 6, 256
 FEW = {"calibration": [(torch.tensor([[5, 6, 7]]),)] * 2, "measure_batches": 0}
 MORE = {"calibration": [(torch.arange(3, 27).view(8, 3),)] * 4, "measure_batches": 0}
 """Tokens enough to repair what reads a tenth of the channels, and little that is computed of them."""
-SEARCH = MORE | {"at": 1, "importance": bh.WeightNorm(), "repair": None, "generations": 0}
+SEARCH = MORE | {"at": 1, "repair": None, "generations": 0}
 EVENTS = {
     "masks, by gates": lambda: bh.HeadPruning(0.5, at=1, remove="never", **FEW),
     "heads": lambda: bh.HeadPruning(0.5, at=1, **FEW),

@@ -1,14 +1,18 @@
-"""Second moments of what modules read that read units: of all at once, or block by block where a model is streamed."""
+"""Second moments of what modules read that read units: of all at once, or block by block where these come and go."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from billhook.importance.activations import watch
 from billhook.importance.base import Sums
 from billhook.running.batches import Run
+from billhook.running.sharded.passes import passing
+from billhook.running.sharded.turns import turns_of
 from billhook.running.statistics import InputMoments
+from billhook.streaming.stream import stream_of
 from billhook.units.units import Units
 
 Moments = dict[tuple[str, str], InputMoments]
@@ -29,7 +33,7 @@ def moments_of(model: nn.Module, units: Mapping[str, Units], runs: Sequence[Run]
 def moments_in_turn(
     model: nn.Module, units: Mapping[str, Units], groups: Sequence[Sequence[Run]], use: Callable[[Moments], None]
 ) -> None:
-    """Gathers the moments of a model that is streamed, and has those of each block used and dropped when all runs have passed it.
+    """Gathers the moments of a model whose blocks come and go; those of each are used and dropped when all runs have passed it.
 
     Those of groups of runs are gathered apart and added up in order, as where they are kept and merged.
     """
@@ -59,8 +63,19 @@ def moments_in_turn(
         use({key: sums.pop(key) for key in done})
         using = False
 
-    watch(model, units, [run for own in groups for run in own], note, leave)
+    watch(model, units, [run for own in groups for run in own], note, leave, turns_of(model))
     leave(model)  # with what is in no block
+
+
+@torch.no_grad()
+def comes_in_turn(model: nn.Module, runs: Sequence[Run]) -> bool:
+    """Tells whether all runs can go through the blocks of a model side by side, as they come and go and are called one by one."""
+    turns = turns_of(model)
+    if turns is None or not turns.alike or not runs:
+        return stream_of(model) is not None
+    with passing(turns, model) as passed:
+        runs[0].visit()
+    return passed.orderly
 
 
 @dataclass(eq=False)

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from billhook.arguments import annotated, number, whole
 from billhook.importance.activations import gram_of, table_of
 from billhook.importance.base import Importance, Sums
-from billhook.importance.moments import Again, Moments, moments_in_turn, moments_of
+from billhook.importance.moments import Again, Moments, comes_in_turn, moments_in_turn, moments_of
 from billhook.importance.probes import check_read
 from billhook.running.batches import Run
 from billhook.streaming.either import bring
-from billhook.streaming.stream import stream_of
 from billhook.units.units import Per, Units
 
 
@@ -36,7 +35,8 @@ class OBS(Importance):
     Costs: a forward for each batch and pass; memory for a float32 matrix `[in_features, in_features]` of each reader of a pass,
     and one in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds. Where more and more
     batches are taken (`Calibration(enough=...)`), there are twice as many matrices; with several passes each step begins again.
-    Of a model that is streamed there are matrices of one block at a time, in one pass, and each step begins again.
+    Of a model that is streamed there are matrices of one block at a time, in one pass, and each step begins again; so there are
+    of one that is sharded, in a search by `Shrink`.
 
     Args:
         damping: Share of the mean of H's diagonal that is added to it.
@@ -70,7 +70,7 @@ class OBS(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
-        if stream_of(model) is not None:
+        if comes_in_turn(model, runs):
             find = partial(self._in_turn, model, units, per)
             return Again(**vars(find([runs])), groups=[runs], find=find)
         found = partial(self._found, model, units, per)
@@ -89,7 +89,7 @@ class OBS(Importance):
         return sums
 
     def _in_turn(self, model: nn.Module, units: Mapping[str, Units], per: Per, groups: Sequence[Sequence[Run]]) -> Sums:
-        """Finds the errors of a model that is streamed, block by block."""
+        """Finds the errors of a model whose blocks come and go, block by block."""
         sums = Sums.zero(units, per)
         moments_in_turn(model, units, groups, partial(self._add, sums, model, units, per))
         return sums

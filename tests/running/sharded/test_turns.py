@@ -1,5 +1,7 @@
 """A sharded model of which one block at a time is whole, in one process."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ import billhook as bh
 from billhook.importance.base import Importance, Sums
 from billhook.importance.baselines import RandomUnits
 from billhook.running.sharded.turns import in_turn, turns_of
+from billhook.running.statistics import InputMoments
 from kit.families import llama, tokens
 
 
@@ -56,6 +59,24 @@ def test_units_are_scored_as_in_memory(mesh, name):
         found = bh.score(sharded, units, importance, batches, reduce=lambda tensor: tensor)
     assert all(torch.equal(found[place], own) for place, own in expected.items())
     assert all(isinstance(own, DTensor) for own in sharded.parameters())
+
+
+def test_obs_has_the_moments_of_one_block(mesh, monkeypatch):
+    plain, sharded = both(mesh)
+    units, batches = bh.find_units(plain, "channel"), [{"input_ids": tokens()} for _ in range(3)]
+    expected = bh.score(plain, units, bh.OBS(), batches)
+    alive, most, begin = weakref.WeakSet(), [], InputMoments.__init__
+
+    def begun(self, *given):
+        begin(self, *given)
+        alive.add(self)
+        most.append(len(alive))
+
+    monkeypatch.setattr(InputMoments, "__init__", begun)
+    with in_turn(sharded):
+        found = bh.score(sharded, units, bh.OBS(), batches)
+    assert all(torch.equal(found[place], own) for place, own in expected.items())
+    assert most == [1] * len(units)
 
 
 def test_one_block_is_there(mesh):

@@ -77,6 +77,11 @@ class Turns:
         own = {parameter for place, parameter in self._before.items() if place[0] in inside}
         return bool(own) and own.isdisjoint(one for place, one in self._before.items() if place[0] not in inside)
 
+    @property
+    def alike(self) -> bool:
+        """Tells whether all ranks bring the same blocks in the same order, which they need not within `apart`."""
+        return self._add is None
+
     def begin(self) -> dict[nn.Parameter, nn.Parameter]:
         """Puts whole parameters instead of shards, and has blocks come when they are called; returns them by the shards."""
         for (part, name), own in self._before.items():

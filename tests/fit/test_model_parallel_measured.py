@@ -46,3 +46,9 @@ def test_two_blocks_at_most_are_there_on_each_of_two_ranks_of_a_search(of_two, n
     _, found = torch.load(of_two / f"{name}, beside.pt", weights_only=True)
     for most, allowed in found:
         assert most <= allowed
+
+
+def test_a_search_whose_ranks_find_otherwise_stops_before_they_measure_other_models(of_two):
+    alike, message = torch.load(of_two / "differing.pt", weights_only=True)
+    assert alike
+    assert "Shrink: what places lose must be the same on every rank, and on rank 1 it is not that of rank 0" in message

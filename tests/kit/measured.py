@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import billhook as bh
+from billhook.fit.ranks import RanksDiffer
+from billhook.importance.baselines import RandomUnits
 from billhook.running.sharded.shards import whole
 from kit.beside import measure
 from kit.families import llama
@@ -68,6 +71,15 @@ def shrunk(folder, name, ranks=1):
     return run, [[event["what"] for event in callback.events], callback.shrunk.left, callback.shrunk.kept, state]
 
 
+def differing(folder):
+    """The error with which a search ends whose ranks score units otherwise."""
+    score = RandomUnits(torch.distributed.get_rank())
+    callback = bh.Shrink(params=0.8, at=1, importance=score, generations=0, repair=None, calibration=6, measure_batches=0)
+    with pytest.raises(RanksDiffer) as error:
+        fit(folder, "whole at first", 2, [callback])
+    return str(error.value)
+
+
 def fit_all():
     """What each of the two processes runs."""
     (out,) = json.loads(sys.argv[1])
@@ -77,3 +89,4 @@ def fit_all():
             run, found = what(Path(out), name, 2)
             keep(run, Path(out, f"{what.__name__}, {name}.pt"), found)
     measure(SEARCHED, out)
+    keep(run, Path(out, "differing.pt"), differing(out).partition(": ")[2])

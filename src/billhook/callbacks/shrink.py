@@ -198,6 +198,8 @@ class Shrink(ShapeCallback):
                 check_enough(work.search, work.places, runs)
             predicting = runs_as_in_training(pl_module, work.model, held_out)
             work.measure(searched, predicting, self.importance, self.repair)
+            if turns_of(work.model) is not None:  # else ranks would measure other models, and gather for these alone
+                check_agreed(trainer, "Shrink", "what places lose", work.losses)
             choosing = partial(work.chosen, self.generations, self.candidates, self.calibration.seed)
             if self.max_loss is None:
                 found = Found.within(work, runs, self.repair, choosing)

@@ -67,8 +67,8 @@ class StreamedAttentions(Attentions):
             with stream.undone_by_errors():
                 passing.go(Together(self.model, write))
         else:
-            for block in stream.blocks.values():
-                write(block)
+            for module in stream.blocks.values():
+                write(module)
         here = self._written(methods, {name: passing.moments(name) for name, inside in left.items() if inside is None})
         reads = {key: partial(itself, value) for key, value in here.items()}
         for block in dict.fromkeys(inside for name in self.places if (inside := self._block(name)) is not None):

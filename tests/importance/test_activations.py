@@ -223,6 +223,9 @@ def test_heads_that_a_convolution_reads():
     plan = bh.plan_units(model, {0: [1]})
     with pytest.raises(ValueError, match="no linear layer reads what is removed"):
         bh.repair(model, plan, [batch, batch])
-    reader.kernel_size = (3,)
-    with pytest.raises(ValueError, match="reads several places at once"):
+    model.transformer.encoder.layers[0].post_attention.conv1d = torch.nn.Conv1d(32, 32, 3, padding=1)
+    with pytest.raises(ValueError, match="reads several places at once, of which some are padding"):
+        bh.score(model, units, bh.OutputNorm(), [batch])
+    model.transformer.encoder.layers[0].post_attention.conv1d = torch.nn.Conv1d(32, 32, 3, padding=1, groups=4)
+    with pytest.raises(ValueError, match="reads several places at once, so that"):
         bh.score(model, units, bh.OutputNorm(), [batch])

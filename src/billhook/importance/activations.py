@@ -127,7 +127,9 @@ class OutputNorm(Importance):
         tokens: Tensor | None,
     ) -> None:
         if (window := windows.get(reader)) is not None:
-            inputs, tokens = patches(window, batched(window, inputs.movedim(-1, read_dim(window)))), None
+            if tokens is not None:
+                raise ValueError(f"importance: {reader} reads several places at once, of which some are padding and do not count")
+            inputs = patches(window, batched(window, inputs.movedim(-1, read_dim(window))))
         table = tables[name, reader].to(inputs.device)
         rows = counting(inputs.float(), tokens).flatten(0, -2)
         if table.shape[1] == 1:

@@ -1,5 +1,6 @@
 """Channels of convolutions with batch norm, and widths of stages: cut, saved and loaded, they compute what is left."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
@@ -190,3 +191,25 @@ def test_what_stays_is_refused_before_anything_changes(name, kind, message):
     with pytest.raises(ValueError, match=message):
         bh.prune_units(model, {place: [0] for place in find_units(model, kind)}, kind=kind)
     assert torch.equal(looked(model), before)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_fit_removes_channels_of_convolutions_and_goes_on(tmp_path):
+    write_photos(tmp_path / "photos")
+    made("resnet").save_pretrained(tmp_path / "resnet")
+    write_processor(tmp_path / "resnet")
+    lit = bh.TransformerModule(str(tmp_path / "resnet"), "image-classification", lr=1e-3)
+    data = bh.ImageDataModule(str(tmp_path / "photos"), batch_size=4)
+    cut = bh.StructuredPruning(bh.Amount(channels=0.5), at=2, calibration=8)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(max_steps=5, callbacks=[cut, bh.Export(str(tmp_path / "out"))], accelerator="cpu", **quiet)
+    trainer.fit(lit, datamodule=data)
+    names = [f"resnet.encoder.stages.3.layers.0.layer.{number}" for number in (0, 1)]
+    modules = dict(lit.model.named_modules())
+    assert [modules[f"{name}.convolution"].weight.shape[0] for name in names] == [4, 4]
+    assert [modules[f"{name}.normalization"].running_mean.shape[0] for name in names] == [4, 4]
+    (optimizer,) = trainer.optimizers
+    trained = [one for group in optimizer.param_groups for one in group["params"]]
+    assert len(trained) == len(optimizer.state) == len(list(lit.parameters()))
+    assert all(optimizer.state[one]["exp_avg"].shape == one.shape for one in trained)
+    assert torch.equal(looked(bh.load(tmp_path / "out").eval()), looked(lit.model.eval()))

@@ -179,6 +179,16 @@ def test_weights_that_a_convolution_standardises_have_no_channels():
 
 
 @pytest.mark.parametrize(
+    ("made_of", "reads"),
+    [(lambda: made("regnet"), "attention.2"), (lambda: other("EfficientNetForImageClassification"), "expand")],
+)
+def test_of_convolutions_in_groups_and_of_gated_ones_the_squeeze_alone_has_channels(made_of, reads):
+    units = find_units(made_of(), "channel")
+    assert units
+    assert all(reader.endswith(reads) for one in units.values() for reader in one.readers)
+
+
+@pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
         ("dinov2", "residual", "mask_token, which the run never used"),

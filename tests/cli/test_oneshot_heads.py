@@ -155,9 +155,11 @@ def test_a_classifier_and_its_accuracy(classifier, table, tmp_path, capsys):
     assert type(model) is transformers.BertForSequenceClassification
     assert heads_of(model) == [1, 1]
     with open(table["test"]) as file:
-        rows = [(row["text"], int(row["label"])) for row in csv.DictReader(file)][:17]
+        every = [(row["text"], int(row["label"])) for row in csv.DictReader(file)]
+    drawn = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[:17]
+    rows = [every[number] for number in drawn]
     expected = [sum(label_of(one, text) == label for text, label in rows) / 17 for one in (dense, model)]
-    assert expected[0] == 13 / 17 > expected[1]
+    assert expected[0] == 12 / 17 > expected[1]
     assert record["accuracy"] == {"before": pytest.approx(expected[0]), "after": pytest.approx(expected[1]), "examples": 17}
     assert record["calibration"]["length"] == 64
     card = (tmp_path / "out" / "README.md").read_text()

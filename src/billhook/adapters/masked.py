@@ -199,7 +199,7 @@ def fitting(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> di
     weights = {name: layer.get_base_layer().weight.detach() for name, layer in layers.items()}
     if masks is None:
         kept = {name: whole(weight) != 0 for name, weight in weights.items()}
-        return {name: keep for name, keep in kept.items() if is_pruned(keep)}
+        return {name: keep for name, keep in kept.items() if is_pruned(int((~keep).sum()), keep.numel())}
     found = {name: masks.get(name, masks.get(name.removeprefix(WRAPPED))) for name in weights}
     given = {name: mask for name, mask in found.items() if mask is not None}
     if not given:

@@ -198,7 +198,7 @@ class RepairVisitor:
         if folds and sum(part.tokens for part in parts) >= keep.sum():
             weight, bias = self._old[name]
             there = weight[:, keep] != 0
-            support = there if is_pruned(there) else None
+            support = there if is_pruned(int((~there).sum()), there.numel()) else None
             kept, bias = refit_linear(weight[:, keep], bias, folds, parts, self._ridges, self._reduce, support)
             new = torch.zeros_like(weight)
             new[:, keep] = kept.to(weight.dtype)

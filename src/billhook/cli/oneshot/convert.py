@@ -67,7 +67,7 @@ def convert(
         moments = attentions.bytes(method)
     elif method.turns or repair is not None:
         check_ready(work.model, groups, method)
-    work.rest(moments, None if repair is None else Refits(work.parts, zeros=work.zeros))
+    work.rest(moments, None if repair is None else Refits(work.parts))
     work.tell(*_steps(plan, repair, work.shown if calibrates else NONE), passes=passes)
     if dry_run:
         work.tell_dry(plan.text())

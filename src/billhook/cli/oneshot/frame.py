@@ -126,6 +126,7 @@ class OneShot:
         """Returns the folder where what runs keep while they wait for each other rests if it does not fit into memory."""
         if self.given.memory is None:
             return None
+        refits = None if refits is None else replace(refits, zeros=self.zeros)
         return rest(self.model, self.given, self.out, sum(self.rows), self._measured * self._measures, moments, refits)
 
     @property

@@ -117,7 +117,7 @@ def prune_structure(
         return
     batches = work.batches() if needs or not dry_run else []
     if given.stream:  # what reading text took is there
-        work.rest(bytes_of_moments(work.model, importance), None if repair is None else Refits(work.parts, kept, work.zeros))
+        work.rest(bytes_of_moments(work.model, importance), None if repair is None else Refits(work.parts, kept))
     before = None if dry_run else work.measure()
     plans, refitted = list[BlockPlan | UnitPlan](), False
     for plan in _plans(work.model, batches, given.agreement, amount, block_importance, importance, rounds):

@@ -13,7 +13,7 @@ from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.importance.score import check_streams
 from billhook.model.config_fields import text_config
-from billhook.model.linears import PRUNED, prunable, weight_of
+from billhook.model.linears import is_pruned, prunable, weight_of
 from billhook.pruning.cuts import Cut
 from billhook.pruning.target import Search
 from billhook.repairs.moments import OUTPUTS
@@ -99,7 +99,7 @@ class Refits:
         ridges are tried.
         """
         half = columns * (columns + min(ROWS, columns)) // 2
-        steps = STEPPED * rows if zeros >= PRUNED * rows * columns and zeros else rows
+        steps = STEPPED * rows if is_pruned(zeros, rows * columns) else rows
         solved = max(steps, (self.parts + 1) * OUTPUTS if rows > OUTPUTS else 0) * columns
         return 8 * (self.parts * (half + rows * columns) + columns**2 + solved) + itemsize * rows * columns
 

@@ -16,6 +16,8 @@ import lightning.pytorch as pl
 from docstring_parser import parse
 
 import billhook
+import billhook.training.captions  # with speech, the data modules that the facade does not name
+import billhook.training.speech
 from billhook.model.plan import subclasses
 
 Schema = dict[str, Any]

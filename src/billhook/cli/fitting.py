@@ -7,6 +7,8 @@ from typing import NoReturn
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+import billhook.training.captions  # so that a config may say SpeechDataModule as it says TextDataModule
+import billhook.training.speech  # noqa: F401
 from billhook.cli.misspelt import legal, no_command
 from billhook.cli.options import COMMANDS, LIGHTNING
 

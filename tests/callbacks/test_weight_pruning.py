@@ -198,6 +198,20 @@ def test_a_later_round_masks_what_has_been_mixed_anew(files, tmp_path):
     assert zeros(lit) == pytest.approx((0.6, 0.6), abs=0.02)
 
 
+def test_matched_blocks_are_what_prune_makes_of_them(files, tmp_path):
+    class First(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.found = weights(pl_module) if batch_idx == 0 else self.found
+
+    batches = [{"input_ids": ids} for ids in torch.randint(3, 60, (5, 2, 9))]
+    lit, first, expected = module(), First(), module()
+    how = {"sequential": "layer", "match": bh.BlockMatching(steps=4)}
+    trainer(tmp_path, [pruning(sparsity=0.5, calibration=batches, **how), first]).fit(lit, data(files))
+    bh.prune(expected.model, bh.Wanda(), batches, 0.5, **how)
+    assert same(first.found, weights(expected))
+    assert zeros(lit) == (0.5, 0.5)
+
+
 class TestRefused:
     """With a message that says what is legal, before anything has changed."""
 
@@ -242,6 +256,10 @@ class TestRefused:
             ({"pattern": "5:7", "at": 8}, "model.layers.0.self_attn.q_proj has 32 inputs, which 7 does not divide"),
             ({"pattern": "2:4", "at": 8, "allocation": bh.OWL()}, "allocation=OWL"),
             ({"sparsity": 0.5, "at": 8, "calibration": []}, "batches=an empty collection: Wanda needs"),
+            (
+                {"sparsity": 0.5, "at": 8, "match": bh.BlockMatching(), "calibration": [{"input_ids": torch.ones(1, 9).long()}]},
+                "match holds some out, and needs two at least.* got 1 here",
+            ),
         ],
     )
     def test_before_training(self, files, tmp_path, options, match):
@@ -273,6 +291,12 @@ class TestRefused:
             ),
             ({"sparsity": 0.5, "at": "end"}, "at='end' must be 'start', an int"),
             ({"sparsity": 0.5, "at": 8, "sequential": "both"}, "sequential='both' must be one of"),
+            ({"sparsity": 0.5, "match": bh.BlockMatching(), "sequential": "none"}, "match: sequential='none' prunes all blocks"),
+            (
+                {"sparsity": 0.5, "match": bh.BlockMatching(), "count_adapters": True},
+                "match changes kept weights, and count_adap",
+            ),
+            ({"sparsity": 0.5, "match": "yes"}, "match='yes' must be a BlockMatching or None"),
             ({"sparsity": 0.5, "criterion": "Wanda"}, "criterion='Wanda' must be a Criterion"),
             ({"sparsity": 0.5, "calibration": 0}, "calibration=0 must be a whole number of at least 1"),
             ({"sparsity": 0.5, "measure_batches": -1}, "measure_batches=-1"),

@@ -18,7 +18,7 @@ pytestmark = [
 STOPS = [1, 2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize("kind", ["gradual", "once", "start", "sparsegpt", "own"])
+@pytest.mark.parametrize("kind", ["gradual", "once", "start", "sparsegpt", "matched", "own"])
 def test_resumed_equals_straight_through(files, tmp_path, kind):
     """Stopped before, right at, between and after rounds."""
     examples = [{"input_ids": ids} for ids in torch.randint(3, 60, (4, 9))]
@@ -27,6 +27,7 @@ def test_resumed_equals_straight_through(files, tmp_path, kind):
         "once": {"sparsity": 0.5, "at": 4, "criterion": bh.Wanda()},
         "start": {"pattern": "2:4"},
         "sparsegpt": {"sparsity": RAMP, "criterion": bh.SparseGPT()},
+        "matched": {"sparsity": RAMP, "match": bh.BlockMatching(), "sequential": "layer"},
         "own": {"sparsity": RAMP, "calibration": torch.utils.data.DataLoader(examples, 2, shuffle=True)},
     }[kind]
     straight, whole = module(), pruning(**arguments)

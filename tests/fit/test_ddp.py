@@ -45,7 +45,7 @@ def test_two_processes_equal_one_on_the_same_global_batches(of_two, files, tmp_p
             assert two[when] == pytest.approx(one_device[when], rel=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["tuples", "text"])
+@pytest.mark.parametrize("kind", ["tuples", "text", "matched"])
 def test_two_processes_prune_as_one_does(of_two, files, tmp_path, kind):
     state, (masks, events) = of_two(f"weights, {kind}")
     _, single, (masks_of_one, events_of_one) = FITS[f"weights, {kind}"].run(tmp_path, files)

@@ -5,6 +5,7 @@ import sys
 import lightning.pytorch as pl
 import pytest
 import torch
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import DTensor
@@ -18,8 +19,20 @@ from kit.beside import kept, model, size
 from kit.families import llama
 from kit.fits import data, module, trainer
 from kit.held import Held
+from kit.losses import ALBERT
 from kit.measured import MadeLate
-from kit.sharding import Own, sharding
+from kit.sharding import GIVEN, Own, sharding
+
+
+class First(pl.Callback):
+    """Keeps the weights that the first step begins with."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.found = {name: whole(value).clone() for name, value in pl_module.state_dict().items()}
+
+
+def albert():
+    return transformers.AlbertForMaskedLM(transformers.AlbertConfig(**ALBERT))
 
 
 def test_one_block_is_gathered_at_a_time(tmp_path, alone):
@@ -31,6 +44,23 @@ def test_one_block_is_gathered_at_a_time(tmp_path, alone):
     trainer(tmp_path, [callback], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)
     assert len(seen) > 4
     assert all(kinds in ([torch.Tensor, DTensor], [DTensor, torch.Tensor]) for kinds in seen)
+
+
+@pytest.mark.parametrize("sequential", ["block", "layer"])
+def test_blocks_are_matched_as_in_a_model_that_is_whole(tmp_path, alone, sequential):
+    found = []
+    for strategy in ("auto", alone):
+        lit, kept = Own(), bh.WeightPruning(bh.Wanda(), 0.5, match=bh.BlockMatching(), sequential=sequential, **GIVEN)
+        first = First()
+        trainer(tmp_path, [kept, first], max_steps=1, strategy=strategy, limit_val_batches=0).fit(lit)
+        found.append(first.found)
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+def test_a_block_that_is_called_again_is_not_matched(tmp_path, alone):
+    callback, lit = bh.WeightPruning(bh.Wanda(), 0.5, match=bh.BlockMatching(), **GIVEN), Own(albert)
+    with pytest.raises(ValueError, match=r"match: .* is called again after its block, or shares its weight"):
+        trainer(tmp_path, [callback], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)
 
 
 def test_weights_are_masked_in_a_model_that_is_made_late(tmp_path, alone):

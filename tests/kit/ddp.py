@@ -37,11 +37,11 @@ def conversion(heads, at):
     return Fit(module, lambda: KVHeadConversion(heads, at), lambda one: one.events, options)
 
 
-def weight_pruning(module):
+def weight_pruning(module, calibration=7, match=None):
     ramp = Linear(final=0.5, start=1, end=5, every=2)
     return Fit(
         module,
-        lambda: WeightPruning(sparsity=ramp, calibration=7, measure_batches=2),
+        lambda: WeightPruning(sparsity=ramp, match=match, calibration=calibration, measure_batches=2),
         lambda one: [one.masks, one.events],
         {"accumulate_grad_batches": 2},
     )
@@ -114,6 +114,7 @@ FITS = {
     "convert in stages": conversion([2, 1], [2, 4]),
     "weights, tuples": weight_pruning(FitOfTuples),
     "weights, text": weight_pruning(module),
+    "weights, matched": weight_pruning(module, 8, bh.BlockMatching()),  # as many examples as make batches of equal parts
     "heads in rounds": head_pruning("rounds", given=False),
     "heads at the end": head_pruning("end", given=True),
     "structure": structured_pruning(),

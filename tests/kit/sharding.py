@@ -201,6 +201,7 @@ MASKS = {
     "wanda, as one": masks(bh.Wanda(), lambda: Own(blocks=False)),
     "wanda, Conv1D": masks(bh.Wanda(), lambda: Own(gpt2)),
     "owl": masks(bh.Wanda(), allocation=bh.OWL()),
+    "wanda, matched": masks(bh.Wanda(), match=bh.BlockMatching(), calibration=6),
     "sparsegpt": masks(bh.SparseGPT(), pattern="2:4"),
     "sparsegpt, bfloat16": masks(bh.SparseGPT(), lambda: Own(policy=MixedPrecisionPolicy(torch.bfloat16))),
 }

@@ -85,19 +85,25 @@ def test_the_same_bytes_where_blocks_are_matched(folder, tmp_path, sequential):
     assert saved_alike(dense, streamed, tmp_path)
 
 
-def test_stopped_and_called_again_where_blocks_are_matched(tmp_path, monkeypatch):
-    """It begins again: the dense model's runs need the blocks as they were."""
+@pytest.mark.parametrize("sequential", ["block", "layer"])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_stopped_and_called_again_where_blocks_are_matched(tmp_path, monkeypatch, sequential, blocks):
+    """It goes on: the dense model's runs pass the blocks as they were, and the others what has been made of them."""
 
     def work(model):
-        bh.prune(model, bh.Wanda(), shown(model), sparsity=0.5, match=bh.BlockMatching(steps=3))
-        return model
+        how = {"sparsity": 0.5, "sequential": sequential, "match": bh.BlockMatching(steps=3)}
+        return model, bh.prune(model, bh.Wanda(), shown(model), **how)
 
-    _, go_on = stopped.stop_after(2, monkeypatch)
+    written, go_on = stopped.stop_after(blocks, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         work(bh.stream("tiny", tmp_path / "out"))
     go_on()
-    bh.save(work(bh.stream("tiny", tmp_path / "out")), tmp_path / "out")
-    assert same(tmp_path / "out", work(bh.load("tiny")))
+    streamed, plan = work(bh.stream("tiny", tmp_path / "out"))
+    assert written == [f"model.layers.{number}" for number in range(4)]
+    bh.save(streamed, tmp_path / "out")
+    dense, straight = work(bh.load("tiny"))
+    assert plan.text() == straight.text()
+    assert same(tmp_path / "out", dense)
 
 
 WORDS = {"tied in part": 0.5, "none is removed": 0.0, "nearly all": 0.999}

@@ -28,10 +28,11 @@ from billhook.running.sharded.shards import gathered, unsharded, whole
 from billhook.running.walk import Sequential
 from billhook.schedules import Schedule
 from billhook.sparsity.allocation import Allocation
-from billhook.sparsity.checks import adapters_to_count, check_pruning, needs_data
+from billhook.sparsity.checks import adapters_to_count, check_matching, check_pruning, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.hold import Hold
 from billhook.sparsity.masks import check_amount
+from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.plan import WeightPlan
 from billhook.sparsity.prune import prune
 
@@ -58,6 +59,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive inputs.
         at: When: a step (int), a fraction of training (float in 0..1), `"start"`, or a schedule of progress that rises to 1.
         sequential: `"block"`, `"layer"` or `"none"`, as in `prune`.
+        match: How what is kept of a block is tuned so that the block gives what it gave before, as in `prune`.
         allocation: How sparse each linear becomes, as in `prune`.
         skip: Glob patterns of linears to leave alone.
         output_embeddings: True to prune an untied output embedding, too.
@@ -82,6 +84,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         pattern: str = "unstructured",
         at: At | Schedule = "start",
         sequential: Sequential = "block",
+        match: BlockMatching | None = None,
         allocation: Allocation | None = None,
         skip: list[str] | None = None,
         output_embeddings: bool = False,
@@ -100,7 +103,9 @@ class WeightPruning(EventCallback, FollowsShapes):
         if not isinstance(self.skip, list | tuple) or not all(isinstance(one, str) for one in self.skip):
             raise ValueError(f"skip={skip!r} must be glob patterns of linears, as in ['*.down_proj']")
         self.criterion, self.sparsity, self.pattern, self.at = criterion or Wanda(), sparsity, pattern, at
-        self.sequential, self.allocation, self.skip = sequential, allocation, list(self.skip)
+        if match is not None:
+            check_matching(self.criterion, sequential, count_adapters)
+        self.sequential, self.match, self.allocation, self.skip = sequential, match, allocation, list(self.skip)
         self.output_embeddings, self.convolutions = output_embeddings, convolutions
         self.count_adapters, self.mask_adapters = count_adapters, mask_adapters
         self._hold, self._adapted = Hold(), list[str]()
@@ -118,8 +123,9 @@ class WeightPruning(EventCallback, FollowsShapes):
 
     @property
     def needs_data(self) -> bool:
-        """True if criterion or allocation take batches."""
-        return needs_data(self.criterion) or (self.allocation is not None and self.allocation.measures)
+        """True if criterion, allocation or matching take batches."""
+        measures = self.allocation is not None and self.allocation.measures
+        return needs_data(self.criterion) or measures or self.match is not None
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -205,7 +211,7 @@ class WeightPruning(EventCallback, FollowsShapes):
             return prune(
                 model, self.criterion, runs, sparsity, self.pattern, allocation=self.allocation, skip=self.skip,
                 output_embeddings=self.output_embeddings, convolutions=self.convolutions, sequential=self.sequential,
-                count_adapters=self.count_adapters, reduce=sum_over(trainer), dry_run=True,
+                match=self.match, count_adapters=self.count_adapters, reduce=sum_over(trainer), dry_run=True,
             )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:

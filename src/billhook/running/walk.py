@@ -40,6 +40,7 @@ class Site:
     once: bool | None = None  # whether each of them is called exactly once, as the first run has shown
     twins: Sequence[tuple[str, nn.Module]] = ()  # others with the weight of one of them, which count as calls of it
     out: bool = False  # whether runs rest where they come out of the module, and pass it once more with what is new then
+    becomes: Callable[[], Mapping[nn.Module, Mapping[str, Tensor]]] | None = None  # its new parameters, where they are known
 
 
 class Visitor(Protocol):
@@ -108,6 +109,7 @@ class Walk:
         leave: Called with each site when all runs have passed it, on any rank.
         unseen: The numbers of runs that the visitor observes nothing of.
         came_out: Called at the ways out with the number of a run, the arguments and keywords of the module, and what it gave.
+        came_again: Called with a complete site that a run comes to once more.
     """
 
     def __init__(
@@ -122,16 +124,17 @@ class Walk:
         leave: Callable[[Site], None] | None = None,
         unseen: Collection[int] = (),
         came_out: Callable[[int, Given, object], None] | None = None,
+        came_again: Callable[[Site], None] | None = None,
     ) -> None:
         self.sites, self.visitor, self.reduce, self.keep = list(sites), visitor, reduce, keep
         self.untouched, self.around, self.ends, self.leave = untouched, around, ends, leave
-        self.unseen, self.came_out = unseen, came_out
+        self.unseen, self.came_out, self.came_again = unseen, came_out, came_again
         self.complete: set[Site] = set()
         self.again: set[Site] = set()
         self._watched: Site | None = None
         self._calls: list[str] = []
         self._run, self._straight = 0, False
-        self._ready: tuple[Site | None, dict[str, dict[str, Tensor]]] = (None, {})
+        self._ready: tuple[Site | None, Mapping[nn.Module, Mapping[str, Tensor]]] = (None, {})
         self._caller = Ambient.now()
 
     @property
@@ -216,7 +219,7 @@ class Walk:
         if self._straight or greenlet.getcurrent() is self._main:  # a visitor runs what it likes
             return forward(*args, **kwargs)
         if site in self.complete:
-            self.again.add(site)
+            self._come_again(site)
         else:
             self._rest(site, (args, kwargs))
             if site.linears:
@@ -225,6 +228,11 @@ class Walk:
                 self._rest(site)
         with nullcontext() if self._run in self.untouched else self._pruned(site):
             return forward(*args, **kwargs)
+
+    def _come_again(self, site: Site) -> None:
+        self.again.add(site)
+        if self.came_again is not None:
+            self.came_again(site)
 
     def _rest(self, site: Site, kept: object = None) -> None:
         """Lets others go on until all are here."""
@@ -239,7 +247,7 @@ class Walk:
         if self._straight or greenlet.getcurrent() is self._main:
             return forward(*args, **kwargs)
         if site in self.complete:
-            self.again.add(site)
+            self._come_again(site)
             return forward(*args, **kwargs)
         if self.keep is not None:
             self.keep((args, kwargs))
@@ -290,9 +298,12 @@ class Walk:
     def _pruned(self, site: Site) -> Iterator[None]:
         """Puts the new parameters instead of the old ones, which come back."""
         if self._ready[0] is not site:
-            self._ready = (site, self.visitor.parameters(site))
-        with replaced({site.linears[name]: new for name, new in self._ready[1].items()}):
+            self._ready = (site, self._new(site) if site.becomes is None else site.becomes())
+        with replaced(self._ready[1]):
             yield
+
+    def _new(self, site: Site) -> dict[nn.Module, dict[str, Tensor]]:
+        return {site.linears[name]: new for name, new in self.visitor.parameters(site).items()}
 
 
 def spare(value: Any) -> Any:  # noqa: ANN401

@@ -13,7 +13,6 @@ from billhook.adapters.masked import active_in, plain_adapters
 from billhook.arguments import one_of
 from billhook.model.convolutions import Convolutions, is_convolution
 from billhook.model.linears import channels, prunable, weight_of
-from billhook.running.sharded.shards import is_sharded
 from billhook.running.walk import Reduce, Sequential, find_sites
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
@@ -89,7 +88,7 @@ def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool, con
     return chosen
 
 
-def check_matching(model: nn.Module, criterion: Criterion, sequential: Sequential, count_adapters: bool, offload: object) -> None:
+def check_matching(criterion: Criterion, sequential: Sequential, count_adapters: bool, offload: object = None) -> None:
     """Refuses what does not go together with matching of blocks."""
     if criterion.compares == "global" or sequential == "none":
         what = "sequential='none'" if sequential == "none" else f"criterion={criterion}"
@@ -98,8 +97,6 @@ def check_matching(model: nn.Module, criterion: Criterion, sequential: Sequentia
         raise ValueError("match changes kept weights, and count_adapters=True leaves them as they are: ask for one")
     if offload is not None:
         raise ValueError(f"offload={str(offload)!r}: match tunes blocks where the model is: move it there as a whole")
-    if is_sharded(model):
-        raise ValueError("match: the model is sharded, and a block is tuned as a whole: prune it before, in memory or streamed")
 
 
 def check_sharded(criterion: Criterion, allocation: Allocation, reduce: Reduce | None, offload: object) -> None:

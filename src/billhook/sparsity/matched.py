@@ -1,13 +1,15 @@
 """Prunes during a walk, and tunes what is kept of a block when all runs have come out of it."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from billhook.model.convolutions import is_convolution
 from billhook.model.linears import turned, weight_of
+from billhook.running.sharded.shards import gathered
 from billhook.running.walk import Given, Site
 from billhook.sparsity.matching import BlockMatching, Passage, Tuning, stream_in
 from billhook.sparsity.plan import Pruned
@@ -36,6 +38,11 @@ class MatchingVisitor(PruningVisitor):
         if (stream := stream_in(output)) is not None:
             self._given[run] = given, stream
 
+    def came_again(self, site: Site) -> None:
+        """Refuses linears that are called again when their block has been matched."""
+        if site.linears:
+            refuse_again(site.linears)
+
     def complete(self, site: Site) -> None:
         """Prunes the linears of a site, or tunes those of a block that all runs have come out of."""
         if not site.out:
@@ -43,8 +50,9 @@ class MatchingVisitor(PruningVisitor):
             return
         own = {name: one for name in site.linears if isinstance(one := self.pruned.get(name), Pruned)}
         passages, self._given = self._passages(), {}
-        if own and self._enough(passages, weight_of(site.linears[next(iter(own))]).device):
-            self._tune(site, own, passages)
+        with gathered(site.module) if own else nullcontext():
+            if own and self._enough(passages, weight_of(site.linears[next(iter(own))]).device):
+                self._tune(site, own, passages)
 
     def _enough(self, passages: Sequence[Passage], device: torch.device) -> bool:
         """Tells whether all ranks have passages to tune on, and others to hold out."""
@@ -81,3 +89,9 @@ class MatchingVisitor(PruningVisitor):
         old = weight_of(linear)
         new = tuned.movedim(1, -1).flatten(1) if is_convolution(linear) else turned(linear, tuned)
         return Pruned.of(old, new.to(old.dtype), one.keep(old))
+
+
+def refuse_again(linears: Iterable[str]) -> NoReturn:
+    """Refuses linears that would be pruned before they are called again, or under another name."""
+    again = next(iter(linears))
+    raise ValueError(f"match: {again} is called again after its block, or shares its weight: leave match out, or skip it")

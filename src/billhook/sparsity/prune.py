@@ -108,7 +108,7 @@ def prune(
         ValueError: If an argument is not legal, two contradict each other, the criterion needs data and there is none, a linear
             is quantised or of a width that M does not divide, or weights or statistics hold NaN or inf. With `count_adapters`,
             also if the criterion updates weights, or there is no plain LoRA that is active and not merged; with `match`, if
-            all blocks are pruned at once, there are fewer than two batches, or the model is sharded or calls a block again.
+            all blocks are pruned at once, there are fewer than two batches, or the model calls a block again.
 
     Example:
         >>> import billhook as bh
@@ -129,7 +129,7 @@ def prune(
         check_permutable(model)
     linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
     if match is not None:
-        check_matching(model, criterion, sequential, count_adapters, offload)
+        check_matching(criterion, sequential, count_adapters, offload)
     adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
     if is_sharded(model):
         check_sharded(criterion, allocation, reduce, offload)
@@ -142,7 +142,8 @@ def prune(
         sparsities = _sparsities(walks, amount, allocation)
         key = None if dry_run else f"{criterion} {pattern} {sequential} {sparsities}" + (f" {match}" if match else "")
         make = partial(_kind(criterion, match), criterion, sparsities, pattern, progress)
-        pruned = walks(sequential if needs_data(criterion) or match else None, make, key).pruned
+        made = walks(sequential if needs_data(criterion) or match else None, make, key).pruned
+        pruned = {name: made[name] for name in linears if name in made}
         uncalled = _uncalled(linears, pruned)
     shapes = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
     plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, uncalled)

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
 from billhook.sparsity.plan import Applied
@@ -32,8 +33,6 @@ class StreamedPruning:
         self.stream, self.linears, self.visitor, self.reduce = stream, linears, visitor, reduce
         self.applies = key is not None
         self.done: dict[str, Note] = {} if key is None else stream.begin(key)
-        if visitor.dense:  # which need what the blocks were, from the first on
-            self.done = {}
         self.names = {block: name for name, block in stream.blocks.items()}
 
     def go(
@@ -58,7 +57,8 @@ class StreamedPruning:
         self, sites: Sequence[Site], dense: bool, keep: Callable[[object], None] | None, forwards: Sequence[Callable[[], object]]
     ) -> None:
         """Walks with runs, which pass blocks as they become, or as they were."""
-        around, untouched = (self._there, range(len(forwards))) if dense else (self._adopted, self.visitor.dense)
+        untouched = range(len(forwards)) if dense else self.visitor.dense
+        around = self._there if untouched else self._adopted
         walk = Walk(
             sites,
             self.visitor,
@@ -70,6 +70,7 @@ class StreamedPruning:
             leave=self._leave,
             unseen=self.visitor.dense,
             came_out=self.visitor.came_out,
+            came_again=self.visitor.came_again,
         )
         walk(forwards)
         if walk.again:
@@ -99,8 +100,21 @@ class StreamedPruning:
         return block is not None and self.names[block] in self.done
 
     def _left(self, site: Site) -> Site:
-        """Returns a site of which there is nothing left to do if its block is done."""
-        return Site(site.module, {}) if self._is_done(site) else site
+        """Returns a site of which there is nothing left to do if its block is done; runs of the dense model pass it as it was."""
+        if not self._is_done(site):
+            return site
+        return Site(site.module, {}, becomes=partial(self._made, site.module) if self.visitor.dense else None)
+
+    def _made(self, block: nn.Module) -> dict[nn.Module, dict[str, Tensor]]:
+        """Reads the weights of linears that an earlier process has made of a block, which is there again as it was afterwards."""
+        back, inside = self.stream.way_back(), set(block.modules())
+        self.stream.adopt(self.names[block])
+        self.stream.bring(block)
+        own = [linear for linear in self.linears.values() if linear in inside]
+        new = {linear: {"weight": linear.get_parameter("weight").detach().clone()} for linear in own}
+        back()
+        self.stream.bring(block)
+        return new
 
     @contextmanager
     def _there(self, module: nn.Module) -> Iterator[None]:
@@ -119,9 +133,11 @@ class StreamedPruning:
     def _leave(self, site: Site) -> None:
         """Has a block take what its linears become; linears outside of blocks wait until nothing can fail any more."""
         block = self.stream.owner.get(site.module)
-        if not self.applies or block is None or (self.visitor.dense and not site.out):
+        if not self.applies or block is None:
             return
         pruned, name = self.visitor.pruned, self.names[block]
+        if self.visitor.dense and not site.out and name not in self.done:
+            return
         if name in self.done:
             self.stream.adopt(name)
             pruned |= {linear: Applied(kept) for linear, kept in self.done[name].items()}

@@ -75,6 +75,9 @@ class PruningVisitor:
     def came_out(self, run: int, given: Given, output: object) -> None:
         """Notes what a block was given in a run, and what it gave; here nothing."""
 
+    def came_again(self, site: Site) -> None:
+        """Is told of a site that a run comes to once more when it is complete; here nothing is done."""
+
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
         """Adds the inputs of a linear in one run; of a convolution, whatever reads the same tensor may read other patches."""
         first = name if is_convolution(linear) else self._reader(inputs, run) or name

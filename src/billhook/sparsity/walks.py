@@ -17,6 +17,7 @@ from billhook.running.replaced import replaced
 from billhook.running.sharded.shards import gathered, is_sharded, unsharded
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
+from billhook.sparsity.matched import refuse_again
 from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.streamed import StreamedPruning
 from billhook.sparsity.streamed_global import StreamedGlobalPruning
@@ -121,9 +122,7 @@ class Walks:
         others = {name: one for name, one in self.linears.items() if name not in first}
         new: dict[nn.Module, dict[str, Tensor]] = {}
         if often and visitor.dense:
-            raise ValueError(
-                f"match: {next(iter(often))} is called again after its block, or shares its weight: leave match out, or skip it"
-            )
+            refuse_again(often)
         if first:
             site = Site(self.model, first, False if often else None, self.twins)
             Walk([site], visitor, self.reduce, keep)(forwards)
@@ -134,7 +133,17 @@ class Walks:
             sites = find_sites(self.model, others, sequential, gates=self.offload is not None)
             sites = with_ways_out(self.model, sites) if visitor.dense else sites
             dense = visitor.dense
-            walk = Walk(sites, visitor, self.reduce, keep, dense, ends=1, unseen=dense, came_out=visitor.came_out)
+            walk = Walk(
+                sites,
+                visitor,
+                self.reduce,
+                keep,
+                dense,
+                ends=1,
+                unseen=dense,
+                came_out=visitor.came_out,
+                came_again=visitor.came_again,
+            )
             walk(forwards)
             return {name for site in walk.again for name in site.linears}
 
@@ -166,11 +175,23 @@ class Walks:
         forwards: Sequence[Callable[[], object]],
     ) -> None:
         """Gathers one block at a time, on all ranks together; with `"none"` the runs pass through the dense blocks, too."""
-        blocks = [site.module for site in self.blocks()]
+        blocks, dense = [site.module for site in self.blocks()], visitor.dense
+        if dense and self.twins:
+            refuse_again(name for name, _ in self.twins)
         owner = {module: block for block in blocks for module in block.modules()}
         sites = find_sites(self.model, self.linears, "block" if sequential == "none" else sequential, gates=True)
-        dense = range(len(forwards)) if sequential == "none" else ()
-        walk = Walk(sites, visitor, self.reduce, keep, dense, lambda module: gathered(owner[module]))
+        sites = with_ways_out(self.model, sites) if dense else sites
+        walk = Walk(
+            sites,
+            visitor,
+            self.reduce,
+            keep,
+            range(len(forwards)) if sequential == "none" else dense,
+            lambda module: gathered(owner[module]),
+            unseen=dense,
+            came_out=visitor.came_out,
+            came_again=visitor.came_again,
+        )
         with unsharded(self.model), gathered(self.model, but=blocks):
             walk(forwards)
 

@@ -203,6 +203,22 @@ def test_what_stays_is_refused_before_anything_changes(name, kind, message):
     assert torch.equal(looked(model), before)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        *((name, "residual", "the code of .* does not follow") for name in ("Pvt", "Segformer", "FocalNet", "Hiera", "Siglip")),
+        ("CLIPModel", "residual", "the model's output has it, so that whatever reads the output must follow"),
+        ("ConvNextV2", "channel", "a norm spans all of them, so that without some it would compute something else"),
+    ],
+)
+def test_what_the_page_says_of_other_families(name, kind, message):
+    model = other(name if name.endswith("Model") else f"{name}ForImageClassification")
+    before = {own: tensor.clone() for own, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        bh.prune_units(model, {place: [0] for place in find_units(model, kind)}, kind=kind)
+    assert all(torch.equal(tensor, before[own]) for own, tensor in model.state_dict().items())
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_fit_removes_channels_of_convolutions_and_goes_on(tmp_path):
     write_photos(tmp_path / "photos")

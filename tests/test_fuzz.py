@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import billhook as bh
+from billhook.checkpoints.place import check_target
 from billhook.cli.main import main
 from billhook.model.meta import from_name
 from kit.families import llama
@@ -126,7 +127,7 @@ def test_records(folders, record):
     names = sorted(path.name for path in target.iterdir())
     (target / "billhook.json").write_text(json.dumps(record))
     with contextlib.suppress(ValueError):
-        bh.checkpoints.place.check_target(target)
+        check_target(target)
     assert sorted(path.name for path in target.iterdir()) == names
 
 

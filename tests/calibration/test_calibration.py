@@ -10,6 +10,7 @@ import torch
 import billhook as bh
 from billhook.calibration.calibration import batches_of
 from billhook.calibration.rows import pack
+from billhook.model.preprocessors import tokenizer_of
 from kit.families import llama
 from kit.losses import BUILD
 
@@ -56,7 +57,7 @@ def test_each_source_gives_a_row_at_least():
 
 
 def test_chats_are_packed_through_the_template(model):
-    tokenizer = bh.calibration.generated.tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
     chats = [[{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}] for n in range(9)]
     blocks = pack({"messages": chats}, tokenizer, 16, ["messages"], documents=True)["input_ids"]

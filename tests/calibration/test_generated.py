@@ -5,6 +5,7 @@ import torch
 
 import billhook as bh
 from billhook.assets import model_path
+from billhook.model.preprocessors import tokenizer_of
 from kit.families import llama
 from kit.losses import BUILD
 
@@ -72,7 +73,7 @@ def test_rows_may_be_as_long_as_the_model_reads(kind):
 
 def test_prompts_begin_the_rows_in_turn(model):
     batches = bh.generated(model, PROMPTS, examples=4, length=16)
-    tokenizer = bh.calibration.generated.tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     for batch, prompt in zip(batches, [*PROMPTS, PROMPTS[0]], strict=True):
         (ids,) = batch["input_ids"].tolist()
         assert batch["input_ids"].shape == (1, 16)
@@ -81,7 +82,7 @@ def test_prompts_begin_the_rows_in_turn(model):
 
 
 def test_chats_go_through_the_template(model):
-    tokenizer = bh.calibration.generated.tokenizer_of(model)
+    tokenizer = tokenizer_of(model)
     tokenizer.chat_template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
     (batch,) = bh.generated(model, [[{"role": "user", "content": "Who is there?"}]], examples=1, length=40, tokenizer=tokenizer)
     assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True).startswith("[user] Who is there?")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 import billhook as bh
 from billhook.checkpoints.export import export
 from billhook.fit.calibration import FitCalibration
+from billhook.importance.baselines import RandomUnits
 from billhook.pruning.choice import choose
 from billhook.units.find import find_units
 from kit import fits
@@ -47,7 +48,7 @@ IMPORTANCE = [
         bh.Taylor("first"),
         bh.WeightNorm(),
         bh.ActivationNorm(),
-        bh.importance.baselines.RandomUnits(3),
+        RandomUnits(3),
         bh.Ablation(),
     ),
 ]

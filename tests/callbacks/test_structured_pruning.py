@@ -10,6 +10,7 @@ import transformers
 
 import billhook as bh
 from billhook.checkpoints.export import export
+from billhook.model.find import find_transformer
 from billhook.units.find import find_units
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
@@ -28,7 +29,7 @@ def pruning(**options):
 
 def widths(lit):
     """Channels and KV heads of each layer, by the sizes of its tensors."""
-    layers = bh.checkpoints.save.find_transformer(lit).model.layers
+    layers = find_transformer(lit).model.layers
     return [(layer.mlp.down_proj.weight.shape[1], layer.self_attn.k_proj.weight.shape[0] // 4) for layer in layers]
 
 

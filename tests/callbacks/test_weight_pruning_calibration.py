@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import billhook as bh
+from billhook.fit import training_step
 from billhook.fit.calibration import FitCalibration
 from billhook.sparsity.criteria import Random
 from kit.families import llama, tokens
@@ -50,9 +51,9 @@ def test_a_round_that_prunes_nothing_leaves_no_trace(files, tmp_path, criterion)
 
 def spied(lit, callback, loaders, folder, monkeypatch, **options):
     """The batches that a round calibrates on, as the model is called with them."""
-    seen, runs_of = [], bh.fit.training_step.runs_of
+    seen, runs_of = [], training_step.runs_of
     with monkeypatch.context() as patch:
-        patch.setattr(bh.fit.training_step, "runs_of", lambda model, batches: seen.extend(batches) or runs_of(model, batches))
+        patch.setattr(training_step, "runs_of", lambda model, batches: seen.extend(batches) or runs_of(model, batches))
         trainer(folder, [callback], max_steps=options.pop("max_steps", 2), **options).fit(lit, loaders)
     return seen
 

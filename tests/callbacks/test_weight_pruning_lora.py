@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import billhook as bh
 from billhook.adapters.masked import MaskedLora, unmask_adapters
+from billhook.model.find import find_transformer
 from billhook.model.linears import prunable
 from kit.adapters import gpt2
 from kit.families import llama
@@ -29,7 +30,7 @@ def wrapped(build=llama, **options):
 
 
 def transformer(lit):
-    return bh.checkpoints.save.find_transformer(lit)
+    return find_transformer(lit)
 
 
 def layers_of(lit):

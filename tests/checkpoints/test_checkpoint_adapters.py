@@ -13,6 +13,7 @@ import billhook as bh
 from billhook.adapters.lora import ADAPTERS
 from billhook.adapters.merge import merged_copy
 from billhook.checkpoints.export import export
+from billhook.model.find import find_transformer
 from billhook.model.linears import prunable
 from kit.adapters import BUILD, IDS, logits, lora, pruned
 from kit.families import llama
@@ -25,7 +26,7 @@ LOSSY = pytest.mark.filterwarnings("ignore:the checkpoint does not compute what 
 def saved(model, folder):
     """Saves it, and checks that it has not changed and that transformers alone loads the result."""
     before, kinds = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
-    base = bh.checkpoints.save.find_transformer(model)
+    base = find_transformer(model)
     config, computed = base.config.to_dict(), logits(base)
     result = bh.save(model, folder)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

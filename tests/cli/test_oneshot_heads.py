@@ -10,6 +10,7 @@ import transformers
 
 import billhook as bh
 from billhook.cli.main import main
+from billhook.importance.baselines import RandomUnits
 from billhook.pruning.choice import choose
 from billhook.units.find import find_units
 from kit import fits
@@ -139,7 +140,7 @@ def test_settings(small, files, tmp_path, capsys):
     record = prune(*run, "--importance", "RandomUnits", "--importance.seed", "5", "--evaluate", "0", "--normalize", "false")
     assert record["perplexity"] == {"before": None, "after": None, "examples": 0}
     assert "text to calibrate on: train; measured on nothing\n" in capsys.readouterr().out
-    scores = bh.score(bh.load(small), bh.find_units(bh.load(small), "head"), bh.importance.baselines.RandomUnits(5))
+    scores = bh.score(bh.load(small), bh.find_units(bh.load(small), "head"), RandomUnits(5))
     assert record["heads"] == choose(bh.find_units(bh.load(small), "head"), scores, 0.4)
     record = prune(*run, "--ranking", "global", "--min_heads", "4", "--importance", "WeightNorm", "--dtype", "bfloat16")
     model = bh.load(tmp_path / "out")

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.importance.ablation import HeadAblation
 from kit.families import llama, tokens
 
 
@@ -78,15 +79,13 @@ def test_padding_neither_predicts_nor_is_predicted(side, attention):
 
 def test_it_is_a_table():
     values = {"first": torch.tensor([0.5, 0.75]).double(), "the second": torch.tensor([1.0, 0.25]).double()}
-    lines = str(bh.importance.ablation.HeadAblation("without", 0.5, values)).splitlines()
+    lines = str(HeadAblation("without", 0.5, values)).splitlines()
     assert lines == [
         "without each head: change of 0.5000",
         "  first       +0.0000  +0.2500",
         "  the second  +0.5000  -0.2500",
     ]
-    assert str(bh.importance.ablation.HeadAblation("only", 0.5, values)).startswith(
-        "each head alone in its layer: change of 0.5000\n"
-    )
+    assert str(HeadAblation("only", 0.5, values)).startswith("each head alone in its layer: change of 0.5000\n")
 
 
 def test_the_model_is_as_before():

@@ -11,6 +11,7 @@ import transformers
 
 import billhook as bh
 from billhook.importance.base import Importance
+from billhook.importance.baselines import RandomUnits
 from billhook.importance.score import run_of, score
 from billhook.units.find import find_units
 from billhook.units.units import UnitKind
@@ -288,10 +289,10 @@ def test_ablation_by_hand(per):
 
 def test_random_heads_depend_on_the_seed_alone():
     model = BUILD["llama"]()
-    one, same, other = (scores(model, "llama", None, bh.importance.baselines.RandomUnits(seed)) for seed in (1, 1, 2))
+    one, same, other = (scores(model, "llama", None, RandomUnits(seed)) for seed in (1, 1, 2))
     torch.manual_seed(5)
     assert torch.equal(one, same)
-    assert torch.equal(one, scores(model, "llama", [{"input_ids": tokens()}], bh.importance.baselines.RandomUnits(1)))
+    assert torch.equal(one, scores(model, "llama", [{"input_ids": tokens()}], RandomUnits(1)))
     assert not torch.equal(one, other)
     assert 0 <= float(one.min()) < float(one.max()) < 1
     assert not torch.equal(one[0], one[1])

@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import torch
 
 import billhook as bh
+from billhook.model.find import find_transformer
 from billhook.units.find import find_units
 from billhook.units.gates import Gate
 from kit import fits
@@ -22,7 +23,7 @@ def pruning(*args, **options):
 
 
 def transformer(lit):
-    return bh.checkpoints.save.find_transformer(lit)
+    return find_transformer(lit)
 
 
 def gates(lit):

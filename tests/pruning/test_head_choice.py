@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.importance.baselines import RandomUnits
 from billhook.pruning.choice import choose
 from billhook.units.find import find_units
 from kit.families import build, llama
@@ -146,7 +147,7 @@ def test_of_a_model():
     plan = bh.prune_units(model, chosen)
     assert plan.after == dict.fromkeys(BERT, (2, 2))
     model = build("qwen3")
-    importance = bh.score(model, bh.find_units(model, "head"), bh.importance.baselines.RandomUnits(3), normalize=True)
+    importance = bh.score(model, bh.find_units(model, "head"), RandomUnits(3), normalize=True)
     chosen = choose(bh.find_units(model, "head"), importance, 0.5, ranking="global")
     assert sum(map(len, chosen.values())) == 8
     assert sum(query for query, _ in bh.plan_units(model, chosen).after.values()) == 8

@@ -10,6 +10,7 @@ from small_configs import small_config
 from torch import nn
 
 import billhook as bh
+from billhook.importance.baselines import RandomUnits
 from billhook.model.shapes.shape import shape_of
 from billhook.units.find import find_units
 from kit.families import ATTENTIONS, MLPS, build, llama, t5
@@ -97,7 +98,7 @@ class TestTable:
     def test_of_layers_that_differ_and_with_costs(self):
         plan = bh.plan(
             llama(num_hidden_layers=4),
-            bh.importance.baselines.RandomUnits(),
+            RandomUnits(),
             amount=bh.Amount(kv_heads=0.25, channels=0.5, first=1, last=1),
         )
         lines = str(plan).splitlines()
@@ -219,7 +220,7 @@ class TestRefused:
         refused(model, {MLPS[1]: [0]}, f"channels: those of {MLPS[1]} cannot be removed: no rule for the op histc", ["channel"])
         bh.apply(model, bh.plan_units(model, {MLPS[0]: [0]}, ["channel"]))
         with pytest.raises(ValueError, match="no rule for the op histc"):
-            bh.plan(model, bh.importance.baselines.RandomUnits(), channels=0.5)
+            bh.plan(model, RandomUnits(), channels=0.5)
 
     def test_parameters_that_the_run_does_not_use(self):
         match = "residual channels: those of model.decoder cannot be removed: .* which the run never used, may have it too"
@@ -231,7 +232,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="Mamba2ForCausalLM has no channels"):
             find_units(model, "channel")
         with pytest.raises(ValueError, match=r"channels=0.5: the model has none that may be removed"):
-            bh.plan(model, bh.importance.baselines.RandomUnits(), channels=0.5)
+            bh.plan(model, RandomUnits(), channels=0.5)
 
     def test_a_quantised_model(self):
         model = llama()

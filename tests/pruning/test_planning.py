@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import billhook as bh
+from billhook.importance.baselines import RandomUnits
 from billhook.model.figures import figures_of
 from billhook.model.shapes.shape import shape_of
 from billhook.pruning.amount import Amount
@@ -26,14 +27,14 @@ def lost(plan):
 def scored(model, amount, first=None):
     """Units that may be removed, random scores of them, and the plan that they lead to."""
     units = Search(model, amount).free()
-    scores = bh.score(model, units, bh.importance.baselines.RandomUnits(), per=amount.per)
+    scores = bh.score(model, units, RandomUnits(), per=amount.per)
     return units, scores, plan_amount(model, amount, scores=scores, first=first)
 
 
 class TestRatios:
     @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.3, 1 / 3, 0.99])
     def test_of_each_layer_rounded_down(self, ratio):
-        plan = bh.plan(llama(intermediate_size=50), bh.importance.baselines.RandomUnits(), channels=ratio)
+        plan = bh.plan(llama(intermediate_size=50), RandomUnits(), channels=ratio)
         assert lost(plan) == dict.fromkeys(MLPS, math.floor(ratio * 50 + 1e-9))
 
     def test_of_all_layers(self):
@@ -44,9 +45,7 @@ class TestRatios:
         flat = sorted((float(value), name, unit) for name, own in scores.items() for unit, value in enumerate(own))
         expected = {(name, unit) for _, name, unit in flat[: math.floor(0.3 * 3 * 48)]}
         assert {(name, unit) for name, own in plan.units.items() for unit in own} == expected
-        least = bh.plan(
-            model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(channels=0.9, ranking="global", min_units=4)
-        )
+        least = bh.plan(model, RandomUnits(), amount=bh.Amount(channels=0.9, ranking="global", min_units=4))
         assert min(after[0] for after in least.after.values()) >= 4
 
     def test_the_least_important_go(self):
@@ -69,42 +68,37 @@ class TestRatios:
         with pytest.raises(
             ValueError, match=r"channels=0.3 \(round_to=16\) is not a single unit of a place, so that nothing would"
         ):
-            bh.plan(llama(), bh.importance.baselines.RandomUnits(), amount=bh.Amount(channels=0.3, round_to=16))
+            bh.plan(llama(), RandomUnits(), amount=bh.Amount(channels=0.3, round_to=16))
 
     def test_heads_of_grouped_queries(self):
-        plan = bh.plan(llama(), bh.importance.baselines.RandomUnits(), heads=0.5)
+        plan = bh.plan(llama(), RandomUnits(), heads=0.5)
         assert all(plan.after[name] == (4, 4) for name in ATTENTIONS)
-        plan = bh.plan(llama(), bh.importance.baselines.RandomUnits(), kv_heads=0.5)
+        plan = bh.plan(llama(), RandomUnits(), kv_heads=0.5)
         assert all(plan.after[name] == (4, 2) for name in ATTENTIONS)
         one = llama(num_key_value_heads=1)
-        assert all(bh.plan(one, bh.importance.baselines.RandomUnits(), heads=0.25).after[name] == (6, 1) for name in ATTENTIONS)
+        assert all(bh.plan(one, RandomUnits(), heads=0.25).after[name] == (6, 1) for name in ATTENTIONS)
         with pytest.raises(ValueError, match=r"kv_heads=0.5 is not a single unit of a place, so that nothing would be removed"):
-            bh.plan(one, bh.importance.baselines.RandomUnits(), kv_heads=0.5)
+            bh.plan(one, RandomUnits(), kv_heads=0.5)
         each = llama(num_key_value_heads=8)
         for name in ("heads", "kv_heads"):
-            assert all(
-                bh.plan(each, bh.importance.baselines.RandomUnits(), amount=bh.Amount(**{name: 0.25})).after[own] == (6, 6)
-                for own in ATTENTIONS
-            )
+            assert all(bh.plan(each, RandomUnits(), amount=bh.Amount(**{name: 0.25})).after[own] == (6, 6) for own in ATTENTIONS)
 
     def test_first_and_last_blocks_of_each_stack_stay(self):
         plan = bh.plan(
             llama(num_hidden_layers=5),
-            bh.importance.baselines.RandomUnits(),
+            RandomUnits(),
             amount=bh.Amount(channels=0.5, kv_heads=0.5, first=2, last=1),
         )
         assert {int(name.split(".")[2]) for name, count in lost(plan).items() if count} == {2, 3}
         model = t5()
-        plan = bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(channels=0.5, first=1))
+        plan = bh.plan(model, RandomUnits(), amount=bh.Amount(channels=0.5, first=1))
         assert lost(plan) == {name: 24 * (".block.1." in name) for name in find_units(model, ["channel"])}
-        assert (
-            lost(bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(residual=0.5, first=2)))[""] == 16
-        )  # a stream is of no block
+        assert lost(bh.plan(model, RandomUnits(), amount=bh.Amount(residual=0.5, first=2)))[""] == 16  # a stream is of no block
         with pytest.raises(ValueError, match=r"channels=0.5: all are in protected blocks"):
-            bh.plan(llama(), bh.importance.baselines.RandomUnits(), amount=bh.Amount(channels=0.5, first=1, last=1))
+            bh.plan(llama(), RandomUnits(), amount=bh.Amount(channels=0.5, first=1, last=1))
 
     def test_layers_that_share_a_bias_lose_the_same_heads(self):
-        plan = bh.plan(t5(), bh.importance.baselines.RandomUnits(), heads=0.5)
+        plan = bh.plan(t5(), RandomUnits(), heads=0.5)
         for stack in ("encoder", "decoder"):
             own = [heads for name, heads in plan.units.items() if name.startswith(stack) and "SelfAttention" in name]
             assert own[0] == own[1]
@@ -194,24 +188,24 @@ class TestTargets:
         model = llama(num_hidden_layers=3)
         before = shape_of(model)
         with pytest.raises(ValueError, match=f"{target}=1: 1 cannot be reached; with what may be removed, ") as refusal:
-            bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(first=first, **{target: 1}))
+            bh.plan(model, RandomUnits(), amount=bh.Amount(first=first, **{target: 1}))
         least, most = (
             int(number.replace(",", ""))
             for number in re.search(r"removed, ([\d,]+) to ([\d,]+) can", str(refusal.value)).groups()
         )
         assert most == getattr(figures_of(model), target)
         assert shape_of(model) == before
-        plan = bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(first=first, **{target: least}))
+        plan = bh.plan(model, RandomUnits(), amount=bh.Amount(first=first, **{target: least}))
         assert getattr(plan.costs[1], target) == least
         with pytest.raises(ValueError, match="cannot be reached"):
-            bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(first=first, **{target: least - 1}))
+            bh.plan(model, RandomUnits(), amount=bh.Amount(first=first, **{target: least - 1}))
 
     def test_what_is_there_already_or_cannot_be_told(self):
         now = llama().num_parameters()
         with pytest.raises(ValueError, match=f"params={now}: the model has no more than that, {now:,}"):
-            bh.plan(llama(), bh.importance.baselines.RandomUnits(), params=now)
+            bh.plan(llama(), RandomUnits(), params=now)
         with pytest.raises(ValueError, match="kv_cache_bytes=0.5: it cannot be measured of a BertForMaskedLM"):
-            bh.plan(bert(), bh.importance.baselines.RandomUnits(), amount=bh.Amount(kv_cache_bytes=0.5))
+            bh.plan(bert(), RandomUnits(), amount=bh.Amount(kv_cache_bytes=0.5))
 
     def test_the_first_that_is_low_enough(self):
         for count in (1, 2, 3, 10, 57):
@@ -255,7 +249,7 @@ class TestRefused:
         model = llama()
         before = shape_of(model)
         with pytest.raises(ValueError, match=match):
-            bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(**arguments))
+            bh.plan(model, RandomUnits(), amount=bh.Amount(**arguments))
         assert shape_of(model) == before
 
     def test_what_data_must_tell(self):

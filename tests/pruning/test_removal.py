@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 import billhook as bh
+from billhook.importance.baselines import RandomUnits
 from billhook.model.linears import read_dim
 from billhook.model.shapes.shape import shape_of
 from billhook.pruning import removal
@@ -343,7 +344,7 @@ class TestExperts:
         with pytest.raises(ValueError, match=match):
             bh.plan_units(model, {place: [0, 1, 2]}, "expert")
         with pytest.raises(ValueError, match="each token takes 2"):
-            bh.plan(model, bh.importance.baselines.RandomUnits(), experts=0.75)
+            bh.plan(model, RandomUnits(), experts=0.75)
         assert shape_of(model) == before
         one = build("mixtral", num_experts_per_tok=1)
         bh.apply(one, bh.plan_units(one, {place: [0, 1, 2]}, ["expert"]))
@@ -351,7 +352,7 @@ class TestExperts:
 
     def test_the_loss_of_the_router_follows(self):
         model = build("mixtral")
-        bh.apply(model, bh.plan(model, bh.importance.baselines.RandomUnits(), experts=0.5))
+        bh.apply(model, bh.plan(model, RandomUnits(), experts=0.5))
         said = model.train()(tokens(), labels=tokens(), output_router_logits=True)
         assert said.router_logits[0].shape[-1] == model.num_experts == 2
         said.loss.backward()
@@ -363,19 +364,19 @@ class TestExperts:
         with pytest.raises(ValueError, match="would be left with 47 of 48, .* multiples of 4: 44 or 48 may stay"):
             bh.plan_units(model, {0: [5]}, "channel")
         assert (shape_of(model), [id(p) for p in model.parameters()]) == before
-        bh.apply(model, plan := bh.plan(model, bh.importance.baselines.RandomUnits(), channels=0.3))
+        bh.apply(model, plan := bh.plan(model, RandomUnits(), channels=0.3))
         assert set(plan.after.values()) == {(36,)}
         model.train()(tokens(), labels=tokens()).loss.backward()
 
     def test_widths_of_half_precision(self):
         model = build("mixtral").bfloat16()
-        plan = bh.plan(model, bh.importance.baselines.RandomUnits(), channels=0.2)
+        plan = bh.plan(model, RandomUnits(), channels=0.2)
         assert set(plan.after.values()) == {(40,)}
 
 
 def every_kind(model):
     """A plan of heads, channels and residual channels of a small Llama."""
-    return bh.plan(model, bh.importance.baselines.RandomUnits(), heads=0.5, channels=0.25, residual=0.25)
+    return bh.plan(model, RandomUnits(), heads=0.5, channels=0.25, residual=0.25)
 
 
 def cut(plan, name, tensor):
@@ -498,7 +499,7 @@ class TestNothingIsHalfDone:
     ])  # fmt: skip
     def test_an_error_in_the_middle(self, name, where, kinds, monkeypatch):
         model, optimizer = self.trained(llama() if name == "llama" else gpt2())
-        plan = bh.plan(model, bh.importance.baselines.RandomUnits(), amount=bh.Amount(**kinds))
+        plan = bh.plan(model, RandomUnits(), amount=bh.Amount(**kinds))
         before = self.everything(model, optimizer)
         place = changes if where == "replace_parameters" else removal
         real, calls = getattr(place, where), []
@@ -520,7 +521,7 @@ class TestNothingIsHalfDone:
 
     def test_code_that_does_not_run(self, monkeypatch):
         model, optimizer = self.trained(gpt2())
-        plan = bh.plan(model, bh.importance.baselines.RandomUnits(), residual=0.25)
+        plan = bh.plan(model, RandomUnits(), residual=0.25)
         before = self.everything(model, optimizer)
 
         def fails(*_):

@@ -12,6 +12,7 @@ from small_configs import architectures, build, has_experts, small_config
 from torch import nn
 
 import billhook as bh
+from billhook.model.meta import from_name
 from billhook.tracing.roles import Part
 
 
@@ -130,7 +131,7 @@ def test_alibi_is_flagged() -> None:
 
 
 def test_tied_embeddings_are_one_member_with_two_names() -> None:
-    structure = bh.trace(bh.trace.__globals__["from_name"]("tiny"))
+    structure = bh.trace(from_name("tiny"))
     assert structure.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     (vocab,) = structure.of_kind("vocab")
     assert [m.name for m in vocab.members] == ["model.embed_tokens.weight"]

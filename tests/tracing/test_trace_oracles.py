@@ -13,6 +13,7 @@ from small_configs import architectures, build, has_experts, small_config
 
 import billhook as bh
 from billhook.model.runs.inputs import make_inputs
+from billhook.tracing.groups import Group
 from billhook.tracing.show import fold
 from kit.units import FAMILIES
 
@@ -47,7 +48,7 @@ class Case:
     def run(self, model: torch.nn.Module | None = None) -> torch.Tensor:
         return oracle.answer((model or self.model)(**self.inputs))
 
-    def one_of_each(self) -> list[bh.tracing.groups.Group]:
+    def one_of_each(self) -> list[Group]:
         return [own[0] for own in fold(self.structure.groups)]
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import billhook as bh
+from billhook.assets import model_path
 from billhook.model.find import find_transformer
 from billhook.training import distillation
 from billhook.training.distillation import Distillation, fingerprint, kl_divergence
@@ -393,7 +394,7 @@ def test_a_teacher_of_another_vocabulary(tmp_path):
 
 
 def test_a_teacher_that_means_other_tokens_by_the_same_numbers(tmp_path):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(bh.assets.model_path("tiny"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_path("tiny"))
     model = fits.module().model
     for name in ("same", "other"):
         model.save_pretrained(tmp_path / name)

@@ -7,6 +7,7 @@ import peft
 import pytest
 
 import billhook as bh
+from billhook.importance.baselines import RandomUnits
 from billhook.model.runs.answers import alike, answer
 from billhook.tracing.trace import trace
 from billhook.units.find import find_units, of_kind, units_of
@@ -210,7 +211,7 @@ class TestWhichOnes:
 
     def test_what_is_left_is_found_again(self):
         model = llama()
-        bh.apply(model, bh.plan(model, bh.importance.baselines.RandomUnits(), channels=0.5, residual=0.25))
+        bh.apply(model, bh.plan(model, RandomUnits(), channels=0.5, residual=0.25))
         found = find_units(model, ["channel", "residual"])
         assert [one.count() for one in found.values()] == [24, 24, 24]
         model(tokens())

@@ -42,10 +42,8 @@ THEIRS = {
         "Taylor, isomorphic": (TAYLOR, False, ISOMORPHIC),
     },
 }
-OURS = {
-    "ViT": {"channels": {"kv_heads": 0.0}, "heads and channels": {}},
-    "ConvNeXt": {"channels": {}},
-}
+OURS = {"ViT": {"channels": False, "heads and channels": True}, "ConvNeXt": {"channels": False}}
+"""Whether heads go, too, in the ratio in which operations do."""
 
 
 def theirs(importance, bottleneck, how, target, model, images):
@@ -88,10 +86,11 @@ def pruned(importance, bottleneck, how, ratio, model, images):
     return model
 
 
-def ours(ratios, repaired, target, model, images):
+def ours(heads, repaired, target, model, images):
     """Prunes by billhook to a target."""
     batches = calibration(images)
-    plan = bh.plan(model, bh.OutputNorm(), batches, amount=bh.Amount(flops=target, round_to=1, **ratios))
+    amount = bh.Amount(flops=target, kv_heads=1 - target if heads else 0.0, round_to=1)
+    plan = bh.plan(model, bh.OutputNorm(), batches, amount=amount)
     bh.apply(model, plan, weights=bh.repair(model, plan, batches) if repaired else None)
     return model
 
@@ -100,9 +99,9 @@ def rows(name):
     """The rows of a model, each with what makes it."""
     for recipe, settings in THEIRS[name].items():
         yield f"torch-pruning: {recipe}", partial(theirs, *settings)
-    for recipe, ratios in OURS[name].items():
-        yield f"billhook: {recipe}", partial(ours, ratios, True)
-    yield "billhook: channels, no repair", partial(ours, OURS[name]["channels"], False)
+    for recipe, heads in OURS[name].items():
+        yield f"billhook: {recipe}", partial(ours, heads, True)
+    yield "billhook: channels, no repair", partial(ours, False, False)
 
 
 def main():

@@ -161,6 +161,24 @@ class TestTargets:
         bh.apply(twin, bh.plan_units(twin, fewer, ["head", "channel"]))
         assert getattr(figures_of(twin), target) > limit >= getattr(plan.costs[1], target)
 
+    @pytest.mark.parametrize(("target", "asked"), [("params", 0.85), ("bytes", 0.7), ("flops", 0.8)])
+    def test_channels_alone_go_while_half_of_them_are_enough(self, target, asked):
+        model = llama(intermediate_size=96)
+        alone = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(**{target: asked}, round_to=1))
+        told = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(**{target: asked}, kv_heads=0.0, round_to=1))
+        assert alone.units == told.units
+        assert alone.units.keys() == set(MLPS)
+
+    def test_where_they_are_not_heads_go_too(self):
+        model = llama(intermediate_size=96)
+        least = bh.plan(model, bh.WeightNorm(), channels=0.5).parameters[1]
+        at = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(params=least, round_to=1))
+        below = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(params=int(0.97 * least), round_to=1))
+        assert all(at.after[name] == (48,) for name in MLPS)
+        assert all(at.after[name] == (8, 4) for name in ATTENTIONS)
+        assert all(48 < below.after[name][0] < 96 for name in MLPS)
+        assert all(below.after[name][1] < 4 for name in ATTENTIONS)
+
     @pytest.mark.parametrize(("make_one", "target"), [
         (bert, "params"), (gpt2, "kv_cache_bytes"), (t5, "kv_cache_bytes"), (lambda: build("mixtral"), "kv_cache_bytes"),
         (lambda: llama(num_key_value_heads=8), "params"), (lambda: build("qwen3", tie_word_embeddings=True), "params"),

@@ -25,8 +25,9 @@ class Amount:
     """How much is removed: a ratio for each kind of unit, or one target, for which the ratios that were left open are found.
 
     A ratio is a fraction in [0, 1) of the units that are there, in blocks that are not protected, rounded down. A target is the
-    most that may be left: a number (int), or a fraction (float in 0..1) of what is there now. KV heads and channels are removed
-    for it in equal ratios, unless theirs is given; for `kv_cache_bytes` KV heads alone.
+    most that may be left: a number (int), or a fraction (float in 0..1) of what is there now. For it channels alone are removed,
+    as far as half of them are enough (0.52), and KV heads and channels in equal ratios where they are not; for
+    `kv_cache_bytes` KV heads alone. A ratio that is given holds.
 
     Args:
         heads: Ratio of the query heads, as many of each KV head.

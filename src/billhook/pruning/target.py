@@ -25,6 +25,10 @@ from billhook.units.channels import why_none
 from billhook.units.find import of_kind, units_of
 from billhook.units.units import Units
 
+ALONE = 0.52
+"""The share of channels up to which they alone go for a target: there the loss of SmolLM2 without channels meets that of one which
+has lost KV heads, too (docs/smaller.md)."""
+
 
 class Search:
     """The ratios of an amount, found for one model; it remembers what models of each shape cost."""
@@ -109,6 +113,10 @@ class Search:
         if target is None:
             return ratios
         limit = self.limit(target)
+        if len(names) > 1:
+            alone = self._first(scores, names[-1:], ratios | {"kv_heads": 0.0}, target, limit)
+            if alone is not None and alone <= ALONE:
+                return ratios | {"kv_heads": 0.0, names[-1]: alone}
         common = self._lowest(scores, names, ratios, target, limit)
         ratios |= {name: min(common, self._most(name)) for name in names}
         if len(names) == 1:

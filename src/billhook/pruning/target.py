@@ -26,8 +26,8 @@ from billhook.units.find import of_kind, units_of
 from billhook.units.units import Units
 
 ALONE = 0.52
-"""The share of channels up to which they alone go for a target: there the loss of SmolLM2 without channels meets that of one which
-has lost KV heads, too (docs/smaller.md)."""
+"""The share of channels up to which they alone go for a target: there the loss of SmolLM2 without channels meets that of one
+which has lost KV heads, too (docs/smaller.md)."""
 
 
 class Search:

@@ -86,7 +86,7 @@ def test_a_target_is_met_in_parts(files, tmp_path, ranking):
 REPAIRED = {
     "enough": ({"channels": 0.25}, {"calibration": 16}, "OutputNorm, repaired"),
     "too few": ({"channels": 0.25}, {"calibration": 2}, "OutputNorm, not repaired: batches: "),
-    "nothing reads": ({"residual": 0.25}, {}, "Taylor, not repaired: repair: no linear layer reads what is removed"),
+    "nothing reads": ({"residual": 0.25}, {}, "OutputNorm, not repaired: repair: no linear layer reads what is removed"),
     "no examples": ({"channels": 0.25}, {"importance": bh.WeightNorm()}, "WeightNorm)"),
     "not asked": ({"channels": 0.25}, {"repair": None}, "OutputNorm)"),
 }

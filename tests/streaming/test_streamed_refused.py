@@ -51,7 +51,6 @@ REFUSED = {
     "planned by Taylor": (planned(bh.Taylor(), params=0.8), GRADIENTS),
     "planned by an own importance": (planned(Steep(), kv_heads=0.5), GRADIENTS),
     "blocks by Taylor": (planned(bh.Taylor(), blocks=1), GRADIENTS),
-    "residual by default": (planned(residual=0.25), GRADIENTS),
     "residual and channels": (planned(bh.WeightNorm(), residual=0.25, channels=0.25), BOTH),
     "residual and heads": (lambda model: bh.plan_units(model, {0: [0]}, ["residual", "head"]), BOTH),
     "shrink": (lambda model: bh.shrink(model, stopped.batches(), params=0.8), WEIGHTS),
@@ -67,8 +66,10 @@ REFUSED = {
 COMMANDS = {
     "shrink": (["shrink", "--params", "0.8"], "stream=True: this command needs gradients, or all weights at once"),
     "Taylor": (["prune-structure", "--channels", "0.25", "--importance", "Taylor"], "it needs gradients"),
-    "residual by default": (["prune-structure", "--residual", "0.25"], "it needs gradients"),
-    "blocks, and then residual": (["prune-structure", "--blocks", "1", "--residual", "0.25"], "it needs gradients"),
+    "blocks, and then Taylor": (
+        ["prune-structure", "--blocks", "1", "--residual", "0.25", "--importance", "Taylor"],
+        "it needs gradients",
+    ),
     "both": (["prune-structure", "--residual", "0.25", "--channels", "0.25", "--importance", "WeightNorm"], "not both at once"),
     "heads by default": (["prune-heads", "--ratio", "0.5"], "it needs gradients"),
 }

@@ -47,7 +47,7 @@ class StructuredPruning(ShapeCallback):
             progress: the share of the amount that is removed by a step, which rises to 1.
         rounds: In how many rounds each event takes place; scores are taken again in each.
         importance: How much a unit matters: any `Importance`; by default `OutputNorm`, or `Taylor`, the paper's, where no module
-            of its own reads some units, as residual channels.
+            reads some units alone, as experts.
         repair: How the linears that read removed units make up for them: least squares on the examples (see `Repair`); `"auto"`:
             by `Repair()` where scores are taken from examples, and these are enough; None: they keep their weights, as in the
             paper.

@@ -9,8 +9,8 @@ from billhook.units.units import Units
 
 
 def default_importance(units: Mapping[str, Units]) -> Importance:
-    """Returns `OutputNorm()`, or `Taylor()` where no module of its own reads some of the units, as experts.
+    """Returns `OutputNorm()`, or `Taylor()` where no module reads some of the units alone, as experts.
 
     docs/smaller.md compares them at equal size, on a real model.
     """
-    return OutputNorm() if all(one.readers and one.kind != "residual" for one in units.values()) else Taylor()
+    return OutputNorm() if all(one.readers for one in units.values()) else Taylor()

@@ -62,8 +62,8 @@ def plan(
 
     Args:
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
-        importance: Any `Importance`; by default `OutputNorm()`, or `Taylor()` where no module of its own reads some units, as
-            experts and residual channels; of blocks `BlockInfluence()`.
+        importance: Any `Importance`; by default `OutputNorm()`, or `Taylor()` where no module reads some units alone, as
+            experts; of blocks `BlockInfluence()`.
         batches: Inputs of the model's forward, as dictionaries, labels included; a causal language model's own inputs are its
             labels where there are none. Padding (by `attention_mask`) does not count. A `Calibration` reads them; by default
             they are what the model itself writes.

@@ -79,8 +79,8 @@ def prune_structure(
         block_importance: How blocks are scored: `BlockInfluence` (ShortGPT, https://arxiv.org/abs/2403.03853; the default), or
             `Ablation`, one forward a block.
         importance: How units are scored: `OutputNorm`, `Taylor` (LLM-Pruner), or any other `Importance`, also a class of your
-            own; by default `OutputNorm`, or `Taylor` where no module reads some units alone, as experts. With `stream` one without
-            gradients.
+            own; by default `OutputNorm`, or `Taylor` where no module reads some units alone, as experts. With `stream` one
+            without gradients.
         rounds: In how many rounds, each with new scores.
         repair: How the linears that read removed units make up for them, by least squares on the examples; "auto": by `Repair()`
             where linears read them, and the examples are enough; null: they do not.

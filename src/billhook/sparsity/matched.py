@@ -1,7 +1,6 @@
 """Prunes during a walk, and tunes what is kept of a block when all runs have come out of it."""
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -50,8 +49,10 @@ class MatchingVisitor(PruningVisitor):
             return
         own = {name: one for name in site.linears if isinstance(one := self.pruned.get(name), Pruned)}
         passages, self._given = self._passages(), {}
-        with gathered(site.module) if own else nullcontext():
-            if own and self._enough(passages, weight_of(site.linears[next(iter(own))]).device):
+        if not own:
+            return
+        with gathered(site.module):
+            if self._enough(passages, weight_of(site.linears[next(iter(own))]).device):
                 self._tune(site, own, passages)
 
     def _enough(self, passages: Sequence[Passage], device: torch.device) -> bool:

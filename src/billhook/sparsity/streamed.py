@@ -106,7 +106,7 @@ class StreamedPruning:
         return Site(site.module, {}, becomes=partial(self._made, site.module) if self.visitor.dense else None)
 
     def _made(self, block: nn.Module) -> dict[nn.Module, dict[str, Tensor]]:
-        """Reads the weights of linears that an earlier process has made of a block, which is there again as it was afterwards."""
+        """Reads the weights that an earlier process has made of a block's linears; the block is as it was, before and after."""
         back, inside = self.stream.way_back(), set(block.modules())
         self.stream.adopt(self.names[block])
         self.stream.bring(block)

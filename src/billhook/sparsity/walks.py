@@ -105,6 +105,8 @@ class Walks:
             if sequential is None:
                 visitor.finish(self.linears)
                 return set()
+            if visitor.dense and self.twins:
+                refuse_again(name for name, _ in self.twins)
             if is_sharded(self.model):
                 self._walk_sharded(sequential, visitor, keep, forwards)
                 return set()
@@ -121,8 +123,6 @@ class Walks:
         first = {name: one for name, one in self.linears.items() if name in often or sequential == "none"}
         others = {name: one for name, one in self.linears.items() if name not in first}
         new: dict[nn.Module, dict[str, Tensor]] = {}
-        if often and visitor.dense:
-            refuse_again(often)
         if first:
             site = Site(self.model, first, False if often else None, self.twins)
             Walk([site], visitor, self.reduce, keep)(forwards)
@@ -176,8 +176,6 @@ class Walks:
     ) -> None:
         """Gathers one block at a time, on all ranks together; with `"none"` the runs pass through the dense blocks, too."""
         blocks, dense = [site.module for site in self.blocks()], visitor.dense
-        if dense and self.twins:
-            refuse_again(name for name, _ in self.twins)
         owner = {module: block for block in blocks for module in block.modules()}
         sites = find_sites(self.model, self.linears, "block" if sequential == "none" else sequential, gates=True)
         sites = with_ways_out(self.model, sites) if dense else sites

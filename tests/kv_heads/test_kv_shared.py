@@ -14,8 +14,8 @@ from billhook.kv_heads.methods.named import method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.surgery import changed
 from billhook.repairs.in_turn import Refitted, but
-from billhook.running.blocks import blocks_of
 from billhook.running.sharded.turns import Turns, in_turn
+from billhook.running.sites import blocks_of
 from kit.families import llama, tokens
 from kit.losses import BUILD
 

@@ -10,8 +10,8 @@ import billhook as bh
 from billhook.pruning.repair import repair_with
 from billhook.repairs.in_turn import Refitted
 from billhook.running.batches import Run
-from billhook.running.blocks import blocks_of
 from billhook.running.sharded.turns import Turns, in_turn
+from billhook.running.sites import blocks_of
 from kit.families import build, tokens
 from kit.losses import BUILD
 

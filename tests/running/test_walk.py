@@ -10,8 +10,9 @@ from small_configs import architectures, build, small_config
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from billhook.running.sites import find_sites
 from billhook.running.undisturbed import undisturbed
-from billhook.running.walk import Walk, find_sites
+from billhook.running.walk import Walk
 from kit.sparsity import Routed, batches_of
 
 FAMILIES = [

@@ -25,7 +25,7 @@ from billhook.fit.training_step import runs_as_in_training
 from billhook.model.convolutions import Convolutions
 from billhook.model.find import find_transformer
 from billhook.running.sharded.shards import gathered, unsharded, whole
-from billhook.running.walk import Sequential
+from billhook.running.sites import Sequential
 from billhook.schedules import Schedule
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import adapters_to_count, check_matching, check_pruning, needs_data

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from billhook.repairs.visitor import RepairVisitor
 from billhook.running.sharded.turns import Turns
-from billhook.running.walk import Reduce, Site, Walk, find_sites
+from billhook.running.sites import Site, find_sites
+from billhook.running.walk import Reduce, Walk
 from billhook.streaming.aside import itself
 from billhook.streaming.stream import Stream
 

@@ -30,8 +30,9 @@ from billhook.running.batches import Run, tell_apart
 from billhook.running.replaced import replaced
 from billhook.running.sharded.passes import passing
 from billhook.running.sharded.turns import turns_of
+from billhook.running.sites import Site, find_sites
 from billhook.running.undisturbed import undisturbed
-from billhook.running.walk import Reduce, Site, Walk, find_sites
+from billhook.running.walk import Reduce, Walk
 from billhook.streaming.either import all_here, apart
 from billhook.streaming.stream import stream_of
 

@@ -14,8 +14,9 @@ from billhook.repairs.moments import OwedMoments, folds_of, wide
 from billhook.repairs.pool import Pool
 from billhook.running.batches import Run
 from billhook.running.resident import give_back, let_go
+from billhook.running.sites import Site
 from billhook.running.statistics import InputNorms
-from billhook.running.walk import Reduce, Site
+from billhook.running.walk import Reduce
 
 Given = Mapping[str, Mapping[str, Tensor]]
 """By linear, its parameters by their name in it, as they lie in memory."""

@@ -7,40 +7,24 @@ whatever else one block hands to the next are what the model makes of them; noth
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import Cache
 
-from billhook.running.blocks import blocks_of, blocks_with
 from billhook.running.overridden import overridden
 from billhook.running.replaced import replaced
+from billhook.running.sites import Site
 from billhook.running.undisturbed import Ambient
-
-Sequential = Literal["block", "layer", "none"]
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments and the keywords of a call."""
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks, in place."""
-
-
-@dataclass(eq=False)
-class Site:
-    """A module whose linears are pruned together (a block, one linear, the model), or, without linears, is only waited at."""
-
-    module: nn.Module
-    linears: dict[str, nn.Module]
-    once: bool | None = None  # whether each of them is called exactly once, as the first run has shown
-    twins: Sequence[tuple[str, nn.Module]] = ()  # others with the weight of one of them, which count as calls of it
-    out: bool = False  # whether runs rest where they come out of the module, and pass it once more with what is new then
-    becomes: Callable[[], Mapping[nn.Module, Mapping[str, Tensor]]] | None = None  # its new parameters, where they are known
 
 
 class Visitor(Protocol):
@@ -56,42 +40,22 @@ class Visitor(Protocol):
         """Returns the new parameters of a complete site: by linear, by their name in it."""
 
 
+class Comparing(Protocol):
+    """The comparison of what blocks give in some runs with what dense ones give in others."""
+
+    @property
+    def dense(self) -> Collection[int]:
+        """The numbers of the runs of the dense model, of which the visitor observes nothing."""
+
+    def came_out(self, run: int, given: Given, output: object) -> None:
+        """Notes the arguments and keywords of a module in a run, and what it gave, at a way out."""
+
+    def came_again(self, site: Site) -> None:
+        """Is told of a complete site that a run comes to once more."""
+
+
 class _Seen(BaseException):
     """All linears of a site have been called; the rest of its forward would be for nothing."""
-
-
-def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: Sequential, gates: bool = False) -> list[Site]:
-    """Finds the sites where runs rest: blocks and linears outside of them, every linear, or the model as a whole.
-
-    Args:
-        model: The model.
-        linears: Those to prune, by name, in the order of the model's modules.
-        sequential: "block", "layer" or "none".
-        gates: Whether all runs leave a block before one enters the next, also where they rest within.
-    """
-    if sequential == "none":
-        return [Site(model, dict(linears))]
-    of: dict[nn.Module, Site] = {}
-    blocks = list(blocks_with(model, set(linears.values())))
-    owner = {module: block for block in blocks for module in block.modules()}
-    for name, linear in linears.items():
-        block = owner.get(linear, linear)
-        if gates:
-            of.setdefault(block, Site(block, {}))
-        module = block if sequential == "block" else linear
-        of.setdefault(module, Site(module, {})).linears[name] = linear
-    return list(of.values())
-
-
-def with_ways_out(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """Adds to sites of a model, in order, the way out of each block in which some of them have linears."""
-    owner = {module: block for block in blocks_of(model) for module in block.modules()}
-    found = list[Site]()
-    for block, within in groupby(sites, key=lambda site: owner.get(site.module)):
-        own = list(within)
-        inside = {name: linear for site in own for name, linear in site.linears.items()}
-        found += own if block is None or not inside else [*own, Site(block, inside, out=True)]
-    return found
 
 
 class Walk:
@@ -107,9 +71,7 @@ class Walk:
         around: What a site's module needs while runs are in it; by default nothing.
         ends: How many runs continue to their end when all sites are complete; with one, `again` has all that are called again.
         leave: Called with each site when all runs have passed it, on any rank.
-        unseen: The numbers of runs that the visitor observes nothing of.
-        came_out: Called at the ways out with the number of a run, the arguments and keywords of the module, and what it gave.
-        came_again: Called with a complete site that a run comes to once more.
+        compares: What compares runs with those of the dense model at the ways out; by default nothing.
     """
 
     def __init__(
@@ -122,13 +84,11 @@ class Walk:
         around: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
         ends: int = 0,
         leave: Callable[[Site], None] | None = None,
-        unseen: Collection[int] = (),
-        came_out: Callable[[int, Given, object], None] | None = None,
-        came_again: Callable[[Site], None] | None = None,
+        compares: Comparing | None = None,
     ) -> None:
         self.sites, self.visitor, self.reduce, self.keep = list(sites), visitor, reduce, keep
         self.untouched, self.around, self.ends, self.leave = untouched, around, ends, leave
-        self.unseen, self.came_out, self.came_again = unseen, came_out, came_again
+        self.compares = compares
         self.complete: set[Site] = set()
         self.again: set[Site] = set()
         self._watched: Site | None = None
@@ -223,7 +183,7 @@ class Walk:
         else:
             self._rest(site, (args, kwargs))
             if site.linears:
-                if self._run not in self.unseen:
+                if self.compares is None or self._run not in self.compares.dense:
                     self._see(site, forward, args, kwargs)
                 self._rest(site)
         with nullcontext() if self._run in self.untouched else self._pruned(site):
@@ -231,8 +191,8 @@ class Walk:
 
     def _come_again(self, site: Site) -> None:
         self.again.add(site)
-        if self.came_again is not None:
-            self.came_again(site)
+        if self.compares is not None:
+            self.compares.came_again(site)
 
     def _rest(self, site: Site, kept: object = None) -> None:
         """Lets others go on until all are here."""
@@ -253,8 +213,8 @@ class Walk:
             self.keep((args, kwargs))
         output = forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
         self._rest(site, output)
-        if self.came_out is not None:
-            self.came_out(self._run, (args, kwargs), output)
+        if self.compares is not None:
+            self.compares.came_out(self._run, (args, kwargs), output)
         self._rest(site)
         if self._run in self.untouched:
             return output

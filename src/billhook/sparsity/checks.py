@@ -13,7 +13,8 @@ from billhook.adapters.masked import active_in, plain_adapters
 from billhook.arguments import one_of
 from billhook.model.convolutions import Convolutions, is_convolution
 from billhook.model.linears import channels, prunable, weight_of
-from billhook.running.walk import Reduce, Sequential, find_sites
+from billhook.running.sites import Sequential, find_sites
+from billhook.running.walk import Reduce
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from billhook.model.convolutions import is_convolution
 from billhook.model.linears import turned, weight_of
 from billhook.running.sharded.shards import gathered
-from billhook.running.walk import Given, Site
+from billhook.running.sites import Site
+from billhook.running.walk import Given
 from billhook.sparsity.matching import BlockMatching, Passage, Tuning, stream_in
 from billhook.sparsity.plan import Pruned
 from billhook.sparsity.visitor import PruningVisitor

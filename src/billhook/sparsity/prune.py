@@ -16,7 +16,8 @@ from billhook.model.convolutions import Convolutions
 from billhook.model.linears import weight_of
 from billhook.model.values import check_changeable
 from billhook.running.sharded.shards import is_sharded, reshard, whole
-from billhook.running.walk import Reduce, Sequential
+from billhook.running.sites import Sequential
+from billhook.running.walk import Reduce
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.checks import (
     adapters_to_count,

@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
+from billhook.running.sites import Sequential, Site, find_sites, with_ways_out
+from billhook.running.walk import Reduce, Walk
 from billhook.sparsity.plan import Applied
 from billhook.sparsity.visitor import PruningVisitor
 from billhook.streaming.stream import Stream
@@ -59,22 +60,11 @@ class StreamedPruning:
         """Walks with runs, which pass blocks as they become, or as they were."""
         untouched = range(len(forwards)) if dense else self.visitor.dense
         around = self._there if untouched else self._adopted
-        walk = Walk(
-            sites,
-            self.visitor,
-            self.reduce,
-            keep,
-            untouched,
-            around,
-            ends=1,
-            leave=self._leave,
-            unseen=self.visitor.dense,
-            came_out=self.visitor.came_out,
-            came_again=self.visitor.came_again,
-        )
+        walk = Walk(sites, self.visitor, self.reduce, keep, untouched, around, 1, self._leave, self.visitor)
         walk(forwards)
         if walk.again:
-            again = next(name for site in walk.again for name in site.linears)
+            modules = {site.module for site in walk.again}
+            again = next(name for name, module in self.stream.model.named_modules() if module in modules)
             raise ValueError(f"model: {again} is called again later, and is streamed: prune the model in memory")
 
     def _sites(self, sequential: Sequential) -> list[Site]:

@@ -15,8 +15,9 @@ from billhook.model.convolutions import batched, is_convolution, places_of
 from billhook.model.linears import turned, weight_of
 from billhook.running.ranks import Ranks, own_of
 from billhook.running.sharded.shards import whole
+from billhook.running.sites import Site
 from billhook.running.statistics import Statistics
-from billhook.running.walk import Given, Reduce, Site
+from billhook.running.walk import Given, Reduce
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.grouped import Grouped, add_patches, empty_for, prune_by, scores_of
 from billhook.sparsity.masks import keep_global, where_kept

@@ -15,8 +15,9 @@ from billhook.running.batches import Run, runs_of, tell_apart
 from billhook.running.offload import Shelf, offloaded
 from billhook.running.replaced import replaced
 from billhook.running.sharded.shards import gathered, is_sharded, unsharded
+from billhook.running.sites import Sequential, Site, find_sites, with_ways_out
 from billhook.running.undisturbed import undisturbed
-from billhook.running.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
+from billhook.running.walk import Reduce, Walk
 from billhook.sparsity.matched import refuse_again
 from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.streamed import StreamedPruning
@@ -132,18 +133,7 @@ class Walks:
         with replaced(new):
             sites = find_sites(self.model, others, sequential, gates=self.offload is not None)
             sites = with_ways_out(self.model, sites) if visitor.dense else sites
-            dense = visitor.dense
-            walk = Walk(
-                sites,
-                visitor,
-                self.reduce,
-                keep,
-                dense,
-                ends=1,
-                unseen=dense,
-                came_out=visitor.came_out,
-                came_again=visitor.came_again,
-            )
+            walk = Walk(sites, visitor, self.reduce, keep, visitor.dense, ends=1, compares=visitor)
             walk(forwards)
             return {name for site in walk.again for name in site.linears}
 
@@ -179,17 +169,8 @@ class Walks:
         owner = {module: block for block in blocks for module in block.modules()}
         sites = find_sites(self.model, self.linears, "block" if sequential == "none" else sequential, gates=True)
         sites = with_ways_out(self.model, sites) if dense else sites
-        walk = Walk(
-            sites,
-            visitor,
-            self.reduce,
-            keep,
-            range(len(forwards)) if sequential == "none" else dense,
-            lambda module: gathered(owner[module]),
-            unseen=dense,
-            came_out=visitor.came_out,
-            came_again=visitor.came_again,
-        )
+        untouched = range(len(forwards)) if sequential == "none" else dense
+        walk = Walk(sites, visitor, self.reduce, keep, untouched, lambda module: gathered(owner[module]), compares=visitor)
         with unsharded(self.model), gathered(self.model, but=blocks):
             walk(forwards)
 

@@ -17,8 +17,8 @@ from billhook.model.transformers_internals import (
     load_some,
     named_in,
 )
-from billhook.running.blocks import blocks_of
 from billhook.running.coming import Before
+from billhook.running.sites import blocks_of
 from billhook.streaming.files import Files, renumbered
 from billhook.streaming.gradients import ComingOnce
 from billhook.streaming.parts import Parts

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from billhook.running.offload import Shelf
 from billhook.running.sharded.turns import Turns
-from billhook.running.walk import Reduce, Site, Walk
+from billhook.running.sites import Site
+from billhook.running.walk import Reduce, Walk
 from billhook.streaming.stream import Stream, stream_of
 
 

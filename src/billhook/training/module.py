@@ -24,9 +24,9 @@ from billhook.fit.resume import ShapeInCheckpoint
 from billhook.fit.run import training_steps
 from billhook.fit.shape_before import load_as_before, load_in_shape
 from billhook.model.preprocessors import tokenizer_of
-from billhook.running.blocks import blocks_of
 from billhook.running.noise import Noise
 from billhook.running.sharded.shards import is_sharded, shard
+from billhook.running.sites import blocks_of
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.training.distillation import Distillation, Teacher, check_teacher
 from billhook.training.loader import batches_seen

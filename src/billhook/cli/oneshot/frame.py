@@ -33,7 +33,7 @@ from billhook.report.generation import generates
 from billhook.report.metrics import accuracy
 from billhook.running.batches import Batch
 from billhook.running.offload import offloaded
-from billhook.running.walk import find_sites
+from billhook.running.sites import find_sites
 from billhook.streaming.load import stream
 from billhook.streaming.stream import stream_of
 from billhook.streaming.zeros import zeros_by_name, zeros_of

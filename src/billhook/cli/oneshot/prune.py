@@ -5,7 +5,7 @@ from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import Matches, bytes_of_moments
 from billhook.cli.oneshot.text import NONE, Pictures
 from billhook.model.convolutions import Convolutions
-from billhook.running.walk import Sequential
+from billhook.running.sites import Sequential
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from billhook.running.blocks import blocks_of
 from billhook.running.coming import Before, ComingAgain
 from billhook.running.sharded.places import Place, free, has_memory, places_of, without_memory
 from billhook.running.sharded.shards import Lies, is_sharded, unsharded, whole
+from billhook.running.sites import blocks_of
 
 TURNS = "_billhook_turns"
 """The attribute of modules around blocks that holds their turns."""

@@ -4,9 +4,10 @@
 by name, `--jobs` runs so many at once (and spoils the times a little).
 
 Calibration is the first 32 windows of 512 tokens of TRAIN, perplexity that of the first 64 windows of TEST, 511 predictions
-each, in float32. Every row is a fresh process: how much its memory grows at most while it prunes, the CPU seconds of that on one
-thread, and the same of one forward of the calibration windows through the decoder, without the output embedding: the mean of one
-right before and one right afterwards.
+each, in float32. With `--also TRAIN TEST` calibration is the first 16 windows of either training text, and a column more has the
+perplexity of the first 32 windows of that test text. Every row is a fresh process: how much its memory grows at most while it
+prunes, the CPU seconds of that on one thread, and the same of one forward of the calibration windows through the decoder, without
+the output embedding: the mean of one right before and one right afterwards.
 """
 
 import argparse
@@ -57,7 +58,7 @@ ROWS |= {
     f"{name}, permuted": (criterion, settings | {"permute": True})
     for name, (criterion, settings) in ((name, ROWS[name]) for name in ROWS if "2:4" in name)
 }
-HEADER = "one shot | perplexity | sparsity | CPU s | forwards | peak memory above the model, MiB"
+MEASURED = "sparsity | CPU s | forwards | peak memory above the model, MiB"
 
 
 def windows(tokenizer, path, first, count):
@@ -103,13 +104,17 @@ def timed(what):
     return time.process_time() - start
 
 
-def measure(model, train, test, criterion, settings):
-    """One row's figures. `settings` are of `bh.prune`."""
-    tokenizer, model = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    model.eval()
-    calibration, held_out = windows(tokenizer, train, 0, 32), windows(tokenizer, test, 0, 64)
+def measure(options, criterion, settings):
+    """One row's perplexities, and its other figures. `settings` are of `bh.prune`."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
+    calibration, held_out = windows(tokenizer, options.train, 0, 32), [windows(tokenizer, options.test, 0, 64)]
+    if options.also:
+        train, test = options.also
+        calibration = torch.cat([calibration[:16], windows(tokenizer, train, 0, 16)])
+        held_out.append(windows(tokenizer, test, 0, 32))
     if criterion is None:
-        return [perplexity(model, held_out), 0.0]
+        return [perplexity(model, rows) for rows in held_out], [0.0]
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # out of the file, so that reading it does not count
     batches, pruning = [{"input_ids": ids} for ids in calibration], []
@@ -119,14 +124,14 @@ def measure(model, train, test, criterion, settings):
     grown = resident(peak=True) - before
     forward = (forward + timed(lambda: run(model, calibration))) / 2
     zeros = sparsity_of(pruning[0].masks(model).values())
-    return [perplexity(model, held_out), zeros, seconds, seconds / forward, grown]
+    return [perplexity(model, rows) for rows in held_out], [zeros, seconds, seconds / forward, grown]
 
 
-def line(name, figures):
+def line(name, perplexities, figures):
     """A row of the table."""
-    perplexity, zeros, *cost = figures
+    zeros, *cost = figures
     shown = [f"{cost[0]:.0f}", f"{cost[1]:.2f}", f"{cost[2]:.0f}"] if cost else ["", "", ""]
-    return f"| {' | '.join([name, f'{perplexity:.4f}', f'{zeros:.6f}', *shown])} |"
+    return f"| {' | '.join([name, *(f'{one:.4f}' for one in perplexities), f'{zeros:.6f}', *shown])} |"
 
 
 def main():
@@ -136,6 +141,7 @@ def main():
     parser.add_argument("train")
     parser.add_argument("test")
     parser.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--also", nargs=2, metavar=("TRAIN", "TEST"))
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
@@ -143,16 +149,18 @@ def main():
     if options.here:
         torch.set_num_threads(1)
         criterion, settings = ROWS[options.only[0]] or (None, {})
-        print(line(options.only[0], measure(options.model, options.train, options.test, criterion, settings)))
+        print(line(options.only[0], *measure(options, criterion, settings)))
         return
 
     def fresh(name):
-        given = [sys.executable, __file__, options.model, options.train, options.test, "--here", "--only", name]
+        given = [sys.executable, __file__, *sys.argv[1:], "--here", "--only", name]
         row = subprocess.run(given, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
         print(row, flush=True)
         return row
 
-    lines = [f"| {HEADER} |", "|---" + "|---:" * HEADER.count("|") + "|"]
+    columns = ["one shot", *(f"perplexity, {Path(test).stem}" for test in (options.test, *(options.also or ())[1:])), MEASURED]
+    header = f"| {' | '.join(columns)} |"
+    lines = [header, "|---" + "|---:" * (header.count("|") - 2) + "|"]
     print("\n".join(lines), flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         lines += pool.map(fresh, options.only)

@@ -1,15 +1,20 @@
 """The best smaller model within a budget: met, the same again, alike layers or free ones, saved and loaded."""
 
+import math
+
 import pytest
 import torch
 import transformers
 
 import billhook as bh
+from billhook.importance.obs import OBS
 from billhook.running.batches import Batch, runs_of
 from billhook.shrinking import variants
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking.spaces import finalists
+from billhook.shrinking.spaces.planned import apply_in_turn
 from billhook.shrinking.work import Work
 from kit.families import BERT, T5, build, llama, tokens
 
@@ -90,6 +95,32 @@ def test_it_is_compared_with_each_kind_alone():
     assert left <= shrunk.limit
     assert lost >= shrunk.tried[0].measured > 0
     assert "without channels alone, " in str(shrunk)
+
+
+@pytest.mark.parametrize("turn", [1, -1], ids=["as_is", "turned"])
+def test_where_layers_stay_alike_what_loses_least_once_repaired_is_taken(turn, monkeypatch):
+    """Channels alone and a block alone, in either order: each is cut and repaired by hand, and measured."""
+    monkeypatch.setattr(finalists, "NEAR", math.inf)
+    several, last = [], Work.chosen
+
+    def chosen(work, *how):
+        kept, *rest = last(work, *how)
+        several.extend(kept[::turn])
+        return kept[::turn], *rest
+
+    monkeypatch.setattr(Work, "chosen", chosen)
+    _, shrunk = shrunk_of(params=0.8, generations=0)
+    (fitted, held_out), lost = divided(texts()), []
+    for kept in several:
+        model = trained()
+        work = Work.begun(model, bh.Amount(params=0.8, round_to="auto"), uniform=True)
+        work.measure(fitted, held_out, OBS(), bh.Repair())
+        planned = work.planned(fitted, bh.Repair(), kept)
+        apply_in_turn(model, planned.plans, weights=planned.weights)
+        lost.append(work.divergence.mean())
+    assert len(several) == finalists.MOST
+    assert sum(shrunk.measured.values()) / 2 == pytest.approx(min(lost), rel=1e-4)
+    assert max(lost) > 2 * min(lost)
 
 
 def test_the_smallest_that_can_be_reached_is():

@@ -16,8 +16,9 @@ from billhook.shrinking.work import Work
 
 SIZES = 64
 """Into how many steps what may be removed is divided."""
-Choosing = Callable[[], tuple[dict[str, int], list[Choice], list[Choice]]]
-"""Searches within a work's limit: how many units places keep, choices of other sizes, and what was measured."""
+Choosing = Callable[[], tuple[list[dict[str, int]], list[Choice], list[Choice]]]
+"""Searches within a work's limit: how many units places keep, in one choice or several, choices of other sizes, and what was
+measured."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,16 @@ class Found:
 
     @classmethod
     def within(cls, work: Work, fitted: Sequence[Any], repair: Repair | None, choosing: Choosing) -> "Found":
-        """Searches within a work's limit, and repairs what is chosen as a whole."""
-        kept, curve, tried = choosing()
-        return cls(kept, work.planned(fitted, repair, kept), curve, tried)
+        """Searches within a work's limit, and repairs what is chosen as a whole; of several, takes what then loses least."""
+        several, curve, tried = choosing()
+        some = several if repair is not None else several[:1]
+        found = [cls(kept, work.planned(fitted, repair, kept), curve, tried) for kept in some]
+        return min(found, key=lambda one: one.lost(work)) if len(found) > 1 else found[0]
+
+    def lost(self, work: Work) -> float:
+        """Measures what the model loses once it is cut and repaired."""
+        with as_planned(self.planned, work.hidden, self.kept):
+            return work.divergence.mean()
 
 
 def smallest(

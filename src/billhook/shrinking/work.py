@@ -19,7 +19,7 @@ from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.running.batches import runs_of
 from billhook.shrinking.alone import CALLED, fewer_blocks, of_one_kind
-from billhook.shrinking.choose import Slot, between, cost, kept_at
+from billhook.shrinking.choose import Levels, Slot, between, cost, kept_at
 from billhook.shrinking.damages import damage_without, damages, groups, make_slots
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place, find_places, gone, removed, told
@@ -29,11 +29,13 @@ from billhook.shrinking.places.pairs import query_scores
 from billhook.shrinking.search import evolve
 from billhook.shrinking.shrunk import UNITS, Choice, Shrunk, Times
 from billhook.shrinking.spaces.blocks import Block, Blocks, find_blocks
+from billhook.shrinking.spaces.finalists import finalists, kinds_cut
 from billhook.shrinking.spaces.fitting import coarser, filled_up, just_met
 from billhook.shrinking.spaces.hidden import HIDDEN, Hidden, Width, find_hidden
 from billhook.shrinking.spaces.planned import Planned, plan_choice, repaired
 from billhook.shrinking.spaces.space import SEVERAL, Point, as_uniform, best_point, every_space, moved, spread, starts
 from billhook.shrinking.variants import fill_library
+from billhook.units.units import UnitKind
 
 CURVE = 9
 """How many sizes the curve shows."""
@@ -161,14 +163,20 @@ class Work:
         self.losses |= {f"{HIDDEN} {kept}": [0.0, lost] for kept, lost in lost_at.items()}
         self.spaces = every_space(self.widths, self.levels, self.losses, self.uniform)
 
-    def chosen(self, generations: int, candidates: int, seed: int) -> tuple[dict[str, int], list[Choice], list[Choice]]:
-        """Returns how many units places keep, the choices of other sizes, and what has been measured within the budget."""
+    def chosen(self, generations: int, candidates: int, seed: int) -> tuple[list[dict[str, int]], list[Choice], list[Choice]]:
+        """Returns how many units places keep, the choices of other sizes, and what has been measured within the budget.
+
+        Where layers stay alike there may be several choices, the best first, of which repair is to tell which one it is.
+        """
         ranked = sorted(self.blocks.able, key=lambda block: self.losses[block.name][-1])
-        start = starts(self.spaces, self.limit, ranked)
-        start += [] if self.uniform else as_uniform(self.spaces[0], self.places, self.levels, self.losses, self.limit - self.now)
+        start, more = starts(self.spaces, self.limit, ranked), self.limit - self.now
+        if self.uniform:
+            start += [(0, levels) for levels in self._of_one_kind(self._slots(self.places)).values()]
+        else:
+            start += as_uniform(self.spaces[0], self.places, self.levels, self.losses, more)
         found = evolve(start, partial(moved, self.spaces, self.limit), self._measure, generations, candidates, seed)
         order = sorted(found, key=lambda point: found[point])
-        kept = self._filled(self._first_possible(order))
+        kept = [self._filled(point) for point in self._last(order, found)]
         self.steps = self.done + CURVE
         curve = [self._choice(point, self._measure(point)) for point in spread(self.spaces, CURVE)]
         return kept, curve, [self._choice(point, found[point]) for point in order]
@@ -181,9 +189,9 @@ class Work:
 
     def compare(self, fitted: Sequence[Any]) -> None:
         """Measures what would be lost within the budget without one kind of unit alone; variants are let go of after that."""
-        kinds, slots = {place.name: place.kind for place in self.places}, self._slots(self.places)
+        slots = self._slots(self.places)
         whole = cost(slots, (0,) * len(slots))
-        for kind, levels in of_one_kind(slots, [kinds[slot.names[0]] for slot in slots], self.limit - self.now + whole).items():
+        for kind, levels in self._of_one_kind(slots).items():
             kept = kept_at(slots, levels)
             self.alone[CALLED[kind]] = (self.now - whole + cost(slots, levels), self._measured(kept))
         ends = self.search.amount.first, self.search.amount.last
@@ -191,6 +199,11 @@ class Work:
             self.alone[CALLED["block"]] = (self.now - found[0], found[1])
         self.library.forget()
         self.hidden.forget()
+
+    def _of_one_kind(self, slots: Sequence[Slot]) -> dict[UnitKind, Levels]:
+        """Finds the levels that meet the budget if places of one kind alone keep less, by kind, where that is enough."""
+        kinds, whole = {place.name: place.kind for place in self.places}, cost(slots, (0,) * len(slots))
+        return of_one_kind(slots, [kinds[slot.names[0]] for slot in slots], self.limit - self.now + whole)
 
     def planned(self, fitted: Sequence[Any], repair: Repair | None, kept: Mapping[str, int]) -> Planned:
         """Plans what was chosen, and repairs it from front to back; the model stays as it is."""
@@ -234,14 +247,20 @@ class Work:
         scale = self.places, self.levels, self.losses
         self.places, self.levels, self.losses = self.merging.choose(self.divergence, scale, self.uniform)
 
-    def _first_possible(self, points: Sequence[Point]) -> Point:
-        """Returns the first choice whose blocks can go together; refuses them if there is none."""
-        why = ""
-        for number, levels in points:
-            gone = self.blocks.gone(self.spaces[number].kept(levels))
-            if not gone or not (why := self.blocks.refusal(gone)):
-                return number, levels
-        raise ValueError(why)
+    def _last(self, order: Sequence[Point], measured: Mapping[Point, float]) -> list[Point]:
+        """Returns the best choice whose blocks can go together, and others that repair may make better; refuses if none can."""
+        first = next((number for number, point in enumerate(order) if not self._refusal(point)), None)
+        if first is None:
+            raise ValueError(self._refusal(order[-1]))
+        if not self.uniform or self.merging is not None:
+            return [order[first]]
+        own = finalists(order[first:], measured, lambda one: kinds_cut(self.spaces[one[0]], one[1], self.places))
+        return [point for point in own if not self._refusal(point)]
+
+    def _refusal(self, point: Point) -> str:
+        """Says why the blocks of a choice cannot go together; empty if they can, or none goes."""
+        gone = self.blocks.gone(self.spaces[point[0]].kept(point[1]))
+        return self.blocks.refusal(gone) if gone else ""
 
     def _filled(self, point: Point) -> dict[str, int]:
         """Lets places keep more, between levels too, as far as the budget goes."""

@@ -64,7 +64,8 @@ def shrink(
     quarters, for which memory holds the model once more; what is printed says why either must stay. A knapsack then finds what
     loses least, and evolution on the divergence itself refines it, from several numbers of blocks and the best hidden sizes on.
     What is chosen is cut as a whole, in place, and repaired from front to back; the blocks behind one that goes make up for it,
-    too, and norms for a narrower stream. The parts are from ZipLM (Kurtic et al., 2023, https://arxiv.org/abs/2302.04089),
+    too, and norms for a narrower stream. Where layers stay alike, the best choice that cuts other kinds of units is repaired as
+    well if it loses at most a quarter more before, and what then loses less is taken. The parts are from ZipLM (Kurtic et al., 2023, https://arxiv.org/abs/2302.04089),
     MoDeGPT (Lin et al., 2024, https://arxiv.org/abs/2408.09632: how much each layer gives decides) and Týr-the-Pruner (Li et al.,
     2025, https://arxiv.org/abs/2503.09657).
 

@@ -59,15 +59,15 @@ def shrink(
     Each place (a feed-forward, an attention) is cut to several levels and refitted, on its own; for `params` and `bytes` an
     attention may also keep fewer of the query heads that share a KV head, as many of each. What a level costs the whole model is
     measured at two of them, as KL divergence from the dense model on batches that nothing is fitted to, and is in proportion to
-    the error of the refitted linears in between. So is the model without each whole block, where a block whose
-    last linears are zero computes nothing, as in most decoders, and, for `params` and `bytes`, at hidden sizes down to three
-    quarters, for which memory holds the model once more; what is printed says why either must stay. A knapsack then finds what
-    loses least, and evolution on the divergence itself refines it, from several numbers of blocks and the best hidden sizes on.
-    What is chosen is cut as a whole, in place, and repaired from front to back; the blocks behind one that goes make up for it,
-    too, and norms for a narrower stream. Where layers stay alike, the best choice that cuts other kinds of units is repaired as
-    well if it loses at most a quarter more before, and what then loses less is taken. The parts are from ZipLM (Kurtic et al., 2023, https://arxiv.org/abs/2302.04089),
-    MoDeGPT (Lin et al., 2024, https://arxiv.org/abs/2408.09632: how much each layer gives decides) and Týr-the-Pruner (Li et al.,
-    2025, https://arxiv.org/abs/2503.09657).
+    the error of the refitted linears in between. So is the model without each whole block, where a block whose last linears are
+    zero computes nothing, as in most decoders, and, for `params` and `bytes`, at hidden sizes down to three quarters, for which
+    memory holds the model once more; what is printed says why either must stay. A knapsack then finds what loses least, and
+    evolution on the divergence itself refines it, from several numbers of blocks and the best hidden sizes on. What is chosen is
+    cut as a whole, in place, and repaired from front to back; the blocks behind one that goes make up for it, too, and norms for
+    a narrower stream. Where layers stay alike, the best choice that cuts other kinds of units is repaired as well if it loses at
+    most a quarter more before, and what then loses less is taken. The parts are from ZipLM (Kurtic et al., 2023,
+    https://arxiv.org/abs/2302.04089), MoDeGPT (Lin et al., 2024, https://arxiv.org/abs/2408.09632: how much each layer gives
+    decides) and Týr-the-Pruner (Li et al., 2025, https://arxiv.org/abs/2503.09657).
 
     Args:
         model: A Hugging Face model with `logits`, or a module that holds one.

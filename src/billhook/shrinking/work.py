@@ -169,14 +169,14 @@ class Work:
         Where layers stay alike there may be several choices, the best first, of which repair is to tell which one it is.
         """
         ranked = sorted(self.blocks.able, key=lambda block: self.losses[block.name][-1])
-        start, more = starts(self.spaces, self.limit, ranked), self.limit - self.now
+        start = starts(self.spaces, self.limit, ranked)
         if self.uniform:
             start += [(0, levels) for levels in self._of_one_kind(self._slots(self.places)).values()]
         else:
-            start += as_uniform(self.spaces[0], self.places, self.levels, self.losses, more)
+            start += as_uniform(self.spaces[0], self.places, self.levels, self.losses, self.limit - self.now)
         found = evolve(start, partial(moved, self.spaces, self.limit), self._measure, generations, candidates, seed)
         order = sorted(found, key=lambda point: found[point])
-        kept = [self._filled(point) for point in self._last(order, found)]
+        kept = [self._filled(point) for point in self._finalists(order, found)]
         self.steps = self.done + CURVE
         curve = [self._choice(point, self._measure(point)) for point in spread(self.spaces, CURVE)]
         return kept, curve, [self._choice(point, found[point]) for point in order]
@@ -247,7 +247,7 @@ class Work:
         scale = self.places, self.levels, self.losses
         self.places, self.levels, self.losses = self.merging.choose(self.divergence, scale, self.uniform)
 
-    def _last(self, order: Sequence[Point], measured: Mapping[Point, float]) -> list[Point]:
+    def _finalists(self, order: Sequence[Point], measured: Mapping[Point, float]) -> list[Point]:
         """Returns the best choice whose blocks can go together, and others that repair may make better; refuses if none can."""
         first = next((number for number, point in enumerate(order) if not self._refusal(point)), None)
         if first is None:

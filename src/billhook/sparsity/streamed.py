@@ -60,7 +60,7 @@ class StreamedPruning:
         """Walks with runs, which pass blocks as they become, or as they were."""
         untouched = range(len(forwards)) if dense else self.visitor.dense
         around = self._there if untouched else self._adopted
-        walk = Walk(sites, self.visitor, self.reduce, keep, untouched, around, 1, self._leave, self.visitor)
+        walk = Walk(sites, self.visitor, self.reduce, keep, untouched, around, ends=1, leave=self._leave, compares=self.visitor)
         walk(forwards)
         if walk.again:
             modules = {site.module for site in walk.again}

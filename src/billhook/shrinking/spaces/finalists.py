@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+from billhook.shrinking.choose import Levels
 from billhook.shrinking.levels import Place
 from billhook.shrinking.spaces.hidden import HIDDEN
 from billhook.shrinking.spaces.space import Point, Space
@@ -31,8 +32,8 @@ def finalists(order: Sequence[Point], measured: Mapping[Point, float], cut: Call
     return [first, *(point for point in others if measured[point] <= NEAR * measured[first])][:MOST]
 
 
-def kinds_cut(space: Space, levels: Sequence[int], places: Sequence[Place]) -> frozenset[str]:
+def kinds_cut(space: Space, levels: Levels, places: Sequence[Place]) -> frozenset[str]:
     """Returns the kinds of units of which a choice keeps less: of places, `"block"`, and the hidden size."""
-    kept = space.kept(tuple(levels))
+    kept = space.kept(levels)
     kinds = {place.kind for place in places if 0 < kept[place.name] < place.count}
     return frozenset({*kinds, *(["block"] if space.gone else []), *([HIDDEN] if space.fixed else [])})

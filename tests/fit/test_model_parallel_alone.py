@@ -228,7 +228,7 @@ def adapted():
 
 SEARCHES = {  # what goes in each; residual channels, which are fitted in a narrow model, and blocks that go after that among it
     "by loss": (Own, {"max_loss": 1.3, "at": 1}, ("heads", "channels", "residual channels", "blocks")),
-    "beneath adapters": (adapted, {"params": 0.9, "at": "start"}, ("channels",)),
+    "beneath adapters": (adapted, {"params": 0.9, "at": "start"}, ("heads",)),
 }
 
 

@@ -142,7 +142,15 @@ def run_script(folder, text, arguments):
     done = subprocess.run(
         [sys.executable, str(script), json.dumps(arguments)], env=environment, capture_output=True, text=True, timeout=500
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, last_words(done.stderr)
+
+
+def last_words(told):
+    """How what each rank and the launcher wrote ends; whose error came first is not said by the end alone."""
+    of_ranks: dict[str, list[str]] = {}
+    for line in told.splitlines():
+        of_ranks.setdefault(line[: line.find(":")] if line.startswith("[rank") else "others", []).append(line[:300])
+    return "\n".join(line for lines in of_ranks.values() for line in lines[-12:])
 
 
 def outcome(folder, name):

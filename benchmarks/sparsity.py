@@ -4,7 +4,7 @@
 by name, `--jobs` runs so many at once (and spoils the times a little).
 
 Calibration is the first 32 windows of 512 tokens of TRAIN, perplexity that of the first 64 windows of TEST, 511 predictions
-each, in float32. With `--also TRAIN TEST` calibration is the first 16 windows of either training text, and a column more has the
+each, in float32. With `--also TRAIN TEST` calibration is the first 20 windows of either training text, and a column more has the
 perplexity of the first 32 windows of that test text. Every row is a fresh process: how much its memory grows at most while it
 prunes, the CPU seconds of that on one thread, and the same of one forward of the calibration windows through the decoder, without
 the output embedding: the mean of one right before and one right afterwards.
@@ -111,7 +111,7 @@ def measure(options, criterion, settings):
     calibration, held_out = windows(tokenizer, options.train, 0, 32), [windows(tokenizer, options.test, 0, 64)]
     if options.also:
         train, test = options.also
-        calibration = torch.cat([calibration[:16], windows(tokenizer, train, 0, 16)])
+        calibration = torch.cat([calibration[:20], windows(tokenizer, train, 0, 20)])
         held_out.append(windows(tokenizer, test, 0, 32))
     if criterion is None:
         return [perplexity(model, rows) for rows in held_out], [0.0]

@@ -52,6 +52,12 @@ ROWS = {
     "ALPS, 2:4, layer": (bh.ALPS(), PAIRS | {"sequential": "layer"}),
     "ALPS, 50 %, layer, matched": (bh.ALPS(), HALF | {"sequential": "layer", "match": bh.BlockMatching()}),
     "ALPS, 2:4, layer, matched": (bh.ALPS(), PAIRS | {"sequential": "layer", "match": bh.BlockMatching()}),
+    "Wanda, 50 %, layer, 14 steps": (bh.Wanda(), HALF | {"sequential": "layer", "match": bh.BlockMatching(steps=14)}),
+    "Refit(Wanda), 50 %, layer, 14 steps": (bh.Refit(), HALF | {"sequential": "layer", "match": bh.BlockMatching(steps=14)}),
+    "Refit(SparseGPT), 2:4, layer, 14 steps": (
+        bh.Refit(bh.SparseGPT()),
+        PAIRS | {"sequential": "layer", "match": bh.BlockMatching(steps=14)},
+    ),
     "Refit(SparseGPT), 2:4, layer": (bh.Refit(bh.SparseGPT()), PAIRS | {"sequential": "layer"}),
 }
 ROWS |= {

@@ -1,4 +1,4 @@
-"""That a model is refitted to one kind of text alone is told once, and is no warning."""
+"""That a model is refitted to one kind of text alone, or its heads merged on its own, is told once, and is no warning."""
 
 import pytest
 import transformers
@@ -11,9 +11,9 @@ from kit.families import BERT, llama, tokens
 
 @pytest.fixture
 def told(caplog):
-    alone._tell.cache_clear()
+    alone._tell_once.cache_clear()
     yield lambda: [(one.levelname, one.message) for one in caplog.records if one.name == "billhook"]
-    alone._tell.cache_clear()
+    alone._tell_once.cache_clear()
 
 
 def repair(model, *sources):
@@ -56,6 +56,15 @@ def test_in_a_search_and_in_kv_heads(told):
     batches = [Batch({"input_ids": tokens(2, 16)}, "text") for _ in range(4)]
     bh.shrink(llama(), batches, params=0.95, generations=0)
     assert told() == ADVICE
-    alone._tell.cache_clear()
+    alone._tell_once.cache_clear()
     bh.convert_kv_heads(llama(), 1, "svd", batches=batches, repair=bh.Repair())
     assert told() == 2 * ADVICE
+
+
+@pytest.mark.parametrize(("sources", "expected"), [(["generated"], [("WARNING", alone.OWN)]), (["text", "generated"], [])])
+def test_where_heads_are_merged_on_nothing_but_its_own_text(sources, expected, told):
+    batches = [Batch({"input_ids": tokens(2, 16)}, source) for source in sources * (4 // len(sources))]
+    bh.convert_kv_heads(llama(), 1, "svd", batches=batches)
+    assert told() == expected
+    bh.shrink(llama(), batches, kv_cache_bytes=0.5, generations=0)
+    assert told() == expected

@@ -1,4 +1,4 @@
-"""Tells that a model is refitted to one kind of text alone, as it may then do worse on others."""
+"""Tells that a model is refitted to one kind of text alone, or merged on its own, as it may then do worse on others."""
 
 import logging
 from collections.abc import Collection
@@ -15,6 +15,11 @@ ADVICE = (
     'calibrate on bh.Calibration([..., "generated"]), which adds what the model itself writes'
 )
 
+OWN = (
+    "KV heads are merged by what the model itself writes, and nothing else, which says too little of other text: "
+    'show text of the kind that it is for, as by bh.Calibration(["train.txt", "generated"])'
+)
+
 
 def tell_alone(model: nn.Module, sources: Collection[str]) -> None:
     """Tells once, by the logger `billhook`, if a model that writes text is refitted to a single source of it, but its own.
@@ -25,13 +30,27 @@ def tell_alone(model: nn.Module, sources: Collection[str]) -> None:
         model: The model.
         sources: The names of the sources of all batches, empty where batches name none.
     """
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
-        return
     if len(set(sources)) == 1 and GENERATED not in sources and isinstance(model, PreTrainedModel) and writes(model):
         _tell(ADVICE)
 
 
-@cache
+def tell_own(sources: Collection[str]) -> None:
+    """Tells once, by the logger `billhook`, if KV heads are merged on nothing but what the model writes.
+
+    Args:
+        sources: The names of the sources of all batches, empty where batches name none.
+    """
+    if set(sources) == {GENERATED}:
+        _tell(OWN)
+
+
 def _tell(what: str) -> None:
+    """Tells something, on the first rank."""
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0):
+        _tell_once(what)
+
+
+@cache
+def _tell_once(what: str) -> None:
     """Logs something unless it has been told in this process."""
     logging.getLogger("billhook").warning(what)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.calibration.alone import tell_own
 from billhook.kv_heads.bases.stacks import Projections, instead, moved_values
 from billhook.model.shapes.handed import handing_of
 from billhook.running.batches import Run
@@ -69,6 +70,7 @@ def gather_each(
 
     An attention runs no more often than the fewest groups take, where the other numbers are multiples of that one.
     """
+    tell_own([trial.source for trial in trials])
     sums = {name: Sums(model, place, groups[name]) for name, place in places.items()}
     with undisturbed(model), ExitStack() as stack:
         for one in sums.values():

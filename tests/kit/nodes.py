@@ -1,11 +1,13 @@
 """Two nodes of two ranks each on the loopback, started by `torchrun` as on a cluster, of which one can be killed in an event."""
 
+import faulthandler
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,6 +31,7 @@ def callback():
 def fit():
     """What each rank runs: a fit over both nodes, from a checkpoint if there is one."""
     folder, dies, path = json.loads(sys.argv[1])
+    faulthandler.dump_traceback_later(SECONDS - 30, exit=True)  # what hangs says where
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if dies:
@@ -45,11 +48,12 @@ def fit():
 
 def die_in_the_last_event():
     """Kills this rank and what has started it, as a machine that goes down, when the model is to be sharded in its last shape."""
-    events, put_on = iter(STAGES), reshaped.put_on
+    events, put_on, launcher = iter(STAGES), reshaped.put_on, os.getppid()
 
     def last(*given):
         if next(events) == STAGES[-1]:
-            os.kill(os.getppid(), signal.SIGKILL)
+            with suppress(ProcessLookupError):  # the node's other rank was faster
+                os.kill(launcher, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         put_on(*given)
 
@@ -67,16 +71,19 @@ def run_nodes(folder, dies=False, path=None):
     here = os.pathsep.join([str(Path(__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     environment = os.environ | {"PYTHONPATH": here, "PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1"}
     nodes = list[subprocess.Popen]()
+    logs = [folder / f"node{node}.log" for node in range(2)]
     try:
-        for node in range(2):
+        for node, log in enumerate(logs):
             own = [*start, "--local_addr", "127.0.0.1", "--rdzv_conf", f"is_host={int(node == 0)}", str(script)]
             told = json.dumps([str(folder), dies and node == 1, path and str(path)])
             command = [sys.executable, "-m", "torch.distributed.run", *own, told]
-            log = (folder / f"node{node}.log").open("w")
-            nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
-            log.close()
-        return [(node.wait(SECONDS), (folder / f"node{number}.log").read_text()) for number, node in enumerate(nodes)]
+            with log.open("w") as file:
+                nodes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+        for node in nodes:
+            with suppress(subprocess.TimeoutExpired):
+                node.wait(SECONDS)
     finally:
         for node in nodes:
-            if node.poll() is None:
-                node.kill()
+            node.kill()  # where it is still there; its ranks end themselves
+            node.wait()
+    return [(node.returncode, log.read_text()) for node, log in zip(nodes, logs, strict=True)]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from billhook.sparsity.alps import ALPS as ALPS
     from billhook.sparsity.refit import Refit as Refit
     from billhook.sparsity.allocation import OWL as OWL
+    from billhook.sparsity.learning.srste import SRSTE as SRSTE
     from billhook.sparsity.matching import BlockMatching as BlockMatching
 
     from billhook.kv_heads.convert import convert_kv_heads as convert_kv_heads
@@ -97,6 +98,7 @@ else:
         "billhook.sparsity.alps": "ALPS",
         "billhook.sparsity.refit": "Refit",
         "billhook.sparsity.allocation": "OWL",
+        "billhook.sparsity.learning.srste": "SRSTE",
         "billhook.sparsity.matching": "BlockMatching",
         "billhook.kv_heads.convert": "convert_kv_heads",
         "billhook.kv_heads.methods.mean": "Mean",

@@ -1,37 +1,11 @@
 """Convolutions are pruned in a fit as linears are, by a user's own module: what is zero stays zero, and resumes as zero."""
 
-import lightning.pytorch as pl
 import pytest
-import torch
-from torch.utils.data import DataLoader
-from transformers import ResNetConfig, ResNetForImageClassification
 
 import billhook as bh
 from billhook.model.linears import prunable
 from kit.fits import same, trainer, weights
-from kit.weight_pruning import checkpoints
-
-
-class Classifier(pl.LightningModule):
-    """A classifier of images of a user's own, which knows nothing of billhook."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        config = ResNetConfig(embedding_size=4, hidden_sizes=[16, 16], depths=[1, 1], layer_type="bottleneck", num_labels=3)
-        self.net = ResNetForImageClassification(config).train()
-
-    def training_step(self, batch, batch_idx):
-        return self.net(**batch).loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
-
-
-def images():
-    generator = torch.Generator().manual_seed(1)
-    rows = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": number % 3} for number in range(12)]
-    return DataLoader(rows, batch_size=2)
+from kit.weight_pruning import Classifier, checkpoints, images
 
 
 def pruning(**options):

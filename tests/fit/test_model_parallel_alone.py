@@ -75,6 +75,12 @@ def test_averaged_weights_are_refused(tmp_path, alone):
         trainer(tmp_path, callbacks, max_steps=2, strategy=alone).fit(Own())
 
 
+def test_masks_that_are_learned_are_refused(tmp_path, alone):
+    callback = bh.WeightPruning(bh.Wanda(), 0.5, learn=bh.SRSTE(), **GIVEN)
+    with pytest.raises(ValueError, match="learn chooses masks of whole weights at each step, and ModelParallelStrategy shards"):
+        trainer(tmp_path, [callback], strategy=alone).fit(Own())
+
+
 def test_a_module_that_an_earlier_fit_has_sharded_is_converted(tmp_path, alone):
     lit = Own()
     trainer(tmp_path, [], max_steps=1, strategy=alone).fit(lit)

@@ -115,6 +115,12 @@ FITS = {
     "weights, tuples": weight_pruning(FitOfTuples),
     "weights, text": weight_pruning(module),
     "weights, matched": weight_pruning(module, 8, bh.BlockMatching()),  # as many examples as make batches of equal parts
+    "weights, learned": Fit(
+        module,
+        lambda: WeightPruning(sparsity=0.5, learn=bh.SRSTE(end=4), calibration=7, measure_batches=2),
+        lambda one: [one.masks, one.events],
+        {"accumulate_grad_batches": 2},
+    ),
     "heads in rounds": head_pruning("rounds", given=False),
     "heads at the end": head_pruning("end", given=True),
     "structure": structured_pruning(),

@@ -5,6 +5,7 @@ import peft
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import ResNetConfig, ResNetForImageClassification
 
 import billhook as bh
 from billhook.model.linears import prunable
@@ -86,6 +87,28 @@ class Plain(pl.LightningModule):
 def loader(rows=16):
     torch.manual_seed(1)
     return DataLoader(TensorDataset(tokens(rows), torch.ones(rows, 12, dtype=torch.long)), batch_size=2)
+
+
+class Classifier(pl.LightningModule):
+    """A classifier of images of a user's own, which knows nothing of billhook."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        config = ResNetConfig(embedding_size=4, hidden_sizes=[16, 16], depths=[1, 1], layer_type="bottleneck", num_labels=3)
+        self.net = ResNetForImageClassification(config).train()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05, momentum=0.9, weight_decay=0.1)
+
+
+def images():
+    generator = torch.Generator().manual_seed(1)
+    rows = [{"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": number % 3} for number in range(12)]
+    return DataLoader(rows, batch_size=2)
 
 
 def injected(seed=0, **options):

@@ -31,6 +31,7 @@ from billhook.model.shapes.shape import KEY, to_entry, unbuilt_shape
 from billhook.model.shapes.shaped import load_as, readable
 from billhook.model.transformers_internals import everything_saved, is_joined_unevenly
 from billhook.page import Shown
+from billhook.sparsity.learning.learned import as_runs_see
 from billhook.streaming.checkpoint import write_checkpoint
 from billhook.streaming.stream import stream_of
 
@@ -150,7 +151,7 @@ def save(
         if merged.lost:
             warnings.warn(f"the checkpoint does not compute what the model does: {merged.text()}", stacklevel=2)
     expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
-    with drafted(target) as draft, _untouched(model):
+    with drafted(target) as draft, _untouched(model), as_runs_see(model):
         way, family, difference = _write(model, expected, draft, probe)
         for one in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
             one.save_pretrained(draft)

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -15,9 +15,11 @@ from billhook.model.convolutions import Convolutions, is_convolution
 from billhook.model.linears import channels, prunable, weight_of
 from billhook.running.sites import Sequential, find_sites
 from billhook.running.walk import Reduce
+from billhook.schedules import Schedule
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern
+from billhook.sparsity.matching import BlockMatching
 from billhook.streaming.stream import stream_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
@@ -26,6 +28,12 @@ CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 def needs_data(criterion: Criterion) -> bool:
     """Returns True for a criterion that needs statistics of a linear's inputs."""
     return criterion.statistics(1, "meta") is not None
+
+
+def needing(criterion: Criterion, allocation: Allocation, match: BlockMatching | None = None) -> list[object]:
+    """Returns what needs data."""
+    needs = [(criterion, needs_data(criterion)), (allocation, allocation.measures), (match, match is not None)]
+    return [one for one, does in needs if does]
 
 
 def check_pruning(
@@ -89,6 +97,17 @@ def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool, con
     return chosen
 
 
+def uncalled(linears: Iterable[str], pruned: Collection[str]) -> tuple[str, ...]:
+    """Names the linears that were given no token; if none was given any, that is an error."""
+    found = tuple(name for name in linears if name not in pruned)
+    if not pruned:
+        raise ValueError(f"batches: no linear has been given a token that counts; the first is {found[0]}")
+    if found:
+        what = f"{len(found)} linears, which stay as they are: {', '.join(found)}"
+        warnings.warn(f"no calibration batch has called {what}", stacklevel=3)
+    return found
+
+
 def check_matching(criterion: Criterion, sequential: Sequential, count_adapters: bool, offload: object = None) -> None:
     """Refuses what does not go together with matching of blocks."""
     if criterion.compares == "global" or sequential == "none":
@@ -98,6 +117,27 @@ def check_matching(criterion: Criterion, sequential: Sequential, count_adapters:
         raise ValueError("match changes kept weights, and count_adapters=True leaves them as they are: ask for one")
     if offload is not None:
         raise ValueError(f"offload={str(offload)!r}: match tunes blocks where the model is: move it there as a whole")
+
+
+def check_learning(
+    criterion: Criterion, sparsity: object, at: object, match: BlockMatching | None, count_adapters: bool, mask_adapters: bool
+) -> None:
+    """Refuses what does not go together with masks that are learned in training."""
+    if criterion.compares == "global" or criterion.updates:
+        what = "changes kept weights" if criterion.updates else "compares all layers"
+        raise ValueError(f"learn: criterion={criterion} {what}; masks are learned by scores of one linear, such as Wanda's")
+    for name, one in {"sparsity": sparsity, "at": at}.items():
+        if isinstance(one, Schedule):
+            raise ValueError(
+                f"learn: {name}={one} has rounds, and masks are learned from one moment on: give a number, or a step"
+            )
+    if match is not None:
+        raise ValueError("learn has all weights go on learning, and match tunes what is kept of them: ask for one")
+    if count_adapters or mask_adapters:
+        what = "count_adapters" if count_adapters else "mask_adapters"
+        raise ValueError(
+            f"learn: {what}=True is of weights that stay as they are, beneath adapters, and learn of those that train"
+        )
 
 
 def check_sharded(criterion: Criterion, allocation: Allocation, reduce: Reduce | None, offload: object) -> None:

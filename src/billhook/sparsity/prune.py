@@ -1,23 +1,21 @@
 """Prunes a model's weights in one shot: checks, plans while the model stays as it is, applies."""
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
-from billhook.adapters.masked import counted
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches
 from billhook.model.convolutions import Convolutions
 from billhook.model.linears import weight_of
 from billhook.model.values import check_changeable
-from billhook.running.sharded.shards import is_sharded, reshard, whole
+from billhook.running.sharded.shards import is_sharded, reshard
 from billhook.running.sites import Sequential
 from billhook.running.walk import Reduce
+from billhook.sparsity.allocated import sparsities_of
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.checks import (
     adapters_to_count,
@@ -27,21 +25,20 @@ from billhook.sparsity.checks import (
     check_pruning,
     check_sharded,
     check_streamed,
+    needing,
     needs_data,
+    uncalled,
     warn_of_others,
 )
 from billhook.sparsity.criteria import Criterion, Wanda
-from billhook.sparsity.grouped import scores_of
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.matched import MatchingVisitor
 from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.orders.permute import check_permutable, check_permute, in_order
-from billhook.sparsity.plan import Applied, Pruned, WeightPlan
+from billhook.sparsity.plan import WeightPlan
 from billhook.sparsity.visitor import GlobalPruningVisitor, Progress, PruningVisitor
 from billhook.sparsity.walks import Walks, runs_for
 from billhook.streaming.stream import stream_of
-
-Blocks = Sequence[Mapping[str, nn.Module]]
 
 
 def prune(
@@ -136,27 +133,21 @@ def prune(
         check_sharded(criterion, allocation, reduce, offload)
     if stream_of(model) is not None:
         check_streamed(offload, reduce)
-    runs = runs_for(model, batches, _needing(criterion, allocation, match), reduce)
+    runs = runs_for(model, batches, needing(criterion, allocation, match), reduce)
     walks = Walks(model, linears, runs, reduce, device, folder, adapters)
     warn_of_others(model, linears)
     with in_order(walks, criterion, pattern) if permute else nullcontext():
-        sparsities = _sparsities(walks, amount, allocation)
+        sparsities = sparsities_of(walks, amount, allocation)
         key = None if dry_run else f"{criterion} {pattern} {sequential} {sparsities}" + (f" {match}" if match else "")
         make = partial(_kind(criterion, match), criterion, sparsities, pattern, progress)
         made = walks(sequential if needs_data(criterion) or match else None, make, key).pruned
         pruned = {name: made[name] for name in linears if name in made}
-        uncalled = _uncalled(linears, pruned)
+        left_out = uncalled(linears, pruned)
     shapes = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
-    plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, uncalled)
+    plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, left_out)
     if not dry_run and stream_of(model) is None:
         plan.apply(model)
     return plan
-
-
-def _needing(criterion: Criterion, allocation: Allocation, match: BlockMatching | None) -> list[object]:
-    """Returns what needs data."""
-    needs = [(criterion, needs_data(criterion)), (allocation, allocation.measures), (match, match is not None)]
-    return [one for one, does in needs if does]
 
 
 def _kind(criterion: Criterion, match: BlockMatching | None) -> Callable[..., PruningVisitor]:
@@ -164,43 +155,3 @@ def _kind(criterion: Criterion, match: BlockMatching | None) -> Callable[..., Pr
     if match is not None:
         return partial(MatchingVisitor, match)
     return GlobalPruningVisitor if criterion.compares == "global" else PruningVisitor
-
-
-def _uncalled(linears: Iterable[str], pruned: Mapping[str, Pruned | Applied]) -> tuple[str, ...]:
-    """Names the linears that were given no token; if none was given any, that is an error."""
-    uncalled = tuple(name for name in linears if name not in pruned)
-    if not pruned:
-        raise ValueError(f"batches: no linear has been given a token that counts; the first is {uncalled[0]}")
-    if uncalled:
-        what = f"{len(uncalled)} linears, which stay as they are: {', '.join(uncalled)}"
-        warnings.warn(f"no calibration batch has called {what}", stacklevel=3)
-    return uncalled
-
-
-def _sparsities(walks: Walks, amount: float, allocation: Allocation) -> dict[str, float]:
-    """Finds the sparsity of each linear; blocks that no batch reaches take no part in measuring."""
-    blocks: Blocks = [site.linears for site in walks.blocks()]
-    measured: dict[int, float] = {}
-    if allocation.measures:
-        measured = walks("none", partial(_Measured, blocks, allocation)).measured
-        blocks = [blocks[number] for number in measured]
-    sizes = [{name: weight_of(linear).numel() for name, linear in block.items()} for block in blocks]
-    return dict.fromkeys(walks.linears, amount) | (allocation.allocate(sizes, amount, list(measured.values())) if sizes else {})
-
-
-class _Measured(PruningVisitor):
-    """A visitor that prunes nothing, and measures each block."""
-
-    def __init__(self, blocks: Blocks, allocation: Allocation, **walk: Any) -> None:  # noqa: ANN401 - those of a visitor
-        super().__init__(Wanda(), {}, "unstructured", **walk)
-        self.blocks, self.allocation = blocks, allocation
-        self.measured: dict[int, float] = {}
-
-    def finish(self, linears: Mapping[str, nn.Module]) -> None:
-        """Measures the blocks by Wanda's scores."""
-        for number, block in enumerate(self.blocks):
-            called = {name: linear for name, linear in block.items() if name in linears}
-            seen = {name: counted(whole(weight_of(linear)), self.adapters.get(name)) for name, linear in called.items()}
-            scores = [scores_of(self.criterion, weight, self.statistics[self._first[name]]) for name, weight in seen.items()]
-            if scores:
-                self.measured[number] = self.allocation.measure(scores)

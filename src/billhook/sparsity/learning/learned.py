@@ -1,0 +1,136 @@
+"""Learns masks: runs see what is kept, and the gradient reaches all weights."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from billhook.model.linears import prunable
+from billhook.sparsity.criteria import Criterion
+from billhook.sparsity.learning.chosen import Chosen
+from billhook.sparsity.masks import where_kept
+
+
+class Learned:
+    """Masks that are chosen again after each step of an optimizer, and hooks by which a model's linears use what they keep.
+
+    `masks` are by linear, bool, as the weights lie in memory. The parameters stay in the model, all their weights with them.
+    """
+
+    def __init__(self, criterion: Criterion, pattern: str) -> None:
+        self.criterion, self.pattern = criterion, pattern
+        self._hooks: list[RemovableHandle] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self.detach()
+        self.masks: dict[str, Tensor] = {}
+        self.chosen: dict[str, Chosen] = {}
+        self._saved: Mapping[str, Any] = {}
+
+    def attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Takes the model and its optimizers, and goes on with what a checkpoint has brought."""
+        self._model, self._optimizers = model, optimizers
+        if self._saved:
+            linears = prunable(model, output_embeddings=True, convolutions="all")
+            self.begin({name: Chosen.from_state(one, linears[name], self.criterion) for name, one in self._saved.items()})
+
+    def begin(self, chosen: Mapping[str, Chosen]) -> None:
+        """Has the linears use what is kept of their weights from now on."""
+        linears = prunable(self._model, output_embeddings=True, convolutions="all")
+        linears = {name: linears[name] for name in chosen}
+        masks = {name: one.keep(name, linears[name], self.criterion, self.pattern) for name, one in chosen.items()}
+        self.detach()
+        self.chosen, self.masks, self._linears = dict(chosen), masks, linears
+        self._names, self._whole = {linear: name for name, linear in linears.items()}, dict[nn.Module, nn.Parameter]()
+        self._hooks = [optimizer.register_step_post_hook(self._stepped) for optimizer in self._optimizers]
+        for linear in linears.values():
+            self._hooks += [
+                linear.register_forward_pre_hook(self._masks, prepend=False),
+                linear.register_forward_hook(self._gives_back, always_call=True),
+            ]
+        torch.compiler.reset()  # what is compiled does not look for new hooks
+
+    def detach(self) -> None:
+        """Lets go of the model; the masks stay."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._hooks:
+            torch.compiler.reset()
+        self._hooks = []
+
+    def decay(self, optimizer: Optimizer, decay: float) -> None:
+        """Adds decay (1 - m) * W to the gradients that an optimizer is about to take."""
+        own = {id(one) for group in optimizer.param_groups for one in group["params"]} if self._hooks else set()
+        for name in self.masks if own else ():
+            weight = self._linears[name].get_parameter("weight")
+            if id(weight) in own and weight.grad is not None:
+                weight.grad.add_(where_kept(weight.detach(), ~self.masks[name]), alpha=decay)
+
+    @contextmanager
+    def zeroed(self) -> Iterator[None]:
+        """Makes what is left out zero in the model for a while."""
+        weights = {name: self._linears[name].get_parameter("weight") for name in self.masks}
+        before = {name: weight.data for name, weight in weights.items()}
+        try:
+            for name, weight in weights.items():
+                weight.data = where_kept(weight, self.masks[name])
+            yield
+        finally:
+            for name, weight in weights.items():
+                weight.data = before[name]
+
+    def _stepped(self, *_: object) -> None:
+        with torch.no_grad():
+            for name, linear in self._linears.items():
+                if linear.get_parameter("weight").requires_grad:
+                    self.masks[name] = self.chosen[name].keep(name, linear, self.criterion, self.pattern)
+
+    def _masks(self, linear: nn.Module, _: object) -> None:
+        weight = linear.get_parameter("weight")
+        self._whole[linear] = weight
+        linear._parameters["weight"] = _Straight.apply(weight, self.masks[self._names[linear]])  # type: ignore[no-untyped-call]
+
+    def _gives_back(self, linear: nn.Module, *_: object) -> None:
+        if linear in self._whole:
+            linear._parameters["weight"] = self._whole.pop(linear)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the masks follow from, beside the weights."""
+        return {name: one.state() for name, one in self.chosen.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what was saved, once there is a model."""
+        self.clear()
+        self._saved = state
+
+
+@contextmanager
+def as_runs_see(model: nn.Module) -> Iterator[None]:
+    """Gives a model for a while, where masks are being learned, the weights that its runs see."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Learned)]
+    with ExitStack() as stack:
+        for owner in dict.fromkeys(owners):
+            stack.enter_context(owner.zeroed())
+        yield
+
+
+class _Straight(torch.autograd.Function):
+    """Gives m * W, and the gradient of that to all of W."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, weight: Tensor, keep: Tensor) -> Tensor:
+        """Gives what is kept."""
+        return where_kept(weight, keep)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Hands the gradient on."""
+        return gradients[0], None

@@ -5,10 +5,10 @@ by name, `--steps` and the other options change the budget.
 
 Calibration is the first 32 windows of 512 tokens of TRAIN, perplexity that of the first 64 windows of TEST, 511 predictions
 each, in float32, summed in float64. Every row is a fresh process and trains on the same batches of TRAIN in the same order,
-with AdamW, a warm-up of 10 % of the steps and cosine decay, all weights at one learning rate and adapters at another (LLM-
-Pruner's: r = 8, alpha = 16, dropout 0.05, on all linears). Gradual: Wanda in six rounds along a cubic schedule, over the first
-60 % of the steps. Learned: masks are chosen anew at each of those steps (`SRSTE`). The learning rates are customary ones, not
-tuned; to tune them, cut TRAIN in two and give its parts as TRAIN and TEST.
+with AdamW, a warm-up of 10 % of the steps and cosine decay, all weights at one learning rate and adapters at another
+(LLM-Pruner's: r = 8, alpha = 16, dropout 0.05, on all linears). Gradual: Wanda in six rounds along a cubic schedule, over the
+first 60 % of the steps. Learned: masks are chosen anew at each of those steps (`SRSTE`). The learning rates are customary ones,
+not tuned; to tune them, cut TRAIN in two and give its parts as TRAIN and TEST.
 Masked adapters are the same before and after they are merged, but for rounding (the largest difference of logits on the first
 window is printed), so only what is merged is measured. CPU seconds are those of one thread.
 """

@@ -124,6 +124,25 @@ def test_resumed_equals_straight_through(files, tmp_path, way):
         assert callback.events == whole.events
 
 
+def test_a_fit_that_was_interrupted_goes_on(files, tmp_path):
+    class Interrupts(Zeros):
+        def on_train_batch_end(self, run, *_):
+            if run.global_step == 3:
+                raise KeyError("three")
+
+    straight = module()
+    trainer(tmp_path, [learning()]).fit(straight, data(files))
+    lit, callback, watch = module(), learning(), Interrupts()
+    run = trainer(tmp_path, [callback, watch, checkpoints(tmp_path)])
+    with pytest.raises(KeyError):
+        run.fit(lit, data(files))
+    assert not any(linear._forward_hooks for linear in prunable(lit.model).values())
+    trainer(tmp_path, [callback]).fit(lit, data(files), ckpt_path=tmp_path / "step=2.ckpt")
+    assert same(weights(lit), weights(straight))
+    with pytest.raises(ValueError, match="learn=None: the fit of the checkpoint is learning masks"):
+        trainer(tmp_path, [pruning(sparsity=0.5)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
+
+
 def test_a_saved_model_is_the_one_that_was_learned(files, tmp_path):
     lit, callback = module(), learning()
     trainer(tmp_path, [callback, bh.Export(str(tmp_path / "out"))]).fit(lit, data(files))

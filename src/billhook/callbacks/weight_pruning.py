@@ -314,6 +314,10 @@ class WeightPruning(EventCallback, FollowsShapes):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what had happened."""
+        if self.learn is None and "learned" in state_dict:
+            raise ValueError(
+                "learn=None: the fit of the checkpoint is learning masks: give learn, or a checkpoint of another step"
+            )
         super().load_state_dict(state_dict)
         self._hold.load_state_dict(state_dict["masks"])
         self._learned.load_state_dict(state_dict.get("learned", {}))

@@ -35,11 +35,14 @@ class Learned:
         self._saved: Mapping[str, Any] = {}
 
     def attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Takes the model and its optimizers, and goes on with what a checkpoint has brought."""
+        """Takes the model and its optimizers, and goes on with masks of a checkpoint, or of an interrupted fit."""
         self._model, self._optimizers = model, optimizers
         if self._saved:
             linears = prunable(model, output_embeddings=True, convolutions="all")
-            self.begin({name: Chosen.from_state(one, linears[name], self.criterion) for name, one in self._saved.items()})
+            self.chosen = {name: Chosen.from_state(one, linears[name], self.criterion) for name, one in self._saved.items()}
+            self._saved = {}
+        if self.chosen:
+            self.begin(self.chosen)
 
     def begin(self, chosen: Mapping[str, Chosen]) -> None:
         """Has the linears use what is kept of their weights from now on."""

@@ -21,7 +21,7 @@ from kit.sharding import Own, sharding
 
 SCRIPT = "from kit.nodes import fit\nfit()\n"
 STEPS, STAGES = 7, [2, 5]
-SECONDS = 180
+SECONDS = 420
 
 
 def callback():

@@ -158,7 +158,12 @@ def measure(name, options):
     options.held_out = windows(tokenizer, options.test, options.windows)
     calibration = [{"input_ids": ids} for ids in windows(tokenizer, options.train, 32)]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    look = partial(known_perplexity, rows=options.held_out, known=options.known)
+    learns = pruning is not None and "learn" in (pruning[1] or {})  # by masks that the weights do not show
+    look = (
+        partial(perplexity, rows=options.held_out)
+        if learns
+        else partial(known_perplexity, rows=options.held_out, known=options.known)
+    )
     if trained == "all weights":
         model, figures = train_weights(model, pruning, calibration, look, options)
     else:

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import billhook as bh
 from billhook.model.linears import prunable
+from kit.families import llama
 from kit.fits import data, same, trainer, weights
 from kit.weight_pruning import (
     FEW,
@@ -297,6 +298,19 @@ def test_linears_whose_weights_lie_the_other_way(tmp_path):
     lit, callback = Plain(GPT2LMHeadModel(config)), learning(4)
     trainer(tmp_path, [callback]).fit(lit, loader())
     check(callback, lit.net)
+
+
+def test_linears_that_share_a_weight_use_one_mask(tmp_path):
+    net, seen = llama(), []
+    first, second = (layer.mlp.up_proj for layer in net.model.layers)
+    second.weight = first.weight
+    lit, callback = Plain(net), learning(4)
+    look = second.register_forward_hook(lambda one, *_: seen.append(float((one.weight == 0).float().mean())))
+    trainer(tmp_path, [callback], 6).fit(lit, loader())
+    look.remove()
+    assert seen.pop(0) == 0  # of the run that statistics are taken in
+    assert set(seen[-6:]) == {0.5}
+    assert "model.layers.1.mlp.up_proj" not in callback.masks
 
 
 def test_convolutions(tmp_path):

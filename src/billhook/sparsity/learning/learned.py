@@ -10,7 +10,7 @@ from torch.autograd.function import FunctionCtx
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from billhook.model.linears import prunable
+from billhook.model.linears import find_twins, prunable
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.learning.chosen import Chosen
 from billhook.sparsity.masks import where_kept
@@ -51,9 +51,11 @@ class Learned:
         masks = {name: one.keep(name, linears[name], self.criterion, self.pattern) for name, one in chosen.items()}
         self.detach()
         self.chosen, self.masks, self._linears = dict(chosen), masks, linears
-        self._names, self._whole = {linear: name for name, linear in linears.items()}, dict[nn.Module, nn.Parameter]()
+        twins = {linear: name for name, linear in find_twins(self._model, linears)}
+        self._names = {linear: name for name, linear in linears.items()} | twins
+        self._whole = dict[nn.Module, nn.Parameter]()
         self._hooks = [optimizer.register_step_post_hook(self._stepped) for optimizer in self._optimizers]
-        for linear in linears.values():
+        for linear in self._names:
             self._hooks += [
                 linear.register_forward_pre_hook(self._masks, prepend=False),
                 linear.register_forward_hook(self._gives_back, always_call=True),

@@ -15,8 +15,8 @@ class SRSTE:
     what the optimizer takes for the gradient. At `end` what is left out becomes zero, and is held there.
 
     From "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", Zhou et al., ICLR 2021,
-    https://arxiv.org/abs/2102.04010, where scores are magnitudes, and masks are never fixed. Here scores are a criterion's: with
-    `Wanda` by the inputs' norms of the first moment, and by the weights as they are now.
+    https://arxiv.org/abs/2102.04010, where scores are magnitudes. Here they are a criterion's: with `Wanda` by the norms that
+    inputs had at the first moment, and by the weights as they are now.
 
     Args:
         end: When masks are fixed: a step (int), or a fraction of training (float in 0..1).

@@ -110,21 +110,6 @@ def test_equals_the_paper_written_down(tmp_path, criterion, decay):
         torch.testing.assert_close(value.detach(), parameters[name], atol=1e-6, rtol=1e-5, msg=lambda m, own=name: f"{own}: {m}")
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_resumed_equals_straight_through(files, tmp_path, way):
-    """Stopped before masks are learned, while they are, and when they are held."""
-    given = {"sparsity": None} | WAYS[way]
-    straight, whole = module(), learning(**given)
-    trainer(tmp_path, [whole, checkpoints(tmp_path)]).fit(straight, data(files))
-    for stop in (1, 2, 4, 5, 6):
-        resumed, callback = module(seed=1), learning(**given)
-        torch.manual_seed(stop)
-        trainer(tmp_path, [callback]).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
-        assert same(weights(resumed), weights(straight)), stop
-        assert same(callback.masks, whole.masks)
-        assert callback.events == whole.events
-
-
 def test_a_fit_that_was_interrupted_goes_on(files, tmp_path):
     class Interrupts(Zeros):
         def on_train_batch_end(self, run, *_):
@@ -353,6 +338,6 @@ def test_fits_in_which_masks_cannot_be_learned_are_refused(files, tmp_path):
             trainer(tmp_path, [learn or learning(), *more], **options).fit(lit or module(), data(files))
 
     refused(r"learn.end=2 is step 2.*learned from step 2 on", learn=learning(2, at=2))
-    refused("no weight of a linear is trained|none of the linears' weights are trained", injected())
+    refused("none of the linears' weights are trained", injected())
     refused("WeightAveraging keeps", more=[WeightAveraging()])
     refused("masks are learned by the inputs", more=[bh.HeadPruning(0.5, at=3, **FEW)])

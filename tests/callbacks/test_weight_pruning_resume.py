@@ -16,11 +16,15 @@ pytestmark = [
 
 
 STOPS = [1, 2, 3, 4, 5, 6, 7]
+KINDS = [
+    *("gradual", "once", "start", "sparsegpt", "matched", "own"),
+    *("learned", "learned later", "learned pairs", "learned unevenly"),
+]
 
 
-@pytest.mark.parametrize("kind", ["gradual", "once", "start", "sparsegpt", "matched", "own"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_resumed_equals_straight_through(files, tmp_path, kind):
-    """Stopped before, right at, between and after rounds."""
+    """Stopped before, right at, between and after rounds, and while masks are learned."""
     examples = [{"input_ids": ids} for ids in torch.randint(3, 60, (4, 9))]
     arguments = {
         "gradual": {"sparsity": RAMP, "allocation": bh.OWL()},
@@ -28,6 +32,10 @@ def test_resumed_equals_straight_through(files, tmp_path, kind):
         "start": {"pattern": "2:4"},
         "sparsegpt": {"sparsity": RAMP, "criterion": bh.SparseGPT()},
         "matched": {"sparsity": RAMP, "match": bh.BlockMatching(), "sequential": "layer"},
+        "learned": {"sparsity": 0.5, "learn": bh.SRSTE(5)},
+        "learned later": {"sparsity": 0.75, "at": 2, "criterion": bh.Magnitude(compares="row"), "learn": bh.SRSTE(5)},
+        "learned pairs": {"pattern": "2:4", "criterion": bh.RIA(), "sequential": "layer", "learn": bh.SRSTE(5)},
+        "learned unevenly": {"sparsity": 0.5, "allocation": bh.OWL(), "learn": bh.SRSTE(5)},
         "own": {"sparsity": RAMP, "calibration": torch.utils.data.DataLoader(examples, 2, shuffle=True)},
     }[kind]
     straight, whole = module(), pruning(**arguments)

@@ -49,7 +49,7 @@ def lacking(weight, keep, x, owed=0.0):
 
 def refitted(weight, bias, keep, fit, held_out, ridges):
     """Refits what is kept to moments of it; zero for the rest."""
-    new = torch.zeros_like(weight, dtype=torch.float64)
+    new = torch.zeros_like(weight)
     new[:, keep], bias = refit_linear(weight[:, keep], bias, [([fit], held_out)], [fit, held_out], ridges)
     return new, bias
 

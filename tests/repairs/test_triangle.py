@@ -22,11 +22,19 @@ def test_it_is_the_whole_in_parts(monkeypatch, size, rows):
     torch.testing.assert_close(found.full(), whole)
     assert torch.equal(found.full(), found.full().t())
     torch.testing.assert_close(found.diagonal(), whole.diagonal())
-    matrix = torch.full((size, size), 2.0, dtype=torch.float64).t()
-    found.add_to(matrix)
-    torch.testing.assert_close(matrix.tril(), (whole + 2).tril())
+    assert torch.equal(Triangle.of(found.full()).full(), found.full())
     m = torch.randn(3, size, dtype=torch.float64)
     torch.testing.assert_close(found.form(m), torch.trace(m @ whole @ m.t()))
+
+
+@pytest.mark.parametrize(("size", "rows"), [(6, 7), (23, 7)])
+def test_the_mean_of_several_is_taken_about_a_centre(monkeypatch, size, rows):
+    (one, first), (other, second) = (added(size, rows, monkeypatch) for _ in range(2))
+    centre = torch.randn(size, dtype=torch.float64)
+    whole = (first + second) / 60
+    torch.testing.assert_close(Triangle.mean([one, other], torch.tensor(60)).full(), whole)
+    torch.testing.assert_close(Triangle.mean([one, other], torch.tensor(60), centre).full(), whole - centre.outer(centre))
+    torch.testing.assert_close(one.full(), first)
 
 
 def test_it_takes_half_of_the_memory():

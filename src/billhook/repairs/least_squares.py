@@ -12,9 +12,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from billhook.repairs.moments import Fold, OwedMoments, SecondMoments
+from billhook.repairs.cholesky import solver
+from billhook.repairs.moments import OUTPUTS, Fold, OwedMoments, SecondMoments
+from billhook.repairs.triangle import Triangle
 from billhook.running.conjugate_gradients import on_support
 from billhook.running.ranks import Ranks, own_of
+from billhook.running.resident import let_go
 
 Errors = Callable[[float], Sequence[float] | None]
 """With a ridge, the error on each fold's held-out data; None where some fold has no solution."""
@@ -22,8 +25,7 @@ Errors = Callable[[float], Sequence[float] | None]
 
 STEPS = 30
 """Of conjugate gradients, where weights stay zero."""
-MIRRORED = 256
-"""Rows that are mirrored at once, beside which three squares of them are needed."""
+EVERY = slice(None)
 
 
 def least(ridges: Sequence[float], without: Sequence[float], errors: Errors) -> float:
@@ -39,30 +41,6 @@ def least(ridges: Sequence[float], without: Sequence[float], errors: Errors) -> 
     return min(shares, key=lambda ridge: shares[ridge])
 
 
-def solve(inner: Tensor, owed: Tensor, ridge: float) -> Tensor | None:
-    """Solves for M = owed (H + ridge D)^-1, D the diagonal of H, in the memory of both, float64.
-
-    Args:
-        inner: H, `[in_features, in_features]`, of which the upper triangle is read, column after column in memory.
-        owed: `[out_features, in_features]`, row after row in memory.
-        ridge: At infinity M is zero.
-
-    Returns:
-        M, in the place of `owed`; None if the ridge is too small for moments that rounding has left without an inverse.
-    """
-    diagonal = inner.diagonal()
-    if ridge == math.inf or not diagonal.any():
-        return owed.zero_()
-    diagonal += ridge * diagonal + torch.finfo(torch.float64).eps * diagonal.sum()
-    failed = torch.zeros((), dtype=torch.int32, device=inner.device)
-    torch.linalg.cholesky_ex(inner, upper=True, out=(inner, failed))
-    if failed:
-        return None
-    torch.linalg.solve_triangular(inner, owed, upper=True, left=False, out=owed)
-    torch.linalg.solve_triangular(inner.mT, owed, upper=False, left=False, out=owed)
-    return owed
-
-
 def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: float) -> Tensor | None:
     """Solves for the weights that do best from some inputs: W' = argmin E ||W x + d - W' x||^2 + ridge, float64.
 
@@ -74,11 +52,11 @@ def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: floa
     """
     rows = second.inputs[keep]
     lost = weight[:, ~keep].double() @ rows[:, ~keep].t() + second.owed[:, keep]
-    more = solve(rows[:, keep].t(), lost.contiguous(), ridge)
-    if more is None:
+    solve = solver(Triangle.of(rows[:, keep]), ridge)
+    if solve is None:
         return None
     new = torch.where(keep, weight.double(), 0)
-    new[:, keep] += more
+    new[:, keep] += solve(lost.contiguous())
     return new
 
 
@@ -106,11 +84,12 @@ def refit_linear(
     reduce: Callable[[Tensor], Tensor] | None = None,
     support: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Refits a linear's weight and bias, float64, to give d in addition: chooses the ridge on held-out data, solves on all.
+    """Refits a linear's weight and bias to give d in addition: chooses the ridge on held-out data, solves on all.
 
-    W' = W + M, with M as of `solve`, from the moments of all inputs x that it has. A bias makes up for the mean of what is
-    missing, b' = b + E d - M E x, and M for the rest. Where all data has no solution with that ridge, the next larger one takes
-    its place. Beside the moments, memory holds a matrix of in_features^2, and one like the weight, six on a support. Ridges are
+    W' = W + M, M = E d x^T (H + ridge D)^-1, from the moments of all inputs x that it has: H = E x x^T, D its diagonal. A bias
+    makes up for the mean of what is missing, b' = b + E d - M E x, float64, and M for the rest. Where all data has no solution
+    with that ridge, the next larger one takes its place. Beside the moments, memory holds half of a matrix of in_features^2, and
+    `OUTPUTS` rows of one like the weight for each part; on a support, a whole such matrix, and six like the weight. Ridges are
     tried on mixtures of the outputs, where there are many (`OwedMoments.mixed`). Ranks that have the same moments (`Ranks`)
     divide what is tried.
 
@@ -120,14 +99,28 @@ def refit_linear(
     centred = bias is not None
     ridge = _chosen(_mixed(folds), centred, ridges, reduce)
     if support is None:
-        larger = sorted({ridge, math.inf, *(one for one in ridges if one > ridge)})
-        new = next(more for one in larger if (more := _more(every, centred, one)) is not None)
+        new, shift = _solved(weight, every, centred, sorted({ridge, math.inf, *(one for one in ridges if one > ridge)}))
     else:
         left = [_left(_bound(parts, centred, ridge, support), parts, held_out, centred) for parts, held_out in folds]
         helps = least([ridge], _without(folds, centred), lambda _: left) == ridge
-        new = _bound(every, centred, ridge if helps else math.inf, support)
-    shift = _shift(new, every)
-    return new.add_(weight), None if bias is None else bias.double() + shift
+        more = _bound(every, centred, ridge if helps else math.inf, support)
+        shift = _shift(more, every)
+        new = more.add_(weight).to(weight.dtype)
+    return new, None if bias is None else bias.double() + shift
+
+
+def _solved(weight: Tensor, parts: Sequence[OwedMoments], centred: bool, ridges: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Solves for a weight with the first ridge that has a solution, some rows at a time, and for what a bias adds."""
+    solves = (solver(_inner(parts, centred), ridge) for ridge in ridges)
+    solve = next(one for one in solves if one is not None)
+    (x, d), new = _means(parts), torch.empty_like(weight)
+    shift = torch.zeros_like(d)
+    for first in range(0, len(weight), OUTPUTS):
+        rows = slice(first, first + OUTPUTS)
+        more = solve(_owed(parts, centred, rows))
+        shift[rows] = d[rows] - more @ x
+        new[rows] = more.add_(weight[rows])
+    return new, shift
 
 
 def _mixed(folds: Sequence[Fold]) -> list[Fold]:
@@ -164,41 +157,35 @@ def _tried(
 
 def _more(parts: Sequence[OwedMoments], centred: bool, ridge: float) -> Tensor | None:
     """Solves for what is added to a weight that is fitted to parts of the data; about the means, if a bias makes up for those."""
-    return solve(*_normal(parts, centred), ridge)
+    solve = solver(_inner(parts, centred), ridge)
+    return None if solve is None else solve(_owed(parts, centred))
 
 
-def _normal(parts: Sequence[OwedMoments], centred: bool) -> tuple[Tensor, Tensor]:
-    """Returns the means of x x^T, whose upper triangle is filled, column after column, and of d x^T, over parts of the data."""
-    (x, d), tokens = _means(parts), _tokens(parts)
-    inner, owed = x.new_zeros(len(x), len(x)), torch.zeros_like(parts[0].owed_products)
+def _inner(parts: Sequence[OwedMoments], centred: bool) -> Triangle:
+    """Returns the means of x x^T over parts of the data."""
+    return Triangle.mean([part.products for part in parts], _tokens(parts), _means(parts)[0] if centred else None)
+
+
+def _owed(parts: Sequence[OwedMoments], centred: bool, rows: slice = EVERY) -> Tensor:
+    """Returns the means of d x^T over parts of the data, for some features of d."""
+    x, d = _means(parts)
+    owed = torch.zeros_like(parts[0].owed_products[rows])
     for part in parts:
-        part.products.add_to(inner)
-        owed += part.owed_products
-    for sums, mean in ((inner, x), (owed, d)):
-        sums /= tokens
-        if centred:
-            sums.addr_(mean, x, alpha=-1)
-    return inner.t(), owed
+        owed += part.owed_products[rows]
+        let_go(part.owed_products)
+    owed /= _tokens(parts)
+    return owed.addr_(d[rows], x, alpha=-1) if centred else owed
 
 
 def _bound(parts: Sequence[OwedMoments], centred: bool, ridge: float, support: Tensor) -> Tensor:
     """Solves for what is added on a support, by conjugate gradients from zero."""
-    inner, owed = _normal(parts, centred)
+    owed = _owed(parts, centred)
     if ridge == math.inf:
         return owed.zero_()
-    _mirror(inner)
+    inner = _inner(parts, centred).full()
     diagonal = inner.diagonal()
     diagonal += ridge * diagonal + torch.finfo(torch.float64).eps * diagonal.sum()
     return on_support(torch.zeros_like(owed), owed.mul_(support), inner, support, STEPS)
-
-
-def _mirror(upper: Tensor) -> None:
-    """Makes a matrix symmetric, of which the upper triangle is filled, in its place."""
-    for first in range(0, len(upper), MIRRORED):
-        last = first + MIRRORED
-        own = upper[first:last, first:last]
-        own.copy_(own.triu() + own.triu(1).t())
-        upper[last:, first:last] = upper[first:last, last:].t()
 
 
 def _error(parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, ridge: float) -> float | None:

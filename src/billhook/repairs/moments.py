@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from billhook.repairs.triangle import Triangle
+from billhook.running.resident import let_go
 from billhook.running.statistics import TOKENS, add_products
 
 OUTPUTS = 1024
@@ -67,11 +68,14 @@ class OwedMoments:
         turn = torch.randn(OUTPUTS, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / OUTPUTS**0.5
         turn, few = turn.to(self.tokens.device), OwedMoments(OUTPUTS, 0, self.tokens.device)
         few.tokens, few.sums, few.products, few.owed_squares = self.tokens, self.sums, self.products, self.owed_squares
-        few.owed_sums, few.owed_products = turn @ self.owed_sums, turn @ self.owed_products
+        few.owed_sums, few.owed_products = turn @ self.owed_sums, turn.new_zeros(OUTPUTS, self.owed_products.shape[1])
+        for some, own in zip(torch.split(turn, OUTPUTS, 1), torch.split(self.owed_products, OUTPUTS), strict=True):
+            few.owed_products.addmm_(some, own)
+            let_go(own)
         return few
 
     def tensors(self) -> list[Tensor]:
-        """Returns the sums themselves, not copies, to be summed over ranks in place."""
+        """Returns the sums themselves, not copies, to be summed over ranks in place, or kept in files."""
         return [self.tokens, self.sums, *self.products.panels, self.owed_sums, self.owed_products, self.owed_squares]
 
     @classmethod
@@ -102,6 +106,7 @@ class OwedMoments:
     def error(self, more: Tensor, shift: Tensor | None = None) -> float:
         """Computes E |d - M x - b|^2, M being what is added to the weight, `[out_features, in_features]`, and b to the bias."""
         error = self.owed_squares - 2 * more.flatten().dot(self.owed_products.flatten()) + self.products.form(more)
+        let_go(self.owed_products)
         error = error / self.tokens
         if shift is not None:
             x, d = self.centre

@@ -44,7 +44,7 @@ class RepairVisitor:
         progress: Is called with how many linears are done, and of how many.
 
     Attributes:
-        keep: Is called with the debts of each run, which may rest elsewhere than in memory.
+        keep: Is called with moments and with the debts of each run, which may rest elsewhere than in memory.
     """
 
     def __init__(
@@ -179,6 +179,8 @@ class RepairVisitor:
         if name not in self._moments:
             (weight, _), keep, parts = self._old[name], self._kept[name], max(*self._held_out, 1) + 1
             own = [OwedMoments(len(weight), int(keep.sum()), weight.device) for _ in range(parts)]
+            if self.keep is not None:
+                self.keep([one.tensors() for one in own])
             self._moments[name] = own, InputNorms(len(keep), weight.device)
             self._pools[name] = [Pool(one) for one in own]
         return self._moments[name]

@@ -24,7 +24,9 @@ def give_back() -> None:
 
 
 def let_go(tensor: Tensor) -> None:
-    """Lets the pages of a tensor that lies in a file go from the process; they come again when they are read."""
+    """Lets the pages of a tensor that lies in a file go from the process, whole ones; they come again when they are read."""
     with suppress(OSError, AttributeError):
         if tensor.untyped_storage().filename is not None:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), mmap.MADV_DONTNEED)
+            first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+            size = tensor.data_ptr() + tensor.nbytes - first
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)

@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from billhook.running.resident import let_go
+
 TOKENS = 1024
 """How many tokens are multiplied at a time."""
 ROWS = 1024
@@ -17,7 +19,10 @@ ROWS = 1024
 
 
 def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left^T right, of `[tokens, m]` and `[tokens, n]`, to sums `[m, n]`; in the dtype of left, also under autocast."""
+    """Adds left^T right, of `[tokens, m]` and `[tokens, n]`, to sums `[m, n]`; in the dtype of left, also under autocast.
+
+    Sums may lie in a file: some rows of them are in memory at a time.
+    """
     whole = torch.empty(min(ROWS, len(sums)), sums.shape[1], dtype=left.dtype, device=left.device)
     for first in range(0, len(sums), ROWS):
         rows = sums[first : first + ROWS]
@@ -25,6 +30,7 @@ def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
         for some, others in zip(torch.split(left, TOKENS), torch.split(right, TOKENS), strict=True):
             torch.mm(some[:, first : first + ROWS].t(), others, out=product)  # given where to, autocast leaves it in float32
             rows += product  # one sum first: some kernels round after each token
+        let_go(rows)
 
 
 class Statistics(ABC):

@@ -83,25 +83,9 @@ class Refits:
     kept: Mapping[str, int] | None = None
     zeros: Mapping[str, int] | None = None
 
-    def sums(self, model: PreTrainedModel) -> int:
-        """Returns the bytes that the largest refit takes."""
-        shapes = {name: weight_of(linear).shape for name, linear in prunable(model).items()}
-        kept = {name: columns for name, (_, columns) in shapes.items()} if self.kept is None else self.kept
-        zeros = {name: (self.zeros or {}).get(f"{name}.weight", 0) for name in shapes}
-        sizes = [(shapes[name][0], columns, zeros[name]) for name, columns in kept.items() if name in shapes]
-        return max((self._one(*size, model.dtype.itemsize) for size in sizes), default=0)
-
-    def _one(self, rows: int, columns: int, zeros: int, itemsize: int) -> int:
-        """Returns the bytes of one: float64 matrices, and the weight of the inputs that are left.
-
-        Of each part, half of a square, in panels, and one like the weight; and a square to solve in, with what is solved for: all
-        outputs, and where weights stay zero what conjugate gradients step in; or mixtures of outputs for each part beside while
-        ridges are tried.
-        """
-        half = columns * (columns + min(ROWS, columns)) // 2
-        steps = STEPPED * rows if is_pruned(zeros, rows * columns) else rows
-        solved = max(steps, (self.parts + 1) * OUTPUTS if rows > OUTPUTS else 0) * columns
-        return 8 * (self.parts * (half + rows * columns) + columns**2 + solved) + itemsize * rows * columns
+    def solves(self, model: PreTrainedModel) -> int:
+        """Returns the bytes that the largest refit takes beside its moments."""
+        return max((self._solved(*sizes, model.dtype.itemsize) for sizes in self._sizes(model)), default=0)
 
     def waits(self, model: PreTrainedModel, tokens: int) -> int:
         """Returns the bytes that both runs of so many tokens hold while they wait within a block, without what may rest."""
@@ -109,19 +93,52 @@ class Refits:
         return 2 * HELD * tokens * hidden * model.dtype.itemsize
 
     def rests(self, model: PreTrainedModel, tokens: int) -> int:
-        """Returns the bytes of what may: the widest inputs of both runs, and what two linears fall short of."""
+        """Returns the bytes of what may: the largest moments, the widest inputs of both runs, what two linears fall short of."""
         widest = max((weight_of(linear).shape[1] for linear in prunable(model).values()), default=0)
         hidden: int = text_config(model.config).hidden_size
-        return 2 * tokens * (widest * model.dtype.itemsize + 4 * hidden)
+        return self.moments(model) + 2 * tokens * (widest * model.dtype.itemsize + 4 * hidden)
+
+    def moments(self, model: PreTrainedModel) -> int:
+        """Returns the bytes of the largest moments, float64: of each part, half of a square, and a matrix like the weight."""
+        sizes = [_half(columns) + rows * columns for rows, columns, _ in self._sizes(model)]
+        return 8 * self.parts * max(sizes, default=0)
+
+    def _sizes(self, model: PreTrainedModel) -> list[tuple[int, int, int]]:
+        """Returns the outputs of each linear that is refitted, its inputs that are left, and how many of its weights are zero."""
+        shapes = {name: weight_of(linear).shape for name, linear in prunable(model).items()}
+        kept = {name: columns for name, (_, columns) in shapes.items()} if self.kept is None else self.kept
+        zeros = {name: (self.zeros or {}).get(f"{name}.weight", 0) for name in shapes}
+        return [(shapes[name][0], columns, zeros[name]) for name, columns in kept.items() if name in shapes]
+
+    def _solved(self, rows: int, columns: int, zeros: int, itemsize: int) -> int:
+        """Returns the bytes of one: float64 matrices, and the weight of the inputs that are left, as it was and as it is then.
+
+        Half of a square to solve in, with a piece of it; some outputs, solved for, and mixtures of them for each part. Where
+        weights stay zero, a whole square, and what conjugate gradients step in.
+        """
+        few = (self.parts + 1 if rows > OUTPUTS else 1) * min(rows, OUTPUTS)
+        square = _half(columns) + min(ROWS, columns) ** 2 + few * columns
+        if is_pruned(zeros, rows * columns):
+            square = max(square, columns**2 + max(_half(columns), STEPPED * rows * columns))
+        return 8 * square + 2 * itemsize * rows * columns
 
 
 class Matches(Refits):
     """How blocks are matched, each run of the pruned model beside one of the dense model."""
 
-    def sums(self, model: PreTrainedModel) -> int:
+    def solves(self, model: PreTrainedModel) -> int:
         """Returns the bytes that tuning the largest block takes, without what a batch leaves for its gradients."""
         stream = stream_of(model)
         return 0 if stream is None else TUNED * 4 * extent_of(stream).largest // model.dtype.itemsize
+
+    def moments(self, _: PreTrainedModel) -> int:
+        """Returns none: blocks are matched by gradients."""
+        return 0
+
+
+def _half(columns: int) -> int:
+    """Returns the numbers in the panels of half of a square."""
+    return columns * (columns + min(ROWS, columns)) // 2
 
 
 def left(search: Search, cut: Cut) -> dict[str, int]:
@@ -159,7 +176,7 @@ def rest(
     logits, refit, within = 4 * length * text.vocab_size, 0, 0
     between = 2 * max(shown, measured) * length * text.hidden_size * model.dtype.itemsize  # what goes into a block, and comes out
     if refits is not None:
-        refit, within = refits.sums(model) + refits.waits(model, shown * length), refits.rests(model, shown * length)
+        refit, within = refits.solves(model) + refits.waits(model, shown * length), refits.rests(model, shown * length)
     rests = max(between, within) + min(PREDICTIONS, measured * logits)
     if not fits(model, moments + given.batch_size * logits, refit, rests, memory):
         stream.rests = str(Path(out).resolve().parent)

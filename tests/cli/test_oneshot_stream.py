@@ -87,11 +87,11 @@ def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatc
         ran("prune-structure", small, tmp_path / name, *text, *asked, *more)
         (_, moments, refit, held, _), repaired = rests[-1], not more
         rows, columns = 32, 36  # of what reads 48 channels, of which a quarter goes
-        most = 8 * (2 * (columns**2 + rows * columns) + columns**2 + rows * columns) + 4 * rows * columns
+        sums = 8 * 2 * (columns**2 + rows * columns)  # of two parts of the text
         waiting = 2 * tokens * 5 * 32 * 4  # both runs: the stream, its norm, queries, keys and values
-        assert refit == repaired * (most + waiting)
+        assert refit == repaired * (8 * (2 * columns**2 + rows * columns) + 2 * 4 * rows * columns)
         assert moments == logits
-        assert held == (2 * tokens * (48 * 4 + 4 * 32) if repaired else 2 * tokens * 32 * 4) + 5 * logits
+        assert held == (sums + 2 * tokens * (48 * 4 + 4 * 32) + waiting if repaired else 2 * tokens * 32 * 4) + 5 * logits
     sizes = [one.shape[-1] for one in kept if isinstance(one, torch.Tensor)]
     assert sizes.count(bh.load(small).config.vocab_size) == 2 * 5  # predictions of the dense model, each time
     assert len(sizes) - 2 * 5 == 3 * 8  # what three linears that follow each other owe

@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
+from greenlet import greenlet
 from torch import nn
 
 import billhook as bh
 from billhook.running import offload
+from billhook.running.held import held
 from billhook.running.offload import Shelf, offloaded
 from billhook.running.resident import let_go, resident
+from billhook.running.trees import tree_leaves
 from kit.families import llama, tokens
 from kit.sparsity import batches_of, family
 
@@ -114,7 +117,7 @@ def test_activations_on_disk_change_nothing(sequential, tmp_path, monkeypatch):
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
     assert not list(tmp_path.iterdir())
     if sequential != "none":
-        hidden = [args[0] for args, _ in kept]
+        hidden = [one for one in tree_leaves(kept) if isinstance(one, torch.Tensor) and one.shape == (4, 16, 32)]
         assert len(hidden) >= 6
         assert all(tensor.untyped_storage().filename for tensor in hidden)
 
@@ -136,6 +139,49 @@ def test_who_holds_a_tensor_holds_it_on_disk(tmp_path):
     shelf.close()
     assert not list(tmp_path.iterdir())
     assert torch.equal(own, values)
+
+
+def test_tensors_that_share_memory_share_a_file(tmp_path):
+    shelf, base = Shelf(str(tmp_path)), torch.rand(3, 64, 512)
+    queries, keys, values = (one.transpose(0, 1).detach() for one in base)  # detached, they have no base
+    copies, addresses = [one.clone() for one in (queries, keys, values)], {base.untyped_storage().data_ptr()}
+    del base
+    shelf.keep([queries])
+    assert queries.untyped_storage().data_ptr() in addresses, "others may hold the rest of its memory"
+    shelf.keep({"held": (queries, keys), "more": [values, values]})
+    assert all(torch.equal(one, copy) for one, copy in zip((queries, keys, values), copies, strict=True))
+    assert all(one.stride() == (1, 512) for one in (queries, keys, values))
+    assert len({one.untyped_storage().data_ptr() for one in (queries, keys, values)} - addresses) == 1
+    keys[0, 0] = 7
+    assert queries[0, 0] != 7
+    shelf.close()
+
+
+def test_a_view_takes_its_base_along(tmp_path):
+    shelf, view = Shelf(str(tmp_path)), torch.rand(64, 512).view(512, 64).t()
+    copy, base = view.clone(), view._base
+    shelf.keep({"own": view})
+    assert torch.equal(view, copy)
+    assert view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
+    assert base.untyped_storage().filename
+    shelf.close()
+
+
+def test_what_a_greenlet_holds_is_what_its_own_functions_hold():
+    outside, found = object(), []
+
+    def inner(given):
+        found.extend(held())
+        return given
+
+    def outer():
+        own = object()
+        return inner(own), own
+
+    greenlet(outer).switch()
+    assert [set(one) for one in found] == [{"given", "found"}, {"inner", "own"}]
+    assert found[0]["given"] is found[1]["own"]
+    assert outside not in found[1].values()
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ class RepairInTurn:
     def go(self, sites: Sequence[Site], forwards: Sequence[Callable[[], object]], untouched: Collection[int]) -> Refitted:
         """Goes over sites with runs, of which some keep the old parameters."""
         self.visitor.take(self._inside(None))
-        keep = self.visitor.keep
+        keep = None if self.visitor.shelf is None else self.visitor.shelf.keep
         Walk(sites, self.visitor, self.reduce, keep=keep, untouched=untouched, around=self._there)(forwards)
         self._pass()
         self._put(None)

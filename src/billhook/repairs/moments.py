@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from billhook.repairs.triangle import Triangle
+from billhook.running.offload import Shelf, zeros
 from billhook.running.resident import let_go
 from billhook.running.statistics import TOKENS, add_products
 
@@ -17,6 +18,12 @@ OUTPUTS = 1024
 class OwedMoments:
     """First and second moments of a linear's inputs, and of what it owes in addition to its own output, float64.
 
+    Args:
+        out_features: Of the linear.
+        in_features: Of the linear, as far as they are kept.
+        device: Where sums are, if not in files.
+        files: What keeps those that are large there.
+
     Attributes:
         tokens: How many tokens were added, each with its weight, `[]`.
         sums: The sum of their inputs x, `[in_features]`.
@@ -26,11 +33,13 @@ class OwedMoments:
         owed_squares: The sum of |d|^2, `[]`.
     """
 
-    def __init__(self, out_features: int, in_features: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, out_features: int, in_features: int, device: torch.device | str = "cpu", files: Shelf | None = None
+    ) -> None:
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
         self.sums, self.owed_sums = self.tokens.new_zeros(in_features), self.tokens.new_zeros(out_features)
-        self.products = Triangle(in_features, device)
-        self.owed_products = self.tokens.new_zeros(out_features, in_features)
+        self.products = Triangle(in_features, device, files)
+        self.owed_products = zeros((out_features, in_features), device, files)
         self.owed_squares = self.tokens.clone()
 
     def add(self, inputs: Tensor, owed: Tensor | None = None, keep: Tensor | None = None, weights: Tensor | None = None) -> None:

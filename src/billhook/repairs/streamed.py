@@ -70,7 +70,7 @@ def refit_streamed(
         untouched: The numbers of those that keep the old parameters.
     """
     rest = InFiles(stream, key)
-    with stream.undone_by_errors(), shelf(stream) as visitor.keep:
+    with stream.undone_by_errors(), shelf(stream) as visitor.shelf:
         refits = RepairInTurn(stream.model, stream, rest, visitor, linears, kept)
         sites = refits.sites()
         last = max(number for number, site in enumerate(sites) if site.linears)

@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from billhook.running.offload import Shelf, zeros
 from billhook.running.resident import let_go
 from billhook.running.statistics import ROWS, TOKENS, add_products
 
@@ -14,6 +15,11 @@ class Triangle:
     """A sum of x x^T over tokens, of which the lower triangle is kept, float64.
 
     Panels may lie in files: their pages are let go after each use.
+
+    Args:
+        size: How many rows the whole has.
+        device: Where panels are, if not in files.
+        files: What keeps them there.
 
     Attributes:
         size: How many rows the whole has.
@@ -26,13 +32,11 @@ class Triangle:
             [2., 4.]], dtype=torch.float64)
     """
 
-    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, size: int, device: torch.device | str = "cpu", files: Shelf | None = None) -> None:
         ends = [min(first + ROWS, size) for first in range(0, size, ROWS)]
         heights = [end - first for first, end in zip(range(0, size, ROWS), ends, strict=True)]
         self.size = size
-        self.panels = [
-            torch.zeros(height, end, dtype=torch.float64, device=device) for height, end in zip(heights, ends, strict=True)
-        ]
+        self.panels = [zeros((height, end), device, files) for height, end in zip(heights, ends, strict=True)]
 
     @classmethod
     def of(cls, matrix: Tensor) -> Self:

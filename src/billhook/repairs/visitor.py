@@ -1,7 +1,7 @@
 """Repairs linears during a walk over a model: gathers moments of their inputs and debts, and keeps the new weights aside."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments, folds_of, wide
 from billhook.repairs.pool import Pool
 from billhook.running.batches import Run
+from billhook.running.offload import Shelf
 from billhook.running.resident import give_back, let_go
 from billhook.running.sites import Site
-from billhook.running.statistics import InputNorms
+from billhook.running.statistics import ROWS, InputNorms
 from billhook.running.walk import Reduce
 
 Given = Mapping[str, Mapping[str, Tensor]]
@@ -44,7 +45,7 @@ class RepairVisitor:
         progress: Is called with how many linears are done, and of how many.
 
     Attributes:
-        keep: Is called with moments and with the debts of each run, which may rest elsewhere than in memory.
+        shelf: Keeps moments, and the debts of each run, elsewhere than in memory.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class RepairVisitor:
         given: Given | None = None,
         progress: Told | None = None,
     ) -> None:
-        self.keep: Callable[[object], None] | None = None
+        self.shelf: Shelf | None = None
         self._progress, self._done = progress, set[str]()
         self._linears, self._before, self._runs = linears, before, runs
         self._ridges, self._parts, self._held_out, self._reduce = ridges, parts, held_out, reduce
@@ -178,9 +179,7 @@ class RepairVisitor:
         """Returns the moments of inputs that are kept and of what is lacking, by part, and the norms of all inputs."""
         if name not in self._moments:
             (weight, _), keep, parts = self._old[name], self._kept[name], max(*self._held_out, 1) + 1
-            own = [OwedMoments(len(weight), int(keep.sum()), weight.device) for _ in range(parts)]
-            if self.keep is not None:
-                self.keep([one.tensors() for one in own])
+            own = [OwedMoments(len(weight), int(keep.sum()), weight.device, self.shelf) for _ in range(parts)]
             self._moments[name] = own, InputNorms(len(keep), weight.device)
             self._pools[name] = [Pool(one) for one in own]
         return self._moments[name]
@@ -213,27 +212,22 @@ class RepairVisitor:
 
         That is d and what removed inputs gave: W x* - W_S x_S + b* - b + s, `[..., out_features]`.
         """
-        pairs = {run: (cut, inputs[run + len(self._runs)]) for run, cut in inputs.items() if run + len(self._runs) in inputs}
-        if not pairs:
-            return {}
-        found, short, keep = {}, self._short.get(self._before.get(name) or "", {}), self._kept.get(name)
+        later = {run: (cut, inputs.get(run + len(self._runs))) for run, cut in sorted(inputs.items())}
+        pairs = {run: (cut, whole) for run, (cut, whole) in later.items() if whole is not None and cut.shape == whole.shape}
+        short, keep = self._short.get(self._before.get(name) or "", {}), self._kept.get(name)
         (given, before), (weight, bias) = self._whole[name], self._old[name]
-        own = wide(weight).t()
-        for run, (cut, whole) in sorted(pairs.items()):
-            if cut.shape != whole.shape:
-                continue
-            stays = wide(cut) if keep is None else wide(cut).masked_fill(~keep, 0)
-            lacks = (wide(whole) - stays) @ own if given is weight else wide(whole) @ wide(given).t() - stays @ own
-            if before is not None and bias is not None and bias is not before:
-                lacks += wide(before) - wide(bias)
-            if run in short:
-                lacks += short[run]
-                let_go(short[run])
-            if self.keep is not None:
-                self.keep(lacks)
-            found[run] = lacks
-            let_go(cut)
-            let_go(whole)
+        found = {run: wide(cut).new_empty(*cut.shape[:-1], len(weight)) for run, (cut, _) in pairs.items()}
+        if self.shelf is not None:
+            self.shelf.keep(found)
+        for rows in _rows(weight) if pairs else ():
+            whole_rows, own = wide(given[rows]).t(), wide(weight[rows]).t()
+            shift = wide(before[rows]) - wide(bias[rows]) if before is not None and bias is not None and bias is not before else 0
+            for run, (cut, whole) in pairs.items():
+                stays = wide(cut) if keep is None else wide(cut).masked_fill(~keep, 0)
+                lacks = (wide(whole) - stays) @ own if given is weight else wide(whole) @ whole_rows - stays @ own
+                found[run][..., rows] = lacks + shift + (short[run][..., rows] if run in short else 0)
+                for one in (cut, whole, found[run], *([short[run]] if run in short else ())):
+                    let_go(one)
         return found
 
     def _still(self, name: str, inputs: Mapping[int, Tensor], lacking: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -241,11 +235,17 @@ class RepairVisitor:
         if name not in self._refitted:
             return lacking
         own, keep, (weight, bias) = self.own(name), self._kept[name], self._old[name]
-        more = (wide(turned(self._linears[name], own["weight"])[:, keep]) - wide(weight[:, keep])).t()
-        for run, lacks in lacking.items():
-            lacks -= wide(inputs[run][..., keep]) @ more
-            if bias is not None:
-                lacks -= wide(own["bias"]) - wide(bias)
-            let_go(lacks)
-            let_go(inputs[run])
+        new = turned(self._linears[name], own["weight"])
+        for rows in _rows(weight):
+            more = (wide(new[rows, keep]) - wide(weight[rows, keep])).t()
+            shift = 0 if bias is None else wide(own["bias"][rows]) - wide(bias[rows])
+            for run, lacks in lacking.items():
+                lacks[..., rows] -= wide(inputs[run][..., keep]) @ more + shift
+                let_go(lacks)
+                let_go(inputs[run])
         return lacking
+
+
+def _rows(weight: Tensor) -> list[slice]:
+    """Returns the rows of a weight, as many of them at a time as are in float32 at once."""
+    return [slice(first, first + ROWS) for first in range(0, len(weight), ROWS)]

@@ -117,10 +117,10 @@ class Dense:
 
         def take(row: int, logits: Tensor, loss: float) -> None:
             losses[row], self._held[row] = loss, Predictions.of(logits, len(self._here))
-            if keep is not None:
-                keep(self._held[row].logs)
+            if files is not None:
+                files.keep(self._held[row].logs)
 
-        with shelf(stream) if (stream := stream_of(model)) is not None else nullcontext() as keep:
+        with shelf(stream) if (stream := stream_of(model)) is not None else nullcontext() as files:
             self._each(model, take, progress)
         self.losses = losses if reduce is None else reduce(losses)
 

@@ -1,6 +1,8 @@
 """A model that is larger than its device: blocks are there one at a time, and activations rest on disk."""
 
+import math
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -64,22 +66,46 @@ class Shelf:
         self._files = 0
 
     def keep(self, kept: object) -> None:
-        """Moves tensors from the memory of the CPU into files, for whoever holds them; parameters and small tensors stay."""
-        for tensor in tree_leaves(kept):
-            if isinstance(tensor, Tensor) and _movable(tensor):
-                self._files += 1
-                path = Path(self._folder.name, str(self._files))
-                mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
-                tensor.data = mapped.view(tensor.shape).copy_(tensor)
-                let_go(tensor)
-                with suppress(OSError):  # where a file that is mapped cannot be removed, closing does it
-                    path.unlink()
+        """Moves tensors from the memory of the CPU into files, for whoever holds them; parameters and small tensors stay.
+
+        Tensors that share memory share a file, if together they need as much; part of what others may still hold stays.
+        """
+        for tensors in _by_memory(kept):
+            own = tensors[0].untyped_storage()
+            mapped = self.zeros(own.nbytes(), dtype=torch.uint8)
+            mapped.copy_(torch.empty(0, dtype=torch.uint8).set_(own))
+            let_go(mapped)
+            for tensor in tensors:
+                empty, place = torch.empty(0, dtype=tensor.dtype), tensor.storage_offset()
+                tensor.data = empty.set_(mapped.untyped_storage(), place, tensor.shape, tensor.stride())
+
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Returns zeros in a file."""
+        self._files += 1
+        path = Path(self._folder.name, str(self._files))
+        mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
+        with suppress(OSError):  # where a file that is mapped cannot be removed, closing does it
+            path.unlink()
+        return mapped.view(shape)
 
     def close(self) -> None:
         """Removes the folder; what is still mapped stays readable."""
         self._folder.cleanup()
 
 
-def _movable(tensor: Tensor) -> bool:
-    plain = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.is_contiguous()
-    return plain and tensor.nbytes >= SMALL and tensor.untyped_storage().filename is None
+def zeros(shape: tuple[int, ...], device: torch.device | str = "cpu", files: Shelf | None = None) -> Tensor:
+    """Returns zeros, float64, on a device or in a file."""
+    return torch.zeros(shape, dtype=torch.float64, device=device) if files is None else files.zeros(*shape)
+
+
+def _by_memory(kept: object) -> list[list[Tensor]]:
+    """Returns the tensors that can be moved, with those that they are views of; those together that share memory."""
+    found = defaultdict[int, dict[int, Tensor]](dict)
+    for leaf in tree_leaves(kept):
+        for tensor in (leaf, leaf._base) if isinstance(leaf, Tensor) else ():  # a view keeps its base, and that its memory
+            if type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu":
+                memory = tensor.untyped_storage()
+                if memory.nbytes() >= SMALL and memory.filename is None:
+                    found[memory.data_ptr()][id(tensor)] = tensor
+    sharing = [list(own.values()) for own in found.values()]
+    return [own for own in sharing if sum(one.nbytes for one in own) >= own[0].untyped_storage().nbytes()]

@@ -9,6 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 STATUS = Path("/proc/self/status")
+M_MMAP_THRESHOLD = -3
+"""In glibc's malloc.h."""
 
 
 def resident(which: Literal["VmRSS", "VmHWM"] = "VmRSS") -> int | None:
@@ -21,6 +23,12 @@ def give_back() -> None:
     """Has the allocator give memory that it keeps in pieces, for later, back to the system, where it can (glibc)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def give_back_at_once() -> None:
+    """Has the allocator take pieces of a mebibyte or more from the system one by one, and give each back at once (glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def let_go(tensor: Tensor) -> None:

@@ -15,6 +15,7 @@ from greenlet import greenlet
 from torch import Tensor, nn
 from transformers import Cache
 
+from billhook.running.held import held
 from billhook.running.overridden import overridden
 from billhook.running.replaced import replaced
 from billhook.running.sites import Site
@@ -66,7 +67,7 @@ class Walk:
         visitor: What is done there.
         reduce: Sums over ranks, where each rank has runs of its own: all then complete the same sites in the same order, also
             those that no run of their own comes to.
-        keep: Called with what a run keeps while it waits for others: the arguments of a site's forward.
+        keep: Called with what a run holds while it waits for others: the local variables of its functions.
         untouched: The numbers of runs that keep the old parameters to the end, for comparison.
         around: What a site's module needs while runs are in it; by default nothing.
         ends: How many runs continue to their end when all sites are complete; with one, `again` has all that are called again.
@@ -181,7 +182,7 @@ class Walk:
         if site in self.complete:
             self._come_again(site)
         else:
-            self._rest(site, (args, kwargs))
+            self._rest(site)
             if site.linears:
                 if self.compares is None or self._run not in self.compares.dense:
                     self._see(site, forward, args, kwargs)
@@ -194,11 +195,11 @@ class Walk:
         if self.compares is not None:
             self.compares.came_again(site)
 
-    def _rest(self, site: Site, kept: object = None) -> None:
+    def _rest(self, site: Site) -> None:
         """Lets others go on until all are here."""
         own = Ambient.now()
-        if self.keep is not None and kept is not None:
-            self.keep(kept)
+        if self.keep is not None:
+            self.keep(held())
         self._main.switch(site)
         own.restore()
 
@@ -209,10 +210,8 @@ class Walk:
         if site in self.complete:
             self._come_again(site)
             return forward(*args, **kwargs)
-        if self.keep is not None:
-            self.keep((args, kwargs))
         output = forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
-        self._rest(site, output)
+        self._rest(site)
         if self.compares is not None:
             self.compares.came_out(self._run, (args, kwargs), output)
         self._rest(site)

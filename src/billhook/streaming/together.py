@@ -27,13 +27,13 @@ class Nothing:
 
 
 @contextmanager
-def shelf(stream: Stream) -> Iterator[Callable[[object], None] | None]:
-    """Yields what has the values that blocks hand on rest in the files of a stream's folder; None where they rest in memory."""
+def shelf(stream: Stream) -> Iterator[Shelf | None]:
+    """Yields what keeps the values that blocks hand on in the files of a stream's folder; None where they rest in memory."""
     if stream.rests is None:
         yield None
         return
     with closing(Shelf(stream.rests)) as files:
-        yield files.keep
+        yield files
 
 
 class Together:
@@ -68,7 +68,8 @@ class Together:
     def __call__(self, forwards: Sequence[Callable[[], object]]) -> None:
         """Calls functions that each run the model once, without gradients; they end one after the other."""
         if self._stream is not None:
-            with shelf(self._stream) as keep:
+            with shelf(self._stream) as files:
+                keep = None if files is None else files.keep
                 self._walk = Walk(self._sites, Nothing(), keep=keep, ends=len(forwards), leave=self._leave)
                 self._walk(forwards)
             return

@@ -33,6 +33,7 @@ from billhook.report.generation import generates
 from billhook.report.metrics import accuracy
 from billhook.running.batches import Batch
 from billhook.running.offload import offloaded
+from billhook.running.resident import give_back_at_once
 from billhook.running.sites import find_sites
 from billhook.streaming.load import stream
 from billhook.streaming.stream import stream_of
@@ -66,6 +67,7 @@ class OneShot:
         given.check_there()
         if given.stream:
             check_streamed(given, streams, offload)
+            give_back_at_once()
         self.name, self.out, self.given = name, out, given
         self.device = torch.device("cpu") if given.stream else device_of(given.device)
         with files(f"opening {name}" if given.stream else f"loading {name}"):

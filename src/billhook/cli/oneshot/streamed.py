@@ -87,16 +87,14 @@ class Refits:
         """Returns the bytes that the largest refit takes beside its moments."""
         return max((self._solved(*sizes, model.dtype.itemsize) for sizes in self._sizes(model)), default=0)
 
-    def waits(self, model: PreTrainedModel, tokens: int) -> int:
-        """Returns the bytes that both runs of so many tokens hold while they wait within a block, without what may rest."""
-        hidden: int = text_config(model.config).hidden_size
-        return 2 * HELD * tokens * hidden * model.dtype.itemsize
-
     def rests(self, model: PreTrainedModel, tokens: int) -> int:
-        """Returns the bytes of what may: the largest moments, the widest inputs of both runs, what two linears fall short of."""
+        """Returns the bytes of what may: the largest moments, and what both runs of so many tokens hold within a block.
+
+        That is the widest inputs, what two linears fall short of, and what runs hold while they wait.
+        """
         widest = max((weight_of(linear).shape[1] for linear in prunable(model).values()), default=0)
         hidden: int = text_config(model.config).hidden_size
-        return self.moments(model) + 2 * tokens * (widest * model.dtype.itemsize + 4 * hidden)
+        return self.moments(model) + 2 * tokens * ((widest + HELD * hidden) * model.dtype.itemsize + 4 * hidden)
 
     def moments(self, model: PreTrainedModel) -> int:
         """Returns the bytes of the largest moments, float64: of each part, half of a square, and a matrix like the weight."""
@@ -176,7 +174,7 @@ def rest(
     logits, refit, within = 4 * length * text.vocab_size, 0, 0
     between = 2 * max(shown, measured) * length * text.hidden_size * model.dtype.itemsize  # what goes into a block, and comes out
     if refits is not None:
-        refit, within = refits.solves(model) + refits.waits(model, shown * length), refits.rests(model, shown * length)
+        refit, within = refits.solves(model), refits.rests(model, shown * length)
     rests = max(between, within) + min(PREDICTIONS, measured * logits)
     if not fits(model, moments + given.batch_size * logits, refit, rests, memory):
         stream.rests = str(Path(out).resolve().parent)

@@ -147,16 +147,19 @@ def test_few_products_are_held_at_a_time():
     assert order == [one for pair in expected for one in pair][:-1]  # nobody asks for the gradient of what the first one gets
 
 
+@pytest.mark.parametrize("at_once", [2**24, 20, 1], ids=["all at once", "some", "one by one"])
 @pytest.mark.parametrize("index", [
     [0, 1, 2, 3], [0, 0, 1, 1, 2, 2], [1, 0, 2], [0, 1, 0, 1, 2, 2], [-1, 0, 1, -1], [0, 0, 1], [2, 0, 1, 1, 0, 2, -1, -1],
 ])  # fmt: skip
-def test_sums_over_positions_and_outputs_without_a_unit(index):
+def test_sums_over_positions_and_outputs_without_a_unit(index, at_once, monkeypatch):
     """Also where the units stand anywhere, or are of different sizes."""
     import numpy as np
 
+    from billhook.importance import activations
     from billhook.importance.activations import gram_of, table_of
     from billhook.units.units import Units
 
+    monkeypatch.setattr(activations, "AT_ONCE", at_once)
     count, width = max(index) + 1, len(index)
     units = Units("head", "x", ("y",), np.array(index), np.arange(count), (), (), ())
     values, reader = torch.randn(2, 5, width), torch.nn.Linear(width, 7)

@@ -22,6 +22,9 @@ from billhook.streaming.either import bring
 from billhook.streaming.together import Together
 from billhook.units.units import Per, Units
 
+AT_ONCE = 2**24
+"""How many numbers a reader is given at once, to find its weights."""
+
 
 @dataclass(frozen=True)
 class ActivationNorm(Importance):
@@ -209,18 +212,20 @@ def table_of(units: Units, per: Per) -> tuple[Tensor, Tensor]:
 def gram_of(reader: nn.Module, table: Tensor, there: Tensor, width: int) -> Tensor:
     """Returns W_u^T W_u of each unit: float32, `[units, size, size]`."""
     like = next((one for one in reader.parameters() if one.is_floating_point()), torch.zeros(()))
-    each = torch.eye(width, dtype=like.dtype, device=like.device)
     if places := -1 - read_dim(reader):
         windows = [(*part.kernel_size, *part.stride) for part in reader.modules() if isinstance(part, nn.modules.conv._ConvNd)]
         if {size for window in windows for size in window} != {1}:
             raise ValueError(
                 f"importance: {reader} reads several places at once, so that what a unit moves is no sum over tokens"
             )
-        each = each.view(width, width, *[1] * places)
+    nothing, found = like.new_zeros(1, width, *[1] * places), []
     with torch.autocast(like.device.type, enabled=False):
-        columns = (reader(each) - reader(torch.zeros_like(each[:1]))).float().flatten(1)[table.to(like.device)]
-    columns *= there.to(like.device)[..., None]
-    return _square(columns)
+        step = max(1, AT_ONCE // (table.shape[1] * width))
+        for some, held in zip(*(torch.split(one.to(like.device), step) for one in (table, there)), strict=True):
+            each = like.new_zeros(some.numel(), width).scatter_(1, some.reshape(-1, 1), 1.0)
+            columns = reader(each.view(-1, *nothing.shape[1:])) - reader(nothing)
+            found.append(_square(columns.float().view(*some.shape, -1) * held[..., None]))
+    return torch.cat(found)
 
 
 def window_of(reader: nn.Module) -> Convolution | None:

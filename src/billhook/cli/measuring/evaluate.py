@@ -28,6 +28,7 @@ from billhook.model.meta import model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
 from billhook.report.choices import Question, read_questions
 from billhook.report.table import aligned
+from billhook.running.resident import give_back_at_once
 from billhook.streaming.load import stream as open_streamed
 from billhook.training.evaluation import (
     LONGEST,
@@ -121,6 +122,8 @@ def evaluate(
     else:
         if stream and (data or tasks or device not in ("auto", "cpu")):
             raise ValueError("stream=True is for text alone, on the CPU: leave out data, tasks and device, or stream")
+        if stream:
+            give_back_at_once()
         place = torch.device("cpu") if stream else device_of(device)
         settings, works = _prepare(models, data or [], text, _tasks(tasks or []), limit, length, examples, batch_size, column)
     results = [_result(name, work, place, dtype, stream) for name, work in zip(models, works, strict=True)]

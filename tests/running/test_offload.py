@@ -211,4 +211,11 @@ def test_what_rests_in_files_is_not_resident_until_it_is_read(tmp_path):
     let_go(tensor)
     assert resident() - before < -tensor.nbytes / 2
     assert tensor[5] == 1
+    assert tensor.sum() == 2**24
+    shelf.keep({"held": [tensor]})  # by a run that waits once more
+    assert resident() - before < -tensor.nbytes / 2
+    zeros = shelf.zeros(2**12, 2**12)
+    assert not zeros.any()
+    let_go(zeros[1:])
+    assert resident() - before < -tensor.nbytes / 2
     shelf.close()

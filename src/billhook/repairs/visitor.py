@@ -114,7 +114,7 @@ class RepairVisitor:
             inputs = self._inputs.pop(name, {})
             lacking = self._compared(name, inputs)
             if name in self._kept and name not in self._known:
-                lost = {run: lacks.square().sum(-1, dtype=torch.float64) for run, lacks in lacking.items()}
+                lost = {run: _squares(lacks) for run, lacks in lacking.items()}
                 typical = self._typical(name, lost)
                 for run in range(len(self._runs)):
                     if run in inputs:
@@ -152,6 +152,8 @@ class RepairVisitor:
             lacking = wide(inputs[..., ~keep]) @ wide(self._old[name][0][:, ~keep]).t()
         self._pools[name][self._parts[run]].add(own, lacking, counts, weights)
         let_go(inputs)
+        if lacking is not None:
+            let_go(lacking)
 
     def _typical(self, name: str, lost: Mapping[int, Tensor]) -> Tensor | None:
         """Computes the geometric mean m of the squares of what tokens lack, over all ranks; None if none lacks anything.
@@ -199,11 +201,10 @@ class RepairVisitor:
         folds = folds_of(parts, self._held_out)
         if folds and sum(part.tokens for part in parts) >= keep.sum():
             weight, bias = self._old[name]
-            there = weight[:, keep] != 0
-            support = there if is_pruned(int((~there).sum()), there.numel()) else None
-            kept, bias = refit_linear(weight[:, keep], bias, folds, parts, self._ridges, self._reduce, support)
+            left = weight[:, keep]
+            kept, bias = refit_linear(left, bias, folds, parts, self._ridges, self._reduce, _support(left))
             new = torch.zeros_like(weight)
-            new[:, keep] = kept.to(weight.dtype)
+            new[:, keep] = kept
             self._new[name] = as_it_lies(self._linears[name], new, bias)
             self._refitted.add(name)
 
@@ -244,6 +245,19 @@ class RepairVisitor:
                 let_go(lacks)
                 let_go(inputs[run])
         return lacking
+
+
+def _squares(lacks: Tensor) -> Tensor:
+    """Returns the square of what each token lacks, float64."""
+    squares = lacks.square().sum(-1, dtype=torch.float64)
+    let_go(lacks)
+    return squares
+
+
+def _support(weight: Tensor) -> Tensor | None:
+    """Returns which weights are not zero; None where so few are that the weight is not pruned."""
+    there = weight != 0
+    return there if is_pruned(int((~there).sum()), there.numel()) else None
 
 
 def _rows(weight: Tensor) -> list[slice]:

@@ -70,7 +70,7 @@ class Shelf:
 
         Tensors that share memory share a file, if together they need as much; part of what others may still hold stays.
         """
-        for tensors in _by_memory(kept):
+        for tensors in self._by_memory(kept):
             own = tensors[0].untyped_storage()
             mapped = self.zeros(own.nbytes(), dtype=torch.uint8)
             mapped.copy_(torch.empty(0, dtype=torch.uint8).set_(own))
@@ -92,20 +92,27 @@ class Shelf:
         """Removes the folder; what is still mapped stays readable."""
         self._folder.cleanup()
 
+    def _by_memory(self, kept: object) -> list[list[Tensor]]:
+        """Returns the tensors that can be moved, those together that share memory; those that lie here already are let go."""
+        found = defaultdict[int, dict[int, Tensor]](dict)
+        for tensor in _plain(kept):
+            memory = tensor.untyped_storage()
+            if memory.filename is not None and Path(self._folder.name) in Path(memory.filename).parents:
+                let_go(tensor)
+            elif memory.filename is None and memory.nbytes() >= SMALL:
+                found[memory.data_ptr()][id(tensor)] = tensor
+        sharing = [list(own.values()) for own in found.values()]
+        return [own for own in sharing if sum(one.nbytes for one in own) >= own[0].untyped_storage().nbytes()]
+
 
 def zeros(shape: tuple[int, ...], device: torch.device | str = "cpu", files: Shelf | None = None) -> Tensor:
     """Returns zeros, float64, on a device or in a file."""
     return torch.zeros(shape, dtype=torch.float64, device=device) if files is None else files.zeros(*shape)
 
 
-def _by_memory(kept: object) -> list[list[Tensor]]:
-    """Returns the tensors that can be moved, with those that they are views of; those together that share memory."""
-    found = defaultdict[int, dict[int, Tensor]](dict)
+def _plain(kept: object) -> Iterator[Tensor]:
+    """Yields the plain tensors of the CPU in nested containers, each with the one that it is a view of, which it keeps."""
     for leaf in tree_leaves(kept):
-        for tensor in (leaf, leaf._base) if isinstance(leaf, Tensor) else ():  # a view keeps its base, and that its memory
+        for tensor in (leaf, leaf._base) if isinstance(leaf, Tensor) else ():
             if type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu":
-                memory = tensor.untyped_storage()
-                if memory.nbytes() >= SMALL and memory.filename is None:
-                    found[memory.data_ptr()][id(tensor)] = tensor
-    sharing = [list(own.values()) for own in found.values()]
-    return [own for own in sharing if sum(one.nbytes for one in own) >= own[0].untyped_storage().nbytes()]
+                yield tensor

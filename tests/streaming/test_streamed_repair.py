@@ -6,6 +6,10 @@ import transformers
 from small_configs import small_config
 
 import billhook as bh
+from billhook.repairs import triangle
+from billhook.running import offload
+from billhook.running.offload import Shelf
+from billhook.streaming.stream import stream_of
 from kit import stopped
 
 KINDS = {
@@ -43,6 +47,23 @@ def test_repaired_with_the_same_bytes(tmp_path, kind, how):
     bh.save(streamed, tmp_path / "out")
     bh.save(dense, tmp_path / "in memory")
     assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_the_same_bytes_where_all_that_may_rests_in_files(tmp_path, kind, monkeypatch):
+    monkeypatch.setattr(offload, "SMALL", 1)
+    monkeypatch.setattr(triangle, "ROWS", 16)
+    mapped, zeros = [], Shelf.zeros
+    monkeypatch.setattr(Shelf, "zeros", lambda files, *shape, **more: mapped.append(shape) or zeros(files, *shape, **more))
+    torch.manual_seed(0)
+    kind(small_config(kind.config_class)).eval().save_pretrained(tmp_path / "dense")
+    streamed = bh.stream(tmp_path / "dense", tmp_path / "out")
+    stream_of(streamed).rests = str(tmp_path)
+    bh.save(repaired(streamed), tmp_path / "out")
+    bh.save(repaired(bh.load(tmp_path / "dense")), tmp_path / "in memory")
+    assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
+    assert any(len(shape) == 2 for shape in mapped), "moments"
+    assert not list(tmp_path.glob("billhook_*"))
 
 
 @pytest.mark.parametrize("blocks", [2, 6], ids=["while refitting", "while cutting"])

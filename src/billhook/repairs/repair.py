@@ -102,9 +102,9 @@ def repair_linears(
     In addition to the model, memory holds: the new weights; of every batch, what its run (or two) of the model holds while it
     waits before a linear for the others, and what its streams owe; and, of one linear at a time, in float64, for each part of
     the data half of a square of its kept inputs and a matrix like its weight, and another half of a square to solve in. All but
-    this half may rest in files (`Stream.rests`). Where one of the linears is called several times in a run, there is no catching up. The new weights of a model that
-    is streamed are written, block by block, and come from there; those of one that ranks share become shards, as long as it
-    calls its blocks one after the other, and otherwise all blocks are gathered.
+    this half may rest in files (`Stream.rests`). Where one of the linears is called several times in a run, there is no catching
+    up. The new weights of a model that is streamed are written, block by block, and come from there; those of one that ranks
+    share become shards, as long as it calls its blocks one after the other, and otherwise all blocks are gathered.
 
     Args:
         model: The model.

@@ -214,7 +214,7 @@ def test_what_rests_in_files_is_not_resident_until_it_is_read(tmp_path):
     assert tensor.sum() == 2**24
     shelf.keep({"held": [tensor]})  # by a run that waits once more
     assert resident() - before < -tensor.nbytes / 2
-    zeros = shelf.zeros(2**12, 2**12)
+    zeros = shelf.zeros(2**12, 2**12, dtype=torch.float64)
     assert not zeros.any()
     let_go(zeros[1:])
     assert resident() - before < -tensor.nbytes / 2

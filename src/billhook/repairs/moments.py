@@ -39,7 +39,7 @@ class OwedMoments:
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
         self.sums, self.owed_sums = self.tokens.new_zeros(in_features), self.tokens.new_zeros(out_features)
         self.products = Triangle(in_features, device, files)
-        self.owed_products = zeros((out_features, in_features), device, files)
+        self.owed_products = zeros((out_features, in_features), torch.float64, device, files)
         self.owed_squares = self.tokens.clone()
 
     def add(self, inputs: Tensor, owed: Tensor | None = None, keep: Tensor | None = None, weights: Tensor | None = None) -> None:

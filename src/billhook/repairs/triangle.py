@@ -36,7 +36,7 @@ class Triangle:
         ends = [min(first + ROWS, size) for first in range(0, size, ROWS)]
         heights = [end - first for first, end in zip(range(0, size, ROWS), ends, strict=True)]
         self.size = size
-        self.panels = [zeros((height, end), device, files) for height, end in zip(heights, ends, strict=True)]
+        self.panels = [zeros((height, end), torch.float64, device, files) for height, end in zip(heights, ends, strict=True)]
 
     @classmethod
     def of(cls, matrix: Tensor) -> Self:

@@ -13,7 +13,7 @@ from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments, folds_of, wide
 from billhook.repairs.pool import Pool
 from billhook.running.batches import Run
-from billhook.running.offload import Shelf
+from billhook.running.offload import Shelf, zeros
 from billhook.running.resident import give_back, let_go
 from billhook.running.sites import Site
 from billhook.running.statistics import ROWS, InputNorms
@@ -217,19 +217,28 @@ class RepairVisitor:
         pairs = {run: (cut, whole) for run, (cut, whole) in later.items() if whole is not None and cut.shape == whole.shape}
         short, keep = self._short.get(self._before.get(name) or "", {}), self._kept.get(name)
         (given, before), (weight, bias) = self._whole[name], self._old[name]
-        found = {run: wide(cut).new_empty(*cut.shape[:-1], len(weight)) for run, (cut, _) in pairs.items()}
-        if self.shelf is not None:
-            self.shelf.keep(found)
+        shift = None if before is None or bias is None or bias is before else wide(before) - wide(bias)
+        found = {run: self._owed(cut, len(weight)) for run, (cut, _) in pairs.items()}
         for rows in _rows(weight) if pairs else ():
-            whole_rows, own = wide(given[rows]).t(), wide(weight[rows]).t()
-            shift = wide(before[rows]) - wide(bias[rows]) if before is not None and bias is not None and bias is not before else 0
+            own = wide(weight[rows]).t()
+            dense = own if given is weight else wide(given[rows]).t()
             for run, (cut, whole) in pairs.items():
                 stays = wide(cut) if keep is None else wide(cut).masked_fill(~keep, 0)
-                lacks = (wide(whole) - stays) @ own if given is weight else wide(whole) @ whole_rows - stays @ own
-                found[run][..., rows] = lacks + shift + (short[run][..., rows] if run in short else 0)
-                for one in (cut, whole, found[run], *([short[run]] if run in short else ())):
+                lacks = (wide(whole) - stays) @ own if given is weight else wide(whole) @ dense - stays @ own
+                if shift is not None:
+                    lacks += shift[rows]
+                if run in short:
+                    lacks += short[run][..., rows]
+                    let_go(short[run])
+                found[run][..., rows] = lacks
+                for one in (cut, whole, found[run]):
                     let_go(one)
         return found
+
+    def _owed(self, inputs: Tensor, rows: int) -> Tensor:
+        """Returns room for what a run owes, where debts are kept: in float32, or float64 if the inputs are."""
+        dtype = torch.promote_types(inputs.dtype, torch.float32)
+        return zeros((*inputs.shape[:-1], rows), dtype, inputs.device, self.shelf)
 
     def _still(self, name: str, inputs: Mapping[int, Tensor], lacking: dict[int, Tensor]) -> dict[int, Tensor]:
         """Computes what the sum is short of with the new weights, in the place of what it lacks: less (W' - W)_S x_S + b' - b."""
@@ -239,9 +248,10 @@ class RepairVisitor:
         new = turned(self._linears[name], own["weight"])
         for rows in _rows(weight):
             more = (wide(new[rows, keep]) - wide(weight[rows, keep])).t()
-            shift = 0 if bias is None else wide(own["bias"][rows]) - wide(bias[rows])
             for run, lacks in lacking.items():
-                lacks[..., rows] -= wide(inputs[run][..., keep]) @ more + shift
+                lacks[..., rows] -= wide(inputs[run][..., keep]) @ more
+                if bias is not None:
+                    lacks[..., rows] -= wide(own["bias"][rows]) - wide(bias[rows])
                 let_go(lacks)
                 let_go(inputs[run])
         return lacking

@@ -79,7 +79,7 @@ class Shelf:
                 empty, place = torch.empty(0, dtype=tensor.dtype), tensor.storage_offset()
                 tensor.data = empty.set_(mapped.untyped_storage(), place, tensor.shape, tensor.stride())
 
-    def zeros(self, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Returns zeros in a file."""
         self._files += 1
         path = Path(self._folder.name, str(self._files))
@@ -105,9 +105,9 @@ class Shelf:
         return [own for own in sharing if sum(one.nbytes for one in own) >= own[0].untyped_storage().nbytes()]
 
 
-def zeros(shape: tuple[int, ...], device: torch.device | str = "cpu", files: Shelf | None = None) -> Tensor:
-    """Returns zeros, float64, on a device or in a file."""
-    return torch.zeros(shape, dtype=torch.float64, device=device) if files is None else files.zeros(*shape)
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", files: Shelf | None = None) -> Tensor:
+    """Returns zeros on a device, or in a file."""
+    return torch.zeros(shape, dtype=dtype, device=device) if files is None else files.zeros(*shape, dtype=dtype)
 
 
 def _plain(kept: object) -> Iterator[Tensor]:

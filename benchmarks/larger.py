@@ -1,8 +1,8 @@
 """Memory and time of models that stay in their files: commands with `--stream`, each in a process of its own.
 
 `OMP_NUM_THREADS=1 python benchmarks/larger.py WORK [MODEL ...] --out larger.md`; a MODEL is a folder, or the name of a random
-Llama in bfloat16, `1.2B`, `13B`, or `2 of 13B`, two of its blocks, which is written into WORK shard by shard (all blocks hold the
-same random numbers; memory and time do not depend on them). Text is the embedded one, by the embedded tokenizer, `--examples` of
+Llama in bfloat16, `1.2B`, `13B`, or `10 of 13B`, ten of its blocks, which is written into WORK shard by shard (all blocks hold
+the same random numbers; memory and time do not depend on them). Text is the embedded one, by the embedded tokenizer, `--examples` of
 128 tokens, few as these machines are slow; what blocks hand on grows with the text: 2 x tokens x hidden size x bytes of a number.
 A refit needs as many tokens as inputs that it keeps. Peaks are of resident memory; the interpreter's own, with billhook imported,
 is printed first. `--memory` is handed on. An output is removed when it is measured; WORK needs as many bytes again as a model
@@ -30,7 +30,6 @@ SIZES = {
     "1.2B": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 16},
     "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
-SIZES["2 of 13B"] = SIZES["13B"] | {"num_hidden_layers": 2}
 COMPUTED = {  # name: hidden size, width of the feed-forward, blocks, heads, KV heads, vocabulary
     "1.2B": (2048, 5632, 22, 16, 16, 32_000),
     "13B": (5120, 13824, 40, 40, 40, 32_000),
@@ -47,9 +46,15 @@ COMMANDS = {
 TEXT = ["--length", "128", "--evaluate", "2", "--batch_size", "1"]
 
 
-def write(folder, size):
+def sizes_of(name):
+    """The sizes of a random Llama, or of some of its blocks; None for another name."""
+    some, _, size = name.rpartition(" of ")
+    return SIZES[size] | ({"num_hidden_layers": int(some)} if some else {}) if size in SIZES else None
+
+
+def write(folder, sizes):
     """Writes a random Llama, a file for each block."""
-    config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False, **SIZES[size])
+    config = LlamaConfig(vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False, **sizes)
     config.dtype, config.architectures = "bfloat16", ["LlamaForCausalLM"]
     hidden, wide, count = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     folder.mkdir(parents=True)
@@ -136,9 +141,10 @@ def main():
     table = Lines(options.out, ["model", "weights, GiB", "what", "how", "peak, GiB", "above the interpreter", "CPU s", "s"])
     limit = ["--memory", options.memory] if options.memory else []
     for name in options.models:
-        model = options.work / name if name in SIZES else Path(name)
+        sizes = sizes_of(name)
+        model = Path(name) if sizes is None else options.work / name
         if not model.exists():
-            write(model, name)
+            write(model, sizes)
         size = sum(file.stat().st_size for file in model.glob("*.safetensors")) / 2**30
         for what in options.only:
             for how in [["--stream", *limit], *([[]] if options.in_memory else [])]:

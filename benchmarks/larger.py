@@ -2,12 +2,12 @@
 
 `OMP_NUM_THREADS=1 python benchmarks/larger.py WORK [MODEL ...] --out larger.md`; a MODEL is a folder, or the name of a random
 Llama in bfloat16, `1.2B`, `13B`, or `10 of 13B`, ten of its blocks, which is written into WORK shard by shard (all blocks hold
-the same random numbers; memory and time do not depend on them). Text is the embedded one, by the embedded tokenizer, `--examples` of
-128 tokens, few as these machines are slow; what blocks hand on grows with the text: 2 x tokens x hidden size x bytes of a number.
-A refit needs as many tokens as inputs that it keeps. Peaks are of resident memory; the interpreter's own, with billhook imported,
-is printed first. `--memory` is handed on. An output is removed when it is measured; WORK needs as many bytes again as a model
-has. `--computed 70B` measures nothing: it says what a model of that size would take, from its shape, if CPU time grew with the
-parameters in blocks, as `--seconds` of a model of 1.2 billion say.
+the same random numbers; memory and time do not depend on them). Text is the embedded one, by the embedded tokenizer,
+`--examples` of 128 tokens, few as these machines are slow; what blocks hand on grows with the text: 2 x tokens x hidden size x
+bytes of a number. A refit needs as many tokens as inputs that it keeps. Peaks are of resident memory; the interpreter's own,
+with billhook imported, is printed first. `--memory` is handed on. An output is removed when it is measured; WORK needs as many
+bytes again as a model has. `--computed 70B` measures nothing: it says what a model of that size would take, from its shape, if
+CPU time grew with the parameters in blocks, as `--seconds` of a model of 1.2 billion say.
 """
 
 import argparse

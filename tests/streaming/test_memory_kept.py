@@ -28,5 +28,5 @@ def test_what_is_said_to_be_needed_is_enough(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["peak"] <= found["memory"]
-    assert found["peak"] > found["before"] + 0.05 * 2**30  # or it would tell nothing
+    assert found["peak"] > found["before"] + 0.03 * 2**30  # or it would tell nothing
     assert transformers.AutoConfig.from_pretrained(tmp_path / "out").intermediate_size == 2304

@@ -1,4 +1,4 @@
-"""What a run of a model holds while it waits for others."""
+"""Finds the tensors that a run of a model holds while it waits for others."""
 
 import inspect
 from collections.abc import Mapping

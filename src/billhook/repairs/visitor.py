@@ -265,7 +265,7 @@ def _squares(lacks: Tensor) -> Tensor:
 
 
 def _support(weight: Tensor) -> Tensor | None:
-    """Tells which weights are not zero; None where so few are that the weight is not pruned."""
+    """Finds the weights that are not zero; None where so few are zero that the weight is not pruned."""
     there = weight != 0
     return there if is_pruned(int((~there).sum()), there.numel()) else None
 

@@ -62,8 +62,9 @@ def test_a_limit_of_memory_reckons_what_a_refit_takes(zeros, few, monkeypatch):
     parts = seen(x, x @ true)
     assert sum(own.nbytes for part in parts for own in part.tensors()) == pytest.approx(refits.moments(model), rel=0.01)
     with Alive() as alive:
-        refit_linear(weight, None, [([parts[0]], parts[1])], parts, [0.01, 0.1], support=support if zeros else None)
-    assert 0.8 * refits.solves(model) < alive.most <= refits.solves(model)
+        left = weight.clone()  # what is left of a weight is a copy
+        refit_linear(left, None, [([parts[0]], parts[1])], parts, [0.01, 0.1], support=support if zeros else None)
+    assert 0.85 * refits.solves(model) < alive.most <= refits.solves(model)
 
 
 def test_moments_of_what_a_refit_needs_take_no_copy():

@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).parents[1] / "kit" / "wide.py"
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say what a process takes")
 def test_what_is_said_to_be_needed_is_enough(tmp_path):
-    sizes = {"hidden_size": 256, "intermediate_size": 3072, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 2048}
+    sizes = {"hidden_size": 256, "intermediate_size": 6144, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 2048}
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "wide")
     AutoTokenizer.from_pretrained(model_path("tiny")).save_pretrained(tmp_path / "wide")
@@ -28,5 +28,5 @@ def test_what_is_said_to_be_needed_is_enough(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["peak"] <= found["memory"]
-    assert found["peak"] > found["before"] + 0.03 * 2**30  # or it would tell nothing
-    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").intermediate_size == 2304
+    assert found["peak"] > found["before"] + 0.1 * 2**30  # or it would tell nothing
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").intermediate_size == 4608

@@ -84,7 +84,7 @@ class OwedMoments:
         return few
 
     def tensors(self) -> list[Tensor]:
-        """Returns the sums themselves, not copies, to be summed over ranks in place, or kept in files."""
+        """Returns the sums themselves, not copies, to be summed over ranks in place."""
         return [self.tokens, self.sums, *self.products.panels, self.owed_sums, self.owed_products, self.owed_squares]
 
     @classmethod

@@ -111,11 +111,12 @@ class Refits:
     def _solved(self, rows: int, columns: int, zeros: int, itemsize: int) -> int:
         """Returns the bytes of one: float64 matrices, and the weight of the inputs that are left, as it was and as it is then.
 
-        Half of a square to solve in, with a piece of it; some outputs, solved for, and mixtures of them for each part. Where
-        weights stay zero, a whole square, and what conjugate gradients step in.
+        Half of a square to solve in, pieces of it and of what is solved for, some outputs, and mixtures of them for each part.
+        Where weights stay zero, a whole square, and what conjugate gradients step in.
         """
         few = (self.parts + 1 if rows > OUTPUTS else 1) * min(rows, OUTPUTS)
-        square = _half(columns) + min(ROWS, columns) ** 2 + few * columns
+        pieces = min(ROWS, columns) * (min(ROWS, columns) + min(rows, OUTPUTS))
+        square = _half(columns) + pieces + few * columns
         if is_pruned(zeros, rows * columns):
             square = max(square, columns**2 + max(_half(columns), STEPPED * rows * columns))
         return 8 * square + 2 * itemsize * rows * columns

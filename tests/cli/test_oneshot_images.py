@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
@@ -57,6 +58,27 @@ def test_blocks_and_channels_are_removed(here, tmp_path, capsys):
     assert record["accuracy"].keys() == {"before", "after", "examples"}
     assert record["accuracy"]["after"] is not None
     assert "images to calibrate on: the split 'train' of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("prune", ["--sparsity", "0.5"]),
+        ("prune-heads", ["--ratio", "0.5"]),
+        ("prune-structure", ["--channels", "0.5"]),
+    ],
+)
+def test_files_of_parquet_do_what_a_folder_does(here, tmp_path, command, options):
+    """With a file for each split of the folder."""
+    files = {}
+    for split, rows in datasets.load_dataset("imagefolder", data_dir=str(here / "photos")).items():
+        files[split] = str(tmp_path / f"{split}.parquet")
+        rows.to_parquet(files[split])
+    by_folder, folder = pruned(here, tmp_path / "folder", command, *options, "--data", str(here / "photos"))
+    by_file, record = pruned(here, tmp_path / "file", command, *options, "--data", json.dumps(files))
+    assert record["accuracy"] == folder["accuracy"]
+    assert record["accuracy"]["examples"] == 6
+    assert all(torch.equal(one, other) for one, other in zip(by_file.parameters(), by_folder.parameters(), strict=True))
 
 
 def test_images_to_measure_on_are_drawn_from_all_classes():

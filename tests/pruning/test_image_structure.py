@@ -1,4 +1,4 @@
-"""Channels of convolutions with batch norm, and widths of stages: cut, saved and loaded, they compute what is left."""
+"""Heads, and channels of convolutions with batch norm: cut, saved and loaded, they compute what is left."""
 
 import lightning.pytorch as pl
 import pytest
@@ -9,74 +9,19 @@ from torch.nn.functional import conv2d
 import billhook as bh
 from billhook.cli.main import main
 from billhook.units.find import find_units
+from kit.image_models import MODELS, STAGES, looked, made
 from kit.images import write_photos, write_processor
 from kit.units import other
 
-STAGES = {"hidden_sizes": [16, 24, 24, 32], "depths": [1, 2, 1, 1], "num_labels": 6}
-MODELS = {
-    "resnet": lambda: transformers.ResNetForImageClassification(transformers.ResNetConfig(embedding_size=8, **STAGES)),
-    "basic resnet": lambda: transformers.ResNetForImageClassification(
-        transformers.ResNetConfig(embedding_size=8, layer_type="basic", **STAGES)
-    ),
-    "mobilenet_v2": lambda: transformers.MobileNetV2ForImageClassification(
-        transformers.MobileNetV2Config(depth_multiplier=0.1, num_labels=6, depth_divisible_by=4, min_depth=4)
-    ),
-    "poolformer": lambda: transformers.PoolFormerForImageClassification(
-        transformers.PoolFormerConfig(**STAGES, mlp_ratio=2.0)
-    ),
-    "regnet": lambda: transformers.RegNetForImageClassification(
-        transformers.RegNetConfig(embedding_size=8, groups_width=8, layer_type="y", **STAGES)
-    ),
-    "convnext": lambda: convnext(STAGES["hidden_sizes"]),
-    "beit": lambda: transformers.BeitForImageClassification(transformers.BeitConfig(**SMALL, intermediate_size=32)),
-    "dinov2": lambda: transformers.Dinov2ForImageClassification(transformers.Dinov2Config(**SMALL)),
-    "detr": lambda: transformers.DetrForObjectDetection(detr()),
-}  # fmt: skip
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "mlp_ratio": 2, "image_size": 16, "patch_size": 8}
+HEADS = ["beit", "dinov2", "detr", "vit", "deit", "swin"]
 READS = {  # what reads the channels of one of the places, by the names of the families
     "resnet": "layer.1.convolution", "basic resnet": "layer.1.convolution", "mobilenet_v2": "reduce_1x1.convolution",
     "poolformer": "output.conv2", "regnet": "attention.2", "convnext": "pwconv2", "beit": "fc2", "dinov2": "fc2", "detr": "fc2",
+    "vit": "fc2", "deit": "fc2", "swin": "fc2",
 }  # fmt: skip
 
 
-def convnext(sizes):
-    config = transformers.ConvNextConfig(**STAGES | {"hidden_sizes": sizes}, layer_scale_init_value=0.5)
-    return transformers.ConvNextForImageClassification(config)
-
-
-def detr():
-    backbone = transformers.ResNetConfig(embedding_size=8, **STAGES, out_features=["stage4"])
-    heads = {f"{part}_attention_heads": 4 for part in ("encoder", "decoder")}
-    sizes = {f"{part}_{what}": value for part in ("encoder", "decoder") for what, value in {"layers": 1, "ffn_dim": 16}.items()}
-    return transformers.DetrConfig(
-        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, d_model=16,
-        num_queries=3, **heads, **sizes,
-    )  # fmt: skip
-
-
-def made(name):
-    """A model with weights of which each matters, and statistics of batch norms as after training."""
-    torch.manual_seed(0)
-    model = MODELS[name]()
-    for own, tensor in model.state_dict().items():
-        if "running_var" in own:
-            tensor.uniform_(0.5, 1.5)
-        elif tensor.is_floating_point() and (tensor.dim() == 1 or "layer_scale" in own):
-            tensor.uniform_(-0.5, 1.5)
-        elif tensor.is_floating_point():
-            torch.nn.init.normal_(tensor, std=(2 / tensor[0].numel()) ** 0.5)
-    return model.eval()
-
-
-def looked(model, size=32):
-    size = getattr(model.config, "image_size", size)
-    torch.manual_seed(1)
-    pixels = torch.randn(2, 3, size, size)
-    with torch.no_grad():
-        return model(pixel_values=pixels).logits
-
-
-@pytest.mark.parametrize(("name", "kind"), [*((name, "channel") for name in MODELS), ("beit", "head"), ("detr", "head")])
+@pytest.mark.parametrize(("name", "kind"), [*((name, "channel") for name in MODELS), *((name, "head") for name in HEADS)])
 def test_units_go_as_if_they_were_masked(name, kind, tmp_path):
     model = made(name)
     units = find_units(model, kind)
@@ -84,6 +29,8 @@ def test_units_go_as_if_they_were_masked(name, kind, tmp_path):
     gone = {
         place: [number % one.count(), one.count() - 1][: one.count() - 1] for number, (place, one) in enumerate(units.items())
     }
+    if (name, kind) == ("detr", "head"):
+        assert [place.rpartition("layers.0.")[2] for place in units] == ["self_attn", "self_attn", "encoder_attn"]
     whole = looked(model)
     with bh.mask(model, gone, kind):
         expected = looked(model)
@@ -96,26 +43,6 @@ def test_units_go_as_if_they_were_masked(name, kind, tmp_path):
     assert torch.allclose(looked(bh.load(tmp_path / "out").eval()), looked(model), rtol=1e-4, atol=1e-5)
     model.train()
     looked(model)  # batch norms count in training, too
-
-
-def test_stages_of_convnext_are_what_their_class_builds_of_other_widths(tmp_path):
-    """LayerScale, the depthwise convolutions and their groups, the norms and what leads from stage to stage follow."""
-    model = made("convnext")
-    before = model.state_dict()
-    stages = find_units(model, "residual")
-    assert [one.count() for one in stages.values()] == STAGES["hidden_sizes"]
-    gone = {place: [1, 5] for place in stages}
-    inner = {place: list(range(3, 11)) for place in find_units(model, "channel")}  # four times as wide as the stage
-    bh.prune_units(model, gone | inner, kind=["residual", "channel"])
-    assert model.convnext.encoder.stages[1].layers[0].dwconv.groups == 22
-    plain = convnext([14, 22, 22, 30]).eval()
-    plain.load_state_dict(model.state_dict())
-    assert torch.equal(looked(plain), looked(model))
-    kept = [number for number in range(24) if number not in (1, 5)]
-    scale = "convnext.encoder.stages.1.layers.1.layer_scale_parameter"
-    assert torch.equal(model.state_dict()[scale], before[scale][kept])
-    bh.save(model, tmp_path / "out")
-    assert torch.equal(looked(bh.load(tmp_path / "out").eval()), looked(model))
 
 
 def test_the_output_norm_of_what_a_convolution_reads():

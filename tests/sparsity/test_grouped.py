@@ -1,6 +1,7 @@
 """Convolutions are pruned as linears over patches: every criterion as an own computation on `torch.nn.functional.unfold` says."""
 
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import billhook as bh
 from billhook.model.linears import prunable
 from billhook.running.sharded.shards import whole
 from billhook.sparsity import grouped
+from billhook.sparsity.criteria import Random, WandaAlpha
 from kit.sparsity import CRITERIA, stable_sort_layer, stable_sort_rows
 
 GEOMETRIES = {
@@ -21,31 +23,39 @@ GEOMETRIES = {
     "grouped": {"kernel_size": 3, "groups": 2, "padding": 1, "padding_mode": "circular"},
     "depthwise": {"kernel_size": 3, "groups": 8, "padding": "same", "padding_mode": "replicate"},
     "point": {"kernel_size": 1, "stride": 2},
+    "1d": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "1d grouped": {"kernel_size": 3, "groups": 2, "dilation": 2},
+    "1d depthwise": {"kernel_size": 4, "groups": 8, "padding": 1, "padding_mode": "circular"},
 }
-PADDINGS = {"plain": (0, 0, 0, 0), "strided": (0, 0, 1, 1), "grouped": (1, 1, 1, 1), "depthwise": (1, 1, 1, 1), "point": (0,) * 4}
+OF_ROWS = [one for one in CRITERIA if one not in (Random, WandaAlpha)]
+PADDINGS = {"strided": (0, 0, 1, 1), "grouped": (1,) * 4, "depthwise": (1,) * 4, "1d": (1, 1), "1d depthwise": (1, 1)}
 
 
 def case(geometry):
     """A convolution, and batches whose channels differ in size and go together."""
     torch.manual_seed(0)
-    convolution = nn.Conv2d(8, 16, **GEOMETRIES[geometry])
-    mix = torch.eye(8) + 0.2 * torch.randn(8, 8)
-    batches = [torch.einsum("bchw,cd->bdhw", torch.randn(3, 8, 7, 6), mix) * torch.rand(8, 1, 1) for _ in range(2)]
+    convolution = (nn.Conv1d if geometry.startswith("1d") else nn.Conv2d)(8, 16, **GEOMETRIES[geometry])
+    mix, places = torch.eye(8) + 0.2 * torch.randn(8, 8), (25,) if geometry.startswith("1d") else (7, 6)
+    sizes = (8, *(1 for _ in places))
+    batches = [torch.einsum("bc...,cd->bd...", torch.randn(3, 8, *places), mix) * torch.rand(sizes) for _ in range(2)]
     return convolution, batches
 
 
-def unfolded(convolution, inputs, padding):
+def unfolded(convolution, inputs, padding=()):
     """What outputs read, by group: `[groups, patches, taps * channels]`, channels innermost."""
     mode = convolution.padding_mode.replace("zeros", "constant")
     kernel, dilation, stride = convolution.kernel_size, convolution.dilation, convolution.stride
-    read = unfold(pad(inputs, padding, mode), kernel, dilation, 0, stride)  # [batch, channels * taps, places]
+    inputs = pad(inputs, padding, mode)
+    if len(kernel) == 1:
+        inputs, kernel, dilation, stride = inputs.unsqueeze(2), (1, *kernel), (1, *dilation), (1, *stride)
+    read = unfold(inputs, kernel, dilation, 0, stride)  # [batch, channels * taps, places]
     apart = read.unflatten(1, (convolution.groups, -1, kernel[0] * kernel[1]))
     return apart.permute(1, 0, 4, 3, 2).flatten(3).flatten(1, 2)
 
 
 def as_linears(convolution):
     """The weights of a convolution's groups, `[groups, out, taps * channels]`."""
-    return convolution.weight.detach().permute(0, 2, 3, 1).flatten(1).unflatten(0, (convolution.groups, -1))
+    return convolution.weight.detach().movedim(1, -1).flatten(1).unflatten(0, (convolution.groups, -1))
 
 
 def prune_one(convolution, criterion, batches, *amount, **settings):
@@ -58,31 +68,43 @@ def prune_one(convolution, criterion, batches, *amount, **settings):
 def test_wanda_and_magnitude(geometry):
     convolution, batches = case(geometry)
     weights = as_linears(convolution)
-    norms = torch.cat([unfolded(convolution, one, PADDINGS[geometry]) for one in batches], 1).square().sum(1).sqrt()
+    norms = torch.cat([unfolded(convolution, one, PADDINGS.get(geometry, ())) for one in batches], 1).square().sum(1).sqrt()
     scores = weights.abs() * norms[:, None]
     width = scores.shape[-1]
     keep = stable_sort_rows(scores.flatten(0, 1), width // 2).view_as(scores)
     torch.testing.assert_close(prune_one(convolution, bh.Wanda(), batches, 0.5), weights * keep)
     by_layer = stable_sort_layer(scores.flatten(0, 1), scores.numel() // 2).view_as(scores)
     torch.testing.assert_close(prune_one(convolution, bh.Wanda(compares="layer"), batches, 0.5), weights * by_layer)
+    ascending, order = scores.flatten(0, 1).sort(1)
+    shares = torch.zeros_like(ascending).scatter(1, order, ascending.cumsum(1) / ascending.sum(1, keepdim=True))
+    by_share = stable_sort_layer(shares, shares.numel() // 2).view_as(scores)
+    torch.testing.assert_close(prune_one(convolution, WandaAlpha(), batches, 0.5), weights * by_share)
     by_size = stable_sort_layer(weights.abs().flatten(0, 1), scores.numel() // 2).view_as(scores)
     torch.testing.assert_close(prune_one(convolution, bh.Magnitude(), None, 0.5), weights * by_size)
 
 
 @pytest.mark.filterwarnings("ignore:X.T X is not positive definite")
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("kind", [one for one in CRITERIA if one.updates or one is bh.RIA], ids=lambda kind: kind.__name__)
-def test_other_criteria_are_those_of_one_linear_for_each_group(kind, geometry):
+@pytest.mark.parametrize(
+    ("geometry", "amount"),
+    [
+        *((geometry, {"sparsity": 0.5}) for geometry in GEOMETRIES),
+        *((geometry, {"pattern": "2:4"}) for geometry in GEOMETRIES if "depthwise" not in geometry),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", OF_ROWS, ids=lambda kind: kind.__name__)
+def test_every_criterion_is_that_of_one_linear_for_each_group(kind, amount, geometry):
+    """Whose inputs, and groups of 2:4, are the channels at one tap; those of linears have tests of their own."""
     convolution, batches = case(geometry)
-    criterion = kind(compares="row") if kind is bh.RIA else kind()
+    criterion = kind(compares="row") if any(one.name == "compares" and one.init for one in fields(kind)) else kind()
     expected = []
     for number, weight in enumerate(as_linears(convolution)):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight.data = weight.clone()
-        read = [unfolded(convolution, one, PADDINGS[geometry])[number] for one in batches]
-        bh.prune(nn.Sequential(linear), criterion, read, 0.5)
+        read = [unfolded(convolution, one, PADDINGS.get(geometry, ()))[number] for one in batches]
+        bh.prune(nn.Sequential(linear), criterion, read, **amount)
         expected.append(linear.weight.detach())
-    torch.testing.assert_close(prune_one(convolution, criterion, batches, 0.5), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(prune_one(convolution, criterion, batches, **amount), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.Wanda(), bh.SparseGPT(), bh.Refit(), bh.ALPS()], ids=str)

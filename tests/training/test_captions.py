@@ -13,6 +13,7 @@ import billhook as bh
 from billhook.assets import model_path
 from billhook.model.linears import prunable
 from billhook.training.captions import CaptionDataModule
+from billhook.units.blocks import skipping
 from billhook.units.find import find_units
 from kit.families import llama
 from kit.images import CLASSES, picture, write_processor
@@ -107,6 +108,20 @@ def test_a_fit_learns_prunes_saves_and_is_loaded(photos, processor, tmp_path):
     assert torch.allclose(predicted, similar, rtol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("ant")["input_ids"] == data.tokenizer("ant")["input_ids"]
     assert AutoImageProcessor.from_pretrained(tmp_path / "out").size == data.image_processor.size
+
+
+def test_blocks_of_both_towers_go_as_if_they_were_skipped(photos, processor, clip, tmp_path):
+    (batch,) = module(photos, processor, clip).val_dataloader()[0]
+    gone = {"text_model.encoder.layers": [0], "vision_model.encoder.layers": [1]}
+    with torch.no_grad(), skipping(clip, gone):
+        expected = clip(**batch).logits_per_image
+    bh.prune_units(clip, gone, kind="block")
+    bh.save(clip, tmp_path / "out")
+    loaded = CLIPModel.from_pretrained(tmp_path / "out").eval()
+    assert (loaded.config.text_config.num_hidden_layers, loaded.config.vision_config.num_hidden_layers) == (1, 1)
+    with torch.no_grad():
+        assert torch.allclose(clip(**batch).logits_per_image, expected, rtol=1e-5)
+        assert torch.equal(loaded(**batch).logits_per_image, clip(**batch).logits_per_image)
 
 
 @pytest.mark.parametrize("kind", ["head", "channel"])

@@ -385,6 +385,9 @@ REMOVED = {
     "lists of two stacks": (lambda: other("T5GemmaForConditionalGeneration"), {"model.encoder.layers": [0]}),
     "vit": (lambda: other("ViTForImageClassification", num_hidden_layers=3), {"vit.layers": [1]}),
     "swin": (lambda: other("SwinForImageClassification"), {"swin.encoder.layers.2.blocks": [1]}),
+    "whisper": (
+        lambda: other("WhisperForConditionalGeneration"), {"model.encoder.layers": [1], "model.decoder.layers": [0]}
+    ),
     "a list of those without experts": (
         lambda: build("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[0, 2]), {LAYERS: [1, 2]}
     ),

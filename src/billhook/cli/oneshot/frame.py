@@ -260,7 +260,7 @@ class OneShot:
             figures = {"before": cost[0].before, "after": cost[0].after, "examples": cost[0].rows}
             record["damage"], warning = [one.to_json() for one in cost], warning_of(cost)
         elif cost is not None:
-            figures |= {"before": before, "after": cost}
+            figures = {"before": before, "after": cost, "examples": len(self._labelled.drawn)}
         with files("saving, loading again and comparing"):
             saved = save(self.model, self.out, self._preprocessor(), record | {self.metric: figures})
         for line in filter(None, (*says, self._named(cost), shown(before, cost), warning and f"Warning: {warning}")):

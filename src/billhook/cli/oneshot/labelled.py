@@ -80,7 +80,12 @@ class Labelled:
     def measured(self) -> Iterator[Batch] | None:
         """Draws the examples to measure on; None where there is no split for that."""
         rows: Any = self.data.splits.get(self.split)
-        return None if rows is None else self._batched(rows, draw(len(rows), self.given.evaluate, self.given.seed))
+        return None if rows is None else self._batched(rows, self.drawn)
+
+    @property
+    def drawn(self) -> list[int]:
+        """The numbers of the examples that are measured on, as many as are asked for where there are so many."""
+        return draw(len(self.data.splits.get(self.split, ())), self.given.evaluate, self.given.seed)
 
     def loader(self, batch_size: int, chance: torch.Generator) -> DataLoader[Any]:
         """Returns what is trained on, shuffled."""

@@ -27,7 +27,8 @@ class Text:
         data: What scores are taken from (split train) and what is measured on (split test, or else validation, or else other
             rows): "generated", which is what the model itself writes, "tiny", a file or a glob, a hub name, a folder, or files by
             split, as in '{train: a.txt, test: b.txt}'; or several, as in `generated a.txt`, of equal shares. By default what
-            the model writes. For a classifier, tables with a text and a label; of images, a folder of these by class.
+            the model writes. For a classifier, tables with a text and a label; of images, a folder of these by class, or
+            such tables as `.parquet` files.
         also: Files of other text to measure on.
         column: The column that holds the text; without it, chats in `messages` or `conversations`, or
             `prompt` and `response`, are read.

@@ -1,4 +1,4 @@
-"""A LightningModule of images as people write one, which knows nothing of billhook: events, resume and what is saved."""
+"""A LightningModule of images, or speech, as people write one, which knows nothing of billhook: events, resume, what is saved."""
 
 import lightning.pytorch as pl
 import pytest
@@ -6,18 +6,34 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import ConvNextConfig, ConvNextForImageClassification, ViTForImageClassification
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ViTForImageClassification,
+    WhisperForConditionalGeneration,
+)
 
 import billhook as bh
+from billhook.model.linears import prunable
 from kit.fits import same, trainer, weights
 from kit.images import CLASSES, config
+from kit.speech import config as whisper
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 FEW = {"calibration": 4, "measure_batches": 1}
 STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "num_labels": len(CLASSES)}
+TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "projection_dim": 8}
+TOWERS = {
+    "text_config": TOWER | {"vocab_size": 32, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0},
+    "vision_config": TOWER | {"image_size": 16, "patch_size": 8},
+}
 MODELS = {
     "vit": lambda: ViTForImageClassification(config()),
     "convnext": lambda: ConvNextForImageClassification(ConvNextConfig(**STAGES)),
+    "clip": lambda: CLIPModel(CLIPConfig(**TOWERS, projection_dim=8)),
+    "whisper": lambda: WhisperForConditionalGeneration(whisper()),
 }
 EVENTS = {
     "wanda": lambda: bh.WeightPruning(sparsity=0.5, at=2, **FEW),
@@ -28,8 +44,17 @@ EVENTS = {
 }
 
 
-class Classifier(pl.LightningModule):
-    """Images and labels without names, and a loss by hand."""
+def answers(net, given, words):
+    """The logits of a batch, and what is right."""
+    if isinstance(net, CLIPModel):
+        return net(pixel_values=given, input_ids=words).logits_per_image, torch.arange(len(given))
+    if isinstance(net, WhisperForConditionalGeneration):
+        return net(input_features=given, decoder_input_ids=words).logits[:, :-1].flatten(0, 1), words[:, 1:].flatten()
+    return net(pixel_values=given).logits, words[:, 0]
+
+
+class Own(pl.LightningModule):
+    """Images, or sounds, and words without names, and a loss by hand."""
 
     def __init__(self, model):
         super().__init__()
@@ -37,8 +62,7 @@ class Classifier(pl.LightningModule):
         self.net = MODELS[model]()
 
     def training_step(self, batch):
-        pixels, labels = batch
-        return cross_entropy(self.net(pixel_values=pixels).logits, labels)
+        return cross_entropy(*answers(self.net, *batch))
 
     def validation_step(self, batch):
         self.log("loss", self.training_step(batch))
@@ -47,28 +71,35 @@ class Classifier(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
 
 
-def loader():
+def loader(model):
     torch.manual_seed(7)
-    return DataLoader(TensorDataset(torch.randn(6, 3, 16, 16), torch.arange(6)), batch_size=2)
+    given = torch.randn(6, 8, 100) if model == "whisper" else torch.randn(6, 3, 16, 16)
+    words = torch.stack([torch.arange(6), *torch.randint(1, 32, (4, 6)), torch.zeros(6, dtype=torch.long)], 1)
+    return DataLoader(TensorDataset(given, words), batch_size=2)
 
 
 @pytest.mark.parametrize(
-    ("model", "event"), [*(("vit", event) for event in EVENTS), ("convnext", "wanda"), ("convnext", "structure")]
+    ("model", "event"),
+    [
+        *(("vit", event) for event in EVENTS),
+        *((model, event) for model in ("convnext", "clip", "whisper") for event in ("wanda", "structure")),
+    ],
 )
 def test_events_resume_and_what_is_saved(tmp_path, model, event):
-    lit, again, callback, other = Classifier(model), Classifier(model), EVENTS[event](), EVENTS[event]()
+    lit, again, callback, other = Own(model), Own(model), EVENTS[event](), EVENTS[event]()
+    rows = loader(model)
     before = sum(one.numel() for one in lit.parameters())
     keep = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{step}")
-    trainer(tmp_path, [callback, keep], max_steps=6).fit(lit, loader(), loader())
+    trainer(tmp_path, [callback, keep], max_steps=6).fit(lit, rows, rows)
     assert [one["step"] for one in callback.events] == [2]
     if event == "wanda":
-        zeros = [float((own.weight == 0).float().mean()) for own in lit.net.modules() if isinstance(own, torch.nn.Linear)]
+        zeros = [float((own.weight == 0).float().mean()) for own in prunable(lit.net, convolutions="none").values()]
         assert zeros == [pytest.approx(0.5, abs=0.01)] * len(zeros)
     else:
         assert sum(one.numel() for one in lit.parameters()) < before
-    trainer(tmp_path, [other], max_steps=6).fit(again, loader(), loader(), ckpt_path=tmp_path / "step=3.ckpt")
+    trainer(tmp_path, [other], max_steps=6).fit(again, rows, rows, ckpt_path=tmp_path / "step=3.ckpt")
     assert same(weights(again), weights(lit))
     bh.save(lit, tmp_path / "saved")
-    pixels = next(iter(loader()))[0]
+    batch = next(iter(rows))
     with torch.no_grad():
-        assert torch.equal(bh.load(tmp_path / "saved").eval()(pixels).logits, lit.net.eval()(pixels).logits)
+        assert torch.equal(answers(bh.load(tmp_path / "saved").eval(), *batch)[0], answers(lit.net.eval(), *batch)[0])

@@ -1,6 +1,7 @@
 """Classifiers of real images cut to equal MACs by billhook and by torch-pruning, and then trained alike.
 
-`pip install torch-pruning`; `OMP_NUM_THREADS=1 python benchmarks/images_vs_torch_pruning.py DATA WORK --out side_by_side.md`.
+`pip install torch-pruning`; `OMP_NUM_THREADS=1 python benchmarks/images_vs_torch_pruning.py DATA WORK --out side_by_side.md`;
+`--picture docs/images_macs.png` draws, too.
 `pictures.py` says what DATA is, and how the two models come into WORK. A row that was measured is kept in WORK.
 
 torch-pruning's rows are its own recipes: those of `examples/transformers/prune_hf_vit.py` for the ViT (as many dimensions of each
@@ -15,6 +16,7 @@ import argparse
 import copy
 import json
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from pictures import MODELS, dense, logits, pictures, train
 from transformers.models.vit.modeling_vit import ViTAttention
 
 import billhook as bh
+from billhook.plots.style import Picture, dress
 
 TARGETS = (0.7, 0.5)
 MAGNITUDE, TAYLOR = partial(tp.importance.GroupMagnitudeImportance, p=1), tp.importance.GroupTaylorImportance
@@ -104,6 +107,20 @@ def rows(name):
     yield "billhook: channels, no repair", partial(ours, False, False)
 
 
+def draw(found, path):
+    """Accuracy right after the cut against MACs, a panel for each model."""
+    figure, every = Picture(figsize=(9, 3.6), dpi=150, layout="constrained"), list(dict.fromkeys(chain(*found.values())))
+    for axes, (name, cuts) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
+        for recipe, points in cuts.items():
+            shares, right = zip(*((100 * share, 100 * accuracy) for share, accuracy in sorted(points)), strict=True)
+            style = "o-" if recipe.startswith("billhook") else "o--"
+            axes.plot(shares, right, style, color=f"C{every.index(recipe)}", label=recipe, ms=4)
+        axes.set(xlabel="MACs, % of the dense model's", ylabel="test accuracy, %", title=f"{name}, before any training")
+        dress(axes)
+        axes.legend(loc="lower right", fontsize=7)
+    figure.savefig(path)
+
+
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,10 +128,12 @@ def main():
     parser.add_argument("work", type=Path)
     parser.add_argument("--steps", type=int, default=100, help="of training after pruning")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     images, held_out, test = pictures(options.data)
     lines = Lines(options.out, ("model", "cut by", "MACs", "held out", "accuracy", "agreement", "trained: accuracy", "agreement"))
+    found = {name: {} for name in MODELS}
     for name in MODELS:
         judge, whole = Judge(dense(options.work, name, images), test), macs(dense(options.work, name, images))
         for target in TARGETS:
@@ -127,6 +146,9 @@ def main():
                     file.write_text(json.dumps([*found, *judge(train(model, images, options.steps, 5e-4))]))
                 share, *shares = json.loads(file.read_text())
                 lines.add([name, row, f"{share:.1%}", *(f"{one:.2%}" for one in shares)])
+                found[name].setdefault(row, []).append((share, shares[1]))
+    if options.picture:
+        draw(found, options.picture)
 
 
 if __name__ == "__main__":

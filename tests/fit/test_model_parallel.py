@@ -234,7 +234,7 @@ def test_two_blocks_at_most_are_there_on_each_of_two_ranks(of_two, name):
 
 
 @pytest.mark.parametrize("name", ZEROS)
-def test_each_of_two_ranks_has_its_share_of_masks_and_new_weights_and_no_more(of_two, name):
+def test_each_rank_has_its_share_and_no_more(of_two, name):
     few, many = (of_two(f"{name}, beside {layers}") for layers in (LAYERS, 2 * LAYERS))
     for (most, _, shards), (of_more, allowed, more) in zip(few, many, strict=True):
         assert of_more <= allowed

@@ -17,7 +17,7 @@ def test_two_blocks_at_most_are_there_beside_what_the_fit_has(tmp_path, alone, n
 
 
 @pytest.mark.parametrize("name", ZEROS)
-def test_of_more_blocks_no_more_is_there_than_shards_of_masks_and_new_weights(tmp_path, name):
+def test_of_more_blocks_there_are_shares_and_no_more(tmp_path, name):
     found = []
     for layers in (LAYERS, 2 * LAYERS):
         found.append(beside(tmp_path, name, sharding(1), layers=layers))

@@ -1,4 +1,4 @@
-"""The plan of a pruning of weights: what each linear becomes."""
+"""The plan of a pruning of weights: the results of all linears."""
 
 import math
 import re

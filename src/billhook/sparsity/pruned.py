@@ -1,4 +1,4 @@
-"""What one linear becomes: a bit for each weight, and the values that a criterion changes; as a whole, or this rank's share."""
+"""Results for one linear: a bit for each weight, and the values that a criterion changes; as a whole, or this rank's share."""
 
 import hashlib
 from base64 import b64decode, b64encode
@@ -43,7 +43,7 @@ class Pruned:
 
     @property
     def decided(self) -> object:
-        """What ranks have to agree on."""
+        """The mask and the values, on which ranks have to agree."""
         return [self.bits, self.values]
 
     def sparsity(self, size: int) -> float:
@@ -71,7 +71,7 @@ class Pruned:
         return local(sharded_as(new.masked_scatter_(keep, self.values.to(old)), old))
 
     def share(self, old: DTensor) -> "Share":
-        """Returns of all this what is this rank's, of a weight that is sharded."""
+        """Returns this rank's part of it, of a weight that is sharded."""
         keep, digest = local(self.mask(old)), hashlib.sha256(self.bits.data)
         values = None
         if self.values is not None:

@@ -70,6 +70,16 @@ def test_criteria(model, criterion, reckoned):
     assert reckoned(model) <= found <= reckoned(model) + numbers
 
 
+def test_matching(model):
+    given = {"sparsity": 0.5, "dry_run": True}
+    without, found = (
+        summed(lambda ranks, match=match: bh.prune(model, bh.Wanda(), batches(), reduce=ranks, match=match, **given))
+        for match in (None, bh.BlockMatching(steps=3))
+    )
+    reckoned = 3 * 4 * sum(weight.numel() for _, weight in linears(model))
+    assert reckoned <= found - without <= reckoned + 1000
+
+
 @pytest.mark.parametrize("importance", [bh.OutputNorm(), bh.OBS(), bh.Taylor()])
 def test_importances(model, importance):
     found = summed(lambda ranks: bh.plan(model, importance, batches(), channels=0.25, reduce=ranks))
@@ -98,6 +108,33 @@ def sent(monkeypatch):
 
     monkeypatch.setattr(DTensor, "full_tensor", counted)
     return found
+
+
+ZEROS = {  # how often what is in no block is gathered, all blocks, and their linears
+    "magnitude": (bh.Magnitude(), {}, 0, 0, 1),
+    "magnitude, global": (bh.Magnitude(compares="global"), {}, 0, 0, 4),
+    "wanda": (bh.Wanda(), {}, 1, 2, 1),
+    "wanda, global": (bh.Wanda(compares="global"), {"sequential": "none"}, 1, 2, 4),
+    "owl": (bh.Wanda(), {"allocation": bh.OWL()}, 2, 4, 2),
+    "sparsegpt": (bh.SparseGPT(), {}, 1, 2, 1),
+    "matched": (bh.Wanda(), {"match": bh.BlockMatching()}, 1, 5, 2.25),
+    "matched, solved": (bh.SparseGPT(), {"match": bh.BlockMatching()}, 1, 5, 3.25),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_weights_become_zero_where_blocks_are_gathered_in_turn(tmp_path, alone, sent, name):
+    (criterion, options, around, blocks, linears), lit = ZEROS[name], Own()
+    own = {name: 4 * parameter.numel() for name, parameter in lit.named_parameters()}
+    inside = sum(size for name, size in own.items() if ".layers." in name)
+    pruned = sum(size for name, size in own.items() if "_proj." in name)
+    given = [(tokens(4),), (tokens(4),)]
+    callback = bh.WeightPruning(criterion, 0.5, at=1, calibration=given, measure_batches=0, **options)
+    trainer(tmp_path, [callback], max_steps=2, strategy=alone, limit_val_batches=0).fit(lit)
+    assert len(callback.events) == 1
+    zeros = 8 * 2 * len(own)  # are counted before and after
+    reckoned = around * (sum(own.values()) - inside) + blocks * inside + linears * pruned
+    assert sum(sent) - reckoned in range(zeros + 1)
 
 
 KV = {

@@ -10,7 +10,7 @@ from billhook.adapters.masked import on_linears, product_of
 from billhook.checkpoints.export import export
 from billhook.model.linears import prunable
 from billhook.running.sharded.shards import is_sharded
-from kit.beside import ASIDE
+from kit.beside import ASIDE, LAYERS, ZEROS
 from kit.families import llama, tokens
 from kit.fits import same
 from kit.ranks import run_script
@@ -227,10 +227,18 @@ def test_what_is_exported_loads(fitted):
     assert all((linear.weight == 0).float().mean() == 0.5 for linear in prunable(model).values())
 
 
-@pytest.mark.parametrize("name", ASIDE)
+@pytest.mark.parametrize("name", [*ASIDE, *ZEROS])
 def test_two_blocks_at_most_are_there_on_each_of_two_ranks(of_two, name):
-    for most, allowed in of_two(f"{name}, beside"):
+    for most, allowed, _ in of_two(f"{name}, beside {LAYERS}"):
         assert most <= allowed
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_each_rank_has_its_share_and_no_more(of_two, name):
+    few, many = (of_two(f"{name}, beside {layers}") for layers in (LAYERS, 2 * LAYERS))
+    for (most, _, shards), (of_more, allowed, more) in zip(few, many, strict=True):
+        assert of_more <= allowed
+        assert of_more - most <= more - shards
 
 
 def test_tensor_parallel_is_refused(of_two):

@@ -15,6 +15,8 @@ import billhook as bh
 from billhook.callbacks.kv import preparation
 from billhook.running.sharded.shards import is_sharded, whole
 from billhook.running.sharded.turns import Turns
+from billhook.sparsity import plan
+from billhook.sparsity.plan import WeightPlan
 from kit.beside import kept, model, size
 from kit.families import llama
 from kit.fits import data, module, trainer
@@ -44,6 +46,21 @@ def test_one_block_is_gathered_at_a_time(tmp_path, alone):
     trainer(tmp_path, [callback], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)
     assert len(seen) > 4
     assert all(kinds in ([torch.Tensor, DTensor], [DTensor, torch.Tensor]) for kinds in seen)
+
+
+@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.SparseGPT()], ids=str)
+@pytest.mark.parametrize("name", ["masks", "put"])
+def test_an_event_that_fails_at_its_end_has_changed_nothing(tmp_path, alone, monkeypatch, criterion, name):
+    def fails(*_):
+        raise MemoryError("no memory is left")
+
+    monkeypatch.setattr(WeightPlan, "masks", fails) if name == "masks" else monkeypatch.setattr(plan, "put", fails)
+    lit, callback = Own(), bh.WeightPruning(criterion, 0.5, **GIVEN)
+    with pytest.raises(MemoryError, match="no memory is left"):
+        trainer(tmp_path, [callback], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)
+    assert callback.events == []
+    assert callback.masks == {}
+    assert all(torch.equal(whole(own), other) for own, other in zip(lit.parameters(), Own().parameters(), strict=True))
 
 
 @pytest.mark.parametrize("sequential", ["block", "layer"])

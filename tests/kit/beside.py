@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,15 +38,33 @@ ASIDE = {"channels, repaired": 1, "KV heads, with data": 3}
 NARROW = {"a smaller model": 15 / 16}
 """How much of each block is there once more as shards, with a smaller hidden size."""
 
+HALF = {"sparsity": 0.5, "at": 1, "measure_batches": 0, "calibration": FEW["calibration"] * 2}
+ZEROS = {
+    "zeros, all linears together": lambda: bh.WeightPruning(bh.Magnitude(compares="global"), **HALF),
+    "zeros, Wanda": lambda: bh.WeightPruning(bh.Wanda(), **HALF),
+    "zeros, OWL": lambda: bh.WeightPruning(bh.Wanda(), allocation=bh.OWL(), **HALF),
+    "zeros, SparseGPT": lambda: bh.WeightPruning(bh.SparseGPT(), **HALF),
+    "zeros, Refit": lambda: bh.WeightPruning(bh.Refit(), **HALF),
+    "zeros, ALPS": lambda: bh.WeightPruning(bh.ALPS(), **HALF),
+    "zeros, matched": lambda: bh.WeightPruning(bh.Wanda(), match=bh.BlockMatching(), **HALF),
+}
+EVENTS |= ZEROS
+SOLVED = "zeros, SparseGPT", "zeros, Refit", "zeros, ALPS", "zeros, matched"
+"""Those of which half of the weights are new, and wait as shards until all are put, beside a byte for each weight's mask."""
+
 HEADS, SHARED, HEAD = 4, 2, 32
 """KV heads, how many become one, and how wide each is."""
 MOMENTS = {"KV heads, with data": 2 * 8 * (2 * HEADS // SHARED * (SHARED * HEAD) ** 2 + HEADS * HEAD**2)}
-"""Bytes of second moments: of the heads of an attention, as sums and as means, or of what one linear reads."""
+MOMENTS |= dict.fromkeys(SOLVED, 4 * 4 * WIDTH**2) | {"zeros, ALPS": 4 * (4 + bh.ALPS.copies) * WIDTH**2}
+"""Bytes of second moments: of the heads of an attention, as sums and as means; of what one linear reads, or all of a block, and
+of what is computed of them."""
+TUNED = {"zeros, matched": 5}
+"""How many blocks are there besides while one is tuned: what Adam tunes, its moments and gradients, what was best, and masks."""
 
 
-def model():
+def model(layers=LAYERS):
     """Its blocks are large beside the rest, and beside what it computes of a few tokens."""
-    return llama(hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=LAYERS)
+    return llama(hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=layers)
 
 
 @dataclass(frozen=True)
@@ -58,12 +77,13 @@ class Beside:
     moments: int
     shards: int  # of what has changed, twice, as it was and as it is, and of what waited, on this rank
     held: int  # by a search: shards of variants of places, and of the model with a smaller hidden size
+    tuned: int  # what tuning a block takes besides
     what: str  # happened
 
     @property
     def allowed(self):
-        """Two blocks, what is in none, shards, and second moments."""
-        return 2 * self.block + self.rest + self.shards + self.held + self.moments
+        """Two blocks, what is in none, shards, and second moments; and what Adam has while it tunes a block."""
+        return 2 * self.block + self.rest + self.shards + self.held + self.moments + self.tuned
 
 
 def kept(lit, run):
@@ -89,11 +109,17 @@ def searched(patch, make=library.in_shards):
     return found
 
 
-def beside(folder, name, strategy, ranks=1):
+def zeroed(name, layers):
+    """Bytes of the masks of all linears, and of what half of their weights become."""
+    linears = sum(part.weight.numel() for part in layers.modules() if isinstance(part, torch.nn.Linear))
+    return linears * ((name in ZEROS) + 4 * (name in SOLVED) // 2)
+
+
+def beside(folder, name, strategy, ranks=1, layers=LAYERS):
     """Fits, and measures an event."""
-    callback, lit, found = EVENTS[name](), Own(model), []
-    block = size(lit.net.model.layers[0].parameters())
-    rest = size(lit.parameters()) - LAYERS * block
+    callback, lit, found = EVENTS[name](), Own(partial(model, layers)), []
+    block, zeros = size(lit.net.model.layers[0].parameters()), zeroed(name, lit.net.model.layers)
+    rest = size(lit.parameters()) - layers * block
     happen, there = callback.carry_out, set()
 
     def carry_out(run, module, moment):
@@ -111,20 +137,22 @@ def beside(folder, name, strategy, ranks=1):
         held = searched(patch)
         trainer(folder, [callback], max_steps=2, strategy=strategy, limit_val_batches=0, **options).fit(lit)
     (most,), (event,) = found, callback.events
-    held += [LAYERS * block * NARROW[name], ranks * rest] if name in NARROW else []
-    shards = size(set(lit.net.model.layers.parameters()) - there) + ASIDE.get(name, 0) * 4 * LAYERS * WIDTH**2
-    return Beside(most, block, rest, MOMENTS.get(name, 4 * WIDTH**2), shards // ranks, int(sum(held)) // ranks, event["what"])
+    held += [layers * block * NARROW[name], ranks * rest] if name in NARROW else []
+    shards = size(set(lit.net.model.layers.parameters()) - there) + ASIDE.get(name, 0) * 4 * layers * WIDTH**2 + zeros
+    moments, tuned = MOMENTS.get(name, 4 * WIDTH**2), TUNED.get(name, 0) * block
+    return Beside(most, block, rest, moments, shards // ranks, int(sum(held)) // ranks, tuned, event["what"])
 
 
 def measure_all():
-    """What each of two processes runs, after other fits: those events whose new values wait."""
+    """What each of two processes runs, after other fits: those events whose new values wait, or whose masks stay."""
     _, out = json.loads(sys.argv[1])
-    measure(ASIDE, out)
+    measure([*ASIDE, *ZEROS], out)
+    measure(ZEROS, out, 2 * LAYERS)
 
 
-def measure(names, out):
+def measure(names, out, layers=LAYERS):
     """Measures events on both of two ranks."""
     for name in names:
-        own, gathered = beside(out, name, sharding(2), ranks=2), [None, None]
-        torch.distributed.all_gather_object(gathered, (own.most, own.allowed))
-        torch.save([True, gathered], Path(out, f"{name}, beside.pt"))
+        own, gathered = beside(out, name, sharding(2), ranks=2, layers=layers), [None, None]
+        torch.distributed.all_gather_object(gathered, (own.most, own.allowed, own.shards))
+        torch.save([True, gathered], Path(out, f"{name}, beside {layers}.pt"))

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import billhook as bh
 from billhook.sparsity import put as putting
-from billhook.sparsity.plan import Pruned
+from billhook.sparsity.pruned import Pruned
 from billhook.sparsity.put import put
 from kit.alive import Alive
 

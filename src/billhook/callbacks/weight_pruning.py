@@ -239,7 +239,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         model = find_transformer(pl_module)
         with together(trainer, "WeightPruning"):
             pruning = self._plan(trainer, pl_module, self._moments[moment])
-            decided = {name: [one.bits, one.values] for name, one in pruning.held().items()}
+            decided = {name: one.decided for name, one in pruning.held().items()}
             check_agreed(trainer, "WeightPruning", "the weights that become zero", decided)
             event = self.as_event(trainer, model, metrics, partial(self._apply, model, pruning, moment))
         event["after"]["sparsity"] = pruning.sparsity

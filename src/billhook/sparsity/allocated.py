@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from billhook.adapters.masked import counted
 from billhook.model.linears import weight_of
@@ -41,7 +41,10 @@ class _Measured(PruningVisitor):
         """Measures the blocks by Wanda's scores."""
         for number, block in enumerate(self.blocks):
             called = {name: linear for name, linear in block.items() if name in linears}
-            seen = {name: counted(whole(weight_of(linear)), self.adapters.get(name)) for name, linear in called.items()}
-            scores = [scores_of(self.criterion, weight, self.statistics[self._first[name]]) for name, weight in seen.items()]
+            scores = [self._scores(name, linear) for name, linear in called.items()]
             if scores:
                 self.measured[number] = self.allocation.measure(scores)
+
+    def _scores(self, name: str, linear: nn.Module) -> Tensor:
+        weight = counted(whole(weight_of(linear)), self.adapters.get(name))
+        return scores_of(self.criterion, weight, self.statistics[self._first[name]])

@@ -15,18 +15,21 @@ from billhook.running.sharded.shards import local, reshard, sharded_as, whole
 
 
 class Hold:
-    """Keep-masks of a model's linears, one byte a weight, and the hooks that hold them.
-
-    `masks` are by linear, bool, as the weights lie in memory, and sharded as they are.
-    """
+    """Keep-masks of a model's linears, one byte a weight, and the hooks that hold them."""
 
     def __init__(self) -> None:
-        self.masks: dict[str, Tensor] = {}
+        self._masks: dict[str, Tensor] = {}
+        self._saved: Mapping[str, Any] = {}  # those of a checkpoint, one bit a weight, until it is known how weights lie
         self._models: list[nn.Module] = []
         self._linears: list[dict[str, nn.Module]] = []
         self._weights: dict[str, nn.Parameter] = {}
         self._adapted: Collection[str] = ()
         self._hooks: list[RemovableHandle] = []
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks by linear, bool, as the weights lie in memory, and sharded as they are."""
+        return self._masks or {name: _unpacked(saved) for name, saved in self._saved.items()}
 
     def attach(
         self,
@@ -43,8 +46,19 @@ class Hold:
         self._models, self._adapted = [model, *copies], adapted
         for one in self._models if adapted else ():
             unmask_adapters(one, adapted)
-        self.hold(self.masks)
+        self.hold(self._masks or self._restored())
+        self._saved = {}
         self._hooks = [optimizer.register_step_post_hook(self._step) for optimizer in optimizers]
+
+    def _restored(self) -> dict[str, Tensor]:
+        """Unpacks saved masks, one at a time, each sharded as its weight."""
+        reshard(self._models[0])
+        linears = prunable(self._models[0], output_embeddings=True, convolutions="all") if self._saved else {}
+        found = {}
+        for name, saved in self._saved.items():
+            mask, weight = _unpacked(saved), linears[name].get_parameter("weight") if name in linears else None
+            found[name] = mask if weight is None or weight.shape != mask.shape else sharded_as(mask, weight)
+        return found
 
     def hold(self, masks: Mapping[str, Tensor], change: Callable[[], None] | None = None) -> None:
         """Replaces the masks, and applies them; if `change`, which changes the weights with them, fails, they are as before."""
@@ -55,41 +69,41 @@ class Hold:
         for name, mask in masks.items():
             if name not in first or first[name].weight.shape != mask.shape:
                 raise ValueError(f"the masks are of another model: it has no {name} of shape {list(mask.shape)}")
-        before = self._linears, self.masks
+        before = self._linears, self._masks
         self._linears = linears
-        self.masks = {name: sharded_as(mask, first[name].get_parameter("weight")).contiguous() for name, mask in masks.items()}
+        self._masks = {name: sharded_as(mask, first[name].get_parameter("weight")).contiguous() for name, mask in masks.items()}
         try:
             if change is not None:
                 change()
         except BaseException:
-            self._linears, self.masks = before
+            self._linears, self._masks = before
             raise
-        self._weights = {name: first[name].get_parameter("weight") for name in self.masks}
+        self._weights = {name: first[name].get_parameter("weight") for name in self._masks}
         self.apply()
-        adapted = {name: self.masks[name] for name in self._adapted if name in self.masks}
+        adapted = {name: self._masks[name] for name in self._adapted if name in self._masks}
         for model in self._models if adapted else ():
             mask_adapters(model, adapted)
 
     def follow(self) -> None:
         """Follows new shapes: in weights that are new, zeros stay zeros, and no others."""
-        if not self.masks or not self._models:
+        if not self._masks or not self._models:
             return
-        of, masks = {id(weight): self.masks[name] for name, weight in self._weights.items()}, dict[str, Tensor]()
-        held = {self._linears[0][name] for name in self.masks}
+        of, masks = {id(weight): self._masks[name] for name, weight in self._weights.items()}, dict[str, Tensor]()
+        held = {self._linears[0][name] for name in self._masks}
         for name, linear in prunable(self._models[0], output_embeddings=True, convolutions="all").items():
             weight = linear.get_parameter("weight")
             if id(weight) in of:  # the same, perhaps in another place
                 masks[name] = of[id(weight)]
-            elif linear in held or name in self.masks:  # FSDP makes all weights anew, and another name may be a block's now
+            elif linear in held or name in self._masks:  # FSDP makes all weights anew, and another name may be a block's now
                 masks[name] = weight.detach() != 0
         self.hold(masks)
 
     def apply(self) -> None:
         """Zeroes masked weights, in the model and in its copies."""
-        for model, linears in zip(self._models, self._linears, strict=False) if self.masks else ():
+        for model, linears in zip(self._models, self._linears, strict=False) if self._masks else ():
             reshard(model)
-            weights = [linears[name].get_parameter("weight").data for name in self.masks]
-            _mask(weights, [mask.to(weight.device) for mask, weight in zip(self.masks.values(), weights, strict=True)])
+            weights = [linears[name].get_parameter("weight").data for name in self._masks]
+            _mask(weights, [mask.to(weight.device) for mask, weight in zip(self._masks.values(), weights, strict=True)])
 
     def detach(self) -> None:
         """Applies the masks a last time and lets go of model and optimizers; the masks stay."""
@@ -98,7 +112,7 @@ class Hold:
 
     def clear(self) -> None:
         """Forgets the masks."""
-        self.masks = {}
+        self._masks, self._saved = {}, {}
 
     def _let_go(self) -> None:
         for hook in self._hooks:
@@ -108,24 +122,27 @@ class Hold:
     def _step(self, *_: object) -> None:
         for model in self._models[:1]:
             reshard(model)
-        held = {name: self._linears[0][name].get_parameter("weight") for name in self.masks} if self._linears else {}
+        held = {name: self._linears[0][name].get_parameter("weight") for name in self._masks} if self._linears else {}
         moved = [name for name, weight in held.items() if weight.requires_grad or weight.grad is not None]
         if moved:
-            _mask([held[name].data for name in moved], [self.masks[name] for name in moved])
+            _mask([held[name].data for name in moved], [self._masks[name] for name in moved])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the masks, one bit a weight."""
-        return {
+        return dict(self._saved) or {
             name: {"shape": list(mask.shape), "bits": torch.from_numpy(np.packbits(whole(mask).cpu().numpy()))}
-            for name, mask in self.masks.items()
+            for name, mask in self._masks.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores masks that were saved."""
-        self.masks = {}
-        for name, saved in state.items():
-            bits = np.unpackbits(saved["bits"].cpu().numpy(), count=int(np.prod(saved["shape"])))
-            self.masks[name] = torch.from_numpy(bits.view(np.bool_)).view(saved["shape"])
+        self._masks, self._saved = {}, state
+
+
+def _unpacked(saved: Mapping[str, Any]) -> Tensor:
+    """Unpacks a mask that was saved."""
+    bits = np.unpackbits(saved["bits"].cpu().numpy(), count=int(np.prod(saved["shape"])))
+    return torch.from_numpy(bits.view(np.bool_)).view(saved["shape"])
 
 
 def _mask(weights: list[Tensor], masks: list[Tensor]) -> None:

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from billhook.model.convolutions import is_convolution
 from billhook.model.linears import turned, weight_of
-from billhook.running.sharded.shards import gathered
+from billhook.running.sharded.shards import gathered, whole
 from billhook.running.sites import Site
 from billhook.running.walk import Given
 from billhook.sparsity.matching import BlockMatching, Passage, Tuning, stream_in
-from billhook.sparsity.plan import Pruned
+from billhook.sparsity.pruned import Applied, Pruned, Share
 from billhook.sparsity.visitor import PruningVisitor
 
 
@@ -48,13 +48,17 @@ class MatchingVisitor(PruningVisitor):
         if not site.out:
             super().complete(site)
             return
-        own = {name: one for name in site.linears if isinstance(one := self.pruned.get(name), Pruned)}
+        found = {name: self.pruned[name] for name in site.linears if name in self.pruned}
+        own = {name: _whole(one) for name, one in found.items() if not isinstance(one, Applied)}
         passages, self._given = self._passages(), {}
         if not own:
             return
         with gathered(site.module):
             if self._enough(passages, weight_of(site.linears[next(iter(own))]).device):
-                self._tune(site, own, passages)
+                own = self._tune(site, own, passages)
+        self._passed = {}
+        for name, one in own.items():
+            self.take(name, site.linears[name], whole(weight_of(site.linears[name])), one)
 
     def _enough(self, passages: Sequence[Passage], device: torch.device) -> bool:
         """Tells whether all ranks have passages to tune on, and others to hold out."""
@@ -70,7 +74,7 @@ class MatchingVisitor(PruningVisitor):
                     found.append(Passage(given, goal, self._counting(goal.shape[:-1], goal, run)))
         return found
 
-    def _tune(self, site: Site, own: dict[str, Pruned], passages: Sequence[Passage]) -> None:
+    def _tune(self, site: Site, own: dict[str, Pruned], passages: Sequence[Passage]) -> dict[str, Pruned]:
         names = {id(one): name for name, one in site.module.named_parameters()}
         lies, weights, keeps = dict[str, str](), dict[str, Tensor](), dict[str, Tensor]()
         for name, one in own.items():
@@ -81,9 +85,10 @@ class MatchingVisitor(PruningVisitor):
         held_out = self.matching.is_held_out(len(passages))
         parts = [[one for one, held in zip(passages, held_out, strict=True) if held is part] for part in (False, True)]
         with torch.inference_mode(False):
-            tuned = Tuning(self.matching, site.module, weights, keeps, self.reduce)(*parts)
-        for name, one in own.items():
-            self.pruned[name] = self._rounded(site.linears[name], one, tuned[lies[name]])
+            tuning = Tuning(self.matching, site.module, weights, keeps, self.reduce)
+            weights.clear()  # it has copies
+            tuned = tuning(*parts)
+        return {name: self._rounded(site.linears[name], one, tuned[lies[name]]) for name, one in own.items()}
 
     @staticmethod
     def _rounded(linear: nn.Module, one: Pruned, tuned: Tensor) -> Pruned:
@@ -91,6 +96,11 @@ class MatchingVisitor(PruningVisitor):
         old = weight_of(linear)
         new = tuned.movedim(1, -1).flatten(1) if is_convolution(linear) else turned(linear, tuned)
         return Pruned.of(old, new.to(old.dtype), one.keep(old))
+
+
+def _whole(one: Pruned | Share) -> Pruned:
+    """Returns what a linear becomes as a whole; where its weight is sharded, all ranks call this together."""
+    return one.whole() if isinstance(one, Share) else one
 
 
 def refuse_again(linears: Iterable[str]) -> NoReturn:

@@ -1,115 +1,26 @@
-"""The plan of a pruning of weights: one bit a weight, and the values that a criterion changes."""
+"""The plan of a pruning of weights: the results of all linears."""
 
 import math
 import re
-from base64 import b64decode, b64encode
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from billhook.html import html_table
 from billhook.model.linears import in_place, prunable, turned, weight_of
 from billhook.model.plan import Plan, Weights
 from billhook.model.surgery import values_kept
-from billhook.running.sharded.shards import local, reshard, sharded_as
-from billhook.sparsity.masks import where_kept
-from billhook.sparsity.put import Part, put
+from billhook.running.sharded.shards import reshard
+from billhook.sparsity.pruned import Applied, Pruned, Share
+from billhook.sparsity.put import put
 from billhook.streaming.either import changing
 from billhook.streaming.stream import stream_of
-
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """One linear's part of a plan.
-
-    Attributes:
-        bits: The keep-mask, 8 weights a byte.
-        values: The kept weights, where a criterion updates them, on the CPU; None where the old values stay.
-    """
-
-    bits: np.ndarray
-    values: Tensor | None
-
-    @staticmethod
-    def of(old: Tensor, new: Tensor, keep: Tensor) -> "Pruned":
-        """Packs the change of a weight `[out_features, in_features]` from old to new under a keep-mask."""
-        changed = not torch.equal(new, where_kept(old, keep))
-        return Pruned(np.packbits(keep.cpu().numpy()), new[keep].cpu() if changed else None)
-
-    @property
-    def kept(self) -> int:
-        """How many weights are kept."""
-        return int(np.bitwise_count(self.bits).sum())
-
-    def sparsity(self, size: int) -> float:
-        """Returns the fraction removed of a weight of so many entries."""
-        return 1 - self.kept / size if size else 0.0
-
-    def keep(self, like: Tensor) -> Tensor:
-        """Unpacks the keep-mask, bool, of the size and on the device of a weight."""
-        bits = np.unpackbits(self.bits, count=like.numel()).view(np.bool_)
-        return torch.from_numpy(bits).view(like.shape).to(like.device)
-
-    def part(self, old: Tensor) -> Part:
-        """Returns what is put in the place of a weight; of one that is sharded, this rank's part."""
-        if not isinstance(old, DTensor):
-            return old, self.bits, self.values
-        keep = local(sharded_as(self.keep(old), old))
-        return local(old), np.packbits(keep.cpu().numpy()), None if self.values is None else self.weight(old)[keep].cpu()
-
-    def weight(self, old: Tensor) -> Tensor:
-        """Returns the weight after pruning; of one that is sharded, this rank's part."""
-        keep = self.keep(old)
-        if self.values is None:
-            return where_kept(local(old), local(sharded_as(keep, old)))
-        new = torch.zeros(old.shape, dtype=old.dtype, device=old.device)
-        return local(sharded_as(new.masked_scatter_(keep, self.values.to(old)), old))
-
-    def to_json(self) -> dict[str, str]:
-        """Returns bits and values as text, in base 64."""
-        plain = {"bits": b64encode(self.bits.tobytes()).decode()}
-        if self.values is None:
-            return plain
-        values = b64encode(self.values.contiguous().view(torch.uint8).numpy().tobytes()).decode()
-        return plain | {"dtype": str(self.values.dtype).removeprefix("torch."), "values": values}
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any], size: int) -> Self:
-        """Makes the part of a linear with so many weights from what `to_json` returned."""
-        pruned = cls(np.frombuffer(b64decode(plain["bits"], validate=True), dtype=np.uint8), None)
-        if len(pruned.bits) != -(-size // 8):
-            raise ValueError(f"{len(pruned.bits)} bytes of bits for {size} weights")
-        if "values" not in plain:
-            return pruned
-        values = torch.frombuffer(bytearray(b64decode(plain["values"], validate=True)), dtype=DTYPES[plain["dtype"]])
-        if len(values) != pruned.kept:
-            raise ValueError(f"{len(values)} values for {pruned.kept} weights that are kept")
-        return cls(pruned.bits, values)
-
-
-@dataclass(frozen=True)
-class Applied:
-    """One linear's part of a plan that was carried out at once, as its model is streamed.
-
-    Attributes:
-        kept: How many weights are kept.
-    """
-
-    kept: int
-
-    def sparsity(self, size: int) -> float:
-        """Returns the fraction removed of a weight of so many entries."""
-        return 1 - self.kept / size if size else 0.0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -121,7 +32,8 @@ class WeightPlan(Plan):
         model: The name of the model's class; only shown, as it is another one where a model is sharded.
         criterion: The criterion that chose them, in words.
         pattern: `"unstructured"` or `"N:M"`.
-        pruned: The results by linear; where the model is streamed, how many weights are kept.
+        pruned: The results by linear; where the model is sharded, this rank's share of each; where it is streamed, how many
+            weights are kept.
         shapes: Of each linear's weight, `[out_features, in_features]`.
         uncalled: Linears that stay as they are, as no batch has called them.
     """
@@ -130,7 +42,7 @@ class WeightPlan(Plan):
     model: str
     criterion: str
     pattern: str
-    pruned: Mapping[str, Pruned | Applied]
+    pruned: Mapping[str, Pruned | Share | Applied]
     shapes: dict[str, tuple[int, ...]]
     uncalled: tuple[str, ...] = ()
 
@@ -141,7 +53,10 @@ class WeightPlan(Plan):
         return 1 - sum(one.kept for one in self.pruned.values()) / total if total else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as plain data: a bit for each weight, and the values that change, in base 64."""
+        """Returns the plan as plain data: a bit for each weight, and the values that change, in base 64.
+
+        If the model was sharded, all ranks call this together.
+        """
         pruned = {name: {"shape": list(self.shapes[name]), **one.to_json()} for name, one in self.held().items()}
         names = {"kind": self.kind, "model": self.model, "criterion": self.criterion, "pattern": self.pattern}
         uncalled = {name: list(self.shapes[name]) for name in self.uncalled}
@@ -167,9 +82,7 @@ class WeightPlan(Plan):
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the keep-masks, bool, each as its weight lies in memory, and sharded as it is."""
         linears = self._linears(model)
-        weights = {name: in_place(linears[name]) for name in self.pruned}
-        masks = {name: sharded_as(one.keep(weights[name]), weights[name]) for name, one in self.held().items()}
-        return {name: turned(linears[name], mask) for name, mask in masks.items()}
+        return {name: turned(linears[name], one.mask(in_place(linears[name]))) for name, one in self.held().items()}
 
     @torch.no_grad()
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
@@ -198,7 +111,7 @@ class WeightPlan(Plan):
                 with changing(model, linears[name]):
                     put([one.part(in_place(linears[name]))])
 
-    def held(self) -> dict[str, Pruned]:
+    def held(self) -> dict[str, Pruned | Share]:
         """Returns the results; refuses a plan that was carried out while it was made."""
         if applied := next((name for name, one in self.pruned.items() if isinstance(one, Applied)), None):
             raise ValueError(f"plan: it was carried out as it was made, as the model is streamed: no mask is held of {applied}")

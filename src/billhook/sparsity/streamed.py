@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from billhook.running.sites import Sequential, Site, find_sites, with_ways_out
 from billhook.running.walk import Reduce, Walk
-from billhook.sparsity.plan import Applied
+from billhook.sparsity.pruned import Applied
 from billhook.sparsity.visitor import PruningVisitor
 from billhook.streaming.stream import Stream
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from billhook.model.linears import turned, weight_of
 from billhook.sparsity.masks import Lowest, pruned_count, where_kept
-from billhook.sparsity.plan import Applied, Pruned
+from billhook.sparsity.pruned import Applied, Pruned
 from billhook.sparsity.visitor import GlobalPruningVisitor
 from billhook.streaming.stream import Stream
 

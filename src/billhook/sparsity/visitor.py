@@ -9,19 +9,20 @@ from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from billhook.adapters.masked import counted, product_of
 from billhook.model.convolutions import batched, is_convolution, places_of
-from billhook.model.linears import turned, weight_of
+from billhook.model.linears import in_place, turned, weight_of
 from billhook.running.ranks import Ranks, own_of
-from billhook.running.sharded.shards import whole
+from billhook.running.sharded.shards import is_sharded, whole
 from billhook.running.sites import Site
 from billhook.running.statistics import Statistics
 from billhook.running.walk import Given, Reduce
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.grouped import Grouped, add_patches, empty_for, prune_by, scores_of
-from billhook.sparsity.masks import keep_global, where_kept
-from billhook.sparsity.plan import Applied, Pruned
+from billhook.sparsity.masks import Lowest, keep_global, pruned_count, where_kept
+from billhook.sparsity.pruned import Applied, Pruned, Share
 
 Progress = Callable[[int, int], None]
 """Called with how many linears are done, and of how many."""
@@ -60,7 +61,8 @@ class PruningVisitor:
     ) -> None:
         self.criterion, self.sparsities, self.pattern, self.progress = criterion, sparsities, pattern, progress
         self.tokens, self.reduce, self.adapters, self.shared = tokens, reduce, adapters, shared
-        self.pruned: dict[str, Pruned | Applied] = {}
+        self.pruned: dict[str, Pruned | Share | Applied] = {}
+        self._passed: dict[str, Tensor] | None = None  # whole weights for runs to pass, where each rank keeps its share of them
         self.statistics: dict[str, Statistics | Grouped] = {}
         self._first: dict[str, str] = {}  # linear -> the one whose statistics are its own
         self._last: dict[int, tuple[ReferenceType[Tensor], float, str]] = {}  # run -> inputs, their version, who read them first
@@ -116,6 +118,7 @@ class PruningVisitor:
         if self._differ:
             raise InputsDiffer
         called = {name: linear for name, linear in site.linears.items() if name in self._first}
+        self._passed = {}
         self.finish({name: linear for name, linear in called.items() if self.statistics[self._first[name]].tokens})
         self._complete |= site.linears.keys()
         if site.module not in called.values() or self.reduce is not None:
@@ -157,8 +160,22 @@ class PruningVisitor:
                     kind = type(self.criterion).__name__
                     raise ValueError(f"{name}: count_adapters=True, and {kind} changes kept weights (`updates` is False)")
                 new = where_kept(weight, keep)
-            self.pruned[name] = Pruned.of(weight, new, keep)
+            self.take(name, linear, weight, Pruned.of(weight, new, keep))
             self.tell()
+
+    def take(self, name: str, linear: nn.Module, weight: Tensor, one: Pruned) -> None:
+        """Notes what a linear becomes; of a sharded one this rank's share, and the whole weight until runs have passed it."""
+        old = in_place(linear)
+        if isinstance(old, DTensor):
+            if self._passed is not None:
+                self._passed[name] = turned(linear, self._as_passed(name, weight, one))
+            self.pruned[name] = one.share(old)
+        else:
+            self.pruned[name] = one
+
+    def leave(self, _: Site) -> None:
+        """Lets go of what runs have passed."""
+        self._passed = None
 
     @property
     def _dividing(self) -> Ranks | None:
@@ -186,12 +203,18 @@ class PruningVisitor:
         new = {}
         for name, linear in site.linears.items():
             if isinstance(pruned := self.pruned.get(name), Pruned):
-                weight = pruned.weight(weight_of(linear))
-                if name in self.adapters:  # makes up for what the layer adds there, which merging will leave out
-                    added = where_kept(product_of(self.adapters[name]), ~pruned.keep(weight))
-                    weight = weight - added.to(weight.dtype)
-                new[name] = {"weight": turned(linear, weight)}
+                new[name] = {"weight": turned(linear, self._as_passed(name, weight_of(linear), pruned))}
+            elif self._passed is not None and name in self._passed:
+                new[name] = {"weight": self._passed[name]}
         return new
+
+    def _as_passed(self, name: str, old: Tensor, one: Pruned) -> Tensor:
+        """Returns a new weight; it makes up for what LoRA adds where weights are zero, which merging will leave out."""
+        weight = one.weight(old)
+        if name not in self.adapters:
+            return weight
+        added = where_kept(product_of(self.adapters[name]), ~one.keep(weight))
+        return weight - added.to(weight.dtype)
 
 
 class GlobalPruningVisitor(PruningVisitor):
@@ -219,12 +242,22 @@ class GlobalPruningVisitor(PruningVisitor):
             return scores_of(self.criterion, weight, statistics)
 
     def close(self) -> None:
-        """Prunes all linears at once; all scores are in memory."""
-        keeps = keep_global([self.scores(name) for name in self.seen], self.sparsity)
+        """Prunes all linears at once; all scores are in memory, or where weights are sharded, those of one linear at a time."""
+        if any(is_sharded(linear) for linear, _ in self.seen.values()):
+            keeps = self._keeps_in_turn()
+        else:
+            keeps = iter(keep_global([self.scores(name) for name in self.seen], self.sparsity))
         for (name, (linear, _)), keep in zip(self.seen.items(), keeps, strict=True):
             weight = whole(weight_of(linear))
-            self.pruned[name] = Pruned.of(weight, where_kept(weight, keep), keep)
+            self.take(name, linear, weight, Pruned.of(weight, where_kept(weight, keep), keep))
         self.tell()
+
+    def _keeps_in_turn(self) -> Iterator[Tensor]:
+        """Yields the keep-mask of each linear in turn, whose scores are computed three times."""
+        count = pruned_count(sum(weight_of(linear).numel() for linear, _ in self.seen.values()), self.sparsity)
+        lowest = Lowest.of(lambda: map(self.scores, self.seen), count)
+        for name in self.seen:
+            yield lowest.keep(self.scores(name))
 
 
 def _version(tensor: Tensor) -> float:

@@ -170,7 +170,10 @@ class Walks:
         sites = find_sites(self.model, self.linears, "block" if sequential == "none" else sequential, gates=True)
         sites = with_ways_out(self.model, sites) if dense else sites
         untouched = range(len(forwards)) if sequential == "none" else dense
-        walk = Walk(sites, visitor, self.reduce, keep, untouched, lambda module: gathered(owner[module]), compares=visitor)
+        walk = Walk(
+            sites, visitor, self.reduce, keep, untouched, lambda module: gathered(owner[module]),
+            leave=visitor.leave, compares=visitor,
+        )  # fmt: skip
         with unsharded(self.model), gathered(self.model, but=blocks):
             walk(forwards)
 

@@ -74,6 +74,12 @@ class Lies:
         """Returns how a sharded parameter lies."""
         return cls(shard.device_mesh, shard.placements, shard.device)
 
+    def joined(self, own: Tensor, shape: torch.Size) -> Tensor:
+        """Makes a sharded tensor of what each rank has of one of this shape; nothing is sent."""
+        stride = torch.empty(shape, device="meta").stride()
+        own = own.contiguous()
+        return DTensor.from_local(own, self.mesh, self.placements, run_check=False, shape=shape, stride=stride).to(self.device)
+
     def shards(self, parameter: nn.Parameter) -> nn.Parameter:
         """Shards a whole parameter, and its gradient; in the first dimension where torch shares out another only evenly."""
         sizes = zip(self.placements, self.mesh.shape, strict=True)

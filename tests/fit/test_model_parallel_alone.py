@@ -8,6 +8,7 @@ import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -73,6 +74,19 @@ def test_averaged_weights_are_refused(tmp_path, alone):
     callbacks = [bh.WeightPruning(sparsity=0.5), pl.callbacks.EMAWeightAveraging()]
     with pytest.raises(ValueError, match="cannot mask the copy that EMAWeightAveraging keeps"):
         trainer(tmp_path, callbacks, max_steps=2, strategy=alone).fit(Own())
+
+
+def test_layers_that_torch_recomputes_are_refused_before_training(tmp_path, alone):
+    def wrapped():
+        made = llama()
+        for number, layer in enumerate(made.model.layers):
+            made.model.layers[number] = checkpoint_wrapper(layer)
+        return made
+
+    run = trainer(tmp_path, [bh.KVHeadConversion(2, at=1, measure_batches=0)], max_steps=2, strategy=alone)
+    with pytest.raises(ValueError, match=r"KVHeadConversion: net.model.layers.0 is wrapped by torch's CheckpointWrapper"):
+        run.fit(Own(wrapped))
+    assert run.global_step == 0
 
 
 def test_masks_that_are_learned_are_refused(tmp_path, alone):

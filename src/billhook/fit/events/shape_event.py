@@ -19,12 +19,9 @@ from billhook.fit.lightning_internals import averages, communication_state
 from billhook.fit.ranks import together
 from billhook.fit.run import callbacks_of, training_steps
 from billhook.fit.strategies import check_shapes
-from billhook.running.sharded.fsdp import class_of
 from billhook.running.sharded.reshaped import reshaped
 from billhook.running.sharded.shards import sizes_only
-
-WRAPPED = "_checkpoint_wrapped_module"
-"""The name of what a wrapper of torch holds that recomputes activations, or offloads them: weights have it in theirs."""
+from billhook.running.sharded.torch_internals import WRAPPED, class_of
 
 
 class ShapeCallback(EventCallback):

@@ -25,7 +25,10 @@ EVENTS = {
     "heads": lambda: bh.HeadPruning(0.5, at=1, **FEW),
     "channels": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, repair=None, **FEW),
     "channels, repaired": lambda: bh.StructuredPruning(bh.Amount(channels=0.9), at=1, repair=bh.Repair(), **MORE),
-    "residual channels, by gradients": lambda: bh.StructuredPruning(bh.Amount(residual=0.5), at=1, repair=None, **FEW),
+    "residual channels": lambda: bh.StructuredPruning(bh.Amount(residual=0.5), at=1, repair=None, **FEW),
+    "residual channels, by gradients": lambda: bh.StructuredPruning(
+        bh.Amount(residual=0.5), at=1, importance=bh.Taylor(), repair=None, **FEW
+    ),
     "KV heads": lambda: bh.KVHeadConversion(2, at=1, measure_batches=0),
     "KV heads, with data": lambda: bh.KVHeadConversion(2, at=1, method="svd", **FEW),
     "blocks": lambda: bh.DepthPruning(2, at=1, **FEW),
@@ -34,6 +37,8 @@ EVENTS = {
 }
 ASIDE = {"channels, repaired": 1, "KV heads, with data": 3}
 """Of how many weights of WIDTH x WIDTH in each block new values wait, as shards, until tensors are cut."""
+ON_TWO = [*ASIDE, "residual channels, by gradients"]
+"""Events that each of two ranks measures: those whose new values wait, and one of which gradients are there."""
 NARROW = {"a smaller model": 15 / 16}
 """How much of each block is there once more as shards, with a smaller hidden size."""
 
@@ -117,9 +122,9 @@ def beside(folder, name, strategy, ranks=1):
 
 
 def measure_all():
-    """What each of two processes runs, after other fits: those events whose new values wait."""
+    """What each of two processes runs, after other fits."""
     _, out = json.loads(sys.argv[1])
-    measure(ASIDE, out)
+    measure(ON_TWO, out)
 
 
 def measure(names, out):

@@ -24,7 +24,7 @@ class MadeLate(Own):
 
     def __init__(self):
         pl.LightningModule.__init__(self)
-        self.blocks, self.policy, self.batch, self.nodes, self.sharded = True, MixedPrecisionPolicy(), 2, 1, {}
+        self.blocks, self.policy, self.batch, self.nodes, self.rows, self.sharded = True, MixedPrecisionPolicy(), 2, 1, 12, {}
 
     def configure_model(self):
         if not hasattr(self, "net"):

@@ -1,5 +1,7 @@
 """FSDP2 on the CPU: two processes under ModelParallelStrategy, started as in test_ddp, which fit one trainer after another."""
 
+import sys
+
 import pytest
 import torch
 import transformers
@@ -14,6 +16,7 @@ from kit.beside import ON_TWO
 from kit.families import llama, tokens
 from kit.fits import same
 from kit.four import FOUR
+from kit.loads import SAVED
 from kit.ranks import run_script
 from kit.settings import MASKED, SETTINGS
 from kit.sharding import (
@@ -29,10 +32,11 @@ from kit.sharding import (
 SCRIPT = """
 import os
 os.environ["PYTHONHASHSEED"] = "4"
-from kit import beside, settings, sharding
+from kit import beside, loads, settings, sharding
 sharding.fit_all()
 settings.fit_all()
 beside.measure_all()
+loads.load_all()
 """
 
 
@@ -250,6 +254,13 @@ def test_what_is_exported_loads(fitted):
 def test_two_blocks_at_most_are_there_on_each_of_two_ranks(of_two, name):
     for most, allowed in of_two(f"{name}, beside"):
         assert most <= allowed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
+@pytest.mark.parametrize("kind", SAVED)
+def test_each_of_two_ranks_loads_a_tensor_at_a_time(of_two, kind):
+    for most, gradients, largest in of_two(f"{kind}, loaded"):
+        assert most <= gradients + 4 * largest
 
 
 def test_tensor_parallel_is_refused(of_two):

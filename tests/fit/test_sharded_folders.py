@@ -167,3 +167,16 @@ def test_an_export_takes_the_model_and_no_more_than_two_blocks(tmp_path, how):
     block = size({name: value for name, value in expected.items() if ".layers.0." in name})
     assert held.most <= size(expected) + 2 * block < 1.4 * size(expected)
     assert same(bh.load(tmp_path / "exported").state_dict(), expected)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the device is there")
+def test_a_file_of_a_device_that_is_not_there_is_loaded_on_the_cpu(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        lit = in_a_file(Plain(), tmp_path / "a.ckpt")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    found = bh.load_from_checkpoint(Plain, tmp_path / "a.ckpt")
+    assert same(found.state_dict(), lit.state_dict())
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="CUDA"):  # it would be put there
+        bh.load_from_checkpoint(Plain, tmp_path / "a.ckpt")

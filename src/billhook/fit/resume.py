@@ -91,22 +91,29 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
 
 def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     """Maps a checkpoint that is a file, and notes in the options where Lightning would put its tensors; None of other files."""
-    asked, locations = options.get("map_location"), list[str]()
+    asked, locations = options.get("map_location"), dict[int, str]()
     if not is_zipfile(path) or not (asked is None or isinstance(asked, str | torch.device)):
         return None
 
     def note(storage: Any, location: str) -> Any:  # noqa: ANN401 - one of torch's kinds of storage
-        locations.append(location)
+        locations[storage.data_ptr()] = location
         return storage
 
     checkpoint = torch.load(path, map_location=note, mmap=True, weights_only=options.get("weights_only"))
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(TENSORS), dict):
         return None
-    if asked is None:
-        options["map_location"] = locations[0] if locations and torch.accelerator.is_available() else "cpu"
     plain = {name: one for name, one in checkpoint[TENSORS].items() if type(one) is Tensor and one.layout == torch.strided}
+    if asked is None:
+        saved = [locations.get(one.untyped_storage().data_ptr(), "cpu") for one in plain.values()]
+        options["map_location"] = next(filter(_is_there, saved), "cpu")
     unread = {name: Unread.of(one.shape, one.dtype, one.detach) for name, one in plain.items()}
     return checkpoint | {TENSORS: checkpoint[TENSORS] | unread}
+
+
+def _is_there(location: str) -> bool:
+    """Tells whether tensors that were saved on a device can come back to it."""
+    own = torch.accelerator.current_accelerator(check_available=True)
+    return own is not None and torch.device(location).type == own.type
 
 
 def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInCheckpoint]]:

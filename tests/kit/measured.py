@@ -16,6 +16,7 @@ from billhook.running.sharded.shards import whole
 from kit.beside import measure
 from kit.families import llama
 from kit.fits import trainer
+from kit.sent import sent_all
 from kit.sharding import Own, keep, sharding
 
 
@@ -89,4 +90,5 @@ def fit_all():
             run, found = what(Path(out), name, 2)
             keep(run, Path(out, f"{what.__name__}, {name}.pt"), found)
     measure(SEARCHED, out)
+    sent_all(out)
     keep(run, Path(out, "differing.pt"), differing(out).partition(": ")[2])

@@ -3,22 +3,20 @@
 import copy
 
 import pytest
-import torch
 from torch.distributed.tensor import DTensor
 
 import billhook as bh
 from billhook.running.ranks import Ranks
-from kit.families import llama, tokens
+from kit.families import tokens
 from kit.fits import trainer
+from kit.sent import linears, solved, wanda
+from kit.sent import model as make
 from kit.sharding import Own
-
-READ = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
-"""Linears of a block that read the same."""
 
 
 @pytest.fixture(scope="module")
 def model():
-    return llama(hidden_size=64, intermediate_size=160)
+    return make()
 
 
 def batches():
@@ -35,29 +33,6 @@ def summed(work):
 
     work(Ranks(0, 1, add))
     return sum(found)
-
-
-def linears(model):
-    return [(name, linear.weight) for name, linear in model.model.named_modules() if isinstance(linear, torch.nn.Linear)]
-
-
-def widths(model):
-    """Of what linears read that read the same."""
-    return [
-        getattr(part, names[0]).in_features
-        for layer in model.model.layers
-        for names in READ
-        for part in (layer.self_attn, layer.mlp)
-        if hasattr(part, names[0])
-    ]
-
-
-def wanda(model):
-    return 4 * sum(widths(model))
-
-
-def solved(model):
-    return sum(4 * width**2 for width in widths(model)) + sum((4 + 1) * weight.numel() for _, weight in linears(model))
 
 
 @pytest.mark.parametrize(

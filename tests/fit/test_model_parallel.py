@@ -1,5 +1,7 @@
 """FSDP2 on the CPU: two processes under ModelParallelStrategy, started as in test_ddp, which fit one trainer after another."""
 
+import sys
+
 import pytest
 import torch
 import transformers
@@ -10,14 +12,16 @@ from billhook.adapters.masked import on_linears, product_of
 from billhook.checkpoints.export import export
 from billhook.model.linears import prunable
 from billhook.running.sharded.shards import is_sharded
-from kit.beside import ASIDE, LAYERS, ZEROS
+from kit.beside import LAYERS, ON_TWO, ZEROS
 from kit.families import llama, tokens
 from kit.fits import same
+from kit.four import FOUR
+from kit.loads import SAVED
 from kit.ranks import run_script
+from kit.settings import MASKED, SETTINGS
 from kit.sharding import (
     ADAPTED,
     CHANGED,
-    FOUR,
     HEADS,
     MASKS,
     RESUMED,
@@ -28,14 +32,16 @@ from kit.sharding import (
 SCRIPT = """
 import os
 os.environ["PYTHONHASHSEED"] = "4"
-from kit import beside, sharding
+from kit import beside, loads, settings, sharding
 sharding.fit_all()
+settings.fit_all()
 beside.measure_all()
+loads.load_all()
 """
 
 
 pytestmark = pytest.mark.slow
-OF_FOUR = SCRIPT.partition("sharding.fit_all")[0] + "sharding.fit_four()"
+OF_FOUR = SCRIPT.partition("from")[0] + "from kit.four import fit_four\nfit_four()"
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +61,14 @@ def of_two(fitted):
     return read
 
 
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", MASKS | MASKED)
 def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
     state, (always, (masks, events)) = of_two(name)
-    _, single, (_, (masks_of_one, events_of_one)) = MASKS[name].run(tmp_path, files)
+    _, single, (_, (masks_of_one, events_of_one)) = (MASKS | MASKED)[name].run(tmp_path, files)
     assert always
     assert [e["after"]["sparsity"] for e in events] == [e["after"]["sparsity"] for e in events_of_one]
     assert masks.keys() == masks_of_one.keys()
-    least = 0.97 if "bfloat16" in name else 0.99
+    least = 0.97 if "bf" in name else 0.99
     for own, mask in masks_of_one.items():
         assert (mask == masks[own]).float().mean() >= least, own
         if "wanda" in name and "global" not in name and "Conv1D" not in name:
@@ -70,7 +76,7 @@ def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
         both = mask & masks[own]
         values = [found[f"net.{own}.weight"] for found in (state, single)]
         assert not values[0][~masks[own]].any()
-        torch.testing.assert_close(values[0][both], values[1][both], atol=0.05 if "bfloat16" in name else 2e-3, rtol=1e-2)
+        torch.testing.assert_close(values[0][both], values[1][both], atol=0.05 if "bf" in name else 2e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -88,6 +94,23 @@ def test_two_processes_change_shapes_as_one_does(of_two, files, tmp_path, name):
             torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_two_processes_change_shapes_as_one_does_whatever_is_set(of_two, files, tmp_path, name):
+    state, (_, events) = of_two(name)
+    run, single, (_, events_of_one) = SETTINGS[name].run(tmp_path, files)
+    assert [event["what"] for event in events] == [event["what"] for event in events_of_one]
+    assert [event["after"]["params"] for event in events] == [event["after"]["params"] for event in events_of_one]
+    assert events[-1]["before"]["params"] > events[-1]["after"]["params"]
+    assert state.keys() == single.keys()
+    dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(run.precision, torch.float32)
+    for own, value in single.items():
+        assert state[own].dtype == value.dtype == dtype
+        if "bf16" in name:
+            assert (state[own] - value).abs().mean() < 2e-4, own
+        else:
+            torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def of_four(files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
@@ -97,10 +120,10 @@ def of_four(files, tmp_path_factory):
 
 @pytest.mark.parametrize("name", FOUR)
 def test_four_processes_change_shapes_as_one_does(of_four, files, tmp_path, name):
-    alike, (state, (_, events)) = torch.load(of_four / f"{name}.pt", weights_only=True)
-    _, single, (_, events_of_one) = FOUR[name].run(tmp_path, files)
+    alike, (state, (_, told)) = torch.load(of_four / f"{name}.pt", weights_only=True)
+    _, single, (_, told_of_one) = FOUR[name].run(tmp_path, files)
     assert alike
-    assert [event["what"] for event in events] == [event["what"] for event in events_of_one]
+    assert [event["what"] for event in told] == [event["what"] for event in told_of_one]
     for own, value in single.items():
         torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)
 
@@ -227,7 +250,7 @@ def test_what_is_exported_loads(fitted):
     assert all((linear.weight == 0).float().mean() == 0.5 for linear in prunable(model).values())
 
 
-@pytest.mark.parametrize("name", [*ASIDE, *ZEROS])
+@pytest.mark.parametrize("name", ON_TWO)
 def test_two_blocks_at_most_are_there_on_each_of_two_ranks(of_two, name):
     for most, allowed, _ in of_two(f"{name}, beside {LAYERS}"):
         assert most <= allowed
@@ -239,6 +262,13 @@ def test_each_rank_has_its_share_and_no_more(of_two, name):
     for (most, _, shards), (of_more, allowed, more) in zip(few, many, strict=True):
         assert of_more <= allowed
         assert of_more - most <= more - shards
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
+@pytest.mark.parametrize("kind", SAVED)
+def test_each_of_two_ranks_loads_a_tensor_at_a_time(of_two, kind):
+    for most, gradients, largest in of_two(f"{kind}, loaded"):
+        assert most <= gradients + 4 * largest
 
 
 def test_tensor_parallel_is_refused(of_two):

@@ -1,13 +1,14 @@
 """FSDP2 in one process: what is refused before training, with the reason and the way out, and how much is gathered at a time."""
 
 import sys
+from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -17,10 +18,9 @@ from billhook.running.sharded.shards import is_sharded, whole
 from billhook.running.sharded.turns import Turns
 from billhook.sparsity import plan
 from billhook.sparsity.plan import WeightPlan
-from kit.beside import kept, model, size
 from kit.families import llama
 from kit.fits import data, module, trainer
-from kit.held import Held
+from kit.loads import SAVED, loaded
 from kit.losses import ALBERT
 from kit.measured import MadeLate
 from kit.sharding import GIVEN, Own, sharding
@@ -86,10 +86,33 @@ def test_weights_are_masked_in_a_model_that_is_made_late(tmp_path, alone):
     assert not any(whole(lit.net.get_parameter(f"{name}.weight"))[~mask].any() for name, mask in callback.masks.items())
 
 
+def test_weights_are_not_masked_under_another_fsdp(tmp_path, alone):
+    class Lacks(Own):
+        def on_fit_start(self):
+            del vars(self.net.model.layers[0]._get_fsdp_state())["_mp_policy"]
+
+    callback = bh.WeightPruning(sparsity=0.5, at=0, calibration=2, measure_batches=0)
+    with pytest.raises(RuntimeError, match=r"torch \d.*: its FSDP2 lacks _mp_policy, which billhook needs"):
+        trainer(tmp_path, [callback], max_steps=2, strategy=alone, limit_val_batches=0).fit(Lacks())
+
+
 def test_averaged_weights_are_refused(tmp_path, alone):
     callbacks = [bh.WeightPruning(sparsity=0.5), pl.callbacks.EMAWeightAveraging()]
     with pytest.raises(ValueError, match="cannot mask the copy that EMAWeightAveraging keeps"):
         trainer(tmp_path, callbacks, max_steps=2, strategy=alone).fit(Own())
+
+
+def test_layers_that_torch_recomputes_are_refused_before_training(tmp_path, alone):
+    def wrapped():
+        made = llama()
+        for number, layer in enumerate(made.model.layers):
+            made.model.layers[number] = checkpoint_wrapper(layer)
+        return made
+
+    run = trainer(tmp_path, [bh.KVHeadConversion(2, at=1, measure_batches=0)], max_steps=2, strategy=alone)
+    with pytest.raises(ValueError, match=r"KVHeadConversion: net.model.layers.0 is wrapped by torch's CheckpointWrapper"):
+        run.fit(Own(wrapped))
+    assert run.global_step == 0
 
 
 def test_masks_that_are_learned_are_refused(tmp_path, alone):
@@ -130,15 +153,25 @@ def test_a_model_that_is_made_late_is_converted_at_the_start(tmp_path, alone):
     assert is_sharded(lit)
 
 
+CONVERTED = {
+    "channels": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, calibration=4, measure_batches=0),
+    "KV heads": lambda: bh.KVHeadConversion(2, at=1, measure_batches=0),
+}
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_a_converted_checkpoint_is_validated_by_a_dense_module(tmp_path, alone, files):
+@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.usefixtures("alone")
+def test_a_converted_checkpoint_is_validated_by_a_dense_module(tmp_path, files, name, kind):
     saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    callbacks = [bh.StructuredPruning(bh.Amount(channels=0.5), at=1, calibration=4, measure_batches=0), saves]
-    run = trainer(tmp_path, callbacks, max_steps=2, strategy=alone, limit_val_batches=2)
+    strategy = partial(sharding, 1, save_distributed_checkpoint=SAVED[kind])
+    run = trainer(tmp_path, [CONVERTED[name](), saves], max_steps=2, strategy=strategy(), limit_val_batches=2)
     lit = module()
     run.fit(lit, data(files, batch_size=2))
+    assert (tmp_path / "step=2.ckpt").is_file() == (kind == "full")
     (straight,) = run.validate(lit, data(files, batch_size=2))
-    other = trainer(tmp_path, [], strategy=sharding(1), limit_val_batches=2)
+    other = trainer(tmp_path, [], strategy=strategy(), limit_val_batches=2)
     (again,) = other.validate(module(), data(files, batch_size=2), ckpt_path=tmp_path / "step=2.ckpt")
     assert again["val_loss"] == pytest.approx(straight["val_loss"])
     assert "load_checkpoint" not in vars(other.strategy)
@@ -214,29 +247,12 @@ def test_heads_turn_a_block_at_a_time(tmp_path, alone, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
 @pytest.mark.filterwarnings("ignore:You're resuming", "ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
-def test_a_checkpoint_is_loaded_a_tensor_at_a_time(tmp_path, alone, monkeypatch, full):
-    found, load = [], ModelParallelStrategy.load_checkpoint
-
-    def measured(strategy, checkpoint_path, weights_only=None):
-        optimizers = strategy.optimizers
-        with Held(kept(lit, run), but=checkpoint_path) as held:
-            before = held.now()
-            read = load(strategy, checkpoint_path, weights_only=weights_only)
-        states = size(one for optimizer in optimizers for state in optimizer.state.values() for one in state.values())
-        found.append(held.most - before - states)
-        return read
-
-    monkeypatch.setattr(ModelParallelStrategy, "load_checkpoint", measured)
-    saves = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2)
-    for path, steps, callbacks in ((None, 2, [saves]), (tmp_path / "step=2.ckpt", 3, [])):
-        lit, strategy = Own(model), sharding(1, save_distributed_checkpoint=not full)
-        callbacks = [bh.KVHeadConversion(2, at=1, measure_batches=0), *callbacks]
-        run = trainer(tmp_path, callbacks, steps, strategy=strategy, limit_val_batches=0)
-        run.fit(lit, ckpt_path=path)
-    assert lit.net.config.num_key_value_heads == 2
-    gradients, largest = size(lit.parameters()), max(size([own]) for own in lit.parameters())
-    assert found[0] <= gradients + 4 * largest < 1.2 * gradients  # zeros, by which torch has the optimizer make its state
+@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.usefixtures("alone")
+def test_a_checkpoint_is_loaded_a_tensor_at_a_time(tmp_path, kind):
+    strategies = (sharding(1, save_distributed_checkpoint=SAVED[kind]) for _ in range(2))
+    most, gradients, largest = loaded(tmp_path, kind, strategies)
+    assert most <= gradients + 4 * largest < 1.2 * gradients  # zeros, by which torch has the optimizer make its state
 
 
 def rows(number, seed):

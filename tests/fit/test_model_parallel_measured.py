@@ -6,6 +6,7 @@ import torch
 from kit.beside import LAYERS
 from kit.measured import MODULES, SEARCHED, shrunk, told
 from kit.ranks import run_script
+from kit.sent import GATHERS, MEETS, OTHERS, SENT, SUMS, model
 
 pytestmark = pytest.mark.slow
 SCRIPT = "from kit.measured import fit_all\nfit_all()\n"
@@ -47,6 +48,21 @@ def test_two_blocks_at_most_are_there_on_each_of_two_ranks_of_a_search(of_two, n
     _, found = torch.load(of_two / f"{name}, beside {LAYERS}.pt", weights_only=True)
     for most, allowed, _ in found:
         assert most <= allowed
+
+
+@pytest.mark.parametrize("name", SENT)
+def test_ranks_send_what_the_manual_reckons(of_two, name):
+    """See docs/clusters.md; each batch that a search measures a model on takes its blocks and variants of them."""
+    sent, passes = torch.load(of_two / f"{name}, sent.pt", weights_only=True)
+    made, meets = model(), sent.get(MEETS, [])
+    blocks = sum(4 * own.numel() for own in made.model.layers.parameters())
+    around = sum(4 * own.numel() for own in made.parameters()) - blocks
+    gathered, summed = sum(sum(sent.get(kind, [])) for kind in GATHERS), sum(sent.get(SUMS, []))
+    most, reckoned = SENT[name].gathered(made, around, blocks) + 2 * passes * blocks, SENT[name].summed(made)
+    assert 0.6 * most < gathered <= most
+    assert reckoned <= summed <= reckoned + 8 * (2 + 1) * len(meets)  # of tokens, and of who needs which block
+    assert set(meets) == {2 * 1024}
+    assert sent.keys() <= {SUMS, MEETS, *GATHERS, *OTHERS}
 
 
 def test_a_search_whose_ranks_find_otherwise_stops_before_they_measure_other_models(of_two):

@@ -1,6 +1,7 @@
-"""Folders of shards are loaded and exported a tensor at a time: no process holds the model twice, or writes it elsewhere."""
+"""Checkpoints are loaded and exported a tensor at a time: no process holds the model twice, or writes it elsewhere."""
 
 import gc
+import sys
 import tempfile
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from billhook.running.sharded import files
 from kit.alive import alive_now
 from kit.families import llama, tokens
 from kit.fits import same
+from kit.held import Held
 
 
 class Plain(pl.LightningModule):
@@ -28,13 +30,20 @@ class Plain(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint):
         self.seen = {name: value.sum() for name, value in checkpoint["state_dict"].items()}
+        self.others = sorted(checkpoint.keys() & {"optimizer_states", "loops"})
 
 
-def sharded(lit, folder):
-    """Writes a folder of shards as Lightning does, whose model has fewer KV heads than its class makes."""
+def described(lit):
+    """All but the tensors of a checkpoint, whose model has fewer KV heads than its class makes."""
     bh.convert_kv_heads(lit.model, 2)
     checkpoint = {"hyper_parameters": dict(lit.hparams), "global_step": 3, "pytorch-lightning_version": pl.__version__}
     save_shape(lit, checkpoint)
+    return checkpoint
+
+
+def sharded(lit, folder):
+    """Writes a folder of shards as Lightning does."""
+    checkpoint = described(lit)
     with pytest.warns(UserWarning, match="torch.distributed is disabled"):
         dcp.save({"state_dict": lit.state_dict()}, checkpoint_id=folder, no_dist=True)
     torch.save(checkpoint, folder / "meta.pt")
@@ -56,6 +65,18 @@ def reads(monkeypatch):
     return seen
 
 
+def in_a_file(lit, path):
+    """Writes all into one file, with what optimizers keep, as Lightning does."""
+    checkpoint, state = described(lit), lit.state_dict()
+    moments = {number: {"exp_avg": one, "exp_avg_sq": one.clone()} for number, one in enumerate(state.values())}
+    torch.save(checkpoint | {"state_dict": state, "optimizer_states": [{"state": moments}], "loops": {}}, path)
+    gc.collect()
+    return lit
+
+
+WRITE = {"full": in_a_file, "sharded": lambda lit, path: path.mkdir() or sharded(lit, path)}
+
+
 def size(state):
     return sum(value.nbytes for value in {value.data_ptr(): value for value in state.values()}.values())
 
@@ -75,18 +96,30 @@ def test_a_module_is_loaded_a_tensor_at_a_time(tmp_path, reads, kind):
     assert 0 < max(alive for alive, _ in reads) - before <= size(expected) + 1.1 * largest
 
 
-def test_a_hook_of_a_module_sees_the_values(tmp_path):
-    lit = sharded(Plain(), tmp_path)
-    found = bh.load_from_checkpoint(Plain, tmp_path)
+@pytest.mark.parametrize("how", WRITE)
+def test_a_hook_of_a_module_sees_the_values(tmp_path, how):
+    lit = WRITE[how](Plain(), tmp_path / "a.ckpt")
+    found = bh.load_from_checkpoint(Plain, tmp_path / "a.ckpt")
+    assert found.others == (["loops", "optimizer_states"] if how == "full" else [])
     assert all(torch.equal(found.seen[name], value.sum()) for name, value in lit.state_dict().items())
     assert type(next(iter(found.seen.values()))) is torch.Tensor
 
 
-def test_it_is_put_where_lightning_is_told(tmp_path):
-    sharded(Plain(), tmp_path)
+@pytest.mark.parametrize("how", WRITE)
+def test_it_is_put_where_lightning_is_told(tmp_path, how):
+    WRITE[how](Plain(), tmp_path / "a.ckpt")
     with torch.device("meta"):
-        meta = bh.load_from_checkpoint(Plain, tmp_path, map_location="meta")
+        meta = bh.load_from_checkpoint(Plain, tmp_path / "a.ckpt", map_location="meta")
     assert meta.device.type == "meta"
+
+
+@pytest.mark.parametrize("told", [{}, {"map_location": lambda storage, _: storage}, {"weights_only": False}], ids=str)
+def test_a_file_is_loaded_as_lightning_would(tmp_path, told):
+    lit = in_a_file(Plain(), tmp_path / "a.ckpt")
+    found = bh.load_from_checkpoint(Plain, str(tmp_path / "a.ckpt"), width=64, **told)
+    assert same(found.state_dict(), lit.state_dict())
+    assert found.hparams == {"width": 64}
+    assert all(torch.equal(found.seen[name], value.sum()) for name, value in lit.state_dict().items())
 
 
 def test_a_model_is_built_a_tensor_at_a_time(tmp_path, reads):
@@ -102,3 +135,48 @@ def test_what_is_exported_computes_the_same(tmp_path):
     export(tmp_path / "shards", tmp_path / "exported")
     ids = tokens()
     assert torch.equal(bh.load(tmp_path / "exported")(ids).logits, lit.model.eval()(ids).logits)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
+@pytest.mark.parametrize("kind", [Plain, bh.TransformerModule])
+@pytest.mark.parametrize("how", WRITE)
+def test_loading_takes_the_module_and_a_tensor(tmp_path, how, kind):
+    options = {"model": llama(vocab_size=2048)} if kind is bh.TransformerModule else {}
+    expected = WRITE[how](kind(**options), tmp_path / "a.ckpt").state_dict()
+    options = {"model": llama(vocab_size=2048)} if options else {}
+    with Held(but=tmp_path / "a.ckpt") as held:
+        found = bh.load_from_checkpoint(kind, tmp_path / "a.ckpt", **options)
+    assert same(found.state_dict(), expected)
+    assert held.most <= size(expected) + 1.1 * max(value.nbytes for value in expected.values())
+
+
+class Deep(Plain):
+    """Its blocks are most of it, and each a small part."""
+
+    def __init__(self):
+        pl.LightningModule.__init__(self)
+        self.model = llama(hidden_size=128, intermediate_size=128, num_hidden_layers=6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
+@pytest.mark.parametrize("how", WRITE)
+def test_an_export_takes_the_model_and_no_more_than_two_blocks(tmp_path, how):
+    expected = WRITE[how](Deep(), tmp_path / "a.ckpt").model.state_dict()
+    with Held(but=tmp_path / "a.ckpt") as held:
+        export(tmp_path / "a.ckpt", tmp_path / "exported")
+    block = size({name: value for name, value in expected.items() if ".layers.0." in name})
+    assert held.most <= size(expected) + 2 * block < 1.4 * size(expected)
+    assert same(bh.load(tmp_path / "exported").state_dict(), expected)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the device is there")
+def test_a_file_of_a_device_that_is_not_there_is_loaded_on_the_cpu(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
+        lit = in_a_file(Plain(), tmp_path / "a.ckpt")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
+    found = bh.load_from_checkpoint(Plain, tmp_path / "a.ckpt")
+    assert same(found.state_dict(), lit.state_dict())
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    with pytest.raises(RuntimeError, match="CUDA"):  # it would be put there
+        bh.load_from_checkpoint(Plain, tmp_path / "a.ckpt")

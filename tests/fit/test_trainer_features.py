@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import billhook as bh
 from billhook.fit.run import callbacks_of
@@ -156,6 +157,38 @@ def test_a_layer_that_is_wrapped_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"model.layers.0 is wrapped by torch.compile.*as in layer.compile\(\)"):
         trainer(tmp_path, [bh.Export(str(tmp_path / "out"))]).fit(lit, loader(), loader(4, 4))
     assert same(weights(lit), before)
+
+
+class Late(Own):
+    """Wraps its layers once its hooks are called, as for FSDP2."""
+
+    def configure_model(self):
+        for number, layer in enumerate(self.net.model.layers):
+            self.net.model.layers[number] = checkpoint_wrapper(layer)
+
+
+LEAVE = ["wanda", "masked", "depth"]
+"""Events that cut no tensor."""
+
+
+@pytest.mark.parametrize(("event", "late"), [*((event, False) for event in EVENTS if event not in LEAVE), ("mean", True)])
+def test_layers_that_torch_recomputes_are_refused_before_training_where_they_would_be_cut(tmp_path, event, late):
+    lit = Late() if late else Own()
+    if not late:
+        Late.configure_model(lit)
+    before, run = weights(lit), trainer(tmp_path, [EVENTS[event]("start" if event == "svd" else 2)], max_steps=4)
+    told = r"model.layers.0 is wrapped by torch's CheckpointWrapper.* gradient_checkpointing_enable"
+    with pytest.raises(ValueError, match=told):
+        run.fit(lit, loader(), loader(4, 4))
+    assert run.global_step == 0
+    assert same(weights(lit), before)
+
+
+@pytest.mark.parametrize("event", LEAVE)
+def test_layers_that_torch_recomputes_change_nothing_where_none_is_cut(tmp_path, event):
+    lit, *_ = fit(tmp_path, event, lit=Late())
+    other, *_ = fit(tmp_path, event)
+    assert close(lit, other)
 
 
 BARE = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "num_sanity_val_steps"])

@@ -26,7 +26,10 @@ EVENTS = {
     "heads": lambda: bh.HeadPruning(0.5, at=1, **FEW),
     "channels": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, repair=None, **FEW),
     "channels, repaired": lambda: bh.StructuredPruning(bh.Amount(channels=0.9), at=1, repair=bh.Repair(), **MORE),
-    "residual channels, by gradients": lambda: bh.StructuredPruning(bh.Amount(residual=0.5), at=1, repair=None, **FEW),
+    "residual channels": lambda: bh.StructuredPruning(bh.Amount(residual=0.5), at=1, repair=None, **FEW),
+    "residual channels, by gradients": lambda: bh.StructuredPruning(
+        bh.Amount(residual=0.5), at=1, importance=bh.Taylor(), repair=None, **FEW
+    ),
     "KV heads": lambda: bh.KVHeadConversion(2, at=1, measure_batches=0),
     "KV heads, with data": lambda: bh.KVHeadConversion(2, at=1, method="svd", **FEW),
     "blocks": lambda: bh.DepthPruning(2, at=1, **FEW),
@@ -49,6 +52,8 @@ ZEROS = {
     "zeros, matched": lambda: bh.WeightPruning(bh.Wanda(), match=bh.BlockMatching(), **HALF),
 }
 EVENTS |= ZEROS
+ON_TWO = [*ASIDE, "residual channels, by gradients", *ZEROS]
+"""Events that each of two ranks measures: those whose new values wait or whose masks stay, and one that needs gradients."""
 SOLVED = "zeros, SparseGPT", "zeros, Refit", "zeros, ALPS", "zeros, matched"
 """Those of which half of the weights are new, and wait as shards until all are put, beside a byte for each weight's mask."""
 
@@ -144,9 +149,9 @@ def beside(folder, name, strategy, ranks=1, layers=LAYERS):
 
 
 def measure_all():
-    """What each of two processes runs, after other fits: those events whose new values wait, or whose masks stay."""
+    """What each of two processes runs, after other fits."""
     _, out = json.loads(sys.argv[1])
-    measure([*ASIDE, *ZEROS], out)
+    measure(ON_TWO, out)
     measure(ZEROS, out, 2 * LAYERS)
 
 

@@ -16,6 +16,7 @@ from billhook.running.sharded.shards import whole
 from kit.beside import measure
 from kit.families import llama
 from kit.fits import trainer
+from kit.sent import sent_all
 from kit.sharding import Own, keep, sharding
 
 
@@ -24,7 +25,7 @@ class MadeLate(Own):
 
     def __init__(self):
         pl.LightningModule.__init__(self)
-        self.blocks, self.policy, self.batch, self.nodes, self.sharded = True, MixedPrecisionPolicy(), 2, 1, {}
+        self.blocks, self.policy, self.batch, self.nodes, self.rows, self.sharded = True, MixedPrecisionPolicy(), 2, 1, 12, {}
 
     def configure_model(self):
         if not hasattr(self, "net"):
@@ -89,4 +90,5 @@ def fit_all():
             run, found = what(Path(out), name, 2)
             keep(run, Path(out, f"{what.__name__}, {name}.pt"), found)
     measure(SEARCHED, out)
+    sent_all(out)
     keep(run, Path(out, "differing.pt"), differing(out).partition(": ")[2])

@@ -41,12 +41,12 @@ def checkpointed():
 class Own(pl.LightningModule):
     """A user's own module, which shards blocks and what is around them, or all as one."""
 
-    def __init__(self, model=llama, blocks=True, policy=None, batch=2, nodes=1, **sharded):
+    def __init__(self, model=llama, blocks=True, policy=None, batch=2, nodes=1, rows=12, **sharded):
         super().__init__()
         torch.manual_seed(0)
         self.net = model().train()
         self.blocks, self.policy = blocks, policy or MixedPrecisionPolicy()
-        self.batch, self.nodes, self.sharded = batch, nodes, sharded
+        self.batch, self.nodes, self.rows, self.sharded = batch, nodes, rows, sharded
 
     def configure_model(self):
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.net):
@@ -58,7 +58,8 @@ class Own(pl.LightningModule):
                 fully_shard(part, mesh=mesh, mp_policy=self.policy, **self.sharded)
 
     def train_dataloader(self):
-        ids, ranks = torch.randint(3, 60, (12, 12), generator=torch.Generator().manual_seed(0)), self.trainer.world_size
+        ranks = self.trainer.world_size
+        ids = torch.randint(3, 60, (self.rows, 12), generator=torch.Generator().manual_seed(0))
         sampler = DistributedSampler(ids, ranks, self.trainer.global_rank, shuffle=False) if ranks > 1 else None
         return DataLoader(TensorDataset(ids), self.batch // ranks, sampler=sampler)
 
@@ -102,6 +103,7 @@ class Fit:
     told: Callable[[Any], Any]  # of the callback, the same on both
     steps: int = 4
     options: Mapping[str, Any] = field(default_factory=dict)  # of the trainer
+    batch: int = 2  # rows of text, of all ranks
 
     def run(
         self, folder: Path, files: dict[str, str], ranks: int = 1, full: bool = True, path=None, checkpoints=(), options=None
@@ -117,7 +119,7 @@ class Fit:
         callbacks = [Looks(), callback, *[zeros] * (hasattr(callback, "masks") and not text), *checkpoints]
         more = self.options | (several if ranks > 1 else options or {})
         run = trainer(folder, callbacks, max_steps=self.steps, **often, **more)
-        run.fit(lit, data(files, batch_size=2 // ranks) if text else None, ckpt_path=path)
+        run.fit(lit, data(files, batch_size=self.batch // ranks) if text else None, ckpt_path=path)
         state = {name: whole(value) for name, value in lit.state_dict().items()}
         return run, state, [zeros.always, self.told(callback)]
 
@@ -171,18 +173,6 @@ SHAPES = {
     ),
     "as one": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME), lambda: Own(blocks=False)),
 }
-
-
-FOUR = {
-    "four ranks": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME), lambda: Own(batch=4)),
-    "two nodes of two": shapes(lambda: bh.HeadPruning(0.5, at=2, **SOME), lambda: Own(batch=4, nodes=2)),
-    "accumulated, clipped": shapes(
-        lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, **SOME),
-        lambda: Own(batch=4, nodes=2),
-        accumulate_grad_batches=2, gradient_clip_val=0.1, max_epochs=-1,
-    ),
-    "a rank without calibration": shapes(lambda: bh.DepthPruning(1, at=2, **GIVEN), lambda: Own(batch=4)),
-}  # fmt: skip
 
 
 ONE = [(torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(3)),)]
@@ -272,15 +262,6 @@ def fit_all() -> None:
     export(files, out)
     refused = [str(refusal(files, out, callback)) for callback in (bh.WeightPruning(sparsity=0.5), bh.KVHeadConversion(2))]
     keep(run, out / "refused.pt", refused)
-
-
-def fit_four() -> None:
-    """What each of four processes runs."""
-    files, out = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    for name, one in FOUR.items():
-        run, *result = one.run(Path(out), files, ranks=4)
-        keep(run, Path(out) / f"{name}.pt", result)
 
 
 def stop_and_resume(one, name, full, files, out, steps):

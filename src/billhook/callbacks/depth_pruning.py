@@ -50,7 +50,7 @@ class DepthPruning(ShapeCallback):
     >>> callback = bh.DepthPruning(count=1, at=0.1)  # for Trainer(callbacks=[callback])
     """
 
-    in_turn = True
+    in_turn, cuts = True, False
 
     def __init__(
         self,

@@ -97,6 +97,7 @@ class HeadPruning(HeadMasking):
         if min_heads < 1 and remove != "never":
             raise ValueError(f"min_heads={min_heads}: where heads are removed, one at least stays in each layer")
         self.ratio, self.at, self.per, self.remove, self.plot_file = ratio, at, per, remove, plot_file
+        self.cuts = remove != "never"
         self.ranks = HeadRanking(importance or GateGradient(), ranking, per, min_heads, normalize, remove != "never")
         self.monitor = Monitor(monitor, keep, mode, measure_batches)
         super().__init__(FitCalibration.of(calibration), measure_batches)

@@ -3,13 +3,14 @@
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar, cast
+from zipfile import is_zipfile
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from billhook.adapters.lora import save_adapters
 from billhook.arguments import annotated
@@ -21,6 +22,8 @@ from billhook.running.sharded.files import TENSORS, is_sharded_checkpoint, read_
 from billhook.running.sharded.unread import Unread
 from billhook.units.zero import zero_units
 
+LARGE = "optimizer_states", "callbacks", "current_model_state"
+"""What checkpoints hold beside weights that may be as large; modules see it, and Lightning needs none of it to make one."""
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
 
 
@@ -58,8 +61,8 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
 
     Args:
         kind: The class of the module.
-        checkpoint_path: The checkpoint: a file, or the folder of a sharded one, which is read shard by shard into the module and
-            needs no process group.
+        checkpoint_path: The checkpoint: a file, or the folder of a sharded one, which needs no process group. It is read a tensor
+            at a time into the module.
         **options: What the class and Lightning's `load_from_checkpoint` take.
 
     Returns:
@@ -74,7 +77,10 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
     """
     annotated(load_from_checkpoint, locals())
     path = Path(checkpoint_path)
-    source, shaped = (checkpoint_path, ShapeInCheckpoint) if not is_sharded_checkpoint(path) else _of_shards(read_sharded(path))
+    source: str | Path | BytesIO = checkpoint_path
+    shaped, checkpoint = ShapeInCheckpoint, read_sharded(path) if is_sharded_checkpoint(path) else _mapped(path, options)
+    if checkpoint is not None:
+        source, shaped = _tensors_later(checkpoint)
     bases = (kind,) if issubclass(kind, shaped) else (shaped, kind)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     made: Any = type(kind.__name__, bases, names)
@@ -83,19 +89,49 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
     return module
 
 
-def _of_shards(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInCheckpoint]]:
+def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
+    """Maps a checkpoint that is a file, and notes in the options where Lightning would put its tensors; None of other files."""
+    asked, locations = options.get("map_location"), dict[int, str]()
+    if not is_zipfile(path) or not (asked is None or isinstance(asked, str | torch.device)):
+        return None
+
+    def note(storage: Any, location: str) -> Any:  # noqa: ANN401 - one of torch's kinds of storage
+        locations[storage.data_ptr()] = location
+        return storage
+
+    checkpoint = torch.load(path, map_location=note, mmap=True, weights_only=options.get("weights_only"))
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(TENSORS), dict):
+        return None
+    plain = {name: one for name, one in checkpoint[TENSORS].items() if type(one) is Tensor and one.layout == torch.strided}
+    if asked is None:
+        saved = [locations.get(one.untyped_storage().data_ptr(), "cpu") for one in plain.values()]
+        options["map_location"] = next(filter(_is_there, saved), "cpu")
+    unread = {name: Unread.of(one.shape, one.dtype, one.detach) for name, one in plain.items()}
+    return checkpoint | {TENSORS: checkpoint[TENSORS] | unread}
+
+
+def _is_there(location: str) -> bool:
+    """Tells whether tensors that were saved on a device can come back to it."""
+    own = torch.accelerator.current_accelerator(check_available=True)
+    return own is not None and torch.device(location).type == own.type
+
+
+def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInCheckpoint]]:
     """Returns what Lightning loads of a checkpoint whose tensors are unread, and a class for modules to take them."""
-    unread: dict[str, Unread] = checkpoint[TENSORS]
-    source = BytesIO()
-    torch.save(checkpoint | {TENSORS: {name: torch.empty(0) for name in unread}}, source)  # to be put where Lightning is told
+    held, source = checkpoint[TENSORS], BytesIO()
+    later = {key: checkpoint[key] for key in LARGE if key in checkpoint}
+    placed = {name: torch.empty(0) if isinstance(one, Unread) else one for name, one in held.items()}  # where Lightning is told
+    torch.save({key: one for key, one in checkpoint.items() if key not in later} | {TENSORS: placed}, source)
     source.seek(0)
 
-    class Sharded(ShapeInCheckpoint):
+    class Later(ShapeInCheckpoint):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            checkpoint[TENSORS] = {name: unread[name].on(empty.device) for name, empty in checkpoint[TENSORS].items()}
+            placed = checkpoint[TENSORS]
+            unread = {name: held[name].on(one.device) for name, one in placed.items() if isinstance(held[name], Unread)}
+            checkpoint |= {**later, TENSORS: placed | unread}
             super().on_load_checkpoint(checkpoint)
 
-    return source, Sharded
+    return source, Later
 
 
 def left_behind(trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 import billhook as bh
-from billhook.running.sharded import fsdp
+from billhook.running.sharded import torch_internals as internals
 from billhook.running.sharded.reshaped import reshaped
-from billhook.running.sharded.shards import is_sharded, whole
+from billhook.running.sharded.shards import is_sharded, unsharded, whole
+from billhook.running.sharded.unread import Unread
 from kit.families import llama, tokens
 
 
@@ -149,7 +151,33 @@ def test_another_fsdp_is_refused_before_anything_changes(mesh, where, name):
     assert isinstance(model, FSDPModule)
 
 
+@pytest.mark.parametrize("name", [internals.NOTED, "_mp_policy", "_orig_cls_mro_index"])
+def test_where_shapes_stay_another_fsdp_is_refused_too(mesh, monkeypatch, name):
+    model, _ = sharded(mesh)
+    layer = model.model.layers[1]
+    if name == "_mp_policy":
+        del vars(layer._get_fsdp_state())[name]
+    elif name == internals.NOTED:
+        for key in [key for key in vars(layer) if str(key).startswith(name)]:
+            del vars(layer)[key]
+    else:
+        monkeypatch.delattr(FSDPModule, name)
+    with pytest.raises(RuntimeError, match=rf"torch {torch.__version__.partition('+')[0]}.*: its FSDP2 lacks {name}.*which"):
+        bh.prune(model, bh.Wanda(), [{"input_ids": tokens()}], sparsity=0.5)
+    assert isinstance(model, FSDPModule)
+
+
+def test_runs_need_no_more_than_they_use(mesh):
+    model, _ = sharded(mesh)
+    del vars(model.model.layers[1]._get_fsdp_state()._fsdp_param_groups[0])["offload_policy"]
+    with unsharded(model):
+        assert not isinstance(model, FSDPModule)
+
+
 def test_all_private_names_are_there(mesh):
     model, _ = sharded(mesh)
     for part in (model, *model.model.layers):
-        fsdp.check_known(part)
+        internals.check_known(part)
+    internals.of_lists()
+    assert internals.WRAPPED in checkpoint_wrapper(torch.nn.Linear(1, 1))._modules
+    assert torch.equal(Unread.of((2,), torch.bfloat16, lambda: torch.ones(2)), torch.ones(2))

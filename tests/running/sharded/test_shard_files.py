@@ -88,3 +88,10 @@ def test_a_list_of_what_is_not_there_is_refused(folder, change, match):
 @pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
 def test_paths_are_read_as_python_before_3_13_and_since_names_them(module):
     assert _Plain(io.BytesIO(f"c{module}\nPosixPath\n(Vshards\ntR.".encode())).load() == Path("shards")
+
+
+def test_a_torch_that_lists_otherwise_is_refused_by_its_version(folder, monkeypatch):
+    monkeypatch.delattr("torch.distributed.checkpoint.filesystem._StorageInfo")
+    told = rf"torch {torch.__version__.partition('+')[0]}.* lacks torch.distributed.checkpoint.filesystem._StorageInfo, which"
+    with pytest.raises(RuntimeError, match=told):
+        read_sharded(folder)

@@ -21,12 +21,14 @@ from billhook.fit.run import callbacks_of, training_steps
 from billhook.fit.strategies import check_shapes
 from billhook.running.sharded.reshaped import reshaped
 from billhook.running.sharded.shards import sizes_only
+from billhook.running.sharded.torch_internals import WRAPPED, class_of
 
 
 class ShapeCallback(EventCallback):
     """Changes tensor shapes at given steps of a fit."""
 
     moves = False  # weights between events, too
+    cuts = True  # tensors, which it finds by their names, not just leaves them out
     in_turn = False  # whether its events need one block of a sharded model whole at a time, and not all of it
 
     @abstractmethod
@@ -60,7 +62,20 @@ class ShapeCallback(EventCallback):
         if stage == "fit":
             for one in callbacks_of(trainer, SetsLength):
                 one.settle(trainer)  # even if it is later in the list
-            once_model_exists(pl_module, partial(self.begin, trainer, pl_module))
+            once_model_exists(pl_module, partial(self._begin_unwrapped, trainer, pl_module))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses what a `configure_model` has wrapped, and carries out what is due before the first step."""
+        self._refuse_wrapped(pl_module)
+        super().on_train_start(trainer, pl_module)
+
+    def _begin_unwrapped(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._refuse_wrapped(pl_module)
+        self.begin(trainer, pl_module)
+
+    def _refuse_wrapped(self, module: nn.Module) -> None:
+        if self.cuts:
+            check_unwrapped(module, type(self).__name__)
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the model once it exists."""
@@ -107,6 +122,17 @@ def unwrapped(trainer: pl.Trainer, in_turn: bool = False) -> Iterator[None]:
         trainer.strategy.configure_ddp()
         if isinstance(state := communication_state(trainer), PowerSGDState):
             _restart(state)
+
+
+def check_unwrapped(module: nn.Module, name: str) -> None:
+    """Refuses a model in which torch's `checkpoint_wrapper` or `offload_wrapper` renames weights."""
+    for where, part in module.named_modules():
+        if WRAPPED in part._modules:
+            raise ValueError(
+                f"{name}: {where} is wrapped by torch's {class_of(part).__name__}, which renames its weights, so that it "
+                "cannot cut them: let the model recompute activations by itself, as by activation_checkpointing_enable(), once "
+                "called gradient_checkpointing_enable()"
+            )
 
 
 def _restart(state: PowerSGDState) -> None:

@@ -13,18 +13,17 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from billhook.running.sharded.torch_internals import of_lists
 from billhook.running.sharded.unread import Unread
 
 DESCRIBED, TENSORS = "meta.pt", "state_dict"
 """The file in which Lightning keeps all but tensors, and the name under which the model's tensors are in the other files."""
 PLAIN = {
     "torch.distributed.checkpoint.metadata": vars(metadata),
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo": vars(filesystem).get("_StorageInfo")},
-    "torch.serialization": {"_get_layout": vars(torch.serialization).get("_get_layout")},
     **dict.fromkeys(("pathlib", "pathlib._local"), {"PosixPath": Path, "WindowsPath": Path, "Path": Path}),  # of Python 3.13
     "torch": {"Size": torch.Size} | {name: one for name, one in vars(torch).items() if isinstance(one, torch.dtype)},
 }
-"""What torch's list of the tensors in a folder is made of."""
+"""What torch's list of the tensors in a folder is made of, beside what only has private names."""
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
@@ -45,6 +44,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: If it lists what torch does not, files elsewhere, or more numbers than its files hold.
+        RuntimeError: If this torch lacks what such a list is made of.
     """
     reader = _Reader(folder)
     held = {name: one for name, one in reader.listed.state_dict_metadata.items() if name.startswith(f"{TENSORS}.")}
@@ -104,7 +104,7 @@ class _Plain(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
         """Returns what the list is made of; refuses all else."""
-        found = PLAIN.get(module, {}).get(name)
+        found = (PLAIN | of_lists()).get(module, {}).get(name)
         known = module != metadata.__name__ or (isinstance(found, type) and found.__module__ == module)
         if found is None or not known:
             raise pickle.UnpicklingError(f"it names {module}.{name}"[:160])

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from billhook.running.sharded.fsdp import put_on, take_off
 from billhook.running.sharded.shards import is_sharded, reshard, sharded_as
+from billhook.running.sharded.torch_internals import put_on, take_off
 from billhook.running.sharded.turns import Turns
 
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 
-from billhook.running.sharded.fsdp import bare, precision_of
+from billhook.running.sharded.torch_internals import bare, check_known, precision_of
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -97,9 +97,14 @@ def unsharded(module: nn.Module) -> Iterator[None]:
     """Makes a module what it was before it was sharded, except for its parameters: see `gathered` and `sizes_only`.
 
     Nothing gathers around forwards, as ranks may not run as many; autocast stands for a dtype in which FSDP would compute.
+
+    Raises:
+        RuntimeError: If this torch has another FSDP2 than billhook knows; nothing has changed then.
     """
     reshard(module)
     parts: list[Any] = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        check_known(part, reshapes=False)
     dtype = next((own for own in map(precision_of, parts) if own is not None), None)
     device = next((shard.device_mesh.device_type for shard in module.parameters() if isinstance(shard, DTensor)), "cpu")
     kept = {part: bare(part) for part in parts}

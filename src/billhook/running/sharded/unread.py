@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from billhook.running.sharded.torch_internals import as_plain, tensor_of
 from billhook.running.trees import tree_map_only
 
 
@@ -20,7 +21,7 @@ class Unread(Tensor):
     @staticmethod
     def of(size: Sequence[int], dtype: torch.dtype, read: Callable[[], Tensor], device: torch.device | None = None) -> "Unread":
         """Makes one that counts as on a device, by default the CPU, where it is put as soon as it has been read."""
-        own: Unread = Tensor._make_wrapper_subclass(Unread, size, dtype=dtype, device=device or torch.device("cpu"))
+        own: Unread = tensor_of(Unread, size, dtype, device or torch.device("cpu"))
         own.read = read
         return own
 
@@ -30,7 +31,7 @@ class Unread(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        with torch._C.DisableTorchFunctionSubclass():
+        with as_plain():
             return func(*args, **(kwargs or {}))
 
     @classmethod

@@ -1,16 +1,18 @@
 """Takes FSDP2 (`torch.distributed.fsdp.fully_shard`) off modules, and puts it on again as it was.
 
-Torch has no way to do this: the private names of its FSDP2 are used in this file alone, and `check_known` looks for each of them.
+Torch has no way to do this: the private names that it takes, and those that tensors in files take, are used in this file alone.
+`check_known` and `of_lists` look for them.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
@@ -55,6 +57,12 @@ OF_GROUP = (
     *SETTINGS,
 )
 OF_PARAMETER = ("_post_load_hook_handle", "reset_sharded_param")
+OF_RUNS = (*OF_PART, NOTED, "_mp_policy")
+"""Those without which no run of a sharded model can be looked into, as for masks, whose shapes stay."""
+WRAPPED = "_checkpoint_wrapped_module"
+"""What a wrapper of torch calls the module whose activations it recomputes or offloads; names of weights have it in theirs."""
+OF_LISTS = {"torch.distributed.checkpoint.filesystem": "_StorageInfo", "torch.serialization": "_get_layout"}
+"""What torch's list of the tensors in a folder is made of, beside what has a public name."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,22 +200,55 @@ def _sharding(state: Any) -> Sharding:  # noqa: ANN401
     return Sharding(state._modules, told, settings, ahead)
 
 
-def check_known(part: Any) -> None:  # noqa: ANN401
-    """Refuses an FSDP2 that lacks a private name which is needed, before anything changes."""
+def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
+    """Refuses an FSDP2 that lacks a private name which is needed, before anything changes.
+
+    Args:
+        part: A module that is sharded.
+        reshapes: Whether FSDP is taken off and put on again, which needs more than runs do.
+    """
     missing = [name for name in OF_PART if not hasattr(part, name)]
-    if not missing:
+    if not any(type(key) is str and key.startswith(NOTED) for key in vars(part)):
+        missing.append(NOTED)
+    if OF_PART[0] not in missing:
         state = part._get_fsdp_state()
-        missing = [name for name in OF_STATE if not hasattr(state, name)]
+        missing += [name for name in OF_STATE if not hasattr(state, name)]
         for group in getattr(state, "_fsdp_param_groups", ()):
             missing += [name for name in OF_GROUP if not hasattr(group, name)]
             missing += [name for own in getattr(group, "fsdp_params", ()) for name in OF_PARAMETER if not hasattr(own, name)]
     if not hasattr(_states_of_modules(), "pop"):
         missing.append(f"{MODULE}._module_state_mapping")
-    if missing:
-        raise RuntimeError(
-            f"torch {torch.__version__}: its FSDP2 lacks {', '.join(dict.fromkeys(missing))}, which billhook needs to change the "
-            "shapes of a sharded model: take another version of torch, or change shapes on one device first"
-        )
+    _refuse(
+        [name for name in missing if reshapes or name in OF_RUNS],
+        "its FSDP2",
+        "work on a sharded model",
+        ", or do so on one device first",
+    )
+
+
+def of_lists() -> dict[str, dict[str, Any]]:
+    """Returns what `OF_LISTS` names; refuses a torch that lacks it."""
+    found = {where: {name: vars(import_module(where)).get(name)} for where, name in OF_LISTS.items()}
+    missing = [f"{where}.{name}" for where, named in found.items() for name, one in named.items() if one is None]
+    _refuse(missing, "it", "read a folder of shards")
+    return found
+
+
+def tensor_of(kind: type[Tensor], size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ANN401
+    """Makes a tensor of a class of its own that has a size and no memory."""
+    return kind._make_wrapper_subclass(kind, size, dtype=dtype, device=device)
+
+
+def as_plain() -> AbstractContextManager[None]:
+    """Has torch treat tensors of classes of their own as plain ones, but for what computes with them."""
+    found: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return found
+
+
+def _refuse(missing: Iterable[str], what: str, why: str, instead: str = "") -> None:
+    if named := ", ".join(dict.fromkeys(missing)):
+        told = f"torch {torch.__version__}: {what} lacks {named}, which billhook needs to {why}"
+        raise RuntimeError(f"{told}: take another version of torch{instead}")
 
 
 def _states_of_modules() -> Any:  # noqa: ANN401

@@ -1,0 +1,169 @@
+"""What ranks send each other in events under FSDP2, by the collectives that torch is called with, and what the manual reckons."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import billhook as bh
+from billhook.shrinking import divergence
+from kit.families import llama
+from kit.fits import trainer
+from kit.sharding import Own, sharding
+
+READ = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+"""Linears of a block that read the same."""
+SUMS, GATHERS, MEETS = "c10d.allreduce_", ("_c10d_functional.all_gather_into_tensor", "c10d._allgather_base_"), "c10d.allgather_"
+OTHERS = {"c10d.barrier", "_c10d_functional.all_reduce", "_c10d_functional._wrap_tensor_autograd"}
+"""Without data, or of one number."""
+N = 2
+"""Batches of each rank."""
+GIVEN = [(one,) for one in torch.randint(3, 60, (2 * N, 2, 12), generator=torch.Generator().manual_seed(5))]
+FEW = {"at": 1, "measure_batches": 0, "calibration": GIVEN}
+
+
+class Sent(TorchDispatchMode):
+    """Keeps the bytes of each call of a collective within: of what is summed, and of what has been gathered."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = defaultdict(list)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it calls collectives by itself
+        given = operation(*args, **(kwargs or {}))
+        kind, _, name = operation._schema.name.partition("::")
+        if "c10d" in kind and name != "wait_tensor":
+            sent = [one for one in tree_leaves(given if "gather" in name else args) if isinstance(one, torch.Tensor)]
+            self.bytes[f"{kind}.{name}"].append(sum(one.numel() * one.element_size() for one in sent))
+        return given
+
+
+def model():
+    return llama(hidden_size=64, intermediate_size=160)
+
+
+def linears(model):
+    return [(name, linear.weight) for name, linear in model.model.named_modules() if isinstance(linear, torch.nn.Linear)]
+
+
+def widths(model):
+    """Of what linears read that read the same."""
+    return [
+        getattr(part, names[0]).in_features
+        for layer in model.model.layers
+        for names in READ
+        for part in (layer.self_attn, layer.mlp)
+        if hasattr(part, names[0])
+    ]
+
+
+def wanda(model):
+    return 4 * sum(widths(model))
+
+
+def solved(model):
+    return sum(4 * width**2 for width in widths(model)) + sum((4 + 1) * weight.numel() for _, weight in linears(model))
+
+
+def weights(model, *names):
+    """Bytes of parameters whose names hold one of these."""
+    return sum(4 * own.numel() for name, own in model.named_parameters() if any(one in name for one in names))
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happens, and bytes of what is summed and at most gathered: by the model, and what is in no block and in blocks."""
+
+    make: Callable[[], Any]
+    summed: Callable[[Any], int]
+    gathered: Callable[[Any, int, int], int]
+
+
+def carried_out(model, around, blocks, *names):
+    """Bytes that are gathered while tensors of these names are cut, with what AdamW keeps of them."""
+    cut = weights(model, *names)
+    return around + 3 * blocks + 2 * cut - cut // 2
+
+
+def tuned(model):
+    """One step of a match for each block, as one of two batches is held out."""
+    return wanda(model) + weights(model, "_proj.")
+
+
+ATTENTION, FORWARD, KV = ".self_attn.", ".mlp.", ("k_proj", "v_proj")
+SENT = {
+    "Magnitude": Event(
+        lambda: bh.WeightPruning(bh.Magnitude(), 0.5, at=1, measure_batches=0), lambda _: 0, lambda _, a, b: a + b
+    ),
+    "Wanda": Event(lambda: bh.WeightPruning(bh.Wanda(), 0.5, **FEW), wanda, lambda _, a, b: a + 3 * b),
+    "Wanda, matched": Event(
+        lambda: bh.WeightPruning(bh.Wanda(), 0.5, match=bh.BlockMatching(), **FEW), tuned, lambda _, a, b: a + 6 * b
+    ),
+    "SparseGPT": Event(lambda: bh.WeightPruning(bh.SparseGPT(), 0.5, **FEW), solved, lambda _, a, b: a + 3 * b),
+    "channels": Event(
+        lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=None, **FEW),
+        lambda _: 16 * 2 * 160,
+        lambda model, a, b: a + (1 + N) * b + carried_out(model, a, b, FORWARD),
+    ),
+    "channels, by gradients": Event(
+        lambda: bh.StructuredPruning(bh.Amount(channels=0.5), importance=bh.Taylor(), repair=None, **FEW),
+        lambda _: 16 * 2 * 160,
+        lambda model, a, b: a + 2 * N * b + carried_out(model, a, b, FORWARD),
+    ),
+    "heads": Event(
+        lambda: bh.HeadPruning(0.5, **FEW),
+        lambda _: 16 * 2 * 8,
+        lambda model, a, b: a + 2 * N * b + carried_out(model, a, b, ATTENTION),
+    ),
+    "heads, masked": Event(
+        lambda: bh.HeadPruning(0.5, remove="never", **FEW), lambda _: 16 * 2 * 8, lambda _, a, b: a + 2 * N * b
+    ),
+    "blocks": Event(lambda: bh.DepthPruning(1, **FEW), lambda _: 16 * 2, lambda _, a, b: a + (13 + N) * b),
+    "KV heads": Event(
+        lambda: bh.KVHeadConversion(2, at=1, measure_batches=0), lambda _: 0, lambda model, a, b: a + b + 2 * weights(model, *KV)
+    ),
+    "KV heads, by svd": Event(
+        lambda: bh.KVHeadConversion(2, method="svd", **FEW),
+        lambda _: 2 * (8 * (2 * 2 * (2 * 8) ** 2 + 4 * 8**2) + 24),
+        lambda model, a, b: a + 6 * b + 2 * weights(model, ATTENTION) + 2 * weights(model, *KV),
+    ),
+    "damage": Event(lambda: bh.Damage(bh.Calibration(length=12, tokens=48), rows=3), lambda _: 24 * 2, lambda _, a, b: a + N * b),
+    "shrink": Event(
+        lambda: bh.Shrink(params=0.8, repair=None, generations=0, **FEW), lambda _: 0, lambda _, a, b: 2 * a + (24 + 4 * 3) * b
+    ),
+}
+"""Of two blocks, in each 8 heads, of which four pairs share KV heads of width 8, and 160 channels; three batches fit a search."""
+
+
+def sent_all(out):
+    """What each of two processes runs: the bytes of each collective in an event, and how often a search has run the model."""
+    for name, event in SENT.items():
+        callback, counted, passes, run_on = event.make(), Sent(), [], divergence.logits_in
+        happens = "_measure" if name == "damage" else "carry_out"
+        happen = getattr(callback, happens)
+
+        def counting(*given, happen=happen, counted=counted):
+            with counted:
+                return happen(*given)
+
+        def passing(*given, passes=passes, run_on=run_on):
+            passes.append(given)
+            return run_on(*given)
+
+        setattr(callback, happens, counting)
+        options = {"devices": 2, "strategy": sharding(2), "use_distributed_sampler": False, "limit_val_batches": 0}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(divergence, "logits_in", passing)
+            run = trainer(out, [callback], 2, **options)
+            run.fit(Own(model))
+        if run.is_global_zero:
+            torch.save([dict(counted.bytes), len(passes)], Path(out, f"{name}, sent.pt"))

@@ -34,7 +34,7 @@ def inverse_factor(products: Tensor, damping: float, ranks: Ranks | None = None)
     Args:
         products: X^T X, float32, `[in_features, in_features]`.
         damping: Share of the mean of its diagonal that is added to it.
-        ranks: Those that have the same products, and divide the columns of U; this one alone if None.
+        ranks: Those that have the same products: the first factors H, and all divide the columns of U; this one alone if None.
 
     Raises:
         ValueError: If H is not positive definite with a damping of 1 either.
@@ -49,10 +49,15 @@ def inverse_factor(products: Tensor, damping: float, ranks: Ranks | None = None)
         lower = products.flip(0, 1).t()  # the same, by columns: the factor takes its place
         lower.diagonal().copy_((torch.where(live, diagonal, mean) + share * mean).flip(0))
         failed = torch.zeros((), dtype=torch.int32, device=lower.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        if ranks is None or ranks.number == 0:
+            torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        else:
+            lower.zero_()
         if not (failed if ranks is None else ranks(failed)):
             if share > damping:
                 warnings.warn(f"X^T X is not positive definite: damping={damping} is raised to {share:g}", stacklevel=2)
+            if ranks is not None:
+                ranks(lower.t())
             upper = lower.flip(0, 1)
             del lower
             return _inverse(upper, ranks)
@@ -76,7 +81,7 @@ def _inverse(upper: Tensor, ranks: Ranks | None) -> Tensor:
                 piece.addmm_(upper[rows, below], inverse[below, columns], alpha=-1)
                 piece.copy_(torch.linalg.solve_triangular(upper[rows, rows], piece, upper=True))
     if ranks is not None:
-        ranks(inverse)
+        ranks(inverse.t())
     return inverse
 
 

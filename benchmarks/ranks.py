@@ -1,47 +1,69 @@
 """How ranks divide what is solved: the CPU time of the slowest of several ranks, as a share of what one takes for all.
 
 `python benchmarks/ranks.py MODEL TEXT --out ranks.md` writes the table. MODEL's first blocks (`--blocks`) are repaired and pruned
-by one process, and by `--ranks` that exchange sums by gloo, on the same windows of TEXT. "Solving" is the time of one thread in
-`refit_linear`, which repairs, and in a criterion's `prune`, without what ranks wait for each other.
+by one process, and by `--ranks` that exchange sums by gloo, on the same windows of TEXT: by functions, and by callbacks in a fit
+under `strategy="ddp"`. "Solving" is the time of one thread in `refit_linear`, which repairs, and in a criterion's `prune` and
+`factored`, without what it takes to exchange sums, and to wait for them.
 """
 
 import argparse
+import os
 import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from measured import Lines
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import billhook as bh
 from billhook.repairs import visitor
+from billhook.repairs.least_squares import refit_linear
 from billhook.running.ranks import Ranks
 
 KINDS = {
-    "a fifth of the channels, `Repair()`": lambda: bh.Repair(),
-    "a fifth of the channels, `Repair()`, two sources": lambda: bh.Repair(),
-    "50 %, `SparseGPT()`": lambda: bh.SparseGPT(),
-    "50 %, `Refit()`": lambda: bh.Refit(),
+    "a fifth of the channels, `Repair()`": bh.Repair,
+    "a fifth of the channels, `Repair()`, two sources": bh.Repair,
+    "50 %, `SparseGPT()`": bh.SparseGPT,
+    "50 %, `Refit()`": bh.Refit,
+    "a fifth of the channels, `Repair()`, in a fit under DDP": bh.Repair,
+    "50 %, `SparseGPT()`, in a fit under DDP": bh.SparseGPT,
 }
 
 
 class Clock:
-    """Adds up the CPU time of calls, by this thread."""
+    """Adds up the CPU time of calls, by this thread, without what another clock counts within."""
 
-    def __init__(self, call):
-        self.call, self.seconds = call, 0.0
+    def __init__(self, call, without=None):
+        self.call, self.without, self.seconds = call, without, 0.0
 
     def __call__(self, *args, **kwargs):
-        """Calls, and counts; what is exchanged within is not waited for by this thread's clock."""
-        start = time.thread_time()
+        """Calls, and counts."""
+        start, other = time.thread_time(), self.without.seconds if self.without else 0.0
         try:
             return self.call(*args, **kwargs)
         finally:
             self.seconds += time.thread_time() - start
+            self.seconds -= self.without.seconds - other if self.without else 0.0
+
+
+def clocks_of(how):
+    """Has clocks count all solving of a repair or a criterion, and returns them."""
+    exchange = Clock(Ranks.__call__)
+    Ranks.__call__ = lambda *given: exchange(*given)
+    if isinstance(how, bh.Repair):
+        visitor.refit_linear = Clock(refit_linear, exchange)
+        return [visitor.refit_linear]
+    clocks = {name: Clock(getattr(how, name), exchange) for name in ("prune", "factored")}
+    for name, clock in clocks.items():
+        object.__setattr__(how, name, clock)
+    return list(clocks.values())
 
 
 def work(options, kind, rank, count, reduce):
@@ -51,24 +73,59 @@ def work(options, kind, rank, count, reduce):
     ids = torch.tensor(
         AutoTokenizer.from_pretrained(options.model)(options.text.read_text())["input_ids"][: 512 * options.windows]
     )
-    rows = [{"input_ids": row[None], "labels": row[None]} for row in ids.view(-1, 512)][rank::count]
+    rows = [{"input_ids": row[None], "labels": row[None]} for row in ids.view(-1, 512)]
     how = KINDS[kind]()
-    if isinstance(how, bh.Repair):
+    clocks = clocks_of(how)
+    if "DDP" in kind:
+        fit(Small(model, rows[0]), how, rows, count)
+    elif isinstance(how, bh.Repair):
         if "two sources" in kind:
-            rows = [bh.running.batches.Batch(row, "ab"[number % 2]) for number, row in enumerate(rows)]
-        clock = visitor.refit_linear = Clock(visitor.refit_linear)
-        plan = bh.plan(model, bh.WeightNorm(), rows, amount=bh.Amount(channels=0.2))
-        bh.repair(model, plan, rows, how, reduce=reduce)
-        return clock.seconds
-    clock = Clock(how.prune)
-    object.__setattr__(how, "prune", clock)
-    bh.prune(model, how, rows, sparsity=0.5, reduce=reduce)
-    return clock.seconds
+            rows = [bh.running.batches.Batch(row, "ab"[number // count % 2]) for number, row in enumerate(rows)]
+        plan = bh.plan(model, bh.WeightNorm(), rows[rank::count], amount=bh.Amount(channels=0.2))
+        bh.repair(model, plan, rows[rank::count], how, reduce=reduce)
+    else:
+        bh.prune(model, how, rows[rank::count], sparsity=0.5, reduce=reduce)
+    return sum(clock.seconds for clock in clocks)
 
 
-def one_of(rank, options, kind, folder):
+class Small(pl.LightningModule):
+    """A model in a fit whose only step changes nothing."""
+
+    def __init__(self, model, row):
+        super().__init__()
+        self.model, self.row = model, row
+
+    def train_dataloader(self):
+        """The same window for every rank."""
+        return DataLoader([{name: own[0, :16] for name, own in self.row.items()}] * 4)
+
+    def training_step(self, batch, _):
+        """The model's own loss."""
+        return self.model(**batch).loss
+
+    def configure_optimizers(self):
+        """One that does not move."""
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def fit(module, how, rows, count):
+    """Fits one step under DDP, after which a callback prunes or repairs."""
+    given = {"at": 1, "calibration": rows, "measure_batches": 0}
+    if isinstance(how, bh.Repair):
+        callback = bh.StructuredPruning(bh.Amount(channels=0.2), importance=bh.WeightNorm(), repair=how, **given)
+    else:
+        callback = bh.WeightPruning(how, sparsity=0.5, **given)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    pl.Trainer(max_steps=2, accelerator="cpu", devices=count, strategy="ddp", callbacks=[callback], **quiet).fit(module)
+    assert len(callback.events) == 1
+
+
+def one_of(rank, options, kind, folder, port):
     """Runs as one of several ranks, and writes its seconds."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=options.ranks)
+    if "DDP" in kind:  # which meets by itself
+        os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    else:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=options.ranks)
     seconds = work(options, kind, rank, options.ranks, Ranks(rank, options.ranks, summed))
     Path(folder, f"{rank}").write_text(str(seconds))
     dist.destroy_process_group()
@@ -83,7 +140,8 @@ def summed(tensor):
 def together(options, kind):
     """Returns the seconds of all ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        processes.spawn(partial(one_of, options=options, kind=kind, folder=folder), nprocs=options.ranks)
+        given = {"options": options, "kind": kind, "folder": folder, "port": find_free_network_port()}
+        processes.spawn(partial(one_of, **given), nprocs=options.ranks)
         return [float(Path(folder, f"{rank}").read_text()) for rank in range(options.ranks)]
 
 
@@ -101,6 +159,7 @@ def main():
     header = ["what", "one rank, solving, CPU s", f"slowest of {options.ranks}, CPU s", "share", "of all ranks, CPU s"]
     table = Lines(options.out, header)
     for kind in options.only:
+        torch.distributed.is_initialized() and dist.destroy_process_group()  # of one, that a fit has left
         alone, each = work(options, kind, 0, 1, None), together(options, kind)
         table.add([kind, f"{alone:.1f}", f"{max(each):.1f}", f"{max(each) / alone:.2f}", f"{sum(each):.1f}"])
 

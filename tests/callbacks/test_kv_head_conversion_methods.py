@@ -207,15 +207,15 @@ class TestRefused:
         [
             (
                 {"method": "auto", "calibration": 2},
-                "examples=2: method='auto' needs 2 batches at least on each device, .* there are 1",
+                "examples=2: method='auto' needs 2 batches at least, as some are held out; all devices together have 1",
             ),
             (
                 {"repair": Repair(), "calibration": batches(1)},
-                "calibration: repair needs 2 batches at least .* held out; .* there are 1",
+                "calibration: repair needs 2 batches at least, as some are held out; all devices together have 1",
             ),
             (
                 {"method": "svd", "calibration": []},
-                "calibration: method='svd' needs 1 batches at least on each device; here there are 0",
+                "calibration: method='svd' needs a batch at least; all devices together have 0",
             ),
         ],
     )

@@ -3,7 +3,8 @@
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ class Fit:
     steps: int = 4
     options: Mapping[str, Any] = field(default_factory=dict)  # of the trainer
     batch: int = 2  # rows of text, of all ranks
+    ddp: bool = False  # instead of FSDP2
 
     def run(
         self, folder: Path, files: dict[str, str], ranks: int = 1, full: bool = True, path=None, checkpoints=(), options=None
@@ -112,7 +114,8 @@ class Fit:
         lit, callback = self.module(), self.callback()
         zeros = Zeros(callback)
         text = isinstance(lit, bh.TransformerModule)
-        several = {"devices": ranks, "strategy": sharding(ranks, save_distributed_checkpoint=not full)}
+        strategy = "ddp" if self.ddp else sharding(ranks, save_distributed_checkpoint=not full)
+        several = {"devices": ranks, "strategy": strategy}
         several |= {"use_distributed_sampler": text}
         # a validation leaves gathered what is around the blocks
         often = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2}
@@ -173,6 +176,38 @@ SHAPES = {
     ),
     "as one": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME), lambda: Own(blocks=False)),
 }
+
+
+class OfFirst:
+    """Batches that the first of several ranks alone has."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        rank, ranks = 0, 1
+        if torch.distributed.is_initialized():
+            rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return iter([one for one in self.batches for _ in range(ranks)] if rank == 0 else [])
+
+
+LONGER = list(torch.randint(3, 60, (3, 1, 4, 12), generator=torch.Generator().manual_seed(5)))
+"""Batches with tokens enough to repair by two of them."""
+
+
+def lacking(of, **own):
+    """What needs batches, of which a rank has none, under FSDP2 and under DDP."""
+    given = SOME | {"calibration": of, "at": 2}
+    callbacks = {
+        "by svd": lambda: bh.KVHeadConversion(2, method="svd", **given),
+        "the best, repaired": lambda: bh.KVHeadConversion(2, method="auto", repair=bh.Repair(), **given),
+        "repaired": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=bh.Repair(), **given),
+    }
+    made = {f"a rank without batches, {what}": shapes(one, partial(Own, **own)) for what, one in callbacks.items()}
+    return made | {f"{name}, DDP": replace(one, ddp=True) for name, one in made.items()}
+
+
+SHAPES |= lacking(OfFirst(LONGER), batch=4)
 
 
 ONE = [(torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(3)),)]

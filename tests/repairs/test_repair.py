@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -560,21 +561,54 @@ def test_half_precision_keeps_its_dtype(dtype):
     torch.testing.assert_close(found[first][0], expected.to(dtype))
 
 
-def test_ranks_together_come_to_what_one_comes_to_alone():
+SPLITS = {
+    "as many": lambda rank, ranks: slice(rank, None, ranks),
+    "one rank has all": lambda rank, ranks: slice(0 if rank == ranks - 1 else 9, 9),
+}
+"""Which of some batches a rank has."""
+
+
+@pytest.mark.parametrize("sources", ["", "ab"], ids=["one source", "two sources"])
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("number", [2, 3, 5])
+def test_ranks_together_come_to_what_one_comes_to_alone(number, ranks, split, sources):
+    """Also if some have no batches; the same ones choose the ridge."""
+    model, masks, batches = case("gpt2", number=number)
+    names = [sources[place % 2 : place % 2 + 1] for place in range(number)]
+
+    def runs(own, of=slice(None)):
+        return [replace(run, source=name) for run, name in zip(trials(own, batches[of]), names[of], strict=True)]
+
+    alone = repair_linears(model, masks, runs(model), Repair(held_out=0.5))
+    copies = [copy.deepcopy(model) for _ in range(ranks)]
+
+    def one(rank, reduce):
+        own = runs(copies[rank], SPLITS[split](rank, ranks))
+        return repair_linears(copies[rank], masks, own, Repair(held_out=0.5), reduce)
+
+    found = Ranks(ranks).run(one)
+    for name, own in alone.items():
+        for other in found:
+            torch.testing.assert_close(own, other[name], rtol=1e-7, atol=1e-9)
+
+
+def test_ranks_that_only_sum_choose_among_their_own_batches():
     model, masks, batches = case("gpt2", number=4)
     alone = repair_linears(model, masks, trials(model, batches), Repair(held_out=0.5))
     assert Repair(held_out=0.5).chooses(4) == {1, 3}
     assert Repair(held_out=0.5).chooses(2) == {1}
     copies = [copy.deepcopy(model) for _ in range(2)]
 
-    def one(rank, reduce):
-        runs = trials(copies[rank], batches[2 * rank : 2 * rank + 2])
-        return repair_linears(copies[rank], masks, runs, Repair(held_out=0.5), reduce)
+    def one(number, rank, reduce):
+        runs = trials(copies[rank], batches[2 * rank : 2 * rank + number])
+        return repair_linears(copies[rank], masks, runs, Repair(held_out=0.5), reduce.add)
 
-    found = Ranks(2).run(one)
-    for name, own in alone.items():
-        for other in found:
-            torch.testing.assert_close(own, other[name], rtol=1e-7, atol=1e-9)
+    for found in Ranks(2).run(partial(one, 2)):
+        for name, own in alone.items():
+            torch.testing.assert_close(own, found[name], rtol=1e-7, atol=1e-9)
+    with pytest.raises(ValueError, match="two on a rank are needed at least.* got 2 in all"):
+        Ranks(2).run(partial(one, 1))
 
 
 def test_an_expert_that_few_tokens_come_to_is_only_cut_and_named():
@@ -624,7 +658,7 @@ def test_refusals_name_what_came_and_change_nothing():
     ):
         with pytest.raises(ValueError, match=message):
             repair_linears(model, wrong, runs)
-    with pytest.raises(ValueError, match="two on a rank are needed at least.* got 1 in all"):
+    with pytest.raises(ValueError, match="two are needed at least.* got 1 in all"):
         repair_linears(model, masks, runs[:1])
     with pytest.raises(ValueError, match="held_out=1 must be in .0, 1."):
         Repair(held_out=1)

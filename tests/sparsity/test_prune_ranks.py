@@ -1,6 +1,7 @@
 """Ranks that each see a part of the calibration data come to one result, also where only some of them come to a linear."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -128,10 +129,15 @@ class Counting(bh.SparseGPT):
         return vars(self).setdefault("asked", [])
 
 
+WIDE = 160
+"""What a `down_proj` reads that takes longer to prune than all other linears of its block."""
+
+
+@pytest.mark.parametrize("width", [48, WIDE])
 @pytest.mark.parametrize("criterion", [bh.SparseGPT(), bh.Refit()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ranks_divide_linears_whose_weights_are_solved_for(criterion, dtype):
-    model, batches = llama().to(dtype), [{"input_ids": tokens(4)} for _ in range(4)]
+def test_ranks_divide_linears_whose_weights_are_solved_for(criterion, dtype, width):
+    model, batches = llama(intermediate_size=width).to(dtype), [{"input_ids": tokens(4)} for _ in range(4)]
 
     def prune(rank, reduce):
         own = copy.deepcopy(model)
@@ -171,3 +177,27 @@ def test_ranks_come_to_one_mask_of_convolutions(criterion):
     options = {"criterion": criterion, "sparsity": 0.5, "convolutions": "all"}
     expected = bh.prune(model, batches=given, **options, dry_run=True).masks(model)
     assert agree(planned(model, given, 2, **options), expected) == 1
+
+
+class AtOnce(Counting):
+    """SparseGPT of which every rank waits for the others while it prunes its first linear."""
+
+    def prune(self, weight, statistics=None, sparsity=None, pattern="unstructured"):
+        if not self.seen:
+            self.barrier.wait()
+        return super().prune(weight, statistics, sparsity, pattern)
+
+    def factored(self, statistics, ranks):
+        self.wide.append(statistics.in_features)
+        return super().factored(statistics, ranks)
+
+
+def test_ranks_solve_at_the_same_time_and_divide_the_widest():
+    model, barrier = llama(intermediate_size=WIDE), threading.Barrier(2, timeout=20)
+    batches, criteria = [{"input_ids": tokens(4)} for _ in range(2)], [AtOnce() for _ in range(2)]
+    for one in criteria:
+        vars(one).update(barrier=barrier, wide=[])
+    Ranks(2).run(lambda rank, reduce: bh.prune(copy.deepcopy(model), criteria[rank], batches[rank:], sparsity=0.5, reduce=reduce))
+    for one in criteria:
+        assert one.seen
+        assert one.wide == [WIDE, WIDE]  # of two blocks

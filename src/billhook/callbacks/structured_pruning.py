@@ -139,7 +139,7 @@ class StructuredPruning(ShapeCallback):
         if amount is None:
             return None, None, ""
         with self.calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
-            units, reduce = units_of(model, trace(model), amount.kinds), sum_over(trainer)
+            units, reduce = units_of(model, trace(model), amount.kinds), sum_over(trainer, self.calibration.shared)
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
             runs = [run_of(model, units, *pair) for pair in pairs]
             importance = self.importance or default_importance(units)

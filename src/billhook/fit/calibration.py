@@ -73,6 +73,11 @@ class FitCalibration:
         """The agreement of choices of units that is asked for, if any; see `Calibration`."""
         return self.batches.enough if isinstance(self.batches, Calibration) else None
 
+    @property
+    def shared(self) -> bool:
+        """True if ranks share each batch, as in training, from which examples are drawn; given ones are dealt out to ranks."""
+        return self.batches is None
+
     def check(self, trainer: pl.Trainer) -> None:
         """Refuses training data that can be read only once, which it would use up."""
         for loader in tree_leaves(trainer.train_dataloader) if self.batches is None else ():

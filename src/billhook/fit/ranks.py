@@ -31,10 +31,10 @@ def summed(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
     return tensor.copy_(trainer.strategy.reduce(on_device, reduce_op="sum"))
 
 
-def sum_over(trainer: pl.Trainer) -> Ranks | None:
-    """Returns the ranks, which sum and divide work; None where there is one."""
+def sum_over(trainer: pl.Trainer, shared: bool = False) -> Ranks | None:
+    """Returns the ranks, which sum and divide work, and may share each batch; None where there is one."""
     count = trainer.world_size
-    return None if count == 1 else Ranks(trainer.global_rank, count, partial(summed, trainer))
+    return None if count == 1 else Ranks(trainer.global_rank, count, partial(summed, trainer), shared)
 
 
 def check_agreed(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None:  # noqa: ANN401

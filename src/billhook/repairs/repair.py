@@ -27,6 +27,7 @@ from billhook.repairs.streamed import refit_streamed
 from billhook.repairs.sums import Linears, agreed, followed, seen
 from billhook.repairs.visitor import Given, RepairVisitor
 from billhook.running.batches import Run, tell_apart
+from billhook.running.ranks import dealt, lists_of
 from billhook.running.replaced import replaced
 from billhook.running.sharded.passes import passing
 from billhook.running.sharded.turns import turns_of
@@ -48,8 +49,8 @@ class Repair:
     Args:
         catch_up: Whether a linear also makes up for what those before it have lost of the stream that it adds to. It takes a
             second run of each batch, of the whole model.
-        held_out: Share of the calibration batches that choose the ridge, at least one; in (0, 1). Where batches are of several
-            sources (see `Calibration`), each source is held out in turn instead.
+        held_out: Share of the calibration batches, of all ranks together, that choose the ridge, at least one; in (0, 1). Where
+            batches are of several sources (see `Calibration`), each source is held out in turn instead.
         ridges: Candidates for the ridge, each a share of every input's own mean square (or variance, where there is a bias).
 
     Raises:
@@ -75,16 +76,23 @@ class Repair:
         number = min(max(1, round(self.held_out * runs)), runs - 1)
         return {(2 * place + 1) * runs // (2 * number) for place in range(number)}
 
+    def choosing(self, runs: int, reduce: Reduce | None, device: torch.device) -> set[int]:
+        """Returns those of this rank's runs that choose the ridge, which are chosen among the runs of all ranks."""
+        number, places = dealt([len(own) for own in lists_of([0] * runs, reduce, device)], reduce)
+        chosen = self.chooses(number)
+        return {run for run, place in enumerate(places) if place in chosen}
+
     def parts(self, sources: Sequence[str], reduce: Reduce | None, device: torch.device) -> tuple[list[int], list[int]]:
         """Returns the part of the data that each run belongs to, and the parts that are held out, in turn.
 
-        Parts are the sources; where there is one alone, or ranks have others, the runs that choose the ridge, and those that do
-        not.
+        Parts are the sources of all ranks' runs. Where there is one alone, or ranks that only sum have others, they are the runs
+        that choose the ridge, and those that do not.
         """
-        names = sorted(set(sources))
-        if len(names) > 1 and _same_on_all_ranks(names, reduce, device):
-            return [names.index(source) for source in sources], list(range(len(names)))
-        choosing = self.chooses(len(sources))
+        codes = [zlib.crc32(source.encode()) for source in sources]
+        names = sorted({code for own in lists_of(codes, reduce, device) for code in own})
+        if _same_on_all_ranks(names, reduce, device) and len(names) > 1:
+            return [names.index(code) for code in codes], list(range(len(names)))
+        choosing = self.choosing(len(sources), reduce, device)
         return [int(run in choosing) for run in range(len(sources))], [1]
 
 
@@ -110,7 +118,7 @@ def repair_linears(
         model: The model.
         kept: By linear (`nn.Linear` or `Conv1D`), which of its inputs are kept: bool, `[in_features]`. One that keeps all is
             refitted, too, where it can catch up, or other parameters are given.
-        trials: The batches, two at least, of which some choose the ridge.
+        trials: The batches, two at least on all ranks together, of which some choose the ridge; a rank may have none.
         repair: The settings; `Repair()` by default.
         reduce: Sums over ranks, where each has batches of its own.
         given: By linear, other parameters that it is to have, refitted or not, as they lie in memory; with them each refitted
@@ -129,10 +137,10 @@ def repair_linears(
     linears = _check(model, kept, every)
     forwards = [trial.visit for trial in trials]
     device = next(iter(linears.values())).get_parameter("weight").device if stream_of(model) is None else torch.device("cpu")
-    _check_batches(len(trials), repair, device, reduce)
     sources = [trial.source for trial in trials]
-    tell_alone(model, sources)
     parts, held_out = repair.parts(sources, reduce, device)
+    _check_batches(parts, held_out, device, reduce)
+    tell_alone(model, sources)
     with undisturbed(model):
         shown, orderly = _shown(model, every, forwards, device, reduce)
         often = {name: linear for name, linear in linears.items() if shown.calls[name] > 1}
@@ -233,20 +241,21 @@ def _check_once(often: Collection[str]) -> None:
         )
 
 
-def _same_on_all_ranks(names: Sequence[str], reduce: Reduce | None, device: torch.device) -> bool:
+def _same_on_all_ranks(names: Sequence[int], reduce: Reduce | None, device: torch.device) -> bool:
     """Says whether every rank names the same sources: sums of a number and of its square tell."""
-    own = zlib.crc32("\0".join(names).encode())
     if reduce is None:
         return True
+    own = zlib.crc32(str(names).encode())
     ranks, total, squares = reduce(torch.tensor([1, own, own**2], dtype=torch.float64, device=device)).tolist()
     return bool(abs(ranks * squares - total**2) < 1e-9 * total**2)
 
 
-def _check_batches(runs: int, repair: Repair, device: torch.device, reduce: Reduce | None) -> None:
-    counts = torch.tensor([runs, len(repair.chooses(runs))], device=device)
+def _check_batches(parts: Sequence[int], held_out: Collection[int], device: torch.device, reduce: Reduce | None) -> None:
+    counts = torch.tensor([len(parts), sum(part in held_out for part in parts)], device=device)
     number, choosing = (counts if reduce is None else reduce(counts)).tolist()
     if not choosing:
-        raise NoRepair(f"batches: two on a rank are needed at least, as some are to choose the ridge; got {number} in all")
+        each = " on a rank" if number > 1 else ""  # of ranks that only sum, each chooses among its own
+        raise NoRepair(f"batches: two{each} are needed at least, as some are to choose the ridge; got {number} in all")
 
 
 def _warn_of(left: Mapping[str, bool], kept: Mapping[str, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -14,11 +15,13 @@ class Ranks:
         number: Which one this is, from 0 on.
         count: How many there are.
         add: Sums a tensor over all of them, in place, and returns it; every rank calls it, in the same order.
+        shared: Whether ranks share each batch, as in training; otherwise every batch is one rank's.
     """
 
     number: int
     count: int
     add: Callable[[Tensor], Tensor]
+    shared: bool = False
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over all ranks, in place."""
@@ -45,3 +48,43 @@ def own_of(costs: Sequence[float], reduce: Callable[[Tensor], Tensor] | None) ->
         owner[piece] = done.index(min(done))
         done[owner[piece]] += costs[piece]
     return [owner[piece] == reduce.number for piece in range(len(costs))]
+
+
+def lists_of(
+    own: Sequence[int], reduce: Callable[[Tensor], Tensor] | None, device: torch.device | str = "cpu"
+) -> list[list[int]]:
+    """Lists the numbers that each rank has; this one's alone, if ranks are not known.
+
+    Args:
+        own: The numbers of this rank, which may have none.
+        reduce: The ranks; a function that only sums does not say which one this is.
+        device: Where sums are.
+    """
+    if not isinstance(reduce, Ranks):
+        return [list(own)]
+    counts = torch.zeros(reduce.count, dtype=torch.int64, device=device)
+    counts[reduce.number] = len(own)
+    many = reduce(counts).tolist()
+    table = counts.new_zeros(reduce.count, max(1, *many))
+    table[reduce.number, : len(own)] = torch.tensor(own, dtype=torch.int64, device=device)
+    return [row[:count] for row, count in zip(reduce(table).tolist(), many, strict=True)]
+
+
+def dealt(counts: Sequence[int], reduce: Callable[[Tensor], Tensor] | None) -> tuple[int, list[int]]:
+    """Counts the batches of all ranks together, and numbers this one's among them, as one process has them.
+
+    They were dealt out in turn: each rank's first one, rank by rank, then their second ones. Where ranks share batches, their
+    first ones are parts of one batch, and so on; but where none has more than one, these are batches of their own.
+
+    Args:
+        counts: How many each rank has, as `lists_of` tells.
+        reduce: The ranks.
+
+    >>> dealt([2, 1], Ranks(1, 2, Tensor.add_)), dealt([2, 1], Ranks(1, 2, Tensor.add_, shared=True))
+    ((3, [1]), (2, [0]))
+    """
+    number = reduce.number if isinstance(reduce, Ranks) else 0
+    if isinstance(reduce, Ranks) and reduce.shared and max(counts) > 1:
+        return max(counts), list(range(counts[number]))
+    order = sorted((place, rank) for rank, count in enumerate(counts) for place in range(count))
+    return len(order), [at for at, (_, rank) in enumerate(order) if rank == number]

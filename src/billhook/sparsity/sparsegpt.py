@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import annotated, fraction, whole
+from billhook.running.ranks import Ranks, own_of
 from billhook.running.statistics import InputMoments, Statistics
 from billhook.sparsity.criteria import Comparison, Criterion, check_finite
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, parse_pattern
@@ -19,12 +20,21 @@ MAX_DAMPING = 1.0
 """Of the mean of the Hessian's diagonal: with more, the weights' interplay would hardly count."""
 
 
-def inverse_factor(products: Tensor, damping: float) -> Tensor:
+PIECES, NARROW = 16, 128
+"""In how many pieces of columns, about, a triangle is inverted, and how many columns one has at least."""
+
+
+def inverse_factor(products: Tensor, damping: float, ranks: Ranks | None = None) -> Tensor:
     """Computes the upper triangular U with H^-1 = U^T U, for H = X^T X + damping * mean(diag(X^T X)) * I, in float32.
 
     The paper's H is twice that over the number of samples, but such a factor of H changes neither mask nor update. With the
     inputs taken in reverse order H = L L^T gives H = R R^T with R upper triangular, so U = R^-1: one factorisation, and H^-1 is
     never formed. An input that is always zero has no row in the mean, and the mean as its diagonal.
+
+    Args:
+        products: X^T X, float32, `[in_features, in_features]`.
+        damping: Share of the mean of its diagonal that is added to it.
+        ranks: Those that have the same products: the first factors H, and all divide the columns of U; this one alone if None.
 
     Raises:
         ValueError: If H is not positive definite with a damping of 1 either.
@@ -36,19 +46,56 @@ def inverse_factor(products: Tensor, damping: float) -> Tensor:
     while shares[-1] < MAX_DAMPING:
         shares.append(min(10 * shares[-1], MAX_DAMPING))
     for share in shares:
-        lower = torch.empty_like(products).t().copy_(products.flip(0, 1))  # by columns: the factor takes its place
+        lower = products.flip(0, 1).t()  # the same, by columns: the factor takes its place
         lower.diagonal().copy_((torch.where(live, diagonal, mean) + share * mean).flip(0))
         failed = torch.zeros((), dtype=torch.int32, device=lower.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        if not failed:
+        if ranks is None or ranks.number == 0:
+            torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        else:
+            lower.zero_()
+        if not (failed if ranks is None else ranks(failed)):
             if share > damping:
                 warnings.warn(f"X^T X is not positive definite: damping={damping} is raised to {share:g}", stacklevel=2)
+            if ranks is not None:
+                ranks(lower.t())
             upper = lower.flip(0, 1)
             del lower
-            factor = torch.eye(len(upper), dtype=upper.dtype, device=upper.device).t()
-            torch.linalg.solve_triangular(upper, factor, upper=True, out=factor)
-            return factor
+            return _inverse(upper, ranks)
     raise ValueError(f"X^T X is not positive definite even with damping={MAX_DAMPING}: are the inputs finite?")
+
+
+def _inverse(upper: Tensor, ranks: Ranks | None) -> Tensor:
+    """Inverts an upper triangular matrix, some columns at a time, each of them on the rows and columns up to its last alone.
+
+    The first of several ranks prunes the dearest of linears (see `own_of`), and so has fewer columns than others.
+    """
+    size, inverse = len(upper), torch.zeros_like(upper)
+    width = max(NARROW, -(-size // PIECES))
+    pieces = [slice(first, min(first + width, size)) for first in range(0, size, width)]
+    _, *owned = own_of([size**3, *(piece.stop**2 * width for piece in pieces)], ranks)
+    for columns, own in zip(pieces, owned, strict=True):
+        if own:
+            inverse[columns, columns].fill_diagonal_(1)
+            for rows in reversed([piece for piece in pieces if piece.stop <= columns.stop]):
+                below, piece = slice(rows.stop, columns.stop), inverse[rows, columns]
+                piece.addmm_(upper[rows, below], inverse[below, columns], alpha=-1)
+                piece.copy_(torch.linalg.solve_triangular(upper[rows, rows], piece, upper=True))
+    if ranks is not None:
+        ranks(inverse.t())
+    return inverse
+
+
+class FactoredMoments(InputMoments):
+    """Moments with their inverse factor, which ranks have computed together.
+
+    Args:
+        moments: The moments.
+        factor: U; see `inverse_factor`.
+    """
+
+    def __init__(self, moments: InputMoments, factor: Tensor) -> None:
+        vars(self).update(vars(moments))
+        self.factor = factor
 
 
 def saliency(weight: Tensor, factor: Tensor) -> Tensor:
@@ -133,6 +180,12 @@ class SparseGPT(Criterion):
         moments = self._of_inputs(statistics, weight, InputMoments)
         return saliency(_without_dead(weight, moments), inverse_factor(moments.products, self.damping))
 
+    def factored(self, statistics: Statistics, ranks: Ranks) -> Statistics:
+        """Returns moments with their inverse factor, of which each rank computes some columns. See `Criterion.factored`."""
+        assert isinstance(statistics, InputMoments), "they are this criterion's"
+        statistics.check()
+        return FactoredMoments(statistics, inverse_factor(statistics.products, self.damping, ranks))
+
     def prune(
         self, weight: Tensor, statistics: Statistics | None = None, sparsity: float | None = None, pattern: str = "unstructured"
     ) -> tuple[Tensor, Tensor]:
@@ -143,7 +196,7 @@ class SparseGPT(Criterion):
         check_width(weight.shape[1], pattern)
         check_finite(weight, "the weight")
         moments = self._of_inputs(statistics, weight, InputMoments)
-        factor = inverse_factor(moments.products, self.damping)
+        factor = moments.factor if isinstance(moments, FactoredMoments) else inverse_factor(moments.products, self.damping)
         solved, keep = solve(_without_dead(weight, moments), factor, sparsity, kept, self.block_size)
         updated = solved.to(weight.dtype)
         check_finite(updated, f"the updated weight, as {weight.dtype},")

@@ -145,15 +145,15 @@ class PruningVisitor:
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Prunes linears whose statistics are complete, or are not needed."""
-        for (name, linear), own in zip(linears.items(), self._own(list(linears.values())), strict=True):
+        own = {} if (ranks := self._dividing) is None else self._own(linears, ranks)
+        for name, linear in linears.items():
             weight, adapter = whole(weight_of(linear)), self.adapters.get(name)
             scored = counted(weight, adapter)
-            if own:
-                with naming(name):
-                    new, keep = prune_by(self.criterion, scored, self._statistics(name), self.sparsities[name], self.pattern)
+            if ranks is None:
+                new, keep = self._solved(name, scored, self._statistics(name))
             else:
-                new, keep = torch.zeros_like(scored), torch.zeros_like(scored, dtype=torch.bool)
-            if (ranks := self._dividing) is not None:
+                nothing = torch.zeros_like(scored), torch.zeros_like(scored, dtype=torch.bool)
+                new, keep = own.pop(name, nothing)
                 new, keep = ranks(new.float()).to(new.dtype), ranks(keep.byte()).bool()
             if adapter is not None:
                 if not torch.equal(new, where_kept(scored, keep)):
@@ -182,10 +182,30 @@ class PruningVisitor:
         """The ranks that divide linears, where weights are solved for, which takes longer than to send them."""
         return self.reduce if self.criterion.updates and isinstance(self.reduce, Ranks) else None
 
-    def _own(self, linears: Sequence[nn.Module]) -> list[bool]:
-        """Picks this rank's linears, reckoned to cost rows x width^2 + width^3; all where they are not divided."""
-        shapes = [weight_of(linear).shape for linear in linears]
-        return own_of([width**2 * (rows + width) for rows, width in shapes], self._dividing)
+    def _own(self, linears: Mapping[str, nn.Module], ranks: Ranks) -> dict[str, tuple[Tensor, Tensor]]:
+        """Prunes this rank's linears, reckoned to cost rows x width^2 + width^3, before any are sent.
+
+        Of one that would take more than a rank's share of all, ranks first compute together what they can.
+        """
+        costs = [width**2 * (rows + width) for rows, width in (weight_of(linear).shape for linear in linears.values())]
+        own = {name for name, is_own in zip(linears, own_of(costs, ranks), strict=True) if is_own}
+        statistics = {name: self._statistics(name) for name in linears}
+        for name, cost in zip(linears, costs, strict=True):
+            if isinstance(given := statistics[name], Statistics) and cost * ranks.count > sum(costs):
+                with naming(name):
+                    factored = self.criterion.factored(given, ranks)
+                statistics[name] = factored if name in own else None
+        found = dict[str, tuple[Tensor, Tensor]]()
+        for name, linear in linears.items():
+            scored = counted(whole(weight_of(linear)), self.adapters.get(name))
+            if name in own:
+                found[name] = self._solved(name, scored, statistics.pop(name))
+        return found
+
+    def _solved(self, name: str, scored: Tensor, statistics: Statistics | Grouped | None) -> tuple[Tensor, Tensor]:
+        """Returns the new weight of a linear, and which weights are kept."""
+        with naming(name):
+            return prune_by(self.criterion, scored, statistics, self.sparsities[name], self.pattern)
 
     def _statistics(self, name: str) -> Statistics | Grouped | None:
         return self.statistics[self._first[name]] if name in self._first else None

@@ -57,17 +57,20 @@ class Preparation:
         self.calibration.check(trainer)
         with self.calibration.aside(pl_module):
             count = sum(1 for _ in islice(self._pairs(trainer, pl_module), least))
-        if int(summed(trainer, torch.tensor(count < least, dtype=torch.int64))):
+        every = int(summed(trainer, torch.tensor(count)))
+        if every < least:
             source = f"examples={self.calibration.examples}" if self.calibration.batches is None else "calibration"
             held_out = ", as some are held out" if least > 1 else ""
-            raise ValueError(f"{source}: {what} needs {least} batches at least on each device{held_out}; here there are {count}")
+            many = "a batch" if least == 1 else f"{least} batches"
+            raise ValueError(f"{source}: {what} needs {many} at least{held_out}; all devices together have {every}")
 
     def ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: KVHeadPlan) -> tuple[KVHeadPlan, Weights, str]:
         """Returns the plan with what restarts, the values that it starts from, and how they came to be."""
         model, groups = find_transformer(pl_module), dict.fromkeys(plan.layers, plan.after)
         with self.calibration.aside(pl_module):
             batches = list(self._pairs(trainer, pl_module))
-            weights, how = ready_weights(model, groups, self.method, batches, self.repair, sum_over(trainer))
+            ranks = sum_over(trainer, self.calibration.shared)
+            weights, how = ready_weights(model, groups, self.method, batches, self.repair, ranks)
         if not self.method.turns:  # what the mean pools is as it was
             weights = but(weights, plan.parameters)
         return replace(plan, restart=tuple(changed(model, weights))), weights, how

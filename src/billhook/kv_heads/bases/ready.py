@@ -79,10 +79,17 @@ class Attentions:
         names = linears | set(self.downs)
         return run_with_loss(self.model, {name: self.model.get_submodule(name) for name in names}, batch, loss)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def choosing(self, runs: int, repair: Repair | None = None) -> set[int]:
+        """Returns those of this rank's runs that are held out, as they choose a repair's ridge."""
+        return (repair or Repair()).choosing(runs, self._reduce, self._device)
+
     def summed(self, *numbers: float) -> list[float]:
         """Returns sums over ranks."""
-        device = next(self.model.parameters()).device
-        sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=device)
+        sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=self._device)
         found: list[float] = (sums if self._reduce is None else self._reduce(sums)).tolist()
         return found
 
@@ -178,21 +185,21 @@ def best_method(
 
     The loss would not do: it varies by chance more than an exact method and one that is nearly so differ.
 
-    Those batches are held out that choose a repair's ridge; each method is repaired before it is compared, where every rank has
-    more than one batch besides.
+    Those batches are held out that choose a repair's ridge; each method is repaired before it is compared, where there is more
+    than one batch besides.
     """
-    chosen = (repair or Repair()).chooses(len(trials)) if len(trials) > 1 else set()
-    few, cannot_repair = attentions.summed(not chosen, len(trials) - len(chosen) < 2)
-    if few:
-        raise ValueError(f"batches: 'auto' needs 2 at least on each rank, as some are held out; got {len(trials)}")
-    seen = [trial for number, trial in enumerate(trials) if number not in chosen]
-    held_out = [trial for number, trial in enumerate(trials) if number in chosen]
+    choosing = attentions.choosing(len(trials), repair)
+    held, besides = attentions.summed(len(choosing), len(attentions.choosing(len(trials) - len(choosing), repair)))
+    if not held:
+        raise ValueError(f"batches: 'auto' needs 2 at least, as some are held out; got {len(trials)} here")
+    seen = [trial for number, trial in enumerate(trials) if number not in choosing]
+    held_out = [trial for number, trial in enumerate(trials) if number in choosing]
     distances: dict[Rendered, float] = {}
     for grouping, alike in groupby(attentions.allowed(methods), lambda method: method.grouping):
         if grouping == "similar" and not may_group(attentions):
             continue
         for method, new in attentions.rendered(list(alike), seen):
-            if repair is not None and not cannot_repair:
+            if repair is not None and besides:
                 new = attentions.repaired(new, seen, repair)
             distances[method] = attentions.distance(new, held_out)
     return min(distances, key=lambda method: math.inf if math.isnan(distances[method]) else distances[method]), distances
@@ -218,10 +225,10 @@ def made_equal(
     chosen, *others = attentions.allowed(method.candidates)
     trials = [attentions.trial(*pair) for pair in batches]
     least, what = batches_needed(method, repair)
-    (few,) = attentions.summed(len(trials) < least)
-    if few:
+    (number,) = attentions.summed(len(trials))
+    if number < least:
         why = "as some are held out" if least > 1 else "to see what the heads are given"
-        raise ValueError(f"batches: {what} needs {least} at least on each rank, {why}; got {len(trials)}")
+        raise ValueError(f"batches: {what} needs {least} at least, {why}; got {number:g}")
     if len(method.candidates) > 1:
         chosen, _ = best_method(attentions, [chosen, *others], trials, repair)
     ((_, new),) = attentions.rendered([chosen], trials)

@@ -113,7 +113,11 @@ def test_it_is_put_where_lightning_is_told(tmp_path, how):
     assert meta.device.type == "meta"
 
 
-@pytest.mark.parametrize("told", [{}, {"map_location": lambda storage, _: storage}, {"weights_only": False}], ids=str)
+@pytest.mark.parametrize(
+    "told",
+    [{}, {"map_location": lambda storage, _: storage}, {"weights_only": False}],
+    ids=["nothing", "where by a function", "not weights alone"],
+)
 def test_a_file_is_loaded_as_lightning_would(tmp_path, told):
     lit = in_a_file(Plain(), tmp_path / "a.ckpt")
     found = bh.load_from_checkpoint(Plain, str(tmp_path / "a.ckpt"), width=64, **told)

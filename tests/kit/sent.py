@@ -94,21 +94,34 @@ def carried_out(model, around, blocks, *names):
     return around + 3 * blocks + 2 * cut - cut // 2
 
 
+def pruned(model):
+    return weights(model, "_proj.")
+
+
 def tuned(model):
     """One step of a match for each block, as one of two batches is held out."""
-    return wanda(model) + weights(model, "_proj.")
+    return wanda(model) + pruned(model)
+
+
+def divided(model):
+    """What two ranks solve for: of `down_proj`, which takes more than a share, the factor and its inverse, too."""
+    return solved(model) + sum(8 * layer.mlp.down_proj.in_features**2 for layer in model.model.layers)
 
 
 ATTENTION, FORWARD, KV = ".self_attn.", ".mlp.", ("k_proj", "v_proj")
 SENT = {
     "Magnitude": Event(
-        lambda: bh.WeightPruning(bh.Magnitude(), 0.5, at=1, measure_batches=0), lambda _: 0, lambda _, a, b: a + b
+        lambda: bh.WeightPruning(bh.Magnitude(), 0.5, at=1, measure_batches=0), lambda _: 0, lambda model, *_: pruned(model)
     ),
-    "Wanda": Event(lambda: bh.WeightPruning(bh.Wanda(), 0.5, **FEW), wanda, lambda _, a, b: a + 3 * b),
+    "Wanda": Event(lambda: bh.WeightPruning(bh.Wanda(), 0.5, **FEW), wanda, lambda model, a, b: a + 2 * b + pruned(model)),
     "Wanda, matched": Event(
-        lambda: bh.WeightPruning(bh.Wanda(), 0.5, match=bh.BlockMatching(), **FEW), tuned, lambda _, a, b: a + 6 * b
+        lambda: bh.WeightPruning(bh.Wanda(), 0.5, match=bh.BlockMatching(), **FEW),
+        tuned,
+        lambda model, a, b: a + 5 * b + 9 * pruned(model) // 4,
     ),
-    "SparseGPT": Event(lambda: bh.WeightPruning(bh.SparseGPT(), 0.5, **FEW), solved, lambda _, a, b: a + 3 * b),
+    "SparseGPT": Event(
+        lambda: bh.WeightPruning(bh.SparseGPT(), 0.5, **FEW), divided, lambda model, a, b: a + 2 * b + 2 * pruned(model)
+    ),
     "channels": Event(
         lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=None, **FEW),
         lambda _: 16 * 2 * 160,

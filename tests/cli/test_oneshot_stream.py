@@ -93,7 +93,8 @@ def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatc
         sums = 8 * 2 * (columns**2 + rows * columns)  # of two parts of the text
         waiting = 2 * tokens * 5 * 32 * 4  # both runs: the stream, its norm, queries, keys and values
         pieces = columns * (columns + rows)
-        assert refit == repaired * (8 * (columns**2 + pieces + rows * columns) + 2 * 4 * rows * columns)
+        vectors = 3 * (columns + rows)
+        assert refit == repaired * (8 * (columns**2 + pieces + rows * columns + vectors) + 2 * 4 * rows * columns)
         assert moments == logits
         assert held == (sums + 2 * tokens * (48 * 4 + 4 * 32) + waiting if repaired else 2 * tokens * 32 * 4) + 5 * logits
     sizes = [one.shape[-1] for one in kept if isinstance(one, torch.Tensor)]

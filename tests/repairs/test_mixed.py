@@ -54,11 +54,11 @@ def test_mixtures_choose_the_same_ridges(monkeypatch):
 
 def test_a_support_is_solved_on_in_panels_as_in_one(monkeypatch):
     (_, every), support = folds(1.0), torch.rand(ROWS, WIDTH) < 0.5
-    whole = least_squares._bound(every, False, 0.1, support)
+    whole = least_squares._bound(every, False, 0.1, support)(slice(None))
     monkeypatch.setattr(triangle, "ROWS", 7)
     for part in every:
         part.products = triangle.Triangle.of(part.products.full())
-    assert torch.equal(least_squares._bound(every, False, 0.1, support), whole)
+    assert torch.equal(least_squares._bound(every, False, 0.1, support)(slice(None)), whole)
     assert whole[support].any()
     assert not whole[~support].any()
 

@@ -1,4 +1,4 @@
-"""Ranks divide the ridges that are tried, and come to what each comes to that tries them all."""
+"""Ranks divide the ridges that are tried and the outputs that are solved for, and come to what each comes to that does all."""
 
 import math
 import threading
@@ -51,6 +51,55 @@ def test_each_tries_its_share(ranks, held_out, biased, tried):
         assert torch.equal(own[0], alone[0])
         assert bias is None or torch.equal(own[1], alone[1])
     assert set(tried.values()) == {len(RIDGES) * len(held_out) // ranks}
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """How many outputs each thread has solved for, with all data and without what is held out."""
+    found = Counter()
+
+    def counting(solve):
+        def counted(some):
+            more = solve(some)
+            found[threading.get_ident()] += len(more)
+            return more
+
+        return counted
+
+    for name in ("_solving", "_bound"):
+        made = getattr(least_squares, name)
+        monkeypatch.setattr(least_squares, name, lambda *given, made=made: counting(made(*given)))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_each_solves_for_its_outputs(ranks, pruned, biased, rows):
+    parts, weight, bias = parts_of(2, rows=8), torch.randn(8, 12), torch.randn(8) if biased else None
+    support = torch.rand(8, 12) < 0.7 if pruned else None
+    given = weight * (1 if support is None else support), bias, [([parts[0]], parts[1])], parts, RIDGES
+    alone = refit_linear(*given, support=support)
+    every = rows.pop(threading.get_ident())
+    assert every == (16 if pruned else 8)  # on a support it is also seen whether it helps
+    found = Ranks(ranks).run(lambda _, reduce: refit_linear(*given, reduce, support))
+    for own in found:
+        torch.testing.assert_close(own[0], alone[0])
+        assert torch.equal(own[0], found[0][0])
+        if biased:
+            torch.testing.assert_close(own[1], alone[1])
+            assert torch.equal(own[1], found[0][1])
+    assert set(rows.values()) == {every // ranks}
+    assert len(rows) == ranks
+
+
+def test_ranks_have_rows_of_their_own_when_there_are_many(monkeypatch):
+    monkeypatch.setattr(least_squares, "OUTPUTS", 3)
+    parts, weight = parts_of(2, rows=7), torch.randn(7, 12)
+    given = weight, None, [([parts[0]], parts[1])], parts, RIDGES
+    alone = refit_linear(*given)
+    for own in Ranks(2).run(lambda _, reduce: refit_linear(*given, reduce)):
+        torch.testing.assert_close(own[0], alone[0])
 
 
 def test_ranks_that_only_sum_try_all(tried):

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from billhook.repairs.cholesky import solver
-from billhook.repairs.moments import OUTPUTS, Fold, OwedMoments, SecondMoments
+from billhook.repairs.moments import EVERY, OUTPUTS, Fold, OwedMoments, SecondMoments, wide
 from billhook.repairs.triangle import Triangle
 from billhook.running.conjugate_gradients import on_support
-from billhook.running.ranks import Ranks, own_of
+from billhook.running.ranks import Ranks, own_of, rows_of
 from billhook.running.resident import let_go
 
 Errors = Callable[[float], Sequence[float] | None]
 """With a ridge, the error on each fold's held-out data; None where some fold has no solution."""
-
+Solve = Callable[[slice], Tensor]
+"""With some of the outputs, what is added to their weights, `[outputs, in_features]`, float64."""
 
 STEPS = 30
 """Of conjugate gradients, where weights stay zero."""
-EVERY = slice(None)
 
 
 def least(ridges: Sequence[float], without: Sequence[float], errors: Errors) -> float:
@@ -89,9 +89,9 @@ def refit_linear(
     W' = W + M, M = E d x^T (H + ridge D)^-1, from the moments of all inputs x that it has: H = E x x^T, D its diagonal. A bias
     makes up for the mean of what is missing, b' = b + E d - M E x, float64, and M for the rest. Where all data has no solution
     with that ridge, the next larger one takes its place. Beside the moments, memory holds half of a matrix of in_features^2, and
-    `OUTPUTS` rows of one like the weight for each part; on a support, a whole such matrix, and six like the weight. Ridges are
+    `OUTPUTS` rows of one like the weight for each part; on a support, a whole such matrix, and six of such rows. Ridges are
     tried on mixtures of the outputs, where there are many (`OwedMoments.mixed`). Ranks that have the same moments (`Ranks`)
-    divide what is tried.
+    divide what is tried, and the outputs that are solved for.
 
     Where weights are to stay zero, off their `support`, bool, M is the best on it with that ridge, by conjugate gradients; what
     is tried is without this bound, but where M on the support then helps no held-out data, M is zero.
@@ -99,27 +99,32 @@ def refit_linear(
     centred = bias is not None
     ridge = _chosen(_mixed(folds), centred, ridges, reduce)
     if support is None:
-        new, shift = _solved(weight, every, centred, sorted({ridge, math.inf, *(one for one in ridges if one > ridge)}))
+        solve = _solving(every, centred, sorted({ridge, math.inf, *(one for one in ridges if one > ridge)}))
     else:
-        left = [_left(_bound(parts, centred, ridge, support), parts, held_out, centred) for parts, held_out in folds]
-        helps = least([ridge], _without(folds, centred), lambda _: left) == ridge
-        more = _bound(every, centred, ridge if helps else math.inf, support)
-        shift = _shift(more, every)
-        new = more.add_(weight).to(weight.dtype)
+        helps = least([ridge], _without(folds, centred), lambda one: _bound_errors(folds, centred, one, support, reduce)) == ridge
+        solve = _bound(every, centred, ridge if helps else math.inf, support)
+    new, shift = _solved(weight, every, solve, reduce)
     return new, None if bias is None else bias.double() + shift
 
 
-def _solved(weight: Tensor, parts: Sequence[OwedMoments], centred: bool, ridges: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Solves for a weight with the first ridge that has a solution, some rows at a time, and for what a bias adds."""
+def _solving(parts: Sequence[OwedMoments], centred: bool, ridges: Sequence[float]) -> Solve:
+    """Solves with the first ridge that has a solution."""
     solves = (solver(_inner(parts, centred), ridge) for ridge in ridges)
     solve = next(one for one in solves if one is not None)
-    (x, d), new = _means(parts), torch.empty_like(weight)
-    shift = torch.zeros_like(d)
-    for first in range(0, len(weight), OUTPUTS):
-        rows = slice(first, first + OUTPUTS)
-        more = solve(_owed(parts, centred, rows))
-        shift[rows] = d[rows] - more @ x
+    return lambda rows: solve(_owed(parts, centred, rows))
+
+
+def _solved(
+    weight: Tensor, parts: Sequence[OwedMoments], solve: Solve, reduce: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Solves for a weight, some rows at a time, of which each rank has its own, and for what a bias adds."""
+    new, shift = torch.zeros_like(weight), torch.zeros_like(parts[0].owed_sums)
+    for rows in rows_of(len(weight), OUTPUTS, reduce):
+        more = solve(rows)
+        shift[rows] = _shift(more, parts, rows)
         new[rows] = more.add_(weight[rows])
+    if isinstance(reduce, Ranks):
+        new, shift = reduce(wide(new)).to(weight.dtype), reduce(shift)
     return new, shift
 
 
@@ -137,7 +142,7 @@ def _chosen(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], reduc
 
 def _without(folds: Sequence[Fold], centred: bool) -> list[float]:
     """Computes what is erred on the held-out data of each fold where nothing is added to a weight."""
-    return [_left(torch.zeros_like(held_out.owed_products), parts, held_out, centred) for parts, held_out in folds]
+    return [held_out.error(None, _means(parts)[1] if centred else None) for parts, held_out in folds]
 
 
 def _tried(
@@ -177,15 +182,32 @@ def _owed(parts: Sequence[OwedMoments], centred: bool, rows: slice = EVERY) -> T
     return owed.addr_(d[rows], x, alpha=-1) if centred else owed
 
 
-def _bound(parts: Sequence[OwedMoments], centred: bool, ridge: float, support: Tensor) -> Tensor:
+def _bound(parts: Sequence[OwedMoments], centred: bool, ridge: float, support: Tensor) -> Solve:
     """Solves for what is added on a support, by conjugate gradients from zero."""
-    owed = _owed(parts, centred)
     if ridge == math.inf:
-        return owed.zero_()
+        return lambda rows: torch.zeros_like(parts[0].owed_products[rows])
     inner = _inner(parts, centred).full()
     diagonal = inner.diagonal()
     diagonal += ridge * diagonal + torch.finfo(torch.float64).eps * diagonal.sum()
-    return on_support(torch.zeros_like(owed), owed.mul_(support), inner, support, STEPS)
+
+    def solve(rows: slice) -> Tensor:
+        owed, own = _owed(parts, centred, rows), support[rows]
+        return on_support(torch.zeros_like(owed), owed.mul_(own), inner, own, STEPS)
+
+    return solve
+
+
+def _bound_errors(
+    folds: Sequence[Fold], centred: bool, ridge: float, support: Tensor, reduce: Callable[[Tensor], Tensor] | None
+) -> list[float]:
+    """Computes what is erred on the held-out data of each fold with what is added on a support; each rank has its own rows."""
+    errors = folds[0][1].tokens.new_zeros(len(folds))
+    for number, (parts, held_out) in enumerate(folds):
+        solve = _bound(parts, centred, ridge, support)
+        for rows in rows_of(len(support), OUTPUTS, reduce):
+            errors[number] += _left(solve(rows), parts, held_out, centred, rows)
+    whole: list[float] = (reduce(errors) if isinstance(reduce, Ranks) else errors).tolist()
+    return whole
 
 
 def _error(parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, ridge: float) -> float | None:
@@ -194,15 +216,15 @@ def _error(parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, r
     return None if more is None else _left(more, parts, held_out, centred)
 
 
-def _left(more: Tensor, parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool) -> float:
+def _left(more: Tensor, parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, rows: slice = EVERY) -> float:
     """Computes what is erred on what is held out with what is added to a weight, fitted to parts of the data."""
-    return held_out.error(more, _shift(more, parts) if centred else None)
+    return held_out.error(more, _shift(more, parts, rows) if centred else None, rows)
 
 
-def _shift(more: Tensor, parts: Sequence[OwedMoments]) -> Tensor:
-    """Computes what a bias adds, `[out_features]`."""
+def _shift(more: Tensor, parts: Sequence[OwedMoments], rows: slice = EVERY) -> Tensor:
+    """Computes what a bias adds, `[outputs]`."""
     x, d = _means(parts)
-    return d - more @ x
+    return d[rows] - more @ x
 
 
 def _means(parts: Sequence[OwedMoments]) -> tuple[Tensor, Tensor]:

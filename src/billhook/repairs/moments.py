@@ -13,6 +13,7 @@ from billhook.running.statistics import TOKENS, add_products
 
 OUTPUTS = 1024
 """How many outputs, or mixtures of more, ridges are tried on."""
+EVERY = slice(None)
 
 
 class OwedMoments:
@@ -30,7 +31,7 @@ class OwedMoments:
         products: The sum of x x^T.
         owed_sums: The sum of what is owed, d, `[out_features]`.
         owed_products: The sum of d x^T, `[out_features, in_features]`.
-        owed_squares: The sum of |d|^2, `[]`.
+        owed_squares: The sum of d^2, `[out_features]`.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class OwedMoments:
         self.sums, self.owed_sums = self.tokens.new_zeros(in_features), self.tokens.new_zeros(out_features)
         self.products = Triangle(in_features, device, files)
         self.owed_products = zeros((out_features, in_features), torch.float64, device, files)
-        self.owed_squares = self.tokens.clone()
+        self.owed_squares = self.owed_sums.clone()
 
     def add(self, inputs: Tensor, owed: Tensor | None = None, keep: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Adds what a linear is given in one call; multiplied in float32, or in float64 if the inputs are.
@@ -64,7 +65,7 @@ class OwedMoments:
                 weighted = wide(due) * share
                 self.owed_sums += weighted.sum(0, dtype=torch.float64)
                 add_products(self.owed_products, weighted, wide(chunk))
-                self.owed_squares += (weighted * wide(due)).sum(dtype=torch.float64)
+                self.owed_squares += (weighted * wide(due)).sum(0, dtype=torch.float64)
 
     def mixed(self) -> "OwedMoments":
         """Returns moments of random mixtures of what is owed, if that has more than `OUTPUTS` features; inputs are the same.
@@ -104,7 +105,8 @@ class OwedMoments:
 
     def about(self, centre: tuple[Tensor, Tensor] | None = None) -> "SecondMoments":
         """Computes the means of (x - c) (x - c)^T, (d - e) (x - c)^T and |d - e|^2 about a centre (c, e), zero if None."""
-        inputs, owed, squares = (sums / self.tokens for sums in (self.products.full(), self.owed_products, self.owed_squares))
+        every = (self.products.full(), self.owed_products, self.owed_squares.sum())
+        inputs, owed, squares = (sums / self.tokens for sums in every)
         if centre is not None:
             (c, e), (x, d) = centre, self.centre
             inputs = inputs - torch.outer(x, c) - torch.outer(c, x) + torch.outer(c, c)
@@ -112,15 +114,22 @@ class OwedMoments:
             squares = squares - 2 * e @ d + e @ e
         return SecondMoments(inputs, owed, squares)
 
-    def error(self, more: Tensor, shift: Tensor | None = None) -> float:
-        """Computes E |d - M x - b|^2, M being what is added to the weight, `[out_features, in_features]`, and b to the bias."""
-        error = self.owed_squares - 2 * more.flatten().dot(self.owed_products.flatten()) + self.products.form(more)
-        let_go(self.owed_products)
+    def error(self, more: Tensor | None, shift: Tensor | None = None, rows: slice = EVERY) -> float:
+        """Computes E |d - M x - b|^2 over some outputs.
+
+        Args:
+            more: M, what is added to the weight, `[outputs, in_features]`; zero if None.
+            shift: b, what is added to the bias, `[outputs]`; zero if None.
+            rows: The outputs; all by default, as those of mixtures are not apart.
+        """
+        x, d = self.centre
+        error, given = self.owed_squares[rows].sum(), d[rows]
+        if more is not None:
+            error += self.products.form(more) - 2 * more.flatten().dot(self.owed_products[rows].flatten())
+            let_go(self.owed_products)
+            given = given - more @ x
         error = error / self.tokens
-        if shift is not None:
-            x, d = self.centre
-            error += shift @ (shift - 2 * (d - more @ x))
-        return float(error)
+        return float(error if shift is None else error + shift @ (shift - 2 * given))
 
 
 class SecondMoments(NamedTuple):

@@ -1,5 +1,6 @@
 """Divides work over the ranks that sum what they have."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,22 @@ def own_of(costs: Sequence[float], reduce: Callable[[Tensor], Tensor] | None) ->
         owner[piece] = done.index(min(done))
         done[owner[piece]] += costs[piece]
     return [owner[piece] == reduce.number for piece in range(len(costs))]
+
+
+def rows_of(count: int, most: int, reduce: Callable[[Tensor], Tensor] | None) -> list[slice]:
+    """Picks this rank's rows of a matrix, some at a time; all, if ranks are not known.
+
+    Args:
+        count: How many rows there are.
+        most: How many are taken at a time, at most.
+        reduce: The ranks; a function that only sums does not say which one this is.
+
+    >>> rows_of(5, 2, Ranks(1, 2, Tensor.add_)), rows_of(5, 4, None)
+    ([slice(2, 4, None)], [slice(0, 3, None), slice(3, 5, None)])
+    """
+    number, ranks = (reduce.number, reduce.count) if isinstance(reduce, Ranks) else (0, 1)
+    size = math.ceil(count / (ranks * math.ceil(count / (most * ranks))))
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)][number::ranks]
 
 
 def lists_of(

@@ -32,7 +32,7 @@ HELD = 5
 TUNED = 6
 """Copies of a block in float32 while it is tuned: as it is, its gradient, two means of Adam's, the best so far, and what was."""
 STEPPED = 6
-"""Matrices like the weight while conjugate gradients step: what is found, what is left, that scaled, a way, and two products."""
+"""Matrices like rows of the weight in conjugate gradients: what is found, what is left, that scaled, a way, and two products."""
 OBS_BYTES = 2 * 4 + 8
 """Bytes for each pair of inputs: two matrices in float32, as more and more batches are taken, and one of a reader in float64."""
 
@@ -112,14 +112,14 @@ class Refits:
         """Returns the bytes of one: float64 matrices, and the weight of the inputs that are left, as it was and as it is then.
 
         Half of a square to solve in, pieces of it and of what is solved for, some outputs, and mixtures of them for each part.
-        Where weights stay zero, a whole square, and what conjugate gradients step in.
+        Where weights stay zero, a whole square, and what conjugate gradients step in, for some outputs. And sums of each part.
         """
         few = (self.parts + 1 if rows > OUTPUTS else 1) * min(rows, OUTPUTS)
         pieces = min(ROWS, columns) * (min(ROWS, columns) + min(rows, OUTPUTS))
         square = _half(columns) + pieces + few * columns
         if is_pruned(zeros, rows * columns):
-            square = max(square, columns**2 + max(_half(columns), STEPPED * rows * columns))
-        return 8 * square + 2 * itemsize * rows * columns
+            square = max(square, columns**2 + max(_half(columns), STEPPED * min(rows, OUTPUTS) * columns))
+        return 8 * (square + (self.parts + 1) * (rows + columns)) + 2 * itemsize * rows * columns
 
 
 class Matches(Refits):

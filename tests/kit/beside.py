@@ -16,7 +16,7 @@ from kit.fits import trainer
 from kit.held import Held
 from kit.sharding import Own, sharding
 
-LAYERS, WIDTH = 6, 256
+LAYERS, WIDTH = 4, 256
 FEW = {"calibration": [(torch.tensor([[5, 6, 7]]),)] * 2, "measure_batches": 0}
 MORE = {"calibration": [(torch.arange(3, 27).view(8, 3),)] * 4, "measure_batches": 0}
 """Tokens enough to repair what reads a tenth of the channels, and little that is computed of them."""
@@ -48,7 +48,7 @@ ZEROS = {
     "zeros, OWL": lambda: bh.WeightPruning(bh.Wanda(), allocation=bh.OWL(), **HALF),
     "zeros, SparseGPT": lambda: bh.WeightPruning(bh.SparseGPT(), **HALF),
     "zeros, Refit": lambda: bh.WeightPruning(bh.Refit(), **HALF),
-    "zeros, ALPS": lambda: bh.WeightPruning(bh.ALPS(), **HALF),
+    "zeros, ALPS": lambda: bh.WeightPruning(bh.ALPS(steps=4), **HALF),
     "zeros, matched": lambda: bh.WeightPruning(bh.Wanda(), match=bh.BlockMatching(), **HALF),
 }
 EVENTS |= ZEROS

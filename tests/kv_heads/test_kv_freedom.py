@@ -195,9 +195,9 @@ def test_one_that_fails_leaves_the_model_as_it_was():
     places = find_projections(model, trace(model))
     place = next(iter(places.values()))
     attention = Alone(model, place, see_calls(model, places)[place.name])
-    stacks, before = attention.stacks(), copy.deepcopy(model.state_dict())
+    before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match="shape mismatch"), attention.wide():
-        attention(type(stacks)(2 * stacks.q, stacks.k[:, :3], stacks.v, stacks.o))
+        attention.change({"q": lambda q: 2 * q, "k": lambda k: k[:, :3]})
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     assert {one.dtype for one in model.parameters()} == {torch.float32}
 
@@ -208,11 +208,13 @@ def test_alone_an_attention_gives_what_it_gives_of_the_same_noise():
     place = places["model.layers.1.self_attn"]
     attention = Alone(model, place, see_calls(model, places)[place.name])
     with attention.wide():
-        stacks = attention.stacks()
-        assert torch.equal(attention(stacks), attention(stacks))
-        assert stacks.k.dtype == attention(stacks).dtype == torch.float64
-        other = type(stacks)(stacks.q, 2 * stacks.k, stacks.v, stacks.o)
-        assert not torch.allclose(attention(stacks), attention(other))
+        stacks, given = read(model, place), attention()
+        assert torch.equal(given, attention())
+        assert stacks.k.dtype == given.dtype == torch.float64
+        attention.change({"k": lambda k: 2 * k})
+        assert not torch.allclose(attention(), given)
+        assert torch.equal(read(model, place).k, 2 * stacks.k)
+        other = type(stacks)(stacks.q, 4 * stacks.k, stacks.v, stacks.o)
         with instead(model, written(model, place, other)):
             assert torch.equal(read(model, place).k, other.k)
 

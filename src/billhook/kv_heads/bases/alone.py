@@ -1,9 +1,11 @@
 """One attention run by itself, on random numbers and in float64, as the model calls it (masks, positions, rotary angles).
 
-What is the same then differs by 1e-15 (1e-7 where the code computes scores in float32), so that also slow rotary turns show.
+One kind of heads is copied at a time, as an attention in float64 may be as large as its block. What is the same then differs by
+1e-15 (1e-7 where the code computes scores in float32), so that also slow rotary turns show.
 """
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from billhook.kv_heads.bases.stacks import Projections, Stacks, put, read
+from billhook.kv_heads.bases.stacks import Projections, Rows, put_heads, read_heads
 from billhook.model.config_fields import configs_of, text_config
 from billhook.model.linears import matrix_of
 from billhook.model.runs.inputs import make_inputs
@@ -29,13 +31,15 @@ FEW = 7
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a call of a module, and those that are named."""
+Change = Mapping[str, Callable[[Tensor], Tensor]]
+"""What becomes of stacks of heads, by their kind, q, k, v or o, as in `Stacks`."""
 
 
 class Alone:
     """One attention of a model, and what the model calls it with."""
 
     def __init__(self, model: nn.Module, place: Projections, call: Call) -> None:
-        self._model, self._place, (self._args, self._kwargs) = model, place, call
+        self._model, self.place, (self._args, self._kwargs) = model, place, call
         self._module = model.get_submodule(place.name)
 
     @contextmanager
@@ -44,7 +48,7 @@ class Alone:
 
         Other tensors replace its own: a parameter whose dtype changes would lose the hooks that DDP has on its gradient.
         """
-        linears = (self._model.get_submodule(name) for name in self._place.linears)
+        linears = (self._model.get_submodule(name) for name in self.place.linears)
         modules = dict.fromkeys([*self._module.modules(), *linears])
         owners: list[dict[str, Any]] = [own for module in modules for own in (module._parameters, module._buffers)]
         held = [(own, name, one) for own in owners for name, one in own.items() if one is not None and one.is_floating_point()]
@@ -57,17 +61,35 @@ class Alone:
             for own, name, one in held:
                 own[name] = one
 
-    def stacks(self) -> Stacks:
-        """Returns its weights."""
-        return read(self._model, self._place)
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self._matrix(self.place.k)[0].device
 
-    def __call__(self, stacks: Stacks) -> Tensor:
-        """Returns what the linear behind its heads gives with these weights, `[calls * tokens, hidden]`."""
+    def draw(self, generator: torch.Generator) -> None:
+        """Draws its weights, with which scores are of the size of one where inputs are."""
+        for rows in self.place.kinds.values():
+            weight, bias = self._matrix(rows)
+            heads, width = rows.index.shape
+            size = (heads, len(weight), width) if rows.are_read else (heads, width, weight.shape[1] + (bias is not None))
+            drawn = torch.randn(size, generator=generator, dtype=weight.dtype).to(weight.device)
+            put_heads((weight, bias), rows, drawn / math.sqrt(heads * width if rows.are_read else size[2]))
+
+    def change(self, change: Change) -> None:
+        """Changes its weights."""
+        for kind, become in change.items():
+            rows = self.place.kinds[kind]
+            put_heads(self._matrix(rows), rows, become(read_heads(self._model, rows)))
+
+    def _matrix(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+        return matrix_of(self._model.get_submodule(rows.linear))
+
+    def __call__(self) -> Tensor:
+        """Returns what the linear behind its heads gives, `[calls * tokens, hidden]`."""
         found: list[Tensor] = []
-        place = self._place
-        put({name: matrix_of(self._model.get_submodule(name)) for name in place.linears}, place, stacks)
+        place = self.place
         with ExitStack() as stack:
-            stack.enter_context(torch.autocast(stacks.k.device.type, enabled=False))
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
             stack.enter_context(_WideNumbers())
             for number, linear in enumerate(dict.fromkeys((place.q.linear, place.k.linear, place.v.linear))):
                 hook = partial(_given_noise, number)

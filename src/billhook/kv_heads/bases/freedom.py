@@ -4,14 +4,14 @@ Keys may be multiplied by A and queries by its inverse transpose, q^T A^-1 A k =
 unless a rotary embedding, a norm or a gate stands in between.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor, nn
 
-from billhook.kv_heads.bases.alone import Alone, plainly, see_calls
+from billhook.kv_heads.bases.alone import Alone, Change, plainly, see_calls
 from billhook.kv_heads.bases.stacks import Projections, Stacks
 from billhook.running.undisturbed import undisturbed
 from billhook.streaming.either import bring
@@ -90,70 +90,71 @@ def find_freedoms(model: nn.Module, places: Mapping[str, Projections]) -> dict[s
 
 
 def _freedoms(attention: Alone) -> Freedoms:
-    generator = torch.Generator().manual_seed(0)
+    generator, place, device = torch.Generator().manual_seed(0), attention.place, attention.device
     with attention.wide():
-        drawn = _drawn(attention.stacks(), generator)
-        first = attention(drawn)
+        attention.draw(generator)
+        first = attention()
 
-        def same(tried: Stacks) -> bool:
-            return bool((attention(tried) - first).double().norm() <= TOLERANCE * first.double().norm())
+        def same(there: Change, back: Change) -> bool:
+            attention.change(there)
+            given = attention()
+            attention.change(back)
+            return bool((given - first).double().norm() <= TOLERANCE * first.double().norm())
 
-        options = candidates(drawn.k.shape[1]) if same(_keys(drawn, _scales(drawn.k))) else ()
-        keys = next((free for free in options if same(_keys(drawn, _mixed(drawn.k, free, generator)))), ())
-        values = (Block(tuple(range(drawn.v.shape[1]))),)
-        mixed = same(_values(drawn, _mixed(drawn.v, values, generator)))
-        return Freedoms(keys, values if mixed else (), same(in_order(drawn, [*range(1, len(drawn.k)), 0])))
+        def passes(change: Callable[[Tensor, int], Change], matrix: Tensor) -> bool:
+            own = matrix.to(device)
+            return same(change(own, place.queries), change(torch.linalg.inv(own), place.queries))
+
+        keys, values = place.k.index.shape, (Block(tuple(range(place.v.index.shape[1]))),)
+        options = candidates(keys[1]) if passes(_keys, _scales(*keys)) else ()
+        found = next((free for free in options if passes(_keys, _mixed(*keys, free, generator))), ())
+        mixed = passes(_values, _mixed(*place.v.index.shape, values, generator))
+        order, back = [*range(1, keys[0]), 0], [keys[0] - 1, *range(keys[0] - 1)]
+        return Freedoms(found, values if mixed else (), same(_moved(order, place.queries), _moved(back, place.queries)))
 
 
 def in_order(stacks: Stacks, order: Sequence[int]) -> Stacks:
     """Returns the KV heads in another order, or some of them, with their query heads."""
-    queries = len(stacks.q) // len(stacks.k)
+    moved = _moved(order, len(stacks.q) // len(stacks.k))
+    return Stacks(**{kind: move(vars(stacks)[kind]) for kind, move in moved.items()})
+
+
+def _moved(order: Sequence[int], queries: int) -> Change:
+    """Puts KV heads in another order, or some of them, with their query heads."""
     heads = [head * queries + query for head in order for query in range(queries)]
-    return Stacks(stacks.q[heads], stacks.k[list(order)], stacks.v[list(order)], stacks.o[heads])
+    return {kind: itemgetter(own) for kind, own in (("q", heads), ("k", list(order)), ("v", list(order)), ("o", heads))}
 
 
-def _drawn(stacks: Stacks, generator: torch.Generator) -> Stacks:
-    """Draws projections of the same sizes, with which scores are of the size of one where inputs are."""
-
-    def draw(stack: Tensor, width: int) -> Tensor:
-        return torch.randn(stack.shape, generator=generator, dtype=stack.dtype).to(stack.device) / math.sqrt(width)
-
-    q, k, v = (draw(stack, stack.shape[2]) for stack in (stacks.q, stacks.k, stacks.v))
-    return Stacks(q, k, v, draw(stacks.o, len(stacks.o) * stacks.o.shape[2]))
-
-
-def _mixed(stack: Tensor, freedom: Freedom, generator: torch.Generator) -> Tensor:
+def _mixed(count: int, width: int, freedom: Freedom, generator: torch.Generator) -> Tensor:
     """Draws for each head a matrix that mixes its blocks' numbers, `[heads, width, width]`: not orthogonal, well conditioned."""
-    count, width = stack.shape[:2]
-    matrix = torch.eye(width, dtype=stack.dtype).repeat(count, 1, 1)
+    matrix = torch.eye(width, dtype=torch.float64).repeat(count, 1, 1)
     for head in torch.split(matrix, 1):
         for block in freedom:
-            block.put(head, _matrix(block, stack.dtype, generator))
-    return matrix.to(stack.device)
+            block.put(head, _matrix(block, generator))
+    return matrix
 
 
-def _matrix(block: Block, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def _matrix(block: Block, generator: torch.Generator) -> Tensor:
     if block.imaginary:
-        angle, size = torch.rand(2, generator=generator, dtype=dtype) + 0.3
+        angle, size = torch.rand(2, generator=generator, dtype=torch.float64) + 0.3
         return torch.complex(size * torch.cos(3 * angle), size * torch.sin(3 * angle))
     count = len(block.real)
-    square: Tensor = torch.linalg.qr(torch.randn(count, count, generator=generator, dtype=dtype)).Q
-    return square * (0.5 + torch.rand(count, generator=generator, dtype=dtype))
+    square: Tensor = torch.linalg.qr(torch.randn(count, count, generator=generator, dtype=torch.float64)).Q
+    return square * (0.5 + torch.rand(count, generator=generator, dtype=torch.float64))
 
 
-def _scales(stack: Tensor) -> Tensor:
+def _scales(count: int, width: int) -> Tensor:
     """Returns another factor for each head: what no norm over all heads lets pass."""
-    sizes = torch.linspace(0.5, 2, len(stack), dtype=stack.dtype, device=stack.device)
-    return sizes[:, None, None] * torch.eye(stack.shape[1], dtype=stack.dtype, device=stack.device)
+    return torch.linspace(0.5, 2, count, dtype=torch.float64)[:, None, None] * torch.eye(width, dtype=torch.float64)
 
 
-def _keys(stacks: Stacks, matrix: Tensor) -> Stacks:
+def _keys(matrix: Tensor, queries: int) -> Change:
     """Keys times a matrix, queries times the transpose of its inverse."""
-    inverse = torch.linalg.inv(matrix).transpose(1, 2).repeat_interleave(len(stacks.q) // len(stacks.k), 0)
-    return replace(stacks, k=matrix @ stacks.k, q=inverse @ stacks.q)
+    inverse = torch.linalg.inv(matrix).transpose(1, 2).repeat_interleave(queries, 0)
+    return {"k": lambda k: matrix @ k, "q": lambda q: inverse @ q}
 
 
-def _values(stacks: Stacks, matrix: Tensor) -> Stacks:
+def _values(matrix: Tensor, queries: int) -> Change:
     """Values times a matrix, output columns times its inverse."""
-    inverse = torch.linalg.inv(matrix).repeat_interleave(len(stacks.q) // len(stacks.k), 0)
-    return replace(stacks, v=matrix @ stacks.v, o=stacks.o @ inverse)
+    inverse = torch.linalg.inv(matrix).repeat_interleave(queries, 0)
+    return {"v": lambda v: matrix @ v, "o": lambda o: o @ inverse}

@@ -21,10 +21,14 @@ from billhook.units.units import Per, Units
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Where the heads of one kind lie: the linear that makes or reads them, and their positions in it, `[heads, width]`."""
+    """Where the heads of one kind lie: the linear that makes them, or by which they `are_read`, and their positions in it.
+
+    Positions are `[heads, width]`.
+    """
 
     linear: str
     index: Indices
+    are_read: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +42,14 @@ class Projections:
     o: Rows
 
     @property
+    def kinds(self) -> dict[str, Rows]:
+        """Queries, keys, values and outputs, as in `Stacks`."""
+        return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
+
+    @property
     def linears(self) -> list[str]:
         """The linears that make and read the heads, once each."""
-        return list(dict.fromkeys(rows.linear for rows in (self.q, self.k, self.v, self.o)))
+        return list(dict.fromkeys(rows.linear for rows in self.kinds.values()))
 
     @property
     def kv_heads(self) -> int:
@@ -84,9 +93,16 @@ def find_projections(model: nn.Module, structure: Structure, names: Container[st
 
 def read(model: nn.Module, place: Projections) -> Stacks:
     """Returns the weights of an attention as stacks of heads."""
-    q, k, v = (_augmented(model, rows)[rows.index] for rows in (place.q, place.k, place.v))
-    o = matrix_of(model.get_submodule(place.o.linear))[0].double()
-    return Stacks(q, k, v, o[:, place.o.index].transpose(0, 1))
+    return Stacks(**{kind: read_heads(model, rows) for kind, rows in place.kinds.items()})
+
+
+def read_heads(model: nn.Module, rows: Rows) -> Tensor:
+    """Returns a copy of the weights of heads of one kind, a stack of `Stacks`."""
+    weight, bias = matrix_of(model.get_submodule(rows.linear))
+    if rows.are_read:
+        return weight[:, rows.index].double().transpose(0, 1)
+    own = weight[rows.index].double()
+    return own if bias is None else torch.cat([own, bias[rows.index].double()[..., None]], -1)
 
 
 def written(model: nn.Module, place: Projections, stacks: Stacks) -> dict[str, dict[str, Tensor]]:
@@ -98,13 +114,19 @@ def written(model: nn.Module, place: Projections, stacks: Stacks) -> dict[str, d
 
 def put(linears: Mapping[str, tuple[Tensor, Tensor | None]], place: Projections, stacks: Stacks) -> None:
     """Writes stacks of heads into the weights, `[out_features, in_features]`, and the biases of an attention's linears."""
-    for rows, stack in ((place.q, stacks.q), (place.k, stacks.k), (place.v, stacks.v)):
-        weight, bias = linears[rows.linear]
-        weight[rows.index] = stack[..., : weight.shape[1]].to(weight.dtype)
-        if bias is not None:
-            bias[rows.index] = stack[..., -1].to(bias.dtype)
-    weight, _ = linears[place.o.linear]
-    weight[:, place.o.index] = stacks.o.transpose(0, 1).to(weight.dtype)
+    for kind, rows in place.kinds.items():
+        put_heads(linears[rows.linear], rows, vars(stacks)[kind])
+
+
+def put_heads(linear: tuple[Tensor, Tensor | None], rows: Rows, stack: Tensor) -> None:
+    """Writes a stack of heads into the weight, `[out_features, in_features]`, and the bias of the linear where they lie."""
+    weight, bias = linear
+    if rows.are_read:
+        weight[:, rows.index] = stack.transpose(0, 1).to(weight.dtype)
+        return
+    weight[rows.index] = stack[..., : weight.shape[1]].to(weight.dtype)
+    if bias is not None:
+        bias[rows.index] = stack[..., -1].to(bias.dtype)
 
 
 def _projections(model: nn.Module, units: Units, attention: Attention) -> Projections:
@@ -114,7 +136,7 @@ def _projections(model: nn.Module, units: Units, attention: Attention) -> Projec
         raise ValueError(f"{units.name}: its heads are read by {len(units.readers)} modules, not by one linear")
     counted: tuple[Per, ...] = ("head", "kv_head", "kv_head")
     q, k, v = (_rows(model, units, part, per) for part, per in zip(parts, counted, strict=True))
-    o = Rows(units.readers[0], _split(units.index, units.count(), units.name))
+    o = Rows(units.readers[0], _split(units.index, units.count(), units.name), are_read=True)
     for rows in (q, k, v, o):
         if not isinstance(model.get_submodule(rows.linear), nn.Linear | Conv1D):
             raise ValueError(f"{rows.linear} is a {type(model.get_submodule(rows.linear)).__name__}, not an nn.Linear or Conv1D")
@@ -152,11 +174,6 @@ def _split(number: Indices, count: int, what: str) -> Indices:
     if len({len(positions) for positions in own}) != 1 or not len(own[0]):
         raise ValueError(f"{what}: its {count} heads are not of one width")
     return np.stack(own)
-
-
-def _augmented(model: nn.Module, rows: Rows) -> Tensor:
-    weight, bias = matrix_of(model.get_submodule(rows.linear))
-    return weight.double() if bias is None else torch.cat([weight.double(), bias.double()[:, None]], 1)
 
 
 def _copy(model: nn.Module, linear: str) -> tuple[Tensor, Tensor | None]:

@@ -90,7 +90,9 @@ class OwedMoments:
 
     @classmethod
     def merged(cls, parts: Sequence["OwedMoments"]) -> "OwedMoments":
-        """Returns the moments of all parts."""
+        """Returns the moments of all parts; of one, those themselves."""
+        if len(parts) == 1:
+            return parts[0]
         rows, columns = parts[0].owed_products.shape
         every = cls(rows, columns, parts[0].tokens.device)
         for sums, *own in zip(every.tensors(), *(part.tensors() for part in parts), strict=True):
@@ -105,12 +107,12 @@ class OwedMoments:
 
     def about(self, centre: tuple[Tensor, Tensor] | None = None) -> "SecondMoments":
         """Computes the means of (x - c) (x - c)^T, (d - e) (x - c)^T and |d - e|^2 about a centre (c, e), zero if None."""
-        every = (self.products.full(), self.owed_products, self.owed_squares.sum())
-        inputs, owed, squares = (sums / self.tokens for sums in every)
+        inputs, owed = self.products.full().div_(self.tokens), self.owed_products / self.tokens
+        squares = self.owed_squares.sum() / self.tokens
         if centre is not None:
             (c, e), (x, d) = centre, self.centre
-            inputs = inputs - torch.outer(x, c) - torch.outer(c, x) + torch.outer(c, c)
-            owed = owed - torch.outer(d, c) - torch.outer(e, x) + torch.outer(e, c)
+            inputs.addr_(x, c, alpha=-1).addr_(c, x, alpha=-1).addr_(c, c)
+            owed.addr_(d, c, alpha=-1).addr_(e, x, alpha=-1).addr_(e, c)
             squares = squares - 2 * e @ d + e @ e
         return SecondMoments(inputs, owed, squares)
 

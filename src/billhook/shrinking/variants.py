@@ -7,6 +7,7 @@ together. All come from the second moments of what the linears read in the dense
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -73,15 +74,21 @@ def fill_library(
         own = {name: units[name] for place in some for name in place.names}
         moments = _moments(model, own, runs, parts)
         for place in some:
+            at = {kept: keeping(place, units, gone(place, kept)) for kept in (_middle(place), *missing[place.name])}
             readers = {name: Reader(model, name, moments.pop(name), held_out) for name in _linears(place, units)}
-            middle = place.levels()[len(place.levels()) // 2]
-            for name, keep in keeping(place, units, gone(place, middle)).items():
+            for name, keep in at[_middle(place)].items():
                 readers[name].choose(keep, how.ridges if repair else ())
             for kept in missing[place.name]:
-                masks = keeping(place, units, gone(place, kept))
-                new = {name: readers[name].refitted(keep) for name, keep in masks.items()}
-                library.add(place.name, kept, _error(readers, masks), new)
+                new = {name: readers[name].refitted(keep) for name, keep in at[kept].items()}
+                library.add(place.name, kept, _error(readers, at[kept]), new)
+                del new
+            del readers  # before those of the next place are there
             done()
+
+
+def _middle(place: Place) -> int:
+    """Returns the level that ridges are chosen at."""
+    return place.levels()[len(place.levels()) // 2]
 
 
 def check_enough(search: Search, places: Sequence[Place], batches: Sequence[Any]) -> None:
@@ -125,10 +132,10 @@ class Reader:
         self.model, self.linear, self._ridge = model, model.get_submodule(name), math.inf
         self._has_bias = self._matrix()[1] is not None
         folds = [(OwedMoments.merged(fit), other) for fit, other in folds_of(parts, held_out)]
-        centres = [self._centre(fit) for fit, _ in folds]
-        self._folds = [(fit.about(c), other.about(c)) for (fit, other), c in zip(folds, centres, strict=True)]
+        seen = cache(self._seen)
+        self._folds = [(seen(fit, self._of(fit)), seen(other, self._of(fit))) for fit, other in folds]
         every = OwedMoments.merged(parts)
-        self._mean, self._every = every.centre[0], every.about(self._centre(every))
+        self._mean, self._every = every.centre[0], seen(every, self._of(every))
         self.whole = sum(other.error(self._matrix()[0].double()) for _, other in self._folds)
 
     def choose(self, keep: Tensor, ridges: Sequence[float]) -> None:
@@ -148,8 +155,13 @@ class Reader:
             bias = bias.double() + (weight.double() - new) @ self._mean
         return as_it_lies(self.linear, new, bias)
 
-    def _centre(self, moments: OwedMoments) -> tuple[Tensor, Tensor] | None:
-        return moments.centre if self._has_bias else None
+    def _of(self, moments: OwedMoments) -> OwedMoments | None:
+        """Returns what is fitted to, where that decides the centre: without a bias a part is seen alike in all folds."""
+        return moments if self._has_bias else None
+
+    @staticmethod
+    def _seen(moments: OwedMoments, centred: OwedMoments | None) -> SecondMoments:
+        return moments.about(None if centred is None else centred.centre)
 
     def _matrix(self) -> tuple[Tensor, Tensor | None]:
         """Returns the weight and the bias, once the linear's block is there."""

@@ -102,15 +102,15 @@ def _freedoms(attention: Alone) -> Freedoms:
             return bool((given - first).double().norm() <= TOLERANCE * first.double().norm())
 
         def passes(change: Callable[[Tensor, int], Change], matrix: Tensor) -> bool:
-            own = matrix.to(device)
-            return same(change(own, place.queries), change(torch.linalg.inv(own), place.queries))
+            there = matrix.to(device)
+            return same(change(there, place.queries), change(torch.linalg.inv(there), place.queries))
 
-        keys, values = place.k.index.shape, (Block(tuple(range(place.v.index.shape[1]))),)
-        options = candidates(keys[1]) if passes(_keys, _scales(*keys)) else ()
-        found = next((free for free in options if passes(_keys, _mixed(*keys, free, generator))), ())
-        mixed = passes(_values, _mixed(*place.v.index.shape, values, generator))
-        order, back = [*range(1, keys[0]), 0], [keys[0] - 1, *range(keys[0] - 1)]
-        return Freedoms(found, values if mixed else (), same(_moved(order, place.queries), _moved(back, place.queries)))
+        (count, width), (_, own) = place.k.index.shape, place.v.index.shape
+        options, values = candidates(width) if passes(_keys, _scales(count, width)) else (), (Block(tuple(range(own))),)
+        keys = next((free for free in options if passes(_keys, _mixed(count, width, free, generator))), ())
+        mixed = passes(_values, _mixed(count, own, values, generator))
+        order, back = [*range(1, count), 0], [count - 1, *range(count - 1)]
+        return Freedoms(keys, values if mixed else (), same(_moved(order, place.queries), _moved(back, place.queries)))
 
 
 def in_order(stacks: Stacks, order: Sequence[int]) -> Stacks:

@@ -124,14 +124,15 @@ class OwedMoments:
             shift: b, what is added to the bias, `[outputs]`; zero if None.
             rows: The outputs; all by default, as those of mixtures are not apart.
         """
-        x, d = self.centre
-        error, given = self.owed_squares[rows].sum(), d[rows]
+        error = self.owed_squares[rows].sum()
         if more is not None:
             error += self.products.form(more) - 2 * more.flatten().dot(self.owed_products[rows].flatten())
             let_go(self.owed_products)
-            given = given - more @ x
-        error = error / self.tokens
-        return float(error if shift is None else error + shift @ (shift - 2 * given))
+        error /= self.tokens
+        if shift is not None:
+            x, d = self.centre
+            error += shift @ (shift - 2 * (d[rows] if more is None else d[rows] - more @ x))
+        return float(error)
 
 
 class SecondMoments(NamedTuple):

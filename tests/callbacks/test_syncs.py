@@ -15,6 +15,8 @@ CALLBACKS = {
     "held masks": (lambda folder: bh.WeightPruning(sparsity=0.5, at=1, **FEW), [1]),
     "KV heads": (lambda folder: bh.KVHeadConversion(2, at=3, measure_batches=0), [3]),
     "KV heads by layer": (lambda folder: bh.KVHeadConversion(2, at=RISING, measure_batches=0), [2, 4]),
+    "KV heads that move": (lambda folder: bh.KVHeadConversion(2, at=5, over=3, measure_batches=0), [2, 5]),
+    "masked heads": (lambda folder: bh.HeadPruning(0.5, at=1, remove="never", **FEW), [1]),
     "structure": (lambda folder: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **FEW), [2]),
     "depth": (lambda folder: bh.DepthPruning(1, at=2, **FEW), [2]),
     "report": (lambda folder: bh.Report(), []),
@@ -42,3 +44,24 @@ def test_a_step_waits_for_nothing(tmp_path, plain, name):
     assert len(counted) == STEPS - 1
     for number, (now, before) in enumerate(zip(counted, plain, strict=True), start=1):
         assert number in events or not now - before, f"step {number}"
+
+
+class Asked(bh.KVHeadConversion):
+    """Notes the steps after which the model's shape is asked whether a stage is done."""
+
+    def __init__(self, **options):
+        self.looks = []
+        super().__init__(2, measure_batches=0, **options)
+
+    def is_done(self, model, stage):
+        self.looks.append(model.trainer.global_step)
+        return super().is_done(model, stage)
+
+
+@pytest.mark.parametrize(("options", "last"), [({"at": 2}, 3), ({"at": RISING}, 5), ({"at": 4, "over": 3}, 5)])
+def test_what_is_done_is_remembered(tmp_path, options, last):
+    """The shape is asked for at events and once after, not for the rest of training."""
+    callback = Asked(**options)
+    steps(tmp_path, [callback])
+    assert max(callback.looks) == last
+    assert len(callback.looks) <= 9

@@ -37,7 +37,8 @@ class Syncs(TorchDispatchMode):
     """Counts host syncs within, by the line of billhook that asks for each (`places`), or the test's where none does.
 
     A read scalar, `nonzero`, `equal`, an index by bool and the like are syncs; so are `tensor.cpu()`, `tensor.to("cpu")` and
-    `tensor.tolist()`, which on a CPU copy nothing. The first argument may be code to leave out, by its path in billhook.
+    `tensor.tolist()`, which on a CPU copy nothing. With `uploads`, so is a tensor that is made of numbers of Python or NumPy,
+    as `torch.tensor(numbers, device="cuda")` waits too. Not every such tensor goes to a device, but a step should make none.
 
     >>> with Syncs() as syncs:
     ...     _ = torch.ones(3).sum().item()
@@ -45,26 +46,31 @@ class Syncs(TorchDispatchMode):
     1
     """
 
-    def __init__(self, *but):
+    def __init__(self, uploads=False):
         super().__init__()
-        self.places, self._but, self._calls = Counter(), but, _Calls(self)
+        self.places, self.uploads, self._calls, self._from_numpy = Counter(), uploads, _Calls(self), torch.from_numpy
 
     @property
     def total(self):
         return self.places.total()
 
     def note(self):
-        place = _place()
-        if not place.startswith(tuple(self._but) or ("\0",)):
-            self.places[place] += 1
+        self.places[_place()] += 1
 
     def __enter__(self):
+        if self.uploads:
+            torch.from_numpy = self._made
         self._calls.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
         self._calls.__exit__(*error)
+        torch.from_numpy = self._from_numpy
+
+    def _made(self, array):
+        self.note()
+        return self._from_numpy(array)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         packet = operation.overloadpacket
@@ -84,8 +90,10 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         copied = function is Tensor.cpu or (function is Tensor.tolist and args[0].dim())
         if function is Tensor.to:
-            copied = any(isinstance(one, str | torch.device) and str(one) == "cpu" for one in (*args[1:], *kwargs.values()))
+            copied = "cpu" in [one for one in (*args[1:], *kwargs.values()) if isinstance(one, str)]
         if copied and not args[0].is_meta:
+            self._syncs.note()
+        if self._syncs.uploads and function in (torch.tensor, torch.as_tensor):
             self._syncs.note()
         return function(*args, **kwargs)
 
@@ -117,7 +125,7 @@ class _Steps(pl.Callback):
 @contextmanager
 def steps_counted(run):
     """Counts the syncs of a fit; gives a list of `Counter`s, one for each step but the last."""
-    syncs, counted = Syncs(), []
+    syncs, counted = Syncs(uploads=True), []
     steps = _Steps(syncs)
     run.callbacks.insert(0, steps)
     with syncs:

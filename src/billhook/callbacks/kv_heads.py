@@ -152,7 +152,7 @@ class KVHeadConversion(StageCallback):
         if moving and step > self._moving.moved:
             stage, stride = moving[0], max(1, step - after) if after >= 0 else 1
             if not self._moving.fits(pl_module):
-                self._moving.path = None if self.is_done(pl_module, stage) else self._plan(pl_module, stage)
+                self._moving.path = None if self.finished(pl_module, stage) else self._plan(pl_module, stage)
             share = min(1.0, stride / (self._stages[stage].step - step))
             self._moving.move(trainer, pl_module, self.preparation, stage, share)
 

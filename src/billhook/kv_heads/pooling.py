@@ -1,7 +1,7 @@
 """Heads are pooled, at once with the state that optimizers keep of them, or step by step while a model trains."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -49,6 +49,9 @@ class Pooled:
 
     dim: int
     index: tuple[int, ...]
+    _placed: dict[torch.device, tuple[list[tuple[Tensor, list[Tensor]]], Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @cached_property
     def counts(self) -> Indices:
@@ -65,6 +68,13 @@ class Pooled:
             found.append((new, order[starts[new] + np.arange(count)[:, None]]))
         return found
 
+    def _on(self, device: torch.device) -> tuple[list[tuple[Tensor, list[Tensor]]], Tensor]:
+        """Returns the groups and the index on a device, where they stay: heads that move are pooled at every step."""
+        if device not in self._placed:
+            groups = [(torch.from_numpy(new).to(device), list(torch.from_numpy(old).to(device))) for new, old in self.groups]
+            self._placed[device] = groups, torch.tensor(self.index, device=device)
+        return self._placed[device]
+
     def size(self, old: Sequence[int]) -> tuple[int, ...]:
         """Returns the new size of a tensor."""
         return (*old[: self.dim], len(self.counts), *old[self.dim + 1 :])
@@ -78,15 +88,15 @@ class Pooled:
     def pool(self, tensor: Tensor, how: Pool = mean) -> Tensor:
         """Returns the new tensor, in which the old positions of every new one are pooled where there are several."""
         new = tensor.new_empty(self.size(tensor.shape))
-        for then, old in self.groups:
-            heads = [tensor.index_select(self.dim, torch.from_numpy(own).to(tensor.device)) for own in old]
+        for then, old in self._on(tensor.device)[0]:
+            heads = [tensor.index_select(self.dim, own) for own in old]
             one = how(heads) if len(heads) > 1 else heads[0]
-            new.index_copy_(self.dim, torch.from_numpy(then).to(tensor.device), one.to(tensor.dtype))
+            new.index_copy_(self.dim, then, one.to(tensor.dtype))
         return new
 
     def spread(self, tensor: Tensor) -> Tensor:
         """Returns a new tensor at the old positions: what was pooled, repeated."""
-        return tensor.index_select(self.dim, torch.tensor(self.index, device=tensor.device))
+        return tensor.index_select(self.dim, self._on(tensor.device)[1])
 
 
 Shrunk = tuple[dict[str, Pooled], Shape]

@@ -139,6 +139,8 @@ class Moving:
         """Returns whether the model still has the heads that `path` is of."""
         if self.path is None:
             return False
-        sizes = {name: parameter.shape for name, parameter in find_transformer(pl_module).named_parameters()}
-        held = self.path.parameters.items()
-        return all(name in sizes and sizes[name][pooled.dim] == len(pooled.index) for name, pooled in held)
+        model, pooled = find_transformer(pl_module), self.path.parameters
+        try:
+            return all(model.get_parameter(name).shape[one.dim] == len(one.index) for name, one in pooled.items())
+        except AttributeError:  # of a block that is gone
+            return False

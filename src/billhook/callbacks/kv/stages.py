@@ -107,6 +107,7 @@ class StageCallback(ShapeCallback):
             check_at(moment)
         self.heads, self.at, self.over, self.moves = heads, list(at), over, bool(over)
         self._stages: list[Stage] = []
+        self._finished: set[int] = set()  # stages that the model's shape has shown since the fit began; heads only get fewer
         super().__init__(calibration, measure_batches)
 
     @abstractmethod
@@ -180,6 +181,7 @@ class StageCallback(ShapeCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Carries out what is due before the first step (after a resume: what the checkpoint had not yet)."""
+        self._finished = set()  # what has been loaded may have another shape
         if any(stage.step == -1 and not self.is_done(pl_module, number) for number, stage in enumerate(self._stages)):
             self.events = []  # a checkpoint of a run without this callback undid the stage at the start
         super().on_train_start(trainer, pl_module)
@@ -187,14 +189,20 @@ class StageCallback(ShapeCallback):
     def due(self, model: nn.Module, step: int) -> list[int]:
         """Returns the stages that have come and are not done, by their number, in the order of their steps."""
         stages = sorted(enumerate(self._stages), key=lambda pair: pair[1].step)
-        return [number for number, stage in stages if stage.step <= step and not self.is_done(model, number)]
+        return [number for number, stage in stages if stage.step <= step and not self.finished(model, number)]
+
+    def finished(self, model: nn.Module, stage: int) -> bool:
+        """Returns whether a stage is done; it is not asked of the model's shape again once it is."""
+        if stage not in self._finished and self.is_done(model, stage):
+            self._finished.add(stage)
+        return stage in self._finished
 
     def late(self, model: nn.Module, step: int) -> list[int]:
         """Returns the steps of the stages that are still to come."""
         stages = enumerate(self._stages)
-        return [stage.step for number, stage in stages if stage.step > step and not self.is_done(model, number)]
+        return [stage.step for number, stage in stages if stage.step > step and not self.finished(model, number)]
 
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
         """Carries out a stage, unless one before it at the same step did."""
-        if not self.is_done(pl_module, moment):
+        if not self.finished(pl_module, moment):
             self.happen(trainer, pl_module, partial(self.change, pl_module, moment))

@@ -54,6 +54,38 @@ def test_calibration_on_a_glob(folder):
     assert list(bh.Calibration([f"{folder}/*.jsonl", "notes.txt"]).named) == [f"{folder}/*.jsonl", "notes"]
 
 
+def test_files_of_one_split_are_all_named():
+    several = {"train": ["texts/a.jsonl", "b.jsonl"], "test": "c.jsonl"}
+    assert list(bh.Calibration([several, "notes.txt"]).named) == ["a + b", "notes"]
+    assert list(bh.Calibration({"train": [f"{number}.txt" for number in range(9)]}).named) == ["0 + 1 + 2 + 6 more"]
+
+
+def test_files_that_are_not_utf8_are_named(folder):
+    (folder / "latin.txt").write_bytes("schön\n".encode("latin-1"))
+    (folder / "utf8.txt").write_text("schön\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"data: the file '\S+latin.txt' is not encoded as UTF-8: save it as UTF-8$"):
+        load_splits({"train": [f"{folder}/utf8.txt", f"{folder}/latin.txt"]})
+
+
+def test_rows_without_text_are_counted_and_told(folder):
+    texts = [" ".join(["word"] * 40), None, "", " \n", " ".join(["text"] * 40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    told = "data: 3 of 5 rows of the split 'train' have no text in the column 'text' and are left out"
+    with pytest.warns(UserWarning, match=told):
+        bh.Calibration(f"{folder}/rows.jsonl", tokens=16, length=8, tokenizer="tiny").read(bh.load("tiny"))
+    data = bh.TextDataModule(f"{folder}/rows.jsonl", tokenizer="tiny", block_size=8, validation=0)
+    with pytest.warns(UserWarning, match=told):
+        data.setup("fit")
+
+
+def test_chats_and_answers_without_text_are_counted_and_told(folder):
+    rows = [{"prompt": "Why?", "response": "So."}, {"prompt": None, "response": "So."}, {"prompt": "Why?", "response": ""}]
+    rows += [{"prompt": "", "response": "So."}]  # the prompt is empty, and the response is learnt
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 9))
+    with pytest.warns(UserWarning, match="18 of 36 rows of the split 'train' have no text in the column 'prompt' or 'response'"):
+        bh.TextDataModule(f"{folder}/answers.jsonl", tokenizer="tiny", block_size=8, validation=0).setup("fit")
+
+
 ROWS = datasets.Dataset.from_dict({"text": ["one", "two"]})
 
 

@@ -318,7 +318,7 @@ def test_files_that_are_refused(tmp_path, monkeypatch, data, message, streaming)
 @pytest.mark.filterwarnings("ignore:unclosed file")
 def test_files_without_rows_or_unreadable(tmp_path, name, content, streaming):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match="or hold no rows|it has no rows"):
+    with pytest.raises(ValueError, match="or hold no rows|it has no rows|is not encoded as UTF-8"):
         check_columns(load_splits({"train": str(tmp_path / name)}, streaming)["train"], "train", "text")
 
 

@@ -283,3 +283,8 @@ def test_tasks_go_to_lm_eval(tmp_path, cut, capsys, monkeypatch):
     assert record["models"][0]["figures"][1] == {
         "of": "one", "measure": "exact_match (strict)", "value": 5.0, "error": None, "difference": 0.0, "difference_error": None
     }  # fmt: skip
+
+
+def test_the_embedded_text(capsys):
+    main(["evaluate", "tiny", "--text", "tiny", "--examples", "1", "--length", "32"])
+    assert "perplexity" in capsys.readouterr().out

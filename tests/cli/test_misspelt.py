@@ -1,7 +1,10 @@
 """What is said where a class is named that there is not."""
 
 import pytest
+from lightning.pytorch.cli import LightningCLI
 
+import billhook as bh
+from billhook.cli.fitting import ArgumentParser
 from billhook.cli.main import main
 from kit.cli import pytestmark as quiet
 
@@ -38,3 +41,21 @@ def test_a_class_within_a_config(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config", "recipe:base", "--config", "own.yaml"])
     assert "There is no class 'Wandaa'. Did you mean 'Wanda'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["fit", "--trainer.callbacks+=HeadPrunning"], "There is no class 'HeadPrunning'. Did you mean 'HeadPruning'? There are: "),
+        (["fit", "--trainer.max_stepps=1"], "lightning.pytorch.Trainer has no 'max_stepps'. Did you mean 'max_steps'?"),
+        (["fti"], "there is no command 'fti'. Did you mean 'fit'? `mine.py --help` says what each does.\nThere are: fit, "),
+    ],
+)
+def test_a_users_own_cli_suggests_names_too(words, told, capsys):
+    with pytest.raises(SystemExit, match="2"), pytest.warns(UserWarning, match="args parameter"):
+        LightningCLI(
+            bh.TransformerModule, bh.TextDataModule, parser_class=ArgumentParser, parser_kwargs={"prog": "mine.py"}, args=words
+        )
+    said = capsys.readouterr().err
+    assert told in said
+    assert "serve-check" not in said

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from billhook.arguments import annotated, fraction, number, whole
-from billhook.calibration.conversations import columns_of
+from billhook.calibration.conversations import columns_of, warn_of_rows_without_text
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, generated, row_length
 from billhook.calibration.reading import OBJECTS, Table, load_splits, runs_on
@@ -148,7 +148,10 @@ class Calibration:
         return torch.tensor(blocks[drawn]["input_ids"])
 
     def _blocks(self, rows: Any, split: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401 - of `datasets`
-        how = {"block_size": length, "columns": columns_of(rows, split, self.column), "documents": not runs_on(rows)}
+        columns, documents = columns_of(rows, split, self.column), not runs_on(rows)
+        if documents:  # blank lines of a .txt file are part of its text
+            warn_of_rows_without_text(rows, split, columns)
+        how = {"block_size": length, "columns": columns, "documents": documents}
         return map_rows(rows, pack, split, tokenizer, **how)
 
 

@@ -1,11 +1,14 @@
 """Turns a row of data into token ids, and marks those that a model learns of it: text, a chat, or a prompt and its response."""
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
+import pyarrow
+import pyarrow.compute
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +19,8 @@ ANSWERED = (("prompt", "response"), ("prompt", "completion"))
 """Columns of prompts and what follows them."""
 CHARACTERS = 2**18
 """How many characters of texts are encoded at once, if a text is not longer."""
+ROWS_AT_ONCE = 10_000
+"""How many rows are read at once."""
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag by which a chat template says which part the model writes."""
 
@@ -38,6 +43,37 @@ def columns_of(rows: Rows, split: str, column: str) -> list[str]:
         f"the split '{split}' has no column '{column}'; it has {', '.join(found) or 'no rows'}, and neither chats "
         f"({' or '.join(COLUMNS)}) nor 'prompt' and 'response'"
     )
+
+
+def warn_of_rows_without_text(rows: Rows, split: str, columns: Sequence[str]) -> None:
+    """Warns if rows make no example, as they have null, or nothing but spaces to learn; rows of a stream are not counted."""
+    if not isinstance(rows, datasets.Dataset):
+        return
+    empty = 0
+    for table in rows.select_columns(list(columns)).with_format("arrow").iter(ROWS_AT_ONCE):
+        *asked, learnt = (table[column] for column in columns)
+        missing = [*(pyarrow.compute.is_null(column).to_pylist() for column in asked), _is_empty(learnt)]
+        empty += sum(any(row) for row in zip(*missing, strict=True))
+    if empty:
+        named = " or ".join(f"'{column}'" for column in columns)
+        warnings.warn(
+            f"data: {empty:,} of {len(rows):,} rows of the split '{split}' have no text in the column {named} and are left out",
+            stacklevel=2,
+        )
+
+
+def _is_empty(column: pyarrow.ChunkedArray) -> list[bool]:
+    """Tells of each value of a column whether it is null, without items or characters, or blank."""
+    kind = column.type
+    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        empty = pyarrow.compute.equal(pyarrow.compute.list_value_length(column), 0)
+    elif pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+        blank = pyarrow.compute.utf8_is_space(column)
+        empty = pyarrow.compute.or_(blank, pyarrow.compute.equal(pyarrow.compute.binary_length(column), 0))
+    else:
+        empty = pyarrow.compute.is_null(column)
+    values: list[bool] = pyarrow.compute.fill_null(empty, True).to_pylist()
+    return values
 
 
 def is_text(rows: Rows, columns: Sequence[str]) -> bool:

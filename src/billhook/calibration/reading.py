@@ -124,11 +124,31 @@ def _read(kind: str, files: Mapping[str, Sequence[str]], streaming: bool) -> dic
     try:
         return dict(datasets.load_dataset(kind, data_files=escaped, streaming=streaming, **options))
     except Exception as error:
-        raise _unreadable(f"the files {files} cannot be read as {kind}", error) from error
+        names = [name for of_split in files.values() for name in of_split]
+        if (wrong := next((name for name in names if not _is_utf8(name)), None)) is not None:
+            raise ValueError(f"data: the file '{wrong}' is not encoded as UTF-8: save it as UTF-8") from error
+        listed = ", ".join(f"'{name}'" for name in names)
+        raise _unreadable(f"{'the file' if len(names) == 1 else 'the files'} {listed} cannot be read as {kind}", error) from error
+
+
+def _is_utf8(file: str) -> bool:
+    """Tells whether a file that is text as it lies there is encoded as UTF-8."""
+    if Path(file).suffix.lower() in (*COMPRESSED, ".parquet"):
+        return True
+    try:
+        with Path(file).open(encoding="utf-8") as lines:
+            for _ in lines:
+                pass
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _unreadable(what: str, error: Exception) -> ValueError:
-    return ValueError(f"data: {what}, or hold no rows ({error.__cause__ or error or type(error).__name__})")
+    reason = str(error.__cause__ or error or type(error).__name__)
+    if "at least one example" in reason:  # what `datasets` says of a file without rows
+        reason = "no row was found"
+    return ValueError(f"data: {what}, or hold no rows ({reason})")
 
 
 def _kind(file: str) -> str | None:

@@ -11,11 +11,10 @@ from datasets.fingerprint import Hasher
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from billhook.calibration import chats, conversations
-from billhook.calibration.conversations import check_texts, encode
+from billhook.calibration.conversations import ROWS_AT_ONCE, check_texts, encode
 from billhook.calibration.reading import Rows, column_names
 from billhook.running.resident import give_back
 
-ROWS_AT_ONCE = 10_000
 NOT_LEARNT = -100
 """The label of a token that does not count in the loss."""
 

@@ -15,6 +15,8 @@ Source: TypeAlias = str | dict[str, str | list[str]]
 """`"generated"`, `"tiny"`, a file, a glob of files, a folder, a hub name, or files by split."""
 Sources: TypeAlias = Source | Table | Sequence[Source | Table]
 """One or several, in Python also objects of `datasets`."""
+SHOWN = 4
+"""How many files of one split a source is named after, at most."""
 
 
 def named(sources: Sources, taken: Collection[str] = ()) -> dict[str, Source | Table]:
@@ -57,10 +59,12 @@ def _check(source: object) -> None:
 
 
 def _of_files(source: Source) -> str:
-    """Names a source; files by split after the first one of `train`, a glob as it is written."""
+    """Names a source; files by split after those of `train`, a glob as it is written."""
     if isinstance(source, dict):
         files = source.get("train") or next(iter(source.values()), "")
-        source = files if isinstance(files, str) else files[0]
+        names = [_of_files(file) for file in ([files] if isinstance(files, str) else files)]
+        shown = names if len(names) <= SHOWN else [*names[: SHOWN - 1], f"{len(names) - SHOWN + 1} more"]
+        return " + ".join(shown)
     return Path(source).stem if Path(source).suffix and not has_magic(source) else source
 
 

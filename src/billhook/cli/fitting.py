@@ -2,19 +2,34 @@
 
 import re
 import sys
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+import billhook
 import billhook.training.captions  # so that a config may say SpeechDataModule as it says TextDataModule
 import billhook.training.speech  # noqa: F401
 from billhook.cli.misspelt import legal, no_command
 from billhook.cli.options import COMMANDS, LIGHTNING
 
 
-class _Parser(LightningArgumentParser):
-    """Parser that reports the error and what is legal, instead of the whole usage."""
+class ArgumentParser(LightningArgumentParser):
+    """A parser for any `LightningCLI` that knows billhook's classes by their short names and suggests the nearest legal name.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning.pytorch.cli import LightningCLI
+        >>> cli = partial(LightningCLI, parser_class=ArgumentParser)  # cli(MyModule, MyDataModule)
+    """
+
+    commands: Sequence[str] = LIGHTNING
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as LightningCLI passes them
+        for name in dir(billhook):  # short class names are legal for classes that are imported
+            getattr(billhook, name)
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -22,9 +37,13 @@ class _Parser(LightningArgumentParser):
         said = f"{message}\n{legal(message)}".rstrip()
         if "subcommand" in message:
             wrong = re.search(r"invalid choice: '(.*?)'", message)
-            said = no_command(wrong[1] if wrong else "", [*LIGHTNING, *COMMANDS])
+            said = no_command(wrong[1] if wrong else "", self.commands, self.prog.split()[0])
         sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {said}\n")
         self.exit(2)
+
+
+class _Parser(ArgumentParser):
+    commands = (*LIGHTNING, *COMMANDS)
 
 
 class BillhookCLI(LightningCLI):

@@ -46,15 +46,16 @@ def no_option(message: str, options: Sequence[str]) -> str:
     return "\n".join(told)
 
 
-def no_command(wrong: str, commands: Sequence[str]) -> str:
+def no_command(wrong: str, commands: Sequence[str], program: str = "billhook") -> str:
     """Names the command that there is not, with the nearest, and all that there are; or tells that one is needed.
 
     Args:
         wrong: What was given; empty if nothing was.
         commands: The names of all commands.
+        program: What the command line begins with.
     """
     said = f"there is no command '{wrong}'.{near(wrong, commands)}" if wrong else "a command is needed."
-    return f"{said} `billhook --help` says what each does.\nThere are: {', '.join(commands)}"
+    return f"{said} `{program} --help` says what each does.\nThere are: {', '.join(commands)}"
 
 
 def _classes(message: str) -> Iterator[str]:

@@ -8,7 +8,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel
 
 from billhook.arguments import annotated, fraction, whole
-from billhook.calibration.conversations import columns_of, is_text
+from billhook.calibration.conversations import columns_of, is_text, warn_of_rows_without_text
 from billhook.calibration.reading import Data, Rows, Table, check_columns, runs_on
 from billhook.calibration.rows import (
     Batch,
@@ -109,6 +109,8 @@ class TextDataModule(TokenizedModule):
         columns, documents = columns_of(rows, split, self.column), not runs_on(rows)
         if not (documents or self.packing):
             raise ValueError("packing=False: the lines of a .txt file run on, and are no examples: give it rows (.jsonl, ...)")
+        if documents:
+            warn_of_rows_without_text(rows, split, columns)
         responses = self.loss_on == "responses" and not self.mlm_probability and not is_text(rows, columns)
         arguments = {"block_size": self.block_size, "columns": columns, "documents": documents, "responses": responses}
         examples = map_rows(rows, pack if self.packing else apart, split, self.tokenizer, **arguments)

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import annotated, whole
+from billhook.assets import text_files
 from billhook.bar import Told
 from billhook.calibration.reading import Rows
 from billhook.model.config_fields import text_config
@@ -83,7 +84,7 @@ def evaluate(
 
     Args:
         model: The model; it is left as it was.
-        text: A file (.txt, .jsonl, .csv, .parquet), cut into blocks.
+        text: A file (.txt, .jsonl, .csv, .parquet), or "tiny" (the embedded text), cut into blocks.
         questions: Files of questions, JSON Lines: `{"context": "Question: ...", "choices": ["one", "two"], "label": 1}`.
         tokenizer: A name or folder; by default where the model came from.
         length: Tokens that the model reads at once; by default 2048, or as many as it reads.
@@ -129,7 +130,8 @@ def encoded(
 
 def blocks(text: str, tokenizer: str, length: int, column: str) -> Rows:
     """Cuts a text into blocks of so many tokens."""
-    given = TextDataModule({"test": text}, tokenizer, block_size=length, column=column, loss_on="all")
+    file = text_files()["validation"] if text == "tiny" else text
+    given = TextDataModule({"test": file}, tokenizer, block_size=length, column=column, loss_on="all")
     given.setup("test")
     return given.splits["test"]
 

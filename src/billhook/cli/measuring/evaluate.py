@@ -89,8 +89,8 @@ def evaluate(
             choice follows the context and a space; its log-likelihood is the sum over its tokens (acc), for acc_norm divided by
             its characters, as in lm-eval. For classifiers of images, folders of these by class, .parquet files or hub names: they
             are measured on the split `test`, or else `validation`, or the one that there is.
-        text: A file (.txt, .jsonl, .csv, .parquet) to measure perplexity on. Perplexities of models with different tokenizers
-            cannot be compared.
+        text: A file (.txt, .jsonl, .csv, .parquet) to measure perplexity on, or "tiny" (the embedded text). Perplexities of
+            models with different tokenizers cannot be compared.
         tasks: Tasks of lm-eval by name, as in `--tasks hellaswag,arc_easy`; `pip install 'billhook[eval]'` installs it. Their
             differences have no standard errors.
         limit: Questions of each file, and of each task of lm-eval: the first ones; by default all. Of images so many drawn at

@@ -38,10 +38,16 @@ class Statistics(ABC):
 
     chunk: ClassVar[tuple[int, int]]
     """How many input values are in float32 at a time: on the CPU, elsewhere."""
+    settled = False
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.in_features = in_features
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+
+    def settle(self) -> None:
+        """Checks the sums a last time: nothing is added from now on, so `check` has nothing to ask the device for."""
+        self.check()
+        self.settled = True
 
     @torch.no_grad()
     def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
@@ -81,6 +87,8 @@ class Statistics(ABC):
 
     def check(self) -> None:
         """Refuses sums to which no token was added, or of which one is NaN or infinite."""
+        if self.settled:
+            return
         if not self.tokens:
             raise ValueError("no inputs were seen: the layer did not run, or every token was padding")
         bad = (~torch.isfinite(self.squares)).nonzero()

@@ -79,11 +79,14 @@ class Criterion(ABC):
         keep = self.keep(self.score(weight, statistics), sparsity, kept)
         return where_kept(weight, keep), keep
 
-    def keep(self, scores: Tensor, sparsity: float, kept: tuple[int, int] | None) -> Tensor:
-        """Returns the keep-mask of the highest scores: N of every M, with (N, M) = `kept`, or of those that compete."""
+    def keep(self, scores: Tensor, sparsity: float, kept: tuple[int, int] | None, check: bool = True) -> Tensor:
+        """Returns the keep-mask of the highest scores: N of every M, with (N, M) = `kept`, or of those that compete.
+
+        NaN is refused, unless `check=False`, which asks the device for nothing.
+        """
         if kept is not None:
-            return keep_n_of_m(scores, *kept)
-        return keep_rows(scores, sparsity) if self.compares == "row" else keep_layer(scores, sparsity)
+            return keep_n_of_m(scores, *kept, check)
+        return keep_rows(scores, sparsity, check) if self.compares == "row" else keep_layer(scores, sparsity, check)
 
     def factored(self, statistics: Statistics, ranks: Ranks) -> Statistics:  # noqa: ARG002 - of those that divide something
         """Returns statistics with what ranks compute of them together, before one of them prunes; by default as they are.

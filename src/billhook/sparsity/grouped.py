@@ -32,6 +32,11 @@ class Grouped:
         for part, own in zip(self.parts, inputs.unbind(-2), strict=True):
             part.add(own, keep)
 
+    def settle(self) -> None:
+        """Checks the sums of all groups a last time."""
+        for part in self.parts:
+            part.settle()
+
     def tensors(self) -> list[Tensor]:
         """Returns the sums of all groups."""
         return [tensor for part in self.parts for tensor in part.tensors()]

@@ -17,8 +17,8 @@ from billhook.sparsity.allocated import sparsities_of
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.checks import check_pruning, needing, needs_data, uncalled, warn_of_others
 from billhook.sparsity.criteria import Criterion
-from billhook.sparsity.grouped import Grouped, empty_for, prune_by
-from billhook.sparsity.masks import check_amount
+from billhook.sparsity.grouped import Grouped, empty_for, prune_by, scores_of
+from billhook.sparsity.masks import check_amount, parse_pattern
 from billhook.sparsity.visitor import PruningVisitor, naming
 from billhook.sparsity.walks import Walks, runs_for
 
@@ -39,7 +39,20 @@ class Chosen:
         """Returns the keep-mask of a linear as it is now, bool, as its weight lies in memory."""
         with naming(name):
             _, keep = prune_by(criterion, weight_of(linear), self.statistics, self.sparsity, pattern)
+        if self.statistics is not None:
+            self.statistics.settle()
         return turned(linear, keep).contiguous()
+
+    def again(self, name: str, linear: nn.Module, criterion: Criterion, pattern: str) -> Tensor:
+        """Returns the mask that `keep` does, once that has checked what stays: after each step, without a host sync.
+
+        Weights that are NaN are kept, so that the loss shows them.
+        """
+        kind = type(criterion)
+        if kind.prune is not Criterion.prune or kind.keep is not Criterion.keep:  # a user's own choice may check what it likes
+            return self.keep(name, linear, criterion, pattern)
+        scores = scores_of(criterion, weight_of(linear), self.statistics)
+        return turned(linear, criterion.keep(scores, self.sparsity, parse_pattern(pattern), check=False)).contiguous()
 
     def state(self) -> dict[str, Any]:
         """Returns it as a checkpoint holds it."""

@@ -91,11 +91,13 @@ class Learned:
             for name, weight in weights.items():
                 weight.data = before[name]
 
-    def _stepped(self, *_: object) -> None:
+    def _stepped(self, optimizer: Optimizer, *_: object) -> None:
+        """Chooses the masks of the weights that an optimizer may have changed."""
+        stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
         with torch.no_grad():
             for name, linear in self._linears.items():
-                if linear.get_parameter("weight").requires_grad:
-                    self.masks[name] = self.chosen[name].keep(name, linear, self.criterion, self.pattern)
+                if id(linear.get_parameter("weight")) in stepped:
+                    self.masks[name] = self.chosen[name].again(name, linear, self.criterion, self.pattern)
 
     def _masks(self, linear: nn.Module, _: object) -> None:
         weight = linear.get_parameter("weight")

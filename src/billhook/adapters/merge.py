@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from billhook.adapters.masked import adapted_linears, fitting, on_linears
 from billhook.arguments import annotated
 from billhook.page import Shown
+from billhook.running.casts import fresh_casts
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,6 +54,7 @@ class Merged(Shown):
         return f"{what}, {shares[worst]:.1%} at most ({worst})"
 
 
+@fresh_casts()
 @torch.no_grad()
 def merge(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Merged:
     """Merges adapters into weights whose zeros stay zero: W' = (W + scale B A) * mask.

@@ -178,4 +178,4 @@ def gradient_precision(trainer: pl.Trainer) -> AbstractContextManager[object]:
     if not isinstance(plugin, MixedPrecision) or plugin.precision != "16-mixed":
         return plugin.forward_context()
     able = trainer.strategy.root_device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(plugin.device, torch.bfloat16) if able else nullcontext()
+    return torch.autocast(plugin.device, torch.bfloat16, cache_enabled=False) if able else nullcontext()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
 
 from billhook.model.config_fields import configs_of
+from billhook.running.casts import fresh_casts
 from billhook.running.sharded.shards import local, reshard, sharded_as, whole
 from billhook.running.sharded.turns import turns_of
 
@@ -126,14 +127,15 @@ def way_back(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Callable
 
 @contextmanager
 def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Puts back what stood in some tensors if an error is raised within; they are held twice for that long."""
+    """Puts back what stood in some tensors, which change within, if an error is raised; they are held twice for that long."""
     kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    try:
-        yield
-    except BaseException:
-        for tensor, values in kept:
-            tensor.data.copy_(values)
-        raise
+    with fresh_casts():
+        try:
+            yield
+        except BaseException:
+            for tensor, values in kept:
+                tensor.data.copy_(values)
+            raise
 
 
 def _prepare(model: nn.Module, name: str, change: Change, optimizers: list[Optimizer]) -> _Swap:

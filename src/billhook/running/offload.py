@@ -55,6 +55,7 @@ class _Stay:
         """Brings the block back that is there."""
         for tensor, home in self.homes.items():
             tensor.data = tensor.data.to(home)
+        torch.clear_autocast_cache()  # which holds, on the device, what was cast of the block
         self.block, self.homes = None, {}
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from billhook.running.casts import fresh_casts
+
 
 @dataclass(frozen=True)
 class Ambient:
@@ -70,7 +72,7 @@ def resting(model: nn.Module) -> Iterator[None]:
             config.use_cache = False
         model.train()  # some then forget what they have computed from parameters, as LeViT its position biases
         model.eval()
-        with torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
+        with fresh_casts(), torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in modes.items():

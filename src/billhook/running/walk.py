@@ -117,7 +117,6 @@ class Walk:
         finally:
             for run in runs:
                 run.throw()
-            torch.clear_autocast_cache()
             self._caller.restore()
         return [name for site in self.sites if site not in self.complete for name in site.linears]
 
@@ -130,7 +129,6 @@ class Walk:
                     for number in arrived:
                         self._resume(number, runs[number])
                 self.visitor.complete(here)
-                torch.clear_autocast_cache()
             self.complete.add(here)
             if last := len(self.complete) == len(self.sites):
                 arrived = arrived[: self.ends]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from billhook.arguments import annotated, fraction, number, whole
+from billhook.running.casts import fresh_casts
 from billhook.running.overridden import overridden
 from billhook.running.trees import tree_leaves, tree_map_only
 from billhook.running.walk import Given, Reduce, spare
@@ -162,7 +163,8 @@ class Tuning:
         """Returns the sum of the errors of tokens, and how many these are."""
         args, kwargs = tree_map_only(Tensor, _wide, passage.given)
         args, kwargs = tuple(map(spare, args)), {name: spare(value) for name, value in kwargs.items()}
-        given = stream_in(functional_call(self.block, self.tuned | self.others, args, kwargs))
+        with fresh_casts():  # Adam changes in place what the block may have cast, if its forward enters autocast
+            given = stream_in(functional_call(self.block, self.tuned | self.others, args, kwargs))
         assert given is not None, "it has come out before"
         goal = _wide(passage.goal)
         size = goal.square().sum(-1)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from billhook.running.casts import fresh_casts
 from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, WHOLE
 
 Part = tuple[Tensor, np.ndarray, Tensor | None]
@@ -14,6 +15,7 @@ Part = tuple[Tensor, np.ndarray, Tensor | None]
 that are kept."""
 
 
+@fresh_casts()
 @torch.no_grad()
 def put(parts: Sequence[Part]) -> None:
     """Zeroes what masks leave out of weights, and gives what they keep its new values, if there are any.

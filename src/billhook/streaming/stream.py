@@ -154,6 +154,7 @@ class Stream:
                 if own is not None:
                     part._parameters[key] = gone.setdefault(id(own), _gone(own))
         self.here = None
+        torch.clear_autocast_cache()  # which holds what was cast of the block
         if self._changed:
             self._changed = False
             self.adopt(name)

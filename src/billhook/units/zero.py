@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.model.find import find_transformer
+from billhook.running.casts import fresh_casts
 from billhook.running.sharded.shards import local, reshard, sharded_as
 from billhook.units.find import Chosen, find_units, numbered
 from billhook.units.units import Per, UnitKind, Units
@@ -19,6 +20,7 @@ def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Pe
     zero_found(subject, found, numbered(found, units, per))
 
 
+@fresh_casts()
 @torch.no_grad()
 def zero_found(model: nn.Module, found: Mapping[str, Units], units: Mapping[str, Sequence[int]]) -> None:
     """Sets the weights that read some of these units to zero, in place."""

@@ -193,10 +193,6 @@ def moved_values(model: nn.Module, place: Projections, order: Sequence[int]) -> 
 
 @contextmanager
 def instead(model: nn.Module, new: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
-    """Replaces the parameters of linears for a while; what autocast has kept of either is forgotten."""
-    torch.clear_autocast_cache()
-    try:
-        with replaced({model.get_submodule(name): own for name, own in new.items()}):
-            yield
-    finally:
-        torch.clear_autocast_cache()
+    """Replaces the parameters of linears for a while."""
+    with replaced({model.get_submodule(name): own for name, own in new.items()}):
+        yield

@@ -109,7 +109,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
     device = next((shard.device_mesh.device_type for shard in module.parameters() if isinstance(shard, DTensor)), "cpu")
     kept = {part: bare(part) for part in parts}
     try:
-        with _unhooked(module), nullcontext() if dtype is None else torch.autocast(device, dtype):
+        with _unhooked(module), nullcontext() if dtype is None else torch.autocast(device, dtype, cache_enabled=False):
             yield
     finally:
         for part, (kind, states) in kept.items():

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from billhook.model.linears import find_twins, prunable
+from billhook.running.replaced import replaced
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.learning.chosen import Chosen
 from billhook.sparsity.masks import where_kept
@@ -81,15 +82,9 @@ class Learned:
     @contextmanager
     def zeroed(self) -> Iterator[None]:
         """Makes what is left out zero in the model for a while."""
-        weights = {name: self._linears[name].get_parameter("weight") for name in self.masks}
-        before = {name: weight.data for name, weight in weights.items()}
-        try:
-            for name, weight in weights.items():
-                weight.data = where_kept(weight, self.masks[name])
+        kept = {name: where_kept(self._linears[name].get_parameter("weight").detach(), keep) for name, keep in self.masks.items()}
+        with replaced({self._linears[name]: {"weight": weight} for name, weight in kept.items()}):
             yield
-        finally:
-            for name, weight in weights.items():
-                weight.data = before[name]
 
     def _stepped(self, optimizer: Optimizer, *_: object) -> None:
         """Chooses the masks of the weights that an optimizer may have changed."""

@@ -17,20 +17,20 @@ class Ambient:
 
     gradients: bool = False
     dtype: torch.dtype = torch.float32
-    precision: str = "highest"  # of products of float32 matrices
+    precision: tuple[str, str, str] = ("highest", "ieee", "ieee")  # of products of float32 matrices; see `_precision`
     autocast: tuple[tuple[str, bool, torch.dtype | None], ...] = ()  # by kind of device, whether it is on and to which dtype
 
     @classmethod
     def now(cls) -> "Ambient":
         """Returns the state that is set now."""
         kinds = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _kinds()]
-        return cls(torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_float32_matmul_precision(), tuple(kinds))
+        return cls(torch.is_grad_enabled(), torch.get_default_dtype(), _precision(), tuple(kinds))
 
     def restore(self) -> None:
         """Sets it again."""
         torch.set_grad_enabled(self.gradients)
         torch.set_default_dtype(self.dtype)
-        torch.set_float32_matmul_precision(self.precision)
+        _set_precision(*self.precision)
         for kind, enabled, dtype in self.autocast or [(kind, False, None) for kind in _kinds()]:
             torch.set_autocast_enabled(kind, enabled)
             if dtype is not None:
@@ -40,6 +40,31 @@ class Ambient:
 def _kinds() -> set[str]:
     accelerator = torch.accelerator.current_accelerator()
     return {"cpu"} if accelerator is None else {"cpu", accelerator.type}
+
+
+def _precision() -> tuple[str, str, str]:
+    """Returns the precision of float32 products as torch's old setting says it, and as the new ones for cuda and mkldnn do.
+
+    The new ones follow the old one, but not the other way round: where they contradict it, torch refuses to read the old one.
+    One that says the same as its whole backend is `"none"`: it goes on to follow that.
+    """
+    backends: Any = torch.backends
+    cuda, mkldnn = backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
+    cuda = "none" if cuda == backends.cudnn.fp32_precision else cuda  # which is that of all of cuda
+    mkldnn = "none" if mkldnn == backends.mkldnn.fp32_precision else mkldnn
+    try:
+        return torch.get_float32_matmul_precision(), cuda, mkldnn
+    except RuntimeError:
+        backends.cuda.matmul.fp32_precision = backends.mkldnn.matmul.fp32_precision = "ieee"  # which contradicts none
+        old = torch.get_float32_matmul_precision()
+        _set_precision(old, cuda, mkldnn)
+        return old, cuda, mkldnn
+
+
+def _set_precision(old: str, cuda: str, mkldnn: str) -> None:
+    torch.set_float32_matmul_precision(old)  # which sets the others, too
+    backends: Any = torch.backends
+    backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision = cuda, mkldnn
 
 
 @contextmanager

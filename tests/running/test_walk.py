@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -173,6 +174,23 @@ def test_everything_is_as_before_after_an_exception():
     assert threading.active_count() == threads
     assert all(torch.equal(linear.weight, before[name]) for name, linear in linears.items())
     assert not any("forward" in vars(m) or m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_another_thread_calls_runs_straight():
+    """As a forward that is computed again in backward, which autograd does in a thread of its own for each GPU."""
+    model, linears, batches = case("llama")
+    called = []
+
+    class Recomputing(Halve):
+        def complete(self, site):
+            with ThreadPoolExecutor(1) as other:
+                found = other.submit(torch.no_grad()(model), **batches[0]).result()
+            called.append(torch.equal(found.logits, model(**batches[0]).logits))
+            super().complete(site)
+
+    with undisturbed(model):
+        Walk(find_sites(model, linears, "block"), Recomputing())([lambda batch=batch: model(**batch) for batch in batches])
+    assert called == [True] * 2
 
 
 def test_an_error_in_the_models_own_code_comes_out():

@@ -94,7 +94,7 @@ class Walk:
         self.again: set[Site] = set()
         self._watched: Site | None = None
         self._calls: list[str] = []
-        self._run, self._straight = 0, False
+        self._run, self._straight, self._runs = 0, False, list[greenlet]()
         self._ready: tuple[Site | None, Mapping[nn.Module, Mapping[str, Tensor]]] = (None, {})
         self._caller = Ambient.now()
 
@@ -109,7 +109,7 @@ class Walk:
         Sites that a run has come to once more, after they were complete, are in `again`: these calls were not observed.
         """
         self._main, self._caller = greenlet.getcurrent(), Ambient.now()
-        runs = [greenlet(forward) for forward in forwards]
+        self._runs = runs = [greenlet(forward) for forward in forwards]
         try:
             with self._installed():
                 self._go(runs)
@@ -175,7 +175,7 @@ class Walk:
 
     def _visit(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs a site's forward: when all are here, with the old weights, to see; when all have seen, with the new ones."""
-        if self._straight or greenlet.getcurrent() is self._main:  # a visitor runs what it likes
+        if self._is_straight():
             return forward(*args, **kwargs)
         if site in self.complete:
             self._come_again(site)
@@ -187,6 +187,10 @@ class Walk:
                 self._rest(site)
         with nullcontext() if self._run in self.untouched else self._pruned(site):
             return forward(*args, **kwargs)
+
+    def _is_straight(self) -> bool:
+        """Tells whether a call is none of a run: a visitor's, or one from another thread, as autograd's that computes again."""
+        return self._straight or greenlet.getcurrent() not in self._runs
 
     def _come_again(self, site: Site) -> None:
         self.again.add(site)
@@ -203,7 +207,7 @@ class Walk:
 
     def _come_out(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs a site's forward, rests where it ends, and runs it again, straight through, with the new weights."""
-        if self._straight or greenlet.getcurrent() is self._main:
+        if self._is_straight():
             return forward(*args, **kwargs)
         if site in self.complete:
             self._come_again(site)

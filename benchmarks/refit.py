@@ -6,6 +6,7 @@ streamed model's memory is limited. Moments are random, as time and memory do no
 """
 
 import argparse
+import os
 import time
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from billhook.repairs import least_squares
 from billhook.repairs.moments import OwedMoments
 from billhook.running.offload import Shelf
-from billhook.running.resident import let_go, resident
+from billhook.running.resident import VARIABLE, let_go, resident
 
 
 def moments(rows, columns, files):
@@ -46,6 +47,7 @@ def main():
     parser.add_argument("--columns", type=int, default=10368, help="inputs that it keeps")
     parser.add_argument("--files", help="a folder for moments to rest in; by default they are in memory")
     options = parser.parse_args()
+    os.environ[VARIABLE] = "1"
     torch.manual_seed(0)
     torch.set_num_threads(1)
     files = Shelf(options.files) if options.files else None

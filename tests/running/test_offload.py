@@ -1,6 +1,7 @@
 """Blocks on a device one at a time, activations in files: what comes out is the same, and nothing stays behind."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import billhook as bh
 from billhook.running import offload
 from billhook.running.held import held
 from billhook.running.offload import Shelf, offloaded
-from billhook.running.resident import let_go, resident
+from billhook.running.resident import VARIABLE, give_back_at_once, let_go, resident
 from billhook.running.trees import tree_leaves
 from kit.families import llama, tokens
 from kit.sparsity import batches_of, family
@@ -200,8 +201,24 @@ def test_no_such_place(arguments, match):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("switched", ["1", "0", None])
+def test_the_c_library_is_called_past_torch_only_if_that_is_asked_for(tmp_path, monkeypatch, switched):
+    called = []
+    monkeypatch.setattr(
+        "ctypes.CDLL",
+        lambda _: SimpleNamespace(mallopt=lambda *_: called.append("mallopt"), madvise=lambda *_: called.append("madvise")),
+    )
+    monkeypatch.delenv(VARIABLE, raising=False) if switched is None else monkeypatch.setenv(VARIABLE, switched)
+    shelf = Shelf(str(tmp_path))
+    give_back_at_once()
+    let_go(shelf.zeros(2**12, dtype=torch.float32))
+    shelf.close()
+    assert called == (["mallopt", "madvise"] if switched == "1" else [])
+
+
 @pytest.mark.skipif(resident() is None, reason="the system does not say what is resident")
-def test_what_rests_in_files_is_not_resident_until_it_is_read(tmp_path):
+def test_what_rests_in_files_is_not_resident_until_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "1")
     shelf, tensor = Shelf(str(tmp_path)), torch.ones(2**24)
     before = resident()
     shelf.keep(tensor)

@@ -186,8 +186,12 @@ def test_another_model_batch_or_setting_has_another_library():
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
     keys.append(key_of(model, "s", scores, batches))
+    model.config.hidden_act = "relu"
+    keys.append(key_of(model, "s", scores, batches))
+    keys.append(key_of(model, "s", scores, [{"decoder_input_ids": batch["input_ids"]} for batch in batches]))
+    keys.append(key_of(model, "s", scores, [{"input_ids": batch["input_ids"].view(1, -1)} for batch in batches]))
     assert keys[0] == keys[1]
-    assert len(set(keys)) == 5
+    assert len(set(keys)) == 8
 
 
 def test_batches_are_enough_where_a_linear_gets_as_many_tokens_as_it_reads_at_its_lowest_level():

@@ -1,6 +1,7 @@
 """Streamed work that is stopped goes on where it was; what fails says so, and changes nothing."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,62 @@ def test_other_work_begins_afresh(source, tmp_path):
     bh.prune(expected, bh.Magnitude(), sparsity=0.25)
     found = bh.load(tmp_path / "out").state_dict()
     assert all(torch.equal(found[name], one) for name, one in expected.state_dict().items())
+
+
+def other_config(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+
+
+def same_size_and_time(folder):
+    """Replaces a shard as `rsync -t` does."""
+    shard = max(folder.glob("*.safetensors"))
+    before, data = shard.stat(), shard.read_bytes()
+    shard.with_suffix(".new").write_bytes(data[:-2] + bytes([data[-2] ^ 1, data[-1]]))
+    shard.with_suffix(".new").replace(shard)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def in_rows_of_half_the_length(batches):
+    return [{"input_ids": batch["input_ids"].view(2, -1)} for batch in batches]
+
+
+def with_a_mask(batches, name):
+    return [batch | {name: torch.arange(64).lt(40)[None].long()} for batch in batches]
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "changes"),
+    [
+        ({}, {"dtype": "float32"}, None),
+        ({}, {"batches": in_rows_of_half_the_length(stopped.batches())}, None),
+        (
+            {"batches": with_a_mask(stopped.batches(), "position_ids")},
+            {"batches": with_a_mask(stopped.batches(), "attention_mask")},
+            None,
+        ),
+        ({}, {}, other_config),
+        ({}, {}, same_size_and_time),
+    ],
+    ids=["dtype", "row lengths", "name of a mask", "config.json", "a shard of equal size and time"],
+)
+def test_what_was_made_of_something_else_is_not_taken(source, tmp_path, monkeypatch, then, now, changes):
+    def work(out, dtype="auto", batches=None):
+        model = bh.stream(source, out, dtype)
+        bh.prune(model, bh.Wanda(), batches or stopped.batches(), sparsity=0.5)
+        bh.save(model, out)
+
+    written, go_on = stopped.stop_after(2, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        work(tmp_path / "out", **then)
+    go_on()
+    if changes is not None:
+        changes(source)
+    work(tmp_path / "out", **now)
+    assert written == [f"model.layers.{number}" for number in (0, 1, 0, 1, 2, 3)]
+    work(tmp_path / "straight", **now)
+    assert same(tmp_path / "out", tmp_path / "straight")
+    assert {one.dtype for one in tensors(tmp_path / "out").values()} == {bh.load(tmp_path / "out").dtype}
 
 
 def test_two_steps(source, tmp_path):

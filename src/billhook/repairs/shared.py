@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from billhook.model.plan import Weights
 from billhook.repairs.in_turn import Parameters, Refitted, Values
+from billhook.running.fingerprint import fingerprint
 from billhook.running.sharded.places import Place
 from billhook.running.sharded.shards import whole
 from billhook.running.sharded.turns import Turns
@@ -73,10 +74,7 @@ class InShards:
 
 def told(values: Mapping[str, Tensor]) -> str:
     """Returns a hash of values of parameters, by the parameter's name."""
-    found = hashlib.sha256()
-    for name in sorted(values):
-        found.update(name.encode() + values[name].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+    return fingerprint(dict(sorted(values.items())))
 
 
 def tell_weights(weights: Weights | None) -> str:

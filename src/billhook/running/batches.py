@@ -1,16 +1,17 @@
 """Batches: what a model is called with, which of the tokens count, and the loss."""
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeGuard
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from billhook.bar import Told
+from billhook.running.fingerprint import fingerprint
 from billhook.running.trees import tree_leaves, tree_map_only
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -27,6 +28,7 @@ class Run:
         examples: Returns a forward for each example alone; raises ValueError if the batch cannot be taken apart.
         lossless: Runs the model also where it gives no loss; None if `forward` does.
         source: The name of the source that the batch is of.
+        batch: What the model is given, which tells runs apart; None where a loss or a step of others runs it.
     """
 
     forward: Callable[[], Any]
@@ -34,6 +36,7 @@ class Run:
     examples: Callable[[], list[Callable[[], Tensor]]] = list
     lossless: Callable[[], Any] | None = None
     source: str = ""
+    batch: Any = None
 
     def visit(self) -> Any:  # noqa: ANN401 - whatever a model returns
         """Runs the model for what it computes inside, with a loss or without one."""
@@ -59,12 +62,8 @@ def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
 
 
 def tell_apart(runs: Iterable[Run]) -> str:
-    """Returns a hash of what a model is given in runs."""
-    found = hashlib.sha256()
-    for run in runs:
-        for leaf in tree_leaves((getattr(run.forward, "args", ()), getattr(run.forward, "keywords", {}))):
-            found.update(leaf.cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(leaf, Tensor) else b"")
-    return found.hexdigest()
+    """Returns a hash of what a model is given in runs; another one each time if that is not known of one of them."""
+    return fingerprint([(run.source, uuid4() if run.batch is None else run.batch, run.tokens) for run in runs])
 
 
 def telling(runs: Sequence[Run], told: Told) -> list[Run]:
@@ -111,9 +110,9 @@ def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
     source, batch = source_of(batch), _on_device(model, batch)
     _check_filled(batch)
     if isinstance(batch, Tensor):
-        return Run(partial(model, batch))
+        return Run(partial(model, batch), batch=batch)
     if isinstance(batch, list | tuple):
-        return Run(partial(model, *batch))
+        return Run(partial(model, *batch), batch=batch)
     if not isinstance(batch, dict):
         raise ValueError(f"batches: batch {number} is a {type(batch).__name__}, not a dictionary, a tuple or a tensor")
     config = getattr(model, "config", None)
@@ -124,7 +123,8 @@ def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
     elif config is not None:
         batch.pop("labels", None)  # no loss is asked for
     tokens = {name: mask.bool() for name, mask in masks.items() if _is_mask(mask)}
-    return Run(partial(model, **batch), {name: mask for name, mask in tokens.items() if not mask.all()}, source=source)
+    padded = {name: mask for name, mask in tokens.items() if not mask.all()}
+    return Run(partial(model, **batch), padded, source=source, batch=batch)
 
 
 def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
@@ -134,7 +134,8 @@ def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any
         _check_filled(batch)
     run, tokens = partial(loss or own_loss, model), tokens_of(model, modules, batch)
     lossless = None if loss is not None else partial(_output, model, batch)
-    return Run(partial(run, batch), tokens, lambda: [partial(run, one) for one in examples_of(batch)], lossless, source)
+    known = batch if loss is None else None
+    return Run(partial(run, batch), tokens, lambda: [partial(run, one) for one in examples_of(batch)], lossless, source, known)
 
 
 def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.model.identity import identity_of
 from billhook.repairs.in_turn import Refitted, Values
 from billhook.repairs.shared import in_shards
 from billhook.running.batches import source_of
+from billhook.running.fingerprint import fingerprint
 from billhook.running.sharded.turns import turns_of
-from billhook.running.trees import tree_leaves
 from billhook.streaming.aside import Aside, computing_with
 
-FORMAT = 2
+FORMAT = 3
 Weights = Mapping[str, Mapping[str, Tensor]]
 """New parameters, by linear and by their name in it."""
 
@@ -129,19 +129,9 @@ def zeros_of(model: PreTrainedModel, linears: Sequence[str]) -> Aside:
 
 
 def key_of(model: PreTrainedModel, settings: object, scores: Mapping[str, Tensor], batches: Sequence[Any]) -> str:
-    """Returns a name for all that decides a library: the model's weights, settings, scores and batches."""
-    found = sha256(json.dumps([FORMAT, type(model).__name__, settings], default=str).encode())
-    sources = [(str(number) + source_of(batch), batch) for number, batch in enumerate(batches)]
-    named = {**model.state_dict(), **scores}.items()
-    leaves = [(name, leaf) for name, batch in sources for leaf in tree_leaves(dict(batch) if isinstance(batch, dict) else batch)]
-    for name, value in [*named, *leaves]:
-        found.update(name.encode())
-        if isinstance(value, Tensor):
-            found.update(f"{value.dtype} {list(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            found.update(repr(value).encode())
-    return found.hexdigest()[:16]
+    """Returns a name for all that decides a library: the model and its config, settings, scores and batches."""
+    of_sources = [(source_of(batch), batch) for batch in batches]
+    return fingerprint(FORMAT, identity_of(model), settings, scores, of_sources)[:16]
 
 
 def _to_json(values: Mapping[tuple[str, int], float]) -> str:

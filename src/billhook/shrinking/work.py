@@ -152,7 +152,7 @@ class Work:
         self.scores |= query_scores(self.model, units, pairs, importance, fitted)
         runs = [run_of(self.model, own, batch) for batch in fitted]
         self.hidden.rank(importance, fitted, runs)
-        how = [str(repair), self.search.amount.round_to, *pairs.items()]
+        how = [str(repair), self.search.amount.round_to, pairs, self.hidden.order, len(fitted)]
         own_folder = folder and folder / key_of(self.model, how, self.scores, [*fitted, *held_out])
         self.library = Library(self.model, own_folder, self.blocks.writers)
         fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair, self.advance)

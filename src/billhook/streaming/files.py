@@ -50,10 +50,13 @@ class Files:
 
     @property
     def state(self) -> list[tuple[str | int, ...]]:
-        """The files that have been read, with their sizes and the times of their last changes, or the commit of a hub's."""
+        """The files that have been read, with their sizes and the times of their last changes, or the commit of a hub's.
+
+        One that is replaced by another of the same size and time, as `rsync -t` does, has another time of its status (ctime).
+        """
         if self._source.commit is not None:
             return [(self._name, self._source.commit)]
-        return [(str(path), *seen) for path, seen in self._seen.items()]
+        return [(str(path), *seen, path.stat().st_ctime_ns) for path, seen in self._seen.items()]
 
     @property
     def are_here(self) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.bar import Told
+from billhook.model.identity import identity_of
 from billhook.model.transformers_internals import (
     as_in_files,
     initialize_buffers,
@@ -178,7 +179,7 @@ class Stream:
         They are as they were before the step until they are adopted.
         """
         self._back, self._passed = self.way_back(), set()
-        return self.written.begin(f"{self._origin} {self._lost} {key}")
+        return self.written.begin(f"{self._origin} {self._lost} {identity_of(self.model)} {key}")
 
     @contextmanager
     def undone_by_errors(self) -> Iterator[None]:

@@ -46,7 +46,8 @@ class Text:
         stream: Whether the model stays in its files: blocks are read when they compute, one at a time, and written as soon as
             they have changed; stopped and called again, the command goes on where it was.
         memory: How much memory the process may take with `stream`, such as "8GiB": what blocks hand on rests in a folder next to
-            `out` if it does not fit; by default it stays in memory.
+            `out` if it does not fit; by default it stays in memory. Set BILLHOOK_RELEASE_MEMORY=1 in the environment, too, so
+            that what is no longer needed is given back at once.
 
     Raises:
         ValueError: If a number is out of range.

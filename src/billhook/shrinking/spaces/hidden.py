@@ -72,6 +72,7 @@ class Hidden:
         name: The name of the place of the residual channels.
         widths: What it could have, falling, below what it has.
         why: Why none may go; empty if some may.
+        order: The residual channels in the order in which they go, once they are ranked.
     """
 
     search: Search
@@ -79,7 +80,7 @@ class Hidden:
     name: str = ""
     widths: list[Width] = field(default_factory=list)
     why: str = ""
-    _order: list[int] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
     _energies: dict[str, Tensor] = field(default_factory=dict)
     _cuts: dict[int, Cut] = field(default_factory=dict)
     _last: tuple[int, Callable[[], None]] | None = None
@@ -98,13 +99,13 @@ class Hidden:
             scores = score(model, own, importance, fitted)
         except ValueError:
             scores = score(model, own, WeightNorm())
-        self._order = ranked(own[self.name], scores[self.name])
+        self.order = ranked(own[self.name], scores[self.name])
         self._energies = energies(model, own[self.name], runs)
 
     def gone(self, kept: Mapping[str, int]) -> dict[str, list[int]]:
         """Returns the residual channels that go, by the name of their place."""
         number = kept.get(HIDDEN, 0)
-        return {self.name: sorted(self._order[: self.count - number])} if number else {}
+        return {self.name: sorted(self.order[: self.count - number])} if number else {}
 
     def cut(self, kept: Mapping[str, int]) -> Cut:
         """Finds what is removed with the residual channels that go."""

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 import billhook as bh
 from billhook.checkpoints.export import export
-from billhook.checkpoints.place import RECORD
 from billhook.cli.main import main
+from billhook.place import RECORD
 from kit.families import llama
 from kit.fits import trainer
 

@@ -20,9 +20,9 @@ from billhook.adapters.lora import save_adapters
 from billhook.arguments import a_path, annotated
 from billhook.callbacks.damage import Damage, refuse_before
 from billhook.checkpoints.origin import CARD
-from billhook.checkpoints.place import check_target
 from billhook.checkpoints.push import NotPushed, check_repository, check_token, push
 from billhook.checkpoints.save import Saved, check_names, save
+from billhook.claim import Claim
 from billhook.fit.events.event import events_of
 from billhook.fit.lightning_internals import is_search
 from billhook.fit.loggers import log_card
@@ -33,6 +33,7 @@ from billhook.fit.trained import trained
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
 from billhook.model.shapes.checkpoint_shape import save_shape
+from billhook.place import RECORD, check_target
 from billhook.running.batches import examples_of
 from billhook.running.sharded.shards import as_one
 from billhook.serving.converter import find_converter
@@ -50,7 +51,8 @@ UNVERIFIED = """These are the weights at the end of a fit whose export failed; n
 class Export(Callback):
     """Saves the model as a Hugging Face checkpoint at the end of the fit: reloaded and compared before it is moved into place.
 
-    That is rehearsed before the first step, beside `folder`, so that what could not be saved costs no training. Should it fail at
+    That is rehearsed before the first step, beside `folder`, so that what could not be saved costs no training. No other run can
+    write to the folder until the fit ends. Should it fail at
     the end all the same, the weights are kept in a folder of the name with `-unverified` behind it. Nothing is left of a
     `fast_dev_run`, which rehearses alone.
 
@@ -112,12 +114,16 @@ class Export(Callback):
         self.saved: Saved | None = None
         self._probe: Mapping[str, Any] | None = None
         self._along, self._begun = list[Preprocessor](), False
+        self._claim: Claim | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks the folder, and loads a tokenizer or processor that is given by name."""
         if stage == "fit":
             check_some_steps(trainer, "Export")
             check_target(self.folder)
+            with together(trainer, "Export"):
+                if trainer.is_global_zero and self._claim is None:
+                    self._claim = Claim(Path(self.folder).resolve())
             if self.gguf is not None:
                 check_gguf(self.gguf)
                 find_converter(self.converter)
@@ -161,16 +167,15 @@ class Export(Callback):
         """Saves the model as it is beside the folder, and removes that again; what fails now would fail at the end."""
         target = Path(self.folder).resolve()
         place = target.with_name(f".{target.name}.rehearsal")
-        missing = [parent for parent in target.parents if not parent.exists()]
+        if (place / RECORD).is_file():  # of a run that was killed
+            shutil.rmtree(place, ignore_errors=True)
+        check_target(place)
         try:
             self._rehearse_save(model, place)
             if self.gguf is not None:
                 export_gguf(place, place / "rehearsal.gguf", converter=self.converter)
         finally:
             shutil.rmtree(place, ignore_errors=True)
-            with suppress(OSError):
-                for parent in missing:
-                    parent.rmdir()
 
     def _rehearse_save(self, model: PreTrainedModel, place: Path) -> None:
         try:
@@ -200,6 +205,19 @@ class Export(Callback):
                 self._convert()
                 if self.saved is not None:
                     log_card(trainer, Path(self.saved.folder) / CARD)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lets other runs write to the folder."""
+        self._let_go()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lets other runs write to the folder."""
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Pushes what was saved, when no rank waits for another."""

@@ -15,7 +15,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from billhook.adapters.lora import base_checkpoint, put_back
 from billhook.checkpoints.history import history
 from billhook.checkpoints.origin import origin_of
-from billhook.checkpoints.place import check_target
 from billhook.checkpoints.save import Saved, save
 from billhook.checkpoints.trained import check_trained
 from billhook.checkpoints.verify import logits_of, make_probe
@@ -27,6 +26,7 @@ from billhook.model.preprocessors import load_tokenizer
 from billhook.model.shapes.shape import KEY, Shape, shape_of
 from billhook.model.shapes.shaped import build_shaped
 from billhook.model.transformers_internals import build_class, compute_experts_in_turn
+from billhook.place import check_target
 from billhook.running.sharded.files import is_sharded_checkpoint, read_sharded
 from billhook.units.units import Per
 from billhook.units.zero import zero_units

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from billhook.checkpoints.place import RECORD
+from billhook.place import RECORD
 
 
 class NotPushed(RuntimeError):

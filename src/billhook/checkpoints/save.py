@@ -20,9 +20,9 @@ from billhook.assets import model_path
 from billhook.checkpoints.card import card
 from billhook.checkpoints.equivalent import equivalents, rendered, say_head_dim, transposed
 from billhook.checkpoints.origin import CARD, origin_of
-from billhook.checkpoints.place import RECORD, check_target, drafted, move, recover, size
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.checkpoints.versions import versions
+from billhook.claim import claimed
 from billhook.model.config_fields import nested_configs
 from billhook.model.find import find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
@@ -31,6 +31,7 @@ from billhook.model.shapes.shape import KEY, to_entry, unbuilt_shape
 from billhook.model.shapes.shaped import load_as, readable
 from billhook.model.transformers_internals import everything_saved, is_joined_unevenly
 from billhook.page import Shown
+from billhook.place import RECORD, check_target, drafted, move, recover, size
 from billhook.sparsity.learning.learned import as_runs_see
 from billhook.streaming.checkpoint import write_checkpoint
 from billhook.streaming.stream import stream_of
@@ -143,19 +144,33 @@ def save(
     model = find_transformer(model)
     check_names(model)
     probe = probe or make_probe(model)
-    recover(target)
     check_target(folder)
+    with claimed(target):
+        recover(target)
+        check_target(folder)
+        return _save(model, str(folder), target, tokenizer, plain, probe)
+
+
+def _save(
+    model: PreTrainedModel,
+    folder: str,
+    target: Path,
+    tokenizer: Preprocessor | Sequence[Preprocessor] | None,
+    plain: dict[str, Any],
+    probe: Probe,
+) -> Saved:
+    """Saves a model to a folder that is claimed, with a record in plain data."""
     merged = merged_copy(model) if has_adapters(model) else None
     if merged is not None:
         model = cast(PreTrainedModel, merged.model)
         if merged.lost:
-            warnings.warn(f"the checkpoint does not compute what the model does: {merged.text()}", stacklevel=2)
+            warnings.warn(f"the checkpoint does not compute what the model does: {merged.text()}", stacklevel=3)
     expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
     with drafted(target) as draft, _untouched(model), as_runs_see(model):
         way, family, difference = _write(model, expected, draft, probe)
         for one in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
             one.save_pretrained(draft)
-        saved = Saved(str(folder), way, difference, size(draft) / 1e6, None if merged is None else merged.text(), family)
+        saved = Saved(folder, way, difference, size(draft) / 1e6, None if merged is None else merged.text(), family)
         plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": asdict(saved)}
         config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
         (draft / CARD).write_text(card(plain, saved.says, config), encoding="utf-8")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from billhook.checkpoints.export import export as exported
-from billhook.checkpoints.place import check_target, replaced
+from billhook.place import check_target, replaced
 from billhook.serving.exported import GGUFKind, check_gguf, export_gguf
 
 

@@ -10,6 +10,7 @@ from billhook.arguments import annotated
 from billhook.assets import model_path
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.shapes.shaped import load_on_meta, readable
+from billhook.place import check_target
 from billhook.streaming.files import Files
 from billhook.streaming.parts import Parts
 from billhook.streaming.stream import Stream
@@ -32,8 +33,9 @@ def stream(folder: str | Path, out: str | Path | None = None, dtype: str = "auto
         The model, in evaluation mode, whose blocks have parameters on the meta device while they are not there.
 
     Raises:
-        ValueError: If there are no safetensors files, they are quantised or lack tensors of the model, or, as for `load`, the
-            config names no class that transformers has.
+        ValueError: If there are no safetensors files, they are quantised or lack tensors of the model, something that billhook
+            did not write stands at `out` or at `.OUT.parts` beside it, or, as for `load`, the config names no class that
+            transformers has.
 
     Example:
         >>> import billhook as bh
@@ -42,9 +44,11 @@ def stream(folder: str | Path, out: str | Path | None = None, dtype: str = "auto
         (torch.Size([1, 8, 2048]), 27)
     """
     annotated(stream, locals())
+    if out is not None:
+        check_target(out)
     name = model_path(str(folder))
     check_checkpoint(name)
-    parts = None if out is None else Parts(Path(out).resolve().with_name(f".{Path(out).resolve().name}.parts"))
+    parts = None if out is None else Parts(Path(out).resolve())
     with readable(name):
         return load_streamed(model_class(read_config(name), name), name, dtype, parts)
 

@@ -12,7 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from billhook.claim import Claim
+
 RECORD = "record.json"
+MARK = "billhook-parts.json"
+"""The file by which a folder of parts is known: one without it is not touched."""
 
 
 class Parts:
@@ -22,19 +26,28 @@ class Parts:
     one, what stands there of it and of later ones is removed.
 
     Args:
-        folder: Where they are written; it outlives the process.
+        out: The folder, resolved, of the checkpoint that they will be part of. They are written beside it, into `.OUT.parts`,
+            which outlives the process; from the first step until `remove` no other process writes there.
+
+    Raises:
+        ValueError: If `.OUT.parts` is there, and billhook did not write it.
 
     Attributes:
         step: The number of the step that is going on; set to an earlier one, what was written of later ones stays.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder, self.step = folder, 0
+    def __init__(self, out: Path) -> None:
+        self._out, self._folder, self.step = out, out.with_name(f".{out.name}.parts"), 0
+        self._claim: Claim | None = None
         self._done = dict[str, Any]()
         self._key = ""
+        self._check_own()
 
     def begin(self, key: str) -> dict[str, Any]:
         """Begins a step, which `key` tells from all others; returns the blocks that are done, with what was noted of each."""
+        if self._claim is None or not self._claim.holds:
+            self._claim = Claim(self._out)
+        self._check_own()
         self.step, self._key = self.step + 1, key
         found: Any = None
         with suppress(OSError, ValueError):
@@ -61,7 +74,10 @@ class Parts:
         """Writes a block, instead of an earlier one, and then that it is done, with a note in plain data."""
         draft = self.path(name).with_suffix(".draft")
         try:
-            self._place.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if not (self._folder / MARK).exists():
+                (self._folder / MARK).write_text(json.dumps({"parts of": self._out.name}))
+            self._place.mkdir(exist_ok=True)
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, {"format": "pt"})
             _put(draft, self.path(name))
             self._done[name] = note
@@ -75,13 +91,28 @@ class Parts:
             ) from error
 
     def remove(self) -> None:
-        """Removes all that was written."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Removes all that was written, and lets other processes write."""
+        if (self._folder / MARK).is_file():
+            shutil.rmtree(self._folder, ignore_errors=True)
         self.step, self._done = 0, {}
+        if self._claim is not None:
+            self._claim.release()
+
+    def _check_own(self) -> None:
+        """Refuses a folder that billhook did not write."""
+        if self._folder.exists() and not (self._folder / MARK).is_file() and not _is_empty(self._folder):
+            raise ValueError(
+                f"'{self._folder}', into which changed blocks are written, holds something that billhook did not write "
+                f"({MARK} is not there): move it, or name another folder than '{self._out.name}'"
+            )
 
     @property
     def _place(self) -> Path:
         return self._folder / str(self.step)
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _put(draft: Path, target: Path) -> None:

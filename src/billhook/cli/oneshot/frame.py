@@ -16,7 +16,6 @@ from billhook.calibration.enough import Settled
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, writes
 from billhook.calibration.texts import check_also, texts, written_rows
-from billhook.checkpoints.place import check_target, replaced
 from billhook.checkpoints.save import load, save
 from billhook.cli.blockwise import over
 from billhook.cli.machine import device_of
@@ -28,6 +27,7 @@ from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
 from billhook.cli.reading import files
 from billhook.model.linears import prunable
 from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer
+from billhook.place import check_target, replaced
 from billhook.report.damage import Dense, warning_of
 from billhook.report.generation import generates
 from billhook.report.metrics import accuracy

@@ -25,6 +25,8 @@ def check_target(folder: str | Path) -> None:
     aside = _draft_name(path, "old")
     if aside.is_symlink() or aside.is_file():
         raise ValueError(f"'{folder}' cannot be replaced in one step: '{aside}', where what stands there rests, is no folder")
+    if aside.is_dir() and (foreign := _foreign(aside)):
+        raise ValueError(f"'{folder}' cannot be replaced in one step: '{aside}' holds what billhook did not write ({foreign})")
     if path.exists() and (foreign := "a file" if not path.is_dir() else _foreign(path)):
         raise ValueError(f"'{folder}' holds something that billhook did not write ({foreign}): name another folder")
 
@@ -51,9 +53,10 @@ def _foreign(folder: Path) -> str | None:
 
 @contextmanager
 def drafted(target: Path) -> Iterator[Path]:
-    """Yields an empty folder next to the target, and removes it afterwards; drafts of killed processes are removed first."""
-    missing = [parent for parent in target.parents if not parent.exists()]
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Yields an empty folder next to the target, and removes it afterwards; drafts of killed processes are removed first.
+
+    The target must be claimed, or a draft of a process that lives would be removed.
+    """
     drafts = re.compile(rf"\.{re.escape(target.name)}\.draft-[0-9a-f]{{8}}")
     for path in list(target.parent.iterdir()):
         if drafts.fullmatch(path.name):
@@ -64,9 +67,6 @@ def drafted(target: Path) -> Iterator[Path]:
         yield draft
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-        with suppress(OSError):
-            for parent in missing if not target.exists() else ():
-                parent.rmdir()
 
 
 def _draft_name(target: Path, suffix: str | None = None) -> Path:
@@ -102,7 +102,7 @@ def move(draft: Path, target: Path) -> None:
 def recover(target: Path) -> None:
     """Recovers from a move that was cut off: puts the older checkpoint back if no new one is in place, else removes it."""
     old = _draft_name(target, "old")
-    if old.is_symlink() or not old.is_dir():
+    if old.is_symlink() or not old.is_dir() or _foreign(old):
         return
     if target.is_dir() and any(target.iterdir()):
         with suppress(OSError):  # the next save removes it

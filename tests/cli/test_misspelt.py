@@ -46,7 +46,10 @@ def test_a_class_within_a_config(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["fit", "--trainer.callbacks+=HeadPrunning"], "There is no class 'HeadPrunning'. Did you mean 'HeadPruning'? There are: "),
+        (
+            ["fit", "--trainer.callbacks+=HeadPrunning"],
+            "There is no class 'HeadPrunning'. Did you mean 'HeadPruning'? There are: ",
+        ),
         (["fit", "--trainer.max_stepps=1"], "lightning.pytorch.Trainer has no 'max_stepps'. Did you mean 'max_steps'?"),
         (["fti"], "there is no command 'fti'. Did you mean 'fit'? `mine.py --help` says what each does.\nThere are: fit, "),
     ],

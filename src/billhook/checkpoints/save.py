@@ -21,7 +21,6 @@ from billhook.checkpoints.card import card
 from billhook.checkpoints.equivalent import equivalents, rendered, say_head_dim, transposed
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
-from billhook.checkpoints.versions import versions
 from billhook.claim import claimed
 from billhook.model.config_fields import nested_configs
 from billhook.model.find import find_transformer
@@ -35,6 +34,7 @@ from billhook.place import RECORD, check_target, drafted, move, recover, size
 from billhook.sparsity.learning.learned import as_runs_see
 from billhook.streaming.checkpoint import write_checkpoint
 from billhook.streaming.stream import stream_of
+from billhook.versions import versions
 
 Way = Literal["plain", "equivalent", "shaped"]
 WAYS: dict[Way, str] = {

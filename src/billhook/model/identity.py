@@ -1,12 +1,10 @@
 """What decides what a model computes, as far as it can be told: by this, work that was stopped is known again."""
 
-import torch
-import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-import billhook
 from billhook.model.config_fields import nested_configs
 from billhook.running.fingerprint import fingerprint
+from billhook.versions import versions
 
 UNIMPORTANT = ("_name_or_path", "transformers_version", "architectures")
 """Config fields by which no model computes; the name may be that of the same folder, written otherwise."""
@@ -21,9 +19,8 @@ def identity_of(model: PreTrainedModel) -> str:
         (prefix, {name: value for name, value in sorted(vars(config).items()) if _decides(name, value)})
         for prefix, config in nested_configs(model.config)
     ]
-    versions = (billhook.__version__, torch.__version__, transformers.__version__)
     buffers = dict(model.named_buffers())  # also those that no file holds, such as frequencies
-    return fingerprint(versions, type(model).__qualname__, configs, model.state_dict(), buffers)
+    return fingerprint(versions(), type(model).__qualname__, configs, model.state_dict(), buffers)
 
 
 def _decides(name: str, value: object) -> bool:

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import one_of, whole
 from billhook.checkpoints.save import load
-from billhook.checkpoints.versions import versions
 from billhook.cli.machine import check_file, device_of, machine_name, threads_of
 from billhook.cli.measuring.engine import bench_engine
 from billhook.cli.reading import files
@@ -25,6 +24,7 @@ from billhook.report.generation import CacheKind, generates
 from billhook.report.speed import Phase, Row, check_speed, measure_speed, spread
 from billhook.report.summary import Summary, summary
 from billhook.report.table import aligned
+from billhook.versions import versions
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CONTEXTS = (512, 2048)

@@ -18,7 +18,6 @@ from billhook.assets import model_path
 from billhook.bar import bar
 from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
-from billhook.checkpoints.versions import versions
 from billhook.cli.blockwise import over
 from billhook.cli.machine import check_file, device_of
 from billhook.cli.measuring import images
@@ -43,6 +42,7 @@ from billhook.training.evaluation import (
     on_text,
     shown,
 )
+from billhook.versions import versions
 
 
 @dataclass(frozen=True)

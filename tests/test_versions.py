@@ -5,7 +5,7 @@ import platform
 import torch
 
 from billhook.checkpoints import versions as module
-from billhook.checkpoints.versions import versions
+from billhook.versions import versions
 
 
 def test_those_of_packages_that_are_asked_for_and_of_python():

@@ -143,7 +143,7 @@ DORA = {"lora": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)}
         ({"params": 0.94, "at": 20}, {}, "at=20"),
         ({"params": 0.94, "at": 3}, LORA, "at=3 must be 'start' where adapters are attached"),
         ({"params": 0.94}, DORA, "Shrink: the adapter of model.layers.0.self_attn.q_proj is not plain LoRA, or has learned"),
-        ({"params": 0.94, "calibration": 2}, {}, "batches: three rows at least, .* got 2"),
+        ({"params": 0.94, "calibration": 2}, {}, "calibration: three rows at least, .* got 2"),
     ],
 )
 def test_what_is_refused_changes_nothing(files, tmp_path, options, given, match):

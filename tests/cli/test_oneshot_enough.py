@@ -83,3 +83,70 @@ def test_heads(small, files, tmp_path, capsys):
 def test_refused(small, tmp_path, enough):
     with pytest.raises(SystemExit, match=rf"enough={enough} must be in \(0, 1\]"):
         main(["prune-heads", str(small), str(tmp_path / "out"), "--ratio", "0.5", "--enough", enough])
+
+
+TOO_FEW = ["--examples", "4", "--length", "5", "--evaluate", "0", "--generated", "0"]
+FEW_TOKENS = "--examples 4, --length 5: too few tokens for any refit"
+SEARCH = ["--generations", "0", "--importance", "WeightNorm"]
+CUTS = {"shrink": ["--params", "0.9", *SEARCH], "prune-structure": ["--channels", "0.5"]}
+
+
+@pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["run", "dry run"])
+@pytest.mark.parametrize(
+    ("command", "given", "says"),
+    [
+        ("shrink", TOO_FEW, f"{FEW_TOKENS}: 15 are fitted to, and model.layers.0.self"),
+        ("shrink", ["--examples", "2", *TOO_FEW[2:]], "--examples, --length and --batch_size: three rows at least, .*; got 2"),
+        (
+            "prune-structure",
+            TOO_FEW,
+            f"{FEW_TOKENS}: 20 are fitted to, and model.layers.0.mlp",
+        ),
+        ("prune-structure", ["--examples", "1", *TOO_FEW[2:]], "--examples 1: a refit needs two at least, .*; got 1"),
+        ("convert", TOO_FEW, f"{FEW_TOKENS}: 20 are fitted to, and model.layers.0.self"),
+        ("convert", ["--examples", "1", *TOO_FEW[2:]], "--examples 1: repair needs 2 at least"),
+        (
+            "prune",
+            ["--examples", "1", *TOO_FEW[2:]],
+            "--examples 1: match needs 2 at least",
+        ),
+    ],
+)
+def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, monkeypatch, command, given, says, dry):
+    for name in ("batches", "measure"):
+        monkeypatch.setattr(f"billhook.cli.oneshot.frame.OneShot.{name}", lambda self: pytest.fail("too late"))
+    cuts = CUTS | {"convert": ["--num_key_value_heads", "1", "--repair", "{}"], "prune": ["--sparsity", "0.5", "--match", "{}"]}
+    must = ["--repair", "Repair"] if command == "prune-structure" else []
+    with pytest.raises(SystemExit, match=says):
+        main([command, str(small), str(tmp_path / "out"), *cuts[command], *must, *given, *dry, *option(files)])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_refitted_is_said_before_the_work_and_stands_in_the_record_and_the_card(small, files, tmp_path, capsys):
+    words = f"not repaired: {FEW_TOKENS}: 20 are fitted to"
+    main(["prune-structure", str(small), str(tmp_path / "dry"), *CUTS["prune-structure"], *TOO_FEW, *option(files), "--dry_run"])
+    assert words in capsys.readouterr().out
+    record = run("prune-structure", small, tmp_path / "out", *CUTS["prune-structure"], *TOO_FEW, *option(files))
+    said = capsys.readouterr().out
+    assert said.index(words) < said.index("LlamaForCausalLM")
+    assert "refit the linears" not in said
+    left = record["events"][0]["not_refitted"]
+    assert left.startswith("not repaired: too few tokens that count for any refit")
+    assert f"\n  - {left}\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_one_batch_of_several_examples_is_enough(small, files, tmp_path):
+    how = ["--channels", "0.5", "--repair", "Repair", "--examples", "8", "--length", "16", "--evaluate", "0", "--generated", "0"]
+    assert run("prune-structure", small, tmp_path / "out", *how, *option(files))["importance"]["repair"]
+
+
+def test_a_search_is_not_lost_where_what_it_chose_cannot_be_refitted(small, files, tmp_path, capsys):
+    """Fifteen rows of two tokens are enough for 24 of 32 inputs of attentions, and too few for 42 of 48 channels."""
+    how = ["--params", "0.97", "--examples", "16", "--length", "2", *TOO_FEW[4:], *SEARCH, "--layers", "free", "--round_to", "1"]
+    with pytest.warns(UserWarning, match="too few tokens"):
+        record = run("shrink", small, tmp_path / "out", *how, *option(files))
+    said, left = capsys.readouterr().out, record["shrink"]["not_refitted"]
+    assert "cut and not refitted: linears that keep more inputs than there are tokens to fit to, " in said
+    assert left == record["events"][0]["not_refitted"]
+    assert left in said
+    assert f"\n  - {left}\n" in (tmp_path / "out" / "README.md").read_text()

@@ -607,7 +607,7 @@ def test_ranks_that_only_sum_choose_among_their_own_batches():
     for found in Ranks(2).run(partial(one, 2)):
         for name, own in alone.items():
             torch.testing.assert_close(own, found[name], rtol=1e-7, atol=1e-9)
-    with pytest.raises(ValueError, match="two on a rank are needed at least.* got 2 in all"):
+    with pytest.raises(ValueError, match="needs two on a rank at least.* got 2 in all"):
         Ranks(2).run(partial(one, 1))
 
 
@@ -623,9 +623,10 @@ def test_an_expert_that_few_tokens_come_to_is_only_cut_and_named():
     model = Routed()
     masks = {f"experts.{e}": kept(8, 3, e) for e in range(3)}
     calls = [(inputs(40, 8).float(), [0, 1]) for _ in range(2)]
-    runs = [Run(lambda call=call: model(*call)) for call in calls]
-    with pytest.warns(UserWarning, match=r"too few tokens have come to 1 linears.*: experts\.2"):
-        found = repair_linears(model, masks, runs)
+    runs, left = [Run(lambda call=call: model(*call)) for call in calls], []
+    with pytest.warns(UserWarning, match=r"too few tokens have come to 1 linear, which is not refitted: experts\.2"):
+        found = repair_linears(model, masks, runs, left=left)
+    assert left == ["experts.2"]
     assert torch.equal(found["experts.2"][0], model.experts[2].weight * masks["experts.2"])
     assert torch.equal(found["experts.2"][1], model.experts[2].bias)
     assert not torch.equal(found["experts.0"][0], model.experts[0].weight * masks["experts.0"])
@@ -658,7 +659,7 @@ def test_refusals_name_what_came_and_change_nothing():
     ):
         with pytest.raises(ValueError, match=message):
             repair_linears(model, wrong, runs)
-    with pytest.raises(ValueError, match="two are needed at least.* got 1 in all"):
+    with pytest.raises(ValueError, match="a refit needs two at least.* got 1 in all"):
         repair_linears(model, masks, runs[:1])
     with pytest.raises(ValueError, match="held_out=1 must be in .0, 1."):
         Repair(held_out=1)

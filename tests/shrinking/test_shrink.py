@@ -195,9 +195,9 @@ def test_a_classifier_and_an_encoder_with_a_decoder():
 @pytest.mark.parametrize(
     ("budget", "tokens_each", "says"),
     [
-        ({"params": 0.8}, 1, "given 2 and needs 4"),  # one query head
-        ({"latency": 0.8}, 2, "given 4 and needs 8"),  # one KV head's query heads
-        ({"max_loss": 1.1}, 1, "given 2 and needs 4"),
+        ({"params": 0.8}, 7, "given 14 and needs 16"),  # four of eight query heads
+        ({"latency": 0.8}, 7, "given 14 and needs 16"),  # those of two of four KV heads
+        ({"max_loss": 1.1}, 7, "given 14 and needs 16"),
     ],
 )
 def test_too_few_tokens_for_any_refit_are_refused_before_anything_is_measured(budget, tokens_each, says, monkeypatch):

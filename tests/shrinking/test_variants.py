@@ -194,19 +194,17 @@ def test_another_model_batch_or_setting_has_another_library():
     assert len(set(keys)) == 8
 
 
-def test_batches_are_enough_where_a_linear_gets_as_many_tokens_as_it_reads_at_its_lowest_level():
+def test_batches_are_enough_where_a_linear_gets_as_many_tokens_as_it_reads_at_the_highest_level_that_cuts():
     search = Search(llama(), Amount(params=0.5))
     places = find_places(search, "params", query_heads=False)
     padded = {"input_ids": tokens(2, 5), "attention_mask": torch.arange(5).expand(2, 5).lt(2).long()}
-    check_enough(search, places, [{"input_ids": tokens(1, 6)}])  # six of 48 channels
-    check_enough(search, places, [padded, {"input_ids": tokens(1, 2)}])
-    heads = [place for place in places if place.kind == "head"]
-    for own, batches, given in ((places, tokens(1, 5), 5), (places, padded, 4), (heads, tokens(1, 6), 6)):
+    check_enough(search, places, [{"input_ids": tokens(1, 24)}])  # three of four KV heads, each with two query heads
+    check_enough(search, places, [padded, {"input_ids": tokens(2, 10)}])
+    channels = [place for place in places if place.kind == "channel"]
+    for own, batches, given in ((places, tokens(1, 23), "o_proj, which is given 23 and needs 24"), (places, padded, "given 4")):
         batch = batches if isinstance(batches, dict) else {"input_ids": batches}
-        with pytest.raises(ValueError, match=f"too few tokens that .*0.self_attn.o_proj, which is given {given} and needs 8 at"):
+        with pytest.raises(ValueError, match=f"too few tokens that .*{given}"):
             check_enough(search, own, [batch])
-    places = find_places(search, "params")
-    check_enough(search, places, [{"input_ids": tokens(1, 4)}])  # one of 8 query heads
-    with pytest.raises(ValueError, match="which is given 3 and needs 4 at"):
-        check_enough(search, places, [{"input_ids": tokens(1, 3)}])
+    with pytest.raises(ValueError, match="too few tokens that .*0.mlp.down_proj, which is given 41 and needs 42 at"):
+        check_enough(search, channels, [{"input_ids": tokens(1, 41)}])
     assert not any(module._forward_pre_hooks for module in search.model.modules())

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from billhook.adapters.beneath import adapted, adds_nothing, beneath, taken_off
 from billhook.arguments import annotated
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
-from billhook.fit.events.event import log_event
+from billhook.fit.events.event import log_event, note_not_refitted
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, together
@@ -165,6 +165,7 @@ class Shrink(ShapeCallback):
             agreed = [*(plan.to_json() for plan in found.planned.plans), tell_weights(found.planned.weights)]
             check_agreed(trainer, "Shrink", "the plan of what is removed", agreed)
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, found))
+        note_not_refitted(event, found.planned.not_refitted)
         self.done, self.asked = moment, 1.0
         with self.calibration.aside(pl_module), gradient_precision(trainer), taken_off(model):
             self.shrunk = work.finished(found.planned, found.kept, found.curve, found.tried, found.ratio)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
-from billhook.fit.events.event import log_event, note_settled
+from billhook.fit.events.event import log_event, note_not_refitted, note_settled
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, sum_over, together
@@ -116,13 +116,15 @@ class StructuredPruning(ShapeCallback):
         for number in range(1, self.rounds + 1):
             share = self.asked + (goal - self.asked) * number / self.rounds
             with together(trainer, "StructuredPruning"):
-                made, weights, how = self._plan(trainer, pl_module, share)
+                made, weights, how, left = self._plan(trainer, pl_module, share)
                 decided = [None if made is None else made.to_json(), tell_weights(weights)]
                 check_agreed(trainer, "StructuredPruning", "the plan of what is removed", decided)
             if made is not None:
                 first = len(self.events) == before
                 change = partial(self._remove, pl_module, made, weights, how)
-                note_settled(self.reshape(trainer, pl_module, metrics if first else {}, change), made.settled)
+                event = self.reshape(trainer, pl_module, metrics if first else {}, change)
+                note_settled(event, made.settled)
+                note_not_refitted(event, left)
         self.done, self.asked = moment, goal
         for event in self.events[before:][-1:]:
             event["after"] |= self.measured(trainer, pl_module)
@@ -131,13 +133,17 @@ class StructuredPruning(ShapeCallback):
 
     def _plan(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, share: float
-    ) -> tuple[UnitPlan | None, Weights | None, str]:
-        """Returns what goes from the model as it is for a share of the amount, None for nothing, repaired weights, by what."""
+    ) -> tuple[UnitPlan | None, Weights | None, str, str]:
+        """Plans a share of the amount for the model as it is.
+
+        Returns:
+            What goes, None for nothing, repaired weights, by what, and which linears were not refitted.
+        """
         model = find_transformer(pl_module)
         assert self._first is not None
         amount = self._first.part(model, self.amount, share)
         if amount is None:
-            return None, None, ""
+            return None, None, "", ""
         with self.calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
             units, reduce = units_of(model, trace(model), amount.kinds), sum_over(trainer, self.calibration.shared)
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
@@ -147,7 +153,7 @@ class StructuredPruning(ShapeCallback):
             assert isinstance(made, UnitPlan)
             weights, why = repair_as_asked(model, made, runs, self.repair if self.needs_data else None, reduce)
             done = "repaired" if weights else why
-            return made, weights, f"{type(importance).__name__}{f', {done}' if done else ''}"
+            return made, weights, f"{type(importance).__name__}{f', {done}' if done else ''}", why
 
     def _remove(self, model: nn.Module, made: UnitPlan, weights: Weights | None, how: str, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, and says how much that is."""

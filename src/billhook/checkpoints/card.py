@@ -122,8 +122,10 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
 
 
 def _settled(event: Mapping[str, Any]) -> str:
-    """Says how far the choice of what is removed follows from the examples, where an event does."""
-    return "".join(f"\n  - {plain(one['says'])}" for one in listed(event, "settled", ["says"]))
+    """Says how far the choice of what is removed follows from the examples, and what was not refitted, where an event does."""
+    left = [event["not_refitted"]] if event.get("not_refitted") else []
+    said = [*(one["says"] for one in listed(event, "settled", ["says"])), *left]
+    return "".join(f"\n  - {plain(one)}" for one in said)
 
 
 def _costs(record: Mapping[str, Any]) -> list[str]:

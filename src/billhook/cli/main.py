@@ -11,7 +11,7 @@ import billhook
 from billhook.cli.fragments import configs_in, dropped_callbacks, without_base
 from billhook.cli.front import description
 from billhook.cli.misspelt import no_command
-from billhook.cli.options import COMMANDS, LIGHTNING, command_of, run
+from billhook.cli.options import COMMANDS, LIGHTNING, command_of, in_options, run
 from billhook.cli.packaged import with_files
 
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, RuntimeError) as error:
         if (refusal := _refusal(error)) is None and (command not in COMMANDS or isinstance(error, RuntimeError)):
             raise
-        sys.exit(f"billhook {command}: {refusal or error}")
+        sys.exit(f"billhook {command}: {in_options(command, str(refusal or error))}")
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:

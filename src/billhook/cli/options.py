@@ -40,6 +40,20 @@ class _Parser(ArgumentParser):
         self.exit(2)
 
 
+ARGUMENTS = {"batches": "--examples, --length and --batch_size", "sources": "--data"}
+"""The options that arguments of functions which one-shot commands call come from."""
+
+
+def in_options(command: str, message: str) -> str:
+    """Returns a message that begins with an argument of a function as a command's options say it.
+
+    >>> in_options("shrink", "batches: three rows at least; got 2")
+    '--examples, --length and --batch_size: three rows at least; got 2'
+    """
+    argument, colon, rest = message.partition(": ")
+    return f"{ARGUMENTS[argument]}{colon}{rest}" if command in ONE_SHOT and argument in ARGUMENTS else message
+
+
 def module_of(name: str) -> str:
     """Returns the module of a command, by its name in this folder; the function is called the same."""
     folder = "oneshot." if name in ONE_SHOT else "measuring." if name in MEASURING else ""

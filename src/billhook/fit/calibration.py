@@ -22,6 +22,7 @@ from billhook.fit.lightning_internals import to_device
 from billhook.fit.run import isolated
 from billhook.fit.training_step import training_loss
 from billhook.model.find import find_transformer
+from billhook.repairs.enough import without_name
 from billhook.running.batches import Batch
 from billhook.running.overridden import overridden
 from billhook.running.sharded.turns import in_turn
@@ -114,6 +115,10 @@ class FitCalibration:
                 random.seed(self.seed)
                 np.random.seed(self.seed % 2**32)
                 yield
+        except ValueError as error:  # what is told of batches is about this argument of a callback
+            if (what := without_name(error)) == str(error):
+                raise
+            raise type(error)(f"calibration: {what}") from error
         finally:
             for parameter, requires_grad in trained.items():
                 parameter.requires_grad = requires_grad

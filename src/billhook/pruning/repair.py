@@ -17,7 +17,7 @@ from billhook.model.linears import is_linear, size_of
 from billhook.model.plan import Plan, Weights
 from billhook.model.values import check_values
 from billhook.pruning.plan import UnitPlan
-from billhook.repairs.enough import NoRepair
+from billhook.repairs.enough import NoRepair, not_refitted, without_name
 from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair, repair_linears
 from billhook.repairs.visitor import Given
@@ -35,15 +35,21 @@ Repairing = Repair | Literal["auto"] | None
 def repair_as_asked(
     model: nn.Module, plan: Plan, batches: Batches, how: Repairing, reduce: Reduce | None = None, progress: Told | None = None
 ) -> tuple[Weights | None, str]:
-    """Refits as `repair` does where that is asked, or `"auto"`, where it can be; returns new values, and why there are none."""
+    """Refits as `repair` does where that is asked, or `"auto"`, where it can be.
+
+    Returns:
+        The new values, and what was not refitted and why; empty if all was, or nothing was asked.
+    """
     if how is None:
         return None, ""
-    if isinstance(how, Repair):
-        return repair(model, plan, batches, how, reduce, progress), ""
+    left = list[str]()
     try:
-        return repair(model, plan, batches, None, reduce, progress), ""
+        new = repair_with(model, _units(plan), batches, None if how == "auto" else how, reduce, progress=progress, left=left)
     except NoRepair as error:
-        return None, f"not repaired: {error}"
+        if isinstance(how, Repair):
+            raise
+        return None, f"not repaired: {without_name(error)}"
+    return new, not_refitted(left)
 
 
 def repair(
@@ -84,9 +90,14 @@ def repair(
         >>> bh.apply(model, plan, weights=weights)
     """
     annotated(repair, locals())
+    return repair_with(model, _units(plan), batches, how, reduce, progress=progress)
+
+
+def _units(plan: Plan) -> UnitPlan:
+    """Returns a plan of units; refuses another one."""
     if not isinstance(plan, UnitPlan):
         raise ValueError(f"plan: repair makes up for units, and this is a plan of {plan.kind}")
-    return repair_with(model, plan, batches, how, reduce, progress=progress)
+    return plan
 
 
 def repair_with(
@@ -98,6 +109,7 @@ def repair_with(
     given: Given | None = None,
     whole: Collection[str] = (),
     progress: Told | None = None,
+    left: list[str] | None = None,
 ) -> Weights:
     """Refits as `repair` does, where linears have other parameters besides; more of them make up for that, though they keep all.
 
@@ -110,6 +122,7 @@ def repair_with(
         given: By linear, its other parameters; it is not refitted, unless it is named in `whole`.
         whole: Linears that are refitted also where the plan leaves them all of their inputs.
         progress: Is called with how many linears are refitted.
+        left: Is given the names of linears that are not refitted, as too few tokens come to them.
     """
     if stream_of(model) is None:
         check_values(model)
@@ -133,8 +146,8 @@ def repair_with(
     runs = [batch if isinstance(batch, Run) else run_with_loss(subject, reading, batch) for batch in each]
     under = {reader: _linear(subject, reader) for reader in kept}
     runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
-    left = {under[reader]: stays for reader, stays in kept.items()}
-    refitted = repair_linears(subject, left, runs, how, reduce, given or None, progress)
+    keep = {under[reader]: stays for reader, stays in kept.items()}
+    refitted = repair_linears(subject, keep, runs, how, reduce, given or None, progress, left)
     if isinstance(refitted, Refitted):
         return refitted
     parts = [(f"{name}.{part}", value) for name, own in refitted.items() for part, value in zip(PARTS, own, strict=True)]

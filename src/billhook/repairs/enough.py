@@ -58,6 +58,25 @@ def too_few(first: str) -> str:
     return f"batches: too few tokens that count for any refit; the first linear is {first}"
 
 
+def not_refitted(names: Sequence[str]) -> str:
+    """Returns the words for linears that were not refitted; empty if there are none.
+
+    >>> not_refitted(["0.down_proj"])
+    'too few tokens have come to 1 linear, which is not refitted: 0.down_proj'
+    """
+    which = "1 linear, which is" if len(names) == 1 else f"{len(names)} linears, which are"
+    return f"too few tokens have come to {which} not refitted: {', '.join(names)}" if names else ""
+
+
+def without_name(error: ValueError) -> str:
+    """Returns what is wrong with batches without the name of the argument, which is another one elsewhere.
+
+    >>> without_name(ValueError("batches: two are needed")), without_name(ValueError("model: another"))
+    ('two are needed', 'model: another')
+    """
+    return str(error).removeprefix("batches: ")
+
+
 def counting(run: Run, name: str, inputs: Tensor) -> Tensor | None:
     """Finds the tokens of a linear's inputs that count, bool, `[batch, length]`; None if all do."""
     keep = run.tokens.get(name)

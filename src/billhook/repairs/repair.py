@@ -20,7 +20,7 @@ from billhook.arguments import annotated, fraction
 from billhook.bar import Told
 from billhook.calibration.alone import tell_alone
 from billhook.model.linears import size_of
-from billhook.repairs.enough import NoRepair, check_tokens, too_few
+from billhook.repairs.enough import NoRepair, check_tokens, not_refitted, too_few
 from billhook.repairs.in_turn import Refitted, RepairInTurn
 from billhook.repairs.shared import InShards
 from billhook.repairs.streamed import refit_streamed
@@ -104,6 +104,7 @@ def repair_linears(
     reduce: Reduce | None = None,
     given: Given | None = None,
     progress: Told | None = None,
+    left: list[str] | None = None,
 ) -> dict[str, tuple[Tensor, Tensor | None]] | Refitted:
     """Refits linears that lose some of their inputs, and returns the new weights; the model stays as it is.
 
@@ -124,6 +125,7 @@ def repair_linears(
         given: By linear, other parameters that it is to have, refitted or not, as they lie in memory; with them each refitted
             linear makes up for what it then falls short of in the whole model, which keeps its own.
         progress: Is called with how many linears are done, and of how many.
+        left: Is given the names of linears that were not refitted.
 
     Returns:
         By linear, its weight, zero for removed inputs, and its bias, if any: in its own dtype and layout. One with fewer tokens
@@ -165,7 +167,9 @@ def repair_linears(
                 with undisturbed(model):
                     check_tokens(linears, {name: int(own.sum()) for name, own in kept.items()}, trials, reduce)
                 new = _refit_whole(model, visitor, looked, linears, often, reduce, *runs)
-    _warn_of(visitor.left, kept)
+    names = _warn_of(visitor.left)
+    if left is not None:
+        left += names
     return new
 
 
@@ -255,15 +259,14 @@ def _check_batches(parts: Sequence[int], held_out: Collection[int], device: torc
     number, choosing = (counts if reduce is None else reduce(counts)).tolist()
     if not choosing:
         each = " on a rank" if number > 1 else ""  # of ranks that only sum, each chooses among its own
-        raise NoRepair(f"batches: two{each} are needed at least, as some are to choose the ridge; got {number} in all")
+        raise NoRepair(f"batches: a refit needs two{each} at least, as some are to choose the ridge; got {number} in all")
 
 
-def _warn_of(left: Mapping[str, bool], kept: Mapping[str, Tensor]) -> None:
-    """Warns about linears that were not refitted, those that have lost inputs and those that have not."""
+def _warn_of(left: Mapping[str, bool]) -> list[str]:
+    """Warns about linears that were not refitted, and returns their names; refuses that none was."""
     if all(left.values()):
         raise NoRepair(too_few(next(iter(left))))
-    cut = [name for name, is_left in left.items() if is_left and not kept[name].all()]
-    whole = [name for name, is_left in left.items() if is_left and kept[name].all()]
-    for names, what in ((cut, "are cut and not refitted"), (whole, "stay as they are")):
-        if names:
-            warnings.warn(f"too few tokens have come to {len(names)} linears, which {what}: {', '.join(names)}", stacklevel=3)
+    names = [name for name, is_left in left.items() if is_left]
+    if names:
+        warnings.warn(not_refitted(names), stacklevel=3)
+    return names

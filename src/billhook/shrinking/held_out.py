@@ -24,7 +24,7 @@ def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     """
     numbers = _by_source(batches)
     if _too_few(numbers):
-        batches = [_rows(batch, row, row + 1) for batch in batches for row in range(_size(batch)[0])]
+        batches = in_rows(batches)
         numbers = _by_source(batches)
     if _too_few(numbers):
         found = ", ".join(f"{len(own)}{f' of {source}' if source else ''}" for source, own in numbers.items())
@@ -34,6 +34,11 @@ def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     left_over = [number for number, used in zip(sorted(held_out), measured, strict=True) if used is None]
     fitted = [batch for number, batch in enumerate(batches) if number not in held_out or number in left_over]
     return fitted, [batch for batch in measured if batch is not None]
+
+
+def in_rows(batches: Sequence[Any]) -> list[Any]:
+    """Takes batches apart into rows."""
+    return [_rows(batch, row, row + 1) for batch in batches for row in range(_size(batch)[0])]
 
 
 def _by_source(batches: Sequence[Any]) -> dict[str, list[int]]:

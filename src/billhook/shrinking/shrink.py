@@ -1,9 +1,9 @@
 """Makes a model smaller within one budget, where that loses least."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -130,12 +130,22 @@ def shrink(
     clock = None if latency is None else (latency, clock_of(subject, workload))
     work = Work.begun(subject, amount, layers == "uniform", timed=latency is not None)
     work.progress = progress
-    return shrink_begun(work, batches, max_loss, clock, importance or OBS(), repair, generations, candidates, library, seed)
+    parts = parts_of(work, batches_of(batches, subject), repair)
+    return shrink_begun(work, *parts, max_loss, clock, importance or OBS(), repair, generations, candidates, library, seed)
+
+
+def parts_of(work: Work, batches: Iterable[Any], repair: Repair | None) -> tuple[list[Any], list[Any]]:
+    """Divides batches into those that are fitted to and those that are held out; refuses too few of them, or of their tokens."""
+    fitted, held_out = divided(list(batches))
+    if repair is not None:
+        check_enough(work.search, work.places, fitted)
+    return fitted, held_out
 
 
 def shrink_begun(
     work: Work,
-    batches: Batches | None,
+    fitted: Sequence[Any],
+    held_out: Sequence[Any],
     max_loss: float | None,
     latency: tuple[float, Clock] | None,
     importance: Importance,
@@ -145,14 +155,11 @@ def shrink_begun(
     library: str | Path | None,
     seed: int,
 ) -> Shrunk:
-    """Makes a model smaller as `shrink` does, which says what is given, once a work has begun for a budget.
+    """Makes a model smaller as `shrink` does, which says what is given, once a work has begun for a budget (see `parts_of`).
 
     A budget of time comes with the clock that it is measured by.
     """
     work.steps = work.most_steps(generations, candidates)
-    fitted, held_out = divided(list(batches_of(batches, work.model)))
-    if repair is not None:
-        check_enough(work.search, work.places, fitted)
     if latency is not None:
         work = timed(work, *latency)
     searched, folder = to_search(fitted, work.widest), None if library is None else Path(library)

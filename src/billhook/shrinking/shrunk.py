@@ -79,6 +79,7 @@ class Shrunk(Shown):
         blocks_stay: Why no block could go; empty where some could.
         hidden_stays: Why the hidden size could not be smaller; empty where it could.
         merged: The KV heads that were merged, where all query heads stay: a plan for each number of them that there is then.
+        not_refitted: What was cut and not refitted though that was asked for, and why; empty if all was refitted.
     """
 
     plan: UnitPlan
@@ -97,6 +98,7 @@ class Shrunk(Shown):
     blocks_stay: str = ""
     hidden_stays: str = ""
     merged: tuple[KVHeadPlan, ...] = ()
+    not_refitted: str = ""
 
     @property
     def budget(self) -> str:
@@ -123,7 +125,8 @@ class Shrunk(Shown):
         blocks = {"blocks": self.blocks and self.blocks.to_json(), **stay}
         compared = {"alone": self.alone, "ratio": self.ratio, "times": times}
         merged = {"merged": [plan.to_json() for plan in self.merged]}
-        return {"plan": self.plan.to_json(), **merged, **blocks, **plain, **choices, **compared}
+        left = {"not_refitted": self.not_refitted} if self.not_refitted else {}
+        return {"plan": self.plan.to_json(), **merged, **blocks, **plain, **choices, **compared, **left}
 
     def text(self) -> str:
         """Returns all lines of what `print` shows."""
@@ -159,4 +162,5 @@ class Shrunk(Shown):
         told = "" if self.ratio is None else f"; perplexity {self.ratio:.4f} times the dense model's"
         alone = [f"without {name} alone, {left:,} left: {lost:.4f}" for name, (left, lost) in self.alone.items()]
         timed = [] if self.times is None else [f"measured: {self.times}"]
-        return [*alone, f"of the chosen, repaired as a whole: {found}{told}", *timed]
+        left = [self.not_refitted] if self.not_refitted else []
+        return [*alone, f"of the chosen, repaired as a whole: {found}{told}", *left, *timed]

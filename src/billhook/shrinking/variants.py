@@ -92,20 +92,25 @@ def _middle(place: Place) -> int:
 
 
 def check_enough(search: Search, places: Sequence[Place], batches: Sequence[Any]) -> None:
-    """Refuses batches, as a repair would, with too few tokens for any refit even where all places are cut to their lowest level.
+    """Refuses batches, as a repair would, with too few tokens for a refit of any place that is cut to its highest level.
 
     Args:
         search: The model, and its units.
         places: The places that may keep less.
         batches: All batches that something is fitted to.
     """
-    model, units = search.model, search.units
+    model, units, needed = search.model, search.units, tokens_needed(search, places)
     own = {name: units[name] for place in places for name in place.names}
-    lowest = [keeping(place, units, any_gone(place, units, place.levels()[-1])) for place in places]
-    needed = {name: int(keep.sum()) for one in lowest for name, keep in one.items()}
     with undisturbed(model):
         linears = {name: model.get_submodule(name) for name in needed}
         check_tokens(linears, needed, [run_of(model, own, batch) for batch in batches])
+
+
+def tokens_needed(search: Search, places: Sequence[Place]) -> dict[str, int]:
+    """Returns how many tokens the refit of each linear takes at most: as many as it has inputs at the highest level that cuts."""
+    units = search.units
+    highest = [keeping(place, units, any_gone(place, units, place.levels()[1])) for place in places if len(place.levels()) > 1]
+    return {name: int(keep.sum()) for one in highest for name, keep in one.items()}
 
 
 def keeping(place: Place, units: Mapping[str, Units], gone: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:

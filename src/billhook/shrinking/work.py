@@ -235,7 +235,7 @@ class Work:
         counts = told(self.places, kept) | width
         left = round(times.ratio * self.now) if times else int(figure_of(self.model, self.target) or 0)
         found = tuple(curve), tuple(tried), dict(self.alone), ratio, times
-        own = planned.blocks, self.blocks.why, self.hidden.why, planned.merged
+        own = planned.blocks, self.blocks.why, self.hidden.why, planned.merged, planned.not_refitted
         return Shrunk(planned.units, self.target, self.limit, left, counts, predicted, self.divergence.by_source(), *found, *own)
 
     def _merge(self, fitted: Sequence[Any], repair: Repair | None) -> None:

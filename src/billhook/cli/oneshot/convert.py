@@ -3,10 +3,11 @@
 from billhook.arguments import whole
 from billhook.callbacks.kv.preparation import HINT
 from billhook.cli.blockwise import over
+from billhook.cli.oneshot.enough import check_examples, coming, refits
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import Refits
 from billhook.cli.oneshot.text import NONE, Examples
-from billhook.kv_heads.bases.ready import batches_needed, check_ready
+from billhook.kv_heads.bases.ready import Attentions, batches_needed, check_ready
 from billhook.kv_heads.bases.streamed import StreamedAttentions
 from billhook.kv_heads.convert import check_repair, convert_streamed, ready
 from billhook.kv_heads.methods.base import KVMethod
@@ -15,7 +16,10 @@ from billhook.kv_heads.methods.named import Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.plan import apply
 from billhook.repairs.repair import Repair
+from billhook.shrinking.held_out import in_rows
 from billhook.streaming.stream import stream_of
+
+REFIT = "refit what reads the heads, and the feed-forwards, by least squares"
 
 
 def convert(
@@ -57,25 +61,36 @@ def convert(
     whole("num_key_value_heads", num_key_value_heads)
     method = method_of(method)
     check_repair(method, repair)
-    calibrates = batches_needed(method, repair)[0] > 0 or (method.turns and given.data is not None)
+    least, needing = batches_needed(method, repair)
+    calibrates = least > 0 or (method.turns and given.data is not None)
     work = OneShot(model, out, given, refits=repair is not None, calibrates=calibrates, streams=True)
     plan = plan_kv_heads(work.model, num_key_value_heads, method, layers, encoder)
     groups, passes, attentions, moments = dict.fromkeys(plan.layers, plan.after), 1, None, 0
+    known: Attentions
+    if calibrates:
+        check_examples(work, least, needing)
     if (stream := stream_of(work.model)) is not None and (method.turns or repair is not None):
         attentions = StreamedAttentions(stream, groups)
         passes += attentions.passes(method, repair)
         moments = attentions.bytes(method)
+        known = attentions
     elif method.turns or repair is not None:
-        check_ready(work.model, groups, method)
+        known = check_ready(work.model, groups, method)
+    short = refits(work, known.widths, coming(work), must=True) if repair is not None else ""
     work.rest(moments, None if repair is None else Refits(work.parts))
-    work.tell(*_steps(plan, repair, work.shown if calibrates else NONE), passes=passes)
+    work.tell(*_steps(plan, short or (REFIT if repair else ""), work.shown if calibrates else NONE), passes=passes)
     if dry_run:
         work.tell_dry(plan.text())
         return
     print(plan.text())
     if type(method) is Mean and repair is None:
         print(HINT.removeprefix("billhook: "))
-    batches, before = work.batches() if calibrates else None, work.measure()
+    batches = work.batches() if calibrates else None
+    if repair is not None and batches is not None:
+        refits(work, known.widths, batches, must=True)  # a text may be shorter than what was asked for
+    if batches is not None and len(batches) < least:
+        batches = in_rows(batches)
+    before = work.measure()
     if stream is not None:
         with over(work.model, "converting", "attentions"):
             how = convert_streamed(stream, plan, batches, repair, attentions)
@@ -85,8 +100,7 @@ def convert(
     work.save(before, f"{plan.words} ({how})", {"plans": [plan.to_json()], "repair": repair and str(repair)})
 
 
-def _steps(plan: KVHeadPlan, repair: Repair | None, shown: str) -> list[str]:
+def _steps(plan: KVHeadPlan, refit: str, shown: str) -> list[str]:
     """Returns the words for what will be done."""
     steps = [f"turn {plan.before} KV heads into {plan.after} in {len(plan.layers)} attentions, by {plan.method}"]
-    steps += ["refit what reads the heads, and the feed-forwards, by least squares"] if repair else []
-    return [*steps, f"shown {shown}"]
+    return [*steps, *filter(None, [refit]), f"shown {shown}"]

@@ -84,6 +84,7 @@ class OneShot:
         self.calibrates = calibrates
         self.reads = calibrates or given.data is not None or (self.metric == "perplexity" and writes(self.model))
         self.beside = self._beside(refits)
+        self.of_images = self._labelled.of_images
         if self.metric == "perplexity":
             check_also(self.calibration, given.also)
 
@@ -135,6 +136,11 @@ class OneShot:
     def rows(self) -> list[int]:
         """How many examples there are of each source."""
         return [self._labelled.count] if self.metric == "accuracy" else list(self.calibration.rows(self.length).values())
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of the sources of examples."""
+        return [""] if self.metric == "accuracy" else list(self.calibration.named)
 
     @property
     def parts(self) -> int:
@@ -241,15 +247,23 @@ class OneShot:
         return None if before is None else cast(float, self.measure())
 
     def save(
-        self, before: Before, what: str, record: Mapping[str, Any], *says: object, settled: Sequence[Settled | None] = ()
+        self,
+        before: Before,
+        what: str,
+        record: Mapping[str, Any],
+        *says: object,
+        settled: Sequence[Settled | None] = (),
+        not_refitted: str = "",
     ) -> None:
         """Measures again, saves the model with a record of what was done, and prints `says` and what it costs.
 
-        The record says how far choices of units are `settled`.
+        The record says how far choices of units are `settled`, and what was cut and `not_refitted`.
         """
         event: dict[str, Any] = {"what": what, "before": self.sizes, "after": sizes_of(self.model, zeros_of(self.model))}
         if told := [one.to_json() for one in settled if one is not None]:
             event["settled"] = told
+        if not_refitted:
+            event["not_refitted"] = not_refitted
         record = {"events": [event], **record}
         if self.reads:
             read = self.calibration.to_json() if self.metric == "perplexity" else self._labelled.to_json()

@@ -1,6 +1,7 @@
 """`billhook prune`: a checkpoint in, one with zeros out, with its perplexity before and after."""
 
 from billhook.cli.blockwise import over
+from billhook.cli.oneshot.enough import check_examples
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import Matches, bytes_of_moments
 from billhook.cli.oneshot.text import NONE, Pictures
@@ -67,6 +68,8 @@ def prune(
     folder = check_folder(activations)
     reads = needs_data(criterion or Wanda()) or (allocation is not None and allocation.measures) or match is not None
     work = OneShot(model, out, given, offload, calibrates=reads, streams=True)
+    if match is not None:
+        check_examples(work, 2, "match")
     how = f"{criterion or Wanda()}" + (f", and match each block by {match}" if match else "")
     order = ", channels in the order in which groups lose least" if permute else ""
     what = f"zero {amount:.4g} of the weights of linears ({pattern}), by {how}{order}"

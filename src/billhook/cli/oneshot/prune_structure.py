@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from transformers import PreTrainedModel
 
 from billhook.arguments import whole
+from billhook.cli.oneshot.enough import REFIT, coming, kept_by_readers, refits
 from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.passes import REFITTED, REMOVED, WITHOUT_BLOCKS, Passes, batch_count
 from billhook.cli.oneshot.streamed import Refits, bytes_of_moments, check_scored, left
@@ -24,6 +25,7 @@ from billhook.pruning.streamed import check_kinds
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Batch
+from billhook.shrinking.held_out import in_rows
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,13 @@ def prune_structure(
     whole("rounds", rounds)
     check_scored(given, block_importance, importance)
     work = OneShot(model, out, given, refits=repair is not None, streams=True)
-    passes, kept, count = Passes(), None, batch_count(work.rows, given.batch_size) if given.stream else 0
+    passes, kept, needed, count = Passes(), None, None, batch_count(work.rows, given.batch_size) if given.stream else 0
     if amount.within is not None:
         check_kinds(work.model, amount.within.kinds)
         search = Search(work.model, amount.within)
         cut = search.check()
         kept = left(search, cut) if rounds == 1 else None
+        needed = kept_by_readers(search, cut) if repair is not None else None
         importance = importance or default_importance(search.free())
         check_scored(given, importance)
         every = sum(one.count(amount.per) for one in search.free().values())
@@ -109,7 +112,8 @@ def prune_structure(
         every, times = sum(one.count() for one in stacks.values()), sum(gone.values()) if amount.greedy else 1
         passes.to_score(times, block_importance, every, count, None if amount.greedy else given.agreement)
         passes.known += WITHOUT_BLOCKS
-    steps = _steps(amount, block_importance, importance, rounds, repair, work.shown)
+    refit = [] if needed is None else [refits(work, needed, coming(work), repair != "auto") or REFIT]
+    steps = _steps(amount, block_importance, importance, rounds, refit, work.shown)
     work.tell(*steps, passes=passes.known, exactly=given.agreement is None and repair != "auto", beside=passes.beside)
     needs = any(one.needs_data for one in (block_importance, importance) if one is not None)
     if dry_run and needs and work.unread:
@@ -118,8 +122,11 @@ def prune_structure(
     batches = work.batches() if needs or not dry_run else []
     if given.stream:  # what reading text took is there
         work.rest(bytes_of_moments(work.model, importance), None if repair is None else Refits(work.parts, kept))
+    if needed is not None and not dry_run and (now := refits(work, needed, batches, repair != "auto")) not in ("", *refit):
+        print(now)  # a text is shorter than what was asked for
     before = None if dry_run else work.measure()
-    plans, refitted = list[BlockPlan | UnitPlan](), False
+    plans, refitted, whys = list[BlockPlan | UnitPlan](), False, list[str]()
+    rows = batches if len(batches) > 1 else in_rows(batches)
     for plan in _plans(work.model, batches, given.agreement, amount, block_importance, importance, rounds):
         if dry_run:
             work.tell_dry(plan.text())
@@ -127,9 +134,10 @@ def prune_structure(
         print(plan.text())
         with bar("refitting", "linears") as progress:
             how_repaired = repair if plan.kind == "units" else None
-            repaired, why = repair_as_asked(work.model, plan, batches, how_repaired, progress=progress)
+            repaired, why = repair_as_asked(work.model, plan, rows, how_repaired, progress=progress)
         if why:
             print(why)
+            whys.append(why)
         refitted = refitted or bool(repaired)
         apply(work.model, plan, weights=repaired)
         plans.append(plan)
@@ -138,11 +146,11 @@ def prune_structure(
     how = by | {"ranking": amount.ranking, "rounds": rounds, "repair": done} | ({"greedy": True} if amount.greedy else {})
     what = f"without {', '.join(plan.words for plan in plans)}"
     record = {"plans": [plan.to_json() for plan in plans], "importance": how}
-    work.save(before, what, record, settled=[plan.settled for plan in plans])
+    work.save(before, what, record, settled=[plan.settled for plan in plans], not_refitted="; ".join(dict.fromkeys(whys)))
 
 
 def _steps(
-    amount: Removed, by: Importance | None, importance: Importance | None, rounds: int, repair: Repairing, shown: str
+    amount: Removed, by: Importance | None, importance: Importance | None, rounds: int, refit: list[str], shown: str
 ) -> list[str]:
     """Returns the words for what will be done."""
     order = ", one at a time" if amount.greedy else ""
@@ -152,7 +160,7 @@ def _steps(
         sizes = ", ".join(f"{name}={value}" for name, value in asked.items())
         times = f", in {rounds} rounds" if rounds > 1 else ""
         steps.append(f"remove units for {sizes}, by {importance}{times}")
-        steps += ["refit the linears that read them, by least squares"] if repair else []
+        steps += refit
     return [*steps, f"shown at most {shown}"]
 
 

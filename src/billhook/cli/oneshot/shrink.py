@@ -7,6 +7,7 @@ from typing import Any
 from billhook.arguments import whole
 from billhook.cli.machine import check_file
 from billhook.cli.oneshot.after import Before, shown
+from billhook.cli.oneshot.enough import coming, refits
 from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.recovery import Recovery
 from billhook.cli.oneshot.searched import outlook
@@ -18,9 +19,11 @@ from billhook.pruning.widths.rows import RoundTo
 from billhook.repairs.repair import Repair
 from billhook.report.speed import Phase
 from billhook.running.batches import Batch
+from billhook.shrinking.held_out import divided
 from billhook.shrinking.latency.table import clock_of
 from billhook.shrinking.latency.workload import Workload
-from billhook.shrinking.shrink import Layers, budget, check_library, check_search, shrink_begun
+from billhook.shrinking.shrink import Layers, budget, check_library, check_search, parts_of, shrink_begun
+from billhook.shrinking.variants import tokens_needed
 from billhook.shrinking.work import Work
 
 REPAIR = Repair()
@@ -110,21 +113,26 @@ def shrink(
     budgets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes, "max_loss": max_loss, "latency": latency}
     asked = next(f"{name}={value}" for name, value in budgets.items() if value is not None)
     then = [f"train it for {recovery.recover:,} steps"] if recovery.recover else []
+    fitted, _ = divided(coming(work))
+    short = refits(work, tokens_needed(begun.search, begun.places), fitted, must=True) if repair is not None else ""
+    then = [*([short] if short else []), *then]
     work.tell(f"find the model within {asked} that loses least", f"shown {work.shown}", *then)
     if dry_run:
         within = {f"max_loss={max_loss}": max_loss, f"latency={latency}": latency}
         told = next((words for words, value in within.items() if value is not None), None)
         work.tell_dry(outlook(begun, begun.most_steps(generations, candidates), told))
         return
-    batches, before = work.batches(), work.measure()
+    batches = work.batches()
+    parts, before = parts_of(begun, batches, repair), work.measure()
     with bar("shrinking", "steps") as progress:
         begun.progress, scored = progress, importance or OBS()
-        shrunk = shrink_begun(begun, batches, max_loss, clock, scored, repair, generations, candidates, library, given.seed)
+        shrunk = shrink_begun(begun, *parts, max_loss, clock, scored, repair, generations, candidates, library, given.seed)
     how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}
     what = f"{shrunk.what}: {shrunk.budget}"
     what += f"; {recovery.recover:,} steps of recovery" if recovery.recover else ""
     trained, *said = _recovered(work, recovery, batches, before) if recovery.recover else ({},)
-    work.save(before, what, {"shrink": shrunk.to_json() | how} | trained, shrunk.text(), *said)
+    record = {"shrink": shrunk.to_json() | how} | trained
+    work.save(before, what, record, shrunk.text(), *said, not_refitted=shrunk.not_refitted)
     if plot is not None:
         pareto(shrunk).savefig(plot)
 

@@ -214,6 +214,13 @@ def note_settled(event: Event, settled: Settled | None) -> None:
         rank_zero_info(f"billhook, step {event['step']}: {settled}")
 
 
+def note_not_refitted(event: Event, what: str) -> None:
+    """Notes what was cut and not refitted, and why, and says it."""
+    if what:
+        event["not_refitted"] = what
+        rank_zero_info(f"billhook, step {event['step']}: {what}")
+
+
 def log_event(trainer: pl.Trainer, event: Event) -> None:
     """Gives every logger the figures of an event, and the event to who follows."""
     before, after = event["before"], event["after"]

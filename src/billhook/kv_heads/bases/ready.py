@@ -20,6 +20,7 @@ from billhook.kv_heads.bases.stacks import Stacks, find_projections, instead, re
 from billhook.kv_heads.methods.base import Grouping, KVMethod, Rendered
 from billhook.model.linears import size_of
 from billhook.model.plan import Weights
+from billhook.repairs.enough import not_refitted
 from billhook.repairs.in_turn import Refitted, by_parameter
 from billhook.repairs.repair import Repair, repair_linears
 from billhook.repairs.visitor import Given
@@ -44,6 +45,7 @@ class Attentions:
         self.places = find_projections(model, structure, groups)
         self.freedoms: dict[str, Freedoms] = find_freedoms(model, self.places)
         downs = [part.name.rpartition(".")[0] for one in structure.feed_forward for part in one.down]
+        self.not_refitted = list[str]()  # by the last repair
         self.downs = [name for name in dict.fromkeys(downs) if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
 
     def check(self, method: Rendered) -> None:
@@ -149,10 +151,15 @@ class Attentions:
 
     def _refitted(self, new: Given, trials: Sequence[Run], repair: Repair) -> dict[str, tuple[Tensor, Tensor | None]] | Refitted:
         """Refits the linears behind attentions and feed-forwards, where others are new."""
+        kept = {name: torch.ones(width, dtype=torch.bool) for name, width in self.widths.items()}
+        self.not_refitted.clear()
+        return repair_linears(self.model, kept, trials, repair, self._reduce, given=new, left=self.not_refitted)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """How many inputs the linears have that a repair refits: those behind attentions, and those that feed-forwards end in."""
         reading = [place.o.linear for place in self.places.values()] + self.downs
-        widths = {name: size_of(self.model.get_submodule(name))[1] for name in dict.fromkeys(reading)}
-        kept = {name: torch.ones(width, dtype=torch.bool) for name, width in widths.items()}
-        return repair_linears(self.model, kept, trials, repair, self._reduce, given=new)
+        return {name: size_of(self.model.get_submodule(name))[1] for name in dict.fromkeys(reading)}
 
     @torch.no_grad()
     def distance(self, new: Given, trials: Sequence[Run]) -> float:
@@ -235,7 +242,9 @@ def made_equal(
     if repair is not None:
         new = attentions.repaired(new, trials, repair)
     how = f"{method}: {chosen}" if len(method.candidates) > 1 else str(method)
-    return new, how + (", repaired" if repair is not None else "")
+    if repair is not None:
+        how = "; ".join([f"{how}, repaired", *filter(None, [not_refitted(attentions.not_refitted)])])
+    return new, how
 
 
 def batches_needed(method: KVMethod, repair: Repair | None) -> tuple[int, str]:
@@ -245,6 +254,8 @@ def batches_needed(method: KVMethod, repair: Repair | None) -> tuple[int, str]:
     return method.least_batches, f"method='{method.name}'"
 
 
-def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod) -> None:
-    """Refuses a model whose heads cannot be made ready for fewer by any of a method's candidates."""
-    Attentions(model, groups).allowed(method.candidates)
+def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod) -> Attentions:
+    """Returns the attentions of a model; refuses one whose heads none of a method's candidates can make ready for fewer."""
+    found = Attentions(model, groups)
+    found.allowed(method.candidates)
+    return found

@@ -18,13 +18,12 @@ from billhook.pruning.block_plan import without
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import tried
-from billhook.pruning.repair import repair_with
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.repairs.shared import both
 from billhook.shrinking.library import as_values
 from billhook.shrinking.spaces.blocks import Block, Blocks
-from billhook.shrinking.spaces.planned import Planned
+from billhook.shrinking.spaces.planned import Planned, refitted_if_enough
 from billhook.streaming.aside import Aside
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -83,11 +82,13 @@ class Merged:
         numbers = {name: own for name, own in numbers.items() if name not in self.heads}
         planned = self._plans(limit, numbers, blocks, gone)
         weights: Weights = as_values(self.search.model, self.weights)
+        left = ""
         if repair is not None:
-            weights = both(weights, self._repaired(numbers, blocks.zeros(gone), fitted, repair))
+            refitted, left = self._repaired(numbers, blocks.zeros(gone), fitted, repair)
+            weights = both(weights, refitted)
         new = [name for name in changed(self.search.model, weights) if name.rpartition(".")[0] in self.weights]
         plans = tuple(replace(plan, restart=_of(plan.layers, new)) for plan in planned.merged)
-        return replace(planned, weights=weights, merged=plans)
+        return replace(planned, weights=weights, merged=plans, not_refitted=left)
 
     def _plans(self, limit: int, numbers: Mapping[str, list[int]], blocks: Blocks, gone: Sequence[Block]) -> Planned:
         plans, merged = plans_of(self.search.model, self.heads)
@@ -102,12 +103,14 @@ class Merged:
             raise ValueError(f"kv_cache_bytes: {left:,} would be left, more than {limit:,}, as heads do not all cost the same")
         return Planned(units, after, merged=tuple(plans), dense=self.search.now.params)
 
-    def _repaired(self, numbers: Mapping[str, list[int]], zeros: Aside, fitted: Sequence[Any], repair: Repair) -> Weights:
-        """Refits linears; those that are zero, as their block goes, stay so."""
+    def _repaired(
+        self, numbers: Mapping[str, list[int]], zeros: Aside, fitted: Sequence[Any], repair: Repair
+    ) -> tuple[Weights, str]:
+        """Refits linears; those that are zero, as their block goes, stay so; says what was not refitted."""
         model, search = self.search.model, self.search
         units = UnitPlan.of(find_cut(model, search.structure, search.units, numbers))
         whole = [name for name in self._reading() if name not in zeros]
-        return repair_with(model, units, fitted, repair, given=zeros.over(self.weights), whole=whole)
+        return refitted_if_enough(model, units, fitted, repair, zeros.over(self.weights), whole)
 
     def _reading(self) -> list[str]:
         """Returns the linears that read heads, and those that feed-forwards end in."""

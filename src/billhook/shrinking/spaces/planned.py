@@ -1,6 +1,7 @@
 """Plans what was chosen: the units that go, then the whole blocks, and the weights of what makes up for them."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,9 +27,11 @@ from billhook.pruning.row_lengths import row_lengths
 from billhook.pruning.streamed import taking
 from billhook.pruning.target import Search
 from billhook.pruning.widths.told import RowLength
+from billhook.repairs.enough import NoRepair, not_refitted, without_name
 from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair
 from billhook.repairs.shared import both
+from billhook.repairs.visitor import Given
 from billhook.shrinking.spaces.blocks import Block, Blocks
 from billhook.shrinking.spaces.hidden import Hidden
 from billhook.streaming.aside import Aside, by_module, computing_with, itself
@@ -44,7 +47,7 @@ from billhook.units.units import UnitKind, Units
 class Planned:
     """Holds what is carried out in turn: plans of KV heads that merge, one of units, one of blocks, if any go, and weights.
 
-    Where heads merge, the parameters of the dense model are told besides.
+    Where heads merge, the parameters of the dense model are told besides; and so is what was cut and not refitted, and why.
     """
 
     units: UnitPlan
@@ -52,6 +55,7 @@ class Planned:
     weights: Weights | None = None
     merged: tuple[KVHeadPlan, ...] = ()
     dense: int | None = None
+    not_refitted: str = ""
 
     @property
     def cuts(self) -> list[UnitPlan | BlockPlan]:
@@ -131,13 +135,32 @@ def repaired(
     """
     gone, model, scales = blocks.gone(kept), hidden.search.model, hidden.scales(kept)
     weights: Weights = {}
+    left = ""
     whole, (units, kinds) = blocks.behind(gone) if gone else [], planned.inside
     if repair is not None and (units or whole):
         with hidden.narrowed(kept):
             plan = _planned_now(model, units, kinds) if hidden.gone(kept) else planned.units
-            weights = repair_with(model, plan, fitted, repair, given=blocks.zeros(gone), whole=whole)
+            weights, left = refitted_if_enough(model, plan, fitted, repair, blocks.zeros(gone), whole)
         weights = hidden.widened(weights, kept) if hidden.gone(kept) else weights
-    return Planned(planned.units, planned.blocks, both(weights, scales) or None)
+    return Planned(planned.units, planned.blocks, both(weights, scales) or None, not_refitted=left)
+
+
+def refitted_if_enough(
+    model: nn.Module, plan: UnitPlan, fitted: Sequence[Any], repair: Repair, given: Given, whole: Collection[str]
+) -> tuple[Weights, str]:
+    """Refits as `repair_with` does, or, where tokens are too few for what a search has chosen, not: the search is not lost.
+
+    Returns:
+        The new values, and what was cut and not refitted, and why.
+    """
+    left = list[str]()
+    try:
+        weights = repair_with(model, plan, fitted, repair, given=given, whole=whole, left=left)
+    except NoRepair as error:
+        words = f"not repaired: {without_name(error)}"
+        warnings.warn(words, stacklevel=2)
+        return {}, words
+    return weights, not_refitted(left)
 
 
 @contextmanager

@@ -116,7 +116,13 @@ def test_a_text_outside_that_loses_twice_as_much_is_warned_of():
     assert warning_of([one("in", 1.2, True), one("out", 1.4, False)]) is None
     assert warning_of([one("in", 1.2, True), one("out", 1.6, False, 0.3)]) is None  # by chance
     assert "out (1.60 times its perplexity)" in warning_of([one("in", 1.2, True), one("out", 1.6, False, 0.05)])
+    assert warning_of([one("in", 1.2, True, 0.2), one("out", 1.6, False, 0.05)]) is None  # what is inside may have lost as much
     assert warning_of([one("in", 0.9, True), one("out", 1.0, False)]) is None
+    assert warning_of([one("in", 0.972, True, 0.018), one("out", 1.085, False, 0.038)]) is None
+    assert "has lost, and what was has not: out (1.09 times" in warning_of(
+        [one("in", 0.97, True, 0.01), one("out", 1.09, False, 0.01)]
+    )
+    assert warning_of([one("in", 0.97, True, math.nan), one("out", 1.09, False)]) is None  # of one row nothing is known
     assert warning_of([one("out", 3.0, False)]) is None
 
 

@@ -218,14 +218,23 @@ def _with_error(value: float, error: float) -> str:
 
 
 def warning_of(damage: Sequence[TextDamage]) -> str | None:
-    """Names the texts outside of the calibration lose over twice as much log-perplexity as those inside, beyond chance."""
-    inside = [math.log(one.ratio) for one in damage if one.inside]
+    """Names the texts outside of the calibration that lose over twice as much log-perplexity as those inside, beyond chance.
+
+    Beyond chance is further than two standard errors of the difference; where those inside lose nothing, any loss is.
+    """
+    inside = [one for one in damage if one.inside]
     if not inside:
         return None
-    usual = sum(inside) / len(inside)
-    certain = {one.source: math.log(one.ratio) - 2 * one.ratio_error / one.ratio for one in damage}
-    worse = [one for one in damage if not one.inside and certain[one.source] > max(TWICE * usual, 0)]
+    mean = sum(math.log(one.ratio) for one in inside) / len(inside)
+    usual = TWICE * max(mean, 0.0)
+    error = TWICE * math.hypot(*(one.ratio_error / one.ratio for one in inside)) / len(inside)
+
+    def beyond_chance(one: TextDamage) -> bool:
+        return math.log(one.ratio) - usual > 2 * math.hypot(one.ratio_error / one.ratio, error)
+
+    worse = [one for one in damage if not one.inside and beyond_chance(one)]
     if not worse:
         return None
     what = ", ".join(f"{one.source} ({one.ratio:.2f} times its perplexity)" for one in worse)
-    return f"what was not calibrated on has lost over twice as much as what was: {what}; calibrate on text of this kind too"
+    lost = "has lost over twice as much as what was" if mean > 0 else "has lost, and what was has not"
+    return f"what was not calibrated on {lost}: {what}; calibrate on text of this kind too"

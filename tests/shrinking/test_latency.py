@@ -12,10 +12,14 @@ from billhook.running.batches import Batch
 from billhook.shrinking.latency import search
 from billhook.shrinking.latency.table import Clock, timed
 from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking.shrunk import Times
+from billhook.shrinking.smallest import Found
 from billhook.shrinking.spaces import hidden
+from billhook.shrinking.spaces.planned import Planned
 from billhook.shrinking.work import Work
 from kit.families import BERT, T5, llama, tokens
 
+WRITING = "writing a token after a prompt of 56 tokens"
 FEW, LAYERS = {"generations": 1, "candidates": 2}, 3
 
 
@@ -115,7 +119,13 @@ def test_a_budget_is_used_up_and_the_model_timed_beside_the_dense_one(layers, cl
     assert (shrunk.target, shrunk.limit, shrunk.left) == ("latency", int(0.7 * round(1e9 * now)), round(1e9 * left))
     assert shrunk.left <= shrunk.limit
     assert vars(shrunk.times) == pytest.approx(
-        {"dense": now, "smaller": left, "ratio": left / now, "workload": "writing a token after a prompt of 56 tokens"}
+        {
+            "dense": now,
+            "smaller": left,
+            "ratio": left / now,
+            "workload": WRITING,
+            "unused": "",
+        }
     )
     assert 0.7 - 3e-5 * (LAYERS if layers == "uniform" else 1) / now - 1e-6 < shrunk.times.ratio <= 0.7
     assert shrunk.to_json()["times"] == vars(shrunk.times)
@@ -172,6 +182,47 @@ def test_the_limit_follows_the_clock_where_places_together_take_longer_or_less(t
     assert 0.6 - search.SLACK <= tried[-1] == shrunk.times.ratio <= 0.6
     assert not 0.6 - search.SLACK <= tried[7 + 3 + 1] <= 0.6  # the first after those of the table and of blocks
     assert shrunk.limit == int(0.6 * round(1e9 * seconds(model_of(), 3e-5, 6e-4)))
+
+
+class Made:
+    """A work, a clock and a search in one: what is searched for takes less than the knapsack's choice within the same limit."""
+
+    def __init__(self, steps):
+        self.now, self.least, self.limit, self.tried = 1000, 100, 700, []
+        self.steps, self.workload = steps, "something"
+
+    def planned(self, fitted, repair, kept):
+        return Planned(self.limit + 100, None)
+
+    def sum_chosen(self):
+        return {}
+
+    def within(self, work, fitted, repair, choosing):
+        self.tried.append(self.limit)
+        return Found({}, Planned(max(step for step in self.steps if step <= self.limit), None), [], [])
+
+    def times(self, taken, blocks):
+        return Times(1.0, taken / 1000, taken / 1000, self.workload)
+
+
+@pytest.mark.parametrize(
+    ("steps", "takes", "unused"),
+    [
+        (range(1001), (0.68, 0.7), ""),
+        ([100, 600, 760], (0.6, 0.6), "0.10 of the budget is unused: the next larger model that was tried takes 0.760"),
+        ([100, 600, 690], (0.69, 0.69), ""),
+    ],
+    ids=["any", "none between", "one between"],
+)
+def test_a_search_comes_back_up_until_the_budget_is_used(steps, takes, unused, monkeypatch):
+    made = Made(steps)
+    monkeypatch.setattr(search.Found, "within", made.within)
+    found = search.fast_enough(made, 0.7, made, [], None, None)
+    assert takes[0] <= found.times.ratio <= takes[1]
+    assert found.times.unused == unused
+    assert made.tried[0] <= 600 < made.tried[1]
+    assert str(found.times).endswith(unused or "something")
+    assert made.limit == 700
 
 
 @pytest.mark.parametrize(

@@ -43,15 +43,18 @@ class Times:
         smaller: Seconds of the smaller model.
         ratio: The median over rounds of the smaller model's seconds over the dense one's.
         workload: What they did.
+        unused: Which share of the budget is unused, and why, in words; empty if it is small.
     """
 
     dense: float
     smaller: float
     ratio: float
     workload: str
+    unused: str = ""
 
     def __str__(self) -> str:
-        return f"{1e3 * self.smaller:.4g} ms, {self.ratio:.3f} of the dense model's {1e3 * self.dense:.4g} ms: {self.workload}"
+        took = f"{1e3 * self.smaller:.4g} ms, {self.ratio:.3f} of the dense model's {1e3 * self.dense:.4g} ms: {self.workload}"
+        return "; ".join([took, *filter(None, [self.unused])])
 
 
 @dataclass(frozen=True, repr=False)

@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from billhook.checkpoints import versions as module
+import billhook.versions as module
 from billhook.versions import versions
 
 

@@ -32,6 +32,7 @@ class ArgumentParser(LightningArgumentParser):
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the error and the legal names, and ends the process with exit status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
         said = f"{message}\n{legal(message)}".rstrip()

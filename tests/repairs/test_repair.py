@@ -611,6 +611,17 @@ def test_ranks_that_only_sum_choose_among_their_own_batches():
         Ranks(2).run(partial(one, 1))
 
 
+def test_ranks_that_only_sum_know_that_their_sources_differ_by_little():
+    """Hashes of these sources' hashes are 3542871551 and 3542871552, whose squares are the same number in float64's 53 bits."""
+    sources = [["news-157", "news-83"], ["news-243", "news-120"]]
+
+    def parts(own, rank, reduce):
+        return Repair(held_out=0.5).parts(own[rank], reduce.add, torch.device("cpu"))
+
+    assert Ranks(2).run(partial(parts, sources)) == [([0, 1], [1])] * 2  # each holds out a run
+    assert Ranks(2).run(partial(parts, sources[:1] * 2)) == [([1, 0], [0, 1])] * 2  # each source in turn
+
+
 def test_an_expert_that_few_tokens_come_to_is_only_cut_and_named():
     class Routed(nn.Module):
         def __init__(self):

@@ -246,12 +246,13 @@ def _check_once(often: Collection[str]) -> None:
 
 
 def _same_on_all_ranks(names: Sequence[int], reduce: Reduce | None, device: torch.device) -> bool:
-    """Says whether every rank names the same sources: sums of a number and of its square tell."""
+    """Tells whether every rank names the same sources: then each bit of a hash of them is set on all ranks, or on none."""
     if reduce is None:
         return True
-    own = zlib.crc32(str(names).encode())
-    ranks, total, squares = reduce(torch.tensor([1, own, own**2], dtype=torch.float64, device=device)).tolist()
-    return bool(abs(ranks * squares - total**2) < 1e-9 * total**2)
+    code = zlib.crc32(str(names).encode())
+    bits = [code >> place & 1 for place in range(32)]  # a sum of numbers of 32 bits or of their squares could be rounded
+    ranks, *counts = reduce(torch.tensor([1, *bits], dtype=torch.int64, device=device)).tolist()
+    return all(count in (0, ranks) for count in counts)
 
 
 def _check_batches(parts: Sequence[int], held_out: Collection[int], device: torch.device, reduce: Reduce | None) -> None:

@@ -6,6 +6,7 @@ import itertools
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from billhook.fit.events.event import events_of
 from billhook.fit.lightning_internals import is_search
 from billhook.fit.loggers import log_card
 from billhook.fit.preprocessors import find_preprocessors
-from billhook.fit.ranks import together
+from billhook.fit.ranks import by_first
 from billhook.fit.run import callbacks_of, check_some_steps, is_trial
 from billhook.fit.trained import trained
 from billhook.model.find import find_transformer
@@ -128,9 +129,7 @@ class Export(Callback):
                 check_gguf(self.gguf)
                 find_converter(self.converter)
             if self.push_to_hub is not None:
-                with together(trainer, "Export"):
-                    if trainer.is_global_zero:
-                        check_token("push_to_hub", self.push_to_hub)
+                by_first(trainer, "Export", partial(check_token, "push_to_hub", self.push_to_hub))
             for one in callbacks_of(trainer, Damage):
                 refuse_before(trainer, self, one)
             self.saved, self._begun, self._along = None, False, []
@@ -159,9 +158,8 @@ class Export(Callback):
         self._probe = self.probe or _inputs_in(batch, model)
         if not self.rehearse:
             return
-        with as_one(model), together(trainer, "Export"):
-            if trainer.is_global_zero:
-                self._rehearse(model)
+        with as_one(model):
+            by_first(trainer, "Export", partial(self._rehearse, model))
 
     def _rehearse(self, model: PreTrainedModel) -> None:
         """Saves the model as it is beside the folder, and removes that again; what fails now would fail at the end."""
@@ -195,16 +193,19 @@ class Export(Callback):
             rank_zero_info(f"billhook: nothing is saved to {self.folder}, since this is a fast_dev_run")
             return
         model = find_transformer(pl_module)
-        with as_one(model), together(trainer, "Export"):
-            if trainer.is_global_zero:
-                try:
-                    self._save(trainer, model)
-                except Exception as error:
-                    self._keep(model, error)
-                    raise
-                self._convert()
-                if self.saved is not None:
-                    log_card(trainer, Path(self.saved.folder) / CARD)
+        with as_one(model):
+            by_first(trainer, "Export", partial(self._export, trainer, model))
+
+    def _export(self, trainer: pl.Trainer, model: PreTrainedModel) -> None:
+        """Saves, converts and logs; keeps the weights of a model that cannot be saved."""
+        try:
+            self._save(trainer, model)
+        except Exception as error:
+            self._keep(model, error)
+            raise
+        self._convert()
+        if self.saved is not None:
+            log_card(trainer, Path(self.saved.folder) / CARD)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Lets other runs write to the folder."""
@@ -220,11 +221,16 @@ class Export(Callback):
             self._claim = None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pushes what was saved, when no rank waits for another."""
-        if self.push_to_hub is None or self.saved is None or not trainer.is_global_zero:
+        """Pushes what was saved, as one process; the others wait."""
+        if self.push_to_hub is not None:
+            by_first(trainer, "Export", partial(self._push, self.push_to_hub))
+
+    def _push(self, repository: str) -> None:
+        """Pushes what was saved, if anything was; warns where that fails."""
+        if self.saved is None:
             return
         try:
-            address = push(self.saved.folder, self.push_to_hub, self.private)
+            address = push(self.saved.folder, repository, self.private)
         except (ValueError, NotPushed) as error:
             rank_zero_warn(str(error))
             return

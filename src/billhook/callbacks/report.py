@@ -1,11 +1,12 @@
 """Reports the run as one table and one picture."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from billhook.arguments import a_path, annotated, whole
 from billhook.callbacks.damage import Damage, refuse_before
@@ -13,6 +14,7 @@ from billhook.callbacks.export import Export
 from billhook.fit.events.event import Event, events_of
 from billhook.fit.loggers import log_picture
 from billhook.fit.measure import measure
+from billhook.fit.ranks import by_first
 from billhook.fit.run import callbacks_of
 from billhook.plots.style import PICTURES
 from billhook.plots.validation import validation
@@ -74,9 +76,8 @@ class Report(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures once more, prints the table and draws the picture."""
         last = summary(pl_module).numbers() | measure(trainer, pl_module, self.measure_batches)
-        self._report(trainer, last)
+        by_first(trainer, "Report", partial(self._report, trainer, last))
 
-    @rank_zero_only
     def _report(self, trainer: pl.Trainer, last: dict[str, Any]) -> None:
         events = events_of(trainer)
         stages = self._stages(events, Stage("after uptraining" if events else "at the end", trainer.global_step, last))

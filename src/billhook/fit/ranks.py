@@ -1,10 +1,13 @@
 """Sums over the ranks of a fit, and checks that all have decided alike and that none has failed.
 
-Before each exchange the ranks meet, so that none waits for a message that never comes.
+Before each exchange the ranks meet, so that none waits for a message that never comes. What must not depend on that goes by
+the process group's store, which any rank reads and writes at any time: that a rank has failed while others gather shards, and
+that the first one has done what it does alone, for which no other may stand in a collective, as that has a timeout.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
@@ -12,12 +15,15 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from billhook.running.ranks import Ranks
 
 LENGTH = 1024
 """Bytes of a rank's message when ranks meet."""
+FAILED = "billhook/failed/{}"
+"""Under which key of the store a rank says that it has failed, and how."""
 
 
 class RanksDiffer(RuntimeError):
@@ -55,15 +61,43 @@ def check_agreed(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None
 @contextmanager
 def together(trainer: pl.Trainer, who: str) -> Iterator[None]:
     """Stops all ranks where one fails within, the others by RanksDiffer; all end at the same time. Not to be nested."""
+    if trainer.world_size > 1 and (store := _store()) is not None:
+        store.delete_key(FAILED.format(trainer.global_rank))  # of an earlier fit in these processes
     try:
         yield
     except RanksDiffer:
         raise
     except Exception as error:
-        with suppress(RuntimeError):  # the error is this rank's own
-            _meet(trainer, who, failed=f"{type(error).__name__}: {error}")
+        _raise_that_of_another(trainer, error)
+        _tell_failure(trainer, who, error)
         raise
     _meet(trainer, f"the end of {who}")
+
+
+def by_first(trainer: pl.Trainer, who: str, work: Callable[[], object]) -> None:
+    """Has the first rank work, however long it takes; the others wait, and stop by RanksDiffer if it fails.
+
+    They stand in no collective meanwhile, which would end by the timeout of the process group.
+    """
+    if trainer.world_size == 1 or (store := _store()) is None:
+        with together(trainer, who):
+            if trainer.is_global_zero:
+                work()
+        return
+    turn = store.add(f"billhook/turns of {trainer.global_rank}", 1)  # every rank has had as many
+    done = f"billhook/turn {turn}"
+    if not trainer.is_global_zero:
+        while not store.check([done]):  # `wait` warns each time that it ends
+            time.sleep(0.1)
+        if failed := store.get(done).decode():
+            raise RanksDiffer(_stops(trainer, failed))
+        return
+    try:
+        work()
+    except BaseException as error:
+        store.set(done, _failed(trainer, error))
+        raise
+    store.set(done, "")
 
 
 def _meet(trainer: pl.Trainer, where: str, digest: str = "", failed: str = "") -> None:
@@ -72,21 +106,66 @@ def _meet(trainer: pl.Trainer, where: str, digest: str = "", failed: str = "") -
         return
     message = "\0".join((where, digest, failed)).encode()[:LENGTH].ljust(LENGTH, b"\0")
     own = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(trainer.strategy.root_device)
-    gathered = trainer.strategy.all_gather(own).cpu().numpy()
+    try:
+        gathered = trainer.strategy.all_gather(own).cpu().numpy()
+    except RuntimeError as error:
+        _raise_that_of_another(trainer, error)
+        raise
     ranks = [row.tobytes().decode(errors="ignore").split("\0")[:3] for row in gathered]
-    step = f"step {trainer.global_step}, rank {trainer.global_rank} of {trainer.world_size}"
-    if errors := {rank: error for rank, (_, _, error) in enumerate(ranks) if error}:
-        listed = "; ".join(f"rank {rank} ({error})" for rank, error in errors.items())
-        raise RanksDiffer(f"{step}: this rank stops, as another has failed: {listed}")
+    if errors := [error for _, _, error in ranks if error]:
+        raise RanksDiffer(_stops(trainer, "; ".join(errors)))
     if len({place for place, _, _ in ranks}) > 1:
         listed = "; ".join(f"rank {rank} is at {place}" for rank, (place, _, _) in enumerate(ranks))
-        raise RanksDiffer(f"{step}: the ranks have gone different ways: {listed}")
+        raise RanksDiffer(f"{_here(trainer)}: the ranks have gone different ways: {listed}")
     if others := [str(rank) for rank, (_, other, _) in enumerate(ranks) if other != ranks[0][1]]:
+        on = f"on rank{'s' * (len(others) > 1)} {', '.join(others)}"
         raise RanksDiffer(
-            f"{step}: {where} must be the same on every rank, and on rank{'s' * (len(others) > 1)} {', '.join(others)} it is not "
-            "that of rank 0. Nothing of it has been done. Give all ranks the same arguments, seeds, weights and software; what a "
-            "criterion or a metric of your own makes of its rank's data must be summed over ranks"
+            f"{_here(trainer)}: {where} must be the same on every rank, and {on} it is not that of rank 0. Nothing of it has "
+            "been done. Give all ranks the same arguments, seeds, weights and software; what a criterion or a metric of your own "
+            "makes of its rank's data must be summed over ranks"
         )
+
+
+def _tell_failure(trainer: pl.Trainer, who: str, error: Exception) -> None:
+    """Tells the other ranks that this one has failed."""
+    if trainer.world_size == 1:
+        return
+    with suppress(RuntimeError):  # the error is this rank's own
+        if (store := _store()) is not None:
+            store.set(FAILED.format(trainer.global_rank), _failed(trainer, error))
+        if not isinstance(trainer.strategy, ModelParallelStrategy):  # others may gather shards, and take a message for these
+            _meet(trainer, who, failed=_failed(trainer, error))
+
+
+def _raise_that_of_another(trainer: pl.Trainer, error: Exception) -> None:
+    """Raises RanksDiffer where an error may be that of a collective which has broken since another rank has failed."""
+    if trainer.world_size == 1 or not isinstance(error, RuntimeError) or (store := _store()) is None:
+        return
+    others = (FAILED.format(rank) for rank in range(trainer.world_size) if rank != trainer.global_rank)
+    try:
+        failed = "; ".join(store.get(key).decode() for key in others if store.check([key]))
+    except RuntimeError:
+        failed = "what holds the process group's store has ended (rank 0, or torchrun on its machine); its log says why"
+    if failed:
+        raise RanksDiffer(_stops(trainer, failed)) from error
+
+
+def _store() -> Any:  # noqa: ANN401 - torch exports no name for it to type checkers
+    """Returns what any rank reads and writes at any time; None where ranks are not torch's."""
+    group = torch.distributed.group.WORLD if torch.distributed.is_available() else None
+    return None if group is None else group.get_group_store()
+
+
+def _failed(trainer: pl.Trainer, error: BaseException) -> str:
+    return f"rank {trainer.global_rank} ({type(error).__name__}: {error})"
+
+
+def _stops(trainer: pl.Trainer, failed: str) -> str:
+    return f"{_here(trainer)}: this rank stops, as another has failed: {failed}"
+
+
+def _here(trainer: pl.Trainer) -> str:
+    return f"step {trainer.global_step}, rank {trainer.global_rank} of {trainer.world_size}"
 
 
 def _add(digest: Any, decided: Any) -> None:  # noqa: ANN401 - that of hashlib

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from billhook.fit.loggers import log_picture
+from billhook.fit.ranks import by_first
 from billhook.plots.heads import heads
 
 
@@ -62,8 +64,10 @@ class HeadRecord:
             self.curve.append((0.0, before[metric]))
         if metric in after:
             self.curve.append((sum(map(len, gone.values())) / sum(self.first.values()), after[metric]))
-        if not trainer.is_global_zero or not (path or trainer.loggers):
-            return
+        if path or trainer.loggers:
+            by_first(trainer, "HeadPruning", partial(self._draw, trainer, gone, metric, path))
+
+    def _draw(self, trainer: pl.Trainer, gone: Mapping[str, Sequence[int]], metric: str, path: str | None) -> None:
         figure = heads(self.scores, gone, self.curve, metric)
         log_picture(trainer, "heads", figure)
         if path:

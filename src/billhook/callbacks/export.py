@@ -122,9 +122,7 @@ class Export(Callback):
         if stage == "fit":
             check_some_steps(trainer, "Export")
             check_target(self.folder)
-            with together(trainer, "Export"):
-                if trainer.is_global_zero and self._claim is None:
-                    self._claim = Claim(Path(self.folder).resolve())
+            by_first(trainer, "Export", self._claimed)
             if self.gguf is not None:
                 check_gguf(self.gguf)
                 find_converter(self.converter)
@@ -136,6 +134,10 @@ class Export(Callback):
             for auto, given in ((AutoTokenizer, self.tokenizer), (AutoProcessor, self.processor)):
                 if given is not None:
                     self._along = [load_preprocessor(given, auto) if isinstance(given, str) else given]
+
+    def _claimed(self) -> None:
+        """Claims the folder, if it has not been yet."""
+        self._claim = self._claim or Claim(Path(self.folder).resolve())
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a model whose checkpoint would not load, before training."""

@@ -48,6 +48,7 @@ class Syncs(TorchDispatchMode):
 
     def __init__(self, uploads=False):
         super().__init__()
+        self.copied = 0  # bytes that come to the host
         self.places, self.uploads, self._calls, self._from_numpy = Counter(), uploads, _Calls(self), torch.from_numpy
 
     @property
@@ -93,6 +94,7 @@ class _Calls(TorchFunctionMode):
             copied = "cpu" in [one for one in (*args[1:], *kwargs.values()) if isinstance(one, str)]
         if copied and not args[0].is_meta:
             self._syncs.note()
+            self._syncs.copied += args[0].nbytes
         if self._syncs.uploads and function in (torch.tensor, torch.as_tensor):
             self._syncs.note()
         return function(*args, **kwargs)

@@ -46,9 +46,9 @@ def test_one_mask_at_a_time_is_whole_where_weights_are_sharded(saved, mesh, monk
     masks, state = saved
     again, own, unpacked, found, alive = Hold(), model(), hold._unpacked, [], []
 
-    def watched(packed):
+    def watched(*packed):
         alive.append(sum(one() is not None for one in found))
-        mask = unpacked(packed)
+        mask = unpacked(*packed)
         found.append(weakref.ref(mask))
         return mask
 

@@ -236,6 +236,5 @@ class RIA(Criterion):
 
 def check_finite(values: Tensor, what: str) -> None:
     """Refuses NaN and inf."""
-    lowest, highest = values.detach().aminmax()
-    if not (torch.isfinite(lowest) and torch.isfinite(highest)):
+    if not torch.stack(values.detach().aminmax()).isfinite().all():
         raise ValueError(f"{what} holds NaN or inf")

@@ -1,9 +1,9 @@
 """Holds masks: pruned weights are zero after every step of an optimizer."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from billhook.adapters.masked import mask_adapters, unmask_adapters
 from billhook.model.linears import prunable
 from billhook.running.sharded.shards import local, reshard, sharded_as, whole
+from billhook.sparsity.bits import packed, unpacked
 
 
 class Hold:
@@ -20,6 +21,7 @@ class Hold:
     def __init__(self) -> None:
         self._masks: dict[str, Tensor] = {}
         self._saved: Mapping[str, Any] = {}  # those of a checkpoint, one bit a weight, until it is known how weights lie
+        self._packed: dict[str, Any] = {}  # the masks as checkpoints hold them, once one has been saved
         self._models: list[nn.Module] = []
         self._linears: list[dict[str, nn.Module]] = []
         self._weights: dict[str, nn.Parameter] = {}
@@ -29,7 +31,7 @@ class Hold:
     @property
     def masks(self) -> dict[str, Tensor]:
         """The masks by linear, bool, as the weights lie in memory, and sharded as they are."""
-        return self._masks or {name: _unpacked(saved) for name, saved in self._saved.items()}
+        return self._masks or {name: _unpacked(saved, torch.device("cpu")) for name, saved in self._saved.items()}
 
     def attach(
         self,
@@ -56,7 +58,8 @@ class Hold:
         linears = prunable(self._models[0], output_embeddings=True, convolutions="all") if self._saved else {}
         found = {}
         for name, saved in self._saved.items():
-            mask, weight = _unpacked(saved), linears[name].get_parameter("weight") if name in linears else None
+            weight = linears[name].get_parameter("weight") if name in linears else None
+            mask = _unpacked(saved, torch.device("cpu") if weight is None else weight.device)
             found[name] = mask if weight is None or weight.shape != mask.shape else sharded_as(mask, weight)
         return found
 
@@ -70,7 +73,7 @@ class Hold:
             if name not in first or first[name].weight.shape != mask.shape:
                 raise ValueError(f"the masks are of another model: it has no {name} of shape {list(mask.shape)}")
         before = self._linears, self._masks
-        self._linears = linears
+        self._linears, self._packed = linears, {}
         self._masks = {name: sharded_as(mask, first[name].get_parameter("weight")).contiguous() for name, mask in masks.items()}
         try:
             if change is not None:
@@ -112,7 +115,7 @@ class Hold:
 
     def clear(self) -> None:
         """Forgets the masks."""
-        self._masks, self._saved = {}, {}
+        self._masks, self._saved, self._packed = {}, {}, {}
 
     def _let_go(self) -> None:
         for hook in self._hooks:
@@ -128,21 +131,20 @@ class Hold:
             _mask([held[name].data for name in moved], [self._masks[name] for name in moved])
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the masks, one bit a weight."""
-        return dict(self._saved) or {
-            name: {"shape": list(mask.shape), "bits": torch.from_numpy(np.packbits(whole(mask).cpu().numpy()))}
-            for name, mask in self._masks.items()
-        }
+        """Returns the masks, one bit a weight; they are packed once, and not again until they are replaced."""
+        if not self._packed:
+            bits = {name: torch.from_numpy(packed(whole(mask))) for name, mask in self._masks.items()}
+            self._packed = {name: {"shape": list(self._masks[name].shape), "bits": own} for name, own in bits.items()}
+        return dict(self._saved or self._packed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores masks that were saved."""
-        self._masks, self._saved = {}, state
+        self._masks, self._saved, self._packed = {}, state, {}
 
 
-def _unpacked(saved: Mapping[str, Any]) -> Tensor:
-    """Unpacks a mask that was saved."""
-    bits = np.unpackbits(saved["bits"].cpu().numpy(), count=int(np.prod(saved["shape"])))
-    return torch.from_numpy(bits.view(np.bool_)).view(saved["shape"])
+def _unpacked(saved: Mapping[str, Any], device: torch.device) -> Tensor:
+    """Unpacks a mask that was saved, on a device."""
+    return unpacked(saved["bits"].cpu().numpy(), math.prod(saved["shape"]), device).view(saved["shape"])
 
 
 def _mask(weights: list[Tensor], masks: list[Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from billhook.running.sharded.shards import Lies, local, sharded_as, whole
+from billhook.sparsity.bits import count, packed, unpacked
 from billhook.sparsity.masks import where_kept
 from billhook.sparsity.put import Part
 
@@ -23,7 +24,7 @@ class Pruned:
     """One linear's part of a plan.
 
     Attributes:
-        bits: The keep-mask, 8 weights a byte.
+        bits: The keep-mask, 8 weights a byte, on the CPU.
         values: The kept weights, where a criterion updates them, on the CPU; None where the old values stay.
     """
 
@@ -34,12 +35,12 @@ class Pruned:
     def of(old: Tensor, new: Tensor, keep: Tensor) -> "Pruned":
         """Packs the change of a weight `[out_features, in_features]` from old to new under a keep-mask."""
         changed = not torch.equal(new, where_kept(old, keep))
-        return Pruned(np.packbits(keep.cpu().numpy()), new[keep].cpu() if changed else None)
+        return Pruned(packed(keep), new[keep].cpu() if changed else None)
 
     @property
     def kept(self) -> int:
         """How many weights are kept."""
-        return int(np.bitwise_count(self.bits).sum())
+        return count(self.bits)
 
     @property
     def decided(self) -> object:
@@ -77,7 +78,7 @@ class Pruned:
         if self.values is not None:
             values = self.weight(old)[keep].cpu()
             digest.update(self.values.contiguous().view(torch.uint8).numpy().data)
-        bits = np.packbits(keep.cpu().numpy())
+        bits = packed(keep)
         return Share(bits, values, self.kept, digest.hexdigest(), old.shape, keep.shape, Lies.of(old))
 
     def to_json(self) -> dict[str, str]:
@@ -91,7 +92,7 @@ class Pruned:
     @classmethod
     def from_json(cls, plain: Mapping[str, Any], size: int) -> Self:
         """Makes the part of a linear with so many weights from what `to_json` returned."""
-        pruned = cls(np.frombuffer(b64decode(plain["bits"], validate=True), dtype=np.uint8), None)
+        pruned = cls(np.frombuffer(bytearray(b64decode(plain["bits"], validate=True)), dtype=np.uint8), None)
         if len(pruned.bits) != -(-size // 8):
             raise ValueError(f"{len(pruned.bits)} bytes of bits for {size} weights")
         if "values" not in plain:
@@ -142,7 +143,7 @@ class Share:
         """Returns it of the whole weight; all ranks call it together."""
         keep = _unpacked(self.bits, torch.empty(self.own, dtype=torch.bool))
         every = whole(self.lies.joined(keep, self.shape))
-        bits = np.packbits(every.cpu().numpy())
+        bits = packed(every)
         if self.values is None:
             return Pruned(bits, None)
         new = torch.zeros(self.own, dtype=self.values.dtype).masked_scatter_(keep, self.values)
@@ -179,5 +180,4 @@ class Applied:
 
 def _unpacked(bits: np.ndarray, like: Tensor) -> Tensor:
     """Unpacks bits, bool, to the size and the device of a tensor."""
-    found = np.unpackbits(bits, count=like.numel()).view(np.bool_)
-    return torch.from_numpy(found).view(like.shape).to(like.device)
+    return unpacked(bits, like.numel(), like.device).view(like.shape)

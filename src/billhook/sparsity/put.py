@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from billhook.running.casts import fresh_casts
+from billhook.sparsity.bits import count, unpacked
 from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, WHOLE
 
 Part = tuple[Tensor, np.ndarray, Tensor | None]
@@ -46,14 +47,14 @@ def put(parts: Sequence[Part]) -> None:
 
 def _put_some(rows: Tensor, first: int, bits: np.ndarray, values: Tensor | None) -> None:
     """Puts some rows of a weight, of which `first` is the number of the first weight in them."""
-    keep = torch.from_numpy(np.unpackbits(bits[first // 8 :], count=rows.numel())).view(rows.shape).to(rows.device)
+    keep = unpacked(bits[first // 8 :], rows.numel(), rows.device).view(rows.shape)
     if values is None:
         whole = WHOLE[rows.element_size()]
-        rows.view(whole).mul_(keep.to(whole))
+        rows.view(whole).mul_(keep.view(torch.uint8).to(whole))
         return
-    before, kept = int(np.bitwise_count(bits[: first // 8]).sum()), int(keep.count_nonzero())
+    before, kept = count(bits[: first // 8]), count(bits[first // 8 : -(-(first + rows.numel()) // 8)])
     some = values[before : before + kept].to(rows)
-    rows.copy_(torch.zeros_like(rows).masked_scatter_(keep.view(torch.bool), some))
+    rows.copy_(torch.zeros_like(rows).masked_scatter_(keep, some))
 
 
 def _reserve(parts: Sequence[Part], rows: Sequence[Tensor]) -> list[object]:
@@ -61,7 +62,7 @@ def _reserve(parts: Sequence[Part], rows: Sequence[Tensor]) -> list[object]:
     taken: list[object] = [np.empty(max((len(bits) for _, bits, _ in parts), default=0), dtype=np.uint8)]
     for device in dict.fromkeys(one.device for one in rows):
         largest = max((one for one in rows if one.device == device), key=lambda one: one.nbytes)
-        taken += [torch.empty(largest.numel(), dtype=torch.uint8, device=where) for where in ("cpu", device)]
+        taken += [torch.empty(largest.numel(), dtype=torch.uint8, device=device) for _ in range(2)]
         taken += [torch.empty_like(largest) for _ in range(3)]
     return taken
 

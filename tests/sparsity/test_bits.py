@@ -1,0 +1,66 @@
+"""Masks that are packed: 8 weights a byte, made where the weights lie, so that bits are all that is copied to the host."""
+
+import numpy as np
+import pytest
+import torch
+
+import billhook as bh
+from billhook.model.linears import prunable
+from billhook.sparsity import bits, masks
+from billhook.sparsity.bits import count, packed, unpacked
+from billhook.sparsity.hold import Hold
+from kit.families import llama
+from kit.syncs import Syncs
+
+CRITERIA = {
+    "wanda": (bh.Wanda(), "unstructured"),
+    "pairs": (bh.Wanda(), "2:4"),
+    "magnitude": (bh.Magnitude(compares="row"), "unstructured"),
+}
+
+
+@pytest.fixture(params=["host", "device"])
+def where(request, monkeypatch):
+    """As on the CPU, and as on an accelerator, which packs and selects by itself."""
+    if request.param == "device":
+        monkeypatch.setattr(bits, "HOST", "none")
+        monkeypatch.setattr(masks, "HOST", "none")
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 5), (4, 4), (16, 8), (2, 3, 3, 7)])
+def test_bits_are_those_of_numpy(where, shape):
+    mask = torch.rand(shape) < 0.5
+    for one in (mask, mask.transpose(0, -1)):
+        found = packed(one)
+        np.testing.assert_array_equal(found, np.packbits(one.numpy()))
+        assert count(found) == one.sum()
+        np.testing.assert_array_equal(unpacked(found, one.numel(), one.device), one.reshape(-1))
+        assert np.array_equal(unpacked(found, one.numel() // 2, one.device), one.reshape(-1)[: one.numel() // 2])
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_linear_takes_few_syncs_and_only_bits_are_copied(where, name):
+    model, batch = llama(intermediate_size=32), {"input_ids": torch.arange(12)[None]}
+    criterion, pattern = CRITERIA[name]
+    linears = prunable(model)
+    with Syncs() as syncs:
+        bh.prune(model, criterion, [batch], None if ":" in pattern else 0.5, pattern)
+    assert syncs.total <= 8 * len(linears)
+    assert where == "host" or 0 < syncs.copied <= sum(linear.weight.numel() for linear in linears.values()) // 8 + 64
+
+
+def test_masks_are_packed_once_however_often_they_are_saved(where):
+    model = llama()
+    held, keeps = Hold(), {name: torch.rand(linear.weight.shape) < 0.5 for name, linear in prunable(model).items()}
+    held.attach(model, [])
+    held.hold(keeps)
+    first = held.state_dict()
+    with Syncs() as syncs:
+        again = held.state_dict()
+    assert all(again[name]["bits"] is first[name]["bits"] for name in keeps)
+    assert not syncs.places
+    held.hold({name: ~keep for name, keep in keeps.items()})
+    other = Hold()
+    other.load_state_dict(held.state_dict())
+    assert all(torch.equal(other.masks[name], ~keep) for name, keep in keeps.items())

@@ -34,13 +34,17 @@ def steps(clock, seconds, total):
             told(done, total)
 
 
-def test_no_terminal_gets_one_line_and_only_if_it_takes_long(stderr):
+def test_no_terminal_gets_lines_now_and_then_and_only_if_it_takes_long(stderr):
     of, clock = stderr
     out = of(terminal=False)
     steps(clock, 0.1, 100)
     assert out.getvalue() == ""
     steps(clock, 3.0, 100)
-    assert out.getvalue() == "scoring: about 5 min for 100 batches\n"
+    first, *lines, last = out.getvalue().splitlines()
+    assert first == "scoring: about 5 min for 100 batches"
+    assert lines[0] == "scoring: 23 of 100 batches, about 4 min left"
+    assert last == "scoring: 83 of 100 batches, about 50 s left"
+    assert len(lines) == 3
 
 
 def test_a_terminal_gets_a_bar_that_goes_away_and_the_line_that_stays(stderr):

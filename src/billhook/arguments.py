@@ -130,7 +130,8 @@ def annotated(of: Callable[..., Any], given: Mapping[str, object]) -> None:
     """
     for name, kind in _kinds(of).items():
         if name in given and not _fits(given[name], kind):
-            raise ValueError(f"{name}={_shown(given[name])} must be {_legal(kind)}")
+            hint = getattr(given[name], "no_model", "")  # of a report that is taken for the model that it is about
+            raise ValueError(f"{name}={_shown(given[name])} must be {_legal(kind)}{f': {hint}' if hint else ''}")
 
 
 @cache

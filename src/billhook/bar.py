@@ -14,15 +14,16 @@ FIRST, SHARE = 3, 0.02
 
 The first is left out, as it often takes longer, unless it was told before that none is done.
 """
-LONG = 20.0
-"""Seconds from which on it is said in a line how long all steps take."""
+LONG, EVERY = 20.0, 60.0
+"""Seconds from which on it is said in a line how long all steps take, and between lines on progress where no bar is seen."""
 
 
 @contextmanager
 def bar(what: str, of: str = "", beside: Callable[[], str] | None = None) -> Iterator[Told]:
     """Shows a bar on stderr until the end of a `with` block, if stderr is a terminal or a notebook.
 
-    Once a few steps have been measured, a line, which stays, says how long all of them take, if that is long.
+    Once a few steps have been measured, a line, which stays, says how long all of them take, if that is long. Where no bar can be
+    seen, as in a log file, a line each minute says how far it is.
 
     Args:
         what: What is done, as in "scoring".
@@ -36,7 +37,7 @@ def bar(what: str, of: str = "", beside: Callable[[], str] | None = None) -> Ite
     counts = (MofNCompleteColumn(), of, TextColumn("left:"), TimeRemainingColumn()) if of else ()
     columns = (what, BarColumn(), *counts, TimeElapsedColumn(), TextColumn("{task.fields[beside]}"))
     shown = Progress(*columns, console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))
-    pace = _Pace(what, of, console)
+    pace = _Pace(what, of, console, lines=shown.disable)
     with shown:
         task = shown.add_task("", total=None, beside="")
 
@@ -48,12 +49,12 @@ def bar(what: str, of: str = "", beside: Callable[[], str] | None = None) -> Ite
 
 
 class _Pace:
-    """Measures the first steps, and says once how long all take."""
+    """Measures the first steps, and says once how long all take; with `lines`, each minute, how far it is."""
 
-    def __init__(self, what: str, of: str, console: Console) -> None:
-        self.what, self.of, self.console = what, of, console
+    def __init__(self, what: str, of: str, console: Console, lines: bool) -> None:
+        self.what, self.of, self.console, self.lines = what, of, console, lines
         self.calls, self.said = 0, False
-        self.first = 0, 0.0
+        self.first, self.due = (0, 0.0), 0.0
 
     def see(self, done: int, total: int) -> None:
         """Notes how many steps are done."""
@@ -61,9 +62,13 @@ class _Pace:
         if self.calls == 1:
             self.first = done, now
         begun, then = self.first
+        if self.lines and self.said and now >= self.due and begun < done < total:
+            self.due = now + EVERY
+            left = (now - then) / (done - begun) * (total - done)
+            self.console.print(f"{self.what}: {done:,} of {total:,} {self.of}, about {lasting(left)} left", highlight=False)
         if self.said or self.calls < (FIRST if begun else 2) or done - begun < max(SHARE * total, 1):
             return
-        self.said = True
+        self.said, self.due = True, now + EVERY
         seconds = (now - then) / (done - begun) * total
         if seconds >= LONG:
             self.console.print(f"{self.what}: about {lasting(seconds)} for {total:,} {self.of}", highlight=False)

@@ -320,3 +320,14 @@ class TestRefused:
         with pytest.raises(ValueError, match="lm_head has its weight in common with another module"):
             merge(model)
         assert torch.equal(model.get_base_model().model.embed_tokens.weight, before)
+
+
+def test_a_report_that_is_taken_for_the_model_says_so(tmp_path):
+    model = llama()
+    net = merge(lora(model))
+    assert str(net).startswith("merged adapters of ")
+    assert " in place, " in str(net)
+    for call in (lambda: bh.save(net, tmp_path / "out"), lambda: bh.convert_kv_heads(net, 1), lambda: bh.summary(net)):
+        with pytest.raises(ValueError, match="bh.merge works in place and returns a report: use the model that you passed"):
+            call()
+    assert bh.save(net.model, tmp_path / "out").folder

@@ -225,7 +225,13 @@ class TestRefused:
     @pytest.mark.parametrize("way", ["svd", "mean, repaired"])
     def test_adapters(self, files, tmp_path, way):
         lit = bh.TransformerModule(llama(vocab_size=2048), lora=bh.LoRA(r=2))
-        self.refused(files, tmp_path, conversion(**WAYS[way]), "heads stay in their bases.*: or merge the adapters first", lit)
+        self.refused(
+            files,
+            tmp_path,
+            conversion(**WAYS[way]),
+            "heads stay in their bases.*: or convert the model first and attach adapters then",
+            lit,
+        )
 
     @pytest.mark.parametrize("way", ["svd", "mean, repaired"])
     def test_quantised_weights(self, files, tmp_path, way):

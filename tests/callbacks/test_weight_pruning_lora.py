@@ -224,7 +224,9 @@ def test_two_callbacks_each_mask_their_own(files, tmp_path):
 def test_the_result_is_exported_as_it_computes(files, tmp_path):
     lit, callback, export = injected(), pruning(bh.Magnitude(), 0.5, at=2, mask_adapters=True), bh.Export(str(tmp_path / "out"))
     trainer(tmp_path, [callback, export]).fit(lit, data(files))
-    assert export.saved.adapters == ("merged adapters of 14 linears, zeros kept; nothing of what the adapters add was left out")
+    assert export.saved.adapters == (
+        "merged adapters of 14 linears in place, zeros kept; nothing of what the adapters add was left out"
+    )
     loaded = bh.load(tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(lit.model), atol=1e-5, rtol=1e-4)
     linears = prunable(loaded)

@@ -46,7 +46,7 @@ def test_a_dense_model_is_merged_in_full(tmp_path, build):
     model = lora(BUILD[build]())
     result, loaded = saved(model, tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-4)
-    assert result.adapters == f"merged adapters of {len(prunable(loaded))} linears, all in full, as none is pruned"
+    assert result.adapters == f"merged adapters of {len(prunable(loaded))} linears in place, all in full, as none is pruned"
 
 
 @pytest.mark.parametrize("build", BUILD)

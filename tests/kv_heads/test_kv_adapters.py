@@ -46,9 +46,14 @@ def test_converted_and_merged_is_merged_and_converted(family, method):
     ("family", "lora", "method", "match"),
     [
         ("llama", None, "random", "method='random' pools weights in a way that their adapters cannot follow"),
-        ("llama", None, "svd", "with LoRA attached, heads stay in their bases"),
+        (
+            "llama",
+            None,
+            "svd",
+            "with LoRA attached to model.layers.0.self_attn.q_proj, heads stay in their bases.*: or convert the model first",
+        ),
         ("llama", peft.LoraConfig(target_modules=["k_proj"], use_dora=True), "mean", "adapters that are not plain LoRA"),
-        ("opt", None, "mean", "which LoRA cannot do: merge"),
+        ("opt", None, "mean", "which LoRA cannot do: .* or merge"),
     ],
 )
 def test_what_cannot_be_pooled_is_refused(family, lora, method, match):
@@ -57,6 +62,19 @@ def test_what_cannot_be_pooled_is_refused(family, lora, method, match):
     with pytest.raises(ValueError, match=match):
         bh.convert_kv_heads(model, 2, method, batches=[{"input_ids": tokens()}])
     assert same(dict(model.state_dict()), before)
+
+
+def test_adapters_on_feed_forwards_alone_are_not_in_the_way():
+    batches, mlp = [{"input_ids": tokens(4, 16)} for _ in range(2)], {"target_modules": ["up_proj", "down_proj"]}
+    model = adapted("llama", peft.LoraConfig(r=2, **mlp))
+    merged = bh.merge(copy.deepcopy(model)).model
+    with pytest.raises(ValueError, match=r"repair refits weights, and model.layers.0.mlp.up_proj has adapters: leave it out, or"):
+        bh.convert_kv_heads(model, 2, "svd", batches=batches, repair=bh.Repair())
+    for one in (model, merged):
+        bh.convert_kv_heads(one, 2, "svd", batches=batches)
+    ids = tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids).logits, merged.eval()(ids).logits, atol=3e-4, rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")

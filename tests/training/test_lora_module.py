@@ -318,7 +318,7 @@ class TestYaml:
         assert held["distillation"] == {"teacher": None, "temperature": 2.0, "weight": 0.8, "hidden": 0.0}
         assert transformers.AutoModelForCausalLM.from_pretrained("outputs/model")
         saved = json.loads(Path("outputs/model/billhook.json").read_text())["saved"]
-        assert saved["adapters"] == "merged adapters of 28 linears, all in full, as none is pruned"
+        assert saved["adapters"] == "merged adapters of 28 linears in place, all in full, as none is pruned"
 
     def test_its_checkpoint_is_validated_and_loaded(self, quick, tmp_path):
         self.fit(f"--model.lora '{{r: 3}}' --model.distillation '{{}}' {quick}")

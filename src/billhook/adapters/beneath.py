@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from billhook.model.meta import to_meta
 
-MERGE = "merge the adapters first (bh.merge)"
+MERGE = "convert the model first and attach adapters then (get_peft_model), or merge the adapters first (bh.merge)"
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,14 +19,16 @@ from billhook.running.casts import fresh_casts
 
 @dataclass(frozen=True, repr=False)
 class Merged(Shown):
-    """The result of `merge`; `print` shows it in a line.
+    """The result of `merge`, a report and no model; `print` shows it in a line.
 
     Attributes:
-        model: The model without adapters.
+        model: The model without adapters, which is the one that was passed, or what a `PeftModel` held.
         error: The part of the adapters' product that falls on zeros and was left out: its Frobenius norm as a share of the
             whole's, by linear; 0 where the adapters were masked.
         pruned: The linears whose zeros were kept; the others were merged in full.
     """
+
+    no_model: ClassVar[str] = "bh.merge works in place and returns a report: use the model that you passed, or its `model`"
 
     model: nn.Module
     error: dict[str, float]
@@ -41,7 +43,7 @@ class Merged(Shown):
         """Returns the line that `print` shows."""
         if not self.error:
             return "no adapter on a linear was left to merge; what the others add is in the weights"
-        what = f"merged adapters of {len(self.error)} linears"
+        what = f"merged adapters of {len(self.error)} linear{'s' * (len(self.error) > 1)} in place"
         if not self.pruned:
             return f"{what}, all in full, as none is pruned"
         what += f", zeros kept{f' in {len(self.pruned)}' * (len(self.pruned) < len(self.error))}"
@@ -57,12 +59,13 @@ class Merged(Shown):
 @fresh_casts()
 @torch.no_grad()
 def merge(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Merged:
-    """Merges adapters into weights whose zeros stay zero: W' = (W + scale B A) * mask.
+    """Merges adapters in place into weights whose zeros stay zero, W' = (W + scale B A) * mask, and returns a report.
 
+    The model that is passed is merged, and no longer has adapters: go on with it, or with the report's `model`.
     The effect of the adapters at the zeros is lost, unless they were trained under `mask_adapters`.
 
     Args:
-        model: A model with PEFT's adapters attached; its base weights are changed in place.
+        model: A model with PEFT's adapters attached; its base weights are changed, and adapters taken off, in place.
         masks: Keep-masks by linear, bool, as the weights lie in memory; linears without one are merged in full. By default all
             weights that are not zero now, in linears of which 1 % or more is zero: fewer are zero by chance.
 
@@ -75,7 +78,7 @@ def merge(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Merged
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> weight = nn.init.eye_(model[0].weight)
         >>> print(merge(get_peft_model(model, LoraConfig(target_modules=["0"]))))
-        merged adapters of 1 linears, zeros kept; nothing of what the adapters add was left out
+        merged adapters of 1 linear in place, zeros kept; nothing of what the adapters add was left out
     """
     annotated(merge, locals())
     layers = adapted_linears(model)

@@ -7,6 +7,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
+from billhook.adapters.beneath import adapted
 from billhook.arguments import annotated
 from billhook.callbacks.kv.preparation import HINT, Moving, Preparation
 from billhook.callbacks.kv.stages import StageCallback, check_heads, check_over
@@ -106,9 +107,10 @@ class KVHeadConversion(StageCallback):
         if self._by_layer:
             check_in_part(model, plan_kv_heads(model, first, layers=plan.layers[-1:], encoder=self.encoder))
         if self.preparation.needed:
-            check_ready(find_transformer(model), dict.fromkeys(plan.layers, first), self.preparation.method)
+            ready = self.preparation.method, self.preparation.repair
+            check_ready(find_transformer(model), dict.fromkeys(plan.layers, first), *ready)
         means = (one for one in callbacks_of(trainer, KVHeadConversion) if type(one.preparation.method) is Mean)
-        if next(means, None) is self and not self.preparation.needed:
+        if next(means, None) is self and not self.preparation.needed and not adapted(find_transformer(model)):
             rank_zero_info(HINT)
 
     def is_done(self, model: nn.Module, stage: int) -> bool:

@@ -13,6 +13,7 @@ import billhook.training.captions  # so that a config may say SpeechDataModule a
 import billhook.training.speech  # noqa: F401
 from billhook.cli.misspelt import legal, no_command
 from billhook.cli.options import COMMANDS, LIGHTNING
+from billhook.cli.progress import shown
 
 
 class ArgumentParser(LightningArgumentParser):
@@ -54,6 +55,10 @@ class BillhookCLI(LightningCLI):
         """Makes `model: {model: ...}` and `data: {data: ...}` enough."""
         classes = {"model": "billhook.TransformerModule", "data": "billhook.TextDataModule"}
         parser.set_defaults({name: {"class_path": path} for name, path in classes.items()})
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # noqa: ANN401 - as LightningCLI passes them
+        """Makes the trainer, which shows how far it is also where nobody looks at a bar."""
+        return shown(super().instantiate_trainer(**kwargs))
 
 
 def run_lightning(words: list[str]) -> None:

@@ -38,8 +38,10 @@ class Attentions:
     """The attentions of a model that are to have fewer KV heads, in `groups` by name, and what is known of them."""
 
     def __init__(self, model: nn.Module, groups: Mapping[str, int], reduce: Reduce | None = None) -> None:
-        if adapted(model):
-            raise ValueError(f"with LoRA attached, heads stay in their bases, where 'mean' and 'first' can pool them: or {MERGE}")
+        layers = adapted(model)
+        if on := next((name for name in layers if any(name.startswith(f"{place}.") for place in groups)), None):
+            why = "heads stay in their bases, where 'mean' and 'first' can pool them"
+            raise ValueError(f"with LoRA attached to {on}, {why}: or {MERGE}")
         structure = trace(model)
         self.model, self.groups, self._reduce = model, groups, reduce
         self.places = find_projections(model, structure, groups)
@@ -47,6 +49,11 @@ class Attentions:
         downs = [part.name.rpartition(".")[0] for one in structure.feed_forward for part in one.down]
         self.not_refitted = list[str]()  # by the last repair
         self.downs = [name for name in dict.fromkeys(downs) if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
+
+    def check_adapters(self, repair: Repair | None) -> None:
+        """Refuses a repair of a model with adapters, which are none of the heads' but may be on what a repair refits."""
+        if repair is not None and (layers := adapted(self.model)):
+            raise ValueError(f"repair refits weights, and {next(iter(layers))} has adapters: leave it out, or {MERGE}")
 
     def check(self, method: Rendered) -> None:
         """Refuses a method where heads cannot change places, or none of their numbers may be mixed."""
@@ -229,6 +236,7 @@ def made_equal(
         batches: Batches, each with its loss (None for the model's own).
         repair: If given, what reads the heads, and the feed-forwards, are refitted to what the whole model gives.
     """
+    attentions.check_adapters(repair)
     chosen, *others = attentions.allowed(method.candidates)
     trials = [attentions.trial(*pair) for pair in batches]
     least, what = batches_needed(method, repair)
@@ -254,8 +262,9 @@ def batches_needed(method: KVMethod, repair: Repair | None) -> tuple[int, str]:
     return method.least_batches, f"method='{method.name}'"
 
 
-def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod) -> Attentions:
+def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod, repair: Repair | None = None) -> Attentions:
     """Returns the attentions of a model; refuses one whose heads none of a method's candidates can make ready for fewer."""
     found = Attentions(model, groups)
     found.allowed(method.candidates)
+    found.check_adapters(repair)
     return found

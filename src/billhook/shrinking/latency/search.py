@@ -57,7 +57,7 @@ def fast_enough(work: Work, most: float, clock: Clock, fitted: Sequence[Any], re
 
 
 def unused(most: float, ratio: float, too_slow: float) -> str:
-    """Says which share of a budget of time is unused, and what the next larger model that was tried takes; empty if it is small.
+    """Returns words for the share of a budget of time that is unused, and what the next larger model takes; empty if it is small.
 
     >>> unused(0.7, 0.6, 0.75), unused(0.7, 0.69, 0.75)
     ('0.10 of the budget is unused: the next larger model that was tried takes 0.750', '')

@@ -65,3 +65,42 @@ def test_fragments_without_a_base_are_told_what_to_put_before(tmp_path, monkeypa
     else:
         base = f"put a base before, as in `--config recipe:base --config {named.split()[0]}`, or give {GIVE[missing]}"
         assert said == f"billhook fit: warning: {named} {missing}, so that what comes with billhook is taken: {base}\n"
+
+
+TWO = "trainer:\n  callbacks+:\n    - class_path: billhook.WeightPruning\n    - class_path: WeightPruning\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--config", "first.yaml", "--trainer.callbacks.sparsity", "0.6", "--config", "adds.yaml"], ""),
+        (["--config", "first.yaml", "--trainer.callbacks.sparsity=0.6", "--trainer.callbacks+=billhook.Export"], ""),
+        (["--config", "first.yaml", "--config", "adds.yaml", "--trainer.callbacks.folder", "out"], ""),
+        (["--config", "adds.yaml", "--config", "mine.yaml", "--trainer.callbacks.folder", "out"], ""),
+        (
+            ["--config", "two.yaml", "--trainer.callbacks.init_args.sparsity", "0.6"],
+            "--trainer.callbacks.init_args.sparsity is about the last WeightPruning before it, of 2: put it behind the file",
+        ),
+        (
+            ["--config", "first.yaml", "--config", "adds.yaml", "--trainer.callbacks.sparsity", "0.6"],
+            "--trainer.callbacks.sparsity is about the last callback before it, Export, which has no 'sparsity', of "
+            "WeightPruning, Export: put it behind the file that gives WeightPruning",
+        ),
+    ],
+)
+def test_an_option_of_a_callback_says_which_one_it_is_about(tmp_path, monkeypatch, capsys, words, says):
+    ran = []
+    monkeypatch.setattr("billhook.cli.main._lightning", ran.append)
+    monkeypatch.chdir(tmp_path)
+    mine = "trainer:\n  callbacks+: [my.Callback]\n"
+    for name, text in {"first": FIRST, "adds": ADDS, "two": TWO, "mine": mine}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    refused = ""
+    try:
+        main(["fit", *words, *GIVEN])
+    except SystemExit as stopped:
+        refused = str(stopped.code)
+    said = capsys.readouterr().err
+    assert bool(ran) != bool(refused)
+    assert says in refused + said
+    assert (says == "") == (refused + said == "")

@@ -58,6 +58,23 @@ def dropped_callbacks(files: Sequence[str]) -> list[str]:
     return warnings
 
 
+def added(words: Sequence[str]) -> list[str]:
+    """Returns the names of the callbacks that the files and options of a command line give, in order.
+
+    >>> added(["fit", "--trainer.callbacks+=billhook.Export", "--trainer.callbacks+", "Report"])
+    ['Export', 'Report']
+    """
+    names = list[str]()
+    for before, word in zip(["", *words], words, strict=False):
+        if found := configs_in([before, word] if before in ("--config", "-c") else [word]):
+            trainer = _trainer_of(found[-1])
+            names = _names(trainer["callbacks"]) if "callbacks" in trainer else names
+            names += _names(trainer.get("callbacks+"))
+        elif before == "--trainer.callbacks+" or word.startswith("--trainer.callbacks+="):
+            names += _names(word.removeprefix("--trainer.callbacks+="))
+    return names
+
+
 def _chosen(part: str, words: Sequence[str]) -> bool:
     """Tells whether an option says which model or data."""
     return any(re.match(rf"--{part}(=|$|\.({part}|class_path|init_args)\b)", word) for word in words)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import billhook
+from billhook.cli.addressed import check_addressed, told_addressed
 from billhook.cli.fragments import configs_in, dropped_callbacks, without_base
 from billhook.cli.front import description
 from billhook.cli.misspelt import no_command
@@ -43,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run(command, given[1:])
         else:
             words = with_files(given)
-            for warning in [*dropped_callbacks(configs_in(words)), *without_base(words, configs_in(given))]:
+            check_addressed(words)
+            warnings_of_files = [*dropped_callbacks(configs_in(words)), *without_base(words, configs_in(given))]
+            for warning in [*warnings_of_files, *told_addressed(words)]:
                 sys.stderr.write(f"billhook {command}: warning: {warning}\n")
             _lightning(words)
     except BrokenPipeError:  # who reads has seen enough

@@ -50,7 +50,7 @@ def test_convnext(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["convnext.py", "--steps", "4", "--folder", str(tmp_path)])
     runpy.run_path(str(ROOT / "examples" / "convnext.py"), run_name="__main__")
     told = capsys.readouterr().out
-    assert "channels of 4 places; OutputNorm, repaired" in told
+    assert "channels in 4 modules; OutputNorm, repaired" in told
     assert told.split()[-1] in ("circle", "square", "triangle")
     small = bh.load(str(tmp_path / "model"))
     assert bh.summary(small).flops <= bh.summary(type(small)(small.config)).flops / 2

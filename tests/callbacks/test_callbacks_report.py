@@ -35,7 +35,7 @@ def test_table_and_picture_say_what_happened(files, tmp_path, capsys):
     assert rows["dense"][0] == "0"
     assert rows["dense"][2:] == [params[0], "256"]  # 2 layers x (k + v) x 4 heads x 4 x 4 bytes
     assert rows["after 4 -> 1 KV heads (mean)"] == ["3", f"{event['after']['val_perplexity']:,.0f}", params[1], "64"]
-    assert rows["after uptraining"][0] == "8"
+    assert rows["after training"][0] == "8"
     assert (tmp_path / "plots" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert [step for step, _ in report.history] == [2, 4, 6, 8]
 
@@ -81,7 +81,7 @@ def test_a_fit_that_takes_no_step_is_refused(files, tmp_path, options, make):
 
 def test_no_validation(files, tmp_path, capsys):
     run(files, tmp_path, [KVHeadConversion(2, at=3)], limit_val_batches=0)
-    assert "after uptraining" in capsys.readouterr().out
+    assert "after training" in capsys.readouterr().out
     assert not (tmp_path / "plots").exists()
 
 
@@ -196,11 +196,12 @@ def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, monkey
     rows, dense = lines_of(out), (event["before"] if at == "start" else report.first["after"])["val_perplexity"]
     assert out.split("---")[0].split()[-6:] == ["perplexity", "sparsity", "zeros", "parameters", "KV-cache", "bytes/token"]
     assert rows["dense"][:2] == ["0", f"{dense:,.0f}"]
-    assert rows["dense"][2] == "-"
+    assert rows["dense"][2] == "0.00"
+    assert rows["after training"][2] == "0.50"
     label = next(row for row in rows if row.startswith("after Wanda"))
     assert rows[label][:3] == [str(step), f"{event['after']['val_perplexity']:,.0f}", "0.50"]
     assert int(rows[label][3].replace(",", "")) == event["after"]["zeros"] > int(rows["dense"][3].replace(",", ""))
-    assert drawn[0][1] == [(step, event["what"], event["before"]["val_perplexity"], event["after"]["val_perplexity"])]
+    assert drawn[0][1] == [(step, event["label"], event["before"]["val_perplexity"], event["after"]["val_perplexity"])]
     assert drawn[0][3] == dense
     assert json.loads((tmp_path / "model" / "billhook.json").read_text())["events"] == pruning.events
 

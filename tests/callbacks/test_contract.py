@@ -9,6 +9,7 @@ import csv
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
@@ -21,6 +22,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.parametrize("event", EVENTS),
 ]
+
+
+SETTINGS = {
+    "wanda": {"criterion": "Wanda()", "sparsity": 0.5, "pattern": "unstructured", "calibration/examples": 4},
+    "heads": {"ratio": 0.5, "importance": "GateGradient()", "ranking": "layer", "at": 2, "remove": "end"},
+    "masked": {"ratio": 0.5, "remove": "never"},
+    "structure": {"amount": "Amount(kv_heads=0.5, channels=0.5)", "rounds": 1, "repair": "auto"},
+    "shrink": {"kv_cache_bytes": 0.5, "layers": "uniform", "generations": 1, "candidates": 2, "importance": "OBS()"},
+    "depth": {"count": 1, "importance": "BlockInfluence()"},
+    "mean": {"num_key_value_heads": 2, "method": "mean"},
+    "svd": {"num_key_value_heads": 2, "method": "svd"},
+}
 
 
 def each_step(folder):
@@ -103,13 +116,14 @@ class Memory(Logger):
 
     def __init__(self):
         super().__init__()
-        self.rows = {}
+        self.rows, self.steps, self.params = {}, [], {}
 
     def log_metrics(self, metrics, step=None):
+        self.steps.append(step)
         self.rows.setdefault(step, {}).update(metrics)
 
-    def log_hyperparams(self, *_, **__):
-        pass
+    def log_hyperparams(self, params, *_, **__):
+        self.params |= params
 
 
 def test_each_logger_gets_the_figures(tmp_path, event):
@@ -119,11 +133,19 @@ def test_each_logger_gets_the_figures(tmp_path, event):
     for logger in loggers[:2]:
         with open(f"{logger.log_dir}/metrics.csv") as file:
             row = next(row for row in csv.DictReader(file) if row["val_loss_after"])
-        assert (int(row["step"]), float(row["params"])) == (2, after["params"])
+        assert (int(row["step"]), int(row["epoch"]), float(row["params"])) == (1, 0, after["params"])
         assert float(row["val_loss_after"]) == after["val_loss"]
-    assert loggers[2].rows[2]["val_loss_before"] == before["val_loss"] != after["val_loss"]
-    assert loggers[2].rows[2].get("sparsity") == after.get("sparsity")
+    assert loggers[2].rows[1]["val_loss_before"] == before["val_loss"] != after["val_loss"]  # with the second step of training
+    assert loggers[2].rows[1].get("sparsity") == after.get("sparsity")
     assert ("sparsity" in after) == (event == "wanda")
+    dense = {name: before[name] for name in ("params", "kv_cache_bytes")} | ({"sparsity": 0} if event == "wanda" else {})
+    assert {name: loggers[2].rows[0].get(name) for name in dense} == dense
+    assert loggers[2].steps == sorted(loggers[2].steps)
+    name = f"billhook/{type(callback).__name__}"
+    settings = {key.removeprefix(f"{name}/"): value for key, value in loggers[2].params.items()}
+    assert SETTINGS[event].items() <= settings.items()
+    with open(f"{loggers[0].log_dir}/hparams.yaml") as file:
+        assert yaml.safe_load(file) == loggers[2].params
 
 
 def test_two_alike_are_refused(tmp_path, event):

@@ -62,7 +62,7 @@ def test_what_was_done_what_it_costs_and_how_to_load_it(tmp_path):
     body = text.split("---\n", 2)[2]
     lines = [line for line in body.splitlines() if line]
     assert lines[:8] == [
-        "# small",
+        "# LlamaForCausalLM, pruned with billhook",
         "## What was done",
         "- step 2: 4 -> 2 KV heads (mean)",
         "- step 3: a\\|b c",
@@ -100,6 +100,54 @@ def test_metadata_as_the_hub_reads_it(tmp_path):
     llama().save_pretrained(tmp_path / "another")
     bh.save(bh.load(tmp_path / "another"), tmp_path / "third", record={"steps": 1})
     assert front(tmp_path / "third") == plain  # a folder is none of the hub's
+
+
+def test_the_folder_that_it_was_made_of_is_named_without_its_place(tmp_path):
+    llama().save_pretrained(tmp_path / "dense")
+    bh.save(bh.load(tmp_path / "dense"), tmp_path / "small", record={"events": EVENTS})
+    bh.save(bh.load(tmp_path / "small"), tmp_path / "smaller")  # goes back to the first
+    for name, done, size in (("small", "pruned", ", 1,000 parameters"), ("smaller", "saved", "")):
+        text, record = (tmp_path / name / "README.md").read_text(), json.loads((tmp_path / name / "billhook.json").read_text())
+        assert f"# dense, {done} with billhook\n\nMade of a local folder, dense (LlamaForCausalLM{size}).\n" in text
+        assert record["made_of"] == {"name": "dense", "class": "LlamaForCausalLM"}
+        assert record["saved"]["folder"] == name
+        assert str(tmp_path) not in text + json.dumps(record)
+
+
+def test_a_model_from_the_cache_of_the_hub_is_named_as_there(tmp_path):
+    folder = tmp_path / "models--owner--dense" / "snapshots" / "0123abc"
+    llama().save_pretrained(folder)
+    bh.save(bh.load(folder), tmp_path / "small")
+    assert front(tmp_path / "small")["base_model"] == "owner/dense"
+
+
+def test_no_absolute_path_of_a_record_is_published(tmp_path):
+    home = str(tmp_path / "home of mine" / "x.txt")
+    record = {"data": home, "also": [str(tmp_path / "b.jsonl")], "note": f"read '{tmp_path}/c.txt', by a/b of https://x.org/y/z"}
+    text = saved(tmp_path, {"events": [EVENTS[0] | {"what": f"by {tmp_path}/d.py"}], **record})
+    kept = (tmp_path / "small" / "billhook.json").read_text()
+    assert str(tmp_path) not in text + kept
+    assert json.loads(kept)["note"] == "read 'c.txt', by a/b of https://x.org/y/z"
+    assert (json.loads(kept)["data"], json.loads(kept)["also"]) == ("x.txt", ["b.jsonl"])
+
+
+def test_what_a_record_holds_is_neither_html_nor_markdown(tmp_path):
+    evil = "<script>alert(1)</script> ![x](http://example.org) `a` *b* | c"
+    by, settled = {"callback": evil, evil: evil}, [{"says": evil}]
+    event = {"step": evil, "what": evil, "label": f"{evil}!", "by": by, "settled": settled, "before": SIZES, "after": SIZES}
+    event["before"] = event["after"] = SIZES | {f"val{evil}": 1.0}
+    more = {evil: evil, "damage": [DAMAGE[0] | {"source": evil}], "metrics": {f"val{evil}": 1.0}}
+    text = saved(tmp_path, {"events": [event], "made_of": {"name": evil, "class": evil}} | more).split("---\n", 2)[2]
+    assert text.count("alert(1)") >= 12
+    assert "<script" not in text
+    assert "](http://" not in text.replace("\\](http://", "")
+    assert all(line.count("|") == line.count("\\|") for line in text.splitlines() if "alert" in line and line[0] != "|")
+
+
+def test_a_few_words_for_an_event_and_the_rest_below_it(tmp_path):
+    said = {"label": "structure, -10 %", "what": "1,000 -> 900 parameters (without 6 heads in 3 attention modules; Taylor)"}
+    text = saved(tmp_path, {"events": [EVENTS[0] | said, EVENTS[1] | {"label": EVENTS[1]["what"]}]})
+    assert f"- step 2: structure, -10 %\n  - {said['what']}\n- step 3: a\\|b c\n" in text
 
 
 def test_tags_and_library_say_what_it_is(tmp_path):
@@ -168,6 +216,9 @@ def test_what_validation_said(tmp_path):
     text = saved(tmp_path, {"events": [event], "metrics": {"val_loss": 3.25}})
     assert "|  | before | after | at the last validation |\n" in text
     assert "| val_loss | 3 | 4 | 3.25 |" in text
+    text = saved(tmp_path, {"start": SIZES | {"val_loss": 5.0}, "events": [event], "metrics": {"val_loss": 3.25}})
+    assert "|  | at the start | before | after | at the last validation |\n" in text
+    assert "| val_loss | 5 | 3 | 4 | 3.25 |" in text
 
 
 def test_of_a_family_of_the_users_own(tmp_path):

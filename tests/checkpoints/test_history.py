@@ -48,7 +48,8 @@ def test_after_the_fit_both_say_the_same(tmp_path, monkeypatch):
     export(tmp_path / "end.ckpt", tmp_path / FOLDERS[1])
     cards, records = ([of(tmp_path, name, what) for name in FOLDERS] for what in ("README.md", "billhook.json"))
     assert cards[0] == cards[1]
-    assert "- step 1: 2 -> 1 blocks (BlockInfluence)" in cards[0]
+    assert "- step 1: depth, 1 of 2 blocks\n  - 2 -> 1 blocks (BlockInfluence): without " in cards[0]
+    assert "- step 2: structure, -" in cards[0]
     assert "  - chosen on" in cards[0]
     assert "| generated | calibrated on |" in cards[0]
     assert "base_model: someone/a-model" in cards[0]
@@ -56,7 +57,8 @@ def test_after_the_fit_both_say_the_same(tmp_path, monkeypatch):
     how = "amount Amount(channels=0.5); at 2; rounds 1; repair auto; calibration (sources generated; tokens 96; "
     assert f"| StructuredPruning | {how}" in cards[0]
     assert "| training | seed 5; precision 32-true; devices 1 |" in cards[0]
-    for name in ("steps", "events", "damage", "base_model", "training"):
+    assert records[0]["start"]["params"] == records[0]["events"][0]["before"]["params"]
+    for name in ("start", "steps", "events", "damage", "base_model", "training"):
         assert records[1][name] == records[0][name]
     assert [event["step"] for event in records[1]["events"]] == [1, 2]
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / FOLDERS[1])

@@ -165,7 +165,7 @@ def test_a_classifier_and_its_accuracy(classifier, table, tmp_path, capsys):
     assert record["calibration"]["length"] == 64
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| accuracy | {expected[0]:,.4g} | {expected[1]:,.4g} |" in card
-    assert "- without 6 heads of 2 places\n" in card
+    assert "- without 6 heads in 2 attention modules\n" in card
     said = capsys.readouterr().out
     assert f"accuracy {expected[0]:,.4g} before, {expected[1]:,.4g} after" in said
     assert f"the split 'train' of {table}; measured on its split 'test'\n" in said

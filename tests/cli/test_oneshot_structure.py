@@ -157,7 +157,7 @@ def test_blocks_and_then_what_is_within(small, files, tmp_path):
     (gone,) = record["plans"][0]["units"]["model.layers"]
     assert gone == int(scores["model.layers"].argmin())
     assert record["plans"][1]["before"] == {"model.layers.0.mlp": [48]}
-    assert record["events"][0]["what"] == "without 1 of 2 blocks, 24 channels of 1 places"
+    assert record["events"][0]["what"] == "without 1 of 2 blocks, 24 channels in 1 module"
     alone = prune(small, tmp_path / "alone", "--blocks", "1", "--first", "1", *SHORT, *option(files))
     assert alone["plans"][0]["units"] == {"model.layers": [1]}
 

@@ -35,7 +35,8 @@ def test_csv(files, tmp_path):
     card = fitted(files, tmp_path, logger)
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["kv_cache_bytes"] for row in rows if row["kv_cache_bytes"]] == ["64.0"]
+    assert [row["kv_cache_bytes"] for row in rows if row["kv_cache_bytes"]] == ["256.0", "64.0"]
+    assert all(row["epoch"] for row in rows)
     assert len([row for row in rows if row["damage/train/perplexity_ratio"]]) == 2  # after the event, and at the end
     assert (Path(logger.log_dir) / "report_3.png").read_bytes().startswith(PNG)
     assert (Path(logger.log_dir) / "model_card.md").read_text() == card
@@ -46,8 +47,8 @@ def test_tensorboard(files, tmp_path):
     card = fitted(files, tmp_path, logger)
     read = EventAccumulator(logger.log_dir)
     read.Reload()
-    assert [(one.step, one.value) for one in read.Scalars("kv_cache_bytes")] == [(2, 64)]
-    assert [one.step for one in read.Scalars("damage/train/perplexity_ratio")] == [2, 3]
+    assert [(one.step, one.value) for one in read.Scalars("kv_cache_bytes")] == [(0, 256), (1, 64)]
+    assert [one.step for one in read.Scalars("damage/train/perplexity_ratio")] == [1, 3]
     (picture,) = read.Images("report")
     assert picture.step == 3
     assert picture.encoded_image_string.startswith(PNG)
@@ -64,8 +65,8 @@ def test_mlflow(files, tmp_path, monkeypatch):
     card = fitted(files, tmp_path, logger)
     client = MlflowClient(store)
     (run,) = client.search_runs([client.get_experiment_by_name("cuts").experiment_id])
-    assert [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "kv_cache_bytes")] == [(2, 64)]
-    assert [one.step for one in client.get_metric_history(run.info.run_id, "damage/train/perplexity_ratio")] == [2, 3]
+    assert [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "kv_cache_bytes")] == [(0, 256), (1, 64)]
+    assert [one.step for one in client.get_metric_history(run.info.run_id, "damage/train/perplexity_ratio")] == [1, 3]
     kept = {one.path for one in client.list_artifacts(run.info.run_id)}
     assert {"report_3.png", "model_card"} <= kept
     assert Path(client.download_artifacts(run.info.run_id, "report_3.png")).read_bytes().startswith(PNG)
@@ -91,7 +92,8 @@ def test_wandb_as_its_api_is_documented(tmp_path, monkeypatch):
     monkeypatch.setattr(WandbLogger, "log_image", lambda self, key, images_of, step: images.append((key, images_of, step)))
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(Artifact=Artifact))
     (tmp_path / "README.md").write_text("# A card")
-    fit = SimpleNamespace(loggers=[logger], is_global_zero=True, global_step=7)
+    epochs = SimpleNamespace(_batches_that_stepped=7)
+    fit = SimpleNamespace(loggers=[logger], is_global_zero=True, global_step=7, fit_loop=SimpleNamespace(epoch_loop=epochs))
     log_picture(fit, "report", "the figure")
     log_card(fit, tmp_path / "README.md")
     assert images == [("report", ["the figure"], 7)]

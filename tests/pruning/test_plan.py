@@ -93,7 +93,7 @@ class TestTable:
             "  model.layers.*.mlp  48 -> 36 channels in each of 2",
             "  the model           32 -> 31 residual channels",
         ]
-        assert plan.words == "24 channels of 2 places, 1 residual channels of 1 places"
+        assert plan.words == "24 channels in 2 modules, 1 residual channel"
 
     def test_of_layers_that_differ_and_with_costs(self):
         plan = bh.plan(

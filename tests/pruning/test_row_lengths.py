@@ -106,7 +106,7 @@ class TestSmolLM2:
         assert [(row.kind, row.asked, row.kept, row.each, row.multiple) for row in plan.rows] == [
             ("head", 6, 6, 64, 128), ("residual", 519, 512, 1, 256),
         ]  # fmt: skip
-        assert "  6 heads of 64, rows of 384: a multiple of 128" in str(plan).splitlines()
+        assert "  6 heads (head dimension 64), rows of 384: a multiple of 128" in str(plan).splitlines()
 
     def test_of_many_heads(self):
         plan = planned(llama(hidden_size=320, num_attention_heads=40, num_key_value_heads=40), Amount(heads=0.13))

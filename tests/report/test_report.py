@@ -158,7 +158,7 @@ def test_table_says_what_is_known():
     stages = [
         Stage("dense", 20, {"val_perplexity": 42.5, "val_loss": 3.7, "params": 1_000_000, "kv_cache_bytes": 4096}),
         Stage("after 8 -> 1 KV heads (mean)", 20, {"val_perplexity": 1139.4, "params": 900_000, "kv_cache_bytes": 512}),
-        Stage("after uptraining", 240, {"val_perplexity": math.inf, "params": 900_000, "kv_cache_bytes": None}),
+        Stage("after training", 240, {"val_perplexity": math.inf, "params": 900_000, "kv_cache_bytes": None}),
     ]
     lines = table(stages, [("plot", "a.png"), ("checkpoint", "b")]).splitlines()
     assert lines[0].split() == ["step", "perplexity", "parameters", "KV-cache", "bytes/token"]
@@ -172,7 +172,7 @@ def test_table_says_what_is_known():
 def test_table_without_validation():
     assert table([Stage("at the end", 3, {})]).splitlines()[0].split() == ["step"]
     assert table([]).splitlines()[0].split() == ["step"]
-    assert "loss" in table([Stage("at the end", 3, {"val_loss": math.nan})])
+    assert "val_loss" in table([Stage("at the end", 3, {"val_loss": math.nan})])
 
 
 def test_heads_of_a_model_whose_config_cannot_say_them():

@@ -83,7 +83,7 @@ def test_heads_go_whose_query_heads_are_for_nothing(layers):
     shrunk = bh.shrink(model, texts(), kv_cache_bytes=0.5, layers=layers, repair=None, **FEW)
     assert not shrunk.merged
     assert {tuple(own) for own in shrunk.plan.units.values()} == {(4, 5, 6, 7)}
-    assert shrunk.what == "without 12 heads of 3 places"
+    assert shrunk.what == "without 12 heads in 3 attention modules"
     assert apart(logits(model), before) < 1e-5
 
 
@@ -108,7 +108,7 @@ def test_each_layer_has_its_own_way_and_the_model_is_saved(repair, tmp_path):
     assert shrunk.plan.units == {"model.layers.1.self_attn": [4, 5, 6, 7]}
     assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
     assert sum(shrunk.measured.values()) < 1e-4
-    assert shrunk.what.endswith("; without 4 heads of 1 places")
+    assert shrunk.what.endswith("; without 4 heads in 1 attention module")
     bh.save(model, tmp_path / "out")
     assert torch.equal(logits(bh.load(tmp_path / "out")), logits(model))
 

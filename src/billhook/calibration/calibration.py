@@ -17,6 +17,7 @@ from billhook.calibration.rows import map_rows, pack
 from billhook.calibration.sources import Source, Sources, named
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
+from billhook.names import without_folders
 from billhook.running.batches import Batch, each
 
 
@@ -86,10 +87,11 @@ class Calibration:
         return named(self.sources)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what is set as plain data, for records; an object of `datasets` is said by its name."""
+        """Returns what is set as plain data, for records; files by their names alone, an object of `datasets` by its own."""
         said = [name if isinstance(source, OBJECTS) else source for name, source in self.named.items()]
         plain = {one.name: getattr(self, one.name) for one in fields(self)}
-        return plain | {"sources": said[0] if len(said) == 1 else said}
+        places: dict[str, Any] = without_folders({"sources": said[0] if len(said) == 1 else said, "tokenizer": self.tokenizer})
+        return plain | places
 
     def rows(self, length: int) -> dict[str, int]:
         """Returns how many rows each source gives, at least one."""

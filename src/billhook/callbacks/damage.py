@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 from billhook.arguments import annotated, whole
 from billhook.calibration.calibration import Calibration
 from billhook.calibration.texts import Also, check_also, texts
+from billhook.checkpoints.card import label_of
 from billhook.fit.calibration import FitCalibration, tokenizer_in
 from billhook.fit.events.event import Event, EventCallback, FollowsEvents
 from billhook.fit.late_models import drop_waiting, once_model_exists
 from billhook.fit.lightning_internals import averages, is_search
+from billhook.fit.loggers import log_figures
 from billhook.fit.ranks import check_agreed, sum_over, together
 from billhook.fit.run import callbacks_of
 from billhook.fit.strategies import check_strategy
@@ -99,7 +101,7 @@ class Damage(FollowsEvents):
     def after(self, trainer: pl.Trainer, event: Event) -> None:
         """Measures the model after an event; of several at once, after the last."""
         if any(event is one.events[-1] for one in callbacks_of(trainer, EventCallback) if one.events):
-            event["damage"] = self._measure(trainer, f"after {event['what']}")
+            event["damage"] = self._measure(trainer, f"after {label_of(event)}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures the model at the end."""
@@ -113,8 +115,7 @@ class Damage(FollowsEvents):
         model = find_transformer(pl_module)
         with together(trainer, "Damage"), _aside(trainer, pl_module, model):
             found = self._dense.damage(model)
-        for logger in trainer.loggers:
-            logger.log_metrics(_figures(found), step=step)
+        log_figures(trainer, _figures(found))
         if warning := warning_of(found):
             rank_zero_warn(f"Damage, step {step}, {when}: {warning}")
         return [one.to_json() for one in found]

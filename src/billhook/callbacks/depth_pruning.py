@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from billhook.arguments import annotated, fraction, whole
 from billhook.fit.calibration import FitCalibration, Given
-from billhook.fit.events.event import note_settled
+from billhook.fit.events.event import Event, note_settled
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, sum_over
@@ -74,6 +74,7 @@ class DepthPruning(ShapeCallback):
             whole("count", count)
         if ratio is not None:
             fraction("ratio", ratio, of="the blocks")
+        self.count, self.ratio, self.first, self.last = count, ratio, first, last
         self.amount = Amount(blocks=ratio if count is None else count, first=first, last=last)
         self.importance, self.at, self.greedy = importance or BlockInfluence(), at, greedy
         self.plan: BlockPlan | None = None
@@ -109,6 +110,11 @@ class DepthPruning(ShapeCallback):
         """Removes the blocks, and measures before and after."""
         event = self.happen(trainer, pl_module, partial(self._remove, trainer, pl_module, moment))
         note_settled(event, self.plan.settled if self.plan is not None else None)
+
+    def label(self, event: Event) -> str:
+        """Returns how many blocks went."""
+        assert self.plan is not None
+        return f"depth, {self.plan.words}"
 
     def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int, optimizers: list[Optimizer]) -> str:
         """Ranks the blocks, removes the least important, and says how many there were and are."""

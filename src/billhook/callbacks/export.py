@@ -24,7 +24,7 @@ from billhook.checkpoints.origin import CARD
 from billhook.checkpoints.push import NotPushed, check_repository, check_token, push
 from billhook.checkpoints.save import Saved, check_names, save
 from billhook.claim import Claim
-from billhook.fit.events.event import events_of
+from billhook.fit.events.event import events_of, start_of
 from billhook.fit.lightning_internals import is_search
 from billhook.fit.loggers import log_card
 from billhook.fit.preprocessors import find_preprocessors
@@ -251,7 +251,9 @@ class Export(Callback):
 
     def _save(self, trainer: pl.Trainer, model: PreTrainedModel) -> None:
         damage = [{"damage": one.last} for one in callbacks_of(trainer, Damage)]
-        record = {"steps": trainer.global_step, "events": events_of(trainer), **trained(trainer), **(damage[0] if damage else {})}
+        start = {"start": start_of(trainer)} if start_of(trainer) else {}
+        record = {"steps": trainer.global_step, **start, "events": events_of(trainer), **trained(trainer)}
+        record |= damage[0] if damage else {}
         self.saved = save(model, self._free_folder(), self._along, record, self._probe)
         adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
         rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.says}{adapters}")

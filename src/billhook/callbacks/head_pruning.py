@@ -17,7 +17,7 @@ from billhook.callbacks.heads.monitor import Mode, Monitor
 from billhook.callbacks.heads.ranking import HeadRanking
 from billhook.callbacks.heads.record import HeadRecord
 from billhook.fit.calibration import FitCalibration, Given
-from billhook.fit.events.event import log_event, note_settled
+from billhook.fit.events.event import Event, log_event, note_settled
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import refuse_shape_changes
 from billhook.fit.measure import measure
@@ -98,15 +98,18 @@ class HeadPruning(HeadMasking):
             raise ValueError(f"min_heads={min_heads}: where heads are removed, one at least stays in each layer")
         self.ratio, self.at, self.per, self.remove, self.plot_file = ratio, at, per, remove, plot_file
         self.cuts = remove != "never"
-        self.ranks = HeadRanking(importance or GateGradient(), ranking, per, min_heads, normalize, remove != "never")
-        self.monitor = Monitor(monitor, keep, mode, measure_batches)
+        self.importance = importance or GateGradient()
+        self.ranking, self.min_heads, self.normalize = ranking, min_heads, normalize
+        self.ranks = HeadRanking(self.importance, ranking, per, min_heads, normalize, remove != "never")
+        self.watched = Monitor(monitor, keep, mode, measure_batches)
+        self.monitor, self.keep, self.mode = monitor, self.watched.keep if monitor else None, self.watched.mode
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
         """Forgets all events, scores and masks."""
         super().reset()
         self.record = HeadRecord()
-        self.monitor.best, self._stopped = None, False
+        self.watched.best, self._stopped = None, False
 
     @property
     def state_key(self) -> str:
@@ -151,28 +154,28 @@ class HeadPruning(HeadMasking):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks what validation logs, and carries out what is due before the first step."""
-        if self.monitor.name is not None:
-            self.monitor.of(measure(trainer, pl_module, 1))
+        if self.watched.name is not None:
+            self.watched.of(measure(trainer, pl_module, 1))
         super().on_train_start(trainer, pl_module)
 
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
         """Masks the heads of a round, undoes it if the model has become worse, and removes masked heads when it is time."""
         with self.masked_again_after_errors(pl_module):
             before, earlier = self.measured(trainer, pl_module), self.heads
-            self.monitor.begin(before)
+            self.watched.begin(before)
             with together(trainer, "HeadPruning"):
                 ratio = self._moments[moment]
                 chosen, settled = self.ranks.choose(trainer, pl_module, self.calibration, self.record, earlier, ratio)
                 check_agreed(trainer, "HeadPruning", "the heads that are masked", chosen)
             self.mask(pl_module, chosen)
             after, what = self.measured(trainer, pl_module), f"{sum(map(len, chosen.values()))} heads masked"
-            worse = self.monitor.is_worse(after)
-            check_agreed(trainer, "HeadPruning", f"whether monitor={self.monitor.name!r} is worse", worse)
+            worse = self.watched.is_worse(after)
+            check_agreed(trainer, "HeadPruning", f"whether monitor={self.watched.name!r} is worse", worse)
             if worse:
                 self.mask(pl_module, earlier)
-                what += f", undone: {self.monitor.name} {self.monitor.of(after):g}, at best {self.monitor.best:g}"
+                what += f", undone: {self.watched.name} {self.watched.of(after):g}, at best {self.watched.best:g}"
                 after = before
-            self.monitor.begin(after)
+            self.watched.begin(after)
             change = partial(self._finish, pl_module, moment, worse, what)
             if self.heads and (self.remove == "rounds" or (self.remove == "end" and (worse or moment == max(self._moments)))):
                 event = self.reshape(trainer, pl_module, before, change)
@@ -181,7 +184,11 @@ class HeadPruning(HeadMasking):
         event["after"] |= after
         note_settled(event, settled)
         log_event(trainer, event)
-        self.record.draw(trainer, self.heads, self.monitor.name or next(iter(before), ""), before, event["after"], self.plot_file)
+        self.record.draw(trainer, self.heads, self.watched.name or next(iter(before), ""), before, event["after"], self.plot_file)
+
+    def label(self, event: Event) -> str:
+        """Returns what was masked or removed, without the figure for which a round was undone."""
+        return str(event["what"]).partition(": ")[0]
 
     def _finish(self, module: nn.Module, moment: int, worse: bool, what: str, optimizers: list[Optimizer] | None = None) -> str:
         """Ends a round; with optimizers, removes the heads that are masked, and says how many there were and are."""
@@ -199,11 +206,11 @@ class HeadPruning(HeadMasking):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has happened so far, and what is known of heads."""
-        heads = {"record": dict(vars(self.record)), "best": self.monitor.best, "stopped": self._stopped}
+        heads = {"record": dict(vars(self.record)), "best": self.watched.best, "stopped": self._stopped}
         return super().state_dict() | heads
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what had happened."""
         super().load_state_dict(state_dict)
-        self.monitor.best, self._stopped = state_dict["best"], state_dict["stopped"]
+        self.watched.best, self._stopped = state_dict["best"], state_dict["stopped"]
         self.record = HeadRecord(**state_dict["record"])

@@ -12,6 +12,7 @@ from billhook.arguments import annotated
 from billhook.callbacks.kv.preparation import HINT, Moving, Preparation
 from billhook.callbacks.kv.stages import StageCallback, check_heads, check_over
 from billhook.fit.calibration import FitCalibration, Given
+from billhook.fit.events.event import Event
 from billhook.fit.events.rounds import At
 from billhook.fit.ranks import together
 from billhook.fit.run import callbacks_of
@@ -77,6 +78,7 @@ class KVHeadConversion(StageCallback):
     ) -> None:
         annotated(KVHeadConversion, locals())
         self.preparation = Preparation(method_of(method), repair, FitCalibration.of(calibration, examples=32))
+        self.num_key_value_heads, self.method, self.repair = num_key_value_heads, self.preparation.method, repair
         moments: list[At | Schedule] = [*at] if isinstance(at, list | tuple) else [at]
         check_over(over, moments, self.preparation)
         heads, self.encoder = check_heads(num_key_value_heads, moments), encoder
@@ -146,6 +148,11 @@ class KVHeadConversion(StageCallback):
         apply(model, plan, optimizers, weights)
         where = f" in {len(plan.layers)} of {len(kv_heads_by_layer(model, self.encoder))} attentions" if self._by_layer else ""
         return f"{plan.before} -> {plan.after} KV heads{where} ({how})"
+
+    def label(self, event: Event) -> str:
+        """Returns from how many heads to how many, and by which method."""
+        brief, _, more = str(event["what"]).partition(",")
+        return f"{brief})" if more else brief
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         after, step = self._last_step, trainer.global_step

@@ -11,7 +11,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from billhook.arguments import a_path, annotated, whole
 from billhook.callbacks.damage import Damage, refuse_before
 from billhook.callbacks.export import Export
-from billhook.fit.events.event import Event, events_of
+from billhook.checkpoints.card import label_of
+from billhook.fit.events.event import Event, begins, events_of, figures_of_callbacks, note_start, start_of
 from billhook.fit.loggers import log_picture
 from billhook.fit.measure import measure
 from billhook.fit.ranks import by_first
@@ -65,8 +66,10 @@ class Report(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures the model before training."""
         if self.first is None:
-            numbers = summary(pl_module).numbers() | measure(trainer, pl_module, self.measure_batches)
-            self.first = {"step": trainer.global_step, "after": numbers, "events": len(events_of(trainer))}
+            numbers, came = self._measured(trainer, pl_module), len(events_of(trainer))
+            self.first = {"step": trainer.global_step, "after": numbers, "events": came}
+            if begins(trainer) and not came:
+                note_start(trainer, numbers)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the figure that validation logged."""
@@ -75,20 +78,23 @@ class Report(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures once more, prints the table and draws the picture."""
-        last = summary(pl_module).numbers() | measure(trainer, pl_module, self.measure_batches)
-        by_first(trainer, "Report", partial(self._report, trainer, last))
+        by_first(trainer, "Report", partial(self._report, trainer, self._measured(trainer, pl_module)))
+
+    def _measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        figures = figures_of_callbacks(trainer, pl_module)
+        return summary(pl_module).numbers() | figures | measure(trainer, pl_module, self.measure_batches)
 
     def _report(self, trainer: pl.Trainer, last: dict[str, Any]) -> None:
         events = events_of(trainer)
-        stages = self._stages(events, Stage("after uptraining" if events else "at the end", trainer.global_step, last))
-        notes = []
+        stages = self._stages(trainer, events, Stage("after training" if events else "at the end", trainer.global_step, last))
+        notes = [(f"step {e['step']}", e["what"]) for e in events if label_of(e) != e["what"]]
         for callback in callbacks_of(trainer, Export):
             if callback.saved is not None:
                 notes += [("checkpoint", callback.saved.folder), ("saved as", callback.saved.says)]
                 notes += [("reloaded", f"largest difference of logits {callback.saved.difference:.3g}")]
         if name := self._name(last):
             Path(self.plot_file).parent.mkdir(parents=True, exist_ok=True)
-            marks = [(e["step"], e["what"], e["before"].get(name), e["after"].get(name)) for e in events]
+            marks = [(e["step"], label_of(e), e["before"].get(name), e["after"].get(name)) for e in events]
             dense = stages[0].numbers.get(name) if events else None
             figure = validation(self._points(name, last, trainer.global_step), marks, name, dense)
             figure.savefig(self.plot_file)
@@ -102,18 +108,19 @@ class Report(Callback):
 
     def _damage(self, trainer: pl.Trainer, events: list[Event]) -> list[str]:
         """Returns a table of damage for each event after which it was measured, and for the end."""
-        found = [(f"after {event['what']}", event["damage"]) for event in events if "damage" in event]
+        found = [(f"after {label_of(event)}", event["damage"]) for event in events if "damage" in event]
         found += [("at the end", one.last) for one in callbacks_of(trainer, Damage) if one.last is not None]
         return [f"{when}\n{damage_table(list(map(TextDamage.from_json, damage)))}\n" for when, damage in found]
 
-    def _stages(self, events: list[Event], last: Stage) -> list[Stage]:
+    def _stages(self, trainer: pl.Trainer, events: list[Event], last: Stage) -> list[Stage]:
         first = self.first or {"step": 0, "after": {}, "events": 0}
         if not events:
             return [Stage("at the start", first["step"], first["after"]), last]
         # what was measured before training is the dense model, unless events came first
         came = first["events"]
-        dense = Stage("dense", events[0]["step"], events[0]["before"]) if came else Stage("dense", first["step"], first["after"])
-        after = [Stage(f"after {event['what']}", event["step"], event["after"]) for event in events]
+        start = start_of(trainer) | (events[0]["before"] if came else first["after"])
+        dense = Stage("dense", events[0]["step"] if came else first["step"], start)
+        after = [Stage(f"after {label_of(event)}", event["step"], event["after"]) for event in events]
         if came:
             after[came - 1] = Stage(after[came - 1].name, after[came - 1].step, first["after"] | after[came - 1].numbers)
         return [dense, *after, last]

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from billhook.adapters.beneath import adapted, adds_nothing, beneath, taken_off
 from billhook.arguments import annotated
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
-from billhook.fit.events.event import log_event, note_not_refitted
+from billhook.fit.events.event import Event, fewer, log_event, note_not_refitted
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, together
@@ -114,7 +114,8 @@ class Shrink(ShapeCallback):
         check_at(at)
         check_search(generations, candidates)
         self.amount = budget(params, kv_cache_bytes, bytes, max_loss, None, first, last, round_to)
-        self.max_loss = max_loss
+        self.params, self.kv_cache_bytes, self.bytes, self.max_loss = params, kv_cache_bytes, bytes, max_loss
+        self.first, self.last, self.round_to = first, last, round_to
         self.layers, self.importance, self.repair, self.at = layers, importance or OBS(), repair, at
         self.generations, self.candidates = generations, candidates
         super().__init__(FitCalibration.of(calibration), measure_batches)
@@ -208,6 +209,11 @@ class Shrink(ShapeCallback):
                 found = smallest(work, self.max_loss, held_out, runs, self.repair, choosing)
             work.compare(searched)
             return found
+
+    def label(self, event: Event) -> str:
+        """Returns how much smaller the model is, or its cache."""
+        cache = self.amount.target == "kv_cache_bytes"
+        return f"shrink, KV cache {fewer(event, 'kv_cache_bytes')}" if cache else f"shrink, {fewer(event)}"
 
     def _remove(self, model: PreTrainedModel, found: Found, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, of adapters too, and says how much that is."""

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
-from billhook.fit.events.event import log_event, note_not_refitted, note_settled
+from billhook.fit.events.event import Event, fewer, log_event, note_not_refitted, note_settled
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, sum_over, together
@@ -155,11 +155,15 @@ class StructuredPruning(ShapeCallback):
             done = "repaired" if weights else why
             return made, weights, f"{type(importance).__name__}{f', {done}' if done else ''}", why
 
+    def label(self, event: Event) -> str:
+        """Returns how much smaller the model is."""
+        return f"structure, {fewer(event)}"
+
     def _remove(self, model: nn.Module, made: UnitPlan, weights: Weights | None, how: str, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, and says how much that is."""
         apply(model, made, optimizers, weights)
         before, after = made.parameters
-        told = "; ".join([made.words, how, *map(str, made.rows)])
+        told = "; ".join([f"without {made.words}", how, *(f"left in each: {row}" for row in made.rows)])
         return f"{before:,} -> {after:,} parameters ({told})"
 
     def state_dict(self) -> dict[str, Any]:

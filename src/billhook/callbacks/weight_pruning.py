@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from billhook.adapters.beneath import taken_off
 from billhook.adapters.masked import mask_as_weights, on_linears, plain_adapters
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches
@@ -27,7 +28,7 @@ from billhook.fit.strategies import check_learned, check_masks
 from billhook.fit.training_step import runs_as_in_training
 from billhook.model.convolutions import Convolutions
 from billhook.model.find import find_transformer
-from billhook.running.sharded.shards import gathered, unsharded, whole
+from billhook.running.sharded.shards import gathered, reshard, unsharded, whole
 from billhook.running.sites import Sequential
 from billhook.schedules import Schedule
 from billhook.sparsity.allocation import Allocation
@@ -41,6 +42,7 @@ from billhook.sparsity.masks import check_amount, sparsity_of
 from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.plan import WeightPlan
 from billhook.sparsity.prune import prune
+from billhook.streaming.zeros import zeros_by_name
 
 
 @rank_zero_only
@@ -121,7 +123,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         self.sequential, self.match, self.allocation, self.skip = sequential, match, allocation, list(self.skip)
         self.output_embeddings, self.convolutions = output_embeddings, convolutions
         self.count_adapters, self.mask_adapters = count_adapters, mask_adapters
-        self._hold, self._adapted = Hold(), list[str]()
+        self._hold, self._adapted, self._linears = Hold(), list[str](), list[str]()
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
@@ -171,6 +173,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         model = find_transformer(pl_module)
         how = self.sequential, self.allocation, self.skip, self.output_embeddings, self.convolutions
         linears = check_pruning(model, self.criterion, self.pattern, *how)
+        self._linears = list(linears)
         if self.learn is not None and not any(linear.get_parameter("weight").requires_grad for linear in linears.values()):
             raise ValueError(
                 "learn: none of the linears' weights are trained, as beneath adapters: leave it out, or train weights"
@@ -249,6 +252,23 @@ class WeightPruning(EventCallback, FollowsShapes):
         self._hold.hold(pruning.masks(model), partial(pruning.apply, model))
         self.done, self.asked = moment, self._moments[moment]
         return f"{self._how} sparsity {pruning.sparsity:.4f} in {len(pruning.pruned)} linears"
+
+    def figures(self, model: nn.Module) -> dict[str, float | None]:
+        """Returns the share of zeros in the linears that are pruned."""
+        subject = find_transformer(model)
+        reshard(subject)
+        with taken_off(subject):
+            zeros, sizes = zeros_by_name(subject) or {}, {name: one.numel() for name, one in subject.named_parameters()}
+        names = [name for name in (f"{linear}.weight" for linear in self._linears) if name in zeros]
+        every = sum(sizes[name] for name in names)
+        return {"sparsity": sum(zeros[name] for name in names) / every} if every else {}
+
+    def label(self, event: Event) -> str:
+        """Returns the criterion, and the pattern or the sparsity that was asked for."""
+        criterion = type(self.criterion).__name__
+        if self._learned.masks:
+            return f"{criterion}, masks are learned"
+        return f"{criterion} {f'{100 * self.asked:.3g} %' if self.pattern == 'unstructured' else self.pattern}"
 
     @property
     def _how(self) -> str:

@@ -1,7 +1,8 @@
 """Writes a model card of what the record beside a checkpoint says: what was done, sizes, damage, and how it is loaded."""
 
+import json
 from collections.abc import Mapping
-from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import transformers
@@ -24,6 +25,8 @@ SIZES = {
 }
 LOSSES = ("source", "inside", "before", "after", "ratio", "ratio_error", "kl", "kl_error")
 READ = "By what was read in the engines' code, in the releases named."
+LABEL = 60
+"""Characters of a label at most, of an event that has none."""
 SPARSE = 0.1
 """The share of zeros from which a model counts as sparse."""
 KEPT = "`billhook.json` holds the whole record, such as which units or heads went."
@@ -38,14 +41,33 @@ def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> s
     """Makes a model card, with the metadata that the hub reads, of a record, words that say how it is loaded, and its config."""
     named = record.get("base_model")
     base = hub_name(named) if isinstance(named, str) else None
-    name = plain(Path(record["saved"]["folder"]).resolve().name)
-    parts = [f"---\n{_metadata(record, base).to_yaml().strip()}\n---", f"# {name}"]
-    parts += [f"Made of [{base}](https://huggingface.co/{base}) with billhook."] if base else []
+    name = record["saved"]["folder"]
+    parts = [f"---\n{_metadata(record, base).to_yaml().strip()}\n---", *_title(record, base, config)]
     for title, own in (("What was done", _done(record)), ("What it costs", _costs(record))):
         parts += [f"## {title}", *own] if own else []
     parts += ["## How to load it", f"It is {loading}.", _code(record, name, config)]
     parts += ["## Where it runs", *_engines(record, config)]
     return "\n\n".join(parts) + "\n"
+
+
+def label_of(event: Mapping[str, Any]) -> str:
+    """Returns a few words for an event of a fit; one of an older billhook has none, and is cut off."""
+    label = event.get("label")
+    return label if isinstance(label, str) else shorten(str(event["what"]), LABEL, placeholder=" ...")
+
+
+def _title(record: Mapping[str, Any], base: str | None, config: PretrainedConfig) -> list[str]:
+    """Names the model that it was made of: on the hub, or by the folder's name, class and size."""
+    made_of = record.get("made_of")
+    folder = dict(made_of) if isinstance(made_of, Mapping) else {}
+    kind = (config.architectures or ["a model"])[0]
+    done = "pruned" if "pruned" in _tags(*_sizes(record)) else "changed" if _measured(record) else "saved"
+    title = f"# {plain(base.rpartition('/')[2] if base else folder.get('name') or kind)}, {done} with billhook"
+    if base:
+        return [title, f"Made of [{base}](https://huggingface.co/{base}) with billhook."]
+    size = _sizes(record)[0].get("params")
+    about = [plain(folder.get("class", kind)), *([f"{size:,} parameters"] if isinstance(size, int) else [])]
+    return [title, *([f"Made of a local folder, {plain(folder['name'])} ({', '.join(about)})."] if folder.get("name") else [])]
 
 
 def _metadata(record: Mapping[str, Any], base: str | None) -> ModelCardData:
@@ -82,9 +104,10 @@ def _measured(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _code(record: Mapping[str, Any], name: str, config: PretrainedConfig) -> str:
     """Shows the lines that load it: by transformers alone if that can, and by billhook."""
     kind = (config.architectures or ["?"])[0]
-    lines = ["import billhook", "", f'model = billhook.load("{name}")  # this folder, or its name on the hub']
+    quoted = json.dumps(name, ensure_ascii=False)
+    lines = ["import billhook", "", f"model = billhook.load({quoted})  # this folder, or its name on the hub"]
     if record["saved"]["way"] != "shaped" and hasattr(transformers, kind):
-        lines = [f"from transformers import {kind}", "", f'model = {kind}.from_pretrained("{name}")  # or its name on the hub']
+        lines = [f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({quoted})  # or its name on the hub"]
     return "\n".join(["```python", *lines, "```"])
 
 
@@ -99,8 +122,8 @@ def _engines(record: Mapping[str, Any], config: PretrainedConfig) -> list[str]:
 def _done(record: Mapping[str, Any]) -> list[str]:
     """Lists the events, and shows figures before the first, after the last and at the end, and by what all was done."""
     events = _measured(record)
-    when = [f"step {one['step']}: " if "step" in one else "" for one in events]
-    lines = [f"- {at}{plain(one['what'])}{_settled(one)}" for at, one in zip(when, events, strict=True)]
+    when = [f"step {plain(one['step'])}: " if "step" in one else "" for one in events]
+    lines = [f"- {at}{_event(one)}{_settled(one)}" for at, one in zip(when, events, strict=True)]
     if isinstance(steps := record.get("steps"), int):
         lines.append(f"- training, {steps:,} steps")
     how = settings(record)
@@ -111,14 +134,29 @@ def _done(record: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(record: Mapping[str, Any]) -> list[str]:
-    """Shows sizes and what validation logged: before the first event, after the last, and at the end of a fit."""
-    (before, after), last = _sizes(record), record.get("metrics")
-    last = last if isinstance(last, Mapping) else {}
+    """Shows sizes and what validation logged: of a fit at its start, before the first event, after the last, and at its end."""
+    (before, after), last, start = _sizes(record), _mapping(record, "metrics"), _mapping(record, "start")
+    if not any(key.startswith("val") and start[key] != before.get(key) for key in start):
+        start = {}  # it says what stands under `before`
     names = {key: name for key, name in SIZES.items() if after.get(key) is not None}
     names |= {key: plain(key) for key in (*after, *last) if key.startswith("val") and (key in before or key in last)}
-    heads = ["", "before", "after", *(["at the last validation"] if last else [])]
-    rows = [[name, *(one.get(key) for one in (before, after, last))][: len(heads)] for key, name in names.items()]
+    columns = {"at the start": start, "before": before, "after": after, "at the last validation": last}
+    columns = {head: one for head, one in columns.items() if one or head in ("before", "after")}
+    heads, rows = ["", *columns], [[name, *(one.get(key) for one in columns.values())] for key, name in names.items()]
     return [table(heads, rows)] * bool(rows)
+
+
+def _event(event: Mapping[str, Any]) -> str:
+    """Shows the label of an event, and below it what was done, where that is more."""
+    what = plain(event["what"])
+    label = plain(label_of(event)) if "label" in event else what
+    return label if label == what else f"{label}\n  - {what}"
+
+
+def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns a part of a record that holds figures by name; empty if it is something else."""
+    found = record.get(name)
+    return found if isinstance(found, Mapping) else {}
 
 
 def _settled(event: Mapping[str, Any]) -> str:

@@ -72,7 +72,7 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
     put_back(model, checkpoint, str(ckpt))
     _zero_masked(model, checkpoint.get(MASKED), str(ckpt))
     steps, name = checkpoint.get("global_step", 0), checkpoint[KEY]["name_or_path"]
-    record = {"exported_from": str(ckpt), "steps": steps if isinstance(steps, int) else None, **history(checkpoint)}
+    record = {"exported_from": Path(ckpt).name, "steps": steps if isinstance(steps, int) else None, **history(checkpoint)}
     record |= origin_of(name or "", model.config)
     return save(model, out, _find_tokenizer(tokenizer, name, model), record)
 

@@ -22,9 +22,11 @@ def history(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     states = [own for own in held.values() if isinstance(own, Mapping)] if isinstance(held, Mapping) else []
     events = [one for state in states for one in listed(state, "events", EVENT) if _is_event(one)]
     damage = [one for state in states for one in listed(state, "last", LOSSES) if _is_plain(one)]
+    starts = [own for state in states if isinstance(own := state.get("start"), Mapping) and own and _is_plain(own)]
     noted = checkpoint.get(TRAINED)
     trained = {name: noted.get(name) for name in ("training", "metrics")} if isinstance(noted, Mapping) else {}
-    found: dict[str, Any] = {"events": sorted(events, key=lambda event: (event["step"], event["number"]))}
+    found: dict[str, Any] = {"start": dict(starts[0])} if starts else {}
+    found |= {"events": sorted(events, key=lambda event: (event["step"], event["number"]))}
     found |= {name: dict(own) for name, own in trained.items() if isinstance(own, Mapping) and _is_plain(own)}
     return found | ({"damage": damage} if damage else {})
 

@@ -1,5 +1,6 @@
 """Makes tables and lines of Markdown of values that anybody may have written."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -32,5 +33,11 @@ def with_error(value: object, error: object) -> str:
 
 
 def plain(value: object) -> str:
-    """Returns text that is no Markdown of a table or a line."""
-    return " ".join(str(value).split()).replace("|", "\\|")
+    r"""Returns text in a line that is shown as it is: neither Markdown nor HTML.
+
+    >>> print(plain("4 -> 2 <b>heads</b> | [a](b) *c* `d` _e_ snake_case"))
+    4 -> 2 &lt;b>heads&lt;/b> \| \[a\](b) \*c\* \`d\` \_e\_ snake_case
+    """
+    line = " ".join(str(value).split())
+    escaped = re.sub(r"[\\`*\[\]|#~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+    return escaped.replace("&", "&amp;").replace("<", "&lt;")

@@ -33,13 +33,17 @@ def hub_name(name: str) -> str | None:
 def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
     """Returns what a record says of the model that a name or folder holds.
 
-    That is the hub's name for it as `base_model`, of a folder that billhook wrote the one in its record, and the licence that its
-    model card or config names as `license`, with `license_name` and `license_link` where the card has them. Nothing is fetched:
-    a card of the hub is read if it was downloaded.
+    That is the hub's name for it as `base_model`, of a folder that billhook wrote the one in its record, or else the folder's
+    name and the model's class as `made_of`; and the licence that its model card or config names as `license`, with
+    `license_name` and `license_link` where the card has them. Nothing is fetched: a card of the hub is read if it was downloaded.
     """
     found: dict[str, Any] = {}
-    if name and (base := hub_name(name) or _recorded(Path(name))):
+    recorded = _recorded(Path(name)) if name else {}
+    if name and (base := hub_name(name) or _in_cache(name) or recorded.get("base_model")):
         found["base_model"] = base
+    elif name:
+        kind = next(iter(config.architectures or []), None)
+        found["made_of"] = recorded or {"name": Path(name).resolve().name, **({"class": kind} if kind else {})}
     card = _card_of(name) if name else {}
     stated = card.get("license") or vars(config).get("license")
     if not _is_text(stated):
@@ -52,12 +56,22 @@ def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
     return found
 
 
-def _recorded(folder: Path) -> str | None:
-    """Returns the model of the hub that the record in a folder of billhook's names."""
+def _in_cache(name: str) -> str | None:
+    """Returns the hub's name of a model whose folder lies in the cache of huggingface_hub."""
+    held = next((part for part in Path(name).parts if part.startswith("models--")), "")
+    return hub_name("/".join(held.split("--")[1:]))
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """Returns what the record in a folder of billhook's says that was made of: a model of the hub, or another folder."""
     with suppress(OSError, ValueError, AttributeError, RecursionError):
-        base = json.loads((folder / RECORD).read_text(encoding="utf-8")).get("base_model")
-        return hub_name(base) if isinstance(base, str) else None
-    return None
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        base, made_of = record.get("base_model"), record.get("made_of")
+        if isinstance(base, str) and hub_name(base):
+            return {"base_model": base}
+        if isinstance(made_of, dict) and _is_text(made_of.get("name")):
+            return {part: made_of[part] for part in ("name", "class") if _is_text(made_of.get(part))}
+    return {}
 
 
 def _card_of(name: str) -> Mapping[str, Any]:

@@ -29,6 +29,7 @@ from billhook.model.preprocessors import Preprocessor
 from billhook.model.shapes.shape import KEY, to_entry, unbuilt_shape
 from billhook.model.shapes.shaped import load_as, readable
 from billhook.model.transformers_internals import everything_saved, is_joined_unevenly
+from billhook.names import without_paths
 from billhook.page import Shown
 from billhook.place import RECORD, check_target, drafted, move, recover, size
 from billhook.sparsity.learning.learned import as_runs_see
@@ -114,9 +115,10 @@ def save(
         model: A Hugging Face model, or a module that holds one.
         folder: The folder to write; new, empty, or an earlier checkpoint of billhook's.
         tokenizer: Saved along; or a processor, or several of them.
-        record: The history of the model, for `billhook.json` and what of it the model card shows, `README.md`. Numbers that JSON
-            lacks become `"NaN"`, `"Infinity"` and `"-Infinity"` there. Without one the card says what the model was made of, its
-            licence, how it is loaded and which engines run it.
+        record: The history of the model, for `billhook.json` and what of it the model card shows, `README.md`. Absolute paths in
+            it become the names of their files, as both may be published. Numbers that JSON lacks become `"NaN"`, `"Infinity"`
+            and `"-Infinity"`. Without one the card says what the model was made of, its licence, how it is loaded and which
+            engines run it.
         probe: Inputs on which the logits are compared; by default random ones of the kinds that the model reads.
 
     Returns:
@@ -171,7 +173,8 @@ def _save(
         for one in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
             one.save_pretrained(draft)
         saved = Saved(folder, way, difference, size(draft) / 1e6, None if merged is None else merged.text(), family)
-        plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": asdict(saved)}
+        said = asdict(saved) | {"folder": target.name}
+        plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": said}
         config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
         (draft / CARD).write_text(card(plain, saved.says, config), encoding="utf-8")
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
@@ -281,7 +284,7 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _to_plain(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts the record to plain data for JSON."""
+    """Converts the record to plain data for JSON, without private paths, as it may be published."""
 
     def finite(value: object) -> object:
         if isinstance(value, Mapping):
@@ -293,7 +296,7 @@ def _to_plain(record: Mapping[str, Any]) -> dict[str, Any]:
         return value
 
     try:
-        plain: dict[str, Any] = json.loads(json.dumps(finite(record), allow_nan=False))
+        plain: dict[str, Any] = without_paths(json.loads(json.dumps(finite(record), allow_nan=False)))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"record: {RECORD} holds plain data only (JSON): {error}") from error
     return plain

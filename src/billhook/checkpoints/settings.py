@@ -6,8 +6,8 @@ from typing import Any
 from billhook.checkpoints.markdown import listed
 
 ELSEWHERE = {
-    *("base_model", "license", "license_name", "license_link", "saved", "files"),
-    *("events", "steps", "damage", "accuracy", "perplexity", "metrics"),
+    *("base_model", "made_of", "license", "license_name", "license_link", "saved", "files"),
+    *("events", "steps", "start", "damage", "accuracy", "perplexity", "metrics"),
 }
 """What of a record the other parts of a card show."""
 LONGEST = 300

@@ -70,6 +70,18 @@ def drop_training_loaders(trainer: pl.Trainer) -> None:
     trainer.fit_loop._combined_loader = None
 
 
+def logged_step(trainer: pl.Trainer) -> int:
+    """Returns the step under which Lightning logs now: the one that has just been taken counts once its figures are logged."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def initial_hyperparameters(trainer: pl.Trainer) -> dict[str, Any]:
+    """Returns what Lightning logs as hyperparameters of the module and of the data module, once it begins to fit."""
+    owners = [one for one in (trainer.lightning_module, getattr(trainer, "datamodule", None)) if one is not None]
+    found = {name: value for one in owners if one._log_hyperparams for name, value in one.hparams_initial.items()}
+    return {name: value for name, value in found.items() if name != "_class_path"}
+
+
 def data_fetcher(trainer: pl.Trainer) -> Any:  # noqa: ANN401
     """Returns Lightning's reader of the epoch: its `iterator`, and `length`, None where it reads ahead to see the end."""
     return trainer.fit_loop._data_fetcher

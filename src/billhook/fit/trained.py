@@ -6,12 +6,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from billhook.names import without_folders
+
 
 def trained(trainer: pl.Trainer) -> dict[str, Any]:
     """Returns data, seed, precision and devices of a fit as `training`, and the last figures of its validation as `metrics`."""
     data = getattr(getattr(trainer, "datamodule", None), "data", None)
     training = {
-        "data": data if _names(data) else None,
+        "data": without_folders(data) if _names(data) else None,
         "seed": _seed(),
         "precision": str(trainer.precision),
         "devices": trainer.world_size,

@@ -24,7 +24,7 @@ from billhook.streaming.stream import stream_of
 from billhook.tracing.show import pattern
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
-from billhook.units.units import PLURAL, UnitKind, counts
+from billhook.units.units import PLURAL, UnitKind, counted, counts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -51,7 +51,7 @@ class UnitPlan(Cut, Plan):
     def words(self) -> str:
         """How many units of each kind are removed, in words."""
         gone = {kind: [len(own) for name, own in self.units.items() if self.kinds[name] == kind] for kind in self.kinds.values()}
-        return ", ".join(f"{sum(own):,} {PLURAL[kind]} of {len(own)} places" for kind, own in gone.items() if own)
+        return ", ".join(f"{counted(kind, sum(own))}{_inside(kind, len(own))}" for kind, own in gone.items() if own)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain data; see `Plan.to_json`."""
@@ -138,6 +138,12 @@ class UnitPlan(Cut, Plan):
         numbers = sorted({self.after[name][1] for name in heads})
         notes = [*map(str, self.rows), *(told(number) for number in numbers if not suits(number))]
         return [*notes, *([str(self.settled)] if self.settled else [])]
+
+
+def _inside(kind: UnitKind, places: int) -> str:
+    """Says in how many modules units are; there is one stream of residual channels."""
+    module = "attention module" if kind == "head" else "module"
+    return "" if kind == "residual" and places == 1 else f" in {places:,} {module}{'s' * (places != 1)}"
 
 
 def _is_list(value: object) -> bool:

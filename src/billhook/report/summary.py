@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from textwrap import wrap
 from typing import Any
 
 from torch import nn
 
+from billhook.adapters.beneath import taken_off
 from billhook.arguments import annotated
 from billhook.html import html_table
 from billhook.kv_heads.scope import heads_of
 from billhook.model.figures import figures_of
 from billhook.model.find import find_transformer
-from billhook.page import Shown
+from billhook.page import COLUMNS, Shown
 from billhook.report.table import aligned
 from billhook.running.sharded.shards import is_sharded, reshard, sizes_only
 from billhook.streaming.zeros import zeros_of
@@ -24,15 +26,16 @@ class Summary(Shown):
 
     Attributes:
         model: The model's class.
-        params: Parameters; tied ones count once.
+        params: Parameters, without those of adapters; tied ones count once.
         zeros: Parameters that are exactly zero; None for a streamed model of which files are still on a hub.
-        bytes: Bytes of all parameters.
+        bytes: Bytes of these parameters.
         query_heads: Query heads of a layer, where all layers have the same number.
         kv_heads: Key/value heads of a layer, where all layers have the same number.
         kv_cache_bytes: Bytes that the key/value cache grows by with each token, until sliding windows are full, in the dtype of
             the weights.
         flops: Floating-point operations of the forward pass, per token, at `context` tokens; of a model of images, of one image.
         context: Tokens for which `flops` holds; 0 for a model of images.
+        adapters: Parameters of PEFT's adapters, such as LoRA's, which no other number counts: a saved model has them merged.
     """
 
     model: str
@@ -44,6 +47,7 @@ class Summary(Shown):
     kv_cache_bytes: int | None
     flops: int | None
     context: int
+    adapters: int = 0
 
     def numbers(self) -> dict[str, Any]:
         """Returns the numbers that change when a model is pruned or converted."""
@@ -64,9 +68,11 @@ class Summary(Shown):
 
     def _rows(self) -> list[tuple[str, str]]:
         per = f"token at {self.context}" if self.context else "image"
+        adapters = [("of adapters, besides", f"{self.adapters:,}")] if self.adapters else []
         return [
             ("model", self.model),
             ("parameters", f"{self.params:,}"),
+            *adapters,
             ("zeros", "not counted" if self.zeros is None else f"{self.zeros:,} ({self.zeros / max(self.params, 1):.1%})"),
             ("size of the weights", f"{self.bytes / 1e6:,.1f} MB"),
             ("query heads / KV heads", f"{self.query_heads or '?'} / {self.kv_heads or '?'}"),
@@ -78,7 +84,8 @@ class Summary(Shown):
 def summary(model: nn.Module) -> Summary:
     """Counts parameters, zeros, KV-cache bytes per token and FLOPs per token or image, the last two by a run on meta tensors.
 
-    If the model is sharded, all ranks must call this together.
+    With PEFT's adapters attached, these are numbers of the model beneath, which has as many once they are merged. If the model is
+    sharded, all ranks must call this together.
 
     Args:
         model: A Hugging Face model, or a module that holds one.
@@ -97,11 +104,14 @@ def summary(model: nn.Module) -> Summary:
     annotated(summary, locals())
     model = find_transformer(model)
     reshard(model)
-    zeros = zeros_of(model)
-    with sizes_only(model) if is_sharded(model) else nullcontext():
-        figures, name = asdict(figures_of(model)), type(model).__name__
-        query_heads, kv_heads = heads_of(model)
-    return Summary(model=name, zeros=zeros, query_heads=query_heads, kv_heads=kv_heads, **figures)
+    every = sum(parameter.numel() for parameter in model.parameters())
+    with taken_off(model):
+        zeros = zeros_of(model)
+        with sizes_only(model) if is_sharded(model) else nullcontext():
+            figures, name = asdict(figures_of(model)), type(model).__name__
+            query_heads, kv_heads = heads_of(model)
+    adapters = every - figures["params"]
+    return Summary(model=name, zeros=zeros, query_heads=query_heads, kv_heads=kv_heads, **figures, adapters=adapters)
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,7 @@ def table(stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric
     columns = {
         "perplexity": "val_perplexity",
         "accuracy": "val_accuracy",
-        "loss": "val_loss",
+        "val_loss": "val_loss",
         "sparsity": "sparsity",
         "zeros": "zeros",
         "parameters": "params",
@@ -127,14 +137,16 @@ def table(stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric
     if metric is not None and metric not in columns.values():
         columns = {metric: metric} | columns
     shown = {head: key for head, key in columns.items() if any(stage.numbers.get(key) is not None for stage in stages)}
-    if next(iter(shown), None) not in ("loss", "parameters"):
-        shown.pop("loss", None)
+    if next(iter(shown), None) not in ("val_loss", "parameters"):
+        shown.pop("val_loss", None)
     if "sparsity" not in shown:
         shown.pop("zeros", None)
     rows = [["", "step", *shown]]
     rows += [[stage.name, str(stage.step), *(_number(stage.numbers.get(key)) for key in shown.values())] for stage in stages]
-    label_width = max((len(label) for label, _ in notes), default=0)
-    return "\n".join([aligned(rows), *([""] if notes else []), *(f"{label:<{label_width}}  {text}" for label, text in notes)])
+    width = max((len(label) for label, _ in notes), default=0) + 2
+    below = [wrap(text, COLUMNS - width, break_long_words=False, break_on_hyphens=False) or [""] for _, text in notes]
+    lines = [f"{label:<{width}}" + f"\n{' ' * width}".join(text) for (label, _), text in zip(notes, below, strict=True)]
+    return "\n".join([aligned(rows), *([""] if notes else []), *lines])
 
 
 def _number(value: float | None) -> str:

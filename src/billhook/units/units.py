@@ -128,6 +128,15 @@ def counts(units: Units) -> tuple[int, ...]:
     return (units.count(), units.count("kv_head")) if units.kind == "head" else (units.count(),)
 
 
+def counted(kind: UnitKind, number: int) -> str:
+    """Says how many units of a kind there are.
+
+    >>> counted("head", 1), counted("residual", 1200)
+    ('1 head', '1,200 residual channels')
+    """
+    return f"{number:,} {PLURAL[kind].removesuffix('s') if number == 1 else PLURAL[kind]}"
+
+
 def plural(kinds: Iterable[UnitKind]) -> str:
     """Names units in a message: by their kind if it is one.
 

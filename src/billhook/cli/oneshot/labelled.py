@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from billhook.cli.oneshot.text import EXAMPLES, Pictures, Text
+from billhook.names import without_folders
 from billhook.running.batches import Batch
 from billhook.training.data import ClassificationDataModule
 from billhook.training.dataset_module import DatasetModule
@@ -95,7 +96,7 @@ class Labelled:
     def to_json(self) -> dict[str, Any]:
         """Says what is calibrated on."""
         rows: Any = self.data.splits["train"]
-        read = {"data": self.given.data, "examples": min(self.count, len(rows))} | (
+        read = {"data": without_folders(self.given.data), "examples": min(self.count, len(rows))} | (
             {} if self.of_images else {"length": self.length}
         )
         return read | {"batch_size": self.given.batch_size, "seed": self.given.seed}

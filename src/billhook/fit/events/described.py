@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from billhook.calibration.calibration import Calibration
 from billhook.fit.calibration import FitCalibration
+from billhook.schedules import Schedule
 
 BESIDE = {"self", "measure_batches", "plot_file", "metric"}
 """Parameters that do not decide what is done."""
@@ -17,9 +18,13 @@ BESIDE = {"self", "measure_batches", "plot_file", "metric"}
 def described(callback: Callback) -> dict[str, Any]:
     """Returns the name of a callback's class as `callback`, and what is set of its settings; data by where it comes from."""
     beside = BESIDE | ({"calibration"} if getattr(callback, "needs_data", None) is False else set())
-    given = {name: getattr(callback, name, None) for name in inspect.signature(type(callback).__init__).parameters}
-    plain = {name: _plain(value) for name, value in given.items() if name not in beside and value is not None}
-    plain = {name: value for name, value in plain.items() if value is not False and value not in ([], {})}
+    parameters = inspect.signature(type(callback).__init__).parameters
+    given = {name: getattr(callback, name, None) for name in parameters if name not in beside}
+    if any(isinstance(value, Schedule) for name, value in given.items() if name != "at"):
+        given.pop("at", None)  # the schedule says when
+    plain = {name: _plain(value) for name, value in given.items() if value is not None}
+    # what is switched off by default is not told
+    plain = {name: value for name, value in plain.items() if value or value != (parameters[name].default or value)}
     return {"callback": type(callback).__name__} | plain
 
 

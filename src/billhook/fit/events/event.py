@@ -1,7 +1,7 @@
 """Events in a fit: when they are due, what is measured and logged, and what a resumed fit knows of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,13 +17,20 @@ from billhook.fit.checkpoint_hooks import add_to, unwrap_hooks, wrap_hooks
 from billhook.fit.events.described import described
 from billhook.fit.events.rounds import still_due
 from billhook.fit.late_models import drop_waiting
+from billhook.fit.lightning_internals import is_search
+from billhook.fit.loggers import log_figures, log_settings
 from billhook.fit.measure import measure
 from billhook.fit.resume_state import ResumeState
-from billhook.fit.run import callbacks_of, check_some_steps, training_steps
+from billhook.fit.run import callbacks_of, check_some_steps, is_trial, training_steps
 from billhook.fit.trained import trained
 from billhook.report.summary import summary
 
 Event = dict[str, Any]
+
+SIZES = ("params", "kv_cache_bytes", "sparsity")
+"""Figures of the model that loggers are given after each event, and once before all."""
+UNLOGGED = ("zeros", "flops")
+"""Figures that records alone hold."""
 
 
 class FollowsShapes(Callback, ABC):
@@ -65,6 +72,7 @@ class EventCallback(Callback, ABC):
         events: What has happened: for each event its number in the fit, its step, what was done, and figures before and after.
         done: The last step by which all that was due has been done; -1 for none.
         asked: The amount that was due by then.
+        start: Figures of the model before any event, at step 0, which the first callback of a fit keeps.
         keeps_what_it_did: True if its state says what it has done, so that a run cannot continue with another instead of it.
     """
 
@@ -83,6 +91,7 @@ class EventCallback(Callback, ABC):
         """Forgets all events, when a fit begins."""
         self.events: list[Event] = []
         self.done, self.asked = -1, 0.0
+        self.start: dict[str, float | None] = {}
         self._validated: dict[str, Any] = {}
 
     @abstractmethod
@@ -115,6 +124,8 @@ class EventCallback(Callback, ABC):
         self._resume, self._moments, self._last_step = None, {}, -1
         if stage == "fit" and trainer.global_step == 0:  # otherwise the fit before continues
             self.reset()
+        if stage == "fit" and callbacks_of(trainer, EventCallback)[0] is self and not is_trial(trainer):
+            log_settings(trainer, [described(one) for one in callbacks_of(trainer, EventCallback)])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the steps of the events."""
@@ -125,6 +136,9 @@ class EventCallback(Callback, ABC):
         """Carries out what is due before the first step (after a resume: what the checkpoint had not yet)."""
         if self.needs_data:
             self.calibration.check(trainer)
+        if callbacks_of(trainer, EventCallback)[0] is self and begins(trainer):
+            note_start(trainer, {} if events_of(trainer) else summary(pl_module).numbers())
+            note_start(trainer, figures_of_callbacks(trainer, pl_module))
         self._run(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
@@ -145,6 +159,10 @@ class EventCallback(Callback, ABC):
         """Returns the steps of the events that are still to come."""
         return [moment for moment in self._moments if moment > step]
 
+    def figures(self, model: nn.Module) -> dict[str, float | None]:
+        """Returns what else is told of the model at the start and at the end of a fit."""
+        return {}
+
     def measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Returns what validation logs of the model as it is."""
         return measure(trainer, pl_module, self.measure_batches)
@@ -158,8 +176,13 @@ class EventCallback(Callback, ABC):
         event["by"] = described(self)
         self.events.append(event)  # it has happened, even if measuring fails
         event["after"] |= summary(model).numbers()
+        event["label"] = self.label(event)
         rank_zero_info(f"billhook, step {event['step']}: {what}")
         return event
+
+    def label(self, event: Event) -> str:
+        """Returns a few words for an event, for tables, pictures and model cards; all of it is in `what`."""
+        return str(event["what"])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warns if training has ended before all events."""
@@ -181,11 +204,13 @@ class EventCallback(Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has happened so far; the shape itself is in the LightningModule's part of the checkpoint."""
-        return {"events": self.events, "done": self.done, "asked": self.asked}
+        start = {"start": self.start} if self.start else {}
+        return {"events": self.events, "done": self.done, "asked": self.asked} | start
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what had happened."""
         self.events, self.done, self.asked = state_dict["events"], state_dict["done"], state_dict["asked"]
+        self.start = state_dict.get("start", {})  # an older billhook noted none
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leaves the LightningModule as it was found."""
@@ -207,6 +232,15 @@ def events_of(trainer: pl.Trainer) -> list[Event]:
     return sorted(events, key=lambda event: (event["step"], event["number"]))
 
 
+def fewer(event: Event, name: str = "params") -> str:
+    """Returns the change of a number in an event, in percent.
+
+    >>> fewer({"before": {"params": 2_881_792}, "after": {"params": 2_450_944}})
+    '-15 %'
+    """
+    return f"{100 * (event['after'][name] / event['before'][name] - 1):+.2g} %"
+
+
 def note_settled(event: Event, settled: Settled | None) -> None:
     """Notes how far the choice of what was removed follows from the examples, and says it."""
     if settled is not None:
@@ -221,13 +255,39 @@ def note_not_refitted(event: Event, what: str) -> None:
         rank_zero_info(f"billhook, step {event['step']}: {what}")
 
 
+def begins(trainer: pl.Trainer) -> bool:
+    """Tells whether a fit has taken no step, and goes on from no checkpoint."""
+    return trainer.global_step == 0 and trainer.ckpt_path is None and not is_search(trainer)
+
+
+def start_of(trainer: pl.Trainer) -> dict[str, float | None]:
+    """Returns the figures of the model before any event; none if nothing noted them."""
+    return {name: value for one in callbacks_of(trainer, EventCallback) for name, value in one.start.items()}
+
+
+def figures_of_callbacks(trainer: pl.Trainer, model: nn.Module) -> dict[str, float | None]:
+    """Returns what callbacks tell of a model besides its size."""
+    return {name: value for one in callbacks_of(trainer, EventCallback) for name, value in one.figures(model).items()}
+
+
+def note_start(trainer: pl.Trainer, figures: Mapping[str, float | None]) -> None:
+    """Notes figures of the model before any event, once each, and gives them to loggers, whose curves begin with them."""
+    known = start_of(trainer)
+    new = {name: value for name, value in figures.items() if name not in known}
+    for first in callbacks_of(trainer, EventCallback)[:1]:
+        first.start |= new
+        log_figures(trainer, {name: value for name, value in new.items() if name not in UNLOGGED})
+
+
 def log_event(trainer: pl.Trainer, event: Event) -> None:
     """Gives every logger the figures of an event, and the event to who follows."""
     before, after = event["before"], event["after"]
-    numbers = {key: after[key] for key in ("params", "kv_cache_bytes", "sparsity") if key in after}
-    for key in sorted(before.keys() & after.keys() - {"params", "zeros", "kv_cache_bytes", "flops"}):
+    numbers = {key: after[key] for key in SIZES if key in after}
+    for key in sorted(before.keys() & after.keys() - {*SIZES, *UNLOGGED}):
         numbers |= {f"{key}_before": before[key], f"{key}_after": after[key]}
-    for logger in trainer.loggers:
-        logger.log_metrics({key: float(value) for key, value in numbers.items() if value is not None}, step=event["step"])
+    if event["number"] == 0 and begins(trainer):
+        note_start(trainer, before)
+    if event["step"] or trainer.ckpt_path is None:  # of a run that is resumed, what comes before training is logged already
+        log_figures(trainer, numbers)
     for follower in callbacks_of(trainer, FollowsEvents):
         follower.after(trainer, event)

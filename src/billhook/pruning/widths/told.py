@@ -38,7 +38,7 @@ class RowLength:
         return vars(self) | {"others": [dict(zip(OTHER, other, strict=True)) for other in self.others]}
 
     def __str__(self) -> str:
-        rows = "" if self.each == 1 else f" of {self.each}, rows of {self.kept * self.each:,}"
+        rows = "" if self.each == 1 else f" (head dimension {self.each}), rows of {self.kept * self.each:,}"
         by = f"a multiple of {self.multiple}" if self.multiple > 1 else "no multiple of 32 is near enough"
         asked = [] if self.asked == self.kept else [f"{self.asked:,} were asked for"]
         other = [

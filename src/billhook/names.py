@@ -1,0 +1,47 @@
+"""Names files and folders without the folders that they are in, as what is published says no private path."""
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ABSOLUTE = re.compile(r"(?<![\w./:\\-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"<>|,;:()\[\]{}]+[/\\])+")
+"""The folders at the beginning of an absolute path, wherever it stands in a text."""
+
+
+def without_folders(value: Any) -> Any:  # noqa: ANN401 - plain data
+    """Returns plain data that names files and folders by their last names alone; names of the hub and other values stay.
+
+    >>> without_folders({"train": "/home/me/text.txt", "also": ["data/*.txt", "owner/name", 3]})
+    {'train': 'text.txt', 'also': ['*.txt', 'owner/name', 3]}
+    """
+    if isinstance(value, Mapping):
+        return {name: without_folders(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(one) for one in value]
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if isinstance(value, str) and _is_local(value) else value
+
+
+def _is_local(name: str) -> bool:
+    """Tells whether a name is a path, and not a name of the hub."""
+    if Path(name).is_absolute() or name.startswith(("~", "./", "../")) or any(sign in name for sign in "*?[\\"):
+        return True
+    with suppress(OSError, ValueError):  # too long, or with a NUL
+        return Path(name).exists()
+    return False
+
+
+def without_paths(value: Any) -> Any:  # noqa: ANN401 - plain data
+    """Returns plain data in whose texts absolute paths are the names of their files or folders.
+
+    >>> without_paths(["Calibration('/home/me/text.txt'), 4/8 heads, https://example.org/a/b", "/home/my texts/a.txt"])
+    ["Calibration('text.txt'), 4/8 heads, https://example.org/a/b", 'a.txt']
+    """
+    if isinstance(value, Mapping):
+        return {without_paths(name): without_paths(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    return without_folders(value) if Path(value).is_absolute() else ABSOLUTE.sub("", value)

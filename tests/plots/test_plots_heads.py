@@ -51,14 +51,17 @@ def test_each_round_is_drawn_to_a_file_and_to_loggers(files, tmp_path):
     callback = pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 4]), remove="rounds", measure_batches=2, plot_file=str(path))
     trainer(tmp_path, [callback, Keep()], logger=board, max_steps=5).fit(module(), data(files))
     assert sizes == [None, *[(1425, 480)] * 4]
-    assert [(given[0], options["global_step"]) for given, options in board.figures] == [("heads", 2), ("heads", 4)]
+    assert [(given[0], options["global_step"]) for given, options in board.figures] == [
+        ("heads", 1),
+        ("heads", 3),
+    ]  # with the training step before
     assert all(isinstance(given[1], Figure) for given, _ in board.figures)
     heads, curve, _ = board.figures[-1][0][1].axes
     assert heads.get_title() == "8 of 16 heads removed"
     shares, losses = curve.lines[0].get_data()
-    assert list(shares) == [0, 25, 50]
-    assert losses[0] == callback.events[0]["before"]["val_loss"]
-    assert list(losses[1:]) == [event["after"]["val_loss"] for event in callback.events]
+    assert list(shares) == [0, 25, 25, 50]  # before and after each round
+    assert list(losses) == [event[when]["val_loss"] for event in callback.events for when in ("before", "after")]
+    assert [text.get_text() for text in curve.get_legend().get_texts()] == ["pruning", "training"]
     assert curve.get_ylabel() == "validation loss"
 
 
@@ -98,7 +101,7 @@ class TestPlot:
         gone = {"decoder.0.self.attn": [1], "decoder.1.cross.attn": [0, 1]}
         figure = self.draw(tmp_path, scores, gone)
         heads, bar = figure.axes
-        assert heads.get_title() == "3 of 6 heads removed"
+        assert (heads.get_title(), heads.get_ylabel()) == ("3 of 6 heads removed", "layer")
         assert [label.get_text() for label in heads.get_yticklabels()] == ["0.self", "1.self", "1.cross"]
         assert [list(map(list, line.get_data())) for line in heads.lines] == [[[1], [0]], [[0, 1], [2, 2]]]
         table = heads.images[0].get_array()
@@ -120,6 +123,14 @@ class TestPlot:
         figure = self.draw(tmp_path, {"a.0": torch.rand(4), "a.1": torch.rand(4)}, {"a.0": [2]}, curve, "val_loss")
         assert len(figure.axes) == 3
         assert figure.axes[1].get_xlabel() == "heads removed, %"
+
+    def test_heads_that_are_only_masked(self, tmp_path):
+        figure = self.draw(tmp_path, {"a.0": torch.rand(4)}, {"a.0": [2]}, [(0.0, 2.0), (0.25, 3.0)], "val_loss", masked=True)
+        assert figure.axes[0].get_title() == "1 of 4 heads masked"
+        assert [axes.get_xlabel() for axes in figure.axes[:2]] == ["head (x: masked)", "heads masked, %"]
+        assert len(figure.axes[1].lines) == 1
+        assert figure.axes[1].lines[0].get_linestyle() == "None"  # two points make no line, but an arrow
+        assert len(figure.axes[1].texts) == 1
 
     def test_many_layers(self, tmp_path):
         scores = {f"model.layers.{layer}.self_attn": torch.rand(32) for layer in range(80)}

@@ -94,7 +94,7 @@ def test_it_is_compared_with_each_kind_alone():
     left, lost = shrunk.alone["channels"]
     assert left <= shrunk.limit
     assert lost >= shrunk.tried[0].measured > 0
-    assert "without channels alone, " in str(shrunk)
+    assert "only channels removed, " in str(shrunk)
 
 
 @pytest.mark.parametrize("turn", [1, -1], ids=["as_is", "turned"])

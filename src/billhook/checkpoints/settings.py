@@ -10,7 +10,7 @@ ELSEWHERE = {
     *("events", "steps", "start", "damage", "accuracy", "perplexity", "metrics"),
 }
 """What of a record the other parts of a card show."""
-LONGEST = 300
+LONGEST = 150
 """Characters of one setting at most; what is longer, such as a plan, is left to the record."""
 
 

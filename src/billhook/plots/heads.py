@@ -1,8 +1,12 @@
 """A picture of how much each head matters."""
 
+import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from billhook.arguments import annotated
@@ -15,14 +19,18 @@ def heads(
     removed: Mapping[str, Sequence[int]] | None = None,
     curve: Sequence[tuple[float, float]] = (),
     name: str = "",
+    masked: bool = False,
 ) -> Picture:
     """Draws a heat map of heads, with removed ones crossed out, and beside it a metric over the share of heads removed.
+
+    Two points of one share are the metric before and after training at it, such as between rounds.
 
     Args:
         importance: By attention, the score of each head, `[heads]`, as `bh.score` returns it; NaN for heads that were gone.
         removed: By attention, the heads that go, such as `plan.units`; other places in it are left out.
         curve: Shares of heads removed, in 0..1, each with the metric.
         name: The metric's name.
+        masked: True if the heads are still there, masked.
 
     Raises:
         ValueError: If an argument is not legal, or there is no attention.
@@ -47,11 +55,25 @@ def heads(
     for row, own in enumerate(gone.values()):
         if own:
             axes[0].plot(own, [row] * len(own), "x", color=RED, markersize=4, markeredgewidth=1.2)
-    number = sum(map(len, importance.values()))
-    axes[0].set(xlabel="head (x: removed)", title=f"{sum(map(len, gone.values()))} of {number} heads removed")
+    number, done = sum(map(len, importance.values())), "masked" if masked else "removed"
+    axes[0].set(xlabel=f"head (x: {done})", ylabel="layer", title=f"{sum(map(len, gone.values()))} of {number} heads {done}")
     axes[0].locator_params(axis="x", integer=True)
     if curve:
-        axes[1].plot(*zip(*[(100 * share, value) for share, value in curve], strict=True), "o-", markersize=3.5, color=BLUE)
-        axes[1].set(xlabel="heads removed, %", ylabel=words(name))
+        _draw_curve(axes[1], [(100 * share, value) for share, value in curve])
+        axes[1].set(xlabel=f"heads {done}, %", ylabel=words(name))
         dress(axes[1])
     return figure
+
+
+def _draw_curve(axes: Axes, points: list[tuple[float, float]]) -> None:
+    """Draws points, and between them what pruning and what training did; a single change is an arrow, as nothing lies between."""
+    axes.plot(*zip(*points, strict=True), "o", markersize=4, color=BLUE)
+    steps = [pair for pair in pairwise(points) if all(math.isfinite(value) for _, value in pair)]
+    pruned, trained = ([pair for pair in steps if (pair[0][0] == pair[1][0]) is same] for same in (False, True))
+    if trained or len(pruned) == 1:
+        for (start, end), color in [*((pair, RED) for pair in pruned), *((pair, BLUE) for pair in trained)]:
+            axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "shrinkA": 3, "shrinkB": 3})
+        lines = [Line2D([], [], color=RED, label="pruning"), *([Line2D([], [], color=BLUE, label="training")] if trained else [])]
+        axes.legend(handles=lines, frameon=False, fontsize=8)
+    elif pruned:
+        axes.plot(*zip(*points, strict=True), "-", linewidth=1.4, color=BLUE)

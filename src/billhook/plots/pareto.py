@@ -21,7 +21,8 @@ def pareto(shrunk: Shrunk) -> Picture:
     """Draws what a model loses over what is left of it: KL divergence from the dense model, of the chosen size and of others.
 
     Drawn are models put together of places that were refitted one by one, the sums of what places lose alone, the chosen model as
-    repaired, and for comparison the model without units of one kind alone.
+    repaired, and for comparison the dense model, and models from which units of one kind alone were removed. A line stands at the
+    budget, unless that is one of quality.
 
     Args:
         shrunk: What `bh.shrink` returns.
@@ -34,11 +35,16 @@ def pareto(shrunk: Shrunk) -> Picture:
     axes: Axes = figure.subplots()
     left = [one.left for one in shrunk.curve]
     measured = [one.measured for one in shrunk.curve]
-    axes.plot(left, measured, "o-", color=BLUE, linewidth=1.4, markersize=4, label="refitted place by place")
+    axes.plot(left, measured, "o-", color=BLUE, linewidth=1.4, markersize=4, label="refitted module by module")
     predicted = [one.predicted for one in shrunk.curve]
-    axes.plot(left, predicted, "--", color="0.5", linewidth=1, label="sum of what places lose alone")
+    axes.plot(left, predicted, "--", color="0.5", linewidth=1, label="sum of what modules lose alone")
     for (name, point), marker in zip(shrunk.alone.items(), MARKERS, strict=False):
-        axes.plot(*point, marker, color="#7d6608", markersize=6, fillstyle="none", label=f"without {name} alone")
+        axes.plot(*point, marker, color="#7d6608", markersize=6, fillstyle="none", label=f"only {name} removed")
+    dense = [one for one in shrunk.curve if one.kept == {name: before for name, (before, _) in shrunk.kept.items()}]
+    for one in dense[-1:]:
+        axes.plot(one.left, one.measured, "o", color="black", markersize=6, label="dense model")
+    if shrunk.ratio is None:
+        axes.axvline(shrunk.limit, color=RED, linestyle=":", linewidth=1, label="budget", zorder=1)
     axes.plot(shrunk.left, mean_of(shrunk.measured), "*", color=RED, markersize=12, label="chosen, repaired as a whole")
     axes.set(xlabel=f"{LABELS.get(shrunk.target, shrunk.target)} left", ylim=(0, None))
     axes.set_ylabel("KL divergence from the dense model, nats")

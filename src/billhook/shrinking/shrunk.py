@@ -163,7 +163,7 @@ class Shrunk(Shown):
         """Says what is lost without units of one kind alone, and with the chosen size."""
         found = ", ".join(f"{value:.4f}{f' on {source}' if source else ''}" for source, value in self.measured.items())
         told = "" if self.ratio is None else f"; perplexity {self.ratio:.4f} times the dense model's"
-        alone = [f"without {name} alone, {left:,} left: {lost:.4f}" for name, (left, lost) in self.alone.items()]
+        alone = [f"only {name} removed, {left:,} left: {lost:.4f}" for name, (left, lost) in self.alone.items()]
         timed = [] if self.times is None else [f"measured: {self.times}"]
         left = [self.not_refitted] if self.not_refitted else []
         return [*alone, f"of the chosen, repaired as a whole: {found}{told}", *left, *timed]

@@ -21,7 +21,8 @@ class HeadRecord:
     first: dict[str, int] = field(default_factory=dict)  # how many heads there were at first
     numbers: dict[str, list[int]] = field(default_factory=dict)  # the first numbers of the remaining heads
     scores: dict[str, Tensor] = field(default_factory=dict)  # `[heads at first]`, NaN for those that had none
-    curve: list[tuple[float, float]] = field(default_factory=list)  # shares of removed heads, each with the metric
+    # shares of heads that are gone, each with the metric: before and after each round
+    curve: list[tuple[float, float]] = field(default_factory=list)
 
     def begin(self, counts: Mapping[str, int]) -> None:
         """Sets how many heads there are, unless that is known."""
@@ -60,15 +61,14 @@ class HeadRecord:
     ) -> None:
         """Adds to the curve, and draws it next to the heads: to a file, and to loggers that take figures."""
         gone = self.gone(masked)
-        if metric in before and not self.curve:
-            self.curve.append((0.0, before[metric]))
-        if metric in after:
-            self.curve.append((sum(map(len, gone.values())) / sum(self.first.values()), after[metric]))
+        share, last = sum(map(len, gone.values())) / sum(self.first.values()), self.curve[-1][0] if self.curve else 0.0
+        self.curve += [(at, found[metric]) for at, found in ((last, before), (share, after)) if metric in found]
         if path or trainer.loggers:
-            by_first(trainer, "HeadPruning", partial(self._draw, trainer, gone, metric, path))
+            still = any(map(len, masked.values()))
+            by_first(trainer, "HeadPruning", partial(self._draw, trainer, gone, metric, path, still))
 
-    def _draw(self, trainer: pl.Trainer, gone: Mapping[str, Sequence[int]], metric: str, path: str | None) -> None:
-        figure = heads(self.scores, gone, self.curve, metric)
+    def _draw(self, trainer: pl.Trainer, gone: Mapping[str, Sequence[int]], metric: str, path: str | None, masked: bool) -> None:
+        figure = heads(self.scores, gone, self.curve, metric, masked)
         log_picture(trainer, "heads", figure)
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import billhook as bh
 from billhook.running import offload
 from billhook.running.held import held
 from billhook.running.offload import Shelf, offloaded
-from billhook.running.resident import VARIABLE, give_back_at_once, let_go, resident
+from billhook.running.resident import VARIABLE, give_back, give_back_at_once, let_go, resident
 from billhook.running.trees import tree_leaves
 from kit.families import llama, tokens
 from kit.sparsity import batches_of, family
@@ -214,6 +214,15 @@ def test_the_c_library_is_called_past_torch_only_if_that_is_asked_for(tmp_path, 
     let_go(shelf.zeros(2**12, dtype=torch.float32))
     shelf.close()
     assert called == (["mallopt", "madvise"] if switched == "1" else [])
+
+
+def test_memory_is_given_back_where_work_is_done_on_the_cpu(monkeypatch):
+    called = []
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(malloc_trim=called.append))
+    give_back("cuda")
+    assert not called
+    give_back("cpu")
+    assert called == [0]
 
 
 @pytest.mark.skipif(resident() is None, reason="the system does not say what is resident")

@@ -8,6 +8,7 @@ from billhook.running import replay
 from billhook.running.batches import Batch, runs_of
 from billhook.shrinking.divergence import Divergence
 from kit.families import llama, tokens
+from kit.syncs import Syncs
 
 
 def change(model):
@@ -36,6 +37,18 @@ def test_divergence_by_source_of_positions_that_count():
         expected.append(float((before * (before.log() - chances(model, batch).log())).sum(-1).mean()))
         assert found.by_source()[batch.source] == pytest.approx(expected[-1], rel=1e-4)
     assert found.mean() == pytest.approx(sum(expected) / 2, rel=1e-4)
+
+
+def test_a_candidate_brings_one_number_of_each_run_to_the_host(monkeypatch):
+    monkeypatch.setattr(module, "ELEMENTS", 64 * 5)
+    model = llama()
+    found = Divergence(model, runs_of(model, [{"input_ids": tokens()} for _ in range(3)]))
+    with Syncs() as syncs:
+        found.mean()
+    here = {place: number for place, number in syncs.places.items() if place.startswith("report/predictions")}
+    assert list(here.values()) == [3, 3]  # which tokens count, and the sum
+    assert syncs.copied < 100
+    assert all(held.logs.device == model.device for _, held in found._held)
 
 
 def test_few_positions_are_held_of_a_large_vocabulary(monkeypatch):

@@ -121,7 +121,7 @@ class RepairVisitor:
                         weights = None if typical is None or run not in lost else 2 * typical / (typical + lost[run])
                         self._add(name, inputs[run], lacking.get(run), run, weights)
                 self._refit(name)
-                give_back()
+                give_back(self._old[name][0].device.type)
             if name in self._kept:
                 self._done.add(name)
                 if self._progress is not None:
@@ -191,7 +191,7 @@ class RepairVisitor:
         for pool in self._pools.pop(name):
             pool.empty()
         del self._moments[name]
-        give_back()  # what the tokens took in pieces, before matrices are made
+        give_back(self._old[name][0].device.type)  # what the tokens took in pieces, before matrices are made
         if self._reduce is not None:
             for sums in (*norms.tensors(), *(sums for part in parts for sums in part.tensors())):
                 self._reduce(sums)

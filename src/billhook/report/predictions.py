@@ -1,6 +1,6 @@
 """Holds what a dense model predicts, so that a changed one can be compared with it: the KL divergence."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -20,7 +20,10 @@ BYTES = 2**28
 
 @dataclass(frozen=True)
 class Predictions:
-    """Log-probabilities in one run, float32, on the CPU, `[positions, classes]`, and the positions."""
+    """Log-probabilities in one run, float32, `[positions, classes]`, and the positions.
+
+    They lie on the device of the logits, where they are compared; on the CPU if there is no memory for them.
+    """
 
     positions: Tensor
     logs: Tensor
@@ -29,22 +32,30 @@ class Predictions:
     def of(cls, logits: Tensor, runs: int) -> Self:
         """Holds a share, one of so many, of what fits."""
         few = max(BYTES // (4 * logits.shape[-1] * runs), 1)
-        positions = torch.linspace(0, len(logits) - 1, min(few, len(logits))).round().long()
-        logs = torch.empty(len(positions), logits.shape[-1])
+        positions = torch.linspace(0, len(logits) - 1, min(few, len(logits))).round().long().to(logits.device)
+        try:
+            logs = torch.empty(len(positions), logits.shape[-1], device=logits.device)
+        except torch.OutOfMemoryError:
+            logs = torch.empty(len(positions), logits.shape[-1])
         for some in _parts(logs):
-            logs[some] = _logs(logits, positions[some])
+            logs[some] = _logs(logits, positions[some], logs.device)
         return cls(positions, logs)
 
     def divergence(self, logits: Tensor) -> float:
         """Adds up KL(dense || now) over the positions held, in nats."""
-        each = ((_logs(logits, self.positions[some]), self.logs[some]) for some in _parts(self.logs))
-        return sum(float(kl_div(now, then, reduction="sum", log_target=True)) for now, then in each)
+        device = self.logs.device
+        each = ((_logs(logits, self.positions[some], device), self.logs[some]) for some in _parts(self.logs))
+        return _sum([kl_div(now, then, reduction="sum", log_target=True) for now, then in each])
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> float:
     """Returns the mean cross-entropy of logits, `[positions, classes]`, in float32, a few positions at a time."""
-    sums = [cross_entropy(logits[some].float(), labels[some], reduction="sum") for some in _parts(logits)]
-    return sum(map(float, sums)) / len(logits)
+    return _sum([cross_entropy(logits[some].float(), labels[some], reduction="sum") for some in _parts(logits)]) / len(logits)
+
+
+def _sum(sums: Sequence[Tensor]) -> float:
+    """Adds up numbers of a device in double precision, which come to the host together."""
+    return sum(torch.stack(list(sums)).tolist(), 0.0) if sums else 0.0
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:
@@ -54,8 +65,8 @@ def _parts(logits: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _logs(logits: Tensor, positions: Tensor) -> Tensor:
-    return logits[positions].float().cpu().log_softmax(-1)
+def _logs(logits: Tensor, positions: Tensor, device: torch.device) -> Tensor:
+    return logits[positions.to(logits.device)].to(device).float().log_softmax(-1)
 
 
 def logits_in(model: PreTrainedModel, run: Run) -> Tensor:

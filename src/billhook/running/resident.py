@@ -22,8 +22,13 @@ def resident(which: Literal["VmRSS", "VmHWM"] = "VmRSS") -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:")), None)
 
 
-def give_back() -> None:
-    """Has the allocator give memory that it keeps in pieces, for later, back to the system, where it can (glibc)."""
+def give_back(kind: str = "cpu") -> None:
+    """Has the CPU's allocator give memory that it keeps in pieces, for later, back to the system, where it can (glibc).
+
+    Nothing happens where work is done on a device of another `kind`, whose allocator keeps its memory for the next piece.
+    """
+    if kind != "cpu":
+        return
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -105,14 +105,16 @@ class Watched:
 
     def around(self, hook):
         def call(trainer, pl_module, *rest):
-            before, events = everything(pl_module, *trainer.optimizers), len(self.callback.events)
+            before = [everything(pl_module, *trainer.optimizers, gradients=own) for own in (True, False)]
+            events = len(self.callback.events)
             calls = [0, ""]
             try:
                 with interrupted(self.at - self.calls) if self.at >= 0 else nullcontext(calls) as calls:
                     hook(trainer, pl_module, *rest)
             except BaseException:
                 self.happened = len(self.callback.events) > events
-                self.differs = differing(before, everything(pl_module, *trainer.optimizers))
+                dropped = all(p.grad is None for p in pl_module.parameters())  # as the next step would have done
+                self.differs = differing(before[dropped], everything(pl_module, *trainer.optimizers, gradients=not dropped))
                 raise
             finally:
                 self.calls, self.where = self.calls + calls[0], calls[1]
@@ -278,7 +280,7 @@ def test_a_criterion_of_the_users_own(folder):
 
 def test_an_interrupt_from_the_keyboard_ends_the_fit(folder, monkeypatch):
     handler = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(surgery, "_carry_out", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(surgery, "_changed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     lit, watch = Module(), Watched(build("mean", 2), -1)
     try:
         with pytest.raises(SystemExit) as stopped:
@@ -296,15 +298,15 @@ def test_a_parameter_that_is_not_replaced_leaves_the_others(kind, place, monkeyp
     model, optimizer = lit.model, lit.configure_optimizers()
     model(**batches()[0]).loss.backward()
     optimizer.step()
-    before, real, swaps = everything(model, optimizer), surgery._carry_out, []
+    before, real, swaps = everything(model, optimizer), surgery._changed, []
 
-    def fails(swap):
-        swaps.append(swap)
-        real(swap)
+    def fails(*given):
+        swaps.append(real(*given))
         if len(swaps) == place:
             raise MemoryError("the last straw")
+        return swaps[-1]
 
-    monkeypatch.setattr(surgery, "_carry_out", fails)
+    monkeypatch.setattr(surgery, "_changed", fails)
     with contextlib.suppress(MemoryError) if place > 4 else pytest.raises(MemoryError, match="the last straw"):
         ONESHOT[kind](model, optimizer)
     assert len(swaps) < place or differing(before, everything(model, optimizer)) == []

@@ -104,11 +104,11 @@ class TestNothingIsHalfDone:
 
     CHOSEN = {"llama": {0: [0, 1], 1: [2, 3]}, "gpt2": {1: [0]}}
 
-    @pytest.mark.parametrize(("where", "call"), [("replace_parameters", 1), ("set_shape", 1), ("set_fields", 1), ("_answer", 2)])
+    @pytest.mark.parametrize(("where", "call"), [("change_values", 1), ("set_shape", 1), ("set_fields", 1), ("_answer", 2)])
     def test_an_error_in_the_middle(self, where, call, monkeypatch):
         model, optimizer = self.trained(llama())
         before = self.everything(model, optimizer)
-        place = changes if where == "replace_parameters" else removal
+        place = changes if where == "change_values" else removal
         real, calls = getattr(place, where), []
 
         def fails(*args):

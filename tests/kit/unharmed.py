@@ -4,9 +4,9 @@ import random
 import sys
 from contextlib import contextmanager
 from functools import cache
-from inspect import CO_GENERATOR
+from inspect import CO_GENERATOR, unwrap
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 
 import numpy as np
 import torch
@@ -14,15 +14,19 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 import billhook
+from billhook.model.surgery import follow
+from billhook.pruning.block_plan import _forget
 
 SOURCE = str(Path(billhook.__file__).parent)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def everything(model: nn.Module, *optimizers: torch.optim.Optimizer) -> dict[str, object]:
+def everything(model: nn.Module, *optimizers: torch.optim.Optimizer, gradients: bool = True) -> dict[str, object]:
     """What modules are, hold and say, values bit for bit, configs, optimizers with their state, and random numbers."""
     state = {f"module {name}": _module(module) for name, module in model.named_modules(remove_duplicate=False)}
-    state |= {f"tensor {name}": _tensor(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    state |= {
+        f"tensor {name}": _tensor(tensor, gradients) for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+    }
     configs = {id(m.config): m.config for m in model.modules() if isinstance(getattr(m, "config", None), PretrainedConfig)}
     state |= {f"config {key}": repr(sorted(vars(config).items(), key=str)) for key, config in configs.items()}
     for number, one in enumerate(optimizers):
@@ -42,10 +46,10 @@ def _module(module: nn.Module) -> tuple[object, ...]:
     return id(module), type(module), module.training, repr(plain), held, hooks
 
 
-def _tensor(value: object) -> object:
+def _tensor(value: object, gradients: bool = True) -> object:
     if not isinstance(value, Tensor):
         return value
-    gradient = None if value.grad is None or not value.is_leaf else (id(value.grad), _bits(value.grad))
+    gradient = None if not gradients or value.grad is None or not value.is_leaf else (id(value.grad), _bits(value.grad))
     return id(value), tuple(value.shape), value.dtype, value.requires_grad, _bits(value), gradient
 
 
@@ -62,6 +66,8 @@ class Interrupt(BaseException):
     """No `Exception`, as an interrupt from the keyboard: nothing may take it for an answer."""
 
 
+FOLLOWS = (unwrap(follow).__code__, _forget.__code__)
+"""What has optimizers follow a model that has changed: interrupts wait until it is done, and nothing of it is undone."""
 TRACING = ("tracing/rules", "tracing/mode", "tracing/tape", "tracing/axes", "repairs/sums")
 
 
@@ -73,7 +79,7 @@ def interrupted(at: int):
     def watch(frame, event, _):
         if (name := _watched(frame.f_code)) is not None:
             calls[0] += 1
-            if calls[0] == at:
+            if at > 0 and calls[0] >= at and not calls[1] and not _follows(frame):
                 calls[1] = name
                 raise Interrupt
 
@@ -82,6 +88,12 @@ def interrupted(at: int):
         yield calls
     finally:
         sys.settrace(None)
+
+
+def _follows(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code not in FOLLOWS:
+        frame = frame.f_back
+    return frame is not None
 
 
 @cache

@@ -245,7 +245,7 @@ class TestOptimizer:
     def test_an_error_leaves_model_and_optimizer_as_they_were(self, monkeypatch):
         model, optimizer = self.trained(torch.optim.AdamW)
         before, state, shape = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()), shape_of(model)
-        pool, calls = Pooled.pool, iter([True] * 6 + [False] * 100)
+        pool, calls = Pooled.pool, iter([True] * 3 + [False] * 100)
         monkeypatch.setattr(Pooled, "pool", lambda *a, **k: pool(*a, **k) if next(calls) else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert_kv_heads(model, 2, optimizers=[optimizer])

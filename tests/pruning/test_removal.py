@@ -493,7 +493,7 @@ class TestTraining:
 class TestNothingIsHalfDone:
     everything, trained = staticmethod(_OfHeads.everything), staticmethod(_OfHeads.trained)
 
-    @pytest.mark.parametrize("where", ["replace_parameters", "set_shape", "set_fields", "_answer"])
+    @pytest.mark.parametrize("where", ["change_values", "set_shape", "set_fields", "_answer"])
     @pytest.mark.parametrize(("name", "kinds"), [
         ("llama", {"heads": 0.5, "channels": 0.5, "residual": 0.25}), ("gpt2", {"residual": 0.25}), ("llama", {"channels": 0.25}),
     ])  # fmt: skip
@@ -501,7 +501,7 @@ class TestNothingIsHalfDone:
         model, optimizer = self.trained(llama() if name == "llama" else gpt2())
         plan = bh.plan(model, RandomUnits(), amount=bh.Amount(**kinds))
         before = self.everything(model, optimizer)
-        place = changes if where == "replace_parameters" else removal
+        place = changes if where == "change_values" else removal
         real, calls = getattr(place, where), []
         last = 2 if where == "_answer" and "residual" not in kinds else 1
 

@@ -24,6 +24,7 @@ from billhook.kv_heads.methods.named import Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.kv_heads.streamed import StreamedConversion
 from billhook.model.find import find_transformer
+from billhook.model.optimizers import check_replaceable
 from billhook.model.plan import Weights, apply
 from billhook.model.surgery import changed
 from billhook.model.values import check_changeable, check_values
@@ -93,12 +94,14 @@ def convert_kv_heads(
     method = method_of(method)
     check_repair(method, repair)
     check_changeable(model)
+    trained_by = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    check_replaceable(model, trained_by)
     plan = plan_kv_heads(model, num_key_value_heads, method, layers, encoder)
     if (stream := stream_of(model)) is not None:
         convert_streamed(stream, plan, batches, repair)
         return plan
     plan, weights, _ = ready(model, plan, batches, repair)
-    apply(model, plan, optimizers, weights)
+    apply(model, plan, trained_by, weights)
     return plan
 
 

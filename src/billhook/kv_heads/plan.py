@@ -1,13 +1,12 @@
 """A plan for fewer KV heads: what shrinks, and the proof that the model's own code follows; found before anything changes."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.adapters.beneath import MERGE, adapted, without_adapters
@@ -33,9 +32,9 @@ from billhook.model.config_fields import field
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.find import find_transformer
 from billhook.model.meta import to_meta
-from billhook.model.plan import Plan, Weights
+from billhook.model.plan import ShapePlan, Weights
 from billhook.model.shapes.shape import Shape, note_shape, set_shape, shape_of
-from billhook.model.surgery import Change, undone_by_errors
+from billhook.model.surgery import Change, Follow, follow, undone_by_errors
 from billhook.model.values import check_plain
 from billhook.streaming.changes import change_in_turn
 from billhook.streaming.either import following
@@ -45,7 +44,7 @@ UNCHANGED = Change(lambda old: old, lambda _, value: value)
 
 
 @dataclass(frozen=True, repr=False)
-class KVHeadPlan(Plan):
+class KVHeadPlan(ShapePlan):
     """A conversion to fewer KV heads, as plain data; `print` shows a table.
 
     Attributes:
@@ -137,16 +136,15 @@ class KVHeadPlan(Plan):
         if self.model != type(model).__name__ or self.shape.tensors.keys() != shape_of(model).tensors.keys():
             raise ValueError(f"plan: it was made for another model than this {type(model).__name__}")
 
-    def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
-        """Carries the plan out, in place; the model and the optimizers are as before if that fails.
+    def change(self, model: nn.Module, weights: Weights | None = None) -> Follow:
+        """Carries the plan out on a model, in place; see `ShapePlan.change`.
 
         Args:
             model: The model that the plan was made for, as it is now.
-            optimizers: Those that train the model; see `convert_kv_heads`.
             weights: New values, in the old sizes, of any parameters, from which the conversion starts; also of some that do not
                 shrink, as queries and outputs.
         """
-        model, given, trained_by = find_transformer(model), weights or {}, list(optimizers)
+        model, given = find_transformer(model), weights or {}
         sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for name, values in given.items() if isinstance(given, dict) else ():  # others are read one at a time
             if sizes.get(name) != tuple(values.shape):
@@ -155,11 +153,11 @@ class KVHeadPlan(Plan):
         changes = dict.fromkeys([*given, *self.restart], UNCHANGED) | self.method.changes(model, self.parameters)
         changes |= {name: starting(partial(given.__getitem__, name), changes[name]) for name in given}
         changes |= {name: replace(changes[name], state=None) for name in changes.keys() & set(self.restart)}
-        with following(model), undone_by_errors(model, trained_by):
-            follow = change_in_turn(model, changes, trained_by)
+        with following(model), undone_by_errors(model):
+            swaps = change_in_turn(model, changes)
             set_shape(model, self.shape)
             note_shape(model)
-        follow()
+        return partial(follow, swaps)
 
 
 def starting(values: Callable[[], Tensor], change: Change) -> Change:

@@ -21,7 +21,7 @@ from billhook.model.config_fields import fields_of, with_fields
 from billhook.model.runs.answers import alike
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.shape import Shape, built_shape, set_shape, shape_of, unbuilt_shape
-from billhook.model.surgery import Change, replace_parameters
+from billhook.model.surgery import Change, change_values
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
 from billhook.running.trees import tree_leaves
 from billhook.running.undisturbed import precisely
@@ -126,8 +126,8 @@ def find_difference(dense: PreTrainedModel, shrunk: Shrunk, groups: int, impleme
     """Finds the first case in which a small model with 1 of `groups` KV heads fails or differs from one with heads pooled."""
     reference, converted = (copy.deepcopy(dense, {id(one): one for one in dense.parameters()}) for _ in range(2))
     pooled, shape = shrunk
-    replace_parameters(reference, {n: Change(lambda old, p=p: p.spread(p.pool(old)), None) for n, p in pooled.items()})  # type: ignore[misc]
-    replace_parameters(converted, {n: Change(p.pool, None) for n, p in pooled.items()})
+    change_values(reference, {n: Change(lambda old, p=p: p.spread(p.pool(old)), None) for n, p in pooled.items()})  # type: ignore[misc]
+    change_values(converted, {n: Change(p.pool, None) for n, p in pooled.items()})
     set_shape(converted, shape)
     for model in (reference, converted):
         if attention_of(model.config) != implementation:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from billhook.kv_heads.plan import UNCHANGED, KVHeadPlan, starting
 from billhook.model.shapes.shape import note_shape, set_shape
-from billhook.model.surgery import replace_parameters
+from billhook.model.surgery import change_values
 from billhook.streaming.aside import itself
 from billhook.streaming.stream import Stream
 
@@ -52,7 +52,7 @@ class StreamedConversion:
         for linear in (one for one in self.new if self._block(one) is block):
             for part, values in self.new[linear].items():
                 changes[f"{linear}.{part}"] = starting(partial(itself, values), changes.get(f"{linear}.{part}", UNCHANGED))
-        replace_parameters(self.model, changes)
+        change_values(self.model, changes)
         if block is not None and changes:
             self.stream.change(block)
             self.stream.leave()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from billhook.arguments import annotated
-from billhook.model.surgery import values_kept
+from billhook.model.optimizers import check_replaceable
+from billhook.model.surgery import Follow, values_kept
 from billhook.model.values import check_changeable
 from billhook.page import Shown
 
@@ -76,6 +77,20 @@ class Plan(Shown):
     @abstractmethod
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
         """Carries the plan out, in place; see `apply`."""
+
+
+class ShapePlan(Plan):
+    """A plan that replaces parameters by smaller ones, or leaves some out."""
+
+    @abstractmethod
+    def change(self, model: nn.Module, weights: Weights | None = None) -> Follow:
+        """Carries the plan out on a model, in place or not at all, and returns what has optimizers follow."""
+
+    def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
+        """Carries the plan out, in place; see `apply`."""
+        trained_by = list(optimizers)
+        check_replaceable(model, trained_by)
+        self.change(model, weights)(trained_by)
 
 
 def subclasses(kind: type[Any]) -> list[type[Any]]:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,9 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
 
 from billhook.model.config_fields import configs_of
+from billhook.model.optimizers import check_unhooked
 from billhook.running.casts import fresh_casts
+from billhook.running.interrupts import uninterrupted
 from billhook.running.sharded.shards import local, reshard, sharded_as, whole
 from billhook.running.sharded.turns import turns_of
+
+TABLES = ("_parameters", "_buffers", "_modules")
+"""What a module holds, by the names of its attributes."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,19 @@ class Change:
 
 
 @dataclass(frozen=True)
-class _Swap:
-    places: list[tuple[nn.Module, str]]
+class Swap:
+    """A parameter that has taken the place of another in a model, whose optimizers have yet to follow."""
+
+    name: str
     old: nn.Parameter
     new: nn.Parameter
-    states: list[tuple[Optimizer, dict[str, object]]]
+    change: Change
 
 
-@torch.no_grad()
+Follow = Callable[[Iterable[Optimizer]], None]
+"""Has optimizers follow what has changed in a model; nothing undoes it, so it comes last."""
+
+
 def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
     """Changes parameters by name, everywhere at once: model, param groups, optimizer state, gradients.
 
@@ -49,96 +60,22 @@ def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimize
     Order in the param groups stays, so optimizer state in a checkpoint still finds its parameter. A parameter under several
     names (tied) changes under all of them.
     """
-    if isinstance(optimizers, Optimizer):
-        optimizers = [optimizers]
-    trained_by = list(optimizers)
-    swaps = [_prepare(model, name, change, trained_by) for name, change in changes.items()]
-    with undone_by_errors(model, trained_by):
-        for swap in swaps:
-            _carry_out(swap)
+    follow(change_values(model, changes), [optimizers] if isinstance(optimizers, Optimizer) else optimizers)
 
 
 @torch.no_grad()
-def have_followed(
-    model: nn.Module, old: Mapping[str, nn.Parameter], changes: Mapping[str, Change], optimizers: Iterable[Optimizer]
-) -> None:
-    """Gives optimizers parameters that have changed without them; what they keep of each follows, and goes, before the next.
+def change_values(model: nn.Module, changes: Mapping[str, Change], keep_on_device: bool = False) -> list[Swap]:
+    """Changes parameters by name in a model alone, one after the other; `follow` has optimizers follow them.
 
-    Args:
-        model: The model as it is now.
-        old: The parameters that optimizers have, by the names of those that came instead.
-        changes: How each has changed.
-        optimizers: Those that train the model.
+    The old values leave the device for the CPU, where they wait for what may undo the change: it is `way_back` that takes them
+    home. They stay where something else still holds them on the device.
     """
-    for name, parameter in old.items():
-        for optimizer in optimizers:
-            _swap(optimizer, parameter, new := model.get_parameter(name), _state(optimizer, name, parameter, new, changes[name]))
+    check_unhooked({name: model.get_parameter(name) for name in changes})
+    with undone_by_errors(model):
+        return [_changed(model, name, change, keep_on_device) for name, change in changes.items()]
 
 
-def _carry_out(swap: _Swap) -> None:
-    for module, attr in swap.places:
-        setattr(module, attr, swap.new)
-    for optimizer, state in swap.states:
-        _swap(optimizer, swap.old, swap.new, state)
-
-
-def _swap(optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, state: dict[str, object]) -> None:
-    for group in optimizer.param_groups:
-        group["params"][:] = [new if p is old else p for p in group["params"]]
-    if old in optimizer.state:
-        del optimizer.state[old]
-        if state:
-            optimizer.state[new] = state
-
-
-@contextmanager
-def undone_by_errors(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Iterator[None]:
-    """Puts back modules, configs and optimizers, but not the values of tensors, if an error is raised within."""
-    back = way_back(model, optimizers)
-    try:
-        yield
-    except BaseException:
-        back()
-        raise
-
-
-def way_back(model: nn.Module, optimizers: Iterable[Optimizer] = ()) -> Callable[[], None]:
-    """Returns what puts modules, configs and optimizers, but not the values of tensors, back to what they are now."""
-    tables = ("_parameters", "_buffers", "_modules")
-    modules = [(m, type(m), dict(vars(m)), [(vars(m)[t], dict(vars(m)[t])) for t in tables]) for m in model.modules()]
-    mappings: list[tuple[Any, Any]] = [(vars(config), dict(vars(config))) for config in configs_of(model)]
-    mappings += [(optimizer.state, dict(optimizer.state)) for optimizer in optimizers]
-    groups = [(group, list(group["params"])) for optimizer in optimizers for group in optimizer.param_groups]
-
-    def back() -> None:
-        for module, kind, attributes, own in modules:
-            module.__class__ = kind
-            for now, before in [(vars(module), attributes), *own]:
-                now.clear()
-                now.update(before)
-        for now, before in mappings:
-            now.clear()
-            now.update(before)
-        for group, params in groups:
-            group["params"][:] = params
-
-    return back
-
-
-@contextmanager
-def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Puts back what stood in some tensors, which change within, if an error is raised; they are held twice for that long."""
-    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    with fresh_casts():
-        try:
-            yield
-        except BaseException:
-            for tensor, values in kept:
-                tensor.data.copy_(values)
-            raise
-
-
-def _prepare(model: nn.Module, name: str, change: Change, optimizers: list[Optimizer]) -> _Swap:
+def _changed(model: nn.Module, name: str, change: Change, keep_on_device: bool) -> Swap:
     old = model.get_parameter(name)
     values = change.weight(old.detach())
     if not values.is_meta and not torch.isfinite(values).all() and torch.isfinite(old).all():
@@ -146,36 +83,124 @@ def _prepare(model: nn.Module, name: str, change: Change, optimizers: list[Optim
     new = nn.Parameter(values.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
     if old.grad is not None and change.gradient is not None:
         new.grad = change.gradient(old.grad).to(new.dtype).contiguous()
-    places = [(m, attr) for m in model.modules() for attr, p in m._parameters.items() if p is old]
-    return _Swap(places, old, new, [(optimizer, _state(optimizer, name, old, new, change)) for optimizer in optimizers])
+    for module in model.modules():
+        for attr in [attr for attr, own in module._parameters.items() if own is old]:
+            setattr(module, attr, new)
+    if not keep_on_device and not old.is_meta:
+        _move(old, torch.device("cpu"))
+    return Swap(name, old, new, change)
 
 
-def _state(optimizer: Optimizer, name: str, old: nn.Parameter, new: nn.Parameter, change: Change) -> dict[str, object]:
-    return fresh(optimizer, new) if change.state is None else _new_state(optimizer, name, old, change.state)
+def _move(parameter: nn.Parameter, device: torch.device) -> None:
+    """Moves a parameter that stays the same object, and its gradient."""
+    if parameter.device == device:
+        return
+    with uninterrupted():
+        gradient, parameter.grad = parameter.grad, None
+        parameter.data = parameter.data.to(device)
+        if gradient is not None:
+            parameter.grad = gradient.to(device)
+
+
+@torch.no_grad()
+def follow(swaps: list[Swap], optimizers: Iterable[Optimizer]) -> None:
+    """Gives optimizers the parameters that have taken the place of theirs, whose state follows, and goes, before the next.
+
+    Where state cannot follow, the optimizer restarts for the parameter, with a warning: the model has changed by now, and
+    optimizers must not be left behind. For the same reason, an interrupt from the keyboard waits until all have followed.
+    """
+    trained_by = list(optimizers)
+    with uninterrupted():
+        while swaps:
+            swap = swaps.pop(0)  # with which the old values go
+            for optimizer in trained_by:
+                _follow(optimizer, swap)
+
+
+def _follow(optimizer: Optimizer, swap: Swap) -> None:
+    state = fresh(optimizer, swap.new) if swap.change.state is None else _new_state(optimizer, swap, swap.change.state)
+    for group in optimizer.param_groups:
+        group["params"][:] = [swap.new if own is swap.old else own for own in group["params"]]
+    if optimizer.state.pop(swap.old, None) is not None and state:
+        optimizer.state[swap.new] = state
+
+
+@contextmanager
+def undone_by_errors(model: nn.Module) -> Iterator[None]:
+    """Puts back modules and configs, but not the values of tensors, if an error is raised within."""
+    back = way_back(model)
+    try:
+        yield
+    except BaseException:
+        back()
+        raise
+
+
+def way_back(model: nn.Module) -> Callable[[], None]:
+    """Returns what puts modules and configs, but not the values of tensors, back to what they are now."""
+    modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
+    held = [own[name] for _, _, own in modules for name in TABLES if isinstance(own.get(name), dict)]  # TorchScript has others
+    tables = [(own, dict(own)) for own in [*held, *map(vars, configs_of(model))]]
+    devices = {parameter: parameter.device for parameter in model.parameters()}
+
+    def back() -> None:
+        with uninterrupted():
+            for parameter, device in devices.items():
+                _move(parameter, device)
+            for module, kind, attributes in modules:
+                module.__class__ = kind
+                _refill(vars(module), attributes)
+            for now, before in tables:
+                _refill(now, before)
+
+    return back
+
+
+def _refill(now: dict[Any, Any], before: Mapping[Any, Any]) -> None:
+    now.clear()
+    now.update(before)
+
+
+@contextmanager
+def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Puts back what stood in some tensors, which change within, if an error is raised; for that long the CPU has it, too."""
+    kept = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
+    with fresh_casts():
+        try:
+            yield
+        except BaseException:
+            with uninterrupted():
+                for tensor, values in kept:
+                    tensor.data.copy_(values)
+            raise
 
 
 def fresh(optimizer: Optimizer, parameter: Tensor) -> dict[str, object]:
     """Returns the initial optimizer state of a parameter: empty, except for Adagrad."""
     if not isinstance(optimizer, Adagrad):
         return {}
-    first = optimizer.defaults["initial_accumulator_value"]
-    return {"step": torch.tensor(0.0), "sum": torch.full_like(parameter.detach(), first, memory_format=torch.preserve_format)}
+    first, fused = optimizer.defaults["initial_accumulator_value"], optimizer.defaults["fused"]
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
+    return {"step": step, "sum": torch.full_like(parameter.detach(), first, memory_format=torch.preserve_format)}
 
 
-def _new_state(optimizer: Optimizer, name: str, old: nn.Parameter, follow: Callable[[str, Tensor], Tensor]) -> dict[str, object]:
-    state: dict[str, object] = {}
-    for key, value in optimizer.state.get(old, {}).items():
-        if isinstance(value, Tensor) and value.shape == old.shape:
-            state[key] = sharded_as(follow(key, whole(value)).contiguous(), value)
-        elif isinstance(value, Tensor) and value.ndim > 0:
-            warnings.warn(
-                f"{type(optimizer).__name__} keeps '{key}' of size {tuple(value.shape)} for {name} of size "
-                f"{tuple(old.shape)}; it cannot follow, so the optimizer restarts for this parameter",
-                stacklevel=2,
-            )
-            return {}
-        else:
-            state[key] = value
+def _new_state(optimizer: Optimizer, swap: Swap, change: Callable[[str, Tensor], Tensor]) -> dict[str, object]:
+    """Returns what an optimizer keeps of a parameter, as it is of the one in its place."""
+    state, sizes = dict[str, object](), swap.old.shape
+    kind, kept = type(optimizer).__name__, optimizer.state.get(swap.old, {})
+    for key, value in kept.items():
+        if isinstance(value, Tensor) and value.ndim > 0 and value.shape != sizes:
+            what = f"'{key}' of size {tuple(value.shape)} for {swap.name} of size {tuple(sizes)}; it cannot follow"
+            warnings.warn(f"{kind} keeps {what}, so the optimizer restarts for this parameter", stacklevel=2)
+            return fresh(optimizer, swap.new)
+    for key, value in kept.items():
+        follows = isinstance(value, Tensor) and value.shape == sizes
+        try:
+            state[key] = sharded_as(change(key, whole(value)).contiguous(), value) if follows else value
+        except Exception as error:  # noqa: BLE001
+            what = f"'{key}' of {swap.name}, which does not follow ({type(error).__name__}: {error})"
+            warnings.warn(f"{kind} keeps {what}, so the optimizer restarts for this parameter", stacklevel=2)
+            return fresh(optimizer, swap.new)
     return state
 
 
@@ -191,12 +216,13 @@ def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[O
         if not values.isfinite().all():
             raise ValueError(f"{name}: the new values are not finite")
     new = {name: model.get_parameter(name) for name in changed(model, weights)}
-    with undone_by_errors(model, trained_by), values_kept(new.values()):
+    with values_kept(new.values()):
         for name, parameter in new.items():
             local(parameter).copy_(local(sharded_as(weights[name], parameter)))
-            for optimizer in trained_by:
-                if optimizer.state.pop(parameter, None) is not None and (first := fresh(optimizer, parameter)):
-                    optimizer.state[parameter] = first
+    with uninterrupted():
+        for optimizer, parameter in product(trained_by, new.values()):
+            if optimizer.state.pop(parameter, None) is not None and (first := fresh(optimizer, parameter)):
+                optimizer.state[parameter] = first
 
 
 def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -17,19 +18,20 @@ from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, set_fields, with_fields
 from billhook.model.find import find_transformer
 from billhook.model.meta import to_meta
-from billhook.model.plan import Plan, Weights, starting_from
+from billhook.model.plan import ShapePlan, Weights, starting_from
 from billhook.model.runs.answers import alike, answer, cached_answer, tolerance
 from billhook.model.shapes.shape import note_shape, shape_of
 from billhook.model.shapes.stacks import keep, numbers_of
-from billhook.model.surgery import undone_by_errors
+from billhook.model.surgery import Follow, undone_by_errors
 from billhook.pruning.block_fields import Numbers, find_then
+from billhook.running.interrupts import uninterrupted
 from billhook.streaming.either import coming_of, following
 from billhook.units.blocks import block_of, find_blocks, skipping
 from billhook.units.units import UnitKind
 
 
 @dataclass(frozen=True, repr=False)
-class BlockPlan(Plan):
+class BlockPlan(ShapePlan):
     """Which blocks are removed, by stack; `print` shows a table.
 
     Attributes:
@@ -100,11 +102,11 @@ class BlockPlan(Plan):
         if find_block_plan(subject, self.units) != self:
             raise ValueError(f"plan: it is not what removes these blocks from this {self.model}")
 
-    def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
-        """Removes the blocks; see `Plan.apply`."""
+    def change(self, model: nn.Module, weights: Weights | None = None) -> Follow:
+        """Removes the blocks; see `ShapePlan.change`."""
         subject = find_transformer(model)
         with starting_from(subject, weights):
-            _remove(subject, self.units, self.fields, self.attributes, list(optimizers))
+            return partial(_forget, _remove(subject, self.units, self.fields, self.attributes))
 
     def text(self) -> str:
         """Returns all lines of what `print` shows."""
@@ -176,7 +178,7 @@ def take_out(model: PreTrainedModel, plan: BlockPlan) -> None:
 def tried(model: PreTrainedModel, plan: BlockPlan) -> BlockPlan:
     """Returns a plan that can be carried out, as has been tried; the model is as before."""
     with suppress(_Tried):
-        _remove(model, plan.units, plan.fields, plan.attributes, [], trial=True)
+        _remove(model, plan.units, plan.fields, plan.attributes, trial=True)
     return plan
 
 
@@ -230,29 +232,28 @@ def _remove(
     blocks: Mapping[str, list[int]],
     fields: Fields,
     attributes: Numbers,
-    optimizers: list[Optimizer],
     trial: bool = False,
-) -> None:
-    """Removes blocks, by stack, from a model, in place; the model and the optimizers are as before if that fails.
+) -> set[nn.Parameter]:
+    """Removes blocks, by stack, from a model, in place, and returns what has gone; the model is as before if that fails.
 
     Refuses a block that runs several times, and a model that then computes something else than with the blocks skipped, or does
     not run with a key-value cache, as generating uses it.
     """
     if not blocks:
-        return
+        return set()
     with skipping(model, blocks) as runs:
         expected = answer(model)
     if often := next((key for key, times in runs.items() if times > 1), None):
         raise ValueError(f"blocks: block {often[1]} of {often[0]} runs {runs[often]} times in a forward: its weights are shared")
     with skipping(model, blocks):
         cached, _ = cached_answer(model)
-    with following(model), undone_by_errors(model, optimizers):
-        trained = set(model.parameters())
+    before = set(model.parameters())
+    with following(model), undone_by_errors(model):
         _take_out(model, blocks, fields, attributes)
-        _forget(optimizers, trained - set(model.parameters()))
         _check_alike(model, blocks, expected, cached)
         if trial:
             raise _Tried
+    return before - set(model.parameters())
 
 
 def _take_out(model: PreTrainedModel, blocks: Mapping[str, list[int]], fields: Fields, attributes: Numbers) -> None:
@@ -289,9 +290,10 @@ def _check_alike(
             )
 
 
-def _forget(optimizers: Iterable[Optimizer], gone: set[nn.Parameter]) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"][:] = [parameter for parameter in group["params"] if parameter not in gone]
-        for parameter in gone & optimizer.state.keys():
-            del optimizer.state[parameter]
+def _forget(gone: set[nn.Parameter], optimizers: Iterable[Optimizer]) -> None:
+    with uninterrupted():
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["params"][:] = [parameter for parameter in group["params"] if parameter not in gone]
+            for parameter in gone & optimizer.state.keys():
+                del optimizer.state[parameter]

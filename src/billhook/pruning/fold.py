@@ -6,17 +6,16 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.model.shapes.numbers import Numbers, take_derived
-from billhook.model.surgery import Change, replace_parameters
+from billhook.model.surgery import Change, Swap, change_values
 
 Scale = Callable[[Tensor], Tensor]
 """From the old values of a weight to the new."""
 
 
-def fold(model: PreTrainedModel, numbers: Numbers, optimizers: list[Optimizer]) -> str:
+def fold(model: PreTrainedModel, numbers: Numbers) -> list[Swap] | str:
     """Gives modules the numbers that their class derives, and scales embeddings so that their outputs stay as they were.
 
     Where an embedding is tied to the output, the norm before that is scaled back. Their optimizer state restarts. If other
@@ -31,8 +30,7 @@ def fold(model: PreTrainedModel, numbers: Numbers, optimizers: list[Optimizer]) 
             return f"{name} follows from the config, {before:.4g} now and {after:.4g} then, and no weights make up for that"
         changes |= {name: Change(scale, None) for name, scale in scales.items()}
     take_derived(model, numbers)
-    replace_parameters(model, changes, optimizers)
-    return ""
+    return change_values(model, changes)
 
 
 def _scales(model: PreTrainedModel, owner: str, numbers: Numbers) -> dict[str, Scale] | None:

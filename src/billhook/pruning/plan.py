@@ -1,19 +1,20 @@
 """Which units are removed from a model, as a plan."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Self, get_args
 
 import numpy as np
 from torch import nn
-from torch.optim import Optimizer
 
 from billhook.calibration.enough import Settled
 from billhook.html import html_table
 from billhook.model.figures import Figures
 from billhook.model.find import find_transformer
-from billhook.model.plan import Plan, Weights
+from billhook.model.plan import ShapePlan, Weights
+from billhook.model.surgery import Follow, follow
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove
 from billhook.pruning.streamed import check_kinds, taking
@@ -28,7 +29,7 @@ from billhook.units.units import PLURAL, UnitKind, counted, counts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class UnitPlan(Cut, Plan):
+class UnitPlan(Cut, ShapePlan):
     """Which heads, channels, residual channels or experts are removed, and what the model costs then; `print` shows a table."""
 
     kind: ClassVar[str] = "units"
@@ -90,12 +91,12 @@ class UnitPlan(Cut, Plan):
                 "others)"
             )
 
-    def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
-        """Removes the units; see `Plan.apply`."""
+    def change(self, model: nn.Module, weights: Weights | None = None) -> Follow:
+        """Removes the units; see `ShapePlan.change`."""
         subject = find_transformer(model)
         check_kinds(subject, self.kinds.values())
         with taking(subject, weights):
-            remove(subject, self, list(optimizers), tell_weights(weights) if stream_of(subject) is not None else "")
+            return partial(follow, remove(subject, self, tell_weights(weights) if stream_of(subject) is not None else ""))
 
     def text(self) -> str:
         """Returns all lines of what `print` shows."""

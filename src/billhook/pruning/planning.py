@@ -18,6 +18,7 @@ from billhook.importance.default import default_importance
 from billhook.importance.enough import score_enough
 from billhook.importance.score import Scoring, check_streams, score
 from billhook.model.find import find_transformer
+from billhook.model.optimizers import check_replaceable
 from billhook.model.plan import apply
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan, find_block_plan
@@ -229,8 +230,10 @@ def prune_units(
         True
     """
     annotated(prune_units, locals())
+    trained_by = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+    check_replaceable(model, trained_by)
     made = plan_units(model, units, kind, per)
-    apply(model, made, optimizers)
+    apply(model, made, trained_by)
     return made
 
 

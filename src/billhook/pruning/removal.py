@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -17,7 +16,7 @@ from billhook.model.meta import to_meta
 from billhook.model.runs.answers import alike, small_inputs, tolerance
 from billhook.model.shapes.handed import Indices
 from billhook.model.shapes.shape import Shape, derived_then, note_shape, set_shape, shape_of, unbuilt_shape
-from billhook.model.surgery import Change, undone_by_errors
+from billhook.model.surgery import Change, Swap, undone_by_errors
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.fold import fold
 from billhook.pruning.shape_then import shapes_then
@@ -34,8 +33,8 @@ from billhook.units.gates import Gate
 from billhook.units.units import PLURAL, Units
 
 
-def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer], key: str = "") -> None:
-    """Removes units from a model, in place; the model and the optimizers are as before if that fails.
+def remove(model: PreTrainedModel, cut: Cut, key: str = "") -> list[Swap]:
+    """Removes units from a model, in place, and returns what optimizers have to follow; the model is as before if that fails.
 
     Where heads and feed-forward channels are removed, the outcome is compared with the model in which they are masked, without
     the residual channels that go with them. Where these or experts alone are removed, it must run, have the planned units, and
@@ -43,7 +42,7 @@ def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer], key: s
     streamed are written as they change; `key` tells the values that they start from.
     """
     if not cut.units:
-        return
+        return []
     structure = trace(model)
     found = units_of(model, structure, dict.fromkeys(cut.kinds.values()))
     _check_free(model, found)
@@ -54,15 +53,14 @@ def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer], key: s
     why = ""
     for shape, fields in shapes_then(model, cut):
         try:
-            with following(model), undone_by_errors(model, optimizers):
-                follow = _carry_out(model, cut, shape, optimizers, key)
+            with following(model), undone_by_errors(model):
+                swaps = _carry_out(model, cut, shape, key)
                 kept = _answer_if_any(model, readers) if expected is None and real and fields else expected
-                _say(model, fields, optimizers)
+                swaps += _say(model, fields)
                 note_shape(model)
                 if real:
                     _check_answer(model, readers, kept)
-            follow()  # which is not undone, so that what optimizers keep is never there twice
-            return
+            return swaps
         except _Different as different:
             why = str(different)
     what = " or ".join(dict.fromkeys(PLURAL[cut.kinds[name]] for name in cut.units))
@@ -76,7 +74,7 @@ def remove(model: PreTrainedModel, cut: Cut, optimizers: list[Optimizer], key: s
 def tried(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
     """Returns a model without units, on meta tensors; refuses what its code does not follow."""
     shadow = to_meta(model)
-    remove(shadow, cut, [])
+    remove(shadow, cut)
     _check_rebuilt(shadow, dict.fromkeys(PLURAL[cut.kinds[name]] for name in cut.units))
     return shadow
 
@@ -126,16 +124,18 @@ def _answer_if_any(model: PreTrainedModel, readers: Iterable[str]) -> list[Tenso
         return None
 
 
-def _say(model: PreTrainedModel, fields: Fields, optimizers: list[Optimizer]) -> None:
+def _say(model: PreTrainedModel, fields: Fields) -> list[Swap]:
     """Changes the config, with what the class derives from it; weights make up for that."""
     before = copy.deepcopy(model.config)
     set_fields(model.config, fields)
-    if fields and (why := fold(model, derived_then(model, before), optimizers)):
-        raise _Different(why)
+    folded = fold(model, derived_then(model, before)) if fields else []
+    if isinstance(folded, str):
+        raise _Different(folded)
+    return folded
 
 
-def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, optimizers: list[Optimizer], key: str) -> Callable[[], object]:
-    """Cuts tensors, and returns what has optimizers follow where blocks come and go by ranks."""
+def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, key: str) -> list[Swap]:
+    """Cuts tensors, and returns the parameters that have changed."""
     parameters = dict(model.named_parameters())
     smaller = {name: partial(_smaller, {d: s for (own, d), s in cut.cuts.items() if own == name}) for name, _ in cut.cuts}
     buffers = {name: take(model.get_buffer(name)) for name, take in smaller.items() if name not in parameters}
@@ -143,14 +143,14 @@ def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, optimizers: list[
     sizes = list(_whole_sizes(model))
     if (stream := stream_of(model)) is not None:
         cut_blocks(stream, changes, shape.tensors, f"units {cut.units} {key}")
-    follow = change_in_turn(model, changes, optimizers)
+    swaps = change_in_turn(model, changes)
     for module, attr in sizes:
         setattr(module, attr, type(getattr(module, attr))(module.get_parameter("weight").shape))
     for name, buffer in buffers.items():
         owner, _, attr = name.rpartition(".")
         model.get_submodule(owner)._buffers[attr] = buffer
     set_shape(model, shape)
-    return follow
+    return swaps
 
 
 def _makes_units(model: nn.Module, reader: str, cut: Cut) -> bool:
@@ -191,7 +191,7 @@ def _expected(
         return _zeroed_answer(model, found, masked, readers)
     back = whole_way_back(model)
     try:
-        remove(model, find_cut(model, structure, found, others), [])
+        remove(model, find_cut(model, structure, found, others))
         return _zeroed_answer(model, found, masked, readers)
     finally:
         back()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.model.plan import Weights, starting_from
-from billhook.model.surgery import Change, replace_parameters
+from billhook.model.surgery import Change, change_values
 from billhook.streaming.changes import block_of, inside
 from billhook.streaming.either import coming_of
 from billhook.streaming.stream import Stream, stream_of
@@ -63,7 +63,7 @@ def cut_blocks(stream: Stream, changes: Mapping[str, Change], sizes: Mapping[str
             stream.resize(name, sizes)
             continue
         stream.bring(block)
-        replace_parameters(stream.model, inside(stream, stream.model, block, changes))
+        change_values(stream.model, inside(stream, stream.model, block, changes))
         stream.change(block)
         stream.leave()
 

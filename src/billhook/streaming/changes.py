@@ -1,36 +1,28 @@
 """Changes parameters of a model whose blocks come and go: of those that ranks share, a block at a time."""
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 
 from torch import nn
-from torch.optim import Optimizer
 
-from billhook.model.surgery import Change, have_followed, replace_parameters, way_back
+from billhook.model.surgery import Change, Swap, change_values, way_back
 from billhook.running.sharded.turns import Turns, turns_of
 from billhook.streaming.either import coming_of
 from billhook.streaming.stream import Stream
 
 
-def change_in_turn(model: nn.Module, changes: Mapping[str, Change], optimizers: Iterable[Optimizer] = ()) -> Callable[[], None]:
-    """Changes parameters, also of blocks that ranks share, each of which then lies in shards again.
-
-    What is returned has optimizers follow the parameters of such blocks: it is not undone, so that what optimizers keep is never
-    there twice, and is called when nothing can fail any more.
-    """
-    trained_by, old = list(optimizers), dict[str, nn.Parameter]()
+def change_in_turn(model: nn.Module, changes: Mapping[str, Change]) -> list[Swap]:
+    """Changes parameters, also of blocks that ranks share, each of which then lies in shards again; see `change_values`."""
+    swaps = list[Swap]()
     turns = turns_of(model)
     for block in turns.blocks if turns is not None else ():
         assert turns is not None
         own = inside(turns, model, block, changes)
         if own or turns.is_altered(block):
             turns.bring(block)
-            old |= {name: model.get_parameter(name) for name in own}
-            replace_parameters(model, own)
+            swaps += change_values(model, own, keep_on_device=True)  # where they go with their block
             turns.change()
             turns.leave()
-    replace_parameters(model, outside(model, changes), trained_by)
-    return partial(have_followed, model, old, changes, trained_by)
+    return swaps + change_values(model, outside(model, changes))
 
 
 def whole_way_back(model: nn.Module) -> Callable[[], None]:

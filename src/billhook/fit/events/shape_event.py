@@ -7,11 +7,13 @@ from functools import partial
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from billhook.fit.events.event import Event, EventCallback, FollowsShapes, SetsLength, log_event
 from billhook.fit.late_models import once_model_exists
@@ -19,6 +21,7 @@ from billhook.fit.lightning_internals import averages, communication_state
 from billhook.fit.ranks import together
 from billhook.fit.run import callbacks_of, training_steps
 from billhook.fit.strategies import check_shapes
+from billhook.model.optimizers import check_replaceable, check_unhooked
 from billhook.running.sharded.reshaped import reshaped
 from billhook.running.sharded.shards import sizes_only
 from billhook.running.sharded.torch_internals import WRAPPED, class_of
@@ -65,8 +68,13 @@ class ShapeCallback(EventCallback):
             once_model_exists(pl_module, partial(self._begin_unwrapped, trainer, pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses what a `configure_model` has wrapped, and carries out what is due before the first step."""
+        """Refuses what a `configure_model` has wrapped, and optimizers that cannot follow; carries out what is due by then."""
         self._refuse_wrapped(pl_module)
+        if not self.only_at_start:
+            check_none_beside(trainer, pl_module, type(self).__name__)
+            check_replaceable(pl_module, trainer.optimizers, type(self).__name__)
+            if self.cuts:
+                check_unhooked(dict(pl_module.named_parameters()))
         super().on_train_start(trainer, pl_module)
 
     def _begin_unwrapped(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -114,7 +122,8 @@ def unwrapped(trainer: pl.Trainer, in_turn: bool = False) -> Iterator[None]:
     module, wrapped = trainer.lightning_module, isinstance(trainer.strategy.model, DistributedDataParallel)
     if wrapped:
         trainer.strategy.model = module
-    # automatic optimization makes new gradients before it takes the next step
+    if module.automatic_optimization:  # which makes new gradients before it takes the next step
+        module.zero_grad()
     with reshaped(module, trainer.optimizers, gradients=not module.automatic_optimization, in_turn=in_turn):
         yield
     if wrapped:
@@ -122,6 +131,29 @@ def unwrapped(trainer: pl.Trainer, in_turn: bool = False) -> Iterator[None]:
         trainer.strategy.configure_ddp()
         if isinstance(state := communication_state(trainer), PowerSGDState):
             _restart(state)
+
+
+def check_none_beside(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
+    """Refuses optimizers and averages that a module or a callback keeps by itself, which nothing would have follow."""
+    holders = [
+        (type(one).__name__, attr, kept)
+        for one in [pl_module, *callbacks_of(trainer, Callback)]
+        for attr, kept in vars(one).items()
+    ]
+    holders += [(type(pl_module).__name__, attr, kept) for attr, kept in pl_module.named_modules()]
+    for holder, attr, kept in holders:
+        if isinstance(kept, AveragedModel):
+            raise ValueError(
+                f"{name} changes shapes when the fit is under way, which {holder}.{attr}, an AveragedModel, cannot follow: prune "
+                "or convert first and train the result"
+            )
+    known = {id(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups}
+    for attr, kept in vars(pl_module).items():
+        if isinstance(kept, Optimizer) and any(id(group["params"]) not in known for group in kept.param_groups):
+            raise ValueError(
+                f"{name}: {type(pl_module).__name__}.{attr} is a {type(kept).__name__} that configure_optimizers does not "
+                "return, so that it would go on with parameters that have been replaced: return it there"
+            )
 
 
 def check_unwrapped(module: nn.Module, name: str) -> None:

@@ -45,7 +45,7 @@ class Clock:
         """Measures the model before and after a cut, and without some blocks, as copies that share all that stays whole."""
         with undisturbed(self.model):
             dense, smaller = sharing(self.model), sharing(self.model)
-            remove(smaller, cut, [])
+            remove(smaller, cut)
             if blocks is not None:
                 take_out(smaller, blocks)
             first, own = self.seconds([dense, smaller])

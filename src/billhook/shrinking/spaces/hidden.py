@@ -133,7 +133,7 @@ class Hidden:
             else:
                 self._last, cut = None, self.cut(kept)
                 scales = {name: _sliced(cut, name, partial(itself, value)) for name, value in self.scales(kept).items()}
-                remove(model, cut, [])
+                remove(model, cut)
                 change_in_turn(model, {name: starting(partial(itself, value), UNCHANGED) for name, value in scales.items()})
                 self._last = number, whole_way_back(model)
             yield

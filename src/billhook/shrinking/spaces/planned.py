@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from billhook.kv_heads.plan import KVHeadPlan
 from billhook.model.figures import figure_of
 from billhook.model.find import find_transformer
-from billhook.model.plan import Plan, Weights, usable
-from billhook.model.surgery import undone_by_errors
+from billhook.model.plan import ShapePlan, Weights, usable
+from billhook.model.surgery import Follow, undone_by_errors
 from billhook.model.values import check_changeable
 from billhook.pruning.amount import TARGETS
 from billhook.pruning.block_plan import BlockPlan, without
@@ -180,17 +180,20 @@ def as_planned(planned: Planned, hidden: Hidden, kept: Mapping[str, int]) -> Ite
 
 
 def apply_in_turn(
-    model: nn.Module, plans: Iterable[Plan], optimizers: Iterable[Optimizer] = (), weights: Weights | None = None
+    model: nn.Module, plans: Iterable[ShapePlan], optimizers: Iterable[Optimizer] = (), weights: Weights | None = None
 ) -> None:
     """Carries out plans one after the other, each asked for once those before it have been, or none; see `apply`."""
     check_changeable(model)
-    trained_by, subject = list(optimizers), find_transformer(model)
-    undone = following(subject), undone_by_errors(model, trained_by)
+    subject, follows = find_transformer(model), list[Follow]()
+    undone = following(subject), undone_by_errors(model)
     with torch.inference_mode(mode=False), taking(subject, usable(weights)), undone[0], undone[1]:
         for plan in plans:
             plan.check_made_for(model)
-            plan.apply(model, trained_by)
+            follows.append(plan.change(model))
         change_in_turn(subject, {})  # blocks of which no plan has cut anything keep their new values, too
+    trained_by = list(optimizers)
+    for follow in follows:
+        follow(trained_by)
 
 
 def _planned_now(model: Any, units: Mapping[str, list[int]], kinds: Sequence[UnitKind]) -> UnitPlan:  # noqa: ANN401

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from small_configs import small_config
+from small_configs import OVERRIDES, small_config
 
 import billhook as bh
 from kit import stopped
@@ -215,15 +215,18 @@ def test_refused(tmp_path, asked, refusal):
     [
         (transformers.ZambaForCausalLM, "shares its weight with another linear: prune it in memory"),
         (transformers.DoryForCausalLM, "is called again later, and is streamed: prune the model in memory"),
+        (transformers.HrmTextForCausalLM, "is called again later, and is streamed: prune the model in memory"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:these hold several matrices")
 def test_linears_that_several_blocks_call(tmp_path, kind, refusal):
-    kind(small_config(kind.config_class)).save_pretrained(tmp_path / "dense")
-    given = [{"input_ids": batch["input_ids"] % 100} for batch in stopped.batches()]
-    with pytest.raises(ValueError, match=refusal):
-        bh.prune(bh.stream(tmp_path / "dense", tmp_path / "out"), bh.Wanda(), given, sparsity=0.5)
-    assert not (tmp_path / "out").exists()
+    config = small_config(kind.config_class, **OVERRIDES.get(kind.config_class.model_type, {}))
+    kind(config).save_pretrained(tmp_path / "dense")
+    given = [{"input_ids": batch["input_ids"] % 90 + 5} for batch in stopped.batches()]
+    for sequential in ("block", "layer", "none"):
+        with pytest.raises(ValueError, match=refusal):
+            bh.prune(bh.stream(tmp_path / "dense", tmp_path / "out"), bh.Wanda(), given, sparsity=0.5, sequential=sequential)
+        assert [path.name for path in tmp_path.iterdir()] == ["dense"]  # nothing was written
 
 
 @pytest.mark.parametrize("step", [bh.prune, bh.convert_kv_heads], ids=lambda one: one.__name__)

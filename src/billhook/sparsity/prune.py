@@ -36,6 +36,7 @@ from billhook.sparsity.matched import MatchingVisitor
 from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.orders.permute import check_permutable, check_permute, in_order
 from billhook.sparsity.plan import WeightPlan
+from billhook.sparsity.streamed import check_called_once
 from billhook.sparsity.visitor import GlobalPruningVisitor, Progress, PruningVisitor
 from billhook.sparsity.walks import Walks, runs_for
 from billhook.streaming.stream import stream_of
@@ -134,6 +135,8 @@ def prune(
     if stream_of(model) is not None:
         check_streamed(offload, reduce)
     runs = runs_for(model, batches, needing(criterion, allocation, match), reduce)
+    if (stream := stream_of(model)) is not None:
+        check_called_once(stream, runs)
     walks = Walks(model, linears, runs, reduce, device, folder, adapters)
     warn_of_others(model, linears)
     with in_order(walks, criterion, pattern) if permute else nullcontext():

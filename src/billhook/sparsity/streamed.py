@@ -1,13 +1,18 @@
 """Prunes a model whose blocks come from files one at a time, and go with zeros in them."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from billhook.model.meta import to_meta
+from billhook.running.batches import Run, runs_of
 from billhook.running.sites import Sequential, Site, find_sites, with_ways_out
+from billhook.running.trees import tree_map_only
 from billhook.running.walk import Reduce, Walk
 from billhook.sparsity.pruned import Applied
 from billhook.sparsity.visitor import PruningVisitor
@@ -62,10 +67,9 @@ class StreamedPruning:
         around = self._there if untouched else self._adopted
         walk = Walk(sites, self.visitor, self.reduce, keep, untouched, around, ends=1, leave=self._leave, compares=self.visitor)
         walk(forwards)
-        if walk.again:
+        if walk.again:  # where a run on the meta device does not tell
             modules = {site.module for site in walk.again}
-            again = next(name for name, module in self.stream.model.named_modules() if module in modules)
-            raise ValueError(f"model: {again} is called again later, and is streamed: prune the model in memory")
+            _refuse(next(name for name, module in self.stream.model.named_modules() if module in modules))
 
     def _sites(self, sequential: Sequential) -> list[Site]:
         """Finds where runs rest: also at blocks of which nothing is pruned, or left to do, as all leave one before the next."""
@@ -146,3 +150,22 @@ class StreamedPruning:
                 site.linears[linear].get_parameter(key).copy_(value)
         pruned = self.visitor.pruned
         pruned |= {linear: Applied(pruned[linear].kept) for linear in site.linears if linear in pruned}
+
+
+def check_called_once(stream: Stream, runs: Sequence[Run]) -> None:
+    """Refuses a model that calls a block again later, as far as a run on the meta device can tell; no block is read for it."""
+    batch = next((run.batch for run in runs if run.batch is not None), None)
+    if batch is None:
+        return
+    shadow, calls = to_meta(stream.model), Counter[str]()
+    for name in stream.blocks:
+        shadow.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    batch = tree_map_only(Tensor, lambda one: one.to("meta"), batch)
+    with suppress(Exception), torch.no_grad():  # code that asks for values has none there
+        runs_of(shadow, [batch])[0].visit()
+    if again := next((name for name in stream.blocks if calls[name] > 1), None):
+        _refuse(again)
+
+
+def _refuse(again: str) -> NoReturn:
+    raise ValueError(f"model: {again} is called again later, and is streamed: prune the model in memory")

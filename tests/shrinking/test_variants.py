@@ -1,7 +1,10 @@
 """Variants of places: their errors against a plain least squares, and their damage against a model that is really cut."""
 
+import re
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import billhook as bh
 from billhook.importance.score import run_of
@@ -177,6 +180,37 @@ def test_a_library_on_disk_goes_on_where_it_was(tmp_path, monkeypatch):
         assert all(torch.equal(own[linear][part], other[linear][part]) for linear in own for part in own[linear])
     monkeypatch.setattr(divergence, "mean", None)
     assert damages(again.library, divergence, place, again.levels[place.name]) == found
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "no errors in it", "half a measured.json", "merged and unfitted"])
+def test_what_is_damaged_in_a_library_is_made_again(tmp_path, monkeypatch, damage):
+    model, batches = llama(), texts()
+    first = Made(model, batches, folder=tmp_path)
+    place = first.place("channel")
+    found = damages(first.library, Divergence(model, runs_of(model, batches)), place, first.levels[place.name])
+    errors, file = dict(first.library.errors), min(tmp_path.glob("*.safetensors"))
+    if damage == "cut off":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif damage == "empty":
+        file.write_bytes(b"")
+    elif damage == "no errors in it":
+        save_file({"a/b": torch.zeros(1)}, file)
+    elif damage == "half a measured.json":
+        file = tmp_path / "measured.json"
+        file.write_text('[["a"')
+    else:
+        first.library.add("p merged", 2, 0.0, {})
+        file = tmp_path / "p merged unfitted.2.safetensors"
+        file.write_bytes(b"no such file")
+    with pytest.warns(
+        UserWarning, match=f"library: {re.escape(file.name)} in '{tmp_path}' cannot be read: what they held is made"
+    ):
+        again = Made(model, batches, folder=tmp_path)
+    assert again.library.errors == errors
+    assert again.library.measured == ({} if file.suffix == ".json" else first.library.measured)
+    assert damages(again.library, Divergence(model, runs_of(model, batches)), place, again.levels[place.name]) == found
+    assert Library(model, tmp_path).errors.keys() >= errors.keys()
+    assert not list(tmp_path.glob("unfinished*"))
 
 
 def test_another_model_batch_or_setting_has_another_library():

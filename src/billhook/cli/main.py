@@ -1,11 +1,13 @@
 """The `billhook` command: Lightning's subcommands, and commands for checkpoints."""
 
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import billhook
 from billhook.cli.addressed import check_addressed, told_addressed
@@ -14,6 +16,7 @@ from billhook.cli.front import description
 from billhook.cli.misspelt import no_command
 from billhook.cli.options import COMMANDS, LIGHTNING, command_of, in_options, run
 from billhook.cli.packaged import with_files
+from billhook.cli.stopped import Terminated, terminated_like_interrupted
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -49,13 +52,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for warning in [*warnings_of_files, *told_addressed(words)]:
                 sys.stderr.write(f"billhook {command}: warning: {warning}\n")
             _lightning(words)
+    except KeyboardInterrupt as interrupt:
+        _end(command, interrupt)
+    except SystemExit as ended:
+        if isinstance(ended.__context__, KeyboardInterrupt):  # by which Lightning ends a fit
+            _end(command, ended.__context__)
+        raise
     except BrokenPipeError:  # who reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, RuntimeError) as error:
         if (refusal := _refusal(error)) is None and (command not in COMMANDS or isinstance(error, RuntimeError)):
             raise
-        sys.exit(f"billhook {command}: {in_options(command, str(refusal or error))}")
+        said = f"billhook {command}: {in_options(command, str(refusal or error))}"
+        sys.exit("\n".join([said, *getattr(error, "__notes__", ())]))
+
+
+def _end(command: str, interrupt: KeyboardInterrupt) -> NoReturn:
+    """Ends a command that was stopped with a line of what stays, and the status of the signal."""
+    what = str(interrupt)
+    if command == "fit":
+        what = "checkpoints that were written stay: with --ckpt_path FILE the same command goes on from one"
+    sys.stderr.write(f"billhook {command}: stopped{what and '; '}{what}\n")
+    sys.exit(128 + (signal.SIGTERM if isinstance(interrupt.__cause__ or interrupt, Terminated) else signal.SIGINT))
 
 
 def _refusal(error: BaseException | None) -> BaseException | None:
@@ -76,7 +95,7 @@ def _run(command: str, words: list[str]) -> None:
     _import_all()
     from billhook.cli.reading import without_others_bars
 
-    with without_others_bars():
+    with terminated_like_interrupted(), without_others_bars():
         run(command_of(command), words)
 
 

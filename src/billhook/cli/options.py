@@ -3,19 +3,16 @@
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import import_module
-from pathlib import Path
 from types import NoneType
 from typing import Any, NoReturn, cast, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from billhook.claim import claimed
 from billhook.cli.misspelt import legal, no_option
-from billhook.place import check_target
+from billhook.cli.stopped import written_alone
 
 Command = Callable[..., None]
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -83,19 +80,8 @@ def run(command: Command, given: Sequence[str]) -> None:
     parsed = vars(parser.instantiate(parser.parse_args(words)))
     values = {name: _whole(value, flags.get(name)) for name, value in parsed.items()}
     made = {name: group(**{one.name: values.pop(one.name) for one in fields(group)}) for name, group in groups.items()}
-    with _written_alone(values.get("out")):
+    with written_alone(parsed):
         command(**{name: values[name] for name in inspect.signature(command).parameters if name in values}, **made)
-
-
-@contextmanager
-def _written_alone(out: object) -> Iterator[None]:
-    """Keeps other runs from the folder that a command writes, if it writes one; refuses one that cannot be written."""
-    if not isinstance(out, str):
-        yield
-        return
-    check_target(out)
-    with claimed(Path(out).resolve()):
-        yield
 
 
 def name_of(command: Command) -> str:

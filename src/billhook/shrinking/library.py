@@ -1,6 +1,8 @@
 """Holds the variants of places: in memory, in a folder, from which an interrupted search goes on, or divided among ranks."""
 
 import json
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -8,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,8 +22,12 @@ from billhook.running.batches import source_of
 from billhook.running.fingerprint import fingerprint
 from billhook.running.sharded.turns import turns_of
 from billhook.streaming.aside import Aside, computing_with
+from billhook.streaming.parts import put
 
 FORMAT = 3
+MEASURED = "measured.json"
+UNFITTED = " unfitted"
+"""Behind the name of a variant: what reads its merged heads, before it is refitted."""
 Weights = Mapping[str, Mapping[str, Tensor]]
 """New parameters, by linear and by their name in it."""
 
@@ -51,11 +57,30 @@ class Library:
         self._weights: dict[tuple[str, int], Aside] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            for file in folder.glob("*.safetensors"):
+            self._read(folder)
+
+    def _read(self, folder: Path) -> None:
+        """Reads what an earlier search has left; damaged files are removed, and what they held is made again."""
+        damaged = list[Path]()
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
                 with safe_open(file, "pt") as stored:
                     self.errors |= _from_json(stored.metadata()["errors"])
-            if (file := folder / "measured.json").exists():
+            except (SafetensorError, OSError, ValueError, TypeError, KeyError):
+                damaged.append(file)
+        if (file := folder / MEASURED).exists():
+            try:
                 self.measured = _from_json(file.read_text())
+            except (OSError, ValueError, TypeError):
+                damaged.append(file)
+        for file in damaged:
+            place, _, kept = file.stem.rpartition(".")
+            if kept.isdecimal():  # what belongs to a variant of merged heads is made with it
+                self.errors.pop((place.removesuffix(UNFITTED), int(kept)), None)
+            file.unlink(missing_ok=True)
+        if damaged:
+            names = ", ".join(file.name for file in damaged[:3]) + (f" and {len(damaged) - 3} more" if damaged[3:] else "")
+            warnings.warn(f"library: {names} in '{folder}' cannot be read: what they held is made again", stacklevel=2)
 
     def add(self, place: str, kept: int, error: float, weights: Weights) -> None:
         """Adds the variant of a place that keeps so many units."""
@@ -64,17 +89,17 @@ class Library:
             self._weights[place, kept] = resting(self.model, weights)
             return
         tensors = {f"{linear}/{part}": value.cpu() for linear, own in weights.items() for part, value in own.items()}
-        unfinished = self._folder / "unfinished"
+        unfinished = self._folder / f"unfinished-{os.getpid()}"
         save_file(tensors, unfinished, {"errors": _to_json({(place, kept): error})})
-        unfinished.replace(self._folder / f"{place}.{kept}.safetensors")
+        put(unfinished, self._folder / f"{place}.{kept}.safetensors")
 
     def note(self, place: str, kept: int, damage: float) -> None:
         """Notes the damage of a variant."""
         self.measured[place, kept] = damage
         if self._folder is not None:
-            unfinished = self._folder / "unfinished"
+            unfinished = self._folder / f"unfinished-{os.getpid()}"
             unfinished.write_text(_to_json(self.measured))
-            unfinished.replace(self._folder / "measured.json")
+            put(unfinished, self._folder / MEASURED)
 
     def weights(self, place: str, kept: int) -> Aside:
         """Returns the parameters of a variant; none where a place keeps all, or has gone with its block."""

@@ -57,6 +57,7 @@ class Work:
         blocks: The whole blocks that may go.
         hidden: The hidden sizes that the model could have.
         progress: Called with how many steps are done, and of how many at most.
+        reused: Called with how many variants a library on disk holds from an earlier search.
         steps: How many there are at most.
         done: How many are done.
         known: What has been measured, by how many units are kept.
@@ -76,6 +77,7 @@ class Work:
     hidden: Hidden
     levels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     progress: Callable[[int, int], None] | None = None
+    reused: Callable[[int], None] | None = None
     steps: int = 0
     done: int = 0
     known: dict[frozenset[tuple[str, int]], float] = field(default_factory=dict)
@@ -155,6 +157,8 @@ class Work:
         how = [str(repair), self.search.amount.round_to, pairs, self.hidden.order, len(fitted)]
         own_folder = folder and folder / key_of(self.model, how, self.scores, [*fitted, *held_out])
         self.library = Library(self.model, own_folder, self.blocks.writers)
+        if self.reused is not None:
+            self.reused(len(self.library.errors))
         fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair, self.advance)
         self.losses = {place.name: self._damages(place) for place in self.places}
         self._merge(fitted, repair)

@@ -79,10 +79,10 @@ class Parts:
                 (self._folder / MARK).write_text(json.dumps({"parts of": self._out.name}))
             self._place.mkdir(exist_ok=True)
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, {"format": "pt"})
-            _put(draft, self.path(name))
+            put(draft, self.path(name))
             self._done[name] = note
             draft.write_text(json.dumps({"key": self._key, "done": self._done}))
-            _put(draft, self._place / RECORD)
+            put(draft, self._place / RECORD)
         except (OSError, SafetensorError) as error:
             draft.unlink(missing_ok=True)
             raise OSError(
@@ -115,7 +115,7 @@ def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
 
-def _put(draft: Path, target: Path) -> None:
+def put(draft: Path, target: Path) -> None:
     """Puts a file in the place of another, when it is safely on disk."""
     with draft.open("rb") as written:
         os.fsync(written.fileno())

@@ -44,6 +44,7 @@ class Stream:
         blocks: The blocks that come and go, by name.
         adopted: The files that hold blocks as they are now, by the name of the block.
         rests: The folder in which what blocks hand on rests while runs go side by side; None for memory.
+        reused: How many blocks, in all steps so far, were there from an earlier run.
     """
 
     keeps_shapes = True
@@ -52,6 +53,7 @@ class Stream:
         self.model, self.files, self.parts = model, files, parts
         self.here: nn.Module | None = None
         self.rests: str | None = None
+        self.reused = 0
         self._changed = False
         self._note: object = None
         self.adopted = dict[str, Path]()
@@ -179,7 +181,9 @@ class Stream:
         They are as they were before the step until they are adopted.
         """
         self._back, self._passed = self.way_back(), set()
-        return self.written.begin(f"{self._origin} {self._lost} {identity_of(self.model)} {key}")
+        done = self.written.begin(f"{self._origin} {self._lost} {identity_of(self.model)} {key}")
+        self.reused += len(done)
+        return done
 
     @contextmanager
     def undone_by_errors(self) -> Iterator[None]:

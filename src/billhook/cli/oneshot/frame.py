@@ -275,6 +275,9 @@ class OneShot:
             record["damage"], warning = [one.to_json() for one in cost], warning_of(cost)
         elif cost is not None:
             figures = {"before": before, "after": cost, "examples": len(self._labelled.drawn)}
+        if (own := stream_of(self.model)) is not None and own.reused:
+            were = "block was" if own.reused == 1 else "blocks were"
+            print(f"{own.reused} {were} there from an earlier run, and not changed again")
         with files("saving, loading again and comparing"):
             saved = save(self.model, self.out, self._preprocessor(), record | {self.metric: figures})
         for line in filter(None, (*says, self._named(cost), shown(before, cost), warning and f"Warning: {warning}")):

@@ -9,6 +9,7 @@ from billhook.cli.machine import check_file
 from billhook.cli.oneshot.after import Before, shown
 from billhook.cli.oneshot.enough import coming, refits
 from billhook.cli.oneshot.frame import OneShot, bar
+from billhook.cli.oneshot.kept import KeptLibrary
 from billhook.cli.oneshot.recovery import Recovery
 from billhook.cli.oneshot.searched import outlook
 from billhook.cli.oneshot.text import Examples
@@ -86,7 +87,8 @@ def shrink(
             1: any number.
         generations: Rounds of evolution; 0 takes what the sums say.
         candidates: Models that each round measures.
-        library: A folder for the variants of all places, from which a search on the same examples goes on.
+        library: A folder for the variants of all places, from which a search on the same examples goes on. By default they are
+            in `.OUT.library` beside `out` until that is saved, so that the same command goes on if it is stopped.
         time_phase: What is timed for `latency`: "decode", writing a token (the default), or "prefill", reading prompts.
         time_batch_size: Sequences at once while it is timed.
         time_context: Tokens of each prompt while it is timed; by default 512.
@@ -98,6 +100,7 @@ def shrink(
     """
     check_search(generations, candidates)
     check_library(library)
+    kept = KeptLibrary(out, library)
     whole("seed", given.seed, 0)
     if plot is not None:
         check_file("plot", plot, ".png")
@@ -122,17 +125,19 @@ def shrink(
         told = next((words for words, value in within.items() if value is not None), None)
         work.tell_dry(outlook(begun, begun.most_steps(generations, candidates), told))
         return
+    kept.begin()
     batches = work.batches()
     parts, before = parts_of(begun, batches, repair), work.measure()
     with bar("shrinking", "steps") as progress:
-        begun.progress, scored = progress, importance or OBS()
-        shrunk = shrink_begun(begun, *parts, max_loss, clock, scored, repair, generations, candidates, library, given.seed)
+        begun.progress, begun.reused, scored = progress, kept.tell, importance or OBS()
+        shrunk = shrink_begun(begun, *parts, max_loss, clock, scored, repair, generations, candidates, kept.folder, given.seed)
     how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}
     what = f"{shrunk.what}: {shrunk.budget}"
     what += f"; {recovery.recover:,} steps of recovery" if recovery.recover else ""
     trained, *said = _recovered(work, recovery, batches, before) if recovery.recover else ({},)
     record = {"shrink": shrunk.to_json() | how} | trained
     work.save(before, what, record, shrunk.text(), *said, not_refitted=shrunk.not_refitted)
+    kept.done()
     if plot is not None:
         pareto(shrunk).savefig(plot)
 

@@ -16,7 +16,7 @@ from billhook.running.batches import Run
 from billhook.shrinking.damages import groups
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
-from billhook.shrinking.library import Library, resting
+from billhook.shrinking.library import UNFITTED, Library, resting
 from billhook.shrinking.merging.plans import METHOD, Merged, plans_of
 from billhook.shrinking.merging.refit import refit_readers
 from billhook.shrinking.variants import passes
@@ -150,7 +150,7 @@ def held(place: Place) -> str:
 
 def unfitted(place: Place) -> str:
     """Returns the name under which a library holds what reads the merged heads of a place as it is before it is refitted."""
-    return f"{held(place)} unfitted"
+    return held(place) + UNFITTED
 
 
 def unbeaten(losses: Mapping[int, float]) -> tuple[int, ...]:

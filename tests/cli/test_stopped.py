@@ -1,0 +1,139 @@
+"""Commands that are stopped say in one line what stays and how they go on, and then do."""
+
+import os
+import signal
+
+import pytest
+
+import billhook as bh
+from billhook.cli.main import main
+from billhook.shrinking.library import Library
+from billhook.streaming.parts import Parts
+from kit.cli import QUICK, option, small_llama
+from kit.cli import pytestmark as quiet
+
+pytestmark = quiet
+
+SHORT = ["--length", "16", "--examples", "24", "--evaluate", "0", "--batch_size", "4"]
+SHRINK = ["--params", "0.95", "--generations", "0", "--candidates", "1", *SHORT]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return small_llama(tmp_path_factory.mktemp("small"))
+
+
+def stopped(words, capsys, status=130):
+    """Runs a command that is stopped, and returns its last line on stderr; there is no traceback."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in words])
+    assert ended.value.code == status
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said.splitlines()[-1]
+
+
+COMMANDS = {
+    "convert": ["--num_key_value_heads", "1"],
+    "prune": ["--sparsity", "0.5"],
+    "prune-heads": ["--ratio", "0.5", "--importance", "OutputNorm"],
+    "prune-blocks": ["--blocks", "1"],
+    "prune-structure": ["--channels", "0.25", "--importance", "WeightNorm"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("by", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
+def test_one_line_and_no_traceback(small, tmp_path, monkeypatch, capsys, command, by, status):
+    out, before = tmp_path / "out", signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("billhook.cli.oneshot.frame.load", lambda *_: os.kill(os.getpid(), by))
+    line = stopped([command, small, out, *COMMANDS[command]], capsys, status)
+    assert line == f"billhook {command}: stopped; nothing was written to {out}; the same command begins afresh"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "where"),
+    [
+        (["evaluate", "tiny", "--data", "tiny"], "billhook.cli.measuring.evaluate.device_of"),
+        (["bench", "tiny"], "billhook.cli.measuring.bench.device_of"),
+    ],
+    ids=["evaluate", "bench"],
+)
+def test_commands_that_write_no_folder(words, where, monkeypatch, capsys):
+    monkeypatch.setattr(where, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    assert stopped(words, capsys) == f"billhook {words[0]}: stopped"
+
+
+def test_a_fit(tmp_path, monkeypatch, capsys, files):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bh.TransformerModule, "training_step", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    words = ["fit", "--model.model", "tiny", *(f"--data.data={option(files)[1]}",), "--trainer.max_steps", "1", *QUICK.split()]
+    try:
+        line = stopped(words, capsys)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from then on
+    assert line.startswith(
+        "billhook fit: stopped; checkpoints that were written stay: with --ckpt_path FILE the same command goes"
+    )
+
+
+def test_streamed_work_goes_on(small, files, tmp_path, monkeypatch, capsys):
+    words = ["prune", small, tmp_path / "out", "--sparsity", "0.5", "--stream", *SHORT, *option(files)]
+    with monkeypatch.context() as patch:
+        write, written = Parts.write, []
+
+        def last(*given):
+            if written:
+                os.kill(os.getpid(), signal.SIGINT)
+            written.append(given)
+            write(*given)
+
+        patch.setattr(Parts, "write", last)
+        line = stopped(words, capsys)
+    parts = tmp_path / ".out.parts"
+    stays = f"nothing was written to {tmp_path / 'out'}; the same command goes on after the blocks that are done"
+    assert line.endswith(f"{stays}, which are in {parts}")
+    main([str(word) for word in words])
+    assert "1 block was there from an earlier run" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_search_goes_on_with_what_it_has_made(small, files, tmp_path, monkeypatch, capsys):
+    words = ["shrink", small, tmp_path / "out", *SHRINK, *option(files)]
+    library, add, made = tmp_path / ".out.library", Library.add, []
+
+    def counted(*given):
+        made.append(given[1:3])
+        if len(made) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        add(*given)
+
+    monkeypatch.setattr(Library, "add", counted)
+    line = stopped(words, capsys)
+    assert line.endswith(f"; the same command goes on with the variants that are done, which are in {library}")
+    before = made[:3]
+    main([str(word) for word in words])
+    assert f"3 variants are there from an earlier run, in {library}, and are not made again" in capsys.readouterr().out
+    assert not set(before) & set(made[4:])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_says_what_there_is_to_go_on_with(small, files, tmp_path, monkeypatch):
+    words = ["shrink", str(small), str(tmp_path / "out"), *SHRINK, *option(files)]
+    monkeypatch.setattr("billhook.shrinking.work.damages", fails)
+    with pytest.raises(SystemExit, match=r"(?s)no room.*the same command goes on with the variants that are done, which are in"):
+        main(words)
+
+
+def fails(*_):
+    raise ValueError("no room")
+
+
+def test_a_library_that_billhook_did_not_write_is_left_alone(small, tmp_path):
+    (tmp_path / ".out.library").mkdir()
+    (tmp_path / ".out.library" / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="billhook shrink: '.*out.library', in which shrink keeps .* did not write"):
+        main(["shrink", str(small), str(tmp_path / "out"), "--params", "0.95"])
+    assert (tmp_path / ".out.library" / "notes.txt").read_text() == "mine"

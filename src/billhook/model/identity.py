@@ -1,4 +1,4 @@
-"""What decides what a model computes, as far as it can be told: by this, work that was stopped is known again."""
+"""Hashes all that decides what a model computes, as far as it can be told: by this, work that was stopped is known again."""
 
 from transformers import PretrainedConfig, PreTrainedModel
 

@@ -7,8 +7,9 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from matplotlib.figure import Figure
 
-from billhook import Export, KVHeadConversion, Report, TextDataModule, WeightPruning, load
+from billhook import Amount, Export, KVHeadConversion, Report, StructuredPruning, TextDataModule, WeightPruning, load
 from kit.fits import data, module, trainer
+from kit.published import record_of
 
 
 def lines_of(out: str) -> dict[str, list[str]]:
@@ -38,6 +39,21 @@ def test_table_and_picture_say_what_happened(files, tmp_path, capsys):
     assert rows["after training"][0] == "8"
     assert (tmp_path / "plots" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert [step for step, _ in report.history] == [2, 4, 6, 8]
+
+
+def test_events_of_many_words_have_short_labels_and_the_rest_below(files, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("billhook.callbacks.report.validation", lambda *given: drawn.append(given) or Figure())
+    lit, (pruning, _, _) = run(files, tmp_path, [StructuredPruning(Amount(heads=0.5, channels=0.5), at=3, calibration=6)])
+    (event,), out = pruning.events, capsys.readouterr().out
+    share = 1 - event["after"]["params"] / event["before"]["params"]
+    assert event["label"] == f"structure, -{100 * share:.2g} %"
+    assert "without 8 heads in 2 attention modules, 48 channels in 2 modules; OutputNorm" in event["what"]
+    assert max(map(len, out.splitlines())) <= 130
+    assert f"\nafter {event['label']} " in out
+    assert f"step 3 {event['what']} ".split() == out[out.index("\nstep 3 ") : out.index("\ncheckpoint ")].split()
+    assert [what for _, what, _, _ in drawn[0][1]] == [event["label"]]
+    assert f"- step 3: {event['label']}\n  - {event['what']}\n" in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_conversions_before_training(files, tmp_path, capsys):
@@ -99,8 +115,10 @@ def test_a_resumed_run_reports_the_whole_run(files, tmp_path, capsys):
 
 def test_the_record_beside_the_checkpoint(files, tmp_path):
     lit, (conversion, export, _) = run(files, tmp_path, [KVHeadConversion(1, at=3)])
-    record = json.loads((tmp_path / "model" / "billhook.json").read_text())
+    record = record_of(tmp_path / "model")
     assert record["steps"] == 8
+    assert record["start"]["val_perplexity"] != record["events"][0]["before"]["val_perplexity"]  # of step 0, and of step 3
+    assert "|  | at the start | before | after | at the last validation |" in (tmp_path / "model" / "README.md").read_text()
     assert record["events"] == conversion.events
     assert export.saved.difference == 0
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.num_key_value_heads == 1

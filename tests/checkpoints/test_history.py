@@ -12,6 +12,7 @@ from billhook.checkpoints.export import export
 from billhook.checkpoints.history import history
 from kit.events import Own, loader
 from kit.fits import trainer
+from kit.published import record_of
 
 FOLDERS = ("exported", "by_command")
 
@@ -54,6 +55,7 @@ def test_after_the_fit_both_say_the_same(tmp_path, monkeypatch):
     assert "| generated | calibrated on |" in cards[0]
     assert "base_model: someone/a-model" in cards[0]
     records = list(map(json.loads, records))
+    assert [record_of(tmp_path / name)["steps"] for name in FOLDERS] == [3, 3]  # and no private path
     how = "amount Amount(channels=0.5); at 2; rounds 1; repair auto; calibration (sources generated; tokens 96; "
     assert f"| StructuredPruning | {how}" in cards[0]
     assert "| training | seed 5; precision 32-true; devices 1 |" in cards[0]

@@ -13,6 +13,7 @@ from billhook.checkpoints.push import NotPushed, push
 from billhook.cli.main import main
 from kit.families import llama
 from kit.hub import TOKEN, hub, to_hub
+from kit.published import record_of
 
 # huggingface_hub, of httpx
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw:DeprecationWarning")
@@ -27,7 +28,9 @@ def held(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    bh.save(llama(), tmp_path / "small", record={"steps": 1})
+    model = llama()
+    model.config.name_or_path = str(tmp_path / "dense")
+    bh.save(model, tmp_path / "small", record={"steps": 1, "data": str(tmp_path / "text.txt")})
     return tmp_path / "small"
 
 
@@ -38,6 +41,7 @@ def files_in(folder):
 def test_all_files_arrive(held, folder):
     (folder / "more").mkdir()
     (folder / "more" / "notes.txt").write_text("of one's own")
+    record_of(folder)
     before = files_in(folder)
     assert push(folder, "someone/small") == f"{held.url}/someone/small/commit/1"
     assert held.repos == {"someone/small": {"main": before}}

@@ -10,6 +10,7 @@ import transformers
 import billhook as bh
 from billhook.cli.main import main
 from kit.fits import write_text
+from kit.published import record_of
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]
 
@@ -36,7 +37,7 @@ def test_a_checkpoint_with_half_of_the_weights_and_its_perplexity(tmp_path, data
     main(["prune", "tiny", str(tmp_path / "out"), "--sparsity", "0.5", *data, *SHORT])
     said = capsys.readouterr().out
     model, dense = bh.load(tmp_path / "out"), bh.load("tiny")
-    record = json.loads((tmp_path / "out" / "billhook.json").read_text())
+    record = record_of(tmp_path / "out")
     for layer in model.model.layers:
         for linear in (layer.self_attn.q_proj, layer.mlp.down_proj):
             assert torch.equal((linear.weight == 0).sum(1), torch.full([len(linear.weight)], linear.weight.shape[1] // 2))
@@ -65,7 +66,7 @@ def test_a_checkpoint_with_half_of_the_weights_and_its_perplexity(tmp_path, data
         costs = f"{one['before']:,.4g} | {one['after']:,.4g} | {one['ratio']:.3f} ± {one['ratio_error']:.3f} | {one['kl']:.3f} ±"
         assert f"| {one['source']} | {'' if one['inside'] else 'not '}calibrated on | {costs}" in card
     assert f"| pruned | criterion {record['pruned']['criterion']}; pattern unstructured; sparsity 0.5; sequential block |" in card
-    sources = f"sources (train {tmp_path}/train.txt; validation {tmp_path}/validation.txt)"
+    sources = "sources (train train.txt; validation validation.txt)"
     assert f"| calibration | {sources}; tokens 96; length 16; " in card
     assert f"| versions | billhook {bh.__version__}; " in card
     assert "tags:\n- billhook\n- pruned\n- sparse\n" in card

@@ -8,6 +8,7 @@ import transformers
 import billhook as bh
 from billhook.cli.main import main
 from kit.cli import blocks, drawn, option, small_llama
+from kit.published import record_of
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
 
@@ -20,7 +21,7 @@ def small(tmp_path_factory):
 def test_the_block_of_the_least_influence_goes(small, files, tmp_path, capsys):
     out = tmp_path / "out"
     main(["prune-blocks", str(small), str(out), "--blocks", "1", *SHORT, *option(files)])
-    record = json.loads((out / "billhook.json").read_text())
+    record = record_of(out)
     plan = bh.plan(bh.load(small), batches=drawn(blocks(files["train"]), 4), blocks=1)
     assert record["plans"][0]["units"] == plan.units
     assert record["importance"]["blocks_by"] == "BlockInfluence()"

@@ -1,6 +1,6 @@
 """`billhook convert`: from the shell to a checkpoint with fewer KV heads."""
 
-import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +9,7 @@ import transformers
 import billhook as bh
 from billhook.cli.main import main
 from kit.cli import blocks, drawn, option, perplexity, small_llama, tokenizer
+from kit.published import record_of
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "3"]
 IDS = torch.arange(40).view(2, 20)
@@ -16,7 +17,7 @@ IDS = torch.arange(40).view(2, 20)
 
 def convert(model, out, *arguments):
     main(["convert", str(model), str(out), *arguments])
-    return json.loads((out / "billhook.json").read_text())
+    return record_of(out)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_by_svd_with_perplexity_before_and_after(small, files, tmp_path, capsys)
     assert record["perplexity"]["after"] == pytest.approx(perplexity(again, held_out), rel=1e-4)
     assert record["plans"] == [plan.to_json()]
     assert [(one["source"], one["inside"]) for one in record["damage"]] == [("train", True), ("generated", False)]
-    assert record["calibration"]["sources"] == files
+    assert record["calibration"]["sources"] == {split: Path(path).name for split, path in files.items()}
     assert record["events"][0]["what"] == "4 -> 1 KV heads in 2 attentions (svd)"
     assert "- 4 -> 1 KV heads in 2 attentions (svd)\n" in (tmp_path / "out" / "README.md").read_text()
     said = capsys.readouterr().out

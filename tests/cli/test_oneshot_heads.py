@@ -15,6 +15,7 @@ from billhook.pruning.choice import choose
 from billhook.units.find import find_units
 from kit import fits
 from kit.cli import blocks, drawn, option, perplexity, tokenizer
+from kit.published import record_of
 from kit.shaped import bert
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
@@ -23,7 +24,7 @@ LABELS = 3
 
 def prune(model, out, *arguments):
     main(["prune-heads", str(model), str(out), *arguments])
-    return json.loads((out / "billhook.json").read_text())
+    return record_of(out)
 
 
 def heads_of(model):

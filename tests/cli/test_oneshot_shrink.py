@@ -16,6 +16,7 @@ from billhook.shrinking.latency.workload import Workload
 from billhook.shrinking.levels import find_places
 from kit.cli import blocks, option, small_llama, tokenizer
 from kit.cli import pytestmark as quiet
+from kit.published import record_of
 from kit.shaped import bert
 
 pytestmark = quiet
@@ -31,7 +32,7 @@ def small(tmp_path_factory):
 def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys):
     picture = tmp_path / "curve.png"
     main(["shrink", str(small), str(tmp_path / "out"), "--params", "0.95", "--plot", str(picture), *SHORT, *option(files)])
-    record = json.loads((tmp_path / "out" / "billhook.json").read_text())
+    record = record_of(tmp_path / "out")
     dense = bh.load(small)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert again.num_parameters() == record["shrink"]["left"] <= 0.95 * dense.num_parameters()

@@ -13,8 +13,10 @@ import transformers
 import billhook as bh
 from billhook.calibration.calibration import Calibration
 from billhook.cli.main import main
+from billhook.names import without_folders
 from billhook.running.batches import Batch, source_of
 from kit.cli import blocks, drawn, option, perplexity, small_llama
+from kit.published import record_of
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
 
@@ -25,7 +27,7 @@ IDS = torch.arange(40).view(2, 20)
 
 def prune(model, out, *arguments):
     main(["prune-structure", str(model), str(out), *arguments])
-    return json.loads((out / "billhook.json").read_text())
+    return record_of(out)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,7 @@ def test_what_stays_makes_up_for_what_goes(small, files, tmp_path):
 def test_beside_one_text_linears_are_refitted_to_what_the_model_writes(small, files, tmp_path):
     record = prune(small, tmp_path / "out", "--channels", "0.5", *SHORT, *option(files))
     read, inside = record["calibration"], {one["source"]: one["inside"] for one in record["damage"]}
-    assert (read["sources"], read["weights"]) == ([files, "generated"], [0.75, 0.25])
+    assert (read["sources"], read["weights"]) == ([without_folders(files), "generated"], [0.75, 0.25])
     assert inside == {Path(files["train"]).stem: True, "generated": False}
     dense = bh.load(small)
     text = bh.Calibration([files, "generated"], [3, 1], 6 * 16, 16, 4, tokenizer=str(small))
@@ -127,7 +129,7 @@ def test_several_texts_share_what_the_model_does_not_write(small, two_texts, tmp
     sizes = ["--length", "16", "--examples", "8", "--evaluate", "2", "--batch_size", "1"]
     record = prune(small, tmp_path / "out", "--channels", "0.5", *sizes, "--data", json.dumps(two_texts), *given)
     named = [*two_texts, "generated"] if weights else two_texts
-    assert (record["calibration"]["sources"], record["calibration"]["weights"]) == (named, weights)
+    assert (record["calibration"]["sources"], record["calibration"]["weights"]) == (without_folders(named), weights)
     assert list(Counter(source_of(one) for one in read[0]).values()) == rows
     inside = {one["source"]: one["inside"] for one in record["damage"]}
     assert inside == {"one": True, "other": True, "generated": False}
@@ -136,7 +138,7 @@ def test_several_texts_share_what_the_model_does_not_write(small, two_texts, tmp
 def test_with_what_the_model_writes_among_the_texts_shares_are_equal(small, two_texts, tmp_path):
     texts = ["generated", two_texts[0]]
     record = prune(small, tmp_path / "out", "--channels", "0.5", *SHORT, "--data", json.dumps(texts))
-    assert (record["calibration"]["sources"], record["calibration"]["weights"]) == (texts, None)
+    assert (record["calibration"]["sources"], record["calibration"]["weights"]) == (without_folders(texts), None)
     assert {one["inside"] for one in record["damage"]} == {True}
 
 

@@ -1,6 +1,7 @@
 import copy
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedModel
 
 import billhook
+from billhook.adapters.lora import attach
 from billhook.report.summary import Stage, summary, table
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
@@ -173,6 +175,19 @@ def test_table_without_validation():
     assert table([Stage("at the end", 3, {})]).splitlines()[0].split() == ["step"]
     assert table([]).splitlines()[0].split() == ["step"]
     assert "val_loss" in table([Stage("at the end", 3, {"val_loss": math.nan})])
+
+
+def test_adapters_are_not_the_models_parameters_or_zeros():
+    model = llama(num_key_value_heads=2)
+    dense = summary(model)
+    attach(model, billhook.LoRA(r=2))
+    adapted = summary(model)
+    assert adapted.adapters == sum(p.numel() for name, p in model.named_parameters() if "lora_" in name) > 0
+    assert replace(adapted, adapters=0) == dense
+    said = [line.rsplit("  ", 1)[1] for line in str(adapted).splitlines()[1:3]]
+    assert [text.strip() for text in said] == [f"{dense.params:,}", f"{adapted.adapters:,}"]
+    billhook.merge(model)
+    assert summary(model) == dense
 
 
 def test_heads_of_a_model_whose_config_cannot_say_them():

@@ -29,7 +29,7 @@ def removed(plan: UnitPlan | BlockPlan | KVHeadPlan) -> Picture:
     >>> from billhook import plots
     >>> model = bh.load("tiny")
     >>> plots.removed(bh.plan_units(model, {0: [1, 5], 2: [3]})).axes[0].get_title()
-    '3 heads of 2 places'
+    '3 heads in 2 attention modules'
     """
     annotated(removed, locals())
     panels = _of_blocks(plan) if isinstance(plan, BlockPlan) else _of_units(plan) if isinstance(plan, UnitPlan) else _of_kv(plan)

@@ -59,6 +59,16 @@ def test_the_same_as_in_memory(small, files, tmp_path, capsys, arguments):
     assert not (tmp_path / ".b.parts").exists()
 
 
+def test_what_reads_no_text_needs_none(small, tmp_path):
+    asked = ["--sparsity", "0.5", "--criterion", "Magnitude", "--evaluate", "0"]
+    for name, how in (("a", []), ("b", ["--stream"])):
+        ran("prune", small, tmp_path / name, *asked, *how)
+    found = [bh.load(tmp_path / name).state_dict() for name in "ab"]
+    assert all(torch.equal(found[1][name], one) for name, one in found[0].items())
+    with pytest.raises(SystemExit, match="data=None: a streamed model is read once for each token that it writes"):
+        ran("prune", small, tmp_path / "c", *asked[:-2], "--stream")  # it would be measured
+
+
 def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, tmp_path, monkeypatch):
     rests = []
     monkeypatch.setattr("billhook.cli.oneshot.streamed.fits", lambda *given: bool(rests.append(given)))

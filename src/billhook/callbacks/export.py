@@ -34,7 +34,7 @@ from billhook.fit.trained import trained
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
 from billhook.model.shapes.checkpoint_shape import save_shape
-from billhook.place import RECORD, check_target
+from billhook.place import RECORD, check_target, replaced
 from billhook.running.batches import examples_of
 from billhook.running.sharded.shards import as_one
 from billhook.serving.converter import find_converter
@@ -58,7 +58,7 @@ class Export(Callback):
     `fast_dev_run`, which rehearses alone.
 
     Args:
-        folder: The folder; new, empty, or an earlier export.
+        folder: The folder; new, empty, or an earlier export, which is replaced: a line says so before training.
         tokenizer: Saved along: a tokenizer, or the name or folder of one. By default it is what the data module, the module or
             the loaders hold, a processor too, or else what lies beside the model that training started from.
         processor: A processor, or the name or folder of one, instead of `tokenizer`; of images or sound, what prepares them.
@@ -130,10 +130,19 @@ class Export(Callback):
                 by_first(trainer, "Export", partial(check_token, "push_to_hub", self.push_to_hub))
             for one in callbacks_of(trainer, Damage):
                 refuse_before(trainer, self, one)
+            if not is_trial(trainer):
+                self._tell_replaced()
             self.saved, self._begun, self._along = None, False, []
             for auto, given in ((AutoTokenizer, self.tokenizer), (AutoProcessor, self.processor)):
                 if given is not None:
                     self._along = [load_preprocessor(given, auto) if isinstance(given, str) else given]
+
+    def _tell_replaced(self) -> None:
+        """Says before training what the results will replace."""
+        if words := replaced(self.folder):
+            rank_zero_info(f"billhook: the fit will be saved to '{self.folder}'{words}")
+        if self.gguf is not None and Path(self.gguf).is_file():
+            rank_zero_info(f"billhook: the GGUF file '{self.gguf}' will be replaced")
 
     def _claimed(self) -> None:
         """Claims the folder, if it has not been yet."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from billhook.arguments import a_path, annotated, whole
 from billhook.callbacks.damage import Damage, refuse_before
@@ -62,6 +62,8 @@ class Report(Callback):
             for one in callbacks_of(trainer, Damage):
                 refuse_before(trainer, self, one)
             self.history, self.first = [], None
+            if Path(self.plot_file).is_file():
+                rank_zero_info(f"billhook: the picture '{self.plot_file}' will be replaced")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures the model before training."""

@@ -66,7 +66,7 @@ class OneShot:
         check_target(out)
         given.check_there()
         if given.stream:
-            check_streamed(given, streams, offload)
+            check_streamed(given, streams, offload, calibrates or given.evaluate > 0)
             give_back_at_once()
         self.name, self.out, self.given = name, out, given
         self.device = torch.device("cpu") if given.stream else device_of(given.device)

@@ -37,8 +37,8 @@ OBS_BYTES = 2 * 4 + 8
 """Bytes for each pair of inputs: two matrices in float32, as more and more batches are taken, and one of a reader in float64."""
 
 
-def check_streamed(given: Text, streams: bool, offload: bool) -> None:
-    """Refuses what cannot be done with a model that is streamed."""
+def check_streamed(given: Text, streams: bool, offload: bool, reads: bool) -> None:
+    """Refuses what cannot be done with a model that is streamed, of which `reads` says whether it is shown any text."""
     if not streams:
         raise ValueError("stream=True: this command needs gradients, or all weights at once: leave it out")
     if offload:
@@ -46,7 +46,7 @@ def check_streamed(given: Text, streams: bool, offload: bool) -> None:
     if given.device not in ("auto", "cpu"):
         raise ValueError(f"device={given.device!r}: a streamed model computes on the CPU: leave it out")
     sources = given.data if isinstance(given.data, list) else [given.data]
-    if given.generated or any(source in (None, GENERATED) for source in sources):
+    if reads and (given.generated or any(source in (None, GENERATED) for source in sources)):
         raise ValueError(f"data={given.data!r}: a streamed model is read once for each token that it writes: name a file of text")
 
 

@@ -21,6 +21,11 @@ def test_an_accelerator_is_taken_where_its_driver_works(monkeypatch, available, 
     assert device_of("auto").type == place
 
 
+def test_an_accelerator_without_float64_is_taken_by_name_alone(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", accelerators("mps", available=True))  # there is none here
+    assert device_of("auto").type == "cpu"
+
+
 def test_a_device_that_is_no_device_is_refused():
     with pytest.raises(ValueError, match="device='gpu'"):
         device_of("gpu")

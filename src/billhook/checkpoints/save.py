@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -32,6 +31,7 @@ from billhook.model.transformers_internals import everything_saved, is_joined_un
 from billhook.names import without_paths
 from billhook.page import Shown
 from billhook.place import RECORD, check_target, drafted, move, recover, size
+from billhook.running.noise import forked
 from billhook.sparsity.learning.learned import as_runs_see
 from billhook.streaming.checkpoint import write_checkpoint
 from billhook.streaming.stream import stream_of
@@ -275,7 +275,7 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
     """Puts back what saving and reloading change: torch's random state, and dtype and class in the config."""
     before = [(vars(config), dict(vars(config))) for _, config in nested_configs(model.config)]
     try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        with forked(model.device):
             yield
     finally:
         for now, fields in before:

@@ -8,13 +8,15 @@ from typing import cast
 
 import torch
 
+from billhook.running.float64 import float64_device
 from billhook.sparsity.checks import check_device
 
 
 def device_of(asked: str) -> torch.device:
-    """Returns the device of a name; for "auto", an accelerator if there is one and its driver works."""
+    """Returns the device of a name; for "auto", an accelerator with float64 if there is one and its driver works, or the CPU."""
     if asked == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+        own = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if own is None else float64_device(own)
     return cast(torch.device, check_device(asked, "device"))
 
 

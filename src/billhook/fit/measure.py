@@ -16,6 +16,7 @@ from billhook.fit.lightning_internals import is_sequential, to_device, validatio
 from billhook.fit.ranks import check_agreed, together
 from billhook.fit.run import isolated
 from billhook.fit.training_step import with_parameters
+from billhook.running.float64 import widest_float
 from billhook.running.overridden import overridden
 
 
@@ -91,7 +92,8 @@ class _Logged:
         names = [*self.how.items(), *self.metrics]
         check_agreed(trainer, "validation", "what is logged (nothing, where a rank has no batches)", names)
         if self.sums:
-            packed = torch.stack(list(self.sums.values())).to(trainer.strategy.root_device)
+            device = trainer.strategy.root_device
+            packed = torch.stack(list(self.sums.values())).to(device, widest_float(device))
             least, most, summed = packed[:, 2].clone(), packed[:, 3].clone(), packed[:, [0, 1, 4]].clone()
             reduced: Any = trainer.strategy.reduce(summed, reduce_op="sum")
             least, most = (trainer.strategy.reduce(t, reduce_op=op) for t, op in ((least, "min"), (most, "max")))

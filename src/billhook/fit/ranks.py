@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
+from billhook.running.float64 import widest_float
 from billhook.running.ranks import Ranks
 
 LENGTH = 1024
@@ -33,7 +34,9 @@ class RanksDiffer(RuntimeError):
 def summed(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
     """Sums a tensor over all ranks, in place; raises RanksDiffer if a rank sums something else, or has failed."""
     _meet(trainer, f"a sum of {tensor.dtype} {list(tensor.shape)}")
-    on_device = tensor.to(trainer.strategy.root_device, copy=True)
+    device = trainer.strategy.root_device
+    dtype = widest_float(device) if tensor.dtype == torch.float64 else tensor.dtype
+    on_device = tensor.to(device, dtype, copy=True)
     return tensor.copy_(trainer.strategy.reduce(on_device, reduce_op="sum"))
 
 

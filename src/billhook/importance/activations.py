@@ -159,7 +159,7 @@ class ByReader:
     def add(self, name: str, reader: str, total: Tensor, count: int) -> None:
         """Adds the sums of one call of a reader of a place."""
         before, counted = self._sums.get((name, reader), (0.0, 0))
-        self._sums[name, reader] = before + total.detach().double().cpu(), counted + count
+        self._sums[name, reader] = before + total.detach().cpu().double(), counted + count
 
     def over(self, units: Mapping[str, Units], per: Per) -> Sums:
         """Returns the sums over all readers of each place."""

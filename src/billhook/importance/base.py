@@ -32,7 +32,7 @@ class Sums:
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Adds the sums of one batch for one place."""
-        self.totals[name] += total.detach().double().cpu()
+        self.totals[name] += total.detach().cpu().double()
         self.counts[name] += count
 
     def merge(self, other: "Sums") -> None:

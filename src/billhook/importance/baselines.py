@@ -10,6 +10,7 @@ from torch import nn
 from billhook.importance.base import Importance, Sums
 from billhook.importance.parts import parts_of
 from billhook.running.batches import Run
+from billhook.running.float64 import float64_device
 from billhook.streaming.either import bring
 from billhook.units.units import Per, Units
 
@@ -48,7 +49,8 @@ class WeightNorm(Importance):
         sums = Sums.zero(units, per)
         for part in parts_of(model, units, per):
             bring(model, model.get_submodule(part.name.rpartition(".")[0]))
-            weight = model.get_parameter(part.name).detach().double()
+            weight = model.get_parameter(part.name).detach()
+            weight = weight.to(float64_device(weight.device)).double()
             sums.add(part.place, part.by_unit(part.along(weight.abs() if self.p == 1 else weight.square())), 0)
         return Sums({name: total.pow(1 / self.p) for name, total in sums.totals.items()}, sums.counts)
 

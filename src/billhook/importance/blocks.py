@@ -79,8 +79,8 @@ class BlockInfluence(Importance):
         given = hidden_states([*args, *kwargs.values()])
         returned = None if given is None else returned_states(given, output)
         if given is not None and returned is not None:
-            cosines, tokens = cosine_similarity(given.detach().float(), returned.detach().float(), dim=-1).double(), counting()
+            cosines, tokens = cosine_similarity(given.detach().float(), returned.detach().float(), dim=-1), counting()
             if tokens is not None and tokens.shape == cosines.shape:
                 cosines = cosines[tokens.to(cosines.device)]
-            sums.totals[name][number] += float(cosines.sum())
+            sums.totals[name][number] += float(cosines.cpu().double().sum())
             sums.counts[name][number] += cosines.numel()

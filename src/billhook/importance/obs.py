@@ -19,6 +19,7 @@ from billhook.importance.base import Importance, Sums
 from billhook.importance.moments import Again, Moments, comes_in_turn, moments_in_turn, moments_of
 from billhook.importance.probes import check_read
 from billhook.running.batches import Run
+from billhook.running.float64 import float64_device
 from billhook.streaming.either import bring
 from billhook.units.units import Per, Units
 
@@ -117,7 +118,8 @@ def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor,
         there: Which of them exist, as some units may have fewer: bool.
         damping: Share of the mean of the diagonal that is added to it.
     """
-    h = torch.empty_like(products, dtype=torch.float64).t().copy_(products)  # by columns: what is computed takes its place
+    h = torch.empty_like(products, dtype=torch.float64, device=float64_device(products.device))
+    h = h.t().copy_(products)  # by columns: what is computed takes its place
     h.diagonal().add_((damping * h.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny))
     failed = torch.zeros((), dtype=torch.int32, device=h.device)
     torch.linalg.cholesky_ex(h, out=(h, failed))
@@ -127,7 +129,7 @@ def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor,
     table, there = table.to(h.device), there.to(h.device)
     both = there[:, :, None] & there[:, None, :]
     blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))
-    lost: Tensor = (gram.double() * torch.linalg.inv(blocks)).sum((1, 2))
+    lost: Tensor = (gram.to(h.device).double() * torch.linalg.inv(blocks)).sum((1, 2))
     return lost
 
 

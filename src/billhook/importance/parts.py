@@ -27,7 +27,7 @@ class Part:
     def by_unit(self, positions: Tensor) -> Tensor:
         """Sums values of the positions over those of each unit: float64, `[units]`, on the CPU."""
         sums = torch.zeros(self.count + 1, dtype=torch.float64)
-        return sums.index_add_(0, self.units, positions.detach().double().cpu())[: self.count]
+        return sums.index_add_(0, self.units, positions.detach().cpu().double())[: self.count]
 
 
 def parts_of(model: nn.Module, units: Mapping[str, Units], per: Per) -> list[Part]:

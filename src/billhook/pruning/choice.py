@@ -116,7 +116,7 @@ def choose(
 
 def ranked(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> list[int]:
     """Orders the units of a place from the lowest score to the highest; of equal ones the first leads, of blocks the last."""
-    values, count = scores.detach().double().cpu().numpy(), len(scores)
+    values, count = scores.detach().cpu().double().numpy(), len(scores)
     order = count - 1 - np.argsort(values[::-1], kind="stable") if units.kind == "block" else np.argsort(values, kind="stable")
     return [unit for unit in order.tolist() if ends[0] <= unit < count - ends[1]]
 
@@ -131,7 +131,7 @@ def _order(
     ends: tuple[int, int],
 ) -> _Order:
     """Returns what may be removed one after the other, the least important first, in places that lose units together."""
-    score = torch.stack([scores[place].detach().double().cpu() for place in own]).mean(0)
+    score = torch.stack([scores[place].detach().cpu().double() for place in own]).mean(0)
     one, values = units[own[0]], score.numpy()
     size = one.count(per)
     if remove and per == "head" and one.count("kv_head") < size:  # the lowest of each KV head, then the next of each

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from billhook.model.shapes.numbers import Numbers, take_derived
 from billhook.model.surgery import Change, Swap, change_values
+from billhook.running.float64 import float64_device
 
 Scale = Callable[[Tensor], Tensor]
 """From the old values of a weight to the new."""
@@ -65,7 +66,7 @@ def divided(norm: nn.Module, ratio: float) -> Scale | None:
 
 def _one_off(weight: Tensor, by: float) -> Tensor:
     """Divides what a weight and one are together, as Gemma's norms multiply by that."""
-    return (1 + weight.double()).div(by).sub(1).to(weight.dtype)
+    return (1 + weight.to(float64_device(weight.device)).double()).div(by).sub(1).to(weight)
 
 
 def _last_norm(model: nn.Module, width: int) -> str:

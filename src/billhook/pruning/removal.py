@@ -226,7 +226,7 @@ def _answer(model: PreTrainedModel, readers: Iterable[str]) -> list[Tensor]:
         for hook in hooks:
             hook.remove()
     values = [value for value in tree_leaves(given) if isinstance(value, Tensor) and value.is_floating_point()]
-    return [value.detach().double().cpu() for value in values]
+    return [value.detach().cpu().double() for value in values]
 
 
 def _check_free(model: PreTrainedModel, units: Mapping[str, Units]) -> None:

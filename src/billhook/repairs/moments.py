@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from billhook.repairs.triangle import Triangle
+from billhook.running.float64 import float64_device, widest_float
 from billhook.running.offload import Shelf, zeros
 from billhook.running.resident import let_go
 from billhook.running.statistics import TOKENS, add_products
@@ -22,7 +23,7 @@ class OwedMoments:
     Args:
         out_features: Of the linear.
         in_features: Of the linear, as far as they are kept.
-        device: Where sums are, if not in files.
+        device: Where sums are, if not in files; the CPU, where it has no float64.
         files: What keeps those that are large there.
 
     Attributes:
@@ -37,6 +38,7 @@ class OwedMoments:
     def __init__(
         self, out_features: int, in_features: int, device: torch.device | str = "cpu", files: Shelf | None = None
     ) -> None:
+        device = float64_device(device)
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
         self.sums, self.owed_sums = self.tokens.new_zeros(in_features), self.tokens.new_zeros(out_features)
         self.products = Triangle(in_features, device, files)
@@ -53,19 +55,20 @@ class OwedMoments:
             weights: How much each token counts, `[...]`; all one if None.
         """
         weights = torch.ones(inputs.shape[:-1], device=inputs.device) if weights is None else weights
+        dtype, device = widest_float(inputs.device), self.tokens.device
         each = torch.split(flat(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32)), TOKENS)
         chunks = torch.split(flat(inputs, keep), TOKENS)
         for chunk, share in zip(chunks, each, strict=True):
             weighted = wide(chunk) * share
-            self.tokens += share.sum(dtype=torch.float64)
-            self.sums += weighted.sum(0, dtype=torch.float64)
+            self.tokens += share.sum(dtype=dtype).to(device)
+            self.sums += weighted.sum(0, dtype=dtype).to(device)
             self.products.add(weighted, wide(chunk))
         if owed is not None:
             for chunk, due, share in zip(chunks, torch.split(flat(owed, keep), TOKENS), each, strict=True):
                 weighted = wide(due) * share
-                self.owed_sums += weighted.sum(0, dtype=torch.float64)
+                self.owed_sums += weighted.sum(0, dtype=dtype).to(device)
                 add_products(self.owed_products, weighted, wide(chunk))
-                self.owed_squares += (weighted * wide(due)).sum(0, dtype=torch.float64)
+                self.owed_squares += (weighted * wide(due)).sum(0, dtype=dtype).to(device)
 
     def mixed(self) -> "OwedMoments":
         """Returns moments of random mixtures of what is owed, if that has more than `OUTPUTS` features; inputs are the same.

@@ -13,6 +13,7 @@ from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments, folds_of, wide
 from billhook.repairs.pool import Pool
 from billhook.running.batches import Run
+from billhook.running.float64 import float64_device, widest_float
 from billhook.running.offload import Shelf, zeros
 from billhook.running.resident import give_back, let_go
 from billhook.running.sites import Site
@@ -118,7 +119,7 @@ class RepairVisitor:
                 typical = self._typical(name, lost)
                 for run in range(len(self._runs)):
                     if run in inputs:
-                        weights = None if typical is None or run not in lost else 2 * typical / (typical + lost[run])
+                        weights = None if typical is None or run not in lost else _counted(lost[run], typical)
                         self._add(name, inputs[run], lacking.get(run), run, weights)
                 self._refit(name)
                 give_back(self._old[name][0].device.type)
@@ -161,11 +162,11 @@ class RepairVisitor:
         A few tokens carry numbers a thousand times as large as others, and would alone decide what a refit makes good; so a
         token counts 2 m / (m + its own square): one that lacks as much as others once, and none without bound.
         """
-        sums = torch.zeros(2, dtype=torch.float64, device=self._old[name][0].device)
+        sums = torch.zeros(2, dtype=torch.float64, device=float64_device(self._old[name][0].device))
         for run, squares in lost.items():
             keep = counting(self._runs[run], name, squares[..., None])
             squares = squares.flatten() if keep is None else squares[keep]
-            sums += torch.stack([squares[squares > 0].log().sum(), (squares > 0).sum()])
+            sums += torch.stack([squares[squares > 0].log().sum(), (squares > 0).sum()]).to(sums.device)
         total, count = sums if self._reduce is None else self._reduce(sums)
         return (total / count).exp() if count else None
 
@@ -199,12 +200,13 @@ class RepairVisitor:
         if len(bad):
             raise ValueError(f"{name}: NaN or infinite inputs in {len(bad)} features, the first in feature {int(bad[0])}")
         folds = folds_of(parts, self._held_out)
-        if folds and sum(part.tokens for part in parts) >= keep.sum():
+        if folds and sum(part.tokens for part in parts) >= int(keep.sum()):
             weight, bias = self._old[name]
-            left = weight[:, keep]
+            left = weight[:, keep].to(parts[0].tokens.device)
+            bias = None if bias is None else bias.to(left.device)
             kept, bias = refit_linear(left, bias, folds, parts, self._ridges, self._reduce, _support(left))
             new = torch.zeros_like(weight)
-            new[:, keep] = kept
+            new[:, keep] = kept.to(new.device)
             self._new[name] = as_it_lies(self._linears[name], new, bias)
             self._refitted.add(name)
 
@@ -258,10 +260,16 @@ class RepairVisitor:
 
 
 def _squares(lacks: Tensor) -> Tensor:
-    """Returns the square of what each token lacks, float64."""
-    squares = lacks.square().sum(-1, dtype=torch.float64)
+    """Returns the square of what each token lacks, in float64 where there is that."""
+    squares = lacks.square().sum(-1, dtype=widest_float(lacks.device))
     let_go(lacks)
     return squares
+
+
+def _counted(lost: Tensor, typical: Tensor) -> Tensor:
+    """Returns how much each token counts, of the square of what it lacks."""
+    typical = typical.to(lost)
+    return 2 * typical / (typical + lost)
 
 
 def _support(weight: Tensor) -> Tensor | None:

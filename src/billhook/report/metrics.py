@@ -30,7 +30,7 @@ def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, progres
 
     def read(number: int) -> None:
         logits = model(input_ids=texts[number], use_cache=False).logits[0, :-1].float()
-        losses[number] = cross_entropy(logits, texts[number][0, 1:], reduction="none").double().sum().cpu()
+        losses[number] = cross_entropy(logits, texts[number][0, 1:], reduction="none").cpu().double().sum()
         if progress is not None:
             progress(len(losses), len(texts))
 

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -42,13 +42,24 @@ class Noise:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Has torch draw from the numbers of a seed within the block, on the CPU and this device."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with forked(device):
         torch.default_generator.manual_seed(seed)
-        for one in cuda:
-            with torch.cuda.device(one):
-                torch.cuda.manual_seed(seed)
+        if _has_own(device):
+            with torch.accelerator.device_index(device.index):
+                torch.get_device_module(device).manual_seed(seed)
         yield
+
+
+def forked(device: torch.device) -> AbstractContextManager[None]:
+    """Has torch's random numbers, on the CPU and a device, go on after the block as if nothing had been drawn within."""
+    devices, kind = ([device], device.type) if _has_own(device) else ([], "cpu")
+    forking: AbstractContextManager[None] = torch.random.fork_rng(devices, device_type=kind)
+    return forking
+
+
+def _has_own(device: torch.device) -> bool:
+    """Tells whether a device has random numbers of its own."""
+    return device.type not in ("cpu", "meta")
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -56,7 +67,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     numpy = (name, torch.from_numpy(np.asarray(keys).astype("int64")), *rest)
     state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+    return state | ({device.type: torch.get_device_module(device).get_rng_state(device)} if _has_own(device) else {})
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
@@ -65,5 +76,5 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype("uint32"), *rest))
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    if _has_own(device) and device.type in state:
+        torch.get_device_module(device).set_rng_state(state[device.type].cpu(), device)

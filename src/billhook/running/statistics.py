@@ -29,7 +29,7 @@ def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
         product = whole[: len(rows)]
         for some, others in zip(torch.split(left, TOKENS), torch.split(right, TOKENS), strict=True):
             torch.mm(some[:, first : first + ROWS].t(), others, out=product)  # given where to, autocast leaves it in float32
-            rows += product  # one sum first: some kernels round after each token
+            rows += product.to(rows.device)  # one sum first: some kernels round after each token
         let_go(rows)
 
 

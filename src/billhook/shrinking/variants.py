@@ -24,6 +24,7 @@ from billhook.repairs.least_squares import choose_ridge, solve_ridge
 from billhook.repairs.moments import OwedMoments, SecondMoments, folds_of
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run
+from billhook.running.float64 import float64_device
 from billhook.running.undisturbed import undisturbed
 from billhook.shrinking.levels import Place, any_gone
 from billhook.shrinking.library import Library
@@ -169,9 +170,11 @@ class Reader:
         return moments.about(None if centred is None else centred.centre)
 
     def _matrix(self) -> tuple[Tensor, Tensor | None]:
-        """Returns the weight and the bias, once the linear's block is there."""
+        """Returns the weight and the bias, where moments are, once the linear's block is there."""
         bring(self.model, self.linear)
-        return matrix_of(self.linear)
+        weight, bias = matrix_of(self.linear)
+        device = float64_device(weight.device)
+        return weight.to(device), None if bias is None else bias.to(device)
 
     def _solved(self, keep: Tensor, second: SecondMoments) -> Tensor:
         """Returns the refitted weight; only cut, where the ridge is too small for a solution."""

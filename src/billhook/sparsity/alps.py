@@ -13,6 +13,7 @@ from torch import Tensor
 
 from billhook.arguments import annotated, number, one_of, whole
 from billhook.running.conjugate_gradients import on_support
+from billhook.running.float64 import float64_device
 from billhook.running.statistics import InputMoments, Statistics
 from billhook.sparsity.criteria import Comparison, Criterion, check_finite
 from billhook.sparsity.masks import check_amount, check_width, parse_pattern
@@ -46,7 +47,7 @@ def admm(dense: Tensor, h: Tensor, keep_of: Keep, penalty: float, steps: int) ->
     Returns:
         D and its support.
     """
-    values, vectors = (found.float() for found in torch.linalg.eigh(h.double()))
+    values, vectors = (found.float().to(h.device) for found in torch.linalg.eigh(h.to(float64_device(h.device)).double()))
     goal, v, moved = dense @ h, torch.zeros_like(dense), False
     keep = first = keep_of(dense.abs())
     d, before = dense * keep, keep

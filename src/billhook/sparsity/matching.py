@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from billhook.arguments import annotated, fraction, number, whole
 from billhook.running.casts import fresh_casts
+from billhook.running.float64 import float64_device
 from billhook.running.overridden import overridden
 from billhook.running.trees import tree_leaves, tree_map_only
 from billhook.running.walk import Given, Reduce, spare
@@ -155,7 +156,8 @@ class Tuning:
     @torch.no_grad()
     def _measured(self, passages: Sequence[Passage]) -> float:
         """Returns the mean error of the tokens of passages, on all ranks."""
-        sums = torch.stack([torch.stack(self._error(passage)).double() for passage in passages]).sum(0)
+        device = float64_device(next(iter(self.tuned.values())).device)
+        sums = torch.stack([torch.stack(self._error(passage)).to(device).double() for passage in passages]).sum(0)
         error, count = sums if self.reduce is None else self.reduce(sums)
         return float(error / count)
 

@@ -76,7 +76,7 @@ def bench(
             `generate`; it copies the cache at each step, which flatters the model with the smaller one.
         random: Whether weights are random instead of read: a folder needs a config.json only.
         dtype: Of the weights and the cache: "auto" (as saved), "float32", "bfloat16" or "float16".
-        device: Where it is computed: "auto" takes an accelerator if there is one.
+        device: Where it is computed: "auto" takes an accelerator if there is one with float64, which Apple's lack.
         threads: Threads of the CPU; by default torch's number.
         seed: Seed of the prompts and the random weights.
         plot: A file, ending in .png, for the picture.

@@ -102,7 +102,7 @@ def evaluate(
         column: The column that holds the text; of images, by default "image".
         label_column: The column that holds the labels of images.
         dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
-        device: Where it is computed: "auto" takes an accelerator if there is one.
+        device: Where it is computed: "auto" takes an accelerator if there is one with float64, which Apple's lack.
         stream: Whether models stay in their files, and one block at a time is in memory, for perplexity on `text`.
         json: A file, ending in .json, for the figures, the likelihood of each choice, the settings and the versions.
 

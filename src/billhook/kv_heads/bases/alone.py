@@ -19,6 +19,7 @@ from billhook.model.config_fields import configs_of, text_config
 from billhook.model.linears import matrix_of
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.transformers_internals import ATTENTION, attention_of
+from billhook.running.float64 import float64_device
 from billhook.running.overridden import overridden
 from billhook.running.walk import spare
 
@@ -44,14 +45,14 @@ class Alone:
 
     @contextmanager
     def wide(self) -> Iterator[None]:
-        """Puts all its numbers in float64 for a while, in which it can be called.
+        """Puts all its numbers in float64 for a while, in which it can be called: on the CPU, where its device has none.
 
         Other tensors replace its own: a parameter whose dtype changes would lose the hooks that DDP has on its gradient.
         """
         linears = (self._model.get_submodule(name) for name in self.place.linears)
         modules = dict.fromkeys([*self._module.modules(), *linears])
         owners: list[dict[str, Any]] = [own for module in modules for own in (module._parameters, module._buffers)]
-        held = [(own, name, one) for own in owners for name, one in own.items() if one is not None and one.is_floating_point()]
+        held = [(own, name, one) for own in owners for name, one in own.items() if one is not None]
         others = {id(one): _wide(one) for _, _, one in held}  # tied ones stay tied
         try:
             for own, name, one in held:
@@ -150,14 +151,19 @@ def _given_noise(number: int, linear: nn.Module, args: tuple[Any, ...]) -> tuple
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    wide = tensor.detach().double()
+    wide = _doubled(tensor.detach())
     return nn.Parameter(wide, requires_grad=False) if isinstance(tensor, nn.Parameter) else wide
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    tensor = tensor.to(float64_device(tensor.device))
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _widened(value: Any) -> Any:  # noqa: ANN401
     """Returns the same in float64: a tensor, or one within tuples, lists and dicts; of a cache a copy, to be written to."""
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        return _doubled(value)
     if isinstance(value, tuple | list) and type(value) in (tuple, list):
         return type(value)(map(_widened, value))
     return {name: _widened(one) for name, one in value.items()} if type(value) is dict else spare(value)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from billhook.running.float64 import float64_device
 from billhook.running.trees import tree_leaves
 
 ROWS = 256
@@ -28,13 +29,18 @@ def distance_between(expected: Any, found: Any, tokens: Tensor | None = None) ->
     if isinstance(logits, Tensor) and a.dim() > 1 and a.shape[-1] > 1:
         a, b = a.flatten(0, -2), b.flatten(0, -2)
         return sum(_divergences(a, b)) / len(a)
-    return float((a.double() - b.double()).square().mean() / a.double().square().mean().clamp_min(torch.finfo(torch.double).tiny))
+    a, b = _doubled(a), _doubled(b)
+    return float((a - b).square().mean() / a.square().mean().clamp_min(torch.finfo(torch.double).tiny))
 
 
 def _divergences(expected: Tensor, found: Tensor) -> Iterator[float]:
     for first in range(0, len(expected), ROWS):
-        p, q = (log_softmax(one[first : first + ROWS].double(), -1) for one in (expected, found))
+        p, q = (log_softmax(_doubled(one[first : first + ROWS]), -1) for one in (expected, found))
         yield float(torch.where(p.isneginf(), 0, p.exp() * (p - q)).sum())
+
+
+def _doubled(tensor: Tensor) -> Tensor:
+    return tensor.to(float64_device(tensor.device)).double()
 
 
 def _states(output: Any) -> Tensor:  # noqa: ANN401

@@ -90,7 +90,7 @@ def find_freedoms(model: nn.Module, places: Mapping[str, Projections]) -> dict[s
 
 
 def _freedoms(attention: Alone) -> Freedoms:
-    generator, place, device = torch.Generator().manual_seed(0), attention.place, attention.device
+    generator, place = torch.Generator().manual_seed(0), attention.place
     with attention.wide():
         attention.draw(generator)
         first = attention()
@@ -102,7 +102,7 @@ def _freedoms(attention: Alone) -> Freedoms:
             return bool((given - first).double().norm() <= TOLERANCE * first.double().norm())
 
         def passes(change: Callable[[Tensor, int], Change], matrix: Tensor) -> bool:
-            there = matrix.to(device)
+            there = matrix.to(attention.device)
             return same(change(there, place.queries), change(torch.linalg.inv(there), place.queries))
 
         (count, width), (_, own) = place.k.index.shape, place.v.index.shape

@@ -18,6 +18,7 @@ from billhook.calibration.alone import tell_own
 from billhook.kv_heads.bases.stacks import Projections, instead, moved_values
 from billhook.model.shapes.handed import handing_of
 from billhook.running.batches import Run
+from billhook.running.float64 import float64_device
 from billhook.running.overridden import overridden
 from billhook.running.undisturbed import precisely, undisturbed
 from billhook.running.walk import Reduce, spare
@@ -96,7 +97,7 @@ class Sums:
         self._size = place.kv_heads // self._widest
         weight = model.get_submodule(place.k.linear).get_parameter("weight")
         device = next(model.parameters()).device if weight.is_meta else weight.device  # a block that is streamed may not be there
-        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=float64_device(device))
         keys, values = (rows.index.shape[1] * place.kv_heads for rows in (place.k, place.v))
         self._keys = {number: zeros(number, keys // number, keys // number) for number in groups}
         self._values = {number: zeros(number, values // number, values // number) for number in groups}
@@ -142,12 +143,12 @@ class Sums:
             if linear == place.k.linear:
                 for number, sums in self._keys.items():
                     keys = given[:, place.k.index.reshape(number, -1)].transpose(0, 1)
-                    sums += keys.mT @ keys
+                    sums += (keys.mT @ keys).to(sums.device)
                 self._tokens[0] += len(given)
             if linear == place.q.linear:
                 index = place.q.index.reshape(place.kv_heads, -1, self._queries.shape[1])
                 queries = given[:, index].transpose(0, 1).flatten(1, 2)
-                self._queries += queries.mT @ queries
+                self._queries += (queries.mT @ queries).to(self._queries.device)
                 self._tokens[2] += len(given)
 
     def _attended(self, _: nn.Module, args: tuple[Any, ...]) -> None:
@@ -174,7 +175,7 @@ class Sums:
             values = [shifts[(other - own) % self._size][:, :, own] for other in group]
             each = torch.stack(values, 3)  # [tokens, widest groups, query heads, values of, width]
             flat = each.transpose(0, 1).reshape(self._widest, -1, sums.shape[1])
-            sums.view(self._widest, -1, *sums.shape[1:])[:, own // size].add_(flat.mT @ flat)
+            sums.view(self._widest, -1, *sums.shape[1:])[:, own // size].add_((flat.mT @ flat).to(sums.device))
 
     def _plain(self, tensor: Tensor, linear: str) -> Tensor:
         """Returns the tokens that count, one after the other, in float32 at least."""

@@ -25,6 +25,7 @@ from billhook.repairs.in_turn import Refitted, by_parameter
 from billhook.repairs.repair import Repair, repair_linears
 from billhook.repairs.visitor import Given
 from billhook.running.batches import Loss, Run, run_with_loss
+from billhook.running.float64 import float64_device
 from billhook.running.undisturbed import undisturbed
 from billhook.running.walk import Reduce
 from billhook.streaming.either import bring
@@ -98,7 +99,7 @@ class Attentions:
 
     def summed(self, *numbers: float) -> list[float]:
         """Returns sums over ranks."""
-        sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=self._device)
+        sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=float64_device(self._device))
         found: list[float] = (sums if self._reduce is None else self._reduce(sums)).tolist()
         return found
 

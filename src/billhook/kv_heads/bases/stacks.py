@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.model.linears import as_it_lies, matrix_of
 from billhook.model.shapes.handed import Indices
+from billhook.running.float64 import float64_device
 from billhook.running.replaced import replaced
 from billhook.tracing.coupling import Structure
 from billhook.tracing.roles import Attention, Part
@@ -99,10 +100,11 @@ def read(model: nn.Module, place: Projections) -> Stacks:
 def read_heads(model: nn.Module, rows: Rows) -> Tensor:
     """Returns a copy of the weights of heads of one kind, a stack of `Stacks`."""
     weight, bias = matrix_of(model.get_submodule(rows.linear))
+    device = float64_device(weight.device)
     if rows.are_read:
-        return weight[:, rows.index].double().transpose(0, 1)
-    own = weight[rows.index].double()
-    return own if bias is None else torch.cat([own, bias[rows.index].double()[..., None]], -1)
+        return weight[:, rows.index].to(device).double().transpose(0, 1)
+    own = weight[rows.index].to(device).double()
+    return own if bias is None else torch.cat([own, bias[rows.index].to(device).double()[..., None]], -1)
 
 
 def written(model: nn.Module, place: Projections, stacks: Stacks) -> dict[str, dict[str, Tensor]]:
@@ -122,11 +124,11 @@ def put_heads(linear: tuple[Tensor, Tensor | None], rows: Rows, stack: Tensor) -
     """Writes a stack of heads into the weight, `[out_features, in_features]`, and the bias of the linear where they lie."""
     weight, bias = linear
     if rows.are_read:
-        weight[:, rows.index] = stack.transpose(0, 1).to(weight.dtype)
+        weight[:, rows.index] = stack.transpose(0, 1).to(weight)
         return
-    weight[rows.index] = stack[..., : weight.shape[1]].to(weight.dtype)
+    weight[rows.index] = stack[..., : weight.shape[1]].to(weight)
     if bias is not None:
-        bias[rows.index] = stack[..., -1].to(bias.dtype)
+        bias[rows.index] = stack[..., -1].to(bias)
 
 
 def _projections(model: nn.Module, units: Units, attention: Attention) -> Projections:

@@ -59,7 +59,7 @@ def cached_answer(model: PreTrainedModel) -> tuple[list[Tensor], Exception | Non
 
 def _real(given: Any) -> list[Tensor]:  # noqa: ANN401 - a dictionary of anything
     values = [value for value in given.values() if isinstance(value, Tensor) and value.is_floating_point()]
-    return [value.double().cpu() for value in values]
+    return [value.cpu().double() for value in values]
 
 
 def alike(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> bool:

@@ -18,6 +18,7 @@ from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments, folds_of, wide
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run
+from billhook.running.float64 import float64_device
 from billhook.running.overridden import overridden
 from billhook.running.undisturbed import precisely, undisturbed
 from billhook.running.walk import spare
@@ -87,6 +88,8 @@ class _Beside:
     def _refitted(self, number: int, held_out: Sequence[int], ridges: Sequence[float]) -> Aside:
         parts = self._moments[number]
         weight, bias = self._own(number)
+        device = float64_device(weight.device)
+        weight, bias = weight.to(device), None if bias is None else bias.to(device)
         if not (folds := folds_of(parts, held_out)):
             return Aside({})
         found = as_it_lies(self._reader, *refit_linear(weight, bias, folds, parts, ridges))

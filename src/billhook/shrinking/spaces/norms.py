@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from billhook.pruning.fold import divided
 from billhook.running.batches import Run
+from billhook.running.float64 import float64_device
 from billhook.running.undisturbed import undisturbed
 from billhook.streaming.either import bring
 from billhook.units.units import Units
@@ -26,7 +27,8 @@ def energies(model: PreTrainedModel, stream: Units, runs: Sequence[Run]) -> dict
 
     def note(name: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor) and args[0].shape[-1:] == sums[name].shape:
-            given = args[0].detach().flatten(0, -2).double()
+            given = args[0].detach().flatten(0, -2)
+            given = given.to(float64_device(given.device)).double()
             squares = (given - given.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else given).square()
             sums[name] += (squares / squares.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).sum(0).cpu()
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from billhook.running.float64 import widest_float
 from billhook.sparsity.orders.assignment import assign
 
 
@@ -21,7 +22,9 @@ def kept(columns: Tensor, n: int, m: int) -> float:
     >>> kept(torch.tensor([[1.0], [4.0], [3.0], [2.0]]), 2, 4)
     7.0
     """
-    return float(sum(one.sum(dtype=torch.float64) for one in _highest(columns.view(-1, m, columns.shape[1]).unbind(1), n)))
+    return float(
+        sum(one.sum(dtype=widest_float(columns.device)) for one in _highest(columns.view(-1, m, columns.shape[1]).unbind(1), n))
+    )
 
 
 def find_order(columns: Tensor, n: int, m: int, rounds: int) -> Tensor:
@@ -61,7 +64,7 @@ def _exchange(columns: Tensor, groups: Tensor, slots: Tensor, n: int) -> None:
     others = torch.arange(groups.shape[1] - 1, device=groups.device)
     rest = groups.gather(1, others + (others >= slots))
     least = _highest((columns[one] for one in rest.unbind(1)), n)[-1]
-    gains = torch.cdist(columns[taken][None], least[None], p=1)[0].double().cpu().numpy()
+    gains = torch.cdist(columns[taken][None], least[None], p=1)[0].cpu().double().numpy()
     given = torch.empty_like(taken)
     given[torch.from_numpy(assign(gains)).to(taken.device)] = taken
     groups.scatter_(1, slots, given[:, None])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from billhook.adapters.masked import counted
 from billhook.model.linears import weight_of
+from billhook.running.float64 import widest_float
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.grouped import scores_of
 from billhook.sparsity.orders.free import Free
@@ -66,7 +67,7 @@ class OrderingVisitor(PruningVisitor):
     def _order(self, number: int) -> None:
         columns, (n, m) = torch.cat([*self._scores.pop(number).values()], dim=2), self.kept
         orders = torch.stack([find_order(own, n, m, self.rounds) for own in columns])
-        total = max(float(columns.sum(dtype=torch.float64)), 1e-30)
+        total = max(float(columns.sum(dtype=widest_float(columns.device))), 1e-30)
         before = sum(kept(own, n, m) for own in columns)
         then = sum(kept(own[order], n, m) for own, order in zip(columns, orders, strict=True))
         self.found[number] = orders.cpu(), before / total, then / total

@@ -196,7 +196,22 @@ def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) ->
     return {name: one for name, one in masks.items() if one is not None}
 
 
+def check_one_device(model: nn.Module) -> None:
+    """Refuses a model that accelerate has spread over devices, whose sums could not be added up, or whose weights it moves.
+
+    Where a visitor ends a forward early, accelerate would leave the weights that it has brought.
+    """
+    for module in model.modules():
+        places = {str(place) for place in (getattr(module, "hf_device_map", None) or {}).values()}
+        if len(places) > 1 or "disk" in places:
+            raise ValueError(
+                f"model: its device_map has spread it over {', '.join(sorted(places))}, and here it must be on one device: "
+                "load it without device_map or, if it is too large, stream it (bh.stream)"
+            )
+
+
 def _on_device(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
+    check_one_device(model)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batch = dict(batch) if isinstance(batch, Mapping) else batch
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)

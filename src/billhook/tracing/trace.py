@@ -20,6 +20,7 @@ from billhook.model.memory import remembered
 from billhook.model.meta import from_config, from_name, to_meta
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.transformers_internals import attention_of, compute_every_expert, set_attention
+from billhook.running.batches import check_one_device
 from billhook.tracing.axes import Axis, mark
 from billhook.tracing.coupling import Structure, couple
 from billhook.tracing.mode import recording
@@ -59,6 +60,7 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
     annotated(trace, locals())
     with _alone, torch.inference_mode(False), torch.device("cpu"):  # whatever is on around
         subject, outside = _subject(model, example_inputs is not None)
+        check_one_device(subject)  # accelerate's hooks would go along with a copy, and move what it is given
         find = partial(_find, subject, outside, example_inputs)
         if example_inputs is not None or not isinstance(subject, PreTrainedModel):
             return find()

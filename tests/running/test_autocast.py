@@ -67,6 +67,7 @@ ACTS = {
     "SparseGPT": pruned(bh.SparseGPT()),
     "ALPS": pruned(bh.ALPS(steps=20)),
     "Refit": pruned(bh.Refit(bh.Wanda())),
+    "blocks that come and go": pruned(bh.Wanda(), offload="cpu"),
     "BlockMatching": pruned(bh.Wanda(), match=BlockMatching(steps=4)),
     "Repair": repaired,
     "svd": converted(method="svd"),
@@ -159,8 +160,16 @@ def test_blocks_that_enter_autocast_are_tuned_as_without_its_cache():
 
 
 def test_autocast_in_the_place_of_fsdps_dtype_keeps_nothing(mesh):
-    model = fully_shard(nn.Linear(8, 8), mesh=mesh, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
-    with unsharded(model):
+    policy, how = MixedPrecisionPolicy(torch.bfloat16), {"sparsity": 0.5, "match": BlockMatching(steps=4)}
+    plain, sharded = llama(), llama()
+    sharded.load_state_dict(plain.state_dict())
+    for part in (*sharded.model.layers, sharded):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    with unsharded(sharded):
         assert torch.is_autocast_enabled("cpu")
         assert not torch.is_autocast_cache_enabled()
-    assert torch.is_autocast_cache_enabled()
+    bh.prune(sharded, bh.Wanda(), batches(), reduce=lambda tensor: tensor, **how)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        bh.prune(plain, bh.Wanda(), batches(), **how)
+    own = {name: value.full_tensor() for name, value in sharded.state_dict().items()}
+    assert all(torch.equal(own[name], value) for name, value in plain.state_dict().items())

@@ -8,7 +8,7 @@ import torch
 
 @contextmanager
 def fresh_casts() -> Iterator[None]:
-    """Has autocast cast parameters anew within, and again afterwards, so that copies of other values are never computed with.
+    """Has autocast cast parameters again within, and once more afterwards, so that no copy of other values is computed with.
 
     Whatever puts other values into a parameter for a while, or for good, does it within such a block.
     """

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -682,3 +683,39 @@ def test_refusals_name_what_came_and_change_nothing():
         repair_linears(model, masks, runs)
     assert all(torch.equal(value, before[name]) or value.isnan().any() for name, value in model.state_dict().items())
     assert not any("forward" in vars(m) or m._forward_pre_hooks for m in model.modules())
+
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64}
+SMALL |= {"intermediate_size": 24, "num_local_experts": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+ROUTERS = {
+    "llama4": lambda: transformers.Llama4ForCausalLM(
+        transformers.Llama4TextConfig(**SMALL, head_dim=4, intermediate_size_mlp=24, num_experts_per_tok=1)
+    ),
+    "phimoe": lambda: transformers.PhimoeForCausalLM(transformers.PhimoeConfig(**SMALL, num_experts_per_tok=2)),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers_are_linears_that_return_what_they_have_chosen(name):
+    model, batches = ROUTERS[name]().eval(), [{"input_ids": tokens(2, 24)} for _ in range(4)]
+    plan = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(heads=0.5, round_to=1))
+    given = bh.repair(model, plan, batches)
+    assert {name.rsplit(".", 2)[-2] for name in given} >= {"o_proj"}
+    if name == "llama4":
+        bh.shrink(copy.deepcopy(model), batches, params=0.9, generations=0, candidates=1)
+    bh.convert_kv_heads(model, 2, batches=batches, repair=bh.Repair())
+
+
+def test_something_stands_between_a_linear_and_the_sum_it_adds_to():
+    """The linear is refitted as where it alone loses inputs."""
+    model, batches = llama(num_hidden_layers=3), [{"input_ids": tokens(2, 40)} for _ in range(4)]
+    plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
+    name = next(iter(plan.units))
+    alone = bh.repair(model, bh.plan_units(model, {name: plan.units[name]}, kind="channel"), batches)
+    whole = bh.repair(model, plan, batches)
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda module, given, out: out + 0)
+    found = bh.repair(model, plan, batches)
+    hook.remove()
+    assert found.keys() == whole.keys()
+    first = "model.layers.0.mlp.down_proj.weight"
+    assert torch.allclose(found[first], alone[first], atol=1e-5)

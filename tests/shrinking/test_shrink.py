@@ -1,5 +1,6 @@
 """The best smaller model within a budget: met, the same again, alike layers or free ones, saved and loaded."""
 
+import copy
 import math
 
 import pytest
@@ -235,3 +236,24 @@ def test_what_is_refused_changes_nothing(given, says):
         bh.shrink(model, **{"batches": texts()} | given)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_error_in_the_last_measure_undoes_the_cut():
+    model, calls = trained(), []
+
+    def count(*_):
+        calls.append(0)
+        if len(calls) == last:
+            raise MemoryError("in the last measure")
+
+    model.lm_head.register_forward_pre_hook(count)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config, last = copy.deepcopy(model.config), 0
+    small = {"params": 0.8, "repair": bh.Repair(), "generations": 0, "candidates": 1}
+    bh.shrink(whole := copy.deepcopy(model), texts(), **small)
+    assert whole.num_parameters() < model.num_parameters()
+    last, _ = len(calls), calls.clear()
+    with pytest.raises(MemoryError, match="in the last measure"):
+        bh.shrink(model, texts(), **small)
+    assert {name: value.tolist() for name, value in model.state_dict().items()} == {n: v.tolist() for n, v in before.items()}
+    assert model.config.to_dict() == config.to_dict()

@@ -299,3 +299,12 @@ def test_how_many_are_held_out(count, held_out, expected):
     held = BlockMatching(held_out=held_out).is_held_out(count)
     assert len(held) == count
     assert sum(held) == expected
+
+
+def test_a_layer_that_torch_has_compiled_is_tuned_as_it_is_in_eager_mode():
+    plain, compiled = small(), small()
+    compiled.model.layers[0] = torch.compile(compiled.model.layers[0], backend="eager")
+    batches = batches_of(plain, 4)
+    for model in (plain, compiled):
+        bh.prune(model, bh.Wanda(), batches, sparsity=0.5, match=FEW)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), compiled.parameters(), strict=True))

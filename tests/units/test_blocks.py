@@ -640,3 +640,13 @@ class TestShape:
         other.load_state_dict(model.state_dict())
         ids = tokens()
         assert torch.equal(other(ids).logits, model(ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_a_torchscript_module_inside():
+    """Its tables are no dictionaries of Python's: one that stays as it is neither stops a removal nor its undoing."""
+    model = deep()
+    model.model.layers[0].mlp.act_fn = torch.jit.script(nn.SiLU())
+    bh.prune_units(model, [1], kind="block")
+    assert len(model.model.layers) == model.config.num_hidden_layers == 4
+    model(tokens())

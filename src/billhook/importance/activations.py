@@ -218,14 +218,21 @@ def gram_of(reader: nn.Module, table: Tensor, there: Tensor, width: int) -> Tens
             raise ValueError(
                 f"importance: {reader} reads several places at once, so that what a unit moves is no sum over tokens"
             )
+    read = partial(_product, reader)
     nothing, found = like.new_zeros(1, width, *[1] * places), []
     with torch.autocast(like.device.type, enabled=False):
         step = max(1, AT_ONCE // (table.shape[1] * width))
         for some, held in zip(*(torch.split(one.to(like.device), step) for one in (table, there)), strict=True):
             each = like.new_zeros(some.numel(), width).scatter_(1, some.reshape(-1, 1), 1.0)
-            columns = reader(each.view(-1, *nothing.shape[1:])) - reader(nothing)
+            columns = read(each.view(-1, *nothing.shape[1:])) - read(nothing)
             found.append(_square(columns.float().view(*some.shape, -1) * held[..., None]))
     return torch.cat(found)
+
+
+def _product(reader: nn.Module, given: Tensor) -> Tensor:
+    """Returns what a linear gives; of a router that is one and returns what it has chosen, too, the product alone."""
+    found = reader(given)
+    return found if isinstance(found, Tensor) or not isinstance(reader, nn.Linear) else nn.Linear.forward(reader, given)
 
 
 def window_of(reader: nn.Module) -> Convolution | None:

@@ -3,9 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from billhook.running.overridden import overridden
+from billhook.running.sharded.turns import turns_of
 
 
 def scalar(loss: Tensor) -> Tensor:
@@ -54,3 +60,20 @@ def stream(loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter], u
         for name, parameter in parameters.items():
             hooks.callback(parameter.register_hook(partial(note, name)).remove)  # type: ignore[no-untyped-call]
         torch.autograd.grad(scalar(loss()), list(parameters.values()), allow_unused=True)
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Has layers recompute their activations for gradients, as in training, where checkpointing is on, while they rest.
+
+    Transformers itself does so in training mode alone, in which dropout would act, too. Blocks that ranks share are left out.
+    """
+    with ExitStack() as stack:
+        for part in model.modules() if turns_of(model) is None else ():
+            if isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing:
+                stack.enter_context(overridden(part, forward=partial(_recomputed, part.forward)))
+        yield
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever a layer takes
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)

@@ -1,6 +1,7 @@
 """Scores units by an importance, from batches."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.base import Importance, Sums
+from billhook.importance.gradients import recomputing
 from billhook.model.find import find_transformer
 from billhook.model.values import check_values
 from billhook.running.batches import Loss, Run, run_with_loss
@@ -45,7 +47,7 @@ class Scoring:
         """Sums over batches; of an importance that needs none, over nothing."""
         given = batches if self.importance.needs_data else ()
         turns = apart(self.model, self.reduce) if self.importance.in_turn else all_here(self.model)
-        with resting(self.model), turns:
+        with resting(self.model), turns, recomputing(self.model) if self.importance.needs_gradients else nullcontext():
             runs = [run_of(self.model, self.units, batch, self.loss) for batch in given]
             return self.importance.sums(self.model, self.units, self.per, runs)
 

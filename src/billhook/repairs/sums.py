@@ -32,8 +32,10 @@ def seen(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Linears
     """Runs a model once, without gradients, and records its linears."""
     found = Linears(dict.fromkeys(linears, 0), {})
 
-    def mark(name: str, _: nn.Module, __: object, output: Tensor) -> Tensor:
+    def mark(name: str, _: nn.Module, __: object, output: object) -> object:
         found.calls[name] += 1
+        if not isinstance(output, Tensor):  # a router may be a linear that returns what it has chosen, too
+            return output
         return _Marked.of(output, found.before, linear=name)
 
     with ExitStack() as stack, torch.no_grad():

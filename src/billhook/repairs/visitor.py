@@ -106,7 +106,7 @@ class RepairVisitor:
         """Adds the inputs of a linear, or keeps them until they can be compared with the whole model's."""
         if name in self._before:
             self._inputs.setdefault(name, {})[run] = inputs.detach()
-        elif name in self._kept and name not in self._known:
+        elif name in self._kept and name not in self._known and run < len(self._runs):  # not again of the whole model
             self._add(name, inputs, None, run, None)
 
     def complete(self, site: Site) -> None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from billhook.running.casts import fresh_casts
+from billhook.running.interrupts import uninterrupted
 
 
 @contextmanager
@@ -19,5 +20,6 @@ def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
                 parameter.data = value
             yield
         finally:
-            for (parameter, _), value in zip(pairs, old, strict=True):
-                parameter.data = value
+            with uninterrupted():
+                for (parameter, _), value in zip(pairs, old, strict=True):
+                    parameter.data = value

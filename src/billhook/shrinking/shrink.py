@@ -12,6 +12,7 @@ from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.model.find import find_transformer
+from billhook.model.surgery import undone_by_errors, values_kept
 from billhook.model.values import check_values
 from billhook.pruning.amount import TARGETS, Amount
 from billhook.pruning.widths.rows import RoundTo
@@ -172,8 +173,10 @@ def shrink_begun(
     else:
         found = Found.within(work, fitted, repair, choosing)
     work.compare(searched)
-    apply_in_turn(work.model, found.planned.plans, weights=found.planned.weights)
-    return work.finished(found.planned, found.kept, found.curve, found.tried, found.ratio, found.times)
+    given = [work.model.get_parameter(name) for name in found.planned.weights or {}]
+    with undone_by_errors(work.model), values_kept(given):  # also if what has been cut cannot be measured
+        apply_in_turn(work.model, found.planned.plans, weights=found.planned.weights)
+        return work.finished(found.planned, found.kept, found.curve, found.tried, found.ratio, found.times)
 
 
 def check_library(library: str | Path | None) -> None:

@@ -117,7 +117,8 @@ class Tuning:
         optimizer, steps = self._optimizer(), self._steps(len(tune))
         order = torch.Generator().manual_seed(self.matching.seed)
         queue, looks = list[int](), {steps * look // LOOKS for look in range(1, LOOKS + 1)}
-        with overridden(self.block, forward=partial(type(self.block).forward, self.block)):
+        inner = getattr(self.block, "_orig_mod", self.block)  # of what torch.compile has wrapped
+        with overridden(self.block, forward=partial(type(inner).forward, inner)):
             best, state = self._measured(held_out), self._state()
             for step in range(1, steps + 1):
                 queue = queue or torch.randperm(len(tune), generator=order).tolist()

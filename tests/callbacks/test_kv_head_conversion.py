@@ -236,10 +236,12 @@ def test_events_are_logged(files, tmp_path):
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row.get("params")]
     assert [(int(row["step"]), float(row["params"])) for row in rows] == [
-        (e["step"], e["after"]["params"]) for e in callback.events
+        (0, callback.events[0]["before"]["params"]),
+        (0, callback.events[0]["after"]["params"]),
+        (2, callback.events[1]["after"]["params"]),  # with the third training step
     ]
-    assert float(rows[1]["val_perplexity_after"]) == callback.events[1]["after"]["val_perplexity"]
-    assert float(rows[1]["val_perplexity_before"]) == callback.events[1]["before"]["val_perplexity"]
+    assert float(rows[2]["val_perplexity_after"]) == callback.events[1]["after"]["val_perplexity"]
+    assert float(rows[2]["val_perplexity_before"]) == callback.events[1]["before"]["val_perplexity"]
 
 
 def test_measured_is_what_validation_says(files, tmp_path):

@@ -95,6 +95,10 @@ class Parts:
         if (self._folder / MARK).is_file():
             shutil.rmtree(self._folder, ignore_errors=True)
         self.step, self._done = 0, {}
+        self.release()
+
+    def release(self) -> None:
+        """Lets other processes write, until the next step begins."""
         if self._claim is not None:
             self._claim.release()
 

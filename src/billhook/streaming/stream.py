@@ -192,6 +192,8 @@ class Stream:
             yield
         except BaseException:
             self._back()
+            if self.parts is not None and not self.adopted:  # or the blocks of an earlier step come from there
+                self.parts.release()
             raise
 
     def way_back(self) -> Callable[[], None]:

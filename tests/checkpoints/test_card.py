@@ -79,7 +79,7 @@ def test_what_was_done_what_it_costs_and_how_to_load_it(tmp_path):
         "| --- | ---: | ---: |",
         "| parameters | 1,000 | 800 |",
         "| of them zero | 0 | 12 |",
-        "| forward FLOPs per token, or image | 20 | 20 |",
+        "| FLOPs of a forward pass, per token or image | 20 | 20 |",
         "## What it costs",
     ]
     assert "| a | calibrated on | 25.44 | 31.33 | 1.232 ± 0.010 | 0.200 ± 0.020 |" in body

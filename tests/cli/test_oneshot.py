@@ -108,6 +108,28 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, data, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("sparsity", "note"), [("0.6", "\nsparsity=0.6 gives 0.5"), ("0.5", "")])
+def test_a_sparsity_that_is_rounded_down_is_said(tmp_path, capsys, sparsity, note):
+    main(
+        [
+            "prune",
+            "tiny",
+            str(tmp_path / "out"),
+            "--sparsity",
+            sparsity,
+            "--criterion",
+            "Wanda",
+            "--dry_run",
+            "--data",
+            "tiny",
+            *SHORT,
+        ]
+    )
+    said = capsys.readouterr().out
+    assert (note in said) if note else ("gives" not in said)
+    assert ("the number of weights is rounded down" in said) == bool(note)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

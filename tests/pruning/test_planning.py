@@ -70,6 +70,13 @@ class TestRatios:
         ):
             bh.plan(llama(), RandomUnits(), amount=bh.Amount(channels=0.3, round_to=16))
 
+    def test_a_kernels_multiple_is_named_where_it_leaves_nothing_to_go(self, monkeypatch):
+        monkeypatch.setattr("billhook.pruning.target.width_step", lambda model, units: 16)
+        with pytest.raises(
+            ValueError, match=r"channels=0.25 is not a single .* \(the kernel of the experts takes .* multiples of 16\)"
+        ):
+            bh.plan(llama(), RandomUnits(), channels=0.25)
+
     def test_heads_of_grouped_queries(self):
         plan = bh.plan(llama(), RandomUnits(), heads=0.5)
         assert all(plan.after[name] == (4, 4) for name in ATTENTIONS)

@@ -119,6 +119,15 @@ def broken(kind, value, feature):
     return statistics
 
 
+def test_squares_that_all_underflow_are_refused(kind):
+    statistics = kind(3)
+    statistics.add(torch.full((2, 4, 3), 1e-25), keep=torch.arange(4).lt(3).expand(2, 4))
+    with pytest.raises(ValueError, match=r"inputs are 1e-25 at most, so that their squares underflow in float32"):
+        statistics.check()
+    statistics.add(torch.ones(1, 3))
+    statistics.check()
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
 def test_what_is_not_finite_is_named(kind, value):
     with pytest.raises(ValueError, match=r"NaN, infinite or overflowing inputs in 1 of 3 input features, the first in feature 1"):

@@ -130,7 +130,7 @@ def test_a_budget_is_used_up_and_the_model_timed_beside_the_dense_one(layers, cl
     assert 0.7 - 3e-5 * (LAYERS if layers == "uniform" else 1) / now - 1e-6 < shrunk.times.ratio <= 0.7
     assert shrunk.to_json()["times"] == vars(shrunk.times)
     assert f"of the dense model's {1e3 * now:.4g} ms: writing a token" in shrunk.text()
-    assert any(line.split()[:2] == ["ns", "predicted"] for line in shrunk.text().splitlines())
+    assert any(line.split()[:2] == ["ms", "predicted"] for line in shrunk.text().splitlines())
     assert shrunk.curve[-1].left == round(1e9 * now)
 
 
@@ -228,7 +228,7 @@ def test_a_search_comes_back_up_until_the_budget_is_used(steps, takes, unused, m
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"channel": 0, "head": 0}, r"latency=0.6: [\d,]+ ns cannot be reached; with what may be removed, [\d,]+ to [\d,]+ can"),
+        ({"channel": 0, "head": 0}, r"latency=0.6: [\d.]+ ms cannot be reached; with what may be removed, [\d.]+ to [\d.]+ can"),
         ({"together": 0.3}, r"latency=0.6: a model that should take 0.\d+ of the dense model's time.* was measured at 0.[789]"),
     ],
 )

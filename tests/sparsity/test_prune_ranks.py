@@ -201,3 +201,18 @@ def test_ranks_solve_at_the_same_time_and_divide_the_widest():
     for one in criteria:
         assert one.seen
         assert one.wide == [WIDE, WIDE]  # of two blocks
+
+
+def test_a_reduce_that_returns_nothing_is_refused():
+    model, batches = llama(), [{"input_ids": tokens(2, 32)} for _ in range(2)]
+    plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for call in (
+        lambda **given: bh.prune(model, bh.Wanda(), batches, 0.5, **given),
+        lambda **given: bh.plan(model, bh.OutputNorm(), batches, channels=0.25, **given),
+        lambda **given: bh.score(model, bh.find_units(model, "head"), bh.OutputNorm(), batches, **given),
+        lambda **given: bh.repair(model, plan, batches, **given),
+    ):
+        with pytest.raises(ValueError, match="reduce: it must return the tensor that it has summed, and returned None"):
+            call(reduce=lambda tensor: None)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -175,7 +175,7 @@ def test_a_tensor_that_is_not_there(source):
     del plain["weight_map"]["model.layers.1.mlp.up_proj.weight"]
     index.write_text(json.dumps(plain))
     with pytest.raises(
-        ValueError, match="the files lack 1 tensors of LlamaForCausalLM, such as model.layers.1.mlp.up_proj.weight"
+        ValueError, match="the files lack 1 tensor of LlamaForCausalLM, such as model.layers.1.mlp.up_proj.weight"
     ):
         bh.stream(source)
 

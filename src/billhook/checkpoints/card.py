@@ -21,7 +21,7 @@ SIZES = {
     "params": "parameters",
     "zeros": "of them zero",
     "kv_cache_bytes": "key/value cache, bytes per token",
-    "flops": "forward FLOPs per token, or image",
+    "flops": "FLOPs of a forward pass, per token or image",
 }
 LOSSES = ("source", "inside", "before", "after", "ratio", "ratio_error", "kl", "kl_error")
 READ = "By what was read in the engines' code, in the releases named."

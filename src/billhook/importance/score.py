@@ -15,6 +15,7 @@ from billhook.importance.gradients import recomputing
 from billhook.model.find import find_transformer
 from billhook.model.values import check_values
 from billhook.running.batches import Loss, Run, run_with_loss
+from billhook.running.ranks import checked
 from billhook.running.undisturbed import resting
 from billhook.running.walk import Reduce
 from billhook.streaming.either import all_here, apart
@@ -118,7 +119,7 @@ def score(
     """
     annotated(score, locals())
     subject = find_transformer(model)
-    scoring = Scoring(subject, units, importance, loss, normalize, per, reduce)
+    scoring = Scoring(subject, units, importance, loss, normalize, per, checked(reduce))
     return scoring.scores(scoring.sums(batches_of(batches, subject) if importance.needs_data else ()))
 
 

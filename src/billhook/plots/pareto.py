@@ -12,7 +12,7 @@ LABELS = {
     "params": "parameters",
     "bytes": "bytes of parameters",
     "kv_cache_bytes": "bytes of key/value cache per token",
-    "latency": "nanoseconds of the workload",
+    "latency": "milliseconds of the workload",
 }
 MARKERS = "sD^"
 
@@ -33,19 +33,22 @@ def pareto(shrunk: Shrunk) -> Picture:
     annotated(pareto, locals())
     figure = Picture(figsize=(6, 4), dpi=150, layout="constrained")
     axes: Axes = figure.subplots()
-    left = [one.left for one in shrunk.curve]
+    unit = 1e6 if shrunk.target == "latency" else 1
+    left = [one.left / unit for one in shrunk.curve]
     measured = [one.measured for one in shrunk.curve]
     axes.plot(left, measured, "o-", color=BLUE, linewidth=1.4, markersize=4, label="refitted module by module")
     predicted = [one.predicted for one in shrunk.curve]
     axes.plot(left, predicted, "--", color="0.5", linewidth=1, label="sum of what modules lose alone")
     for (name, point), marker in zip(shrunk.alone.items(), MARKERS, strict=False):
-        axes.plot(*point, marker, color="#7d6608", markersize=6, fillstyle="none", label=f"only {name} removed")
+        axes.plot(
+            point[0] / unit, point[1], marker, color="#7d6608", markersize=6, fillstyle="none", label=f"only {name} removed"
+        )
     dense = [one for one in shrunk.curve if one.kept == {name: before for name, (before, _) in shrunk.kept.items()}]
     for one in dense[-1:]:
-        axes.plot(one.left, one.measured, "o", color="black", markersize=6, label="dense model")
+        axes.plot(one.left / unit, one.measured, "o", color="black", markersize=6, label="dense model")
     if shrunk.ratio is None:
-        axes.axvline(shrunk.limit, color=RED, linestyle=":", linewidth=1, label="budget", zorder=1)
-    axes.plot(shrunk.left, mean_of(shrunk.measured), "*", color=RED, markersize=12, label="chosen, repaired as a whole")
+        axes.axvline(shrunk.limit / unit, color=RED, linestyle=":", linewidth=1, label="budget", zorder=1)
+    axes.plot(shrunk.left / unit, mean_of(shrunk.measured), "*", color=RED, markersize=12, label="chosen, repaired as a whole")
     axes.set(xlabel=f"{LABELS.get(shrunk.target, shrunk.target)} left", ylim=(0, None))
     axes.set_ylabel("KL divergence from the dense model, nats")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))

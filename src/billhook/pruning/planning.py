@@ -30,6 +30,7 @@ from billhook.pruning.removal import tried
 from billhook.pruning.streamed import check_kinds
 from billhook.pruning.target import Search
 from billhook.running.batches import Loss
+from billhook.running.ranks import checked
 from billhook.running.walk import Reduce
 from billhook.streaming.stream import stream_of
 from billhook.tracing.trace import trace
@@ -104,7 +105,7 @@ def plan(
         raise ValueError(f"amount and {twice[0]}: give one of them; an Amount has the other as its own argument")
     amount = amount or Amount(heads, kv_heads, channels, residual, experts, blocks, params)
     enough = batches.enough if isinstance(batches, Calibration) else None
-    return plan_amount(model, amount, importance, batches, enough, scores, greedy, loss, reduce)
+    return plan_amount(model, amount, importance, batches, enough, scores, greedy, loss, checked(reduce))
 
 
 def plan_amount(

@@ -22,6 +22,7 @@ from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair, repair_linears
 from billhook.repairs.visitor import Given
 from billhook.running.batches import Run, run_with_loss
+from billhook.running.ranks import checked
 from billhook.running.walk import Reduce
 from billhook.streaming.stream import stream_of
 from billhook.tracing.trace import trace
@@ -90,7 +91,7 @@ def repair(
         >>> bh.apply(model, plan, weights=weights)
     """
     annotated(repair, locals())
-    return repair_with(model, _units(plan), batches, how, reduce, progress=progress)
+    return repair_with(model, _units(plan), batches, how, checked(reduce), progress=progress)
 
 
 def _units(plan: Plan) -> UnitPlan:

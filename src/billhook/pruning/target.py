@@ -63,7 +63,9 @@ class Search:
         if not found.units:
             ratios = ", ".join(f"{name}={ratio:g}" for name, ratio in self._ratios.items())
             rounded = "" if self.amount.round_to in ("auto", 1) else f" (round_to={self.amount.round_to})"
-            raise ValueError(f"{ratios}{rounded} is not a single unit of a place, so that nothing would be removed")
+            step = max(self._steps.values(), default=1)
+            kernel = "" if step == 1 else f" (the kernel of the experts takes channels in multiples of {step})"
+            raise ValueError(f"{ratios}{rounded} is not a single unit of a place{kernel}, so that nothing would be removed")
         return found
 
     def step(self, place: str) -> int:

@@ -29,6 +29,25 @@ class Ranks:
         return self.add(tensor)
 
 
+def checked(reduce: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor] | None:
+    """Has a function that sums over ranks refused as soon as it does not return what it has summed.
+
+    >>> checked(lambda tensor: None)(torch.ones(1))
+    Traceback (most recent call last):
+    ValueError: reduce: it must return the tensor that it has summed, and returned None
+    """
+    if reduce is None or isinstance(reduce, Ranks):
+        return reduce
+
+    def summed(tensor: Tensor) -> Tensor:
+        found = reduce(tensor)
+        if not isinstance(found, Tensor):
+            raise ValueError(f"reduce: it must return the tensor that it has summed, and returned {found!r}")
+        return found
+
+    return summed
+
+
 def own_of(costs: Sequence[float], reduce: Callable[[Tensor], Tensor] | None) -> list[bool]:
     """Picks this rank's pieces of work, so that no rank has much more than others; all, if ranks are not known.
 

@@ -43,6 +43,7 @@ class Statistics(ABC):
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.in_features = in_features
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._largest: Tensor | None = None  # of the first inputs: it tells zeros from squares that underflow
 
     def settle(self) -> None:
         """Checks the sums a last time: nothing is added from now on, so `check` has nothing to ask the device for."""
@@ -63,6 +64,8 @@ class Statistics(ABC):
                 f"got {keep.dtype} of shape {list(keep.shape)}"
             )
         if inputs.numel():
+            if self._largest is None:
+                self._largest = (inputs if keep is None else inputs.masked_fill(~keep.unsqueeze(-1), 0)).abs().max()
             self._add(self._chunks(inputs.reshape(-1, self.in_features), None if keep is None else keep.reshape(-1, 1)))
         self.tokens += inputs.shape[:-1].numel() if keep is None else keep.sum()
 
@@ -86,14 +89,21 @@ class Statistics(ABC):
             these += those.to(these.device)
 
     def check(self) -> None:
-        """Refuses sums to which no token was added, or of which one is NaN or infinite."""
+        """Refuses sums to which no token was added, of which one is NaN or infinite, or all underflow."""
         if self.settled:
             return
         finite = torch.isfinite(self.squares)
-        if finite.all() & (self.tokens > 0):  # one question to the device
+        fine = finite.all() & (self.tokens > 0)
+        if self._largest is not None:
+            fine &= self.squares.any() | (self._largest == 0).to(fine.device)
+        if fine:  # one question to the device
             return
         if not self.tokens:
             raise ValueError("no inputs were seen: the layer did not run, or every token was padding")
+        if finite.all() and self._largest is not None:
+            raise ValueError(
+                f"inputs are {float(self._largest):.1g} at most, so that their squares underflow in float32: scale them up"
+            )
         bad = (~finite).nonzero()
         raise ValueError(
             f"NaN, infinite or overflowing inputs in {len(bad)} of {self.in_features} input features, "

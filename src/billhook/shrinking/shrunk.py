@@ -12,8 +12,6 @@ from billhook.pruning.plan import UnitPlan
 from billhook.report.table import aligned
 
 CURVE = "KL to the dense model by size:"
-UNITS = {"latency": "ns"}
-"""What a target is counted in, where its name does not say it."""
 
 
 @dataclass(frozen=True)
@@ -153,17 +151,28 @@ class Shrunk(Shown):
         return [*blocks, *([f"the hidden size stays: {self.hidden_stays}"] if self.hidden_stays else [])]
 
     def _head(self) -> list[str]:
-        return [UNITS.get(self.target, self.target), "predicted", "put together"]
+        return ["ms" if self.target == "latency" else self.target, "predicted", "put together"]
 
     def _rows(self) -> list[list[str]]:
         """Returns the cells of other sizes."""
-        return [[f"{one.left:,}", f"{one.predicted:.4f}", f"{one.measured:.4f}"] for one in self.curve]
+        return [[in_words(self.target, one.left), f"{one.predicted:.4f}", f"{one.measured:.4f}"] for one in self.curve]
 
     def _notes(self) -> list[str]:
         """Says what is lost without units of one kind alone, and with the chosen size."""
         found = ", ".join(f"{value:.4f}{f' on {source}' if source else ''}" for source, value in self.measured.items())
         told = "" if self.ratio is None else f"; perplexity {self.ratio:.4f} times the dense model's"
-        alone = [f"only {name} removed, {left:,} left: {lost:.4f}" for name, (left, lost) in self.alone.items()]
+        alone = [
+            f"only {name} removed, {in_words(self.target, left)} left: {lost:.4f}" for name, (left, lost) in self.alone.items()
+        ]
         timed = [] if self.times is None else [f"measured: {self.times}"]
         left = [self.not_refitted] if self.not_refitted else []
         return [*alone, f"of the chosen, repaired as a whole: {found}{told}", *left, *timed]
+
+
+def in_words(target: str, number: int) -> str:
+    """Writes what is left of a target: nanoseconds as milliseconds.
+
+    >>> in_words("latency", 1_500_000), in_words("params", 1_500_000)
+    ('1.5', '1,500,000')
+    """
+    return f"{number / 1e6:.4g}" if target == "latency" else f"{number:,}"

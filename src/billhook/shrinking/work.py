@@ -27,7 +27,7 @@ from billhook.shrinking.library import Library, key_of
 from billhook.shrinking.merging.merging import Merging, find_merging
 from billhook.shrinking.places.pairs import query_scores
 from billhook.shrinking.search import evolve
-from billhook.shrinking.shrunk import UNITS, Choice, Shrunk, Times
+from billhook.shrinking.shrunk import Choice, Shrunk, Times, in_words
 from billhook.shrinking.spaces.blocks import Block, Blocks, find_blocks
 from billhook.shrinking.spaces.finalists import finalists, kinds_cut
 from billhook.shrinking.spaces.fitting import coarser, filled_up, just_met
@@ -102,9 +102,10 @@ class Work:
         """Divides places into levels; refuses a budget that none of them reach."""
         self.levels = {place.name: place.levels() for place in self.places}
         if self.least > self.limit:
-            limit = f"{self.limit:,} {UNITS.get(self.target, '')}".strip()
+            limit, least, now = (in_words(self.target, one) for one in (self.limit, self.least, self.now))
+            limit += " ms" * (self.target == "latency")
             raise ValueError(
-                f"{self.target}={asked}: {limit} cannot be reached; with what may be removed, {self.least:,} to {self.now:,} can"
+                f"{self.target}={asked}: {limit} cannot be reached; with what may be removed, {least} to {now} can"
                 f"{as_percentage(asked)}"
             )
         for name, kept in (just_met(self.widths[0], self.levels, self.limit) if self.uniform else {}).items():

@@ -12,6 +12,7 @@ from billhook.calibration.calibration import Batches
 from billhook.model.convolutions import Convolutions
 from billhook.model.linears import weight_of
 from billhook.model.values import check_changeable
+from billhook.running.ranks import checked
 from billhook.running.sharded.shards import is_sharded, reshard
 from billhook.running.sites import Sequential
 from billhook.running.walk import Reduce
@@ -123,6 +124,7 @@ def prune(
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
     check_changeable(model)
     reshard(model)
+    reduce = checked(reduce)
     if permute:
         check_permute(pattern, dry_run, stream_of(model) is not None, reduce)
         check_permutable(model)

@@ -89,7 +89,7 @@ def inspect(model: str, group: str | None = None, json: bool = False, stream: bo
     if group in (None, "heads"):
         lines.append(labelled("converted", converted["says"]))
     if group is None:
-        lines += ["", *(labelled("served" if not i else "", f"{who:<13}{text}") for i, (who, text) in enumerate(told(served)))]
+        lines += ["", *(labelled("served" if not i else "", f"{who:<12} {text}") for i, (who, text) in enumerate(told(served)))]
     if streamed is not None:
         lines += ["", labelled("streamed", streamed.text())]
     if lines:

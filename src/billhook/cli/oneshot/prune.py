@@ -15,6 +15,9 @@ from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.orders.permute import check_permute
 from billhook.sparsity.prune import prune as prune_weights
 
+LESS = 5e-5
+"""How much less than was asked for is said to be less."""
+
 
 def prune(
     model: str,
@@ -99,14 +102,16 @@ def prune(
             permute=permute,
             dry_run=dry_run,
         )
+    fewer = amount - plan.sparsity >= LESS
+    note = f"sparsity={amount:g} gives {plan.sparsity:.4f}: the number of weights is rounded down" if fewer else None
     if dry_run:
-        work.tell_dry(plan.text())
+        work.tell_dry("\n".join(filter(None, [plan.text(), note])))
         return
     done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": sequential}
     done |= {"match": str(match)} if match else {}
     done |= {"permute": True} if permute else {}
     what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linears"
-    work.save(before, what, {"pruned": done}, plan.text())
+    work.save(before, what, {"pruned": done}, plan.text(), note)
 
 
 def _passes(criterion: Criterion, allocation: Allocation | None) -> int:

@@ -151,7 +151,8 @@ def load_on_meta(
     )
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], found)
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"'{name}': the files lack {len(missing)} tensors of {kind.__name__}, such as {missing[0]}")
+        count = f"{len(missing)} tensor{'s' * (len(missing) > 1)}"
+        raise ValueError(f"'{name}': the files lack {count} of {kind.__name__}, such as {missing[0]}")
     if shape is not None:
         setattr(model.config, KEY, to_entry(shape))
         _finish(model, kind, shape)

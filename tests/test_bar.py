@@ -79,3 +79,25 @@ def test_the_first_step_says_how_long_all_take_if_none_was_told_before_it(stderr
     assert "1/30 blocks left: " in shown
     assert "peak 4.0 GiB" in shown
     assert "pruning: about 2 min for 30 blocks" in shown
+
+
+def test_steps_that_are_not_alike_say_what_is_done_and_no_time(stderr):
+    of, clock = stderr
+    out, phase = of(terminal=False), ["scoring"]
+    with bar("shrinking", "steps", lambda: phase[-1], alike=False) as told:
+        told(0, 10)
+        for done in range(1, 8):
+            clock[0] += 40.0
+            phase.append("searching" if done > 4 else "scoring")
+            told(done, 10)
+    lines = out.getvalue().splitlines()
+    assert lines == [
+        "shrinking: 2 of 10 steps, scoring",
+        "shrinking: 4 of 10 steps, scoring",
+        "shrinking: 6 of 10 steps, searching",
+    ]
+    out = of(terminal=True)
+    with bar("shrinking", "steps", lambda: phase[-1], alike=False) as told:
+        told(0, 175)
+    assert "0/175 steps" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert "left:" not in out.getvalue()

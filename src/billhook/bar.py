@@ -19,7 +19,7 @@ LONG, EVERY = 20.0, 60.0
 
 
 @contextmanager
-def bar(what: str, of: str = "", beside: Callable[[], str] | None = None) -> Iterator[Told]:
+def bar(what: str, of: str = "", beside: Callable[[], str] | None = None, alike: bool = True) -> Iterator[Told]:
     """Shows a bar on stderr until the end of a `with` block, if stderr is a terminal or a notebook.
 
     Once a few steps have been measured, a line, which stays, says how long all of them take, if that is long. Where no bar can be
@@ -29,15 +29,17 @@ def bar(what: str, of: str = "", beside: Callable[[], str] | None = None) -> Ite
         what: What is done, as in "scoring".
         of: What is counted, as in "batches"; empty where nothing is, and the bar only moves.
         beside: Returns what is shown at its end whenever something is done.
+        alike: Whether steps take about as long as each other; otherwise it is not said how long the rest takes.
 
     Yields:
         A function to call with how much is done, and of how much.
     """
     console = Console(stderr=True)
-    counts = (MofNCompleteColumn(), of, TextColumn("left:"), TimeRemainingColumn()) if of else ()
+    left = (TextColumn("left:"), TimeRemainingColumn()) if alike else ()
+    counts = (MofNCompleteColumn(), of, *left) if of else ()
     columns = (what, BarColumn(), *counts, TimeElapsedColumn(), TextColumn("{task.fields[beside]}"))
     shown = Progress(*columns, console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))
-    pace = _Pace(what, of, console, lines=shown.disable)
+    pace = _Pace(what, of, console, shown.disable, alike, beside)
     with shown:
         task = shown.add_task("", total=None, beside="")
 
@@ -51,10 +53,12 @@ def bar(what: str, of: str = "", beside: Callable[[], str] | None = None) -> Ite
 class _Pace:
     """Measures the first steps, and says once how long all take; with `lines`, each minute, how far it is."""
 
-    def __init__(self, what: str, of: str, console: Console, lines: bool) -> None:
-        self.what, self.of, self.console, self.lines = what, of, console, lines
-        self.calls, self.said = 0, False
-        self.first, self.due = (0, 0.0), 0.0
+    def __init__(
+        self, what: str, of: str, console: Console, lines: bool, alike: bool = True, beside: Callable[[], str] | None = None
+    ) -> None:
+        self.what, self.of, self.console, self.lines, self.alike, self.beside = what, of, console, lines, alike, beside
+        self.calls, self.said = 0, not alike
+        self.first, self.due = (0, 0.0), time.monotonic() + EVERY
 
     def see(self, done: int, total: int) -> None:
         """Notes how many steps are done."""
@@ -64,8 +68,9 @@ class _Pace:
         begun, then = self.first
         if self.lines and self.said and now >= self.due and begun < done < total:
             self.due = now + EVERY
-            left = (now - then) / (done - begun) * (total - done)
-            self.console.print(f"{self.what}: {done:,} of {total:,} {self.of}, about {lasting(left)} left", highlight=False)
+            left = f"about {lasting((now - then) / (done - begun) * (total - done))} left" if self.alike else ""
+            words = [f"{self.what}: {done:,} of {total:,} {self.of}", left, self.beside() if self.beside is not None else ""]
+            self.console.print(", ".join(filter(None, words)), highlight=False)
         if self.said or self.calls < (FIRST if begun else 2) or done - begun < max(SHARE * total, 1):
             return
         self.said, self.due = True, now + EVERY

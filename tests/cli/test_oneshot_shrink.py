@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -29,8 +30,14 @@ def small(tmp_path_factory):
     return small_llama(tmp_path_factory.mktemp("small"))
 
 
-def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys):
-    picture = tmp_path / "curve.png"
+def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys, monkeypatch):
+    picture, shown = tmp_path / "curve.png", list[tuple[int, int, str]]()
+
+    @contextmanager
+    def noted(what, of="", beside=None, alike=True):
+        yield lambda done, total: shown.append((done, total, beside())) if what == "shrinking" else None
+
+    monkeypatch.setattr("billhook.cli.oneshot.shrink.bar", noted)
     main(["shrink", str(small), str(tmp_path / "out"), "--params", "0.95", "--plot", str(picture), *SHORT, *option(files)])
     record = record_of(tmp_path / "out")
     dense = bh.load(small)
@@ -49,6 +56,10 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys):
     assert record["damage"]
     assert f"- without {plan.words}: {record['shrink']['left']:,} params left" in (tmp_path / "out" / "README.md").read_text()
     assert record["shrink"]["layers"] == "uniform"
+    assert shown[0] == (0, shown[0][1], "scoring")  # how many there are is known from the start
+    assert shown[0][1] > 0
+    phases = list(dict.fromkeys(phase for *_, phase in shown))
+    assert [one.split()[0] for one in phases] == ["scoring", "refitting", "measuring", "searching", "repairing", "comparing"]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ class Work:
         hidden: The hidden sizes that the model could have.
         progress: Called with how many steps are done, and of how many at most.
         reused: Called with how many variants a library on disk holds from an earlier search.
+        entered: Called with what is done from now on, in words.
         steps: How many there are at most.
         done: How many are done.
         known: What has been measured, by how many units are kept.
@@ -78,6 +79,7 @@ class Work:
     levels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     progress: Callable[[int, int], None] | None = None
     reused: Callable[[int], None] | None = None
+    entered: Callable[[str], None] | None = None
     steps: int = 0
     done: int = 0
     known: dict[frozenset[tuple[str, int]], float] = field(default_factory=dict)
@@ -147,6 +149,7 @@ class Work:
         folder: Path | None = None,
     ) -> None:
         """Scores units, makes the variants, in a folder or in memory, and measures what they cost the model."""
+        self.enter("scoring")
         self.divergence = Divergence(self.model, runs_of(self.model, held_out))
         units = self.search.units
         own = {name: units[name] for place in self.places for name in place.names}
@@ -160,7 +163,9 @@ class Work:
         self.library = Library(self.model, own_folder, self.blocks.writers)
         if self.reused is not None:
             self.reused(len(self.library.errors))
+        self.enter("refitting variants of places")
         fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair, self.advance)
+        self.enter("measuring what they lose")
         self.losses = {place.name: self._damages(place) for place in self.places}
         self._merge(fitted, repair)
         self.losses |= {block.name: [0.0, self._damage_without(block)] for block in self.blocks.able}
@@ -173,6 +178,7 @@ class Work:
 
         Where layers stay alike there may be several choices, the best first, of which repair is to tell which one it is.
         """
+        self.enter("searching")
         ranked = sorted(self.blocks.able, key=lambda block: self.losses[block.name][-1])
         start = starts(self.spaces, self.limit, ranked)
         if self.uniform:
@@ -194,6 +200,7 @@ class Work:
 
     def compare(self, fitted: Sequence[Any]) -> None:
         """Measures what would be lost within the budget without one kind of unit alone; variants are let go of after that."""
+        self.enter("comparing with one kind of unit")
         slots = self._slots(self.places)
         whole = cost(slots, (0,) * len(slots))
         for kind, levels in self._of_one_kind(slots).items():
@@ -212,6 +219,8 @@ class Work:
 
     def planned(self, fitted: Sequence[Any], repair: Repair | None, kept: Mapping[str, int]) -> Planned:
         """Plans what was chosen, and repairs it from front to back; the model stays as it is."""
+        if repair is not None:
+            self.enter("repairing what was chosen")
         blocks, cut = self.blocks.gone(kept), dict(kept)
         for group in groups(self.places, self.uniform):  # what goes with its block has no number, or one with those that stay
             number = max(kept[place.name] for place in group) or group[0].count
@@ -297,6 +306,13 @@ class Work:
     def _damage_without(self, block: Block) -> float:
         self.advance()
         return damage_without(self.library, self.divergence, block.name)
+
+    def enter(self, what: str) -> None:
+        """Says what is done from now on, beside how many steps are done."""
+        if self.entered is not None:
+            self.entered(what)
+        if self.progress is not None:
+            self.progress(min(self.done, self.steps), self.steps)
 
     def advance(self) -> None:
         """Counts a step as done."""

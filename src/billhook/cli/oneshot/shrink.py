@@ -128,8 +128,9 @@ def shrink(
     kept.begin()
     batches = work.batches()
     parts, before = parts_of(begun, batches, repair), work.measure()
-    with bar("shrinking", "steps") as progress:
-        begun.progress, begun.reused, scored = progress, kept.tell, importance or OBS()
+    phases = [""]
+    with bar("shrinking", "steps", lambda: phases[-1], alike=False) as progress:
+        begun.progress, begun.entered, begun.reused, scored = progress, phases.append, kept.tell, importance or OBS()
         shrunk = shrink_begun(begun, *parts, max_loss, clock, scored, repair, generations, candidates, kept.folder, given.seed)
     how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}
     what = f"{shrunk.what}: {shrunk.budget}"

@@ -4,6 +4,10 @@ import pytest
 import torch
 
 import billhook as bh
+from billhook.importance import obs
+from billhook.importance.enough import score_enough
+from billhook.importance.moments import moments_over
+from billhook.importance.score import Scoring
 from billhook.units.find import find_units
 from kit.families import build, tokens
 from kit.shaped import bert
@@ -51,6 +55,27 @@ def test_it_is_what_least_squares_leaves(name, per, passes):
         index = one.positions(per) if one.kind == "head" else one.positions()
         expected = [lost(weight, x, [i for i, u in enumerate(index) if u == unit], 0.02) for unit in range(max(index) + 1)]
         torch.testing.assert_close(found[place].double(), torch.tensor(expected).double().sqrt(), rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("enough", [None, 0.999])
+def test_no_more_is_held_than_memory_allows_and_the_scores_are_the_same(monkeypatch, enough):
+    """Of all readers at once, which it would be with one pass, where only one's fit; dropout is off in each pass."""
+    model = build("llama").train()
+    units, batches, held = find_units(model, ["head", "channel"]), [{"input_ids": tokens(2, 9)} for _ in range(4)], []
+    scoring = Scoring(model, units, bh.OBS(), per="kv_head")
+
+    def scores():
+        return score_enough(scoring, batches, lambda scores: {name: [int(one.argmin())] for name, one in scores.items()}, enough)[
+            0
+        ]
+
+    once = scores()
+    monkeypatch.setattr(obs, "spare", lambda _: 1)
+    monkeypatch.setattr(obs, "moments_over", lambda *given: held.append(moments_over(*given)) or held[-1])
+    many = scores()
+    assert all(torch.equal(many[name], once[name]) for name in units)
+    assert len(held) % len(units) == 0
+    assert [len(one) for one in held] == [1] * len(held)
 
 
 def test_a_unit_that_others_can_make_up_for_is_worth_nothing():

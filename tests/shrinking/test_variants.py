@@ -10,6 +10,7 @@ import billhook as bh
 from billhook.importance.score import run_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
+from billhook.repairs.triangle import Triangle
 from billhook.running.batches import Batch, runs_of
 from billhook.shrinking import variants as module
 from billhook.shrinking.damages import damages, groups, make_slots, probes
@@ -114,12 +115,23 @@ def test_without_repair_units_are_only_cut():
     assert torch.equal(own, expected)
 
 
-def test_several_passes_find_the_same(monkeypatch):
-    model, batches = llama(), texts()
+def test_as_many_passes_as_memory_asks_for_find_the_same(monkeypatch):
+    model, batches, calls = llama(), texts(), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
     once = Made(model, batches)
-    monkeypatch.setattr(module, "BYTES", 1)
-    many = Made(model, batches)
-    assert many.library.errors == once.library.errors
+    number = len(calls)
+    monkeypatch.setattr(module, "spare", lambda _: 2 * 2 * Triangle.bytes_of(48))
+    some = Made(model, batches)
+    assert len(calls) == 2 * number + len(batches), "of channels there are two places, whose moments fit together"
+    monkeypatch.setattr(module, "spare", lambda _: 1)
+    each = Made(model, batches)
+    assert len(calls) == 3 * number + len(batches) * len(once.places), "each place has a pass of its own"
+    assert once.library.errors == some.library.errors == each.library.errors
+
+
+@pytest.mark.parametrize("size", [0, 5, 1024, 2500])
+def test_moments_are_reckoned_as_large_as_they_are(size):
+    assert Triangle.bytes_of(size) == sum(panel.nbytes for panel in Triangle(size, "meta").panels)
 
 
 def test_damage_is_that_of_a_model_cut_and_refitted_in_one_place():

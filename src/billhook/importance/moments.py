@@ -8,10 +8,12 @@ from torch import Tensor, nn
 
 from billhook.importance.activations import watch
 from billhook.importance.base import Sums
+from billhook.importance.probes import reading
 from billhook.running.batches import Run
 from billhook.running.sharded.passes import passing
 from billhook.running.sharded.turns import turns_of
 from billhook.running.statistics import InputMoments
+from billhook.running.undisturbed import resting
 from billhook.streaming.stream import stream_of
 from billhook.units.units import Units
 
@@ -28,6 +30,29 @@ def moments_of(model: nn.Module, units: Mapping[str, Units], runs: Sequence[Run]
 
     watch(model, units, runs, note)
     return moments
+
+
+def moments_over(model: nn.Module, units: Mapping[str, Units], groups: Sequence[Sequence[Run]]) -> Moments:
+    """Gathers the moments of groups of runs apart, and adds them up in order, as where they are kept and merged."""
+    moments = Moments()
+    with resting(model):
+        for runs in groups:
+            for key, others in moments_of(model, units, runs).items():
+                _merge(moments, key, others)
+    return moments
+
+
+def shares_of(model: nn.Module, units: Mapping[str, Units], most: int) -> list[dict[str, Units]]:
+    """Divides places into shares whose moments take at most so many bytes, with those of other batches to be added to them."""
+    shares, used = [dict[str, Units]()], 0
+    for name, one in units.items():
+        size = 8 * sum(len(one.index) ** 2 for _ in reading(model, one))
+        if shares[-1] and used + size > most:
+            shares.append({})
+            used = 0
+        shares[-1][name] = one
+        used += size
+    return shares
 
 
 def moments_in_turn(

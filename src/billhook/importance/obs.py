@@ -8,6 +8,7 @@ Inference-Aware Structured Pruning of Language Models" (Kurtic, Frantar & Alista
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from billhook.arguments import annotated, number, whole
 from billhook.importance.activations import gram_of, table_of
 from billhook.importance.base import Importance, Sums
-from billhook.importance.moments import Again, Moments, comes_in_turn, moments_in_turn, moments_of
+from billhook.importance.moments import Again, Moments, comes_in_turn, moments_in_turn, moments_of, moments_over, shares_of
 from billhook.importance.probes import check_read
 from billhook.running.batches import Run
 from billhook.running.float64 import float64_device
+from billhook.running.sharded.turns import turns_of
+from billhook.running.spare import spare
 from billhook.streaming.either import bring
 from billhook.units.units import Per, Units
 
@@ -36,12 +39,14 @@ class OBS(Importance):
     Costs: a forward for each batch and pass; memory for a float32 matrix `[in_features, in_features]` of each reader of a pass,
     and one in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds. Where more and more
     batches are taken (`Calibration(enough=...)`), there are twice as many matrices; with several passes each step begins again.
+    With `passes=1` there are as many passes as are needed for matrices that take a quarter of the free memory, or 2 GiB.
     Of a model that is streamed there are matrices of one block at a time, in one pass, and each step begins again; so there are
     of one that is sharded, in a search by `Shrink`.
 
     Args:
         damping: Share of the mean of H's diagonal that is added to it.
-        passes: In how many passes over the batches, each for its share of the readers: the more, the less memory.
+        passes: In how many passes over the batches, each for its share of the readers: the more, the less memory. With 1 there
+            is one pass if memory allows.
 
     Raises:
         ValueError: If an argument is not legal; when it runs, if nothing reads the units alone.
@@ -76,6 +81,10 @@ class OBS(Importance):
             return Again(**vars(find([runs])), groups=[runs], find=find)
         found = partial(self._found, model, units, per)
         if self.adds_up:
+            shares = shares_of(model, units, spare(_device(model)))
+            if len(shares) > 1 and turns_of(model) is None:
+                again = partial(self._over, model, units, per, shares)
+                return Again(**vars(again([runs])), groups=[runs], find=again)
             moments = moments_of(model, units, runs)
             return _Errors(**vars(found(moments)), moments=moments, find=found)
         sums, names = Sums.zero(units, per), list(units)
@@ -87,6 +96,20 @@ class OBS(Importance):
         """Finds the errors that follow from moments."""
         sums = Sums.zero(units, per)
         self._add(sums, model, units, per, moments)
+        return sums
+
+    def _over(
+        self,
+        model: nn.Module,
+        units: Mapping[str, Units],
+        per: Per,
+        shares: Sequence[Mapping[str, Units]],
+        groups: Sequence[Sequence[Run]],
+    ) -> Sums:
+        """Finds the errors of one share of the places after the other, each with a pass over all batches."""
+        sums = Sums.zero(units, per)
+        for own in shares:
+            self._add(sums, model, units, per, moments_over(model, own, groups))
         return sums
 
     def _in_turn(self, model: nn.Module, units: Mapping[str, Units], per: Per, groups: Sequence[Sequence[Run]]) -> Sums:
@@ -106,6 +129,10 @@ class OBS(Importance):
     def of_mean(self, mean: Tensor) -> Tensor:
         """Returns the scores of a place; see `Importance.of_mean`."""
         return mean.clamp(min=0).sqrt()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(chain(model.parameters(), model.buffers())).device
 
 
 def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor, damping: float) -> Tensor:

@@ -23,16 +23,15 @@ from billhook.repairs.enough import check_tokens
 from billhook.repairs.least_squares import choose_ridge, solve_ridge
 from billhook.repairs.moments import OwedMoments, SecondMoments, folds_of
 from billhook.repairs.repair import Repair
+from billhook.repairs.triangle import Triangle
 from billhook.running.batches import Run
 from billhook.running.float64 import float64_device
+from billhook.running.spare import spare
 from billhook.running.undisturbed import undisturbed
 from billhook.shrinking.levels import Place, any_gone
 from billhook.shrinking.library import Library
 from billhook.streaming.either import bring
 from billhook.units.units import Units
-
-BYTES = 2**31
-"""How much the second moments take that are held at a time; there are as many passes over the batches as that needs."""
 
 Moments = dict[str, list[OwedMoments]]
 """By linear, the moments of its inputs of each part of the batches."""
@@ -69,9 +68,9 @@ def fill_library(
 
     def size(place: Place) -> int:
         widths = [matrix_of(model.get_submodule(name))[0].shape[1] for name in _linears(place, units)]
-        return sum(8 * (max(parts) + 1) * width**2 for width in widths)
+        return sum((max(parts) + 1) * Triangle.bytes_of(width) for width in widths)
 
-    for some in passes(places, size):
+    for some in passes(places, size, spare(float64_device(model.device))):
         own = {name: units[name] for place in some for name in place.names}
         moments = _moments(model, own, runs, parts)
         for place in some:
@@ -194,16 +193,17 @@ def _linears(place: Place, units: Mapping[str, Units]) -> list[str]:
     return list(dict.fromkeys(reader for name in place.names for reader in units[name].readers))
 
 
-def passes(places: Sequence[Place], size: Callable[[Place], int]) -> Iterator[list[Place]]:
-    """Yields places whose moments fit into memory together.
+def passes(places: Sequence[Place], size: Callable[[Place], int], most: int) -> Iterator[list[Place]]:
+    """Yields places whose moments fit into memory together: for each of these there is a pass over the batches.
 
     Args:
         places: The places.
         size: Returns how many bytes the moments of a place take.
+        most: How many bytes there may be at a time.
     """
     some, used = list[Place](), 0
     for place in places:
-        if some and used + size(place) > BYTES:
+        if some and used + size(place) > most:
             yield some
             some, used = [], 0
         some, used = [*some, place], used + size(place)

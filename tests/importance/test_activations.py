@@ -8,6 +8,7 @@ import billhook as bh
 from billhook.importance.probes import by_unit
 from kit.families import build, llama, tokens
 from kit.losses import LOUD, own_loss
+from kit.syncs import Syncs
 
 LAST = {
     "llama": "model.layers.{}.mlp.down_proj",
@@ -232,3 +233,15 @@ def test_heads_that_a_convolution_reads():
     model.transformer.encoder.layers[0].post_attention.conv1d = torch.nn.Conv1d(32, 32, 3, padding=1, groups=4)
     with pytest.raises(ValueError, match="reads several places at once, so that"):
         bh.score(model, units, bh.OutputNorm(), [batch])
+
+
+@pytest.mark.parametrize("importance", [bh.ActivationNorm(), bh.OutputNorm()], ids=str)
+def test_a_reader_brings_its_sums_to_the_host_once(importance):
+    model, found = build("llama"), []
+    units = bh.find_units(model, "channel")
+    for number in (1, 4):
+        with Syncs() as syncs:
+            bh.score(model, units, importance, [{"input_ids": tokens(2, 9)} for _ in range(number)])
+        found.append({place.partition(":")[0]: many for place, many in syncs.places.items() if place.startswith("importance/")})
+    assert found[0]["importance/base.py"] == found[1]["importance/base.py"] == len(units)
+    assert found[0].get("importance/activations.py") == found[1].get("importance/activations.py")

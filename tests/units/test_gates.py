@@ -11,7 +11,7 @@ import transformers
 
 import billhook as bh
 from billhook.units.find import find_units
-from billhook.units.gates import place_gates
+from billhook.units.gates import Gate, place_gates
 from kit.families import build, llama, tokens
 from kit.units import ATTENTIVE, SEQ2SEQ, hooks, small, weight_of
 
@@ -220,6 +220,16 @@ def test_masks_and_gates_compose():
         alone = model(ids).logits
     with bh.mask(model, {0: [1], 1: [3]}):
         assert torch.equal(model(ids).logits, alone)
+
+
+def test_gates_that_stay_are_spread_over_positions_once(monkeypatch):
+    model, spread = llama(), []
+    over = Gate._over_positions
+    monkeypatch.setattr(Gate, "_over_positions", lambda *given: spread.append(given) or over(*given))
+    with bh.mask(model, {0: [1], 1: [0]}):
+        for _ in range(3):
+            model(tokens())
+    assert len(spread) == 2
 
 
 def test_a_model_inside_another_module():

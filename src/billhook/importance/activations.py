@@ -17,6 +17,7 @@ from billhook.importance.probes import by_unit, check_read, counted, counting, r
 from billhook.model.convolutions import Convolution, batched, channels_of, is_convolution, patches
 from billhook.model.linears import read_dim, weight_of
 from billhook.running.batches import Run
+from billhook.running.float64 import float64_device
 from billhook.running.sharded.turns import Turns
 from billhook.streaming.either import bring
 from billhook.streaming.together import Together
@@ -150,7 +151,8 @@ class OutputNorm(Importance):
 class ByReader:
     """Sums over runs for each reader alone, which are added up in the order of readers.
 
-    So the numbers are the same whether all runs go through a block before the next one, or each through the whole model.
+    So the numbers are the same whether all runs go through a block before the next one, or each through the whole model. They
+    stay on the reader's device until then.
     """
 
     def __init__(self) -> None:
@@ -159,7 +161,8 @@ class ByReader:
     def add(self, name: str, reader: str, total: Tensor, count: int) -> None:
         """Adds the sums of one call of a reader of a place."""
         before, counted = self._sums.get((name, reader), (0.0, 0))
-        self._sums[name, reader] = before + total.detach().cpu().double(), counted + count
+        own = total.detach().to(float64_device(total.device)).double()
+        self._sums[name, reader] = before + own, counted + count
 
     def over(self, units: Mapping[str, Units], per: Per) -> Sums:
         """Returns the sums over all readers of each place."""

@@ -25,18 +25,25 @@ from billhook.units.units import PLURAL, Per, UnitKind, Units
 
 
 class Gate:
-    """A forward pre-hook that multiplies each unit by its gate; `index` says for each position the unit, -1 if none."""
+    """A forward pre-hook that multiplies each unit by its gate; `index` says for each position the unit, -1 if none.
+
+    Gates that are `fixed` are spread over positions once, and not in each forward.
+    """
 
     keeps_shapes = True
 
-    def __init__(self, values: Tensor, index: Tensor) -> None:
+    def __init__(self, values: Tensor, index: Tensor, fixed: bool = False) -> None:
         self.values, self.index = values, index
+        self._spread = self._over_positions(values.device) if fixed else None
+
+    def _over_positions(self, device: torch.device) -> Tensor:
+        return torch.cat([self.values, self.values.new_ones(1)]).to(device)[self.index.to(device)]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Returns the inputs, gated."""
         inputs, *rest = args
-        values = torch.cat([self.values, self.values.new_ones(1)]).to(inputs.device)
-        gates, dim = values[self.index.to(inputs.device)], read_dim(module)
+        spread = self._over_positions(inputs.device) if self._spread is None else self._spread
+        gates, dim = spread.to(inputs.device), read_dim(module)
         if inputs.shape[dim] != len(gates):
             where = f"{list(inputs.shape)}, which has not the {len(gates)} positions that its weight reads in dimension {dim}"
             raise ValueError(f"model: {type(module).__name__} is given {where}, so no gate can stand before it")
@@ -156,20 +163,23 @@ def mask(
         values[name] = torch.ones(found[name].count(), device=_device(subject, found[name]))
         values[name][numbers[name]] = 0
     blocks = {found[name].name: own for name, own in numbers.items() if found[name].kind == "block"}
-    handles = [*place_gates(subject, found, values), *skip(subject, blocks)[0]]
+    handles = [*place_gates(subject, found, values, fixed=True), *skip(subject, blocks)[0]]
     torch.compiler.reset()
     return Mask(numbers, handles)
 
 
 def place_gates(
-    model: nn.Module, units: Mapping[str, Units], gates: Mapping[str, Tensor], per: Per = "head"
+    model: nn.Module, units: Mapping[str, Units], gates: Mapping[str, Tensor], per: Per = "head", fixed: bool = False
 ) -> list[RemovableHandle]:
-    """Puts gates, `[units]` by place, before the modules that read units, and returns handles that remove them."""
+    """Puts gates, `[units]` by place, before the modules that read units, and returns handles that remove them.
+
+    Those that are not `fixed` may be changed, and have gradients.
+    """
     handles = []
     for name, values in gates.items():
         index = torch.from_numpy(units[name].positions(per)).to(values.device)
         for reader in units[name].readers:
-            handles.append(model.get_submodule(reader).register_forward_pre_hook(Gate(values, index)))
+            handles.append(model.get_submodule(reader).register_forward_pre_hook(Gate(values, index, fixed)))
     return handles
 
 

@@ -245,3 +245,16 @@ def test_a_reader_brings_its_sums_to_the_host_once(importance):
         found.append({place.partition(":")[0]: many for place, many in syncs.places.items() if place.startswith("importance/")})
     assert found[0]["importance/base.py"] == found[1]["importance/base.py"] == len(units)
     assert found[0].get("importance/activations.py") == found[1].get("importance/activations.py")
+
+
+@pytest.mark.parametrize("order", ["first", "second", "mixed", "vector", "unit"])
+def test_gradients_are_summed_where_they_are(order):
+    """A batch brings the sums of each of its parameters to the host, however many examples it has."""
+    model = build("llama")
+    units = bh.find_units(model, "channel")
+    with Syncs() as syncs:
+        bh.score(model, units, bh.Taylor(order), [{"input_ids": tokens(3, 9)} for _ in range(2)])
+    here = {
+        place: number for place, number in syncs.places.items() if place.startswith(("importance/taylor", "importance/parts"))
+    }
+    assert set(here.values()) == {2 * 3 * len(units)}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -110,7 +111,8 @@ class _Pass:
     def __init__(self, order: Order, parameters: Mapping[str, nn.Parameter], parts: Sequence[Part], scores: Scores) -> None:
         self._order, self._parameters, self._scores = order, parameters, scores
         self._parts = {name: [part for part in parts if part.name == name] for name in parameters}
-        self._curvature = dict[str, Tensor]()
+        self._curvature, self._positions = dict[str, Tensor](), Scores()
+        self._finite = list[tuple[str, str, Tensor]]()  # where it is asked once sums are not
 
     def run(self, run: Run, where: str) -> None:
         """Runs it; `where` names the batch in messages."""
@@ -121,6 +123,18 @@ class _Pass:
                 stream(example, self._parameters, note)
         if self._order != "second":
             stream(run.forward, self._parameters, partial(self._products, where))
+        for parts in self._parts.values():
+            for part in parts:
+                if (place := (part.place, part.name, part.dim)) in self._positions:
+                    self._scores[place] = part.by_unit(self._checked(self._positions.pop(place)))
+
+    def _checked(self, positions: Tensor) -> Tensor:
+        """Brings sums to the host; says where they are not finite."""
+        here = positions.cpu()
+        if not np.isfinite(here.numpy()).all():
+            where, name = next((where, name) for where, name, finite in self._finite if not finite)
+            raise ValueError(f"batches: {where} (counted from 0) gives {name} a gradient that is NaN or infinite")
+        return here
 
     def _squares(self, factor: float, where: str, name: str, gradient: Tensor) -> None:
         squares = _full(gradient).square().mul_(factor)
@@ -137,15 +151,16 @@ class _Pass:
         self._note(where, name, products)
 
     def _note(self, where: str, name: str, products: Tensor) -> None:
-        """Adds the products of one parameter to the scores of its parts."""
+        """Adds the products of one parameter to those of its parts, by position, where they are: nothing waits for a device."""
         values = products if self._order in ("vector", "unit") else products.abs_()
         for part in self._parts[name]:
             along = part.along(values)
-            if not along.isfinite().all():
-                raise ValueError(f"batches: {where} (counted from 0) gives {name} a gradient that is NaN or infinite")
-            found = part.by_unit(along.abs() if self._order == "vector" else along)
+            self._finite.append((where, name, along.isfinite().all()))
+            found = (along.abs() if self._order == "vector" else along).detach().double()
             place = part.place, name, part.dim
-            self._scores[place] = self._scores[place] + found if place in self._scores else found
+            if place in self._positions:
+                found += self._positions[place]
+            self._positions[place] = found  # NaN and infinity stay in the sums
 
     def _weight(self, name: str) -> Tensor:
         return _full(self._parameters[name].detach())

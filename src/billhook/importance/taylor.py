@@ -18,6 +18,7 @@ from billhook.importance.base import Importance, Sums
 from billhook.importance.gradients import independent, stream, trainable
 from billhook.importance.parts import Part, parts_of
 from billhook.running.batches import Run
+from billhook.running.float64 import float64_device
 from billhook.units.units import Per, Units
 
 Order = Literal["first", "second", "mixed", "vector", "unit"]
@@ -156,7 +157,8 @@ class _Pass:
         for part in self._parts[name]:
             along = part.along(values)
             self._finite.append((where, name, along.isfinite().all()))
-            found = (along.abs() if self._order == "vector" else along).detach().double()
+            found = (along.abs() if self._order == "vector" else along).detach()
+            found = found.to(float64_device(found.device)).double()
             place = part.place, name, part.dim
             if place in self._positions:
                 found += self._positions[place]

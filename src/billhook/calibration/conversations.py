@@ -63,7 +63,7 @@ def warn_of_rows_without_text(rows: Rows, split: str, columns: Sequence[str]) ->
 
 
 def _is_empty(column: pyarrow.ChunkedArray) -> list[bool]:
-    """Tells of each value of a column whether it is null, without items or characters, or blank."""
+    """Finds the values of a column that are null, without items or characters, or blank."""
     kind = column.type
     if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
         empty = pyarrow.compute.equal(pyarrow.compute.list_value_length(column), 0)

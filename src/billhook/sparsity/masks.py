@@ -236,7 +236,7 @@ def _drop_lowest(block: Tensor, count: int, keep: Tensor) -> None:
 
 
 def _first(ties: Tensor, count: Tensor) -> Tensor:
-    """Returns of the ties of each row the first ones."""
+    """Returns the first ties of each row."""
     return ties & (ties.cumsum(1, dtype=torch.int32) <= count)
 
 

@@ -147,6 +147,17 @@ def whole(lit, run):
     return set(held) == trained and len(held) == len(trained) and set(optimizer.state) <= trained and sizes
 
 
+@pytest.mark.parametrize("kind", ["repaired", "shrink", "svd", "over"])
+def test_one_device_hashes_no_weights(kind, tmp_path, monkeypatch):
+    """There is no other rank that could have made others of them."""
+    hashed = []
+    monkeypatch.setattr("billhook.repairs.shared.told", hashed.append)
+    callback = build(kind, 1)
+    fit(tmp_path, Module(), callback)
+    assert callback.events
+    assert not hashed
+
+
 @cache
 def straight(folder, kind, when, optimizer, tied):
     """How many calls there are in all, and the weights and events that a run ends with."""

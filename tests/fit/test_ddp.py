@@ -11,7 +11,7 @@ import torch
 
 import billhook as bh
 from billhook import KVHeadConversion
-from kit.ddp import DIFFER, FAIL, FITS, RESUMED, SCRIPT, UNEQUAL, kept, resumed
+from kit.ddp import DIFFER, DRIFTING, FAIL, FITS, RESUMED, SCRIPT, UNEQUAL, kept, resumed
 from kit.fits import trainer
 from kit.ranks import FitOfTuples, outcome, run_script
 
@@ -143,6 +143,13 @@ def test_two_processes_with_unequal_data_do_what_one_does(fitted, files, tmp_pat
     _, single, done_by_one = UNEQUAL[name].run(tmp_path, files)
     assert done == done_by_one
     near(state, single, *((1e-2, 1e-2) if name == "half precision" else ()))
+
+
+@pytest.mark.parametrize("name", DRIFTING)
+def test_ranks_that_are_rounded_otherwise_end_with_the_first_ones_weights(fitted, name):
+    state, done = outcome(fitted, f"drifting, {name}")
+    assert done
+    assert all(value.isfinite().all() for value in state.values())
 
 
 @pytest.mark.parametrize("what", DIFFER)

@@ -80,6 +80,12 @@ def shrinking():
     )
 
 
+def shrinking_to_a_loss():
+    """On text, of which every process reads all."""
+    options = {"at": 2, "calibration": 8, "generations": 1, "candidates": 2, "measure_batches": 0}
+    return Fit(module, lambda: bh.Shrink(max_loss=1.1, **options), lambda one: [one.events, one.shrunk.kept], steps=3)
+
+
 def depth_pruning():
     options = {"at": 2, "calibration": 8, "greedy": True, "measure_batches": 0}
     four = {"num_hidden_layers": 4}
@@ -220,6 +226,21 @@ class Apart(pl.Callback):
             pl_module.net.model.layers[0].self_attn.v_proj.weight += 0.1 * rank()
 
 
+class Drift(pl.Callback):
+    """The weights of the second rank are rounded otherwise, until its model is changed."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if rank() and trainer.global_step == 1:
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for own in pl_module.parameters():
+                    own += 1e-7 * torch.randn(own.shape, generator=generator)
+
+
+def drifting(one):
+    return replace(one, callback=lambda: [Drift(), one.callback()], told=lambda both: one.told(both[1]), strategy=lambda: "ddp")
+
+
 class Validated(FitOfTuples):
     """Logs what is not summed over ranks: on the second it becomes worse each time. Or fails there."""
 
@@ -252,9 +273,18 @@ def stray():
     return {"calibration": [(one,) for one in draw(2, 2, 12) + torch.tensor([0, 99])[:, None, None]], "measure_batches": 0}
 
 
-def broken():
-    """Batches that all ranks read, of which the second rank has one with a token that is in no vocabulary."""
-    return [(one,) for one in draw(4, 2, 12) + 99 * rank()]
+def of_rank():
+    """Batches that all ranks are to read, of which the second rank has others."""
+    return [(one,) for one in draw(4, 2, 12, seed=rank())]
+
+
+class Fails(bh.WeightNorm):
+    """On the second rank."""
+
+    def sums(self, *given):
+        if rank():
+            raise IndexError("out of range")
+        return super().sums(*given)
 
 
 def stop(callback, module=FitOfTuples):
@@ -262,6 +292,17 @@ def stop(callback, module=FitOfTuples):
 
 
 NONE = {"measure_batches": 0}
+
+
+DRIFTING = {
+    "shrink": drifting(shrinking()),
+    "shrink to a loss": drifting(shrinking_to_a_loss()),
+    "mean": drifting(with_own_batches(2)),
+    "svd": drifting(with_own_batches(2, method="svd")),
+    "turned": drifting(with_own_batches(3, method="aligned", over=2)),
+    "structure": drifting(structured_pruning()),
+}
+"""Fits that end alike on ranks whose weights are rounded otherwise."""
 
 
 DIFFER = {
@@ -272,9 +313,11 @@ DIFFER = {
     "StructuredPruning: the plan of what is removed": stop(
         lambda: [StructuredPruning(bh.Amount(channels=0.5), at=1, importance=RandomUnits(rank()), **NONE)]
     ),
-    "Shrink: the plan of what is removed": stop(
+    "Shrink: its settings": stop(
         lambda: [bh.Shrink(params=0.8, at=1, importance=RandomUnits(rank()), generations=0, repair=None, calibration=6, **NONE)]
     ),
+    "Shrink: the model": stop(lambda: [Apart(), bh.Shrink(params=0.8, at=1, generations=0, calibration=6, **NONE)]),
+    "Shrink: the batches": stop(lambda: [bh.Shrink(params=0.8, at=1, calibration=of_rank(), **NONE)]),
     "HeadPruning: whether monitor='own' is worse": replace(
         stop(lambda: [HeadPruning(0.5, 1, bh.WeightNorm(), monitor="own", mode="max")], Validated), options={}
     ),
@@ -285,7 +328,7 @@ FAIL = {
     "weights": stop(lambda: [WeightPruning(sparsity=0.5, at=1, **stray())]),
     "heads": stop(lambda: [HeadPruning(0.5, at=1, **stray())]),
     "structure": stop(lambda: [StructuredPruning(bh.Amount(channels=0.5), at=1, **stray())]),
-    "shrink": stop(lambda: [bh.Shrink(params=0.8, at=1, **stray() | {"calibration": broken()})]),
+    "shrink": stop(lambda: [bh.Shrink(params=0.8, at=1, importance=Fails(), calibration=batches(4), **NONE)]),
     "depth": stop(lambda: [DepthPruning(1, at=1, **stray())]),
     "conversion": stop(lambda: [KVHeadConversion(2, at=1, method="svd", **stray())]),
     "way": stop(lambda: [KVHeadConversion(2, at=2, method="aligned", over=1, **stray())]),
@@ -340,7 +383,7 @@ def resumed(name, folder):
 
 def fit_two():
     """In each of two processes."""
-    fit_all(FITS | UNEQUAL)
+    fit_all(FITS | UNEQUAL | {f"drifting, {name}": one for name, one in DRIFTING.items()})
     (files, out), stopped = json.loads(sys.argv[1]), {}
     for name, one in (DIFFER | FAIL | TEACHERS).items():
         callbacks = one.callback()

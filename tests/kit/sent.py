@@ -21,8 +21,8 @@ from kit.sharding import Own, sharding
 READ = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
 """Linears of a block that read the same."""
 SUMS, GATHERS, MEETS = "c10d.allreduce_", ("_c10d_functional.all_gather_into_tensor", "c10d._allgather_base_"), "c10d.allgather_"
-OTHERS = {"c10d.barrier", "_c10d_functional.all_reduce", "_c10d_functional._wrap_tensor_autograd"}
-"""Without data, or of one number."""
+OTHERS = {"c10d.barrier", "c10d.broadcast_", "_c10d_functional.all_reduce", "_c10d_functional._wrap_tensor_autograd"}
+"""Without data, or of some numbers."""
 N = 2
 """Batches of each rank."""
 GIVEN = [(one,) for one in torch.randint(3, 60, (2 * N, 2, 12), generator=torch.Generator().manual_seed(5))]

@@ -5,17 +5,18 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.adapters.beneath import adapted, adds_nothing, beneath, taken_off
 from billhook.arguments import annotated
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
+from billhook.fit.events.described import described
 from billhook.fit.events.event import Event, fewer, log_event, note_not_refitted
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
-from billhook.fit.ranks import check_agreed, together
+from billhook.fit.ranks import check_agreed, check_near, of_first, together
 from billhook.fit.training_step import runs_as_in_training, training_loss
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
@@ -26,11 +27,12 @@ from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
 from billhook.pruning.widths.rows import RoundTo
-from billhook.repairs.in_turn import called
+from billhook.repairs.in_turn import Refitted, called
 from billhook.repairs.repair import Repair
 from billhook.repairs.shared import tell_weights
 from billhook.running.batches import Run, run_with_loss
 from billhook.running.sharded.turns import in_turn, turns_of
+from billhook.running.trees import tree_leaves
 from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.library import key_of
 from billhook.shrinking.shrink import Layers, budget, check_search
@@ -49,7 +51,7 @@ class Shrink(ShapeCallback):
 
     This is `bh.shrink` in the middle of a fit, so that training recovers what is lost; with `TransformerModule(distillation=...)`
     the dense model teaches it. Optimizer state and gradients follow, checkpoints carry the shape, and a resumed run ends as the
-    straight run does. Under DDP and FSDP2 each rank searches on the same batches, all of them, and what is found is compared;
+    straight run does. Under DDP and FSDP2 each rank searches on the same batches, all of them, by what the first has measured;
     under FSDP2 one block is whole at a time, and variants of places are divided among ranks. With
     `TransformerModule(lora=...)` it comes at the start, and LoRA, cut too, trains what is left; the budget counts no adapters.
     For `params` and `bytes`, query heads that share a KV head may go, too, as many of each.
@@ -163,12 +165,11 @@ class Shrink(ShapeCallback):
             self._known.clear()
             with taken_off(model):
                 found = self._search(trainer, pl_module, work)
-            agreed = [*(plan.to_json() for plan in found.planned.plans), tell_weights(found.planned.weights)]
-            check_agreed(trainer, "Shrink", "the plan of what is removed", agreed)
+            check_agreed(trainer, "Shrink", "the plan of what is removed", partial(_decided, found.planned))
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, found))
         note_not_refitted(event, found.planned.not_refitted)
         self.done, self.asked = moment, 1.0
-        with self.calibration.aside(pl_module), gradient_precision(trainer), taken_off(model):
+        with together(trainer, "Shrink"), self.calibration.aside(pl_module), gradient_precision(trainer), taken_off(model):
             self.shrunk = work.finished(found.planned, found.kept, found.curve, found.tried, found.ratio)
         event["after"] |= self.measured(trainer, pl_module)
         log_event(trainer, event)
@@ -194,14 +195,18 @@ class Shrink(ShapeCallback):
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, work: Work) -> Found:
         """Searches on the same batches on each rank."""
         with self.calibration.aside(pl_module), gradient_precision(trainer):
-            fitted, held_out = divided(list(self.calibration.read(trainer, alike=True)))
+            batches = list(self.calibration.read(trainer, alike=True))
+            check_agreed(trainer, "Shrink", "its settings", partial(described, self))
+            check_agreed(trainer, "Shrink", "the batches", [one for one in tree_leaves(batches) if isinstance(one, Tensor)])
+            if turns_of(work.model) is None:  # else ranks share it
+                check_near(trainer, "Shrink", "the model", dict(work.model.named_parameters()))
+            work.agreed = partial(of_first, trainer, "Shrink", "what it measures")
+            fitted, held_out = divided(batches)
             runs, searched = (_runs(pl_module, work, own) for own in (fitted, to_search(fitted, work.widest)))
             if self.repair is not None:
                 check_enough(work.search, work.places, runs)
             predicting = runs_as_in_training(pl_module, work.model, held_out)
             work.measure(searched, predicting, self.importance, self.repair)
-            if turns_of(work.model) is not None:  # else ranks would measure other models, and gather for these alone
-                check_agreed(trainer, "Shrink", "what places lose", work.losses)
             choosing = partial(work.chosen, self.generations, self.candidates, self.calibration.seed)
             if self.max_loss is None:
                 found = Found.within(work, runs, self.repair, choosing)
@@ -222,6 +227,15 @@ class Shrink(ShapeCallback):
         apply_in_turn(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
         before, after = planned.parameters
         return f"{before:,} -> {after:,} parameters ({planned.words}; Shrink)"
+
+
+def _decided(planned: Planned) -> list[Any]:
+    """Returns what ranks must have decided alike: the plans, and weights of which each rank has its shards.
+
+    Whole weights, which each has refitted by itself, are rounded otherwise: those of the first count when DDP wraps the model.
+    """
+    shards = [tell_weights(planned.weights)] if isinstance(planned.weights, Refitted) else []
+    return [*(plan.to_json() for plan in planned.plans), *shards]
 
 
 def _seen(model: PreTrainedModel) -> Hashable | None:

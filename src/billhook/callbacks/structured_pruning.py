@@ -117,8 +117,7 @@ class StructuredPruning(ShapeCallback):
             share = self.asked + (goal - self.asked) * number / self.rounds
             with together(trainer, "StructuredPruning"):
                 made, weights, how, left = self._plan(trainer, pl_module, share)
-                decided = [None if made is None else made.to_json(), tell_weights(weights)]
-                check_agreed(trainer, "StructuredPruning", "the plan of what is removed", decided)
+                check_agreed(trainer, "StructuredPruning", "the plan of what is removed", partial(_decided, made, weights))
             if made is not None:
                 first = len(self.events) == before
                 change = partial(self._remove, pl_module, made, weights, how)
@@ -174,3 +173,8 @@ class StructuredPruning(ShapeCallback):
         """Restores what had happened."""
         super().load_state_dict(state_dict)
         self._first = first_from(state_dict["first"])
+
+
+def _decided(made: UnitPlan | None, weights: Weights | None) -> list[Any]:
+    """Returns what ranks must have decided alike; each weight has been solved for by one of them."""
+    return [None if made is None else made.to_json(), tell_weights(weights)]

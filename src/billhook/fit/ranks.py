@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -20,9 +20,14 @@ from torch import Tensor
 
 from billhook.running.float64 import widest_float
 from billhook.running.ranks import Ranks
+from billhook.running.trees import tree_map_only
+
+T = TypeVar("T")
 
 LENGTH = 1024
 """Bytes of a rank's message when ranks meet."""
+PICKED, NEAR = 1024, 0.01
+"""How many numbers of a tensor ranks compare, and by how much of their root mean square these may differ."""
 FAILED = "billhook/failed/{}"
 """Under which key of the store a rank says that it has failed, and how."""
 
@@ -53,12 +58,40 @@ def check_agreed(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None
         trainer: The trainer of the fit.
         who: The callback that decides, for the message.
         what: The subject of the decision, for the message.
-        decided: Tensors, arrays, numbers and strings, and lists and dictionaries of these.
+        decided: Tensors, arrays, numbers and strings, and lists and dictionaries of these; or what returns them, which is called
+            where there are several ranks.
     """
     if trainer.world_size > 1:
         digest = hashlib.sha256()
-        _add(digest, decided)
+        _add(digest, decided() if callable(decided) else decided)
         _meet(trainer, f"{who}: {what}", digest.hexdigest())
+
+
+def of_first(trainer: pl.Trainer, who: str, what: str, own: T) -> T:
+    """Returns, on every rank, what the first one has found; each has found it by itself, so that it may be rounded otherwise.
+
+    Args:
+        trainer: The trainer of the fit.
+        who: The callback that has found it, for messages.
+        what: What it is, for messages.
+        own: What this rank has found; tensors in it come back on the CPU.
+    """
+    if trainer.world_size == 1:
+        return own
+    _meet(trainer, f"{who}: {what}")
+    found: T = trainer.strategy.broadcast(tree_map_only(Tensor, lambda one: one.detach().cpu(), own))
+    return found
+
+
+def check_near(trainer: pl.Trainer, who: str, what: str, values: Mapping[str, Tensor]) -> None:
+    """Raises RanksDiffer on every rank where a tensor is not that of the first but for rounding, by numbers picked from it."""
+    if trainer.world_size == 1:
+        return
+    own = {name: _picked(value) for name, value in values.items()}
+    check_agreed(trainer, who, what, {name: len(value) for name, value in own.items()})
+    first = of_first(trainer, who, what, own)
+    near = all((own[name] - one).abs().max() <= NEAR * one.square().mean().sqrt() for name, one in first.items() if len(one))
+    _meet(trainer, f"{who}: {what}", "" if near else "another")
 
 
 @contextmanager
@@ -169,6 +202,12 @@ def _stops(trainer: pl.Trainer, failed: str) -> str:
 
 def _here(trainer: pl.Trainer) -> str:
     return f"step {trainer.global_step}, rank {trainer.global_rank} of {trainer.world_size}"
+
+
+def _picked(value: Tensor) -> Tensor:
+    """Returns some numbers of a tensor, evenly spaced, on the CPU."""
+    flat = value.detach().flatten()
+    return flat[:: max(1, len(flat) // PICKED)].float().cpu()
 
 
 def _add(digest: Any, decided: Any) -> None:  # noqa: ANN401 - that of hashlib

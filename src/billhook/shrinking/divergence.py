@@ -1,6 +1,7 @@
 """Measures how far a changed model's predictions are from the dense model's: the KL divergence, on any batches."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,7 +10,11 @@ from transformers import PreTrainedModel
 from billhook.report.predictions import Predictions, logits_in
 from billhook.running.batches import Run
 from billhook.running.replay import Replay
+from billhook.streaming.aside import itself
 from billhook.units.blocks import find_blocks
+
+Agreed = Callable[[Any], Any]
+"""Returns, of what several ranks have found alike but for rounding, that of the first."""
 
 
 class Divergence:
@@ -18,13 +23,14 @@ class Divergence:
     Args:
         model: The dense model.
         runs: Runs of it, without a loss, with the names of their sources.
+        agreed: Returns, of what several ranks have measured alike, that of the first.
 
     Raises:
         ValueError: If it predicts nothing, as it has no `logits`.
     """
 
-    def __init__(self, model: PreTrainedModel, runs: Sequence[Run]) -> None:
-        self._model, self._blocks = model, _blocks(model)
+    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], agreed: Agreed = itself) -> None:
+        self._model, self._blocks, self._agreed = model, _blocks(model), agreed
         self._replay = Replay(self._blocks)
         self._held = [(run, self._predicted(run, len(runs))) for run in runs]
         self._check()
@@ -41,7 +47,8 @@ class Divergence:
             with self._replay.before(changed, number):
                 total = dense.divergence(logits_in(self._model, run))
             sums[run.source] = [own[0] + total, own[1] + len(dense.positions)]
-        return {source: total / count for source, (total, count) in sums.items()}
+        measured: dict[str, float] = self._agreed({source: total / count for source, (total, count) in sums.items()})
+        return measured
 
     def mean(self, changed: Collection[str] = ()) -> float:
         """Measures the model as it is now, or as it is with modules changed: the mean over sources."""

@@ -1,12 +1,14 @@
 """Measures how many times its perplexity a changed model has on batches."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from billhook.running.batches import Run
 from billhook.running.undisturbed import undisturbed
+from billhook.streaming.aside import itself
 
 
 class Perplexity:
@@ -15,13 +17,14 @@ class Perplexity:
     Args:
         model: The dense model.
         runs: Runs of it that return the loss, with the names of their sources.
+        agreed: Returns, of what several ranks have measured alike, that of the first.
 
     Raises:
         ValueError: If a loss is not finite.
     """
 
-    def __init__(self, model: PreTrainedModel, runs: Sequence[Run]) -> None:
-        self._model, self._runs = model, runs
+    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], agreed: Callable[[Any], Any] = itself) -> None:
+        self._model, self._runs, self._agreed = model, runs, agreed
         self._dense = self._losses()
         if not all(map(math.isfinite, self._dense)):
             raise ValueError(f"batches: the loss of this {type(model).__name__} is NaN or infinite on a batch")
@@ -36,4 +39,5 @@ class Perplexity:
 
     def _losses(self) -> list[float]:
         with undisturbed(self._model):
-            return [float(run.forward()) for run in self._runs]
+            losses: list[float] = self._agreed([float(run.forward()) for run in self._runs])
+        return losses

@@ -67,7 +67,7 @@ def smallest(
         ValueError: If not even the largest size is good enough.
     """
     sizes = _sizes(work)
-    perplexity = Perplexity(work.model, [run_of(work.model, {}, batch) for batch in held_out])
+    perplexity = Perplexity(work.model, [run_of(work.model, {}, batch) for batch in held_out], work.agreed)
 
     def good(number: int) -> Found | None:
         work.limit = sizes[number]

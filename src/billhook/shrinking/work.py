@@ -21,7 +21,7 @@ from billhook.running.batches import runs_of
 from billhook.shrinking.alone import CALLED, fewer_blocks, of_one_kind
 from billhook.shrinking.choose import Levels, Slot, between, cost, kept_at
 from billhook.shrinking.damages import damage_without, damages, groups, make_slots
-from billhook.shrinking.divergence import Divergence
+from billhook.shrinking.divergence import Agreed, Divergence
 from billhook.shrinking.levels import Place, find_places, gone, removed, told
 from billhook.shrinking.library import Library, key_of
 from billhook.shrinking.merging.merging import Merging, find_merging
@@ -35,6 +35,7 @@ from billhook.shrinking.spaces.hidden import HIDDEN, Hidden, Width, find_hidden
 from billhook.shrinking.spaces.planned import Planned, plan_choice, repaired
 from billhook.shrinking.spaces.space import SEVERAL, Point, as_uniform, best_point, every_space, moved, spread, starts
 from billhook.shrinking.variants import fill_library
+from billhook.streaming.aside import itself
 from billhook.units.units import UnitKind
 
 CURVE = 9
@@ -65,6 +66,7 @@ class Work:
         alone: By the name of a kind of unit, what is left of the target, and lost, without units of this kind alone.
         merges: Whether KV heads may merge, for a budget of their cache, wherever that loses less than removal.
         merging: Those that may; None where none may, or before it is known.
+        agreed: Returns, of what several ranks have found alike but for rounding, that of the first, by which all decide.
     """
 
     model: PreTrainedModel
@@ -86,6 +88,7 @@ class Work:
     alone: dict[str, tuple[int, float]] = field(default_factory=dict)
     merges: bool = True
     merging: Merging | None = None
+    agreed: Agreed = itself
 
     @classmethod
     def begun(cls, model: PreTrainedModel, amount: Amount, uniform: bool, timed: bool = False) -> "Work":
@@ -150,14 +153,15 @@ class Work:
     ) -> None:
         """Scores units, makes the variants, in a folder or in memory, and measures what they cost the model."""
         self.enter("scoring")
-        self.divergence = Divergence(self.model, runs_of(self.model, held_out))
+        self.divergence = Divergence(self.model, runs_of(self.model, held_out), self.agreed)
         units = self.search.units
         own = {name: units[name] for place in self.places for name in place.names}
         self.scores = score(self.model, own, importance, fitted, per="kv_head")
         pairs = {name: place.pairs for place in self.places if place.pairs for name in place.names}
-        self.scores |= query_scores(self.model, units, pairs, importance, fitted)
+        self.scores = self.agreed(self.scores | query_scores(self.model, units, pairs, importance, fitted))
         runs = [run_of(self.model, own, batch) for batch in fitted]
         self.hidden.rank(importance, fitted, runs)
+        self.hidden.order = self.agreed(self.hidden.order)
         how = [str(repair), self.search.amount.round_to, pairs, self.hidden.order, len(fitted)]
         own_folder = folder and folder / key_of(self.model, how, self.scores, [*fitted, *held_out])
         self.library = Library(self.model, own_folder, self.blocks.writers)
@@ -166,11 +170,12 @@ class Work:
         self.enter("refitting variants of places")
         fill_library(self.library, self.places, self.levels, units, self._gone, runs, repair, self.advance)
         self.enter("measuring what they lose")
-        self.losses = {place.name: self._damages(place) for place in self.places}
+        self.losses = self.agreed({place.name: self._damages(place) for place in self.places})
         self._merge(fitted, repair)
         self.losses |= {block.name: [0.0, self._damage_without(block)] for block in self.blocks.able}
         lost_at = self.hidden.damages(self.library, self.divergence, self.advance)
         self.losses |= {f"{HIDDEN} {kept}": [0.0, lost] for kept, lost in lost_at.items()}
+        self.losses = self.agreed(self.losses)
         self.spaces = every_space(self.widths, self.levels, self.losses, self.uniform)
 
     def chosen(self, generations: int, candidates: int, seed: int) -> tuple[list[dict[str, int]], list[Choice], list[Choice]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.fit.calibration import FitCalibration, Pair
-from billhook.fit.ranks import check_agreed, sum_over, summed, together
+from billhook.fit.ranks import check_agreed, check_near, of_first, sum_over, summed, together
 from billhook.kv_heads.bases.ready import batches_needed
 from billhook.kv_heads.bases.weights import ready_weights, turned_weights
 from billhook.kv_heads.convert import check_repair
@@ -22,7 +22,7 @@ from billhook.kv_heads.pooling import approach
 from billhook.model.find import find_transformer
 from billhook.model.plan import Weights
 from billhook.model.surgery import changed, take
-from billhook.repairs.in_turn import but
+from billhook.repairs.in_turn import Refitted, but
 from billhook.repairs.repair import Repair
 from billhook.repairs.shared import tell_weights
 from billhook.running.sharded.turns import in_turn, turns_of
@@ -78,12 +78,18 @@ class Preparation:
     def check_same(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: KVHeadPlan, weights: Weights, trained: bool
     ) -> None:
-        """Makes sure that ranks convert the same to the same; before DDP has the model, each may have weights of its own."""
+        """Makes sure that ranks convert the same to the same; before DDP has the model, each may have weights of its own.
+
+        New weights that each rank has whole may be rounded otherwise: those of the first count when DDP wraps the model.
+        """
         model = find_transformer(pl_module)
         pooled = {name: [own.dim, np.asarray(own.index)] for name, own in plan.parameters.items()}
-        own = plan.parameters if trained and turns_of(model) is None else ()  # what ranks share is the same on each
-        before = {name: model.get_parameter(name) for name in own}
-        check_agreed(trainer, "KVHeadConversion", "what heads become", [pooled, before, tell_weights(weights)])
+        shards = [tell_weights(weights)] if isinstance(weights, Refitted) else []
+        settings = [str(self.method), str(self.repair), pooled, *shards]
+        check_agreed(trainer, "KVHeadConversion", "what heads become", settings)
+        if trained and turns_of(model) is None:  # what ranks share is the same on each
+            before = {name: model.get_parameter(name) for name in plan.parameters}
+            check_near(trainer, "KVHeadConversion", "what heads become", before)
 
     def turned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: Mapping[str, int]) -> Weights:
         """Returns values with which the heads of a group lie in one basis, and the model computes what it did."""
@@ -109,6 +115,18 @@ def _precisely(trainer: pl.Trainer, loss: Any, model: nn.Module, batch: Any) -> 
     return found
 
 
+def _same(trainer: pl.Trainer, model: nn.Module, weights: Weights) -> Weights:
+    """Returns new weights, those of the first rank where each has all of them; refuses ranks whose models differ."""
+    what = "KVHeadConversion", "how heads are turned"
+    if isinstance(weights, Refitted):  # each has its shards of them
+        check_agreed(trainer, *what, partial(tell_weights, weights))
+        return weights
+    check_near(trainer, *what, {name: model.get_parameter(name) for name in weights})
+    if trainer.world_size == 1:
+        return weights
+    return {name: of_first(trainer, *what, weights[name]).to(weights[name].device) for name in weights}
+
+
 @dataclass
 class Moving:
     """How far the heads of a group have moved towards each other."""
@@ -129,7 +147,7 @@ class Moving:
             with together(trainer, "KVHeadConversion"):
                 with in_turn(pl_module):
                     weights = preparation.turned(trainer, pl_module, groups)
-                check_agreed(trainer, "KVHeadConversion", "how heads are turned", tell_weights(weights))
+                    weights = _same(trainer, model, weights)
                 take(model, weights, trainer.optimizers)
             self.turned.append(stage)
         approach(model, self.path.parameters, share, preparation.method.pool)

@@ -234,7 +234,7 @@ class Drift(pl.Callback):
             generator = torch.Generator().manual_seed(0)
             with torch.no_grad():
                 for own in pl_module.parameters():
-                    own += 1e-7 * torch.randn(own.shape, generator=generator)
+                    own *= 1 + 1e-7 * torch.randn(own.shape, generator=generator)
 
 
 def drifting(one):

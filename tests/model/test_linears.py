@@ -3,11 +3,13 @@
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn.utils import parametrizations
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+import billhook as bh
 from billhook.model.linears import as_it_lies, matrix_of, prunable, turned, weight_of
 from kit import families
 
@@ -54,7 +56,30 @@ def test_encoders():
     assert "cls.predictions.transform.dense" in masked
     assert "cls.predictions.decoder" not in masked
     assert len(masked) == 7
-    assert "classifier" in prunable(BertForSequenceClassification(BertConfig(**BERT)))
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"])
+def test_heads_of_classifiers_are_asked_for(kind):
+    model = getattr(transformers, f"BertFor{kind}")(BertConfig(**BERT))
+    body, head = set(prunable(model.base_model)), "qa_outputs" if kind == "QuestionAnswering" else "classifier"
+    assert set(prunable(model)) == {f"bert.{name}" for name in body}
+    assert set(prunable(model, output_embeddings=True)) == set(prunable(model)) | {head}
+
+
+def test_heads_of_images_and_heads_of_several_layers():
+    model = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**BERT))
+    assert not [name for name in prunable(model) if name.startswith("classifier")]
+    assert {"classifier.dense", "classifier.out_proj"} < set(prunable(model, output_embeddings=True))
+    assert "classifier" not in prunable(transformers.ViTForImageClassification(transformers.ViTConfig(**families.VIT)))
+
+
+def test_a_pooler_that_is_new_is_asked_for(tmp_path):
+    BertForMaskedLM(BertConfig(**BERT)).save_pretrained(tmp_path)
+    new = bh.TransformerModule(str(tmp_path), "sequence-classification").model
+    assert "bert.pooler.dense" not in prunable(new)
+    assert "bert.pooler.dense" in prunable(new, output_embeddings=True)
+    new.save_pretrained(tmp_path)
+    assert "bert.pooler.dense" in prunable(bh.load(tmp_path))
 
 
 def test_under_lora_it_is_the_base_layer():

@@ -73,7 +73,7 @@ class WeightPruning(EventCallback, FollowsShapes):
             from the beginning, and checkpoints hold all of them until then.
         allocation: How sparse each linear becomes, as in `prune`.
         skip: Glob patterns of linears to leave alone.
-        output_embeddings: True to prune an untied output embedding, too.
+        output_embeddings: True to prune an untied output embedding, or the head of a classifier, too.
         convolutions: Which are pruned, as in `prune`: `"mixing"`, `"all"` or `"none"`.
         count_adapters: True to count LoRA in the scores, as in `prune`.
         mask_adapters: True to have LoRA act only where weights are kept, during and after the fit; see `mask_adapters`.

@@ -8,6 +8,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.assets import model_path
+from billhook.model.complete import load_complete
 from billhook.model.meta import check_checkpoint, read_config
 from billhook.model.shapes.shaped import load_shaped, readable, says_shape
 from billhook.model.transformers_internals import build_class, classes_of
@@ -58,7 +59,7 @@ def load_model(
             if config is not None and says_shape(name):
                 kind = _class_for(auto, config, task)
                 return load_shaped(kind, name, options.get("dtype", "auto"), options.get("attn_implementation"), num_labels)
-        loaded: PreTrainedModel = auto.from_pretrained(name, gguf_file=gguf_file, **options, **labels)
+        loaded = load_complete(auto, name, gguf_file=gguf_file, **options, **labels)
     return loaded if gguf_file is None else _plain(loaded)
 
 

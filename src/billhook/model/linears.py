@@ -7,12 +7,19 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.model.convolutions import Convolutions, as_tensor, channels_of, is_among, is_convolution
 
 PACKED = ("qweight", "weight_packed", "W_q")
 """What quantised layers that are no `nn.Linear` call their weight (GPTQ and AWQ, compressed-tensors, HQQ)."""
+
+NEW = "_billhook_new"
+"""The attribute of modules whose values were in no checkpoint, as a task has added them."""
+
+CLASSIFIERS = ("Classification", "QuestionAnswering", "MultipleChoice")
+"""What the names of classes say whose output is of a few classes, or places, that training of one's own begins with."""
 
 PRUNED = 0.01
 """The share of zeros from which on a weight counts as pruned: rounding leaves a few zeros in one that never was."""
@@ -24,15 +31,16 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
     Convolutions, `nn.Conv1d` and `nn.Conv2d`, are found too: by default those of which an output reads four channels or more, so
     neither depthwise ones nor patch embeddings and stems, which read pixels; never one with a forward of its own.
 
-    Left out are embeddings, unless asked for the output embedding (what `get_output_embeddings` of a model in the tree returns,
-    or a linear whose weight is an embedding's), PEFT's own matrices, and modules that PEFT trains as a whole copy
-    (`modules_to_save`). A weight that several share comes once; under an adapter it is the base layer, by the name of the whole.
-    A weight that is quantised, or that a linear computes from other tensors, is refused.
+    Left out, unless asked for, are the output embedding (what `get_output_embeddings` of a model in the tree returns, or a linear
+    whose weight is an embedding's), the head of a classifier, and a pooler that no checkpoint had values for. Left out anyway are
+    embeddings, PEFT's own matrices, and modules that PEFT trains as a whole copy (`modules_to_save`). A weight that several share
+    comes once; under an adapter it is the base layer, by the name of the whole. A weight that is quantised, or that a linear
+    computes from other tensors, is refused.
 
     >>> list(prunable(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))))
     ['1']
     """
-    left_out = set() if output_embeddings else _output_embeddings(module)
+    left_out = set() if output_embeddings else _output_embeddings(module) | _heads(module)
     found: dict[str, nn.Module] = {}
     weights: set[int] = set()
     for name, part in _walk(module, "", left_out):
@@ -139,6 +147,16 @@ def _output_embeddings(module: nn.Module) -> set[int]:
         output = get() if callable(get) else None
         if isinstance(output, nn.Module):
             identities |= {id(output), *(id(parameter) for parameter in output.parameters())}
+    return identities
+
+
+def _heads(module: nn.Module) -> set[int]:
+    """Returns the identities of what classifiers have beside their base model, and of what is new in a model."""
+    identities = {id(part) for part in module.modules() if hasattr(part, NEW)}
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel) and any(kind in type(part).__name__ for kind in CLASSIFIERS):
+            body = [child for child in part.children() if child is part.base_model or isinstance(child, PreTrainedModel)]
+            identities |= {id(child) for child in part.children() if body and child not in body}
     return identities
 
 

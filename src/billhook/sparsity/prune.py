@@ -80,7 +80,8 @@ def prune(
         pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive inputs; of a convolution, of M channels of a tap.
         allocation: How the sparsity is shared among linears; the same for each by default.
         skip: A glob pattern of linears to leave alone, such as `"*.down_proj"`, or several.
-        output_embeddings: Whether the output embedding (`lm_head`) is pruned too, where it is not tied to an embedding.
+        output_embeddings: Whether the output embedding (`lm_head`) is pruned too, where it is not tied to an embedding, and the
+            head of a classifier.
         convolutions: Which `nn.Conv1d` and `nn.Conv2d` are pruned, each as a linear over the patches that its outputs read:
             `"mixing"`, those of which an output reads four channels or more, so not depthwise ones, patch embeddings and stems;
             `"all"`; or `"none"`, as in Wanda's experiments on images.

@@ -53,7 +53,7 @@ def prune(
             the defaults; by default not at all.
         allocation: How sparse each linear becomes: `Uniform` (the default), `OWL` or `ByPattern`.
         skip: A glob pattern of linears to leave alone, such as "*.down_proj", or a list of them.
-        output_embeddings: Whether an untied output embedding is pruned too.
+        output_embeddings: Whether an untied output embedding, or the head of a classifier, is pruned too.
         convolutions: Which convolutions are pruned: "mixing", those of which an output reads four channels or more; "all", also
             depthwise ones and those that read pixels; or "none".
         offload: Whether the model stays in the CPU's memory, and its blocks visit the device one at a time.

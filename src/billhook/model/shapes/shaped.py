@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from math import prod
 from typing import Any, cast
@@ -16,6 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from billhook.model.build import build_or_refuse
+from billhook.model.complete import accept, load_and_compare, load_complete, mismatch, refuse_gaps
 from billhook.model.linears import is_linear
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.handed import Handing
@@ -37,22 +38,25 @@ def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) ->
     """
     if says_shape(name):
         return load_shaped(kind, name, dtype)
+    plain, gaps = load_and_compare(kind, name, dtype=dtype)
+    entry = None
+    if gaps.mismatched and not gaps.missing:
+        with suppress(ValueError):  # files of other kinds, such as pickled ones, say no sizes
+            entry = _held_by(kind, name)
+    if entry is None:
+        accept(plain, gaps, name)
+        return plain
+    del plain
+    loaded = load_shaped(kind, name, dtype, entry=entry)
     try:
-        plain: PreTrainedModel = kind.from_pretrained(name, dtype=dtype)
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error) or (entry := _held_by(kind, name)) is None:
-            raise
-        loaded = load_shaped(kind, name, dtype, entry=entry)
-        try:
-            with undisturbed(loaded):
-                loaded(**make_inputs(loaded))
-        except Exception:  # whatever a model raises
-            raise ValueError(
-                f"'{name}': the files hold other sizes than its config says, and no \"{KEY}\" in it says what else differs: "
-                "save the model again with bh.save"
-            ) from error
-        return loaded
-    return plain
+        with undisturbed(loaded):
+            loaded(**make_inputs(loaded))
+    except Exception as error:  # whatever a model raises
+        raise ValueError(
+            f"'{name}': the files hold other sizes than its config says, and no \"{KEY}\" in it says what else differs: "
+            f"save the model again with bh.save ({mismatch(loaded, gaps)})"
+        ) from error
+    return loaded
 
 
 def _held_by(kind: type[PreTrainedModel], name: str) -> dict[str, Any] | None:
@@ -128,9 +132,8 @@ def load_shaped(
         config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name, **fields)
         vars(config).pop(KEY, None)
         shape = _checked(kind, config, shape, _file_sizes(name))
-    model: PreTrainedModel = _with_tensors(kind, shape).from_pretrained(
-        name, config=config, dtype=dtype, use_safetensors=True, attn_implementation=attention
-    )
+    built, options = _with_tensors(kind, shape), {"use_safetensors": True, "attn_implementation": attention}
+    model = load_complete(built, name, config=config, dtype=dtype, **options)
     setattr(model.config, KEY, to_entry(shape))
     return _finish(model, kind, shape)
 
@@ -146,13 +149,9 @@ def load_on_meta(
         with _said_by(name):
             shape = _checked(kind, config, _from_entry(entry), {own: tuple(size.shape) for own, size in sizes.items()})
         built = _with_tensors(kind, shape)
-    found: Any = built.from_pretrained(
-        None, config=config, state_dict=dict(sizes), dtype=dtype, device_map={"": "meta"}, output_loading_info=True
-    )
-    model, info = cast(tuple[PreTrainedModel, dict[str, Any]], found)
-    if missing := sorted(info["missing_keys"]):
-        count = f"{len(missing)} tensor{'s' * (len(missing) > 1)}"
-        raise ValueError(f"'{name}': the files lack {count} of {kind.__name__}, such as {missing[0]}")
+    options = {"state_dict": dict(sizes), "device_map": {"": "meta"}}
+    model, gaps = load_and_compare(built, None, config=config, dtype=dtype, **options)
+    refuse_gaps(model, gaps, name)
     if shape is not None:
         setattr(model.config, KEY, to_entry(shape))
         _finish(model, kind, shape)

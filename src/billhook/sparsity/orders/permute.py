@@ -58,7 +58,7 @@ def permute_for(
         criterion: Scores the weights; `Wanda()` by default. Of an axis, the sum of the scores that are kept in all linears that
             read it is made large.
         skip: A glob pattern of linears that are not going to be pruned, or several.
-        output_embeddings: Whether the output embedding (`lm_head`) is going to be pruned too.
+        output_embeddings: Whether the output embedding (`lm_head`), or the head of a classifier, is going to be pruned too.
         convolutions: Which convolutions are going to be pruned.
         offload: A device to which the blocks of a model are moved one at a time and back.
         activations: A folder for the outputs of blocks, in files that are removed afterwards; by default memory.

@@ -1,0 +1,115 @@
+"""Checkpoints that hold all that a model is made of: others are refused by name; a head that a task adds may be new."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import transformers
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from billhook.model.build import build_or_refuse
+from billhook.model.linears import NEW
+
+Loads = Any
+"""A class of models or an auto class: whatever has `from_pretrained`."""
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """What a checkpoint does not give a model: names of tensors that its files lack, and sizes there and in the model."""
+
+    missing: list[str]
+    mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+
+def load_and_compare(kind: Loads, name: str | None, **options: Any) -> tuple[PreTrainedModel, Gaps]:  # noqa: ANN401
+    """Loads a checkpoint and says what it lacks; there the model has new values, of no use."""
+    model, info = kind.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    return model, Gaps(sorted(_counted(model, info["missing_keys"])), sorted(info["mismatched_keys"]))
+
+
+def load_complete(kind: Loads, name: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - from_pretrained's own
+    """Loads a checkpoint that holds all that the model is made of, as `accept` says."""
+    model, gaps = load_and_compare(kind, name, **options)
+    accept(model, gaps, name)
+    return model
+
+
+def accept(model: PreTrainedModel, gaps: Gaps, name: str) -> None:
+    """Refuses a loaded model of which the checkpoint does not hold all.
+
+    Only what the class that config.json names does not have may be new, such as the head that a task adds: a line says so.
+
+    Raises:
+        ValueError: If the files lack other tensors of the model, or hold other sizes.
+    """
+    new = _added(model, gaps.missing)
+    refuse_gaps(model, Gaps([key for key in gaps.missing if key not in new], gaps.mismatched), name)
+    for key in new:
+        setattr(model.get_submodule(key.rpartition(".")[0]), NEW, True)
+    if new:
+        rank_zero_info(f"'{name}' has no {', '.join(new)}, which {type(model).__name__} adds: new, with random values")
+
+
+def refuse_gaps(model: PreTrainedModel, gaps: Gaps, name: str) -> None:
+    """Refuses a checkpoint that lacks tensors of a model, or holds other sizes."""
+    kind, missing = type(model).__name__, gaps.missing
+    if len(missing) == 1:
+        raise ValueError(f"'{name}': the files lack {missing[0]} of {kind}")
+    if missing:
+        raise ValueError(f"'{name}': the files lack {len(missing)} tensors of {kind}, such as {missing[0]}")
+    if gaps.mismatched:
+        raise ValueError(f"'{name}': {mismatch(model, gaps)}")
+
+
+def mismatch(model: PreTrainedModel, gaps: Gaps) -> str:
+    """Says which tensor has another size in the files."""
+    key, there, here = gaps.mismatched[0]
+    more = f"; {len(gaps.mismatched) - 1} more differ" if len(gaps.mismatched) > 1 else ""
+    return f"{key} is {list(there)} in the files, and {list(here)} in {type(model).__name__}{more}"
+
+
+def _counted(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
+    """Leaves out buffers of whole numbers, which classes make: places in a sequence, and how many batches a norm has seen."""
+    buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
+    return [key for key in missing if key not in buffers]
+
+
+def _added(model: PreTrainedModel, missing: list[str]) -> list[str]:
+    """Lists what the class of the model that was saved does not have; where that is not known, what is outside of the base model.
+
+    A base model may have been saved without its pooler, which heads for masked tokens have no use for.
+    """
+    if not missing:
+        return []
+    names: object = model.config.architectures
+    name, prefix = names[0] if isinstance(names, list) and names else None, f"{model.base_model_prefix}."
+    outside = {key for key in missing if model.base_model is not model and not key.startswith(prefix)}
+    poolers = {key for key in missing if key.removeprefix(prefix).startswith("pooler.") and _may_lack_pooler(model.base_model)}
+    saved = model if name == type(model).__name__ else _on_meta(name, model.config)
+    if saved is None:
+        return sorted(outside | poolers)
+    there = set() if saved.base_model is saved else poolers & saved.state_dict().keys()
+    there |= {key for key in outside if saved.state_dict().keys() & {key, prefix + key}}
+    return sorted((outside | poolers) - there)
+
+
+def _may_lack_pooler(base: nn.Module) -> bool:
+    """Tells whether the class of a base model can be built without a pooler."""
+    builds = [vars(kind).get("__init__") for kind in type(base).__mro__]
+    return any(build is not None and "add_pooling_layer" in signature(build).parameters for build in builds)
+
+
+def _on_meta(name: object, config: PretrainedConfig) -> PreTrainedModel | None:
+    """Builds the class of a name on meta; None if transformers has none, or it is built from other configs."""
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
+        return None
+    try:
+        return build_or_refuse(kind, copy.deepcopy(config))
+    except ValueError:
+        return None

@@ -11,8 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import nested_configs, text_config
+from billhook.model.figures import kv_cache_bytes
 from billhook.model.shapes.shape import KEY, Shape, built_shape, shape_of, unbuilt_shape
 from billhook.serving.readings import FILES
+from billhook.streaming.stream import stream_of
 
 ANY = object()
 """Any value, of a config field that no code reads."""
@@ -146,6 +148,18 @@ def rendered(model: PreTrainedModel, kind: type[PreTrainedModel], config: Pretra
     if model.can_generate():
         other.generation_config = model.generation_config
     return other
+
+
+def cache_as_saved(model: PreTrainedModel) -> int | None:
+    """Counts the bytes that the key/value cache grows by with a token, in the class that a checkpoint of the model is loaded in.
+
+    It is less than in memory where the other class caches one head that the model's own repeats.
+    """
+    for kind, config in equivalents(model):
+        if stream_of(model) is None and kind is not type(model):
+            return kv_cache_bytes(build_class_on_meta(kind, config).to(cast(Any, model.dtype)))
+        break
+    return kv_cache_bytes(model)
 
 
 def transposed(model: PreTrainedModel, kind: type[PreTrainedModel]) -> list[str]:

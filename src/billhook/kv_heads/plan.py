@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from billhook.adapters.beneath import MERGE, adapted, without_adapters
 from billhook.arguments import whole
+from billhook.checkpoints.equivalent import cache_as_saved
 from billhook.html import html_table
 from billhook.kv_heads.adapters import check_adapters, with_adapters
 from billhook.kv_heads.config import cut_by_config
@@ -29,7 +30,6 @@ from billhook.kv_heads.scope import (
     kv_heads_by_layer,
 )
 from billhook.model.config_fields import field
-from billhook.model.figures import kv_cache_bytes
 from billhook.model.find import find_transformer
 from billhook.model.meta import to_meta
 from billhook.model.plan import ShapePlan, Weights
@@ -57,8 +57,9 @@ class KVHeadPlan(ShapePlan):
         way: How the model comes to have fewer: `"config"`, as its class builds it from a changed config; `"groups"`, as its code
             reads however many heads keys and values have, and attentions are given `num_key_value_groups`; `"handed"`, by linears
             that store few heads and hand out many.
-        saves_cache: Whether the key/value cache of transformers, where there is one, shrinks too. With `"handed"` only parameters
-            are saved, and likewise in Falcon, whose code repeats heads before it keeps them.
+        saves_cache: Whether the key/value cache of transformers, where there is one, shrinks too, in the class that the model is
+            saved as. With `"handed"` only parameters are saved, unless that is another class, as for a GPT-2 with one KV head;
+            and likewise in Falcon, whose code repeats heads before it keeps them.
         layers: The names of the attentions that are converted.
         restart: The parameters whose optimizer state restarts, as their new values are in another basis, or refitted.
     """
@@ -201,11 +202,11 @@ def plan_kv_heads(
     if built is not None:
         chosen, (parameters, shape) = built
         way: KVWay = "config"
-        saves = _saves_cache(model, shape)
+        saves = _shrinks_cache(model, shape) is not False
     else:
         check_each(found, chosen, heads)
         way, (parameters, shape) = prove(model, found, chosen, heads)
-        saves = way == "groups"
+        saves = way == "groups" or _shrinks_cache(model, shape) is True
     before = max(found[name].heads for name in chosen)
     return KVHeadPlan(type(model).__name__, before, heads, method, parameters, shape, way, saves, tuple(chosen))
 
@@ -221,11 +222,12 @@ def _plan_under_adapters(
     return replace(plan, model=type(model).__name__, parameters=parameters, shape=shape)
 
 
-def _saves_cache(model: PreTrainedModel, shape: Shape) -> bool:
+def _shrinks_cache(model: PreTrainedModel, shape: Shape) -> bool | None:
+    """Tells whether a model of a shape caches less; None where that is not known."""
     shadow = to_meta(model)
     set_shape(shadow, shape)
-    before, after = kv_cache_bytes(model), kv_cache_bytes(shadow)
-    return before is None or after is None or after < before
+    before, after = cache_as_saved(model), cache_as_saved(shadow)
+    return None if before is None or after is None else after < before
 
 
 def check_in_part(model: nn.Module, part: KVHeadPlan) -> None:

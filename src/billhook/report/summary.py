@@ -10,6 +10,7 @@ from torch import nn
 
 from billhook.adapters.beneath import taken_off
 from billhook.arguments import annotated
+from billhook.checkpoints.equivalent import cache_as_saved
 from billhook.html import html_table
 from billhook.kv_heads.scope import heads_of
 from billhook.model.figures import figures_of
@@ -32,7 +33,7 @@ class Summary(Shown):
         query_heads: Query heads of a layer, where all layers have the same number.
         kv_heads: Key/value heads of a layer, where all layers have the same number.
         kv_cache_bytes: Bytes that the key/value cache grows by with each token, until sliding windows are full, in the dtype of
-            the weights.
+            the weights, once the model is saved and loaded: a GPT-2 with one KV head keeps all its heads in memory until then.
         flops: Floating-point operations of the forward pass, per token, at `context` tokens; of a model of images, of one image.
         context: Tokens for which `flops` holds; 0 for a model of images.
         adapters: Parameters of PEFT's adapters, such as LoRA's, which no other number counts: a saved model has them merged.
@@ -108,7 +109,7 @@ def summary(model: nn.Module) -> Summary:
     with taken_off(model):
         zeros = zeros_of(model)
         with sizes_only(model) if is_sharded(model) else nullcontext():
-            figures, name = asdict(figures_of(model)), type(model).__name__
+            figures, name = asdict(figures_of(model)) | {"kv_cache_bytes": cache_as_saved(model)}, type(model).__name__
             query_heads, kv_heads = heads_of(model)
     adapters = every - figures["params"]
     return Summary(model=name, zeros=zeros, query_heads=query_heads, kv_heads=kv_heads, **figures, adapters=adapters)

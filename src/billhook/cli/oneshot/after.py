@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook.model.figures import kv_cache_bytes
+from billhook.checkpoints.equivalent import cache_as_saved
 from billhook.model.linears import PRUNED
 from billhook.report.damage import Dense, TextDamage, table
 from billhook.report.generation import generates
@@ -18,7 +18,7 @@ Cost = list[TextDamage] | float | None
 
 def sizes_of(model: PreTrainedModel, zeros: int | None) -> dict[str, int | None]:
     """Returns the numbers of parameters and of those that are zero, and the bytes of the key/value cache per token."""
-    return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": kv_cache_bytes(model)}
+    return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": cache_as_saved(model)}
 
 
 def shown(before: Before, cost: Cost) -> str | None:

@@ -95,6 +95,18 @@ def test_pickled_files_of_another_size(whole, tmp_path):
         bh.load(tmp_path / "a")
 
 
+@pytest.mark.parametrize("way", ["load", "stream", "module"])
+def test_a_shard_that_is_not_there(way, whole, tmp_path):
+    bh.load(whole).save_pretrained(tmp_path / "a", max_shard_size="100KB")
+    first, *_, last = sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
+    (tmp_path / "a" / last).unlink()
+    with pytest.raises(ValueError, match=rf"'.*/a': {last}, which model.safetensors.index.json names, is not there$"):
+        LOADS[way](str(tmp_path / "a"))
+    (tmp_path / "a" / first).unlink()
+    with pytest.raises(ValueError, match=rf"{first}, which .* is not there, nor are 1 more"):
+        LOADS[way](str(tmp_path / "a"))
+
+
 def test_a_shape_of_ones_own(whole, tmp_path):
     """As `bh.save` writes it."""
     model = bh.load(whole)

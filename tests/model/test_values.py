@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import transformers
 
 import billhook as bh
-from kit.families import llama, tokens
+from billhook.kv_heads.plan import plan_kv_heads
+from kit.families import VIT, llama, tokens
 
 BATCHES = [{"input_ids": tokens(4, 24)} for _ in range(2)]
 CHANGES = {
@@ -48,3 +50,66 @@ def test_a_model_without_values_has_no_scores():
     model = llama().to("meta")
     with pytest.raises(ValueError, match=r"model: model.embed_tokens.weight has no weights yet .it is on the meta device.: load"):
         bh.score(model, bh.find_units(model, "head"), bh.WeightNorm())
+
+
+# a block is removed whatever its weights hold
+ODD = [(change, kind) for change in CHANGES for kind in ("float8", "sparse") if change not in ("blocks", "scores")]
+
+
+@pytest.mark.parametrize(("change", "kind"), ODD)
+def test_weights_that_are_no_plain_numbers_are_refused_as_they_are(change, kind):
+    model = llama()
+    linear = model.model.layers[0].mlp.up_proj
+    weight = linear.weight.detach()
+    linear.weight = torch.nn.Parameter(weight.to(torch.float8_e4m3fn) if kind == "float8" else weight.to_sparse(), False)
+    before = linear.weight
+    said = "up_proj.* is quantised" if kind == "float8" else r"up_proj.* is sparse \(torch.sparse_coo\): make it dense"
+    with pytest.raises(ValueError, match=said):
+        CHANGES[change](model)
+    assert linear.weight is before
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("change", ["heads", "blocks", "weights", "kv_heads", "save"])
+def test_what_torch_ao_has_quantised_is_refused(change, tmp_path):
+    model = torch.ao.quantization.quantize_dynamic(llama(), {torch.nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ValueError, match=r"q_proj.* is quantised|q_proj.* is a dtype and no tensor|op quantized::linear"):
+        bh.save(model, tmp_path / "a") if change == "save" else CHANGES[change](model)
+
+
+PLANS = {
+    "units": lambda model: bh.plan_units(model, {0: [0, 1]}),
+    "blocks": lambda model: bh.plan_units(model, [1], kind="block"),
+    "weights": lambda model: bh.prune(model, bh.Magnitude(), sparsity=0.5, dry_run=True),
+    "kv_heads": lambda model: plan_kv_heads(model, 1),
+}
+
+
+@pytest.mark.parametrize("kind", PLANS)
+def test_new_values_are_of_parameters_and_of_their_sizes(kind):
+    model, name = llama(), "model.layers.0.mlp.down_proj.weight"
+    plan, before = PLANS[kind](model), {name: value.clone() for name, value in model.state_dict().items()}
+    for weights, said in (
+        ({name: torch.tensor(1.0)}, r"down_proj.weight is \[\], and must be \[32, 48\]"),
+        ({name: torch.ones(1, 48)}, r"down_proj.weight is \[1, 48\], and must be \[32, 48\]"),
+        ({"model.layers.0.mlp": torch.ones(1)}, "'model.layers.0.mlp' is no parameter of LlamaForCausalLM"),
+        ({"model.nothing": torch.ones(1)}, "'model.nothing' is no parameter of LlamaForCausalLM"),
+    ):
+        with pytest.raises(ValueError, match=f"weights: .*{said}"):
+            bh.apply(model, plan, weights=weights)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_the_config_of_a_classifier_stays_as_it_is():
+    """Its forward writes the kind of problem into it, once there are labels."""
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(**VIT))
+    batches = [{"pixel_values": torch.randn(2, 3, 8, 8), "labels": torch.tensor([0, 1])} for _ in range(2)]
+    for change in (
+        lambda: bh.plan(model, bh.Taylor(), batches, channels=0.5),
+        lambda: bh.score(model, bh.find_units(model, "channel"), bh.Taylor(), batches),
+        lambda: bh.prune(model, bh.Wanda(), batches, 0.5),
+    ):
+        change()
+        assert model.config.problem_type is None

@@ -8,7 +8,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.assets import model_path
-from billhook.model.complete import load_complete
+from billhook.model.complete import check_shards, load_complete
 from billhook.model.meta import check_checkpoint, read_config
 from billhook.model.shapes.shaped import load_shaped, readable, says_shape
 from billhook.model.transformers_internals import build_class, classes_of
@@ -55,6 +55,7 @@ def load_model(
     with readable(name):
         if gguf_file is None:
             check_checkpoint(name)
+            check_shards(name)
             config = None if options.get("trust_remote_code") else read_config(name)
             if config is not None and says_shape(name):
                 kind = _class_for(auto, config, task)

@@ -28,6 +28,7 @@ from billhook.model.preprocessors import Preprocessor
 from billhook.model.shapes.shape import KEY, to_entry, unbuilt_shape
 from billhook.model.shapes.shaped import load_as, readable
 from billhook.model.transformers_internals import everything_saved, is_joined_unevenly
+from billhook.model.values import check_dense
 from billhook.names import without_paths
 from billhook.page import Shown
 from billhook.place import RECORD, check_target, drafted, move, recover, size
@@ -145,6 +146,7 @@ def save(
     _check_no_prompts(model)
     model = find_transformer(model)
     check_names(model)
+    check_dense(model)
     probe = probe or make_probe(model)
     check_target(folder)
     with claimed(target):

@@ -45,7 +45,10 @@ def verify(
     if streams:
         reloaded = load_streamed(kind, str(folder), model.dtype, beside=model)
     else:
-        reloaded = load_as(kind, str(folder), model.dtype).to(cast(Any, model.device))
+        try:
+            reloaded = load_as(kind, str(folder), model.dtype).to(cast(Any, model.device))
+        except ValueError as error:
+            raise RuntimeError(f"the reloaded checkpoint is incomplete or broken, so it was not saved: {error}") from error
     _make_alike(model, reloaded)
     found = logits_of(reloaded, probe)
     if found.shape != expected.shape:

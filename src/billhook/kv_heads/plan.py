@@ -32,7 +32,7 @@ from billhook.kv_heads.scope import (
 from billhook.model.config_fields import field
 from billhook.model.find import find_transformer
 from billhook.model.meta import to_meta
-from billhook.model.plan import ShapePlan, Weights
+from billhook.model.plan import ShapePlan, Weights, check_weights
 from billhook.model.shapes.shape import Shape, note_shape, set_shape, shape_of
 from billhook.model.surgery import Change, Follow, follow, undone_by_errors
 from billhook.model.values import check_plain
@@ -146,11 +146,7 @@ class KVHeadPlan(ShapePlan):
                 shrink, as queries and outputs.
         """
         model, given = find_transformer(model), weights or {}
-        sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        for name, values in given.items() if isinstance(given, dict) else ():  # others are read one at a time
-            if sizes.get(name) != tuple(values.shape):
-                wanted = list(sizes.get(name, ())) or "a parameter"
-                raise ValueError(f"weights: {name} is {list(values.shape)}, and must be {wanted}")
+        check_weights(model, given)
         changes = dict.fromkeys([*given, *self.restart], UNCHANGED) | self.method.changes(model, self.parameters)
         changes |= {name: starting(partial(given.__getitem__, name), changes[name]) for name in given}
         changes |= {name: replace(changes[name], state=None) for name in changes.keys() & set(self.restart)}

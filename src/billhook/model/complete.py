@@ -1,15 +1,18 @@
 """Checkpoints that hold all that a model is made of: others are refused by name; a head that a task adds may be new."""
 
 import copy
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import transformers
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from billhook.model.build import build_or_refuse
 from billhook.model.linears import NEW
@@ -24,6 +27,21 @@ class Gaps:
 
     missing: list[str]
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
+
+
+def check_shards(name: str) -> None:
+    """Refuses a folder without a file that its index names; a hub name passes."""
+    files = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    read = next((path for path in (Path(name, file) for file in files) if path.is_file()), None)
+    if read is None or read.suffix != ".json":
+        return
+    try:
+        named = {str(file) for file in json.loads(read.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError):  # whoever reads it says so
+        return
+    if gone := sorted(file for file in named if not Path(name, file).is_file()):
+        more = f", nor are {len(gone) - 1} more" if len(gone) > 1 else ""
+        raise ValueError(f"'{name}': {gone[0]}, which {read.name} names, is not there{more}")
 
 
 def load_and_compare(kind: Loads, name: str | None, **options: Any) -> tuple[PreTrainedModel, Gaps]:  # noqa: ANN401

@@ -44,7 +44,7 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
     found: dict[str, nn.Module] = {}
     weights: set[int] = set()
     for name, part in _walk(module, "", left_out):
-        if any(key in part._parameters or key in part._buffers for key in PACKED):
+        if is_packed(part):
             raise ValueError(f"{name} is quantised ({type(part).__name__}): prune the model before it is quantised")
         if _is_among(part, convolutions) and id(part.weight) not in left_out | weights:
             _check_plain(name, part)
@@ -56,6 +56,17 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
 def is_pruned(zeros: int, weights: int) -> bool:
     """Tells whether a linear counts as pruned, so many of whose weights are zero."""
     return zeros >= max(1, PRUNED * weights)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Tells whether a module is a quantised layer that keeps its weight under another name, torch.ao's among them."""
+    return any(key in module._parameters or key in module._buffers for key in PACKED) or hasattr(module, "_packed_params")
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """Tells whether a tensor holds anything but floating-point numbers of 16 bits or more: those of 8 bits need their scales."""
+    plain = type(tensor.data) in (Tensor, DTensor) and tensor.is_floating_point()
+    return not plain or tensor.itemsize < torch.bfloat16.itemsize
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -166,5 +177,7 @@ def _check_plain(name: str, linear: nn.Module) -> None:
     if weight is None:
         raise ValueError(f"the weight of {name} is no parameter but computed (a parametrization?): make it one first")
     kind = f"{type(linear).__name__}, {type(weight.data).__name__} of {weight.dtype}"
-    if type(weight.data) not in (Tensor, DTensor) or not weight.is_floating_point() or weight.itemsize < torch.bfloat16.itemsize:
+    if weight.layout is not torch.strided:
+        raise ValueError(f"{name}.weight is sparse ({weight.layout}): make it dense first, as by to_dense()")
+    if is_quantised(weight):
         raise ValueError(f"{name} is quantised ({kind}): prune the model before it is quantised")

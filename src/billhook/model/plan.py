@@ -98,9 +98,21 @@ def subclasses(kind: type[Any]) -> list[type[Any]]:
     return [kind, *(one for own in kind.__subclasses__() for one in subclasses(own))]
 
 
+def check_weights(model: nn.Module, weights: Weights | None) -> None:
+    """Refuses new values of what is no parameter of a model, or of other sizes; those in files are read later, one at a time."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in weights or ():
+        if name not in parameters:
+            raise ValueError(f"weights: {name!r} is no parameter of {type(model).__name__}")
+    for name, value in weights.items() if isinstance(weights, dict) else ():
+        if value.shape != parameters[name].shape:
+            raise ValueError(f"weights: {name} is {list(value.shape)}, and must be {list(parameters[name].shape)}")
+
+
 @contextmanager
 def starting_from(model: nn.Module, weights: Weights | None) -> Iterator[None]:
     """Gives parameters new values, in place; the old ones come back if an error is raised within."""
+    check_weights(model, weights)
     pairs = [(model.get_parameter(name), value) for name, value in (weights or {}).items()]
     with values_kept(parameter for parameter, _ in pairs):
         for parameter, value in pairs:

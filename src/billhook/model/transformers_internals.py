@@ -1,7 +1,8 @@
 """Private names of transformers, each in one place; a test asks whether they are still there."""
 
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -96,14 +97,25 @@ def is_joined_unevenly(model: PreTrainedModel) -> bool:
     return False
 
 
-def initialize_buffers(model: PreTrainedModel) -> None:
-    """Makes the buffers of a model on meta as its class does, on the CPU; nothing else gets values."""
+def made_by_class(model: PreTrainedModel, read: Iterable[str]) -> set[str]:
+    """Names the parameters that files may lack, as the class makes them, such as sinusoidal positions; none that is `read`."""
+    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    own = dict(model.named_parameters())
+    there = {id(own[name]) for name in read if name in own}
+    return {name for name, one in own.items() if id(one) not in there and any(pattern.search(name) for pattern in patterns)}
+
+
+def initialize_buffers(model: PreTrainedModel, parameters: Container[str] = ()) -> None:
+    """Makes the buffers of a model on meta as its class does, and some parameters, on the CPU; nothing else gets values."""
+    made = {id(parameter) for name, parameter in model.named_parameters() if name in parameters}
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        for parameter in module._parameters.values():
-            if parameter is not None:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in made:
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+            elif parameter is not None:
                 setattr(parameter, LOADED, True)
         setattr(module, LOADED, False)  # a module may make the buffers of those within
     model.initialize_weights()  # type: ignore[no-untyped-call]

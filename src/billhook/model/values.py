@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from billhook.model.linears import PACKED
+from billhook.model.linears import is_packed, is_quantised
 
 
 def check_values(model: nn.Module) -> None:
@@ -25,13 +25,21 @@ def check_changeable(model: nn.Module) -> None:
             )
 
 
+def check_dense(model: nn.Module) -> None:
+    """Refuses weights that are stored sparse, which torch can neither cut nor save as they are."""
+    for name, parameter in model.named_parameters():
+        if parameter.layout is not torch.strided:
+            raise ValueError(f"{name} is sparse ({parameter.layout}): make it dense first, as by to_dense()")
+
+
 def check_plain(model: nn.Module, do: str) -> None:
     """Refuses weights that are quantised, or sharded over devices, and says what to do before they are."""
     for name, module in model.named_modules():
-        if any(key in module._parameters or key in module._buffers for key in PACKED):
+        if is_packed(module):
             raise ValueError(f"{name} is quantised ({type(module).__name__}): {do} quantised")
+    check_dense(model)
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() and parameter.dtype is not torch.bool:
+        if is_quantised(parameter) and parameter.dtype is not torch.bool:
             raise ValueError(f"{name} is quantised ({parameter.dtype}): {do} quantised")
         if isinstance(parameter, DTensor):
             raise ValueError(f"{name} is sharded over devices: {do} sharded")

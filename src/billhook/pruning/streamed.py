@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.model.plan import Weights, starting_from
+from billhook.model.plan import Weights, check_weights, starting_from
 from billhook.model.surgery import Change, change_values
 from billhook.streaming.changes import block_of, inside
 from billhook.streaming.either import coming_of
@@ -32,6 +32,7 @@ def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
 @contextmanager
 def taking(model: PreTrainedModel, weights: Weights | None) -> Iterator[None]:
     """Gives parameters new values, as `starting_from` does; those of blocks that are streamed whenever these come."""
+    check_weights(model, weights)
     coming, weights = coming_of(model), weights or {}
     inside = {name for name in weights if coming is not None and block_of(coming, model, name) is not None}
     rest = {name: weights[name] for name in weights if name not in inside} if inside else weights

@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from billhook.running.casts import fresh_casts
+
+PROBLEM = "problem_type"
+"""What a classifier's forward writes into its config, by the labels that it is given."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ def resting(model: nn.Module) -> Iterator[None]:
     """Evaluates without dropout, key-value cache or compiled code; restores modes, random numbers and configs afterwards."""
     modes = {module: module.training for module in model.modules()}
     configs: dict[int, Any] = {id(m.config): m.config for m in modes if getattr(getattr(m, "config", None), "use_cache", False)}
+    others = {id(m.config): vars(m.config) for m in modes if isinstance(getattr(m, "config", None), PretrainedConfig)}
+    problems = [(fields, fields[PROBLEM]) for fields in others.values() if PROBLEM in fields]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in devices), "cuda")
     try:
@@ -104,3 +110,5 @@ def resting(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for config in configs.values():
             config.use_cache = True
+        for fields, problem in problems:
+            fields[PROBLEM] = problem

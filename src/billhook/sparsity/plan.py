@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from billhook.html import html_table
 from billhook.model.linears import in_place, prunable, turned, weight_of
-from billhook.model.plan import Plan, Weights
+from billhook.model.plan import Plan, Weights, check_weights
 from billhook.model.surgery import values_kept
 from billhook.running.sharded.shards import reshard
 from billhook.sparsity.pruned import Applied, Pruned, Share
@@ -100,6 +100,7 @@ class WeightPlan(Plan):
             ValueError: If the plan was not made for this model.
         """
         linears = self._linears(model)
+        check_weights(model, weights)
         given = {model.get_parameter(name): value for name, value in (weights or {}).items()}
         with values_kept(given) if given else nullcontext():
             for parameter, value in given.items():

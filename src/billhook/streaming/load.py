@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from billhook.arguments import annotated
 from billhook.assets import model_path
+from billhook.model.complete import check_shards
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.shapes.shaped import load_on_meta, readable
 from billhook.place import check_target
@@ -81,6 +82,7 @@ def outline(folder: str) -> PreTrainedModel:
 
 
 def _stream(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, parts: Parts | None = None) -> Stream:
+    check_shards(name)
     files = Files(name)
     model = load_on_meta(kind, name, files.sizes(), dtype)
     model.config._name_or_path = model.name_or_path = name

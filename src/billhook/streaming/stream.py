@@ -16,6 +16,7 @@ from billhook.model.transformers_internals import (
     as_in_files,
     initialize_buffers,
     load_some,
+    made_by_class,
     named_in,
 )
 from billhook.running.coming import Before
@@ -70,7 +71,7 @@ class Stream:
 
     def open(self, beside: PreTrainedModel | None = None) -> None:
         """Loads what stays in memory, except for what a model beside this one has, and has blocks come when they are called."""
-        initialize_buffers(self.model)
+        initialize_buffers(self.model, made_by_class(self.model, named_in(self.model, self.files).values()))
         stay = self.keys[""]
         self._load(stay if beside is None else share(self.model, beside, self.files, stay))
         for module, block in self.owner.items():

@@ -20,6 +20,7 @@ from billhook.model.memory import remembered
 from billhook.model.meta import from_config, from_name, to_meta
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.transformers_internals import attention_of, compute_every_expert, set_attention
+from billhook.model.values import check_dense
 from billhook.running.batches import check_one_device
 from billhook.tracing.axes import Axis, mark
 from billhook.tracing.coupling import Structure, couple
@@ -61,6 +62,7 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
     with _alone, torch.inference_mode(False), torch.device("cpu"):  # whatever is on around
         subject, outside = _subject(model, example_inputs is not None)
         check_one_device(subject)  # accelerate's hooks would go along with a copy, and move what it is given
+        check_dense(subject)
         find = partial(_find, subject, outside, example_inputs)
         if example_inputs is not None or not isinstance(subject, PreTrainedModel):
             return find()

@@ -131,7 +131,13 @@ def _are_blocks(_: str, stated: object) -> bool:
 
 def shape_of(model: nn.Module) -> Shape:
     """Returns the shape that a model has now."""
-    tensors = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    state = model.state_dict(keep_vars=True)
+    if packed := next((name for name, one in state.items() if not isinstance(one, Tensor)), None):
+        raise ValueError(
+            f"model: {packed} is a {type(state[packed]).__name__} and no tensor, as in layers that torch.ao has quantised: "
+            "work on the model before it is quantised"
+        )
+    tensors = {name: tuple(tensor.shape) for name, tensor in state.items()}
     attributes = {name: getattr(module, attr) for name, module, attr in _numbers(model)}
     fields = _fields(model)
     config = {name: value for name, value in fields.items() if isinstance(value, int)}

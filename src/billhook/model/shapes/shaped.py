@@ -16,7 +16,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from billhook.model.build import build_or_refuse
-from billhook.model.complete import accept, load_and_compare, load_complete, mismatch, refuse_gaps
+from billhook.model.complete import accept, check_shards, load_and_compare, load_complete, mismatch, refuse_gaps
 from billhook.model.linears import is_linear
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.handed import Handing
@@ -36,6 +36,7 @@ def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) ->
 
     A config that was written without what it said there is completed by the sizes in the files; the model must then run.
     """
+    check_shards(name)
     if says_shape(name):
         return load_shaped(kind, name, dtype)
     plain, gaps = load_and_compare(kind, name, dtype=dtype)

@@ -13,10 +13,21 @@ from pathlib import Path
 
 RECORD = "billhook.json"
 """The file that shows that billhook wrote a folder, and lists its files."""
+LONGEST = 255 - len("..rehearsal.draft-01234567")
+"""Bytes of a folder's name at most, as drafts beside it have longer ones."""
+
+
+def check_name(folder: str | Path) -> None:
+    """Refuses what no folder can be called, nor the drafts beside it."""
+    longest = max(len(os.fsencode(part)) for part in ("", *Path(folder).parts))
+    if "\0" in str(folder) or longest > LONGEST:
+        wrong = "a zero byte" if "\0" in str(folder) else f"a name of {longest} bytes, more than {LONGEST},"
+        raise ValueError(f"folder: {str(folder)[:80]!r} holds {wrong} which no folder can have: name another")
 
 
 def check_target(folder: str | Path) -> None:
     """Refuses a folder to save to that holds anything that billhook did not write, or that cannot be replaced."""
+    check_name(folder)
     path = Path(folder).resolve()
     if path.is_mount():
         raise ValueError(f"'{folder}' is a mount point, which cannot be replaced in one step: name a folder inside it")
@@ -29,6 +40,13 @@ def check_target(folder: str | Path) -> None:
         raise ValueError(f"'{folder}' cannot be replaced in one step: '{aside}' holds what billhook did not write ({foreign})")
     if path.exists() and (foreign := "a file" if not path.is_dir() else _foreign(path)):
         raise ValueError(f"'{folder}' holds something that billhook did not write ({foreign}): name another folder")
+
+
+def check_apart(source: str | Path, folder: str | Path) -> None:
+    """Refuses a folder to save to that is the one which is read, or that holds it: it would be lost."""
+    read, path = Path(source).resolve(), Path(folder).resolve()
+    if read.is_dir() and path.exists() and any(path.samefile(own) for own in (read, *read.parents)):
+        raise ValueError(f"'{folder}' is the folder of the model that is read, or holds it, and would be replaced: name another")
 
 
 def replaced(folder: str | Path) -> str:

@@ -1,6 +1,7 @@
 """A full disk, a folder that cannot be written, or a crash leaves the files that were there, and no drafts."""
 
 import contextlib
+import copy
 import errno
 import json
 import os
@@ -222,3 +223,32 @@ def test_a_picture_that_cannot_be_written_costs_no_checkpoint(tmp_path):
         trainer(tmp_path, [bh.Export(str(tmp_path / "a")), report], max_steps=1).fit(lit, rows, rows)
     assert json.loads((tmp_path / "a" / RECORD).read_text())["steps"] == 1
     assert bh.load(tmp_path / "a").config.vocab_size == 64
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a" * 300])
+def test_names_that_no_folder_can_have(name, tmp_path):
+    for write in (lambda: bh.save(llama(), tmp_path / name), lambda: bh.stream("tiny", tmp_path / name)):
+        with pytest.raises(ValueError, match="folder: .* which no folder can have: name another"):
+            write()
+    with pytest.raises(ValueError, match="'/' is a mount point|'/' holds something"):
+        bh.save(llama(), "/")
+    assert list(tmp_path.iterdir()) == []
+
+
+def used_twice(model):
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+
+
+def tied(model):
+    model.model.layers[1].mlp.gate_proj.weight = model.model.layers[0].mlp.gate_proj.weight
+
+
+@pytest.mark.parametrize("change", [used_twice, tied])
+def test_weights_that_are_shared_by_hand(change, tmp_path):
+    model, (one, other) = llama(), [f"model.layers.{layer}.mlp.gate_proj.weight" for layer in (0, 1)]
+    change(model)
+    with pytest.raises(ValueError, match=f"model: {one} and {other} are one tensor.*does not tie them: give each its own"):
+        bh.save(model, tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+    model.model.layers[1] = copy.deepcopy(model.model.layers[1])
+    assert bh.save(model, tmp_path / "a").difference == 0

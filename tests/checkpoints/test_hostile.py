@@ -149,7 +149,7 @@ def test_a_tokenizer_with_code(good, tmp_path):
     said |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
     (folder / "tokenizer_config.json").write_text(json.dumps(said))
     config(model_type="evil", auto_map=AUTO)(folder)
-    with pytest.raises(ValueError, match="custom code"):
+    with pytest.raises(ValueError, match="code that comes with it"):
         _ = bh.TextDataModule("tiny", str(folder)).tokenizer
 
 

@@ -113,3 +113,21 @@ def test_the_config_of_a_classifier_stays_as_it_is():
     ):
         change()
         assert model.config.problem_type is None
+
+
+@pytest.mark.parametrize("how", ["masked", "parametrised", "buffer"])
+def test_weights_that_are_no_parameters_are_not_refitted(how):
+    model = llama()
+    linear = model.model.layers[0].mlp.down_proj
+    if how == "masked":
+        torch.nn.utils.prune.l1_unstructured(linear, "weight", 0.3)
+    elif how == "parametrised":
+        torch.nn.utils.parametrizations.orthogonal(linear)
+    else:
+        weight = linear.weight.detach()
+        del linear.weight
+        linear.register_buffer("weight", weight)
+    plan = bh.plan_units(model, {0: [0, 1]})
+    for refits in (lambda: bh.shrink(model, BATCHES, params=0.9), lambda: bh.repair(model, plan, BATCHES)):
+        with pytest.raises(ValueError, match=r"the weight of .*down_proj is no parameter \(it is computed.*make it one first"):
+            refits()

@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from billhook.model.transformers_internals import everything_saved, is_joined_un
 from billhook.model.values import check_dense
 from billhook.names import without_paths
 from billhook.page import Shown
-from billhook.place import RECORD, check_target, drafted, move, recover, size
+from billhook.place import RECORD, check_name, check_target, drafted, move, recover, size
 from billhook.running.noise import forked
 from billhook.sparsity.learning.learned import as_runs_see
 from billhook.streaming.checkpoint import write_checkpoint
@@ -142,6 +143,7 @@ def save(
     arguments = locals()
     plain = _to_plain(record or {})
     annotated(save, arguments)
+    check_name(folder)
     target = Path(folder).resolve()
     _check_no_prompts(model)
     model = find_transformer(model)
@@ -216,8 +218,25 @@ def _write_weights(model: PreTrainedModel, draft: Path) -> None:
     if (stream := stream_of(model)) is not None:
         write_checkpoint(stream, draft)
         return
-    with everything_saved(model):
-        model.save_pretrained(draft, save_original_format=not is_joined_unevenly(model))
+    try:
+        with everything_saved(model):
+            model.save_pretrained(draft, save_original_format=not is_joined_unevenly(model))
+    except RuntimeError as error:
+        if "shared tensors" not in str(error) or (shared := _shared(model)) is None:
+            raise
+        raise ValueError(
+            f"model: {' and '.join(shared)} are one tensor, and {type(model).__name__} does not tie them: give each its own, "
+            "as by copy.deepcopy of a layer that is used twice"
+        ) from error
+
+
+def _shared(model: PreTrainedModel) -> list[str] | None:
+    """Names two parameters that are one tensor, although their class does not tie them."""
+    names = defaultdict[int, list[str]](list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in model.all_tied_weights_keys:
+            names[id(parameter)].append(name)
+    return next((own[:2] for own in names.values() if len(own) > 1), None)
 
 
 def way_of(model: PreTrainedModel) -> tuple[Way, PretrainedConfig]:

@@ -23,7 +23,7 @@ Loads = Any
 
 @dataclass(frozen=True)
 class Gaps:
-    """What a checkpoint does not give a model: names of tensors that its files lack, and sizes there and in the model."""
+    """The gaps that a checkpoint leaves in a model: names of tensors that its files lack, and sizes there and in the model."""
 
     missing: list[str]
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
@@ -85,7 +85,7 @@ def refuse_gaps(model: PreTrainedModel, gaps: Gaps, name: str) -> None:
 
 
 def mismatch(model: PreTrainedModel, gaps: Gaps) -> str:
-    """Says which tensor has another size in the files."""
+    """Names a tensor that has another size in the files, and both sizes."""
     key, there, here = gaps.mismatched[0]
     more = f"; {len(gaps.mismatched) - 1} more differ" if len(gaps.mismatched) > 1 else ""
     return f"{key} is {list(there)} in the files, and {list(here)} in {type(model).__name__}{more}"

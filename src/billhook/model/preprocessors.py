@@ -1,5 +1,8 @@
 """Loads what makes a model's inputs of text, images or sound."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -27,13 +30,41 @@ FILES = (
     "vocab.json",
 )
 """Files of which a folder with a preprocessor has one; without any, transformers makes up an empty tokenizer."""
+VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "spm.model", "merges.txt")
+"""Files of which an older folder may have one alone."""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a folder, a hub name or `"tiny"`; no code that it brings is run."""
-    with readable(name):
+    """Loads the tokenizer of a folder, a hub name or `"tiny"`; no code that it brings is run.
+
+    Raises:
+        ValueError: If there is none, or it is code.
+    """
+    if not may_have_preprocessor(name):
+        raise ValueError(f"'{name}' has no tokenizer: name another folder, or a hub name, as tokenizer (--tokenizer NAME)")
+    with readable(name), _without_code(name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path(name), trust_remote_code=False)
     return tokenizer
+
+
+def may_have_preprocessor(name: str) -> bool:
+    """Tells whether there may be a tokenizer or a processor: a folder has a file of one; of a hub name that is not known."""
+    folder = Path(model_path(name))
+    return not folder.is_dir() or any((folder / file).is_file() for file in (*FILES, *VOCABULARIES))
+
+
+@contextmanager
+def _without_code(name: str) -> Iterator[None]:
+    """Says in the place of transformers' advice that code which a tokenizer or processor brings is not run."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"'{name}': its tokenizer or processor is code that comes with it, which billhook does not run: name another as "
+            "tokenizer (--tokenizer NAME)"
+        ) from error
 
 
 def tokenizer_of(model: PreTrainedModel, name: str | None = None) -> PreTrainedTokenizerBase:
@@ -45,7 +76,7 @@ def tokenizer_of(model: PreTrainedModel, name: str | None = None) -> PreTrainedT
 
 def load_preprocessor(name: str, auto: Any = AutoProcessor) -> Preprocessor:  # noqa: ANN401 - an auto class
     """Loads what an auto class finds in a folder or under a hub name, if there is anything; no code that it brings is run."""
-    with readable(name):
+    with readable(name), _without_code(name):
         held = (cached_file(model_path(name), file, _raise_exceptions_for_missing_entries=False) for file in FILES)
         if not any(held):
             raise ValueError(f"'{name}' has no tokenizer or processor: none of {', '.join(FILES)}")

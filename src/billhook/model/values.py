@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from billhook.model.linears import is_packed, is_quantised
+from billhook.model.linears import is_linear, is_packed, is_quantised
 
 
 def check_values(model: nn.Module) -> None:
@@ -22,6 +22,16 @@ def check_changeable(model: nn.Module) -> None:
             raise ValueError(
                 f"model: {name} was made under torch.inference_mode, so it can neither be changed nor have a gradient: make or "
                 "load the model outside of it"
+            )
+
+
+def check_stored(model: nn.Module) -> None:
+    """Refuses linears whose weight is no parameter, but computed from others or a buffer."""
+    for name, module in model.named_modules():
+        if is_linear(module) and module._parameters.get("weight") is None:
+            raise ValueError(
+                f"the weight of {name} is no parameter (it is computed, as by torch.nn.utils.prune or a parametrization, or a "
+                "buffer): make it one first"
             )
 
 

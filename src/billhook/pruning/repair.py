@@ -15,7 +15,7 @@ from billhook.calibration.calibration import Batches, batches_of
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear, size_of
 from billhook.model.plan import Plan, Weights
-from billhook.model.values import check_values
+from billhook.model.values import check_stored, check_values
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.enough import NoRepair, not_refitted, without_name
 from billhook.repairs.in_turn import Refitted
@@ -127,6 +127,7 @@ def repair_with(
     """
     if stream_of(model) is None:
         check_values(model)
+    check_stored(model)
     plan.check_made_for(model)
     subject, given = find_transformer(model), given or {}
     found = units_of(subject, trace(subject), dict.fromkeys(plan.kinds.values()))

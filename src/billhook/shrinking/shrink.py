@@ -13,7 +13,7 @@ from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.model.find import find_transformer
 from billhook.model.surgery import undone_by_errors, values_kept
-from billhook.model.values import check_values
+from billhook.model.values import check_stored, check_values
 from billhook.pruning.amount import TARGETS, Amount
 from billhook.pruning.widths.rows import RoundTo
 from billhook.repairs.repair import Repair
@@ -128,6 +128,7 @@ def shrink(
     amount = budget(params, kv_cache_bytes, bytes, max_loss, latency, first, last, round_to)
     subject = find_transformer(model)
     check_values(subject)
+    check_stored(subject)
     clock = None if latency is None else (latency, clock_of(subject, workload))
     work = Work.begun(subject, amount, layers == "uniform", timed=latency is not None)
     work.progress = progress

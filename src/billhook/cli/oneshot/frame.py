@@ -26,8 +26,8 @@ from billhook.cli.oneshot.streamed import Refits, check_streamed, reads, rest
 from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
 from billhook.cli.reading import files
 from billhook.model.linears import prunable
-from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer
-from billhook.place import check_target, replaced
+from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor
+from billhook.place import check_apart, check_target, replaced
 from billhook.report.damage import Dense, warning_of
 from billhook.report.generation import generates
 from billhook.report.metrics import accuracy
@@ -64,6 +64,7 @@ class OneShot:
         streams: bool = False,
     ) -> None:
         check_target(out)
+        check_apart(model_path(name), out)
         given.check_there()
         if given.stream:
             check_streamed(given, streams, offload, calibrates or given.evaluate > 0)
@@ -78,7 +79,11 @@ class OneShot:
         elif not given.stream:
             self.model.to(self.device)  # type: ignore[arg-type]
         self.length = given.length_for(self.model)
-        self._labelled = Labelled(given, self.model, model_path(name), self.length)
+        self._labelled = Labelled(given, self.model, model_path(given.tokenizer or name), self.length)
+        if given.tokenizer is not None:
+            if self._labelled.of_images:
+                raise ValueError(f"tokenizer={given.tokenizer!r}: a {type(self.model).__name__} reads no text: leave it out")
+            load_tokenizer(given.tokenizer)
         classifies = isinstance(given, Examples) and self._labelled.is_classifier
         self.metric = "accuracy" if classifies or self._labelled.of_images else "perplexity"
         self.calibrates = calibrates
@@ -121,7 +126,8 @@ class OneShot:
             read = sources if isinstance(sources, list) else [sources]
             sources, weights = [*read, GENERATED], [(1 - self.beside) / len(read)] * len(read) + [self.beside]
         tokens = (examples or (WRITTEN if given.data is None else EXAMPLES)) * self.length
-        options = {"batch_size": given.batch_size, "column": given.column, "tokenizer": model_path(self.name), "seed": given.seed}
+        options = {"batch_size": given.batch_size, "column": given.column, "seed": given.seed}
+        options["tokenizer"] = model_path(given.tokenizer or self.name)
         options["enough"] = given.agreement if isinstance(given, Scored) else None
         return Calibration(sources, weights, tokens, self.length, **options)  # type: ignore[arg-type]
 
@@ -285,9 +291,13 @@ class OneShot:
         print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
         print("\n".join(["", "Next:", *(f"  {line}" for line in commands(self.model, self.name, self.out, event))]))
 
-    def _preprocessor(self) -> Preprocessor:
-        """Loads what lies beside the model, to be saved along."""
-        return load_preprocessor(self.name) if self._labelled.of_images else load_tokenizer(self.name)
+    def _preprocessor(self) -> Preprocessor | None:
+        """Loads what lies beside the model, or is named, to be saved along; None if there is nothing, as nothing was read."""
+        name = self.given.tokenizer or self.name
+        if not may_have_preprocessor(name):
+            print(f"'{name}' has no tokenizer, so none is saved along; --tokenizer NAME names one")
+            return None
+        return load_preprocessor(name) if self._labelled.of_images else load_tokenizer(name)
 
     def loader(self, examples: int, batch_size: int, calibrated: Sequence[Batch], before: Before) -> DataLoader[Any]:
         """Reads so many examples to train on, if there are: what was calibrated on and more, but nothing that is measured on."""

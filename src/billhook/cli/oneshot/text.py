@@ -30,6 +30,7 @@ class Text:
             the model writes. For a classifier, tables with a text and a label; of images, a folder of these by class, or
             such tables as `.parquet` files.
         also: Files of other text to measure on.
+        tokenizer: The folder or hub name of the tokenizer, if `model` has none: texts are read by it, and it is saved along.
         column: The column that holds the text; without it, chats in `messages` or `conversations`, or
             `prompt` and `response`, are read.
         length: Tokens of an example; by default as many as the model reads, but at most 512, or 2048 for `prune` with `data`.
@@ -57,6 +58,7 @@ class Text:
 
     data: Data | list[Data] | None = None
     also: list[str] | None = None
+    tokenizer: str | None = None
     column: str = "text"
     length: int | None = None
     examples: int | None = None

@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedModel
 
 import billhook
+import billhook as bh
 from billhook.adapters.lora import attach
 from billhook.report.summary import Stage, summary, table
 
@@ -66,6 +67,31 @@ def test_other_families():
     vit = summary(transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=16, patch_size=8)))
     assert (vit.kv_cache_bytes, vit.query_heads) == (None, 4)
     assert str(vit).count("unknown") == 1
+
+
+@pytest.mark.parametrize("kind", ["Bart", "MBart", "Pegasus"])
+def test_a_decoder_that_asks_its_mask_for_values_has_a_cache(kind):
+    """As a run counts it; T5's does not ask."""
+    sizes = {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(
+        d_model=16, vocab_size=64, encoder_layers=1, decoder_layers=3, max_position_embeddings=32, **sizes
+    )
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(config).eval()
+    ids = torch.arange(3, 8)[None]
+    cached = [model(input_ids=ids, decoder_input_ids=ids[:, :n], use_cache=True).past_key_values for n in (1, 2)]
+    held = [sum(one.keys.nbytes + one.values.nbytes for one in cache.self_attention_cache.layers) for cache in cached]
+    assert summary(model).kv_cache_bytes == held[1] - held[0] > 0
+    assert summary(model).flops
+
+
+def test_heads_that_differ_between_layers():
+    model = llama(num_attention_heads=4, num_key_value_heads=2)
+    assert " 4 / 2\n" in str(summary(model))
+    bh.prune_units(model, {0: [0, 2]})
+    found = summary(model)
+    assert (found.query_heads, found.kv_heads, found.heads) == (None, None, ((2, 2), *[(4, 2)] * (len(found.heads) - 1)))
+    assert "  2 to 4 / 2\n" in str(found)
+    assert f"{found.kv_cache_bytes:,} bytes in float32\n" in str(found)
 
 
 def test_a_config_whose_padding_may_not_be_none():

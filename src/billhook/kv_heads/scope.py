@@ -136,9 +136,14 @@ def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:
     unsaid = kv == query and any(hasattr(config, name) for name in (*FIELDS[1:], FLAG))
     if not unsaid and not unbuilt_shape(model).tensors:
         return query if isinstance(query, int) else None, kv if isinstance(kv, int) else None
+    counts = set(heads_by_layer(model))
+    return counts.pop() if len(counts) == 1 else (None, None)
+
+
+def heads_by_layer(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """Returns the query heads and KV heads of each layer, those of an encoder apart; none where heads cannot be told apart."""
     try:
         found = find_kv(model)
     except ValueError:
-        return None, None
-    counts = {(found[name].queries, found[name].heads) for name in in_scope(model, found, encoder=False)}
-    return counts.pop() if len(counts) == 1 else (None, None)
+        return []
+    return [(found[name].queries, found[name].heads) for name in in_scope(model, found, encoder=False)]

@@ -1,7 +1,9 @@
 """The costs of a model of a shape: parameters, bytes, key/value cache, operations; the last two from runs on meta tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -78,29 +80,34 @@ def kv_cache_bytes(model: PreTrainedModel) -> int | None:
 def _cache_on_meta(model: PreTrainedModel) -> int | None:
     if model.main_input_name != "input_ids":
         return None
-    try:
-        shadow = meta_copy(model)
-        with Repeated():
-            return _forward(shadow, 2) - _forward(shadow, 1) or None
-    except CANNOT_RUN:
-        return None
+    return _on_meta(model, lambda shadow: _forward(shadow, 2) - _forward(shadow, 1) or None)
 
 
 def _flops_on_meta(model: PreTrainedModel, context: int) -> int | None:
     """Counts FLOPs per token, or of an image where there is no context; None where the model cannot run on meta."""
     if context and model.main_input_name != "input_ids":
         return None
-    try:
-        shadow = meta_copy(model)
-        with Repeated(), FlopCounterMode(display=False) as counter:
+
+    def counted(shadow: PreTrainedModel) -> int:
+        with FlopCounterMode(display=False) as counter:
             if context:
                 _forward(shadow, context)
             else:
                 _see(shadow)
+        total: int = counter.get_total_flops()
+        return total // max(context, 1)
+
+    return _on_meta(model, counted)
+
+
+def _on_meta(model: PreTrainedModel, measure: Callable[[PreTrainedModel], int | None]) -> int | None:
+    """Measures a copy on meta; None where it does not run there."""
+    try:
+        shadow = meta_copy(model)
+        with Repeated():
+            return measure(shadow)
     except CANNOT_RUN:
         return None
-    total: int = counter.get_total_flops()
-    return total // max(context, 1)
 
 
 def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -115,7 +122,11 @@ def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
 def _forward(shadow: PreTrainedModel, length: int) -> int:
     """Counts the bytes of the key/value cache after some tokens; 0 without one."""
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if shadow.config.is_encoder_decoder else {})
+    inputs = {"input_ids": ids}
+    if shadow.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+        if "decoder_attention_mask" in signature(shadow.forward).parameters:  # else BART makes one, and asks for its values
+            inputs["decoder_attention_mask"] = torch.zeros(1, 1, length, length, dtype=shadow.dtype, device="meta")
     cached = {"use_cache": True} if hasattr(shadow.config.get_text_config(decoder=True), "use_cache") else {}
     return sum(t.numel() * t.element_size() for t in _cached(shadow(**inputs, **cached)))
 

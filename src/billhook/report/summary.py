@@ -12,7 +12,7 @@ from billhook.adapters.beneath import taken_off
 from billhook.arguments import annotated
 from billhook.checkpoints.equivalent import cache_as_saved
 from billhook.html import html_table
-from billhook.kv_heads.scope import heads_of
+from billhook.kv_heads.scope import heads_by_layer, heads_of
 from billhook.model.figures import figures_of
 from billhook.model.find import find_transformer
 from billhook.page import COLUMNS, Shown
@@ -37,6 +37,8 @@ class Summary(Shown):
         flops: Floating-point operations of the forward pass, per token, at `context` tokens; of a model of images, of one image.
         context: Tokens for which `flops` holds; 0 for a model of images.
         adapters: Parameters of PEFT's adapters, such as LoRA's, which no other number counts: a saved model has them merged.
+        heads: Query heads and key/value heads of each layer, where layers differ.
+        dtype: The dtype of the weights, in which the key/value cache is counted.
     """
 
     model: str
@@ -49,6 +51,8 @@ class Summary(Shown):
     flops: int | None
     context: int
     adapters: int = 0
+    heads: tuple[tuple[int, int], ...] = ()
+    dtype: str = ""
 
     def numbers(self) -> dict[str, Any]:
         """Returns the numbers that change when a model is pruned or converted."""
@@ -68,6 +72,7 @@ class Summary(Shown):
         return html_table("size and cost of a model", (), self._rows())
 
     def _rows(self) -> list[tuple[str, str]]:
+        dtype = f" in {self.dtype}" if self.dtype else ""
         per = f"token at {self.context}" if self.context else "image"
         adapters = [("of adapters, besides", f"{self.adapters:,}")] if self.adapters else []
         return [
@@ -76,10 +81,17 @@ class Summary(Shown):
             *adapters,
             ("zeros", "not counted" if self.zeros is None else f"{self.zeros:,} ({self.zeros / max(self.params, 1):.1%})"),
             ("size of the weights", f"{self.bytes / 1e6:,.1f} MB"),
-            ("query heads / KV heads", f"{self.query_heads or '?'} / {self.kv_heads or '?'}"),
-            ("KV cache per token", "unknown" if self.kv_cache_bytes is None else f"{self.kv_cache_bytes:,} bytes"),
+            ("query heads / KV heads", self._heads()),
+            ("KV cache per token", "unknown" if self.kv_cache_bytes is None else f"{self.kv_cache_bytes:,} bytes{dtype}"),
             (f"forward FLOPs per {per}", "unknown" if self.flops is None else f"{self.flops:,}"),
         ]
+
+    def _heads(self) -> str:
+        """Returns how many heads of each kind layers have, from the fewest to the most."""
+        if not self.heads:
+            return f"{self.query_heads or '?'} / {self.kv_heads or '?'}"
+        ranges = [(min(counts), max(counts)) for counts in zip(*self.heads, strict=True)]
+        return " / ".join(str(most) if least == most else f"{least} to {most}" for least, most in ranges)
 
 
 def summary(model: nn.Module) -> Summary:
@@ -99,7 +111,7 @@ def summary(model: nn.Module) -> Summary:
         zeros                           3 (0.0%)
         size of the weights             5.5 MB
         query heads / KV heads          8 / 8
-        KV cache per token              4,096 bytes
+        KV cache per token              4,096 bytes in bfloat16
         forward FLOPs per token at 512  7,602,176
     """
     annotated(summary, locals())
@@ -111,8 +123,9 @@ def summary(model: nn.Module) -> Summary:
         with sizes_only(model) if is_sharded(model) else nullcontext():
             figures, name = asdict(figures_of(model)) | {"kv_cache_bytes": cache_as_saved(model)}, type(model).__name__
             query_heads, kv_heads = heads_of(model)
-    adapters = every - figures["params"]
-    return Summary(model=name, zeros=zeros, query_heads=query_heads, kv_heads=kv_heads, **figures, adapters=adapters)
+            heads = () if query_heads else tuple(heads_by_layer(model))
+    more: dict[str, Any] = {"adapters": every - figures["params"], "heads": heads, "dtype": str(model.dtype).removeprefix("torch.")}
+    return Summary(model=name, zeros=zeros, query_heads=query_heads, kv_heads=kv_heads, **figures, **more)
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,9 @@ def summary(model: nn.Module) -> Summary:
             figures, name = asdict(figures_of(model)) | {"kv_cache_bytes": cache_as_saved(model)}, type(model).__name__
             query_heads, kv_heads = heads_of(model)
             heads = () if query_heads else tuple(heads_by_layer(model))
-    more: dict[str, Any] = {"adapters": every - figures["params"], "heads": heads, "dtype": str(model.dtype).removeprefix("torch.")}
-    return Summary(model=name, zeros=zeros, query_heads=query_heads, kv_heads=kv_heads, **figures, **more)
+    counted: dict[str, Any] = {"zeros": zeros, "query_heads": query_heads, "kv_heads": kv_heads, "heads": heads}
+    adapters, dtype = every - figures["params"], str(model.dtype).removeprefix("torch.")
+    return Summary(model=name, **figures, **counted, adapters=adapters, dtype=dtype)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def summary(model: nn.Module) -> Summary:
         zeros                           3 (0.0%)
         size of the weights             5.5 MB
         query heads / KV heads          8 / 8
-        KV cache per token              4,096 bytes in bfloat16
+        KV cache per token              4,096 bytes in float16
         forward FLOPs per token at 512  7,602,176
     """
     annotated(summary, locals())

@@ -122,7 +122,6 @@ class Export(Callback):
         if stage == "fit":
             check_some_steps(trainer, "Export")
             check_target(self.folder)
-            by_first(trainer, "Export", self._claimed)
             if self.gguf is not None:
                 check_gguf(self.gguf)
                 find_converter(self.converter)
@@ -149,8 +148,10 @@ class Export(Callback):
         self._claim = self._claim or Claim(Path(self.folder).resolve())
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses a model whose checkpoint would not load, before training."""
+        """Refuses a model whose checkpoint would not load, and claims the folder, before training."""
         check_names(find_transformer(pl_module))
+        # not in `setup`, where a ModelCheckpoint warns of any file that lies beside the folder, as a lock does
+        by_first(trainer, "Export", self._claimed)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds what is saved along; warns if there is nothing."""

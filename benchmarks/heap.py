@@ -1,0 +1,92 @@
+"""Searches under FSDP2 on two ranks again and again, each fit with its live tensors counted, under a checker of the heap.
+
+    python benchmarks/heap.py OUT --minutes 30 --checker malloc
+    python benchmarks/heap.py OUT --minutes 30 --checker asan
+    python benchmarks/heap.py OUT --fits 2 --checker valgrind
+
+Once, a rank ended with "malloc(): unaligned tcache chunk detected" in such a sequence. `malloc` is glibc's own checker
+(`MALLOC_CHECK_=3`, freed memory overwritten), `asan` preloads AddressSanitizer's allocator, which finds double and invalid frees
+and what `memcpy` and its like write outside of a block; `valgrind` checks each access, some fifty times slower, on one rank.
+Prints how many fits each rank has made; ends with the rank's exit status.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+LAYERS = 8
+RELEASE = "BILLHOOK_RELEASE_MEMORY"
+CHECKERS = {
+    "none": {},
+    "malloc": {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3", "GLIBC_TUNABLES": "glibc.malloc.perturb=165"},
+    "asan": {
+        "LD_PRELOAD": "libasan.so.8",
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:new_delete_type_mismatch=0",
+    },
+    "valgrind": {"PYTHONMALLOC": "malloc"},
+}
+
+
+def main() -> None:
+    """Starts the ranks, and waits for them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--fits", type=int, default=1_000_000)
+    parser.add_argument("--checker", choices=CHECKERS, default="malloc")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--mallopt", action="store_true", help="with BILLHOOK_RELEASE_MEMORY=1")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | CHECKERS[options.checker] | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONWARNINGS": "ignore"}
+    environment |= {"PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}", RELEASE: str(int(options.mallopt))}
+    before = ["valgrind", "--error-limit=no", "--num-callers=40"] if options.checker == "valgrind" else []
+    what = json.dumps([str(options.out), time.time() + 60 * options.minutes, options.fits, options.ranks])
+    ranks = []
+    for rank in range(options.ranks):
+        own = environment | {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(options.ranks), "RANK": str(rank)}
+        log = open(options.out / f"rank{rank}.log", "w")  # noqa: SIM115  # the process has it to its end
+        ranks.append(subprocess.Popen([*before, sys.executable, __file__, "--rank", what], env=own, stdout=log, stderr=log))
+    codes = [rank.wait() for rank in ranks]
+    for rank in range(options.ranks):
+        print(f"rank {rank}: exit {codes[rank]}: {(options.out / f'rank{rank}.log').read_text().strip().splitlines()[-1]}")
+    sys.exit(max(map(abs, codes)))
+
+
+def fit_again(out: str, end: float, fits: int, ranks: int) -> None:
+    """What each rank runs: the events whose memory is measured, in turn, a search after each two others."""
+    import torch
+
+    from billhook.running.resident import give_back_at_once
+    from kit.beside import beside
+    from kit.sharding import sharding
+
+    give_back_at_once()
+    torch.set_num_threads(1)
+    others = ["channels, repaired", "KV heads, with data", "zeros, SparseGPT", "zeros, ALPS", "residual channels, by gradients"]
+    made, going = 0, True
+    while made < fits and going:
+        name = ("a smaller model", "a smaller cache", others[made // 3 % len(others)])[made % 3]
+        beside(Path(out), name, sharding(ranks), ranks=ranks, layers=LAYERS)
+        made += 1
+        print(f"{made} fits, the last: {name}", flush=True)
+        answers = [None] * ranks
+        torch.distributed.all_gather_object(answers, time.time() < end)
+        going = all(answers)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--rank"]:
+        fit_again(*json.loads(sys.argv[2]))
+    else:
+        main()

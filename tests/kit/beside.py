@@ -110,7 +110,7 @@ def searched(patch, make=library.in_shards):
         return make(turns, place, value, device)
 
     patch.setattr(library, "in_shards", counted)
-    patch.setattr(variants, "BYTES", 1)
+    patch.setattr(variants, "spare", lambda _: 1)
     return found
 
 

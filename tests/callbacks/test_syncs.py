@@ -1,12 +1,14 @@
 """The host waits for the device as often in a step with a callback as in one without."""
 
 import pytest
+import torch
 
 import billhook as bh
 from billhook.sparsity import masks
 from kit.events import Own, loader
+from kit.families import llama
 from kit.fits import trainer
-from kit.syncs import steps_counted
+from kit.syncs import Syncs, steps_counted
 
 FEW = {"calibration": 4, "measure_batches": 0}
 STEPS = 7
@@ -73,3 +75,15 @@ def test_what_is_done_is_remembered(tmp_path, options, last):
     steps(tmp_path, [callback])
     assert max(callback.looks) == last
     assert len(callback.looks) <= 9
+
+
+@pytest.mark.filterwarnings("ignore:linears are refitted to one kind of text")
+@pytest.mark.parametrize(("importance", "most"), [(bh.OutputNorm(), 24), (bh.Taylor(), 48), (bh.OBS(), 24)], ids=repr)
+def test_an_event_waits_a_stated_number_of_times_for_each_module(importance, most):
+    model, batches = llama(), [{"input_ids": torch.randint(3, 60, (8, 12))} for _ in range(4)]
+    with Syncs() as scoring:
+        plan = bh.plan(model, importance, batches, channels=0.5)
+    with Syncs() as repairing:
+        bh.repair(model, plan, batches)
+    assert 0 < scoring.total <= most * len(plan.units)
+    assert 0 < repairing.total <= 80 * len(plan.units)  # most of it for eight ridges on each of two parts held out

@@ -692,7 +692,7 @@ class TestRefused:
         trainer(tmp_path, [pruning(0.5, importance=bh.WeightNorm())], max_steps=2).fit(Own(mha()), stream)
 
     def test_no_batches(self, files, tmp_path):
-        self.refused(files, tmp_path, [pruning(0.5, calibration=[])], "batches: GateGradient needs at least one batch")
+        self.refused(files, tmp_path, [pruning(0.5, calibration=[])], "calibration: GateGradient needs at least one batch")
 
 
 def bloom():

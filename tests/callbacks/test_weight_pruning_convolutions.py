@@ -14,9 +14,9 @@ def pruning(**options):
 
 @pytest.mark.parametrize("convolutions", ["mixing", "all", "none"])
 def test_zeros_are_held_in_those_that_were_asked_for(tmp_path, convolutions):
-    lit, callback = Classifier(), pruning(convolutions=convolutions)
+    lit, callback = Classifier(), pruning(convolutions=convolutions, output_embeddings=True)
     trainer(tmp_path, [callback], max_steps=5).fit(lit, images())
-    every, asked = prunable(lit.net, convolutions="all"), prunable(lit.net, convolutions=convolutions)
+    every, asked = (prunable(lit.net, output_embeddings=True, convolutions=which) for which in ("all", convolutions))
     assert callback.masks.keys() == asked.keys()
     for name, one in every.items():
         share = float((one.weight == 0).float().mean())

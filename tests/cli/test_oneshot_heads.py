@@ -3,6 +3,7 @@
 import csv
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,7 +90,8 @@ def test_tiny_with_fewer_heads_and_its_perplexity(files, tmp_path, capsys):
         "examples": 5,
     }
     assert record["importance"] == {"by": "GateGradient(each='token')", "ranking": "layer", "per": "head", "rounds": 1}
-    assert record["calibration"] | {"tokenizer": None} == asdict(bh.Calibration(files, None, 6 * 16, 16, batch_size=4))
+    named = {"sources": {split: Path(file).name for split, file in files.items()}, "tokenizer": None}
+    assert record["calibration"] | {"tokenizer": None} == asdict(bh.Calibration(files, None, 6 * 16, 16, batch_size=4)) | named
     importance = bh.score(
         dense, bh.find_units(dense, "head"), bh.GateGradient(), drawn(blocks(files["train"]), 4), normalize=True
     )

@@ -381,9 +381,9 @@ class TestWeights:
         model = build("llama")
         plan, shape = plan_kv_heads(model, 2), shape_of(model)
         name = "model.layers.0.self_attn.o_proj.weight"
-        for weights in ({name: torch.zeros(3)}, {"nothing": torch.zeros(3)}):
-            with pytest.raises(ValueError, match="weights: .* is \\[3\\], and must be"):
-                apply(model, plan, weights=weights)
+        for wrong, message in ((name, "is \\[3\\], and must be"), ("nothing", "'nothing' is no parameter of LlamaForCausalLM")):
+            with pytest.raises(ValueError, match=f"weights: .*{message}"):
+                apply(model, plan, weights={wrong: torch.zeros(3)})
         with pytest.raises(ValueError, match="the new values are not finite"):
             apply(model, plan, weights={name: torch.full((32, 32), torch.nan)})
         assert shape_of(model) == shape

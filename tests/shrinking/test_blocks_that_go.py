@@ -189,8 +189,8 @@ def test_nothing_is_half_applied(monkeypatch):
     model = uneven(idle=[2])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = model.config.to_dict()
-    real = BlockPlan.apply
-    monkeypatch.setattr(BlockPlan, "apply", lambda *given: real(*given) or 1 / 0)
+    real = BlockPlan.change
+    monkeypatch.setattr(BlockPlan, "change", lambda *given: real(*given) and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bh.shrink(model, texts(), params=0.5, **FEW)
     assert model.config.to_dict() == config

@@ -207,7 +207,7 @@ def test_nothing_has_changed_where_carrying_it_out_fails(monkeypatch):
     def fails(*given):
         raise RuntimeError("it fails")
 
-    monkeypatch.setattr(UnitPlan, "apply", fails)
+    monkeypatch.setattr(UnitPlan, "change", fails)
     model = grouped(alike=(0, 2), idle=(1,))
     before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
     with pytest.raises(RuntimeError, match="it fails"):

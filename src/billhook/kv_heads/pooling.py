@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from billhook.model.shapes.handed import Indices
 from billhook.model.shapes.shape import Shape
-from billhook.model.surgery import Change, values_kept
+from billhook.model.surgery import Change
+from billhook.running.casts import fresh_casts
+from billhook.running.interrupts import uninterrupted
 from billhook.running.sharded.shards import local, reshard, sharded_as, whole
 
 Pool = Callable[[Sequence[Tensor]], Tensor]
@@ -123,7 +125,10 @@ def approach(model: nn.Module, parameters: Mapping[str, Pooled], share: float, h
     """
     reshard(model)
     moving = {model.get_parameter(name): pooled for name, pooled in parameters.items()}
-    with values_kept(moving):
-        for parameter, pooled in moving.items():
-            target = pooled.spread(pooled.pool(whole(parameter), how))
-            local(parameter).lerp_(local(sharded_as(target, parameter)), share)
+    targets = [
+        (local(parameter), local(sharded_as(pooled.spread(pooled.pool(whole(parameter), how)), parameter)))
+        for parameter, pooled in moving.items()
+    ]
+    with fresh_casts(), uninterrupted():  # nothing waits for the device, as this is part of a training step
+        for values, target in targets:
+            values.lerp_(target, share)

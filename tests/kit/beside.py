@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import billhook as bh
+from billhook.importance import obs
 from billhook.shrinking import library, variants
+from billhook.shrinking.merging import merging
 from kit.families import llama
 from kit.fits import trainer
 from kit.held import Held
@@ -110,7 +112,8 @@ def searched(patch, make=library.in_shards):
         return make(turns, place, value, device)
 
     patch.setattr(library, "in_shards", counted)
-    patch.setattr(variants, "spare", lambda _: 1)
+    for module in (variants, merging, obs):
+        patch.setattr(module, "spare", lambda _: 1)
     return found
 
 

@@ -252,7 +252,7 @@ class Turns:
         shard = self.shards[own]
         values = self._reads[own]() if own in self._reads else whole(shard)
         if keep:
-            own.untyped_storage().resize_(values.numel() * values.element_size())
+            own.untyped_storage().resize_(own.numel() * own.element_size())  # values may have a narrower dtype
             own.data.copy_(values)
             self._filled.append(own)
         if self.gradients and shard.grad is not None:

@@ -70,7 +70,7 @@ def test_no_more_is_held_than_memory_allows_and_the_scores_are_the_same(monkeypa
         ]
 
     once = scores()
-    monkeypatch.setattr(obs, "spare", lambda _: 1)
+    monkeypatch.setattr(obs, "memory_to_hold", lambda _: 1)
     monkeypatch.setattr(obs, "moments_over", lambda *given: held.append(moments_over(*given)) or held[-1])
     many = scores()
     assert all(torch.equal(many[name], once[name]) for name in units)

@@ -113,7 +113,7 @@ def searched(patch, make=library.in_shards):
 
     patch.setattr(library, "in_shards", counted)
     for module in (variants, merging, obs):
-        patch.setattr(module, "spare", lambda _: 1)
+        patch.setattr(module, "memory_to_hold", lambda _: 1)
     return found
 
 

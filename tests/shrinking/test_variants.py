@@ -120,10 +120,10 @@ def test_as_many_passes_as_memory_asks_for_find_the_same(monkeypatch):
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     once = Made(model, batches)
     number = len(calls)
-    monkeypatch.setattr(module, "spare", lambda _: 2 * 2 * Triangle.bytes_of(48))
+    monkeypatch.setattr(module, "memory_to_hold", lambda _: 2 * 2 * Triangle.bytes_of(48))
     some = Made(model, batches)
     assert len(calls) == 2 * number + len(batches), "of channels there are two places, whose moments fit together"
-    monkeypatch.setattr(module, "spare", lambda _: 1)
+    monkeypatch.setattr(module, "memory_to_hold", lambda _: 1)
     each = Made(model, batches)
     assert len(calls) == 3 * number + len(batches) * len(once.places), "each place has a pass of its own"
     assert once.library.errors == some.library.errors == each.library.errors

@@ -155,11 +155,10 @@ def cache_as_saved(model: PreTrainedModel) -> int | None:
 
     It is less than in memory where the other class caches one head that the model's own repeats.
     """
-    for kind, config in equivalents(model):
-        if stream_of(model) is None and kind is not type(model):
-            return kv_cache_bytes(build_class_on_meta(kind, config).to(cast(Any, model.dtype)))
-        break
-    return kv_cache_bytes(model)
+    kind, config = next(iter(equivalents(model)), (type(model), model.config))
+    if kind is type(model) or stream_of(model) is not None:
+        return kv_cache_bytes(model)
+    return kv_cache_bytes(build_class_on_meta(kind, config).to(cast(Any, model.dtype)))
 
 
 def transposed(model: PreTrainedModel, kind: type[PreTrainedModel]) -> list[str]:

@@ -92,7 +92,8 @@ def _refusal(error: BaseException | None) -> BaseException | None:
 
 
 def _run(command: str, words: list[str]) -> None:
-    _import_all()
+    for name in dir(billhook):  # short class names work for what is imported
+        getattr(billhook, name)
     from billhook.cli.reading import without_others_bars
 
     with terminated_like_interrupted(), without_others_bars():
@@ -100,13 +101,6 @@ def _run(command: str, words: list[str]) -> None:
 
 
 def _lightning(words: list[str]) -> None:
-    _import_all()
     from billhook.cli.fitting import run_lightning
 
     run_lightning(words)
-
-
-def _import_all() -> None:
-    """Imports all that is public: short class names work for what is imported."""
-    for name in dir(billhook):
-        getattr(billhook, name)

@@ -21,8 +21,8 @@ from billhook.importance.moments import Again, Moments, comes_in_turn, moments_i
 from billhook.importance.probes import check_read
 from billhook.running.batches import Run
 from billhook.running.float64 import float64_device
+from billhook.running.free_memory import memory_to_hold
 from billhook.running.sharded.turns import turns_of
-from billhook.running.spare import spare
 from billhook.streaming.either import bring
 from billhook.units.units import Per, Units
 
@@ -81,7 +81,7 @@ class OBS(Importance):
             return Again(**vars(find([runs])), groups=[runs], find=find)
         found = partial(self._found, model, units, per)
         if self.adds_up:
-            shares = shares_of(model, units, spare(_device(model)))
+            shares = shares_of(model, units, memory_to_hold(_device(model)))
             if len(shares) > 1 and turns_of(model) is None:
                 again = partial(self._over, model, units, per, shares)
                 return Again(**vars(again([runs])), groups=[runs], find=again)

@@ -26,7 +26,7 @@ from billhook.repairs.repair import Repair
 from billhook.repairs.triangle import Triangle
 from billhook.running.batches import Run
 from billhook.running.float64 import float64_device
-from billhook.running.spare import spare
+from billhook.running.free_memory import memory_to_hold
 from billhook.running.undisturbed import undisturbed
 from billhook.shrinking.levels import Place, any_gone
 from billhook.shrinking.library import Library
@@ -70,7 +70,7 @@ def fill_library(
         widths = [matrix_of(model.get_submodule(name))[0].shape[1] for name in _linears(place, units)]
         return sum((max(parts) + 1) * Triangle.bytes_of(width) for width in widths)
 
-    for some in passes(places, size, spare(float64_device(model.device))):
+    for some in passes(places, size, memory_to_hold(float64_device(model.device))):
         own = {name: units[name] for place in some for name in place.names}
         moments = _moments(model, own, runs, parts)
         for place in some:

@@ -13,7 +13,7 @@ from billhook.model.linears import matrix_of
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.running.batches import Run
-from billhook.running.spare import spare
+from billhook.running.free_memory import memory_to_hold
 from billhook.shrinking.damages import groups
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
@@ -65,7 +65,7 @@ class Merging:
         missing = {p.name: [kept for kept in self.able.get(p.name, ()) if (held(p), kept) not in library.errors] for p in places}
         parts = len({trial.source for trial in trials}) + 2 if repair is not None else 0
         places = [place for place in places if missing[place.name]]
-        most = spare(self.search.model.device)
+        most = memory_to_hold(self.search.model.device)
         for some in passes(places, lambda place: _size(own, place, missing[place.name], parts), most):
             numbers = {name: missing[place.name] for place in some for name in place.names}
             try:

@@ -9,7 +9,7 @@ LEAST = 2**31
 """Bytes that may be taken in any case."""
 
 
-def spare(device: torch.device) -> int:
+def memory_to_hold(device: torch.device) -> int:
     """Returns how many bytes may be held on a device at a time: a quarter of what is free, and 2 GiB at least.
 
     Where ranks work together it is 2 GiB, as all of them have to make as many passes.

@@ -28,6 +28,7 @@ from kit.sharding import (
     HEADS,
     MASKS,
     RESUMED,
+    ROUNDED,
     SHAPES,
     STEPS,
 )
@@ -95,6 +96,12 @@ def test_two_processes_change_shapes_as_one_does(of_two, files, tmp_path, name):
             assert (state[own] - value).abs().mean() < 5e-3, own
         else:
             torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)
+
+
+def test_what_ranks_round_otherwise_is_the_first_ones(of_two):
+    (state, told), (rounded, told_then) = of_two(ROUNDED), of_two("rounded otherwise")
+    assert same(state, rounded)
+    assert str(told) == str(told_then)
 
 
 @pytest.mark.parametrize("name", SETTINGS)

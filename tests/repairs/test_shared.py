@@ -55,7 +55,6 @@ def test_as_in_memory_a_block_at_a_time(mesh, family, catch_up, monkeypatch):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
-    assert len(found.told) == 64
 
 
 def test_other_parameters_that_are_given(mesh):
@@ -85,13 +84,3 @@ def test_all_blocks_are_gathered_where_they_are_called_twice(mesh):
     assert not isinstance(found, Refitted)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
-
-
-def test_values_that_ranks_find_otherwise_have_another_hash(mesh):
-    plain, sharded = both(mesh, "llama")
-    plan, told = cut(plain), []
-    for seed in (0, 1, 0):
-        torch.manual_seed(seed)
-        with in_turn(sharded):
-            told.append(bh.repair(sharded, plan, batches(plain), reduce=lambda tensor: tensor).told)
-    assert told[0] == told[2] != told[1]

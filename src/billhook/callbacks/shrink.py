@@ -27,9 +27,8 @@ from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
 from billhook.pruning.widths.rows import RoundTo
-from billhook.repairs.in_turn import Refitted, called
+from billhook.repairs.in_turn import called
 from billhook.repairs.repair import Repair
-from billhook.repairs.shared import tell_weights
 from billhook.running.batches import Run, run_with_loss
 from billhook.running.sharded.turns import in_turn, turns_of
 from billhook.running.trees import tree_leaves
@@ -165,7 +164,7 @@ class Shrink(ShapeCallback):
             self._known.clear()
             with taken_off(model):
                 found = self._search(trainer, pl_module, work)
-            check_agreed(trainer, "Shrink", "the plan of what is removed", partial(_decided, found.planned))
+            check_agreed(trainer, "Shrink", "the plan of what is removed", [one.to_json() for one in found.planned.plans])
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, found))
         note_not_refitted(event, found.planned.not_refitted)
         self.done, self.asked = moment, 1.0
@@ -227,15 +226,6 @@ class Shrink(ShapeCallback):
         apply_in_turn(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
         before, after = planned.parameters
         return f"{before:,} -> {after:,} parameters ({planned.words}; Shrink)"
-
-
-def _decided(planned: Planned) -> list[Any]:
-    """Returns what ranks must have decided alike: the plans, and weights of which each rank has its shards.
-
-    Whole weights, which each has refitted by itself, are rounded otherwise: those of the first count when DDP wraps the model.
-    """
-    shards = [tell_weights(planned.weights)] if isinstance(planned.weights, Refitted) else []
-    return [*(plan.to_json() for plan in planned.plans), *shards]
 
 
 def _seen(model: PreTrainedModel) -> Hashable | None:

@@ -13,7 +13,7 @@ from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.events.event import Event, fewer, log_event, note_not_refitted, note_settled
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
-from billhook.fit.ranks import check_agreed, sum_over, together
+from billhook.fit.ranks import check_agreed, check_near, sum_over, together
 from billhook.importance.base import Importance
 from billhook.importance.default import default_importance
 from billhook.importance.score import run_of
@@ -25,8 +25,8 @@ from billhook.pruning.planning import plan_amount
 from billhook.pruning.progress import First, first_from
 from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.target import Search
+from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair
-from billhook.repairs.shared import tell_weights
 from billhook.running.sharded.turns import in_turn
 from billhook.schedules import Schedule
 from billhook.tracing.trace import trace
@@ -117,7 +117,9 @@ class StructuredPruning(ShapeCallback):
             share = self.asked + (goal - self.asked) * number / self.rounds
             with together(trainer, "StructuredPruning"):
                 made, weights, how, left = self._plan(trainer, pl_module, share)
-                check_agreed(trainer, "StructuredPruning", "the plan of what is removed", partial(_decided, made, weights))
+                check_agreed(trainer, "StructuredPruning", "the plan of what is removed", None if made is None else made.to_json)
+                if not isinstance(weights, Refitted):  # of which the first rank's are shared out
+                    check_near(trainer, "StructuredPruning", "what is refitted", weights or {})
             if made is not None:
                 first = len(self.events) == before
                 change = partial(self._remove, pl_module, made, weights, how)
@@ -173,8 +175,3 @@ class StructuredPruning(ShapeCallback):
         """Restores what had happened."""
         super().load_state_dict(state_dict)
         self._first = first_from(state_dict["first"])
-
-
-def _decided(made: UnitPlan | None, weights: Weights | None) -> list[Any]:
-    """Returns what ranks must have decided alike; each weight has been solved for by one of them."""
-    return [None if made is None else made.to_json(), tell_weights(weights)]

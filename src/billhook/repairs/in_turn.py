@@ -27,7 +27,7 @@ class Refitted(Mapping[str, Tensor]):
 
     Attributes:
         reads: What reads each.
-        told: A hash of the values as this rank has found them; empty where they follow from the step that has written them.
+        told: A hash of those values that no step of a stream has written; those that are the first rank's need none.
     """
 
     def __init__(self, reads: Reads, told: str = "") -> None:
@@ -62,10 +62,6 @@ class Rest(Protocol):
             new: The new parameters of its linears.
             refitted: Whether each of them was refitted.
         """
-
-    @property
-    def told(self) -> str:
-        """A hash of all that was put; empty where it need not be told apart."""
 
 
 class RepairInTurn:
@@ -104,7 +100,7 @@ class RepairInTurn:
         self._pass()
         self._put(None)
         self.coming.leave()
-        return Refitted(self.reads, self.rest.told)
+        return Refitted(self.reads)
 
     def sites(self) -> list[Site]:
         """Finds where runs rest: at each linear, and at each block, in the order of the model's modules."""

@@ -1,6 +1,5 @@
-"""Where the new weights of a model whose blocks ranks share rest: each rank has its shards of them."""
+"""Where the new weights of a model whose blocks ranks share rest: each rank has its shards of what the first has found."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,16 +29,18 @@ class Gathered:
 
 @torch.no_grad()
 def in_shards(turns: Turns, place: Place, value: Tensor, device: torch.device | None = None) -> Gathered:
-    """Shards new values of the parameter at a place as that is, and returns what gathers them.
+    """Shards the first rank's new values of the parameter at a place as that is, and returns what gathers them.
+
+    All ranks call it together. What each has solved for by itself may be rounded otherwise.
 
     Args:
         turns: What has the blocks come and go.
         place: The module that has the parameter, and its name there.
-        value: The values, whole, alike on all ranks.
+        value: The values, whole.
         device: Where shards rest; by default where those of the parameter do.
     """
     lies, held = turns.lies(place), nn.Parameter(value, requires_grad=False)
-    return Gathered(held if lies is None else replace(lies, device=device or lies.device).shards(held))
+    return Gathered(held if lies is None else replace(lies, device=device or lies.device).shards(held, first=True))
 
 
 class InShards:
@@ -51,7 +52,7 @@ class InShards:
     """
 
     def __init__(self, turns: Turns, linears: Mapping[str, nn.Module]) -> None:
-        self._turns, self._linears, self._told = turns, linears, hashlib.sha256()
+        self._turns, self._linears = turns, linears
 
     def known(self, _: nn.Module) -> dict[str, dict[str, Tensor] | None]:
         """Returns nothing: no earlier process has left anything."""
@@ -63,13 +64,7 @@ class InShards:
         for linear, own in new.items():
             for part, value in own.items():
                 reads[f"{linear}.{part}"] = in_shards(self._turns, (self._linears[linear], part), value)
-                self._told.update(told({f"{linear}.{part}": value}).encode())
         return reads
-
-    @property
-    def told(self) -> str:
-        """A hash of all that was put, as this rank has found it."""
-        return self._told.hexdigest()
 
 
 def told(values: Mapping[str, Tensor]) -> str:
@@ -78,7 +73,7 @@ def told(values: Mapping[str, Tensor]) -> str:
 
 
 def tell_weights(weights: Weights | None) -> str:
-    """Returns a hash of new values as this rank has found them; of those in files none, as the step that wrote them tells."""
+    """Returns a hash of new values; of those in files none, as the step that wrote them tells."""
     return weights.told if isinstance(weights, Refitted) else told(weights or {})
 
 

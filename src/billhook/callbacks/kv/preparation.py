@@ -24,7 +24,6 @@ from billhook.model.plan import Weights
 from billhook.model.surgery import changed, take
 from billhook.repairs.in_turn import Refitted, but
 from billhook.repairs.repair import Repair
-from billhook.repairs.shared import tell_weights
 from billhook.running.sharded.turns import in_turn, turns_of
 
 HINT = (
@@ -80,13 +79,11 @@ class Preparation:
     ) -> None:
         """Makes sure that ranks convert the same to the same; before DDP has the model, each may have weights of its own.
 
-        New weights that each rank has whole may be rounded otherwise: those of the first count when DDP wraps the model.
+        New weights may be rounded otherwise: those of the first count, when DDP wraps the model or when they are sharded.
         """
         model = find_transformer(pl_module)
         pooled = {name: [own.dim, np.asarray(own.index)] for name, own in plan.parameters.items()}
-        shards = [tell_weights(weights)] if isinstance(weights, Refitted) else []
-        settings = [str(self.method), str(self.repair), pooled, *shards]
-        check_agreed(trainer, "KVHeadConversion", "what heads become", settings)
+        check_agreed(trainer, "KVHeadConversion", "what heads become", [str(self.method), str(self.repair), pooled])
         if trained and turns_of(model) is None:  # what ranks share is the same on each
             before = {name: model.get_parameter(name) for name in plan.parameters}
             check_near(trainer, "KVHeadConversion", "what heads become", before)
@@ -118,8 +115,7 @@ def _precisely(trainer: pl.Trainer, loss: Any, model: nn.Module, batch: Any) -> 
 def _same(trainer: pl.Trainer, model: nn.Module, weights: Weights) -> Weights:
     """Returns new weights, those of the first rank where each has all of them; refuses ranks whose models differ."""
     what = "KVHeadConversion", "how heads are turned"
-    if isinstance(weights, Refitted):  # each has its shards of them
-        check_agreed(trainer, *what, partial(tell_weights, weights))
+    if isinstance(weights, Refitted):  # each has its shards of those of the first
         return weights
     check_near(trainer, *what, {name: model.get_parameter(name) for name in weights})
     if trainer.world_size == 1:

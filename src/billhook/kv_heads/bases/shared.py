@@ -31,7 +31,6 @@ class SharedAttentions(Attentions):
     def __init__(self, turns: Turns, model: nn.Module, groups: Mapping[str, int], reduce: Reduce | None = None) -> None:
         super().__init__(model, groups, reduce)
         self._turns, self._rest = turns, InShards(turns, dict(model.named_modules()))
-        self._told = list[str]()
 
     def rendered(self, methods: Sequence[Rendered], trials: Sequence[Run]) -> Iterator[tuple[Rendered, Given]]:
         """Yields for each of some methods, which group heads alike, what `equal` returns; one pass renders all of them.
@@ -76,7 +75,6 @@ class SharedAttentions(Attentions):
         assert isinstance(new, Aside), "they are in memory"
         found = self._refitted(new, trials, repair)
         if isinstance(found, Refitted):
-            self._told.append(found.told)
             return Aside(by_module(found.reads)).over(new)
         return Aside(by_module(self._rest.put(None, self.parameters(found), {}))).over(new)
 
@@ -84,7 +82,7 @@ class SharedAttentions(Attentions):
         """Returns new values by parameter, each gathered when it is asked for."""
         assert isinstance(new, Aside), "they are in memory"
         reads = {f"{linear}.{part}": read for linear, own in new.reads.items() for part, read in own.items()}
-        return Refitted(reads, " ".join([self._rest.told, *self._told]))
+        return Refitted(reads)
 
     def compared(self, new: Given, trials: Sequence[Run]) -> Iterator[tuple[Run, list[Any], list[Any]]]:
         """Yields each run with the model's own outputs and those with other parameters; all ranks go on until none has any."""

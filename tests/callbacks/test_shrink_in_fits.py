@@ -50,6 +50,18 @@ def test_it_finds_what_shrink_finds_on_the_same_batches(files, tmp_path, layers)
     assert callback.events[0]["after"]["params"] == shrunk.left
 
 
+def test_too_few_tokens_for_any_refit_are_told_or_where_one_is_asked_for_refused(files, tmp_path):
+    how = {"params": 0.94, "calibration": [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (3, 1, 7))]}
+    how |= {"importance": bh.WeightNorm(), "generations": 0}
+    callback, few = shrinking(**how), "too few tokens that count for any refit"
+    with pytest.warns(UserWarning, match=f"Shrink: not repaired: {few}"):
+        trainer(tmp_path, [callback], max_steps=1).fit(module(), data(files))
+    assert callback.events[0]["not_refitted"] == callback.shrunk.not_refitted
+    assert callback.shrunk.not_refitted.startswith(f"not repaired: {few}")
+    with pytest.raises(ValueError, match=few):
+        trainer(tmp_path, [shrinking(**how, repair=bh.Repair())], max_steps=1).fit(module(), data(files))
+
+
 @pytest.mark.parametrize(("at", "step"), [("start", 0), (3, 3), (0.5, 4), (8, 8)])
 def test_it_happens_at_its_step_and_training_goes_on(files, tmp_path, at, step):
     lit, watch, callback = module(), Watch(), shrinking(kv_cache_bytes=0.5, at=at)

@@ -116,20 +116,27 @@ def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, mo
     for name in ("batches", "measure"):
         monkeypatch.setattr(f"billhook.cli.oneshot.frame.OneShot.{name}", lambda self: pytest.fail("too late"))
     cuts = CUTS | {"convert": ["--num_key_value_heads", "1", "--repair", "{}"], "prune": ["--sparsity", "0.5", "--match", "{}"]}
-    must = ["--repair", "Repair"] if command == "prune-structure" else []
+    must = ["--repair", "Repair"] if command in ("shrink", "prune-structure") else []
     with pytest.raises(SystemExit, match=says):
         main([command, str(small), str(tmp_path / "out"), *cuts[command], *must, *given, *dry, *option(files)])
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_not_refitted_is_said_before_the_work_and_stands_in_the_record_and_the_card(small, files, tmp_path, capsys):
-    words = f"not repaired: {FEW_TOKENS}: 20 are fitted to"
-    main(["prune-structure", str(small), str(tmp_path / "dry"), *CUTS["prune-structure"], *TOO_FEW, *option(files), "--dry_run"])
+@pytest.mark.parametrize(
+    ("command", "tokens", "after", "how"),
+    [("prune-structure", 20, "LlamaForCausalLM", "importance"), ("shrink", 15, "KL to the dense model", "shrink")],
+)
+def test_what_is_not_refitted_is_said_before_the_work_and_stands_in_the_record_and_the_card(
+    small, files, tmp_path, capsys, command, tokens, after, how
+):
+    words = f"not repaired: {FEW_TOKENS}: {tokens} are fitted to"
+    main([command, str(small), str(tmp_path / "dry"), *CUTS[command], *TOO_FEW, *option(files), "--dry_run"])
     assert words in capsys.readouterr().out
-    record = run("prune-structure", small, tmp_path / "out", *CUTS["prune-structure"], *TOO_FEW, *option(files))
+    record = run(command, small, tmp_path / "out", *CUTS[command], *TOO_FEW, *option(files))
     said = capsys.readouterr().out
-    assert said.index(words) < said.index("LlamaForCausalLM")
+    assert said.index(words) < said.index(after)
     assert "refit the linears" not in said
+    assert record[how]["repair"] is None
     left = record["events"][0]["not_refitted"]
     assert left.startswith("not repaired: too few tokens that count for any refit")
     assert f"\n  - {left}\n" in (tmp_path / "out" / "README.md").read_text()

@@ -201,11 +201,14 @@ def test_a_classifier_and_an_encoder_with_a_decoder():
         ({"max_loss": 1.1}, 7, "given 14 and needs 16"),
     ],
 )
-def test_too_few_tokens_for_any_refit_are_refused_before_anything_is_measured(budget, tokens_each, says, monkeypatch):
+def test_too_few_tokens_for_any_refit_are_told_or_where_one_is_asked_for_refused_before_anything_is_measured(budget, tokens_each, says, monkeypatch):
     monkeypatch.setattr(Work, "measure", None)
     monkeypatch.setattr(Workload, "seconds", None)
     batches = [{"input_ids": tokens(1, tokens_each)}] * 3
-    with pytest.raises(ValueError, match=f"batches: too few tokens that .*o_proj, which is {says} at least"):
+    few = f"too few tokens that .*o_proj, which is {says} at least"
+    with pytest.raises(ValueError, match=f"batches: {few}"):
+        bh.shrink(trained(), batches, repair=bh.Repair(), **budget)
+    with pytest.warns(UserWarning, match=f"shrink: not repaired: {few}"), pytest.raises(TypeError, match="not callable"):
         bh.shrink(trained(), batches, **budget)
     with pytest.raises(TypeError, match="not callable"):
         bh.shrink(trained(), batches, repair=None, **budget)
@@ -226,7 +229,7 @@ def test_too_few_tokens_for_any_refit_are_refused_before_anything_is_measured(bu
         ({"params": 0.8, "library": __file__}, "test_shrink.py' must be a folder"),
         ({"params": 0.8, "batches": texts(1)[:2]}, "batches: three rows at least, and two of each source.*1 of one, 1 of two"),
         ({"params": 0.8, "batches": []}, "got none"),
-        ({"params": 0.8, "batches": [{"input_ids": tokens(1, 4)}] * 3}, "batches: too few tokens"),
+        ({"params": 0.8, "batches": [{"input_ids": tokens(1, 4)}] * 3, "repair": bh.Repair()}, "batches: too few tokens"),
     ],
 )
 def test_what_is_refused_changes_nothing(given, says):

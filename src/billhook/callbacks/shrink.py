@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -26,23 +27,20 @@ from billhook.model.memory import sight
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
+from billhook.pruning.repair import Repairing
 from billhook.pruning.widths.rows import RoundTo
 from billhook.repairs.in_turn import called
-from billhook.repairs.repair import Repair
 from billhook.running.batches import Run, run_with_loss
 from billhook.running.sharded.turns import in_turn, turns_of
 from billhook.running.trees import tree_leaves
 from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.library import key_of
-from billhook.shrinking.shrink import Layers, budget, check_search
+from billhook.shrinking.shrink import Layers, budget, check_search, repair_for
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
 from billhook.shrinking.spaces.planned import Planned, apply_in_turn
-from billhook.shrinking.variants import check_enough
 from billhook.shrinking.work import Work
 from billhook.streaming.either import bring
-
-REPAIR = Repair()
 
 
 class Shrink(ShapeCallback):
@@ -67,7 +65,8 @@ class Shrink(ShapeCallback):
         layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many heads; `"free"`: each its own.
             Whole blocks may go in both.
         importance: Which units go: `OBS` (the default), or any other `Importance`.
-        repair: How the linears that read removed units are refitted; None: not at all.
+        repair: How the linears that read removed units are refitted; `"auto"`: by `Repair()` if there are enough tokens for any
+            refit, and otherwise, with a warning before the search, not at all; None: not at all.
         first: Blocks at the beginning of each stack that stay whole.
         last: Blocks at the end of each stack that stay whole.
         round_to: To multiples of what the number of channels that remain is rounded down. `"auto"`: of the largest of 256,
@@ -101,7 +100,7 @@ class Shrink(ShapeCallback):
         max_loss: float | None = None,
         layers: Layers = "uniform",
         importance: Importance | None = None,
-        repair: Repair | None = REPAIR,
+        repair: Repairing = "auto",
         first: int = 0,
         last: int = 0,
         round_to: RoundTo = "auto",
@@ -166,7 +165,7 @@ class Shrink(ShapeCallback):
                 found = self._search(trainer, pl_module, work)
             check_agreed(trainer, "Shrink", "the plan of what is removed", [one.to_json() for one in found.planned.plans])
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, found))
-        note_not_refitted(event, found.planned.not_refitted)
+        note_not_refitted(event, found.planned.not_refitted or work.not_repaired)
         self.done, self.asked = moment, 1.0
         with together(trainer, "Shrink"), self.calibration.aside(pl_module), gradient_precision(trainer), taken_off(model):
             self.shrunk = work.finished(found.planned, found.kept, found.curve, found.tried, found.ratio)
@@ -202,15 +201,16 @@ class Shrink(ShapeCallback):
             work.agreed = partial(of_first, trainer, "Shrink", "what it measures")
             fitted, held_out = divided(batches)
             runs, searched = (_runs(pl_module, work, own) for own in (fitted, to_search(fitted, work.widest)))
-            if self.repair is not None:
-                check_enough(work.search, work.places, runs)
+            repair = repair_for(work, runs, self.repair)
+            if work.not_repaired:
+                rank_zero_warn(f"Shrink: {work.not_repaired}")
             predicting = runs_as_in_training(pl_module, work.model, held_out)
-            work.measure(searched, predicting, self.importance, self.repair)
+            work.measure(searched, predicting, self.importance, repair)
             choosing = partial(work.chosen, self.generations, self.candidates, self.calibration.seed)
             if self.max_loss is None:
-                found = Found.within(work, runs, self.repair, choosing)
+                found = Found.within(work, runs, repair, choosing)
             else:
-                found = smallest(work, self.max_loss, held_out, runs, self.repair, choosing)
+                found = smallest(work, self.max_loss, held_out, runs, repair, choosing)
             work.compare(searched)
             return found
 

@@ -1,6 +1,7 @@
 """Makes a model smaller within one budget, where that loses least."""
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,9 @@ from billhook.model.find import find_transformer
 from billhook.model.surgery import undone_by_errors, values_kept
 from billhook.model.values import check_stored, check_values
 from billhook.pruning.amount import TARGETS, Amount
+from billhook.pruning.repair import Repairing
 from billhook.pruning.widths.rows import RoundTo
+from billhook.repairs.enough import NoRepair, without_name
 from billhook.repairs.repair import Repair
 from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.latency.search import fast_enough
@@ -28,7 +31,6 @@ from billhook.shrinking.variants import check_enough
 from billhook.shrinking.work import Work
 
 Layers = Literal["uniform", "free"]
-REPAIR = Repair()
 ANY = 1 - 1e-9
 """A budget that any smaller model meets."""
 
@@ -44,7 +46,7 @@ def shrink(
     latency: float | None = None,
     layers: Layers = "uniform",
     importance: Importance | None = None,
-    repair: Repair | None = REPAIR,
+    repair: Repairing = "auto",
     first: int = 0,
     last: int = 0,
     round_to: RoundTo = "auto",
@@ -88,7 +90,8 @@ def shrink(
         layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many heads, which plain checkpoints
             can say; `"free"`: each place keeps its own number. Whole blocks may go in both.
         importance: Which units go, at each level those of the lowest scores; by default `OBS()`.
-        repair: How the linears that read removed units are refitted; None: not at all.
+        repair: How the linears that read removed units are refitted; `"auto"`: by `Repair()` if there are enough tokens for any
+            refit, and otherwise, with a warning before the search, not at all; None: not at all.
         first: Blocks at the beginning of each stack that stay whole.
         last: Blocks at the end of each stack that stay whole.
         round_to: To multiples of what the number of channels that remain is rounded down. `"auto"`: of the largest of 256,
@@ -132,16 +135,31 @@ def shrink(
     clock = None if latency is None else (latency, clock_of(subject, workload))
     work = Work.begun(subject, amount, layers == "uniform", timed=latency is not None)
     work.progress = progress
-    parts = parts_of(work, batches_of(batches, subject), repair)
-    return shrink_begun(work, *parts, max_loss, clock, importance or OBS(), repair, generations, candidates, library, seed)
+    fitted, held_out = divided(list(batches_of(batches, subject)))
+    how = repair_for(work, fitted, repair)
+    if work.not_repaired:
+        warnings.warn(f"shrink: {work.not_repaired}", stacklevel=2)
+    scored = importance or OBS()
+    return shrink_begun(work, fitted, held_out, max_loss, clock, scored, how, generations, candidates, library, seed)
 
 
-def parts_of(work: Work, batches: Iterable[Any], repair: Repair | None) -> tuple[list[Any], list[Any]]:
-    """Divides batches into those that are fitted to and those that are held out; refuses too few of them, or of their tokens."""
-    fitted, held_out = divided(list(batches))
-    if repair is not None:
+def repair_for(work: Work, fitted: Sequence[Any], repair: Repairing) -> Repair | None:
+    """Returns how linears are refitted; with `"auto"` not at all, for a reason that the work notes, where tokens are too few.
+
+    Raises:
+        NoRepair: If there are too few tokens for any refit, and a `Repair` was asked for.
+    """
+    work.not_repaired = ""
+    if repair is None:
+        return None
+    try:
         check_enough(work.search, work.places, fitted)
-    return fitted, held_out
+    except NoRepair as error:
+        if repair != "auto":
+            raise
+        work.not_repaired = f"not repaired: {without_name(error)}"
+        return None
+    return Repair() if repair == "auto" else repair
 
 
 def shrink_begun(
@@ -157,7 +175,7 @@ def shrink_begun(
     library: str | Path | None,
     seed: int,
 ) -> Shrunk:
-    """Makes a model smaller as `shrink` does, which says what is given, once a work has begun for a budget (see `parts_of`).
+    """Makes a model smaller as `shrink` does, which says what is given, once a work has begun for a budget (see `repair_for`).
 
     A budget of time comes with the clock that it is measured by.
     """

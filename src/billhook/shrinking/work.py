@@ -66,6 +66,7 @@ class Work:
         alone: By the name of a kind of unit, what is left of the target, and lost, without units of this kind alone.
         merges: Whether KV heads may merge, for a budget of their cache, wherever that loses less than removal.
         merging: Those that may; None where none may, or before it is known.
+        not_repaired: Why nothing is refitted though `"auto"` was asked for; empty if that was not so.
         agreed: Returns, of what several ranks have found alike but for rounding, that of the first, by which all decide.
     """
 
@@ -88,6 +89,7 @@ class Work:
     alone: dict[str, tuple[int, float]] = field(default_factory=dict)
     merges: bool = True
     merging: Merging | None = None
+    not_repaired: str = ""
     agreed: Agreed = itself
 
     @classmethod
@@ -254,7 +256,7 @@ class Work:
         counts = told(self.places, kept) | width
         left = round(times.ratio * self.now) if times else int(figure_of(self.model, self.target) or 0)
         found = tuple(curve), tuple(tried), dict(self.alone), ratio, times
-        own = planned.blocks, self.blocks.why, self.hidden.why, planned.merged, planned.not_refitted
+        own = planned.blocks, self.blocks.why, self.hidden.why, planned.merged, planned.not_refitted or self.not_repaired
         return Shrunk(planned.units, self.target, self.limit, left, counts, predicted, self.divergence.by_source(), *found, *own)
 
     def _merge(self, fitted: Sequence[Any], repair: Repair | None) -> None:

@@ -16,18 +16,16 @@ from billhook.cli.oneshot.text import Examples
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.plots.pareto import pareto
+from billhook.pruning.repair import Repairing
 from billhook.pruning.widths.rows import RoundTo
-from billhook.repairs.repair import Repair
 from billhook.report.speed import Phase
 from billhook.running.batches import Batch
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.latency.table import clock_of
 from billhook.shrinking.latency.workload import Workload
-from billhook.shrinking.shrink import Layers, budget, check_library, check_search, parts_of, shrink_begun
+from billhook.shrinking.shrink import Layers, budget, check_library, check_search, repair_for, shrink_begun
 from billhook.shrinking.variants import tokens_needed
 from billhook.shrinking.work import Work
-
-REPAIR = Repair()
 
 
 def shrink(
@@ -42,7 +40,7 @@ def shrink(
     latency: float | None = None,
     layers: Layers = "uniform",
     importance: Importance | None = None,
-    repair: Repair | None = REPAIR,
+    repair: Repairing = "auto",
     first: int = 0,
     last: int = 0,
     round_to: RoundTo = "auto",
@@ -78,7 +76,8 @@ def shrink(
             this machine.
         layers: "uniform", so that layers stay alike and plain checkpoints can say it, or "free".
         importance: Which units go: `OBS` (the default), or any other `Importance`, also a class of your own.
-        repair: How the linears that read removed units make up for them; null: they do not.
+        repair: How the linears that read removed units make up for them; "auto": by `Repair()` if the examples are enough for any
+            refit; null: they do not.
         first: Blocks at the beginning of each stack that stay whole.
         last: Blocks at the end of each stack that stay whole.
         round_to: To multiples of what the number of channels that remain is rounded down. "auto": of the largest of 256,
@@ -117,7 +116,7 @@ def shrink(
     asked = next(f"{name}={value}" for name, value in budgets.items() if value is not None)
     then = [f"train it for {recovery.recover:,} steps"] if recovery.recover else []
     fitted, _ = divided(coming(work))
-    short = refits(work, tokens_needed(begun.search, begun.places), fitted, must=True) if repair is not None else ""
+    short = refits(work, tokens_needed(begun.search, begun.places), fitted, repair != "auto") if repair is not None else ""
     then = [*([short] if short else []), *then]
     work.tell(f"find the model within {asked} that loses least", f"shown {work.shown}", *then)
     if dry_run:
@@ -127,12 +126,18 @@ def shrink(
         return
     kept.begin()
     batches = work.batches()
-    parts, before = parts_of(begun, batches, repair), work.measure()
+    fitted, held_out = divided(batches)
+    how_refitted = repair_for(begun, fitted, repair)
+    if begun.not_repaired and not short.startswith("not repaired"):
+        print(begun.not_repaired)  # a text is shorter than what was asked for
+    before = work.measure()
     phases = [""]
     with bar("shrinking", "steps", lambda: phases[-1], alike=False) as progress:
         begun.progress, begun.entered, begun.reused, scored = progress, phases.append, kept.tell, importance or OBS()
-        shrunk = shrink_begun(begun, *parts, max_loss, clock, scored, repair, generations, candidates, kept.folder, given.seed)
-    how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": str(repair) if repair else None}
+        options = generations, candidates, kept.folder, given.seed
+        shrunk = shrink_begun(begun, fitted, held_out, max_loss, clock, scored, how_refitted, *options)
+    by = str(how_refitted) if how_refitted else None
+    how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": by}
     what = f"{shrunk.what}: {shrunk.budget}"
     what += f"; {recovery.recover:,} steps of recovery" if recovery.recover else ""
     trained, *said = _recovered(work, recovery, batches, before) if recovery.recover else ({},)

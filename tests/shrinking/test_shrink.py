@@ -201,7 +201,7 @@ def test_a_classifier_and_an_encoder_with_a_decoder():
         ({"max_loss": 1.1}, 7, "given 14 and needs 16"),
     ],
 )
-def test_too_few_tokens_for_any_refit_are_told_or_where_one_is_asked_for_refused_before_anything_is_measured(budget, tokens_each, says, monkeypatch):
+def test_too_few_tokens_for_any_refit_are_told_or_refused_before_anything_is_measured(budget, tokens_each, says, monkeypatch):
     monkeypatch.setattr(Work, "measure", None)
     monkeypatch.setattr(Workload, "seconds", None)
     batches = [{"input_ids": tokens(1, tokens_each)}] * 3

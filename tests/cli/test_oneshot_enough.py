@@ -142,6 +142,19 @@ def test_what_is_not_refitted_is_said_before_the_work_and_stands_in_the_record_a
     assert f"\n  - {left}\n" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(("criterion", "few"), [("SparseGPT", True), ("Wanda", False)])
+def test_few_tokens_for_a_criterion_that_solves_for_weights_are_said_before_the_work(
+    small, files, tmp_path, monkeypatch, capsys, criterion, few
+):
+    monkeypatch.setattr("billhook.cli.oneshot.prune.prune_weights", lambda *given, **how: pytest.fail("too late"))
+    how = ["--sparsity", "0.5", "--criterion", criterion, "--dry_run", *TOO_FEW, *option(files)]
+    with pytest.raises(pytest.fail.Exception):
+        main(["prune", str(small), str(tmp_path / "out"), *how])
+    assert (
+        "fewer tokens than inputs come to 14 linears, such as model.layers.0.mlp.down_proj, 20 for 48" in capsys.readouterr().out
+    ) is few
+
+
 def test_one_batch_of_several_examples_is_enough(small, files, tmp_path):
     how = ["--channels", "0.5", "--repair", "Repair", "--examples", "8", "--length", "16", "--evaluate", "0", "--generated", "0"]
     assert run("prune-structure", small, tmp_path / "out", *how, *option(files))["importance"]["repair"]

@@ -11,9 +11,9 @@ from kit.families import BERT, llama, tokens
 
 @pytest.fixture
 def told(caplog):
-    alone._tell_once.cache_clear()
+    alone._log.cache_clear()
     yield lambda: [(one.levelname, one.message) for one in caplog.records if one.name == "billhook"]
-    alone._tell_once.cache_clear()
+    alone._log.cache_clear()
 
 
 def repair(model, *sources):
@@ -56,7 +56,7 @@ def test_in_a_search_and_in_kv_heads(told):
     batches = [Batch({"input_ids": tokens(2, 16)}, "text") for _ in range(4)]
     bh.shrink(llama(), batches, params=0.95, generations=0)
     assert told() == ADVICE
-    alone._tell_once.cache_clear()
+    alone._log.cache_clear()
     bh.convert_kv_heads(llama(), 1, "svd", batches=batches, repair=bh.Repair())
     assert told() == 2 * ADVICE
 
@@ -66,6 +66,6 @@ def test_where_heads_are_merged_on_nothing_but_its_own_text(sources, expected, t
     batches = [Batch({"input_ids": tokens(2, 16)}, source) for source in sources * (4 // len(sources))]
     bh.convert_kv_heads(llama(), 1, "svd", batches=batches)
     assert told() == expected
-    alone._tell_once.cache_clear()
+    alone._log.cache_clear()
     bh.shrink(llama(), batches, kv_cache_bytes=0.5, generations=0)
     assert told() == 2 * expected

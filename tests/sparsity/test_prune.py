@@ -10,10 +10,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
+from billhook.calibration import alone
 from billhook.model.linears import prunable, weight_of
 from billhook.model.plan import apply
 from billhook.running.statistics import InputMoments, InputNorms
 from billhook.sparsity.criteria import WandaAlpha
+from billhook.sparsity.walks import Walks
 from kit.families import build as build_family
 from kit.families import llama, tokens
 from kit.sparsity import CRITERIA, batches_of, family, masks_of
@@ -205,6 +207,34 @@ class Routed(nn.Module):
         for block in self.blocks:
             x = block["up"](x) + block["empty"](x[:, :0]).sum()
         return x
+
+
+class Rarely(nn.Module):
+    """A linear that is given every fourth token."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("up", "down")})
+
+    def forward(self, input_ids):
+        x = self.block["up"](torch.nn.functional.one_hot(input_ids % 8, 8).float())
+        return x + self.block["down"](x[:, ::4]).sum()
+
+
+@pytest.mark.filterwarnings("ignore:X.T X is not positive definite")
+@pytest.mark.parametrize("kind", [bh.SparseGPT, bh.ALPS, bh.Refit, bh.Wanda])
+def test_fewer_tokens_than_inputs_are_told_before_the_work_for_what_solves_for_weights(kind, caplog, monkeypatch):
+    alone._log.cache_clear()
+    told, walk = [], Walks.__call__
+    monkeypatch.setattr(Walks, "__call__", lambda *given: told.append(caplog.text) or walk(*given))
+    solves = kind is not bh.Wanda
+    bh.prune(llama(), kind(), [{"input_ids": tokens(2, 20)}], 0.5, dry_run=True)
+    before = "fewer tokens than inputs come to 2 linears, such as model.layers.0.mlp.down_proj, 40 for 48: too"
+    assert (before in told[0]) is (before in caplog.text) is solves
+    bh.prune(Rarely(), kind(), [{"input_ids": tokens(1, 16)}], 0.5, dry_run=True)
+    after = "fewer tokens than inputs come to 1 linear, such as block.down, 4 for 8: too few to"
+    assert after not in told[1]
+    assert (after in caplog.text) is solves
 
 
 @pytest.mark.parametrize(

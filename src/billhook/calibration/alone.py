@@ -31,7 +31,7 @@ def tell_alone(model: nn.Module, sources: Collection[str]) -> None:
         sources: The names of the sources of all batches, empty where batches name none.
     """
     if len(set(sources)) == 1 and GENERATED not in sources and isinstance(model, PreTrainedModel) and writes(model):
-        _tell(ADVICE)
+        tell_once(ADVICE)
 
 
 def tell_own(sources: Collection[str]) -> None:
@@ -41,16 +41,15 @@ def tell_own(sources: Collection[str]) -> None:
         sources: The names of the sources of all batches, empty where batches name none.
     """
     if set(sources) == {GENERATED}:
-        _tell(OWN)
+        tell_once(OWN)
 
 
-def _tell(what: str) -> None:
-    """Tells something, on the first rank."""
+def tell_once(what: str) -> None:
+    """Tells something by the logger `billhook`, on the first rank, unless it has been told in this process."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0):
-        _tell_once(what)
+        _log(what)
 
 
 @cache
-def _tell_once(what: str) -> None:
-    """Logs something unless it has been told in this process."""
+def _log(what: str) -> None:
     logging.getLogger("billhook").warning(what)

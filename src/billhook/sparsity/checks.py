@@ -7,13 +7,15 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from billhook.adapters.masked import active_in, plain_adapters
 from billhook.arguments import one_of
 from billhook.model.convolutions import Convolutions, is_convolution
 from billhook.model.linears import channels, prunable, weight_of
+from billhook.running.batches import Run
 from billhook.running.sites import Sequential, find_sites
+from billhook.running.statistics import InputMoments
 from billhook.running.walk import Reduce
 from billhook.schedules import Schedule
 from billhook.sparsity.allocation import Allocation, Uniform
@@ -95,6 +97,46 @@ def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool, con
     if not chosen:
         raise ValueError(f"skip={list(skip)} leaves none of the {len(linears)} linears")
     return chosen
+
+
+def tokens_in(runs: Sequence[Run], reduce: Reduce | None, device: torch.device) -> int | None:
+    """Counts the tokens of all runs, on all ranks, before any runs; None where it is not known what linears are given."""
+    counts = [_tokens(run) for run in runs]
+    total, unknown = sum(one or 0 for one in counts), sum(one is None for one in counts)
+    if reduce is not None:
+        total, unknown = reduce(torch.tensor([total, unknown], device=device)).tolist()
+    return None if unknown else int(total)
+
+
+def _tokens(run: Run) -> int | None:
+    ids = run.batch.get("input_ids") if isinstance(run.batch, Mapping) else None
+    if not isinstance(ids, Tensor) or "decoder_input_ids" in run.batch or "decoder_attention_mask" in run.batch:
+        return None
+    counting = run.tokens.get("attention_mask")
+    return ids.numel() if counting is None else int(counting.sum())
+
+
+def solves(criterion: Criterion) -> bool:
+    """Tells whether a criterion solves for weights by products of inputs, which fewer tokens than inputs leave singular."""
+    return isinstance(criterion.statistics(1, "meta"), InputMoments)
+
+
+def few_tokens(criterion: Criterion, given: Mapping[str, tuple[int, int]]) -> str:
+    """Returns the words for linears that are given fewer tokens than they have inputs; empty if that matters for none.
+
+    Args:
+        criterion: By what they are pruned.
+        given: By linear, how many tokens it is given, and how many inputs it has.
+    """
+    short = {name: (tokens, width) for name, (tokens, width) in given.items() if tokens < width}
+    if not short or not solves(criterion):
+        return ""
+    name, (tokens, width) = max(short.items(), key=lambda item: item[1][1] - item[1][0])
+    return (
+        f"fewer tokens than inputs come to {len(short):,} linear{'s' * (len(short) > 1)}, such as {name}, "
+        f"{tokens:,} for {width:,}: too few to solve for weights by {criterion}, whose damping then decides; give more tokens, "
+        "or take Wanda(), which needs few"
+    )
 
 
 def uncalled(linears: Iterable[str], pruned: Collection[str]) -> tuple[str, ...]:

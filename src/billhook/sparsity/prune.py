@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from billhook.arguments import annotated
+from billhook.calibration.alone import tell_once
 from billhook.calibration.calibration import Batches
-from billhook.model.convolutions import Convolutions
-from billhook.model.linears import weight_of
+from billhook.model.convolutions import Convolutions, is_convolution
+from billhook.model.linears import channels, weight_of
 from billhook.model.values import check_changeable
 from billhook.running.ranks import checked
 from billhook.running.sharded.shards import is_sharded, reshard
@@ -26,8 +27,11 @@ from billhook.sparsity.checks import (
     check_pruning,
     check_sharded,
     check_streamed,
+    few_tokens,
     needing,
     needs_data,
+    solves,
+    tokens_in,
     uncalled,
     warn_of_others,
 )
@@ -142,15 +146,22 @@ def prune(
         check_called_once(stream, runs)
     walks = Walks(model, linears, runs, reduce, device, folder, adapters)
     warn_of_others(model, linears)
+    known = tokens_in(runs, reduce, next(model.parameters()).device) if solves(criterion) else None
+    coming = {} if known is None else {n: (known, channels(one)) for n, one in linears.items() if not is_convolution(one)}
+    if words := few_tokens(criterion, coming):
+        tell_once(words)
     with in_order(walks, criterion, pattern) if permute else nullcontext():
         sparsities = sparsities_of(walks, amount, allocation)
         key = None if dry_run else f"{criterion} {pattern} {sequential} {sparsities}" + (f" {match}" if match else "")
         make = partial(_kind(criterion, match), criterion, sparsities, pattern, progress)
-        made = walks(sequential if needs_data(criterion) or match else None, make, key).pruned
+        visitor = walks(sequential if needs_data(criterion) or match else None, make, key)
+        made, fewer = visitor.pruned, {n: own for n, own in visitor.given.items() if n not in coming or own[0] < coming[n][0]}
         pruned = {name: made[name] for name in linears if name in made}
         left_out = uncalled(linears, pruned)
     shapes = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
     plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, left_out)
+    if words := few_tokens(criterion, fewer):  # of experts, which are given only some of the tokens
+        tell_once(words)
     if not dry_run and stream_of(model) is None:
         plan.apply(model)
     return plan

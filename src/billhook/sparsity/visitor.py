@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from billhook.adapters.masked import counted, product_of
 from billhook.model.convolutions import batched, is_convolution, places_of
-from billhook.model.linears import in_place, turned, weight_of
+from billhook.model.linears import channels, in_place, turned, weight_of
 from billhook.running.ranks import Ranks, own_of
 from billhook.running.sharded.shards import is_sharded, whole
 from billhook.running.sites import Site
@@ -62,6 +62,7 @@ class PruningVisitor:
         self.criterion, self.sparsities, self.pattern, self.progress = criterion, sparsities, pattern, progress
         self.tokens, self.reduce, self.adapters, self.shared = tokens, reduce, adapters, shared
         self.pruned: dict[str, Pruned | Share | Applied] = {}
+        self.given: dict[str, tuple[int, int]] = {}  # linear -> how many tokens it was given, and how many inputs it has
         self._passed: dict[str, Tensor] | None = None  # whole weights for runs to pass, where each rank keeps its share of them
         self.statistics: dict[str, Statistics | Grouped] = {}
         self._first: dict[str, str] = {}  # linear -> the one whose statistics are its own
@@ -119,7 +120,10 @@ class PruningVisitor:
             raise InputsDiffer
         called = {name: linear for name, linear in site.linears.items() if name in self._first}
         self._passed = {}
-        self.finish({name: linear for name, linear in called.items() if self.statistics[self._first[name]].tokens})
+        tokens = {name: int(self.statistics[self._first[name]].tokens) for name in called}
+        linears = {name: linear for name, linear in called.items() if tokens[name] and not is_convolution(linear)}
+        self.given |= {name: (tokens[name], channels(linear)) for name, linear in linears.items()}
+        self.finish({name: linear for name, linear in called.items() if tokens[name]})
         self._complete |= site.linears.keys()
         if site.module not in called.values() or self.reduce is not None:
             self._last = {run: last for run, last in self._last.items() if last[2] not in self._complete}

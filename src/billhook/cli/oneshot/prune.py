@@ -1,14 +1,19 @@
 """`billhook prune`: a checkpoint in, one with zeros out, with its perplexity before and after."""
 
+from collections.abc import Mapping
+
+from torch import nn
+
 from billhook.cli.blockwise import over
-from billhook.cli.oneshot.enough import check_examples
+from billhook.cli.oneshot.enough import check_examples, coming
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import Matches, bytes_of_moments
 from billhook.cli.oneshot.text import NONE, Pictures
-from billhook.model.convolutions import Convolutions
+from billhook.model.convolutions import Convolutions, is_convolution
+from billhook.model.linears import channels
 from billhook.running.sites import Sequential
 from billhook.sparsity.allocation import Allocation
-from billhook.sparsity.checks import check_folder, needs_data
+from billhook.sparsity.checks import check_folder, check_pruning, few_tokens, needs_data, solves
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.matching import BlockMatching
@@ -73,10 +78,13 @@ def prune(
     work = OneShot(model, out, given, offload, calibrates=reads, streams=True)
     if match is not None:
         check_examples(work, 2, "match")
-    how = f"{criterion or Wanda()}" + (f", and match each block by {match}" if match else "")
+    scored_by = criterion or Wanda()
+    linears = check_pruning(work.model, scored_by, pattern, sequential, allocation, skip or (), output_embeddings, convolutions)
+    how = f"{scored_by}" + (f", and match each block by {match}" if match else "")
     order = ", channels in the order in which groups lose least" if permute else ""
     what = f"zero {amount:.4g} of the weights of linears ({pattern}), by {how}{order}"
-    work.tell(what, f"shown {work.shown if reads else NONE}", passes=_passes(criterion or Wanda(), allocation))
+    few = [] if work.of_images or not solves(scored_by) else [few_tokens(scored_by, _given(work, linears))]
+    work.tell(what, *filter(None, few), f"shown {work.shown if reads else NONE}", passes=_passes(scored_by, allocation))
     if dry_run and work.calibrates and work.unread:
         work.tell_dry()
         return
@@ -112,6 +120,12 @@ def prune(
     done |= {"permute": True} if permute else {}
     what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linears"
     work.save(before, what, {"pruned": done}, plan.text(), note)
+
+
+def _given(work: OneShot, linears: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Returns how many tokens each linear is given at most, and how many inputs it has."""
+    tokens = sum(batch["input_ids"].numel() for batch in coming(work))
+    return {name: (tokens, channels(one)) for name, one in linears.items() if not is_convolution(one)}
 
 
 def _passes(criterion: Criterion, allocation: Allocation | None) -> int:

@@ -1,7 +1,7 @@
 """Names files and folders without the folders that they are in, as what is published says no private path."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -45,3 +45,20 @@ def without_paths(value: Any) -> Any:  # noqa: ANN401 - plain data
     if not isinstance(value, str):
         return value
     return without_folders(value) if Path(value).is_absolute() else ABSOLUTE.sub("", value)
+
+
+def paths_in(value: Any) -> Iterator[str]:  # noqa: ANN401 - plain data
+    """Yields the absolute paths in the texts of plain data, as `without_paths` finds them; of one within a text, its folders.
+
+    >>> list(paths_in({"by": ["Calibration('/home/me/text.txt')", "4/8 heads"], "/home/me/a.txt": 1}))
+    ['/home/me/', '/home/me/a.txt']
+    """
+    if isinstance(value, Mapping):
+        for name, own in value.items():
+            yield from paths_in(name)
+            yield from paths_in(own)
+    elif isinstance(value, list | tuple):
+        for own in value:
+            yield from paths_in(own)
+    elif isinstance(value, str):
+        yield from [value] if Path(value).is_absolute() else (match.group() for match in ABSOLUTE.finditer(value))

@@ -116,6 +116,30 @@ def test_only_what_was_saved_and_verified(held, folder, tmp_path):
     assert held.asked == []
 
 
+@pytest.mark.parametrize(
+    ("file", "changed", "says"),
+    [
+        ("billhook.json", lambda text: text.replace('"text.txt"', '"/home/me/text.txt"'), "'/home/me/text.txt', which all"),
+        (
+            "billhook.json",
+            lambda text: text.replace('"text.txt"', "\"A('/home/me/a'), B('/data/b')\""),
+            "'/home/me/' and 1 more,",
+        ),
+        ("config.json", lambda text: text.replace("{", '{"_name_or_path": "/home/me/dense",', 1), "'/home/me/dense', which all"),
+        ("README.md", lambda text: f"{text}\n| data | sources ~/texts/a.txt |\n", "'~/texts/', which all"),
+    ],
+)
+def test_a_path_that_an_older_version_wrote_is_not_published(held, folder, file, changed, says):
+    text = (folder / file).read_text()
+    (folder / file).write_text(changed(text))
+    assert (folder / file).read_text() != text
+    with pytest.raises(ValueError, match=re.escape(f"{file} holds the absolute path {says}")):
+        push(folder, "someone/small")
+    assert held.asked == []
+    (folder / file).write_text(text)
+    push(folder, "someone/small")
+
+
 def test_the_command(held, folder, capsys):
     main(["push", str(folder), "someone/small", "--private", "--revision", "first"])
     assert capsys.readouterr().out == f"pushed to {held.url}/someone/small/commit/1\n"

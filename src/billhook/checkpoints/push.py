@@ -8,6 +8,8 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from billhook.checkpoints.origin import CARD
+from billhook.names import paths_in
 from billhook.place import RECORD
 
 
@@ -53,12 +55,14 @@ def push(folder: str | Path, name: str, private: bool = False, revision: str | N
 
     Raises:
         ValueError: Before anything is pushed, if the folder is no complete checkpoint of billhook's, the name is none of a
-            repository, there is no token, or the Hub is switched off.
+            repository, its record, card or config holds an absolute path, as older versions wrote them, there is no token, or
+            the Hub is switched off.
         NotPushed: If the Hub does not take it, or the repository is public and `private` was asked for.
     """
     check_repository("name", name)
     check_token("name", name)
     _check_saved(Path(folder))
+    _check_paths(Path(folder))
     try:
         return _pushed(HfApi(library_name="billhook"), str(folder), name, private, revision)
     except Exception as error:  # of the network, the Hub or its client
@@ -94,3 +98,21 @@ def _check_saved(folder: Path) -> None:
         raise ValueError(f"folder='{folder}': it holds no {RECORD} as billhook writes it, and {legal}") from None
     if missing:
         raise ValueError(f"folder='{folder}': {missing[0]} is missing, and {legal}")
+
+
+def _check_paths(folder: Path) -> None:
+    """Refuses a record, card or config that says where files lay on a machine, as older versions wrote it."""
+    texts: dict[str, object] = {}
+    for file in (RECORD, "config.json", CARD):
+        if (folder / file).is_file():
+            text = (folder / file).read_text(encoding="utf-8", errors="replace")
+            texts[file] = text if file == CARD else json.loads(text)
+    config = texts.get("config.json")
+    texts["config.json"] = config.get("_name_or_path") if isinstance(config, dict) else None
+    for file, text in texts.items():
+        if found := list(dict.fromkeys(paths_in(text))):
+            more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
+            raise ValueError(
+                f"folder='{folder}': {file} holds the absolute path '{found[0][:200]}'{more}, which all who see the repository "
+                "would read: take it out, or load the model, save it with this billhook (bh.save), and push that"
+            )

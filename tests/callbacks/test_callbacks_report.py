@@ -212,7 +212,7 @@ def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, monkey
     (event,) = pruning.events
     out, step = capsys.readouterr().out, 0 if at == "start" else 3
     rows, dense = lines_of(out), (event["before"] if at == "start" else report.first["after"])["val_perplexity"]
-    assert out.split("---")[0].split()[-6:] == ["perplexity", "sparsity", "zeros", "parameters", "KV-cache", "bytes/token"]
+    assert out.split("---")[0].split()[-6:] == ["zeros", "parameters", "KV-cache", "bytes/token", "in", "float32"]
     assert rows["dense"][:2] == ["0", f"{dense:,.0f}"]
     assert rows["dense"][2] == "0.00"
     assert rows["after training"][2] == "0.50"

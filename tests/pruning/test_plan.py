@@ -105,7 +105,7 @@ class TestTable:
         now, then = plan.costs
         assert lines[1:4] == [
             f"  {now.flops:,} -> {then.flops:,} FLOPs a token ({1 - then.flops / now.flops:.1%} fewer)",
-            f"  {now.kv_cache_bytes:,} -> {then.kv_cache_bytes:,} KV-cache bytes a token (12.5% fewer)",
+            f"  {now.kv_cache_bytes:,} -> {then.kv_cache_bytes:,} KV-cache bytes a token in float32 (12.5% fewer)",
             f"  {4 * plan.parameters[0]:,} -> {4 * plan.parameters[1]:,} bytes "
             f"({1 - plan.parameters[1] / plan.parameters[0]:.1%} fewer)",
         ]

@@ -195,6 +195,7 @@ def test_table_says_what_is_known():
     assert lines[4].split()[-3:] == ["inf", "900,000", "-"]
     assert len({len(line) for line in lines[:5]}) == 1
     assert lines[-2:] == ["plot        a.png", "checkpoint  b"]
+    assert table(stages, dtype="float16").splitlines()[0].endswith("  KV-cache bytes/token in float16")
 
 
 def test_table_without_validation():

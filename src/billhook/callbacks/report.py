@@ -55,6 +55,7 @@ class Report(Callback):
         self.plot_file, self.metric, self.measure_batches = plot_file, metric, measure_batches
         self.history: list[list[float]] = []
         self.first: Event | None = None
+        self._dtype = ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forgets an earlier fit, and refuses a place before `Damage`."""
@@ -84,7 +85,9 @@ class Report(Callback):
 
     def _measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         figures = figures_of_callbacks(trainer, pl_module)
-        return summary(pl_module).numbers() | figures | measure(trainer, pl_module, self.measure_batches)
+        found = summary(pl_module)
+        self._dtype = found.dtype
+        return found.numbers() | figures | measure(trainer, pl_module, self.measure_batches)
 
     def _report(self, trainer: pl.Trainer, last: dict[str, Any]) -> None:
         events = events_of(trainer)
@@ -106,7 +109,7 @@ class Report(Callback):
             rank_zero_warn(
                 f"metric={self.metric!r} is not logged in validation, so nothing is drawn; logged is {', '.join(last)}"
             )
-        print("\n".join(["", table(stages, notes, name), "", *self._damage(trainer, events)]))
+        print("\n".join(["", table(stages, notes, name, self._dtype), "", *self._damage(trainer, events)]))
 
     def _damage(self, trainer: pl.Trainer, events: list[Event]) -> list[str]:
         """Returns a table of damage for each event after which it was measured, and for the end."""

@@ -33,6 +33,7 @@ class Figures:
         flops: Floating-point operations of the forward pass, per token, at `context` tokens, or of an image of the config's size;
             None where it does not run on meta.
         context: Tokens for which `flops` holds; 0 for a model of images.
+        dtype: The dtype of the weights, in which the key/value cache is counted.
     """
 
     params: int
@@ -40,6 +41,7 @@ class Figures:
     kv_cache_bytes: int | None
     flops: int | None
     context: int
+    dtype: str = ""
 
 
 def figures_of(model: PreTrainedModel) -> Figures:
@@ -48,7 +50,7 @@ def figures_of(model: PreTrainedModel) -> Figures:
     context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
     context = 0 if model.main_input_name == "pixel_values" else context
     flops = remembered(partial(_flops_on_meta, model, context), model, "flops", context)
-    return Figures(_params(model), _bytes(model), kv_cache_bytes(model), flops, context)
+    return Figures(_params(model), _bytes(model), kv_cache_bytes(model), flops, context, str(model.dtype).removeprefix("torch."))
 
 
 def figure_of(model: PreTrainedModel, name: str) -> int | None:

@@ -127,7 +127,8 @@ class UnitPlan(Cut, ShapePlan):
         before, after = self.parameters
         lines = [f"{self.model}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"]
         flops = "FLOPs a token" if not self.costs or self.costs[0].context else "FLOPs an image"
-        for label, field in {flops: "flops", "KV-cache bytes a token": "kv_cache_bytes", "bytes": "bytes"}.items():
+        cache = f"KV-cache bytes a token in {self.costs[0].dtype}" if self.costs else ""
+        for label, field in {flops: "flops", cache: "kv_cache_bytes", "bytes": "bytes"}.items():
             now, then = [getattr(cost, field) for cost in self.costs] if self.costs else (None, None)
             if now and then:
                 lines.append(f"{now:,} -> {then:,} {label} ({1 - then / now:.1%} fewer)")

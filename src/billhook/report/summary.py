@@ -125,8 +125,7 @@ def summary(model: nn.Module) -> Summary:
             query_heads, kv_heads = heads_of(model)
             heads = () if query_heads else tuple(heads_by_layer(model))
     counted: dict[str, Any] = {"zeros": zeros, "query_heads": query_heads, "kv_heads": kv_heads, "heads": heads}
-    adapters, dtype = every - figures["params"], str(model.dtype).removeprefix("torch.")
-    return Summary(model=name, **figures, **counted, adapters=adapters, dtype=dtype)
+    return Summary(model=name, **figures, **counted, adapters=every - figures["params"])
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,13 @@ class Stage:
     numbers: dict[str, float | None]
 
 
-def table(stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric: str | None = None) -> str:
-    """Shows stages as rows and their numbers as columns (`metric` too, if it is none of the usual ones), and notes below."""
+def table(
+    stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric: str | None = None, dtype: str | None = None
+) -> str:
+    """Shows stages as rows and their numbers as columns (`metric` too, if it is none of the usual ones), and notes below.
+
+    The dtype is the one that bytes of the key/value cache are counted in.
+    """
     columns = {
         "perplexity": "val_perplexity",
         "accuracy": "val_accuracy",
@@ -147,7 +151,7 @@ def table(stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric
         "sparsity": "sparsity",
         "zeros": "zeros",
         "parameters": "params",
-        "KV-cache bytes/token": "kv_cache_bytes",
+        f"KV-cache bytes/token{f' in {dtype}' if dtype else ''}": "kv_cache_bytes",
     }
     if metric is not None and metric not in columns.values():
         columns = {metric: metric} | columns

@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from torch.nn.functional import linear
 
 import billhook as bh
 from billhook.adapters.masked import MaskedLora, mask_adapters, unmask_adapters
@@ -12,6 +13,7 @@ from billhook.adapters.merge import merge
 from billhook.model.linears import prunable
 from kit.adapters import BUILD, IDS, logits, lora, pruned, q_proj
 from kit.families import llama
+from kit.operations import Operations
 
 
 @pytest.mark.parametrize("build", BUILD)
@@ -75,6 +77,62 @@ def test_dropout_is_the_adapters_own():
     assert set(given.flatten().tolist()) == {0.0, 2.0}
     product = layer.get_delta_weight("default")
     torch.testing.assert_close(out, layer.base_layer(x) + given @ product.t())
+
+
+def products(operations):
+    """How many products of matrices were computed."""
+    return sum(operations.counts[kind] for kind in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm))
+
+
+def of_two_products(layer, x):
+    """What a masked layer computes with a product by the weight and one by each adapter's; and the gradients."""
+    out = layer.base_layer(x)
+    for adapter in layer.active_adapters:
+        product = layer.get_delta_weight(adapter)
+        out = out + linear(layer.lora_dropout[adapter](x).to(product.dtype), product.t() if layer.fan_in_fan_out else product)
+    return out.to(layer.base_layer(x).dtype)
+
+
+# what a layer's forward and backward multiply: B A, and with it the inputs, once for all or once for each
+@pytest.mark.parametrize(
+    ("build", "adapters", "options", "forward", "backward"),
+    [
+        ("llama", 1, {}, 2, 4),
+        ("llama", 2, {}, 3, 6),
+        ("gpt2", 1, {}, 2, 4),
+        ("llama", 1, {"lora_dropout": 0.5}, 3, 5),
+        ("llama", 1, {"hook": True}, 3, 5),
+        ("llama", 1, {"dtype": torch.bfloat16}, 3, 5),
+        ("llama", 1, {"base": torch.bfloat16}, 3, 5),
+        ("llama", 1, {"autocast": True}, 3, 5),
+    ],
+)
+def test_a_layer_multiplies_its_inputs_once_where_that_is_the_same(build, adapters, options, forward, backward):
+    dropout = {name: value for name, value in options.items() if name == "lora_dropout"}
+    model, _ = pruned(build, **dropout)
+    if adapters == 2:
+        model.add_adapter("two", peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        model.base_model.set_adapter(["default", "two"])
+    mask_adapters(model)
+    layer = q_proj(model.to(options.get("dtype"))) if build == "llama" else model.base_model.model.transformer.h[0].attn.c_attn
+    layer.train().base_layer.to(options.get("base"))
+    if options.get("hook"):
+        layer.base_layer.register_forward_pre_hook(lambda *_: None)
+    trained = [one.weight for parts in (layer.lora_A, layer.lora_B) for one in parts.values()]
+    x = torch.randn(2, 5, layer.in_features, dtype=layer.base_layer.weight.dtype, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bool(options.get("autocast"))):
+        torch.manual_seed(1)
+        with Operations() as operations:
+            out = layer(x)
+        torch.manual_seed(1)
+        expected = of_two_products(layer, x)
+    assert products(operations) == forward
+    torch.testing.assert_close(out, expected)
+    with Operations() as operations:
+        found = torch.autograd.grad(out.square().sum(), [x, *trained])
+    assert products(operations) == backward
+    assert all(one.abs().max() > 0 for one in found)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), [x, *trained]))
 
 
 def test_masks_leave_no_trace():

@@ -13,6 +13,7 @@ import billhook as bh
 from billhook.units.find import find_units
 from billhook.units.gates import Gate, place_gates
 from kit.families import build, llama, tokens
+from kit.operations import Operations
 from kit.units import ATTENTIVE, SEQ2SEQ, hooks, small, weight_of
 
 STEP = 2**-13  # parts of many models compute in float32, so that a smaller one would measure rounding
@@ -230,6 +231,21 @@ def test_gates_that_stay_are_spread_over_positions_once(monkeypatch):
         for _ in range(3):
             model(tokens())
     assert len(spread) == 2
+
+
+def test_gates_are_put_together_with_others_only_where_a_position_has_none():
+    def cats(model):
+        with Operations() as operations:
+            model(tokens())
+        return operations.counts[torch.ops.aten.cat]
+
+    model = llama()
+    plain = cats(model)
+    with bh.gates(model, bh.find_units(model, "head")), bh.gates(model, bh.find_units(model, "channel")):
+        assert cats(model) == plain
+    linear, index = torch.nn.Linear(3, 1), torch.tensor([1, -1, 0])
+    gated, _ = Gate(torch.tensor([2.0, 3.0]), index)(linear, (torch.ones(1, 3), "more"))
+    assert gated.tolist() == [[3.0, 1.0, 2.0]]
 
 
 def test_a_model_inside_another_module():

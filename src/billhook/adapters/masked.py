@@ -1,6 +1,6 @@
 """LoRA on pruned weights: the product that it adds to a weight, and masks that keep it from changing zeros."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from billhook.arguments import annotated
 from billhook.model.linears import is_pruned, prunable, weight_of
@@ -17,6 +18,8 @@ from billhook.running.sharded.shards import reshard, whole
 
 WRAPPED = "base_model.model."
 """Prefix of PEFT's for the names of the model that it wraps."""
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Where a module has its hooks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,15 +60,37 @@ class MaskedLora(LoraLinear):
             raise ValueError(f"adapter_names={adapter_names} must be None: a masked adapter is the same for the whole batch")
         if self.disable_adapters and self.merged:
             self.unmerge()
+        active = [] if self.merged else active_in(self)
+        if self._is_summed(x, active):
+            weight = sum(map(self.get_delta_weight, active), self.base_layer.weight)
+            return linear(x, weight.t() if self.fan_in_fan_out else weight, self.base_layer.bias)
         result: Tensor = self.base_layer(x)
-        if self.merged:
-            return result
         dtype = result.dtype
-        for adapter in active_in(self):
+        for adapter in active:
             product = self.get_delta_weight(adapter)
             inputs = self.lora_dropout[adapter](x.to(product.dtype))
             result = result + linear(inputs, product.t() if self.fan_in_fan_out else product)
         return result.to(dtype)
+
+    def _is_summed(self, x: Tensor, active: Sequence[str]) -> bool:
+        """Tells whether one product by the sum of the weight and what is added to it gives what a product by each does.
+
+        It does not where dropout changes an adapter's inputs, where the base layer's own forward or hooks have to be called (a
+        quantized one's, a walk's), and in half precision, in which the sum rounds away what is small beside the weight.
+        """
+        base = self.base_layer
+        tensors = [base.weight, x, *(one[adapter].weight for adapter in active for one in (self.lora_A, self.lora_B))]
+        dropouts = [self.lora_dropout[adapter] for adapter in active]
+        return (
+            bool(active)
+            and type(base) in (nn.Linear, Conv1D)
+            and not ("forward" in base.__dict__ or any(getattr(base, hooks) for hooks in HOOKS))
+            and all(type(one) is nn.Identity or (type(one) is nn.Dropout and not one.training) for one in dropouts)
+            and not isinstance(base.weight, DTensor)
+            and x.dtype in (torch.float32, torch.float64)
+            and len({(one.dtype, one.device) for one in tensors}) == 1
+            and not torch.is_autocast_enabled(x.device.type)
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.mask = Mask(None if self.mask.keep is None else fn(self.mask.keep))
@@ -75,8 +100,9 @@ class MaskedLora(LoraLinear):
 def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
     """Makes LoRA act only where weights are not zero: x (W + (scale B A) * mask)^T, so that merging changes nothing.
 
-    It costs a second product of the weight's size in each forward. The layers become `MaskedLora`, also in copies of the model,
-    deep or pickled; the masks are no part of the state dict. `unmask_adapters` undoes it.
+    Each forward makes B A as large as the weight, and multiplies by their sum; in half precision and with dropout it costs a
+    second product of the weight's size instead. The layers become `MaskedLora`, also in copies of the model, deep or pickled;
+    the masks are no part of the state dict. `unmask_adapters` undoes it.
 
     Args:
         model: A model with LoRA attached, not merged.

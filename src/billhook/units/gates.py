@@ -33,11 +33,13 @@ class Gate:
     keeps_shapes = True
 
     def __init__(self, values: Tensor, index: Tensor, fixed: bool = False) -> None:
-        self.values, self.index = values, index
+        self.values, self.index = values, index.to(values.device)
+        self._ungated = bool((index < 0).any())
         self._spread = self._over_positions(values.device) if fixed else None
 
     def _over_positions(self, device: torch.device) -> Tensor:
-        return torch.cat([self.values, self.values.new_ones(1)]).to(device)[self.index.to(device)]
+        values = torch.cat([self.values, self.values.new_ones(1)]) if self._ungated else self.values
+        return values.to(device)[self.index.to(device)]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Returns the inputs, gated."""
@@ -177,7 +179,7 @@ def place_gates(
     """
     handles = []
     for name, values in gates.items():
-        index = torch.from_numpy(units[name].positions(per)).to(values.device)
+        index = torch.from_numpy(units[name].positions(per))
         for reader in units[name].readers:
             handles.append(model.get_submodule(reader).register_forward_pre_hook(Gate(values, index, fixed)))
     return handles

@@ -11,7 +11,7 @@ import torch
 
 import billhook as bh
 from billhook import KVHeadConversion
-from kit.ddp import DIFFER, DRIFTING, FAIL, FITS, RESUMED, SCRIPT, UNEQUAL, kept, resumed
+from kit.ddp import DIFFER, DRIFTING, FAIL, FITS, RESUMED, SCRIPT, STEPS, UNEQUAL, kept, resumed
 from kit.fits import trainer
 from kit.ranks import FitOfTuples, outcome, run_script
 
@@ -124,6 +124,14 @@ def test_two_processes_tell_the_damage_that_one_does(of_two, files, tmp_path):
         assert [own.pop("source") for own in two] == [own.pop("source") for own in one] == ["generated"]
         assert two == [pytest.approx(own, rel=2e-3, abs=1e-5) for own in one]
         assert two[0]["rows"] == 3
+
+
+@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_step_of_two_processes_waits_for_nothing(fitted, name, rank):
+    steps = json.loads((fitted / f"steps {rank}.json").read_text())
+    assert len(steps[name]) == 4
+    assert steps[name][1:] == steps["plain"][1:]  # after the event at the first
 
 
 @pytest.fixture

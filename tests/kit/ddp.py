@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
+import peft
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
@@ -20,9 +21,11 @@ import billhook as bh
 from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, Repair, StructuredPruning, Taylor, WeightPruning
 from billhook.importance.baselines import RandomUnits
 from billhook.schedules import Linear, MultiStep
+from billhook.sparsity import masks
 from kit.families import llama
-from kit.fits import module
+from kit.fits import module, trainer
 from kit.ranks import Fit, FitOfTuples, draw, fit_all
+from kit.syncs import steps_counted
 
 SCRIPT = """
 import os
@@ -361,6 +364,35 @@ RESUMED = {
 }
 
 
+class Adapted(FitOfTuples):
+    """With LoRA on all linears."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = peft.get_peft_model(self.net, peft.LoraConfig(r=2, target_modules="all-linear"))
+
+
+ZEROS = {"sparsity": 0.5, "at": 1, "measure_batches": 0}
+STEPS = {
+    "plain": (FitOfTuples, lambda: []),
+    "held masks": (FitOfTuples, lambda: [WeightPruning(bh.Magnitude(), **ZEROS)]),
+    "learned masks": (FitOfTuples, lambda: [WeightPruning(bh.Magnitude(), learn=bh.SRSTE(end=5), **ZEROS)]),
+    "masked adapters": (Adapted, lambda: [WeightPruning(bh.Magnitude(), mask_adapters=True, **ZEROS)]),
+}
+"""Fits whose steps ask the device for nothing once weights are zero."""
+
+
+def syncs_of_steps(name, folder):
+    """Counts the syncs of each step of a fit by two processes, by place."""
+    make, callbacks = STEPS[name]
+    options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False, "limit_val_batches": 0}
+    run = trainer(folder, callbacks(), 5, **options)
+    with pytest.MonkeyPatch.context() as patch, steps_counted(run) as counted:
+        patch.setattr(masks, "HOST", "none")  # what NumPy selects on a CPU does not count as a sync
+        run.fit(make())
+    return counted
+
+
 class Keep(pl.Callback):
     """Keeps a checkpoint of the first epoch."""
 
@@ -393,6 +425,8 @@ def fit_two():
         own = [type(caught.value).__name__, str(caught.value), told(callbacks)]
         torch.distributed.all_gather_object(stopped[name], own)
     Path(out, "stopped.json").write_text(json.dumps(stopped))
+    steps = {name: syncs_of_steps(name, Path(out)) for name in STEPS}
+    Path(out, f"steps {rank()}.json").write_text(json.dumps(steps))
     for name in RESUMED:
         kept(name, Path(out, "two")).run(Path(out), files, ranks=2)
     fit_all({name: resumed(name, Path(out, "one")) for name in RESUMED})

@@ -60,11 +60,12 @@ class MaskedLora(LoraLinear):
             raise ValueError(f"adapter_names={adapter_names} must be None: a masked adapter is the same for the whole batch")
         if self.disable_adapters and self.merged:
             self.unmerge()
+        base: Any = self.base_layer
         active = [] if self.merged else active_in(self)
         if self._is_summed(x, active):
-            weight = sum(map(self.get_delta_weight, active), self.base_layer.weight)
-            return linear(x, weight.t() if self.fan_in_fan_out else weight, self.base_layer.bias)
-        result: Tensor = self.base_layer(x)
+            weight: Tensor = sum(map(self.get_delta_weight, active), base.weight)
+            return linear(x, weight.t() if self.fan_in_fan_out else weight, base.bias)
+        result: Tensor = base(x)
         dtype = result.dtype
         for adapter in active:
             product = self.get_delta_weight(adapter)

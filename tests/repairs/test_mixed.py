@@ -77,7 +77,7 @@ def test_short_calls_are_added_together(monkeypatch, weighted, owes):
         x, d = torch.randn(2, length, 5, dtype=torch.bfloat16), torch.randn(2, length, 3) if owes else None
         keep = torch.rand(2, length) < 0.8 if length % 2 else None
         weights = torch.rand(2, length) if weighted else None
-        own.add(x, d, keep, weights)
+        own.add(x, d, None if keep is None else keep.flatten().nonzero().flatten(), weights)
         expected.add(x, d, keep, weights)
         x.zero_()  # as may happen later in a run
     own.empty()

@@ -19,8 +19,6 @@ from billhook.running.conjugate_gradients import on_support
 from billhook.running.ranks import Ranks, own_of, rows_of
 from billhook.running.resident import let_go
 
-Errors = Callable[[float], Sequence[float] | None]
-"""With a ridge, the error on each fold's held-out data; None where some fold has no solution."""
 Solve = Callable[[slice], Tensor]
 """With some of the outputs, what is added to their weights, `[outputs, in_features]`, float64."""
 
@@ -28,33 +26,31 @@ STEPS = 30
 """Of conjugate gradients, where weights stay zero."""
 
 
-def least(ridges: Sequence[float], without: Sequence[float], errors: Errors) -> float:
+def least(ridges: Sequence[float], without: Tensor, errors: Tensor) -> float:
     """Chooses the ridge with which solutions err least on held-out data; infinity if none helps.
 
-    The error of each fold counts as a share of the one `without` a refit. Ridges that have no solution are skipped.
+    Args:
+        ridges: The ridges.
+        without: The error of each fold without a refit, `[folds]`, of which errors count as shares.
+        errors: The error with each ridge, `[ridges, folds]`, NaN where there is no solution.
     """
-    shares = {math.inf: 1.0}
-    for ridge in ridges:
-        if (found := errors(ridge)) is not None:
-            whole = (max(one, torch.finfo(torch.float64).tiny) for one in without)
-            shares[ridge] = sum(error / one for error, one in zip(found, whole, strict=True)) / len(found)
-    return min(shares, key=lambda ridge: shares[ridge])
+    shares: list[float] = (errors / without.clamp(min=torch.finfo(torch.float64).tiny)).mean(1).tolist()  # one question
+    solved = ((share, ridge) for share, ridge in zip(shares, ridges, strict=True) if not math.isnan(share))
+    return min([(1.0, math.inf), *solved], key=lambda pair: pair[0])[1]
 
 
-def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: float) -> Tensor | None:
+def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: float) -> Tensor:
     """Solves for the weights that do best from some inputs: W' = argmin E ||W x + d - W' x||^2 + ridge, float64.
 
     With S the inputs that are kept, R those removed, H the second moments of the inputs and D the diagonal of H_SS:
     W'_S = W_S + (W_R H_RS + E d x_S^T) (H_SS + ridge D)^-1, W'_R = 0, the minimum of
     E ||W x + d - W'_S x_S||^2 + ridge ||(W'_S - W_S) D^1/2||^2. An infinite ridge leaves W'_S at W_S. Where a bias makes up
-    for the means, the second moments, float64, are about those. None if the ridge is too small for moments that rounding has left
+    for the means, the second moments, float64, are about those. NaN if the ridge is too small for moments that rounding has left
     without an inverse.
     """
     rows = second.inputs[keep]
     lost = weight[:, ~keep].double() @ rows[:, ~keep].t() + second.owed[:, keep]
-    solve = solver(Triangle.of(rows[:, keep]), ridge)
-    if solve is None:
-        return None
+    solve, _ = solver(Triangle.of(rows[:, keep]), ridge)
     new = torch.where(keep, weight.double(), 0)
     new[:, keep] += solve(lost.contiguous())
     return new
@@ -64,15 +60,12 @@ def choose_ridge(
     weight: Tensor, keep: Tensor, folds: Sequence[tuple[SecondMoments, SecondMoments]], ridges: Sequence[float]
 ) -> float:
     """Chooses the ridge with which solutions on some inputs err least on held-out data, about the same means."""
-
-    def errors(ridge: float) -> list[float] | None:
-        found = [solve_ridge(weight, keep, second, ridge) for second, _ in folds]
-        each = zip(found, folds, strict=True)
-        left = [held_out.error(weight.double() - new) for new, (_, held_out) in each if new is not None]
-        return left if len(left) == len(folds) else None
-
-    cut = weight.double() * ~keep
-    return least(ridges, [held_out.error(cut) for _, held_out in folds], errors)
+    if not ridges:
+        return math.inf
+    whole, cut = weight.double(), weight.double() * ~keep
+    errors = [[other.error(whole - solve_ridge(weight, keep, fit, ridge)) for fit, other in folds] for ridge in ridges]
+    without = torch.stack([held_out.error(cut) for _, held_out in folds])
+    return least(ridges, without, torch.stack([torch.stack(each) for each in errors]))
 
 
 def refit_linear(
@@ -101,7 +94,8 @@ def refit_linear(
     if support is None:
         solve = _solving(every, centred, sorted({ridge, math.inf, *(one for one in ridges if one > ridge)}))
     else:
-        helps = least([ridge], _without(folds, centred), lambda one: _bound_errors(folds, centred, one, support, reduce)) == ridge
+        errors = _bound_errors(folds, centred, ridge, support, reduce)
+        helps = least([ridge], _without(folds, centred), errors[None]) == ridge
         solve = _bound(every, centred, ridge if helps else math.inf, support)
     new, shift = _solved(weight, every, solve, reduce)
     return new, None if bias is None else bias.double() + shift
@@ -110,7 +104,7 @@ def refit_linear(
 def _solving(parts: Sequence[OwedMoments], centred: bool, ridges: Sequence[float]) -> Solve:
     """Solves with the first ridge that has a solution."""
     solves = (solver(_inner(parts, centred), ridge) for ridge in ridges)
-    solve = next(one for one in solves if one is not None)
+    solve = next(solve for solve, exists in solves if exists)
     return lambda rows: solve(_owed(parts, centred, rows))
 
 
@@ -136,34 +130,28 @@ def _mixed(folds: Sequence[Fold]) -> list[Fold]:
 
 def _chosen(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], reduce: Callable[[Tensor], Tensor] | None) -> float:
     """Chooses the ridge on held-out data; infinity if none helps."""
-    tried = _tried(folds, centred, ridges, reduce)
-    return least(ridges, _without(folds, centred), lambda one: None if (own := tried[one]).isnan().any() else own.tolist())
+    return least(ridges, _without(folds, centred), _tried(folds, centred, ridges, reduce))
 
 
-def _without(folds: Sequence[Fold], centred: bool) -> list[float]:
-    """Computes what is erred on the held-out data of each fold where nothing is added to a weight."""
-    return [held_out.error(None, _means(parts)[1] if centred else None) for parts, held_out in folds]
+def _without(folds: Sequence[Fold], centred: bool) -> Tensor:
+    """Computes what is erred on the held-out data of each fold, `[folds]`, where nothing is added to a weight."""
+    return torch.stack([held_out.error(None, _means(parts)[1] if centred else None) for parts, held_out in folds])
 
 
-def _tried(
-    folds: Sequence[Fold], centred: bool, ridges: Sequence[float], reduce: Callable[[Tensor], Tensor] | None
-) -> dict[float, Tensor]:
-    """Computes with each ridge what is erred on the held-out data of each fold, `[folds]`, NaN where there is no solution."""
+def _tried(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """Computes what is erred with each ridge on the held-out data of each fold, `[ridges, folds]`, NaN without a solution."""
     errors = folds[0][1].tokens.new_zeros(len(ridges), len(folds))
     pieces = [(row, column) for row in range(len(ridges)) for column in range(len(folds))]
     for (row, column), own in zip(pieces, own_of([1.0] * len(pieces), reduce), strict=True):
         if own:
-            error = _error(*folds[column], centred, ridges[row])
-            errors[row, column] = math.nan if error is None else error
-    if isinstance(reduce, Ranks):
-        reduce(errors)
-    return dict(zip(ridges, errors, strict=True))
+            errors[row, column] = _error(*folds[column], centred, ridges[row])
+    return reduce(errors) if isinstance(reduce, Ranks) else errors
 
 
-def _more(parts: Sequence[OwedMoments], centred: bool, ridge: float) -> Tensor | None:
+def _more(parts: Sequence[OwedMoments], centred: bool, ridge: float) -> Tensor:
     """Solves for what is added to a weight that is fitted to parts of the data; about the means, if a bias makes up for those."""
-    solve = solver(_inner(parts, centred), ridge)
-    return None if solve is None else solve(_owed(parts, centred))
+    solve, _ = solver(_inner(parts, centred), ridge)
+    return solve(_owed(parts, centred))
 
 
 def _inner(parts: Sequence[OwedMoments], centred: bool) -> Triangle:
@@ -199,24 +187,25 @@ def _bound(parts: Sequence[OwedMoments], centred: bool, ridge: float, support: T
 
 def _bound_errors(
     folds: Sequence[Fold], centred: bool, ridge: float, support: Tensor, reduce: Callable[[Tensor], Tensor] | None
-) -> list[float]:
-    """Computes what is erred on the held-out data of each fold with what is added on a support; each rank has its own rows."""
+) -> Tensor:
+    """Computes what is erred on the held-out data of each fold, `[folds]`, with what is added on a support.
+
+    Each rank has rows of its own.
+    """
     errors = folds[0][1].tokens.new_zeros(len(folds))
     for number, (parts, held_out) in enumerate(folds):
         solve = _bound(parts, centred, ridge, support)
         for rows in rows_of(len(support), OUTPUTS, reduce):
             errors[number] += _left(solve(rows), parts, held_out, centred, rows)
-    whole: list[float] = (reduce(errors) if isinstance(reduce, Ranks) else errors).tolist()
-    return whole
+    return reduce(errors) if isinstance(reduce, Ranks) else errors
 
 
-def _error(parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, ridge: float) -> float | None:
-    """Computes what a linear that is fitted to parts of the data errs on what is held out; None where there is no solution."""
-    more = _more(parts, centred, ridge)
-    return None if more is None else _left(more, parts, held_out, centred)
+def _error(parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, ridge: float) -> Tensor:
+    """Computes what a linear that is fitted to parts of the data errs on what is held out; NaN where there is no solution."""
+    return _left(_more(parts, centred, ridge), parts, held_out, centred)
 
 
-def _left(more: Tensor, parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, rows: slice = EVERY) -> float:
+def _left(more: Tensor, parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, rows: slice = EVERY) -> Tensor:
     """Computes what is erred on what is held out with what is added to a weight, fitted to parts of the data."""
     return held_out.error(more, _shift(more, parts, rows) if centred else None, rows)
 

@@ -119,8 +119,8 @@ class OwedMoments:
             squares = squares - 2 * e @ d + e @ e
         return SecondMoments(inputs, owed, squares)
 
-    def error(self, more: Tensor | None, shift: Tensor | None = None, rows: slice = EVERY) -> float:
-        """Computes E |d - M x - b|^2 over some outputs.
+    def error(self, more: Tensor | None, shift: Tensor | None = None, rows: slice = EVERY) -> Tensor:
+        """Computes E |d - M x - b|^2 over some outputs, `[]`.
 
         Args:
             more: M, what is added to the weight, `[outputs, in_features]`; zero if None.
@@ -135,7 +135,7 @@ class OwedMoments:
         if shift is not None:
             x, d = self.centre
             error += shift @ (shift - 2 * (d[rows] if more is None else d[rows] - more @ x))
-        return float(error)
+        return error
 
 
 class SecondMoments(NamedTuple):
@@ -145,9 +145,9 @@ class SecondMoments(NamedTuple):
     owed: Tensor
     owed_squares: Tensor
 
-    def error(self, missing: Tensor) -> float:
-        """Computes E |M x + d|^2 = tr(M H M^T) + 2 tr(M (E d x^T)^T) + E |d|^2, M being the weights that are missing."""
-        return float(((missing @ self.inputs + 2 * self.owed) * missing).sum() + self.owed_squares)
+    def error(self, missing: Tensor) -> Tensor:
+        """Computes E |M x + d|^2 = tr(M H M^T) + 2 tr(M (E d x^T)^T) + E |d|^2, M being the weights that are missing: `[]`."""
+        return ((missing @ self.inputs + 2 * self.owed) * missing).sum() + self.owed_squares
 
 
 Fold = tuple[Sequence[OwedMoments], OwedMoments]
@@ -156,8 +156,9 @@ Fold = tuple[Sequence[OwedMoments], OwedMoments]
 
 def folds_of(parts: Sequence[OwedMoments], held_out: Sequence[int]) -> list[Fold]:
     """Returns the data that a ridge is tried on: each of some parts held out in turn, where it and the others have tokens."""
-    others = {number: [own for place, own in enumerate(parts) if place != number and own.tokens] for number in held_out}
-    return [(own, parts[number]) for number, own in others.items() if own and parts[number].tokens]
+    tokens = torch.stack([part.tokens for part in parts]).tolist()
+    others = {number: [own for place, own in enumerate(parts) if place != number and tokens[place]] for number in held_out}
+    return [(own, parts[number]) for number, own in others.items() if own and tokens[number]]
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -69,7 +69,12 @@ class RepairVisitor:
         self._given, self._here = given or {}, dict[str, dict[str, Tensor]]()
         self._whole, self._old = dict[str, Matrix](), dict[str, Matrix]()  # others may stand in the linears meanwhile
         weights = {name: linears[name].get_parameter("weight") for name in kept}
-        self._kept = {name: keep if (own := weights[name]).is_meta else keep.to(own.device) for name, keep in kept.items()}
+        here = {name: kept[name].device if own.is_meta else own.device for name, own in weights.items()}
+        self._kept = {name: keep.to(here[name]) for name, keep in kept.items()}
+        # numbers, as an index by bools waits for the device
+        self._stays = {name: keep.nonzero().flatten().to(here[name]) for name, keep in kept.items()}
+        self._goes = {name: (~keep).nonzero().flatten().to(here[name]) for name, keep in kept.items()}
+        self._tokens = dict[int, Tensor]()  # by the mask that says which count
         self._moments: dict[str, tuple[list[OwedMoments], InputNorms]] = {}
         self._pools: dict[str, list[Pool]] = {}
         self._inputs: dict[str, dict[int, Tensor]] = {}
@@ -119,7 +124,7 @@ class RepairVisitor:
                 typical = self._typical(name, lost)
                 for run in range(len(self._runs)):
                     if run in inputs:
-                        weights = None if typical is None or run not in lost else _counted(lost[run], typical)
+                        weights = _counted(lost[run], typical) if run in lost else None
                         self._add(name, inputs[run], lacking.get(run), run, weights)
                 self._refit(name)
                 give_back(self._old[name][0].device.type)
@@ -145,19 +150,27 @@ class RepairVisitor:
         return self._new.get(name) or as_it_lies(self._linears[name], torch.where(self._kept[name], weight, 0), bias)
 
     def _add(self, name: str, inputs: Tensor, lacking: Tensor | None, run: int, weights: Tensor | None) -> None:
-        counts, keep = counting(self._runs[run], name, inputs), self._kept[name]
-        parts, norms = self._of(name)
+        counts, stays, goes = counting(self._runs[run], name, inputs), self._stays[name], self._goes[name]
+        _, norms = self._of(name)
         norms.add(inputs, counts)
-        own = inputs if keep.all() else inputs[..., keep]
-        if lacking is None and own is not inputs:
-            lacking = wide(inputs[..., ~keep]) @ wide(self._old[name][0][:, ~keep]).t()
-        self._pools[name][self._parts[run]].add(own, lacking, counts, weights)
+        own = inputs[..., stays] if len(goes) else inputs
+        if lacking is None and len(goes):
+            lacking = wide(inputs[..., goes]) @ wide(self._old[name][0][:, goes]).t()
+        tokens = None if counts is None else self._places(run, name, counts)
+        self._pools[name][self._parts[run]].add(own, lacking, tokens, weights)
         let_go(inputs)
         if lacking is not None:
             let_go(lacking)
 
-    def _typical(self, name: str, lost: Mapping[int, Tensor]) -> Tensor | None:
-        """Computes the geometric mean m of the squares of what tokens lack, over all ranks; None if none lacks anything.
+    def _places(self, run: int, name: str, counts: Tensor) -> Tensor:
+        """Returns where the tokens of a run are that count, which linears with one mask have in common."""
+        mask = id(self._runs[run].tokens[name])
+        if mask not in self._tokens:
+            self._tokens[mask] = counts.flatten().nonzero().flatten()
+        return self._tokens[mask]
+
+    def _typical(self, name: str, lost: Mapping[int, Tensor]) -> Tensor:
+        """Computes the geometric mean m of the squares of what tokens lack, over all ranks; NaN if none lacks anything.
 
         A few tokens carry numbers a thousand times as large as others, and would alone decide what a refit makes good; so a
         token counts 2 m / (m + its own square): one that lacks as much as others once, and none without bound.
@@ -165,10 +178,10 @@ class RepairVisitor:
         sums = torch.zeros(2, dtype=torch.float64, device=float64_device(self._old[name][0].device))
         for run, squares in lost.items():
             keep = counting(self._runs[run], name, squares[..., None])
-            squares = squares.flatten() if keep is None else squares[keep]
-            sums += torch.stack([squares[squares > 0].log().sum(), (squares > 0).sum()]).to(sums.device)
-        total, count = sums if self._reduce is None else self._reduce(sums)
-        return (total / count).exp() if count else None
+            lacks = squares > 0 if keep is None else (squares > 0) & keep
+            sums += torch.stack([torch.where(lacks, squares, 1).log().sum(), lacks.sum()]).to(sums.device)
+        sums = sums if self._reduce is None else self._reduce(sums)
+        return (sums[0] / sums[1]).exp()
 
     def _start(self, name: str) -> Matrix:
         """Returns the weight and bias of a linear before it is refitted."""
@@ -181,14 +194,14 @@ class RepairVisitor:
     def _of(self, name: str) -> tuple[list[OwedMoments], InputNorms]:
         """Returns the moments of inputs that are kept and of what is lacking, by part, and the norms of all inputs."""
         if name not in self._moments:
-            (weight, _), keep, parts = self._old[name], self._kept[name], max(*self._held_out, 1) + 1
-            own = [OwedMoments(len(weight), int(keep.sum()), weight.device, self.shelf) for _ in range(parts)]
-            self._moments[name] = own, InputNorms(len(keep), weight.device)
+            (weight, _), stays, parts = self._old[name], self._stays[name], max(*self._held_out, 1) + 1
+            own = [OwedMoments(len(weight), len(stays), weight.device, self.shelf) for _ in range(parts)]
+            self._moments[name] = own, InputNorms(weight.shape[1], weight.device)
             self._pools[name] = [Pool(one) for one in own]
         return self._moments[name]
 
     def _refit(self, name: str) -> None:
-        (parts, norms), keep = self._of(name), self._kept[name]
+        (parts, norms), stays = self._of(name), self._stays[name]
         for pool in self._pools.pop(name):
             pool.empty()
         del self._moments[name]
@@ -196,17 +209,18 @@ class RepairVisitor:
         if self._reduce is not None:
             for sums in (*norms.tensors(), *(sums for part in parts for sums in part.tensors())):
                 self._reduce(sums)
-        bad = (~norms.squares.isfinite()).nonzero()
-        if len(bad):
-            raise ValueError(f"{name}: NaN or infinite inputs in {len(bad)} features, the first in feature {int(bad[0])}")
+        bad = ~norms.squares.isfinite()
+        if bad.any():
+            first = int(bad.nonzero()[0])
+            raise ValueError(f"{name}: NaN or infinite inputs in {int(bad.sum())} features, the first in feature {first}")
         folds = folds_of(parts, self._held_out)
-        if folds and sum(part.tokens for part in parts) >= int(keep.sum()):
+        if folds and sum(part.tokens for part in parts) >= len(stays):
             weight, bias = self._old[name]
-            left = weight[:, keep].to(parts[0].tokens.device)
+            left = weight[:, stays].to(parts[0].tokens.device)
             bias = None if bias is None else bias.to(left.device)
             kept, bias = refit_linear(left, bias, folds, parts, self._ridges, self._reduce, _support(left))
             new = torch.zeros_like(weight)
-            new[:, keep] = kept.to(new.device)
+            new[:, stays] = kept.to(new.device)
             self._new[name] = as_it_lies(self._linears[name], new, bias)
             self._refitted.add(name)
 
@@ -246,12 +260,12 @@ class RepairVisitor:
         """Computes what the sum is short of with the new weights, in the place of what it lacks: less (W' - W)_S x_S + b' - b."""
         if name not in self._refitted:
             return lacking
-        own, keep, (weight, bias) = self.own(name), self._kept[name], self._old[name]
+        own, stays, (weight, bias) = self.own(name), self._stays[name], self._old[name]
         new = turned(self._linears[name], own["weight"])
         for rows in _rows(weight):
-            more = (wide(new[rows, keep]) - wide(weight[rows, keep])).t()
+            more = (wide(new[rows, stays]) - wide(weight[rows, stays])).t()
             for run, lacks in lacking.items():
-                lacks[..., rows] -= wide(inputs[run][..., keep]) @ more
+                lacks[..., rows] -= wide(inputs[run][..., stays]) @ more
                 if bias is not None:
                     lacks[..., rows] -= wide(own["bias"][rows]) - wide(bias[rows])
                 let_go(lacks)
@@ -267,9 +281,9 @@ def _squares(lacks: Tensor) -> Tensor:
 
 
 def _counted(lost: Tensor, typical: Tensor) -> Tensor:
-    """Returns how much each token counts, of the square of what it lacks."""
+    """Returns how much each token counts, of the square of what it lacks; all alike where no token lacks anything."""
     typical = typical.to(lost)
-    return 2 * typical / (typical + lost)
+    return torch.where(typical.isnan(), 1, 2 * typical / (typical + lost))
 
 
 def _support(weight: Tensor) -> Tensor | None:

@@ -141,7 +141,7 @@ class Reader:
         self._folds = [(seen(fit, self._of(fit)), seen(other, self._of(fit))) for fit, other in folds]
         every = OwedMoments.merged(parts)
         self._mean, self._every = every.centre[0], seen(every, self._of(every))
-        self.whole = sum(other.error(self._matrix()[0].double()) for _, other in self._folds)
+        self.whole = float(sum(other.error(self._matrix()[0].double()) for _, other in self._folds))
 
     def choose(self, keep: Tensor, ridges: Sequence[float]) -> None:
         """Chooses the ridge that does best on what is held out; with none to choose from, it is not refitted."""
@@ -151,7 +151,7 @@ class Reader:
     def error(self, keep: Tensor) -> float:
         """Adds up E |W x - W' x|^2 of what is held out, with W' fitted to the rest."""
         weight = self._matrix()[0].double()
-        return sum(other.error(weight - self._solved(keep, fit)) for fit, other in self._folds)
+        return float(sum(other.error(weight - self._solved(keep, fit)) for fit, other in self._folds))
 
     def refitted(self, keep: Tensor) -> dict[str, Tensor]:
         """Returns the parameters that make up best for what is not kept, fitted to all batches."""
@@ -179,8 +179,8 @@ class Reader:
         """Returns the refitted weight; only cut, where the ridge is too small for a solution."""
         weight, _ = self._matrix()
         keep = keep.to(weight.device)
-        found = (solve_ridge(weight, keep, second, ridge) for ridge in (self._ridge, math.inf))
-        return next(new for new in found if new is not None)
+        new = solve_ridge(weight, keep, second, self._ridge)
+        return torch.where(new.isnan().any(), torch.where(keep, weight.double(), 0), new)
 
 
 def _error(readers: Mapping[str, Reader], keep: Mapping[str, Tensor]) -> float:

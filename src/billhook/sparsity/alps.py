@@ -130,7 +130,7 @@ class ALPS(Criterion):
         gone = (weight.detach() == 0) | (moments.squares == 0)
 
         def keep_of(scores: Tensor) -> Tensor:
-            return self.keep(scores.masked_fill(gone, -1), sparsity, kept)
+            return self.keep(scores.masked_fill(gone, -1), sparsity, kept, check=False)  # NaN is refused in the end
 
         with torch.autocast(weight.device.type, enabled=False):
             dense = weight.detach().float().contiguous() * scale

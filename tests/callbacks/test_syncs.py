@@ -5,6 +5,7 @@ import torch
 
 import billhook as bh
 from billhook.sparsity import masks
+from kit.calls import Calls
 from kit.events import Own, loader
 from kit.families import llama
 from kit.fits import trainer
@@ -56,6 +57,24 @@ def test_a_step_waits_for_nothing(tmp_path, plain, name, monkeypatch):
         assert number in events or not now - before, f"step {number}"
 
 
+FINDINGS = {
+    "structure": {"trace": 9, "units_of": 8, "shape_of": 15},  # of the model, and of that to come: to check, plan and carry out
+    "KV heads": {"plan_kv_heads": 2, "trace": 4, "shape_of": 33},  # a plan to check the model, and one to carry out
+    "held masks": {"trace": 0, "shape_of": 7},
+}
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_what_a_fit_finds_of_a_model_is_found_a_stated_number_of_times(tmp_path, name):
+    make, _ = CALLBACKS[name]
+    run = trainer(tmp_path, [make(tmp_path)], 4, limit_val_batches=0)
+    with Calls() as calls:
+        run.fit(Own(), loader(number=16), loader())
+    assert calls.counts["zeros_of"] == 3  # at the beginning, before the event and after it
+    for function, most in FINDINGS[name].items():
+        assert calls.counts[function] <= most, function
+
+
 class Asked(bh.KVHeadConversion):
     """Notes the steps after which the model's shape is asked whether a stage is done."""
 
@@ -80,10 +99,23 @@ def test_what_is_done_is_remembered(tmp_path, options, last):
 @pytest.mark.filterwarnings("ignore:linears are refitted to one kind of text")
 @pytest.mark.parametrize(("importance", "most"), [(bh.OutputNorm(), 24), (bh.Taylor(), 48), (bh.OBS(), 24)], ids=repr)
 def test_an_event_waits_a_stated_number_of_times_for_each_module(importance, most):
-    model, batches = llama(), [{"input_ids": torch.randint(3, 60, (8, 12))} for _ in range(4)]
+    model, mask = llama(), torch.ones(8, 12, dtype=torch.int64)
+    mask[:2, -3:] = 0
+    batches = [{"input_ids": torch.randint(3, 60, (8, 12)), "attention_mask": mask.clone()} for _ in range(4)]
     with Syncs() as scoring:
         plan = bh.plan(model, importance, batches, channels=0.5)
     with Syncs() as repairing:
         bh.repair(model, plan, batches)
     assert 0 < scoring.total <= most * len(plan.units)
-    assert 0 < repairing.total <= 80 * len(plan.units)  # most of it for eight ridges on each of two parts held out
+    own = sum(number for place, number in repairing.places.items() if not place.startswith("running/batches"))  # the model's
+    assert 0 < own <= 20 * len(plan.units)
+
+
+def test_zeros_are_read_once():
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[:3] = 0
+    with Syncs() as syncs:
+        found = bh.summary(model)
+    assert found.zeros == 3 * 32 + 32  # with the padding's embedding
+    assert sum(number for place, number in syncs.places.items() if place.startswith("streaming/zeros")) == 1

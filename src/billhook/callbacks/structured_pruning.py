@@ -111,7 +111,6 @@ class StructuredPruning(ShapeCallback):
 
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
         """Removes what is due in rounds, each scored again."""
-        self._first = self._first or First.of(find_transformer(pl_module), self.amount)
         metrics, before, goal = self.measured(trainer, pl_module), len(self.events), self._moments[moment]
         for number in range(1, self.rounds + 1):
             share = self.asked + (goal - self.asked) * number / self.rounds
@@ -141,12 +140,13 @@ class StructuredPruning(ShapeCallback):
             What goes, None for nothing, repaired weights, by what, and which linears were not refitted.
         """
         model = find_transformer(pl_module)
-        assert self._first is not None
-        amount = self._first.part(model, self.amount, share)
+        units = units_of(model, trace(model), self.amount.kinds)
+        self._first = self._first or First.of(model, self.amount, units)
+        amount = self._first.part(model, self.amount, share, units)
         if amount is None:
             return None, None, "", ""
         with self.calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
-            units, reduce = units_of(model, trace(model), amount.kinds), sum_over(trainer, self.calibration.shared)
+            reduce = sum_over(trainer, self.calibration.shared)
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
             runs = [run_of(model, units, *pair) for pair in pairs]
             importance = self.importance or default_importance(units)

@@ -118,7 +118,7 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
     if counts is None or text_config(config) is not config:
         return
     misread = type(model).__name__.startswith(COMPUTED) and not _is_shared_out(counts)
-    if not (misread or unbuilt_shape(model).tensors):
+    if not (misread or unbuilt_shape(model, now).tensors):
         return
     for kind, changes, lacks in sorted(_classes(type(model), config), key=lambda one: misread and one[0] is type(model)):
         own = kind is type(model)

@@ -28,18 +28,21 @@ class First:
     figure: int | None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, amount: Amount) -> "First":
-        """Notes a model as it is now."""
+    def of(cls, model: PreTrainedModel, amount: Amount, units: Mapping[str, Units] | None = None) -> "First":
+        """Notes a model as it is now; its units of the amount's kinds, if they are known, are not looked for again."""
         figure = figure_of(model, amount.target) if amount.target else None
-        units = _units(model, amount)
+        units = units or _units(model, amount)
         return cls(_counts(units, amount, protected_places(model, units, amount)), figure)
 
-    def part(self, model: PreTrainedModel, amount: Amount, progress: float) -> Amount | None:
+    def part(
+        self, model: PreTrainedModel, amount: Amount, progress: float, units: Mapping[str, Units] | None = None
+    ) -> Amount | None:
         """Returns what of an amount is to be gone at a progress in 0..1, in ratios of what there was at first; None if it is.
 
-        Its plan takes `counts`, by which each part is also rounded, so that parts add up to what the whole would be at once.
+        Its plan takes `counts`, by which each part is also rounded, so that parts add up to what the whole would be at once. The
+        model's units of the amount's kinds, if they are known, are not looked for again.
         """
-        units = _units(model, amount)
+        units = units or _units(model, amount)
         protected = protected_places(model, units, amount)
         changes: dict[str, Any] = {name: progress * ratio for name, ratio in amount.ratios.items()}
         if amount.target is not None and self.figure is not None:

@@ -51,7 +51,7 @@ def remove(model: PreTrainedModel, cut: Cut, key: str = "") -> list[Swap]:
     readers = {reader for reader in readers if not _makes_units(model, reader, cut)}
     expected = _expected(model, structure, found, cut, readers) if real else None
     why = ""
-    for shape, fields in shapes_then(model, cut):
+    for shape, fields in shapes_then(model, cut, structure, found):
         try:
             with following(model), undone_by_errors(model):
                 swaps = _carry_out(model, cut, shape, key)

@@ -1,7 +1,7 @@
 """Finds a model's attributes and config without some units: as its class builds them, or by trial on meta tensors."""
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from billhook.model.meta import to_meta
 from billhook.model.shapes.shape import GROUPS, Shape, built_shape, set_shape, shape_of
 from billhook.model.transformers_internals import set_attention
 from billhook.pruning.cuts import Cut
+from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Kind
 from billhook.tracing.trace import trace
 from billhook.units.fields import FieldFinder
@@ -26,13 +27,18 @@ TRIALS = 64
 """The most assignments of whole-number attributes that are tried; none of 551 architectures needs more than 29 (roundtrip.py)."""
 
 
-def shapes_then(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Fields]]:
-    """Yields shapes that the model may have then, the likeliest first: as its class builds it, or with attributes by trial."""
+def shapes_then(
+    model: PreTrainedModel, cut: Cut, structure: Structure, units: Mapping[str, Units]
+) -> Iterator[tuple[Shape, Fields]]:
+    """Yields shapes that the model may have then, the likeliest first: as its class builds it, or with attributes by trial.
+
+    `units` are those of the cut's kinds in the model, whose trace is the `structure`.
+    """
     now, tensors, usual = shape_of(model), _sizes_then(model, cut), _build_shape(model, {})
     if adapted(model):
         built, fields = _beneath_adapters(model, cut, usual, now, tensors)
     else:
-        fields = _fields(model, cut) if usual.tensors == now.tensors else {}
+        fields = _fields(model, cut, structure, units) if usual.tensors == now.tensors else {}
         built = _built(model, fields, usual, now, tensors) if fields else None
     if built is not None:
         yield built, fields
@@ -52,7 +58,9 @@ def _beneath_adapters(
     """Finds the shape of a model with LoRA, from what its class builds beneath that."""
     base, layers = without_adapters(model), adapted(model)
     before = shape_of(base)
-    fields = _fields(base, cut) if usual.tensors == before.tensors else {}
+    structure = trace(base)
+    units = units_of(base, structure, _kinds(cut))
+    fields = _fields(base, cut, structure, units) if usual.tensors == before.tensors else {}
     plain = {name.replace(".base_layer.", "."): size for name, size in tensors.items() if ".lora_" not in name}
     built = _built(base, fields, usual, before, plain) if fields else None
     if built is None:
@@ -61,10 +69,9 @@ def _beneath_adapters(
     return Shape(tensors, now.attributes | attributes, now.config), fields
 
 
-def _fields(model: PreTrainedModel, cut: Cut) -> Fields:
+def _fields(model: PreTrainedModel, cut: Cut, structure: Structure, units: Mapping[str, Units]) -> Fields:
     """Returns the config's fields with their new values, if they can say them: as many units of a kind everywhere."""
-    structure, finder = trace(model), FieldFinder(model)
-    leaves = {leaf for one in units_of(model, structure, _kinds(cut)).values() for leaf in one.leaves}
+    finder, leaves = FieldFinder(model), {leaf for one in units.values() for leaf in one.leaves}
     groups = [group for group in structure.groups if group.leaf in leaves]
     changes: Fields = {}
     for kind in _kinds(cut):

@@ -159,13 +159,13 @@ def built_shape(kind: type[PreTrainedModel], config: PretrainedConfig) -> Shape:
     return remembered_built(built, kind, config, "shape")
 
 
-def unbuilt_shape(model: PreTrainedModel) -> Shape:
+def unbuilt_shape(model: PreTrainedModel, now: Shape | None = None) -> Shape:
     """Returns the part of a model's shape that its config cannot express; without tensors if the config describes the model.
 
     The attributes alone may differ in such a model too, as when a field of the config was changed after building. Linears count
-    as those that they are without adapters.
+    as those that they are without adapters. Its shape `now` is not looked for again if it is known.
     """
-    now, built = shape_of(model), built_shape(type(model), model.config)
+    now, built = now or shape_of(model), built_shape(type(model), model.config)
     sizes, numbers, handed = _bare(now.tensors), _bare(now.attributes), _bare(now.handed or {})
     tensors = {name: size for name, size in sizes.items() if built.tensors.get(name, size) != size}
     given = {name for name in numbers.keys() - built.attributes if name.endswith(f".{GROUPS}")}

@@ -217,7 +217,7 @@ def _finish(model: PreTrainedModel, kind: type[PreTrainedModel], shape: Shape) -
 
 def _from_entry(entry: object) -> Shape:
     """Reads the shape in an entry of config.json, and refuses what `to_entry` does not make."""
-    if not isinstance(entry, dict) or entry.get("version") not in VERSIONS:
+    if not isinstance(entry, dict) or type(entry.get("version")) is not int or entry["version"] not in VERSIONS:
         came = entry.get("version") if isinstance(entry, dict) else entry
         known = " and ".join(map(str, VERSIONS))
         raise ValueError(f"the version is {str(came)[:80]!r}, and {known} are those that this billhook knows")
@@ -275,12 +275,42 @@ def _check(shadow: PreTrainedModel, stated: Shape, held: Sizes | None) -> None:
             unnamed[id(state[name])] = prod(size)
     if held is not None and sum(unnamed.values()) > _numbers(size for name, size in held.items() if name not in state):
         raise ValueError(f"{names[next(iter(unnamed))][0]} is not in the files, nor anything that holds as many numbers")
+    _check_attributes(stated, built)
     set_shape(shadow, Shape(stated.tensors, {}, {}).over(built))
     if held is None:
         return
     asked = sum(tensor.numel() for tensor in chain(shadow.parameters(), shadow.buffers()))
     if asked > 10**8 + 10 * _numbers(held.values()):
         raise ValueError(f"the config asks for {asked} numbers, far more than the files hold")
+
+
+def _check_attributes(stated: Shape, built: Shape) -> None:
+    """Refuses an attribute that a module of such tensors cannot have: no size, nor number of heads, is larger than all of them.
+
+    A number that the class builds as 1 or more stays so, but for places in an order, which begin at 0.
+    """
+    largest: dict[str, int] = {}
+    for name, size in (built.tensors | stated.tensors).items():
+        owner = name
+        while owner:
+            owner = owner.rpartition(".")[0]
+            largest[owner] = max(largest.get(owner, 1), *size, *built.tensors[name], 1)
+    for name, value in stated.attributes.items():
+        owner, _, attr = name.rpartition(".")
+        usual = built.attributes.get(name)
+        if isinstance(usual, bool) or isinstance(value, bool):
+            if type(usual) is not type(value):
+                legal = "true or false" if isinstance(usual, bool) else "a whole number"
+                raise ValueError(f"shape.attributes: {name[:200]} is {value}, and must be {legal}")
+            continue
+        most = max(largest.get(owner, 1), usual or 1)
+        if attr == GROUPS:  # there are no more of them than query heads
+            width = stated.attributes.get(f"{owner}.head_dim", built.attributes.get(f"{owner}.head_dim", 1))
+            most = max(most // max(width, 1), usual or 1)
+        first = 0 if attr.endswith(("idx", "index")) else 1
+        least = first if usual is None or usual > 0 else usual
+        if not least <= value <= most:
+            raise ValueError(f"shape.attributes: {name[:200]} is {value}, and must be a whole number from {least:,} to {most:,}")
 
 
 def _check_handed(module: nn.Module, name: str, handing: Handing, tensors: Sizes) -> None:

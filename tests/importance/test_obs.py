@@ -1,13 +1,16 @@
 """OBS: what is lost without a unit when the others make up for it, against least squares by hand."""
 
+from weakref import WeakSet
+
 import pytest
 import torch
 
 import billhook as bh
-from billhook.importance import obs
+from billhook.importance import moments
 from billhook.importance.enough import score_enough
-from billhook.importance.moments import moments_over
 from billhook.importance.score import Scoring
+from billhook.running import free_memory
+from billhook.running.batches import Run
 from billhook.units.find import find_units
 from kit.families import build, tokens
 from kit.shaped import bert
@@ -58,24 +61,47 @@ def test_it_is_what_least_squares_leaves(name, per, passes):
 
 
 @pytest.mark.parametrize("enough", [None, 0.999])
-def test_no_more_is_held_than_memory_allows_and_the_scores_are_the_same(monkeypatch, enough):
-    """Of all readers at once, which it would be with one pass, where only one's fit; dropout is off in each pass."""
-    model = build("llama").train()
-    units, batches, held = find_units(model, ["head", "channel"]), [{"input_ids": tokens(2, 9)} for _ in range(4)], []
+def test_no_more_than_a_block_is_held_where_memory_is_short_and_the_scores_are_the_same(monkeypatch, enough):
+    """Of all readers at once, which it would be with enough memory, in as many passes; dropout is off in each pass."""
+    model, calls, alive, most = build("llama").train(), [], WeakSet(), []
+    units, batches = find_units(model, ["head", "channel"]), [{"input_ids": tokens(2, 9)} for _ in range(4)]
     scoring = Scoring(model, units, bh.OBS(), per="kv_head")
+    model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+
+    def noted(*given, make=moments.InputMoments):
+        alive.add(one := make(*given))
+        most.append(len(alive))
+        return one
 
     def scores():
+        calls.clear()
+        most.clear()
         return score_enough(scoring, batches, lambda scores: {name: [int(one.argmin())] for name, one in scores.items()}, enough)[
             0
         ]
 
+    monkeypatch.setattr(moments, "InputMoments", noted)
     once = scores()
-    monkeypatch.setattr(obs, "memory_to_hold", lambda _: 1)
-    monkeypatch.setattr(obs, "moments_over", lambda *given: held.append(moments_over(*given)) or held[-1])
-    many = scores()
-    assert all(torch.equal(many[name], once[name]) for name in units)
-    assert len(held) % len(units) == 0
-    assert [len(one) for one in held] == [1] * len(held)
+    number = len(calls)
+    assert max(most) >= len(units) == 4
+    monkeypatch.setattr(free_memory, "LEAST", 1)
+    monkeypatch.setattr(free_memory, "_free_on_host", lambda: 0)
+    few = scores()
+    assert all(torch.equal(few[name], once[name]) for name in units)
+    assert max(most) == (2 if enough is None else 4), "twice as many where steps add to them"
+    if enough is None:
+        assert len(calls) == number == len(batches)
+
+
+def test_blocks_that_are_called_again_after_others_have_all_calls_counted(monkeypatch):
+    model, batches = build("llama"), [{"input_ids": tokens(2, 9)} for _ in range(2)]
+    units, twice = find_units(model, ["head", "channel"]), [Run(lambda own=one: (model(**own), model(**own))) for one in batches]
+    once = bh.score(model, units, bh.OBS(), batches)
+    monkeypatch.setattr(free_memory, "LEAST", 1)
+    monkeypatch.setattr(free_memory, "_free_on_host", lambda: 0)
+    again = bh.score(model, units, bh.OBS(), twice)
+    for name, own in once.items():
+        torch.testing.assert_close(again[name], own)
 
 
 def test_a_unit_that_others_can_make_up_for_is_worth_nothing():

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.importance import obs
-from billhook.shrinking import library, variants
+from billhook.shrinking import library
 from billhook.shrinking.merging import merging
 from kit.families import llama
 from kit.fits import trainer
@@ -104,7 +103,7 @@ def size(parameters):
 
 
 def searched(patch, make=library.in_shards):
-    """Bytes of each variant that a search holds, of which ranks have shards; it has second moments of one place at a time."""
+    """Bytes of each variant that a search holds, of which ranks have shards; it has second moments of one block at a time."""
     found = []
 
     def counted(turns, place, value, device=None):
@@ -112,8 +111,7 @@ def searched(patch, make=library.in_shards):
         return make(turns, place, value, device)
 
     patch.setattr(library, "in_shards", counted)
-    for module in (variants, merging, obs):
-        patch.setattr(module, "memory_to_hold", lambda _: 1)
+    patch.setattr(merging, "memory_to_hold", lambda _: 1)
     return found
 
 

@@ -10,8 +10,8 @@ import billhook as bh
 from billhook.importance.score import run_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
-from billhook.repairs.triangle import Triangle
-from billhook.running.batches import Batch, runs_of
+from billhook.running import free_memory
+from billhook.running.batches import Batch, Run, runs_of
 from billhook.shrinking import variants as module
 from billhook.shrinking.damages import damages, groups, make_slots, probes
 from billhook.shrinking.divergence import Divergence
@@ -115,23 +115,27 @@ def test_without_repair_units_are_only_cut():
     assert torch.equal(own, expected)
 
 
-def test_as_many_passes_as_memory_asks_for_find_the_same(monkeypatch):
-    model, batches, calls = llama(), texts(), []
-    model.register_forward_pre_hook(lambda *_: calls.append(1))
-    once = Made(model, batches)
-    number = len(calls)
-    monkeypatch.setattr(module, "memory_to_hold", lambda _: 2 * 2 * Triangle.bytes_of(48))
-    some = Made(model, batches)
-    assert len(calls) == 2 * number + len(batches), "of channels there are two places, whose moments fit together"
-    monkeypatch.setattr(module, "memory_to_hold", lambda _: 1)
-    each = Made(model, batches)
-    assert len(calls) == 3 * number + len(batches) * len(once.places), "each place has a pass of its own"
-    assert once.library.errors == some.library.errors == each.library.errors
+def test_all_batches_pass_each_block_once_and_its_moments_go_before_the_next(monkeypatch):
+    model, batches, seen = llama(), texts(), []
+    for number, block in enumerate(model.model.layers):
+        block.mlp.register_forward_pre_hook(lambda *_, number=number: seen.append(number))
+    monkeypatch.setattr(module, "Reader", lambda *given, make=module.Reader: seen.append(given[1]) or make(*given))
+    monkeypatch.setattr(free_memory, "LEAST", 1)
+    monkeypatch.setattr(free_memory, "_free_on_host", lambda: 0)
+    made = Made(model, batches)
+    readers = [made.units[place.name].readers[0] for place in made.places]
+    first, second = ([reader for reader in readers if f"layers.{number}." in reader] for number in range(2))
+    assert seen == [*[0] * 4, *first, *[1] * 4, *second]
 
 
-@pytest.mark.parametrize("size", [0, 5, 1024, 2500])
-def test_moments_are_reckoned_as_large_as_they_are(size):
-    assert Triangle.bytes_of(size) == sum(panel.nbytes for panel in Triangle(size, "meta").panels)
+def test_blocks_that_are_called_again_after_others_have_all_calls_counted():
+    model, batches = llama(), texts()
+    twice = [Run(lambda own=one: (model(**own), model(**own)), source=one.source) for one in batches]
+    once, again = Made(model, batches).library, Made(model, twice).library
+    assert again.errors == pytest.approx(once.errors, rel=1e-5)
+    for own, other in ((library.weights(name, kept) for library in (once, again)) for name, kept in once.errors):
+        for linear, parts in own.items():
+            torch.testing.assert_close(other[linear]["weight"], parts["weight"], rtol=1e-4, atol=1e-5)
 
 
 def test_damage_is_that_of_a_model_cut_and_refitted_in_one_place():

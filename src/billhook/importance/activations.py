@@ -18,7 +18,6 @@ from billhook.model.convolutions import Convolution, batched, channels_of, is_co
 from billhook.model.linears import read_dim, weight_of
 from billhook.running.batches import Run
 from billhook.running.float64 import float64_device
-from billhook.running.sharded.turns import Turns
 from billhook.streaming.either import bring
 from billhook.streaming.together import Together
 from billhook.units.units import Per, Units
@@ -180,14 +179,12 @@ def watch(
     runs: Sequence[Run],
     note: Callable[..., None],
     leave: Callable[[nn.Module], None] | None = None,
-    shared: Turns | None = None,
 ) -> None:
     """Runs batches, and calls `note` with each call of a reader: its run, place, reader, input and which tokens count.
 
-    Of a model that is streamed, or whose blocks are `shared` by ranks that run the same batches, `leave` is called with each
-    block when all runs have passed it.
+    With `leave`, they run side by side, and it is called with each block when all have passed it.
     """
-    turns = Together(model, leave, shared)
+    turns = Together(model, leave)
 
     def see(name: str, reader: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         dim, tokens = read_dim(module), runs[turns.now].tokens.get(reader)

@@ -1,6 +1,6 @@
-"""Second moments of what modules read that read units: of all at once, or block by block where these come and go."""
+"""Second moments of what modules read that read units: of all at once, or block by block."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,8 @@ from billhook.importance.probes import reading
 from billhook.running.batches import Run
 from billhook.running.sharded.passes import passing
 from billhook.running.sharded.turns import turns_of
+from billhook.running.sites import blocks_of
 from billhook.running.statistics import InputMoments
-from billhook.running.undisturbed import resting
 from billhook.streaming.stream import stream_of
 from billhook.units.units import Units
 
@@ -35,61 +35,88 @@ def moments_of(model: nn.Module, units: Mapping[str, Units], runs: Sequence[Run]
 def moments_over(model: nn.Module, units: Mapping[str, Units], groups: Sequence[Sequence[Run]]) -> Moments:
     """Gathers the moments of groups of runs apart, and adds them up in order, as where they are kept and merged."""
     moments = Moments()
-    with resting(model):
-        for runs in groups:
-            for key, others in moments_of(model, units, runs).items():
-                _merge(moments, key, others)
+    for runs in groups:
+        for key, others in moments_of(model, units, runs).items():
+            _merge(moments, key, others)
     return moments
 
 
-def shares_of(model: nn.Module, units: Mapping[str, Units], most: int) -> list[dict[str, Units]]:
-    """Divides places into shares whose moments take at most so many bytes, with those of other batches to be added to them."""
-    shares, used = [dict[str, Units]()], 0
-    for name, one in units.items():
-        size = 8 * sum(len(one.index) ** 2 for _ in reading(model, one))
-        if shares[-1] and used + size > most:
-            shares.append({})
-            used = 0
-        shares[-1][name] = one
-        used += size
-    return shares
+def bytes_of(model: nn.Module, units: Mapping[str, Units]) -> int:
+    """Returns how many bytes the moments of all readers take, with those of other batches to be added to them."""
+    return sum(8 * len(one.index) ** 2 for one in units.values() for _ in reading(model, one))
 
 
 def moments_in_turn(
     model: nn.Module, units: Mapping[str, Units], groups: Sequence[Sequence[Run]], use: Callable[[Moments], None]
 ) -> None:
-    """Gathers the moments of a model whose blocks come and go; those of each are used and dropped when all runs have passed it.
+    """Gathers the moments of one block after the other; those of each are used and dropped when all runs have passed it.
 
-    Those of groups of runs are gathered apart and added up in order, as where they are kept and merged.
+    Those of groups of runs are gathered apart and added up in order, as where they are kept and merged. See `watch_in_turn`.
     """
     group = [number for number, own in enumerate(groups) for _ in own]
     sums, latest, part = Moments(), Moments(), dict[tuple[str, str], int]()
-    left, using = set[tuple[str, str]](), False
 
     def note(run: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
         key = name, reader
-        if using:  # it may call readers itself
-            return
-        if key in left:
-            raise ValueError(f"model: {reader} is called again later, and is streamed: score it in memory")
         if part.setdefault(key, group[run]) != group[run]:
             part[key] = group[run]
             _merge(sums, key, latest.pop(key))
         _add(latest, key, inputs, tokens)
 
-    def leave(block: nn.Module) -> None:
-        nonlocal using
-        inside = set(block.modules())
-        done = [key for key in latest if model.get_submodule(key[1]) in inside]
+    def leave(passed: Collection[str]) -> None:
+        done = [key for key in latest if key[1] in passed]
         for key in done:
             _merge(sums, key, latest.pop(key))
-        left.update(done)
-        using = True
         use({key: sums.pop(key) for key in done})
-        using = False
 
-    watch(model, units, [run for own in groups for run in own], note, leave, turns_of(model))
-    leave(model)  # with what is in no block
+    watch_in_turn(model, units, [run for own in groups for run in own], note, leave)
+
+
+class CalledAgain(ValueError):
+    """A reader is called after all runs had passed the blocks that it is in."""
+
+
+def watch_in_turn(
+    model: nn.Module,
+    units: Mapping[str, Units],
+    runs: Sequence[Run],
+    note: Callable[..., None],
+    leave: Callable[[Collection[str]], None],
+) -> None:
+    """Watches the readers of units as `watch` does, while all runs go through the blocks of a model side by side.
+
+    Args:
+        model: The model; in one without blocks, runs come one after the other.
+        units: The units, by place.
+        runs: The batches.
+        note: See `watch`.
+        leave: Called after each block, and at the end, with the names of all readers that all runs have passed; it may call them.
+
+    Raises:
+        CalledAgain: If a reader is called later; then all runs must be over before anything is made of what was noted.
+    """
+    readers = {reader: module for one in units.values() for reader, module in reading(model, one).items()}
+    ahead = {block: set(block.modules()) for block in blocks_of(model)}
+    passed, leaving = set[str](), False
+
+    def see(run: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
+        if leaving:
+            return
+        if reader in passed:
+            raise CalledAgain(f"model: {reader} is called again later, and is streamed: score it in memory")
+        note(run, name, reader, inputs, tokens)
+
+    def go_on(block: nn.Module) -> None:
+        nonlocal leaving
+        inside = ahead.pop(block)
+        rest = set().union(*ahead.values())
+        passed.update(reader for reader, module in readers.items() if module in inside - rest)
+        leaving = True
+        leave(passed)
+        leaving = False
+
+    watch(model, units, runs, see, go_on)
+    leave(readers.keys())
 
 
 @torch.no_grad()

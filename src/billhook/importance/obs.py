@@ -17,13 +17,24 @@ from torch import Tensor, nn
 from billhook.arguments import annotated, number, whole
 from billhook.importance.activations import gram_of, table_of
 from billhook.importance.base import Importance, Sums
-from billhook.importance.moments import Again, Moments, comes_in_turn, moments_in_turn, moments_of, moments_over, shares_of
+from billhook.importance.moments import (
+    Again,
+    CalledAgain,
+    Moments,
+    bytes_of,
+    comes_in_turn,
+    moments_in_turn,
+    moments_of,
+    moments_over,
+)
 from billhook.importance.probes import check_read
 from billhook.running.batches import Run
 from billhook.running.float64 import float64_device
 from billhook.running.free_memory import memory_to_hold
 from billhook.running.sharded.turns import turns_of
+from billhook.running.undisturbed import resting
 from billhook.streaming.either import bring
+from billhook.streaming.stream import stream_of
 from billhook.units.units import Per, Units
 
 
@@ -39,14 +50,13 @@ class OBS(Importance):
     Costs: a forward for each batch and pass; memory for a float32 matrix `[in_features, in_features]` of each reader of a pass,
     and one in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds. Where more and more
     batches are taken (`Calibration(enough=...)`), there are twice as many matrices; with several passes each step begins again.
-    With `passes=1` there are as many passes as are needed for matrices that take a quarter of the free memory, or 2 GiB.
-    Of a model that is streamed there are matrices of one block at a time, in one pass, and each step begins again; so there are
-    of one that is sharded, in a search by `Shrink`.
+    With `passes=1`, where matrices would take more than a quarter of the free memory, and 2 GiB, there are those of one block at
+    a time: all batches go through it before the next, in one pass, and each step begins again. So do those of a model that is
+    streamed, or that is sharded, in a search by `Shrink`.
 
     Args:
         damping: Share of the mean of H's diagonal that is added to it.
-        passes: In how many passes over the batches, each for its share of the readers: the more, the less memory. With 1 there
-            is one pass if memory allows.
+        passes: In how many passes over the batches, each for its share of the readers: the more, the less memory.
 
     Raises:
         ValueError: If an argument is not legal; when it runs, if nothing reads the units alone.
@@ -76,15 +86,12 @@ class OBS(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
-        if comes_in_turn(model, runs):
+        too_many = self.adds_up and turns_of(model) is None and bytes_of(model, units) > memory_to_hold(_device(model))
+        if too_many or comes_in_turn(model, runs):
             find = partial(self._in_turn, model, units, per)
             return Again(**vars(find([runs])), groups=[runs], find=find)
         found = partial(self._found, model, units, per)
         if self.adds_up:
-            shares = shares_of(model, units, memory_to_hold(_device(model)))
-            if len(shares) > 1 and turns_of(model) is None:
-                again = partial(self._over, model, units, per, shares)
-                return Again(**vars(again([runs])), groups=[runs], find=again)
             moments = moments_of(model, units, runs)
             return _Errors(**vars(found(moments)), moments=moments, find=found)
         sums, names = Sums.zero(units, per), list(units)
@@ -98,24 +105,16 @@ class OBS(Importance):
         self._add(sums, model, units, per, moments)
         return sums
 
-    def _over(
-        self,
-        model: nn.Module,
-        units: Mapping[str, Units],
-        per: Per,
-        shares: Sequence[Mapping[str, Units]],
-        groups: Sequence[Sequence[Run]],
-    ) -> Sums:
-        """Finds the errors of one share of the places after the other, each with a pass over all batches."""
-        sums = Sums.zero(units, per)
-        for own in shares:
-            self._add(sums, model, units, per, moments_over(model, own, groups))
-        return sums
-
     def _in_turn(self, model: nn.Module, units: Mapping[str, Units], per: Per, groups: Sequence[Sequence[Run]]) -> Sums:
-        """Finds the errors of a model whose blocks come and go, block by block."""
+        """Finds the errors block by block; those of all where a block is called again after others, in memory."""
         sums = Sums.zero(units, per)
-        moments_in_turn(model, units, groups, partial(self._add, sums, model, units, per))
+        with resting(model):
+            try:
+                moments_in_turn(model, units, groups, partial(self._add, sums, model, units, per))
+            except CalledAgain:
+                if stream_of(model) is not None:
+                    raise
+                return self._found(model, units, per, moments_over(model, units, groups))
         return sums
 
     def _add(self, sums: Sums, model: nn.Module, units: Mapping[str, Units], per: Per, moments: Moments) -> None:

@@ -38,12 +38,6 @@ class Triangle:
         self.size = size
         self.panels = [zeros((height, end), torch.float64, device, files) for height, end in zip(heights, ends, strict=True)]
 
-    @staticmethod
-    def bytes_of(size: int) -> int:
-        """Returns how many bytes the panels of so many rows take."""
-        ends = [min(first + ROWS, size) for first in range(0, size, ROWS)]
-        return sum(8 * (end - first) * end for first, end in zip(range(0, size, ROWS), ends, strict=True))
-
     @classmethod
     def of(cls, matrix: Tensor) -> Self:
         """Copies a symmetric matrix, of which the lower triangle is read."""

@@ -1,4 +1,4 @@
-"""How much memory there is for what is held for a while, such as second moments: the more, the fewer passes over the batches."""
+"""How much memory there is for what is held for a while, such as second moments of all places at once."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +12,7 @@ LEAST = 2**31
 def memory_to_hold(device: torch.device) -> int:
     """Returns how many bytes may be held on a device at a time: a quarter of what is free, and 2 GiB at least.
 
-    Where ranks work together it is 2 GiB, as all of them have to make as many passes.
+    Where ranks work together it is 2 GiB, as all of them have to decide alike.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return LEAST

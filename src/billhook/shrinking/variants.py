@@ -6,7 +6,7 @@ together. All come from the second moments of what the linears read in the dense
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.importance.activations import watch
+from billhook.importance.moments import CalledAgain, watch_in_turn
 from billhook.importance.score import run_of
 from billhook.model.linears import as_it_lies, matrix_of
 from billhook.pruning.target import Search
@@ -23,10 +24,8 @@ from billhook.repairs.enough import check_tokens
 from billhook.repairs.least_squares import choose_ridge, solve_ridge
 from billhook.repairs.moments import OwedMoments, SecondMoments, folds_of
 from billhook.repairs.repair import Repair
-from billhook.repairs.triangle import Triangle
 from billhook.running.batches import Run
 from billhook.running.float64 import float64_device
-from billhook.running.free_memory import memory_to_hold
 from billhook.running.undisturbed import undisturbed
 from billhook.shrinking.levels import Place, any_gone
 from billhook.shrinking.library import Library
@@ -51,6 +50,9 @@ def fill_library(
 ) -> None:
     """Cuts and refits each place to each of its levels, except where a library holds that already.
 
+    All batches go through the model once, side by side; memory holds the moments of one block at a time. Where a block is called
+    again after others, which is only seen then, they go through it once more, and the moments of all places are held.
+
     Args:
         library: Where the variants go.
         places: The places.
@@ -65,25 +67,50 @@ def fill_library(
     missing = {p.name: [one for one in levels[p.name] if one < p.count and (p.name, one) not in library.errors] for p in places}
     places = [place for place in places if missing[place.name]]
     parts, held_out = how.parts([run.source for run in runs], None, model.device)
+    own, waiting = {name: units[name] for place in places for name in place.names}, list(places)
+    moments: Moments = {}
 
-    def size(place: Place) -> int:
-        widths = [matrix_of(model.get_submodule(name))[0].shape[1] for name in _linears(place, units)]
-        return sum((max(parts) + 1) * Triangle.bytes_of(width) for width in widths)
+    def note(run: int, _: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
+        if reader not in moments:
+            moments[reader] = [OwedMoments(1, inputs.shape[-1], inputs.device) for _ in range(max(parts) + 1)]
+        fits = tokens is not None and tokens.shape == inputs.shape[:-1]
+        moments[reader][parts[run]].add(inputs, keep=tokens if fits else None)
 
-    for some in passes(places, size, memory_to_hold(float64_device(model.device))):
-        own = {name: units[name] for place in some for name in place.names}
-        moments = _moments(model, own, runs, parts)
-        for place in some:
-            at = {kept: keeping(place, units, gone(place, kept)) for kept in (_middle(place), *missing[place.name])}
-            readers = {name: Reader(model, name, moments.pop(name), held_out) for name in _linears(place, units)}
-            for name, keep in at[_middle(place)].items():
-                readers[name].choose(keep, how.ridges if repair else ())
-            for kept in missing[place.name]:
-                new = {name: readers[name].refitted(keep) for name, keep in at[kept].items()}
-                library.add(place.name, kept, _error(readers, at[kept]), new)
-                del new
+    def make(passed: Collection[str]) -> None:
+        for place in [one for one in waiting if all(name in passed for name in _linears(one, units))]:
+            waiting.remove(place)
+            readers = {name: Reader(model, name, moments.pop(name, ()), held_out) for name in _linears(place, units)}
+            _add_variants(library, place, missing[place.name], units, gone, readers, how.ridges if repair else ())
             del readers  # before those of the next place are there
             done()
+
+    with undisturbed(model):
+        try:
+            watch_in_turn(model, own, runs, note, make)
+        except CalledAgain:
+            moments.clear()
+            waiting[:] = places
+            watch(model, own, runs, note)
+        make({name for place in waiting for name in _linears(place, units)})
+
+
+def _add_variants(
+    library: Library,
+    place: Place,
+    levels: Sequence[int],
+    units: Mapping[str, Units],
+    gone: Gone,
+    readers: Mapping[str, "Reader"],
+    ridges: Sequence[float],
+) -> None:
+    """Adds the variants of a place at some levels to a library."""
+    at = {kept: keeping(place, units, gone(place, kept)) for kept in (_middle(place), *levels)}
+    for name, keep in at[_middle(place)].items():
+        readers[name].choose(keep, ridges)
+    for kept in levels:
+        new = {name: readers[name].refitted(keep) for name, keep in at[kept].items()}
+        library.add(place.name, kept, _error(readers, at[kept]), new)
+        del new
 
 
 def _middle(place: Place) -> int:
@@ -191,39 +218,6 @@ def _error(readers: Mapping[str, Reader], keep: Mapping[str, Tensor]) -> float:
 
 def _linears(place: Place, units: Mapping[str, Units]) -> list[str]:
     return list(dict.fromkeys(reader for name in place.names for reader in units[name].readers))
-
-
-def passes(places: Sequence[Place], size: Callable[[Place], int], most: int) -> Iterator[list[Place]]:
-    """Yields places whose moments fit into memory together: for each of these there is a pass over the batches.
-
-    Args:
-        places: The places.
-        size: Returns how many bytes the moments of a place take.
-        most: How many bytes there may be at a time.
-    """
-    some, used = list[Place](), 0
-    for place in places:
-        if some and used + size(place) > most:
-            yield some
-            some, used = [], 0
-        some, used = [*some, place], used + size(place)
-    if some:
-        yield some
-
-
-def _moments(model: PreTrainedModel, units: Mapping[str, Units], runs: Sequence[Run], parts: Sequence[int]) -> Moments:
-    """Runs all batches, and adds up the moments of what linears read."""
-    moments: Moments = {}
-
-    def note(run: int, _: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
-        if reader not in moments:
-            moments[reader] = [OwedMoments(1, inputs.shape[-1], inputs.device) for _ in range(max(parts) + 1)]
-        fits = tokens is not None and tokens.shape == inputs.shape[:-1]
-        moments[reader][parts[run]].add(inputs, keep=tokens if fits else None)
-
-    with undisturbed(model):
-        watch(model, units, runs, note)
-    return moments
 
 
 def _check(name: str, parts: Sequence[OwedMoments]) -> None:

@@ -1,13 +1,13 @@
-"""Runs a model on several inputs; one whose blocks come and go on all of them side by side, so that each block comes once."""
+"""Runs a model on several inputs: one after the other, or side by side, so that all pass a block before one enters the next."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 
 from torch import Tensor, nn
 
 from billhook.running.offload import Shelf
 from billhook.running.sharded.turns import Turns
-from billhook.running.sites import Site
+from billhook.running.sites import Site, blocks_of
 from billhook.running.walk import Reduce, Walk
 from billhook.streaming.stream import Stream, stream_of
 
@@ -41,7 +41,7 @@ class Together:
 
     Args:
         model: The model.
-        leave: Called with each block of a model whose blocks come and go, when all runs have passed it, on any rank.
+        leave: Called with each block when all runs have passed it, on any rank; with it, all models run side by side.
         turns: What has blocks come that ranks share, and are called one after the other: all ranks then go side by side, too.
         reduce: Sums over ranks.
     """
@@ -54,8 +54,13 @@ class Together:
         reduce: Reduce | None = None,
     ) -> None:
         self._stream, self._turns, self._reduce = stream_of(model), turns, reduce
-        coming = self._stream.blocks.values() if self._stream is not None else turns.blocks if turns is not None else ()
-        self._sites = [Site(block, {}) for block in coming]
+        if self._stream is not None:
+            blocks = list(self._stream.blocks.values())
+        elif turns is not None:
+            blocks = turns.blocks
+        else:
+            blocks = [] if leave is None else blocks_of(model)
+        self._sites = [Site(block, {}) for block in blocks]
         self._leave = None if leave is None else lambda site: leave(site.module)
         self._walk: Walk | None = None
         self._number = 0
@@ -67,25 +72,20 @@ class Together:
 
     def __call__(self, forwards: Sequence[Callable[[], object]]) -> None:
         """Calls functions that each run the model once, without gradients; they end one after the other."""
-        if self._stream is not None:
-            with shelf(self._stream) as files:
-                keep = None if files is None else files.keep
-                self._walk = Walk(self._sites, Nothing(), keep=keep, ends=len(forwards), leave=self._leave)
-                self._walk(forwards)
+        if not self._sites:
+            for self._number, forward in enumerate(forwards):
+                forward()
             return
-        if self._turns is not None:
-            ends, leave = len(forwards), self._leave
-            self._walk = Walk(self._sites, Nothing(), self._reduce, ends=ends, leave=leave, around=self._there)
+        with nullcontext() if self._stream is None else shelf(self._stream) as files:
+            keep, ends = None if files is None else files.keep, len(forwards)
+            self._walk = Walk(self._sites, Nothing(), self._reduce, keep, around=self._there, ends=ends, leave=self._leave)
             self._walk(forwards)
-            return
-        for self._number, forward in enumerate(forwards):
-            forward()
 
     @contextmanager
     def _there(self, block: nn.Module) -> Iterator[None]:
         """Has a block whole on all ranks, also those of which no run comes to it."""
-        assert self._turns is not None
-        self._turns.bring(block)
+        if self._turns is not None:
+            self._turns.bring(block)
         yield
 
 

@@ -1,6 +1,6 @@
 """Finds where KV heads may merge, makes the variants in which they do, and takes these where they lose less than removal."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,6 @@ from billhook.shrinking.levels import Place
 from billhook.shrinking.library import UNFITTED, Library, resting
 from billhook.shrinking.merging.plans import METHOD, Merged, plans_of
 from billhook.shrinking.merging.refit import refit_readers
-from billhook.shrinking.variants import passes
 from billhook.streaming.aside import Aside
 from billhook.streaming.either import bring
 
@@ -66,7 +65,7 @@ class Merging:
         parts = len({trial.source for trial in trials}) + 2 if repair is not None else 0
         places = [place for place in places if missing[place.name]]
         most = memory_to_hold(self.search.model.device)
-        for some in passes(places, lambda place: _size(own, place, missing[place.name], parts), most):
+        for some in _passes(places, lambda place: _size(own, place, missing[place.name], parts), most):
             numbers = {name: missing[place.name] for place in some for name in place.names}
             try:
                 equal, readers = _variants(own, numbers, trials, repair)
@@ -172,6 +171,24 @@ def _saves(search: Search, places: Sequence[Place], kept: int) -> bool:
         return False
     saved = (kv_cache_bytes(search.model) or 0) - (kv_cache_bytes(smaller) or 0)
     return saved == sum(place.saves(kept) for place in places)
+
+
+def _passes(places: Sequence[Place], size: Callable[[Place], int], most: int) -> Iterator[list[Place]]:
+    """Yields places whose moments fit into memory together: for each of these there is a pass over the batches.
+
+    Args:
+        places: The places.
+        size: Returns how many bytes the moments of a place take.
+        most: How many bytes there may be at a time.
+    """
+    some, used = list[Place](), 0
+    for place in places:
+        if some and used + size(place) > most:
+            yield some
+            some, used = [], 0
+        some, used = [*some, place], used + size(place)
+    if some:
+        yield some
 
 
 def _variants(
